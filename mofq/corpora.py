@@ -1,0 +1,260 @@
+"""Text for calibration and validation, and its cut into windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mofq.exceptions import CorpusError, nearest_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DEMO = Path(__file__).with_name("demo")
+
+#: Text that ships with the package; a name stands for a file.
+BUNDLED_TEXT = {
+    "demo-en": _DEMO / "demo-en.txt",
+    "demo-pt": _DEMO / "demo-pt.txt",
+}
+
+#: File names of these kinds hold rows; every other file is plain text.
+_ROW_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+#: A hub data set is streamed, and reading stops after this many characters: the
+#: text, and so its hash, do not depend on how many tokens are asked for.
+HUB_CHARACTERS = 20_000_000
+
+_HUB_SOURCE = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?(:(?P<column>\w+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """One text under a name."""
+
+    name: str
+    source: str  #: as the user wrote it
+    text: str
+    sha256: str  #: of the text's UTF-8 bytes
+
+
+def load_text(source: str, *, name: str | None = None) -> Corpus:
+    """Read a text.
+
+    Args:
+        source: The name of a bundled text (``demo-en``); a local file, plain
+            UTF-8 text or ``.jsonl``/``.parquet`` rows, whose column follows a
+            colon (``notes.jsonl:body``; ``text`` where none is named); or a hub
+            data set, ``org/name[/config][:split][:column]``, of which the
+            ``train`` split is read where none is named. Only a hub data set
+            needs a network, and a local file always wins over it.
+        name: Of the corpus; the file's or data set's own where None.
+
+    Returns:
+        The text. Plain text is exactly the file's. Rows follow one another, a
+        newline after each that does not end in one.
+
+    Raises:
+        CorpusError: There is no such source, its bytes are not text, a column
+            is missing or a row of it is not text, or the text is empty.
+    """
+    if source in BUNDLED_TEXT:
+        path, column, default_name = BUNDLED_TEXT[source], None, source
+        text = _read_file(path, column)
+    elif (local := _split_column(source)) is not None:
+        path, column = local
+        default_name = path.stem
+        text = _read_file(path, column)
+    elif match := _HUB_SOURCE.fullmatch(source):
+        default_name = match["id"].partition("/")[2]
+        text = _read_hub(source, match)
+    else:
+        raise CorpusError(
+            f"text {source!r}: there is no such file. Give a .txt, .jsonl or .parquet file, "
+            f"a hub data set as org/name, or bundled text ({', '.join(BUNDLED_TEXT)})."
+        )
+    if not text.strip():
+        raise CorpusError(f"text {source!r} is empty. Give a file that has some text.")
+    return Corpus(
+        name=name or default_name,
+        source=source,
+        text=text,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def tokenize(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    sequence_length: int,
+    vocabulary_size: int | None = None,
+) -> Tensor:
+    """The first tokens of a text, cut into windows that do not overlap.
+
+    No special token is added. A last part shorter than a window is dropped; a
+    text of fewer than ``tokens`` tokens gives as many whole windows as it has.
+
+    Args:
+        corpus: The text.
+        tokenizer: A Hugging Face tokenizer.
+        tokens: How many tokens to use, at most.
+        sequence_length: Tokens of one window, T.
+        vocabulary_size: Rows of the model's embedding, to check the tokens
+            against.
+
+    Returns:
+        Windows ``[N, T]``, int64; ``N * T`` is the number of tokens used.
+
+    Raises:
+        CorpusError: There is not one whole window, or a token is outside the
+            model's vocabulary.
+    """
+    import torch
+
+    if sequence_length < 2:
+        raise CorpusError(
+            f"a sequence length of {sequence_length} predicts nothing; give 2 or more."
+        )
+    if tokens < sequence_length:
+        raise CorpusError(
+            f"{tokens} tokens do not fill one window of {sequence_length}. "
+            f"Ask for more tokens, or for a shorter sequence length."
+        )
+    ids = _first_tokens(corpus.text, tokenizer, tokens)
+    windows = len(ids) // sequence_length
+    if windows == 0:
+        raise CorpusError(
+            f"text {corpus.source!r} has {len(ids)} tokens, and one window needs "
+            f"{sequence_length}. Give a longer text, or a shorter sequence length."
+        )
+    tokens_NT = torch.tensor(ids[: windows * sequence_length], dtype=torch.int64)
+    if vocabulary_size is not None and int(tokens_NT.max()) >= vocabulary_size:
+        raise CorpusError(
+            f"text {corpus.source!r}: the tokenizer gives token {int(tokens_NT.max())}, but the "
+            f"model's vocabulary has {vocabulary_size}. Use the model's own tokenizer."
+        )
+    return tokens_NT.reshape(windows, sequence_length)
+
+
+def _first_tokens(text: str, tokenizer: Any, tokens: int) -> list[int]:
+    # Tokenizing megabytes for a few thousand tokens takes longer than the rest
+    # of the job. A prefix gives the same first tokens where the wanted ones end
+    # far before its cut: in its first half, thousands of characters away.
+    prefix = text[: 64 * tokens]
+    ids = _encode(prefix, tokenizer)
+    if len(prefix) < len(text) and len(ids) < 2 * tokens:
+        ids = _encode(text, tokenizer)
+    return ids[:tokens]
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    # verbose=False: a text longer than the model's context is expected here.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _split_column(source: str) -> tuple[Path, str | None] | None:
+    """The local file that a source names and the column behind its colon."""
+    if Path(source).exists():
+        return Path(source), None
+    file, colon, column = source.rpartition(":")
+    if colon and file and Path(file).exists():
+        return Path(file), column
+    return None
+
+
+def _read_file(path: Path, column: str | None) -> str:
+    builder = _ROW_BUILDERS.get(path.suffix.lower())
+    try:
+        if path.is_dir():
+            raise CorpusError(
+                f"text {path}: this is a folder. Give a .txt, .jsonl or .parquet file."
+            )
+        if builder is None and column is not None:
+            raise CorpusError(
+                f"text {path}: plain text has no column {column!r}. "
+                f"Columns belong to .jsonl and .parquet files."
+            )
+        if builder is None:
+            return path.read_bytes().decode("utf-8")
+        if path.stat().st_size == 0:
+            return ""
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"text {path}: byte {error.start} is not UTF-8 ({error.reason}). "
+            f"Convert the file to UTF-8 text."
+        ) from error
+    except OSError as error:
+        raise CorpusError(f"text {path} cannot be read: {error.strerror or error}.") from error
+    rows = _row_texts(str(path), builder, column, data_files=str(path), split="train")
+    return "".join(rows)
+
+
+def _read_hub(source: str, match: re.Match[str]) -> str:
+    rows = _row_texts(
+        source, match["id"], match["column"], name=match["config"], split=match["split"] or "train"
+    )
+    parts = []
+    characters = 0
+    for part in rows:
+        parts.append(part)
+        characters += len(part)
+        if characters >= HUB_CHARACTERS:
+            break
+    return "".join(parts)
+
+
+def _row_texts(source: str, path: str, column: str | None, **options: Any) -> Iterator[str]:
+    import datasets
+
+    number = 0
+    try:
+        with _quiet("datasets"):
+            for row in datasets.load_dataset(path, streaming=True, **options):
+                number += 1
+                yield _row_text(source, number, row, column or "text")
+    except CorpusError:
+        raise
+    except Exception as error:  # the library raises dozens of kinds for a broken source
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CorpusError(
+            f"text {source!r} cannot be read after row {number}: {reason}. "
+            f"Give a local file, or a data set of the hub where there is a network."
+        ) from error
+
+
+def _row_text(source: str, number: int, row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise CorpusError(
+            f"text {source!r} has no column {column!r}.{nearest_name(column, row)} "
+            f"Name it behind a colon."
+        )
+    value = row[column]
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"text {source!r}: row {number} of column {column!r} holds {type(value).__name__}, "
+            f"not text. Remove the row, or name another column behind a colon."
+        )
+    return value if value.endswith("\n") else value + "\n"
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library from logging an error that is raised, and reported, anyway."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
