@@ -1,0 +1,113 @@
+"""What each serving engine can run on which hardware, as data with a source.
+
+An engine is a list of rules, first match wins. A rule names schemes and either
+the kernel that serves them or the reason why nothing does. Nothing here needs
+the engine, a GPU or torch: legality is known before anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mofq.engines.others import TENSORRT_LLM, TORCHAO, TRANSFORMERS
+from mofq.engines.rules import Engine, Rule, format_name, matching_rule, refusal
+from mofq.engines.sglang import SGLANG
+from mofq.engines.vllm_cpu import VLLM_CPU
+from mofq.engines.vllm_gpu import VLLM_GPU
+from mofq.exceptions import EngineError, nearest_name
+from mofq.layers import FusionGroup
+from mofq.schemes import Scheme
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Rule",
+    "find_engine",
+    "format_name",
+    "legality",
+    "matching_rule",
+    "serving_environment",
+]
+
+#: Every known engine by name. A GPU engine is one generation: the oldest chip of it.
+ENGINES: dict[str, Engine] = {
+    "vllm-cpu": Engine("vllm-cpu", "0.32.0", None, "compressed-tensors", VLLM_CPU),
+    "vllm-ampere": Engine("vllm-ampere", "0.32.0", (8, 0), "compressed-tensors", VLLM_GPU),
+    "vllm-ada": Engine("vllm-ada", "0.32.0", (8, 9), "compressed-tensors", VLLM_GPU),
+    "vllm-hopper": Engine("vllm-hopper", "0.32.0", (9, 0), "compressed-tensors", VLLM_GPU),
+    "vllm-blackwell": Engine("vllm-blackwell", "0.32.0", (10, 0), "compressed-tensors", VLLM_GPU),
+    "sglang-ampere": Engine("sglang-ampere", "0.5.23", (8, 0), "compressed-tensors", SGLANG),
+    "sglang-ada": Engine("sglang-ada", "0.5.23", (8, 9), "compressed-tensors", SGLANG),
+    "sglang-hopper": Engine("sglang-hopper", "0.5.23", (9, 0), "compressed-tensors", SGLANG),
+    "sglang-blackwell": Engine("sglang-blackwell", "0.5.23", (10, 0), "compressed-tensors", SGLANG),
+    "tensorrt-llm-hopper": Engine("tensorrt-llm-hopper", "1.2.0", (9, 0), "modelopt", TENSORRT_LLM),
+    "tensorrt-llm-blackwell": Engine(
+        "tensorrt-llm-blackwell", "1.2.0", (10, 0), "modelopt", TENSORRT_LLM
+    ),
+    "transformers": Engine("transformers", "5.23.0", None, "compressed-tensors", TRANSFORMERS),
+    "torchao": Engine("torchao", "0.18.0", None, "torchao", TORCHAO),
+}
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name.
+
+    Args:
+        name: A key of ``ENGINES``.
+
+    Returns:
+        The engine.
+
+    Raises:
+        EngineError: No engine has that name; the message suggests the nearest.
+    """
+    if name not in ENGINES:
+        raise EngineError(f"unknown engine {name!r}." + nearest_name(name, ENGINES))
+    return ENGINES[name]
+
+
+def legality(engine_name: str) -> Callable[[Scheme, FusionGroup], str | None]:
+    """What an engine can serve, as a function.
+
+    Args:
+        engine_name: A key of ``ENGINES``.
+
+    Returns:
+        A function of a scheme and a fusion group that gives None where the
+        engine serves the layers of the group in that scheme exactly as they
+        were measured, else the reason.
+
+    Raises:
+        EngineError: No engine has that name.
+    """
+    engine = find_engine(engine_name)
+
+    def check(scheme: Scheme, group: FusionGroup) -> str | None:
+        return refusal(engine, scheme, group)
+
+    return check
+
+
+def serving_environment(
+    engine_name: str, choices: list[tuple[Scheme, FusionGroup]]
+) -> tuple[str, ...]:
+    """Environment variables and flags under which the engine serves what was measured.
+
+    Args:
+        engine_name: A key of ``ENGINES``.
+        choices: The scheme of each fusion group of a recipe.
+
+    Returns:
+        Each one once, in the order of the rules: ``NAME=VALUE`` or ``--flag value``.
+
+    Raises:
+        EngineError: No engine has that name.
+    """
+    engine = find_engine(engine_name)
+    needed = {
+        setting
+        for scheme, group in choices
+        if (rule := matching_rule(engine, scheme, group)) is not None
+        for setting in rule.settings
+    }
+    return tuple(dict.fromkeys(s for rule in engine.rules for s in rule.settings if s in needed))

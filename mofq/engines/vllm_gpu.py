@@ -1,0 +1,265 @@
+"""vLLM on NVIDIA GPUs, version 0.32.0, through compressed-tensors checkpoints: read, not run.
+
+Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
+``kernels`` is ``kernels/linear/``. Without tensor parallelism; with it, groups
+and blocks must also divide each rank's part.
+"""
+
+from __future__ import annotations
+
+from mofq.engines.rules import Rule
+
+_CT = "vllm 0.32.0 ct/compressed_tensors.py"
+_KERNELS = "vllm 0.32.0 kernels/"
+_UTILS = "vllm 0.32.0 layers/quantization/utils/"
+_MOE = "vllm 0.32.0 ct/compressed_tensors_moe/"
+
+#: Weight scales are ue8m0-rounded and codes rounded again unless DeepGEMM is off.
+_NO_DEEP_GEMM = ("VLLM_USE_DEEP_GEMM=0",)
+
+VLLM_GPU: tuple[Rule, ...] = (
+    Rule(
+        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Int8, CutlassInt8ScaledMMLinearKernel",
+        layers="dense",
+        min_capability=(7, 5),
+        max_capability=(9, 9),
+        source=f"{_CT}:922-934; _custom_ops.py:807 (Triton unless K % 16 == N % 16 == 0)",
+        note="int8 codes in -128..127 and scales of either sign: the scale is a factor of the "
+        "output",
+    ),
+    Rule(
+        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Int8, TritonInt8ScaledMMLinearKernel",
+        layers="dense",
+        min_capability=(10, 0),
+        settings=("--linear-backend triton",),
+        source=f"{_KERNELS}__init__.py:366-370, 434-438",
+        note="the Cutlass INT8 kernel, which is chosen by itself, raises at the first forward here",
+    ),
+    Rule(
+        r"int8\.channel(\.s-f32)?\+int8\.token",
+        kernel="CompressedTensorsW8A8Int8MoEMethod (Triton)",
+        layers="experts",
+        min_capability=(7, 5),
+        source=f"{_MOE}compressed_tensors_moe_w8a8_int8.py:46-69",
+    ),
+    Rule(
+        r"int8\.g\d+.*\+int8\..*",
+        kernel="",
+        refused="no kernel multiplies INT8 group weights with INT8 activations: packed it is "
+        "served as W8A16; take int8.gN, fp8_e4m3.block128.s-f32+fp8_e4m3.g128 or bf16",
+        source=f"{_CT}:838-850, 946",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g32|g64|g128)",
+        kernel="CompressedTensorsWNA16, Marlin (Machete on 9.0 where K % 64 == N % 128 == 0)",
+        layers="dense",
+        min_capability=(7, 5),
+        source=f"{_CT}:865-874; {_UTILS}marlin_utils.py:37, 81-90; "
+        "kernels/mixed_precision/marlin.py:34",
+        note="scales of either sign: Marlin permutes them and multiplies",
+    ),
+    Rule(
+        r"int4\.(channel|g32|g64|g128)\.asym",
+        kernel="CompressedTensorsWNA16, Marlin",
+        layers="dense",
+        min_capability=(7, 5),
+        max_capability=(8, 9),
+        source=f"{_UTILS}marlin_utils.py:81-83",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g64|g128)\.asym",
+        kernel="",
+        layers="dense",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        refused="Machete rounds scale times zero point to the model's dtype, which is not what "
+        "was measured; take the symmetric scheme",
+        source=f"{_KERNELS}mixed_precision/machete.py:74-82",
+    ),
+    Rule(
+        r"int4\.(channel|g32|g64|g128)\.asym",
+        kernel="CompressedTensorsWNA16, Marlin",
+        layers="dense",
+        min_capability=(9, 0),
+        source=f"{_UTILS}marlin_utils.py:81-83",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g32|g64|g128)",
+        kernel="CompressedTensorsWNA16MoEMethod (Marlin)",
+        layers="experts",
+        min_capability=(7, 5),
+        source=f"{_MOE}compressed_tensors_moe.py:78-92; "
+        "layers/fused_moe/oracle/int_wna16.py:207-225",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
+        kernel="",
+        refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
+        "take the scheme without .s-f32",
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_wNa16.py:190-197",
+    ),
+    Rule(
+        r"int8\..*\.asym",
+        kernel="",
+        refused="Marlin takes zero points with 4-bit codes alone; take the symmetric scheme",
+        source=f"{_UTILS}marlin_utils.py:81-83",
+    ),
+    Rule(
+        r"int(4|8)\.g\d+(\.asym)?",
+        kernel="",
+        refused="Marlin takes scales per channel or per 32, 64 or 128 inputs; take one of these",
+        source=f"{_UTILS}marlin_utils.py:37; kernels/mixed_precision/marlin.py:45-51",
+    ),
+    Rule(
+        r"int[23567]\.(channel|g\d+)(\.asym)?(\.s-f32)?",
+        kernel="",
+        refused="only the optional Humming kernels take such codes; take int4 or int8",
+        source=f"{_KERNELS}mixed_precision/humming.py:31-39; "
+        "ct/schemes/compressed_tensors_wNa16.py:38-56",
+    ),
+    Rule(
+        r"int4\.g128\+fp8_e4m3\.token",
+        kernel="",
+        refused="its W4A8 kernel rounds the group scales to FP8, which is not what was "
+        "measured; take int4.g128 or FP8",
+        source=f"{_KERNELS}mixed_precision/cutlass.py:85-99; {_UTILS}quant_utils.py:929-952",
+    ),
+    Rule(
+        r"int\d\..*\+int8\.token",
+        kernel="",
+        refused="packed it is served weight-only, with activations as they are; "
+        "take the weight-only scheme",
+        source=f"{_CT}:838-850",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)(\.s-f32)?\+fp8_e4m3\.(token|tensor)",
+        kernel="CompressedTensorsW8A8Fp8, Cutlass or torch._scaled_mm",
+        min_capability=(8, 9),
+        source=f"{_CT}:878-906; ct/schemes/compressed_tensors_w8a8_fp8.py:78-81",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor|block128)(\.s-f32)?\+fp8_e4m3\..*",
+        kernel="",
+        max_capability=(8, 8),
+        refused="below compute capability 8.9 activations stay as they are; "
+        "take the weight-only scheme, fp8_e4m3.channel",
+        source=f"{_CT}:895-913",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="",
+        min_capability=(8, 9),
+        max_capability=(8, 9),
+        refused="before 9.0 the block kernel is Marlin's, with activations as they are; "
+        "take fp8_e4m3.block128",
+        source=f"{_KERNELS}__init__.py:476-488; scaled_mm/deep_gemm.py:47-53",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8, CutlassFp8BlockScaledMMKernel",
+        min_capability=(9, 0),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        settings=_NO_DEEP_GEMM,
+        source=f"{_UTILS}fp8_utils.py:1296-1344, 1096-1155; kernels/scaled_mm/deep_gemm.py:83-104",
+        note="with DeepGEMM weights are quantized again under power-of-two scales",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor|block128)",
+        kernel="CompressedTensorsW8A16Fp8, Marlin",
+        layers="dense",
+        min_capability=(7, 5),
+        shard_rows_multiple=1,
+        source=f"{_CT}:915-920; {_UTILS}marlin_utils_fp8.py:146-148",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor|block128)\.s-f32",
+        kernel="",
+        refused="Marlin rounds weight scales to the model's dtype; take the scheme without .s-f32",
+        source=f"{_UTILS}marlin_utils_fp8.py:146-148",
+    ),
+    Rule(
+        r"fp8_e4m3\.channel.*\+fp8_e4m3\.g\d+",
+        kernel="",
+        refused="channel weights are served with activations per token, not per group; "
+        "take fp8_e4m3.channel+fp8_e4m3.token",
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_w8a8_fp8.py:62-75",
+    ),
+    Rule(
+        r"fp8_e4m3\.(g\d+|block).*",
+        kernel="",
+        refused="FP8 weights are served per channel or in 128 by 128 blocks; take one of these",
+        source=f"{_CT}:621-650; ct/utils.py:35-39",
+    ),
+    Rule(
+        r"nvfp4",
+        kernel="CompressedTensorsW4A4Fp4(use_a16), Marlin or FlashInfer CuTe-DSL",
+        min_capability=(7, 5),
+        in_features_multiple=16,
+        source=f"{_CT}:795-797; kernels/nvfp4/marlin.py:20-29",
+    ),
+    Rule(
+        r"nvfp4\+nvfp4",
+        kernel="CompressedTensorsW4A4Fp4, FlashInfer or Cutlass",
+        min_capability=(10, 0),
+        in_features_multiple=16,
+        source=f"{_CT}:799-804; kernels/__init__.py:579-606",
+        note="the input's global scale is static: the recipe needs the input's absolute maximum",
+    ),
+    Rule(
+        r"mxfp4",
+        kernel="CompressedTensorsW4A4Mxfp4, Marlin",
+        min_capability=(8, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_w4a4_mxfp4.py:24-38; "
+        "kernels/mxfp4/marlin.py:31-38",
+    ),
+    Rule(
+        r"mxfp4\+mxfp4",
+        kernel="CompressedTensorsW4A4Mxfp4, FlashInfer",
+        min_capability=(10, 0),
+        in_features_multiple=32,
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_w4a4_mxfp4.py:24-38; "
+        "kernels/mxfp4/flashinfer.py:24-36",
+    ),
+    Rule(
+        r"mxfp8",
+        kernel="CompressedTensorsW8A8Mxfp8, Marlin",
+        min_capability=(7, 5),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_w8a8_mxfp8.py; "
+        "kernels/mxfp8/marlin.py:15-44",
+    ),
+    Rule(
+        r"mxfp8\+mxfp8",
+        kernel="CompressedTensorsW8A8Mxfp8, FlashInfer",
+        min_capability=(10, 0),
+        in_features_multiple=32,
+        source=f"{_KERNELS}__init__.py:555-563",
+    ),
+    Rule(
+        r"(nvfp4|mxfp4|mxfp8)\+.*",
+        kernel="",
+        max_capability=(9, 9),
+        refused="before 10.0 activations stay as they are; take the weight-only scheme",
+        source=f"{_KERNELS}nvfp4/marlin.py:33-38; mxfp4/marlin.py:40-45; mxfp8/marlin.py:15-16",
+    ),
+    Rule(
+        r"(mxfp4|mxfp8)",
+        kernel="",
+        min_capability=(10, 0),
+        refused="from 10.0 activations are quantized with the weights; take mxfp4+mxfp4 or "
+        "mxfp8+mxfp8",
+        source=f"{_KERNELS}mxfp4/flashinfer.py:24-36; __init__.py:555-563",
+    ),
+    Rule(
+        r"fp4_e2m1\..*",
+        kernel="",
+        refused="FP4 outside NVFP4 and MXFP4 would be read as INT4 codes; take nvfp4 or mxfp4",
+        source=f"{_CT}:865-873",
+    ),
+)
