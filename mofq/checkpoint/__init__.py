@@ -1,0 +1,1 @@
+"""Checkpoints in safetensors files: headers, tensors, and writing shards. Nothing is unpickled."""

@@ -1,0 +1,205 @@
+"""The model families: which linear layers a decoder layer has, and which of them engines fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mofq.exceptions import CheckpointError
+
+#: Fusion group -> path of a linear layer inside a decoder layer -> (out, in) as named sizes.
+Rules = Mapping[str, Mapping[str, tuple[str, str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a mixture of experts is stored.
+
+    Per expert: ``{module}.experts.{e}.{gate|up|down}.weight``. Fused, which
+    transformers 5 holds in memory and writes on request:
+    ``{fused_module}.experts.gate_up_proj`` [E, 2 * out, hidden], gate first, and
+    ``{fused_module}.experts.down_proj`` [E, hidden, out].
+    """
+
+    module: str
+    gate: str
+    up: str
+    down: str
+    out: str  #: named size: output features of gate and up
+    fused_module: str = "mlp"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a family keeps its linear layers.
+
+    ``body`` is the prefix under which layers are named; ``other_bodies`` are found
+    on disk too; ``loaded_body`` is the prefix in the model that transformers 5 builds.
+    """
+
+    rules: Rules
+    body: str = "model."
+    other_bodies: tuple[str, ...] = ()
+    loaded_body: str = "model."
+    decoder: str = "layers"
+    embedding: str = "embed_tokens"
+    lm_heads: tuple[str, ...] = ("lm_head",)
+    outside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    experts: Experts | None = None
+    transposed: bool = False  #: decoder layers store [in_features, out_features]
+    tied: bool = False  #: what transformers assumes where the config does not say
+    defaults: Mapping[str, int] = field(default_factory=dict)  #: likewise
+
+
+_ATTENTION: Rules = {
+    "attn.qkv": {
+        "self_attn.q_proj": ("q", "hidden"),
+        "self_attn.k_proj": ("kv", "hidden"),
+        "self_attn.v_proj": ("kv", "hidden"),
+    },
+    "attn.o": {"self_attn.o_proj": ("hidden", "q")},
+}
+_GATED_MLP: Rules = {
+    "mlp.gate_up": {"mlp.gate_proj": ("ffn", "hidden"), "mlp.up_proj": ("ffn", "hidden")},
+    "mlp.down": {"mlp.down_proj": ("hidden", "ffn")},
+}
+_LLAMA: Rules = {**_ATTENTION, **_GATED_MLP}
+_PHI3: Rules = {
+    "attn.qkv": {"self_attn.qkv_proj": ("qkv", "hidden")},
+    "attn.o": {"self_attn.o_proj": ("hidden", "q")},
+    "mlp.gate_up": {"mlp.gate_up_proj": ("2ffn", "hidden")},
+    "mlp.down": {"mlp.down_proj": ("hidden", "ffn")},
+}
+_OPT: Rules = {
+    "attn.qkv": _ATTENTION["attn.qkv"],
+    "attn.o": {"self_attn.out_proj": ("hidden", "q")},
+    "mlp.up": {"fc1": ("ffn", "hidden")},
+    "mlp.down": {"fc2": ("hidden", "ffn")},
+}
+_GPT2: Rules = {
+    "attn.qkv": {"attn.c_attn": ("qkv", "hidden")},
+    "attn.o": {"attn.c_proj": ("hidden", "q")},
+    "mlp.up": {"mlp.c_fc": ("ffn", "hidden")},
+    "mlp.down": {"mlp.c_proj": ("hidden", "ffn")},
+}
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+
+#: ``model_type`` of config.json -> family. To add one, add a row, and a tiny checkpoint
+#: to ``tests/families.py``. Which layers engines fuse is the ``packed_modules_mapping`` of
+#: vLLM's model classes (0.32); names and defaults are those of transformers (5.23).
+FUSION_RULES: dict[str, Family] = {
+    "llama": Family(_LLAMA),
+    "mistral": Family(_LLAMA, defaults={"num_key_value_heads": 8}),
+    "qwen2": Family(_LLAMA, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family(_LLAMA, defaults={"num_key_value_heads": 32, "head_dim": 128}),
+    "gemma2": Family(_LLAMA, tied=True, defaults=_GEMMA),
+    "gemma3_text": Family(_LLAMA, tied=True, defaults=_GEMMA),
+    "gemma3": Family(
+        _LLAMA,
+        body="language_model.model.",
+        other_bodies=("model.language_model.",),
+        loaded_body="model.language_model.",
+        lm_heads=("language_model.lm_head", "lm_head"),
+        tied=True,
+        defaults=_GEMMA,
+    ),
+    "phi3": Family(_PHI3),
+    "opt": Family(
+        _OPT,
+        body="model.decoder.",
+        other_bodies=("decoder.",),
+        loaded_body="model.decoder.",
+        outside={"project_in": ("hidden", "embedding"), "project_out": ("embedding", "hidden")},
+        tied=True,
+    ),
+    "gpt2": Family(
+        _GPT2,
+        body="transformer.",
+        other_bodies=("",),
+        loaded_body="transformer.",
+        decoder="h",
+        embedding="wte",
+        transposed=True,
+        tied=True,
+    ),
+    "mixtral": Family(
+        _ATTENTION,
+        experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2", out="ffn"),
+        defaults={"num_key_value_heads": 8},
+    ),
+    "qwen3_moe": Family(
+        _LLAMA,
+        experts=Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj", out="expert_ffn"),
+        defaults={"num_key_value_heads": 4},
+    ),
+}
+
+_KEYS = {
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "decoder_layers": ("num_hidden_layers", "n_layer"),
+    "ffn": ("intermediate_size", "ffn_dim", "n_inner"),
+    "experts": ("num_local_experts", "num_experts"),
+    "expert_ffn": ("moe_intermediate_size",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "embedding": ("word_embed_proj_dim",),
+    "vocabulary": ("vocab_size",),
+}
+
+
+def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict[str, int]:
+    """The sizes that a config states or implies, under one name for all families.
+
+    Args:
+        config: Of the language model.
+        family: Gives the defaults that transformers has.
+        where: The config's path, for messages.
+
+    Returns:
+        ``hidden, heads, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding``; in a mixture
+        ``experts, expert_ffn``; where stated ``vocabulary``.
+
+    Raises:
+        CheckpointError: A size is missing, or no positive integer.
+    """
+    stated = {
+        size: value
+        for size, keys in _KEYS.items()
+        if (value := _state(config, family, keys, where=where)) is not None
+    }
+    if "hidden" in stated and "n_embd" in config:
+        stated.setdefault("ffn", 4 * stated["hidden"])  # GPT-2's n_inner: null
+    needed = ["hidden", "heads", "decoder_layers", "ffn"]
+    if family.experts is not None:
+        needed += ["experts", family.experts.out]
+    for size in needed:
+        if size not in stated:
+            raise CheckpointError(
+                f"{where}: needed {' or '.join(repr(key) for key in _KEYS[size])}, found neither."
+                " Fetch the file again from where it came."
+            )
+    head_dim = stated.get("head_dim", stated["hidden"] // stated["heads"])
+    stated.setdefault("embedding", stated["hidden"])
+    stated["q"] = stated["heads"] * head_dim
+    stated["kv"] = stated.get("kv_heads", stated["heads"]) * head_dim
+    stated["qkv"] = stated["q"] + 2 * stated["kv"]
+    stated["2ffn"] = 2 * stated["ffn"]
+    return stated
+
+
+def _state(
+    config: Mapping[str, Any], family: Family, keys: tuple[str, ...], *, where: str
+) -> int | None:
+    for key in keys:
+        value = config.get(key, family.defaults.get(key))
+        if value is None:
+            continue
+        if type(value) is not int or value <= 0:
+            raise CheckpointError(
+                f"{where}: {key!r} needs a positive integer, found {value!r}."
+                " Fetch the file again from where it came."
+            )
+        return value
+    return None
