@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that must be green before a commit: format, lint, types, tests.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" dev
+ruff format --check .
+ruff check .
+mypy
+exec bash scripts/test.sh "$@"
