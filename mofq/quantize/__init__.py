@@ -1,0 +1,31 @@
+"""Quantizes: the reference definition of every scheme, in plain torch.
+
+``quantize_weight`` chooses scales and rounds, ``dequantize_weight`` undoes it,
+``fake_quantize_weight`` and ``fake_quantize_activation`` do both. Scales are
+multipliers. The formulas stand in ``scales`` (how a scale is found), ``search``
+(how the ``mse`` rule searches) and ``rounding`` (how a number is rounded).
+"""
+
+from __future__ import annotations
+
+from mofq.quantize.activations import fake_quantize_activation
+from mofq.quantize.linear import FakeQuantLinear
+from mofq.quantize.rounding import round_to_format
+from mofq.quantize.weights import (
+    QuantizedWeight,
+    dequantize_weight,
+    fake_quantize_weight,
+    quantize_weight,
+    quantize_with_scales,
+)
+
+__all__ = [
+    "FakeQuantLinear",
+    "QuantizedWeight",
+    "dequantize_weight",
+    "fake_quantize_activation",
+    "fake_quantize_weight",
+    "quantize_weight",
+    "quantize_with_scales",
+    "round_to_format",
+]

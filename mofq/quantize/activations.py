@@ -1,0 +1,56 @@
+"""Fake-quantizes activations, on the fly or under a calibrated scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mofq.exceptions import SchemeError
+from mofq.quantize.tiles import decode_tiles, encode_tiles, from_tiles, tile_shape, to_tiles
+from mofq.quantize.weights import tile_scales
+from mofq.schemes import TensorScheme
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    scheme: TensorScheme,
+    *,
+    static_amax: float | Tensor | None = None,
+    name: str = "input",
+) -> Tensor:
+    """Quantize and dequantize the input of a layer.
+
+    Token and group scales are found in ``x`` itself; a tensor's scale, and the
+    global scale above E4M3 group scales, come from calibration.
+
+    Args:
+        x: [..., in_features], any floating dtype; computed in float32.
+        scheme: Of the activations.
+        static_amax: Largest magnitude seen in calibration. Needed if
+            ``scheme.needs_tensor_amax``; larger inputs saturate.
+        name: Of the layer, for messages.
+
+    Returns:
+        As ``x``, same shape and dtype. A NaN stays a NaN.
+
+    Raises:
+        SchemeError: ``static_amax`` is missing, or groups do not divide
+            ``in_features``; the message names the layer.
+    """
+    if scheme.needs_tensor_amax and static_amax is None:
+        raise SchemeError(
+            f"{name}: static activations need `static_amax`, their largest magnitude in "
+            f"calibration; found none. Run `mofq calibrate`, and give its folder to `measure`."
+        )
+    if not x.numel():
+        return x
+    x_TI = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    shape = (x_TI.shape[0], x_TI.shape[1])
+    rows, columns = tile_shape(shape, scheme.granularity, name=name)
+    amax = None
+    if scheme.needs_tensor_amax:
+        amax = torch.as_tensor(static_amax, dtype=torch.float32, device=x.device).reshape(())
+    tiles = to_tiles(x_TI, rows, columns)
+    scales = tile_scales(tiles, scheme, tensor_amax=amax)
+    quantized = decode_tiles(encode_tiles(tiles, scheme, scales), scheme, scales)
+    return from_tiles(quantized).reshape(x.shape).to(x.dtype)

@@ -1,0 +1,266 @@
+"""Schemes: what is done to the weights and activations of a layer, under one name.
+
+``element.granularity[.asym][.s-SCALE][@RULE][~gptq]`` for the weights, then
+optionally ``+`` and the same for the activations. Defaults (symmetric, bf16
+scale for weights and f32 for activations, absmax) are not written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+from mofq.exceptions import SchemeError, nearest_name
+from mofq.formats import (
+    ELEMENT_FORMATS,
+    SCALE_FORMATS,
+    ElementFormat,
+    FloatFormat,
+    IntFormat,
+    ScaleFormat,
+)
+
+GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "block"]
+ScaleRule = Literal["absmax", "fullrange", "mse", "nats"]
+Rounding = Literal["nearest", "gptq"]
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Granularity:
+    """Which elements share a scale: a tile of ``rows`` by ``columns``; 0 means all of them."""
+
+    kind: GranularityKind
+    rows: int
+    columns: int
+
+    @property
+    def name(self) -> str:
+        """As it is written in a scheme name."""
+        if self.kind == "group":
+            return f"g{self.columns}"
+        if self.kind == "block":
+            tile = f"{self.rows}" if self.rows == self.columns else f"{self.rows}x{self.columns}"
+            return f"block{tile}"
+        return self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class TensorScheme:
+    """How one operand (a weight, or the input of a layer) is quantized."""
+
+    element: ElementFormat
+    granularity: Granularity
+    symmetric: bool
+    scale: ScaleFormat
+    scale_rule: ScaleRule
+    rounding: Rounding
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether any scale is stored."""
+        return self.granularity.kind != "unscaled"
+
+    @property
+    def needs_tensor_amax(self) -> bool:
+        """Whether a number of the whole tensor must be known before its first row."""
+        return self.granularity.kind == "tensor" or self.scale.global_scale_bits > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One choice for a layer. The name is the identity.
+
+    ``weight`` is None where the weights stay at the checkpoint's own precision,
+    ``activation`` where the inputs do; the scheme ``bf16`` has neither.
+    """
+
+    name: str
+    weight: TensorScheme | None
+    activation: TensorScheme | None
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether the layer is left as it is."""
+        return self.weight is None and self.activation is None
+
+
+#: Published formats that have a name of their own.
+ALIASES = {
+    "nvfp4": "fp4_e2m1.g16.s-e4m3",
+    "mxfp4": "fp4_e2m1.g32.s-e8m0",
+    "mxfp6_e3m2": "fp6_e3m2.g32.s-e8m0",
+    "mxfp6_e2m3": "fp6_e2m3.g32.s-e8m0",
+    "mxfp8": "fp8_e4m3.g32.s-e8m0",
+}
+_ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
+
+_GRANULARITY = re.compile(
+    r"unscaled|tensor|channel|token|g([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
+)
+_SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats")
+_WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
+_ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group")
+
+
+@lru_cache(maxsize=4096)
+def parse_scheme(name: str) -> Scheme:
+    """Parse a scheme name.
+
+    Args:
+        name: As the grammar at the top of this module says, for example
+            ``"int4.g32@mse"`` or ``"int8.channel+int8.token"``.
+
+    Returns:
+        The scheme, under its canonical name (an alias where there is one).
+
+    Raises:
+        SchemeError: The name does not follow the grammar; the message suggests
+            the nearest known word.
+    """
+    weight_name, plus, activation_name = name.partition("+")
+    if plus and not activation_name:
+        raise SchemeError(f"scheme {name!r}: nothing follows the '+'. Write e.g. 'int8.token'.")
+    weight = None if weight_name == "bf16" else _parse_operand(name, weight_name, "bf16")
+    activation = _parse_operand(name, activation_name, "f32") if plus else None
+    if weight is not None and weight.granularity.kind not in _WEIGHT_KINDS:
+        raise SchemeError(f"scheme {name!r}: weights cannot be quantized per token.")
+    if activation is not None:
+        _check_activation(name, activation)
+    canonical = "bf16" if weight is None else _operand_name(weight, "bf16")
+    if activation is not None:
+        canonical += "+" + _operand_name(activation, "f32")
+    return Scheme(canonical, weight, activation)
+
+
+def _check_activation(name: str, activation: TensorScheme) -> None:
+    if activation.granularity.kind not in _ACTIVATION_KINDS:
+        raise SchemeError(
+            f"scheme {name!r}: activations have granularity {activation.granularity.name!r}; "
+            f"it must be one of: unscaled, tensor, token, gK."
+        )
+    if activation.scale_rule != "absmax" or activation.rounding != "nearest":
+        raise SchemeError(
+            f"scheme {name!r}: activations are rounded to nearest under absmax scales; "
+            f"drop '@' and '~' after the '+'."
+        )
+
+
+def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorScheme:
+    body, tilde, rounding_word = text.partition("~")
+    body, at, rule_word = body.partition("@")
+    words = ALIASES.get(body, body).split(".")
+    if words[0] not in ELEMENT_FORMATS:
+        raise SchemeError(
+            f"scheme {scheme_name!r}: unknown element format {words[0]!r}."
+            + nearest_name(words[0], [*ELEMENT_FORMATS, *ALIASES, "bf16"])
+        )
+    element = ELEMENT_FORMATS[words[0]]
+    if len(words) < 2:
+        raise SchemeError(
+            f"scheme {scheme_name!r}: {text!r} has no granularity. "
+            f"Write e.g. {words[0] + '.channel'!r} or {words[0] + '.g128'!r}."
+        )
+    granularity = _parse_granularity(scheme_name, words[1])
+    options = words[2:]
+    asymmetric = "asym" in options
+    scales = [word for word in options if word.startswith("s-")]
+    unknown = [word for word in options if word != "asym" and word not in scales]
+    if unknown or len(scales) > 1 or len(options) != len(set(options)):
+        word = unknown[0] if unknown else options[-1]
+        raise SchemeError(
+            f"scheme {scheme_name!r}: {word!r} is not an option, or stands twice."
+            + nearest_name(word, ["asym", *(f"s-{scale}" for scale in SCALE_FORMATS)])
+        )
+    scale_word = scales[0].removeprefix("s-") if scales else default_scale
+    rule = _look_up(scheme_name, "scale rule", rule_word or "absmax", {r: r for r in _SCALE_RULES})
+    if (at and not rule_word) or (tilde and rounding_word != "gptq"):
+        raise SchemeError(
+            f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
+        )
+    operand = TensorScheme(
+        element=element,
+        granularity=granularity,
+        symmetric=not asymmetric,
+        scale=_look_up(scheme_name, "scale format", scale_word, SCALE_FORMATS),
+        scale_rule=rule,
+        rounding="gptq" if tilde else "nearest",
+    )
+    _check_operand(scheme_name, operand, default_scale=default_scale)
+    return operand
+
+
+def _look_up(scheme_name: str, what: str, word: str, known: Mapping[str, _Value]) -> _Value:
+    if word not in known:
+        raise SchemeError(
+            f"scheme {scheme_name!r}: unknown {what} {word!r}." + nearest_name(word, known)
+        )
+    return known[word]
+
+
+def _parse_granularity(scheme_name: str, word: str) -> Granularity:
+    match = _GRANULARITY.fullmatch(word)
+    if match is None:
+        raise SchemeError(
+            f"scheme {scheme_name!r}: unknown granularity {word!r}. "
+            f"Known: unscaled, tensor, channel, token, gK (a group of K), blockN, blockNxM."
+        )
+    if match[1]:
+        return Granularity("group", 1, int(match[1]))
+    if match[2]:
+        return Granularity("block", int(match[2]), int(match[3] or match[2]))
+    if word in ("channel", "token"):
+        return Granularity("channel" if word == "channel" else "token", 1, 0)
+    return Granularity("tensor" if word == "tensor" else "unscaled", 0, 0)
+
+
+def _check_operand(scheme_name: str, operand: TensorScheme, *, default_scale: str) -> None:
+    is_int = isinstance(operand.element, IntFormat)
+    fullrange = operand.scale_rule == "fullrange"
+    reasons = {
+        "only integer formats have a zero point; drop '.asym'.": not (operand.symmetric or is_int),
+        "asymmetric codes use the full range already; drop '@'.": (
+            not operand.symmetric and fullrange
+        ),
+        "'@fullrange' is for integer formats only.": fullrange and not is_int,
+        "E8M0 scales have no sign, which '@fullrange' needs.": (
+            fullrange and operand.scale.name.startswith("e8m0")
+        ),
+        "only bf16 and f32 scales go with a zero point; drop '.asym'.": (
+            not operand.symmetric and operand.scale.name not in ("bf16", "f32")
+        ),
+        "one scale for the whole tensor is symmetric and absmax: it must be known before the "
+        "first row is read; drop '.asym' and '@', or write 'channel'.": (
+            operand.granularity.kind == "tensor"
+            and not (operand.symmetric and operand.scale_rule == "absmax")
+        ),
+    }
+    if not operand.has_scale:
+        reasons |= {
+            "only floating-point formats can go unscaled.": (
+                not isinstance(operand.element, FloatFormat)
+            ),
+            "unscaled formats have no scale format and no scale rule; drop '.s-' and '@'.": (
+                operand.scale_rule != "absmax" or operand.scale.name != default_scale
+            ),
+        }
+    for reason, applies in reasons.items():
+        if applies:
+            raise SchemeError(f"scheme {scheme_name!r}: {reason}")
+
+
+def _operand_name(operand: TensorScheme, default_scale: str) -> str:
+    name = f"{operand.element.name}.{operand.granularity.name}"
+    if not operand.symmetric:
+        name += ".asym"
+    if operand.scale.name != default_scale and operand.has_scale:
+        name += f".s-{operand.scale.name}"
+    name = _ALIAS_OF.get(name, name)
+    if operand.scale_rule != "absmax":
+        name += f"@{operand.scale_rule}"
+    if operand.rounding == "gptq":
+        name += "~gptq"
+    return name
