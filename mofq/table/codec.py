@@ -1,0 +1,156 @@
+"""Between a line of text and its dataclass. The text of a line is canonical."""
+
+from __future__ import annotations
+
+import json
+import struct
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from dataclasses import asdict
+from typing import Any
+
+from mofq.documents import check_document, parse_json
+from mofq.exceptions import TableError, nearest_name
+from mofq.table.lines import (
+    Rejection,
+    Row,
+    TableGroup,
+    TableHeader,
+    TableLayer,
+    TableSpace,
+    TableStats,
+)
+from mofq.table.schema import LINE_SCHEMAS, TABLE_VERSION
+
+Line = TableHeader | TableSpace | Rejection | Row
+
+
+def encode_line(line: Line) -> str:
+    """One line of JSON with its newline; equal data gives equal text."""
+    if isinstance(line, TableHeader):
+        value = _header_value(line)
+    elif isinstance(line, TableSpace):
+        value = {"kind": "space", **asdict(line)}
+    elif isinstance(line, Rejection):
+        value = {"kind": "rejection", **asdict(line)}
+    else:
+        value = _row_value(line)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except ValueError as problem:
+        raise TableError(f"{_where(line)}: cannot be written: {problem}.") from problem
+    return text + "\n"
+
+
+def _where(line: Line) -> str:
+    if isinstance(line, Row):
+        return f"row of {line.group} under {line.scheme} in {line.unit}"
+    return type(line).__name__
+
+
+def _header_value(header: TableHeader) -> dict[str, Any]:
+    value = asdict(header)
+    return {
+        "kind": "header",
+        "version": TABLE_VERSION,
+        "mofq": header.mofq,
+        "model": {"name": header.model_name, "index_sha256": header.index_sha256},
+        "stats": value["stats"],
+        "groups": value["groups"],
+        "unquantized": value["unquantized"],
+        "other_bytes": header.other_bytes,
+    }
+
+
+def _row_value(row: Row) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "kind": "row",
+        "group": row.group,
+        "scheme": row.scheme,
+        "unit": row.unit,
+        "corpus": row.corpus,
+        "error": row.error,
+        "stderr": row.stderr,
+        "bytes": row.bytes,
+        "sqnr_db": row.sqnr_db,
+    }
+    if row.projections is not None:
+        try:
+            packed = struct.pack(f"<{len(row.projections)}f", *row.projections)
+        except OverflowError as problem:
+            raise TableError(f"{_where(row)}: a projection does not fit float32.") from problem
+        value["projections"] = b64encode(packed).decode()
+    if row.static_amax is not None:
+        value["static_amax"] = row.static_amax
+    return value
+
+
+def decode_line(text: str, where: str) -> Line:
+    """The dataclass of one line.
+
+    Args:
+        text: The line.
+        where: File and line number, for messages.
+
+    Raises:
+        TableError: The line is not JSON, of an unknown kind or version, or has
+            an unknown key, a missing key or a value out of its range.
+    """
+    value = parse_json(text, where, TableError)
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in LINE_SCHEMAS:
+        raise TableError(
+            f"{where}: unknown kind of line {kind!r}." + nearest_name(str(kind), LINE_SCHEMAS)
+        )
+    if kind == "header" and value.get("version") != TABLE_VERSION:
+        raise TableError(
+            f"{where}: the table has version {value.get('version')!r}, "
+            f"and this mofq reads version {TABLE_VERSION}. "
+            f"Use the mofq that wrote it, or measure again."
+        )
+    check_document(value, LINE_SCHEMAS[kind], where, TableError)
+    del value["kind"]
+    if kind == "row":
+        return _row(value, where)
+    if kind == "rejection":
+        return Rejection(**value)
+    if kind == "space":
+        return TableSpace(
+            **{**value, "schemes": tuple(value["schemes"]), "base": tuple(value["base"])}
+        )
+    return _header(value)
+
+
+def _row(value: dict[str, Any], where: str) -> Row:
+    packed = value.pop("projections", None)
+    static_amax = value.pop("static_amax", None)
+    projections = None
+    if packed is not None:
+        try:
+            data = b64decode(packed, validate=True)
+            projections = struct.unpack(f"<{len(data) // 4}f", data)
+        except (Base64Error, ValueError, struct.error) as problem:
+            raise TableError(
+                f"{where}: projections are not base64 of float32 numbers: {problem}."
+            ) from problem
+    return Row(**value, projections=projections, static_amax=static_amax)
+
+
+def _header(value: dict[str, Any]) -> TableHeader:
+    return TableHeader(
+        mofq=value["mofq"],
+        model_name=value["model"]["name"],
+        index_sha256=value["model"]["index_sha256"],
+        stats=None if value["stats"] is None else TableStats(**value["stats"]),
+        groups=tuple(
+            TableGroup(
+                group["name"],
+                layers=tuple(TableLayer(**layer) for layer in group["layers"]),
+                source_bytes=group["source_bytes"],
+            )
+            for group in value["groups"]
+        ),
+        unquantized=tuple(value["unquantized"]),
+        other_bytes=value["other_bytes"],
+    )

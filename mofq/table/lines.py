@@ -1,0 +1,203 @@
+"""The lines of a table as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mofq import __version__
+from mofq.cost import layer_bytes
+from mofq.layers import ModelLayers
+from mofq.schemes import parse_scheme
+
+Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+#: What identifies a row: fusion group, scheme, unit, corpus.
+RowKey = tuple[str, str, str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TableLayer:
+    """A linear layer, as far as a decision needs it."""
+
+    name: str
+    out_features: int
+    in_features: int
+    dtype: str  #: of the checkpoint, as its header writes it
+    decoder_layer: int | None
+    module: str  #: last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, slots=True)
+class TableGroup:
+    """A fusion group: layers that get one scheme."""
+
+    name: str
+    layers: tuple[TableLayer, ...]
+    source_bytes: int  #: in the checkpoint as it is [bytes]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all layers."""
+        return sum(layer.weights for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class TableStats:
+    """Which calibration the rows rest on."""
+
+    sha256: str
+    seed: int
+    corpora: dict[str, str]  #: name -> SHA-256 of its text
+    samples: int  #: of each corpus
+    tokens_per_sample: int  #: labelled positions, T of the sensitivity formula
+    sequence_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableHeader:
+    """What all rows of a table have in common."""
+
+    mofq: str  #: version that began the table
+    model_name: str
+    index_sha256: str  #: of the checkpoint's names, shapes, dtypes and config
+    stats: TableStats | None  #: None: calibration-free
+    groups: tuple[TableGroup, ...]
+    unquantized: tuple[str, ...]  #: linear layers outside of every group
+    other_bytes: int  #: all tensors that are not weights of the groups [bytes]
+
+    @property
+    def source_bytes_of_groups(self) -> int:
+        """The weights of all groups in the checkpoint as it is [bytes]."""
+        return sum(group.source_bytes for group in self.groups)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all groups."""
+        return sum(group.weights for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpace:
+    """What one run of ``measure`` was asked for."""
+
+    name: str
+    sha256: str
+    schemes: tuple[str, ...]
+    base: tuple[str, ...]
+    min_gain: float
+    engine: str | None
+    mofq: str = __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a scheme was not offered to a fusion group."""
+
+    group: str
+    scheme: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured choice.
+
+    Rows of a unit and corpus rest on the same samples in the same order, so
+    ``projections`` of two rows are compared sample by sample.
+    """
+
+    group: str
+    scheme: str
+    unit: Unit
+    corpus: str | None  #: None: no corpus was used, or all of them together
+    error: float  #: in ``unit``, >= 0
+    stderr: float | None  #: of ``error``, from the samples
+    bytes: int  #: of the group under the scheme, as exported
+    sqnr_db: float | None  #: of the weights [dB]; None where they are exact
+    #: d_n of each sample, with error = mean(d_n**2) / (2 * tokens_per_sample);
+    #: stored in float32. None in units other than nats.
+    projections: tuple[float, ...] | None = None
+    static_amax: dict[str, float] | None = (
+        None  #: layer -> largest |input|, static activations only
+    )
+
+    @property
+    def key(self) -> RowKey:
+        """What identifies the row."""
+        return (self.group, self.scheme, self.unit, self.corpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table in memory. Lines keep the order of the file."""
+
+    header: TableHeader
+    spaces: tuple[TableSpace, ...]
+    rejections: tuple[Rejection, ...]
+    rows: tuple[Row, ...]
+    sha256: str  #: of the complete lines of the file
+
+    @property
+    def measures(self) -> tuple[tuple[Unit, str | None], ...]:
+        """The (unit, corpus) pairs that have rows, in the order of their first row."""
+        return tuple(dict.fromkeys((row.unit, row.corpus) for row in self.rows))
+
+    def rows_of(self, unit: str, corpus: str | None = None) -> dict[str, tuple[Row, ...]]:
+        """The rows of one unit and corpus by fusion group; every group of the header is a key."""
+        found: dict[str, list[Row]] = {group.name: [] for group in self.header.groups}
+        for row in self.rows:
+            if row.unit == unit and row.corpus == corpus:
+                found[row.group].append(row)
+        return {name: tuple(rows) for name, rows in found.items()}
+
+
+def header_of(
+    model_layers: ModelLayers,
+    *,
+    model_name: str,
+    index_sha256: str,
+    stats: TableStats | None = None,
+) -> TableHeader:
+    """The header of a new table for a model.
+
+    Args:
+        model_layers: What ``find_layers`` found.
+        model_name: As the checkpoint calls itself.
+        index_sha256: Of the checkpoint.
+        stats: The calibration that the rows will rest on, if any.
+    """
+    unquantized = parse_scheme("bf16")
+    groups = tuple(
+        TableGroup(
+            name=group.name,
+            layers=tuple(
+                TableLayer(
+                    layer.name,
+                    layer.out_features,
+                    layer.in_features,
+                    dtype=layer.dtype,
+                    decoder_layer=layer.decoder_layer,
+                    module=layer.module,
+                )
+                for layer in group.layers
+            ),
+            source_bytes=sum(layer_bytes(layer, unquantized) for layer in group.layers),
+        )
+        for group in model_layers.groups
+    )
+    return TableHeader(
+        mofq=__version__,
+        model_name=model_name,
+        index_sha256=index_sha256,
+        stats=stats,
+        groups=groups,
+        unquantized=tuple(layer.name for layer in model_layers.unquantized),
+        other_bytes=model_layers.other_bytes,
+    )

@@ -1,0 +1,180 @@
+"""Reads a table and checks that its lines belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from hashlib import sha256
+from operator import mul
+from pathlib import Path
+
+from mofq.exceptions import SchemeError, TableError, nearest_name
+from mofq.schemes import parse_scheme
+from mofq.table.codec import Line, decode_line
+from mofq.table.lines import Rejection, Row, RowKey, Table, TableHeader, TableSpace
+
+#: ``projections`` are float32 while ``error`` is summed in float64.
+_PROJECTION_TOLERANCE = 1e-4
+
+
+class RowCheck:
+    """Whether rows fit a header and each other; fed line by line."""
+
+    def __init__(self, header: TableHeader) -> None:
+        self._header = header
+        self._layers = {
+            group.name: {layer.name for layer in group.layers} for group in header.groups
+        }
+        self._samples: dict[tuple[str, str | None], int] = {}
+
+    def check_names(self, line: Row | Rejection, where: str) -> None:
+        """Refuse a fusion group or scheme that does not exist."""
+        if line.group not in self._layers:
+            raise TableError(
+                f"{where}: the header has no fusion group {line.group!r}."
+                + nearest_name(line.group, self._layers)
+            )
+        try:
+            name = parse_scheme(line.scheme).name
+        except SchemeError as problem:
+            raise TableError(f"{where}: {problem}") from problem
+        if name != line.scheme:
+            raise TableError(f"{where}: the scheme {line.scheme!r} is written {name!r}.")
+
+    def check_row(self, row: Row, where: str) -> None:
+        """Refuse a row whose numbers or corpus cannot be."""
+        self.check_names(row, where)
+        numbers = [
+            row.error,
+            row.stderr or 0.0,
+            row.sqnr_db or 0.0,
+            *(row.static_amax or {}).values(),
+        ]
+        if not all(map(math.isfinite, numbers)):
+            raise TableError(f"{where}: an error, stderr, sqnr_db or static_amax is not finite.")
+        if min(row.error, row.stderr or 0.0, row.bytes, *(row.static_amax or {}).values()) < 0:
+            raise TableError(f"{where}: an error, stderr, static_amax or byte count is negative.")
+        unknown = sorted(set(row.static_amax or ()) - self._layers[row.group])
+        if unknown:
+            raise TableError(
+                f"{where}: static_amax names {unknown[0]!r}, which is not in {row.group}."
+                + nearest_name(unknown[0], self._layers[row.group])
+            )
+        self._check_corpus(row, where)
+        self._check_projections(row, where)
+
+    def _check_corpus(self, row: Row, where: str) -> None:
+        stats = self._header.stats
+        if row.unit != "relative_weight_error" and stats is None:
+            raise TableError(f"{where}: {row.unit} needs statistics, and the header has none.")
+        corpora = {} if stats is None else stats.corpora
+        if row.corpus is not None and row.corpus not in corpora:
+            raise TableError(
+                f"{where}: the header has no corpus {row.corpus!r}."
+                + nearest_name(row.corpus, corpora)
+            )
+
+    def _check_projections(self, row: Row, where: str) -> None:
+        projections = row.projections
+        if projections is None:
+            return
+        if row.unit != "kl_nats_per_token" or not projections or self._header.stats is None:
+            raise TableError(
+                f"{where}: projections belong to rows in kl_nats_per_token, one per sample."
+            )
+        known = self._samples.setdefault((row.unit, row.corpus), len(projections))
+        if len(projections) != known:
+            raise TableError(
+                f"{where}: has {len(projections)} projections where earlier rows of "
+                f"corpus {row.corpus!r} have {known}; rows are compared sample by sample."
+            )
+        tokens = self._header.stats.tokens_per_sample
+        mean = sum(map(mul, projections, projections)) / len(projections) / (2 * tokens)
+        if not math.isclose(mean, row.error, rel_tol=_PROJECTION_TOLERANCE, abs_tol=1e-30):
+            raise TableError(
+                f"{where}: error is {row.error}, but its projections give {mean} "
+                f"(mean of squares / (2 * {tokens} tokens))."
+            )
+
+
+def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
+    """Each line that ends in a newline, with what messages call it; not a half last line."""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        try:
+            yield line.decode(), where
+        except UnicodeDecodeError as problem:
+            raise TableError(f"{where}: is not UTF-8 text.") from problem
+
+
+def parse_table(data: bytes, path: Path) -> Table:
+    """A table from the bytes of its file; see `read_table`."""
+    lines = complete_lines(data, path)
+    text, where = next(lines, ("", ""))
+    header = decode_line(text, where) if where else None
+    if not isinstance(header, TableHeader):
+        raise TableError(
+            f"{path}: has no complete header line. Is it a table? Run `mofq measure` again."
+        )
+    _check_header(header, where)
+    check = RowCheck(header)
+    spaces: list[TableSpace] = []
+    rejections: list[Rejection] = []
+    rows: dict[RowKey, Row] = {}
+    for text, where in lines:
+        line = decode_line(text, where)
+        if isinstance(line, TableSpace):
+            spaces.append(line)
+        elif isinstance(line, Rejection):
+            check.check_names(line, where)
+            rejections.append(line)
+        elif isinstance(line, Row):
+            check.check_row(line, where)
+            if rows.setdefault(line.key, line) != line:
+                raise TableError(
+                    f"{where}: {_twice(line)} Which one is right cannot be known; measure again."
+                )
+        else:
+            raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
+    digest = sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
+    return Table(header, tuple(spaces), tuple(rejections), rows=tuple(rows.values()), sha256=digest)
+
+
+def _twice(line: Line) -> str:
+    assert isinstance(line, Row)
+    return f"{line.group} under {line.scheme} in {line.unit} stands twice with different numbers."
+
+
+def _check_header(header: TableHeader, where: str) -> None:
+    groups = [group.name for group in header.groups]
+    layers = [layer.name for group in header.groups for layer in group.layers]
+    for kind, names in (("fusion group", groups), ("layer", [*layers, *header.unquantized])):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise TableError(f"{where}: the {kind} {twice!r} stands twice in the header.")
+
+
+def read_table(path: str | Path) -> Table:
+    """Read and check a table.
+
+    A last line without its newline (a run was killed, or still writes) is
+    left out; any other damage is refused.
+
+    Args:
+        path: The ``table.jsonl``.
+
+    Returns:
+        The table, lines in the order of the file, identical repeats left out.
+
+    Raises:
+        TableError: The file is missing, damaged or of an unknown version, or its
+            lines contradict each other; the message names the line.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise TableError(
+            f"{path}: cannot be read: {problem.strerror}. `mofq measure` writes a table."
+        ) from problem
+    return parse_table(data, path)

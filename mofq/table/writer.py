@@ -1,0 +1,184 @@
+"""Appends to a table: one writer, one flush per fusion group, nothing half-written kept."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+
+from mofq.exceptions import TableError
+from mofq.table.codec import decode_line, encode_line
+from mofq.table.lines import Rejection, Row, RowKey, Table, TableHeader, TableSpace
+from mofq.table.reader import RowCheck, parse_table
+
+_BEGINNING = b'{"kind":"header",'
+
+
+class TableWriter:
+    """An open, locked table. Use `open_table`, in a ``with`` statement.
+
+    Lines that the file has already are not written again, so a resumed run
+    that walks in the same order ends with the same bytes as an undisturbed one.
+    """
+
+    def __init__(self, path: Path, file: int, table: Table) -> None:
+        self.path = path
+        self.header = table.header
+        self._file = file
+        self._check = RowCheck(table.header)
+        self._rows: dict[RowKey, str] = {}
+        for row in table.rows:
+            self._check.check_row(row, str(path))
+            self._rows[row.key] = encode_line(row)
+        others: list[TableSpace | Rejection] = [*table.spaces, *table.rejections]
+        self._others = {encode_line(line) for line in others}
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)  # releases the lock too
+
+    def has(self, group: str, scheme: str, *, unit: str, corpus: str | None = None) -> bool:
+        """Whether this choice is measured already."""
+        return (group, scheme, unit, corpus) in self._rows
+
+    def add_space(self, space: TableSpace) -> None:
+        """Note what this run was asked for."""
+        self._append(self._new_others([space]))
+
+    def add_group(self, rows: Iterable[Row], rejections: Iterable[Rejection] = ()) -> None:
+        """Append what is known of a fusion group, and wait until it is on the disk.
+
+        Raises:
+            TableError: A row is not valid, or contradicts one that is there; then
+                none is written. Or the disk is full; then earlier lines are kept.
+        """
+        rejections = list(rejections)
+        for rejection in rejections:
+            self._check.check_names(rejection, str(self.path))
+        new: dict[RowKey, str] = {}
+        for row in rows:
+            where = f"{self.path}: row of {row.group} under {row.scheme}"
+            self._check.check_row(row, where)
+            text = encode_line(row)
+            decode_line(text, where)
+            known = self._rows.get(row.key) or new.get(row.key)
+            if known is None:
+                new[row.key] = text
+            elif known != text:
+                raise TableError(
+                    f"{where}: {row.unit} was measured before with another result. Checkpoint or "
+                    f"statistics have changed under the same hashes; write to another table."
+                )
+        self._append([*self._new_others(rejections), *new.values()])
+        self._rows.update(new)
+
+    def _new_others(self, lines: Sequence[TableSpace | Rejection]) -> list[str]:
+        texts = dict.fromkeys(encode_line(line) for line in lines)
+        return [text for text in texts if text not in self._others]
+
+    def _append(self, texts: list[str]) -> None:
+        if texts:
+            _write(self._file, "".join(texts).encode(), self.path)
+            self._others.update(texts)
+
+
+def open_table(path: str | Path, header: TableHeader) -> TableWriter:
+    """Open a table for appending; make it if there is none.
+
+    A last line that a killed run left half-written is cut off.
+
+    Args:
+        path: The ``table.jsonl``.
+        header: What this run would write. A table that is there must agree in all
+            but the model's name and the version of mofq.
+
+    Raises:
+        TableError: Another process writes to the table, the table is damaged, or
+            it belongs to another model or other statistics (both sides are named).
+    """
+    path = Path(path)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as problem:
+        raise TableError(
+            f"{path}: cannot be opened: {problem.strerror}. Check the folder."
+        ) from problem
+    try:
+        _lock(file, path)
+        table = _resume(file, path) or _begin(file, path, header)
+        _check_same(header, table.header, path)
+        return TableWriter(path, file, table)
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as problem:
+        raise TableError(
+            f"{path}: another process writes to this table. Wait for it, or write to another one."
+        ) from problem
+
+
+def _resume(file: int, path: Path) -> Table | None:
+    """The table that is there, its half last line cut off; None if there is not even a header."""
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    # Whatever else the path may name by mistake is not ours to cut.
+    if not complete and not data.startswith(_BEGINNING[: len(data)]):
+        raise TableError(f"{path}: exists and is not a table. Name another file.")
+    table = parse_table(complete, path) if complete else None
+    if len(complete) < len(data):
+        os.ftruncate(file, len(complete))
+    return table
+
+
+def _begin(file: int, path: Path, header: TableHeader) -> Table:
+    text = encode_line(header).encode()
+    table = parse_table(text, path)
+    _write(file, text, path)
+    return table
+
+
+def _write(file: int, data: bytes, path: Path) -> None:
+    before = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    except OSError as problem:
+        os.ftruncate(file, before)
+        raise TableError(
+            f"{path}: cannot be written: {problem.strerror}. What was measured before is kept; "
+            f"free some space and run the same command again."
+        ) from problem
+
+
+def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
+    free = ("mofq", "model_name")
+    for name in (field.name for field in fields(TableHeader) if field.name not in free):
+        here, there = getattr(asked, name), getattr(found, name)
+        if here == there:
+            continue
+        if name == "stats":
+            here, there = (None if stats is None else stats.sha256 for stats in (here, there))
+        detail = (
+            "" if name in ("groups", "unquantized") else f": {there} in the table, {here} asked for"
+        )
+        raise TableError(
+            f"{path}: the table differs in {name}{detail}. It belongs to "
+            f"{found.model_name}; write to another table."
+        )
