@@ -53,6 +53,7 @@ CONFIG_FILE = "config.json"
 #: The safetensors library refuses longer headers too. No JSON file here is longer [bytes].
 MAX_JSON_BYTES = 100_000_000
 
+_MAX_DIMENSIONS = 64  # torch's own limit
 _AGAIN = "Fetch the file again from where it came."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -178,26 +179,32 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         )
     if not _is_sizes(shape):
         raise CheckpointError(
-            f"{where}: needed a shape of integers >= 0, found {_shorten(shape)}. {_AGAIN}"
+            f"{where}: needed a shape of at most {_MAX_DIMENSIONS} integers >= 0,"
+            f" found {_shorten(shape)}. {_AGAIN}"
         )
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
             f"{where}: needed data_offsets [begin, end] with 0 <= begin <= end,"
             f" found {_shorten(offsets)}. {_AGAIN}"
         )
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits != 8 * (offsets[1] - offsets[0]):
+    nbytes, bits_left = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
+    if bits_left or nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where}: {dtype} of shape {_shorten(shape)} needs {bits / 8:,.10g} bytes,"
-            f" data_offsets give it {offsets[1] - offsets[0]:,}. {_AGAIN}"
+            f"{where}: {dtype} of shape {_shorten(shape)} needs {nbytes:,} bytes"
+            f"{f' and {bits_left} bits' if bits_left else ''}, data_offsets give it"
+            f" {offsets[1] - offsets[0]:,} bytes. {_AGAIN}"
         )
     begin, end = (data_start + offset for offset in offsets)
     return TensorInfo(name, dtype, tuple(shape), path, begin, end)
 
 
 def _is_sizes(value: object) -> bool:
-    # bool is an int to Python, and not a size.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    # bool is an int to Python, and not a size. Without limits, a product of sizes takes forever.
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
 
 
 def _check_byte_ranges(

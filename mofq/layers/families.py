@@ -196,9 +196,9 @@ def _state(
         value = config.get(key, family.defaults.get(key))
         if value is None:
             continue
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or not 0 < value < 2**31:
             raise CheckpointError(
-                f"{where}: {key!r} needs a positive integer, found {value!r}."
+                f"{where}: {key!r} needs a positive integer below 2**31, found {value!r}."
                 " Fetch the file again from where it came."
             )
         return value

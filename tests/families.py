@@ -1,0 +1,179 @@
+"""Tiny checkpoints of random weights, one of each family, written by the real transformers class.
+
+They serve shapes and names only: nothing about quality is to be read from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+#: Every in_features below is a multiple of 128, so that groups of 128 divide it.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def _without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in _SIZES.items() if key not in keys}
+
+
+_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TinyFamily:
+    """The transformers classes of a family, and the options that make a model tiny."""
+
+    config: str
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: ``model_type`` -> classes and sizes.
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "llama": TinyFamily("LlamaConfig", "LlamaForCausalLM", _SIZES),
+    "mistral": TinyFamily("MistralConfig", "MistralForCausalLM", _SIZES),
+    "qwen2": TinyFamily("Qwen2Config", "Qwen2ForCausalLM", _without("head_dim")),
+    "qwen3": TinyFamily("Qwen3Config", "Qwen3ForCausalLM", _SIZES),
+    "gemma2": TinyFamily("Gemma2Config", "Gemma2ForCausalLM", _SIZES),
+    "gemma3_text": TinyFamily("Gemma3TextConfig", "Gemma3ForCausalLM", _SIZES),
+    "gemma3": TinyFamily(
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _SIZES,
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 3,
+            "eoi_token_index": 4,
+            "image_token_index": 5,
+        },
+    ),
+    "phi3": TinyFamily("Phi3Config", "Phi3ForCausalLM", _without("head_dim")),
+    "opt": TinyFamily(
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            **_without("head_dim", "num_key_value_heads", "intermediate_size"),
+            "ffn_dim": 256,
+            "word_embed_proj_dim": 64,
+        },
+    ),
+    "gpt2": TinyFamily(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 256,
+            "n_embd": 128,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+    ),
+    "mixtral": TinyFamily(
+        "MixtralConfig", "MixtralForCausalLM", {**_SIZES, "num_local_experts": 4}
+    ),
+    "qwen3_moe": TinyFamily(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **_SIZES,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "mlp_only_layers": [1],  # one dense decoder layer beside one of experts
+        },
+    ),
+}
+
+
+def build_family(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
+) -> PreTrainedModel:
+    """A tiny model with seeded random weights.
+
+    Args:
+        name: A key of ``TINY_FAMILIES``.
+        dtype: Of the weights.
+        seed: Of the weights.
+        options: Added to the config, for example ``tie_word_embeddings=True``.
+    """
+    family = TINY_FAMILIES[name]
+    config = getattr(transformers, family.config)(**{**family.options, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = getattr(transformers, family.model)(config)
+    return model.to(dtype).eval()
+
+
+def write_family(
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    shard_size: str = "5GB",
+    fused: bool = False,
+    tokenizer: bool = True,
+    **options: Any,
+) -> Path:
+    """Write a tiny checkpoint as the real transformers class does.
+
+    Args:
+        name: A key of ``TINY_FAMILIES``.
+        folder: Is created.
+        dtype: Of the weights.
+        seed: Of the weights.
+        shard_size: Largest shard, for example ``"200KB"``.
+        fused: Write what transformers 5 holds in memory (three-dimensional expert
+            tensors, its own prefixes) and not the layout of the hub's checkpoints.
+        tokenizer: Also write a tokenizer, whose tokens are the 256 bytes.
+        options: Added to the config, for example ``tie_word_embeddings=True``.
+
+    Returns:
+        The folder.
+    """
+    logging.disable_progress_bar()
+    model = build_family(name, dtype=dtype, seed=seed, **options)
+    model.save_pretrained(folder, max_shard_size=shard_size, save_original_format=not fused)
+    if tokenizer:
+        write_byte_tokenizer(folder)
+    return folder
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose 256 tokens are the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
