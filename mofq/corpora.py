@@ -16,12 +16,14 @@ from mofq.exceptions import CorpusError, nearest_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DEMO = Path(__file__).with_name("demo")
+_TEXTS = Path(__file__).parent / "demo" / "texts"
 
-#: Text that ships with the package; a name stands for a file.
+#: Text that ships with the package: held-out, and part of what the demo model was trained on.
 BUNDLED_TEXT = {
-    "demo-en": _DEMO / "demo-en.txt",
-    "demo-pt": _DEMO / "demo-pt.txt",
+    "demo-en": _TEXTS / "heldout-en.txt",
+    "demo-pt": _TEXTS / "heldout-pt.txt",
+    "demo-en-calibration": _TEXTS / "calibration-en.txt",
+    "demo-pt-calibration": _TEXTS / "calibration-pt.txt",
 }
 
 #: File names of these kinds hold rows; every other file is plain text.

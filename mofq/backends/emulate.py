@@ -1,0 +1,257 @@
+"""Emulates a recipe in memory: every scheme, in plain torch, on any device.
+
+The weights become what ``quantize`` rounds them to, and inputs are rounded on
+their way into a layer. Arithmetic stays in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mofq.backends.moe import FakeQuantExperts
+from mofq.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.checkpoint.tensors import TORCH_DTYPES, read_layer_rows
+from mofq.exceptions import BackendError, RecipeError
+from mofq.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.recipe import Recipe, check_recipe
+from mofq.schemes import Scheme, parse_scheme
+
+Progress = Callable[[str, int, int], None]
+_Number = TypeVar("_Number", float, Tensor)
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def apply(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Emulate a recipe, in place.
+
+    Args:
+        model: As transformers loads it, any float dtype. It is left as it was
+            if the recipe does not fit it.
+        recipe: Covers every linear layer of the model.
+        checkpoint: Where the weights to quantize are read; by default they are
+            the model's own, which are the same where its dtype holds the
+            checkpoint's.
+        progress: Called with ``"emulate"``, fusion groups done, and all of them.
+
+    Returns:
+        The model. Each layer with a scheme is a ``FakeQuantLinear`` now, and
+        the experts of a mixture are a ``FakeQuantExperts``; layers without one
+        are untouched.
+
+    Raises:
+        RecipeError: The recipe does not cover the model, splits a fusion group,
+            belongs to another checkpoint, gives a layer a scheme that its shape
+            does not take, or lacks a static scale.
+        SchemeError: A weight is not finite, or its rounding needs calibration.
+        BackendError: A layer is quantized already.
+        CheckpointError: The model's family is unknown.
+    """
+    layers = find_loaded_layers(model, recipe)
+    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
+    schemes = {group.name: _scheme_of(group, recipe) for group in layers.groups}
+    quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
+    for group in quantized:
+        _check_modules(model, group, schemes[group.name], recipe)
+    stored = _stored_layers(checkpoint, layers)
+    for done, group in enumerate(quantized):
+        if progress is not None:
+            progress("emulate", done, len(quantized))
+        sources = {
+            layer.name: _loaded_weight(model, layer)
+            if checkpoint is None
+            else read_layer_rows(checkpoint, stored[layer.name], 0, layer.out_features)
+            for layer in group.layers
+        }
+        _apply_group(model, group, schemes[group.name], sources=sources, recipe=recipe)
+    if progress is not None:
+        progress("emulate", len(quantized), len(quantized))
+    return model
+
+
+def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
+    """The linear layers of a model in memory.
+
+    Args:
+        model: As transformers loads it.
+        recipe: Whether it has the lm_head in a fusion group decides whether the
+            lm_head is one.
+
+    Returns:
+        The layers under the names that they have on disk; ``tensor``,
+        ``expert`` and ``row_start`` say which part of which parameter of the
+        model each is.
+
+    Raises:
+        CheckpointError: The model's family is unknown, or a matrix of a decoder
+            layer is covered by no rule.
+    """
+    config = model.config.to_dict()
+    name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+    tensors = {
+        key: TensorInfo(key, _DTYPE_NAMES[value.dtype], tuple(value.shape), Path(name), 0, 0)
+        for key, value in model.state_dict().items()
+        if value.dtype in _DTYPE_NAMES
+    }
+    family = FUSION_RULES.get(str(config.get("model_type")))
+    heads = family.lm_heads if family is not None else ()
+    grouped = {layer for group in recipe.groups for layer in group.layers}
+    return find_layers(
+        Checkpoint(Path(name), name, config, tensors, index_sha256=""),
+        include_lm_head=any(head in grouped for head in heads),
+    )
+
+
+def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Number]:
+    """The largest magnitude that each layer's global scale is made from.
+
+    Args:
+        group: Whose layers engines concatenate.
+        amax: Layer name -> its own largest magnitude.
+
+    Returns:
+        Layer name -> the largest among the layers it is concatenated with.
+    """
+    return {
+        layer.name: max(
+            amax[other.name] for other in group.layers if other.shares_scale == layer.shares_scale
+        )
+        for layer in group.layers
+    }
+
+
+def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float] | None:
+    """Largest input magnitude of each layer, where the scheme of a fusion group needs one.
+
+    Raises:
+        RecipeError: The recipe has none for a layer.
+    """
+    if scheme.activation is None or not scheme.activation.needs_tensor_amax:
+        return None
+    known = recipe.static_amax
+    for layer in group.layers:
+        if layer.name not in known:
+            raise RecipeError(
+                f"{layer.name}: scheme {scheme.name!r} has static activations, and the recipe has "
+                f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
+            )
+    return share_amax(group, known)
+
+
+def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:
+    return parse_scheme(recipe.schemes[group.layers[0].name])
+
+
+def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
+    static_amax(group, scheme, recipe)
+    for layer in group.layers:
+        module = model.get_submodule(_module_path(layer))
+        if isinstance(module, FakeQuantLinear | FakeQuantExperts):
+            raise BackendError(
+                f"{layer.name}: a recipe was applied to this model already. Load the model again."
+            )
+        if layer.expert is None and not isinstance(module, nn.Linear | Conv1D):
+            raise BackendError(
+                f"{layer.name}: needed a linear layer of torch, found {type(module).__name__}. "
+                f"Load the model unquantized and without adapters."
+            )
+
+
+def _stored_layers(checkpoint: Checkpoint | None, loaded: ModelLayers) -> dict[str, LinearLayer]:
+    if checkpoint is None:
+        return {}
+    has_head = any(group.name == "lm_head" for group in loaded.groups)
+    stored = find_layers(checkpoint, include_lm_head=has_head)
+    return {layer.name: layer for group in stored.groups for layer in group.layers}
+
+
+def _loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
+    """A view of the model's own weight, [out_features, in_features]."""
+    weight = model.get_parameter(layer.tensor).detach()
+    if layer.expert is not None:
+        weight = weight[layer.expert]
+    if layer.transposed:
+        weight = weight.T
+    return weight[layer.row_start : layer.row_start + layer.out_features]
+
+
+def _apply_group(
+    model: nn.Module,
+    group: FusionGroup,
+    scheme: Scheme,
+    *,
+    sources: Mapping[str, Tensor],
+    recipe: Recipe,
+) -> None:
+    # Before anything is rounded: experts are rounded in place, where the source lies.
+    amax = None
+    if scheme.weight is not None and scheme.weight.needs_tensor_amax:
+        amax = share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
+    inputs = static_amax(group, scheme, recipe)
+    if any(layer.expert is not None for layer in group.layers):
+        _replace_experts(model, group.layers, scheme, inputs)
+    for layer in group.layers:
+        weight_OI = sources[layer.name]
+        if scheme.weight is not None:
+            weight_OI = fake_quantize_weight(
+                weight_OI,
+                scheme.weight,
+                tensor_amax=None if amax is None else amax[layer.name],
+                name=layer.name,
+            )
+        if layer.expert is not None:
+            _loaded_weight(model, layer).copy_(weight_OI)
+            continue
+        path = _module_path(layer)
+        linear = FakeQuantLinear.from_linear(
+            model.get_submodule(path),
+            scheme,
+            weight_OI=weight_OI.contiguous(),
+            static_amax=None if inputs is None else inputs[layer.name],
+            name=layer.name,
+        )
+        _replace(model, path, linear)
+
+
+def _replace_experts(
+    model: nn.Module,
+    layers: Iterable[LinearLayer],
+    scheme: Scheme,
+    inputs: Mapping[str, float] | None,
+) -> None:
+    """Put a module that quantizes inputs in the place of the experts of one decoder layer."""
+    amax: dict[str, dict[int, float]] = {}
+    path = ""
+    for layer in layers:
+        path, _, parameter = layer.tensor.rpartition(".")
+        if inputs is not None and layer.expert is not None:
+            amax.setdefault(parameter, {})[layer.expert] = inputs[layer.name]
+    experts = FakeQuantExperts(
+        model.get_submodule(path),
+        scheme,
+        gate_up_amax=amax.get("gate_up_proj"),
+        down_amax=amax.get("down_proj"),
+        name=path,
+    )
+    _replace(model, path, experts)
+
+
+def _module_path(layer: LinearLayer) -> str:
+    return layer.tensor.rpartition(".")[0]
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
