@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -226,6 +228,25 @@ def test_a_path_that_cannot_exist_is_an_error_like_any_other(model: str) -> None
 def test_a_hub_id_that_is_not_at_hand_offline_says_so() -> None:
     with pytest.raises(CheckpointError, match=r"Nobody/nothing: no such folder, and as a hub id"):
         open_checkpoint("Nobody/nothing")
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_gives_the_model_its_name(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(model: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert model == "org/Some-Model-1.7B"
+        names = ["model.safetensors", "pytorch_model.bin", "original/model.safetensors"]
+        kept = list(
+            filter_repo_objects(
+                names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        assert kept == ["model.safetensors"]
+        return str(tiny_llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    checkpoint = open_checkpoint("org/Some-Model-1.7B")
+    assert (checkpoint.name, checkpoint.folder) == ("org/Some-Model-1.7B", tiny_llama)
 
 
 def test_a_file_in_place_of_a_folder_names_the_folder(tiny_llama: Path) -> None:

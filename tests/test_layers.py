@@ -134,10 +134,11 @@ def test_fusion_groups_are_those_of_the_table(
 
 @EVERY_FAMILY
 @HUB_OR_FUSED
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_weight_of_the_loaded_model_is_a_layer_once_and_reads_back_the_same(
-    tiny: TinyCheckpoint, family: str, fused: bool
+    tiny: TinyCheckpoint, family: str, fused: bool, tied: bool
 ) -> None:
-    folder = tiny(family, fused=fused)
+    folder = tiny(family, fused=fused, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(str(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     embeddings = {
@@ -145,7 +146,8 @@ def test_every_weight_of_the_loaded_model_is_a_layer_once_and_reads_back_the_sam
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Embedding)
     }
-    # Whatever the model multiplies with: no norm or bias, no lookup, no vision.
+    # Whatever the model multiplies with: no norm or bias, no lookup, no vision. A tied
+    # lm_head is listed under the name of the embedding alone.
     left = {
         name: torch.ones_like(parameter, dtype=torch.bool)
         for name, parameter in model.named_parameters()

@@ -260,10 +260,9 @@ def _find_lm_head(model: _Model) -> LinearLayer | None:
     if next((bool(value) for value in stated if value is not None), family.tied):
         return None
     names = [name for name in family.lm_heads if f"{name}.weight" in tensors]
-    name = (names or family.lm_heads)[0]
-    info = _require_tensor(model, f"{name}.weight", shape)
+    info = _require_tensor(model, f"{(names or family.lm_heads)[0]}.weight", shape)
     return LinearLayer(
-        name=name,
+        name=family.lm_heads[0],
         tensor=info.name,
         out_features=shape[0],
         in_features=shape[1],
