@@ -10,8 +10,7 @@ A scale has the width of its format, and a scale format with a global scale
 adds it once per tensor. Zero points of packed channels and groups are packed
 like their codes, but down the rows; all others take one byte each.
 Activations cost nothing, except that a static scale is stored once per layer
-(``input_scale``, and one byte for a zero point; ``input_global_scale`` of
-NVFP4).
+(``input_scale``; ``input_global_scale`` of NVFP4).
 
 Source: compressed-tensors 0.20, ``compressors/*``, for what it stores; the same
 rule for the widths that it does not.
@@ -174,5 +173,5 @@ def _scale_shape(layer: _Matrix, weight: TensorScheme) -> tuple[int, int]:
 
 def _activation_bytes(activation: TensorScheme) -> int:
     if activation.granularity.kind == "tensor":
-        return activation.scale.bits // 8 + (0 if activation.symmetric else 1)
+        return activation.scale.bits // 8
     return activation.scale.global_scale_bits // 8 if activation.has_scale else 0

@@ -26,6 +26,7 @@ Schema = Mapping[str, Any]
 MAX_YAML_BYTES = 16_000_000
 MAX_DEPTH = 16
 
+_QUOTE = "Quote a text that only begins with '*' or '&'."
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {
     "true": True,
@@ -85,8 +86,16 @@ def parse_yaml(text: str, where: str, error: type[MofqError]) -> Any:
         if not isinstance(next(events), yaml.StreamEndEvent):
             raise error(f"{where}: holds more than one YAML document; keep one.")
     except (yaml.YAMLError, RecursionError) as problem:
-        raise error(f"{where}: is not valid YAML: {' '.join(str(problem).split())}") from problem
+        raise error(_yaml_problem(problem, where)) from problem
     return value
+
+
+def _yaml_problem(problem: Exception, where: str) -> str:
+    if not isinstance(problem, yaml.MarkedYAMLError) or problem.problem_mark is None:
+        return f"{where}: is not valid YAML: {' '.join(str(problem).split())}."
+    words = ", ".join(word for word in (problem.context, problem.problem) if word)
+    hint = f" {_QUOTE}" if "alias" in words or "anchor" in words else ""
+    return f"{where}, line {problem.problem_mark.line + 1}: is not valid YAML: {words}.{hint}"
 
 
 def _build(
@@ -94,12 +103,9 @@ def _build(
 ) -> Any:
     line = _line(event, where)
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-        raise error(
-            f"{line}: anchors and aliases are not accepted. Write the value out, "
-            f"or quote it where it only begins with '*' or '&'."
-        )
+        raise error(f"{line}: anchors and aliases are not accepted. Write the value out. {_QUOTE}")
     tag = getattr(event, "tag", None)
-    if tag not in (None, "!"):
+    if tag is not None:
         raise error(f"{line}: the tag {tag!r} is not accepted; write a plain value.")
     if depth > MAX_DEPTH:
         raise error(f"{line}: nests deeper than {MAX_DEPTH} levels.")
@@ -209,9 +215,6 @@ def _check_mapping(
     value: dict[str, Any], schema: Schema, where: str, error: type[MofqError]
 ) -> None:
     properties = schema.get("properties", {})
-    for key in schema.get("required", ()):
-        if key not in value:
-            raise error(f"{where}: the key {key!r} is missing.")
     others = schema.get("additionalProperties", True)
     for key, item in value.items():
         if key in properties:
@@ -222,6 +225,10 @@ def _check_mapping(
             _check_scalar(key, {}, where, error)
             if others is not True:
                 check_document(item, others, f"{where}: {key}", error)
+    # After the unknown keys: one of those may be the missing one, misspelt.
+    for key in schema.get("required", ()):
+        if key not in value:
+            raise error(f"{where}: the key {key!r} is missing.")
 
 
 def _check_list(value: list[Any], schema: Schema, where: str, error: type[MofqError]) -> None:

@@ -23,6 +23,7 @@ from mofq.documents import (
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.layers import FusionGroup, ModelLayers
 from mofq.schemes import parse_scheme
+from mofq.search_space import shape_rejection
 
 RECIPE_VERSION = 1
 #: A hash may be shortened by hand, but not to nothing.
@@ -305,8 +306,8 @@ def check_recipe(
 
     Raises:
         RecipeError: The recipe is for another model, names a layer that the model
-            has not, leaves one out, or gives the layers of one fusion group
-            different schemes.
+            has not, leaves one out, gives the layers of one fusion group different
+            schemes, or gives a layer a scheme that its shape does not take.
     """
     _check_hash(recipe, index_sha256)
     schemes = recipe.schemes
@@ -326,6 +327,12 @@ def check_recipe(
         )
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
+    for layer in (layer for group in model_layers.groups for layer in group.layers):
+        reason = shape_rejection(parse_scheme(schemes[layer.name]), layer)
+        if reason is not None:
+            raise RecipeError(
+                f"recipe of {recipe.model_name}: {reason}. Give its fusion group another scheme."
+            )
 
 
 def _check_hash(recipe: Recipe, index_sha256: str | None) -> None:

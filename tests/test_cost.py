@@ -47,7 +47,8 @@ def layer_of(
         ("bf16+int8.tensor", 4608 * 2 + 4),
         ("int8.channel+int8.token", 4608 + 48 * 2),
         ("int8.channel+int8.tensor", 4608 + 48 * 2 + 4),
-        ("int8.channel+int8.tensor.asym", 4608 + 48 * 2 + 5),
+        # Zero points of blocks are not packed.
+        ("int4.block16.asym", 2304 + 3 * 6 * 2 + 3 * 6 + 16),
         ("int8.channel.asym+int8.token", 4608 + 48 * 2 + 48),
         ("int8.channel.s-f32+int8.token", 4608 + 48 * 4),
         ("int8.tensor+int8.token", 4608 + 2),
