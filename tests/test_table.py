@@ -31,7 +31,7 @@ STATS = TableStats(
     seed=0,
     corpora={"wiki": "6" * 64, "code": "7" * 64},
     samples=2,
-    tokens_per_sample=4,
+    tokens_per_projection=4,
     sequence_length=4,
 )
 SPACE = TableSpace("w8a8", "8" * 64, ("int8.channel", "bf16"), ("int8.channel",), 10.0, None)
@@ -70,9 +70,8 @@ def weight_row(group: str = "layers.0.attn.o", scheme: str = "int8.channel", **c
 def nats_row(
     group: str = "layers.0.attn.o", scheme: str = "int8.channel", corpus: str = "wiki"
 ) -> Row:
-    # (0.5**2 + 1.5**2) / 2 samples / (2 * 4 tokens)
-    projections = (0.5, -1.5)
-    return Row(group, scheme, "kl_nats_per_token", corpus, 0.15625, 0.1, 160, 40.5, projections)
+    kl = Row(group, scheme, "kl_nats_per_token", corpus, 0.5, 0.1, 160, 40.5)
+    return dataclasses.replace(kl, sample_errors=(0.25, 0.75), projections=(0.5, -1.5))
 
 
 def write(path: Path, *rows: Row, stats: TableStats | None = STATS) -> None:
@@ -121,11 +120,13 @@ def test_rows_are_found_by_unit_and_corpus(tmp_path: Path) -> None:
     }
 
 
-def test_projections_are_little_endian_float32_in_base64(tmp_path: Path) -> None:
+def test_samples_are_little_endian_float32_in_base64(tmp_path: Path) -> None:
     path = tmp_path / "table.jsonl"
     write(path, nats_row())
-    # 0.5 is 3f000000 and -1.5 is bfc00000.
-    assert json.loads(path.read_text().splitlines()[-1])["projections"] == "AAAAPwAAwL8="
+    # 0.25, 0.75, 0.5, -1.5 are 3e800000, 3f400000, 3f000000, bfc00000.
+    value = json.loads(path.read_text().splitlines()[-1])
+    assert value["sample_errors"] == "AACAPgAAQD8="
+    assert value["projections"] == "AAAAPwAAwL8="
 
 
 def test_a_row_that_is_there_is_not_written_again(tmp_path: Path) -> None:
@@ -301,9 +302,10 @@ def test_a_table_of_a_70b_model_is_read_in_half_a_second(tmp_path: Path) -> None
     names = [f"layers.{number}.mlp.down" for number in range(320)]
     groups = tuple(FusionGroup(name, (layer(name),)) for name in names)
     model = ModelLayers("llama", groups, (), False, 0)
-    stats = dataclasses.replace(STATS, samples=64, tokens_per_sample=64)
+    stats = dataclasses.replace(STATS, samples=64, tokens_per_projection=64)
     large = header_of(model, model_name="large", index_sha256="a" * 64, stats=stats)
-    row = dataclasses.replace(nats_row(), error=0.5 / 64, projections=(1.0, -1.0) * 32)
+    samples = {"sample_errors": (0.5, 0.25) * 32, "projections": (1.0, -1.0) * 32}
+    row = dataclasses.replace(nats_row(), error=0.375, **samples)
     path = tmp_path / "table.jsonl"
     with open_table(path, large) as writer:
         for size in range(1, 13):

@@ -29,12 +29,18 @@ from mofq.table import Row, open_table, read_table
         (weight_row(scheme="int9.channel"), r"unknown element format 'int9'"),
         (weight_row(scheme="fp4_e2m1.g16.s-e4m3"), "is written 'nvfp4'"),
         (weight_row(corpus="wikki"), "no corpus 'wikki'. Did you mean 'wiki'"),
-        (weight_row(projections=(1.0,)), "belong to rows in kl_nats_per_token"),
+        (weight_row(projections=(1.0,)), "projections must be finite numbers, in nats only"),
+        (weight_row(sample_errors=(1e-4,)), "sample_errors must be finite numbers, in nats only"),
         (weight_row(static_amax={"k": 1.0}), "static_amax names 'k'"),
         (weight_row(static_amax={"o": math.nan}), "not finite"),
-        (dataclasses.replace(nats_row(), error=0.2), "its projections give 0.15625"),
-        (dataclasses.replace(nats_row(), projections=(1e39, 0.0)), "give"),
-        (dataclasses.replace(nats_row(), projections=()), "one per sample"),
+        (dataclasses.replace(nats_row(), error=0.2), "sample_errors, .* have the mean 0.5"),
+        (dataclasses.replace(nats_row(), sample_errors=(-0.5, 1.5)), "may be negative"),
+        (
+            dataclasses.replace(nats_row(), projections=(1e39, 0.0)),
+            "projections do not fit float32",
+        ),
+        (dataclasses.replace(nats_row(), projections=()), "must be finite numbers"),
+        (dataclasses.replace(nats_row(), projections=(math.nan, 0.0)), "must be finite numbers"),
     ],
 )
 def test_a_row_that_cannot_be_is_refused(tmp_path: Path, row: Row, message: str) -> None:
@@ -44,12 +50,15 @@ def test_a_row_that_cannot_be_is_refused(tmp_path: Path, row: Row, message: str)
     assert read_table(path).rows == ()
 
 
-def test_rows_of_one_corpus_rest_on_the_same_samples(tmp_path: Path) -> None:
-    shorter = Row(
-        "layers.0.attn.qk", "int8.channel", "kl_nats_per_token", "wiki", 0.125, 0.0, 1, 1.0, (1.0,)
-    )
-    with pytest.raises(TableError, match=r"has 1 projections where earlier rows .* have 2"):
-        write(tmp_path / "table.jsonl", nats_row(), shorter)
+@pytest.mark.parametrize(
+    "samples", [{"projections": (1.0,)}, {"sample_errors": (0.5,)}, {"projections": (1.0,) * 3}]
+)
+def test_rows_of_one_corpus_rest_on_the_same_samples(
+    tmp_path: Path, samples: dict[str, Any]
+) -> None:
+    other = dataclasses.replace(nats_row("layers.0.attn.qk"), **samples)
+    with pytest.raises(TableError, match=r"has \d \w+ where earlier rows of corpus 'wiki' have 2"):
+        write(tmp_path / "table.jsonl", nats_row(), other)
 
 
 def test_nats_need_statistics(tmp_path: Path) -> None:
@@ -82,10 +91,10 @@ def edited(path: Path, number: int, **changes: Any) -> None:
         (1, {"bytes": True}, "bytes: must be integer, found boolean"),
         (1, {"unit": "kl"}, "'kl' is not known"),
         (1, {"unit": "output_mse ", "corpus": "wiki"}, "Did you mean 'output_mse'"),
-        (2, {"projections": "AAA"}, "not base64 of float32"),
-        (2, {"projections": "AAAA"}, "not base64 of float32"),
-        (2, {"projections": "ÄÄÄÄ"}, "not base64 of float32"),
-        (2, {"projections": "AADAfwAAgD8="}, "its projections give nan"),
+        (2, {"projections": "AAA"}, "projections: not base64 of float32"),
+        (2, {"projections": "AAAA"}, "projections: not base64 of float32"),
+        (2, {"projections": "ÄÄÄÄ"}, "projections: not base64 of float32"),
+        (2, {"projections": "AADAfwAAgD8="}, "projections must be finite"),
     ],
 )
 def test_an_edited_line_is_refused_by_name(

@@ -22,6 +22,9 @@ from mofq.table.lines import (
 )
 from mofq.table.schema import LINE_SCHEMAS, TABLE_VERSION
 
+#: Keys of a row that hold many numbers.
+_PACKED = ("sample_errors", "projections")
+
 Line = TableHeader | TableSpace | Rejection | Row
 
 
@@ -75,12 +78,14 @@ def _row_value(row: Row) -> dict[str, Any]:
         "bytes": row.bytes,
         "sqnr_db": row.sqnr_db,
     }
-    if row.projections is not None:
-        try:
-            packed = struct.pack(f"<{len(row.projections)}f", *row.projections)
-        except OverflowError as problem:
-            raise TableError(f"{_where(row)}: a projection does not fit float32.") from problem
-        value["projections"] = b64encode(packed).decode()
+    for name in _PACKED:
+        numbers: tuple[float, ...] | None = getattr(row, name)
+        if numbers is not None:
+            try:
+                packed = struct.pack(f"<{len(numbers)}f", *numbers)
+            except OverflowError as problem:
+                raise TableError(f"{_where(row)}: {name} do not fit float32.") from problem
+            value[name] = b64encode(packed).decode()
     if row.static_amax is not None:
         value["static_amax"] = row.static_amax
     return value
@@ -123,18 +128,18 @@ def decode_line(text: str, where: str) -> Line:
 
 
 def _row(value: dict[str, Any], where: str) -> Row:
-    packed = value.pop("projections", None)
-    static_amax = value.pop("static_amax", None)
-    projections = None
-    if packed is not None:
-        try:
-            data = b64decode(packed, validate=True)
-            projections = struct.unpack(f"<{len(data) // 4}f", data)
-        except (Base64Error, ValueError, struct.error) as problem:
-            raise TableError(
-                f"{where}: projections are not base64 of float32 numbers: {problem}."
-            ) from problem
-    return Row(**value, projections=projections, static_amax=static_amax)
+    for name in _PACKED:
+        if name in value:
+            value[name] = _unpacked(value[name], f"{where}: {name}")
+    return Row(**value)
+
+
+def _unpacked(text: str, where: str) -> tuple[float, ...]:
+    try:
+        data = b64decode(text, validate=True)
+        return struct.unpack(f"<{len(data) // 4}f", data)
+    except (Base64Error, ValueError, struct.error) as problem:
+        raise TableError(f"{where}: not base64 of float32 numbers: {problem}.") from problem
 
 
 def _header(value: dict[str, Any]) -> TableHeader:

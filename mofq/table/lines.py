@@ -56,7 +56,7 @@ class TableStats:
     seed: int
     corpora: dict[str, str]  #: name -> SHA-256 of its text
     samples: int  #: of each corpus
-    tokens_per_sample: int  #: labelled positions, T of the sensitivity formula
+    tokens_per_projection: int  #: labelled positions that one projection sums over
     sequence_length: int
 
 
@@ -110,7 +110,9 @@ class Row:
     """One measured choice.
 
     Rows of a unit and corpus rest on the same samples in the same order, so
-    ``projections`` of two rows are compared sample by sample.
+    two rows are compared sample by sample, and the projections of rows of
+    different groups are added before they are squared: the joint prediction is
+    ``mean((sum over groups)**2) / (2 * tokens_per_projection)`` nats per token.
     """
 
     group: str
@@ -121,8 +123,10 @@ class Row:
     stderr: float | None  #: of ``error``, from the samples
     bytes: int  #: of the group under the scheme, as exported
     sqnr_db: float | None  #: of the weights [dB]; None where they are exact
-    #: d_n of each sample, with error = mean(d_n**2) / (2 * tokens_per_sample);
-    #: stored in float32. None in units other than nats.
+    #: Nats per token of each sample; error is their mean. In float32, nats only.
+    sample_errors: tuple[float, ...] | None = None
+    #: Signed sum of gradient times perturbation over each chunk of
+    #: tokens_per_projection tokens. In float32, nats only.
     projections: tuple[float, ...] | None = None
     static_amax: dict[str, float] | None = (
         None  #: layer -> largest |input|, static activations only

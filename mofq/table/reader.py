@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from hashlib import sha256
-from operator import mul
+from math import isclose, isfinite
 from pathlib import Path
 
 from mofq.exceptions import SchemeError, TableError, nearest_name
@@ -13,8 +12,8 @@ from mofq.schemes import parse_scheme
 from mofq.table.codec import Line, decode_line
 from mofq.table.lines import Rejection, Row, RowKey, Table, TableHeader, TableSpace
 
-#: ``projections`` are float32 while ``error`` is summed in float64.
-_PROJECTION_TOLERANCE = 1e-4
+#: ``sample_errors`` are kept in float32.
+_TOLERANCE = 1e-5
 
 
 class RowCheck:
@@ -25,7 +24,7 @@ class RowCheck:
         self._layers = {
             group.name: {layer.name for layer in group.layers} for group in header.groups
         }
-        self._samples: dict[tuple[str, str | None], int] = {}
+        self._counts: dict[tuple[str, str | None], int] = {}
 
     def check_names(self, line: Row | Rejection, where: str) -> None:
         """Refuse a fusion group or scheme that does not exist."""
@@ -50,7 +49,7 @@ class RowCheck:
             row.sqnr_db or 0.0,
             *(row.static_amax or {}).values(),
         ]
-        if not all(map(math.isfinite, numbers)):
+        if not all(map(isfinite, numbers)):
             raise TableError(f"{where}: an error, stderr, sqnr_db or static_amax is not finite.")
         if min(row.error, row.stderr or 0.0, row.bytes, *(row.static_amax or {}).values()) < 0:
             raise TableError(f"{where}: an error, stderr, static_amax or byte count is negative.")
@@ -61,7 +60,7 @@ class RowCheck:
                 + nearest_name(unknown[0], self._layers[row.group])
             )
         self._check_corpus(row, where)
-        self._check_projections(row, where)
+        self._check_samples(row, where)
 
     def _check_corpus(self, row: Row, where: str) -> None:
         stats = self._header.stats
@@ -74,27 +73,26 @@ class RowCheck:
                 + nearest_name(row.corpus, corpora)
             )
 
-    def _check_projections(self, row: Row, where: str) -> None:
-        projections = row.projections
-        if projections is None:
-            return
-        if row.unit != "kl_nats_per_token" or not projections or self._header.stats is None:
-            raise TableError(
-                f"{where}: projections belong to rows in kl_nats_per_token, one per sample."
-            )
-        known = self._samples.setdefault((row.unit, row.corpus), len(projections))
-        if len(projections) != known:
-            raise TableError(
-                f"{where}: has {len(projections)} projections where earlier rows of "
-                f"corpus {row.corpus!r} have {known}; rows are compared sample by sample."
-            )
-        tokens = self._header.stats.tokens_per_sample
-        mean = sum(map(mul, projections, projections)) / len(projections) / (2 * tokens)
-        if not math.isclose(mean, row.error, rel_tol=_PROJECTION_TOLERANCE, abs_tol=1e-30):
-            raise TableError(
-                f"{where}: error is {row.error}, but its projections give {mean} "
-                f"(mean of squares / (2 * {tokens} tokens))."
-            )
+    def _check_samples(self, row: Row, where: str) -> None:
+        for name in ("sample_errors", "projections"):
+            numbers: tuple[float, ...] | None = getattr(row, name)
+            if numbers is None:
+                continue
+            if row.unit != "kl_nats_per_token" or not numbers or not all(map(isfinite, numbers)):
+                raise TableError(f"{where}: {name} must be finite numbers, in nats only.")
+            known = self._counts.setdefault((name, row.corpus), len(numbers))
+            if len(numbers) != known:
+                raise TableError(
+                    f"{where}: has {len(numbers)} {name} where earlier rows of corpus "
+                    f"{row.corpus!r} have {known}; rows are compared sample by sample."
+                )
+        if row.sample_errors is not None:
+            mean = sum(row.sample_errors) / len(row.sample_errors)
+            if min(row.sample_errors) < 0 or not isclose(mean, row.error, rel_tol=_TOLERANCE):
+                raise TableError(
+                    f"{where}: error is {row.error}, but its sample_errors, none of which "
+                    f"may be negative, have the mean {mean}."
+                )
 
 
 def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,15 @@ _BYTES = {"type": "integer", "minimum": 0}
 _NAMES = {"type": "array", "items": _NAME, "uniqueItems": True}
 _NOT_NEGATIVE = {"type": "number", "minimum": 0}
 
+
+def _floats(what: str) -> dict[str, Any]:
+    return {
+        "type": "string",
+        "contentEncoding": "base64",
+        "description": f"{what}: little-endian IEEE binary32, one after another",
+    }
+
+
 _LAYER = strict_object(
     {
         "name": _NAME,
@@ -39,7 +48,7 @@ _STATS = strict_object(
         "seed": {"type": "integer"},
         "corpora": {"type": "object", "additionalProperties": _SHA256},
         "samples": _COUNT,
-        "tokens_per_sample": _COUNT,
+        "tokens_per_projection": _COUNT,
         "sequence_length": _COUNT,
     }
 )
@@ -81,14 +90,11 @@ ROW_SCHEMA = strict_object(
         "stderr": {"type": ["number", "null"], "minimum": 0},
         "bytes": _BYTES,
         "sqnr_db": {"type": ["number", "null"]},
-        "projections": {
-            "type": "string",
-            "contentEncoding": "base64",
-            "description": "d_n of each sample: little-endian IEEE binary32, one after another",
-        },
+        "sample_errors": _floats("nats per token of each sample; error is their mean"),
+        "projections": _floats("signed sum over each chunk of tokens_per_projection tokens"),
         "static_amax": {"type": "object", "additionalProperties": _NOT_NEGATIVE},
     },
-    optional=("projections", "static_amax"),
+    optional=("sample_errors", "projections", "static_amax"),
 )
 LINE_SCHEMAS: dict[str, dict[str, Any]] = {
     "header": HEADER_SCHEMA,
