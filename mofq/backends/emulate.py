@@ -65,7 +65,7 @@ def apply(
     quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
     for group in quantized:
         _check_modules(model, group, schemes[group.name], recipe)
-    stored = _stored_layers(checkpoint, layers)
+    stored = {} if checkpoint is None else _layers_by_name(find_recipe_layers(checkpoint, recipe))
     for done, group in enumerate(quantized):
         if progress is not None:
             progress("emulate", done, len(quantized))
@@ -86,8 +86,7 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
 
     Args:
         model: As transformers loads it.
-        recipe: Whether it has the lm_head in a fusion group decides whether the
-            lm_head is one.
+        recipe: See ``find_recipe_layers``.
 
     Returns:
         The layers under the names that they have on disk; ``tensor``,
@@ -98,19 +97,34 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
         CheckpointError: The model's family is unknown, or a matrix of a decoder
             layer is covered by no rule.
     """
-    config = model.config.to_dict()
     name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
     tensors = {
         key: TensorInfo(key, _DTYPE_NAMES[value.dtype], tuple(value.shape), Path(name), 0, 0)
         for key, value in model.state_dict().items()
         if value.dtype in _DTYPE_NAMES
     }
-    family = FUSION_RULES.get(str(config.get("model_type")))
-    heads = family.lm_heads if family is not None else ()
+    loaded = Checkpoint(Path(name), name, model.config.to_dict(), tensors, index_sha256="")
+    return find_recipe_layers(loaded, recipe)
+
+
+def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
+    """The linear layers of a checkpoint as a recipe divides them.
+
+    Args:
+        checkpoint: Of the model.
+        recipe: Where a fusion group of it holds the lm_head, the lm_head is one.
+
+    Returns:
+        What ``find_layers`` finds.
+
+    Raises:
+        CheckpointError: As ``find_layers``.
+    """
+    family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
     grouped = {layer for group in recipe.groups for layer in group.layers}
     return find_layers(
-        Checkpoint(Path(name), name, config, tensors, index_sha256=""),
-        include_lm_head=any(head in grouped for head in heads),
+        checkpoint,
+        include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
     )
 
 
@@ -150,6 +164,10 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
     return share_amax(group, known)
 
 
+def _layers_by_name(layers: ModelLayers) -> dict[str, LinearLayer]:
+    return {layer.name: layer for group in layers.groups for layer in group.layers}
+
+
 def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:
     return parse_scheme(recipe.schemes[group.layers[0].name])
 
@@ -167,14 +185,6 @@ def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe:
                 f"{layer.name}: needed a linear layer of torch, found {type(module).__name__}. "
                 f"Load the model unquantized and without adapters."
             )
-
-
-def _stored_layers(checkpoint: Checkpoint | None, loaded: ModelLayers) -> dict[str, LinearLayer]:
-    if checkpoint is None:
-        return {}
-    has_head = any(group.name == "lm_head" for group in loaded.groups)
-    stored = find_layers(checkpoint, include_lm_head=has_head)
-    return {layer.name: layer for group in stored.groups for layer in group.layers}
 
 
 def _loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:

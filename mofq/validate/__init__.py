@@ -1,0 +1,22 @@
+"""Validates a quantized model against the original: what it is, and what it does.
+
+``enforcement`` reads every layer back and compares it with the recipe,
+``divergence`` runs both models over a text, ``candidates`` opens what is to be
+validated, ``run`` joins them, and ``report`` is the result.
+"""
+
+from __future__ import annotations
+
+from mofq.validate.enforcement import Deviation, find_deviations
+from mofq.validate.report import Validation, paired_difference, write_validation
+from mofq.validate.run import validate, validate_many
+
+__all__ = [
+    "Deviation",
+    "Validation",
+    "find_deviations",
+    "paired_difference",
+    "validate",
+    "validate_many",
+    "write_validation",
+]

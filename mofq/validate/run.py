@@ -1,0 +1,197 @@
+"""The whole validation of one or several candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import mofq
+from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.model import load_model, load_tokenizer
+from mofq.corpora import Corpus, tokenize
+from mofq.exceptions import CorpusError
+from mofq.recipe import Recipe
+from mofq.validate.candidates import Candidate, load_candidate, open_candidate
+from mofq.validate.divergence import OriginalLogits, compare, run_original
+from mofq.validate.enforcement import Deviation, find_deviations
+from mofq.validate.report import Lineage, Validation, summarize
+
+#: Called with the name of a stage, what is done of it, and all of it.
+Progress = Callable[[str, int, int], None]
+
+
+def validate(
+    model_source: str,
+    recipe_or_folder: str | Path | Recipe,
+    text: Corpus,
+    *,
+    tokens: int = 8192,
+    sequence_length: int = 512,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Validation:
+    """Validate one candidate; see ``validate_many``."""
+    (validation,) = validate_many(
+        model_source,
+        [recipe_or_folder],
+        text,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    return validation
+
+
+def validate_many(
+    model_source: str,
+    candidates: Sequence[str | Path | Recipe],
+    text: Corpus,
+    *,
+    tokens: int = 8192,
+    sequence_length: int = 512,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Validation, ...]:
+    """Validate quantized models against one run of the original.
+
+    One model is in memory at a time; the original's logits wait in a temporary
+    file of tokens times vocabulary times 4 bytes.
+
+    Args:
+        model_source: The original: a folder, or a hub id.
+        candidates: Recipes, their files, or model folders.
+        text: To predict; not what was calibrated on.
+        tokens: How many of its first tokens to use, at most.
+        sequence_length: Tokens of a window.
+        dtype: Of both models' arithmetic.
+        device: Where they run.
+        progress: Called with a stage, what is done of it, and all of it.
+
+    Returns:
+        One validation for each candidate, in their order.
+
+    Raises:
+        MofqError: Any input is not valid; all are read before a model runs.
+    """
+    checkpoint = open_checkpoint(model_source)
+    opened = [open_candidate(candidate, checkpoint) for candidate in candidates]
+    tokenizer = load_tokenizer(checkpoint.folder)
+    start = monotonic()
+    model = load_model(checkpoint.folder, dtype=dtype, device=device)
+    _check_context(model, sequence_length)
+    windows_NT = tokenize(
+        text,
+        tokenizer,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        vocabulary_size=model.get_input_embeddings().weight.shape[0],
+    )
+    validations = []
+    with OriginalLogits() as original:
+        entropies = run_original(model, windows_NT, into=original, progress=progress)
+        del model
+        seconds = monotonic() - start
+        for candidate in opened:
+            lineage = _lineage(checkpoint, candidate, text, sequence_length, dtype, device)
+            validations.append(
+                _validate_one(
+                    candidate,
+                    checkpoint,
+                    lineage=lineage,
+                    windows_NT=windows_NT,
+                    original=original,
+                    entropies=entropies,
+                    seconds_original=seconds,
+                    progress=progress,
+                )
+            )
+    return tuple(validations)
+
+
+def _validate_one(
+    candidate: Candidate,
+    checkpoint: Checkpoint,
+    *,
+    lineage: Lineage,
+    windows_NT: Tensor,
+    original: OriginalLogits,
+    entropies: Sequence[float],
+    seconds_original: float,
+    progress: Progress | None,
+) -> Validation:
+    start = monotonic()
+    recipe = candidate.recipe
+    model = load_candidate(
+        candidate, checkpoint, dtype=lineage.dtype, device=lineage.device, progress=progress
+    )
+    deviations: tuple[Deviation, ...] = ()
+    if recipe is not None:
+        deviations = find_deviations(model, recipe, checkpoint=checkpoint, progress=progress)
+    scores = compare(model, windows_NT, original=original, progress=progress)
+    agreement = summarize(scores, entropies, sequence_length=lineage.sequence_length)
+    budget = _number(recipe, "budget", "kl_nats_per_token")
+    return Validation(
+        lineage=lineage,
+        tokens=windows_NT.numel(),
+        kl_nats_per_token=agreement.kl_nats_per_token,
+        kl_stderr=agreement.kl_stderr,
+        predicted_kl_nats_per_token=_number(recipe, "result", "kl_nats_per_token"),
+        predicted_kl_stderr=_number(recipe, "result", "kl_stderr"),
+        kl_budget_nats_per_token=budget,
+        within_kl_budget=None if budget is None else agreement.kl_nats_per_token <= budget,
+        perplexity=agreement.perplexity,
+        perplexity_original=agreement.perplexity_original,
+        top1_agreement=agreement.top1_agreement,
+        bits_per_weight=candidate.bits_per_weight,
+        enforced=None if recipe is None else not deviations,
+        deviations=deviations,
+        windows=agreement.windows,
+        seconds=monotonic() - start,
+        seconds_original=seconds_original,
+    )
+
+
+def _lineage(
+    checkpoint: Checkpoint,
+    candidate: Candidate,
+    text: Corpus,
+    sequence_length: int,
+    dtype: str,
+    device: str,
+) -> Lineage:
+    folder = candidate.folder
+    return Lineage(
+        mofq=mofq.__version__,
+        model=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        candidate=candidate.source,
+        recipe_sha256=candidate.recipe_sha256,
+        folder_index_sha256=None if folder is None else folder.index_sha256,
+        text=text.source,
+        text_sha256=text.sha256,
+        dtype=dtype,
+        device=device,
+        sequence_length=sequence_length,
+    )
+
+
+def _number(recipe: Recipe | None, part: str, key: str) -> float | None:
+    value = None if recipe is None else getattr(recipe, part).get(key)
+    return None if value is None else float(value)
+
+
+def _check_context(model: PreTrainedModel, sequence_length: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise CorpusError(
+            f"a sequence length of {sequence_length} is more than the model's context of "
+            f"{longest}. Give a shorter one."
+        )
