@@ -14,19 +14,44 @@ divisions, never products with a reciprocal.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
+import struct
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mofq.formats import CodebookFormat, ElementFormat, FloatFormat, IntFormat
+from mofq.formats import ELEMENT_FORMATS, CodebookFormat, ElementFormat, FloatFormat, IntFormat
 
 #: Smallest positive normal float32 (and bfloat16); no scale is smaller.
 SMALLEST_NORMAL = 2.0**-126
 
 _EXPONENT_BITS = 0x7F800000
 _UPPER_HALF = -0x10000  # the sixteen bits of a float32 that bfloat16 keeps
+
+
+def _midpoints(element: CodebookFormat) -> tuple[float, ...]:
+    # A midpoint may need one bit more than float32 has. Rounded down, and not
+    # to nearest, "x > midpoint" is still exact for every float32 x.
+    midpoints = []
+    for low, high in pairwise(element.values):
+        exact = (_as_float32(low) + _as_float32(high)) / 2
+        nearest = _as_float32(exact)
+        midpoints.append(nearest if nearest <= exact else _as_float32(nearest, away=-1))
+    return tuple(midpoints)
+
+
+def _as_float32(x: float, *, away: int = 0) -> float:
+    """The nearest float32, or ``away`` places above it."""
+    bits = struct.unpack("<i", struct.pack("<f", x))[0]
+    bits += away if bits >= 0 else -away
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+
+
+_MIDPOINTS = {
+    element.name: _midpoints(element)
+    for element in ELEMENT_FORMATS.values()
+    if isinstance(element, CodebookFormat)
+}
 
 
 def power_of_two_floor(x: Tensor) -> Tensor:
@@ -111,7 +136,7 @@ def nearest_code(x: Tensor, element: CodebookFormat) -> Tensor:
         uint8 of the same shape, in ``0 .. 2**bits - 1``.
     """
     codes = torch.zeros_like(x, dtype=torch.uint8)
-    for midpoint in _midpoints(element):
+    for midpoint in _MIDPOINTS[element.name]:
         codes = codes + (x > midpoint)
     return codes
 
@@ -128,14 +153,3 @@ def codebook_values(codes: Tensor, element: CodebookFormat) -> Tensor:
     """
     values = torch.tensor(element.values, dtype=torch.float32, device=codes.device)
     return values[codes.to(torch.int32)]
-
-
-@lru_cache(maxsize=16)
-def _midpoints(element: CodebookFormat) -> tuple[float, ...]:
-    # x > midpoint in float32 is exact only if the midpoint, which may need one
-    # more bit than float32 has, is rounded down and not to nearest.
-    values = torch.tensor(element.values, dtype=torch.float32).double()
-    exact = (values[1:] + values[:-1]) / 2
-    nearest = exact.to(torch.float32)
-    below = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
-    return tuple(torch.where(nearest.double() > exact, below, nearest).tolist())
