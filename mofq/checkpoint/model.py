@@ -1,0 +1,77 @@
+"""Loads the model and tokenizer of a checkpoint with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from mofq.exceptions import CheckpointError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    folder: Path, *, dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for inference: eval mode, no gradients, no key-value cache.
+
+    Args:
+        folder: A Hugging Face model folder.
+        dtype: Of the arithmetic: ``float32``, ``bfloat16`` or ``float16``.
+        device: Where it runs.
+        device_map: How accelerate spreads it over devices, for example ``auto``; replaces
+            ``device``.
+
+    Returns:
+        The model. Mixtures of experts run their experts one by one, as ``F.linear`` calls.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            experts_implementation="eager",
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load the model: {error}") from None
+    if device_map is None:
+        model = model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded: {error} "
+            f"Copy tokenizer.json and tokenizer_config.json into the folder."
+        ) from None
+    return tokenizer
