@@ -4,7 +4,8 @@ For a float format with ``m`` mantissa bits and smallest normal exponent ``e0``,
 a value ``x`` inside ``[-max, max]`` lies in a binade whose neighbouring format
 values are ``step = 2**(max(floor(log2|x|), e0) - m)`` apart, and is rounded to
 ``step * round(x / step)``, ties to the even multiple, which is the even code.
-Anything outside saturates, infinities included; a NaN stays a NaN.
+Anything outside saturates, infinities included; a NaN stays a NaN, except in a
+codebook, which has no code for it.
 
 Every operation is elementwise and exact but for the one rounding, so that
 eager and compiled code agree in every bit: powers of two are cut out of the
