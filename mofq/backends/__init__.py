@@ -1,0 +1,70 @@
+"""Consumers of recipes: what can be applied to a model in memory, and what can be exported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mofq.exceptions import BackendError, nearest_name
+from mofq.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from mofq.checkpoint.headers import Checkpoint
+
+#: Name -> module with ``apply(model, recipe, *, checkpoint=None) -> model``.
+APPLIERS: dict[str, str] = {
+    "emulate": "mofq.backends.emulate",
+}
+
+#: Name -> module and function ``(checkpoint, recipe, out, …) -> what was written``.
+EXPORTERS: dict[str, tuple[str, str]] = {
+    "compressed-tensors": ("mofq.backends.compressed_tensors", "export_compressed_tensors"),
+}
+
+
+def apply_recipe(
+    model: Module,
+    recipe: Recipe,
+    backend: str = "emulate",
+    *,
+    checkpoint: Checkpoint | None = None,
+) -> Module:
+    """Quantize a loaded model in memory.
+
+    Args:
+        model: As transformers loads it; its linear layers are replaced in place.
+        recipe: Of that model.
+        backend: A key of ``APPLIERS``.
+        checkpoint: The model's own, where the backend should read weights from it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        BackendError: No backend has that name, or it cannot apply a scheme.
+        RecipeError: The recipe is not for this model.
+    """
+    if backend not in APPLIERS:
+        raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
+    applied: Module = import_module(APPLIERS[backend]).apply(model, recipe, checkpoint=checkpoint)
+    return applied
+
+
+def find_exporter(name: str) -> Any:
+    """The function that exports to a format.
+
+    Args:
+        name: A key of ``EXPORTERS``.
+
+    Returns:
+        The function; its first three arguments are checkpoint, recipe and output.
+
+    Raises:
+        BackendError: No exporter has that name.
+    """
+    if name not in EXPORTERS:
+        raise BackendError(f"unknown export format {name!r}." + nearest_name(name, EXPORTERS))
+    module, function = EXPORTERS[name]
+    return getattr(import_module(module), function)

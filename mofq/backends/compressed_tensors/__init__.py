@@ -1,0 +1,8 @@
+"""Checkpoints in the compressed-tensors format, which vLLM, SGLang and transformers load."""
+
+from __future__ import annotations
+
+from mofq.backends.compressed_tensors.check import check_compressed_tensors
+from mofq.backends.compressed_tensors.export import Export, export_compressed_tensors
+
+__all__ = ["Export", "check_compressed_tensors", "export_compressed_tensors"]

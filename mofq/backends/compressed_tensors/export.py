@@ -1,0 +1,162 @@
+"""Writes a checkpoint folder that serving engines load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mofq.backends.compressed_tensors.config import quantization_config
+from mofq.backends.compressed_tensors.folder import copy_other_files, model_card
+from mofq.backends.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint
+from mofq.checkpoint.writer import ShardWriter
+from mofq.engines import find_engine, legality, serving_environment
+from mofq.exceptions import BackendError
+from mofq.recipe import Recipe, write_recipe
+
+RECIPE_FILE = "recipe.yaml"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written."""
+
+    folder: Path
+    group_bytes: int  #: of the fusion groups' tensors
+    checkpoint_bytes: int  #: of all tensors
+    serve_command: str
+
+
+def export_compressed_tensors(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out_folder: str | Path,
+    *,
+    engine: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    validation: str = "",
+    progress: Progress | None = None,
+) -> Export:
+    """Write a recipe's checkpoint in the compressed-tensors format.
+
+    The folder appears under its name when it is complete. Codes and scales are
+    those of ``quantize_weight``; every other tensor is copied byte for byte.
+
+    Args:
+        checkpoint: The original model.
+        recipe: Of that model.
+        out_folder: A folder that does not exist yet, or is empty.
+        engine: Refuse what this engine cannot serve as it was measured.
+        shard_bytes: Largest amount of data in one file [bytes].
+        validation: What is known of the recipe's accuracy, for the model card, Markdown.
+        progress: Called with ``"export"``, fusion groups done, and all of them.
+
+    Returns:
+        Folder, sizes, and the command that serves it.
+
+    Raises:
+        BackendError: A scheme cannot be expressed or served, or the folder is in
+            the way; nothing has been read or written by then.
+        CheckpointError: The disk is full, or the model of an unknown family.
+        EngineError: No engine has that name.
+        RecipeError: The recipe is not for this model.
+        SchemeError: A weight is not finite.
+    """
+    plan = plan_export(checkpoint, recipe)
+    if engine is not None:
+        _check_engine(plan, engine)
+    target = Path(out_folder)
+    _check_target(target)
+    command = serve_command(plan, target, engine=engine)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(plan, partial, shard_bytes, progress)
+        copy_other_files(checkpoint.folder, partial)
+        config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
+        if config["quantization_config"] is None:
+            del config["quantization_config"]
+        _write_text(partial / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_recipe(recipe, partial / RECIPE_FILE)
+        _write_text(
+            partial / "README.md", model_card(plan, recipe, target.name, command, validation)
+        )
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
+    return Export(target, plan.group_bytes, checkpoint_bytes, command)
+
+
+def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) -> str:
+    """The command line under which an engine serves an exported folder as it was measured.
+
+    Args:
+        plan: Of the export.
+        folder: Where it is.
+        engine: A name of ``mofq.engines``; None for vLLM in general.
+
+    Returns:
+        One line for a shell.
+    """
+    choices = [(planned.scheme, planned.group) for planned in plan.quantized]
+    settings = () if engine is None else serving_environment(engine, choices)
+    variables = [setting for setting in settings if not setting.startswith("-")]
+    flags = [setting for setting in settings if setting.startswith("-")]
+    # Packed weights' scales are bf16 and are loaded in the model's dtype.
+    if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
+        flags.insert(0, "--dtype bfloat16")
+    project = "sglang" if engine is not None and engine.startswith("sglang") else "vllm"
+    start = "python -m sglang.launch_server --model-path" if project == "sglang" else "vllm serve"
+    return " ".join([*variables, start, str(folder), *flags])
+
+
+def _check_engine(plan: ExportPlan, engine: str) -> None:
+    reads = find_engine(engine).reads
+    if reads != "compressed-tensors":
+        raise BackendError(
+            f"{engine} reads {reads}, not compressed-tensors. Export for it with --to {reads}."
+        )
+    check = legality(engine)
+    for planned in plan.quantized:
+        if reason := check(planned.scheme, planned.group):
+            raise BackendError(
+                f"{planned.group.name} in {planned.scheme.name}: {reason}. "
+                f"Search again with --engine {engine}."
+            )
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise BackendError(f"{target}: needed a new folder, found a file or link. Give another.")
+    if target.is_dir() and any(target.iterdir()):
+        raise BackendError(
+            f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
+            f"or remove it."
+        )
+
+
+def _write_weights(
+    plan: ExportPlan, folder: Path, shard_bytes: int, progress: Progress | None
+) -> None:
+    with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
+        for done, planned in enumerate(plan.quantized, start=1):
+            for layer, word, _, rows in encoded_parts(plan.checkpoint, planned):
+                writer.add_rows(f"{layer.name}.{word}", rows)
+            if progress is not None:
+                progress("export", done, len(plan.quantized))
+        for name, info in plan.checkpoint.tensors.items():
+            if name not in plan.replaced:
+                writer.copy(name, info)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

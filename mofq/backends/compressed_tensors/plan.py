@@ -1,0 +1,207 @@
+"""What an export will hold, decided and checked before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.backends.compressed_tensors.packing import (
+    encode_once,
+    encode_rows,
+    plan_layer,
+)
+from mofq.backends.compressed_tensors.storage import Storage, storage_of
+from mofq.backends.emulate import find_recipe_layers, static_amax
+from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.tensors import read_layer_rows
+from mofq.checkpoint.writer import PlannedTensor
+from mofq.exceptions import BackendError
+from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.quantize.weights import quantize_weight
+from mofq.recipe import Recipe, check_recipe
+from mofq.schemes import Scheme, parse_scheme
+from mofq.search_space import shape_rejection
+
+#: Elements of a weight that are worked on at a time, unless one tile has more.
+_BLOCK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """A fusion group that will be quantized."""
+
+    group: FusionGroup
+    scheme: Scheme
+    storage: Storage
+    static_amax: dict[str, float]  #: layer -> largest |input|; empty unless a scale is static
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """Everything that is known of an export before it starts."""
+
+    checkpoint: Checkpoint
+    model_layers: ModelLayers
+    quantized: tuple[PlannedGroup, ...]
+    ignored: tuple[str, ...]  #: every linear layer that is not quantized
+    replaced: frozenset[str]  #: tensors of the checkpoint that are not copied
+    tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
+    group_bytes: int  #: of the fusion groups' tensors, quantized or not
+
+
+def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
+    """Check that a recipe can be written down for a checkpoint.
+
+    Args:
+        checkpoint: The original model.
+        recipe: Of that model.
+
+    Returns:
+        The plan; no weight has been read.
+
+    Raises:
+        BackendError: A scheme cannot be expressed, or does not fit its layer; the
+            message names the layer and what to do.
+        CheckpointError: The model is of an unknown family.
+        RecipeError: The recipe is not for this model, splits a fusion group, or
+            lacks a static scale.
+    """
+    model_layers = find_recipe_layers(checkpoint, recipe)
+    check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
+    schemes = recipe.schemes
+    quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
+    for group in model_layers.groups:
+        scheme = parse_scheme(schemes[group.layers[0].name])
+        if scheme.is_unquantized:
+            ignored += [layer.name for layer in group.layers]
+        else:
+            quantized.append(_plan_group(group, scheme, recipe))
+    if model_layers.tied_lm_head:
+        ignored.append("lm_head")
+    parts = {
+        layer.name: plan_layer(layer.out_features, layer.in_features, planned.scheme)
+        for planned in quantized
+        for layer in planned.group.layers
+    }
+    return ExportPlan(
+        checkpoint=checkpoint,
+        model_layers=model_layers,
+        quantized=tuple(quantized),
+        ignored=tuple(ignored),
+        replaced=frozenset(layer.tensor for p in quantized for layer in p.group.layers),
+        tensors=_order_tensors(checkpoint, model_layers, parts),
+        group_bytes=_group_bytes(checkpoint, model_layers, parts),
+    )
+
+
+def _order_tensors(
+    checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
+) -> dict[str, PlannedTensor]:
+    """All tensors in the checkpoint's order, each layer's own where its weight was."""
+    made: dict[str, dict[str, PlannedTensor]] = {}
+    for layer in (layer for group in layers.groups for layer in group.layers):
+        for word, tensor in parts.get(layer.name, {}).items():
+            made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
+    tensors: dict[str, PlannedTensor] = {}
+    for name, info in checkpoint.tensors.items():
+        tensors.update(made.get(name) or {name: PlannedTensor(info.dtype, info.shape)})
+    return tensors
+
+
+def _group_bytes(
+    checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
+) -> int:
+    every = [layer for group in layers.groups for layer in group.layers]
+    copied = {layer.tensor for layer in every if layer.name not in parts}
+    total = sum(checkpoint.tensors[name].nbytes for name in copied)
+    return total + sum(tensor.nbytes for part in parts.values() for tensor in part.values())
+
+
+def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
+    first = group.layers[0]
+    storage = storage_of(scheme, where=first.name)
+    for layer in group.layers:
+        if layer.transposed:
+            raise BackendError(
+                f"{layer.name}: is stored transposed (a Conv1D), which compressed-tensors does not "
+                f"know; {scheme.name} cannot be exported. Take bf16 for it."
+            )
+        if reason := shape_rejection(scheme, layer):
+            raise BackendError(f"{reason}. Take a size that divides, or bf16.")
+    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe) or {})
+
+
+def encoded_parts(
+    checkpoint: Checkpoint, planned: PlannedGroup
+) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
+    """The stored tensors of a fusion group, block of rows by block of rows.
+
+    Args:
+        checkpoint: The original model.
+        planned: The group.
+
+    Yields:
+        Layer, last word of the tensor's name, first row in that tensor, rows. The
+        rows of each tensor come in order and cover it.
+
+    Raises:
+        SchemeError: A weight is not finite; the message names the layer.
+    """
+    amax = _shared_amax(checkpoint, planned)
+    for layer in planned.group.layers:
+        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.shares_scale))
+
+
+def _encoded_layer(
+    checkpoint: Checkpoint, planned: PlannedGroup, layer: LinearLayer, amax: Tensor | None
+) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
+    weight = planned.scheme.weight
+    assert weight is not None
+    zero_points = []
+    done: dict[str, int] = {}
+    for start, stop in _blocks(layer, weight.granularity.rows):
+        rows_OI = read_layer_rows(checkpoint, layer, start, stop)
+        quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name)
+        if quantized.zero_point is not None:
+            zero_points.append(quantized.zero_point)
+        for word, part in encode_rows(quantized, planned.scheme).items():
+            if word == "weight_scale" and weight.granularity.kind == "tensor" and start:
+                continue  # one scale for the whole tensor, given with the first block
+            yield layer, word, done.get(word, 0), part
+            done[word] = done.get(word, 0) + part.shape[0]
+    once = encode_once(
+        layer.out_features,
+        layer.in_features,
+        planned.scheme,
+        weight_amax=amax,
+        input_amax=planned.static_amax.get(layer.name),
+        zero_point_AG=torch.cat(zero_points) if zero_points else None,
+    )
+    for word, part in once.items():
+        yield layer, word, 0, part
+
+
+def _shared_amax(checkpoint: Checkpoint, planned: PlannedGroup) -> dict[str, Tensor]:
+    """Largest magnitude of all layers that share a scale, where the scheme needs it."""
+    weight = planned.scheme.weight
+    assert weight is not None
+    amax: dict[str, Tensor] = {}
+    if not weight.needs_tensor_amax:
+        return amax
+    for layer in planned.group.layers:
+        for start, stop in _blocks(layer, 1):
+            rows_OI = read_layer_rows(checkpoint, layer, start, stop)
+            largest = rows_OI.abs().amax().to(torch.float32)
+            so_far = amax.get(layer.shares_scale, largest)
+            amax[layer.shares_scale] = torch.maximum(so_far, largest)
+    return amax
+
+
+def _blocks(layer: LinearLayer, tile_rows: int) -> Iterator[tuple[int, int]]:
+    unit = tile_rows or 1
+    step = max(1, _BLOCK_ELEMENTS // layer.in_features // unit) * unit
+    for start in range(0, layer.out_features, step):
+        yield start, min(start + step, layer.out_features)
