@@ -1,21 +1,26 @@
-"""Opens what is to be validated: a recipe, or the folder of a model."""
+"""Opens what is to be validated: a recipe, an exported folder, or another model's folder."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from mofq.backends import emulate
+from mofq.backends.compressed_tensors import check_compressed_tensors
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
-from mofq.layers import find_layers
+from mofq.exceptions import BackendError
+from mofq.layers import ModelLayers, find_layers
 from mofq.recipe import Recipe, check_recipe, load_recipe, recipe_text
 from mofq.schemes import parse_scheme
+
+#: What ``mofq export`` calls the recipe in the folder that it writes.
+RECIPE_FILE = "recipe.yaml"
 
 Progress = Callable[[str, int, int], None]
 
@@ -27,7 +32,7 @@ class Candidate:
     source: str
     recipe: Recipe | None
     recipe_sha256: str | None
-    folder: Checkpoint | None
+    folder: Checkpoint | None  #: exported or unquantized
     bits_per_weight: float
 
 
@@ -35,7 +40,8 @@ def open_candidate(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candi
     """Read a candidate and check all that can be checked before a model runs.
 
     Args:
-        source: A recipe, its file, or a model folder that transformers loads.
+        source: A recipe, its file, a folder that mofq exported, or the folder of
+            an unquantized model.
         checkpoint: The original.
 
     Returns:
@@ -43,24 +49,31 @@ def open_candidate(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candi
 
     Raises:
         RecipeError: The recipe is not valid, or not for the original.
+        EnforcementError: An exported folder is not, byte for byte, what its
+            recipe makes of the original.
+        BackendError: A quantized folder is not of our making.
         CheckpointError: The folder holds no model.
     """
-    if not isinstance(source, Recipe) and Path(source).is_dir():
-        return _open_folder(str(source))
-    recipe = source if isinstance(source, Recipe) else load_recipe(source)
-    layers = emulate.find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    schemes = recipe.schemes
-    stored_bytes = sum(
-        group_bytes(group, parse_scheme(schemes[group.layers[0].name])) for group in layers.groups
-    )
-    text = recipe_text(recipe) if isinstance(source, Recipe) else Path(source).read_text("utf-8")
+    if isinstance(source, Recipe):
+        return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))
+    path = Path(source)
+    if not path.is_dir():
+        recipe = load_recipe(path)
+        return _open_recipe(recipe, checkpoint, source=str(source), text=path.read_text("utf-8"))
+    folder = open_checkpoint(str(path))
+    if (path / RECIPE_FILE).exists():
+        return _open_exported(folder, checkpoint)
+    if "quantization_config" in folder.config:
+        raise BackendError(
+            f"{path}: holds quantized weights and no {RECIPE_FILE} that says what they should be. "
+            f"Give a folder that `mofq export` wrote."
+        )
     return Candidate(
-        source="recipe" if isinstance(source, Recipe) else str(source),
-        recipe=recipe,
-        recipe_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        folder=None,
-        bits_per_weight=bits_per_weight(stored_bytes, weights_of(layers.groups)),
+        source=str(source),
+        recipe=None,
+        recipe_sha256=None,
+        folder=folder,
+        bits_per_weight=_bits(find_layers(folder), {}),
     )
 
 
@@ -82,27 +95,46 @@ def load_candidate(
         progress: Of the backend.
 
     Returns:
-        A recipe's: the original with the recipe emulated. A folder's own otherwise.
+        The original with the recipe emulated, also for an exported folder, which
+        is known to hold the same codes and scales; without a recipe, the
+        folder's own model.
 
     Raises:
         MofqError: It cannot be loaded, or the recipe cannot be applied.
     """
-    if candidate.folder is not None:
-        return load_model(candidate.folder.folder, dtype=dtype, device=device)
-    assert candidate.recipe is not None
-    model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    return emulate.apply(model, candidate.recipe, checkpoint=checkpoint, progress=progress)
+    if candidate.recipe is not None:
+        model = load_model(checkpoint.folder, dtype=dtype, device=device)
+        return emulate.apply(model, candidate.recipe, checkpoint=checkpoint, progress=progress)
+    assert candidate.folder is not None
+    return load_model(candidate.folder.folder, dtype=dtype, device=device)
 
 
-def _open_folder(source: str) -> Candidate:
-    folder = open_checkpoint(source)
-    layers = find_layers(folder)
-    unquantized = parse_scheme("bf16")
-    stored_bytes = sum(group_bytes(group, unquantized) for group in layers.groups)
+def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
+    layers = emulate.find_recipe_layers(checkpoint, recipe)
+    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     return Candidate(
         source=source,
-        recipe=None,
-        recipe_sha256=None,
-        folder=folder,
-        bits_per_weight=bits_per_weight(stored_bytes, weights_of(layers.groups)),
+        recipe=recipe,
+        recipe_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        folder=None,
+        bits_per_weight=_bits(layers, recipe.schemes),
     )
+
+
+def _open_exported(folder: Checkpoint, checkpoint: Checkpoint) -> Candidate:
+    path = folder.folder / RECIPE_FILE
+    recipe = load_recipe(path)
+    candidate = _open_recipe(
+        recipe, checkpoint, source=str(folder.folder), text=path.read_text("utf-8")
+    )
+    check_compressed_tensors(checkpoint, recipe, folder.folder)
+    return replace(candidate, folder=folder)
+
+
+def _bits(layers: ModelLayers, schemes: Mapping[str, str]) -> float:
+    """True bits per weight of the fusion groups; a layer without a scheme is unquantized."""
+    stored_bytes = sum(
+        group_bytes(group, parse_scheme(schemes.get(group.layers[0].name, "bf16")))
+        for group in layers.groups
+    )
+    return bits_per_weight(stored_bytes, weights_of(layers.groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -83,8 +84,47 @@ def validate_many(
     """
     checkpoint = open_checkpoint(model_source)
     opened = [open_candidate(candidate, checkpoint) for candidate in candidates]
-    tokenizer = load_tokenizer(checkpoint.folder)
+    with OriginalLogits() as logits:
+        original = _run_original(
+            checkpoint,
+            text,
+            logits=logits,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+        return tuple(_validate_one(each, original, progress=progress) for each in opened)
+
+
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The original after its run, and what it ran on."""
+
+    checkpoint: Checkpoint
+    text: Corpus
+    windows_NT: Tensor
+    logits: OriginalLogits
+    entropies: tuple[float, ...]
+    dtype: str
+    device: str
+    seconds: float
+
+
+def _run_original(
+    checkpoint: Checkpoint,
+    text: Corpus,
+    *,
+    logits: OriginalLogits,
+    tokens: int,
+    sequence_length: int,
+    dtype: str,
+    device: str,
+    progress: Progress | None,
+) -> _Original:
     start = monotonic()
+    tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     _check_context(model, sequence_length)
     windows_NT = tokenize(
@@ -94,53 +134,36 @@ def validate_many(
         sequence_length=sequence_length,
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
     )
-    validations = []
-    with OriginalLogits() as original:
-        entropies = run_original(model, windows_NT, into=original, progress=progress)
-        del model
-        seconds = monotonic() - start
-        for candidate in opened:
-            lineage = _lineage(checkpoint, candidate, text, sequence_length, dtype, device)
-            validations.append(
-                _validate_one(
-                    candidate,
-                    checkpoint,
-                    lineage=lineage,
-                    windows_NT=windows_NT,
-                    original=original,
-                    entropies=entropies,
-                    seconds_original=seconds,
-                    progress=progress,
-                )
-            )
-    return tuple(validations)
+    entropies = run_original(model, windows_NT, into=logits, progress=progress)
+    return _Original(
+        checkpoint=checkpoint,
+        text=text,
+        windows_NT=windows_NT,
+        logits=logits,
+        entropies=entropies,
+        dtype=dtype,
+        device=device,
+        seconds=monotonic() - start,
+    )
 
 
 def _validate_one(
-    candidate: Candidate,
-    checkpoint: Checkpoint,
-    *,
-    lineage: Lineage,
-    windows_NT: Tensor,
-    original: OriginalLogits,
-    entropies: Sequence[float],
-    seconds_original: float,
-    progress: Progress | None,
+    candidate: Candidate, original: _Original, *, progress: Progress | None
 ) -> Validation:
     start = monotonic()
-    recipe = candidate.recipe
+    recipe, checkpoint = candidate.recipe, original.checkpoint
     model = load_candidate(
-        candidate, checkpoint, dtype=lineage.dtype, device=lineage.device, progress=progress
+        candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
     deviations: tuple[Deviation, ...] = ()
     if recipe is not None:
         deviations = find_deviations(model, recipe, checkpoint=checkpoint, progress=progress)
-    scores = compare(model, windows_NT, original=original, progress=progress)
-    agreement = summarize(scores, entropies, sequence_length=lineage.sequence_length)
+    scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
+    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     budget = _number(recipe, "budget", "kl_nats_per_token")
     return Validation(
-        lineage=lineage,
-        tokens=windows_NT.numel(),
+        lineage=_lineage(candidate, original),
+        tokens=original.windows_NT.numel(),
         kl_nats_per_token=agreement.kl_nats_per_token,
         kl_stderr=agreement.kl_stderr,
         predicted_kl_nats_per_token=_number(recipe, "result", "kl_nats_per_token"),
@@ -155,31 +178,24 @@ def _validate_one(
         deviations=deviations,
         windows=agreement.windows,
         seconds=monotonic() - start,
-        seconds_original=seconds_original,
+        seconds_original=original.seconds,
     )
 
 
-def _lineage(
-    checkpoint: Checkpoint,
-    candidate: Candidate,
-    text: Corpus,
-    sequence_length: int,
-    dtype: str,
-    device: str,
-) -> Lineage:
+def _lineage(candidate: Candidate, original: _Original) -> Lineage:
     folder = candidate.folder
     return Lineage(
         mofq=mofq.__version__,
-        model=checkpoint.name,
-        index_sha256=checkpoint.index_sha256,
+        model=original.checkpoint.name,
+        index_sha256=original.checkpoint.index_sha256,
         candidate=candidate.source,
         recipe_sha256=candidate.recipe_sha256,
         folder_index_sha256=None if folder is None else folder.index_sha256,
-        text=text.source,
-        text_sha256=text.sha256,
-        dtype=dtype,
-        device=device,
-        sequence_length=sequence_length,
+        text=original.text.source,
+        text_sha256=original.text.sha256,
+        dtype=original.dtype,
+        device=original.device,
+        sequence_length=original.windows_NT.shape[1],
     )
 
 
