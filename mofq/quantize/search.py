@@ -11,7 +11,7 @@ integer, symmetric absmax; then ``amax / 2**(bits-1)`` with both signs, which
                    without a sign (E8M0) are tried with the positive one alone
 integer, asym.     ``low`` and ``high`` both times r = 1, 0.98, 0.96 … 0.70,
                    0.64, 0.58 … 0.28
-float, codebook    absmax; then ``r * absmax`` for r = 2.00, 1.96 … 0.52. Above
+float, codebook    absmax; then ``r * absmax`` for r = 48/24, 47/24 … 12/24. Above
                    1 the largest magnitude takes a smaller code (r = 1.5 maps
                    it to 4 in FP4 E2M1), which moves the whole grid
 E8M0 scales        instead of all these r: the rule's own scale, its double,
@@ -53,7 +53,7 @@ _CLIPS = (
     *(percent / 100 for percent in range(98, 68, -2)),
     *(percent / 100 for percent in range(64, 22, -6)),
 )
-_STRETCHES = tuple(percent / 100 for percent in range(200, 48, -4))
+_STRETCHES = tuple(part / 24 for part in range(48, 11, -1) if part != 24)
 
 
 def search_scales(
