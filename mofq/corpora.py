@@ -75,7 +75,7 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
         path, column = local
         default_name = path.stem
         text = _read_file(path, column)
-    elif match := _HUB_SOURCE.fullmatch(source):
+    elif (match := _HUB_SOURCE.fullmatch(source)) and not _names_file(source):
         default_name = match["id"].partition("/")[2]
         text = _read_hub(source, match)
     else:
@@ -85,11 +85,18 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
         )
     if not text.strip():
         raise CorpusError(f"text {source!r} is empty. Give a file that has some text.")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"text {source!r}: character {error.start} is half of a surrogate pair, which is not "
+            f"text. Remove it."
+        ) from error
     return Corpus(
         name=name or default_name,
         source=source,
         text=text,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        sha256=hashlib.sha256(encoded).hexdigest(),
     )
 
 
@@ -148,6 +155,45 @@ def tokenize(
     return tokens_NT.reshape(windows, sequence_length)
 
 
+def spread_windows(
+    corpus: Corpus, tokenizer: Any, *, sequences: int, sequence_length: int
+) -> Tensor:
+    """Windows of tokens spread evenly over a whole text; the first starts at its beginning.
+
+    A text of many megabytes is cut into as many excerpts first, and only those are
+    tokenized.
+
+    Args:
+        corpus: The text.
+        tokenizer: A Hugging Face tokenizer.
+        sequences: How many windows, N.
+        sequence_length: Tokens of one window, T.
+
+    Returns:
+        ``[N, T]``, int64. The windows do not overlap.
+
+    Raises:
+        CorpusError: The text is too short for so many windows.
+    """
+    import torch
+
+    needed = sequences * sequence_length
+    if len(corpus.text) > 64 * needed:
+        starts = [len(corpus.text) * i // sequences for i in range(sequences)]
+        excerpts = [corpus.text[start : start + 64 * sequence_length] for start in starts]
+        windows = [_encode(excerpt, tokenizer)[:sequence_length] for excerpt in excerpts]
+        if all(len(window) == sequence_length for window in windows):
+            return torch.tensor(windows, dtype=torch.int64)
+    ids = _encode(corpus.text, tokenizer)
+    if len(ids) < needed:
+        raise CorpusError(
+            f"text {corpus.source!r} has {len(ids)} tokens, and {sequences} sequences of "
+            f"{sequence_length} need {needed}. Give a longer text, or ask for fewer sequences."
+        )
+    starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
+    return torch.tensor([ids[start : start + sequence_length] for start in starts])
+
+
 def _first_tokens(text: str, tokenizer: Any, tokens: int) -> list[int]:
     # Tokenizing megabytes for a few thousand tokens takes longer than the rest
     # of the job. A prefix gives the same first tokens where the wanted ones end
@@ -163,6 +209,11 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
     # verbose=False: a text longer than the model's context is expected here.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def _names_file(source: str) -> bool:
+    """Whether a source can only mean a file: a misspelt path must not reach for the network."""
+    return Path(source.partition(":")[0]).suffix.lower() in (".txt", ".md", *_ROW_BUILDERS)
 
 
 def _split_column(source: str) -> tuple[Path, str | None] | None:

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from mofq import corpora
 from mofq.corpora import Corpus, load_text, tokenize
+from mofq.demo import demo_text
 from mofq.exceptions import CorpusError
 
 
@@ -75,6 +76,7 @@ def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> 
         (b'{"text": "a"}\n{"text": \n', "cannot be read"),
         (b'{"text": "a\xff"}\n', "cannot be read"),
         (b"", "is empty"),
+        (b'{"text": "a\\ud800b"}\n', "cannot be read|half of a surrogate pair"),
     ],
 )
 def test_broken_json_lines_are_an_error(tmp_path: Path, content: bytes, message: str) -> None:
@@ -170,6 +172,23 @@ def test_a_local_file_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "org" / "set").write_text("local")
     monkeypatch.chdir(tmp_path)
     assert load_text("org/set").text == "local"
+
+
+def test_a_misspelt_path_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a request"))
+    for source in ("texts/none.txt", "texts/pt/none.jsonl:body", "texts/none.parquet"):
+        with pytest.raises(CorpusError, match="there is no such file"):
+            load_text(source)
+
+
+def test_the_bundled_texts_are_the_files_of_the_demo() -> None:
+    expected = {
+        "demo-en": demo_text("en"),
+        "demo-pt": demo_text("pt"),
+        "demo-en-calibration": demo_text("en", "calibration"),
+        "demo-pt-calibration": demo_text("pt", "calibration"),
+    }
+    assert expected == corpora.BUNDLED_TEXT
 
 
 def test_windows_are_the_first_tokens_in_order_and_do_not_overlap() -> None:
