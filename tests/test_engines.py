@@ -129,6 +129,7 @@ def test_vllm_serves_what_its_sources_say(engine: str, scheme: str, served: bool
         ("tensorrt-llm-blackwell", "nvfp4+nvfp4", True),
         ("transformers", "int8.channel+int8.token", True),
         ("transformers", "nf4.g64", False),
+        ("transformers", "int4.g64.asym", False),
         ("torchao", "int8.channel+int8.token", True),
         ("torchao", "int8.g128+int8.token", False),
     ],

@@ -36,8 +36,9 @@ TRANSFORMERS: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.(channel|g\d+)\.asym(\.s-f32)?",
-        kernel="CompressedLinear, decompressed",
-        source=f"{_CT} compressors/pack_quantized/base.py",
+        kernel="",
+        refused="packed zero points are refused as a size mismatch; take the symmetric scheme",
+        source=f"{_CT} compressors/pack_quantized/base.py:83-91; run",
     ),
     Rule(
         r"fp8_e4m3\.(channel|tensor)(\.s-f32)?(\+fp8_e4m3\.token)?",

@@ -102,8 +102,8 @@ def _check_rows(info: TensorInfo, first_row: int, needed: Tensor, where: str) ->
 
 def _bytes(rows: Tensor) -> Tensor:
     """One row of bytes for each row, so that NaN and signed zeros compare too."""
-    flat = rows.contiguous().reshape(rows.shape[0], -1)
-    return flat.view(torch.uint8)
+    # Flat first: a matrix of one column may be contiguous and yet have another stride.
+    return rows.contiguous().reshape(-1).view(torch.uint8).reshape(rows.shape[0], -1)
 
 
 def _check_copy(needed: TensorInfo, found: TensorInfo) -> None:

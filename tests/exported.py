@@ -1,0 +1,178 @@
+"""Recipes for tiny checkpoints, and reading exports with compressed-tensors' own decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from safetensors import safe_open
+from torch import Tensor
+
+from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.tensors import read_layer_rows
+from mofq.layers import FusionGroup, LinearLayer, find_layers
+from mofq.quantize import QuantizedWeight, quantize_weight
+from mofq.recipe import Recipe, RecipeGroup
+from mofq.schemes import Scheme, parse_scheme
+
+#: Every kind of storage, each scale rule that changes codes, and the static ones.
+STORABLE = (
+    "int8.channel+int8.token",
+    "int8.channel.s-f32@fullrange+int8.token",
+    "int8.tensor+int8.token",
+    "int8.channel.asym+int8.token",
+    "int8.channel+int8.tensor",
+    "int8.channel",
+    "int8.g32@mse",
+    "int8.g64.asym",
+    "int4.channel",
+    "int4.g32",
+    "int4.g32@fullrange",
+    "int4.g128@mse",
+    "int4.g64.asym",
+    "int4.channel.asym.s-f32",
+    "int4.g64+int8.token",
+    "int2.g32",
+    "fp8_e4m3.channel+fp8_e4m3.token",
+    "fp8_e4m3.tensor+fp8_e4m3.tensor",
+    "fp8_e4m3.channel@mse",
+    "fp8_e4m3.block64.s-f32+fp8_e4m3.g128",
+    "fp8_e4m3.block64x32",
+    "nvfp4",
+    "nvfp4+nvfp4",
+    "mxfp4",
+    "fp4_e2m1.g32.s-e8m0ceil",
+    "mxfp4+mxfp4",
+    "mxfp8+mxfp8",
+)
+
+
+def make_recipe(checkpoint: Checkpoint, choose: Callable[[int, FusionGroup], str]) -> Recipe:
+    """A recipe that gives each fusion group what a function of its number and itself says."""
+    layers = find_layers(checkpoint)
+    groups = []
+    for number, group in enumerate(layers.groups):
+        scheme = parse_scheme(choose(number, group))
+        names = tuple(layer.name for layer in group.layers)
+        static = dict.fromkeys(names, 3.5) if _is_static(scheme) else None
+        groups.append(RecipeGroup(group.name, scheme.name, names, static))
+    unquantized = tuple(layer.name for layer in layers.unquantized)
+    return Recipe(checkpoint.name, checkpoint.index_sha256, tuple(groups), unquantized)
+
+
+def uniform_recipe(checkpoint: Checkpoint, scheme: str) -> Recipe:
+    """A recipe of one scheme."""
+    return make_recipe(checkpoint, lambda number, group: scheme)
+
+
+def _is_static(scheme: Scheme) -> bool:
+    return scheme.activation is not None and scheme.activation.needs_tensor_amax
+
+
+def quantize_layer(
+    checkpoint: Checkpoint, group: FusionGroup, layer: LinearLayer, scheme: Scheme
+) -> QuantizedWeight:
+    """What was measured: the whole weight of one layer, quantized at once."""
+    assert scheme.weight is not None
+    amax = None
+    if scheme.weight.needs_tensor_amax:
+        sharing = [other for other in group.layers if other.shares_scale == layer.shares_scale]
+        amax = max(float(whole_weight(checkpoint, other).abs().max()) for other in sharing)
+    return quantize_weight(whole_weight(checkpoint, layer), scheme.weight, tensor_amax=amax)
+
+
+def whole_weight(checkpoint: Checkpoint, layer: LinearLayer) -> Tensor:
+    """The original weight."""
+    return read_layer_rows(checkpoint, layer, 0, layer.out_features)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder, read with safetensors and compressed-tensors alone."""
+
+    folder: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text("utf-8"))
+        return config
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of every shard."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return found
+
+    def scheme_of(self, layer: str) -> QuantizationScheme:
+        """What compressed-tensors understands of a layer's config group."""
+        config = QuantizationConfig.model_validate(self.config["quantization_config"])
+        groups = [g for g in config.config_groups.values() if layer in g.targets]
+        assert len(groups) == 1, layer
+        return groups[0]
+
+    def parts(self, layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one layer."""
+        prefix = f"{layer}."
+        words = {
+            key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
+        }
+        return {word: tensor for word, tensor in words.items() if "." not in word}
+
+    def decode(self, layer: str, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight as compressed-tensors' decompressor returns it."""
+        scheme = self.scheme_of(layer)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        weight: Tensor = compressor.decompress(self.parts(layer, tensors), scheme)["weight"]
+        return weight
+
+
+def read_codes(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """Codes as ``QuantizedWeight`` holds them, by compressed-tensors' own unpacking."""
+    weight = scheme.weight
+    assert weight is not None
+    bits = weight.element.bits
+    if "weight_shape" in parts:
+        shape = torch.Size(parts["weight_shape"].tolist())
+        signed = unpack_from_int32(parts["weight_packed"], bits, shape)
+        return signed if weight.symmetric else _unsigned(signed, bits)
+    if "weight_packed" in parts:
+        rows, half = parts["weight_packed"].shape
+        return unpack_fp4_from_uint8(parts["weight_packed"], rows, 2 * half, dtype=torch.float32)
+    if parts["weight"].dtype == torch.int8:
+        return parts["weight"] if weight.symmetric else _unsigned(parts["weight"], bits)
+    return parts["weight"].to(torch.float32)
+
+
+def read_scale(parts: dict[str, Tensor], scheme: Scheme, like: Tensor) -> Tensor:
+    """Scales as ``QuantizedWeight`` holds them."""
+    assert scheme.weight is not None
+    stored = parts["weight_scale"]
+    if stored.dtype == torch.uint8:
+        stored = torch.ldexp(torch.ones(stored.shape), stored.to(torch.int32) - 127)
+    return stored.to(like.dtype).reshape(like.shape)
+
+
+def read_zero_point(parts: dict[str, Tensor], scheme: Scheme, like: Tensor) -> Tensor:
+    """Zero points as ``QuantizedWeight`` holds them."""
+    assert scheme.weight is not None
+    bits = scheme.weight.element.bits
+    stored = parts["weight_zero_point"]
+    if stored.dtype == torch.int32:
+        stored = unpack_from_int32(stored, bits, like.shape, packed_dim=0)
+    return _unsigned(stored, bits).reshape(like.shape)
+
+
+def _unsigned(signed: Tensor, bits: int) -> Tensor:
+    return (signed.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
