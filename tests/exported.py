@@ -16,7 +16,8 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors import safe_open
 from torch import Tensor
 
-from mofq.checkpoint.headers import Checkpoint
+from mofq.backends.compressed_tensors import export_compressed_tensors
+from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.layers import FusionGroup, LinearLayer, find_layers
 from mofq.quantize import QuantizedWeight, quantize_weight
@@ -55,6 +56,17 @@ STORABLE = (
 )
 
 
+#: Each kind of storage beside an unquantized layer.
+MIXED = (
+    "int8.channel+int8.token",
+    "fp8_e4m3.channel+fp8_e4m3.token",
+    "int4.g32@fullrange",
+    "int8.g64",
+    "bf16",
+    "int4.g128.asym",
+)
+
+
 def make_recipe(checkpoint: Checkpoint, choose: Callable[[int, FusionGroup], str]) -> Recipe:
     """A recipe that gives each fusion group what a function of its number and itself says."""
     layers = find_layers(checkpoint)
@@ -71,6 +83,17 @@ def make_recipe(checkpoint: Checkpoint, choose: Callable[[int, FusionGroup], str
 def uniform_recipe(checkpoint: Checkpoint, scheme: str) -> Recipe:
     """A recipe of one scheme."""
     return make_recipe(checkpoint, lambda number, group: scheme)
+
+
+def mixed_recipe(folder: Path) -> Recipe:
+    """Six schemes in turn."""
+    return make_recipe(open_checkpoint(str(folder)), lambda number, group: MIXED[number % 6])
+
+
+def export(model: Path, recipe: Recipe, out: Path, **options: object) -> Exported:
+    """Export a recipe of a model folder."""
+    export_compressed_tensors(open_checkpoint(str(model)), recipe, out, **options)  # type: ignore[arg-type]
+    return Exported(out)
 
 
 def _is_static(scheme: Scheme) -> bool:
