@@ -120,7 +120,7 @@ def global_scale_of(scheme: TensorScheme, tensor_amax: Tensor) -> Tensor | None:
     limit = _largest_scale(largest_scale * _largest_code(scheme), significant_bits=8)
     scale = tensor_amax / (largest_scale * scheme.element.max)
     scale = torch.clamp(scale, SMALLEST_NORMAL, limit)
-    return torch.where(tensor_amax > 0, scale, 1.0)
+    return torch.where(tensor_amax == 0, 1.0, scale)
 
 
 def choose_scales(
@@ -171,7 +171,7 @@ def symmetric_scale(
     if scheme.scale_rule == "fullrange":
         largest += 1
     scale = scale_for(amax, largest, scheme, global_scale=global_scale)
-    return torch.where(amax > 0, scale, 1.0)
+    return torch.where(amax == 0, 1.0, scale)
 
 
 def scale_for(
@@ -208,7 +208,7 @@ def asymmetric_scales(low: Tensor, high: Tensor, scheme: TensorScheme) -> Scales
     _, largest = code_range(scheme)
     middle = (largest + 1) // 2
     extent = torch.clamp(high - low, max=_LARGEST_FLOAT32)
-    scale = torch.where(extent > 0, round_scale(extent / largest, scheme), 1.0)
+    scale = torch.where(extent == 0, 1.0, round_scale(extent / largest, scheme))
     zero_point = round_to_integer(-middle - low / scale, -middle, largest - middle) + middle
     return Scales(scale, zero_point, None)
 

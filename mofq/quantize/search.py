@@ -118,7 +118,7 @@ def _candidates(
 
     def scales(ratio: float, *, largest: float = float(scheme.element.max)) -> Scales:
         scale = scale_for(amax * ratio, largest, scheme, global_scale=global_scale)
-        return Scales(torch.where(amax > 0, scale, 1.0), None, global_scale)
+        return Scales(torch.where(amax == 0, 1.0, scale), None, global_scale)
 
     has_sign = not scheme.scale.name.startswith("e8m0")
     if not has_sign:
@@ -132,7 +132,7 @@ def _candidates(
 
 
 def _negated(scales: Scales, amax: Tensor) -> Scales:
-    return Scales(torch.where(amax > 0, -scales.scale, 1.0), None, scales.global_scale)
+    return Scales(torch.where(amax == 0, 1.0, -scales.scale), None, scales.global_scale)
 
 
 def _relative(importance_ARGK: Tensor) -> Tensor:
