@@ -15,12 +15,19 @@ from exported import (
     read_zero_point,
     uniform_recipe,
 )
+from number_cases import (
+    WEIGHT_SCHEMES,
+    adversarial_weight,
+    quantized,
+    trained_like_weight,
+    weight_scheme,
+)
 
 from mofq.backends.compressed_tensors import export_compressed_tensors
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.cost import group_bytes, layer_bytes
 from mofq.layers import find_layers
-from mofq.quantize import dequantize_weight
+from mofq.quantize import QuantizedWeight, dequantize_weight, quantize_with_scales
 from mofq.schemes import parse_scheme
 
 
@@ -71,6 +78,26 @@ def test_law_1_the_consumers_decoder_returns_fake_quantize_to_one_rounding(
             unit = torch.finfo(decoded.dtype).eps / 2
             error = (decoded.double() - expected.double()).abs()
             assert bool((error <= 1.01 * roundings * unit * expected.double().abs()).all())
+
+
+@pytest.mark.parametrize("weight_OI", [trained_like_weight(), adversarial_weight()])
+@pytest.mark.parametrize("name", WEIGHT_SCHEMES)
+def test_law_2_with_its_scales_held_a_quantized_weight_quantizes_to_itself(
+    name: str, weight_OI: torch.Tensor
+) -> None:
+    scheme, q = weight_scheme(name), quantized(name, weight_OI)
+    once_OI = dequantize_weight(q, scheme)
+    codes_OI = quantize_with_scales(
+        once_OI,
+        scheme,
+        scale=q.scale,
+        zero_point=q.zero_point,
+        global_scale=q.global_scale,
+    )
+    assert codes_OI.dtype == q.codes_OI.dtype
+    assert torch.equal(codes_OI, q.codes_OI)
+    twice = QuantizedWeight(codes_OI, q.scale, q.zero_point, q.global_scale)
+    assert torch.equal(dequantize_weight(twice, scheme), once_OI)
 
 
 @pytest.mark.parametrize("name", STORABLE)
