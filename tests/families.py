@@ -5,13 +5,16 @@ They serve shapes and names only: nothing about quality is to be read from them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -177,3 +180,21 @@ def write_byte_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def copy_with_config(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a checkpoint whose config went through ``edit``."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    edit(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def copy_with_tensors(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a one-file checkpoint whose tensors went through ``edit``."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target

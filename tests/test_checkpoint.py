@@ -71,6 +71,7 @@ def test_scalars_and_empty_tensors_are_sound(tmp_path: Path) -> None:
     [
         (b"", r"claim a header of 0 bytes; the file has 0"),
         (b"\x10\x00\x00", r"claim a header of 16 bytes; the file has 3.*truncated"),
+        (file_of({"a": GOOD_ENTRY}, length=1000), r"claim a header of 1,000 bytes; the file has"),
         (file_of({"a": GOOD_ENTRY}, length=10**13), r"header of 10,000,000,000,000 bytes"),
         (file_of({"a": GOOD_ENTRY}, length=2**64 - 1), r"header of 18,446,744,073,709,551,615"),
         (file_of({"a": GOOD_ENTRY}, data_bytes=23), r"truncated.* needs 24 bytes .*found 23"),
@@ -197,6 +198,16 @@ def test_the_index_hash_changes_with_a_shape_a_dtype_or_the_config(tiny: TinyChe
         tiny("llama", rms_norm_eps=1e-4),
     ]
     assert len({open_checkpoint(str(folder)).index_sha256 for folder in variants}) == 4
+
+
+def test_the_index_hash_changes_with_the_dtype_of_the_tensors_alone(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny("llama", dtype=torch.float16), tmp_path / "model")
+    shutil.copy(tiny("llama") / "config.json", folder)
+    left, right = open_checkpoint(str(folder)), open_checkpoint(str(tiny("llama")))
+    assert left.config == right.config
+    assert left.index_sha256 != right.index_sha256
 
 
 def test_the_index_hash_does_not_change_with_the_weights(tiny: TinyCheckpoint) -> None:

@@ -57,6 +57,13 @@ def test_one_file_is_byte_for_byte_what_the_safetensors_library_writes(tmp_path:
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_data_begins_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int) -> None:
+    with ShardWriter(tmp_path, {"x" * length: PlannedTensor("F64", (1,))}) as writer:
+        writer.add("x" * length, torch.ones(1, dtype=torch.float64))
+    assert read_header(tmp_path / "model.safetensors")["x" * length].start % 8 == 0
+
+
 def test_shards_are_loaded_by_transformers_and_by_ourselves(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -76,8 +83,8 @@ def test_shards_are_loaded_by_transformers_and_by_ourselves(
 
 
 def test_no_shard_exceeds_its_size_and_the_index_sums_up(tmp_path: Path) -> None:
-    tensors = {f"t{number}": torch.full((100,), float(number)) for number in range(10)}
-    tensors["large"] = torch.zeros(1000)
+    small = {f"t{number}": torch.full((100,), float(number)) for number in range(10)}
+    tensors = {"large": torch.zeros(1000), **small}
     with ShardWriter(tmp_path, plan_of(tensors), shard_bytes=1000) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
