@@ -307,6 +307,8 @@ def save(
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
+    config = folder / "tokenizer_config.json"  # the class's name in every release of transformers
+    config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
