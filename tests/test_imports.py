@@ -36,6 +36,7 @@ RANKS = {
     "measure": 5,
     "backends": 6,
     "explore": 6,
+    "decide": 6,
     "validate": 7,
     "cli": 8,
 }
@@ -57,6 +58,7 @@ WITHOUT_TORCH = (
     "mofq.table",
     "mofq.solvers.*",
     "mofq.recipe",
+    "mofq.decide",
     "mofq.explore.*",
     "mofq.cli.*",
 )
@@ -164,6 +166,7 @@ def test_a_forbidden_import_is_seen_wherever_it_hides(
         "mofq.cli.main",
         "mofq.nowhere",
         "mofq.recipe",
+        "mofq.decide",
         "mofq.validate",
     ]
 

@@ -21,13 +21,18 @@ def functions(path: Path) -> Iterator[Function]:
             yield node
 
 
+def is_command(function: Function) -> bool:
+    """Whether the parameters are a command's table of options."""
+    return any(".command(" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def lines_without_docstring(function: Function) -> int:
-    assert function.end_lineno is not None
-    lines = function.end_lineno - function.lineno + 1
-    first = function.body[0]
-    if ast.get_docstring(function) is not None and first.end_lineno is not None:
-        lines -= first.end_lineno - first.lineno + 1
-    return lines
+    first, last = function.body[0], function.body[-1].end_lineno
+    assert last is not None
+    assert first.end_lineno is not None
+    lines = last - (first.lineno if is_command(function) else function.lineno) + 1
+    documented = ast.get_docstring(function) is not None
+    return lines - (first.end_lineno - first.lineno + 1 if documented else 0)
 
 
 def where(path: Path, function: Function) -> str:
