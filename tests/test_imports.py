@@ -166,7 +166,6 @@ def test_a_forbidden_import_is_seen_wherever_it_hides(
         "mofq.cli.main",
         "mofq.nowhere",
         "mofq.recipe",
-        "mofq.decide",
         "mofq.validate",
     ]
 
