@@ -1,0 +1,58 @@
+"""From what every choice costs to the best choice under budgets. Nothing here runs a model."""
+
+from __future__ import annotations
+
+from mofq.solvers.budgets import Budgets, LinearBudget, finer_is_offered
+from mofq.solvers.exact import Solution, least_bytes, solve_exact
+from mofq.solvers.from_table import problem_from_table
+from mofq.solvers.frontier import Frontier, solve_frontier
+from mofq.solvers.greedy import solve_greedy
+from mofq.solvers.pipeline import SOLVERS, Chosen, Solver, choose, solve_smallest
+from mofq.solvers.prediction import Estimate, Prediction, crossfit, paired_loss, predict
+from mofq.solvers.problem import (
+    KL_UNIT,
+    Objective,
+    Option,
+    Problem,
+    ProblemGroup,
+    build_problem,
+    with_samples,
+)
+from mofq.solvers.simplicity import simplicity
+from mofq.solvers.ties import Ties, move_ties
+from mofq.solvers.usage import Usage, usage
+
+__all__ = [
+    "KL_UNIT",
+    "SOLVERS",
+    "Budgets",
+    "Chosen",
+    "Estimate",
+    "Frontier",
+    "LinearBudget",
+    "Objective",
+    "Option",
+    "Prediction",
+    "Problem",
+    "ProblemGroup",
+    "Solution",
+    "Solver",
+    "Ties",
+    "Usage",
+    "build_problem",
+    "choose",
+    "crossfit",
+    "finer_is_offered",
+    "least_bytes",
+    "move_ties",
+    "paired_loss",
+    "predict",
+    "problem_from_table",
+    "simplicity",
+    "solve_exact",
+    "solve_frontier",
+    "solve_greedy",
+    "solve_smallest",
+    "usage",
+    "with_samples",
+]

@@ -1,0 +1,160 @@
+"""A problem from the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from mofq.exceptions import TableError, nearest_name
+from mofq.solvers.problem import KL_UNIT, Objective, Option, Problem, ProblemGroup, build_problem
+from mofq.table import UNITS, Row, Table, TableGroup, TableSpace
+
+_UNQUANTIZED = "bf16"
+#: The most telling first.
+_PREFERRED_UNITS = (KL_UNIT, "output_mse", "relative_weight_error")
+
+#: Whether a fusion group may have a scheme: what an engine adds.
+Legal = Callable[[TableGroup, str], bool]
+
+
+def problem_from_table(
+    table: Table,
+    *,
+    unit: str | None = None,
+    corpora: Sequence[str] | None = None,
+    objective: Objective = "mean",
+    space: str | None = None,
+    is_legal: Legal | None = None,
+) -> Problem:
+    """What a table offers, as a problem for the solvers.
+
+    Args:
+        table: With rows of every fusion group.
+        unit: Of the errors; by default nats where every group has them, else the output
+            error, else the relative weight error.
+        corpora: Names; by default all that have rows in the unit.
+        objective: What several corpora add up to.
+        space: Only the schemes, base and min_gain of this search space; by default those of
+            all spaces of the table together, with the largest min_gain.
+        is_legal: Which schemes a fusion group may have; by default all that are measured.
+
+    Returns:
+        The problem; within each group the simplest scheme first.
+
+    Raises:
+        TableError: The unit, corpus or space is not in the table, or a group has no row.
+    """
+    unit = _unit(table, unit)
+    names = _corpora(table, unit, corpora)
+    spaces = _spaces(table, space)
+    schemes = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
+    by_corpus = [table.rows_of(unit, name) for name in names]
+    groups = []
+    for group in table.header.groups:
+        rows = _complete(group.name, unit, names, [found[group.name] for found in by_corpus])
+        legal = [
+            row
+            for row in rows
+            if (not spaces or row[0].scheme in schemes)
+            and (is_legal is None or is_legal(group, row[0].scheme))
+        ]
+        if not legal:
+            raise TableError(
+                f"{group.name}: none of its measured schemes may be chosen"
+                + f" ({', '.join(row[0].scheme for row in rows)}). Measure a space that offers one."
+            )
+        groups.append((_group(group, [row[0].scheme for row in legal]), list(map(_option, legal))))
+    stats = table.header.stats
+    return build_problem(
+        groups,
+        unit=unit,
+        corpora=tuple(names),
+        objective=objective,
+        base=tuple(dict.fromkeys(name for one in spaces for name in one.base)),
+        tokens_per_projection=1 if stats is None else stats.tokens_per_projection,
+        other_bytes=table.header.other_bytes,
+        min_gain=max((one.min_gain for one in spaces), default=10.0),
+    )
+
+
+def _unit(table: Table, unit: str | None) -> str:
+    if unit is not None:
+        if unit not in UNITS:
+            raise TableError(f"no errors are in {unit!r}." + nearest_name(unit, UNITS))
+        return unit
+    groups = {group.name for group in table.header.groups}
+    for one in _PREFERRED_UNITS:
+        if {row.group for row in table.rows if row.unit == one} == groups:
+            return one
+    measured = {row.group for row in table.rows}
+    missing = next(group.name for group in table.header.groups if group.name not in measured)
+    raise TableError(
+        f"The table has no row of {missing} ({len(measured)} of {len(groups)} fusion groups are "
+        f"measured). Run the same `mofq measure` again; it resumes."
+    )
+
+
+def _corpora(table: Table, unit: str, corpora: Sequence[str] | None) -> list[str | None]:
+    known = [corpus for one, corpus in table.measures if one == unit]
+    named = [name for name in known if name is not None]
+    if corpora is None:
+        return list(named or known or [None])
+    for name in corpora:
+        if name not in named:
+            raise TableError(
+                f"no rows in {unit} are of the corpus {name!r}."
+                + (nearest_name(name, named) if named else " This unit rests on no corpus.")
+            )
+    return list(dict.fromkeys(corpora))
+
+
+def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:
+    if name is None:
+        return table.spaces
+    found = [one for one in table.spaces if one.name == name]
+    if not found:
+        names = [one.name for one in table.spaces]
+        raise TableError(f"the search space {name!r} was not measured." + nearest_name(name, names))
+    return found[-1:]
+
+
+def _complete(
+    group: str, unit: str, corpora: Sequence[str | None], found: Sequence[Sequence[Row]]
+) -> list[list[Row]]:
+    """For each scheme its row of every corpus."""
+    by_scheme: dict[str, list[Row]] = {}
+    for rows in found:
+        for row in rows:
+            by_scheme.setdefault(row.scheme, []).append(row)
+    if not by_scheme:
+        raise TableError(f"{group}: has no row in {unit}. Run the same `mofq measure` again.")
+    for scheme, rows in by_scheme.items():
+        if len(rows) < len(corpora):
+            names = sorted({str(name) for name in corpora} - {str(row.corpus) for row in rows})
+            raise TableError(
+                f"{group}: {scheme} has no row of the corpus {names[0]!r}, and the others have. "
+                f"Run the same `mofq measure` again."
+            )
+    return list(by_scheme.values())
+
+
+def _group(group: TableGroup, schemes: Collection[str]) -> ProblemGroup:
+    return ProblemGroup(
+        name=group.name,
+        layers=tuple(layer.name for layer in group.layers),
+        weights=group.weights,
+        counted=any(name != _UNQUANTIZED for name in schemes),
+    )
+
+
+def _option(rows: Sequence[Row]) -> Option:
+    stderrs = [row.stderr for row in rows if row.stderr is not None]
+    samples = [row.sample_errors for row in rows if row.sample_errors is not None]
+    projections = [row.projections for row in rows if row.projections is not None]
+    return Option(
+        rows[0].scheme,
+        bytes=rows[0].bytes,
+        errors=tuple(row.error for row in rows),
+        stderrs=tuple(stderrs) if len(stderrs) == len(rows) else None,
+        sample_errors=tuple(samples) if len(samples) == len(rows) else None,
+        projections=tuple(projections) if len(projections) == len(rows) else None,
+    )

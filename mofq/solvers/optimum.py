@@ -1,0 +1,90 @@
+"""The optimum of a multiple-choice knapsack with any linear constraints.
+
+One option of each fusion group, least cost. The relaxation gives a price to
+every budget, and under these prices a lower bound and, for each option, what
+it costs more than the best of its group (its reduced cost). An option whose
+reduced cost exceeds the distance between the bound and a solution is in no better
+solution; so only a small core has to be searched, and its optimum is the
+optimum of the whole. One budget is searched by labels, where integer sums are exact;
+several budgets, or several corpora, by HiGHS through ``scipy.optimize.milp``
+where labels would be too many.
+
+Source: reduction by reduced costs as in D. Pisinger, "A minimal algorithm for the
+multiple-choice knapsack problem", EJOR 83 (1995).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mofq.solvers.budgets import Row
+from mofq.solvers.core import price, reduce_problem
+from mofq.solvers.labels import TooManyLabelsError, search_labels
+from mofq.solvers.problem import BoolArray, FloatArray, IntArray, Problem
+from mofq.solvers.program import search_program
+
+_LABELS_OF_TWO_SUMS = 400_000
+_LABELS_OF_MORE = 20_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Optimum:
+    """A choice that is proven best, and what the proof rests on."""
+
+    choice_F: IntArray
+    value: float  #: of the cost that was minimised
+    bound: float  #: of the relaxation: no choice costs less
+    prices: tuple[float, ...]  #: of each row: cost that one more unit of its limit would save
+
+
+def minimise(
+    problem: Problem, cost_PK: FloatArray, rows: Sequence[Row], allowed_P: BoolArray
+) -> Optimum | None:
+    """The choice of least cost that keeps every row.
+
+    Args:
+        problem: The fusion groups.
+        cost_PK: Several columns: the largest of their sums is minimised.
+        rows: The constraints, kept without tolerance.
+        allowed_P: Which options may be chosen; at least one of each group.
+
+    Returns:
+        The optimum; of options that no row and no cost tells apart, the smallest
+        and simplest. None: no choice keeps all rows.
+    """
+    tightest = _tightest_of_equal(rows)
+    core = reduce_problem(problem, cost_PK, tightest, allowed_P)
+    prices = None if core is None else price(core)
+    if core is None or prices is None:
+        return None
+    few_sums = cost_PK.shape[1] + len(tightest) <= 2
+    try:
+        most = _LABELS_OF_TWO_SUMS if few_sums else _LABELS_OF_MORE
+        choice_F = search_labels(core, prices, cost_PK, tightest, most_labels=most)
+    except TooManyLabelsError:
+        choice_F = search_program(core, prices, cost_PK, tightest)
+    if choice_F is None:
+        return None
+    value = max(math.fsum(column) for column in cost_PK[choice_F].T)
+    raw_R = prices.price_R / core.divisor_R
+    shown = [
+        float(raw_R[n]) if (n := _position(tightest, row)) is not None else 0.0 for row in rows
+    ]
+    return Optimum(choice_F, value, bound=min(prices.bound, value), prices=tuple(shown))
+
+
+def _tightest_of_equal(rows: Sequence[Row]) -> list[Row]:
+    """Of rows over the same costs (two ways to limit the size) the tightest."""
+    kept: list[Row] = []
+    for row in sorted(rows, key=lambda one: one.limit):
+        if not any(np.array_equal(row.cost_P, other.cost_P) for other in kept):
+            kept.append(row)
+    return [row for row in rows if any(row is one for one in kept)]
+
+
+def _position(rows: Sequence[Row], row: Row) -> int | None:
+    return next((n for n, one in enumerate(rows) if one is row), None)

@@ -1,0 +1,56 @@
+"""Which of two schemes is simpler: the order in which ties are broken."""
+
+from __future__ import annotations
+
+from mofq.formats import CodebookFormat, FloatFormat, IntFormat
+from mofq.schemes import Scheme, TensorScheme, parse_scheme
+
+_ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
+_SCALE_RULES = ("absmax", "fullrange", "mse", "nats")
+_SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "e4m3")
+_KINDS = ("unscaled", "tensor", "channel", "token", "block", "group")
+
+Rank = tuple[int | str, ...]
+
+
+def simplicity(scheme_name: str, *, base: bool = False) -> Rank:
+    """Sort key of a scheme: the simpler, the smaller.
+
+    In this order: the unquantized scheme; schemes of the search space's
+    ``base``; weights rounded to nearest before GPTQ; symmetric before
+    asymmetric; coarse scales before fine (unscaled, tensor, channel, block,
+    groups, large groups before small); integers before floating point before
+    codebooks; scales in bf16 or f32 before E8M0 before E4M3 under a global scale; the
+    scale rules absmax, fullrange, mse, nats; for the activations, none before
+    quantized, and then the same order. Last, the name.
+
+    Args:
+        scheme_name: Any scheme name.
+        base: Whether the search space lists it as ``base``.
+
+    Raises:
+        SchemeError: The name does not parse.
+    """
+    scheme: Scheme = parse_scheme(scheme_name)
+    if scheme.is_unquantized:
+        return (0,)
+    return (1, not base, *_operand(scheme.weight), *_operand(scheme.activation), scheme.name)
+
+
+def _operand(operand: TensorScheme | None) -> Rank:
+    if operand is None:
+        return (0,)
+    kind = operand.granularity.kind
+    element = next(
+        n for n, known in enumerate(_ELEMENT_KINDS) if isinstance(operand.element, known)
+    )
+    return (
+        1,
+        operand.rounding == "gptq",
+        not operand.symmetric,
+        _KINDS.index(kind),
+        -operand.granularity.columns if kind in ("group", "block") else 0,
+        element,
+        _SCALES.index(operand.scale.name),
+        _SCALE_RULES.index(operand.scale_rule),
+    )
