@@ -98,7 +98,7 @@ def test_blocks_of_rows_give_the_codes_and_scales_of_the_whole(name: str) -> Non
 
 
 def test_a_weight_of_many_chunks_is_quantized_like_its_rows() -> None:
-    weight_OI = trained_like_weight(1040, 256)
+    weight_OI = trained_like_weight(1040, 320)
     for name in ("int4.g32@fullrange", "int8.tensor", "int4.block16", "int4.g32.asym"):
         scheme = weight_scheme(name)
         amax = float(weight_OI.abs().max())
@@ -178,6 +178,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_place(bad: float) ->
     for name in ("int4.g32", "fp8_e4m3.unscaled", "nf4.channel"):
         with pytest.raises(SchemeError, match=r"model\.up_proj: .*at \[2, 7\]"):
             quantize_weight(weight_OI, weight_scheme(name), name="model.up_proj")
+
+
+def test_the_place_of_a_bad_weight_counts_from_the_first_row() -> None:
+    weight_OI = trained_like_weight(3000, 64)
+    weight_OI[2999, 63] = math.nan
+    with pytest.raises(SchemeError, match=r"found nan at \[2999, 63\]"):
+        quantize_weight(weight_OI, weight_scheme("int4.g32"))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,24 @@ def test_two_level_scales_by_hand() -> None:
     assert q.codes_OI[0, [0, 16, 17, 32]].tolist() == [6.0, 6.0, 3.0, 6.0]
 
 
+def test_two_level_integer_scales_use_the_largest_integer() -> None:
+    q = one_row("int4.g16.s-e4m3", *([7.0] + [1.0] * 15), amax=448.0 * 7)
+    assert (q.global_scale, scale_of(q)) == (1.0, 1.0)
+    q = one_row("int4.g16.s-e4m3@fullrange", *([8.0] + [1.0] * 15), amax=448.0 * 7)
+    assert (q.global_scale, scale_of(q)) == (1.0, -1.0)
+
+
+def test_a_two_level_scale_multiplies_before_it_divides_as_modelopt_does() -> None:
+    # 62 * 448 / 896 = 31, a tie of E4M3 between 30 and 32; 62 / 6 / global falls below it.
+    assert scale_of(one_row("nvfp4", *([62.0] + [0.0] * 15), amax=896.0)) == 32.0
+
+
+def test_the_first_of_two_largest_in_a_block_is_found_row_by_row() -> None:
+    plus_first = torch.tensor([[1.0, 8.0], [-8.0, 1.0]])
+    for weight_OI, scale in ((plus_first, -1.0), (-plus_first, 1.0), (plus_first.T, 1.0)):
+        assert scale_of(quantized("int4.block2@fullrange", weight_OI.contiguous())) == scale
+
+
 def test_the_global_scale_comes_from_the_given_amax_alone() -> None:
     row = [6.0] + [1.0] * 15
     q = one_row("nvfp4", *row, amax=5376.0)

@@ -85,11 +85,24 @@ def test_the_order_of_the_columns_does_not_change_the_scale() -> None:
         assert torch.equal(plain.codes_OI[:, order], shuffled.codes_OI)
 
 
+def test_both_signs_of_a_symmetric_group_tie_exactly_in_any_order() -> None:
+    # Each number stands beside its opposite somewhere: -scale is as good as scale, to the last bit
+    # of an exact sum, and comes later. A rounded sum would take either.
+    half_OI = trained_like_weight(256, 128)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(7))
+    q = quantized("int4.channel@mse", torch.cat([half_OI, -half_OI[:, order]], dim=1))
+    assert q.scale is not None
+    assert (q.scale > 0).all()
+
+
 def test_among_equal_errors_the_first_candidate_wins() -> None:
     # Every candidate is as good as another on zeros, and absmax is exact here.
     q = quantized("int4.channel@mse", torch.tensor([[7.0, -3.0, 1.0], [0.0, 0.0, 0.0]]))
     assert q.scale is not None
     assert q.scale.tolist() == [[1.0], [1.0]]
+    # -8 under scale -7/8 would be exact too, and comes later.
+    q = quantized("int4.channel@mse", torch.tensor([[7.0, 0.0, 0.0]]))
+    assert (q.scale, q.codes_OI.tolist()) == (1.0, [[7, 0, 0]])
     # -8 … 7 holds this group exactly under one sign alone; plain absmax cannot.
     q = quantized("int4.channel@mse", torch.tensor([[8.0, -7.0, 1.0], [-8.0, 7.0, 1.0]]))
     assert q.scale is not None
@@ -114,6 +127,17 @@ def test_an_outlier_is_clipped_where_that_pays() -> None:
     assert searched.scale.abs().item() < 0.8 * plain.scale.item()
 
 
+def test_an_asymmetric_search_clips_both_ends() -> None:
+    body_OI = torch.linspace(-1, 1, 1023)[None] ** 3
+    for outlier in (-1.6, 1.6):
+        weight_OI = torch.cat([torch.full((1, 1), outlier), body_OI], dim=1)
+        plain = quantized("int4.channel.asym", weight_OI)
+        searched = quantized("int4.channel.asym@mse", weight_OI)
+        assert plain.scale is not None
+        assert searched.scale is not None
+        assert searched.scale.item() < 0.9 * plain.scale.item()
+
+
 def test_importance_moves_the_search_to_the_columns_that_matter() -> None:
     weight_OI = trained_like_weight(64, 128)
     importance_I = torch.ones(128)
@@ -136,12 +160,13 @@ def test_equal_importance_changes_nothing_whatever_its_size() -> None:
 
 
 def test_importance_of_each_element_follows_its_row() -> None:
-    weight_OI = trained_like_weight(8, 64)
-    importance_OI = torch.rand(8, 64, generator=torch.Generator().manual_seed(5))
-    scheme = weight_scheme("int3.g32@nats")
+    # Many chunks of rows: the last ones must find their own importance.
+    weight_OI = trained_like_weight(2100, 128)
+    importance_OI = torch.rand(2100, 128, generator=torch.Generator().manual_seed(5)) ** 4
+    scheme = weight_scheme("int3.g32.s-e8m0@nats")
     whole = quantize_weight(weight_OI, scheme, importance=importance_OI)
-    row = quantize_weight(weight_OI[5:6], scheme, importance=importance_OI[5:6])
-    assert torch.equal(whole.codes_OI[5:6], row.codes_OI)
+    last = quantize_weight(weight_OI[2000:], scheme, importance=importance_OI[2000:])
+    assert torch.equal(whole.codes_OI[2000:], last.codes_OI)
 
 
 def test_importance_without_the_rule_that_uses_it_is_refused() -> None:

@@ -207,7 +207,7 @@ def asymmetric_scales(low: Tensor, high: Tensor, scheme: TensorScheme) -> Scales
     """
     _, largest = code_range(scheme)
     middle = (largest + 1) // 2
-    extent = torch.clamp(high - low, max=_LARGEST_FLOAT32)
+    extent = high - low  # infinite at worst, and then the scale is the largest there is
     scale = torch.where(extent == 0, 1.0, round_scale(extent / largest, scheme))
     zero_point = round_to_integer(-middle - low / scale, -middle, largest - middle) + middle
     return Scales(scale, zero_point, None)
