@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
+from mofq.calibration.captured import Captured
+from mofq.calibration.experts import watch_experts
 from mofq.exceptions import StatsError
-
-
-@dataclass(slots=True)
-class Captured:
-    """What one sequence left behind; filled by hooks, emptied by `clear`.
-
-    Everything is moved to the CPU as bfloat16 when it is seen, so that a device holds the
-    activations of autograd and no more.
-    """
-
-    x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
-    source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
-    grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
-    tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
-
-    def clear(self) -> None:
-        """Forget the sequence."""
-        for part in (self.x, self.source, self.grads, self.tokens):
-            part.clear()
-
-    def see(self, layer: str, x_TI: Tensor, y_TO: Tensor, token_T: Tensor | None = None) -> None:
-        """Keep a layer's input, and its output's gradient when it comes."""
-        self.x[layer] = x_TI.detach().to(device="cpu", dtype=torch.bfloat16)
-        self.source[layer] = layer
-        if token_T is not None:
-            self.tokens[layer] = token_T.to("cpu")
-        y_TO.register_hook(partial(self._keep_gradient, layer))
-
-    def share(self, layer: str, source: str, y_TO: Tensor) -> None:
-        """Keep only the gradient of a layer that reads the same input as another."""
-        self.source[layer] = source
-        y_TO.register_hook(partial(self._keep_gradient, layer))
-
-    def _keep_gradient(self, layer: str, grad: Tensor) -> None:
-        grad_TO = grad.reshape(-1, grad.shape[-1]).to(device="cpu", dtype=torch.bfloat16)
-        self.grads.setdefault(layer, []).append(grad_TO)
+from mofq.layers import LinearLayer, ModelLayers, find_loaded_weight
 
 
 @contextmanager
 def capture_layers(
-    model: nn.Module, layer_names: Sequence[str], *, activation_checkpointing: bool = False
+    model: nn.Module, layers: ModelLayers, *, activation_checkpointing: bool = False
 ) -> Iterator[Captured]:
-    """Hook the named linear layers of a model for as long as the context lasts.
+    """Watch every linear layer of the fusion groups for as long as the context lasts.
 
     Args:
         model: Frozen (no parameter requires a gradient), in eval mode.
-        layer_names: Module names of the layers to watch.
+        layers: Of its checkpoint.
         activation_checkpointing: Run each decoder layer again in the backward pass instead
             of keeping its activations.
 
@@ -68,29 +33,44 @@ def capture_layers(
         What the last sequence left; call `Captured.clear` before each sequence.
 
     Raises:
-        StatsError: The model has no module of one of the names.
+        StatsError: The model has no module for one of the layers.
     """
     captured = Captured()
-    modules = dict(model.named_modules())
-    missing = [name for name in layer_names if name not in modules]
-    if missing:
-        raise StatsError(
-            f"the loaded model has no layer {missing[0]!r} ({len(missing)} missing in all). "
-            f"The checkpoint's names and the model's class disagree."
-        )
     last_input: list[tuple[Tensor, str]] = []
-    handles = [
-        modules[name].register_forward_hook(partial(_on_forward, captured, last_input, name))
-        for name in layer_names
-    ]
-    handles.append(_start_gradient_at_embeddings(model))
-    restore = _recompute_decoder_layers(model) if activation_checkpointing else lambda: None
+    handles = [_start_gradient_at_embeddings(model)]
+    restore: list[Callable[[], None]] = []
+    experts: dict[str, dict[tuple[int, str], list[LinearLayer]]] = {}
+    for layer in (layer for group in layers.groups for layer in group.layers):
+        loaded = find_loaded_weight(layer, layers.architecture)
+        path, _, parameter = loaded.name.rpartition(".")
+        module = _module(model, path, layer)
+        if loaded.expert is None:
+            hook = partial(_on_forward, captured, last_input, layer.name)
+            handles.append(module.register_forward_hook(hook))
+        else:
+            parts = experts.setdefault(path, {})
+            parts.setdefault((loaded.expert, parameter), []).append(layer)
+    for path, parts in experts.items():
+        restore.append(watch_experts(model.get_submodule(path), parts, captured))
+    if activation_checkpointing:
+        restore.append(_recompute_decoder_layers(model))
     try:
         yield captured
     finally:
-        restore()
+        for undo in reversed(restore):
+            undo()
         for handle in handles:
             handle.remove()
+
+
+def _module(model: nn.Module, path: str, layer: LinearLayer) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise StatsError(
+            f"{layer.name}: the loaded model has no module {path!r}. "
+            f"The checkpoint's names and the model's class disagree."
+        ) from None
 
 
 def _on_forward(

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from mofq.calibration.capture import Captured, capture_layers
+from mofq.calibration.capture import capture_layers
+from mofq.calibration.captured import Captured
 from mofq.calibration.stats import Plan, Stats, finish_stats, sequence_path, start_plan
 from mofq.exceptions import StatsError
+from mofq.layers import ModelLayers
 
 #: Rows of the vocabulary's cumulative distribution held at once, in float64.
 _LABEL_ROWS = 64
@@ -26,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 def calibrate(
     model: PreTrainedModel,
-    layer_names: Sequence[str],
+    layers: ModelLayers,
     *,
     plan: Plan,
     windows: Mapping[str, Tensor],
@@ -42,7 +44,7 @@ def calibrate(
 
     Args:
         model: Frozen, in eval mode.
-        layer_names: Module names of the linear layers to keep.
+        layers: Of its checkpoint; those in fusion groups are kept.
         plan: What is computed; a folder begun with the same plan is continued.
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
         folder: Where the stats go.
@@ -60,8 +62,9 @@ def calibrate(
     """
     start_plan(folder, plan)
     files: list[Path] = []
+    layer_names = [layer.name for group in layers.groups for layer in group.layers]
     with capture_layers(
-        model, layer_names, activation_checkpointing=activation_checkpointing
+        model, layers, activation_checkpointing=activation_checkpointing
     ) as captured:
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
@@ -69,7 +72,9 @@ def calibrate(
                 path = sequence_path(folder, corpus.name, index)
                 if not path.exists():
                     captured.clear()
-                    seeds = [label_seed(plan.seed, corpus.name, index, d) for d in range(plan.draws)]
+                    seeds = [
+                        label_seed(plan.seed, corpus.name, index, d) for d in range(plan.draws)
+                    ]
                     run_sequence(model, windows[corpus.name][index], seeds)
                     write_sequence(path, captured, layer_names)
                 files.append(path)
@@ -86,14 +91,14 @@ def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) 
         token_T: Token ids, [T], int64.
         seeds: One for each draw.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = model.get_input_embeddings().weight.device
     logits_TV = model(token_T[None].to(device)).logits[0]
     if not torch.isfinite(logits_TV.detach()).all():
         raise StatsError("the model's logits are not finite. Use --dtype float32 or bfloat16.")
     for draw, seed in enumerate(seeds):
         label_T = sample_labels(logits_TV.detach(), seed=seed).to(logits_TV.device)
         loss = F.cross_entropy(logits_TV.float(), label_T, reduction="sum")
-        loss.backward(retain_graph=draw < len(seeds) - 1)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=draw < len(seeds) - 1)
 
 
 def sample_labels(logits_TV: Tensor, *, seed: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""What a sequence leaves behind on its way through a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Captured:
+    """What one sequence left behind; filled by hooks, emptied by `clear`.
+
+    Everything is moved to the CPU as bfloat16 when it is seen, so that a device holds the
+    activations of autograd and no more.
+    """
+
+    x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
+    source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
+    grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
+    tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        for part in (self.x, self.source, self.grads, self.tokens):
+            part.clear()
+
+    def see(self, layer: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """Keep a layer's input, and its output's gradient when it comes."""
+        self.x[layer] = x_TI.detach().to(device="cpu", dtype=torch.bfloat16)
+        self.share(layer, layer, y_TO)
+
+    def share(self, layer: str, source: str, y_TO: Tensor) -> None:
+        """Keep only the gradient of a layer that reads the same input as another."""
+        self.source[layer] = source
+        y_TO.register_hook(partial(self._keep_gradient, layer))
+
+    def _keep_gradient(self, layer: str, grad: Tensor) -> None:
+        grad_TO = grad.reshape(-1, grad.shape[-1]).to(device="cpu", dtype=torch.bfloat16)
+        self.grads.setdefault(layer, []).append(grad_TO)

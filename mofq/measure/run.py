@@ -1,0 +1,203 @@
+"""Fills the table: one fusion group after another, what is there already left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from mofq.calibration.stats import Stats, input_amax
+from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.tensors import read_layer_rows
+from mofq.exceptions import StatsError
+from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.measure.rows import group_rows
+from mofq.measure.samples import CHUNK_TOKENS, read_samples
+from mofq.measure.score import LayerScore, score_layer
+from mofq.schemes import Scheme
+from mofq.search_space import Legality, SearchSpace, offer_schemes
+from mofq.table import Rejection, Row, TableSpace, TableStats, TableWriter, header_of, open_table
+
+#: Rows of a weight read at once to find its largest magnitude [bytes].
+_AMAX_BYTES = 64_000_000
+
+Progress = Callable[[int, int], None]
+
+
+def measure(
+    checkpoint: Checkpoint,
+    model_layers: ModelLayers,
+    space: SearchSpace,
+    *,
+    table_path: Path,
+    stats: Stats | None = None,
+    engine: str | None = None,
+    legality: Legality | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Measure every offered (fusion group, scheme) that the table does not have yet.
+
+    Args:
+        checkpoint: The model.
+        model_layers: Its layers.
+        space: What may be chosen.
+        table_path: Where the rows go; an existing table of the same model and stats grows.
+        stats: Calibration, or None for calibration-free rows.
+        engine: Name of the serving engine that ``legality`` speaks for.
+        legality: What the engine refuses.
+        device: Where the arithmetic runs.
+        progress: Called with fusion groups done and in all.
+
+    Raises:
+        StatsError: The stats belong to another model.
+        TableError: The table belongs to another model or other stats.
+        SearchSpaceError: No scheme fits some fusion group.
+        SchemeError: A weight is not finite.
+    """
+    if stats is not None and stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    offers = offer_schemes(
+        space, model_layers.groups, legality=legality, has_stats=stats is not None
+    )
+    header = header_of(
+        model_layers,
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        stats=None if stats is None else table_stats(stats),
+    )
+    with open_table(table_path, header) as table:
+        table.add_space(
+            TableSpace(
+                name=space.name,
+                sha256=space.sha256,
+                schemes=tuple(scheme.name for scheme in space.schemes),
+                base=space.base,
+                min_gain=space.min_gain,
+                engine=engine,
+            )
+        )
+        for done, offer in enumerate(offers):
+            rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
+            missing = [s for s in offer.schemes if not _is_measured(table, offer.group, s, stats)]
+            rows: list[Row] = []
+            if missing:
+                rows = measure_group(checkpoint, offer.group, missing, stats=stats, device=device)
+            table.add_group(rows, rejected)
+            if progress is not None:
+                progress(done + 1, len(offers))
+
+
+def measure_group(
+    checkpoint: Checkpoint,
+    group: FusionGroup,
+    schemes: Sequence[Scheme],
+    *,
+    stats: Stats | None = None,
+    device: str = "cpu",
+) -> list[Row]:
+    """The rows of one fusion group under some schemes; nothing else is read or written.
+
+    Args:
+        checkpoint: The model.
+        group: One of its fusion groups.
+        schemes: That fit it.
+        stats: Calibration, or None.
+        device: Where the arithmetic runs.
+
+    Returns:
+        Rows in a fixed order.
+    """
+    corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    weight_amax = _shared_amax(checkpoint, group, schemes)
+    static_amax = _static_amax(group, schemes, stats)
+    scores: dict[str, LayerScore] = {}
+    for layer in group.layers:
+        samples = {}
+        for corpus in corpora:
+            assert stats is not None
+            found = read_samples(stats, corpus, layer.name)
+            if found is not None:
+                samples[corpus] = found
+        scores[layer.name] = score_layer(
+            partial(read_layer_rows, checkpoint, layer),
+            (layer.out_features, layer.in_features),
+            schemes,
+            samples=samples,
+            tensor_amax=weight_amax.get(layer.shares_scale),
+            static_amax=static_amax.get(layer.name),
+            device=device,
+            name=layer.name,
+        )
+    return group_rows(group, schemes, scores, corpora=corpora, static_amax=static_amax)
+
+
+def table_stats(stats: Stats) -> TableStats:
+    """What a table says of the calibration that its rows rest on."""
+    first = stats.plan.corpora[0]
+    return TableStats(
+        sha256=stats.sha256,
+        seed=stats.plan.seed,
+        corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
+        samples=first.sequences * stats.plan.draws,
+        tokens_per_projection=min(CHUNK_TOKENS, stats.plan.sequence_length),
+        sequence_length=stats.plan.sequence_length,
+    )
+
+
+def _is_measured(
+    table: TableWriter, group: FusionGroup, scheme: Scheme, stats: Stats | None
+) -> bool:
+    if not table.has(group.name, scheme.name, unit="relative_weight_error"):
+        return False
+    corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    return all(
+        table.has(group.name, scheme.name, unit=unit, corpus=corpus)
+        for unit in ("output_mse", "kl_nats_per_token")
+        for corpus in corpora
+    )
+
+
+def _shared_amax(
+    checkpoint: Checkpoint, group: FusionGroup, schemes: Sequence[Scheme]
+) -> dict[str, float]:
+    """Largest magnitude of the layers that share a scale, where a scheme asks for it."""
+    if not any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes):
+        return {}
+    largest: dict[str, float] = {}
+    for layer in group.layers:
+        amax = max(largest.get(layer.shares_scale, 0.0), _layer_amax(checkpoint, layer))
+        largest[layer.shares_scale] = amax
+    return largest
+
+
+def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
+    step = max(1, _AMAX_BYTES // (4 * layer.in_features))
+    starts = range(0, layer.out_features, step)
+    return max(
+        float(
+            read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
+            .float()
+            .abs()
+            .max()
+        )
+        for start in starts
+    )
+
+
+def _static_amax(
+    group: FusionGroup, schemes: Sequence[Scheme], stats: Stats | None
+) -> dict[str, float]:
+    """Largest input of each layer over all corpora, where a scheme asks for it."""
+    wanted = [s.activation for s in schemes if s.activation is not None]
+    if stats is None or not any(activation.needs_tensor_amax for activation in wanted):
+        return {}
+    result = {}
+    for layer in group.layers:
+        seen = [input_amax(stats, corpus.name, layer.name) for corpus in stats.plan.corpora]
+        result[layer.name] = max((float(one.max()) for one in seen if one is not None), default=0.0)
+    return result
