@@ -1,0 +1,28 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+from mofq.exceptions import MofqError
+
+
+def main() -> None:
+    """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage."""
+    from mofq.cli.app import app
+
+    try:
+        app()
+    except MofqError as error:
+        _complain(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("stopped. What was finished is kept; run the same command again to go on.")
+        sys.exit(130)
+
+
+def _complain(message: str) -> None:
+    from mofq.cli.terminal import console
+
+    console().print("[bold red]Error:[/] ", end="")
+    console().print(message, markup=False, highlight=False, soft_wrap=True)

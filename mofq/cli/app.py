@@ -1,0 +1,330 @@
+"""Every command, its arguments and options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="mofq",
+    help="Mixtures of number formats for language models: measure every choice in nats, "
+    "decide under a budget, apply, validate, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
+Space = Annotated[str, typer.Option(help="A search space: a name of `mofq spaces`, or a file.")]
+Engine = Annotated[str | None, typer.Option(help="A serving engine, of `mofq engines`.")]
+Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1 …")]
+MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    """Options of mofq itself."""
+    if version:
+        from mofq import __version__
+
+        typer.echo(f"mofq {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Model,
+    engine: Engine = None,
+    space: Annotated[str | None, typer.Option(help="Check this search space too.")] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Count the lm_head too.")] = False,
+    json: Json = False,
+) -> None:
+    """List linear layers and fusion groups, from headers alone."""
+    from mofq.cli.inspect import run_inspect
+
+    run_inspect(model, engine=engine, space=space, include_lm_head=lm_head, as_json=json)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    corpus: Annotated[list[str], typer.Option(help="NAME=FILE, or a hub data set; repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The stats folder.")],
+    sequences: Annotated[int, typer.Option(help="Sequences of each corpus.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    draws: Annotated[int, typer.Option(help="Label draws for each sequence.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the sampled labels.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="Spread over devices, e.g. auto.")] = None,
+    activation_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute decoder layers instead of keeping activations.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run the model once over some text and keep what scoring needs."""
+    from mofq.cli.calibrate import run_calibrate
+
+    run_calibrate(
+        model,
+        corpora=corpus,
+        output=output,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        draws=draws,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        activation_checkpointing=activation_checkpointing,
+        as_json=json,
+    )
+
+
+@app.command()
+def measure(
+    model: Model,
+    space: Space,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table, table.jsonl.")],
+    stats: Annotated[Path | None, typer.Option(help="From `mofq calibrate`.")] = None,
+    engine: Engine = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure what every scheme of a search space costs every fusion group."""
+    from mofq.cli.measure import run_measure
+
+    run_measure(
+        model,
+        space=space,
+        output=output,
+        stats=stats,
+        engine=engine,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command()
+def search(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, recipe.yaml.")],
+    solver: Annotated[str, typer.Option(help="exact, greedy or optuna.")] = "exact",
+    engine: Engine = None,
+    max_bits: MaxBits = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Predicted nats per token.")] = None,
+    max_finer: Annotated[
+        float | None, typer.Option(help="Share of linear layers that leave the base schemes.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Of the rows to use; nats where there are.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="Over corpora: mean or worst-corpus.")] = "mean",
+    ties: Annotated[
+        str, typer.Option(help="on: choices within noise go to the simpler scheme.")
+    ] = "on",
+    model: Annotated[str | None, typer.Option(help="For --refine and optuna.")] = None,
+    text: Annotated[str | None, typer.Option(help="For --refine and optuna.")] = None,
+    refine: Annotated[int, typer.Option(help="Measure this many swaps on the real model.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Of the text, for --refine and optuna.")] = 4096,
+    json: Json = False,
+) -> None:
+    """Choose one scheme for each fusion group under a budget."""
+    from mofq.cli.search import SearchOptions, run_search
+
+    run_search(
+        SearchOptions(
+            table=table,
+            output=output,
+            solver=solver,
+            engine=engine,
+            max_bits=max_bits,
+            max_size=max_size,
+            max_kl=max_kl,
+            max_finer=max_finer,
+            unit=unit,
+            objective=objective,
+            ties=ties,
+            model=model,
+            text=text,
+            refine=refine,
+            tokens=tokens,
+        ),
+        as_json=json,
+    )
+
+
+@app.command()
+def validate(
+    model: Model,
+    recipe_or_folder: Annotated[str, typer.Argument(help="A recipe, or an exported folder.")],
+    text: Annotated[str, typer.Option(help="Text file, hub data set or bundled text.")],
+    tokens: Annotated[int, typer.Option(help="How many of the text's first tokens.")] = 8192,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
+    device: Device = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write validation.json.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check that a recipe is applied exactly, and measure what it does to the model."""
+    from mofq.cli.validate import run_validate
+
+    run_validate(
+        model,
+        recipe_or_folder,
+        text=text,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        device=device,
+        output=output,
+        as_json=json,
+    )
+
+
+@app.command()
+def export(
+    model: Model,
+    recipe: Annotated[Path, typer.Argument(help="From `mofq search`.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    json: Json = False,
+) -> None:
+    """Write a quantized checkpoint that a serving engine loads."""
+    from mofq.cli.export import run_export
+
+    run_export(model, recipe, to=to, output=output, as_json=json)
+
+
+@app.command()
+def run(
+    model: Model,
+    space: Space,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")],
+    max_bits: MaxBits = None,
+    max_size: Annotated[str | None, typer.Option(help="Bytes of the whole checkpoint.")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE for calibration; repeatable.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="To validate on; not a corpus.")] = "demo-en",
+    engine: Engine = None,
+    tokens: Annotated[int, typer.Option(help="Of the validation text.")] = 8192,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences of each corpus.")] = 8,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """The whole flow: calibrate, measure, search, validate (and export for an engine)."""
+    from mofq.cli.run import RunOptions, run_flow
+
+    run_flow(
+        RunOptions(
+            model=model,
+            space=space,
+            output=output,
+            max_bits=max_bits,
+            max_size=max_size,
+            corpora=tuple(corpus or ()),
+            text=text,
+            engine=engine,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            sequences=sequences,
+            device=device,
+        ),
+        as_json=json,
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder to keep everything in.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """`mofq run` on the small bundled model."""
+    from mofq.cli.run import run_demo
+
+    run_demo(output, as_json=json)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A recipe.")],
+    second: Annotated[Path, typer.Argument(help="Another recipe of the same model.")],
+    json: Json = False,
+) -> None:
+    """What changed between two recipes."""
+    from mofq.cli.lists import run_diff
+
+    run_diff(first, second, as_json=json)
+
+
+@app.command()
+def spaces(json: Json = False) -> None:
+    """List the search spaces that come with mofq."""
+    from mofq.cli.lists import run_spaces
+
+    run_spaces(as_json=json)
+
+
+@app.command()
+def formats(json: Json = False) -> None:
+    """List element and scale formats."""
+    from mofq.cli.lists import run_formats
+
+    run_formats(as_json=json)
+
+
+@app.command()
+def engines(json: Json = False) -> None:
+    """List serving engines and what they serve."""
+    from mofq.cli.lists import run_engines
+
+    run_engines(as_json=json)
+
+
+@app.command()
+def explore(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    recipes: Annotated[list[Path] | None, typer.Argument(help="Recipes to compare.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="explorer.html")] = None,
+) -> None:
+    """The accuracy-budget trade-off as one HTML page (comes with release 0.2)."""
+    from mofq.exceptions import MofqError
+
+    raise MofqError(
+        "`mofq explore` comes with release 0.2. Until then `mofq search --json` at several "
+        "budgets gives the points of the curve."
+    )
+
+
+recipe_app = typer.Typer(help="Make recipes without a search.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.command()
+def uniform(
+    model: Model,
+    scheme: Annotated[str, typer.Argument(help="For every linear layer, e.g. int4.g32@mse.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, recipe.yaml.")],
+    json: Json = False,
+) -> None:
+    """One scheme for every linear layer of a model."""
+    from mofq.cli.lists import run_uniform
+
+    run_uniform(model, scheme, output, as_json=json)

@@ -1,0 +1,110 @@
+"""``mofq inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.cli.terminal import note, print_json, print_table, short_bytes
+from mofq.cost import group_bytes, weights_of
+from mofq.engines import legality
+from mofq.layers import FusionGroup, ModelLayers, find_layers
+from mofq.schemes import parse_scheme
+from mofq.search_space import load_search_space, offer_schemes
+
+
+def run_inspect(
+    model: str, *, engine: str | None, space: str | None, include_lm_head: bool, as_json: bool
+) -> None:
+    """Print layers and fusion groups, and what an engine can serve of a search space."""
+    checkpoint = open_checkpoint(model)
+    layers = find_layers(checkpoint, include_lm_head=include_lm_head)
+    check = None if engine is None else legality(engine)
+    offers = None
+    if space is not None or engine is not None:
+        loaded = load_search_space(space or "w8a8")
+        offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
+    if as_json:
+        content = _json(checkpoint, layers)
+        if offers is not None:
+            content["offers"] = {
+                o.group.name: {"schemes": [s.name for s in o.schemes], "rejected": o.rejected}
+                for o in offers
+            }
+        print_json(content)
+        return
+    _print_groups(checkpoint, layers)
+    if offers is not None:
+        offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
+        reasons = {name: why for offer in offers for name, why in offer.rejected.items()}
+        names = dict.fromkeys([*offered, *reasons])
+        print_table(
+            f"search space {space or 'w8a8'}" + (f" on {engine}" if engine else ""),
+            ["scheme", "fusion groups", "a reason where it is refused"],
+            [[n, f"{offered[n]} of {len(offers)}", reasons.get(n, "")] for n in names],
+        )
+
+
+def _json(checkpoint: Checkpoint, layers: ModelLayers) -> dict[str, Any]:
+    def one(layer: Any) -> dict[str, Any]:
+        return {
+            "name": layer.name,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "dtype": layer.dtype,
+            "decoder_layer": layer.decoder_layer,
+            "module": layer.module,
+        }
+
+    return {
+        "model": checkpoint.name,
+        "index_sha256": checkpoint.index_sha256,
+        "architecture": layers.architecture,
+        "linear_layers": sum(len(group.layers) for group in layers.groups),
+        "weights": weights_of(layers.groups),
+        "tied_lm_head": layers.tied_lm_head,
+        "other_bytes": layers.other_bytes,
+        "groups": [
+            {"name": group.name, "layers": [one(layer) for layer in group.layers]}
+            for group in layers.groups
+        ],
+        "unquantized": [one(layer) for layer in layers.unquantized],
+    }
+
+
+def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
+    unquantized = parse_scheme("bf16")
+    kinds: dict[tuple[str, str], list[FusionGroup]] = {}
+    for group in layers.groups:
+        kinds.setdefault(_kind(group), []).append(group)
+    rows = [
+        [
+            name,
+            str(len(groups)),
+            shapes,
+            f"{weights_of(groups) / 1e6:.2f} M",
+            short_bytes(sum(group_bytes(group, unquantized) for group in groups)),
+        ]
+        for (name, shapes), groups in kinds.items()
+    ]
+    for layer in layers.unquantized:
+        rows.append([f"{layer.name} (left alone)", "1", _shape(layer), "", ""])
+    title = f"{checkpoint.name}: {layers.architecture}, {len(layers.groups)} fusion groups"
+    print_table(title, ["fusion group", "count", "layers [out, in]", "weights", "size"], rows)
+    if layers.tied_lm_head:
+        note("The lm_head is tied to the embeddings and left alone.")
+    total = layers.other_bytes + sum(group_bytes(g, unquantized) for g in layers.groups)
+    note(f"{short_bytes(total)} in all, {short_bytes(layers.other_bytes)} outside of the groups.")
+
+
+def _kind(group: FusionGroup) -> tuple[str, str]:
+    parts = ["*" if part.isdigit() else part for part in group.name.split(".")]
+    if len(group.layers) > 6:
+        first, last = group.layers[0], group.layers[-1]
+        return ".".join(parts), f"{len(group.layers)} layers, {_shape(first)} … {_shape(last)}"
+    return ".".join(parts), ", ".join(f"{la.module} {_shape(la)}" for la in group.layers)
+
+
+def _shape(layer: Any) -> str:
+    return f"[{layer.out_features}, {layer.in_features}]"

@@ -1,0 +1,108 @@
+"""What people see: progress, tables and messages on stderr; one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@lru_cache(maxsize=1)
+def console() -> Console:
+    """The terminal's stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Write one JSON object to stdout."""
+    json.dump(content, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; the first column is text, the others are figures."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=any(columns),
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width).print(table)
+
+
+def note(message: str) -> None:
+    """Tell the user something, on stderr."""
+    console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """Progress bars, one for each stage; callable as the stages' progress functions."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` are finished."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars]:
+    """Bars on a terminal; silence elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console(),
+        disable=not console().is_terminal,
+        transient=True,
+    ) as progress:
+        yield Bars(progress)
+
+
+def short_bytes(count: int) -> str:
+    """``269.1 MB``: decimal units, four digits."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """``0.0412 ± 0.0031``, or a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if stderr is None else f"{value:.3g} ± {stderr:.1g}"
