@@ -74,8 +74,7 @@ def budget_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
             Row(
                 "max_bits",
                 problem.bytes_P,
-                # The decimal number that was written, not its binary neighbour.
-                limit=math.floor(Fraction(repr(float(budgets.max_bits))) * weights / 8),
+                limit=_most(budgets.max_bits, 8, weights),
                 shown=lambda used: f"{_up(8 * used / weights)} bits per weight",
             )
         )
@@ -107,9 +106,19 @@ def _check_numbers(budgets: Budgets) -> None:
         )
 
 
+def _most(limit: float, times: int, over: int) -> int:
+    """The largest n whose ``times * n / over``, as it is reported, does not exceed a limit.
+
+    Exact arithmetic would refuse 3 of 100 layers to a limit of 0.03, whose
+    binary number is smaller than 3/100 by nothing that anybody wrote.
+    """
+    n = math.floor(Fraction(limit) * over / times)
+    return n + 1 if times * (n + 1) / over <= limit else n
+
+
 def _up(value: float) -> str:
     """Four decimals, rounded up: a budget of what is shown can be met."""
-    return f"{math.ceil(Fraction(value) * 10_000) / 10_000:g}"
+    return f"{math.ceil(Fraction(value) * 10_000) / 10_000:.4f}".rstrip("0").rstrip(".")
 
 
 def _linear_row(problem: Problem, budget: LinearBudget) -> Row:
@@ -144,11 +153,11 @@ def _finer_row(problem: Problem, max_finer: float) -> Row:
             "max_finer: the search space names no `base` schemes, so that nothing is finer. "
             "Add the key `base`, or drop the budget."
         )
-    total = sum(len(group.layers) for group in problem.groups if group.counted)
+    total = sum(len(group.layers) for group in problem.groups if group.counted) or 1
     return Row(
         "max_finer",
         finer_layers_P(problem),
-        limit=math.floor(Fraction(repr(float(max_finer))) * total),
+        limit=_most(max_finer, 1, total),
         shown=lambda used: f"{_up(used / total)} ({int(used)} of {total} layers)",
     )
 

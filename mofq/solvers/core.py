@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mofq.solvers.budgets import Row
-from mofq.solvers.highs import relax
+from mofq.solvers.highs import Choices, relax
 from mofq.solvers.problem import BoolArray, FloatArray, IntArray, Problem
 
 
@@ -101,7 +101,15 @@ def _undominated(
 
 def price(core: Core) -> Prices | None:
     """Prices from the linear relaxation; None where it is infeasible."""
-    duals = relax(core.cost_PK, core.cost_K, core.row_PR, core.limit_R, core.group_P)
+    duals = relax(
+        Choices(
+            core.cost_PK,
+            core.cost_K,
+            row_PR=core.row_PR,
+            limit_R=core.limit_R,
+            group_P=core.group_P,
+        )
+    )
     if duals is None:
         return None
     weight_K, price_R = duals

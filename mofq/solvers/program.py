@@ -9,7 +9,7 @@ import numpy as np
 
 from mofq.solvers.budgets import Row
 from mofq.solvers.core import Core, Prices
-from mofq.solvers.highs import solve_integer
+from mofq.solvers.highs import Choices, solve_integer
 from mofq.solvers.problem import FloatArray, IntArray
 
 _CORE = 100  #: options beside the best of each group, to begin with
@@ -58,8 +58,14 @@ def _solve(core: Core, kept: IntArray, rows: Sequence[Row]) -> IntArray | None:
     while True:
         chosen: IntArray | None = np.array([], dtype=np.int64)
         if len(free):
-            part = (core.cost_PK[free], cost_K, core.row_PR[free], limit_R, core.group_P[free])
-            chosen = solve_integer(*part, cuts)
+            part = Choices(
+                core.cost_PK[free],
+                cost_K,
+                row_PR=core.row_PR[free],
+                limit_R=limit_R,
+                group_P=core.group_P[free],
+            )
+            chosen = solve_integer(part, cuts)
         if chosen is None:
             return None
         both = np.concatenate([fixed, free[chosen]])
