@@ -263,6 +263,23 @@ def demo(
 
 
 @app.command()
+def frontier(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    unit: Annotated[
+        str | None, typer.Option(help="Of the rows to use; nats where there are.")
+    ] = None,
+    polish: Annotated[
+        int | None, typer.Option(help="Solve exactly at this many sizes between the points too.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """All recipes of which none is both smaller and better than another."""
+    from mofq.cli.frontier import run_frontier
+
+    run_frontier(table, unit=unit, sizes=polish, as_json=json)
+
+
+@app.command()
 def diff(
     first: Annotated[Path, typer.Argument(help="A recipe.")],
     second: Annotated[Path, typer.Argument(help="Another recipe of the same model.")],
