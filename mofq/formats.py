@@ -21,7 +21,7 @@ class IntFormat:
     @property
     def max(self) -> int:
         """Largest symmetric code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True, slots=True)

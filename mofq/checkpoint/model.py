@@ -52,7 +52,7 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load the model: {error}") from None
     if device_map is None:
-        model = model.to(device)  # type: ignore[arg-type]
+        model = model.to(device)
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
