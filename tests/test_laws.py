@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from exported import (
     read_zero_point,
     uniform_recipe,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from number_cases import (
     WEIGHT_SCHEMES,
     adversarial_weight,
@@ -22,13 +27,17 @@ from number_cases import (
     trained_like_weight,
     weight_scheme,
 )
+from solver_problems import exhaustive, small_problems, some_budgets
 
 from mofq.backends.compressed_tensors import export_compressed_tensors
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.cost import group_bytes, layer_bytes
+from mofq.exceptions import BudgetError
 from mofq.layers import find_layers
 from mofq.quantize import QuantizedWeight, dequantize_weight, quantize_with_scales
 from mofq.schemes import parse_scheme
+from mofq.solvers import SOLVERS, choose, solve_exact, solve_greedy, usage
+from mofq.solvers.budgets import budget_rows
 
 
 @pytest.mark.parametrize("name", STORABLE)
@@ -118,3 +127,60 @@ def test_law_3_cost_equals_the_bytes_of_the_exported_tensors(
             stored = sum(part.numel() * part.element_size() for part in parts.values())
             assert stored == layer_bytes(layer, scheme)
     assert written.group_bytes == sum(group_bytes(group, scheme) for group in groups)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_law_4_no_solver_exceeds_a_budget(data: st.DataObject) -> None:
+    problem = data.draw(small_problems())
+    budgets = data.draw(some_budgets(problem))
+    for solver in SOLVERS:
+        for ties in (True, False):
+            try:
+                choice_F = choose(problem, budgets, solver=solver, ties=ties).choice_F
+            except BudgetError:
+                continue
+            assert all(row.holds(choice_F) for row in budget_rows(problem, budgets))
+            used = usage(problem, choice_F)
+            assert used.bits_per_weight <= (budgets.max_bits or math.inf)
+            assert used.checkpoint_bytes <= (budgets.max_bytes or math.inf)
+            if budgets.max_finer is not None:
+                assert used.finer_fraction <= budgets.max_finer
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_law_4_more_budget_never_means_more_predicted_error(data: st.DataObject) -> None:
+    problem = data.draw(small_problems())
+    other = replace(data.draw(some_budgets(problem)), max_bits=None, max_kl=None)
+    sizes = data.draw(st.lists(st.integers(0, int(problem.bytes_P.sum())), min_size=2, max_size=5))
+    errors = []
+    for size in sorted(sizes):
+        try:
+            choice_F = solve_exact(problem, replace(other, max_bytes=size)).choice_F
+        except BudgetError:
+            assert not errors  # what was possible stays possible
+            continue
+        errors.append(problem.error_of(choice_F))
+    assert all(more <= less + 1e-15 for less, more in pairwise(errors))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_law_5_exact_equals_exhaustive_search_and_greedy_is_never_better(
+    data: st.DataObject,
+) -> None:
+    problem = data.draw(small_problems())
+    budgets = replace(data.draw(some_budgets(problem)), max_kl=None)
+    best = exhaustive(problem, budgets)
+    try:
+        exact_F = solve_exact(problem, budgets).choice_F
+    except BudgetError:
+        assert best is None
+        return
+    assert best == pytest.approx((problem.error_of(exact_F),), rel=1e-9, abs=1e-15)
+    try:
+        greedy_F = solve_greedy(problem, budgets).choice_F
+    except BudgetError:
+        return
+    assert problem.error_of(exact_F) <= problem.error_of(greedy_F) + 1e-15

@@ -21,7 +21,7 @@ class Solution:
     bound: float | None = (
         None  #: no recipe under the budgets has less error [unit]; None: not known
     )
-    prices: dict[str, float] | None = None  #: error that one more unit of each budget saves
+    prices: dict[str, float] | None = None  #: error that one more byte, layer, … of it saves
 
 
 def solve_exact(problem: Problem, budgets: Budgets) -> Solution:
