@@ -41,7 +41,7 @@ def _bundled_text() -> Path:
     import mofq
 
     assert mofq.__file__ is not None
-    return sorted((Path(mofq.__file__).parent / "demo").glob("*en*.txt"))[0]
+    return Path(mofq.__file__).parent / "demo" / "texts" / "heldout-en.txt"
 
 
 def compare_layers(
