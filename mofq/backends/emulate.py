@@ -70,12 +70,12 @@ def apply(
         if progress is not None:
             progress("emulate", done, len(quantized))
         sources = {
-            layer.name: _loaded_weight(model, layer)
+            layer.name: loaded_weight(model, layer)
             if checkpoint is None
             else read_layer_rows(checkpoint, stored[layer.name], 0, layer.out_features)
             for layer in group.layers
         }
-        _apply_group(model, group, schemes[group.name], sources=sources, recipe=recipe)
+        apply_group(model, group, schemes[group.name], sources=sources, recipe=recipe)
     if progress is not None:
         progress("emulate", len(quantized), len(quantized))
     return model
@@ -175,7 +175,7 @@ def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:
 def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
     static_amax(group, scheme, recipe)
     for layer in group.layers:
-        module = model.get_submodule(_module_path(layer))
+        module = model.get_submodule(module_path(layer))
         if isinstance(module, FakeQuantLinear | FakeQuantExperts):
             raise BackendError(
                 f"{layer.name}: a recipe was applied to this model already. Load the model again."
@@ -187,7 +187,7 @@ def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe:
             )
 
 
-def _loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
+def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
     """A view of the model's own weight, [out_features, in_features]."""
     weight = model.get_parameter(layer.tensor).detach()
     if layer.expert is not None:
@@ -197,7 +197,7 @@ def _loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
     return weight[layer.row_start : layer.row_start + layer.out_features]
 
 
-def _apply_group(
+def apply_group(
     model: nn.Module,
     group: FusionGroup,
     scheme: Scheme,
@@ -205,6 +205,15 @@ def _apply_group(
     sources: Mapping[str, Tensor],
     recipe: Recipe,
 ) -> None:
+    """Emulate the scheme of one fusion group.
+
+    Args:
+        model: Its layers of the group are still the original's modules.
+        group: As ``find_loaded_layers`` finds it.
+        scheme: Not the unquantized one.
+        sources: Layer name -> the weight to quantize, [out_features, in_features].
+        recipe: Has the static scales, where the scheme needs them.
+    """
     # Before anything is rounded: experts are rounded in place, where the source lies.
     amax = None
     if scheme.weight is not None and scheme.weight.needs_tensor_amax:
@@ -222,9 +231,9 @@ def _apply_group(
                 name=layer.name,
             )
         if layer.expert is not None:
-            _loaded_weight(model, layer).copy_(weight_OI)
+            loaded_weight(model, layer).copy_(weight_OI)
             continue
-        path = _module_path(layer)
+        path = module_path(layer)
         linear = FakeQuantLinear.from_linear(
             model.get_submodule(path),
             scheme,
@@ -232,7 +241,7 @@ def _apply_group(
             static_amax=None if inputs is None else inputs[layer.name],
             name=layer.name,
         )
-        _replace(model, path, linear)
+        replace_module(model, path, linear)
 
 
 def _replace_experts(
@@ -255,13 +264,15 @@ def _replace_experts(
         down_amax=amax.get("down_proj"),
         name=path,
     )
-    _replace(model, path, experts)
+    replace_module(model, path, experts)
 
 
-def _module_path(layer: LinearLayer) -> str:
+def module_path(layer: LinearLayer) -> str:
+    """Where a model in memory has the module of a layer that ``find_loaded_layers`` found."""
     return layer.tensor.rpartition(".")[0]
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put another module in the place of one of a model's."""
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO
@@ -133,6 +133,17 @@ def compare(
         MofqError: The logits are not finite.
     """
     scores = []
+    for score in compare_windows(model, windows_NT, original=original):
+        scores.append(score)
+        if progress is not None:
+            progress("validate", len(scores), len(windows_NT))
+    return tuple(scores)
+
+
+def compare_windows(
+    model: PreTrainedModel, windows_NT: Tensor, *, original: OriginalLogits
+) -> Iterator[WindowScore]:
+    """As ``compare``, one window each time the next score is asked for."""
     for index, window_T in enumerate(windows_NT):
         logits_TV = _logits(model, window_T, what="the quantized model")
         reference_TV = original.read(index).to(logits_TV.device)
@@ -141,16 +152,11 @@ def compare(
                 f"the original predicts {reference_TV.shape[1]} tokens and the other model "
                 f"{logits_TV.shape[1]}. Give the original that it was made from."
             )
-        scores.append(
-            WindowScore(
-                kl_nats=float(kl_divergence(reference_TV, logits_TV).sum()),
-                cross_entropy_nats=_next_token_entropy(logits_TV, window_T),
-                agreements=int(top1_agreement(reference_TV, logits_TV).sum()),
-            )
+        yield WindowScore(
+            kl_nats=float(kl_divergence(reference_TV, logits_TV).sum()),
+            cross_entropy_nats=_next_token_entropy(logits_TV, window_T),
+            agreements=int(top1_agreement(reference_TV, logits_TV).sum()),
         )
-        if progress is not None:
-            progress("validate", index + 1, len(windows_NT))
-    return tuple(scores)
 
 
 def _logits(model: PreTrainedModel, window_T: Tensor, *, what: str) -> Tensor:

@@ -126,7 +126,7 @@ def _run_original(
     start = monotonic()
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    _check_context(model, sequence_length)
+    check_context(model, sequence_length)
     windows_NT = tokenize(
         text,
         tokenizer,
@@ -204,7 +204,12 @@ def _number(recipe: Recipe | None, part: str, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _check_context(model: PreTrainedModel, sequence_length: int) -> None:
+def check_context(model: PreTrainedModel, sequence_length: int) -> None:
+    """Refuse windows longer than what the model was made for.
+
+    Raises:
+        CorpusError: They are.
+    """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise CorpusError(
