@@ -19,6 +19,7 @@ from mofq.solvers.problem import (
     with_samples,
 )
 from mofq.solvers.simplicity import simplicity
+from mofq.solvers.swaps import promising_swaps
 from mofq.solvers.ties import Ties, move_ties
 from mofq.solvers.usage import Usage, usage
 
@@ -48,6 +49,7 @@ __all__ = [
     "paired_loss",
     "predict",
     "problem_from_table",
+    "promising_swaps",
     "simplicity",
     "solve_exact",
     "solve_frontier",
