@@ -143,8 +143,7 @@ def choose_scales(
     amax = tile_amax(x_ARGK)
     scale = symmetric_scale(amax, scheme, global_scale=global_scale)
     if scheme.scale_rule == "fullrange":
-        flip = _largest_is_positive(x_ARGK, amax) & (amax > 0)
-        scale = torch.where(flip, -scale, scale)
+        scale = torch.where(_largest_is_positive(x_ARGK, amax), -scale, scale)
     return Scales(scale, None, global_scale)
 
 
@@ -222,16 +221,15 @@ def _power_of_two_scale(amax: Tensor, largest: float, scheme: TensorScheme) -> T
 
 
 def _largest_is_positive(x_ARGK: Tensor, amax: Tensor) -> Tensor:
-    # Only elementwise operations and reductions, so that a compiler can fuse
-    # them; argmax over two dimensions is neither.
+    # Only elementwise operations and one reduction, which a compiler can fuse;
+    # argmax over two dimensions is neither. An odd place holds a positive number.
     rows, columns = x_ARGK.shape[1], x_ARGK.shape[3]
     row = torch.arange(rows, device=x_ARGK.device, dtype=torch.int32).view(rows, 1, 1)
     column = torch.arange(columns, device=x_ARGK.device, dtype=torch.int32)
-    place = row * columns + column
-    absent = rows * columns
-    first_positive = torch.amin(torch.where(x_ARGK == amax, place, absent), TILE_DIMS, True)
-    first_negative = torch.amin(torch.where(x_ARGK == -amax, place, absent), TILE_DIMS, True)
-    return first_positive < first_negative
+    place = (row * columns + column) * 2 + (x_ARGK > 0)
+    absent = rows * columns * 2
+    first = torch.amin(torch.where(torch.abs(x_ARGK) == amax, place, absent), TILE_DIMS, True)
+    return (first & 1) == 1
 
 
 def _largest_code(scheme: TensorScheme) -> float:
