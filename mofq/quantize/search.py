@@ -7,8 +7,7 @@ scale (``absmax`` below is the absmax scale before that rounding):
 integer, symmetric absmax; then ``amax / 2**(bits-1)`` with both signs, which
                    contains the fullrange rule; then ``r * absmax`` with both
                    signs for r = 0.98, 0.96 … 0.70, 0.64, 0.58 … 0.28.
-                   Codes are ``-2**(bits-1) .. 2**(bits-1) - 1``; scales
-                   without a sign (E8M0) are tried with the positive one alone
+                   Codes are ``-2**(bits-1) .. 2**(bits-1) - 1``
 integer, asym.     ``low`` and ``high`` both times r = 1, 0.98, 0.96 … 0.70,
                    0.64, 0.58 … 0.28
 float, codebook    absmax; then ``r * absmax`` for r = 48/24, 47/24 … 12/24. Above
