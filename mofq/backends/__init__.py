@@ -18,9 +18,14 @@ APPLIERS: dict[str, str] = {
     "emulate": "mofq.backends.emulate",
 }
 
-#: Name -> module and function ``(checkpoint, recipe, out, …) -> what was written``.
+#: Name -> module and function ``(checkpoint, recipe, out, *, progress=None, …)``. The first
+#: writes a folder that engines load, the others a file for another tool.
 EXPORTERS: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("mofq.backends.compressed_tensors", "export_compressed_tensors"),
+    "llm-compressor": ("mofq.backends.llm_compressor", "export_llm_compressor"),
+    "modelopt": ("mofq.backends.modelopt", "export_modelopt"),
+    "auto-round": ("mofq.backends.auto_round", "export_auto_round"),
+    "llama.cpp": ("mofq.backends.llama_cpp", "export_llama_cpp"),
 }
 
 
