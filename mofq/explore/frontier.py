@@ -1,0 +1,107 @@
+"""The recipes of the frontier that a page offers, each as `mofq search` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mofq.decide import Request, decide
+from mofq.recipe import Recipe
+from mofq.solvers import Budgets, Frontier, Problem, solve_frontier
+from mofq.solvers.problem import FloatArray, IntArray
+from mofq.table import Table
+
+#: As many points as a slider can tell apart, and deciding them takes seconds.
+MOST_POINTS = 160
+
+#: Called with what is done, how much of it, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierRecipe:
+    """One point of the frontier."""
+
+    max_bits: float  #: the budget under which `mofq search` finds it: its own true bits
+    recipe: Recipe
+
+
+def frontier_recipes(
+    table: Table,
+    problem: Problem,
+    *,
+    request: Request,
+    most: int = MOST_POINTS,
+    progress: Progress | None = None,
+) -> tuple[FrontierRecipe, ...]:
+    """Recipes from the smallest to the best, decided as ``mofq search --ties off`` does.
+
+    Args:
+        table: From `mofq measure`.
+        problem: What the request may choose from in the table.
+        request: What may be chosen; its budgets and its rule for ties do not count.
+        most: Keep at most so many points, evenly spaced along the curve.
+        progress: Told after each point.
+
+    Returns:
+        Recipes in the order of their size, each different from the one before.
+    """
+    frontier = solve_frontier(problem)
+    found: list[FrontierRecipe] = []
+    points = spaced_points(frontier, most)
+    for number, k in enumerate(points):
+        max_bits = 8 * int(frontier.bytes_K[k]) / problem.weights
+        budgets = Budgets(max_bits=max_bits)
+        recipe = decide(table, replace(request, budgets=budgets, ties=False)).recipe
+        if not found or recipe.groups != found[-1].recipe.groups:
+            found.append(FrontierRecipe(max_bits, recipe))
+        if progress is not None:
+            progress("frontier", number + 1, len(points))
+    return tuple(found)
+
+
+def spaced_points(frontier: Frontier, most: int) -> IntArray:
+    """Indices of at most so many points, evenly spaced along the curve as it is drawn.
+
+    Both ends stay. The curve is drawn with the logarithm of the error.
+    """
+    count = len(frontier.bytes_K)
+    if count <= most:
+        return np.arange(count)
+    error_K = np.maximum(frontier.error_K, frontier.error_K[frontier.error_K > 0].min())
+    steps = np.hypot(_steps(frontier.bytes_K.astype(np.float64)), _steps(np.log(error_K)))
+    along_K = np.concatenate([[0.0], np.cumsum(steps)])
+    wanted = np.linspace(0, along_K[-1], most)
+    return np.unique(np.abs(along_K[None, :] - wanted[:, None]).argmin(axis=1))
+
+
+def _steps(values_K: FloatArray) -> FloatArray:
+    """Between neighbours, as shares of the whole range."""
+    spread = float(np.ptp(values_K))
+    return np.asarray(np.diff(values_K) / (spread or 1.0))
+
+
+def best_for_corpus(problem: Problem, corpus: int, *, sizes: IntArray) -> list[IntArray | None]:
+    """What each size would choose if only one corpus counted.
+
+    Args:
+        problem: Of several corpora.
+        corpus: The index of the one that counts.
+        sizes: Bytes of all groups, at most.
+
+    Returns:
+        For each size the options of the last frontier point that fits; None: none does.
+    """
+    alone = replace(
+        problem,
+        corpora=problem.corpora[corpus : corpus + 1],
+        error_PC=problem.error_PC[:, [corpus]],
+        stderr_PC=None,
+        sample_errors=None,
+        projections=None,
+    )
+    frontier = solve_frontier(alone)
+    points = [frontier.at(int(size)) for size in sizes]
+    return [None if k is None else frontier.choice_KF[k] for k in points]

@@ -1,0 +1,148 @@
+"""Points beside the frontier: uniform schemes, recipes to compare, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mofq.decide import Request, uniform_recipes
+from mofq.documents import parse_json, read_text
+from mofq.exceptions import MofqError, RecipeError
+from mofq.recipe import Recipe, load_recipe
+from mofq.solvers import KL_UNIT, Problem, predict, usage
+from mofq.table import Table
+
+#: Of validation.json; what else it holds is not drawn.
+_VALIDATION_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPoint:
+    """A recipe with a name, drawn beside the frontier."""
+
+    kind: str  #: "uniform" or "recipe"
+    label: str
+    bits_per_weight: float | None
+    checkpoint_bytes: int | None
+    value: float | None  #: predicted, in the unit of the page
+    stderr: float | None
+    schemes: tuple[str, ...]  #: of each fusion group of the table
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """The KL of a quantized model as `mofq validate` measured it."""
+
+    label: str
+    text: str
+    bits_per_weight: float
+    kl_nats_per_token: float
+    kl_stderr: float | None
+    predicted: float | None
+    predicted_stderr: float | None
+
+
+def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[NamedPoint, ...]:
+    """Every scheme that all fusion groups may get."""
+    recipes = uniform_recipes(table, request)
+    return tuple(
+        _point(recipe, problem, kind="uniform", label=name) for name, recipe in recipes.items()
+    )
+
+
+def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
+    """A recipe from a file.
+
+    Raises:
+        RecipeError: The recipe is not valid, or is for another model than the table.
+    """
+    recipe = load_recipe(path)
+    ours = table.header.index_sha256
+    if recipe.index_sha256 is not None and not ours.startswith(recipe.index_sha256):
+        raise RecipeError(
+            f"{path}: was made for {recipe.model_name} with index_sha256 {recipe.index_sha256}, "
+            f"and the table for {table.header.model_name} with {ours}. "
+            f"Compare recipes of one model."
+        )
+    return _point(recipe, problem, kind="recipe", label=path.name)
+
+
+def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:
+    """What is drawn of a ``validation.json``.
+
+    Args:
+        path: From `mofq validate -o`.
+        index_sha256: Of the table's model.
+
+    Raises:
+        MofqError: The file is not such a file, or of another model.
+    """
+    content = parse_json(read_text(path, MofqError), str(path), MofqError)
+    if not isinstance(content, dict) or content.get("version") != _VALIDATION_VERSION:
+        raise MofqError(
+            f"{path}: is no validation of version {_VALIDATION_VERSION}. Take the file that "
+            f"`mofq validate -o` wrote."
+        )
+    if content.get("index_sha256") != index_sha256:
+        raise MofqError(
+            f"{path}: is of a model with index_sha256 {content.get('index_sha256')}, and the table "
+            f"of one with {index_sha256}. Take validations of the table's model."
+        )
+    return MeasuredPoint(
+        label=Path(str(content.get("candidate", path.stem))).stem,
+        text=str(content.get("text", "")),
+        bits_per_weight=_needed(content, "bits_per_weight", path),
+        kl_nats_per_token=_needed(content, "kl_nats_per_token", path),
+        kl_stderr=_number(content, "kl_stderr", path),
+        predicted=_number(content, "predicted_kl_nats_per_token", path),
+        predicted_stderr=_number(content, "predicted_kl_stderr", path),
+    )
+
+
+def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> NamedPoint:
+    by_group = {group.name: group.scheme for group in recipe.groups}
+    schemes = _schemes_of(recipe, problem, label=label)
+    bits, size, value, stderr = recipe.bits_per_weight, None, None, None
+    if all(name in _offered(problem, n) for n, name in enumerate(schemes)):
+        choice_F = problem.choice_of(by_group)
+        used, predicted = usage(problem, choice_F), predict(problem, choice_F).additive
+        bits, size = used.bits_per_weight, used.checkpoint_bytes
+        value, stderr = predicted.value, predicted.stderr
+        if problem.unit != KL_UNIT:
+            value, stderr = problem.error_of(choice_F), None
+    elif problem.unit == KL_UNIT:
+        value = recipe.kl_nats_per_token
+    return NamedPoint(kind, label, bits, size, value=value, stderr=stderr, schemes=schemes)
+
+
+def _schemes_of(recipe: Recipe, problem: Problem, *, label: str) -> tuple[str, ...]:
+    by_layers = {frozenset(group.layers): group.scheme for group in recipe.groups}
+    missing = next((g for g in problem.groups if frozenset(g.layers) not in by_layers), None)
+    if missing is not None:
+        raise RecipeError(
+            f"{label}: has no fusion group of the layers of {missing.name}, and the table has. "
+            f"Compare recipes of one model."
+        )
+    return tuple(by_layers[frozenset(group.layers)] for group in problem.groups)
+
+
+def _offered(problem: Problem, group: int) -> Sequence[str]:
+    return [problem.schemes[p] for p in problem.options_of(group)]
+
+
+def _needed(content: Mapping[str, Any], key: str, path: Path) -> float:
+    value = _number(content, key, path)
+    if value is None:
+        raise MofqError(f"{path}: has no {key}. Take the file that `mofq validate -o` wrote.")
+    return value
+
+
+def _number(content: Mapping[str, Any], key: str, path: Path) -> float | None:
+    value = content.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MofqError(f"{path}: {key} must be a number, found {value!r}.")
+    return float(value)

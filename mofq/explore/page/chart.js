@@ -1,0 +1,298 @@
+// The frontier, drawn by uPlot; the points beside it are drawn on the same canvas.
+
+let chart = null;
+
+function cssColour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+// Every point beside the frontier: {kind, label, bits, value, stderr, from?}.
+function marks() {
+  const named = content.named
+    .filter((one) => one.bits_per_weight !== null && one.value !== null)
+    .map((one, number) => ({
+      kind: one.kind,
+      label: one.label,
+      bits: one.bits_per_weight,
+      value: one.value,
+      stderr: one.stderr,
+      number,
+    }));
+  const measured = !content.is_kl ? [] : content.measured.map((one) => ({
+    kind: "measured",
+    label: one.label,
+    bits: one.bits_per_weight,
+    value: one.kl_nats_per_token,
+    stderr: one.kl_stderr,
+    from: one.predicted,
+    text: one.text,
+  }));
+  return [...named, ...measured];
+}
+
+function isLog() {
+  return byId("log").checked;
+}
+
+// The bits that are drawn: all of them, or as far as something but bf16 is to be compared.
+function bitsRange() {
+  const others = content.named
+    .filter((one) => one.label !== "bf16" && one.bits_per_weight !== null)
+    .map((one) => one.bits_per_weight)
+    .concat(content.measured.map((one) => one.bits_per_weight));
+  const least = Math.min(points[0].bits_per_weight, ...others);
+  let most = Math.max(points[points.length - 1].bits_per_weight, ...others);
+  if (!byId("whole").checked && others.length) {
+    most = Math.min(most, Math.max(...others) + Math.max(0.5, (Math.max(...others) - least) / 2));
+  }
+  const margin = (most - least || 1) * 0.03;
+  return [least - margin, most + margin];
+}
+
+function valueRange() {
+  const [least, most] = bitsRange();
+  const drawn = points.filter((one) => one.bits_per_weight >= least && one.bits_per_weight <= most);
+  const values = [...drawn.map(pointValue), ...marks().map((one) => one.value)];
+  const largest = Math.max(...values) || 1;
+  if (!isLog()) return [0, largest * 1.08];
+  const positive = values.filter((value) => value > 0);
+  const smallest = Math.max(Math.min(...positive), largest / 1e4);
+  return [smallest / 1.6, largest * 1.6];
+}
+
+function chartData() {
+  const floor = isLog() ? valueRange()[0] / 10 : 0;
+  const shown = (value) => (isLog() && !(value > 0) ? null : value);
+  const stderr = (one) => (content.is_kl ? one.kl_stderr || 0 : 0);
+  return [
+    points.map((one) => one.bits_per_weight),
+    points.map((one) => shown(pointValue(one) + 2 * stderr(one))),
+    points.map((one) => (shown(pointValue(one)) === null ? null
+      : Math.max(pointValue(one) - 2 * stderr(one), floor))),
+    points.map((one) => shown(pointValue(one))),
+  ];
+}
+
+function tickText(value) {
+  if (value === null) return "";
+  return value === 0 ? "0" : value >= 1e-3 && value < 1e4 ? String(Number(value.toPrecision(3)))
+    : numberText(value, 1);
+}
+
+function axis(label, more) {
+  return {
+    label,
+    stroke: () => cssColour("--muted"),
+    grid: { stroke: () => cssColour("--grid"), width: 1 },
+    ticks: { show: false },
+    font: "12px system-ui, sans-serif",
+    labelFont: "12px system-ui, sans-serif",
+    labelSize: 20,
+    ...more,
+  };
+}
+
+function makeChart() {
+  if (chart) chart.destroy();
+  const host = byId("chart");
+  chart = new uPlot({
+    width: host.clientWidth,
+    height: NARROW.matches ? 280 : 420,
+    legend: { show: false },
+    cursor: { points: { show: false }, drag: { x: true, y: false }, x: true, y: false },
+    scales: {
+      x: { time: false, range: (u, from, to) => zoomed(u, from, to) },
+      y: { distr: isLog() ? 3 : 1, range: () => valueRange() },
+    },
+    axes: [
+      axis("true bits per weight", { size: 34 }),
+      axis(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY, {
+        size: 56, values: (u, ticks) => ticks.map(tickText) }),
+    ],
+    series: [
+      {},
+      { stroke: "transparent", points: { show: false } },
+      { stroke: "transparent", points: { show: false } },
+      { stroke: () => cssColour("--accent"), width: 2, points: { show: false } },
+    ],
+    bands: [{ series: [1, 2], fill: () => cssColour("--band") }],
+    hooks: { draw: [drawMarks] },
+  }, chartData(), host);
+  chart.over.addEventListener("click", pickFromChart);
+  chart.over.addEventListener("pointermove", (event) => tipOfChart(event));
+  chart.over.addEventListener("pointerleave", hideTip);
+}
+
+// The usual range, unless a part of it was dragged out.
+function zoomed(u, from, to) {
+  const first = points[0].bits_per_weight, last = points[points.length - 1].bits_per_weight;
+  return from === null || (from <= first && to >= last) ? bitsRange() : [from, to];
+}
+
+function shape(context, kind, x, y, size) {
+  context.beginPath();
+  if (kind === "uniform") {
+    context.moveTo(x, y - size);
+    context.lineTo(x + size, y);
+    context.lineTo(x, y + size);
+    context.lineTo(x - size, y);
+    context.closePath();
+  } else if (kind === "recipe") {
+    context.moveTo(x, y - size);
+    context.lineTo(x + size, y + size * 0.8);
+    context.lineTo(x - size, y + size * 0.8);
+    context.closePath();
+  } else {
+    context.arc(x, y, size * 0.85, 0, 2 * Math.PI);
+  }
+}
+
+const MARK_COLOURS = { uniform: "--text", recipe: "--second", measured: "--third" };
+
+function place(u, bits, value) {
+  if (isLog() && !(value > 0)) return null;
+  return [u.valToPos(bits, "x", true), u.valToPos(value, "y", true)];
+}
+
+function errorBar(u, context, one, at) {
+  if (!one.stderr) return;
+  const floor = u.bbox.top + u.bbox.height;
+  const low = place(u, one.bits, one.value - 2 * one.stderr);
+  const high = place(u, one.bits, one.value + 2 * one.stderr);
+  context.beginPath();
+  context.moveTo(at[0], low === null ? floor : low[1]);
+  context.lineTo(at[0], high[1]);
+  context.stroke();
+}
+
+function drawMarks(u) {
+  const context = u.ctx, ratio = devicePixelRatio;
+  context.save();
+  context.beginPath();
+  context.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
+  context.clip();
+  const taken = [], labels = [];
+  for (const one of marks()) {
+    const at = place(u, one.bits, one.value);
+    if (at === null) continue;
+    const colour = cssColour(MARK_COLOURS[one.kind]);
+    context.strokeStyle = context.fillStyle = colour;
+    context.lineWidth = ratio;
+    errorBar(u, context, one, at);
+    const from = one.from ? place(u, one.bits, one.from) : null;
+    if (from) {
+      context.setLineDash([2 * ratio, 3 * ratio]);
+      context.beginPath();
+      context.moveTo(...at);
+      context.lineTo(...from);
+      context.stroke();
+      context.setLineDash([]);
+    }
+    shape(context, one.kind, ...at, 5 * ratio);
+    context.fill();
+    const near = 6 * ratio;
+    taken.push([at[0] - near, at[1] - near, at[0] + near, at[1] + near]);
+    labels.push([one.label, at, colour]);
+  }
+  drawCurrent(u, context, ratio, taken);
+  if (!NARROW.matches || labels.length < 6) drawLabels(u, context, ratio, labels, taken);
+  context.restore();
+}
+
+function drawCurrent(u, context, ratio, taken) {
+  const point = points[state.point];
+  const x = u.valToPos(point.bits_per_weight, "x", true);
+  context.strokeStyle = cssColour("--accent");
+  context.lineWidth = ratio;
+  context.beginPath();
+  context.moveTo(x, u.bbox.top);
+  context.lineTo(x, u.bbox.top + u.bbox.height);
+  context.stroke();
+  const at = place(u, point.bits_per_weight, pointValue(point));
+  if (at === null) return;
+  context.beginPath();
+  context.arc(...at, 7 * ratio, 0, 2 * Math.PI);
+  context.fillStyle = cssColour("--surface");
+  context.fill();
+  context.lineWidth = 3 * ratio;
+  context.stroke();
+  taken.push([at[0] - 8 * ratio, at[1] - 8 * ratio, at[0] + 8 * ratio, at[1] + 8 * ratio]);
+}
+
+// Each label where it covers nothing; none where there is no room (the tip has it).
+function drawLabels(u, context, ratio, labels, taken) {
+  context.font = `${11 * ratio}px system-ui, sans-serif`;
+  context.textBaseline = "middle";
+  context.textAlign = "left";
+  const right = u.bbox.left + u.bbox.width, bottom = u.bbox.top + u.bbox.height;
+  for (const [label, [x, y], colour] of labels) {
+    const text = label.length > 30 ? `${label.slice(0, 29)}…` : label;
+    const width = context.measureText(text).width, half = 7 * ratio, gap = 9 * ratio;
+    const places = [[x + gap, y], [x - gap - width, y], [x - width / 2, y - 2 * half],
+      [x - width / 2, y + 2 * half], [x + gap, y - 2 * half], [x + gap, y + 2 * half]];
+    const free = places.find(([left, middle]) => {
+      const box = [left, middle - half, left + width, middle + half];
+      return box[0] >= u.bbox.left && box[2] <= right && box[1] >= u.bbox.top && box[3] <= bottom
+        && !taken.some((other) => box[0] < other[2] && other[0] < box[2]
+          && box[1] < other[3] && other[1] < box[3]);
+    });
+    if (!free) continue;
+    taken.push([free[0], free[1] - half, free[0] + width, free[1] + half]);
+    context.lineWidth = 3 * ratio;
+    context.lineJoin = "round";
+    context.strokeStyle = cssColour("--surface");
+    context.strokeText(text, ...free);
+    context.fillStyle = colour;
+    context.fillText(text, ...free);
+  }
+}
+
+function pointOfPixel(left) {
+  let nearest = 0, least = Infinity;
+  points.forEach((point, number) => {
+    const distance = Math.abs(chart.valToPos(point.bits_per_weight, "x") - left);
+    if (distance < least) [nearest, least] = [number, distance];
+  });
+  return nearest;
+}
+
+function pickFromChart(event) {
+  if (chart.select.width > 0) return;
+  const box = chart.over.getBoundingClientRect();
+  setPoint(pointOfPixel(event.clientX - box.left));
+}
+
+function tipOfChart(event) {
+  const box = chart.over.getBoundingClientRect();
+  const [left, top] = [event.clientX - box.left, event.clientY - box.top];
+  const near = marks().find((one) => (!isLog() || one.value > 0)
+    && Math.hypot(chart.valToPos(one.bits, "x") - left, chart.valToPos(one.value, "y") - top) < 10);
+  const lines = near ? [
+    [near.label, near.kind === "measured" ? `measured on ${near.text}` : near.kind],
+    ["bits per weight", bitsText(near.bits)],
+    [QUANTITY, withError(near.value, near.stderr)],
+    ...(near.from ? [["predicted", numberText(near.from)]] : []),
+  ] : frontierLines(points[pointOfPixel(left)]);
+  showTip(event.clientX, event.clientY, element("dl", { class: "pairs" },
+    ...lines.flatMap(([name, value]) => [element("dt", { text: name }), element("dd", { text: value })])));
+}
+
+function frontierLines(point) {
+  return [
+    ["frontier", "click to take"],
+    ["bits per weight", bitsText(point.bits_per_weight)],
+    [QUANTITY, withError(pointValue(point), content.is_kl ? point.kl_stderr : null)],
+  ];
+}
+
+function makeKey() {
+  const kinds = new Set(marks().map((one) => one.kind));
+  const all = [
+    ["line", content.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
+    ...(kinds.has("uniform") ? [["uniform", "one scheme for every layer"]] : []),
+    ...(kinds.has("recipe") ? [["recipe", "compared recipe"]] : []),
+    ...(kinds.has("measured") ? [["measured", "measured, dotted to its prediction"]] : []),
+  ];
+  byId("key").replaceChildren(...all.map(([kind, text]) =>
+    element("li", {}, element("span", { class: `mark ${kind}`, "aria-hidden": "true" }), text)));
+}

@@ -1,0 +1,285 @@
+// The model as a map, the tip of a cell, the panel of a fusion group.
+
+let cells = []; // of each fusion group its element
+let cellPlaces = []; // [decoder layer, module], as places in the map
+
+function mapAxes() {
+  const layers = [...new Set(groups.map((one) => one.decoder_layer))].sort(
+    (a, b) => (a === null) - (b === null) || a - b,
+  );
+  const modules = [];
+  const taken = new Set();
+  const places = groups.map((one) => {
+    let module = one.module;
+    if (taken.has(`${one.decoder_layer} ${module}`)) module = one.name;
+    taken.add(`${one.decoder_layer} ${module}`);
+    if (!modules.includes(module)) modules.push(module);
+    return [layers.indexOf(one.decoder_layer), modules.indexOf(module)];
+  });
+  return { layers, modules, places };
+}
+
+// Wide: a column for each decoder layer. Narrow: a row.
+function makeMap() {
+  const { layers, modules, places } = mapAxes();
+  const narrow = NARROW.matches, map = byId("map");
+  const [rows, columns] = narrow ? [layers, modules] : [modules, layers];
+  const step = layers.length > 48 ? 10 : layers.length > 20 ? 5 : 1;
+  const layerText = (number) => {
+    if (layers[number] === null) return "–";
+    return number % step === 0 ? String(layers[number]) : "";
+  };
+  const corner = element("span", { class: "corner", text: narrow ? "layer" : "" });
+  const head = columns.map((name, number) =>
+    element("span", { class: "head", role: "columnheader", text: narrow ? name : layerText(number) }));
+  cellPlaces = places;
+  cells = [];
+  const lines = rows.map((name, row) => {
+    const line = element("div", { role: "row", class: "line" },
+      element("span", { class: "name", role: "rowheader", text: narrow ? layerText(row) : name }));
+    columns.forEach((_, column) => {
+      const wanted = narrow ? [row, column] : [column, row];
+      const group = places.findIndex(([l, m]) => l === wanted[0] && m === wanted[1]);
+      line.append(group < 0 ? element("span", { role: "gridcell" }) : makeCell(group));
+    });
+    return line;
+  });
+  map.classList.toggle("dense", columns.length > 48);
+  map.style.setProperty("--columns", columns.length);
+  map.style.setProperty("--name", narrow ? "3rem" : "auto");
+  map.replaceChildren(element("div", { role: "row", class: "line" }, corner, ...head), ...lines);
+}
+
+function makeCell(group) {
+  const cell = element("button", {
+    type: "button",
+    role: "gridcell",
+    class: "cell",
+    tabindex: group === (state.group || 0) ? "0" : "-1",
+    "data-group": group,
+  });
+  cells[group] = cell;
+  return cell;
+}
+
+function groupOfEvent(event) {
+  const cell = event.target.closest(".cell");
+  return cell === null ? null : Number(cell.dataset.group);
+}
+
+function listenToMap() {
+  const map = byId("map");
+  map.addEventListener("click", (event) => {
+    const group = groupOfEvent(event);
+    if (group !== null) openPanel(group);
+  });
+  map.addEventListener("pointerover", (event) => {
+    const group = groupOfEvent(event);
+    if (event.pointerType !== "touch" && group !== null) tipOfCell(group);
+  });
+  map.addEventListener("pointerout", hideTip);
+  map.addEventListener("focusin", (event) => {
+    const group = groupOfEvent(event);
+    if (group !== null && event.target.matches(":focus-visible")) tipOfCell(group);
+  });
+  map.addEventListener("focusout", hideTip);
+  map.addEventListener("keydown", moveFocus);
+}
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function moveFocus(event) {
+  const group = groupOfEvent(event);
+  if (event.key === "Escape") hideTip();
+  if (group === null || !(event.key in MOVES)) return;
+  event.preventDefault();
+  const [across, down] = MOVES[event.key];
+  const [stepLayer, stepModule] = NARROW.matches ? [down, across] : [across, down];
+  const [layer, module] = cellPlaces[group];
+  const ahead = cellPlaces
+    .map(([l, m], other) => [other, (l - layer) * stepLayer + (m - module) * stepModule,
+      stepLayer ? m === module : l === layer])
+    .filter(([, distance, inLine]) => distance > 0 && inLine)
+    .sort((a, b) => a[1] - b[1]);
+  if (ahead.length) focusCell(ahead[0][0]);
+}
+
+function focusCell(group) {
+  cells.forEach((cell) => { cell.tabIndex = -1; });
+  cells[group].tabIndex = 0;
+  cells[group].focus();
+}
+
+function paintMap() {
+  const shown = selection(state.show), other = selection(state.compare);
+  const errors = shown.schemes.map((scheme, group) => {
+    const option = optionOf(group, scheme);
+    return option ? optionError(option) : null;
+  });
+  const largest = Math.max(...errors.map((error) => error || 0)) || 1;
+  cells.forEach((cell, group) => {
+    const scheme = shown.schemes[group];
+    const differs = other !== null && other.schemes[group] !== scheme;
+    cell.style.background = state.colour === "error"
+      ? `color-mix(in oklab, var(--heat) ${(100 * Math.sqrt((errors[group] || 0) / largest)).toFixed(1)}%, var(--cold))`
+      : colours[scheme];
+    cell.classList.toggle("differs", differs);
+    cell.classList.toggle("faded", state.scheme !== null ? scheme !== state.scheme
+      : other !== null && !differs);
+    cell.setAttribute("aria-selected", String(group === state.group));
+    cell.setAttribute("aria-label", `${groups[group].name}: ${schemeName(scheme)}`
+      + (differs ? `, not ${schemeName(other.schemes[group])}` : ""));
+  });
+  makeLegend(shown);
+  byId("map-note").textContent = state.colour === "error"
+    ? `Darkest: ${numberText(largest)} ${UNIT} from one fusion group. `
+      + "Arrow keys move over the map, Enter opens a cell."
+    : "Point at a cell for its alternatives; choose it for all of them. Arrow keys move over the map.";
+}
+
+function makeLegend(shown) {
+  const counts = content.schemes.map(() => 0);
+  shown.schemes.forEach((scheme) => { counts[scheme] += 1; });
+  const focused = document.activeElement && document.activeElement.dataset.scheme;
+  byId("legend").replaceChildren(...content.schemes.map((one, scheme) =>
+    element("button", {
+      type: "button",
+      class: counts[scheme] ? "scheme" : "scheme unused",
+      "data-scheme": scheme,
+      "aria-pressed": String(state.scheme === scheme),
+      onclick: () => {
+        state.scheme = state.scheme === scheme ? null : scheme;
+        paintMap();
+      },
+    }, swatch(scheme), one.name, element("span", { class: "count", text: String(counts[scheme]) }))));
+  if (focused !== undefined && focused !== null) {
+    const again = byId("legend").querySelector(`[data-scheme="${Number(focused)}"]`);
+    if (again) again.focus();
+  }
+}
+
+function sortedOptions(group) {
+  return [...groups[group].options].sort((a, b) => a[BYTES] - b[BYTES] || optionError(b) - optionError(a));
+}
+
+function tipOfCell(group) {
+  const one = groups[group], chosen = selection(state.show).schemes[group];
+  const rows = sortedOptions(group).map((option) =>
+    element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
+      element("td", {}, swatch(option[SCHEME]), schemeName(option[SCHEME])),
+      element("td", { text: withError(optionError(option), optionStderr(option)) }),
+      element("td", { text: bytesText(option[BYTES]) })));
+  const box = cells[group].getBoundingClientRect();
+  showTip(box.right - 6, box.top + box.height / 2,
+    element("strong", { text: one.name }),
+    element("table", {}, element("thead", {}, element("tr", {},
+      element("th", { text: "scheme" }), element("th", { text: QUANTITY }),
+      element("th", { text: "size" }))), element("tbody", {}, ...rows)));
+}
+
+function openPanel(group) {
+  cells.forEach((cell) => { cell.tabIndex = -1; });
+  cells[group].tabIndex = 0;
+  state.group = group;
+  paintMap();
+  paintPanel();
+  if (NARROW.matches) byId("panel").scrollIntoView({ block: "nearest" });
+}
+
+function paintPanel() {
+  if (state.group === null) return;
+  const one = groups[state.group], chosen = selection(state.show).schemes[state.group];
+  byId("panel-title").textContent = one.name;
+  const shapes = one.layers.length > 8
+    ? `${countText(one.layers.length, "linear layer")}, the first ${one.layers[0][0]}`
+    : one.layers.map(([name, out, into]) => `${name} [${out} × ${into}]`).join(", ");
+  byId("panel-body").replaceChildren(
+    element("p", { class: "small", text: `${shapes}; ${countText(one.weights, "weight")}` }),
+    ...whySentences(state.group, chosen).map((text) => element("p", { text })),
+    element("div", { class: "scroll" }, errorTable(one, chosen)),
+    rejectedList(one),
+  );
+}
+
+// What the next better and the next smaller choice would bring, beside the going rate.
+function whySentences(group, chosen) {
+  const here = optionOf(group, chosen);
+  if (!here) return [`${schemeName(chosen)} was not measured here.`];
+  const total = pointValue(points[state.point]);
+  const share = state.show === "frontier" && total > 0
+    ? `, ${numberText((100 * optionError(here)) / total, 2)} % of the whole recipe's` : "";
+  const sentences = [`${schemeName(chosen)}: ${withError(optionError(here), optionStderr(here))} `
+    + `${UNIT}${share}, ${bytesText(here[BYTES])} `
+    + `(${bitsText((8 * here[BYTES]) / groups[group].weights)} bits per weight).`];
+  const rate = (option) => (optionError(here) - optionError(option)) / (option[BYTES] - here[BYTES]);
+  const better = groups[group].options.filter((o) => o[BYTES] > here[BYTES] && optionError(o) < optionError(here));
+  const smaller = groups[group].options.filter((o) => o[BYTES] < here[BYTES]);
+  const sentence = (option, verb) =>
+    `${schemeName(option[SCHEME])} would ${verb} ${numberText(Math.abs(optionError(option) - optionError(here)))} `
+    + `${UNIT} for ${signedText(option[BYTES] - here[BYTES], bytesText)}: `
+    + `${numberText(rate(option) * 1e6)} a megabyte`;
+  const going = goingRate();
+  if (better.length) {
+    const best = better.reduce((a, b) => (rate(b) > rate(a) ? b : a));
+    sentences.push(`${sentence(best, "save")}`
+      + (going === null ? "." : `; at this budget the next megabyte saves ${numberText(going * 1e6)} elsewhere.`));
+  }
+  if (smaller.length) {
+    const best = smaller.reduce((a, b) => (rate(b) < rate(a) ? b : a));
+    sentences.push(`${sentence(best, optionError(best) < optionError(here) ? "save" : "cost")}.`);
+  }
+  return sentences;
+}
+
+// Error that one more byte saves along the frontier, in the sums that the solver minimises.
+function goingRate() {
+  if (state.show !== "frontier" || state.point + 1 >= points.length) return null;
+  const [here, next] = [points[state.point], points[state.point + 1]];
+  return (here.error - next.error) / (next.bytes - here.bytes);
+}
+
+function errorTable(one, chosen) {
+  const options = sortedOptions(groups.indexOf(one));
+  const positive = options.flatMap((option) => option[ERRORS]).filter((error) => error > 0);
+  const [least, most] = [Math.min(...positive) / 1.5, Math.max(...positive) * 1.5];
+  const along = (value) =>
+    (100 * Math.log(Math.max(value, least) / least)) / (Math.log(most / least) || 1);
+  const rows = options.map((option) => element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
+    element("th", { scope: "row" }, swatch(option[SCHEME]), schemeName(option[SCHEME])),
+    element("td", { text: bitsText((8 * option[BYTES]) / one.weights) }),
+    element("td", { text: bytesText(option[BYTES]) }),
+    element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
+    ...option[ERRORS].map((error, corpus) => element("td", {
+      text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));
+  const names = content.corpora.length > 1 ? content.corpora : [QUANTITY];
+  return element("table", { class: "errors" },
+    element("thead", {}, element("tr", {},
+      ...["scheme", "bits", "size", "error, log scale"].map((text) => element("th", { scope: "col", text })),
+      ...names.map((text) => element("th", { scope: "col", text })))),
+    element("tbody", {}, ...rows));
+}
+
+// A dot for each corpus, with two standard errors to both sides.
+function dots(option, along) {
+  const track = element("div", { class: "track" });
+  option[ERRORS].forEach((error, corpus) => {
+    if (!(error > 0)) return;
+    const stderr = (option[STDERRS] && option[STDERRS][corpus]) || 0;
+    const bar = element("span", { class: "bar-line" });
+    const [low, high] = [along(error - 2 * stderr), Math.min(100, along(error + 2 * stderr))];
+    bar.style.left = `${low}%`;
+    bar.style.width = `${Math.max(0, high - low)}%`;
+    const dot = element("span", { class: `dot corpus-${corpus % 4}` });
+    dot.style.left = `${along(error)}%`;
+    track.append(bar, dot);
+  });
+  return track;
+}
+
+function rejectedList(one) {
+  if (!one.rejected.length) return null;
+  return element("details", {},
+    element("summary", { text: `${countText(one.rejected.length, "scheme")} not offered` }),
+    element("ul", {}, ...one.rejected.map(([scheme, reason]) =>
+      element("li", {}, element("strong", { text: scheme }), ` ${reason}`))));
+}

@@ -1,0 +1,215 @@
+"use strict";
+
+// What the page holds, and what follows from it. Nothing here touches the document but
+// the helpers that make elements; every name from a table becomes text, never markup.
+
+const content = JSON.parse(document.getElementById("content").textContent);
+const groups = content.groups;
+const points = content.points;
+const NARROW = window.matchMedia("(max-width: 719px)");
+
+const state = {
+  point: 0,
+  show: "frontier",
+  compare: "none",
+  colour: "scheme",
+  group: null, // of the panel
+  scheme: null, // that the legend points at
+};
+
+function element(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name === "text") made.textContent = value;
+    else if (name === "class") made.className = value || "";
+    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+// Of one option: [scheme, bytes, error of each corpus, standard error of each corpus or null].
+const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3;
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+function optionError(option) {
+  return mean(option[ERRORS]);
+}
+
+function optionStderr(option) {
+  const known = option[STDERRS];
+  if (!known || known.some((value) => value === null)) return null;
+  return Math.hypot(...known) / known.length;
+}
+
+function optionOf(group, scheme) {
+  return groups[group].options.find((option) => option[SCHEME] === scheme) || null;
+}
+
+// What a point of the frontier predicts, in the unit of the page.
+function pointValue(point) {
+  return content.is_kl ? point.kl_nats_per_token : point.error;
+}
+
+function schemesOfChoice(choice) {
+  return choice.map((option, group) => groups[group].options[option][SCHEME]);
+}
+
+// A selection by the name that the menus use: "frontier", "named:2", "corpus:en".
+function selection(name) {
+  const [kind, rest] = [name.split(":")[0], name.slice(name.indexOf(":") + 1)];
+  if (kind === "frontier") {
+    const point = points[state.point];
+    return {
+      label: `the frontier at ${bitsText(point.bits_per_weight)} bits`,
+      schemes: schemesOfChoice(point.choice),
+    };
+  }
+  if (kind === "named") {
+    const named = content.named[Number(rest)];
+    return { label: named.label, schemes: named.schemes };
+  }
+  if (kind === "corpus") {
+    const choice = content.corpus_best[rest][state.point];
+    return choice && { label: `the best for ${rest} alone`, schemes: schemesOfChoice(choice) };
+  }
+  return null;
+}
+
+function schemeName(scheme) {
+  return content.schemes[scheme].name;
+}
+
+// The last point that fits; the first where none does.
+function pointAt(bits) {
+  let found = 0;
+  points.forEach((point, number) => {
+    if (point.bits_per_weight <= bits * (1 + 1e-12)) found = number;
+  });
+  return found;
+}
+
+function recipeText(number) {
+  const parts = content.recipe;
+  let text = parts.top + parts.heads[number];
+  points[number].choice.forEach((option, group) => {
+    const part = parts.groups[group];
+    text += `${part.name}\n${part.schemes[option]}\n${part.layers}\n${part.amax[option] || ""}`;
+  });
+  return text + parts.tail;
+}
+
+// Numbers as people read them.
+
+const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
+
+function numberText(value, digits = 3) {
+  if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e-4 && size < 1e5) {
+    return value.toPrecision(digits).includes("e")
+      ? String(Math.round(value))
+      : String(value.toPrecision(digits)).replace("-", "−");
+  }
+  const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+  const raised = String(Math.abs(Number(exponent))).replace(/\d/g, (d) => SUPERSCRIPTS[d]);
+  return `${mantissa.replace("-", "−")}·10${Number(exponent) < 0 ? "⁻" : ""}${raised}`;
+}
+
+function withError(value, stderr) {
+  if (value === null || value === undefined) return "–";
+  return stderr ? `${numberText(value)} ± ${numberText(stderr, 2)}` : numberText(value);
+}
+
+function signedText(value, text) {
+  return value > 0 ? `+${text(value)}` : text(value);
+}
+
+function bitsText(bits) {
+  return bits.toFixed(bits < 10 ? 3 : 2);
+}
+
+function bytesText(bytes) {
+  const size = Math.abs(bytes), sign = bytes < 0 ? "−" : "";
+  for (const [name, unit] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
+    if (size >= unit) return `${sign}${(size / unit).toPrecision(4)} ${name}`;
+  }
+  return `${sign}${size} B`;
+}
+
+function countText(count, one, many) {
+  return `${count.toLocaleString("en")} ${count === 1 ? one : many || `${one}s`}`;
+}
+
+const UNITS = {
+  kl_nats_per_token: ["KL", "nats per token"],
+  output_mse: ["Output error", "squared output units"],
+  relative_weight_error: ["Weight error", "relative"],
+};
+const [QUANTITY, UNIT] = UNITS[content.unit] || [content.unit, ""];
+
+// Colours: a hue for each element format, a lightness for each of its schemes.
+
+const HUES = [255, 45, 150, 330, 95, 200, 295, 15];
+
+function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function schemeColours() {
+  const dark = isDark();
+  const elements = [...new Set(content.schemes.map((one) => one.element))].filter(
+    (name) => name !== "bf16",
+  );
+  const family = new Map();
+  content.schemes.forEach((one, scheme) => {
+    if (!family.has(one.element)) family.set(one.element, []);
+    family.get(one.element).push(scheme);
+  });
+  return content.schemes.map((one, scheme) => {
+    if (one.name === "bf16") return dark ? "oklch(0.86 0 0)" : "oklch(0.32 0 0)";
+    const members = family.get(one.element);
+    const place = members.length === 1 ? 0.5 : members.indexOf(scheme) / (members.length - 1);
+    const number = elements.indexOf(one.element);
+    const hue = HUES[number % HUES.length] + (place - 0.5) * 34;
+    const lightness = (dark ? 0.42 : 0.84) + (dark ? 0.4 : -0.42) * place;
+    const chroma = number < 0 ? 0.02 : 0.1 + 0.09 * (1 - Math.abs(place - 0.5));
+    return `oklch(${lightness.toFixed(3)} ${chroma.toFixed(3)} ${((hue + 360) % 360).toFixed(1)})`;
+  });
+}
+
+let colours = schemeColours();
+
+function swatch(scheme) {
+  const made = element("span", { class: "swatch", "aria-hidden": "true" });
+  made.style.background = colours[scheme];
+  return made;
+}
+
+// The tip beside the pointer or the focused cell.
+
+function showTip(x, y, ...children) {
+  const tip = byId("tip");
+  tip.replaceChildren(...children);
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  const right = x + 14 + width > document.documentElement.clientWidth - 8;
+  const left = right ? Math.max(8, x - 14 - width) : x + 14;
+  const top = Math.min(Math.max(8, y - height / 2), Math.max(8, window.innerHeight - height - 8));
+  tip.style.left = `${left}px`;
+  tip.style.top = `${top}px`;
+}
+
+function hideTip() {
+  byId("tip").hidden = true;
+}
