@@ -164,9 +164,27 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
             f"scheme {scheme_name!r}: {text!r} has no granularity. "
             f"Write e.g. {words[0] + '.channel'!r} or {words[0] + '.g128'!r}."
         )
+    rule = _look_up(scheme_name, "scale rule", rule_word or "absmax", {r: r for r in _SCALE_RULES})
+    if (at and not rule_word) or (tilde and rounding_word != "gptq"):
+        raise SchemeError(
+            f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
+        )
     granularity = _parse_granularity(scheme_name, words[1])
-    options = words[2:]
-    asymmetric = "asym" in options
+    symmetric, scale_word = _parse_options(scheme_name, words[2:], default_scale)
+    operand = TensorScheme(
+        element=element,
+        granularity=granularity,
+        symmetric=symmetric,
+        scale=_look_up(scheme_name, "scale format", scale_word, SCALE_FORMATS),
+        scale_rule=rule,
+        rounding="gptq" if tilde else "nearest",
+    )
+    _check_operand(scheme_name, operand, default_scale=default_scale)
+    return operand
+
+
+def _parse_options(scheme_name: str, options: list[str], default_scale: str) -> tuple[bool, str]:
+    """Whether codes are symmetric, and the name of the scale format."""
     scales = [word for word in options if word.startswith("s-")]
     unknown = [word for word in options if word != "asym" and word not in scales]
     if unknown or len(scales) > 1 or len(options) != len(set(options)):
@@ -175,22 +193,7 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
             f"scheme {scheme_name!r}: {word!r} is not an option, or stands twice."
             + nearest_name(word, ["asym", *(f"s-{scale}" for scale in SCALE_FORMATS)])
         )
-    scale_word = scales[0].removeprefix("s-") if scales else default_scale
-    rule = _look_up(scheme_name, "scale rule", rule_word or "absmax", {r: r for r in _SCALE_RULES})
-    if (at and not rule_word) or (tilde and rounding_word != "gptq"):
-        raise SchemeError(
-            f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
-        )
-    operand = TensorScheme(
-        element=element,
-        granularity=granularity,
-        symmetric=not asymmetric,
-        scale=_look_up(scheme_name, "scale format", scale_word, SCALE_FORMATS),
-        scale_rule=rule,
-        rounding="gptq" if tilde else "nearest",
-    )
-    _check_operand(scheme_name, operand, default_scale=default_scale)
-    return operand
+    return "asym" not in options, scales[0].removeprefix("s-") if scales else default_scale
 
 
 def _look_up(scheme_name: str, what: str, word: str, known: Mapping[str, _Value]) -> _Value:

@@ -35,7 +35,7 @@ RANKS = {
     "recipe": 5,
     "measure": 5,
     "backends": 6,
-    "explore": 6,
+    "explore": 7,
     "decide": 6,
     "validate": 7,
     "cli": 8,
@@ -58,7 +58,7 @@ WITHOUT_TORCH = (
     "mofq.table",
     "mofq.solvers.*",
     "mofq.recipe",
-    "mofq.decide",
+    "mofq.decide.*",
     "mofq.explore.*",
     "mofq.cli.*",
 )

@@ -6,6 +6,9 @@ import sys
 
 from mofq.exceptions import MofqError
 
+#: What a shell reports for a process that Ctrl-C ended.
+_INTERRUPTED = 130
+
 
 def main() -> None:
     """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage."""
@@ -16,9 +19,21 @@ def main() -> None:
     except MofqError as error:
         _complain(str(error))
         sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}.")
+        sys.exit(1)
     except KeyboardInterrupt:
-        _complain("stopped. What was finished is kept; run the same command again to go on.")
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    _complain("stopped. What was finished is kept; run the same command again to go on.")
+    sys.exit(_INTERRUPTED)
 
 
 def _complain(message: str) -> None:

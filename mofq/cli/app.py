@@ -58,9 +58,9 @@ def calibrate(
     model: Model,
     corpus: Annotated[list[str], typer.Option(help="NAME=FILE, or a hub data set; repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The stats folder.")],
-    sequences: Annotated[int, typer.Option(help="Sequences of each corpus.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    draws: Annotated[int, typer.Option(help="Label draws for each sequence.")] = 1,
+    sequences: Annotated[int, typer.Option(help="Sequences of each corpus.", min=1)] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 512,
+    draws: Annotated[int, typer.Option(help="Label draws for each sequence.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the sampled labels.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
@@ -71,20 +71,22 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Run the model once over some text and keep what scoring needs."""
-    from mofq.cli.calibrate import run_calibrate
+    from mofq.cli.calibrate import CalibrateOptions, run_calibrate
 
     run_calibrate(
-        model,
-        corpora=corpus,
-        output=output,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        draws=draws,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        activation_checkpointing=activation_checkpointing,
+        CalibrateOptions(
+            model=model,
+            corpora=tuple(corpus),
+            output=output,
+            sequences=sequences,
+            sequence_length=sequence_length,
+            draws=draws,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            activation_checkpointing=activation_checkpointing,
+        ),
         as_json=json,
     )
 
@@ -127,6 +129,9 @@ def search(
     max_finer: Annotated[
         float | None, typer.Option(help="Share of linear layers that leave the base schemes.")
     ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Only this search space of the table; all by default.")
+    ] = None,
     unit: Annotated[
         str | None, typer.Option(help="Of the rows to use; nats where there are.")
     ] = None,
@@ -136,8 +141,14 @@ def search(
     ] = "on",
     model: Annotated[str | None, typer.Option(help="For --refine and optuna.")] = None,
     text: Annotated[str | None, typer.Option(help="For --refine and optuna.")] = None,
-    refine: Annotated[int, typer.Option(help="Measure this many swaps on the real model.")] = 0,
-    tokens: Annotated[int, typer.Option(help="Of the text, for --refine and optuna.")] = 4096,
+    refine: Annotated[
+        int, typer.Option(help="Measure this many swaps on the real model.", min=0)
+    ] = 0,
+    tokens: Annotated[
+        int, typer.Option(help="Of the text, for --refine and optuna.", min=2)
+    ] = 4096,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Choose one scheme for each fusion group under a budget."""
@@ -153,6 +164,7 @@ def search(
             max_size=max_size,
             max_kl=max_kl,
             max_finer=max_finer,
+            space=space,
             unit=unit,
             objective=objective,
             ties=ties,
@@ -160,6 +172,8 @@ def search(
             text=text,
             refine=refine,
             tokens=tokens,
+            sequence_length=sequence_length,
+            device=device,
         ),
         as_json=json,
     )
@@ -170,8 +184,8 @@ def validate(
     model: Model,
     recipe_or_folder: Annotated[str, typer.Argument(help="A recipe, or an exported folder.")],
     text: Annotated[str, typer.Option(help="Text file, hub data set or bundled text.")],
-    tokens: Annotated[int, typer.Option(help="How many of the text's first tokens.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    tokens: Annotated[int, typer.Option(help="How many of the text's first tokens.", min=2)] = 8192,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
     output: Annotated[
@@ -201,12 +215,15 @@ def export(
     recipe: Annotated[Path, typer.Argument(help="From `mofq search`.")],
     to: Annotated[str, typer.Option(help="compressed-tensors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    engine: Annotated[
+        str | None, typer.Option(help="Refuse what it cannot serve; the recipe's by default.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a quantized checkpoint that a serving engine loads."""
     from mofq.cli.export import run_export
 
-    run_export(model, recipe, to=to, output=output, as_json=json)
+    run_export(model, recipe, to=to, output=output, engine=engine, as_json=json)
 
 
 @app.command()
@@ -221,9 +238,9 @@ def run(
     ] = None,
     text: Annotated[str, typer.Option(help="To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
-    tokens: Annotated[int, typer.Option(help="Of the validation text.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences of each corpus.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Of the validation text.", min=2)] = 8192,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    sequences: Annotated[int, typer.Option(help="Of each corpus, for calibration.", min=1)] = 8,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -319,14 +336,31 @@ def engines(json: Json = False) -> None:
 def explore(
     table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
     recipes: Annotated[list[Path] | None, typer.Argument(help="Recipes to compare.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="explorer.html")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="From `mofq validate -o`; repeatable.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    engine: Engine = None,
+    space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path(
+        "explorer.html"
+    ),
+    json: Json = False,
 ) -> None:
-    """The accuracy-budget trade-off as one HTML page (comes with release 0.2)."""
-    from mofq.exceptions import MofqError
+    """The accuracy-budget trade-off as one HTML page."""
+    from mofq.cli.explore import ExploreOptions, run_explore
 
-    raise MofqError(
-        "`mofq explore` comes with release 0.2. Until then `mofq search --json` at several "
-        "budgets gives the points of the curve."
+    run_explore(
+        ExploreOptions(
+            table=table,
+            output=output,
+            recipes=tuple(recipes or ()),
+            validations=tuple(validation or ()),
+            unit=unit,
+            engine=engine,
+            space=space,
+        ),
+        as_json=json,
     )
 
 

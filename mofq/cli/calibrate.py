@@ -2,130 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from mofq.cli.checks import check_device, check_dtype
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
 from mofq.exceptions import CorpusError, StatsError
 
 if TYPE_CHECKING:
-    from mofq.calibration.stats import Stats
+    from torch import Tensor
+
+    from mofq.calibration.stats import Plan, Stats
+    from mofq.checkpoint.headers import Checkpoint
     from mofq.corpora import Corpus
 
+#: A corpus is a folder in the stats; its name must not lead out of them.
+_CORPUS_NAME = re.compile(r"\w[\w.-]*")
 
-def run_calibrate(
-    model: str,
-    *,
-    corpora: Sequence[str],
-    output: Path,
-    sequences: int = 8,
-    sequence_length: int = 512,
-    draws: int = 1,
-    seed: int = 0,
-    dtype: str = "float32",
-    device: str = "cpu",
-    device_map: str | None = None,
-    activation_checkpointing: bool = False,
-    as_json: bool = False,
-) -> Stats:
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """What `mofq calibrate` was asked for."""
+
+    model: str
+    corpora: tuple[str, ...]  #: ``NAME=SOURCE``, or a source that names itself
+    output: Path
+    sequences: int = 8  #: of each corpus
+    sequence_length: int = 512  #: tokens of each
+    draws: int = 1  #: of labels, for each sequence
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    device_map: str | None = None
+    activation_checkpointing: bool = False
+
+
+def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
     """Calibrate and say what was written."""
     start = monotonic()
-    texts = [load_named(one) for one in corpora]
-    if len({text.name for text in texts}) < len(texts):
-        raise CorpusError("two corpora have the same name. Write --corpus NAME=FILE.")
-    if min(sequences, sequence_length - 1, draws) < 1:
-        raise CorpusError("sequences and draws must be at least 1, the sequence length 2.")
-    if dtype == "float16":
+    texts = load_corpora(options.corpora)
+    if options.dtype == "float16":
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
-    stats = _calibrate(
-        model,
-        texts,
-        output=output,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        draws=draws,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        activation_checkpointing=activation_checkpointing,
-    )
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    check_dtype(options.dtype)
+    check_device(options.device)
+    stats = _calibrate(options, texts)
+    size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
+    seconds = monotonic() - start
     if as_json:
         print_json(
             {
-                "stats": str(output),
+                "stats": str(options.output),
                 "sha256": stats.sha256,
                 "bytes": size,
                 "corpora": {c.name: c.sequences for c in stats.plan.corpora},
-                "sequence_length": sequence_length,
-                "seconds": round(monotonic() - start, 2),
+                "sequence_length": options.sequence_length,
+                "seconds": round(seconds, 2),
             }
         )
     else:
-        note(f"{output}: {short_bytes(size)}, {monotonic() - start:.0f} s.")
+        count = sum(corpus.sequences for corpus in stats.plan.corpora)
+        note(
+            f"{options.output}: {count} sequences of {options.sequence_length} tokens, "
+            f"{short_bytes(size)}, {seconds:.1f} s."
+        )
     return stats
 
 
 def load_named(source: str) -> Corpus:
-    """A corpus from ``NAME=SOURCE``, or from a source that names itself."""
+    """A corpus from ``NAME=SOURCE``, or from a source that names itself.
+
+    Raises:
+        CorpusError: It cannot be read, or its name cannot be that of a folder.
+    """
     from mofq.corpora import load_text
 
     name, equals, rest = source.partition("=")
-    return load_text(rest, name=name) if equals else load_text(source)
+    is_named = bool(equals) and not Path(source).exists()
+    corpus = load_text(rest, name=name) if is_named else load_text(source)
+    if not _CORPUS_NAME.fullmatch(corpus.name):
+        raise CorpusError(
+            f"corpus {corpus.name!r}: a name has letters, digits, '.', '_' and '-'. "
+            f"Write NAME=FILE, e.g. notes={rest if is_named else source}."
+        )
+    return corpus
 
 
-def _calibrate(
-    model: str,
-    texts: Sequence[Corpus],
-    *,
-    output: Path,
-    sequences: int,
-    sequence_length: int,
-    draws: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    device_map: str | None,
-    activation_checkpointing: bool,
-) -> Stats:
+def load_corpora(sources: Sequence[str]) -> list[Corpus]:
+    """Corpora of different names.
+
+    Raises:
+        CorpusError: One cannot be read, or two have one name.
+    """
+    texts = [load_named(one) for one in sources]
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise CorpusError(
+                f"two corpora have the name {name!r}. Write --corpus NAME=FILE for each."
+            )
+    return texts
+
+
+def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
     from mofq.calibration.run import calibrate
-    from mofq.calibration.stats import CorpusPlan, Plan
+    from mofq.calibration.stats import read_stats, start_plan
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.checkpoint.model import load_model, load_tokenizer
     from mofq.corpora import spread_windows
     from mofq.layers import find_layers
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(options.model)
     layers = find_layers(checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder)
     windows = {
         text.name: spread_windows(
-            text, tokenizer, sequences=sequences, sequence_length=sequence_length
+            text,
+            tokenizer,
+            sequences=options.sequences,
+            sequence_length=options.sequence_length,
         )
         for text in texts
     }
-    plan = Plan(
-        model_name=checkpoint.name,
-        index_sha256=checkpoint.index_sha256,
-        seed=seed,
-        sequence_length=sequence_length,
-        draws=draws,
-        dtype=dtype,
-        corpora=tuple(
-            CorpusPlan(t.name, t.source, t.sha256, sequences=len(windows[t.name])) for t in texts
-        ),
+    plan = _plan(options, checkpoint, texts, windows)
+    if (options.output / "stats.json").exists():
+        start_plan(options.output, plan)  # refuses the stats of another plan
+        return read_stats(options.output)
+    loaded = load_model(
+        checkpoint.folder,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
     )
-    loaded = load_model(checkpoint.folder, dtype=dtype, device=device, device_map=device_map)
     with progress_bars() as bars:
         return calibrate(
             loaded,
             layers,
             plan=plan,
             windows=windows,
-            folder=output,
-            activation_checkpointing=activation_checkpointing,
+            folder=options.output,
+            activation_checkpointing=options.activation_checkpointing,
             progress=lambda corpus, done, total: bars.stage(f"calibrate {corpus}", done, total),
         )
+
+
+def _plan(
+    options: CalibrateOptions,
+    checkpoint: Checkpoint,
+    texts: Sequence[Corpus],
+    windows: Mapping[str, Tensor],
+) -> Plan:
+    from mofq.calibration.stats import CorpusPlan, Plan
+
+    return Plan(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        seed=options.seed,
+        sequence_length=options.sequence_length,
+        draws=options.draws,
+        dtype=options.dtype,
+        corpora=tuple(
+            CorpusPlan(t.name, t.source, t.sha256, sequences=len(windows[t.name])) for t in texts
+        ),
+    )

@@ -3,28 +3,81 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
 
-from mofq.cli.terminal import note, print_json, progress_bars
+from mofq.cli.terminal import note, print_json, progress_bars, say, short_bytes
+
+if TYPE_CHECKING:
+    from mofq.backends.compressed_tensors import Export
+    from mofq.recipe import Recipe
 
 
-def run_export(model: str, recipe: Path, *, to: str, output: Path, as_json: bool) -> None:
-    """Write a checkpoint or another tool's recipe."""
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
+def run_export(
+    model: str, recipe: Path, *, to: str, output: Path, engine: str | None, as_json: bool = False
+) -> None:
+    """Write a checkpoint, and say how it is served."""
     from mofq.recipe import load_recipe
 
-    exporter = find_exporter(to)
+    start = monotonic()
     loaded = load_recipe(recipe)
+    engine = engine or recipe_engine(loaded, to)
+    done = export_recipe(model, loaded, to=to, output=output, engine=engine)
+    seconds = monotonic() - start
+    if as_json:
+        print_json(
+            {
+                "folder": str(done.folder),
+                "to": to,
+                "engine": engine,
+                "group_bytes": done.group_bytes,
+                "checkpoint_bytes": done.checkpoint_bytes,
+                "serve_command": done.serve_command,
+                "seconds": round(seconds, 2),
+            }
+        )
+        return
+    note(f"{output}: {short_bytes(done.checkpoint_bytes)} of tensors for {to}, {seconds:.1f} s.")
+    say(f"Serve it with: {done.serve_command}")
+
+
+def export_recipe(
+    model: str, recipe: Recipe, *, to: str, output: Path, engine: str | None, validation: str = ""
+) -> Export:
+    """Export a recipe to a new folder; ``validation`` goes into its model card."""
+    from mofq.backends import find_exporter
+    from mofq.checkpoint.headers import open_checkpoint
+
+    exporter = find_exporter(to)
     checkpoint = open_checkpoint(model)
     with progress_bars() as bars:
-        exporter(
-            checkpoint,
-            loaded,
-            output,
-            progress=bars.stage,
+        done: Export = exporter(
+            checkpoint, recipe, output, engine=engine, validation=validation, progress=bars.stage
         )
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    if as_json:
-        print_json({"folder": str(output), "bytes": size, "to": to})
-    else:
-        note(f"{output}: {size:,} bytes, for {to}.")
+    return done
+
+
+def read_export(model: str, recipe: Recipe, *, folder: Path, engine: str) -> Export:
+    """What a former run exported, proved byte for byte.
+
+    Raises:
+        EnforcementError: The folder is not what the recipe makes of the model.
+    """
+    from mofq.backends.compressed_tensors import Export, check_compressed_tensors
+    from mofq.backends.compressed_tensors.export import serve_command
+    from mofq.backends.compressed_tensors.plan import plan_export
+    from mofq.checkpoint.headers import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    check_compressed_tensors(checkpoint, recipe, folder)
+    plan = plan_export(checkpoint, recipe)
+    size = sum(tensor.nbytes for tensor in plan.tensors.values())
+    return Export(folder, plan.group_bytes, size, serve_command(plan, folder, engine=engine))
+
+
+def recipe_engine(recipe: Recipe, to: str) -> str | None:
+    """The engine that a recipe was searched for, where it reads this kind of export."""
+    from mofq.engines import ENGINES
+
+    name = str(recipe.made_by.get("engine"))
+    return name if name in ENGINES and ENGINES[name].reads == to else None

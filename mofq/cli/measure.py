@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING, Any
 
+from mofq.cli.checks import check_device, check_output
 from mofq.cli.terminal import note, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from mofq.table import Table
 
 
 def run_measure(
@@ -19,12 +24,37 @@ def run_measure(
     as_json: bool = False,
 ) -> None:
     """Fill the table and say what it holds."""
+    from mofq.table import read_table
+
+    start = monotonic()
+    check_output(output)
+    rows_before = _count_lines(output)
+    _measure(model, space=space, output=output, stats=stats, engine=engine, device=device)
+    table = read_table(output)
+    is_new = _count_lines(output) > rows_before
+    content = _summary(table) | {"table": str(output), "seconds": round(monotonic() - start, 2)}
+    if as_json:
+        print_json(content)
+        return
+    note(
+        f"{output}: {content['rows']} rows, {content['groups']} fusion groups, "
+        f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
+        + ("." if is_new else "; everything was there already.")
+    )
+    for name in sorted({r.scheme for r in table.rejections}):
+        refused = [r for r in table.rejections if r.scheme == name]
+        note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
+
+
+def _measure(
+    model: str, *, space: str, output: Path, stats: Path | None, engine: str | None, device: str
+) -> None:
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.engines import legality
     from mofq.layers import find_layers
     from mofq.search_space import load_search_space
 
-    start = monotonic()
+    # All that needs no torch first: its import takes longer than finding a misspelt name.
     loaded_space = load_search_space(space)
     check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
@@ -32,8 +62,8 @@ def run_measure(
 
     from mofq.calibration.stats import read_stats
     from mofq.measure.run import measure
-    from mofq.table import read_table
 
+    check_device(device)
     opened = None if stats is None else read_stats(stats)
     with progress_bars() as bars:
         measure(
@@ -47,26 +77,21 @@ def run_measure(
             device=device,
             progress=lambda done, total: bars.stage("measure", done, total),
         )
-    table = read_table(output)
-    schemes = sorted({row.scheme for row in table.rows})
-    if as_json:
-        print_json(
-            {
-                "table": str(output),
-                "sha256": table.sha256,
-                "rows": len(table.rows),
-                "groups": len(table.header.groups),
-                "schemes": schemes,
-                "units": sorted({row.unit for row in table.rows}),
-                "rejections": len(table.rejections),
-                "seconds": round(monotonic() - start, 2),
-            }
-        )
-        return
-    note(
-        f"{output}: {len(table.rows)} rows, {len(table.header.groups)} fusion groups, "
-        f"{len(schemes)} schemes, {monotonic() - start:.0f} s."
-    )
-    for name in sorted({r.scheme for r in table.rejections}):
-        refused = [r for r in table.rejections if r.scheme == name]
-        note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _summary(table: Table) -> dict[str, Any]:
+    return {
+        "sha256": table.sha256,
+        "rows": len(table.rows),
+        "groups": len(table.header.groups),
+        "schemes": sorted({row.scheme for row in table.rows}),
+        "units": sorted({row.unit for row in table.rows}),
+        "rejections": len(table.rejections),
+    }

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mofq.cli.calibrate import load_named, run_calibrate
+from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_calibrate
+from mofq.cli.checks import check_device
 from mofq.cli.measure import run_measure
+from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import SearchOptions, search_table
-from mofq.cli.terminal import note, print_json, print_table, progress_bars, with_error
-from mofq.exceptions import MofqError
+from mofq.cli.terminal import note, print_json, progress_bars, with_error
+from mofq.exceptions import BackendError, CorpusError, MofqError
 
 if TYPE_CHECKING:
+    from mofq.backends.compressed_tensors import Export
     from mofq.recipe import Recipe
+    from mofq.search_space import SearchSpace
     from mofq.validate import Validation
 
 #: Uniform schemes that the recipe is compared with on the real model.
@@ -39,52 +45,63 @@ class RunOptions:
     sequences: int = 8
     device: str = "cpu"
 
+    @property
+    def table(self) -> Path:
+        """Where the measurements go."""
+        return self.output / "table.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        """Where the decision goes."""
+        return self.output / "recipe.yaml"
+
+    @property
+    def exported(self) -> Path:
+        """Where the checkpoint for an engine goes."""
+        return self.output / "model"
+
 
 def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     """Calibrate, measure, search, validate; export where an engine is named."""
+    space, options = _check_run(options)
     options.output.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    table, recipe_path = options.output / "table.jsonl", options.output / "recipe.yaml"
-    stats = options.output / "stats"
-    corpora = options.corpora or ("demo-en-calibration",)
-    length = _sequence_length(options)
-
-    start = monotonic()
-    run_calibrate(
-        options.model,
-        corpora=corpora,
-        output=stats,
-        sequences=options.sequences,
-        sequence_length=length,
-        device=options.device,
-    )
-    seconds["calibrate"], start = monotonic() - start, monotonic()
-    run_measure(
-        options.model,
-        space=options.space,
-        output=table,
-        stats=stats,
-        engine=options.engine,
-        device=options.device,
-    )
-    seconds["measure"], start = monotonic() - start, monotonic()
-    decision = search_table(
-        SearchOptions(
-            table=table,
-            output=recipe_path,
+    with _timed(seconds, "calibrate"):
+        _calibrate(options)
+    with _timed(seconds, "measure"):
+        run_measure(
+            options.model,
+            space=options.space,
+            output=options.table,
+            stats=options.output / "stats",
             engine=options.engine,
-            max_bits=options.max_bits,
-            max_size=options.max_size,
+            device=options.device,
         )
-    )
-    seconds["search"], start = monotonic() - start, monotonic()
-    candidates = {"recipe": decision.recipe, **_uniform_recipes(table, decision.recipe)}
-    validations = _validate(options, candidates, length)
-    seconds["validate"] = monotonic() - start
+    with _timed(seconds, "search"):
+        recipe = _search(options, space)
+        candidates = {"recipe": recipe, **_uniform_recipes(options, space, recipe)}
+    _check_exported(options, candidates)
+    with _timed(seconds, "validate"):
+        validations = _validate(options, candidates)
+    name = _preferred(options, candidates, validations)
+    export = None
     if options.engine is not None:
-        seconds["export"] = _export(options, recipe_path)
-    original_bits = _source_bits(table)
-    _report(options, candidates, validations, seconds, original_bits, as_json=as_json)
+        with _timed(seconds, "export"):
+            export = _export(options, candidates[name], validations[name])
+    report = Report(
+        folder=options.output,
+        title=f"{space.name}, {validations[name].tokens} tokens of {options.text}",
+        recipe=candidates[name],
+        preferred=name,
+        validations=validations,
+        original_bits=_source_bits(options.table),
+        seconds=seconds,
+        export=export,
+    )
+    if as_json:
+        print_json(report_json(report))
+    else:
+        print_report(report)
 
 
 def run_demo(output: Path | None, *, as_json: bool) -> None:
@@ -105,16 +122,87 @@ def run_demo(output: Path | None, *, as_json: bool) -> None:
         return
     with TemporaryDirectory(prefix="mofq-demo-") as folder:
         run_flow(replace(options, output=Path(folder)), as_json=as_json)
-    note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validations.")
+    note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validation.")
 
 
-def _sequence_length(options: RunOptions) -> int:
-    """The wanted length, or the model's own limit where that is shorter."""
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = monotonic()
+    yield
+    seconds[stage] = monotonic() - start
+
+
+def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
+    """Refuse now what would fail after minutes; fill in what the model decides.
+
+    Returns:
+        The search space, and the options with corpora and a sequence length that the
+        model can take.
+    """
+    from mofq.backends import find_exporter
     from mofq.checkpoint.headers import open_checkpoint
+    from mofq.cost import parse_size
+    from mofq.decide import check_budget
+    from mofq.engines import find_engine, legality
+    from mofq.layers import find_layers
+    from mofq.search_space import load_search_space, offer_schemes
+    from mofq.solvers import Budgets
 
-    config = open_checkpoint(options.model).config
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    return min(options.sequence_length, int(limit)) if limit else options.sequence_length
+    space = load_search_space(options.space)
+    max_bytes = None if options.max_size is None else parse_size(options.max_size)
+    check = None if options.engine is None else legality(options.engine)
+    checkpoint = open_checkpoint(options.model)
+    layers = find_layers(checkpoint)
+    offers = offer_schemes(space, layers.groups, legality=check, has_stats=True)
+    budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes)
+    check_budget(offers, budgets, other_bytes=layers.other_bytes)
+    corpora = options.corpora or ("demo-en-calibration",)
+    _check_texts(corpora, options.text)
+    if options.engine is not None:
+        find_exporter(find_engine(options.engine).reads)
+    check_device(options.device)
+    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    length = min(options.sequence_length, int(limit or options.sequence_length))
+    return space, replace(options, corpora=corpora, sequence_length=length)
+
+
+def _check_texts(corpora: tuple[str, ...], source: str) -> None:
+    text = load_named(source)
+    for corpus in load_corpora(corpora):
+        if corpus.sha256 == text.sha256:
+            raise CorpusError(
+                f"{source}: is the calibration corpus {corpus.name!r} too, and would flatter the "
+                f"recipe. Validate on another text."
+            )
+
+
+def _calibrate(options: RunOptions) -> None:
+    run_calibrate(
+        CalibrateOptions(
+            model=options.model,
+            corpora=options.corpora,
+            output=options.output / "stats",
+            sequences=options.sequences,
+            sequence_length=options.sequence_length,
+            device=options.device,
+        )
+    )
+
+
+def _search(options: RunOptions, space: SearchSpace) -> Recipe:
+    decision = search_table(
+        SearchOptions(
+            table=options.table,
+            output=options.recipe,
+            space=space.name,
+            engine=options.engine,
+            max_bits=options.max_bits,
+            max_size=options.max_size,
+        )
+    )
+    for line in decision.notes:
+        note(line)
+    return decision.recipe
 
 
 def _source_bits(table_path: Path) -> float:
@@ -125,21 +213,38 @@ def _source_bits(table_path: Path) -> float:
     return bits_per_weight(header.source_bytes_of_groups, header.weights)
 
 
-def _uniform_recipes(table_path: Path, recipe: Recipe) -> dict[str, Recipe]:
-    """Uniform schemes of about the recipe's size, largest first among those not above it."""
-    from mofq.decide import uniform_recipes
+def _uniform_recipes(options: RunOptions, space: SearchSpace, recipe: Recipe) -> dict[str, Recipe]:
+    """The best uniform schemes of about the recipe's size, or the smallest where all are larger."""
+    from mofq.decide import Request, uniform_recipes
+    from mofq.solvers import Budgets
     from mofq.table import read_table
 
-    every = uniform_recipes(read_table(table_path))
-    bits = recipe.bits_per_weight or 0.0
-    smaller = [n for n, one in every.items() if (one.bits_per_weight or 0.0) <= 1.02 * bits]
-    ranked = sorted(smaller or every, key=lambda n: every[n].kl_nats_per_token or 0.0)
-    return {name: every[name] for name in ranked[:_MOST_UNIFORM]}
+    request = Request(Budgets(), space=space.name, engine=options.engine)
+    every = uniform_recipes(read_table(options.table), request)
+    others = {name: one for name, one in every.items() if one.schemes != recipe.schemes}
+    most = 1.02 * (recipe.bits_per_weight or 0.0)
+    fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= most]
+    fitting.sort(key=lambda name: others[name].kl_nats_per_token or 0.0)
+    smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
+    return {name: others[name] for name in (fitting or smallest)[:_MOST_UNIFORM]}
 
 
-def _validate(
-    options: RunOptions, candidates: dict[str, Recipe], length: int
-) -> dict[str, Validation]:
+def _check_exported(options: RunOptions, candidates: Mapping[str, Recipe]) -> None:
+    """Refuse to export into a folder that holds something else, before the long validation."""
+    from mofq.recipe import load_recipe
+
+    folder = options.exported
+    if options.engine is None or not folder.exists() or not any(folder.iterdir()):
+        return
+    inside = folder / "recipe.yaml"
+    if not inside.is_file() or load_recipe(inside) not in candidates.values():
+        raise BackendError(
+            f"{folder}: holds another export than this run would write. Remove it, or run "
+            f"with another -o."
+        )
+
+
+def _validate(options: RunOptions, candidates: dict[str, Recipe]) -> dict[str, Validation]:
     from mofq.validate import validate_many, write_validation
 
     with progress_bars() as bars:
@@ -148,7 +253,7 @@ def _validate(
             list(candidates.values()),
             load_named(options.text),
             tokens=options.tokens,
-            sequence_length=length,
+            sequence_length=options.sequence_length,
             device=options.device,
             progress=bars.stage,
         )
@@ -156,62 +261,62 @@ def _validate(
     write_validation(validations["recipe"], options.output / "validation.json")
     if not validations["recipe"].enforced:
         raise MofqError(
-            f"{options.output / 'recipe.yaml'}: not enforced: "
-            f"{validations['recipe'].deviations[0]}. This is a fault of mofq; please report it."
+            f"{options.recipe}: not enforced: {validations['recipe'].deviations[0]}. "
+            f"This is a fault of mofq; please report it."
         )
     return validations
 
 
-def _export(options: RunOptions, recipe: Path) -> float:
-    from mofq.cli.export import run_export
+def _preferred(
+    options: RunOptions, candidates: dict[str, Recipe], validations: dict[str, Validation]
+) -> str:
+    """``"recipe"``, or a uniform scheme that is no larger and measured no worse.
+
+    A mixture that does not pay is not worth its complexity; what is preferred becomes
+    ``recipe.yaml``.
+    """
+    from mofq.recipe import write_recipe
+    from mofq.validate import write_validation
+
+    searched = validations["recipe"]
+    for name, one in validations.items():
+        is_smaller = one.bits_per_weight <= searched.bits_per_weight
+        is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
+        if name != "recipe" and is_smaller and is_better:
+            write_recipe(candidates[name], options.recipe)
+            write_validation(one, options.output / "validation.json")
+            note(
+                f"{name} for every layer is as small as the mixture and measured as good: "
+                f"{options.recipe} is this uniform recipe."
+            )
+            return name
+    return "recipe"
+
+
+def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Export:
+    from mofq.cli.export import export_recipe, read_export
     from mofq.engines import find_engine
 
-    start = monotonic()
     assert options.engine is not None
-    reads = find_engine(options.engine).reads
-    folder = options.output / "model"
-    run_export(options.model, recipe, to=reads, output=folder, as_json=False)
-    if options.engine.startswith("vllm"):
-        note(f"Serve it with: vllm serve {folder}")
-    return monotonic() - start
+    folder = options.exported
+    if folder.exists() and any(folder.iterdir()):
+        return read_export(options.model, recipe, folder=folder, engine=options.engine)
+    return export_recipe(
+        options.model,
+        recipe,
+        to=find_engine(options.engine).reads,
+        output=folder,
+        engine=options.engine,
+        validation=_card_text(validation),
+    )
 
 
-def _report(
-    options: RunOptions,
-    candidates: dict[str, Recipe],
-    validations: dict[str, Validation],
-    seconds: dict[str, float],
-    original_bits: float,
-    *,
-    as_json: bool,
-) -> None:
-    if as_json:
-        content: dict[str, Any] = {
-            "folder": str(options.output),
-            "seconds": {stage: round(time, 2) for stage, time in seconds.items()},
-            "validations": {name: one.to_json() for name, one in validations.items()},
-        }
-        print_json(content)
-        return
-    original = validations["recipe"].perplexity_original
-    rows = [["original", f"{original_bits:.4f}", "", "", f"{original:.4g}", ""]]
-    for name, one in sorted(validations.items(), key=lambda item: item[1].kl_nats_per_token):
-        rows.append(
-            [
-                name,
-                f"{one.bits_per_weight:.4f}",
-                with_error(one.predicted_kl_nats_per_token, one.predicted_kl_stderr),
-                with_error(one.kl_nats_per_token, one.kl_stderr),
-                f"{one.perplexity:.4g}",
-                f"{100 * one.top1_agreement:.2f} %",
-            ]
-        )
-    columns = ["", "bits/weight", "KL predicted", "KL measured", "perplexity", "top-1"]
-    title = f"{options.space}: {validations['recipe'].tokens} tokens of {options.text}"
-    print_table(f"{title}, KL in nats per token", columns, rows)
-    schemes: dict[str, int] = {}
-    for group in candidates["recipe"].groups:
-        schemes[group.scheme] = schemes.get(group.scheme, 0) + 1
-    ranked = sorted(schemes.items(), key=lambda item: -item[1])
-    note("recipe: " + ", ".join(f"{count} × {name}" for name, count in ranked))
-    note("seconds: " + ", ".join(f"{stage} {time:.1f}" for stage, time in seconds.items()))
+def _card_text(validation: Validation) -> str:
+    """What the model card says of accuracy."""
+    kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
+    return (
+        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`: KL divergence "
+        f"from the original {kl} nats per token, perplexity {validation.perplexity:.4g} "
+        f"(original {validation.perplexity_original:.4g}), the same most probable token at "
+        f"{100 * validation.top1_agreement:.2f} % of positions."
+    )

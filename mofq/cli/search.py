@@ -8,11 +8,14 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
-from mofq.cli.terminal import note, print_json, print_table, short_bytes, with_error
+from mofq.cli.checks import check_output
+from mofq.cli.measured import check_measured, search_measured
+from mofq.cli.terminal import note, print_json, print_table, say, short_bytes, with_error
 from mofq.exceptions import MofqError, nearest_name
 
 if TYPE_CHECKING:
-    from mofq.decide import Decision
+    from mofq.decide import Decision, Request
+    from mofq.table import Table
 
 _OBJECTIVES = ("mean", "worst-corpus")
 
@@ -29,6 +32,7 @@ class SearchOptions:
     max_size: str | None = None
     max_kl: float | None = None
     max_finer: float | None = None
+    space: str | None = None
     unit: str | None = None
     objective: str = "mean"
     ties: str = "on"
@@ -36,6 +40,8 @@ class SearchOptions:
     text: str | None = None
     refine: int = 0
     tokens: int = 4096
+    sequence_length: int = 512
+    device: str = "cpu"
 
 
 def run_search(options: SearchOptions, *, as_json: bool) -> None:
@@ -63,30 +69,38 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
     from mofq.cost import parse_size
-    from mofq.decide import Request, decide
+    from mofq.decide import Request
     from mofq.recipe import write_recipe
     from mofq.solvers import Budgets, Objective
     from mofq.table import read_table
 
     _check_options(options)
-    decision = decide(
-        read_table(options.table),
-        Request(
-            budgets=Budgets(
-                max_bits=options.max_bits,
-                max_bytes=None if options.max_size is None else parse_size(options.max_size),
-                max_kl=options.max_kl,
-                max_finer=options.max_finer,
-            ),
-            solver=options.solver,
-            unit=options.unit,
-            objective=cast("Objective", options.objective),
-            engine=options.engine,
-            ties=options.ties == "on",
+    check_output(options.output)
+    table = read_table(options.table)
+    request = Request(
+        budgets=Budgets(
+            max_bits=options.max_bits,
+            max_bytes=None if options.max_size is None else parse_size(options.max_size),
+            max_kl=options.max_kl,
+            max_finer=options.max_finer,
         ),
+        solver=options.solver,
+        unit=options.unit,
+        space=options.space,
+        objective=cast("Objective", options.objective),
+        engine=options.engine,
+        ties=options.ties == "on",
     )
+    measured = options.refine or options.solver == "optuna"
+    decision = (search_measured if measured else _decide)(options, table, request)
     write_recipe(decision.recipe, options.output)
     return decision
+
+
+def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:
+    from mofq.decide import decide
+
+    return decide(table, request)
 
 
 def _check_options(options: SearchOptions) -> None:
@@ -103,7 +117,7 @@ def _check_options(options: SearchOptions) -> None:
             "`mofq validate` measures the truth of a recipe."
         )
     if options.refine:
-        raise MofqError("--refine comes with release 0.2; `mofq validate` measures a recipe.")
+        check_measured(options)
 
 
 def print_decision(decision: Decision, *, title: str) -> None:
@@ -127,13 +141,12 @@ def print_decision(decision: Decision, *, title: str) -> None:
         rows.append(["KL, with interactions", joint])
     else:
         rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
-    if result.get("uniform_scheme") is not None:
-        rows.append(
-            [
-                f"best uniform of no more bytes: {result['uniform_scheme']}",
-                with_error(number("uniform_kl_nats_per_token"), None),
-            ]
-        )
+    if number("kl_measured") is not None:
+        measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
+        rows.append(["KL, measured on the text of the search", measured])
+    if decision.uniform_error is not None:
+        name = f"best uniform of no more bytes: {result['uniform_scheme']}"
+        rows.append([name, f"{decision.uniform_error:.3g}"])
     if decision.finer_layers:
         rows.append(["finer layers", f"{100 * (number('finer_fraction') or 0):.2f} %"])
     if decision.tied_layers:
@@ -152,4 +165,4 @@ def print_histogram(schemes: Counter[str]) -> None:
         f"{name} {'█' * max(1, round(20 * count / total))} {count}"
         for name, count in schemes.most_common()
     ]
-    note("  ".join(parts))
+    say("fusion groups: " + "  ".join(parts))

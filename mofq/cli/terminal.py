@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+#: A number, whatever follows it, or nothing.
+_FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
 
 
 @lru_cache(maxsize=1)
@@ -28,7 +33,7 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column is text, the others are figures."""
+    """Print a table on stdout; columns of figures are aligned on the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -42,7 +47,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         show_header=any(columns),
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        is_figures = all(_FIGURE.match(row[number]) for row in rows)
+        table.add_column(column, justify="right" if is_figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else 120
@@ -52,6 +58,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def note(message: str) -> None:
     """Tell the user something, on stderr."""
     console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print a line of the result, on stdout."""
+    sys.stdout.write(message + "\n")
 
 
 class Bars:
@@ -102,7 +113,12 @@ def short_bytes(count: int) -> str:
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
-    """``0.0412 ± 0.0031``, or a dash."""
+    """``0.0412 ± 0.0031``, two digits of the error; or a dash."""
     if value is None:
         return "–"
-    return f"{value:.3g}" if stderr is None else f"{value:.3g} ± {stderr:.1g}"
+    if not stderr:
+        return f"{value:.3g}"
+    if abs(value) < 1e-4:
+        return f"{value:.2g} ± {stderr:.1g}"
+    decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"

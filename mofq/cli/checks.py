@@ -1,0 +1,54 @@
+"""Refuses at the start what would else fail after the long work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mofq.exceptions import MofqError, nearest_name
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        MofqError: torch knows no such device, or cannot use it here.
+    """
+    import torch
+
+    if device == "cpu":
+        return
+    try:
+        float(torch.ones(1, device=device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise MofqError(
+            f"--device {device}: cannot be used here ({reason}). Give cpu, cuda or cuda:1."
+        ) from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse an unknown dtype.
+
+    Raises:
+        MofqError: As said.
+    """
+    from mofq.checkpoint.model import DTYPES
+
+    if dtype not in DTYPES:
+        raise MofqError(f"--dtype {dtype}: not known." + nearest_name(dtype, DTYPES))
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        MofqError: It is a folder, its folder is missing, or may not be written to.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise MofqError(f"-o {path}: needed the name of a file, found a folder.")
+    if not folder.is_dir():
+        raise MofqError(f"-o {path}: there is no folder {folder}. Make it, or name another file.")
+    if not os.access(folder, os.W_OK):
+        raise MofqError(f"-o {path}: the folder {folder} may not be written to.")

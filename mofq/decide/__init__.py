@@ -1,0 +1,17 @@
+"""From a table and budgets to a recipe: what `mofq search` decides, and nothing it prints."""
+
+from __future__ import annotations
+
+from mofq.decide.choice import Decision, decide
+from mofq.decide.request import Request, check_budget
+from mofq.decide.uniform import best_uniform, uniform_recipe, uniform_recipes
+
+__all__ = [
+    "Decision",
+    "Request",
+    "best_uniform",
+    "check_budget",
+    "decide",
+    "uniform_recipe",
+    "uniform_recipes",
+]

@@ -1,0 +1,103 @@
+"""From a table and a request to a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mofq.decide.request import Request, request_problem
+from mofq.decide.result import (
+    budget_figures,
+    chosen_figures,
+    made_by_request,
+    recipe_from_table,
+    uniform_figures,
+)
+from mofq.decide.uniform import best_uniform
+from mofq.recipe import Recipe
+from mofq.solvers import KL_UNIT, Budgets, Chosen, Problem, choose, predict, usage
+from mofq.table import Table
+
+#: Below so many samples of a corpus, error bars say little.
+_FEW_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A recipe and what is worth knowing of how it came about."""
+
+    recipe: Recipe
+    finer_layers: tuple[str, ...]  #: linear layers whose scheme is not among the space's base
+    tied_layers: int  #: linear layers that had a simpler scheme within noise
+    moved_layers: int  #: those of them that took it
+    uniform_error: float | None  #: of the best uniform scheme of no more bytes, in the unit
+    notes: tuple[str, ...]  #: what the user should know
+
+
+def decide(table: Table, request: Request) -> Decision:
+    """Choose one scheme for each fusion group of a table.
+
+    Args:
+        table: From `mofq measure`.
+        request: Budgets and how to meet them.
+
+    Returns:
+        The recipe, with predictions where the table is in nats.
+
+    Raises:
+        BudgetError: No recipe meets the budgets; the message names the tightest possible.
+        TableError: The table is not complete, or has no rows in the unit.
+        EngineError: There is no such engine.
+    """
+    problem = request_problem(table, request)
+    chosen = choose(problem, request.budgets, solver=request.solver, ties=request.ties)
+    used = usage(problem, chosen.choice_F)
+    uniform = best_uniform(problem, used.bytes)
+    result = chosen_figures(problem, chosen)
+    if uniform is not None:
+        result |= uniform_figures(problem, *uniform)
+    recipe = recipe_from_table(
+        table,
+        problem.schemes_of(chosen.choice_F),
+        made_by=made_by_request(table, problem, request),
+        budget=budget_figures(request.budgets),
+        result=result,
+    )
+    ties = chosen.ties
+    return Decision(
+        recipe,
+        finer_layers=used.finer_layers,
+        tied_layers=0 if ties is None else ties.tied_layers,
+        moved_layers=0 if ties is None else ties.moved_layers,
+        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+        notes=_notes(table, problem, chosen, uniform, budgets=request.budgets),
+    )
+
+
+def _notes(
+    table: Table,
+    problem: Problem,
+    chosen: Chosen,
+    uniform: tuple[str, np.ndarray] | None,
+    *,
+    budgets: Budgets,
+) -> tuple[str, ...]:
+    """What a user should know of a choice before trusting it."""
+    notes = []
+    if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
+        notes.append(
+            "Without a budget nothing is better than leaving every layer as it is. "
+            "Give --max-bits, --max-size or --max-kl."
+        )
+    elif uniform is not None and (uniform[1] != chosen.choice_F).any():
+        error = predict(problem, uniform[1]).additive.value
+        if error <= chosen.prediction.additive.value:
+            notes.append(f"{uniform[0]} for every layer is as small and predicted to be as good.")
+    stats = table.header.stats
+    if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
+        notes.append(
+            f"{stats.samples} calibration sequences are too few for error bars that mean "
+            f"anything; calibrate with at least {_FEW_SAMPLES}."
+        )
+    return tuple(notes)

@@ -1,0 +1,96 @@
+"""What is asked for, and the problem that it makes of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mofq.cost import group_bytes, weights_of
+from mofq.engines import legality
+from mofq.exceptions import BudgetError
+from mofq.layers import FusionGroup, LinearLayer
+from mofq.schemes import parse_scheme
+from mofq.search_space import Offer
+from mofq.solvers import Budgets, Objective, Problem, problem_from_table
+from mofq.table import Table, TableGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a recipe is asked to be."""
+
+    budgets: Budgets
+    solver: str = "exact"
+    unit: str | None = None  #: None: nats where the table has them, else what it has
+    objective: Objective = "mean"
+    engine: str | None = None
+    ties: bool = True
+    space: str | None = None  #: name of a search space of the table; None: all that were measured
+
+
+def request_problem(table: Table, request: Request) -> Problem:
+    """The rows of a table that a request may choose from; see `problem_from_table`."""
+    is_legal = None
+    if request.engine is not None:
+        refuses = legality(request.engine)
+
+        def is_legal(group: TableGroup, scheme: str) -> bool:
+            return refuses(parse_scheme(scheme), _fusion_group(group)) is None
+
+    return problem_from_table(
+        table,
+        unit=request.unit,
+        objective=request.objective,
+        space=request.space,
+        is_legal=is_legal,
+    )
+
+
+def _fusion_group(group: TableGroup) -> FusionGroup:
+    """A fusion group as far as an engine's rules look at it: names and shapes."""
+    return FusionGroup(
+        group.name,
+        tuple(
+            LinearLayer(
+                name=layer.name,
+                tensor=f"{layer.name}.weight",
+                out_features=layer.out_features,
+                in_features=layer.in_features,
+                dtype=layer.dtype,
+                transposed=False,
+                expert=None,
+                row_start=0,
+                decoder_layer=layer.decoder_layer,
+                module=layer.module,
+                shares_scale="",
+            )
+            for layer in group.layers
+        ),
+    )
+
+
+def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int) -> None:
+    """Refuse a size that no choice can meet, from headers alone and before anything is measured.
+
+    Args:
+        offers: What each fusion group may get.
+        budgets: Only those of size are looked at.
+        other_bytes: Of the tensors outside of the fusion groups.
+
+    Raises:
+        BudgetError: The message names the smallest size.
+    """
+    smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.schemes) for o in offers)
+    weights = weights_of(offer.group for offer in offers)
+    if budgets.max_bits is not None and not 8 * smallest / weights <= budgets.max_bits:
+        least = math.ceil(1e4 * 8 * smallest / weights) / 1e4
+        raise BudgetError(
+            f"max_bits: asked for {budgets.max_bits:g} bits per weight; the smallest possible in "
+            f"this search space is {least:g}."
+        )
+    if budgets.max_bytes is not None and smallest + other_bytes > budgets.max_bytes:
+        raise BudgetError(
+            f"max_size: asked for {budgets.max_bytes:,} bytes; the smallest possible in this "
+            f"search space is {smallest + other_bytes:,} bytes."
+        )

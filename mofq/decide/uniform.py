@@ -1,0 +1,110 @@
+"""One scheme for every linear layer: what a mixture has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mofq import __version__
+from mofq.checkpoint.headers import Checkpoint
+from mofq.cost import bits_per_weight, group_bytes, weights_of
+from mofq.decide.request import Request, request_problem
+from mofq.decide.result import predicted_figures, recipe_from_table, size_figures
+from mofq.exceptions import SchemeError
+from mofq.layers import ModelLayers
+from mofq.recipe import Recipe, RecipeGroup
+from mofq.schemes import parse_scheme
+from mofq.search_space import shape_rejection, statistics_rejection
+from mofq.solvers import KL_UNIT, Problem, predict
+from mofq.table import Table
+
+
+def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str) -> Recipe:
+    """One scheme for every linear layer, from headers alone.
+
+    Args:
+        checkpoint: The model.
+        layers: Its layers.
+        scheme_name: A scheme that needs no calibration.
+
+    Returns:
+        The recipe, without predictions.
+
+    Raises:
+        SchemeError: The name does not parse, or the scheme does not fit some layer.
+    """
+    scheme = parse_scheme(scheme_name)
+    reasons = [
+        reason
+        for group in layers.groups
+        for layer in group.layers
+        if (reason := shape_rejection(scheme, layer)) is not None
+    ]
+    reasons += [reason] if (reason := statistics_rejection(scheme)) is not None else []
+    if reasons:
+        raise SchemeError(
+            f"{reasons[0]} ({len(reasons)} layers in all). "
+            f"Measure a search space and use `mofq search` instead."
+        )
+    size = sum(group_bytes(group, scheme) for group in layers.groups)
+    return Recipe(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        groups=tuple(
+            RecipeGroup(group.name, scheme.name, tuple(layer.name for layer in group.layers))
+            for group in layers.groups
+        ),
+        unquantized=tuple(layer.name for layer in layers.unquantized),
+        made_by={"mofq": __version__, "solver": "uniform"},
+        result={
+            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
+            "bytes": size,
+            "checkpoint_bytes": size + layers.other_bytes,
+        },
+    )
+
+
+def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
+    """Each scheme that every fusion group of a table may get, for all of them.
+
+    Args:
+        table: From `mofq measure`.
+        request: Its unit, space and engine say which schemes may be had and what is
+            predicted of them.
+
+    Returns:
+        Scheme name -> recipe.
+    """
+    problem = request_problem(table, request)
+    recipes = {}
+    for name in dict.fromkeys(problem.schemes):
+        choice_F = _uniform_choice(problem, name)
+        if choice_F is not None:
+            result = size_figures(problem, choice_F)
+            if problem.unit == KL_UNIT:
+                result |= predicted_figures(predict(problem, choice_F))
+            recipes[name] = recipe_from_table(
+                table,
+                problem.schemes_of(choice_F),
+                made_by={"mofq": __version__, "solver": "uniform", "table_sha256": table.sha256},
+                budget={},
+                result=result,
+            )
+    return recipes
+
+
+def best_uniform(problem: Problem, most_bytes: int) -> tuple[str, np.ndarray] | None:
+    """The uniform scheme of least error among those of at most so many bytes."""
+    found = []
+    for name in dict.fromkeys(problem.schemes):
+        choice_F = _uniform_choice(problem, name)
+        if choice_F is not None and problem.bytes_of(choice_F) <= most_bytes:
+            found.append((problem.error_of(choice_F), name, choice_F))
+    if not found:
+        return None
+    _, name, choice_F = min(found, key=lambda one: one[:2])
+    return name, choice_F
+
+
+def _uniform_choice(problem: Problem, scheme: str) -> np.ndarray | None:
+    at = [p for p, name in enumerate(problem.schemes) if name == scheme]
+    return np.array(at, dtype=np.int64) if len(at) == len(problem.groups) else None
