@@ -97,7 +97,7 @@ def test_auto_round_gets_bits_and_groups(tiny_llama: Path, tmp_path: Path) -> No
     o_proj = config["model.layers.0.self_attn.o_proj"]
     assert (o_proj["bits"], o_proj["group_size"], o_proj["sym"]) == (4, 64, False)
     assert config["model.layers.0.mlp.up_proj"]["data_type"] == "mx_fp"
-    assert config["model.layers.0.mlp.down_proj"]["act_data_type"] == "nv_fp"
+    assert config["model.layers.0.mlp.down_proj"]["act_data_type"] == "nv_fp4_with_static_gs"
     assert config["lm_head"]["bits"] == 16
     with pytest.raises(BackendError, match="no words for nf4"):
         export_auto_round(checkpoint, uniform_recipe(checkpoint, "nf4.g64"), tmp_path / "x.json")

@@ -1,6 +1,6 @@
 """Writes the ``layer_config`` of Intel's AutoRound, which then rounds by rules of its own.
 
-Source: AutoRound 0.15, ``AutoRound(model, …, layer_config=…)``.
+Source: AutoRound 0.15.1, ``schemes.py``; ``AutoRound(model, …, layer_config=…)``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mofq.formats import FP4_E2M1, FP8_E4M3, IntFormat
 from mofq.recipe import Recipe, check_recipe
 from mofq.schemes import Scheme, TensorScheme, parse_scheme
 
+_STATIC_NVFP4 = "nv_fp4_with_static_gs"
 _UNQUANTIZED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
 
 
@@ -70,12 +71,14 @@ def _layer_config(scheme: Scheme, where: str) -> dict[str, Any]:
     }
     if scheme.activation is not None:
         data_type, group_size = _operand(scheme.activation, scheme, where)
+        # NVFP4's inputs have a static scale for the tensor and dynamic ones for groups.
+        is_static = scheme.activation.granularity.kind == "tensor"
         config |= {
             "act_bits": scheme.activation.element.bits,
             "act_group_size": group_size,
             "act_sym": scheme.activation.symmetric,
-            "act_data_type": data_type,
-            "act_dynamic": not scheme.activation.needs_tensor_amax,
+            "act_data_type": _STATIC_NVFP4 if data_type == "nv_fp" else data_type,
+            "act_dynamic": not is_static,
         }
     return config
 
