@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mofq.calibration.capture import capture_layers
-from mofq.calibration.captured import Captured
-from mofq.calibration.stats import Plan, Stats, finish_stats, sequence_path, start_plan
-from mofq.exceptions import StatsError
+from mofq.calibration.sequences import is_complete, sequence_path, write_sequence
+from mofq.calibration.stats import CORPUS_NAME, CorpusPlan, Plan, Stats, finish_stats, open_plan
+from mofq.exceptions import CorpusError, StatsError
 from mofq.layers import ModelLayers
 
 #: Rows of the vocabulary's cumulative distribution held at once, in float64.
@@ -43,7 +42,7 @@ def calibrate(
     make an unbiased sample of the Fisher information of the whole sequence.
 
     Args:
-        model: Frozen, in eval mode.
+        model: Frozen, in eval mode, bfloat16 or float32.
         layers: Of its checkpoint; those in fusion groups are kept.
         plan: What is computed; a folder begun with the same plan is continued.
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
@@ -55,32 +54,86 @@ def calibrate(
         The finished stats.
 
     Raises:
-        StatsError: The folder belongs to another plan, or a gradient is not finite.
+        StatsError: The model is in float16 or in training mode, the folder belongs to another
+            plan or another run, a number is not finite, or the disk is full.
+        CorpusError: The windows do not fit the plan or the model.
 
     Source: the Fisher information as the second-order expansion of KL, S. Amari, "Natural
     gradient works efficiently in learning", 1998, section 3.
     """
-    start_plan(folder, plan)
-    files: list[Path] = []
+    _check_model(model, plan)
+    for corpus in plan.corpora:
+        _check_windows(model, windows[corpus.name], corpus, plan)
     layer_names = [layer.name for group in layers.groups for layer in group.layers]
-    with capture_layers(
-        model, layers, activation_checkpointing=activation_checkpointing
-    ) as captured:
+    with (
+        open_plan(folder, plan),
+        capture_layers(
+            model, layers, activation_checkpointing=activation_checkpointing
+        ) as captured,
+    ):
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
             for index in range(corpus.sequences):
                 path = sequence_path(folder, corpus.name, index)
-                if not path.exists():
+                if not is_complete(path):
                     captured.clear()
-                    seeds = [
-                        label_seed(plan.seed, corpus.name, index, d) for d in range(plan.draws)
-                    ]
-                    run_sequence(model, windows[corpus.name][index], seeds)
+                    run_sequence(model, windows[corpus.name][index], _seeds(plan, corpus, index))
                     write_sequence(path, captured, layer_names)
-                files.append(path)
+                    _check_disk(folder, path, left=corpus.sequences - index - 1)
                 if progress is not None:
                     progress(corpus.name, index + 1, corpus.sequences)
-    return finish_stats(folder, plan, files)
+        return finish_stats(folder, plan)
+
+
+def _check_model(model: PreTrainedModel, plan: Plan) -> None:
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if "float16" in dtypes or plan.dtype == "float16":
+        raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
+    if plan.dtype not in dtypes:
+        raise StatsError(
+            f"the plan's dtype is {plan.dtype}, and the model's {', '.join(sorted(dtypes))}. "
+            f"Load the model in the dtype that the plan says."
+        )
+    if model.training:
+        raise StatsError("the model is in training mode, where dropout adds noise. Call eval().")
+
+
+def _check_windows(
+    model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, plan: Plan
+) -> None:
+    where = f"corpus {corpus.name!r}"
+    if not re.match(CORPUS_NAME, corpus.name):
+        raise CorpusError(
+            f"{where}: the name is that of a folder, so it has no slash and does not begin "
+            f"with a dot. Write --corpus NAME={corpus.source}."
+        )
+    if token_NT.shape != (corpus.sequences, plan.sequence_length):
+        raise CorpusError(
+            f"{where}: needed {corpus.sequences} sequences of {plan.sequence_length} tokens, "
+            f"found {list(token_NT.shape)}."
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(token_NT.min()) < 0 or int(token_NT.max()) >= vocabulary:
+        raise CorpusError(
+            f"{where}: the tokens run from {int(token_NT.min())} to {int(token_NT.max())}, and the "
+            f"model's vocabulary has {vocabulary}. Use the model's own tokenizer."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and plan.sequence_length > longest:
+        raise CorpusError(
+            f"{where}: a sequence length of {plan.sequence_length} is more than the model's "
+            f"context of {longest}. Give a shorter one."
+        )
+
+
+def _check_disk(folder: Path, written: Path, *, left: int) -> None:
+    """Stop after the first sequence where the disk cannot take the rest of its corpus."""
+    needed, free = left * written.stat().st_size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise StatsError(
+            f"{folder}: {left} more sequences need {needed:,} bytes, found {free:,} free. What is "
+            f"there is kept; free some space and run the same command again."
+        )
 
 
 def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) -> None:
@@ -90,15 +143,25 @@ def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) 
         model: Frozen, with gradients started at its embeddings.
         token_T: Token ids, [T], int64.
         seeds: One for each draw.
+
+    Raises:
+        StatsError: The logits are not finite; the message names a weight that is not.
     """
     device = model.get_input_embeddings().weight.device
     logits_TV = model(token_T[None].to(device)).logits[0]
     if not torch.isfinite(logits_TV.detach()).all():
-        raise StatsError("the model's logits are not finite. Use --dtype float32 or bfloat16.")
+        raise StatsError(f"the model's logits are not finite. {_reason_of_infinity(model)}")
     for draw, seed in enumerate(seeds):
         label_T = sample_labels(logits_TV.detach(), seed=seed).to(logits_TV.device)
         loss = F.cross_entropy(logits_TV.float(), label_T, reduction="sum")
         loss.backward(retain_graph=draw < len(seeds) - 1)
+
+
+def _reason_of_infinity(model: PreTrainedModel) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
+    return "All its weights are: use --dtype float32."
 
 
 def sample_labels(logits_TV: Tensor, *, seed: int) -> Tensor:
@@ -124,36 +187,11 @@ def sample_labels(logits_TV: Tensor, *, seed: int) -> Tensor:
     return torch.cat(labels).clamp(max=logits_TV.shape[1] - 1)
 
 
+def _seeds(plan: Plan, corpus: CorpusPlan, sequence: int) -> list[int]:
+    return [label_seed(plan.seed, corpus.name, sequence, draw) for draw in range(plan.draws)]
+
+
 def label_seed(seed: int, corpus: str, sequence: int, draw: int) -> int:
     """A seed for one draw: the same wherever and in whatever order sequences are run."""
     digest = hashlib.sha256(f"{seed}/{corpus}/{sequence}/{draw}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -> None:
-    """Write one sequence's samples beside its final name and rename it.
-
-    Raises:
-        StatsError: A gradient is not finite.
-    """
-    tensors: dict[str, Tensor] = {}
-    inputs: dict[str, str | None] = {}
-    for name in layer_names:
-        if name not in captured.source:
-            inputs[name] = None
-            continue
-        inputs[name] = captured.source[name]
-        grad_DTO = torch.stack(captured.grads[name])
-        if not torch.isfinite(grad_DTO).all():
-            raise StatsError(
-                f"{name}: an output gradient is not finite in {path.name}. "
-                f"Use --dtype float32, or look for broken weights in this layer."
-            )
-        tensors[f"grad/{name}"] = grad_DTO
-        if captured.source[name] == name:
-            tensors[f"x/{name}"] = captured.x[name].contiguous()
-        if name in captured.tokens:
-            tensors[f"tokens/{name}"] = captured.tokens[name]
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"version": "1", "inputs": json.dumps(inputs)})
-    os.replace(temporary, path)

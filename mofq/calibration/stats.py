@@ -4,31 +4,76 @@
     Written first: model, seed, corpora with their hashes, sequence length. A second
     run continues a folder only where its own plan is the same.
 ``CORPUS/sequence-00000.safetensors``
-    One sequence each, complete when it has this name: ``x/LAYER`` [T, in_features] and
-    ``grad/LAYER`` [draws, T, out_features], bfloat16. Layers that read the very same
-    input share one ``x``; the file's metadata says whose. A layer of experts has only the
-    tokens that were routed to it, and ``tokens/LAYER`` [t] says which.
+    One sequence each, complete when it has this name; see ``sequences``.
 ``stats.json``
-    Written last: the plan and the hash of every sequence.
+    Written last: the plan, the hash of every sequence, and per corpus the experts that
+    no token reached, if any.
+``.lock``
+    Empty; locked by the run that writes to the folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
+from mofq.calibration.sequences import SequenceFile, sequence_path
+from mofq.documents import check_document, parse_json, read_text, strict_object
 from mofq.exceptions import StatsError
 
 VERSION = 1
+
+#: A corpus is a folder inside the stats folder, and nothing else.
+CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
+
+#: Entries for 100,000 sequences are about 15 MB.
+_MAX_BYTES = 64_000_000
+_NAME = {"type": "string", "pattern": "."}
+_COUNT = {"type": "integer", "minimum": 1}
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_PLAN: dict[str, Any] = {
+    "version": {"const": VERSION},
+    "model_name": _NAME,
+    "index_sha256": _SHA256,
+    "seed": {"type": "integer"},
+    "sequence_length": {"type": "integer", "minimum": 2},
+    "draws": _COUNT,
+    "dtype": _NAME,
+    "corpora": {
+        "type": "array",
+        "minItems": 1,
+        "items": strict_object(
+            {
+                "name": {"type": "string", "pattern": CORPUS_NAME},
+                "source": _NAME,
+                "text_sha256": _SHA256,
+                "sequences": _COUNT,
+            }
+        ),
+    },
+}
+PLAN_SCHEMA = strict_object(_PLAN)
+STATS_SCHEMA = strict_object(
+    {
+        **_PLAN,
+        "files": {
+            "type": "object",
+            "additionalProperties": strict_object({"bytes": _COUNT, "sha256": _SHA256}),
+        },
+        "unseen": {
+            "type": "object",
+            "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
+        },
+    },
+    optional=("unseen",),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,60 +110,13 @@ class Stats:
     folder: Path
     plan: Plan
     sha256: str
+    #: Corpus -> experts that none of its tokens reached; only corpora that have such.
+    unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def sequence_files(self, corpus: str) -> tuple[Path, ...]:
         """The sequences of a corpus, in order."""
         count = next(c.sequences for c in self.plan.corpora if c.name == corpus)
         return tuple(sequence_path(self.folder, corpus, index) for index in range(count))
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSamples:
-    """What one layer saw in one sequence."""
-
-    x_TI: Tensor  #: inputs, [tokens, in_features], bfloat16
-    grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
-    token_T: Tensor | None  #: position of each token where not all are here (experts), int64
-
-
-def sequence_path(folder: Path, corpus: str, index: int) -> Path:
-    """Where a sequence's samples are kept."""
-    return folder / corpus / f"sequence-{index:05d}.safetensors"
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """Read ``plan.json`` or ``stats.json``.
-
-    Raises:
-        StatsError: The file is missing, is not JSON, or is of another version.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StatsError(
-            f"{path}: not found. {path.parent} is not a finished stats folder: "
-            f"run `mofq calibrate` with -o {path.parent} (it continues where it stopped)."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise StatsError(f"{path}: cannot be read as JSON ({error}). Calibrate again.") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        found = content.get("version") if isinstance(content, dict) else type(content).__name__
-        raise StatsError(f"{path}: version {found!r}; this mofq reads version {VERSION}.")
-    return content
-
-
-def plan_from_json(content: dict[str, Any], path: Path) -> Plan:
-    """Parse a plan.
-
-    Raises:
-        StatsError: A key is missing or unknown.
-    """
-    fields = {key: value for key, value in content.items() if key not in ("version", "files")}
-    try:
-        corpora = tuple(CorpusPlan(**corpus) for corpus in fields.pop("corpora"))
-        return Plan(**fields, corpora=corpora)
-    except (KeyError, TypeError) as error:
-        raise StatsError(f"{path}: not a calibration plan ({error}). Calibrate again.") from None
 
 
 def read_stats(folder: str | Path) -> Stats:
@@ -131,81 +129,141 @@ def read_stats(folder: str | Path) -> Stats:
         StatsError: The folder is not finished, or a sequence is missing or was cut short.
     """
     path = Path(folder) / "stats.json"
-    content = read_plan(path)
-    plan = plan_from_json(content, path)
-    stats = Stats(Path(folder), plan, hashlib.sha256(path.read_bytes()).hexdigest())
-    sizes = {name: entry["bytes"] for name, entry in content["files"].items()}
-    for corpus in plan.corpora:
-        for file in stats.sequence_files(corpus.name):
-            found = file.stat().st_size if file.exists() else None
-            needed = sizes.get(f"{corpus.name}/{file.name}")
-            if found is None or found != needed:
-                raise StatsError(
-                    f"{file}: {'missing' if found is None else f'{found} bytes'}, needed "
-                    f"{needed} bytes. Delete {path} and calibrate again into the same folder."
-                )
+    if not path.exists():
+        raise StatsError(
+            f"{path}: not found. {folder} is not a finished stats folder: "
+            f"run `mofq calibrate` with -o {folder} (it continues where it stopped)."
+        )
+    content = _read(path, STATS_SCHEMA)
+    stats = Stats(
+        Path(folder),
+        _plan(content, path),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        unseen={corpus: tuple(names) for corpus, names in content.get("unseen", {}).items()},
+    )
+    for file, entry in _entries(stats, content):
+        found = file.stat().st_size if file.is_file() else None
+        if found != entry["bytes"]:
+            raise StatsError(
+                f"{file}: needed {entry['bytes']} bytes, "
+                f"found {'no file' if found is None else found}. {_remedy(file)}"
+            )
     return stats
 
 
-def read_layer(file: Path, layer: str) -> LayerSamples | None:
-    """Read one layer's samples of one sequence.
+def verify_sequences(stats: Stats) -> None:
+    """Read every sequence and compare it with the hash that was noted when it was written.
 
     Args:
-        file: From `Stats.sequence_files`.
-        layer: Module name.
-
-    Returns:
-        The samples; None where no token reached the layer (an expert).
+        stats: An open stats folder.
 
     Raises:
-        StatsError: The file does not know the layer.
+        StatsError: A sequence changed since.
     """
-    with safe_open(file, framework="pt") as samples:
-        inputs = json.loads((samples.metadata() or {}).get("inputs", "{}"))
-        if layer not in inputs:
-            raise StatsError(f"{file}: no layer {layer!r}. The stats are of another model.")
-        if inputs[layer] is None:
-            return None
-        keys = set(samples.keys())
-        token_key = f"tokens/{layer}"
-        return LayerSamples(
-            x_TI=samples.get_tensor(f"x/{inputs[layer]}"),
-            grad_DTO=samples.get_tensor(f"grad/{layer}"),
-            token_T=samples.get_tensor(token_key) if token_key in keys else None,
+    content = _read(stats.folder / "stats.json", STATS_SCHEMA)
+    for file, entry in _entries(stats, content):
+        if _sha256(file) != entry["sha256"]:
+            raise StatsError(f"{file}: changed since it was written. {_remedy(file)}")
+
+
+def _entries(stats: Stats, content: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    entries: dict[str, dict[str, Any]] = content["files"]
+    for corpus in stats.plan.corpora:
+        for file in stats.sequence_files(corpus.name):
+            name = f"{corpus.name}/{file.name}"
+            if name not in entries:
+                raise StatsError(
+                    f"{stats.folder / 'stats.json'}: files: the entry {name!r} is missing. "
+                    f"Delete stats.json and run the same `mofq calibrate` again."
+                )
+            yield file, entries[name]
+
+
+def _remedy(file: Path) -> str:
+    return f"Delete {file} and run the same `mofq calibrate` again: it makes only this file."
+
+
+@contextmanager
+def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
+    """Hold a stats folder for writing; write its plan, or check that it has the same.
+
+    Args:
+        folder: Is created.
+        plan: Of this run.
+
+    Raises:
+        StatsError: The folder belongs to another plan, or another run writes to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StatsError(
+                f"{folder}: another process calibrates into this folder. "
+                f"Wait for it, or name another one."
+            ) from None
+        path = folder / "plan.json"
+        if path.exists():
+            _check_same(plan, _plan(_read(path, PLAN_SCHEMA), path), folder)
+        else:
+            write_json(path, plan.to_json())
+        yield
+    finally:
+        os.close(file)  # releases the lock too
+
+
+def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
+    asked, found = plan.to_json(), begun.to_json()
+    different = [key for key in asked if asked[key] != found[key]]
+    if different:
+        key = different[0]
+        raise StatsError(
+            f"{folder}: was begun with another {', '.join(different)} ({key} {found[key]!r}, "
+            f"asked for {asked[key]!r}). Calibrate into another folder, or delete this one."
         )
 
 
-def start_plan(folder: Path, plan: Plan) -> None:
-    """Write ``plan.json``, or check that the folder was begun with the same plan.
-
-    Raises:
-        StatsError: The folder belongs to another run.
-    """
-    path = folder / "plan.json"
-    if path.exists():
-        begun = plan_from_json(read_plan(path), path)
-        if begun != plan:
-            different = [k for k, v in asdict(plan).items() if asdict(begun)[k] != v]
-            raise StatsError(
-                f"{folder}: was begun with another {', '.join(different)}. "
-                f"Calibrate into another folder, or delete this one."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan.to_json())
-
-
-def finish_stats(folder: Path, plan: Plan, files: Sequence[Path]) -> Stats:
+def finish_stats(folder: Path, plan: Plan) -> Stats:
     """Write ``stats.json`` over complete sequences and open the folder."""
-    entries = {
-        f"{file.parent.name}/{file.name}": {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-        for file in files
-    }
-    write_json(folder / "stats.json", {**plan.to_json(), "files": entries})
+    files: dict[str, Any] = {}
+    unseen: dict[str, list[str]] = {}
+    stats = Stats(folder, plan, "")
+    for corpus in plan.corpora:
+        inputs = []
+        for file in stats.sequence_files(corpus.name):
+            entry = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            files[f"{corpus.name}/{file.name}"] = entry
+            with SequenceFile(file) as sequence:
+                inputs.append(sequence.inputs)
+        missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
+        if missed:
+            unseen[corpus.name] = missed
+    content = {**plan.to_json(), "files": files, **({"unseen": unseen} if unseen else {})}
+    write_json(folder / "stats.json", content)
     return read_stats(folder)
+
+
+def _read(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
+    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise StatsError(
+            f"{path}: has version {version!r}, and this mofq reads version {VERSION}. "
+            f"Calibrate again into another folder."
+        )
+    check_document(content, schema, str(path), StatsError)
+    assert isinstance(content, dict)
+    return content
+
+
+def _plan(content: dict[str, Any], path: Path) -> Plan:
+    fields = {key: content[key] for key in _PLAN if key not in ("version", "corpora")}
+    plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
+    if len({corpus.name for corpus in plan.corpora}) < len(plan.corpora):
+        raise StatsError(f"{path}: corpora: a name stands twice. Calibrate again.")
+    return plan
 
 
 def _sha256(file: Path) -> str:
@@ -213,29 +271,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside the final name and rename it."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def input_amax(stats: Stats, corpus: str, layer: str) -> Tensor | None:
-    """Largest magnitude of each input channel over all tokens of a corpus.
-
-    Args:
-        stats: An open stats folder.
-        corpus: Its name in the plan.
-        layer: Module name.
-
-    Returns:
-        [in_features], float32; None where no token reached the layer.
-    """
-    amax_I: Tensor | None = None
-    for file in stats.sequence_files(corpus):
-        samples = read_layer(file, layer)
-        if samples is None or samples.x_TI.shape[0] == 0:
-            continue
-        here_I = samples.x_TI.float().abs().amax(0)
-        amax_I = here_I if amax_I is None else torch.maximum(amax_I, here_I)
-    return amax_I

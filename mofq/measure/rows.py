@@ -23,7 +23,6 @@ def group_rows(
     scores: Mapping[str, LayerScore],
     *,
     corpora: Sequence[str],
-    static_amax: Mapping[str, float],
 ) -> list[Row]:
     """The rows of one fusion group: the sum over its layers in every unit.
 
@@ -32,7 +31,6 @@ def group_rows(
         schemes: In the order of the scores.
         scores: Layer name -> its score.
         corpora: Names in the stats, in order; empty without stats.
-        static_amax: Layer name -> largest input, for schemes with static activations.
 
     Returns:
         One row for each scheme and unit, and corpus where the unit has one.
@@ -43,7 +41,7 @@ def group_rows(
     filled = {corpus: _fill_unseen(group, scores, corpus) for corpus in corpora}
     rows = []
     for i, scheme in enumerate(schemes):
-        common = _common(group, scheme, scores, i, static_amax)
+        common = _common(group, scheme, scores, i)
         weights = sum(layer.weights for layer in group.layers)
         relative = sum(
             float(scores[layer.name].relative_weight_error_S[i]) * layer.weights
@@ -64,11 +62,7 @@ def group_rows(
 
 
 def _common(
-    group: FusionGroup,
-    scheme: Scheme,
-    scores: Mapping[str, LayerScore],
-    i: int,
-    static_amax: Mapping[str, float],
+    group: FusionGroup, scheme: Scheme, scores: Mapping[str, LayerScore], i: int
 ) -> dict[str, Any]:
     signal = math.fsum(scores[layer.name].weight_energy for layer in group.layers)
     noise = math.fsum(float(scores[layer.name].error_energy_S[i]) for layer in group.layers)
@@ -78,9 +72,19 @@ def _common(
         "scheme": scheme.name,
         "bytes": group_bytes(group, scheme),
         "sqnr_db": 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
-        "static_amax": {n: static_amax[n] for n in (la.name for la in group.layers)}
-        if is_static
-        else None,
+        "static_amax": _static_amax(group, scores) if is_static else None,
+    }
+
+
+def _static_amax(group: FusionGroup, scores: Mapping[str, LayerScore]) -> dict[str, float]:
+    """Largest input of each layer; an expert that saw no token gets that of all of its kind."""
+    found = {layer.name: scores[layer.name].static_amax for layer in group.layers}
+    of_kind: dict[str, float] = {}
+    for layer in group.layers:
+        of_kind[layer.module] = max(of_kind.get(layer.module, 0.0), found[layer.name] or 0.0)
+    return {
+        layer.name: of_kind[layer.module] if (amax := found[layer.name]) is None else amax
+        for layer in group.layers
     }
 
 
@@ -132,7 +136,7 @@ def _fill_unseen(
         if layer.name in seen:
             filled[layer.name] = seen[layer.name]
             continue
-        alike = [la for la in group.layers if la.name in seen and _kind(la) == _kind(layer)]
+        alike = [la for la in group.layers if la.name in seen and la.module == layer.module]
         if not alike:
             raise StatsError(
                 f"{group.name}: no token of corpus {corpus!r} reached {layer.name} or a layer "
@@ -140,10 +144,6 @@ def _fill_unseen(
             )
         filled[layer.name] = _mean_score(layer, alike, scores, corpus)
     return filled
-
-
-def _kind(layer: LinearLayer) -> str:
-    return layer.module
 
 
 def _mean_score(

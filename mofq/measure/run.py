@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from mofq.calibration.stats import Stats, input_amax
+from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
-from mofq.measure.samples import CHUNK_TOKENS, read_samples
-from mofq.measure.score import LayerScore, score_layer
+from mofq.measure.samples import CHUNK_TOKENS, SampleReader
+from mofq.measure.schedule import score_layers
 from mofq.schemes import Scheme
-from mofq.search_space import Legality, SearchSpace, offer_schemes
+from mofq.search_space import Legality, Offer, SearchSpace, offer_schemes
 from mofq.table import Rejection, Row, TableSpace, TableStats, TableWriter, header_of, open_table
 
 #: Rows of a weight read at once to find its largest magnitude [bytes].
@@ -81,59 +83,95 @@ def measure(
                 engine=engine,
             )
         )
-        for done, offer in enumerate(offers):
+        _fill(table, checkpoint, offers, stats=stats, device=device, progress=progress)
+
+
+def _fill(
+    table: TableWriter,
+    checkpoint: Checkpoint,
+    offers: Sequence[Offer],
+    *,
+    stats: Stats | None,
+    device: str,
+    progress: Progress | None,
+) -> None:
+    missing = [
+        tuple(s for s in offer.schemes if not _is_measured(table, offer.group, s, stats))
+        for offer in offers
+    ]
+    work = [(offer.group, some) for offer, some in zip(offers, missing, strict=True) if some]
+    if stats is not None and work:
+        verify_sequences(stats)
+    with closing(measure_groups(checkpoint, work, stats=stats, device=device)) as measured:
+        for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
-            missing = [s for s in offer.schemes if not _is_measured(table, offer.group, s, stats)]
-            rows: list[Row] = []
-            if missing:
-                rows = measure_group(checkpoint, offer.group, missing, stats=stats, device=device)
-            table.add_group(rows, rejected)
+            table.add_group(next(measured) if some else [], rejected)
             if progress is not None:
                 progress(done + 1, len(offers))
 
 
-def measure_group(
+def measure_groups(
     checkpoint: Checkpoint,
-    group: FusionGroup,
-    schemes: Sequence[Scheme],
+    work: Sequence[tuple[FusionGroup, Sequence[Scheme]]],
     *,
     stats: Stats | None = None,
     device: str = "cpu",
-) -> list[Row]:
-    """The rows of one fusion group under some schemes; nothing else is read or written.
+) -> Generator[list[Row], None, None]:
+    """The rows of fusion groups under some schemes; nothing else is read or written.
 
     Args:
         checkpoint: The model.
-        group: One of its fusion groups.
-        schemes: That fit it.
+        work: Its fusion groups, each with schemes that fit it.
         stats: Calibration, or None.
         device: Where the arithmetic runs.
 
-    Returns:
-        Rows in a fixed order.
+    Yields:
+        The rows of each fusion group, in a fixed order. Which others are measured with it
+        changes no number.
+
+    Raises:
+        StatsError: The stats do not know a layer, or no token reached a layer or one like it.
+        SchemeError: A weight is not finite, or a scheme does not fit.
     """
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    with ExitStack() as stack:
+        reader = None if stats is None else stack.enter_context(SampleReader(stats))
+        layers = (
+            layer
+            for group, schemes in work
+            for layer in _prepare_group(checkpoint, group, schemes, reader, corpora, device)
+        )
+        scores = stack.enter_context(closing(score_layers(layers, device=device)))
+        for group, schemes in work:
+            by_name = {layer.name: next(scores) for layer in group.layers}
+            yield group_rows(group, schemes, by_name, corpora=corpora)
+
+
+def _prepare_group(
+    checkpoint: Checkpoint,
+    group: FusionGroup,
+    schemes: Sequence[Scheme],
+    reader: SampleReader | None,
+    corpora: Sequence[str],
+    device: str,
+) -> Iterator[PreparedLayer]:
     weight_amax = _shared_amax(checkpoint, group, schemes)
-    static_amax = _static_amax(group, schemes, stats)
-    scores: dict[str, LayerScore] = {}
     for layer in group.layers:
         samples = {}
         for corpus in corpora:
-            assert stats is not None
-            found = read_samples(stats, corpus, layer.name)
+            assert reader is not None
+            found = reader.read(corpus, layer.name)
             if found is not None:
                 samples[corpus] = found
-        scores[layer.name] = score_layer(
+        yield prepare_layer(
             partial(read_layer_rows, checkpoint, layer),
             (layer.out_features, layer.in_features),
             schemes,
             samples=samples,
             tensor_amax=weight_amax.get(layer.shares_scale),
-            static_amax=static_amax.get(layer.name),
             device=device,
             name=layer.name,
         )
-    return group_rows(group, schemes, scores, corpora=corpora, static_amax=static_amax)
 
 
 def table_stats(stats: Stats) -> TableStats:
@@ -187,17 +225,3 @@ def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
         )
         for start in starts
     )
-
-
-def _static_amax(
-    group: FusionGroup, schemes: Sequence[Scheme], stats: Stats | None
-) -> dict[str, float]:
-    """Largest input of each layer over all corpora, where a scheme asks for it."""
-    wanted = [s.activation for s in schemes if s.activation is not None]
-    if stats is None or not any(activation.needs_tensor_amax for activation in wanted):
-        return {}
-    result = {}
-    for layer in group.layers:
-        seen = [input_amax(stats, corpus.name, layer.name) for corpus in stats.plan.corpora]
-        result[layer.name] = max((float(one.max()) for one in seen if one is not None), default=0.0)
-    return result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from mofq.calibration.stats import LayerSamples, Stats, read_layer
+from mofq.calibration.sequences import LayerSamples, SequenceFile
+from mofq.calibration.stats import Stats
 
 #: Tokens of one signed projection; see `mofq.measure.score`.
 CHUNK_TOKENS = 64
@@ -24,47 +27,95 @@ class ChunkedSamples:
 
     x_MCI: Tensor  #: inputs, bfloat16
     grad_MCO: Tensor  #: output gradients, bfloat16
+    is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
     sequences: int  #: N; chunks of one sequence follow one another, M // N of them
     tokens: int  #: T, labelled positions of one sequence
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token reached the layer (an expert)."""
-        return self.x_MCI.shape[1] == 0
+
+class SampleReader:
+    """The sequences of a stats folder, all open; use it in a ``with`` statement.
+
+    The headers of a mixture with thousands of experts are large, and are read once.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        """Open every sequence.
+
+        Raises:
+            StatsError: One is missing or damaged.
+        """
+        self._stack = ExitStack()
+        self._draws = stats.plan.draws
+        self._length = stats.plan.sequence_length
+        self._files: dict[str, list[SequenceFile]] = {}
+        with ExitStack() as opening:
+            for corpus in stats.plan.corpora:
+                self._files[corpus.name] = [
+                    opening.enter_context(SequenceFile(file))
+                    for file in stats.sequence_files(corpus.name)
+                ]
+            self._stack = opening.pop_all()
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def read(self, corpus: str, layer: str) -> ChunkedSamples | None:
+        """Read one layer's samples of a corpus.
+
+        Args:
+            corpus: Its name in the stats.
+            layer: Module name.
+
+        Returns:
+            The samples; None where no token of the corpus reached the layer.
+
+        Raises:
+            StatsError: The stats do not know the layer.
+        """
+        sequences = [file.read(layer) for file in self._files[corpus]]
+        return arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
 
 
 def read_samples(stats: Stats, corpus: str, layer: str) -> ChunkedSamples | None:
-    """Read one layer's samples of a corpus.
+    """Read one layer's samples of a corpus; see `SampleReader`, which reads many."""
+    with SampleReader(stats) as reader:
+        return reader.read(corpus, layer)
+
+
+def arrange_samples(
+    sequences: Sequence[LayerSamples | None], *, draws: int, sequence_length: int
+) -> ChunkedSamples | None:
+    """Cut one layer's sequences into chunks.
 
     Args:
-        stats: An open stats folder.
-        corpus: Its name there.
-        layer: Module name.
+        sequences: In order; None where no token reached the layer.
+        draws: Label draws of each sequence, D.
+        sequence_length: Tokens of each sequence, T.
 
     Returns:
-        The samples; None where no token of the corpus reached the layer.
-
-    Raises:
-        StatsError: The stats do not know the layer.
+        Chunks of all draws of the first sequence, then of the second, and so on; None where
+        no sequence has a token.
     """
-    length = stats.plan.sequence_length
-    sequences = [read_layer(file, layer) for file in stats.sequence_files(corpus)]
     seen = [one for one in sequences if one is not None]
     if not seen:
         return None
-    chunks = -(-length // CHUNK_TOKENS)
-    width = max(_longest_chunk(one, length) for one in seen)
+    chunks = -(-sequence_length // CHUNK_TOKENS)
+    width = max(_longest_chunk(one) for one in seen)
     parts = [
         _chunk(one, draw, chunks, width) if one is not None else _nothing(seen[0], chunks, width)
         for one in sequences
-        for draw in range(stats.plan.draws)
+        for draw in range(draws)
     ]
-    return ChunkedSamples(
-        x_MCI=torch.cat([x for x, _ in parts]),
-        grad_MCO=torch.cat([grad for _, grad in parts]),
-        sequences=len(parts),
-        tokens=length,
-    )
+    x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ChunkedSamples(x, grad, is_token, sequences=len(parts), tokens=sequence_length)
 
 
 def _positions(samples: LayerSamples) -> Tensor:
@@ -73,31 +124,27 @@ def _positions(samples: LayerSamples) -> Tensor:
     return torch.arange(samples.x_TI.shape[0])
 
 
-def _longest_chunk(samples: LayerSamples, length: int) -> int:
-    if samples.token_T is None:
-        return min(CHUNK_TOKENS, length)
-    return int(torch.bincount(samples.token_T // CHUNK_TOKENS, minlength=1).max())
+def _longest_chunk(samples: LayerSamples) -> int:
+    return int(torch.bincount(_positions(samples) // CHUNK_TOKENS).max())
 
 
-def _chunk(samples: LayerSamples, draw: int, chunks: int, width: int) -> tuple[Tensor, Tensor]:
-    position_T = _positions(samples)
-    chunk_T = position_T // CHUNK_TOKENS
+def _chunk(
+    samples: LayerSamples, draw: int, chunks: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunk_T = _positions(samples) // CHUNK_TOKENS
     # Tokens are in order, so a token's place in its chunk is its distance from the first.
     first_M = torch.searchsorted(chunk_T, torch.arange(chunks))
-    slot_T = torch.arange(len(position_T)) - first_M[chunk_T]
-    grad_TO = samples.grad_DTO[draw]
+    slot_T = torch.arange(len(chunk_T)) - first_M[chunk_T]
+    x_MCI, grad_MCO, is_token_MC = _nothing(samples, chunks, width)
+    x_MCI[chunk_T, slot_T] = samples.x_TI
+    grad_MCO[chunk_T, slot_T] = samples.grad_DTO[draw]
+    is_token_MC[chunk_T, slot_T] = True
+    return x_MCI, grad_MCO, is_token_MC
+
+
+def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _scattered(samples.x_TI, chunk_T, slot_T, (chunks, width)),
-        _scattered(grad_TO, chunk_T, slot_T, (chunks, width)),
+        like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1])),
+        like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1])),
+        torch.zeros((chunks, width), dtype=torch.bool),
     )
-
-
-def _scattered(values: Tensor, chunk_T: Tensor, slot_T: Tensor, shape: Sequence[int]) -> Tensor:
-    placed = values.new_zeros((*shape, values.shape[-1]))
-    placed[chunk_T, slot_T] = values
-    return placed
-
-
-def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor]:
-    x_MCI = like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1]))
-    return x_MCI, like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1]))

@@ -1,0 +1,184 @@
+"""One sequence's samples in one file: ``sequence-00000.safetensors``.
+
+``x/LAYER`` [T, in_features] and ``grad/LAYER`` [draws, T, out_features], bfloat16.
+Layers that read the very same input share one ``x``; the metadata ``inputs`` says whose,
+null where no token reached the layer. A layer of experts has only the tokens that were
+routed to it, and ``tokens/LAYER`` [t] says which, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mofq.calibration.captured import Captured
+from mofq.documents import check_document, parse_json
+from mofq.exceptions import StatsError
+
+_VERSION = "1"
+_INPUTS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSamples:
+    """What one layer saw in one sequence."""
+
+    x_TI: Tensor  #: inputs, [tokens, in_features], bfloat16
+    grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
+    token_T: Tensor | None  #: position of each token where not all are here (experts), int64
+
+
+def sequence_path(folder: Path, corpus: str, index: int) -> Path:
+    """Where a sequence's samples are kept."""
+    return folder / corpus / f"sequence-{index:05d}.safetensors"
+
+
+class SequenceFile:
+    """An open sequence; use it in a ``with`` statement."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            StatsError: It is missing or cut short, or not a file of samples.
+        """
+        self.path = path
+        try:
+            self._file = cast(Any, safe_open(path, framework="pt"))
+            metadata = self._file.metadata() or {}
+        except (OSError, SafetensorError) as problem:
+            raise _unreadable(path, problem) from None
+        if metadata.get("version") != _VERSION:
+            raise StatsError(
+                f"{path}: has version {metadata.get('version')!r}, and this mofq reads version "
+                f"{_VERSION!r}. Calibrate again into another folder."
+            )
+        inputs = parse_json(metadata.get("inputs", ""), f"{path}: inputs", StatsError)
+        check_document(inputs, _INPUTS_SCHEMA, f"{path}: inputs", StatsError)
+        #: Layer -> the layer whose ``x`` it reads; None where no token reached it.
+        self.inputs: Mapping[str, str | None] = inputs
+        self._keys = frozenset(self._file.keys())
+
+    def __enter__(self) -> SequenceFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, problem, trace)
+
+    def read(self, layer: str) -> LayerSamples | None:
+        """Read one layer's samples.
+
+        Args:
+            layer: Module name.
+
+        Returns:
+            The samples; None where no token reached the layer (an expert).
+
+        Raises:
+            StatsError: The file does not know the layer.
+        """
+        if layer not in self.inputs:
+            raise StatsError(
+                f"{self.path}: has no layer {layer!r}. The stats are of another model; "
+                f"calibrate this one."
+            )
+        source = self.inputs[layer]
+        if source is None:
+            return None
+        tokens = f"tokens/{layer}"
+        try:
+            return LayerSamples(
+                x_TI=self._file.get_tensor(f"x/{source}"),
+                grad_DTO=self._file.get_tensor(f"grad/{layer}"),
+                token_T=self._file.get_tensor(tokens) if tokens in self._keys else None,
+            )
+        except SafetensorError as problem:
+            raise _unreadable(self.path, problem) from None
+
+
+def _unreadable(path: Path, problem: Exception) -> StatsError:
+    return StatsError(
+        f"{path}: cannot be read: {problem}. Delete it and run the same `mofq calibrate` again: "
+        f"it makes only this file."
+    )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a sequence is there and as long as its header says."""
+    if not path.exists():
+        return False
+    try:
+        with SequenceFile(path):
+            return True
+    except StatsError:
+        return False
+
+
+def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -> None:
+    """Write one sequence's samples beside its final name and rename it.
+
+    Args:
+        path: Final name.
+        captured: After the last backward pass.
+        layer_names: All layers; those without a token are noted as such.
+
+    Raises:
+        StatsError: A gradient is missing or not finite, or the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in layer_names:
+        if name not in captured.source:
+            continue
+        tensors[f"grad/{name}"] = _gradients(captured, name, path)
+        if captured.source[name] == name:
+            tensors[f"x/{name}"] = captured.x[name].contiguous()
+        if name in captured.tokens:
+            tensors[f"tokens/{name}"] = captured.tokens[name]
+    inputs = {name: captured.source.get(name) for name in layer_names}
+    temporary = path.with_name(path.name + ".part")
+    try:
+        # safetensors makes its files readable by their owner only; what a plain file here gets
+        # is what the user's umask asks for.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata={"version": _VERSION, "inputs": json.dumps(inputs)})
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as problem:
+        temporary.unlink(missing_ok=True)
+        raise StatsError(
+            f"{path}: cannot be written: {problem}. The sequences before it are kept; free some "
+            f"space and run the same command again."
+        ) from None
+
+
+def _gradients(captured: Captured, name: str, path: Path) -> Tensor:
+    grads = captured.grads.get(name)
+    if grads is None:
+        raise StatsError(
+            f"{name}: no gradient reached its output in {path.name}; it does not take part in "
+            f"the model's prediction. List the layer under `exclude` and report the model."
+        )
+    grad_DTO = torch.stack(grads)
+    if not torch.isfinite(grad_DTO).all():
+        raise StatsError(
+            f"{name}: an output gradient is not finite in {path.name}. "
+            f"Use --dtype float32, or look for broken weights in this layer."
+        )
+    return grad_DTO

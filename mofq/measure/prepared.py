@@ -1,0 +1,141 @@
+"""A linear layer made ready for scoring: its inputs under every scheme, its weight in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.measure.samples import ChunkedSamples
+from mofq.quantize import fake_quantize_activation
+from mofq.schemes import Scheme, TensorScheme
+
+#: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
+_BLOCK_ELEMENTS = 2**18
+_BLOCK_ROWS = 64
+#: Tokens that the output error is taken over, evenly spaced.
+_OUTPUT_TOKENS = 512
+
+RowReader = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One corpus's samples of a layer, the inputs as each activation scheme leaves them."""
+
+    x: Mapping[TensorScheme | None, Tensor]  #: [M, C, in_features], float32
+    grad_MCO: Tensor  #: bfloat16
+    sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
+    sequences: int  #: N
+    tokens: int  #: T of one sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    """A layer, its inputs, and where its weight is read."""
+
+    name: str
+    read_rows: RowReader
+    blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
+    schemes: tuple[Scheme, ...]
+    inputs: Mapping[str, Inputs]  #: corpus -> inputs
+    tensor_amax: float | None
+    static_amax: float | None  #: largest magnitude of all inputs; None where there are none
+    device: str
+
+    @property
+    def weights(self) -> tuple[TensorScheme, ...]:
+        """The different weight schemes, W of them."""
+        return tuple(dict.fromkeys(s.weight for s in self.schemes if s.weight is not None))
+
+    @property
+    def activations(self) -> tuple[TensorScheme, ...]:
+        """The different activation schemes, A of them."""
+        return tuple(dict.fromkeys(s.activation for s in self.schemes if s.activation is not None))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the inputs take [bytes]."""
+        tensors = [t for one in self.inputs.values() for t in (*one.x.values(), one.grad_MCO)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def prepare_layer(
+    read_rows: RowReader,
+    shape: tuple[int, int],
+    schemes: Sequence[Scheme],
+    *,
+    samples: Mapping[str, ChunkedSamples],
+    tensor_amax: float | None = None,
+    device: str = "cpu",
+    name: str = "weight",
+) -> PreparedLayer:
+    """Quantize a layer's inputs by every activation scheme and cut its rows into blocks.
+
+    Args:
+        read_rows: Gives rows ``start`` to ``stop`` of the weight, [rows, in_features].
+        shape: out_features and in_features.
+        schemes: Candidates; each fits the shape.
+        samples: Corpus name -> samples of this layer; may be empty.
+        tensor_amax: Largest magnitude of the weight and of all that share its scale.
+        device: Where the arithmetic runs.
+        name: Of the layer, for messages.
+
+    Returns:
+        The layer. The blocks depend on the shape and the schemes alone.
+
+    Raises:
+        SchemeError: A scheme does not fit the inputs.
+    """
+    amax = [float(one.x_MCI.abs().max()) for one in samples.values()]
+    static_amax = max(amax, default=None)
+    return PreparedLayer(
+        name=name,
+        read_rows=read_rows,
+        blocks=_blocks(shape, schemes),
+        schemes=tuple(schemes),
+        inputs={
+            corpus: _inputs(one, schemes, static_amax, device=device, name=name)
+            for corpus, one in samples.items()
+        },
+        tensor_amax=tensor_amax,
+        static_amax=static_amax,
+        device=device,
+    )
+
+
+def _blocks(shape: tuple[int, int], schemes: Sequence[Scheme]) -> tuple[tuple[int, int], ...]:
+    """Ranges of rows of a fixed size, in whole tiles of every scheme."""
+    out_features, in_features = shape
+    tiles = [s.weight.granularity.rows for s in schemes if s.weight is not None]
+    tile_rows = max([_BLOCK_ROWS, *tiles])
+    step = max(1, _BLOCK_ELEMENTS // in_features // tile_rows) * tile_rows
+    starts = range(0, out_features, step)
+    return tuple((start, min(start + step, out_features)) for start in starts)
+
+
+def _inputs(
+    samples: ChunkedSamples,
+    schemes: Sequence[Scheme],
+    static_amax: float | None,
+    *,
+    device: str,
+    name: str,
+) -> Inputs:
+    x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
+    x: dict[TensorScheme | None, Tensor] = {None: x_MCI}
+    for scheme in schemes:
+        if scheme.activation is not None and scheme.activation not in x:
+            x[scheme.activation] = fake_quantize_activation(
+                x_MCI, scheme.activation, static_amax=static_amax, name=name
+            )
+    token_T = samples.is_token_MC.flatten().nonzero()[:, 0]
+    return Inputs(
+        x=x,
+        grad_MCO=samples.grad_MCO.to(device=device),
+        sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
+        sequences=samples.sequences,
+        tokens=samples.tokens,
+    )
