@@ -97,7 +97,7 @@ function makeChart() {
   const host = byId("chart");
   chart = new uPlot({
     width: host.clientWidth,
-    height: NARROW.matches ? 280 : 420,
+    height: host.clientHeight,
     legend: { show: false },
     cursor: { points: { show: false }, drag: { x: true, y: false }, x: true, y: false },
     scales: {

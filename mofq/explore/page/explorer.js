@@ -21,7 +21,10 @@ function paint() {
   paintMap();
   paintPanel();
   paintDifferences();
-  if (chart) chart.redraw(false);
+  if (chart && point.bits_per_weight > chart.scales.x.max) {
+    byId("whole").checked = true;
+    makeChart();
+  } else if (chart) chart.redraw(false);
 }
 
 // Rounded up: typed in again, it is enough for the point.
@@ -98,7 +101,7 @@ function paintCorpora(point) {
       })));
   });
   byId("corpora").replaceChildren(element("table", {},
-    element("thead", {}, element("tr", {}, ...["corpus", "this recipe", "made for it alone", "groups"]
+    element("thead", {}, element("tr", {}, ...["corpus", "this recipe", "made for it", "groups"]
       .map((text) => element("th", { scope: "col", text })))),
     element("tbody", {}, ...rows)));
 }
@@ -151,13 +154,14 @@ function paintPoints() {
     one.bits_per_weight, withError(one.predicted, one.predicted_stderr),
     withError(one.kl_nats_per_token, one.kl_stderr)]));
   rows.sort((a, b) => (a[2] || 0) - (b[2] || 0));
+  const columns = ["", "", "bits", `${QUANTITY}, predicted`]
+    .concat(content.measured.length ? ["measured"] : []);
   byId("points").replaceChildren(element("table", {},
-    element("thead", {}, element("tr", {}, ...["", "", "bits", `${QUANTITY}, predicted`, "measured"]
-      .map((text) => element("th", { scope: "col", text })))),
-    element("tbody", {}, ...rows.map(([label, kind, bits, predicted, measured]) => element("tr", {},
+    element("thead", {}, element("tr", {}, ...columns.map((text) => element("th", { scope: "col", text })))),
+    element("tbody", {}, ...rows.map(([label, kind, bits, ...values]) => element("tr", {},
       element("th", { scope: "row", text: label }), element("td", { text: kind }),
       element("td", { text: bits === null ? "–" : bitsText(bits) }),
-      element("td", { text: predicted }), element("td", { text: measured }))))));
+      ...values.slice(0, columns.length - 3).map((text) => element("td", { text })))))));
 }
 
 function fillMenus() {
@@ -236,7 +240,8 @@ function listen() {
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", themeChanged);
   NARROW.addEventListener("change", () => { makeMap(); makeChart(); paint(); });
   new ResizeObserver(() => {
-    if (chart) chart.setSize({ width: byId("chart").clientWidth, height: chart.height });
+    const { clientWidth, clientHeight } = byId("chart");
+    if (chart) chart.setSize({ width: clientWidth, height: clientHeight });
   }).observe(byId("chart"));
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
   document.addEventListener("scroll", hideTip, { passive: true });
@@ -256,7 +261,9 @@ function start() {
   byId("footer").textContent = `Table ${content.table_sha256} · frontier of ${countText(points.length, "recipe")}`;
   byId("slider").max = String(points.length - 1);
   byId("theme").textContent = isDark() ? "Light" : "Dark";
-  state.point = Math.floor(points.length / 2);
+  const compared = content.named.find((one) => one.kind === "recipe" && one.bits_per_weight !== null);
+  const drawn = points.filter((one) => one.bits_per_weight <= bitsRange()[1]).length;
+  state.point = compared ? pointAt(compared.bits_per_weight) : Math.floor(drawn / 2);
   fillMenus();
   listen();
   makeMap();

@@ -45,6 +45,7 @@ function makeMap() {
     return line;
   });
   map.classList.toggle("dense", columns.length > 48);
+  map.classList.toggle("tall", rows.length > 48);
   map.style.setProperty("--columns", columns.length);
   map.style.setProperty("--name", narrow ? "3rem" : "auto");
   map.replaceChildren(element("div", { role: "row", class: "line" }, corner, ...head), ...lines);
@@ -251,11 +252,14 @@ function errorTable(one, chosen) {
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
     ...option[ERRORS].map((error, corpus) => element("td", {
       text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));
-  const names = content.corpora.length > 1 ? content.corpora : [QUANTITY];
+  const corpora = content.corpora.length > 1 ? content.corpora : [];
+  const heads = corpora.length ? corpora.map((name, corpus) => element("th", { scope: "col" },
+    element("span", { class: `dot corpus-${corpus % 4}`, "aria-hidden": "true" }), name))
+    : [element("th", { scope: "col", text: QUANTITY })];
   return element("table", { class: "errors" },
     element("thead", {}, element("tr", {},
       ...["scheme", "bits", "size", "error, log scale"].map((text) => element("th", { scope: "col", text })),
-      ...names.map((text) => element("th", { scope: "col", text })))),
+      ...heads)),
     element("tbody", {}, ...rows));
 }
 

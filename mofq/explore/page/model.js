@@ -127,7 +127,14 @@ function numberText(value, digits = 3) {
 
 function withError(value, stderr) {
   if (value === null || value === undefined) return "–";
-  return stderr ? `${numberText(value)} ± ${numberText(stderr, 2)}` : numberText(value);
+  if (!stderr) return numberText(value);
+  if (value > 0 && (value < 1e-3 || stderr < 1e-4)) {
+    const exponent = Math.floor(Math.log10(value));
+    const raised = String(Math.abs(exponent)).replace(/\d/g, (digit) => SUPERSCRIPTS[digit]);
+    const [whole, bar] = [value, stderr].map((one) => one / 10 ** exponent);
+    return `(${whole.toFixed(2)} ± ${bar.toFixed(2)})·10${exponent < 0 ? "⁻" : ""}${raised}`;
+  }
+  return `${numberText(value)} ± ${numberText(stderr, 2)}`;
 }
 
 function signedText(value, text) {

@@ -1,0 +1,131 @@
+"""Tables for the tests of the explorer: small ones with everything in them, and a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mofq.table import (
+    Rejection,
+    Row,
+    TableGroup,
+    TableHeader,
+    TableLayer,
+    TableSpace,
+    TableStats,
+    open_table,
+)
+
+#: Scheme -> bits per weight, and how much error it makes.
+SCHEMES = {
+    "int4.g128": (4.125, 1.0),
+    "int4.g32": (4.5, 0.6),
+    "fp4_e2m1.g32": (4.5, 0.55),
+    "int8.channel": (8.02, 0.01),
+    "fp8_e4m3.tensor+fp8_e4m3.tensor": (8.0, 0.02),
+    "bf16": (16.0, 0.0),
+}
+STATIC = "fp8_e4m3.tensor+fp8_e4m3.tensor"
+GROUPS = {
+    "attn.qkv": (("self_attn.q_proj", 1), ("self_attn.k_proj", 1), ("self_attn.v_proj", 1)),
+    "attn.o": (("self_attn.o_proj", 2),),
+    "mlp.gate_up": (("mlp.gate_proj", 4), ("mlp.up_proj", 4)),
+    "mlp.down": (("mlp.down_proj", 4),),
+}
+
+
+def write_explore_table(
+    path: Path,
+    *,
+    decoder_layers: int = 3,
+    corpora: tuple[str, ...] = ("en",),
+    schemes: dict[str, tuple[float, float]] = SCHEMES,
+    prefix: str = "model.",
+    model: str = "Tiny/model",
+    samples: int = 4,
+    size: int = 256,
+) -> Path:
+    """A table of a llama-shaped model; errors and their samples are drawn with a fixed seed."""
+    groups = tuple(_groups(decoder_layers, prefix, size))
+    header = TableHeader(
+        mofq="0.1.0",
+        model_name=model,
+        index_sha256="a" * 64,
+        stats=TableStats("b" * 64, 0, dict.fromkeys(corpora, "c" * 64), samples, 4, 4),
+        groups=groups,
+        unquantized=("lm_head",),
+        other_bytes=1_000_000,
+    )
+    rng = np.random.default_rng(0)
+    with open_table(path, header) as table:
+        table.add_space(TableSpace("test", "d" * 64, tuple(schemes), ("int4.g128",), 0.0, None))
+        for group in groups:
+            rows = [
+                _row(group, scheme, corpus, schemes[scheme], rng, samples)
+                for corpus in corpora
+                for scheme in schemes
+            ]
+            refused = Rejection(group.name, "int4.g512", "256 is not divisible by 512")
+            table.add_group(rows, [refused])
+    return path
+
+
+def _groups(decoder_layers: int, prefix: str, size: int) -> Iterator[TableGroup]:
+    for number in range(decoder_layers):
+        for name, layers in GROUPS.items():
+            yield TableGroup(
+                f"layers.{number}.{name}",
+                tuple(
+                    TableLayer(
+                        f"{prefix}layers.{number}.{module}",
+                        out_features=factor * size,
+                        in_features=size,
+                        dtype="BF16",
+                        decoder_layer=number,
+                        module=module.split(".")[1],
+                    )
+                    for module, factor in layers
+                ),
+                source_bytes=2 * size * size * sum(factor for _, factor in layers),
+            )
+
+
+def _row(
+    group: TableGroup,
+    scheme: str,
+    corpus: str,
+    figures: tuple[float, float],
+    rng: np.random.Generator,
+    samples: int,
+) -> Row:
+    bits, scale = figures
+    typical = scale * 1e-3 * rng.lognormal(sigma=1.0)
+    # What is read back from float32 is what the error has to be the mean of.
+    drawn = np.float32(typical * rng.lognormal(sigma=0.3, size=samples))
+    static = {layer.name: 1 / 3 for layer in group.layers} if scheme == STATIC else None
+    return Row(
+        group.name,
+        scheme,
+        "kl_nats_per_token",
+        corpus,
+        error=float(drawn.astype(np.float64).mean()),
+        stderr=float(drawn.astype(np.float64).std(ddof=1) / samples**0.5),
+        bytes=int(bits * group.weights / 8),
+        sqnr_db=None,
+        sample_errors=tuple(map(float, drawn)),
+        projections=None,
+        static_amax=static,
+    )
+
+
+#: As many schemes as the largest search space of a 70B model would offer.
+TWENTY_SCHEMES = {
+    **{f"int{b}.g{g}": (b + 16 / g, 4.0 ** (4 - b)) for b in (4, 5, 6) for g in (128, 64, 32)},
+    **{f"int{b}.channel": (b + 0.01, 2 * 4.0 ** (4 - b)) for b in (4, 5, 6, 8)},
+    **{f"fp4_e2m1.g{g}": (4 + 16 / g, 0.8 * (g / 128) ** 0.3) for g in (128, 64, 32, 16)},
+    "nvfp4": (4.5, 0.4),
+    "fp8_e4m3.channel": (8.01, 0.008),
+    "bf16": (16.0, 0.0),
+}
