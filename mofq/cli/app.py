@@ -43,7 +43,9 @@ def options(
 def inspect(
     model: Model,
     engine: Engine = None,
-    space: Annotated[str | None, typer.Option(help="Check this search space too.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="What of this search space fits (w8a8).")
+    ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Count the lm_head too.")] = False,
     json: Json = False,
 ) -> None:
@@ -101,7 +103,7 @@ def measure(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Measure what every scheme of a search space costs every fusion group."""
+    """Measure every scheme of a search space on the weights."""
     from mofq.cli.measure import run_measure
 
     run_measure(
@@ -193,7 +195,7 @@ def validate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check that a recipe is applied exactly, and measure what it does to the model."""
+    """Prove that a recipe is applied; measure what it does."""
     from mofq.cli.validate import run_validate
 
     run_validate(
@@ -244,7 +246,7 @@ def run(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """The whole flow: calibrate, measure, search, validate (and export for an engine)."""
+    """The whole flow into one folder, ready to serve."""
     from mofq.cli.run import RunOptions, run_flow
 
     run_flow(
@@ -290,7 +292,7 @@ def frontier(
     ] = None,
     json: Json = False,
 ) -> None:
-    """All recipes of which none is both smaller and better than another."""
+    """The whole curve of accuracy against size."""
     from mofq.cli.frontier import run_frontier
 
     run_frontier(table, unit=unit, sizes=polish, as_json=json)

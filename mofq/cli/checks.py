@@ -19,6 +19,10 @@ def check_device(device: str) -> None:
     if device == "cpu":
         return
     try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise MofqError(f"--device {device}: no such device. Give cpu, cuda or cuda:1.") from error
+    try:
         float(torch.ones(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

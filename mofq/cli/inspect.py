@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
@@ -11,7 +12,7 @@ from mofq.cost import group_bytes, weights_of
 from mofq.engines import legality
 from mofq.layers import FusionGroup, ModelLayers, find_layers
 from mofq.schemes import parse_scheme
-from mofq.search_space import load_search_space, offer_schemes
+from mofq.search_space import Offer, load_search_space, offer_schemes
 
 
 def run_inspect(
@@ -36,14 +37,7 @@ def run_inspect(
         return
     _print_groups(checkpoint, layers)
     if offers is not None:
-        offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
-        reasons = {name: why for offer in offers for name, why in offer.rejected.items()}
-        names = dict.fromkeys([*offered, *reasons])
-        print_table(
-            f"search space {space or 'w8a8'}" + (f" on {engine}" if engine else ""),
-            ["scheme", "fusion groups", "a reason where it is refused"],
-            [[n, f"{offered[n]} of {len(offers)}", reasons.get(n, "")] for n in names],
-        )
+        _print_offers(f"search space {space or 'w8a8'}{f' on {engine}' if engine else ''}", offers)
 
 
 def _json(checkpoint: Checkpoint, layers: ModelLayers) -> dict[str, Any]:
@@ -96,6 +90,23 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
         note("The lm_head is tied to the embeddings and left alone.")
     total = layers.other_bytes + sum(group_bytes(g, unquantized) for g in layers.groups)
     note(f"{short_bytes(total)} in all, {short_bytes(layers.other_bytes)} outside of the groups.")
+
+
+def _print_offers(title: str, offers: Sequence[Offer]) -> None:
+    offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
+    rows = [[name, f"{count} of {len(offers)}"] for name, count in offered.items()]
+    print_table(title, ["scheme", "fusion groups that may have it"], rows)
+    reasons = {name: why for offer in offers for name, why in offer.rejected.items()}
+    refused: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        refused.setdefault(why, []).append(name)
+    if refused:
+        counts = Counter(name for offer in offers for name in offer.rejected)
+        rows = [
+            [", ".join(names), f"{max(counts[name] for name in names)}", why]
+            for why, names in refused.items()
+        ]
+        print_table("refused", ["scheme", "groups", "why, e.g."], rows)
 
 
 def _kind(group: FusionGroup) -> tuple[str, str]:

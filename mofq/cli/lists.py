@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mofq.checkpoint.headers import open_checkpoint
+from mofq.cli.checks import check_output
 from mofq.cli.terminal import note, print_json, print_table
-from mofq.engines import ENGINES
+from mofq.engines import ENGINES, Rule
+from mofq.exceptions import RecipeError
 from mofq.formats import ELEMENT_FORMATS, SCALE_FORMATS
 from mofq.layers import find_layers
 from mofq.recipe import load_recipe, write_recipe
@@ -64,16 +66,28 @@ def run_engines(*, as_json: bool) -> None:
             "" if capability is None else f", compute capability {capability[0]}.{capability[1]}"
         )
         rows = [
-            [rule.schemes, rule.kernel or f"refused: {rule.refused}", rule.source]
+            [_readable(rule), rule.kernel or f"refused: {rule.refused}", rule.source]
             for rule in engine.applicable_rules
         ]
         title = f"{name} {engine.version}{where}, reads {engine.reads}"
         print_table(title, ["schemes", "kernel", "source"], rows)
 
 
+def _readable(rule: Rule) -> str:
+    """A rule's regular expression with the signs left out that only a parser needs."""
+    plain = rule.schemes.replace(r"\d+", "N").replace(".*", "…").replace("[a-z0-9]+", "…")
+    plain = plain.replace("\\", "")
+    return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
+
+
 def run_diff(first: Path, second: Path, *, as_json: bool) -> None:
-    """Fusion groups that differ between two recipes."""
+    """Fusion groups that differ between two recipes, and what the difference costs."""
     a, b = load_recipe(first), load_recipe(second)
+    if a.index_sha256 and b.index_sha256 and a.index_sha256 != b.index_sha256:
+        raise RecipeError(
+            f"{first} is of {a.model_name} ({a.index_sha256[:8]}) and {second} of {b.model_name} "
+            f"({b.index_sha256[:8]}). Compare two recipes of one model."
+        )
     ours = {group.name: group.scheme for group in a.groups}
     theirs = {group.name: group.scheme for group in b.groups}
     changed = {
@@ -81,21 +95,33 @@ def run_diff(first: Path, second: Path, *, as_json: bool) -> None:
         for name in dict.fromkeys([*ours, *theirs])
         if ours.get(name) != theirs.get(name)
     }
-    summary = {
-        key: [getattr(a, key), getattr(b, key)] for key in ("bits_per_weight", "kl_nats_per_token")
-    }
     if as_json:
-        print_json({"changed": changed, **summary})
+        print_json(
+            {
+                "changed": changed,
+                "bits_per_weight": [a.bits_per_weight, b.bits_per_weight],
+                "kl_nats_per_token": [a.kl_nats_per_token, b.kl_nats_per_token],
+            }
+        )
         return
-    rows = [[name, str(x or "–"), str(y or "–")] for name, (x, y) in changed.items()]
-    rows += [[key, f"{x}", f"{y}"] for key, (x, y) in summary.items()]
-    print_table(f"{len(changed)} fusion groups differ", ["", first.name, second.name], rows)
+    rows = [[name, x or "–", y or "–"] for name, (x, y) in changed.items()]
+    rows += [
+        ["bits per weight", *(_figure(one.bits_per_weight, ".4f") for one in (a, b))],
+        ["KL, predicted [nats/token]", *(_figure(one.kl_nats_per_token, ".4g") for one in (a, b))],
+    ]
+    title = f"{len(changed)} of {len(ours)} fusion groups differ"
+    print_table(title, ["", first.name, second.name], rows)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def run_uniform(model: str, scheme: str, output: Path, *, as_json: bool) -> None:
     """Write a recipe of one scheme for every linear layer."""
     from mofq.decide import uniform_recipe
 
+    check_output(output)
     checkpoint = open_checkpoint(model)
     recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme)
     write_recipe(recipe, output)

@@ -38,21 +38,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        show_header=any(columns),
-    )
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         is_figures = all(_FIGURE.match(row[number]) for row in rows)
         table.add_column(column, justify="right" if is_figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else 120
-    Console(width=width).print(table)
+    terminal = Console(width=width)
+    # Not the table's own title, which is folded to the width of the table.
+    terminal.print(Text(title, style="bold"))
+    terminal.print(table)
 
 
 def note(message: str) -> None:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.cli.terminal import note, print_json, print_table, progress_bars, with_error
+from mofq.cli.checks import check_device, check_dtype, check_output
+from mofq.cli.terminal import note, print_json, print_table, progress_bars, say, with_error
 
 if TYPE_CHECKING:
     from mofq.validate import Validation
@@ -28,6 +29,10 @@ def run_validate(
     from mofq.cli.calibrate import load_named
     from mofq.validate import validate, write_validation
 
+    if output is not None:
+        check_output(output)
+    check_dtype(dtype)
+    check_device(device)
     with progress_bars() as bars:
         validation = validate(
             model,
@@ -60,11 +65,25 @@ def print_validation(validation: Validation) -> None:
             with_error(validation.kl_nats_per_token, validation.kl_stderr),
         ],
         ["KL, predicted [nats/token]", predicted],
+        *_budget_rows(validation),
         ["perplexity", f"{validation.perplexity:.4g}"],
         ["perplexity of the original", f"{validation.perplexity_original:.4g}"],
         ["top-1 agreement", f"{100 * validation.top1_agreement:.2f} %"],
         ["bits per weight", f"{validation.bits_per_weight:.4f}"],
         ["enforced", {True: "yes", False: "NO", None: "nothing to enforce"}[validation.enforced]],
     ]
-    title = f"{validation.lineage.candidate} on {validation.tokens} tokens"
-    print_table(title, ["", ""], rows)
+    lineage = validation.lineage
+    windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"
+    print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
+    say(
+        f"seconds: original {validation.seconds_original:.1f}, "
+        f"apply, enforce and run {validation.seconds:.1f}"
+    )
+
+
+def _budget_rows(validation: Validation) -> list[list[str]]:
+    budget = validation.kl_budget_nats_per_token
+    if budget is None:
+        return []
+    kept = "kept" if validation.within_kl_budget else "NOT kept"
+    return [["KL, budget [nats/token]", f"{budget:.4g}, {kept}"]]

@@ -33,17 +33,19 @@ def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str
         SchemeError: The name does not parse, or the scheme does not fit some layer.
     """
     scheme = parse_scheme(scheme_name)
+    needs = statistics_rejection(scheme)
+    if needs is not None:
+        raise SchemeError(f"scheme {scheme.name!r}: {needs}; then `mofq search`.")
     reasons = [
         reason
         for group in layers.groups
         for layer in group.layers
         if (reason := shape_rejection(scheme, layer)) is not None
     ]
-    reasons += [reason] if (reason := statistics_rejection(scheme)) is not None else []
     if reasons:
         raise SchemeError(
-            f"{reasons[0]} ({len(reasons)} layers in all). "
-            f"Measure a search space and use `mofq search` instead."
+            f"{reasons[0]} ({len(reasons)} such layers in all). Take another scheme, or a search "
+            f"space with `mofq measure` and `mofq search`, which may mix."
         )
     size = sum(group_bytes(group, scheme) for group in layers.groups)
     return Recipe(
