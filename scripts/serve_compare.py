@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,24 @@ UNITS = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
 _LAYER_UNITS = {"bfloat16": 2.0**-8, "float32": 2.0**-12}
 _KL_FACTOR = 3.0
 _KL_ABSOLUTE = 1e-4  #: nats; of the order of one bfloat16 rounding of a log-probability, squared
+_MAX_ABSOLUTE = 0.1  #: nats; where the floor is nothing, a log-probability of -30 is still rounded
 _MEAN_STANDARD_ERRORS = 4.0
+_LIMITS = {
+    "kl_emulated_served": "kl_limit",
+    "max_abs_difference": "max_abs_limit",
+    "mean_difference": "mean_limit",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """One predicted token: vLLM and the floor against the emulated recipe [nats]."""
+
+    entropy: float  #: of the text's own token, emulated
+    difference: float  #: of its log-probability, served minus emulated
+    floor_difference: float
+    kl: float
+    kl_floor: float
 
 
 def window_tokens(
@@ -171,64 +189,51 @@ def compare_logprobs(
     """
     emulated = _emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0)
     floor = _emulated_logprobs(checkpoint, recipe, windows, dtype, nudge=UNITS[dtype])
-    served, floored, distances, floor_distances, entropies = [], [], [], [], []
+    positions = []
     for window, answers, expected, nudged in zip(windows, logprobs, emulated, floor, strict=True):
         for place, answer in enumerate(answers):
             if answer is None:
                 continue
             keys = torch.tensor([int(key) for key in answer])
             found = torch.tensor(list(answer.values()), dtype=torch.float64)
-            ours, theirs = expected[place - 1], nudged[place - 1]
-            distances.append(_binned_kl(ours[keys], found))
-            floor_distances.append(_binned_kl(ours[keys], theirs[keys]))
-            token = window[place]
-            entropies.append(-float(ours[token]))
-            served.append(answer[str(token)] - float(ours[token]))
-            floored.append(float(theirs[token] - ours[token]))
-    return _judge(served, floored, distances, floor_distances, entropies, report)
-
-
-def _judge(
-    served: list[float],
-    floored: list[float],
-    distances: list[float],
-    floor_distances: list[float],
-    entropies: list[float],
-    report: dict[str, Any],
-) -> list[str]:
-    difference = torch.tensor(served, dtype=torch.float64)
-    noise = torch.tensor(floored, dtype=torch.float64)
-    kl, kl_floor = (sum(each) / len(each) for each in (distances, floor_distances))
-    limits = {
-        "kl": _KL_FACTOR * kl_floor + _KL_ABSOLUTE,
-        "max": _KL_FACTOR * float(noise.abs().max()) + 0.1,
-        "mean": _MEAN_STANDARD_ERRORS * float(noise.square().mean()) ** 0.5 / len(served) ** 0.5
-        + _KL_ABSOLUTE,
-    }
-    nll = sum(entropies) / len(entropies)
-    report.update(
-        positions=len(served),
-        nll_emulated=nll,
-        nll_served=nll - float(difference.mean()),
-        kl_emulated_served=kl,
-        kl_floor=kl_floor,
-        kl_limit=limits["kl"],
-        mean_abs_difference=float(difference.abs().mean()),
-        max_abs_difference=float(difference.abs().max()),
-        max_abs_limit=limits["max"],
-        mean_difference=float(difference.mean()),
-        mean_limit=limits["mean"],
-    )
-    checks = [
-        ("KL divergence from the emulated recipe [nats]", kl, limits["kl"]),
-        ("largest difference of a log-probability", float(difference.abs().max()), limits["max"]),
-        ("difference of the mean log-probability", abs(float(difference.mean())), limits["mean"]),
-    ]
+            ours, theirs, token = expected[place - 1], nudged[place - 1], window[place]
+            position = _Position(
+                entropy=-float(ours[token]),
+                difference=answer[str(token)] - float(ours[token]),
+                floor_difference=float(theirs[token] - ours[token]),
+                kl=_binned_kl(ours[keys], found),
+                kl_floor=_binned_kl(ours[keys], theirs[keys]),
+            )
+            positions.append(position)
+    report.update(_figures(positions))
     return [
-        f"log-probabilities: {what} is {value:.4g}, expected at most {limit:.4g}"
-        for what, value, limit in checks
-        if not value <= limit
+        f"log-probabilities: {key} is {report[key]:.4g}, expected at most {report[limit]:.4g}"
+        for key, limit in _LIMITS.items()
+        if not abs(report[key]) <= report[limit]
     ]
+
+
+def _figures(positions: list[_Position]) -> dict[str, float]:
+    """Means over all positions, and what they may be."""
+    count = len(positions)
+    nll = sum(each.entropy for each in positions) / count
+    mean = sum(each.difference for each in positions) / count
+    kl_floor = sum(each.kl_floor for each in positions) / count
+    floor_max = max(abs(each.floor_difference) for each in positions)
+    stderr = (sum(each.floor_difference**2 for each in positions) / count / count) ** 0.5
+    return {
+        "positions": count,
+        "nll_emulated": nll,
+        "nll_served": nll - mean,
+        "mean_difference": mean,
+        "mean_limit": _MEAN_STANDARD_ERRORS * stderr + _KL_ABSOLUTE,
+        "mean_abs_difference": sum(abs(each.difference) for each in positions) / count,
+        "max_abs_difference": max(abs(each.difference) for each in positions),
+        "max_abs_limit": _KL_FACTOR * floor_max + _MAX_ABSOLUTE,
+        "kl_emulated_served": sum(each.kl for each in positions) / count,
+        "kl_floor": kl_floor,
+        "kl_limit": _KL_FACTOR * kl_floor + _KL_ABSOLUTE,
+    }
 
 
 def _binned_kl(log_p: Tensor, log_q: Tensor) -> float:

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from conftest import TinyCheckpoint
 from exported import make_recipe, mixed_recipe, uniform_recipe
 
-from mofq.backends import EXPORTERS, find_exporter
+from mofq.backends import RECIPE_EXPORTERS, find_exporter
 from mofq.backends.auto_round import export_auto_round
 from mofq.backends.llama_cpp import export_llama_cpp
 from mofq.backends.llm_compressor import export_llm_compressor
@@ -25,9 +25,10 @@ from mofq.layers import find_layers
 def test_every_exporter_is_found_and_writes(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     recipe = uniform_recipe(checkpoint, "nvfp4")
-    for name in EXPORTERS:
-        find_exporter(name)(checkpoint, recipe, tmp_path / name, progress=None)
-        assert (tmp_path / name).exists()
+    for name in RECIPE_EXPORTERS:
+        path = find_exporter(name)(checkpoint, recipe, tmp_path / name)
+        assert path == tmp_path / name
+        assert path.is_file()
 
 
 def test_llm_compressor_gets_the_config_groups(tiny_llama: Path, tmp_path: Path) -> None:

@@ -18,10 +18,13 @@ APPLIERS: dict[str, str] = {
     "emulate": "mofq.backends.emulate",
 }
 
-#: Name -> module and function ``(checkpoint, recipe, out, *, progress=None, …)``. The first
-#: writes a folder that engines load, the others a file for another tool.
+#: Name -> module and function ``(checkpoint, recipe, folder, *, engine, validation, progress)``.
 EXPORTERS: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("mofq.backends.compressed_tensors", "export_compressed_tensors"),
+}
+
+#: Name of another tool -> module and function ``(checkpoint, recipe, file) -> file``.
+RECIPE_EXPORTERS: dict[str, tuple[str, str]] = {
     "llm-compressor": ("mofq.backends.llm_compressor", "export_llm_compressor"),
     "modelopt": ("mofq.backends.modelopt", "export_modelopt"),
     "auto-round": ("mofq.backends.auto_round", "export_auto_round"),
@@ -61,7 +64,8 @@ def find_exporter(name: str) -> Any:
     """The function that exports to a format.
 
     Args:
-        name: A key of ``EXPORTERS``.
+        name: A key of ``EXPORTERS``, which write a checkpoint, or of
+            ``RECIPE_EXPORTERS``, which write a file for another tool.
 
     Returns:
         The function; its first three arguments are checkpoint, recipe and output.
@@ -69,7 +73,8 @@ def find_exporter(name: str) -> Any:
     Raises:
         BackendError: No exporter has that name.
     """
-    if name not in EXPORTERS:
-        raise BackendError(f"unknown export format {name!r}." + nearest_name(name, EXPORTERS))
-    module, function = EXPORTERS[name]
+    known = EXPORTERS | RECIPE_EXPORTERS
+    if name not in known:
+        raise BackendError(f"unknown export format {name!r}." + nearest_name(name, known))
+    module, function = known[name]
     return getattr(import_module(module), function)

@@ -6,7 +6,6 @@ Source: AutoRound 0.15.1, ``schemes.py``; ``AutoRound(model, â€¦, layer_config=â
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,13 @@ _STATIC_NVFP4 = "nv_fp4_with_static_gs"
 _UNQUANTIZED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
 
 
-def export_auto_round(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def export_auto_round(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
     """Write the layer config as JSON: ``AutoRound(model, layer_config=json.load(file))``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
         out: The file to write.
-        progress: Not called; there is nothing to wait for.
 
     Returns:
         The file.

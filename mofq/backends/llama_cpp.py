@@ -13,7 +13,6 @@ K types: 256 codes in two levels); ``gguf-py/gguf/tensor_mapping.py`` for names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from mofq.backends.emulate import find_recipe_layers
@@ -66,20 +65,13 @@ _FLOATS = {
 }
 
 
-def export_llama_cpp(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def export_llama_cpp(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
     """Write the arguments, one tensor a line.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
         out: The file to write.
-        progress: Not called; there is nothing to wait for.
 
     Returns:
         The file.

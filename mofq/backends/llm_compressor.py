@@ -10,7 +10,6 @@ Source: llm-compressor 0.14.0.1, ``modifiers/quantization/quantization``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,13 @@ _HEADER = (
 )
 
 
-def export_llm_compressor(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def export_llm_compressor(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
     """Write ``recipe.yaml`` for ``llmcompressor.oneshot``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
         out: The file to write.
-        progress: Not called; there is nothing to wait for.
 
     Returns:
         The file.

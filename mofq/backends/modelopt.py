@@ -11,7 +11,6 @@ Source: ModelOpt's unified checkpoints as vLLM 0.32.0
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-def export_modelopt(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+def export_modelopt(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
     """Write ``hf_quant_config.json``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
         out: The file to write.
-        progress: Not called; there is nothing to wait for.
 
     Returns:
         The file.

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 def run_export(
     model: str, recipe: Path, *, to: str, output: Path, engine: str | None, as_json: bool = False
 ) -> None:
-    """Write a checkpoint, and say how it is served."""
+    """Write a checkpoint and say how it is served, or another tool's recipe."""
+    from mofq.backends import RECIPE_EXPORTERS
     from mofq.recipe import load_recipe
 
     start = monotonic()
     loaded = load_recipe(recipe)
+    if to in RECIPE_EXPORTERS:
+        _export_file(model, loaded, to=to, output=output, as_json=as_json)
+        return
     engine = engine or recipe_engine(loaded, to)
     done = export_recipe(model, loaded, to=to, output=output, engine=engine)
     seconds = monotonic() - start
@@ -39,6 +43,17 @@ def run_export(
         return
     note(f"{output}: {short_bytes(done.checkpoint_bytes)} of tensors for {to}, {seconds:.1f} s.")
     say(f"Serve it with: {done.serve_command}")
+
+
+def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: bool) -> None:
+    from mofq.backends import find_exporter
+    from mofq.checkpoint.headers import open_checkpoint
+
+    written: Path = find_exporter(to)(open_checkpoint(model), recipe, output)
+    if as_json:
+        print_json({"file": str(written), "to": to})
+    else:
+        note(f"{written}: for {to}.")
 
 
 def export_recipe(
