@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from mofq.calibration.stats import Plan, Stats
     from mofq.checkpoint.headers import Checkpoint
     from mofq.corpora import Corpus
-
-#: A corpus is a folder in the stats; its name must not lead out of them.
-_CORPUS_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
     check_dtype(options.dtype)
     check_device(options.device)
+    was_there = (options.output / "stats.json").exists()
     stats = _calibrate(options, texts)
     size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
     seconds = monotonic() - start
@@ -67,37 +66,36 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
         count = sum(corpus.sequences for corpus in stats.plan.corpora)
         note(
             f"{options.output}: {count} sequences of {options.sequence_length} tokens, "
-            f"{short_bytes(size)}, {seconds:.1f} s."
+            f"{short_bytes(size)}, {seconds:.1f} s"
+            + ("; they were there already." if was_there else ".")
         )
     return stats
 
 
 def load_named(source: str) -> Corpus:
-    """A corpus from ``NAME=SOURCE``, or from a source that names itself.
-
-    Raises:
-        CorpusError: It cannot be read, or its name cannot be that of a folder.
-    """
+    """A corpus from ``NAME=SOURCE``, or from a source that names itself."""
     from mofq.corpora import load_text
 
     name, equals, rest = source.partition("=")
     is_named = bool(equals) and not Path(source).exists()
-    corpus = load_text(rest, name=name) if is_named else load_text(source)
-    if not _CORPUS_NAME.fullmatch(corpus.name):
-        raise CorpusError(
-            f"corpus {corpus.name!r}: a name has letters, digits, '.', '_' and '-'. "
-            f"Write NAME=FILE, e.g. notes={rest if is_named else source}."
-        )
-    return corpus
+    return load_text(rest, name=name) if is_named else load_text(source)
 
 
 def load_corpora(sources: Sequence[str]) -> list[Corpus]:
-    """Corpora of different names.
+    """Corpora of different names, each fit to be a folder's.
 
     Raises:
-        CorpusError: One cannot be read, or two have one name.
+        CorpusError: One cannot be read, or its name is no folder's, or two have one name.
     """
+    from mofq.calibration.stats import CORPUS_NAME
+
     texts = [load_named(one) for one in sources]
+    for text in texts:
+        if not re.match(CORPUS_NAME, text.name):
+            raise CorpusError(
+                f"corpus {text.name!r}: the name is that of a folder in the stats, so it has no "
+                f"slash and does not begin with a dot. Write NAME={text.source}."
+            )
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
@@ -109,7 +107,7 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
 
 def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
     from mofq.calibration.run import calibrate
-    from mofq.calibration.stats import read_stats, start_plan
+    from mofq.calibration.stats import open_plan, read_stats
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.checkpoint.model import load_model, load_tokenizer
     from mofq.corpora import spread_windows
@@ -129,8 +127,9 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
     }
     plan = _plan(options, checkpoint, texts, windows)
     if (options.output / "stats.json").exists():
-        start_plan(options.output, plan)  # refuses the stats of another plan
-        return read_stats(options.output)
+        # Refuses the stats of another plan; a sequence that was lost is made again below.
+        with open_plan(options.output, plan), suppress(StatsError):
+            return read_stats(options.output)
     loaded = load_model(
         checkpoint.folder,
         dtype=options.dtype,
