@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,13 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
             f"and the table for {table.header.model_name} with {ours}. "
             f"Compare recipes of one model."
         )
-    return _point(recipe, problem, kind="recipe", label=path.name)
+    point = _point(recipe, problem, kind="recipe", label=path.name)
+    if problem.unit == KL_UNIT and recipe.made_by.get("table_sha256") == table.sha256:
+        # As the frontier, without the optimism of choosing on these very samples.
+        value, stderr = recipe.kl_nats_per_token, recipe.result.get("kl_stderr")
+        known = float(stderr) if isinstance(stderr, int | float) else None
+        return point if value is None else replace(point, value=value, stderr=known)
+    return point
 
 
 def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:

@@ -21,7 +21,8 @@ function paint() {
   paintMap();
   paintPanel();
   paintDifferences();
-  if (chart && point.bits_per_weight > chart.scales.x.max) {
+  const most = chart && chart.scales.x.max; // null until it is drawn for the first time
+  if (typeof most === "number" && point.bits_per_weight > most) {
     byId("whole").checked = true;
     makeChart();
   } else if (chart) chart.redraw(false);
@@ -71,9 +72,15 @@ function paintShares(point) {
     `Weights by scheme: ${parts.map(([s, c]) => `${schemeName(s)} ${percent(c)}`).join(", ")}`);
   const largest = [...parts].sort((a, b) => b[1] - a[1]);
   byId("share-list").replaceChildren(...largest.slice(0, 5).map(([scheme, count]) =>
-    element("li", {}, swatch(scheme), element("span", { text: schemeName(scheme) }),
+    element("li", {}, swatch(scheme), brokenName(scheme),
       element("span", { class: "count", text: percent(count) }))),
   ...(largest.length > 5 ? [element("li", { text: `and ${largest.length - 5} more` })] : []));
+}
+
+// A name that may break before its second half.
+function brokenName(scheme) {
+  const [weights, ...activations] = schemeName(scheme).split("+");
+  return element("span", {}, weights, ...activations.flatMap((one) => [element("wbr"), `+${one}`]));
 }
 
 // Per corpus: what this recipe costs, and what a recipe made for that corpus alone would.
@@ -244,7 +251,7 @@ function listen() {
     if (chart) chart.setSize({ width: clientWidth, height: clientHeight });
   }).observe(byId("chart"));
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
-  document.addEventListener("scroll", hideTip, { passive: true });
+  document.addEventListener("scroll", followFocus, { passive: true });
   listenToMap();
 }
 

@@ -111,6 +111,14 @@ function focusCell(group) {
   cells[group].focus();
 }
 
+// Focus may scroll the page: the tip of the focused cell goes with it, any other goes.
+function followFocus() {
+  const focused = document.activeElement;
+  if (byId("tip").hidden) return;
+  if (focused && focused.matches(".cell:focus-visible")) tipOfCell(Number(focused.dataset.group));
+  else hideTip();
+}
+
 function paintMap() {
   const shown = selection(state.show), other = selection(state.compare);
   const errors = shown.schemes.map((scheme, group) => {
@@ -198,7 +206,7 @@ function paintPanel() {
     element("p", { class: "small", text: `${shapes}; ${countText(one.weights, "weight")}` }),
     ...whySentences(state.group, chosen).map((text) => element("p", { text })),
     element("div", { class: "scroll" }, errorTable(one, chosen)),
-    rejectedList(one),
+    ...(one.rejected.length ? [rejectedList(one)] : []),
   );
 }
 
@@ -281,7 +289,6 @@ function dots(option, along) {
 }
 
 function rejectedList(one) {
-  if (!one.rejected.length) return null;
   return element("details", {},
     element("summary", { text: `${countText(one.rejected.length, "scheme")} not offered` }),
     element("ul", {}, ...one.rejected.map(([scheme, reason]) =>

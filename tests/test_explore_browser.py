@@ -1,0 +1,292 @@
+"""The explorer page in a real browser; run by scripts/check_browser.sh."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from explore_tables import TWENTY_SCHEMES, write_explore_table
+from typer.testing import CliRunner
+
+from mofq.cli.app import app
+from mofq.decide import Request, decide
+from mofq.recipe import load_recipe, write_recipe
+from mofq.solvers import Budgets
+from mofq.table import read_table
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>."
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("browser")
+
+
+def program(variable: str, name: str) -> str:
+    path = os.environ.get(variable) or shutil.which(name)
+    assert path, f"{name} is not installed; install Debian's, or name one with {variable}"
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(folder: Path) -> Iterator[Chrome]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program("MOFQ_CHROMIUM", "chromium")
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    service = webdriver.ChromeService(program("MOFQ_CHROMEDRIVER", "chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Path:
+    """Two corpora, names that are markup, a recipe to compare and a measurement."""
+    path = write_explore_table(folder / "table.jsonl", corpora=("en", "pt"), prefix=HOSTILE)
+    recipe = decide(read_table(path), Request(Budgets(max_bits=5.0))).recipe
+    write_recipe(recipe, folder / "mine.yaml")
+    validation = {
+        "version": 1,
+        "index_sha256": "a" * 64,
+        "candidate": "mine.yaml",
+        "text": "demo-en",
+        "bits_per_weight": 5.0,
+        "kl_nats_per_token": 0.01,
+        "kl_stderr": 0.001,
+    }
+    (folder / "validation.json").write_text(json.dumps(validation))
+    return explore(path, folder / "mine.yaml", "--validation", folder / "validation.json")
+
+
+@pytest.fixture(scope="module")
+def large_page(folder: Path) -> Path:
+    path = write_explore_table(
+        folder / "large.jsonl", decoder_layers=80, schemes=TWENTY_SCHEMES, size=8192
+    )
+    return explore(path)
+
+
+def explore(table: Path, *arguments: object) -> Path:
+    output = table.with_suffix(".html")
+    result = CliRunner().invoke(
+        app, ["explore", str(table), *map(str, arguments), "-o", str(output)]
+    )
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def open_page(browser: Chrome, page: Path, *, width: int = 1280, dark: bool = False) -> None:
+    browser.get_log("performance")
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 720}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.get(page.as_uri())
+
+
+def requests(browser: Chrome) -> list[str]:
+    messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    return [
+        one["params"]["request"]["url"]
+        for one in messages
+        if one["method"] == "Network.requestWillBeSent"
+    ]
+
+
+def run(browser: Chrome, script: str, *arguments: object) -> Any:
+    return browser.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+
+
+def text_of(browser: Chrome, selector: str) -> str:
+    return str(run(browser, "return document.querySelector(arguments[0]).textContent", selector))
+
+
+def colours(browser: Chrome) -> list[str]:
+    script = "return [...document.querySelectorAll('.cell')].map((one) => one.style.background)"
+    return list(run(browser, script))
+
+
+def slide(browser: Chrome, point: int) -> None:
+    script = (
+        "const slider = document.getElementById('slider'); slider.value = arguments[0];"
+        "slider.dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    run(browser, script, str(point))
+
+
+def download(browser: Chrome, folder: Path) -> bytes:
+    target = folder / "recipe.yaml"
+    target.unlink(missing_ok=True)
+    # A real click: a browser asks before a script saves several files.
+    browser.find_element("id", "download").click()
+    end = monotonic() + 10
+    while not target.exists():
+        assert monotonic() < end, "the browser saved no recipe.yaml"
+        sleep(0.05)
+    return target.read_bytes()
+
+
+def wait_for_nothing_on_the_console(browser: Chrome) -> None:
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
+    browser: Chrome, page: Path, width: int, dark: bool
+) -> None:
+    open_page(browser, page, width=width, dark=dark)
+    run(browser, "document.querySelectorAll('.cell')[4].click()")
+    sleep(0.2)
+    sent = [url for url in requests(browser) if not url.startswith("data:")]
+    assert sent == [page.as_uri()]
+    wait_for_nothing_on_the_console(browser)
+    assert run(browser, "return document.documentElement.scrollWidth") <= width
+    assert run(browser, "return document.querySelector('#chart canvas').width") > 250
+    light = run(browser, "return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, light[4:-1].split(","))) < 150) == dark
+
+
+def test_names_stay_text(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelectorAll('.cell')[0].click()")
+    assert HOSTILE in text_of(browser, "#panel-body")
+    assert browser.title == "Tiny/model · mofq"
+    assert run(browser, "return document.querySelectorAll('img').length") == 0
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_the_slider_changes_map_command_and_recipe(
+    browser: Chrome, page: Path, folder: Path
+) -> None:
+    open_page(browser, page)
+    last = int(run(browser, "return document.getElementById('slider').max"))
+    seen = []
+    for point in (0, last // 3, last // 2, last):
+        slide(browser, point)
+        run(browser, "document.getElementById('show').value = 'frontier'")
+        run(browser, "document.getElementById('show').dispatchEvent(new Event('change'))")
+        command = text_of(browser, "#command")
+        saved = download(browser, folder)
+        assert saved == written_by(command, folder)
+        assert len(load_recipe(folder / "recipe.yaml").groups) == 12
+        seen.append((tuple(colours(browser)), command, saved))
+    assert len({one[0] for one in seen}) == len({one[2] for one in seen}) == 4
+    wait_for_nothing_on_the_console(browser)
+
+
+def written_by(command: str, folder: Path) -> bytes:
+    """What the command that the page shows writes."""
+    words = command.split(" ")
+    output = folder / "by_command.yaml"
+    assert (words[0], words[-2:]) == ("mofq", ["-o", "recipe.yaml"])
+    result = CliRunner().invoke(app, [*words[1:-1], str(output)])
+    assert result.exit_code == 0, result.output
+    return output.read_bytes()
+
+
+def test_a_typed_budget_goes_to_the_last_point_that_fits(browser: Chrome, page: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, page)
+    bits = [one["bits_per_weight"] for one in run(browser, "return points")]
+    field = browser.find_element(By.ID, "bits")
+    for typed, expected in (("6", max(b for b in bits if b <= 6)), ("1", bits[0])):
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(typed, Keys.ENTER)
+        assert run(browser, "return points[state.point].bits_per_weight") == expected
+    assert "smallest" in text_of(browser, "#bits-note")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("many", Keys.ENTER)
+    assert "number" in text_of(browser, "#bits-note")
+
+
+def test_every_control_is_reached_and_the_map_is_walked_with_the_keyboard(
+    browser: Chrome, page: Path
+) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, page)
+    reached = set()
+    for _ in range(60):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        active = "const a = document.activeElement; return a.id || a.classList[0] || a.tagName"
+        reached.add(run(browser, active))
+        if "cell" in reached:
+            break
+    assert reached >= {"theme", "log", "whole", "slider", "bits", "download", "copy", "cell"}
+    keys = ActionChains(browser).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    keys.send_keys(Keys.ENTER).perform()
+    assert text_of(browser, "#panel-title") == "layers.1.attn.o"
+    assert not run(browser, "return document.getElementById('tip').hidden")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert run(browser, "return document.getElementById('tip').hidden")
+
+
+def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    assert run(browser, "return state.show") == "named:6"
+    assert run(browser, "return state.compare") == "frontier"
+    slide(browser, 0)
+    marked = run(browser, "return document.querySelectorAll('.cell.differs').length")
+    rows = run(browser, "return document.querySelectorAll('#differences tbody tr').length")
+    assert marked == rows > 0
+    assert f"{marked} of 12 fusion groups differ" in text_of(browser, "#differences-summary")
+    assert "measured on demo-en" in text_of(browser, "#points")
+
+
+def test_each_corpus_shows_what_it_alone_would_choose(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelector('#corpora button').click()")
+    assert run(browser, "return [state.show, state.compare]") == ["frontier", "corpus:en"]
+    differ = text_of(browser, "#corpora button").split(" ")[0]
+    assert int(differ) == run(browser, "return document.querySelectorAll('.cell.differs').length")
+
+
+def test_the_theme_button_switches_and_repaints(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    before = colours(browser)
+    run(browser, "document.getElementById('theme').click()")
+    assert run(browser, "return document.documentElement.dataset.theme") == "dark"
+    assert colours(browser) != before
+
+
+def test_a_70b_shaped_page_opens_in_two_seconds(
+    browser: Chrome, large_page: Path, folder: Path
+) -> None:
+    assert large_page.stat().st_size < 6_000_000
+    open_page(browser, large_page)
+    timing = "const t = performance.timing; return t.loadEventEnd - t.navigationStart"
+    assert run(browser, timing) < 2000
+    assert len(colours(browser)) == 320
+    slide(browser, 40)
+    assert download(browser, folder) == written_by(text_of(browser, "#command"), folder)
+    wait_for_nothing_on_the_console(browser)
