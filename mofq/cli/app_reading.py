@@ -1,0 +1,113 @@
+"""The commands beside the flow: what was written compared and drawn, and what mofq knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mofq.cli.arguments import Engine, Json, Model
+
+reading = typer.Typer(rich_markup_mode=None)
+recipe = typer.Typer(
+    help="Make recipes without a search.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@reading.command()
+def frontier(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    unit: Annotated[
+        str | None, typer.Option(help="Of the rows to use; nats where there are.")
+    ] = None,
+    polish: Annotated[
+        int | None, typer.Option(help="Solve exactly at this many sizes between the points too.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The whole curve of accuracy against size."""
+    from mofq.cli.frontier import run_frontier
+
+    run_frontier(table, unit=unit, sizes=polish, as_json=json)
+
+
+@reading.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A recipe.")],
+    second: Annotated[Path, typer.Argument(help="Another recipe of the same model.")],
+    json: Json = False,
+) -> None:
+    """What changed between two recipes."""
+    from mofq.cli.lists import run_diff
+
+    run_diff(first, second, as_json=json)
+
+
+@reading.command()
+def spaces(json: Json = False) -> None:
+    """List the search spaces that come with mofq."""
+    from mofq.cli.lists import run_spaces
+
+    run_spaces(as_json=json)
+
+
+@reading.command()
+def formats(json: Json = False) -> None:
+    """List element and scale formats."""
+    from mofq.cli.lists import run_formats
+
+    run_formats(as_json=json)
+
+
+@reading.command()
+def engines(json: Json = False) -> None:
+    """List serving engines and what they serve."""
+    from mofq.cli.lists import run_engines
+
+    run_engines(as_json=json)
+
+
+@reading.command()
+def explore(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    recipes: Annotated[list[Path] | None, typer.Argument(help="Recipes to compare.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="From `mofq validate -o`; repeatable.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    engine: Engine = None,
+    space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path(
+        "explorer.html"
+    ),
+    json: Json = False,
+) -> None:
+    """The accuracy-budget trade-off as one HTML page."""
+    from mofq.cli.explore import ExploreOptions, run_explore
+
+    run_explore(
+        ExploreOptions(
+            table=table,
+            output=output,
+            recipes=tuple(recipes or ()),
+            validations=tuple(validation or ()),
+            unit=unit,
+            engine=engine,
+            space=space,
+        ),
+        as_json=json,
+    )
+
+
+@recipe.command()
+def uniform(
+    model: Model,
+    scheme: Annotated[str, typer.Argument(help="For every linear layer, e.g. int4.g32@mse.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, recipe.yaml.")],
+    json: Json = False,
+) -> None:
+    """One scheme for every linear layer of a model."""
+    from mofq.cli.lists import run_uniform
+
+    run_uniform(model, scheme, output, as_json=json)

@@ -1,0 +1,14 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
+Space = Annotated[str, typer.Option(help="A search space: a name of `mofq spaces`, or a file.")]
+Engine = Annotated[str | None, typer.Option(help="A serving engine, of `mofq engines`.")]
+Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1 …")]
+MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
