@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from mofq.calibration.captured import Captured
-from mofq.calibration.experts import watch_experts
+from mofq.calibration.experts import put_forward_back, watch_experts
 from mofq.exceptions import StatsError
 from mofq.layers import LinearLayer, ModelLayers, find_loaded_weight
 
@@ -102,17 +102,17 @@ def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
     transformers' own gradient checkpointing works in training mode only, where dropout
     would change the numbers.
     """
-    wrapped: list[tuple[nn.Module, Any]] = []
+    wrapped: list[tuple[nn.Module, Any]] = []  # with what stood in the layer's own dictionary
     for stack in model.modules():
         if not isinstance(stack, nn.ModuleList):
             continue
         for layer in stack:
             if hasattr(layer, "self_attn") or hasattr(layer, "attn"):
-                wrapped.append((layer, layer.forward))
+                wrapped.append((layer, vars(layer).get("forward")))
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
     def restore() -> None:
         for layer, forward in wrapped:
-            layer.forward = forward
+            put_forward_back(layer, forward)
 
     return restore

@@ -31,13 +31,23 @@ def watch_experts(
         A function that puts the module's own forward back.
     """
     module: Any = experts
-    forward = module.forward
+    forward = vars(module).get("forward")
     module.forward = partial(_run_experts, module, layers, captured)
+    return partial(put_forward_back, module, forward)
 
-    def restore() -> None:
+
+def put_forward_back(module: nn.Module, forward: Any) -> None:
+    """Undo an assignment to ``module.forward``.
+
+    Args:
+        module: Any.
+        forward: What stood in the module's own dictionary before; None where its class's
+            method was in force, which a bound copy would keep alive in a cycle.
+    """
+    if forward is None:
+        del module.forward
+    else:
         module.forward = forward
-
-    return restore
 
 
 def _run_experts(

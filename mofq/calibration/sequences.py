@@ -3,7 +3,8 @@
 ``x/LAYER`` [T, in_features] and ``grad/LAYER`` [draws, T, out_features], bfloat16.
 Layers that read the very same input share one ``x``; the metadata ``inputs`` says whose,
 null where no token reached the layer. A layer of experts has only the tokens that were
-routed to it, and ``tokens/LAYER`` [t] says which, in order.
+routed to it, and ``tokens/LAYER`` [t] says which, in order. The version of the format is
+that of the folder, in its ``plan.json`` and ``stats.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from mofq.calibration.captured import Captured
 from mofq.documents import check_document, parse_json
 from mofq.exceptions import StatsError
 
-_VERSION = "1"
 _INPUTS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
 
 
@@ -58,11 +58,6 @@ class SequenceFile:
             metadata = self._file.metadata() or {}
         except (OSError, SafetensorError) as problem:
             raise _unreadable(path, problem) from None
-        if metadata.get("version") != _VERSION:
-            raise StatsError(
-                f"{path}: has version {metadata.get('version')!r}, and this mofq reads version "
-                f"{_VERSION!r}. Calibrate again into another folder."
-            )
         inputs = parse_json(metadata.get("inputs", ""), f"{path}: inputs", StatsError)
         check_document(inputs, _INPUTS_SCHEMA, f"{path}: inputs", StatsError)
         #: Layer -> the layer whose ``x`` it reads; None where no token reached it.
@@ -157,7 +152,8 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
         # is what the user's umask asks for.
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={"version": _VERSION, "inputs": json.dumps(inputs)})
+        # One key: safetensors writes several in an order that differs from run to run.
+        save_file(tensors, temporary, metadata={"inputs": json.dumps(inputs)})
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as problem:

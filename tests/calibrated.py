@@ -1,0 +1,78 @@
+"""Small calibrations that several tests share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq.calibration.run import calibrate
+from mofq.calibration.stats import CorpusPlan, Plan, Stats
+from mofq.checkpoint.headers import open_checkpoint
+from mofq.checkpoint.model import load_model
+from mofq.layers import find_layers
+from mofq.search_space import SearchSpace, parse_search_space
+
+
+def some_tokens(sequences: int, length: int, *, seed: int = 0, vocabulary: int = 256) -> Tensor:
+    """Random tokens, [sequences, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (sequences, length), generator=generator)
+
+
+def plan_of(model_folder: Path, corpora: Mapping[str, Tensor], **changes: Any) -> Plan:
+    """A plan that fits windows of tokens: one draw, seed 0, float32."""
+    checkpoint = open_checkpoint(str(model_folder))
+    values: dict[str, Any] = {
+        "model_name": checkpoint.name,
+        "index_sha256": checkpoint.index_sha256,
+        "seed": 0,
+        "sequence_length": next(iter(corpora.values())).shape[1],
+        "draws": 1,
+        "dtype": "float32",
+        "corpora": tuple(
+            CorpusPlan(name, f"{name}.txt", hashlib.sha256(name.encode()).hexdigest(), len(tokens))
+            for name, tokens in corpora.items()
+        ),
+    }
+    return Plan(**{**values, **changes})
+
+
+def calibrate_folder(
+    model_folder: Path,
+    out: Path,
+    corpora: Mapping[str, Tensor],
+    *,
+    model: PreTrainedModel | None = None,
+    activation_checkpointing: bool = False,
+    **changes: Any,
+) -> Stats:
+    """Calibrate a checkpoint on windows of tokens; ``changes`` go to the plan."""
+    plan = plan_of(model_folder, corpora, **changes)
+    return calibrate(
+        model or load_model(model_folder, dtype=plan.dtype),
+        find_layers(open_checkpoint(str(model_folder))),
+        plan=plan,
+        windows=corpora,
+        folder=out,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def read_sequence(stats: Stats, index: int = 0, corpus: str = "a") -> dict[str, Tensor]:
+    """Every tensor of one sequence, read with safetensors alone."""
+    with safe_open(stats.sequence_files(corpus)[index], "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def space_of(*schemes: str, **keys: Any) -> SearchSpace:
+    """A search space of some schemes, and bf16."""
+    lines = ["version: 1", f"schemes: [{', '.join(schemes)}]"]
+    lines += [f"{key}: {str(value).lower()}" for key, value in keys.items()]
+    return parse_search_space("\n".join(lines), name="test", where="test")
