@@ -84,10 +84,10 @@ def explore(
     json: Json = False,
 ) -> None:
     """The accuracy-budget trade-off as one HTML page."""
-    from mofq.cli.explore import ExploreOptions, run_explore
+    from mofq.cli.explore import DrawOptions, run_explore
 
     run_explore(
-        ExploreOptions(
+        DrawOptions(
             table=table,
             output=output,
             recipes=tuple(recipes or ()),
@@ -97,6 +97,36 @@ def explore(
             space=space,
         ),
         as_json=json,
+    )
+
+
+@reading.command()
+def plot(
+    table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
+    kind: Annotated[str, typer.Option(help="frontier, map, sensitivity or prediction.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .svg or .pdf.")],
+    recipes: Annotated[list[Path] | None, typer.Argument(help="For a map, or as points.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="From `mofq validate -o`; repeatable.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    engine: Engine = None,
+    space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+) -> None:
+    """A figure of a table, for papers and READMEs."""
+    from mofq.cli.explore import DrawOptions, run_plot
+
+    run_plot(
+        DrawOptions(
+            table=table,
+            output=output,
+            recipes=tuple(recipes or ()),
+            validations=tuple(validation or ()),
+            unit=unit,
+            engine=engine,
+            space=space,
+        ),
+        kind=kind,
     )
 
 

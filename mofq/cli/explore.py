@@ -1,17 +1,21 @@
-"""``mofq explore``."""
+"""``mofq explore`` and ``mofq plot``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
 
+if TYPE_CHECKING:
+    from mofq.decide import Request
+
 
 @dataclass(frozen=True, slots=True)
-class ExploreOptions:
-    """What `mofq explore` was asked for."""
+class DrawOptions:
+    """What is to be drawn, and where to."""
 
     table: Path
     output: Path
@@ -22,25 +26,20 @@ class ExploreOptions:
     space: str | None = None
 
 
-def run_explore(options: ExploreOptions, *, as_json: bool) -> None:
+def run_explore(options: DrawOptions, *, as_json: bool) -> None:
     """Decide the whole frontier and write the page."""
-    from mofq.decide import Request
     from mofq.explore.content import page_content
     from mofq.explore.document import write_page
-    from mofq.solvers import Budgets
     from mofq.table import read_table
 
     start = monotonic()
-    request = Request(
-        Budgets(), unit=options.unit, engine=options.engine, space=options.space, ties=False
-    )
     with progress_bars() as bars:
         content = page_content(
             read_table(options.table),
             options.table,
             recipes=options.recipes,
             validations=options.validations,
-            request=request,
+            request=_request(options),
             progress=bars.stage,
         )
     size = write_page(content, options.output)
@@ -52,3 +51,27 @@ def run_explore(options: ExploreOptions, *, as_json: bool) -> None:
         )
         return
     note(f"{options.output}: {count} recipes of the frontier, {short_bytes(size)}, {seconds:.1f} s")
+
+
+def run_plot(options: DrawOptions, *, kind: str) -> None:
+    """Draw one figure."""
+    from mofq.explore.figures import draw_figure, figure_inputs
+    from mofq.table import read_table
+
+    inputs = figure_inputs(
+        read_table(options.table),
+        recipes=options.recipes,
+        validations=options.validations,
+        request=_request(options),
+    )
+    draw_figure(kind, inputs, path=options.output)
+    note(f"{options.output}: {kind} of {options.table}")
+
+
+def _request(options: DrawOptions) -> Request:
+    from mofq.decide import Request
+    from mofq.solvers import Budgets
+
+    return Request(
+        Budgets(), unit=options.unit, engine=options.engine, space=options.space, ties=False
+    )

@@ -72,7 +72,7 @@ def page_content(
     measured = [read_validation(one, index) for one in validations]
     points = frontier_recipes(table, problem, request=request, progress=progress)
     named = [*uniform_points(table, problem, request), *compared]
-    schemes = _scheme_order(problem, named)
+    schemes = scheme_order(problem, named)
     return {
         "model": table.header.model_name,
         "table": path.name,
@@ -82,7 +82,7 @@ def page_content(
         "corpora": list(problem.corpora),
         "samples": None if table.header.stats is None else table.header.stats.samples,
         "weights": problem.weights,
-        "schemes": [{"name": name, "element": _element(name)} for name in schemes],
+        "schemes": [{"name": name, "element": element_name(name)} for name in schemes],
         "groups": _groups(table, problem, schemes),
         "points": _points(points, problem, path, request),
         "recipe": _recipe_content(table, points, problem),
@@ -92,8 +92,8 @@ def page_content(
     }
 
 
-def _scheme_order(problem: Problem, named: Sequence[NamedPoint]) -> list[str]:
-    """All schemes, few bits first."""
+def scheme_order(problem: Problem, named: Sequence[NamedPoint]) -> list[str]:
+    """All schemes of the options and of some recipes, few bits first."""
     weights_P = np.array([group.weights for group in problem.groups])[problem.group_P]
     bits: dict[str, float] = {}
     for name, value in zip(problem.schemes, 8 * problem.bytes_P / weights_P, strict=True):
@@ -104,7 +104,8 @@ def _scheme_order(problem: Problem, named: Sequence[NamedPoint]) -> list[str]:
     return sorted(bits, key=lambda name: (name == "bf16", round(bits[name], 2), name))
 
 
-def _element(name: str) -> str:
+def element_name(name: str) -> str:
+    """The element format of a scheme's weights; ``bf16`` where they are not quantized."""
     weight = parse_scheme(name).weight
     return "bf16" if weight is None else weight.element.name
 
@@ -120,7 +121,7 @@ def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict
             {
                 "name": group.name,
                 "decoder_layer": group.layers[0].decoder_layer,
-                "module": _module(group),
+                "module": module_name(group),
                 "weights": group.weights,
                 "layers": [[one.name, one.out_features, one.in_features] for one in group.layers],
                 "options": options,
@@ -130,7 +131,7 @@ def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict
     return content
 
 
-def _module(group: TableGroup) -> str:
+def module_name(group: TableGroup) -> str:
     """The row of the map: the group's name without its decoder layer."""
     if group.layers[0].decoder_layer is None:
         return group.name

@@ -1,0 +1,296 @@
+"""Figures for papers and READMEs, by matplotlib (the extra ``mofq[plot]``)."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mofq.decide import Request
+from mofq.decide.request import request_problem
+from mofq.exceptions import MofqError, nearest_name
+from mofq.explore.content import element_name, module_name, scheme_order
+from mofq.explore.frontier import frontier_recipes
+from mofq.explore.named_points import (
+    MeasuredPoint,
+    NamedPoint,
+    read_validation,
+    recipe_point,
+    uniform_points,
+)
+from mofq.solvers import KL_UNIT, Budgets, Problem
+from mofq.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Points of a drawn frontier: more cannot be told apart.
+_POINTS = 60
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class FigureInputs:
+    """What figures are drawn from."""
+
+    table: Table
+    problem: Problem
+    request: Request
+    recipes: tuple[NamedPoint, ...]
+    measured: tuple[MeasuredPoint, ...]
+
+    @property
+    def quantity(self) -> str:
+        """Of the errors, with their unit."""
+        if self.problem.unit == KL_UNIT:
+            return "KL [nats per token]"
+        return self.problem.unit.replace("_", " ")
+
+
+def figure_inputs(
+    table: Table,
+    *,
+    recipes: Sequence[Path] = (),
+    validations: Sequence[Path] = (),
+    request: Request | None = None,
+) -> FigureInputs:
+    """Read what belongs to a table; see `page_content`.
+
+    Raises:
+        MofqError: The table is not complete, or a recipe or validation does not belong to it.
+    """
+    request = request or Request(Budgets(), ties=False)
+    problem = request_problem(table, request)
+    index = table.header.index_sha256
+    return FigureInputs(
+        table,
+        problem,
+        request=request,
+        recipes=tuple(recipe_point(path, table, problem) for path in recipes),
+        measured=tuple(read_validation(path, index) for path in validations),
+    )
+
+
+def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
+    """Draw one figure; the same inputs give the same bytes.
+
+    Args:
+        kind: A key of `FIGURES`.
+        inputs: From `figure_inputs`.
+        path: Ends in ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        MofqError: There is no such kind or format, matplotlib is missing, or the kind
+            needs a recipe or a validation that is not given.
+    """
+    if kind not in FIGURES:
+        raise MofqError(f"no figure is called {kind!r}." + nearest_name(kind, FIGURES))
+    if path.suffix not in _FORMATS:
+        raise MofqError(f"{path}: must end in one of {', '.join(_FORMATS)}.")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as problem:
+        raise MofqError(
+            "figures need matplotlib. Install it with `pip install 'mofq[plot]'`."
+        ) from problem
+    # A seed of our own for the names in an SVG: the same figure, the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "mofq", "font.size": 9, "axes.grid": True}):
+        figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
+        FIGURES[kind](figure, inputs)
+        metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
+        beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        try:
+            figure.savefig(beside, metadata=metadata)
+            beside.replace(path)
+        except OSError as problem:
+            raise MofqError(f"{path}: cannot be written: {problem.strerror}.") from problem
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _frontier(figure: Figure, inputs: FigureInputs) -> None:
+    """Error against size: the frontier, uniform schemes, recipes, measurements."""
+    axes = figure.subplots()
+    points = frontier_recipes(inputs.table, inputs.problem, request=inputs.request, most=_POINTS)
+    key = "kl_nats_per_token" if inputs.problem.unit == KL_UNIT else "error"
+    bits_K = _results(points, "bits_per_weight")
+    value_K, stderr_K = _results(points, key), _results(points, "kl_stderr")
+    axes.plot(bits_K, value_K, color="#0b62d6", label="frontier, predicted")
+    if inputs.problem.unit == KL_UNIT:
+        low_K, high_K = value_K - 2 * stderr_K, value_K + 2 * stderr_K
+        axes.fill_between(bits_K, low_K, high_K, color="#0b62d6", alpha=0.18, lw=0)
+    uniforms = [
+        one
+        for one in uniform_points(inputs.table, inputs.problem, inputs.request)
+        if one.label != "bf16"
+    ]
+    _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
+    _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
+    for one in inputs.measured:
+        stderr = 2 * (one.kl_stderr or 0.0)
+        axes.errorbar(one.bits_per_weight, one.kl_nats_per_token, stderr, fmt="o", color="#0a7a4b")
+        _name(axes, one.label, one.bits_per_weight, one.kl_nats_per_token, "#0a7a4b")
+    if inputs.measured:
+        axes.plot([], [], "o", color="#0a7a4b", label="measured")
+    axes.set_yscale("log")
+    if uniforms:
+        least, most = min(bits_K), max(one.bits_per_weight or 0.0 for one in uniforms)
+        axes.set_xlim(least - 0.15, min(most + max(0.5, (most - least) / 4), max(bits_K)))
+        visible = value_K[(bits_K <= axes.get_xlim()[1]) & (value_K > 0)]
+        axes.set_ylim(bottom=0.7 * min(visible))
+    axes.set(xlabel="true bits per weight", ylabel=inputs.quantity)
+    axes.set_title(inputs.table.header.model_name, parse_math=False)
+    axes.legend(frameon=False)
+
+
+def _results(points: Sequence[Any], key: str) -> np.ndarray:
+    values = [point.recipe.result.get(key) for point in points]
+    return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
+
+
+def _mark(axes: Axes, points: Sequence[NamedPoint], *, style: tuple[str, str], label: str) -> None:
+    drawn = [p for p in points if p.value is not None and p.bits_per_weight is not None]
+    marker, colour = style
+    for number, one in enumerate(drawn):
+        assert one.value is not None
+        assert one.bits_per_weight is not None
+        axes.plot(
+            one.bits_per_weight,
+            one.value,
+            marker,
+            color=colour,
+            ms=4,
+            label="_" if number else label,
+        )
+        _name(axes, one.label, one.bits_per_weight, one.value, colour)
+
+
+def _name(axes: Axes, label: str, bits: float, value: float, colour: str) -> None:
+    axes.annotate(
+        label,
+        (bits, value),
+        xytext=(5, 2),
+        textcoords="offset points",
+        fontsize=6,
+        color=colour,
+        parse_math=False,
+        annotation_clip=True,
+    )
+
+
+def _map(figure: Figure, inputs: FigureInputs) -> None:
+    """Decoder layer by module, one panel for each recipe, coloured by scheme."""
+    if not inputs.recipes:
+        raise MofqError("a map shows recipes; name one after the table.")
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    groups = inputs.table.header.groups
+    modules = list(dict.fromkeys(module_name(group) for group in groups))
+    layers = sorted({group.layers[0].decoder_layer or 0 for group in groups})
+    order = scheme_order(inputs.problem, inputs.recipes)
+    colours = _colours(order)
+    figure.set_size_inches(7.2, (0.32 * len(modules) + 0.6) * len(inputs.recipes) + 0.7)
+    rows = figure.subplots(len(inputs.recipes), squeeze=False)
+    for axes, recipe in zip(rows[:, 0], inputs.recipes, strict=True):
+        picture = np.full((len(modules), len(layers)), np.nan)
+        for group, scheme in zip(groups, recipe.schemes, strict=True):
+            place = layers.index(group.layers[0].decoder_layer or 0)
+            picture[modules.index(module_name(group)), place] = order.index(scheme)
+        axes.pcolormesh(
+            picture,
+            cmap=ListedColormap(colours),
+            vmin=-0.5,
+            vmax=len(order) - 0.5,
+            edgecolors="white",
+            linewidth=0.6,
+        )
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(len(modules)) + 0.5, modules)
+        step = max(1, len(layers) // 15)
+        axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(n) for n in layers[::step]])
+        bits = "" if recipe.bits_per_weight is None else f", {recipe.bits_per_weight:.3f} bits"
+        axes.set_title(f"{recipe.label}{bits}", fontsize=9, loc="left", parse_math=False)
+    rows[-1, 0].set_xlabel("decoder layer")
+    used = [name for name in order if any(name in recipe.schemes for recipe in inputs.recipes)]
+    patches = [Patch(color=colours[order.index(name)], label=name) for name in used]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+
+
+def _colours(schemes: Sequence[str]) -> list[tuple[float, float, float]]:
+    """A hue for each element format, a lightness for each of its schemes."""
+    elements = list(dict.fromkeys(element_name(name) for name in schemes if name != "bf16"))
+    hues = (0.6, 0.07, 0.38, 0.86, 0.15, 0.5, 0.74, 0.0)
+    colours = []
+    for name in schemes:
+        if name == "bf16":
+            colours.append((0.25, 0.25, 0.25))
+            continue
+        members = [one for one in schemes if element_name(one) == element_name(name)]
+        place = (members.index(name) + 0.5) / len(members)
+        hue = hues[elements.index(element_name(name)) % len(hues)]
+        colours.append(colorsys.hls_to_rgb(hue, 0.8 - 0.5 * place, 0.75))
+    return colours
+
+
+def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
+    """The error that each scheme makes in each decoder layer, summed over its fusion groups."""
+    axes = figure.subplots()
+    problem, groups = inputs.problem, inputs.table.header.groups
+    layers = sorted({group.layers[0].decoder_layer or 0 for group in groups})
+    order = [name for name in scheme_order(problem, ()) if name != "bf16"]
+    cost_P = problem.cost_PK.max(axis=1)
+    for name, colour in zip(order, _colours(order), strict=True):
+        total: dict[int, float] = {}
+        for p, scheme in enumerate(problem.schemes):
+            if scheme == name:
+                layer = groups[int(problem.group_P[p])].layers[0].decoder_layer or 0
+                total[layer] = total.get(layer, 0.0) + float(cost_P[p])
+        drawn = [layer for layer in layers if total.get(layer, 0.0) > 0]
+        axes.plot(drawn, [total[n] for n in drawn], "-o", ms=2.5, lw=1.2, color=colour, label=name)
+    axes.set_yscale("log")
+    axes.set(xlabel="decoder layer", ylabel=inputs.quantity)
+    axes.set_title(inputs.table.header.model_name, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+
+
+def _prediction(figure: Figure, inputs: FigureInputs) -> None:
+    """Measured against predicted."""
+    known = [one for one in inputs.measured if one.predicted is not None]
+    if not known:
+        raise MofqError("a figure of predictions needs --validation files that have one.")
+    figure.set_size_inches(4.6, 4.4)
+    axes = figure.subplots()
+    for one in known:
+        predicted = one.predicted or 0.0
+        axes.errorbar(
+            predicted,
+            one.kl_nats_per_token,
+            2 * (one.kl_stderr or 0.0),
+            xerr=2 * (one.predicted_stderr or 0.0),
+            fmt="o",
+            ms=4,
+            color="#0b62d6",
+        )
+        _name(axes, one.label, predicted, one.kl_nats_per_token, "#1c1c1e")
+    values = [one.predicted or 0.0 for one in known] + [one.kl_nats_per_token for one in known]
+    ends = [min(values) / 1.5, max(values) * 1.5]
+    axes.plot(ends, ends, "--", lw=1, color="#66666b")
+    axes.set(xscale="log", yscale="log", xlabel="predicted KL [nats per token]")
+    axes.set_ylabel("measured KL [nats per token]")
+    axes.set_title(inputs.table.header.model_name, parse_math=False)
+
+
+FIGURES = {
+    "frontier": _frontier,
+    "map": _map,
+    "sensitivity": _sensitivity,
+    "prediction": _prediction,
+}
