@@ -21,18 +21,24 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
-    ] = False,
-) -> None:
-    """Options of mofq itself."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from mofq import __version__
 
         typer.echo(f"mofq {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Options of mofq itself."""
 
 
 @app.command()
