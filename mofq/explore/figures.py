@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
 #: Points of a drawn frontier: more cannot be told apart.
 _POINTS = 60
+#: Label, bits per weight, value, colour.
+_Name = tuple[str, float, float, str]
 _FORMATS = (".png", ".svg", ".pdf")
+_STYLE: Any = {  # names that only matplotlib knows
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e8e8e6",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,7 @@ def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
             "figures need matplotlib. Install it with `pip install 'mofq[plot]'`."
         ) from problem
     # A seed of our own for the names in an SVG: the same figure, the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "mofq", "font.size": 9, "axes.grid": True}):
+    with matplotlib.rc_context({"svg.hashsalt": "mofq", **_STYLE}):
         figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
         FIGURES[kind](figure, inputs)
         metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
@@ -130,20 +140,16 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
         for one in uniform_points(inputs.table, inputs.problem, inputs.request)
         if one.label != "bf16"
     ]
-    _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
-    _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
-    for one in inputs.measured:
-        stderr = 2 * (one.kl_stderr or 0.0)
-        axes.errorbar(one.bits_per_weight, one.kl_nats_per_token, stderr, fmt="o", color="#0a7a4b")
-        _name(axes, one.label, one.bits_per_weight, one.kl_nats_per_token, "#0a7a4b")
-    if inputs.measured:
-        axes.plot([], [], "o", color="#0a7a4b", label="measured")
+    named = _measurements(axes, inputs.measured)
+    named += _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
+    named += _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
     axes.set_yscale("log")
     if uniforms:
         least, most = min(bits_K), max(one.bits_per_weight or 0.0 for one in uniforms)
         axes.set_xlim(least - 0.15, min(most + max(0.5, (most - least) / 4), max(bits_K)))
         visible = value_K[(bits_K <= axes.get_xlim()[1]) & (value_K > 0)]
         axes.set_ylim(bottom=0.7 * min(visible))
+    _write_names(axes, named)
     axes.set(xlabel="true bits per weight", ylabel=inputs.quantity)
     axes.set_title(inputs.table.header.model_name, parse_math=False)
     axes.legend(frameon=False)
@@ -154,34 +160,52 @@ def _results(points: Sequence[Any], key: str) -> np.ndarray:
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 
-def _mark(axes: Axes, points: Sequence[NamedPoint], *, style: tuple[str, str], label: str) -> None:
-    drawn = [p for p in points if p.value is not None and p.bits_per_weight is not None]
-    marker, colour = style
-    for number, one in enumerate(drawn):
-        assert one.value is not None
-        assert one.bits_per_weight is not None
-        axes.plot(
+def _measurements(axes: Axes, measured: Sequence[MeasuredPoint]) -> list[_Name]:
+    for number, one in enumerate(measured):
+        axes.errorbar(
             one.bits_per_weight,
-            one.value,
-            marker,
-            color=colour,
+            one.kl_nats_per_token,
+            2 * (one.kl_stderr or 0.0),
+            fmt="o",
             ms=4,
-            label="_" if number else label,
+            color="#0a7a4b",
+            label="_" if number else "measured",
         )
-        _name(axes, one.label, one.bits_per_weight, one.value, colour)
+    return [(one.label, one.bits_per_weight, one.kl_nats_per_token, "#0a7a4b") for one in measured]
 
 
-def _name(axes: Axes, label: str, bits: float, value: float, colour: str) -> None:
-    axes.annotate(
-        label,
-        (bits, value),
-        xytext=(5, 2),
-        textcoords="offset points",
-        fontsize=6,
-        color=colour,
-        parse_math=False,
-        annotation_clip=True,
-    )
+def _mark(
+    axes: Axes, points: Sequence[NamedPoint], *, style: tuple[str, str], label: str
+) -> list[_Name]:
+    marker, colour = style
+    names: list[_Name] = []
+    for one in points:
+        if one.value is not None and one.bits_per_weight is not None:
+            names.append((one.label, one.bits_per_weight, one.value, colour))
+    bits, values = [name[1] for name in names], [name[2] for name in names]
+    if names:
+        axes.plot(bits, values, marker, color=colour, ms=4, label=label)
+    return names
+
+
+def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
+    """Names beside their points; one that would cover another is left out."""
+    taken: list[tuple[float, float]] = []
+    for label, bits, value, colour in names:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((bits, value)))
+        near = any(abs(x - other) < 0.2 and abs(y - above) < 0.035 for other, above in taken)
+        if near or not 0 <= x <= 0.85:
+            continue
+        taken.append((x, y))
+        axes.annotate(
+            label,
+            (bits, value),
+            xytext=(5, 2),
+            textcoords="offset points",
+            fontsize=6,
+            color=colour,
+            parse_math=False,
+        )
 
 
 def _map(figure: Figure, inputs: FigureInputs) -> None:
@@ -279,12 +303,14 @@ def _prediction(figure: Figure, inputs: FigureInputs) -> None:
             ms=4,
             color="#0b62d6",
         )
-        _name(axes, one.label, predicted, one.kl_nats_per_token, "#1c1c1e")
     values = [one.predicted or 0.0 for one in known] + [one.kl_nats_per_token for one in known]
     ends = [min(values) / 1.5, max(values) * 1.5]
     axes.plot(ends, ends, "--", lw=1, color="#66666b")
     axes.set(xscale="log", yscale="log", xlabel="predicted KL [nats per token]")
     axes.set_ylabel("measured KL [nats per token]")
+    _write_names(
+        axes, [(p.label, p.predicted or 0.0, p.kl_nats_per_token, "#1c1c1e") for p in known]
+    )
     axes.set_title(inputs.table.header.model_name, parse_math=False)
 
 
