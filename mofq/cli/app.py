@@ -153,6 +153,13 @@ def search(
     ] = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     device: Device = "cpu",
+    trials: Annotated[int, typer.Option(help="Of optuna; earlier ones count.", min=1)] = 60,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Of optuna: a URL, an SQLite or journal file; beside -o by default."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes of optuna.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of optuna's proposals.")] = 0,
     json: Json = False,
 ) -> None:
     """Choose one scheme for each fusion group under a budget."""
@@ -178,6 +185,10 @@ def search(
             tokens=tokens,
             sequence_length=sequence_length,
             device=device,
+            trials=trials,
+            storage=storage,
+            workers=workers,
+            seed=seed,
         ),
         as_json=json,
     )

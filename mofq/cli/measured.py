@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import load_named
-from mofq.cli.terminal import progress_bars
+from mofq.cli.terminal import Bars, note, progress_bars
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
     from mofq.cli.search import SearchOptions
     from mofq.decide import Decision, Request
     from mofq.table import Table
+    from mofq.validate.objective import MeasuredKl
 
 
 def check_measured(options: SearchOptions) -> None:
     """Refuse a measured search that lacks what it measures with.
 
     Raises:
-        MofqError: --model or --text is missing.
+        MofqError: --model or --text is missing, or two ways of measuring are asked for.
     """
+    if options.solver == "optuna" and options.refine:
+        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
     asked = "--solver optuna" if options.solver == "optuna" else f"--refine {options.refine}"
     for name, value in (("--model", options.model), ("--text", options.text)):
         if value is None:
@@ -31,7 +38,6 @@ def check_measured(options: SearchOptions) -> None:
 
 def search_measured(options: SearchOptions, table: Table, request: Request) -> Decision:
     """Decide, and let measurements have the last word."""
-    from mofq.decide.measured import decide_refined
     from mofq.validate.objective import MeasuredKl
 
     assert options.model is not None
@@ -49,14 +55,72 @@ def search_measured(options: SearchOptions, table: Table, request: Request) -> D
         ) as objective,
     ):
         check_model(table, objective.checkpoint.index_sha256)
-        return decide_refined(
+        measure = _in_study if options.solver == "optuna" else _refined
+        return measure(options, table, request, objective=objective, bars=bars)
+
+
+def _refined(
+    options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
+) -> Decision:
+    from mofq.decide.measured import decide_refined
+
+    return decide_refined(
+        table,
+        request,
+        evaluate=objective.evaluate,
+        swaps=options.refine,
+        text_sha256=objective.text.sha256,
+        progress=lambda done, total: bars.stage("refine", done, total),
+    ).decision
+
+
+def _in_study(
+    options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
+) -> Decision:
+    from mofq.decide.study import StudyPlan, decide_in_study
+
+    plan = StudyPlan(
+        storage=options.storage or str(options.output.with_suffix(".optuna.db")),
+        text_sha256=objective.text.sha256,
+        tokens=objective.tokens,
+        sequence_length=options.sequence_length,
+        device=options.device,
+        trials=options.trials,
+        seed=options.seed,
+    )
+    with _other_workers(options):
+        return decide_in_study(
             table,
             request,
             evaluate=objective.evaluate,
-            swaps=options.refine,
-            text_sha256=text.sha256,
-            progress=lambda done, total: bars.stage("refine", done, total),
-        ).decision
+            plan=plan,
+            progress=lambda done, total: bars.stage("trials", done, total),
+        )
+
+
+@contextmanager
+def _other_workers(options: SearchOptions) -> Iterator[None]:
+    """Processes that work on the same study, until it has its trials."""
+    context = get_context("spawn")  # a fork of a process that uses torch hangs
+    alone = replace(options, workers=1)
+    processes = [
+        context.Process(target=work, args=(alone,), daemon=True) for _ in range(options.workers - 1)
+    ]
+    for process in processes:
+        process.start()
+    yield
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            note(f"A worker ended with exit code {process.exitcode}; the others did its part.")
+
+
+def work(options: SearchOptions) -> None:
+    """One more process on a study; what it finds is in the study."""
+    from mofq.cli.search import search_request
+    from mofq.table import read_table
+
+    search_measured(options, read_table(options.table), search_request(options))
 
 
 def check_model(table: Table, index_sha256: str) -> None:

@@ -42,6 +42,10 @@ class SearchOptions:
     tokens: int = 4096
     sequence_length: int = 512
     device: str = "cpu"
+    trials: int = 60
+    storage: str | None = None
+    workers: int = 1
+    seed: int = 0
 
 
 def run_search(options: SearchOptions, *, as_json: bool) -> None:
@@ -68,16 +72,26 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
-    from mofq.cost import parse_size
-    from mofq.decide import Request
     from mofq.recipe import write_recipe
-    from mofq.solvers import Budgets, Objective
     from mofq.table import read_table
 
     _check_options(options)
     check_output(options.output)
-    table = read_table(options.table)
-    request = Request(
+    measured = options.refine or options.solver == "optuna"
+    decision = (search_measured if measured else _decide)(
+        options, read_table(options.table), search_request(options)
+    )
+    write_recipe(decision.recipe, options.output)
+    return decision
+
+
+def search_request(options: SearchOptions) -> Request:
+    """What is asked of the decision."""
+    from mofq.cost import parse_size
+    from mofq.decide import Request
+    from mofq.solvers import Budgets, Objective
+
+    return Request(
         budgets=Budgets(
             max_bits=options.max_bits,
             max_bytes=None if options.max_size is None else parse_size(options.max_size),
@@ -91,10 +105,6 @@ def search_table(options: SearchOptions) -> Decision:
         engine=options.engine,
         ties=options.ties == "on",
     )
-    measured = options.refine or options.solver == "optuna"
-    decision = (search_measured if measured else _decide)(options, table, request)
-    write_recipe(decision.recipe, options.output)
-    return decision
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:
@@ -111,12 +121,7 @@ def _check_options(options: SearchOptions) -> None:
             f"unknown objective {options.objective!r}."
             + nearest_name(options.objective, _OBJECTIVES)
         )
-    if options.solver == "optuna":
-        raise MofqError(
-            "--solver optuna comes with release 0.2; exact and greedy are here, and "
-            "`mofq validate` measures the truth of a recipe."
-        )
-    if options.refine:
+    if options.refine or options.solver == "optuna":
         check_measured(options)
 
 

@@ -66,7 +66,7 @@ def decide_refined(
         progress=progress,
     )
     decision = with_measured(
-        _decide_again(table, problem, decision, refined.best.choice_F),
+        decide_again(table, problem, decision, refined.best.choice_F),
         refined.best,
         text_sha256=text_sha256,
         trials=1 + len(refined.uniforms) + len(refined.swaps),
@@ -89,7 +89,7 @@ def recipe_choice(problem: Problem, recipe: Recipe) -> np.ndarray:
     return problem.choice_of({group.name: group.scheme for group in recipe.groups})
 
 
-def _decide_again(
+def decide_again(
     table: Table, problem: Problem, decision: Decision, choice_F: np.ndarray
 ) -> Decision:
     """The decision with another choice, its sizes and predictions anew."""

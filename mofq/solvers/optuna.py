@@ -1,0 +1,355 @@
+"""Many recipes measured in one Optuna study, by any number of processes.
+
+Every fusion group is a categorical parameter under its own name. The study starts from
+recipes of the exact solver, and `thompson` proposes what lies around the best; Optuna keeps
+the trials, gives hopeless ones up (its Wilcoxon test over windows) and shares them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import (
+    BaseStorage,
+    JournalStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
+)
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+
+from mofq.exceptions import MofqError
+from mofq.solvers.budgets import Budgets, budget_rows, offered
+from mofq.solvers.problem import IntArray, Problem
+from mofq.solvers.refine import Measure, Measured, Progress, is_less, paired, preferred_uniform
+from mofq.solvers.thompson import Observation, propose
+from mofq.solvers.ties import TIE_STDERRS
+
+#: Name of the first recipe, which all others are compared with.
+START = "start"
+_UNIFORM = "uniform "
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+#: A process that is silent for so long is dead, and its trial is queued again [seconds].
+_HEARTBEAT, _GRACE = 30, 150
+#: How long a process waits for another to leave the SQLite file [seconds].
+_SQLITE_TIMEOUT = 120
+_SQLITE = (".db", ".sqlite", ".sqlite3")
+
+#: A trial is given up where it is worse than the best with this probability of error.
+_PRUNE_P = 0.05
+_PRUNE_WINDOWS = 4
+#: Draws before a recipe is measured a second time.
+_DRAWS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Searched:
+    """What a study found."""
+
+    best: Measured  #: what is returned
+    start: Measured
+    uniform: str | None  #: the uniform scheme that is as good or better, and is `best` then
+    finished: int  #: trials, those given up included
+    given_up: int
+
+
+def open_study(storage: str, name: str) -> Study:
+    """Open or begin a study.
+
+    Args:
+        storage: A URL as SQLAlchemy has it (``postgresql://…``, ``sqlite:///…``); the path of
+            an SQLite file (``.db``, ``.sqlite``); or any other path, of a journal file.
+        name: Of the study. What its trials' values depend on should be part of it.
+
+    Returns:
+        The study.
+
+    Raises:
+        MofqError: The storage cannot be opened.
+    """
+    try:
+        with quiet():
+            return optuna.create_study(
+                storage=_storage(storage),
+                study_name=name,
+                load_if_exists=True,
+                direction="minimize",
+                pruner=optuna.pruners.WilcoxonPruner(
+                    p_threshold=_PRUNE_P, n_startup_steps=_PRUNE_WINDOWS
+                ),
+            )
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MofqError(
+            f"--storage {storage}: cannot be opened: {reason}. Give a path, or a URL whose server "
+            f"runs and whose driver is installed (pip install psycopg[binary])."
+        ) from error
+
+
+def _storage(storage: str) -> BaseStorage:
+    if "://" not in storage and Path(storage).suffix not in _SQLITE:
+        return JournalStorage(JournalFileBackend(storage))
+    url = storage if "://" in storage else f"sqlite:///{storage}"
+    is_sqlite = url.startswith("sqlite")
+    database = RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": _SQLITE_TIMEOUT}} if is_sqlite else {},
+        heartbeat_interval=_HEARTBEAT,
+        grace_period=_GRACE,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+    )
+    if is_sqlite:
+        event.listen(database.engine, "connect", _without_fsync)
+        database.engine.dispose()
+    return database
+
+
+def _without_fsync(connection: Any, _record: Any) -> None:
+    # One commit for each parameter: waiting for the disk would take longer than the model.
+    # A killed process loses nothing by it; a power cut may lose the study.
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna reports every trial on stderr, where our progress bars are.
+
+    And it calls parts of itself experimental that have been there since its version 3.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def enqueue(study: Study, problem: Problem, starts: Mapping[str, IntArray]) -> None:
+    """Queue recipes to be measured first.
+
+    Args:
+        study: Those that it has measured or queued under the same name are not queued again.
+        problem: Whose groups are the parameters.
+        starts: Name -> choice. `START` must be among them.
+    """
+    known = {
+        trial.user_attrs.get("origin")
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.FAIL
+    }
+    for name, choice_F in starts.items():
+        if name not in known:
+            study.enqueue_trial(problem.schemes_of(choice_F), user_attrs={"origin": name})
+
+
+def run_trials(
+    study: Study,
+    problem: Problem,
+    budgets: Budgets,
+    start_F: IntArray,
+    *,
+    measure: Measure,
+    trials: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Measure until a study has so many finished trials, whoever measures them.
+
+    Of several processes each may finish the trial that it is at, so that there can be one
+    more for each of the others.
+
+    Args:
+        study: With starts queued.
+        problem: What may be chosen.
+        budgets: That every recipe keeps. Not ``max_kl``.
+        start_F: The start, should it have got lost.
+        measure: The objective.
+        trials: Finished ones, those that are there already included.
+        seed: Of the proposals, beside the number of the trial.
+        progress: Called after each trial with those finished, and wanted.
+    """
+    study.sampler = _Sampler(problem, budgets, seed)
+    rows = budget_rows(problem, budgets)
+    schemes = _search_space(problem, budgets)
+
+    def objective(trial: Trial) -> float:
+        chosen = {g: trial.suggest_categorical(g, d.choices) for g, d in schemes.items()}
+        choice_F = problem.choice_of({g.name: str(chosen[g.name]) for g in problem.groups})
+        if not all(row.holds(choice_F) for row in rows):
+            raise optuna.TrialPruned("over the budget")  # queued by hand
+        trial.set_user_attr("recipe", problem.schemes_of(choice_F))
+        trial.set_user_attr("bits_per_weight", 8 * problem.bytes_of(choice_F) / problem.weights)
+        windows: list[float] = []
+        for window, value in enumerate(measure(problem.schemes_of(choice_F))):
+            windows.append(value)
+            trial.report(value, window)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return math.fsum(windows) / len(windows)
+
+    with quiet():
+        while start_trial(study) is None or _finished(study) < trials:
+            if start_trial(study) is None:
+                _queue_lost_start(study, problem, start_F)
+            study.optimize(objective, n_trials=1)
+            if progress is not None:
+                progress(min(_finished(study), trials), trials)
+
+
+def search_result(study: Study, problem: Problem, *, ties: bool = True) -> Searched:
+    """The best recipe of a study, never worse than its start.
+
+    Args:
+        study: With a finished start.
+        problem: Its groups are the parameters.
+        ties: Whether a uniform scheme within noise is preferred; else only a better one.
+
+    Returns:
+        The trial of least mean KL where it is better than the start by more than two standard
+        errors, paired window by window; else the start; a uniform scheme instead
+        where that is not beaten.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state in _FINISHED]
+    measured = {t.number: _measured(problem, t) for t in trials if t.intermediate_values}
+    first = start_trial(study)
+    assert first is not None
+    start = measured[first.number]
+    complete = [measured[t.number] for t in trials if t.state == TrialState.COMPLETE]
+    best = min(complete, key=lambda one: one.kl.value)
+    if not is_less(paired(start.windows, best.windows), TIE_STDERRS):
+        best = start
+    uniforms = {
+        str(t.user_attrs["origin"]).removeprefix(_UNIFORM): measured[t.number]
+        for t in trials
+        if str(t.user_attrs.get("origin", "")).startswith(_UNIFORM) and t.number in measured
+    }
+    same = (name for name, one in uniforms.items() if (one.choice_F == best.choice_F).all())
+    uniform = next(same, None) or preferred_uniform(best, uniforms, ties=ties)
+    return Searched(
+        best if uniform is None else uniforms[uniform],
+        start,
+        uniform=uniform,
+        finished=len(trials),
+        given_up=sum(t.state == TrialState.PRUNED for t in trials),
+    )
+
+
+def uniform_starts(candidates: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """Uniform recipes under the names that `search_result` knows them by."""
+    return {f"{_UNIFORM}{name}": choice_F for name, choice_F in candidates.items()}
+
+
+def start_trial(study: Study) -> FrozenTrial | None:
+    """The complete trial of the first recipe."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if trial.user_attrs.get("origin") == START:
+            return trial
+    return None
+
+
+def _queue_lost_start(study: Study, problem: Problem, start_F: IntArray) -> None:
+    """Queue the start again where the process that measured it is gone."""
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.enqueue_trial(problem.schemes_of(start_F), user_attrs={"origin": START})
+
+
+def _finished(study: Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=_FINISHED))
+
+
+def _measured(problem: Problem, trial: FrozenTrial) -> Measured:
+    windows = tuple(trial.intermediate_values[n] for n in sorted(trial.intermediate_values))
+    return Measured(problem.choice_of(trial.user_attrs["recipe"]), windows)
+
+
+def _search_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDistribution]:
+    allowed_P = offered(problem, budgets)
+    return {
+        group.name: CategoricalDistribution(
+            [problem.schemes[p] for p in problem.options_of(n) if allowed_P[p]]
+        )
+        for n, group in enumerate(problem.groups)
+    }
+
+
+class _Sampler(optuna.samplers.BaseSampler):
+    """Optuna's way to ask `propose`; all that it knows is in the study."""
+
+    def __init__(self, problem: Problem, budgets: Budgets, seed: int) -> None:
+        self._problem = problem
+        self._budgets = budgets
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return dict(_search_space(self._problem, self._budgets))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs:  # queued
+            return {}
+        trials = [t for t in study.get_trials(deepcopy=False) if "recipe" in t.user_attrs]
+        return self._problem.schemes_of(self._next(trials, trial.number))
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A group that was queued without a scheme, by hand: as in the start."""
+        first = start_trial(study)
+        assert isinstance(param_distribution, CategoricalDistribution)
+        return param_distribution.choices[0] if first is None else first.params[param_name]
+
+    def _next(self, trials: Sequence[FrozenTrial], number: int) -> IntArray:
+        generator = np.random.default_rng([self._seed, number])
+        done = [t for t in trials if t.state in _FINISHED and t.intermediate_values]
+        measured = [_measured(self._problem, trial) for trial in done]
+        start = next(
+            (m for t, m in zip(done, measured, strict=True) if t.user_attrs.get("origin") == START),
+            None,
+        )
+        complete = [
+            m for t, m in zip(done, measured, strict=True) if t.state == TrialState.COMPLETE
+        ]
+        tried = {self._problem.choice_of(t.user_attrs["recipe"]).tobytes() for t in trials}
+        best = min(complete, key=lambda one: one.kl.value, default=start)
+        if start is None or best is None:
+            raise MofqError("the study has no start; begin it with `mofq search`.")
+        observations = [
+            Observation(one.choice_F, paired(start.windows, one.windows))
+            for one in measured
+            if one is not start
+        ]
+        for _ in range(_DRAWS):
+            choice_F = propose(
+                self._problem,
+                self._budgets,
+                start.choice_F,
+                best_F=best.choice_F,
+                observations=observations,
+                generator=generator,
+            )
+            if choice_F.tobytes() not in tried:
+                break
+        return choice_F
