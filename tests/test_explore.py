@@ -129,7 +129,7 @@ def test_points_grow_in_size_and_each_is_the_optimum_of_its_size(
         assert decide(table, request).recipe.result["error"] == point["error"]
 
 
-def test_a_long_frontier_keeps_both_ends_and_even_steps(table: Table) -> None:
+def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
     frontier = solve_frontier(problem_from_table(table))
     points = spaced_points(frontier, 8)
     assert len(points) <= 8

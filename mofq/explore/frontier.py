@@ -42,7 +42,7 @@ def frontier_recipes(
         table: From `mofq measure`.
         problem: What the request may choose from in the table.
         request: What may be chosen; its budgets and its rule for ties do not count.
-        most: Keep at most so many points, evenly spaced along the curve.
+        most: Keep at most so many points; see `spaced_points`.
         progress: Told after each point.
 
     Returns:
@@ -63,9 +63,11 @@ def frontier_recipes(
 
 
 def spaced_points(frontier: Frontier, most: int) -> IntArray:
-    """Indices of at most so many points, evenly spaced along the curve as it is drawn.
+    """Indices of at most so many points, both ends among them.
 
-    Both ends stay. The curve is drawn with the logarithm of the error.
+    Half of them are evenly spaced along the curve as it is drawn, with the logarithm of
+    the error, so that no part of it is coarse. The other half are even in the steps of the
+    frontier, which are many where there is most to decide.
     """
     count = len(frontier.bytes_K)
     if count <= most:
@@ -73,8 +75,10 @@ def spaced_points(frontier: Frontier, most: int) -> IntArray:
     error_K = np.maximum(frontier.error_K, frontier.error_K[frontier.error_K > 0].min())
     steps = np.hypot(_steps(frontier.bytes_K.astype(np.float64)), _steps(np.log(error_K)))
     along_K = np.concatenate([[0.0], np.cumsum(steps)])
-    wanted = np.linspace(0, along_K[-1], most)
-    return np.unique(np.abs(along_K[None, :] - wanted[:, None]).argmin(axis=1))
+    wanted = np.linspace(0, along_K[-1], most // 2)
+    drawn = np.abs(along_K[None, :] - wanted[:, None]).argmin(axis=1)
+    stepped = np.linspace(0, count - 1, most // 2).round().astype(np.int64)
+    return np.union1d(drawn, stepped)
 
 
 def _steps(values_K: FloatArray) -> FloatArray:

@@ -141,7 +141,7 @@ function paintMap() {
   });
   makeLegend(shown);
   byId("map-note").textContent = state.colour === "error"
-    ? `Darkest: ${numberText(largest)} ${UNIT} from one fusion group. `
+    ? `The strongest colour is ${numberText(largest)} ${UNIT} from one fusion group. `
       + "Arrow keys move over the map, Enter opens a cell."
     : "Point at a cell for its alternatives; choose it for all of them. Arrow keys move over the map.";
 }
