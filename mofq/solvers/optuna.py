@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def open_study(storage: str, name: str) -> Study:
     """
     try:
         with quiet():
-            return optuna.create_study(
-                storage=_storage(storage),
+            backend = _storage(storage)
+            study = optuna.create_study(
+                storage=backend,
                 study_name=name,
                 load_if_exists=True,
                 direction="minimize",
@@ -98,6 +100,9 @@ def open_study(storage: str, name: str) -> Study:
             f"--storage {storage}: cannot be opened: {reason}. Give a path, or a URL whose server "
             f"runs and whose driver is installed (pip install psycopg[binary])."
         ) from error
+    if isinstance(backend, RDBStorage):
+        weakref.finalize(study, backend.engine.dispose)
+    return study
 
 
 def _storage(storage: str) -> BaseStorage:
