@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import calibrate_folder, read_sequence, some_tokens
+from calibrated import calibrate_folder, labels_of, read_sequence, sampled_loss, some_tokens
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES
 from safetensors import safe_open
@@ -54,16 +54,6 @@ def shifted_outputs(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def sampled_loss(logits_TV: Tensor, label_T: Tensor) -> Tensor:
-    """Minus the log-probability of label t under the logits at t, summed over t."""
-    log_p = logits_TV.log_softmax(-1)
-    return -sum((log_p[t, label] for t, label in enumerate(label_T.tolist())), torch.zeros(()))
-
-
-def labels_of(logits_TV: Tensor, *, sequence: int, seed: int = 0, draw: int = 0) -> Tensor:
-    return sample_labels(logits_TV.detach(), seed=label_seed(seed, "a", sequence, draw))
 
 
 @pytest.mark.parametrize("family", DENSE)

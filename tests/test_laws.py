@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from calibrated import calibrate_folder, some_tokens, space_of
+from conftest import TinyCheckpoint
 from exported import (
     STORABLE,
     Exported,
@@ -27,13 +32,16 @@ from number_cases import (
     trained_like_weight,
     weight_scheme,
 )
+from safetensors.torch import load_file, save_file
 from solver_problems import exhaustive, small_problems, some_budgets
 
 from mofq.backends.compressed_tensors import export_compressed_tensors
+from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.cost import group_bytes, layer_bytes
 from mofq.exceptions import BudgetError
 from mofq.layers import find_layers
+from mofq.measure.run import measure, measure_groups
 from mofq.quantize import QuantizedWeight, dequantize_weight, quantize_with_scales
 from mofq.schemes import parse_scheme
 from mofq.solvers import SOLVERS, choose, solve_exact, solve_greedy, usage
@@ -184,3 +192,77 @@ def test_law_5_exact_equals_exhaustive_search_and_greedy_is_never_better(
     except BudgetError:
         return
     assert problem.error_of(exact_F) <= problem.error_of(greedy_F) + 1e-15
+
+
+def shuffle_shards(source: Path, target: Path, *, seed: int) -> Path:
+    """A copy of a one-file checkpoint in three shards, each with tensors from anywhere."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = sorted(tensors)
+    random.Random(seed).shuffle(names)
+    shards = {f"model-0000{i + 1}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for shard, some in shards.items():
+        save_file({name: tensors[name] for name in some}, target / shard, {"format": "pt"})
+    where = {name: shard for shard, some in shards.items() for name in some}
+    index = {"metadata": {}, "weight_map": {name: where[name] for name in names}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+class _Killed(Exception):
+    pass
+
+
+def fill_table(folder: Path, stats: Path, path: Path, *, threads: int = 1, kill: int = 0) -> bytes:
+    """The table of a checkpoint, measured on some threads, killed after so many groups."""
+
+    def progress(done: int, _: int) -> None:
+        if done == kill:
+            raise _Killed
+
+    checkpoint = open_checkpoint(str(folder))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        measure(
+            checkpoint,
+            find_layers(checkpoint),
+            space_of("int4.g32", "nvfp4", "int8.channel+int8.token"),
+            table_path=path,
+            stats=read_stats(stats),
+            progress=progress,
+        )
+    finally:
+        torch.set_num_threads(before)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_law_7_shards_threads_and_kills_change_no_byte_of_the_table(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny(family)
+    calibrate_folder(folder, tmp_path / "stats", {"a": some_tokens(2, 16)})
+    # Several blocks of rows in every layer.
+    monkeypatch.setattr("mofq.measure.prepared._BLOCK_ELEMENTS", 64 * 128)
+    expected = fill_table(folder, tmp_path / "stats", tmp_path / "whole.jsonl")
+    for seed, (threads, kill) in enumerate([(1, 3), (2, 0), (2, 1), (3, 2)]):
+        shuffled = shuffle_shards(folder, tmp_path / str(seed) / family, seed=seed)
+        path = tmp_path / f"{seed}.jsonl"
+        if kill:
+            with pytest.raises(_Killed):
+                fill_table(shuffled, tmp_path / "stats", path, threads=threads, kill=kill)
+        assert fill_table(shuffled, tmp_path / "stats", path, threads=threads) == expected
+
+
+def test_law_7_fusion_groups_measured_alone_and_in_any_order_have_the_same_rows(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    stats = calibrate_folder(tiny_llama, tmp_path, {"a": some_tokens(2, 16)})
+    checkpoint = open_checkpoint(str(tiny_llama))
+    schemes = space_of("int4.g32", "int8.channel+int8.token").schemes
+    work = [(group, schemes) for group in find_layers(checkpoint).groups]
+    together = list(measure_groups(checkpoint, work, stats=stats))
+    for i in (5, 0, 7, 3):
+        assert list(measure_groups(checkpoint, [work[i]], stats=stats)) == [together[i]]
