@@ -172,7 +172,10 @@ function drawMarks(u) {
   context.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
   context.clip();
   const taken = [], labels = [];
-  for (const one of marks()) {
+  drawCurrent(u, context, ratio, taken);
+  // Those that were asked for are named before the uniform ones.
+  const sorted = marks().sort((a, b) => (a.kind === "uniform") - (b.kind === "uniform"));
+  for (const one of sorted.reverse()) {
     const at = place(u, one.bits, one.value);
     if (at === null) continue;
     const colour = cssColour(MARK_COLOURS[one.kind]);
@@ -192,9 +195,8 @@ function drawMarks(u) {
     context.fill();
     const near = 6 * ratio;
     taken.push([at[0] - near, at[1] - near, at[0] + near, at[1] + near]);
-    labels.push([one.label, at, colour]);
+    labels.unshift([one.label, at, colour]);
   }
-  drawCurrent(u, context, ratio, taken);
   if (!NARROW.matches || labels.length < 6) drawLabels(u, context, ratio, labels, taken);
   context.restore();
 }

@@ -17,6 +17,8 @@ function paint() {
   slider.setAttribute("aria-valuetext", `${bitsText(point.bits_per_weight)} bits per weight, `
     + `${QUANTITY} ${numberText(pointValue(point))}`);
   if (document.activeElement !== byId("bits")) byId("bits").value = bitsUp(point);
+  byId("now").textContent = `${QUANTITY} ${withError(pointValue(point),
+    content.is_kl ? point.kl_stderr : null)} · ${bytesText(point.checkpoint_bytes)}`;
   paintCard(point);
   paintMap();
   paintPanel();
