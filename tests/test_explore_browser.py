@@ -211,6 +211,22 @@ def written_by(command: str, folder: Path) -> bytes:
     return output.read_bytes()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_slider_stays_where_it_is_while_it_moves_and_while_the_page_scrolls(
+    browser: Chrome, page: Path, width: int
+) -> None:
+    open_page(browser, page, width=width)
+    place = "return document.getElementById('slider').getBoundingClientRect().top"
+    tops = []
+    for point in (0, 9, 18, 27):
+        slide(browser, point)
+        sleep(0.1)
+        tops.append(run(browser, place))
+    assert len(set(tops)) == 1
+    run(browser, "scrollTo(0, 700)")
+    assert 0 <= run(browser, place) < 60
+
+
 def test_a_typed_budget_goes_to_the_last_point_that_fits(browser: Chrome, page: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

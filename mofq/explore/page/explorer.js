@@ -138,7 +138,7 @@ function paintDifferences() {
   byId("differences-summary").textContent = found.length === 0
     ? `${shown.label} and ${other.label} choose the same everywhere.`
     : `${found.length} of ${countText(groups.length, "fusion group")} differ. Against ${other.label}, `
-      + `${shown.label} costs ${signedText(sum("error"), numberText)} ${UNIT} and `
+      + `${shown.label} costs ${amount(signedText(sum("error"), numberText))} and `
       + `${signedText(sum("bytes"), bytesText)}`
       + (unmeasured ? `, without ${countText(unmeasured, "group")} whose schemes the table has not.` : ".");
   const rows = found.slice(0, MOST_DIFFERENCES).map((one) => element("tr", {},

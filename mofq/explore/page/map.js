@@ -141,7 +141,7 @@ function paintMap() {
   });
   makeLegend(shown);
   byId("map-note").textContent = state.colour === "error"
-    ? `The strongest colour is ${numberText(largest)} ${UNIT} from one fusion group. `
+    ? `The strongest colour is ${amount(numberText(largest))} from one fusion group. `
       + "Arrow keys move over the map, Enter opens a cell."
     : "Point at a cell for its alternatives; choose it for all of them. Arrow keys move over the map.";
 }
@@ -217,15 +217,15 @@ function whySentences(group, chosen) {
   const total = pointValue(points[state.point]);
   const share = state.show === "frontier" && total > 0
     ? `, ${numberText((100 * optionError(here)) / total, 2)} % of the whole recipe's` : "";
-  const sentences = [`${schemeName(chosen)}: ${withError(optionError(here), optionStderr(here))} `
-    + `${UNIT}${share}, ${bytesText(here[BYTES])} `
+  const sentences = [`${schemeName(chosen)}: ${amount(withError(optionError(here), optionStderr(here)))}`
+    + `${share}, ${bytesText(here[BYTES])} `
     + `(${bitsText((8 * here[BYTES]) / groups[group].weights)} bits per weight).`];
   const rate = (option) => (optionError(here) - optionError(option)) / (option[BYTES] - here[BYTES]);
   const better = groups[group].options.filter((o) => o[BYTES] > here[BYTES] && optionError(o) < optionError(here));
   const smaller = groups[group].options.filter((o) => o[BYTES] < here[BYTES]);
   const sentence = (option, verb) =>
-    `${schemeName(option[SCHEME])} would ${verb} ${numberText(Math.abs(optionError(option) - optionError(here)))} `
-    + `${UNIT} for ${signedText(option[BYTES] - here[BYTES], bytesText)}: `
+    `${schemeName(option[SCHEME])} would ${verb} `
+    + `${amount(numberText(Math.abs(optionError(option) - optionError(here))))} for ${signedText(option[BYTES] - here[BYTES], bytesText)}: `
     + `${numberText(rate(option) * 1e6)} a megabyte`;
   const going = goingRate();
   if (better.length) {

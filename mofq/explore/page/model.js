@@ -164,6 +164,11 @@ const UNITS = {
 };
 const [QUANTITY, UNIT] = UNITS[content.unit] || [content.unit, ""];
 
+// An error with its unit, where the unit is a word that can follow a number.
+function amount(text) {
+  return content.is_kl ? `${text} ${UNIT}` : text;
+}
+
 // Colours: a hue for each element format, a lightness for each of its schemes.
 
 const HUES = [255, 45, 150, 330, 95, 200, 295, 15];
