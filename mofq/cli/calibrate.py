@@ -59,6 +59,7 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
                 "bytes": size,
                 "corpora": {c.name: c.sequences for c in stats.plan.corpora},
                 "sequence_length": options.sequence_length,
+                "unseen": {corpus: list(names) for corpus, names in stats.unseen.items()},
                 "seconds": round(seconds, 2),
             }
         )
@@ -69,7 +70,17 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
             f"{short_bytes(size)}, {seconds:.1f} s"
             + ("; they were there already." if was_there else ".")
         )
+        note_unseen(stats)
     return stats
+
+
+def note_unseen(stats: Stats) -> None:
+    """Name the experts that no token of a corpus reached."""
+    for corpus, names in stats.unseen.items():
+        note(
+            f"  corpus {corpus}: no token reached {len(names)} layers of experts, e.g. {names[0]}. "
+            f"They are scored like the experts of their kind; longer text reaches more."
+        )
 
 
 def load_named(source: str) -> Corpus:
@@ -131,10 +142,7 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
         with open_plan(options.output, plan), suppress(StatsError):
             return read_stats(options.output)
     loaded = load_model(
-        checkpoint.folder,
-        dtype=options.dtype,
-        device=options.device,
-        device_map=options.device_map,
+        checkpoint.folder, dtype=options.dtype, device=options.device, device_map=options.device_map
     )
     with progress_bars() as bars:
         return calibrate(

@@ -6,10 +6,12 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from mofq.cli.calibrate import note_unseen
 from mofq.cli.checks import check_device, check_output
 from mofq.cli.terminal import note, print_json, progress_bars
 
 if TYPE_CHECKING:
+    from mofq.calibration.stats import Stats
     from mofq.table import Table
 
 
@@ -29,12 +31,13 @@ def run_measure(
     start = monotonic()
     check_output(output)
     rows_before = _count_lines(output)
-    _measure(model, space=space, output=output, stats=stats, engine=engine, device=device)
+    opened = _measure(model, space=space, output=output, stats=stats, engine=engine, device=device)
     table = read_table(output)
     is_new = _count_lines(output) > rows_before
     content = _summary(table) | {"table": str(output), "seconds": round(monotonic() - start, 2)}
     if as_json:
-        print_json(content)
+        unseen = {} if opened is None else opened.unseen
+        print_json(content | {"unseen": {corpus: list(names) for corpus, names in unseen.items()}})
         return
     note(
         f"{output}: {content['rows']} rows, {content['groups']} fusion groups, "
@@ -44,11 +47,13 @@ def run_measure(
     for name in sorted({r.scheme for r in table.rejections}):
         refused = [r for r in table.rejections if r.scheme == name]
         note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
+    if opened is not None:
+        note_unseen(opened)
 
 
 def _measure(
     model: str, *, space: str, output: Path, stats: Path | None, engine: str | None, device: str
-) -> None:
+) -> Stats | None:
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.engines import legality
     from mofq.layers import find_layers
@@ -77,6 +82,7 @@ def _measure(
             device=device,
             progress=lambda done, total: bars.stage("measure", done, total),
         )
+    return opened
 
 
 def _count_lines(path: Path) -> int:
