@@ -50,7 +50,9 @@ def load_model(
             **options,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load the model: {error}") from None
+        raise CheckpointError(
+            f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
+        ) from None
     if device_map is None:
         model = model.to(device)
     model.eval()
@@ -71,7 +73,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {error} "
+            f"{folder}: the tokenizer cannot be loaded: {_on_one_line(error)} "
             f"Copy tokenizer.json and tokenizer_config.json into the folder."
         ) from None
     return tokenizer
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
