@@ -35,7 +35,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from mofq.exceptions import MofqError
 from mofq.solvers.budgets import Budgets, budget_rows, offered
 from mofq.solvers.problem import IntArray, Problem
-from mofq.solvers.refine import Measure, Measured, Progress, is_less, paired, preferred_uniform
+from mofq.solvers.refine import (
+    Measure,
+    Measured,
+    Progress,
+    is_less,
+    paired,
+    preferred_uniform,
+    require_windows,
+)
 from mofq.solvers.thompson import Observation, propose
 from mofq.solvers.ties import TIE_STDERRS
 
@@ -188,6 +196,9 @@ def run_trials(
         trials: Finished ones, those that are there already included.
         seed: Of the proposals, beside the number of the trial.
         progress: Called after each trial with those finished, and wanted.
+
+    Raises:
+        MofqError: The objective has one window only, which has no error bar.
     """
     study.sampler = _Sampler(problem, budgets, seed)
     rows = budget_rows(problem, budgets)
@@ -206,6 +217,7 @@ def run_trials(
             trial.report(value, window)
             if trial.should_prune():
                 raise optuna.TrialPruned
+        require_windows(windows)
         return math.fsum(windows) / len(windows)
 
     with quiet():
