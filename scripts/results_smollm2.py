@@ -3,7 +3,7 @@
     python scripts/results_smollm2.py MODEL --calibration FILE --text FILE --work FOLDER
 
 Calibrates, measures the search spaces ``w8a8`` and ``w4a16``, searches, validates every
-candidate against one run of the original, and prints a Markdown table. What is in the work
+candidate against one run of the original, prints a Markdown table and draws the figures. What is in the work
 folder already is not made again.
 """
 
@@ -123,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assert validation.enforced, f"{label} is not enforced"
         print(row(label, validation, recipe))
     print(f"\nperplexity of the original: {done[0].perplexity_original:.2f}")
+    w8a8, w4a16 = options.work / "w8a8.jsonl", options.work / "w4a16.jsonl"
+    exact = options.work / "searched-2.yaml"
+    mofq("plot", str(w8a8), str(exact), "--kind", "map", "-o", str(options.work / "map.png"))
+    mofq("plot", str(w4a16), "--kind", "frontier", "-o", str(options.work / "frontier.png"))
 
 
 if __name__ == "__main__":
