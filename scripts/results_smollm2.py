@@ -3,8 +3,8 @@
     python scripts/results_smollm2.py MODEL --calibration FILE --text FILE --work FOLDER
 
 Calibrates, measures the search spaces ``w8a8`` and ``w4a16``, searches, validates every
-candidate against one run of the original, prints a Markdown table and draws the figures. What is in the work
-folder already is not made again.
+candidate against one run of the original, prints a Markdown table and draws the figures.
+What is in the work folder already is not made again.
 """
 
 from __future__ import annotations
