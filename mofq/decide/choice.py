@@ -93,7 +93,7 @@ def _notes(
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
         error = predict(problem, uniform[1]).additive.value
         if error <= chosen.prediction.additive.value:
-            notes.append(f"{uniform[0]} for every layer is as small and predicted to be as good.")
+            notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
     stats = table.header.stats
     if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
         notes.append(
