@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from bench_calibration import (
@@ -29,12 +30,14 @@ from bench_calibration import (
 )
 from bench_report import Result, report_lines, report_values
 from bench_versions import Pair, choose_pairs, mixed_recipes, uniform_recipes
-from kl_truth import measure_truths, open_truths, text_windows
+from kl_truth import Truths, Version, measure_truths, open_truths, text_windows
 from prediction_scores import OtherScores, other_scores
+from torch import Tensor
 
 from mofq.calibration.stats import Stats, read_stats, write_json
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.corpora import load_text
+from mofq.checkpoint.model import load_tokenizer
+from mofq.corpora import load_text, spread_windows
 from mofq.layers import ModelLayers, find_layers
 from mofq.schemes import parse_scheme
 from mofq.search_space import load_search_space, offer_schemes
@@ -55,32 +58,56 @@ def main() -> None:
         windows=options.tokens // options.sequence_length,
         sequence_length=options.sequence_length,
     )
-    path = options.truth or options.work / "truth.jsonl"
-    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
-    versions = [pair.version for pair in pairs]
+    measure_kl = partial(_measure_kl, checkpoint, layers, options)
     if options.pairs_only:
-        measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
+        measure_kl(windows_NT, [pair.version for pair in pairs])
         return
     stats = _stats(checkpoint, layers, options)
-    table_path = options.work / "table.jsonl"
-    table = fill_table(checkpoint, layers, space, stats=stats, path=table_path)
+    path = options.work / "table.jsonl"
+    table = fill_table(checkpoint, layers, space, stats=stats, path=path)
     recipes = [*uniform_recipes(table), *mixed_recipes(table, seed=options.seed)]
-    versions += [one.version for one in recipes]
-    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
+    versions = [pair.version for pair in pairs]
+    same_NT = _calibration_windows(checkpoint, stats, options)
     result = Result(
         table=table,
-        truths=truths,
+        truths=measure_kl(windows_NT, [*versions, *(one.version for one in recipes)]),
+        calibration_truths=measure_kl(same_NT, versions) if options.same_text else None,
         pairs=tuple(pairs),
         others=tuple(_score_otherwise(checkpoint, layers, stats, pairs, options.work)),
         recipes=tuple(recipes),
         calibration_time=_calibration_time(checkpoint, layers, options),
-        measure_time=measure_time(table_path),
+        measure_time=measure_time(path),
         stats_bytes=sum(f.stat().st_size for f in stats.folder.rglob("*") if f.is_file()),
     )
     if options.json:
         print(json.dumps(report_values(result), indent=1))
     else:
         print("\n".join(report_lines(result)))
+
+
+def _measure_kl(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    options: argparse.Namespace,
+    windows_NT: Tensor,
+    versions: Sequence[Version],
+) -> Truths:
+    path = options.truth or options.work / "truth.jsonl"
+    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
+    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
+    return truths
+
+
+def _calibration_windows(
+    checkpoint: Checkpoint, stats: Stats, options: argparse.Namespace
+) -> Tensor:
+    """The sequences that the stats were made from."""
+    return spread_windows(
+        load_text(options.calibration),
+        load_tokenizer(checkpoint.folder),
+        sequences=stats.plan.corpora[0].sequences,
+        sequence_length=stats.plan.sequence_length,
+    )
 
 
 def parse_options() -> argparse.Namespace:
@@ -100,6 +127,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-prediction"))
     parser.add_argument("--truth", type=Path, help="file of measured KL (default: in --work)")
     parser.add_argument("--pairs-only", action="store_true", help="only measure the pairs' KL")
+    parser.add_argument(
+        "--same-text", action="store_true", help="measure the pairs on the calibration text too"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser.parse_args()
 

@@ -24,6 +24,7 @@ class Result:
 
     table: Table
     truths: Truths
+    calibration_truths: Truths | None  #: of the pairs, on the very sequences of the calibration
     pairs: tuple[Pair, ...]
     others: tuple[OtherScores, ...]  #: of each pair
     recipes: tuple[PredictedRecipe, ...]
@@ -41,6 +42,7 @@ class PairResult:
     kind: str
     measured: float  #: nats per token
     measured_stderr: float
+    measured_on_calibration: float | None
     predicted: float
     predicted_stderr: float
     relative_weight_error: float
@@ -75,6 +77,7 @@ def pair_results(result: Result) -> list[PairResult]:
     for pair, other in zip(result.pairs, result.others, strict=True):
         nats = rows[pair.group, pair.scheme, "kl_nats_per_token"]
         measured, stderr = _mean(result.truths.of(pair.version))
+        same = result.calibration_truths
         results.append(
             PairResult(
                 pair.group,
@@ -82,6 +85,7 @@ def pair_results(result: Result) -> list[PairResult]:
                 pair.kind,
                 measured=measured,
                 measured_stderr=stderr,
+                measured_on_calibration=None if same is None else _mean(same.of(pair.version))[0],
                 predicted=nats.error,
                 predicted_stderr=nats.stderr or 0.0,
                 relative_weight_error=rows[pair.group, pair.scheme, "relative_weight_error"].error,
@@ -131,21 +135,34 @@ SCORES: dict[str, Callable[[PairResult], float]] = {
 
 def fits(pairs: Sequence[PairResult]) -> dict[str, Fit]:
     """Of all pairs, and of each kind."""
-    kinds = {"all": list(pairs)} | {k: [p for p in pairs if p.kind == k] for k in KINDS}
     return {
         kind: fit([p.predicted for p in some], [p.measured for p in some])
-        for kind, some in kinds.items()
+        for kind, some in _by_kind(pairs).items()
         if len(some) > 2
     }
 
 
+def calibration_fits(pairs: Sequence[PairResult]) -> dict[str, Fit]:
+    """As `fits`, against what was measured on the calibration sequences; empty without."""
+    found = {}
+    for kind, some in _by_kind(pairs).items():
+        measured = [p.measured_on_calibration for p in some]
+        known = [value for value in measured if value is not None]
+        if len(some) == len(known) > 2:
+            found[kind] = fit([p.predicted for p in some], known)
+    return found
+
+
+def _by_kind(pairs: Sequence[PairResult]) -> dict[str, list[PairResult]]:
+    return {"all": list(pairs)} | {k: [p for p in pairs if p.kind == k] for k in KINDS}
+
+
 def rankings(pairs: Sequence[PairResult]) -> dict[str, dict[str, float | None]]:
     """Spearman's correlation of each score with the measured KL: all pairs, and each kind."""
-    kinds = {"all": list(pairs)} | {k: [p for p in pairs if p.kind == k] for k in KINDS}
     return {
         name: {
             kind: rank_correlation([score(p) for p in some], [p.measured for p in some])
-            for kind, some in kinds.items()
+            for kind, some in _by_kind(pairs).items()
         }
         for name, score in SCORES.items()
     }
@@ -176,6 +193,7 @@ def report_values(result: Result) -> dict[str, Any]:
         "sequence_length": result.truths.windows_NT.shape[1],
         "pairs": [asdict(one) for one in pairs],
         "fits": {kind: asdict(one) for kind, one in fits(pairs).items()},
+        "calibration_fits": {k: asdict(one) for k, one in calibration_fits(pairs).items()},
         "spearman": rankings(pairs),
         "recipes": [asdict(one) for one in recipes],
         "recipe_fits": {name: asdict(one) for name, one in recipe_fits(recipes).items()},
@@ -195,6 +213,7 @@ def report_lines(result: Result) -> list[str]:
         "",
         *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in fits(pairs).items()]),
         "",
+        *_calibration_lines(pairs),
         *markdown_table(
             ["Spearman with measured KL", "all", *KINDS],
             [
@@ -212,6 +231,19 @@ def report_lines(result: Result) -> list[str]:
         *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in recipe_fits(recipes).items()]),
         "",
         *_time_lines(result),
+    ]
+
+
+def _calibration_lines(pairs: Sequence[PairResult]) -> list[str]:
+    found = calibration_fits(pairs)
+    if not found:
+        return []
+    return [
+        "The same predictions against the KL measured on the calibration sequences themselves, "
+        "so without the difference between texts:",
+        "",
+        *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in found.items()]),
+        "",
     ]
 
 
