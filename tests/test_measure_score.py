@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mofq.calibration.sequences import LayerSamples
 from mofq.exceptions import SchemeError
-from mofq.measure import block, prepared
+from mofq.measure import block, prepared, schedule
+from mofq.measure.block import BlockSums, score_block
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.samples import arrange_samples
 from mofq.measure.schedule import score_layers
@@ -320,9 +321,18 @@ def test_energies_are_sums_of_squares_over_all_blocks(small_blocks: None) -> Non
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_changes_no_bit(threads: int, small_blocks: None) -> None:
+def test_the_number_of_threads_changes_no_bit(
+    threads: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = [prepare(WEIGHT, {"a": [some_samples(seed=seed)]}) for seed in range(4)]
     expected = [score_layer(layer) for layer in layers]
+    seen: set[int] = set()
+
+    def watched(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
+        seen.add(torch.get_num_threads())
+        return score_block(layer, start, stop)
+
+    monkeypatch.setattr(schedule, "score_block", watched)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -330,6 +340,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int, small_blocks: None) 
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    assert seen == {1}  # an operation that is split over threads rounds its sums differently
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.corpora["a"].error_NS, other.corpora["a"].error_NS)
         assert torch.equal(one.corpora["a"].projection_MS, other.corpora["a"].projection_MS)
