@@ -339,11 +339,11 @@ def test_a_full_disk_is_reported_and_what_was_written_is_kept(
             calibrate_folder(tiny_llama, tmp_path, CORPORA)
     assert sorted(contents(tmp_path)) == [".lock", FILES[0], "plan.json"]
 
-    def full(*_: object, **__: object) -> None:
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sequences, "save_file", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(StatsError, match=r"No space left.*kept"):
             calibrate_folder(tiny_llama, tmp_path, CORPORA)
     assert sorted(contents(tmp_path)) == [".lock", FILES[0], "plan.json"]

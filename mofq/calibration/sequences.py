@@ -19,13 +19,13 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mofq.calibration.captured import Captured
 from mofq.documents import check_document, parse_json
 from mofq.exceptions import StatsError
 
+_DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64"}
 _INPUTS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
 
 
@@ -142,26 +142,50 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
             continue
         tensors[f"grad/{name}"] = _gradients(captured, name, path)
         if captured.source[name] == name:
-            tensors[f"x/{name}"] = captured.x[name].contiguous()
+            tensors[f"x/{name}"] = captured.x[name]
         if name in captured.tokens:
             tensors[f"tokens/{name}"] = captured.tokens[name]
     inputs = {name: captured.source.get(name) for name in layer_names}
     temporary = path.with_name(path.name + ".part")
     try:
-        # safetensors makes its files readable by their owner only; what a plain file here gets
-        # is what the user's umask asks for.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # One key: safetensors writes several in an order that differs from run to run.
-        save_file(tensors, temporary, metadata={"inputs": json.dumps(inputs)})
-        temporary.chmod(mode)
+        _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as problem:
+    except OSError as problem:
         temporary.unlink(missing_ok=True)
         raise StatsError(
-            f"{path}: cannot be written: {problem}. The sequences before it are kept; free some "
-            f"space and run the same command again."
+            f"{path}: cannot be written: {problem.strerror}. The sequences before it are kept; "
+            f"free some space and run the same command again."
         ) from None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file: the same bytes every time, and on the disk when this returns.
+
+    The library's own writer orders metadata differently from run to run, gives the file to its
+    owner only, and when it is killed leaves a temporary file of another name.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
+    """
+    # Widest first: every tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name in names:
+        stop = position + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _gradients(captured: Captured, name: str, path: Path) -> Tensor:
