@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
+from command_line import DEMO, Measured, measured, ok, refused, tree
 from safetensors.torch import load_file, save_file
 
 import mofq as package
@@ -366,62 +366,3 @@ def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused("validate", DEMO, folder, *TEXT)
     assert "model.layers.2.mlp.gate_proj" in message
-
-
-def test_an_export_goes_only_into_a_new_folder(tmp_path: Path, out: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    ok("recipe", "uniform", DEMO, "int4.g32", "-o", recipe)
-    (out / "mine.txt").write_text("keep")
-    message = refused("export", DEMO, recipe, "--to", "compressed-tensors", "-o", out)
-    assert "a new or an empty folder" in message
-    message = refused("export", DEMO, recipe, "--to", "compressed-tensor", "-o", out / "new")
-    assert "Did you mean 'compressed-tensors'?" in message
-    assert tree(out) == {"mine.txt": b"keep"}
-
-
-@pytest.mark.parametrize("what", ["missing", "folder"])
-def test_an_output_that_cannot_be_written_is_refused_at_once(
-    what: str, measured: Measured, out: Path
-) -> None:
-    target = out / "no" / "file" if what == "missing" else out
-    for command in (
-        ("measure", DEMO, "--space", "w8a8"),
-        ("search", measured.table, "--max-bits", "5"),
-        ("recipe", "uniform", DEMO, "int4.g32"),
-        ("validate", DEMO, measured.recipe, *TEXT),
-    ):
-        assert f"-o {target}" in refused(*command, "-o", target)
-    assert tree(out) == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--device", "gpu"), "no such device"),
-        (("--device", "meta"), "cannot be used here"),
-        (("--dtype", "float8"), "float32"),
-    ],
-)
-def test_a_device_or_dtype_that_is_none_is_refused(
-    options: tuple[str, ...], words: str, measured: Measured, out: Path
-) -> None:
-    for command in (
-        ("validate", DEMO, measured.recipe, *TEXT, "-o", out / "validation.json"),
-        ("calibrate", DEMO, "--corpus", "demo-en", *SHORT, "-o", out / "stats"),
-    ):
-        assert words in refused(*command, *options)
-    assert tree(out) == {}
-
-
-def test_a_file_that_is_no_table_is_left_as_it_is(out: Path) -> None:
-    mine = out / "notes.txt"
-    mine.write_text("my notes")
-    assert "is not a table" in refused("measure", DEMO, "--space", "w8a8", "-o", mine)
-    assert mine.read_text() == "my notes"
-    refused("search", mine, "--max-bits", "5", "-o", out / "recipe.yaml")
-    assert tree(out) == {"notes.txt": b"my notes"}
-
-
-def test_json_never_shares_stdout_with_anything(measured: Measured) -> None:
-    ran = mofq("search", measured.table, "--max-bits", "3", "-o", "recipe.yaml", "--json")
-    assert (ran.code, ran.out) == (1, "")
