@@ -19,7 +19,7 @@ from mofq.measure.prepared import PreparedLayer
 from mofq.measure.score import LayerScore, add_blocks
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
-_WAITING_BYTES = 500_000_000
+_WAITING_BYTES = 200_000_000
 
 _Work = tuple[PreparedLayer, list[Future[BlockSums]]]
 
