@@ -126,6 +126,21 @@ def refused_after_work(*arguments: str | Path) -> str:
     return ran.err.splitlines()[-1]
 
 
+def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> None:
+    content = ok("demo", "-o", tmp_path / "demo", "--json").json
+    assert content["preferred"] == "recipe"
+    assert content["enforced"] is True
+    assert content["bits_per_weight"] <= 5
+    assert content["predicted_kl_nats_per_token"] == pytest.approx(
+        content["kl_nats_per_token"], rel=0.25
+    )
+    validations = content["validations"]
+    assert len(validations) >= 4
+    for name, one in validations.items():
+        if name != "recipe":
+            assert one["kl_nats_per_token"] > 1.5 * content["kl_nats_per_token"], name
+
+
 def test_a_run_with_another_space_decides_among_its_own_schemes(
     space: Path, tmp_path: Path
 ) -> None:

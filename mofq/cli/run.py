@@ -117,12 +117,26 @@ def run_demo(output: Path | None, *, as_json: bool) -> None:
         text="demo-en",
         sequence_length=256,
     )
-    if output is not None:
-        run_flow(options, as_json=as_json)
-        return
-    with TemporaryDirectory(prefix="mofq-demo-") as folder:
-        run_flow(replace(options, output=Path(folder)), as_json=as_json)
+    with _one_thread():
+        if output is not None:
+            run_flow(options, as_json=as_json)
+            return
+        with TemporaryDirectory(prefix="mofq-demo-") as folder:
+            run_flow(replace(options, output=Path(folder)), as_json=as_json)
     note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validation.")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The demo's matrices are small: threads would wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
