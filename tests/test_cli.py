@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import DEMO, Measured, measured, ok
 from transformers import AutoModelForCausalLM
 
@@ -198,6 +200,29 @@ def test_diff_names_what_changed_and_what_it_costs(measured: Measured, tmp_path:
     assert content["bits_per_weight"] == [ours.bits_per_weight, theirs.bits_per_weight]
     assert f"{len(changed)} of 24 fusion groups differ" in ok("diff", measured.recipe, path).out
     assert ok("diff", path, path, "--json").json["changed"] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sharded_folder_of_another_dtype_works_the_same(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    # Every bfloat16 is a float32; float16 rounds what is very small.
+    folder, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    model = AutoModelForCausalLM.from_pretrained(DEMO).to(dtype)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    for path in Path(DEMO).glob("tokenizer*"):
+        shutil.copy(path, folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    found = []
+    for source in (folder, Path(DEMO)):
+        ok("recipe", "uniform", source, "int4.g32", "-o", recipe)
+        text = ("--text", "demo-en", *WINDOWS, "--json")
+        found.append(ok("validate", source, recipe, *text).json)
+        assert found[-1]["enforced"] is True
+    here, there = found
+    assert here["bits_per_weight"] == there["bits_per_weight"]
+    tolerance = 0.0 if dtype == torch.float32 else 0.02
+    assert here["kl_nats_per_token"] == pytest.approx(there["kl_nats_per_token"], rel=tolerance)
 
 
 def test_the_version_is_the_package_s() -> None:

@@ -82,8 +82,11 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
         ]
         for (name, shapes), groups in kinds.items()
     ]
-    for layer in layers.unquantized:
-        rows.append([f"{layer.name} (left alone)", "1", _shape(layer), "", ""])
+    alone = Counter((_pattern(layer.name), _shape(layer)) for layer in layers.unquantized)
+    rows += [
+        [f"{name} (left alone)", str(count), shape, "", ""]
+        for (name, shape), count in alone.items()
+    ]
     title = f"{checkpoint.name}: {layers.architecture}, {len(layers.groups)} fusion groups"
     print_table(title, ["fusion group", "count", "layers [out, in]", "weights", "size"], rows)
     if layers.tied_lm_head:
@@ -110,11 +113,17 @@ def _print_offers(title: str, offers: Sequence[Offer]) -> None:
 
 
 def _kind(group: FusionGroup) -> tuple[str, str]:
-    parts = ["*" if part.isdigit() else part for part in group.name.split(".")]
     if len(group.layers) > 6:
         first, last = group.layers[0], group.layers[-1]
-        return ".".join(parts), f"{len(group.layers)} layers, {_shape(first)} … {_shape(last)}"
-    return ".".join(parts), ", ".join(f"{la.module} {_shape(la)}" for la in group.layers)
+        shapes = f"{len(group.layers)} layers, {_shape(first)} … {_shape(last)}"
+    else:
+        shapes = ", ".join(f"{la.module} {_shape(la)}" for la in group.layers)
+    return _pattern(group.name), shapes
+
+
+def _pattern(name: str) -> str:
+    """A name with a star for the number of its decoder layer."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _shape(layer: Any) -> str:

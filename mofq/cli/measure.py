@@ -49,6 +49,8 @@ def run_measure(
         note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
     if opened is not None:
         note_unseen(opened)
+    elif any("+" in name for name in content["schemes"]):
+        note("  Without --stats, what rounding activations costs is not in the errors.")
 
 
 def _measure(
