@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
 
 __all__ = ["measured"]  # a fixture, used by its name
@@ -45,6 +50,49 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(
     ):
         assert f"-o {target}" in refused(*command, "-o", target)
     assert tree(out) == {}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_once(measured: Measured, out: Path) -> None:
+    (out / "file").write_text("keep")
+    corpus = ("--corpus", "demo-en", *SHORT)
+    for target in (out / "file" / "run", out / "file"):
+        for command in (
+            ("calibrate", DEMO, *corpus),
+            ("run", DEMO, "--space", "w8a8", "--max-bits", "9"),
+            ("export", DEMO, measured.recipe, "--to", "compressed-tensors"),
+        ):
+            assert str(out / "file") in refused(*command, "-o", target)
+    assert tree(out) == {"file": b"keep"}
+
+
+def test_a_layer_that_is_not_what_the_recipe_says_ends_validate_with_1(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mofq.backends import emulate
+
+    def careless(*arguments: Any, **options: Any) -> Any:
+        model = apply(*arguments, **options)
+        weight_OI = model.get_submodule("model.layers.4.self_attn.v_proj").weight
+        with torch.no_grad():
+            weight_OI[3] *= 2
+        return model
+
+    apply = emulate.apply
+    monkeypatch.setattr(emulate, "apply", careless)
+    ran = mofq("validate", DEMO, measured.recipe, *TEXT, "--json")
+    assert ran.code == 1
+    content = json.loads(ran.out)
+    assert content["enforced"] is False
+    assert [one["layer"] for one in content["deviations"]] == ["model.layers.4.self_attn.v_proj"]
+    assert "model.layers.4.self_attn.v_proj" in ran.err
+    assert "NO" in mofq("validate", DEMO, measured.recipe, *TEXT).out
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    program = f"{sys.executable} -c 'from mofq.cli import main; main()' engines | head -n 1"
+    run = subprocess.run(program, shell=True, capture_output=True, text=True)
+    assert run.stdout.startswith("vllm-cpu")
+    assert run.stderr == ""
 
 
 @pytest.mark.parametrize(

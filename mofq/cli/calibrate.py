@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from mofq.cli.checks import check_device, check_dtype
+from mofq.cli.checks import check_device, check_dtype, check_folder
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
 from mofq.exceptions import CorpusError, StatsError
 
@@ -47,6 +47,7 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
     check_dtype(options.dtype)
     check_device(options.device)
+    check_folder(options.output)
     was_there = (options.output / "stats.json").exists()
     stats = _calibrate(options, texts)
     size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())

@@ -56,3 +56,18 @@ def check_output(path: Path) -> None:
         raise MofqError(f"-o {path}: there is no folder {folder}. Make it, or name another file.")
     if not os.access(folder, os.W_OK):
         raise MofqError(f"-o {path}: the folder {folder} may not be written to.")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        MofqError: It is a file or lies under one, or may not be written to.
+    """
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise MofqError(f"-o {path}: needed a folder, but {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise MofqError(f"-o {path}: the folder {existing} may not be written to.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from mofq.cli.checks import check_folder
 from mofq.cli.terminal import note, print_json, progress_bars, say, short_bytes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def run_export(
     from mofq.recipe import load_recipe
 
     start = monotonic()
+    check_folder(output.parent)
     loaded = load_recipe(recipe)
     if to in RECIPE_EXPORTERS:
         _export_file(model, loaded, to=to, output=output, as_json=as_json)

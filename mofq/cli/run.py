@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_calibrate
-from mofq.cli.checks import check_device
+from mofq.cli.checks import check_device, check_folder
 from mofq.cli.measure import run_measure
 from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import SearchOptions, search_table
@@ -162,6 +162,7 @@ def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
     from mofq.search_space import load_search_space, offer_schemes
     from mofq.solvers import Budgets
 
+    check_folder(options.output)
     space = load_search_space(options.space)
     max_bytes = None if options.max_size is None else parse_size(options.max_size)
     check = None if options.engine is None else legality(options.engine)
