@@ -25,6 +25,7 @@ from kl_truth import (
     true_kl,
 )
 from prediction_scores import fit, rank_correlation
+from split_articles import article_halves
 
 from mofq.backends import apply_recipe
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
@@ -171,3 +172,11 @@ def test_estimators_square_what_they_are_named_after() -> None:
     assert sequence_errors(row, plan, "by sequence").tolist() == [64 / 256, 0.0]
     two_draws = SamplePlan(1, 128, draws=2)
     assert sequence_errors(row, two_draws, "by chunk of 64").tolist() == [18 / 256]
+
+
+def test_articles_go_to_the_halves_in_turn() -> None:
+    text = "left out\n = A = \na\n = = Part = = \nb\n = B = \nc\n = C = \nd\n"
+    assert article_halves(text) == (
+        " = A = \na\n = = Part = = \nb\n = C = \nd\n",
+        " = B = \nc\n",
+    )
