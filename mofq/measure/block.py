@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mofq.exceptions import SchemeError
 from mofq.measure.prepared import Inputs, PreparedLayer
-from mofq.quantize import fake_quantize_weight
+from mofq.measure.rounded import quantize_block
 
 #: Outer products of gradients and inputs held at once [bytes].
 _GRADIENT_BYTES = 32_000_000
@@ -65,12 +65,7 @@ def score_block(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
     weight_RI = _read_finite(layer, start, stop)
-    delta_WRI = weight_RI.new_empty((len(layer.weights), *weight_RI.shape))
-    for weight, delta_RI in zip(layer.weights, delta_WRI, strict=True):
-        quantized_RI = fake_quantize_weight(
-            weight_RI, weight, tensor_amax=layer.tensor_amax, name=layer.name
-        )
-        torch.sub(quantized_RI, weight_RI, out=delta_RI)
+    delta_WRI = quantize_block(layer, weight_RI, start=start)
     return BlockSums(
         weight_I=weight_RI.square().sum(0, dtype=torch.float64),
         error_WI=delta_WRI.square().sum(1, dtype=torch.float64),
