@@ -7,10 +7,11 @@
 - FP6, FP4, NF4: codes side by side along the row, each row padded to bytes.
 
 A scale has the width of its format, and a scale format with a global scale
-adds it once per tensor. Zero points of packed channels and groups are packed
-like their codes, but down the rows; all others take one byte each.
-Activations cost nothing, except that a static scale is stored once per layer
-(``input_scale``; ``input_global_scale`` of NVFP4).
+adds it once per tensor. One-bit scales lie side by side, each row padded to
+bytes, and the exponents that they share take a byte each. Zero points of packed
+channels and groups are packed like their codes, but down the rows; all others
+take one byte each. Activations cost nothing, except that a static scale is
+stored once per layer (``input_scale``; ``input_global_scale`` of NVFP4).
 
 Source: compressed-tensors 0.20, ``compressors/*``, for what it stores; the same
 rule for the widths that it does not.
@@ -150,7 +151,9 @@ def _weight_bytes(layer: _Matrix, weight: TensorScheme, has_activation: bool) ->
     row_bytes = 4 * -(-columns * bits // 32) if is_packed_int else -(-columns * bits // 8)
     scale_rows, scale_columns = _scale_shape(layer, weight)
     total = rows * row_bytes
-    total += scale_rows * scale_columns * weight.scale.bits // 8
+    total += scale_rows * -(-scale_columns * weight.scale.bits // 8)
+    if weight.scale.shared_bits:
+        total += scale_rows * columns // weight.scale.shared_columns * weight.scale.shared_bits // 8
     if weight.has_scale:
         total += weight.scale.global_scale_bits // 8
     if not weight.symmetric:

@@ -76,6 +76,8 @@ class ScaleFormat:
     bits: int  #: [bits]
     global_scale_bits: int  #: one more scale for each tensor [bits]; 0: there is none
     source: str
+    shared_bits: int = 0  #: of an exponent that neighbouring groups share [bits]; 0: none
+    shared_columns: int = 0  #: weights in a row under one such exponent
 
 
 INT2 = IntFormat("int2", 2, source="two's complement")
@@ -142,6 +144,14 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
     "e8m0": ScaleFormat("e8m0", 8, 0, source="OCP MX v1.0, section 6.3: floor of the exponent"),
     "e8m0ceil": ScaleFormat(
         "e8m0ceil", 8, 0, source="smallest power of two that saturates nothing"
+    ),
+    "micro16": ScaleFormat(
+        "micro16",
+        1,
+        0,
+        source="shared microexponents, arXiv:2302.08007: all or half of an E8M0 scale",
+        shared_bits=8,
+        shared_columns=16,
     ),
     "e4m3": ScaleFormat("e4m3", 8, 32, source="NVFP4: E4M3 group scales under one f32 scale"),
 }

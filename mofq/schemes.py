@@ -1,8 +1,9 @@
 """Schemes: what is done to the weights and activations of a layer, under one name.
 
-``element.granularity[.asym][.s-SCALE][@RULE][~gptq]`` for the weights, then
-optionally ``+`` and the same for the activations. Defaults (symmetric, bf16
-scale for weights and f32 for activations, absmax) are not written.
+``element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]`` for the weights,
+then optionally ``+`` and the same for the activations. Defaults (symmetric, bf16
+scale for weights and f32 for activations, absmax) are not written. ``.outN``, for
+activations alone, leaves input columns that reach the magnitude N as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mofq.formats import (
 )
 
 GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "block"]
-ScaleRule = Literal["absmax", "fullrange", "mse", "nats"]
+ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix"]
 Rounding = Literal["nearest", "gptq"]
 _Value = TypeVar("_Value")
 
@@ -58,6 +59,7 @@ class TensorScheme:
     scale: ScaleFormat
     scale_rule: ScaleRule
     rounding: Rounding
+    outliers: int = 0  #: input columns of at least this magnitude stay as they are; 0: none
 
     @property
     def has_scale(self) -> bool:
@@ -68,6 +70,11 @@ class TensorScheme:
     def needs_tensor_amax(self) -> bool:
         """Whether a number of the whole tensor must be known before its first row."""
         return self.granularity.kind == "tensor" or self.scale.global_scale_bits > 0
+
+    @property
+    def columns_multiple(self) -> int:
+        """What the number of columns must be a multiple of."""
+        return max(self.granularity.columns, self.scale.shared_columns, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +102,19 @@ ALIASES = {
     "mxfp6_e3m2": "fp6_e3m2.g32.s-e8m0",
     "mxfp6_e2m3": "fp6_e2m3.g32.s-e8m0",
     "mxfp8": "fp8_e4m3.g32.s-e8m0",
+    "mxfp8_e5m2": "fp8_e5m2.g32.s-e8m0",
+    "mxint8": "int8.g32.s-e8m0",
+    "mx9": "int8.g2.s-micro16",
+    "mx6": "int5.g2.s-micro16",
+    "mx4": "int3.g2.s-micro16",
 }
 _ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
 
 _GRANULARITY = re.compile(
     r"unscaled|tensor|channel|token|g([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
 )
-_SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats")
+_OUTLIERS = re.compile(r"out[1-9]\d*")
+_SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats", "fouroversix")
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
 _ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group")
 
@@ -142,10 +155,10 @@ def _check_activation(name: str, activation: TensorScheme) -> None:
             f"scheme {name!r}: activations have granularity {activation.granularity.name!r}; "
             f"it must be one of: unscaled, tensor, token, gK."
         )
-    if activation.scale_rule != "absmax" or activation.rounding != "nearest":
+    if activation.scale_rule not in ("absmax", "fouroversix") or activation.rounding != "nearest":
         raise SchemeError(
-            f"scheme {name!r}: activations are rounded to nearest under absmax scales; "
-            f"drop '@' and '~' after the '+'."
+            f"scheme {name!r}: activations are rounded to nearest under absmax scales, or "
+            f"'@fouroversix' ones; drop '@' and '~' after the '+'."
         )
 
 
@@ -170,7 +183,9 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
             f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
         )
     granularity = _parse_granularity(scheme_name, words[1])
-    symmetric, scale_word = _parse_options(scheme_name, words[2:], default_scale)
+    outliers = [word for word in words[2:] if _OUTLIERS.fullmatch(word)][:1]
+    options = [word for word in words[2:] if word not in outliers]
+    symmetric, scale_word = _parse_options(scheme_name, options, default_scale)
     operand = TensorScheme(
         element=element,
         granularity=granularity,
@@ -178,6 +193,7 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
         scale=_look_up(scheme_name, "scale format", scale_word, SCALE_FORMATS),
         scale_rule=rule,
         rounding="gptq" if tilde else "nearest",
+        outliers=int(outliers[0].removeprefix("out")) if outliers else 0,
     )
     _check_operand(scheme_name, operand, default_scale=default_scale)
     return operand
@@ -191,7 +207,7 @@ def _parse_options(scheme_name: str, options: list[str], default_scale: str) -> 
         word = unknown[0] if unknown else options[-1]
         raise SchemeError(
             f"scheme {scheme_name!r}: {word!r} is not an option, or stands twice."
-            + nearest_name(word, ["asym", *(f"s-{scale}" for scale in SCALE_FORMATS)])
+            + nearest_name(word, ["asym", "out6", *(f"s-{scale}" for scale in SCALE_FORMATS)])
         )
     return "asym" not in options, scales[0].removeprefix("s-") if scales else default_scale
 
@@ -240,6 +256,7 @@ def _check_operand(scheme_name: str, operand: TensorScheme, *, default_scale: st
             operand.granularity.kind == "tensor"
             and not (operand.symmetric and operand.scale_rule == "absmax")
         ),
+        **_own_grammar(operand),
     }
     if not operand.has_scale:
         reasons |= {
@@ -255,10 +272,30 @@ def _check_operand(scheme_name: str, operand: TensorScheme, *, default_scale: st
             raise SchemeError(f"scheme {scheme_name!r}: {reason}")
 
 
+def _own_grammar(operand: TensorScheme) -> dict[str, bool]:
+    """What the words that belong to one published format go with: reason -> whether it applies."""
+    is_micro = operand.scale.shared_bits > 0
+    is_nvfp4 = operand.element.name == "fp4_e2m1" and operand.scale.name == "e4m3"
+    plain = operand.scale_rule == "absmax" and operand.rounding == "nearest"
+    return {
+        "microexponents are shared by two elements and follow from the largest exponents alone; "
+        "write '.g2.s-micro16' without '@' and '~'.": (
+            is_micro and not (operand.granularity.name == "g2" and plain)
+        ),
+        "'@fouroversix' chooses between the codes 4 and 6 of FP4 under E4M3 scales; "
+        "write 'nvfp4@fouroversix'.": operand.scale_rule == "fouroversix" and not is_nvfp4,
+        "outlier columns are found among the tokens of an input; write '+int8.token.outN'.": (
+            operand.outliers > 0 and operand.granularity.kind != "token"
+        ),
+    }
+
+
 def _operand_name(operand: TensorScheme, default_scale: str) -> str:
     name = f"{operand.element.name}.{operand.granularity.name}"
     if not operand.symmetric:
         name += ".asym"
+    if operand.outliers:
+        name += f".out{operand.outliers}"
     if operand.scale.name != default_scale and operand.has_scale:
         name += f".s-{operand.scale.name}"
     name = _ALIAS_OF.get(name, name)

@@ -232,7 +232,7 @@ def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
     for what, operand in (("weights", scheme.weight), ("activations", scheme.activation)):
         if operand is None or operand.granularity.kind not in ("group", "block"):
             continue
-        rows, columns = operand.granularity.rows, operand.granularity.columns
+        rows, columns = operand.granularity.rows, operand.columns_multiple
         if layer.in_features % columns:
             return (
                 f"{layer.name}: {operand.granularity.name} of the {what} needs in_features "

@@ -48,6 +48,7 @@ STORABLE = (
     "fp8_e4m3.block64.s-f32+fp8_e4m3.g128",
     "fp8_e4m3.block64x32",
     "nvfp4",
+    "nvfp4@fouroversix",
     "nvfp4+nvfp4",
     "mxfp4",
     "fp4_e2m1.g32.s-e8m0ceil",

@@ -156,6 +156,10 @@ def test_both_names_of_a_layer_are_targets(tiny: TinyCheckpoint, tmp_path: Path)
         ("mxfp4+fp8_e4m3.token", "same format"),
         ("int8.channel+int8.token.s-bf16", "f32"),
         ("int4.tensor", "per channel or group"),
+        ("int8.channel+int8.token.out6", "plain rule alone"),
+        ("nvfp4+nvfp4@fouroversix", "plain rule alone"),
+        ("mx9", "no micro16 scales"),
+        ("mxint8", "no e8m0 scales"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_before_any_work(

@@ -56,6 +56,13 @@ def layer_of(
         ("int8.channel", 4608 + 48 * 2 + 16),
         ("int8.g32", 4608 + 48 * 3 * 2 + 16),
         ("int4.g32", 2304 + 48 * 3 * 2 + 16),
+        # Codes in 32-bit words, half a bit for each pair's scale, 6 shared exponents a row.
+        ("mx9", 4608 + 48 * 6 + 48 * 6 + 16),
+        ("mx6+mx9", 2880 + 48 * 6 + 48 * 6 + 16),
+        ("mx4", 1728 + 48 * 6 + 48 * 6 + 16),
+        ("mxint8", 4608 + 48 * 3 + 16),
+        ("nvfp4@fouroversix", 2304 + 48 * 6 + 4),
+        ("int8.channel+int8.token.out6", 4608 + 48 * 2),
         ("int4.g32@fullrange", 2304 + 48 * 3 * 2 + 16),
         ("int4.g32@mse~gptq", 2304 + 48 * 3 * 2 + 16),
         ("int4.g32.s-e8m0", 2304 + 48 * 3 + 16),

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from mofq.engines import ENGINES, find_engine, legality, matching_rule, serving_environment
+from mofq.engines import (
+    ENGINES,
+    find_engine,
+    format_name,
+    legality,
+    matching_rule,
+    serving_environment,
+)
 from mofq.exceptions import EngineError
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import parse_scheme
@@ -256,3 +263,19 @@ def test_every_served_rule_matches_a_scheme_of_the_table() -> None:
 def test_engines_need_no_torch() -> None:
     code = "import sys, mofq.engines; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("int4.g128@mse~gptq", "int4.g128"),
+        ("nvfp4@fouroversix+nvfp4", "nvfp4+nvfp4"),
+        ("fp4_e2m1.g32.s-e8m0ceil", "mxfp4"),
+        # What the engine does to inputs is not its plain rule.
+        ("nvfp4+nvfp4@fouroversix", "nvfp4+nvfp4@fouroversix"),
+        ("int8.channel+int8.token.out6", "int8.channel+int8.token.out6"),
+        ("mxfp4+fp4_e2m1.g32.s-e8m0ceil", "mxfp4+fp4_e2m1.g32.s-e8m0ceil"),
+    ],
+)
+def test_a_kernel_sees_no_rules_of_weights_but_those_of_inputs(name: str, seen: str) -> None:
+    assert format_name(parse_scheme(name)) == seen

@@ -102,6 +102,7 @@ def test_scale_formats_have_the_bits_that_are_stored() -> None:
         "f32": (32, 0),
         "e8m0": (8, 0),
         "e8m0ceil": (8, 0),
+        "micro16": (1, 0),
         "e4m3": (8, 32),
     }
 

@@ -13,7 +13,7 @@ from mofq.backends.emulate import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.exceptions import BackendError
-from mofq.formats import FP4_E2M1, FP8_E4M3, IntFormat
+from mofq.formats import FP4_E2M1, FP8_E4M3, FloatFormat, IntFormat
 from mofq.recipe import Recipe, check_recipe
 from mofq.schemes import Scheme, TensorScheme, parse_scheme
 
@@ -79,9 +79,9 @@ def _operand(operand: TensorScheme, scheme: Scheme, where: str) -> tuple[str, in
     """AutoRound's data type and group size: -1 a channel or token, 0 the tensor."""
     kind, scale = operand.granularity.kind, operand.scale.name
     sizes = {"channel": -1, "token": -1, "tensor": 0, "group": operand.granularity.columns}
-    if kind not in sizes:
+    if kind not in sizes or operand.outliers or operand.scale_rule == "fouroversix":
         raise _cannot(where, scheme)
-    if scale.startswith("e8m0") and sizes[kind] == 32:
+    if scale.startswith("e8m0") and sizes[kind] == 32 and isinstance(operand.element, FloatFormat):
         return "mx_fp", 32
     if operand.element is FP4_E2M1 and scale == "e4m3" and sizes[kind] == 16:
         return "nv_fp", 16

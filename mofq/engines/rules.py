@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mofq.layers import FusionGroup, LinearLayer
-from mofq.schemes import Scheme
+from mofq.schemes import Scheme, parse_scheme
 
 Capability = tuple[int, int]
 Layers = Literal["any", "dense", "experts"]
@@ -20,8 +20,9 @@ _RULE_AND_ROUNDING = re.compile(r"@[a-z]+|~[a-z]+")
 class Rule:
     """One claim about an engine: these schemes are served by that kernel, or by none.
 
-    How scales were chosen and codes rounded (``@mse``, ``~gptq``) changes no
-    format, so ``schemes`` is matched against the name without them.
+    How the scales of weights were chosen and their codes rounded (``@mse``, ``~gptq``, the
+    ceiling rule of E8M0) changes no format, so ``schemes`` is matched against the name
+    without them. What is done to activations is done by the engine, so their rules count.
     """
 
     schemes: str  #: regular expression, full match on ``format_name``
@@ -55,8 +56,10 @@ class Engine:
 
 
 def format_name(scheme: Scheme) -> str:
-    """The scheme's name without scale rule and rounding: what a kernel sees."""
-    return _RULE_AND_ROUNDING.sub("", scheme.name)
+    """The scheme's name without scale rule and rounding of its weights: what a kernel sees."""
+    weight, plus, activation = scheme.name.partition("+")
+    weight = _RULE_AND_ROUNDING.sub("", weight).replace(".s-e8m0ceil", ".s-e8m0")
+    return parse_scheme(weight).name + plus + activation
 
 
 def matching_rule(engine: Engine, scheme: Scheme, group: FusionGroup) -> Rule | None:

@@ -125,12 +125,14 @@ def _inputs(
     name: str,
 ) -> Inputs:
     x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
+    # Sequence by sequence, as a model sees them.
+    x_NTI = x_MCI.reshape(samples.sequences, -1, x_MCI.shape[2])
     x: dict[TensorScheme | None, Tensor] = {None: x_MCI}
     for scheme in schemes:
         if scheme.activation is not None and scheme.activation not in x:
             x[scheme.activation] = fake_quantize_activation(
-                x_MCI, scheme.activation, static_amax=static_amax, name=name
-            )
+                x_NTI, scheme.activation, static_amax=static_amax, name=name
+            ).reshape(x_MCI.shape)
     token_T = samples.is_token_MC.flatten().nonzero()[:, 0]
     return Inputs(
         x=x,

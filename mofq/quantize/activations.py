@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
-from mofq.quantize.tiles import decode_tiles, encode_tiles, from_tiles, tile_shape, to_tiles
+from mofq.quantize.tiles import (
+    check_shared_scales,
+    decode_tiles,
+    encode_tiles,
+    from_tiles,
+    tile_shape,
+    to_tiles,
+)
 from mofq.quantize.weights import tile_scales
 from mofq.schemes import TensorScheme
 
@@ -21,10 +28,11 @@ def fake_quantize_activation(
     """Quantize and dequantize the input of a layer.
 
     Token and group scales are found in ``x`` itself; a tensor's scale, and the
-    global scale above E4M3 group scales, come from calibration.
+    global scale above E4M3 group scales, come from calibration. Outlier columns,
+    where the scheme keeps them, are those of a sequence, the last dimension but one.
 
     Args:
-        x: [..., in_features], any floating dtype; computed in float32.
+        x: [..., tokens, in_features], any floating dtype; computed in float32.
         scheme: Of the activations.
         static_amax: Largest magnitude seen in calibration. Needed if
             ``scheme.needs_tensor_amax``; larger inputs saturate.
@@ -44,13 +52,29 @@ def fake_quantize_activation(
         )
     if not x.numel():
         return x
-    x_TI = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    is_outlier = _outlier_columns(x, scheme)
+    kept = x if is_outlier is None else torch.where(is_outlier, 0.0, x)
+    x_TI = kept.reshape(-1, x.shape[-1]).to(torch.float32)
     shape = (x_TI.shape[0], x_TI.shape[1])
     rows, columns = tile_shape(shape, scheme.granularity, name=name)
+    check_shared_scales(shape, scheme, name=name)
     amax = None
     if scheme.needs_tensor_amax:
         amax = torch.as_tensor(static_amax, dtype=torch.float32, device=x.device).reshape(())
     tiles = to_tiles(x_TI, rows, columns)
     scales = tile_scales(tiles, scheme, tensor_amax=amax)
     quantized = decode_tiles(encode_tiles(tiles, scheme, scales), scheme, scales)
-    return from_tiles(quantized).reshape(x.shape).to(x.dtype)
+    rounded = from_tiles(quantized).reshape(x.shape).to(x.dtype)
+    return rounded if is_outlier is None else torch.where(is_outlier, x, rounded)
+
+
+def _outlier_columns(x: Tensor, scheme: TensorScheme) -> Tensor | None:
+    """Columns that stay as they are: [..., 1, in_features], bool; None where the scheme has none.
+
+    Source: LLM.int8(), arXiv:2208.07339: the feature dimensions in which an input of the
+    sequence reaches the threshold. What bitsandbytes multiplies them with are the quantized
+    weights, as here.
+    """
+    if not scheme.outliers:
+        return None
+    return (x.abs() >= scheme.outliers).any(dim=-2, keepdim=True)

@@ -32,9 +32,14 @@ e8m0       floor rule of OCP MX v1.0, section 6.3:
            shared scale 64 times this one; the code -128, which the standard
            allows to leave unused, is not used
 e8m0ceil   the smallest power of two with ``amax / scale <= max``
+micro16    shared microexponents (MX9, MX6, MX4): with ``E`` the E8M0 scale
+           of 16 columns by the floor rule, ``E / 2`` for a pair of elements that
+           are both below ``2**floor(log2(amax))`` of the 16, else ``E``
 e4m3       NVFP4: ``global = tensor_amax / (448 * max)`` in float32, the tile's
            scale ``round_e4m3(amax / (max * global))``, saturating at 448; what
-           the code is multiplied by is ``scale * global``, rounded to float32
+           the code is multiplied by is ``scale * global``, rounded to float32.
+           Under the rule ``fouroversix`` 256 stands for 448, which leaves room
+           for scales 1.5 times as large
 =========  =====================================================================
 
 Nothing here makes an infinity or a NaN out of finite numbers:
@@ -48,7 +53,9 @@ Nothing here makes an infinity or a NaN out of finite numbers:
 - No scale is so large that the largest code times it overflows float32.
 
 Source: OCP Microscaling Formats v1.0; NVIDIA TensorRT Model Optimizer
-(``NVFP4QTensor``) for the two levels of NVFP4 and the order of operations.
+(``NVFP4QTensor``) for the two levels of NVFP4 and the order of operations;
+arXiv:2302.08007 for microexponents, as AMD Quark describes how they are found;
+arXiv:2512.02010 and its repository for 256.
 """
 
 from __future__ import annotations
@@ -71,6 +78,8 @@ from mofq.schemes import TensorScheme
 
 _LARGEST_FLOAT32 = float(torch.finfo(torch.float32).max)
 _SMALLEST_E4M3 = 2.0**-9
+#: 1.5 times this is an E4M3 scale as well.
+_LARGEST_SCALE_TO_6 = 256.0
 #: The dimensions inside a tile.
 TILE_DIMS = (1, 3)
 
@@ -118,6 +127,8 @@ def global_scale_of(scheme: TensorScheme, tensor_amax: Tensor) -> Tensor | None:
         return None
     largest_scale = FP8_E4M3.max
     limit = _largest_scale(largest_scale * _largest_code(scheme), significant_bits=8)
+    if scheme.scale_rule == "fouroversix":
+        largest_scale = _LARGEST_SCALE_TO_6
     scale = tensor_amax / (largest_scale * scheme.element.max)
     scale = torch.clamp(scale, SMALLEST_NORMAL, limit)
     return torch.where(tensor_amax == 0, 1.0, scale)
@@ -169,6 +180,8 @@ def symmetric_scale(
     largest = float(scheme.element.max)
     if scheme.scale_rule == "fullrange":
         largest += 1
+    if scheme.scale.shared_bits:
+        return _microexponent_scale(amax, scheme)
     scale = scale_for(amax, largest, scheme, global_scale=global_scale)
     return torch.where(amax == 0, 1.0, scale)
 
@@ -218,6 +231,21 @@ def _power_of_two_scale(amax: Tensor, largest: float, scheme: TensorScheme) -> T
         scale = torch.where(amax > scale * largest, scale * 2.0, scale)
     limit = _largest_scale(_largest_code(scheme), significant_bits=1)
     return torch.clamp(scale, SMALLEST_NORMAL, limit)
+
+
+def _microexponent_scale(amax_A1G1: Tensor, scheme: TensorScheme) -> Tensor:
+    """All or half of the power of two that neighbouring pairs share."""
+    pairs = scheme.scale.shared_columns // scheme.granularity.columns
+    amax = amax_A1G1.unflatten(2, (-1, pairs))  # [A, 1, blocks, pairs, 1]
+    shared_amax = torch.amax(amax, dim=3, keepdim=True)
+    # Twice the smallest normal, so that half of it is one.
+    shared = torch.clamp(
+        _power_of_two_scale(shared_amax, float(scheme.element.max), scheme),
+        min=2 * SMALLEST_NORMAL,
+    )
+    shared = torch.where(shared_amax == 0, 1.0, shared)
+    is_below = power_of_two_floor(amax) < power_of_two_floor(shared_amax)
+    return torch.where(is_below, shared * 0.5, shared).flatten(2, 3)
 
 
 def _largest_is_positive(x_ARGK: Tensor, amax: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scales that minimise the squared error of a tile: the rules ``mse`` and ``nats``.
+"""Scales that minimise the squared error of a tile: ``mse``, ``nats`` and ``fouroversix``.
 
 The candidates, in order, all rounded to the scale's format like any other
 scale (``absmax`` below is the absmax scale before that rounding):
@@ -15,6 +15,8 @@ float, codebook    absmax; then ``r * absmax`` for r = 48/24, 47/24 … 12/24. A
                    it to 4 in FP4 E2M1), which moves the whole grid
 E8M0 scales        instead of all these r: the rule's own scale, its double,
                    its half
+fouroversix        instead of all these r: absmax, which gives the largest magnitude
+                   the code 6; then ``1.5 * absmax``, which gives it the code 4
 =================  =============================================================
 
 The smallest error wins, among equals the first, so that the result is never
@@ -28,7 +30,8 @@ elements, so it is exact: no order of summation, number of threads or compiler
 can change which candidate wins.
 
 Source: the clip search of GPTQ (arXiv:2210.17323, ``quant.py``) and the search
-over signed scales of llama.cpp (``make_qx_quants``); the grids are our own.
+over signed scales of llama.cpp (``make_qx_quants``); the grids are our own. Four over
+six: arXiv:2512.02010, by the squared error, 6 where both are equal.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def search_scales(
 
     Args:
         x_ARGK: Tiles, float32, finite.
-        scheme: Its ``scale_rule`` is ``mse`` or ``nats``.
+        scheme: Its ``scale_rule`` is ``mse``, ``nats`` or ``fouroversix``.
         global_scale: From ``global_scale_of``.
         importance_ARGK: Weight of each element's squared error, float32, at
             least 0, broadcastable to the tiles; None weighs all alike.
@@ -119,6 +122,8 @@ def _candidates(
         scale = scale_for(amax * ratio, largest, scheme, global_scale=global_scale)
         return Scales(torch.where(amax == 0, 1.0, scale), None, global_scale)
 
+    if scheme.scale_rule == "fouroversix":
+        return [scales(1.0), scales(1.5)]
     has_sign = not scheme.scale.name.startswith("e8m0")
     if not has_sign:
         return [scales(1.0), scales(2.0), scales(0.5)]

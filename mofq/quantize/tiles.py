@@ -46,6 +46,21 @@ def tile_shape(shape: tuple[int, int], granularity: Granularity, *, name: str) -
     return sides[0], sides[1]
 
 
+def check_shared_scales(shape: tuple[int, int], scheme: TensorScheme, *, name: str) -> None:
+    """Refuse a matrix whose columns the exponents that groups share do not cover exactly.
+
+    Raises:
+        SchemeError: They do not.
+    """
+    shared = scheme.scale.shared_columns
+    if shared and shape[1] % shared:
+        raise SchemeError(
+            f"{name}: {scheme.scale.name} scales need columns divisible by {shared}, got "
+            f"{shape[1]}. Offer it another scheme in the search space, or list the layer under "
+            f"`exclude`."
+        )
+
+
 def to_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     """View a matrix as tiles: [A*R, G*K] to [A, R, G, K]."""
     return x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)

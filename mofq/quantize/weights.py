@@ -16,7 +16,14 @@ from mofq.quantize.scales import (
     symmetric_scale,
 )
 from mofq.quantize.search import search_scales
-from mofq.quantize.tiles import decode_tiles, encode_tiles, from_tiles, tile_shape, to_tiles
+from mofq.quantize.tiles import (
+    check_shared_scales,
+    decode_tiles,
+    encode_tiles,
+    from_tiles,
+    tile_shape,
+    to_tiles,
+)
 from mofq.schemes import TensorScheme
 
 #: Elements worked on at a time: their float32 and float64 copies stay in the cache.
@@ -113,7 +120,7 @@ def tile_scales(
         assert tensor_amax is not None
         amax = tensor_amax.reshape(1, 1, 1, 1)
         return Scales(symmetric_scale(amax, scheme, global_scale=global_scale), None, global_scale)
-    if scheme.scale_rule in ("mse", "nats"):
+    if scheme.scale_rule in ("mse", "nats", "fouroversix"):
         return search_scales(
             x_ARGK, scheme, global_scale=global_scale, importance_ARGK=importance_ARGK
         )
@@ -230,6 +237,7 @@ def _check(
             f"{'none' if importance is None else 'one'} with rule {scheme.scale_rule!r}. "
             f"Run `mofq calibrate` first and give its folder to `measure --stats`."
         )
+    check_shared_scales(_shape(weight_OI), scheme, name=name)
     return tile_shape(_shape(weight_OI), scheme.granularity, name=name)
 
 

@@ -6,8 +6,8 @@ from mofq.formats import CodebookFormat, FloatFormat, IntFormat
 from mofq.schemes import Scheme, TensorScheme, parse_scheme
 
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
-_SCALE_RULES = ("absmax", "fullrange", "mse", "nats")
-_SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "e4m3")
+_SCALE_RULES = ("absmax", "fullrange", "fouroversix", "mse", "nats")
+_SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "micro16", "e4m3")
 _KINDS = ("unscaled", "tensor", "channel", "token", "block", "group")
 
 Rank = tuple[int | str, ...]
@@ -21,7 +21,7 @@ def simplicity(scheme_name: str, *, base: bool = False) -> Rank:
     asymmetric; coarse scales before fine (unscaled, tensor, channel, block,
     groups, large groups before small); integers before floating point before
     codebooks; scales in bf16 or f32 before E8M0 before E4M3 under a global scale; the
-    scale rules absmax, fullrange, mse, nats; for the activations, none before
+    scale rules absmax, fullrange, fouroversix, mse, nats; for the activations, none before
     quantized, and then the same order. Last, the name.
 
     Args:

@@ -70,6 +70,10 @@ def storage_of(scheme: Scheme, *, where: str) -> Storage:
             "its codes follow from calibration statistics, which this export does not read",
             "the scheme with @mse",
         )
+    if scheme.activation is not None and _has_own_rule(scheme.activation):
+        raise _cannot(
+            where, scheme, "engines round inputs by the plain rule alone", "plain activations"
+        )
     microscaling = _microscaling(scheme, weight, where)
     if microscaling is not None:
         return microscaling
@@ -91,6 +95,10 @@ def storage_of(scheme: Scheme, *, where: str) -> Storage:
     raise _cannot(
         where, scheme, f"it has no element {weight.element.name}", "int4, int8 or fp8_e4m3"
     )
+
+
+def _has_own_rule(activation: TensorScheme) -> bool:
+    return activation.scale_rule != "absmax" or activation.outliers > 0
 
 
 def _integer(scheme: Scheme, weight: TensorScheme, element: IntFormat, where: str) -> Storage:
