@@ -17,6 +17,7 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer, find_layers
+from mofq.measure.extent import extent_sums
 from mofq.measure.rows import group_rows
 from mofq.measure.run import measure
 from mofq.measure.score import CorpusScore, LayerScore
@@ -144,7 +145,10 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
         corpora["a"] = CorpusScore(error_NS, torch.ones(2, 1, dtype=torch.float64), mse_S)
     relative_S = torch.tensor([relative], dtype=torch.float64)
     amax = None if errors is None else 2.0
-    return LayerScore(relative_S, 100.0, torch.ones(1).double(), corpora, static_amax=amax)
+    extent = extent_sums(torch.ones(1, 1))
+    return LayerScore(
+        relative_S, 100.0, torch.ones(1).double(), corpora, amax, extent=extent, input_extents={}
+    )
 
 
 def test_an_unseen_expert_gets_the_mean_of_its_kind_scaled_by_its_own_weight_error() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
+from mofq.measure.extent import ExtentSums, extent_sums
 from mofq.measure.prepared import Inputs, PreparedLayer
 from mofq.measure.rounded import quantize_block
 
@@ -38,13 +39,13 @@ class CorpusSums:
 class BlockSums:
     """What a block of rows adds to the score of its layer, float64."""
 
-    weight_I: Tensor  #: squares of the weights of each column
-    error_WI: Tensor  #: and of each weight scheme's rounding errors
+    extent: ExtentSums  #: of the weights, their squares among it
+    error_WI: Tensor  #: squares of each weight scheme's rounding errors
     corpora: Mapping[str, CorpusSums]
 
     def __add__(self, other: BlockSums) -> BlockSums:
         return BlockSums(
-            self.weight_I + other.weight_I,
+            self.extent + other.extent,
             self.error_WI + other.error_WI,
             {corpus: sums + other.corpora[corpus] for corpus, sums in self.corpora.items()},
         )
@@ -67,7 +68,7 @@ def score_block(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
     weight_RI = _read_finite(layer, start, stop)
     delta_WRI = quantize_block(layer, weight_RI, start=start)
     return BlockSums(
-        weight_I=weight_RI.square().sum(0, dtype=torch.float64),
+        extent=extent_sums(weight_RI),
         error_WI=delta_WRI.square().sum(1, dtype=torch.float64),
         corpora={
             corpus: _corpus_sums(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mofq.measure.extent import ExtentSums, extent_sums
 from mofq.measure.samples import ChunkedSamples
 from mofq.quantize import fake_quantize_activation
 from mofq.schemes import Scheme, TensorScheme
@@ -43,6 +44,7 @@ class PreparedLayer:
     inputs: Mapping[str, Inputs]  #: corpus -> inputs
     tensor_amax: float | None
     static_amax: float | None  #: largest magnitude of all inputs; None where there are none
+    input_extents: Mapping[str, ExtentSums]  #: corpus -> of its inputs
     device: str
 
     @property
@@ -89,8 +91,11 @@ def prepare_layer(
     Raises:
         SchemeError: A scheme does not fit the inputs.
     """
-    amax = [float(one.x_MCI.abs().max()) for one in samples.values()]
-    static_amax = max(amax, default=None)
+    extents = {
+        corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
+        for corpus, one in samples.items()
+    }
+    static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
     return PreparedLayer(
         name=name,
         read_rows=read_rows,
@@ -102,6 +107,7 @@ def prepare_layer(
         },
         tensor_amax=tensor_amax,
         static_amax=static_amax,
+        input_extents=extents,
         device=device,
     )
 

@@ -12,13 +12,23 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.measure.extent import group_profiles
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
 from mofq.measure.samples import CHUNK_TOKENS, SampleReader
 from mofq.measure.schedule import score_layers
 from mofq.schemes import Scheme
 from mofq.search_space import Legality, Offer, SearchSpace, offer_schemes
-from mofq.table import Rejection, Row, TableSpace, TableStats, TableWriter, header_of, open_table
+from mofq.table import (
+    Profile,
+    Rejection,
+    Row,
+    TableSpace,
+    TableStats,
+    TableWriter,
+    header_of,
+    open_table,
+)
 
 #: Rows of a weight read at once to find its largest magnitude [bytes].
 _AMAX_BYTES = 64_000_000
@@ -105,7 +115,8 @@ def _fill(
     with closing(measure_groups(checkpoint, work, stats=stats, device=device)) as measured:
         for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
-            table.add_group(next(measured) if some else [], rejected)
+            rows, profiles = next(measured) if some else ([], [])
+            table.add_group(rows, rejected, profiles=profiles)
             if progress is not None:
                 progress(done + 1, len(offers))
 
@@ -116,8 +127,8 @@ def measure_groups(
     *,
     stats: Stats | None = None,
     device: str = "cpu",
-) -> Generator[list[Row], None, None]:
-    """The rows of fusion groups under some schemes; nothing else is read or written.
+) -> Generator[tuple[list[Row], list[Profile]], None, None]:
+    """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
 
     Args:
         checkpoint: The model.
@@ -126,8 +137,8 @@ def measure_groups(
         device: Where the arithmetic runs.
 
     Yields:
-        The rows of each fusion group, in a fixed order. Which others are measured with it
-        changes no number.
+        The rows of each fusion group and its profiles, in a fixed order. Which others are
+        measured with it changes no number.
 
     Raises:
         StatsError: The stats do not know a layer, or no token reached a layer or one like it.
@@ -144,7 +155,12 @@ def measure_groups(
         scores = stack.enter_context(closing(score_layers(layers, device=device)))
         for group, schemes in work:
             by_name = {layer.name: next(scores) for layer in group.layers}
-            yield group_rows(group, schemes, by_name, corpora=corpora)
+            profiles = group_profiles(
+                group,
+                {name: score.extent for name, score in by_name.items()},
+                {name: score.input_extents for name, score in by_name.items()},
+            )
+            yield group_rows(group, schemes, by_name, corpora=corpora), profiles
 
 
 def _prepare_group(

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from mofq.measure.block import BlockSums, CorpusSums, score_block
+from mofq.measure.extent import ExtentSums
 from mofq.measure.prepared import PreparedLayer
 from mofq.measure.samples import CHUNK_TOKENS
 
@@ -64,6 +65,8 @@ class LayerScore:
     error_energy_S: Tensor  #: sum of squares of the rounding error, float64
     corpora: Mapping[str, CorpusScore]  #: those of which a token reached the layer
     static_amax: float | None  #: largest magnitude of the inputs; None where there are none
+    extent: ExtentSums  #: of the weight
+    input_extents: Mapping[str, ExtentSums]  #: corpus -> of the inputs
 
 
 def score_layer(layer: PreparedLayer) -> LayerScore:
@@ -89,15 +92,18 @@ def add_blocks(layer: PreparedLayer, blocks: Sequence[BlockSums]) -> LayerScore:
         blocks: One for each of its blocks, in their order.
     """
     sums = reduce(add, blocks)
-    is_zero_I = sums.weight_I == 0
-    ratio_WI = sums.error_WI / torch.where(is_zero_I, 1.0, sums.weight_I)
+    weight_I = sums.extent.square_I
+    is_zero_I = weight_I == 0
+    ratio_WI = sums.error_WI / torch.where(is_zero_I, 1.0, weight_I)
     relative_W = torch.where(is_zero_I, 0.0, ratio_WI).mean(1)
     return LayerScore(
         relative_weight_error_S=_of_schemes(layer, relative_W),
-        weight_energy=float(sums.weight_I.sum()),
+        weight_energy=float(weight_I.sum()),
         error_energy_S=_of_schemes(layer, sums.error_WI.sum(1)),
         corpora={corpus: _corpus_score(layer, corpus, one) for corpus, one in sums.corpora.items()},
         static_amax=layer.static_amax,
+        extent=sums.extent,
+        input_extents=layer.input_extents,
     )
 
 

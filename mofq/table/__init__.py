@@ -2,14 +2,18 @@
 
 ``table.jsonl`` is JSON Lines and only ever grows. The first line is a header
 that names the model, the statistics and the fusion groups; every later line is
-a ``space`` (what was asked), a ``rejection`` (why a scheme was not measured) or
-a ``row`` (a measured choice). ``TABLE_LINE_SCHEMA`` specifies each of them.
+a ``space`` (what was asked), a ``rejection`` (why a scheme was not measured), a
+``profile`` (how large the weights and inputs of a layer are) or a ``row`` (a
+measured choice). ``TABLE_LINE_SCHEMA`` specifies each of them.
 """
 
 from __future__ import annotations
 
 from mofq.table.lines import (
+    MOST_BINS,
     UNITS,
+    Extent,
+    Profile,
     Rejection,
     Row,
     RowKey,
@@ -19,6 +23,7 @@ from mofq.table.lines import (
     TableLayer,
     TableSpace,
     TableStats,
+    bin_width,
     header_of,
 )
 from mofq.table.reader import read_table
@@ -26,8 +31,11 @@ from mofq.table.schema import TABLE_LINE_SCHEMA
 from mofq.table.writer import TableWriter, open_table
 
 __all__ = [
+    "MOST_BINS",
     "TABLE_LINE_SCHEMA",
     "UNITS",
+    "Extent",
+    "Profile",
     "Rejection",
     "Row",
     "RowKey",
@@ -38,6 +46,7 @@ __all__ = [
     "TableSpace",
     "TableStats",
     "TableWriter",
+    "bin_width",
     "header_of",
     "open_table",
     "read_table",

@@ -12,6 +12,8 @@ from typing import Any
 from mofq.documents import check_document, parse_json
 from mofq.exceptions import TableError, nearest_name
 from mofq.table.lines import (
+    Extent,
+    Profile,
     Rejection,
     Row,
     TableGroup,
@@ -25,7 +27,7 @@ from mofq.table.schema import LINE_SCHEMAS, TABLE_VERSION
 #: Keys of a row that hold many numbers.
 _PACKED = ("sample_errors", "projections")
 
-Line = TableHeader | TableSpace | Rejection | Row
+Line = TableHeader | TableSpace | Rejection | Profile | Row
 
 
 def encode_line(line: Line) -> str:
@@ -36,6 +38,8 @@ def encode_line(line: Line) -> str:
         value = {"kind": "space", **asdict(line)}
     elif isinstance(line, Rejection):
         value = {"kind": "rejection", **asdict(line)}
+    elif isinstance(line, Profile):
+        value = _profile_value(line)
     else:
         value = _row_value(line)
     try:
@@ -49,6 +53,8 @@ def encode_line(line: Line) -> str:
 def _where(line: Line) -> str:
     if isinstance(line, Row):
         return f"row of {line.group} under {line.scheme} in {line.unit}"
+    if isinstance(line, Profile):
+        return f"profile of {line.module} in {line.group}"
     return type(line).__name__
 
 
@@ -81,14 +87,37 @@ def _row_value(row: Row) -> dict[str, Any]:
     for name in _PACKED:
         numbers: tuple[float, ...] | None = getattr(row, name)
         if numbers is not None:
-            try:
-                packed = struct.pack(f"<{len(numbers)}f", *numbers)
-            except OverflowError as problem:
-                raise TableError(f"{_where(row)}: {name} do not fit float32.") from problem
-            value[name] = b64encode(packed).decode()
+            value[name] = _packed(numbers, f"{_where(row)}: {name}")
     if row.static_amax is not None:
         value["static_amax"] = row.static_amax
     return value
+
+
+def _profile_value(profile: Profile) -> dict[str, Any]:
+    where = _where(profile)
+    return {
+        "kind": "profile",
+        "group": profile.group,
+        "module": profile.module,
+        "channels": profile.channels,
+        "weight": _extent_value(profile.weight, where),
+        "inputs": {name: _extent_value(one, where) for name, one in profile.inputs.items()},
+    }
+
+
+def _extent_value(extent: Extent, where: str) -> dict[str, Any]:
+    return {
+        "amax": _packed(extent.amax, f"{where}: amax"),
+        "rms": _packed(extent.rms, f"{where}: rms"),
+        "crest": extent.crest,
+    }
+
+
+def _packed(numbers: tuple[float, ...], where: str) -> str:
+    try:
+        return b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+    except OverflowError as problem:
+        raise TableError(f"{where} do not fit float32.") from problem
 
 
 def decode_line(text: str, where: str) -> Line:
@@ -120,6 +149,8 @@ def decode_line(text: str, where: str) -> Line:
         return _row(value, where)
     if kind == "rejection":
         return Rejection(**value)
+    if kind == "profile":
+        return _profile(value, where)
     if kind == "space":
         return TableSpace(
             **{**value, "schemes": tuple(value["schemes"]), "base": tuple(value["base"])}
@@ -132,6 +163,19 @@ def _row(value: dict[str, Any], where: str) -> Row:
         if name in value:
             value[name] = _unpacked(value[name], f"{where}: {name}")
     return Row(**value)
+
+
+def _profile(value: dict[str, Any], where: str) -> Profile:
+    inputs = {name: _extent(one, where) for name, one in value.pop("inputs").items()}
+    return Profile(**{**value, "weight": _extent(value["weight"], where)}, inputs=inputs)
+
+
+def _extent(value: dict[str, Any], where: str) -> Extent:
+    return Extent(
+        amax=_unpacked(value["amax"], f"{where}: amax"),
+        rms=_unpacked(value["rms"], f"{where}: rms"),
+        crest=value["crest"],
+    )
 
 
 def _unpacked(text: str, where: str) -> tuple[float, ...]:

@@ -13,6 +13,9 @@ from mofq.schemes import parse_scheme
 Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
+#: Ranges of input channels that a profile tells apart.
+MOST_BINS = 256
+
 #: What identifies a row: fusion group, scheme, unit, corpus.
 RowKey = tuple[str, str, str, str | None]
 
@@ -139,6 +142,44 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """How large the values are that a layer multiplies: along its inputs, and beside each other.
+
+    The crest factor of some values is the largest magnitude over the root mean square. A format
+    with even steps (INT) loses by its square, one with a step for each power of two (FP) hardly.
+    """
+
+    #: Largest magnitude in each of at most `MOST_BINS` ranges of neighbouring input channels,
+    #: all equally wide but the last. In float32.
+    amax: tuple[float, ...]
+    #: Largest root mean square of one channel in each of these ranges. In float32.
+    rms: tuple[float, ...]
+    #: What shares a scale (``"g32"``: 32 neighbours along the inputs; ``"channel"`` or
+    #: ``"token"``: all of them) -> mean crest factor; of those that are not all zero.
+    crest: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The weights and inputs of one kind of layer of a fusion group, as they are.
+
+    Experts of one kind are taken together. No scheme and no decision depends on a profile: it
+    is there to be looked at.
+    """
+
+    group: str
+    module: str  #: of its layers
+    channels: int  #: input channels
+    weight: Extent
+    inputs: dict[str, Extent]  #: corpus -> of the calibration's tokens
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the profile."""
+        return (self.group, self.module)
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table in memory. Lines keep the order of the file."""
 
@@ -147,6 +188,7 @@ class Table:
     rejections: tuple[Rejection, ...]
     rows: tuple[Row, ...]
     sha256: str  #: of the complete lines of the file
+    profiles: tuple[Profile, ...] = ()
 
     @property
     def measures(self) -> tuple[tuple[Unit, str | None], ...]:
@@ -160,6 +202,11 @@ class Table:
             if row.unit == unit and row.corpus == corpus:
                 found[row.group].append(row)
         return {name: tuple(rows) for name, rows in found.items()}
+
+
+def bin_width(channels: int) -> int:
+    """Input channels in one range of a profile."""
+    return -(-channels // MOST_BINS)
 
 
 def header_of(

@@ -9,8 +9,18 @@ from pathlib import Path
 
 from mofq.exceptions import SchemeError, TableError, nearest_name
 from mofq.schemes import parse_scheme
-from mofq.table.codec import Line, decode_line
-from mofq.table.lines import Rejection, Row, RowKey, Table, TableHeader, TableSpace
+from mofq.table.codec import decode_line
+from mofq.table.lines import (
+    Extent,
+    Profile,
+    Rejection,
+    Row,
+    RowKey,
+    Table,
+    TableHeader,
+    TableSpace,
+    bin_width,
+)
 
 #: ``sample_errors`` are kept in float32.
 _TOLERANCE = 1e-5
@@ -24,21 +34,41 @@ class RowCheck:
         self._layers = {
             group.name: {layer.name for layer in group.layers} for group in header.groups
         }
+        self._modules = {
+            group.name: {layer.module: layer.in_features for layer in group.layers}
+            for group in header.groups
+        }
         self._counts: dict[tuple[str, str | None], int] = {}
 
     def check_names(self, line: Row | Rejection, where: str) -> None:
         """Refuse a fusion group or scheme that does not exist."""
-        if line.group not in self._layers:
-            raise TableError(
-                f"{where}: the header has no fusion group {line.group!r}."
-                + nearest_name(line.group, self._layers)
-            )
+        self._check_group(line.group, where)
         try:
             name = parse_scheme(line.scheme).name
         except SchemeError as problem:
             raise TableError(f"{where}: {problem}") from problem
         if name != line.scheme:
             raise TableError(f"{where}: the scheme {line.scheme!r} is written {name!r}.")
+
+    def _check_group(self, group: str, where: str) -> None:
+        if group not in self._layers:
+            raise TableError(
+                f"{where}: the header has no fusion group {group!r}."
+                + nearest_name(group, self._layers)
+            )
+
+    def check_profile(self, profile: Profile, where: str) -> None:
+        """Refuse a profile of a layer that does not exist, or of another size or corpus."""
+        self._check_group(profile.group, where)
+        modules = self._modules[profile.group]
+        if profile.channels != modules.get(profile.module):
+            raise TableError(
+                f"{where}: the header has no {profile.module!r} of {profile.channels} input "
+                f"channels in {profile.group}; it has {modules}."
+            )
+        for corpus, one in [(None, profile.weight), *profile.inputs.items()]:
+            self._check_corpus(corpus, where)
+            _check_extent(one, profile.channels, where)
 
     def check_row(self, row: Row, where: str) -> None:
         """Refuse a row whose numbers or corpus cannot be."""
@@ -59,18 +89,16 @@ class RowCheck:
                 f"{where}: static_amax names {unknown[0]!r}, which is not in {row.group}."
                 + nearest_name(unknown[0], self._layers[row.group])
             )
-        self._check_corpus(row, where)
+        if row.unit != "relative_weight_error" and self._header.stats is None:
+            raise TableError(f"{where}: {row.unit} needs statistics, and the header has none.")
+        self._check_corpus(row.corpus, where)
         self._check_samples(row, where)
 
-    def _check_corpus(self, row: Row, where: str) -> None:
-        stats = self._header.stats
-        if row.unit != "relative_weight_error" and stats is None:
-            raise TableError(f"{where}: {row.unit} needs statistics, and the header has none.")
-        corpora = {} if stats is None else stats.corpora
-        if row.corpus is not None and row.corpus not in corpora:
+    def _check_corpus(self, corpus: str | None, where: str) -> None:
+        corpora = {} if self._header.stats is None else self._header.stats.corpora
+        if corpus is not None and corpus not in corpora:
             raise TableError(
-                f"{where}: the header has no corpus {row.corpus!r}."
-                + nearest_name(row.corpus, corpora)
+                f"{where}: the header has no corpus {corpus!r}." + nearest_name(corpus, corpora)
             )
 
     def _check_samples(self, row: Row, where: str) -> None:
@@ -93,6 +121,18 @@ class RowCheck:
                     f"{where}: error is {row.error}, but its sample_errors, none of which "
                     f"may be negative, have the mean {mean}."
                 )
+
+
+def _check_extent(extent: Extent, channels: int, where: str) -> None:
+    bins = -(-channels // bin_width(channels))
+    if not len(extent.amax) == len(extent.rms) == bins:
+        raise TableError(
+            f"{where}: {channels} input channels need {bins} numbers in amax and rms, found "
+            f"{len(extent.amax)} and {len(extent.rms)}."
+        )
+    numbers = [*extent.amax, *extent.rms, *extent.crest.values()]
+    if not all(isfinite(number) and number >= 0 for number in numbers):
+        raise TableError(f"{where}: an amax, rms or crest factor is negative or not finite.")
 
 
 def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
@@ -118,6 +158,7 @@ def parse_table(data: bytes, path: Path) -> Table:
     check = RowCheck(header)
     spaces: list[TableSpace] = []
     rejections: list[Rejection] = []
+    profiles: dict[tuple[str, str], Profile] = {}
     rows: dict[RowKey, Row] = {}
     for text, where in lines:
         line = decode_line(text, where)
@@ -126,21 +167,35 @@ def parse_table(data: bytes, path: Path) -> Table:
         elif isinstance(line, Rejection):
             check.check_names(line, where)
             rejections.append(line)
+        elif isinstance(line, Profile):
+            check.check_profile(line, where)
+            if profiles.setdefault(line.key, line) != line:
+                raise TableError(f"{where}: {_twice(line)}")
         elif isinstance(line, Row):
             check.check_row(line, where)
             if rows.setdefault(line.key, line) != line:
-                raise TableError(
-                    f"{where}: {_twice(line)} Which one is right cannot be known; measure again."
-                )
+                raise TableError(f"{where}: {_twice(line)}")
         else:
             raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
     digest = sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
-    return Table(header, tuple(spaces), tuple(rejections), rows=tuple(rows.values()), sha256=digest)
+    return Table(
+        header,
+        tuple(spaces),
+        tuple(rejections),
+        rows=tuple(rows.values()),
+        sha256=digest,
+        profiles=tuple(profiles.values()),
+    )
 
 
-def _twice(line: Line) -> str:
-    assert isinstance(line, Row)
-    return f"{line.group} under {line.scheme} in {line.unit} stands twice with different numbers."
+def _twice(line: Row | Profile) -> str:
+    what = f"the profile of {line.key[1]} in {line.group}"
+    if isinstance(line, Row):
+        what = f"{line.group} under {line.scheme} in {line.unit}"
+    return (
+        f"{what} stands twice with different numbers. "
+        f"Which one is right cannot be known; measure again."
+    )
 
 
 def _check_header(header: TableHeader, where: str) -> None:

@@ -96,10 +96,29 @@ ROW_SCHEMA = strict_object(
     },
     optional=("sample_errors", "projections", "static_amax"),
 )
+_CREST = {"type": "object", "additionalProperties": _NOT_NEGATIVE}
+_EXTENT = strict_object(
+    {
+        "amax": _floats("largest magnitude in each range of input channels"),
+        "rms": _floats("largest root mean square of one channel in each range"),
+        "crest": _CREST,
+    }
+)
+PROFILE_SCHEMA = strict_object(
+    {
+        "kind": {"const": "profile"},
+        "group": _NAME,
+        "module": _NAME,
+        "channels": _COUNT,
+        "weight": _EXTENT,
+        "inputs": {"type": "object", "additionalProperties": _EXTENT},
+    }
+)
 LINE_SCHEMAS: dict[str, dict[str, Any]] = {
     "header": HEADER_SCHEMA,
     "space": SPACE_SCHEMA,
     "rejection": REJECTION_SCHEMA,
+    "profile": PROFILE_SCHEMA,
     "row": ROW_SCHEMA,
 }
 TABLE_LINE_SCHEMA: dict[str, Any] = {

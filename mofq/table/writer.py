@@ -11,7 +11,7 @@ from types import TracebackType
 
 from mofq.exceptions import TableError
 from mofq.table.codec import decode_line, encode_line
-from mofq.table.lines import Rejection, Row, RowKey, Table, TableHeader, TableSpace
+from mofq.table.lines import Profile, Rejection, Row, RowKey, Table, TableHeader, TableSpace
 from mofq.table.reader import RowCheck, parse_table
 
 _BEGINNING = b'{"kind":"header",'
@@ -33,6 +33,7 @@ class TableWriter:
         for row in table.rows:
             self._check.check_row(row, str(path))
             self._rows[row.key] = encode_line(row)
+        self._profiled = {profile.key for profile in table.profiles}
         others: list[TableSpace | Rejection] = [*table.spaces, *table.rejections]
         self._others = {encode_line(line) for line in others}
 
@@ -55,16 +56,28 @@ class TableWriter:
         """Note what this run was asked for."""
         self._append(self._new_others([space]))
 
-    def add_group(self, rows: Iterable[Row], rejections: Iterable[Rejection] = ()) -> None:
+    def add_group(
+        self,
+        rows: Iterable[Row],
+        rejections: Iterable[Rejection] = (),
+        *,
+        profiles: Iterable[Profile] = (),
+    ) -> None:
         """Append what is known of a fusion group, and wait until it is on the disk.
 
+        The first profile of a layer stays: which schemes were measured with it may change the
+        last digit of its root mean squares.
+
         Raises:
-            TableError: A row is not valid, or contradicts one that is there; then
+            TableError: A line is not valid, or a row contradicts one that is there; then
                 none is written. Or the disk is full; then earlier lines are kept.
         """
         rejections = list(rejections)
         for rejection in rejections:
             self._check.check_names(rejection, str(self.path))
+        fresh = [one for one in profiles if one.key not in self._profiled]
+        for one in fresh:
+            self._check.check_profile(one, str(self.path))
         new: dict[RowKey, str] = {}
         for row in rows:
             where = f"{self.path}: row of {row.group} under {row.scheme}"
@@ -79,7 +92,9 @@ class TableWriter:
                     f"{where}: {row.unit} was measured before with another result. Checkpoint or "
                     f"statistics have changed under the same hashes; write to another table."
                 )
-        self._append([*self._new_others(rejections), *new.values()])
+        lines = [*self._new_others(rejections), *map(encode_line, fresh), *new.values()]
+        self._append(lines)
+        self._profiled.update(one.key for one in fresh)
         self._rows.update(new)
 
     def _new_others(self, lines: Sequence[TableSpace | Rejection]) -> list[str]:

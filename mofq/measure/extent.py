@@ -1,0 +1,131 @@
+"""How large the values of a matrix are, along its inputs and against their neighbours.
+
+Taken while the weight streams by; no error and no decision depends on it. It is what a table
+keeps so that a reader sees why a format loses: an input channel whose weights or activations
+stand out as a wall, or scale groups in which one value is much larger than the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mofq.layers import FusionGroup
+from mofq.table import Extent, Profile, bin_width
+
+#: Neighbours along the inputs whose crest factor is taken, where they divide the inputs;
+#: each is twice the one before.
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentSums:
+    """Of some rows whose columns are input channels; those of two sets of rows add up."""
+
+    rows: int
+    amax_I: Tensor  #: largest magnitude of each column, float32
+    square_I: Tensor  #: sum of squares of each column, float64
+    crest_G: Tensor  #: crest factors of each of `GROUP_SIZES` and of whole rows, added, float64
+    count_G: Tensor  #: how many were not all zero, float64
+
+    def __add__(self, other: ExtentSums) -> ExtentSums:
+        return ExtentSums(
+            self.rows + other.rows,
+            torch.maximum(self.amax_I, other.amax_I),
+            self.square_I + other.square_I,
+            self.crest_G + other.crest_G,
+            self.count_G + other.count_G,
+        )
+
+
+def extent_sums(values_RI: Tensor) -> ExtentSums:
+    """The extent of a block of rows.
+
+    Args:
+        values_RI: Weights [rows, in_features] or inputs [tokens, in_features], float32.
+
+    Returns:
+        Its sums, on the device of the values.
+    """
+    amax_RG, square_RG = values_RI.abs(), values_RI.square()
+    amax_I, square_I = amax_RG.amax(0), square_RG.sum(0, dtype=torch.float64)
+    crests = []
+    width, in_features = 1, values_RI.shape[1]
+    for size in GROUP_SIZES:
+        if in_features % size:
+            crests.append((0.0, 0.0))
+            continue
+        amax_RG = amax_RG.unflatten(1, (-1, size // width)).amax(2)
+        square_RG = square_RG.unflatten(1, (-1, size // width)).sum(2)
+        width = size
+        crests.append(_crest(amax_RG, square_RG / size))
+    crests.append(_crest(amax_RG.amax(1), square_RG.sum(1) / in_features))
+    crest_G, count_G = torch.tensor(crests, dtype=torch.float64).unbind(1)
+    return ExtentSums(len(values_RI), amax_I, square_I, crest_G, count_G=count_G)
+
+
+def _crest(amax: Tensor, mean_square: Tensor) -> tuple[float, float]:
+    """Crest factors of groups of values, added, and how many groups are not all zero."""
+    is_some = mean_square > 0
+    crest = torch.where(is_some, amax / torch.where(is_some, mean_square, 1.0).sqrt(), 0.0)
+    return float(crest.sum(dtype=torch.float64)), float(is_some.sum())
+
+
+def group_profiles(
+    group: FusionGroup,
+    weights: Mapping[str, ExtentSums],
+    inputs: Mapping[str, Mapping[str, ExtentSums]],
+) -> list[Profile]:
+    """The profile of every kind of layer of a fusion group.
+
+    Args:
+        group: The fusion group.
+        weights: Layer name -> of its weight.
+        inputs: Layer name -> corpus -> of its inputs; without those that no token reached.
+
+    Returns:
+        In the order of the first layer of each kind.
+    """
+    profiles = []
+    for module in dict.fromkeys(layer.module for layer in group.layers):
+        layers = [layer for layer in group.layers if layer.module == module]
+        corpora = dict.fromkeys(name for layer in layers for name in inputs[layer.name])
+        profiles.append(
+            Profile(
+                group=group.name,
+                module=module,
+                channels=layers[0].in_features,
+                weight=_extent([weights[layer.name] for layer in layers], whole="channel"),
+                inputs={
+                    name: _extent(
+                        (inputs[la.name][name] for la in layers if name in inputs[la.name]),
+                        whole="token",
+                    )
+                    for name in corpora
+                },
+            )
+        )
+    return profiles
+
+
+def _extent(parts: Iterable[ExtentSums], *, whole: str) -> Extent:
+    sums = reduce(add, parts)
+    names = [*(f"g{size}" for size in GROUP_SIZES), whole]
+    crests = zip(names, sums.crest_G.tolist(), sums.count_G.tolist(), strict=True)
+    return Extent(
+        amax=_largest_of_bins(sums.amax_I),
+        rms=_largest_of_bins((sums.square_I / sums.rows).sqrt().float()),
+        crest={name: total / count for name, total, count in crests if count},
+    )
+
+
+def _largest_of_bins(values_I: Tensor) -> tuple[float, ...]:
+    width = bin_width(len(values_I))
+    padded = pad(values_I.cpu(), (0, -len(values_I) % width))
+    return tuple(padded.unflatten(0, (-1, width)).amax(1).tolist())
