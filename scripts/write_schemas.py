@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mofq.device_models import device_model_schema
 from mofq.recipe import RECIPE_SCHEMA
 from mofq.search_space import search_space_schema
 from mofq.table import TABLE_LINE_SCHEMA
@@ -16,6 +17,7 @@ def schema_texts() -> dict[str, str]:
     """File name -> text of every published schema."""
     schemas = {
         "search_space": search_space_schema(),
+        "device_model": device_model_schema(),
         "recipe": RECIPE_SCHEMA,
         "table_line": TABLE_LINE_SCHEMA,
     }

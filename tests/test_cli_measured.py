@@ -58,7 +58,7 @@ def test_a_second_run_of_a_study_measures_nothing_that_is_there(
     first = search(measured.table, path, *more, "--workers", "2")
     assert (tmp_path / "recipe.optuna.db").exists()
     second = search(measured.table, path, *more)
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert {**first, "elapsed_seconds": 0} == {**second, "elapsed_seconds": 0}
     assert "recipe.optuna.db" in str(first["notes"])
 
 

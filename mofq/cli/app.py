@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mofq.cli.app_reading import reading, recipe
-from mofq.cli.arguments import Device, Engine, Json, MaxBits, Model, Space
+from mofq.cli.arguments import Device, DeviceModel, Engine, Json, MaxBits, Model, Space, Workload
 
 app = typer.Typer(
     name="mofq",
@@ -133,6 +133,14 @@ def search(
     max_finer: Annotated[
         float | None, typer.Option(help="Share of linear layers that leave the base schemes.")
     ] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="Least time of the workload on the device, e.g. 12ms.")
+    ] = None,
+    device_model: DeviceModel = None,
+    workload: Workload = None,
+    explain: Annotated[
+        list[str] | None, typer.Option(help="Why this layer has its scheme; repeatable.")
+    ] = None,
     space: Annotated[
         str | None, typer.Option(help="Only this search space of the table; all by default.")
     ] = None,
@@ -163,7 +171,8 @@ def search(
     json: Json = False,
 ) -> None:
     """Choose one scheme for each fusion group under a budget."""
-    from mofq.cli.search import SearchOptions, run_search
+    from mofq.cli.search import run_search
+    from mofq.cli.search_options import SearchOptions
 
     run_search(
         SearchOptions(
@@ -175,6 +184,10 @@ def search(
             max_size=max_size,
             max_kl=max_kl,
             max_finer=max_finer,
+            max_time=max_time,
+            device_model=device_model,
+            workload=workload,
+            explain=tuple(explain or ()),
             space=space,
             unit=unit,
             objective=objective,

@@ -69,6 +69,45 @@ def engines(json: Json = False) -> None:
 
 
 @reading.command()
+def devices(json: Json = False) -> None:
+    """List device models: what times rest on."""
+    from mofq.cli.advise import run_devices
+
+    run_devices(as_json=json)
+
+
+@reading.command()
+def advise(
+    device_model: Annotated[str, typer.Option(help="h100 … of `mofq devices`, or a YAML file.")],
+    deployment: Annotated[
+        str,
+        typer.Option(
+            help="synchronous: one request at a time, latency; asynchronous: many at once."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder or hub id, for its size.")
+    ] = None,
+    recovery: Annotated[
+        float | None, typer.Option(help="Share of the accuracy to keep, e.g. 0.99.")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Devices that share the model.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Which space, engine and budget to start from, by published findings."""
+    from mofq.cli.advise import run_advise
+
+    run_advise(
+        model,
+        device_model=device_model,
+        deployment=deployment,
+        recovery=recovery,
+        tp=tp,
+        as_json=json,
+    )
+
+
+@reading.command()
 def explore(
     table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
     recipes: Annotated[list[Path] | None, typer.Argument(help="Recipes to compare.")] = None,

@@ -12,3 +12,11 @@ Space = Annotated[str, typer.Option(help="A search space: a name of `mofq spaces
 Engine = Annotated[str | None, typer.Option(help="A serving engine, of `mofq engines`.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1 …")]
 MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
+DeviceModel = Annotated[
+    str | None,
+    typer.Option(help="Whose figures give times: h100 … of `mofq devices`, or a YAML file."),
+]
+Workload = Annotated[
+    str | None,
+    typer.Option(help="decode:batch=8,context=1024 or prefill:prompt=2048, with tp=N."),
+]

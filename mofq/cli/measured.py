@@ -9,31 +9,14 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import load_named
+from mofq.cli.search_options import SearchOptions, search_request
 from mofq.cli.terminal import Bars, note, progress_bars
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
-    from mofq.cli.search import SearchOptions
     from mofq.decide import Decision, Request
     from mofq.table import Table
     from mofq.validate.objective import MeasuredKl
-
-
-def check_measured(options: SearchOptions) -> None:
-    """Refuse a measured search that lacks what it measures with.
-
-    Raises:
-        MofqError: --model or --text is missing, or two ways of measuring are asked for.
-    """
-    if options.solver == "optuna" and options.refine:
-        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
-    asked = "--solver optuna" if options.solver == "optuna" else f"--refine {options.refine}"
-    for name, value in (("--model", options.model), ("--text", options.text)):
-        if value is None:
-            raise MofqError(
-                f"{asked} measures recipes on the model itself and needs {name}; the text should "
-                f"be neither what was calibrated on nor what will validate."
-            )
 
 
 def search_measured(options: SearchOptions, table: Table, request: Request) -> Decision:
@@ -117,7 +100,6 @@ def _other_workers(options: SearchOptions) -> Iterator[None]:
 
 def work(options: SearchOptions) -> None:
     """One more process on a study; what it finds is in the study."""
-    from mofq.cli.search import search_request
     from mofq.table import read_table
 
     search_measured(options, read_table(options.table), search_request(options))

@@ -14,7 +14,8 @@ from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_c
 from mofq.cli.checks import check_device, check_folder
 from mofq.cli.measure import run_measure
 from mofq.cli.run_report import Report, print_report, report_json
-from mofq.cli.search import SearchOptions, search_table
+from mofq.cli.search import search_table
+from mofq.cli.search_options import SearchOptions
 from mofq.cli.terminal import note, print_json, progress_bars, with_error
 from mofq.exceptions import BackendError, CorpusError, MofqError
 

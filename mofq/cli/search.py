@@ -3,126 +3,76 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mofq.cli.checks import check_output
-from mofq.cli.measured import check_measured, search_measured
+from mofq.cli.explained import explanation_json, print_explanation
+from mofq.cli.measured import search_measured
+from mofq.cli.search_options import SearchOptions, check_options, search_request
 from mofq.cli.terminal import note, print_json, print_table, say, short_bytes, with_error
-from mofq.exceptions import MofqError, nearest_name
 
 if TYPE_CHECKING:
     from mofq.decide import Decision, Request
+    from mofq.decide.explain import Explanation
     from mofq.table import Table
-
-_OBJECTIVES = ("mean", "worst-corpus")
-
-
-@dataclass(frozen=True, slots=True)
-class SearchOptions:
-    """What `mofq search` was asked for."""
-
-    table: Path
-    output: Path
-    solver: str = "exact"
-    engine: str | None = None
-    max_bits: float | None = None
-    max_size: str | None = None
-    max_kl: float | None = None
-    max_finer: float | None = None
-    space: str | None = None
-    unit: str | None = None
-    objective: str = "mean"
-    ties: str = "on"
-    model: str | None = None
-    text: str | None = None
-    refine: int = 0
-    tokens: int = 4096
-    sequence_length: int = 512
-    device: str = "cpu"
-    trials: int = 60
-    storage: str | None = None
-    workers: int = 1
-    seed: int = 0
 
 
 def run_search(options: SearchOptions, *, as_json: bool) -> None:
     """Decide, write the recipe, and print what it is."""
     start = monotonic()
     decision = search_table(options)
-    result = dict(decision.recipe.result)
+    explained = _explain(options, decision)
     if as_json:
         print_json(
             {
                 "recipe": str(options.output),
-                **result,
+                **decision.recipe.result,
                 "finer_layers": list(decision.finer_layers),
                 "tied_layers": decision.tied_layers,
                 "moved_layers": decision.moved_layers,
+                "prices": None if decision.prices is None else dict(decision.prices),
                 "notes": list(decision.notes),
                 "schemes": dict(Counter(decision.recipe.schemes.values())),
-                "seconds": round(monotonic() - start, 3),
+                "explained": [explanation_json(one) for one in explained],
+                "elapsed_seconds": round(monotonic() - start, 3),
             }
         )
         return
     print_decision(decision, title=str(options.output))
+    for one in explained:
+        print_explanation(one)
 
 
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
+    from mofq.decide.explain import check_layers
     from mofq.recipe import write_recipe
     from mofq.table import read_table
 
-    _check_options(options)
+    check_options(options)
     check_output(options.output)
-    measured = options.refine or options.solver == "optuna"
-    decision = (search_measured if measured else _decide)(
-        options, read_table(options.table), search_request(options)
-    )
+    table, request = read_table(options.table), search_request(options)
+    check_layers(table, options.explain)
+    decision = (search_measured if options.is_measured else _decide)(options, table, request)
     write_recipe(decision.recipe, options.output)
     return decision
 
 
-def search_request(options: SearchOptions) -> Request:
-    """What is asked of the decision."""
-    from mofq.cost import parse_size
-    from mofq.decide import Request
-    from mofq.solvers import Budgets, Objective
+def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
+    if not options.explain:
+        return []
+    from mofq.decide.explain import explain
+    from mofq.table import read_table
 
-    return Request(
-        budgets=Budgets(
-            max_bits=options.max_bits,
-            max_bytes=None if options.max_size is None else parse_size(options.max_size),
-            max_kl=options.max_kl,
-            max_finer=options.max_finer,
-        ),
-        solver=options.solver,
-        unit=options.unit,
-        space=options.space,
-        objective=cast("Objective", options.objective),
-        engine=options.engine,
-        ties=options.ties == "on",
-    )
+    table, request = read_table(options.table), search_request(options)
+    return [explain(table, request, decision, layer) for layer in options.explain]
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:
     from mofq.decide import decide
 
     return decide(table, request)
-
-
-def _check_options(options: SearchOptions) -> None:
-    if options.ties not in ("on", "off"):
-        raise MofqError(f"--ties is on or off, not {options.ties!r}.")
-    if options.objective not in _OBJECTIVES:
-        raise MofqError(
-            f"unknown objective {options.objective!r}."
-            + nearest_name(options.objective, _OBJECTIVES)
-        )
-    if options.refine or options.solver == "optuna":
-        check_measured(options)
 
 
 def print_decision(decision: Decision, *, title: str) -> None:
@@ -152,8 +102,12 @@ def print_decision(decision: Decision, *, title: str) -> None:
     if decision.uniform_error is not None:
         name = f"best uniform of no more bytes: {result['uniform_scheme']}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
+    if number("seconds") is not None:
+        rows.append(_time_row(decision))
     if decision.finer_layers:
-        rows.append(["finer layers", f"{100 * (number('finer_fraction') or 0):.2f} %"])
+        layers, weights = number("finer_fraction") or 0, number("finer_weight_fraction") or 0
+        shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
+        rows.append(["finer than base", shares])
     if decision.tied_layers:
         moved = f"{decision.moved_layers} moved to the simpler scheme"
         rows.append(["layers within noise", f"{decision.tied_layers}, {moved}"])
@@ -161,6 +115,18 @@ def print_decision(decision: Decision, *, title: str) -> None:
     print_histogram(Counter(group.scheme for group in recipe.groups))
     for line in decision.notes:
         note(line)
+
+
+def _time_row(decision: Decision) -> list[str]:
+    from mofq.latency import shown_seconds
+
+    budget, result = decision.recipe.budget, decision.recipe.result
+    seconds, before = result["seconds"], decision.unquantized_seconds
+    assert isinstance(seconds, float)
+    assert before is not None
+    what = f"{budget['workload']} on {budget['device']}, at least"
+    times = f"{shown_seconds(seconds)}; unquantized {shown_seconds(before)}"
+    return [what, f"{times} ({before / seconds:.2f}×)"]
 
 
 def print_histogram(schemes: Counter[str]) -> None:

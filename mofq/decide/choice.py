@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,12 @@ from mofq.decide.result import (
     made_by_request,
     recipe_from_table,
     uniform_figures,
+)
+from mofq.decide.timing import (
+    request_budgets,
+    time_budget_figures,
+    time_figures,
+    unquantized_seconds,
 )
 from mofq.decide.uniform import best_uniform
 from mofq.recipe import Recipe
@@ -33,6 +40,9 @@ class Decision:
     moved_layers: int  #: those of them that took it
     uniform_error: float | None  #: of the best uniform scheme of no more bytes, in the unit
     notes: tuple[str, ...]  #: what the user should know
+    #: Error that one more byte, layer, ms … of a budget would save; None: the solver has none.
+    prices: Mapping[str, float] | None = None
+    unquantized_seconds: float | None = None  #: of the time's workload, where one was named
 
 
 def decide(table: Table, request: Request) -> Decision:
@@ -51,17 +61,19 @@ def decide(table: Table, request: Request) -> Decision:
         EngineError: There is no such engine.
     """
     problem = request_problem(table, request)
-    chosen = choose(problem, request.budgets, solver=request.solver, ties=request.ties)
+    budgets = request_budgets(table, problem, request)
+    chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes)
-    result = chosen_figures(problem, chosen)
+    schemes = problem.schemes_of(chosen.choice_F)
+    result = chosen_figures(problem, chosen) | time_figures(table, schemes, request)
     if uniform is not None:
         result |= uniform_figures(problem, *uniform)
     recipe = recipe_from_table(
         table,
-        problem.schemes_of(chosen.choice_F),
+        schemes,
         made_by=made_by_request(table, problem, request),
-        budget=budget_figures(request.budgets),
+        budget=budget_figures(request.budgets) | time_budget_figures(request),
         result=result,
     )
     ties = chosen.ties
@@ -71,7 +83,9 @@ def decide(table: Table, request: Request) -> Decision:
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
         uniform_error=None if uniform is None else problem.error_of(uniform[1]),
-        notes=_notes(table, problem, chosen, uniform, budgets=request.budgets),
+        notes=_notes(table, problem, chosen, uniform, budgets=budgets),
+        prices=chosen.solution.prices,
+        unquantized_seconds=unquantized_seconds(table, request),
     )
 
 

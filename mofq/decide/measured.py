@@ -10,6 +10,7 @@ import numpy as np
 from mofq.decide.choice import Decision, decide
 from mofq.decide.request import Request, request_problem
 from mofq.decide.result import Figures, predicted_figures, recipe_from_table, size_figures
+from mofq.decide.timing import request_budgets, time_figures
 from mofq.recipe import Recipe
 from mofq.solvers import KL_UNIT, Estimate, Problem, predict, usage
 from mofq.solvers.refine import Measure, Measured, Progress, Refined, paired, refine
@@ -58,7 +59,7 @@ def decide_refined(
     problem = request_problem(table, request)
     refined = refine(
         problem,
-        request.budgets,
+        request_budgets(table, problem, request),
         recipe_choice(problem, decision.recipe),
         measure=measured_by(table, evaluate),
         swaps=swaps,
@@ -66,7 +67,7 @@ def decide_refined(
         progress=progress,
     )
     decision = with_measured(
-        decide_again(table, problem, decision, refined.best.choice_F),
+        decide_again(table, request, decision, refined.best.choice_F),
         refined.best,
         text_sha256=text_sha256,
         trials=1 + len(refined.uniforms) + len(refined.swaps),
@@ -90,9 +91,10 @@ def recipe_choice(problem: Problem, recipe: Recipe) -> np.ndarray:
 
 
 def decide_again(
-    table: Table, problem: Problem, decision: Decision, choice_F: np.ndarray
+    table: Table, request: Request, decision: Decision, choice_F: np.ndarray
 ) -> Decision:
-    """The decision with another choice, its sizes and predictions anew."""
+    """The decision with another choice, its sizes, predictions and time anew."""
+    problem = request_problem(table, request)
     before = decision.recipe
     if (choice_F == recipe_choice(problem, before)).all():
         return decision
@@ -101,6 +103,7 @@ def decide_again(
         result |= predicted_figures(predict(problem, choice_F))
     result |= {key: value for key, value in before.result.items() if key.startswith("uniform_")}
     schemes = problem.schemes_of(choice_F)
+    result |= time_figures(table, schemes, request)
     groups = recipe_from_table(table, schemes, made_by={}, budget={}, result={}).groups
     recipe = replace(before, groups=groups, result=result)
     return replace(decision, recipe=recipe, finer_layers=usage(problem, choice_F).finer_layers)

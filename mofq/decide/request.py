@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mofq.cost import group_bytes, weights_of
+from mofq.device_models import DeviceModel
 from mofq.engines import legality
 from mofq.exceptions import BudgetError
+from mofq.latency import Workload
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import parse_scheme
 from mofq.search_space import Offer
 from mofq.solvers import Budgets, Objective, Problem, problem_from_table
 from mofq.table import Table, TableGroup
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRequest:
+    """A forward pass on a device: how long it may take, or only to be told how long it does."""
+
+    device: DeviceModel
+    workload: Workload
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +38,7 @@ class Request:
     engine: str | None = None
     ties: bool = True
     space: str | None = None  #: name of a search space of the table; None: all that were measured
+    time: TimeRequest | None = None
 
 
 def request_problem(table: Table, request: Request) -> Problem:
@@ -36,7 +48,7 @@ def request_problem(table: Table, request: Request) -> Problem:
         refuses = legality(request.engine)
 
         def is_legal(group: TableGroup, scheme: str) -> bool:
-            return refuses(parse_scheme(scheme), _fusion_group(group)) is None
+            return refuses(parse_scheme(scheme), fusion_group(group)) is None
 
     return problem_from_table(
         table,
@@ -47,7 +59,7 @@ def request_problem(table: Table, request: Request) -> Problem:
     )
 
 
-def _fusion_group(group: TableGroup) -> FusionGroup:
+def fusion_group(group: TableGroup) -> FusionGroup:
     """A fusion group as far as an engine's rules look at it: names and shapes."""
     return FusionGroup(
         group.name,

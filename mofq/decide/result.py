@@ -23,7 +23,7 @@ def recipe_from_table(
     schemes: Mapping[str, str],
     *,
     made_by: MadeBy,
-    budget: Mapping[str, float | int],
+    budget: Mapping[str, float | int | str],
     result: Figures,
 ) -> Recipe:
     """A recipe of a table's model: fusion group -> scheme, and what is to be said of it."""
@@ -75,8 +75,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
     return made
 
 
-def budget_figures(budgets: Budgets) -> dict[str, float | int]:
-    """The budgets that were asked for."""
+def budget_figures(budgets: Budgets) -> dict[str, float | int | str]:
+    """The budgets that were asked for; `timing` has that of time."""
     named = {
         "bits_per_weight": budgets.max_bits,
         "checkpoint_bytes": budgets.max_bytes,

@@ -18,6 +18,7 @@ from mofq.decide.measured import (
     with_measured,
 )
 from mofq.decide.request import Request, request_problem
+from mofq.decide.timing import request_budgets
 from mofq.solvers import Budgets, Problem, solve_frontier
 from mofq.solvers.optuna import (
     START,
@@ -97,7 +98,7 @@ def decide_in_study(
     decision = decide(table, replace(request, solver="exact"))
     problem = request_problem(table, request)
     start_F = recipe_choice(problem, decision.recipe)
-    budgets = fixed_budgets(problem, request.budgets, start_F)
+    budgets = fixed_budgets(problem, request_budgets(table, problem, request), start_F)
     study = open_study(plan.storage, study_name(table, request, plan))
     starts = study_starts(problem, budgets, start_F)
     enqueue(study, problem, starts)
@@ -113,7 +114,7 @@ def decide_in_study(
     )
     found = search_result(study, problem, ties=request.ties)
     decision = with_measured(
-        decide_again(table, problem, decision, found.best.choice_F),
+        decide_again(table, request, decision, found.best.choice_F),
         found.best,
         text_sha256=plan.text_sha256,
         trials=found.finished,

@@ -121,6 +121,15 @@ def _up(value: float) -> str:
     return f"{math.ceil(Fraction(value) * 10_000) / 10_000:.4f}".rstrip("0").rstrip(".")
 
 
+def _meetable(used: float, constant: float) -> str:
+    """Their sum in six digits, rounded up where needed: a budget of what is shown can be met."""
+    total = used + constant
+    shown = f"{total:.6g}"
+    if float(shown) - constant < used * (1 + 1e-12):  # the last bits of a sum
+        shown = f"{total + 10.0 ** (math.floor(math.log10(abs(total))) - 5):.6g}"
+    return shown
+
+
 def _linear_row(problem: Problem, budget: LinearBudget) -> Row:
     cost_P = np.asarray(budget.cost_P, dtype=np.float64)
     if cost_P.shape != problem.bytes_P.shape or not np.isfinite(cost_P).all():
@@ -128,12 +137,13 @@ def _linear_row(problem: Problem, budget: LinearBudget) -> Row:
             f"{budget.name}: needs a finite cost for each of {len(problem.schemes)} options, "
             f"found an array of shape {cost_P.shape}."
         )
-    return Row(
-        budget.name,
-        cost_P,
-        limit=budget.limit - budget.constant,
-        shown=lambda used: f"{used + budget.constant:.6g} {budget.unit}",
-    )
+    limit = budget.limit - budget.constant
+
+    def shown(used: int | float) -> str:
+        digits = f"{budget.limit:.6g}" if used == limit else _meetable(used, budget.constant)
+        return f"{digits} {budget.unit}"
+
+    return Row(budget.name, cost_P, limit=limit, shown=shown)
 
 
 def layers_P(problem: Problem) -> IntArray:

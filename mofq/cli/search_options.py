@@ -1,0 +1,127 @@
+"""What `mofq search` was asked for, and the request that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mofq.exceptions import MofqError, nearest_name
+
+if TYPE_CHECKING:
+    from mofq.decide import Request
+    from mofq.decide.request import TimeRequest
+
+_OBJECTIVES = ("mean", "worst-corpus")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """What `mofq search` was asked for."""
+
+    table: Path
+    output: Path
+    solver: str = "exact"
+    engine: str | None = None
+    max_bits: float | None = None
+    max_size: str | None = None
+    max_kl: float | None = None
+    max_finer: float | None = None
+    max_time: str | None = None
+    device_model: str | None = None
+    workload: str | None = None
+    explain: tuple[str, ...] = ()
+    space: str | None = None
+    unit: str | None = None
+    objective: str = "mean"
+    ties: str = "on"
+    model: str | None = None
+    text: str | None = None
+    refine: int = 0
+    tokens: int = 4096
+    sequence_length: int = 512
+    device: str = "cpu"
+    trials: int = 60
+    storage: str | None = None
+    workers: int = 1
+    seed: int = 0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the model itself is run."""
+        return bool(self.refine) or self.solver == "optuna"
+
+
+def check_options(options: SearchOptions) -> None:
+    """Refuse what cannot be, before anything is read.
+
+    Raises:
+        MofqError: The message names the option.
+    """
+    if options.ties not in ("on", "off"):
+        raise MofqError(f"--ties is on or off, not {options.ties!r}.")
+    if options.objective not in _OBJECTIVES:
+        raise MofqError(
+            f"unknown objective {options.objective!r}."
+            + nearest_name(options.objective, _OBJECTIVES)
+        )
+    if options.is_measured:
+        _check_measured(options)
+
+
+def _check_measured(options: SearchOptions) -> None:
+    if options.solver == "optuna" and options.refine:
+        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
+    asked = "--solver optuna" if options.solver == "optuna" else f"--refine {options.refine}"
+    for name, value in (("--model", options.model), ("--text", options.text)):
+        if value is None:
+            raise MofqError(
+                f"{asked} measures recipes on the model itself and needs {name}; the text should "
+                f"be neither what was calibrated on nor what will validate."
+            )
+
+
+def search_request(options: SearchOptions) -> Request:
+    """What is asked of the decision.
+
+    Raises:
+        BudgetError: A size, a time, a device or a workload cannot be read.
+    """
+    from mofq.cost import parse_size
+    from mofq.decide import Request
+    from mofq.solvers import Budgets, Objective
+
+    return Request(
+        budgets=Budgets(
+            max_bits=options.max_bits,
+            max_bytes=None if options.max_size is None else parse_size(options.max_size),
+            max_kl=options.max_kl,
+            max_finer=options.max_finer,
+        ),
+        solver=options.solver,
+        unit=options.unit,
+        space=options.space,
+        objective=cast("Objective", options.objective),
+        engine=options.engine,
+        ties=options.ties == "on",
+        time=_time_request(options),
+    )
+
+
+def _time_request(options: SearchOptions) -> TimeRequest | None:
+    from mofq.decide.request import TimeRequest
+    from mofq.device_models import load_device_model
+    from mofq.latency import parse_seconds, parse_workload
+
+    if options.device_model is None and options.workload is None and options.max_time is None:
+        return None
+    if options.device_model is None or options.workload is None:
+        raise MofqError(
+            "a time is that of a workload on a device: give --device-model, e.g. h100, and "
+            "--workload, e.g. decode:batch=8,context=1024, together."
+        )
+    return TimeRequest(
+        load_device_model(options.device_model),
+        parse_workload(options.workload),
+        None if options.max_time is None else parse_seconds(options.max_time),
+    )

@@ -1,0 +1,134 @@
+"""Time as a budget and as a figure: what a request's device and workload make of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from mofq.decide.request import Request, TimeRequest
+from mofq.device_models import DeviceModel
+from mofq.engines import ENGINES, find_engine
+from mofq.exceptions import BudgetError
+from mofq.latency import group_seconds, other_seconds
+from mofq.schemes import parse_scheme
+from mofq.solvers import Budgets, LinearBudget, Problem
+from mofq.table import Table
+
+
+def request_budgets(table: Table, problem: Problem, request: Request) -> Budgets:
+    """The budgets of a request, that of time as costs of a problem's options.
+
+    Args:
+        table: Whose fusion groups the problem has.
+        problem: From `request_problem`.
+        request: Budgets, and the time that is asked for.
+
+    Raises:
+        BudgetError: The engine is not one for the device, or the workload leaves something open.
+    """
+    time = request.time
+    if time is None:
+        return request.budgets
+    check_device(request.engine, time)
+    if time.max_seconds is None:
+        return request.budgets
+    # In milliseconds, as people say it: messages are in the unit of the budget.
+    budget = LinearBudget(
+        "max_time",
+        "ms",
+        cost_P=1e3 * _option_seconds(table, problem, time),
+        limit=1e3 * time.max_seconds,
+        constant=1e3 * constant_seconds(table, time),
+    )
+    return replace(request.budgets, linear=(*request.budgets.linear, budget))
+
+
+def check_device(engine: str | None, time: TimeRequest) -> None:
+    """Refuse a device of another generation than the engine's rules are for.
+
+    Raises:
+        BudgetError: As said; the message names the engines of the device.
+    """
+    if engine is None or find_engine(engine).capability is None:
+        return
+    fitting = engines_for(time.device)
+    if engine not in fitting:
+        raise BudgetError(
+            f"--engine {engine} is not for the device model {time.device.name}. "
+            + (f"Engines for it: {', '.join(fitting)}." if fitting else "Leave --engine out.")
+        )
+
+
+def engines_for(device: DeviceModel) -> tuple[str, ...]:
+    """The engines whose rules are those of a CUDA device's generation."""
+    known = [one.capability for one in ENGINES.values() if one.capability is not None]
+    older = [one for one in known if device.capability is not None and one <= device.capability]
+    generation = max(older, default=None)
+    if generation is None:
+        return ()
+    return tuple(name for name, one in ENGINES.items() if one.capability == generation)
+
+
+def constant_seconds(table: Table, time: TimeRequest) -> float:
+    """What no choice changes [s]; see `mofq.latency.other_seconds`."""
+    return other_seconds(
+        table.header.groups,
+        time.device,
+        time.workload,
+        other_bytes=table.header.other_bytes,
+        has_own_lm_head=any(name.endswith("lm_head") for name in table.header.unquantized),
+    )
+
+
+def recipe_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) -> float:
+    """The least time of a forward pass under fusion group -> scheme [s]."""
+    parts = [
+        group_seconds(group, parse_scheme(schemes[group.name]), time.device, time.workload)
+        for group in table.header.groups
+    ]
+    return math.fsum([constant_seconds(table, time), *parts])
+
+
+def unquantized_seconds(table: Table, request: Request) -> float | None:
+    """The same for the model as it is; None where no device was named."""
+    if request.time is None:
+        return None
+    return recipe_seconds(
+        table, {group.name: "bf16" for group in table.header.groups}, request.time
+    )
+
+
+def time_figures(
+    table: Table, schemes: Mapping[str, str], request: Request
+) -> dict[str, float | int | str | None]:
+    """The predicted time for a recipe's result; nothing where no device was named."""
+    if request.time is None:
+        return {}
+    return {"seconds": recipe_seconds(table, schemes, request.time)}
+
+
+def time_budget_figures(request: Request) -> dict[str, float | int | str]:
+    """What was asked for, for a recipe's budget."""
+    if request.time is None:
+        return {}
+    asked: dict[str, float | int | str] = {
+        "device": request.time.device.name,
+        "workload": request.time.workload.text,
+    }
+    if request.time.max_seconds is not None:
+        asked["seconds"] = request.time.max_seconds
+    return asked
+
+
+def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:
+    groups = {group.name: group for group in table.header.groups}
+    seconds = [
+        group_seconds(
+            groups[problem.groups[group].name], parse_scheme(scheme), time.device, time.workload
+        )
+        for group, scheme in zip(problem.group_P.tolist(), problem.schemes, strict=True)
+    ]
+    return np.array(seconds, dtype=np.float64)
