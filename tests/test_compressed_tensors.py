@@ -209,7 +209,7 @@ def test_an_engine_that_cannot_serve_it_refuses_it(tiny_llama: Path, tmp_path: P
     with pytest.raises(BackendError, match=r"layers\.0\.attn\.qkv in int8\.g64: vllm-cpu"):
         export_compressed_tensors(checkpoint, recipe, tmp_path / "out", engine="vllm-cpu")
     with pytest.raises(BackendError, match="--to torchao"):
-        export_compressed_tensors(checkpoint, recipe, tmp_path / "out", engine="torchao")
+        export_compressed_tensors(checkpoint, recipe, tmp_path / "out", engine="torchao-cpu")
     assert not (tmp_path / "out").exists()
 
 

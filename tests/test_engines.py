@@ -137,8 +137,13 @@ def test_vllm_serves_what_its_sources_say(engine: str, scheme: str, served: bool
         ("transformers", "int8.channel+int8.token", True),
         ("transformers", "nf4.g64", False),
         ("transformers", "int4.g64.asym", False),
-        ("torchao", "int8.channel+int8.token", True),
-        ("torchao", "int8.g128+int8.token", False),
+        ("torchao-cpu", "int8.channel+int8.token", True),
+        ("torchao-cpu", "int8.g128+int8.token", False),
+        ("torchao-cpu", "fp8_e4m3.channel+fp8_e4m3.token", True),
+        ("torchao-ampere", "fp8_e4m3.channel+fp8_e4m3.token", False),
+        ("torchao-ada", "fp8_e4m3.channel+fp8_e4m3.token", True),
+        ("torchao-hopper", "mxfp8+mxfp8", False),
+        ("torchao-blackwell", "nvfp4+nvfp4", True),
     ],
 )
 def test_other_engines_serve_what_their_sources_say(engine: str, scheme: str, served: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 
     from mofq.checkpoint.headers import Checkpoint
 
-#: Name -> module with ``apply(model, recipe, *, checkpoint=None) -> model``.
+#: Name -> module with ``apply(model, recipe, *, checkpoint=None, progress=None) -> model``.
 APPLIERS: dict[str, str] = {
     "emulate": "mofq.backends.emulate",
+    "torchao": "mofq.backends.torchao",
 }
 
 #: Name -> module and function ``(checkpoint, recipe, folder, *, engine, validation, progress)``.
@@ -38,6 +40,8 @@ def apply_recipe(
     backend: str = "emulate",
     *,
     checkpoint: Checkpoint | None = None,
+    emulate: Collection[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Module:
     """Quantize a loaded model in memory.
 
@@ -46,17 +50,24 @@ def apply_recipe(
         recipe: Of that model.
         backend: A key of ``APPLIERS``.
         checkpoint: The model's own, where the backend should read weights from it.
+        emulate: Names of layers, or patterns such as ``*``, that the backend
+            ``torchao`` emulates where it has no kernel; the backend ``emulate``
+            emulates every layer.
+        progress: Called with the backend's name, fusion groups done, and all of them.
 
     Returns:
         The same model.
 
     Raises:
-        BackendError: No backend has that name, or it cannot apply a scheme.
+        BackendError: No backend has that name, or it cannot apply a scheme, or has no
+            kernel for a layer, which the message names.
         RecipeError: The recipe is not for this model.
     """
     if backend not in APPLIERS:
         raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
-    applied: Module = import_module(APPLIERS[backend]).apply(model, recipe, checkpoint=checkpoint)
+    apply = import_module(APPLIERS[backend]).apply
+    options = {} if backend == "emulate" else {"emulate": emulate}
+    applied: Module = apply(model, recipe, checkpoint=checkpoint, progress=progress, **options)
     return applied
 
 

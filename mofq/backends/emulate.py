@@ -59,25 +59,57 @@ def apply(
         BackendError: A layer is quantized already.
         CheckpointError: The model's family is unknown.
     """
+    return apply_groups(model, recipe, apply_group, checkpoint=checkpoint, progress=progress)
+
+
+def apply_groups(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    apply_one: Callable[..., None],
+    *,
+    check: Callable[[FusionGroup, Scheme], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+    stage: str = "emulate",
+) -> PreTrainedModel:
+    """Apply a recipe with a function that does it for one fusion group.
+
+    Args:
+        model: As for ``apply``, and so are ``recipe``, ``checkpoint`` and ``progress``.
+        recipe: Of the model.
+        apply_one: Called as ``apply_group`` is.
+        check: Raises where a group cannot be applied; called for all before any is.
+        checkpoint: Where weights are read.
+        progress: Called with ``stage``, fusion groups done, and all of them.
+        stage: Its name.
+
+    Returns:
+        The model.
+
+    Raises:
+        MofqError: As ``apply``.
+    """
     layers = find_loaded_layers(model, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
     schemes = {group.name: _scheme_of(group, recipe) for group in layers.groups}
     quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
     for group in quantized:
         _check_modules(model, group, schemes[group.name], recipe)
+        if check is not None:
+            check(group, schemes[group.name])
     stored = {} if checkpoint is None else _layers_by_name(find_recipe_layers(checkpoint, recipe))
     for done, group in enumerate(quantized):
         if progress is not None:
-            progress("emulate", done, len(quantized))
+            progress(stage, done, len(quantized))
         sources = {
             layer.name: loaded_weight(model, layer)
             if checkpoint is None
             else read_layer_rows(checkpoint, stored[layer.name], 0, layer.out_features)
             for layer in group.layers
         }
-        apply_group(model, group, schemes[group.name], sources=sources, recipe=recipe)
+        apply_one(model, group, schemes[group.name], sources=sources, recipe=recipe)
     if progress is not None:
-        progress("emulate", len(quantized), len(quantized))
+        progress(stage, len(quantized), len(quantized))
     return model
 
 
@@ -180,11 +212,17 @@ def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe:
             raise BackendError(
                 f"{layer.name}: a recipe was applied to this model already. Load the model again."
             )
-        if layer.expert is None and not isinstance(module, nn.Linear | Conv1D):
-            raise BackendError(
-                f"{layer.name}: needed a linear layer of torch, found {type(module).__name__}. "
-                f"Load the model unquantized and without adapters."
-            )
+        if layer.expert is not None:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear | Conv1D):
+            if type(module.weight.data) is Tensor:
+                continue
+            kind += f" with a weight of class {type(module.weight.data).__name__}"
+        raise BackendError(
+            f"{layer.name}: needed a linear layer of torch, found {kind}. "
+            f"Load the model unquantized and without adapters."
+        )
 
 
 def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mofq.engines.others import TENSORRT_LLM, TORCHAO, TRANSFORMERS
+from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
 from mofq.engines.rules import Engine, Rule, format_name, matching_rule, refusal
 from mofq.engines.sglang import SGLANG
+from mofq.engines.torchao import TORCHAO_CPU, TORCHAO_GPU
 from mofq.engines.vllm_cpu import VLLM_CPU
 from mofq.engines.vllm_gpu import VLLM_GPU
 from mofq.exceptions import EngineError, nearest_name
@@ -45,7 +46,11 @@ ENGINES: dict[str, Engine] = {
         "tensorrt-llm-blackwell", "1.2.0", (10, 0), "modelopt", TENSORRT_LLM
     ),
     "transformers": Engine("transformers", "5.23.0", None, "compressed-tensors", TRANSFORMERS),
-    "torchao": Engine("torchao", "0.18.0", None, "torchao", TORCHAO),
+    "torchao-cpu": Engine("torchao-cpu", "0.18.0", None, "torchao", TORCHAO_CPU),
+    "torchao-ampere": Engine("torchao-ampere", "0.18.0", (8, 0), "torchao", TORCHAO_GPU),
+    "torchao-ada": Engine("torchao-ada", "0.18.0", (8, 9), "torchao", TORCHAO_GPU),
+    "torchao-hopper": Engine("torchao-hopper", "0.18.0", (9, 0), "torchao", TORCHAO_GPU),
+    "torchao-blackwell": Engine("torchao-blackwell", "0.18.0", (10, 0), "torchao", TORCHAO_GPU),
 }
 
 

@@ -1,11 +1,10 @@
-"""Transformers, TorchAO and TensorRT-LLM."""
+"""Transformers and TensorRT-LLM."""
 
 from __future__ import annotations
 
 from mofq.engines.rules import Rule
 
 _CT = "compressed_tensors 0.20.0"
-_AO = "torchao 0.18.0"
 _TRT = "TensorRT-LLM 1.2.0 tensorrt_llm/"
 
 #: Transformers decompresses to the model's dtype and emulates the activations:
@@ -54,58 +53,6 @@ TRANSFORMERS: tuple[Rule, ...] = (
         r"nvfp4|mxfp4",
         kernel="CompressedLinear, decompressed",
         source=f"{_CT} compressors/nvfp4/base.py, compressors/mxfp4/base.py",
-    ),
-)
-
-#: What the backend ``torchao`` builds from measured codes and scales.
-TORCHAO: tuple[Rule, ...] = (
-    Rule(
-        r".*",
-        kernel="",
-        layers="experts",
-        refused="experts are not nn.Linear modules; take bf16",
-        source=f"{_AO} quantization/quant_api.py:216-240",
-    ),
-    Rule(
-        r"int8\.channel(\.s-f32)?\+int8\.token",
-        kernel="Int8Tensor, int_scaled_matmul",
-        source=f"{_AO} quantization/quant_api.py:834-940; "
-        "quantize_/workflows/int8/int8_tensor.py:300-330",
-    ),
-    Rule(
-        r"int8\.(channel|g\d+)(\.s-f32)?",
-        kernel="Int8Tensor, dequantized into the matrix product",
-        source=f"{_AO} quantization/quant_api.py:728-830",
-    ),
-    Rule(
-        r"int4\.g(32|64|128|256)",
-        kernel="IntxUnpackedToInt8Tensor, dequantized into the matrix product",
-        source=f"{_AO} quantization/quant_api.py:1390-1500",
-    ),
-    Rule(
-        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
-        kernel="Float8Tensor, torch._scaled_mm (GPU from 8.9)",
-        in_features_multiple=16,
-        out_features_multiple=16,
-        source=f"{_AO} quantization/quant_api.py:1138-1280; 1334 for the hardware",
-    ),
-    Rule(
-        r"fp8_e4m3\.channel(\.s-f32)?",
-        kernel="Float8Tensor, dequantized into the matrix product",
-        source=f"{_AO} quantization/quant_api.py:1057-1100",
-    ),
-    Rule(
-        r"nvfp4",
-        kernel="NVFP4Tensor, dequantized into the matrix product",
-        in_features_multiple=16,
-        out_features_multiple=16,
-        source=f"{_AO} prototype/mx_formats/inference_workflow.py:357-397",
-    ),
-    Rule(
-        r"(mxfp8\+mxfp8|mxfp4\+mxfp4)",
-        kernel="MXTensor (GPU from 10.0)",
-        in_features_multiple=32,
-        source=f"{_AO} prototype/mx_formats/inference_workflow.py:81-118",
     ),
 )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
+from mofq.quantize.scales import Scales
 from mofq.quantize.tiles import (
     check_shared_scales,
     decode_tiles,
@@ -45,16 +46,60 @@ def fake_quantize_activation(
         SchemeError: ``static_amax`` is missing, or groups do not divide
             ``in_features``; the message names the layer.
     """
+    _check_static(scheme, static_amax, name)
+    if not x.numel():
+        return x
+    is_outlier = _outlier_columns(x, scheme)
+    kept = x if is_outlier is None else torch.where(is_outlier, 0.0, x)
+    tiles, scales = _tiles(kept, scheme, static_amax, name)
+    quantized = decode_tiles(encode_tiles(tiles, scheme, scales), scheme, scales)
+    rounded = from_tiles(quantized).reshape(x.shape).to(x.dtype)
+    return rounded if is_outlier is None else torch.where(is_outlier, x, rounded)
+
+
+def quantize_activation(
+    x: Tensor,
+    scheme: TensorScheme,
+    *,
+    static_amax: float | Tensor | None = None,
+    name: str = "input",
+) -> tuple[Tensor, Scales | None]:
+    """Codes and scales of the input of a layer: what a kernel multiplies.
+
+    Args:
+        x: As for ``fake_quantize_activation``, and so are all other arguments;
+            not empty.
+        scheme: Of the activations, without outlier columns.
+        static_amax: Where needed.
+        name: Of the layer, for messages.
+
+    Returns:
+        Codes [T, in_features], float32 (of float formats the values on the
+        element's grid), and their scales [T or 1, 1, G, 1]. Multiplied they are
+        what ``fake_quantize_activation`` returns, before its last cast.
+
+    Raises:
+        SchemeError: As ``fake_quantize_activation``.
+    """
+    assert not scheme.outliers
+    _check_static(scheme, static_amax, name)
+    tiles, scales = _tiles(x, scheme, static_amax, name)
+    return from_tiles(encode_tiles(tiles, scheme, scales)), scales
+
+
+def _check_static(scheme: TensorScheme, static_amax: float | Tensor | None, name: str) -> None:
     if scheme.needs_tensor_amax and static_amax is None:
         raise SchemeError(
             f"{name}: static activations need `static_amax`, their largest magnitude in "
             f"calibration; found none. Run `mofq calibrate`, and give its folder to `measure`."
         )
-    if not x.numel():
-        return x
-    is_outlier = _outlier_columns(x, scheme)
-    kept = x if is_outlier is None else torch.where(is_outlier, 0.0, x)
-    x_TI = kept.reshape(-1, x.shape[-1]).to(torch.float32)
+
+
+def _tiles(
+    x: Tensor, scheme: TensorScheme, static_amax: float | Tensor | None, name: str
+) -> tuple[Tensor, Scales | None]:
+    """Tiles of an input, and their scales."""
+    x_TI = x.reshape(-1, x.shape[-1]).to(torch.float32)
     shape = (x_TI.shape[0], x_TI.shape[1])
     rows, columns = tile_shape(shape, scheme.granularity, name=name)
     check_shared_scales(shape, scheme, name=name)
@@ -62,10 +107,7 @@ def fake_quantize_activation(
     if scheme.needs_tensor_amax:
         amax = torch.as_tensor(static_amax, dtype=torch.float32, device=x.device).reshape(())
     tiles = to_tiles(x_TI, rows, columns)
-    scales = tile_scales(tiles, scheme, tensor_amax=amax)
-    quantized = decode_tiles(encode_tiles(tiles, scheme, scales), scheme, scales)
-    rounded = from_tiles(quantized).reshape(x.shape).to(x.dtype)
-    return rounded if is_outlier is None else torch.where(is_outlier, x, rounded)
+    return tiles, tile_scales(tiles, scheme, tensor_amax=amax)
 
 
 def _outlier_columns(x: Tensor, scheme: TensorScheme) -> Tensor | None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mofq.backends.emulate import find_recipe_layers, share_amax, static_amax
 from mofq.backends.moe import FakeQuantExperts
+from mofq.backends.torchao import TorchaoLinear, weight_deviation
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows, read_tensor
 from mofq.layers import (
@@ -51,6 +52,7 @@ class _Expected:
     """What one layer should be."""
 
     layer: LinearLayer
+    group: FusionGroup | None  #: None: left alone
     scheme: Scheme
     tensor_amax: float | None  #: of the weights that share a global scale
     static_amax: float | None  #: of the inputs
@@ -94,7 +96,7 @@ def find_deviations(
     if progress is not None:
         progress("enforce", total - 1, total)
     for layer in layers.unquantized:
-        left_alone = _Expected(layer, _UNQUANTIZED, tensor_amax=None, static_amax=None)
+        left_alone = _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None)
         found += _check_layer(model, left_alone, checkpoint, layers.architecture)
     found += _check_others(model, checkpoint, layers)
     if progress is not None:
@@ -113,6 +115,7 @@ def _expect_group(
     for layer in group.layers:
         yield _Expected(
             layer,
+            group,
             scheme,
             tensor_amax=None if weights is None else weights[layer.name],
             static_amax=None if inputs is None else inputs[layer.name],
@@ -150,6 +153,11 @@ def _check_layer(
     reason = _module_deviation(module, expected, at.expert)
     if reason is not None:
         yield Deviation(layer.name, reason)
+    if isinstance(module, TorchaoLinear):
+        reason = _torchao_deviation(module, expected, checkpoint)
+        if reason is not None:
+            yield Deviation(layer.name, reason)
+        return
     if at.expert is not None:
         weight = weight[at.expert]
     # FakeQuantLinear holds every weight as [out, in], GPT-2's own module does not.
@@ -164,7 +172,7 @@ def _check_layer(
 def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None) -> str | None:
     """How the module's type, scheme or input scale differs, if it does."""
     wanted = expected.scheme
-    if not isinstance(module, FakeQuantLinear | FakeQuantExperts):
+    if not isinstance(module, FakeQuantLinear | FakeQuantExperts | TorchaoLinear):
         if wanted.activation is None:
             return None  # its weight tells
         return f"needed scheme {wanted.name!r}, found a plain {type(module).__name__}"
@@ -172,7 +180,7 @@ def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None
         return (
             f"needed scheme {wanted.name!r}, found inputs quantized as {module.scheme.name!r} says"
         )
-    if isinstance(module, FakeQuantLinear):
+    if isinstance(module, FakeQuantLinear | TorchaoLinear):
         found = module.static_amax
     else:
         name = expected.layer.shares_scale
@@ -183,9 +191,29 @@ def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None
     return None
 
 
+def _torchao_deviation(
+    module: TorchaoLinear, expected: _Expected, checkpoint: Checkpoint
+) -> str | None:
+    """How a layer that runs a kernel of TorchAO's differs from the scheme, if it does."""
+    layer, scheme = expected.layer, expected.scheme
+    if expected.group is None or scheme.weight is None:
+        return f"needed scheme {scheme.name!r}, found {type(module.weight.data).__name__}"
+    return weight_deviation(
+        module,
+        read_layer_rows(checkpoint, layer, 0, layer.out_features),
+        scheme=scheme,
+        group=expected.group,
+        tensor_amax=expected.tensor_amax,
+        static_amax=expected.static_amax,
+        name=layer.name,
+    )
+
+
 def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkpoint) -> str | None:
     """How the weight differs from the scheme's, if it does."""
     layer, scheme = expected.layer, expected.scheme
+    if type(weight_OI) not in (Tensor, nn.Parameter):
+        return f"needed scheme {scheme.name!r}, found a weight of class {type(weight_OI).__name__}"
     shape = (layer.out_features, layer.in_features)
     if tuple(weight_OI.shape) != shape:
         return f"needed a weight of shape {list(shape)}, found {list(weight_OI.shape)}"
