@@ -175,24 +175,19 @@ def _apply_group(
     for layer in group.layers:
         path = emulation.module_path(layer)
         linear = model.get_submodule(path)
-        device = linear.get_parameter("weight").device
         static = None if inputs is None else inputs[layer.name]
         quantized = quantize_weight(
-            sources[layer.name].to(device),
+            sources[layer.name].to(linear.get_parameter("weight").device),
             weight,
             tensor_amax=None if amax is None else amax[layer.name],
             name=layer.name,
         )
         target = make_target(scheme, group, engine=engine, dtype=dtype, static_amax=static)
-        bias = linear.bias if isinstance(linear.bias, Tensor) else None
-        made = TorchaoLinear(
-            make_weight(quantized, scheme, target),
-            None if bias is None else bias.detach(),
-            scheme=scheme,
-            static_amax=static,
-            name=layer.name,
+        made = make_weight(quantized, scheme, target)
+        layer_made = TorchaoLinear.from_linear(
+            linear, scheme, weight_OI=made, target=target, name=layer.name
         )
-        emulation.replace_module(model, path, made)
+        emulation.replace_module(model, path, layer_made)
 
 
 def _dtype(model: nn.Module, group: FusionGroup) -> torch.dtype:

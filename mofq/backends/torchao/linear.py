@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mofq.backends.compressed_tensors.packing import encode_scale, pack_fp4
+from mofq.backends.torchao.weights import Target
 from mofq.formats import FP4_E2M1
 from mofq.quantize.activations import quantize_activation
 from mofq.quantize.scales import Scales
@@ -19,24 +20,13 @@ from mofq.schemes import Scheme, TensorScheme
 class TorchaoLinear(nn.Linear):
     """A linear layer whose ``weight`` is one of TorchAO's tensor classes."""
 
-    def __init__(
-        self,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        *,
-        scheme: Scheme,
-        static_amax: float | None = None,
-        name: str = "linear",
-    ) -> None:
-        """Hold a weight.
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, scheme: Scheme) -> None:
+        """Hold a weight and a bias.
 
         Args:
             weight_OI: From ``make_weight``.
             bias_O: In the dtype of the inputs, or None.
             scheme: Of the layer.
-            static_amax: Largest magnitude of the input in calibration; needed by
-                schemes with static activations.
-            name: Of the layer, for messages.
         """
         with torch.device("meta"):
             super().__init__(weight_OI.shape[1], weight_OI.shape[0], bias=False)
@@ -44,8 +34,30 @@ class TorchaoLinear(nn.Linear):
         if bias_O is not None:
             self.bias = nn.Parameter(bias_O, requires_grad=False)
         self.scheme = scheme
-        self.static_amax = static_amax
-        self.layer_name = name
+        self.static_amax: float | None = None
+        self.layer_name = "linear"
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, scheme: Scheme, *, weight_OI: Tensor, target: Target, name: str
+    ) -> TorchaoLinear:
+        """Put a weight of TorchAO's in the place of a linear layer's.
+
+        Args:
+            linear: ``torch.nn.Linear`` or GPT-2's ``Conv1D``, for its bias.
+            scheme: Of the layer.
+            weight_OI: From ``make_weight``.
+            target: That it was made for; has the static scale of the inputs, if any.
+            name: Of the layer, for messages.
+
+        Returns:
+            The layer.
+        """
+        bias = linear.bias if isinstance(linear.bias, Tensor) else None
+        made = cls(weight_OI, None if bias is None else bias.detach(), scheme=scheme)
+        made.static_amax = target.static_amax
+        made.layer_name = name
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x`` [..., in_features] as measured, and multiply, to [..., out_features]."""
