@@ -211,11 +211,21 @@ def search(
 def validate(
     model: Model,
     recipe_or_folder: Annotated[str, typer.Argument(help="A recipe, or an exported folder.")],
-    text: Annotated[str, typer.Option(help="Text file, hub data set or bundled text.")],
+    text: Annotated[
+        list[str],
+        typer.Option(help="[NAME=]text file, hub data set or bundled text; repeatable."),
+    ],
     tokens: Annotated[int, typer.Option(help="How many of the text's first tokens.", min=2)] = 8192,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="lm-eval tasks, by commas or repeated.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="With task files of lm-eval's format.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Items of each task.", min=1)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write validation.json.")
     ] = None,
@@ -227,11 +237,14 @@ def validate(
     run_validate(
         model,
         recipe_or_folder,
-        text=text,
+        texts=text,
         tokens=tokens,
         sequence_length=sequence_length,
         dtype=dtype,
         device=device,
+        tasks=tuple(tasks or ()),
+        task_folder=task_folder,
+        task_limit=task_limit,
         output=output,
         as_json=json,
     )

@@ -111,9 +111,7 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
-            raise CorpusError(
-                f"two corpora have the name {name!r}. Write --corpus NAME=FILE for each."
-            )
+            raise CorpusError(f"two corpora have the name {name!r}. Write NAME=FILE for each.")
     return texts
 
 

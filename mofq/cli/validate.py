@@ -3,57 +3,106 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.cli.checks import check_device, check_dtype, check_output
 from mofq.cli.terminal import note, print_json, print_table, progress_bars, say, with_error
+from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
-    from mofq.validate import Validation
+    from mofq.validate import Tasks, Validation
 
 
 def run_validate(
     model: str,
     recipe_or_folder: str,
     *,
-    text: str,
+    texts: Sequence[str],
     tokens: int = 8192,
     sequence_length: int = 512,
     dtype: str = "float32",
     device: str = "cpu",
+    tasks: Sequence[str] = (),
+    task_folder: Path | None = None,
+    task_limit: int | None = None,
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Validate, print the result, and exit with 1 where the recipe is not enforced."""
-    from mofq.cli.calibrate import load_named
+    from mofq.cli.calibrate import load_corpora
     from mofq.validate import validate, write_validation
 
-    if output is not None:
-        check_output(output)
+    _check(dtype, device)
+    corpora = load_corpora(texts)
+    outputs = _outputs(output, [corpus.name for corpus in corpora])
+    asked = _tasks(tasks, task_folder, task_limit)
+    validations: dict[str, Validation] = {}
+    for corpus in corpora:
+        with progress_bars() as bars:
+            validations[corpus.name] = validate(
+                model,
+                recipe_or_folder,
+                corpus,
+                tokens=tokens,
+                sequence_length=sequence_length,
+                dtype=dtype,
+                device=device,
+                tasks=None if validations else asked,  # they have texts of their own
+                progress=bars.stage,
+            )
+        if corpus.name in outputs:
+            write_validation(validations[corpus.name], outputs[corpus.name])
+    _report(validations, as_json=as_json)
+
+
+def _check(dtype: str, device: str) -> None:
     check_dtype(dtype)
     check_device(device)
-    with progress_bars() as bars:
-        validation = validate(
-            model,
-            recipe_or_folder,
-            load_named(text),
-            tokens=tokens,
-            sequence_length=sequence_length,
-            dtype=dtype,
-            device=device,
-            progress=bars.stage,
-        )
-    if output is not None:
-        write_validation(validation, output)
+
+
+def _tasks(tasks: Sequence[str], folder: Path | None, limit: int | None) -> Tasks | None:
+    from mofq.validate import Tasks
+
+    names = tuple(name for one in tasks for name in one.split(",") if name)
+    if not names and (folder is not None or limit is not None):
+        raise MofqError("--task-folder and --task-limit need --tasks. Name the tasks to run.")
+    return Tasks(names, folder, limit) if names else None
+
+
+def _outputs(output: Path | None, names: Sequence[str]) -> dict[str, Path]:
+    """Where each text's validation goes: with several, the name before the suffix."""
+    if output is None:
+        return {}
+    paths = {
+        name: output
+        if len(names) == 1
+        else output.with_name(f"{output.stem}-{name}{output.suffix}")
+        for name in names
+    }
+    for path in paths.values():
+        check_output(path)
+    return paths
+
+
+def _report(validations: Mapping[str, Validation], *, as_json: bool) -> None:
+    """Print every text's result and, of several, the worst."""
     if as_json:
-        print_json(validation.to_json())
+        content = {name: one.to_json() for name, one in validations.items()}
+        print_json(content if len(content) > 1 else next(iter(content.values())))
     else:
-        print_validation(validation)
-    if validation.enforced is False:
-        for deviation in validation.deviations[:20]:
-            note(f"{deviation.layer}: {deviation.reason}")
-        sys.exit(1)
+        for one in validations.values():
+            print_validation(one)
+        if len(validations) > 1:
+            worst = max(validations, key=lambda name: validations[name].kl_nats_per_token)
+            value = with_error(validations[worst].kl_nats_per_token, validations[worst].kl_stderr)
+            say(f"worst text: {worst}, {value} nats/token")
+    for name, one in validations.items():
+        if one.enforced is False:
+            for deviation in one.deviations[:20]:
+                note(f"{name}: {deviation.layer}: {deviation.reason}")
+            sys.exit(1)
 
 
 def print_validation(validation: Validation) -> None:
@@ -75,10 +124,30 @@ def print_validation(validation: Validation) -> None:
     lineage = validation.lineage
     windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"
     print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
+    if validation.tasks:
+        print_tasks(validation)
     say(
         f"seconds: original {validation.seconds_original:.1f}, "
         f"apply, enforce and run {validation.seconds:.1f}"
     )
+
+
+def print_tasks(validation: Validation) -> None:
+    """What lm-eval scores both models by."""
+    columns = ["task", "metric", "items", "quantized", "original", "difference", "recovery [%]"]
+    rows = [
+        [
+            one.task,
+            one.metric,
+            str(one.items or "–"),
+            with_error(one.value, one.stderr),
+            with_error(one.original, one.original_stderr),
+            with_error(one.difference, one.difference_stderr),
+            "–" if one.recovery_percent is None else f"{one.recovery_percent:.1f}",
+        ]
+        for one in validation.tasks
+    ]
+    print_table("tasks, by lm-eval", columns, rows)
 
 
 def _budget_rows(validation: Validation) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """Validates a quantized model against the original: what it is, and what it does.
 
 ``enforcement`` reads every layer back and compares it with the recipe,
-``divergence`` runs both models over a text, ``candidates`` opens what is to be
-validated, ``run`` joins them, and ``report`` is the result.
+``divergence`` runs both models over a text, ``tasks`` lets lm-eval score both,
+``candidates`` opens what is to be validated, ``run`` joins them, and ``report`` is the result.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 from mofq.validate.enforcement import Deviation, find_deviations
 from mofq.validate.report import Validation, paired_difference, write_validation
 from mofq.validate.run import validate, validate_many
+from mofq.validate.tasks import TaskResult, Tasks
 
 __all__ = [
     "Deviation",
+    "TaskResult",
+    "Tasks",
     "Validation",
     "find_deviations",
     "paired_difference",

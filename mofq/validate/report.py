@@ -13,6 +13,7 @@ from mofq.documents import write_beside_and_rename
 from mofq.exceptions import MofqError
 from mofq.validate.divergence import WindowScore
 from mofq.validate.enforcement import Deviation
+from mofq.validate.tasks import TaskResult
 
 VALIDATION_VERSION = 1
 
@@ -55,6 +56,7 @@ class Validation:
     windows: tuple[float, ...]  #: KL of each window [nats per token]
     seconds: float  #: to apply, enforce and run the quantized model
     seconds_original: float  #: to run the original, once for all that is compared with it
+    tasks: tuple[TaskResult, ...] = ()  #: by lm-eval, where any were asked for
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``validation.json``."""

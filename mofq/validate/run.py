@@ -20,6 +20,7 @@ from mofq.validate.candidates import Candidate, load_candidate, open_candidate
 from mofq.validate.divergence import OriginalLogits, compare, run_original
 from mofq.validate.enforcement import Deviation, find_deviations
 from mofq.validate.report import Lineage, Validation, summarize
+from mofq.validate.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
 
 #: Called with the name of a stage, what is done of it, and all of it.
 Progress = Callable[[str, int, int], None]
@@ -34,6 +35,7 @@ def validate(
     sequence_length: int = 512,
     dtype: str = "float32",
     device: str = "cpu",
+    tasks: Tasks | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Validate one candidate; see ``validate_many``."""
@@ -45,6 +47,7 @@ def validate(
         sequence_length=sequence_length,
         dtype=dtype,
         device=device,
+        tasks=tasks,
         progress=progress,
     )
     return validation
@@ -59,6 +62,7 @@ def validate_many(
     sequence_length: int = 512,
     dtype: str = "float32",
     device: str = "cpu",
+    tasks: Tasks | None = None,
     progress: Progress | None = None,
 ) -> tuple[Validation, ...]:
     """Validate quantized models against one run of the original.
@@ -74,6 +78,7 @@ def validate_many(
         sequence_length: Tokens of a window.
         dtype: Of both models' arithmetic.
         device: Where they run.
+        tasks: That lm-eval scores both models by, besides the text.
         progress: Called with a stage, what is done of it, and all of it.
 
     Returns:
@@ -84,6 +89,7 @@ def validate_many(
     """
     checkpoint = open_checkpoint(model_source)
     opened = [open_candidate(candidate, checkpoint) for candidate in candidates]
+    runner = None if tasks is None else TaskRunner(tasks)
     with OriginalLogits() as logits:
         original = _run_original(
             checkpoint,
@@ -93,6 +99,7 @@ def validate_many(
             sequence_length=sequence_length,
             dtype=dtype,
             device=device,
+            runner=runner,
             progress=progress,
         )
         return tuple(_validate_one(each, original, progress=progress) for each in opened)
@@ -109,6 +116,8 @@ class _Original:
     entropies: tuple[float, ...]
     dtype: str
     device: str
+    runner: TaskRunner | None
+    task_scores: tuple[TaskScore, ...]
     seconds: float
 
 
@@ -121,6 +130,7 @@ def _run_original(
     sequence_length: int,
     dtype: str,
     device: str,
+    runner: TaskRunner | None,
     progress: Progress | None,
 ) -> _Original:
     start = monotonic()
@@ -143,6 +153,8 @@ def _run_original(
         entropies=entropies,
         dtype=dtype,
         device=device,
+        runner=runner,
+        task_scores=() if runner is None else runner.run(model, tokenizer),
         seconds=monotonic() - start,
     )
 
@@ -160,6 +172,9 @@ def _validate_one(
         deviations = find_deviations(model, recipe, checkpoint=checkpoint, progress=progress)
     scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
+    task_scores: tuple[TaskScore, ...] = ()
+    if original.runner is not None:
+        task_scores = original.runner.run(model, load_tokenizer(checkpoint.folder))
     budget = _number(recipe, "budget", "kl_nats_per_token")
     return Validation(
         lineage=_lineage(candidate, original),
@@ -177,6 +192,7 @@ def _validate_one(
         enforced=None if recipe is None else not deviations,
         deviations=deviations,
         windows=agreement.windows,
+        tasks=compare_tasks(task_scores, original.task_scores),
         seconds=monotonic() - start,
         seconds_original=original.seconds,
     )
