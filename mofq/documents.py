@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from mofq.exceptions import MofqError, nearest_name
+from mofq.held import open_new_file
 
 Schema = Mapping[str, Any]
 
@@ -297,15 +298,21 @@ def write_beside_and_rename(path: Path, text: str) -> None:
     Raises:
         MofqError: The folder is missing, or the disk is full; nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
+        file = open_new_file(beside)
         try:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(file, "w", encoding="utf-8", newline="\n", closefd=False) as stream:
+                stream.write(text)
+            os.fsync(file)
             beside.replace(path)
-        finally:
+        except BaseException:
             beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(file)
     except OSError as problem:
-        raise MofqError(f"{path}: cannot be written: {problem.strerror}.") from problem
+        raise MofqError(
+            f"{path}: cannot be written: {problem.strerror}. Make room or name another place, and "
+            f"run the same command again."
+        ) from problem

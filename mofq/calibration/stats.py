@@ -25,7 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from mofq.calibration.sequences import SequenceFile, sequence_path
-from mofq.documents import check_document, parse_json, read_text, strict_object
+from mofq.documents import (
+    check_document,
+    parse_json,
+    read_text,
+    strict_object,
+    write_beside_and_rename,
+)
 from mofq.exceptions import StatsError
 
 VERSION = 1
@@ -273,6 +279,4 @@ def _sha256(file: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside the final name and rename it."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_beside_and_rename(path, json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,7 @@ from mofq.cli.search import search_table
 from mofq.cli.search_options import SearchOptions
 from mofq.cli.terminal import note, print_json, progress_bars, with_error
 from mofq.exceptions import BackendError, CorpusError, MofqError
+from mofq.held import hold_folder
 
 if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
@@ -66,6 +67,18 @@ def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     """Calibrate, measure, search, validate; export where an engine is named."""
     space, options = _check_run(options)
     options.output.mkdir(parents=True, exist_ok=True)
+    busy = MofqError(
+        f"{options.output}: another process runs into this folder. Wait for it, or name another."
+    )
+    with hold_folder(options.output, busy):
+        report = _run_stages(options, space)
+    if as_json:
+        print_json(report_json(report))
+    else:
+        print_report(report)
+
+
+def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibrate"):
         _calibrate(options)
@@ -89,7 +102,7 @@ def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     if options.engine is not None:
         with _timed(seconds, "export"):
             export = _export(options, candidates[name], validations[name])
-    report = Report(
+    return Report(
         folder=options.output,
         title=f"{space.name}, {validations[name].tokens} tokens of {options.text}",
         recipe=candidates[name],
@@ -99,10 +112,6 @@ def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
         seconds=seconds,
         export=export,
     )
-    if as_json:
-        print_json(report_json(report))
-    else:
-        print_report(report)
 
 
 def run_demo(output: Path | None, *, as_json: bool) -> None:

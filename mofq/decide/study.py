@@ -20,11 +20,11 @@ from mofq.decide.measured import (
 from mofq.decide.request import Request, request_problem
 from mofq.decide.timing import request_budgets
 from mofq.solvers import Budgets, Problem, solve_frontier
+from mofq.solvers.joined import joined_study
 from mofq.solvers.optuna import (
     START,
     Searched,
     enqueue,
-    open_study,
     run_trials,
     search_result,
     uniform_starts,
@@ -99,20 +99,20 @@ def decide_in_study(
     problem = request_problem(table, request)
     start_F = recipe_choice(problem, decision.recipe)
     budgets = fixed_budgets(problem, request_budgets(table, problem, request), start_F)
-    study = open_study(plan.storage, study_name(table, request, plan))
     starts = study_starts(problem, budgets, start_F)
-    enqueue(study, problem, starts)
-    run_trials(
-        study,
-        problem,
-        budgets,
-        start_F,
-        measure=measured_by(table, evaluate),
-        trials=max(plan.trials, len(starts)),
-        seed=plan.seed,
-        progress=progress,
-    )
-    found = search_result(study, problem, ties=request.ties)
+    with joined_study(plan.storage, study_name(table, request, plan)) as study:
+        enqueue(study, problem, starts)
+        run_trials(
+            study,
+            problem,
+            budgets,
+            start_F,
+            measure=measured_by(table, evaluate),
+            trials=max(plan.trials, len(starts)),
+            seed=plan.seed,
+            progress=progress,
+        )
+        found = search_result(study, problem, ties=request.ties)
     decision = with_measured(
         decide_again(table, request, decision, found.best.choice_F),
         found.best,

@@ -56,7 +56,7 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _HEARTBEAT, _GRACE = 30, 150
 #: How long a process waits for another to leave the SQLite file [seconds].
 _SQLITE_TIMEOUT = 120
-_SQLITE = (".db", ".sqlite", ".sqlite3")
+SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 
 #: A trial is given up where it is worse than the best with this probability of error.
 _PRUNE_P = 0.05
@@ -114,7 +114,7 @@ def open_study(storage: str, name: str) -> Study:
 
 
 def _storage(storage: str) -> BaseStorage:
-    if "://" not in storage and Path(storage).suffix not in _SQLITE:
+    if "://" not in storage and Path(storage).suffix not in SQLITE_SUFFIXES:
         return JournalStorage(JournalFileBackend(storage))
     url = storage if "://" in storage else f"sqlite:///{storage}"
     is_sqlite = url.startswith("sqlite")
@@ -139,12 +139,12 @@ def _without_fsync(connection: Any, _record: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna reports every trial on stderr, where our progress bars are.
+    """Optuna reports every trial on stderr, where our progress bars are, and what we raise again.
 
     And it calls parts of itself experimental that have been there since its version 3.
     """
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -323,8 +323,12 @@ class _Sampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         if "fixed_params" in trial.system_attrs:  # queued
             return {}
-        trials = [t for t in study.get_trials(deepcopy=False) if "recipe" in t.user_attrs]
-        return self._problem.schemes_of(self._next(trials, trial.number))
+        every = study.get_trials(deepcopy=False)
+        failed = {t.number for t in every if t.state == TrialState.FAIL}
+        trials = [t for t in every if "recipe" in t.user_attrs and t.number not in failed]
+        # As if those that died with their process had never been.
+        number = trial.number - sum(n < trial.number for n in failed)
+        return self._problem.schemes_of(self._next(trials, number))
 
     def sample_independent(
         self,

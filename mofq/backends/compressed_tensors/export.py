@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.checkpoint.writer import ShardWriter
 from mofq.engines import find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
+from mofq.held import hold_new_folder
 from mofq.recipe import Recipe, write_recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -81,25 +81,16 @@ def export_compressed_tensors(
     target = Path(out_folder)
     _check_target(target)
     command = serve_command(plan, target, engine=engine)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(plan, partial, shard_bytes, progress)
-        copy_other_files(checkpoint.folder, partial)
+    card = model_card(plan, recipe, target.name, command, validation)
+    with _export_folder(target) as folder:
+        _write_weights(plan, folder, shard_bytes, progress)
+        copy_other_files(checkpoint.folder, folder)
         config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
         if config["quantization_config"] is None:
             del config["quantization_config"]
-        _write_text(partial / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_recipe(recipe, partial / RECIPE_FILE)
-        _write_text(
-            partial / "README.md", model_card(plan, recipe, target.name, command, validation)
-        )
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_recipe(recipe, folder / RECIPE_FILE)
+        _write_text(folder / "README.md", card)
     checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
     return Export(target, plan.group_bytes, checkpoint_bytes, command)
 
@@ -149,6 +140,27 @@ def _check_target(target: Path) -> None:
             f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
             f"or remove it."
         )
+
+
+@contextmanager
+def _export_folder(target: Path) -> Iterator[Path]:
+    """An empty folder, which gets the target's name when the block ends well."""
+    partial = target.with_name(f".{target.name}.partial")
+    busy = BackendError(
+        f"{target}: another process exports to this folder. Wait for it, or give another folder."
+    )
+    try:
+        with hold_new_folder(partial, busy):
+            _check_target(target)  # again: the other process may have finished
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    except OSError as problem:
+        raise BackendError(
+            f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
+            f"left of it; make room or give another folder, and run again."
+        ) from problem
 
 
 def _write_weights(

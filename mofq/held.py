@@ -1,0 +1,96 @@
+"""One process at a time at a file or a folder.
+
+The kernel's locks: a killed process leaves none behind, and what it left half-done
+is begun anew by the next one, under the same name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mofq.exceptions import MofqError
+
+
+@contextmanager
+def hold_folder(folder: Path, busy: MofqError) -> Iterator[None]:
+    """Keep other processes out of a folder until the block ends.
+
+    Args:
+        folder: Exists.
+        busy: Raised where another process holds it, or has just moved it away.
+    """
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not try_lock(file) or not is_at(file, folder):
+            raise busy
+        yield
+    finally:
+        os.close(file)  # releases the lock too
+
+
+@contextmanager
+def hold_new_folder(folder: Path, busy: MofqError) -> Iterator[None]:
+    """Make an empty folder and hold it; what a killed process left in it is removed.
+
+    The block moves it to its final name. After an exception nothing is left of it.
+
+    Args:
+        folder: A name that nothing else uses.
+        busy: Raised where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_folder(folder, busy):
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def open_new_file(path: Path) -> int:
+    """Open an empty file, alone: waits for another process that writes it.
+
+    Args:
+        path: A name that nothing else uses. What a killed process left there is
+            written over; a link is refused.
+
+    Returns:
+        The open file, to be closed by the caller, for writing.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The other process renamed it: this is its finished file by now.
+            if is_at(file, path):
+                os.ftruncate(file, 0)
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def try_lock(file: int, *, shared: bool = False) -> bool:
+    """Lock an open file or folder; False where another process has a lock that excludes it."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
