@@ -276,6 +276,17 @@ def test_a_finer_scheme_is_offered_only_where_it_gains_enough_per_layer() -> Non
     assert usage(problem, chosen).finer_weight_fraction == 300 / 1400
 
 
+def test_layers_where_a_finer_scheme_is_the_same_as_the_base_do_not_make_the_median() -> None:
+    # A group of 128 is the whole channel in four layers; of the others one stands out.
+    same = [option("int8.channel", 100, 2.0), option("int4.g32", 60, 2.0)]
+    plain = [option("int8.channel", 100, 2.0), option("int4.g32", 60, 1.0)]
+    great = [option("int8.channel", 100, 32.0), option("int4.g32", 60, 2.0)]
+    problem = problem_of([same] * 4 + [plain, plain, great], base=("int8.channel",), min_gain=10.0)
+    kept = finer_is_offered(problem)
+    finer = [bool(kept[p]) for p in range(len(kept)) if problem.schemes[p] == "int4.g32"]
+    assert finer == [False] * 6 + [True]
+
+
 def test_a_group_without_an_offer_is_outside_of_the_share_of_finer_layers() -> None:
     offered = [option("int8.channel", 100, 9.0), option("int4.g32", 60, 1.0)]
     group = ProblemGroup("excluded", ("x.0", "x.1"), 200, counted=False)

@@ -176,9 +176,9 @@ def finer_is_offered(problem: Problem, min_gain: float | None = None) -> BoolArr
     """Which options remain under a budget of finer layers.
 
     A finer scheme stays only where the error that it removes, per layer, is
-    at least ``min_gain`` times what it removes in the median layer. What it
-    removes is the difference to the best base scheme of the same group. A group
-    without any base scheme keeps all.
+    at least ``min_gain`` times what it removes in the median layer, of those layers where
+    it makes a difference. What it removes is the difference to the best base scheme of the
+    same group. A group without any base scheme keeps all.
 
     Args:
         problem: With base schemes.
@@ -199,7 +199,9 @@ def finer_is_offered(problem: Problem, min_gain: float | None = None) -> BoolArr
     for scheme in dict.fromkeys(problem.schemes):
         finer = np.flatnonzero((schemes == scheme) & ~keep_P)
         if len(finer):
-            median = _weighted_median(gain_P[finer], count_P[finer])
+            # Groups as long as a layer's inputs are its channels: nothing to compare with.
+            differ = finer[gain_P[finer] != 0]
+            median = _weighted_median(gain_P[differ], count_P[differ]) if len(differ) else 0.0
             enough = gain_P[finer] >= max(min_gain * median, 0.0)
             keep_P[finer[enough & (gain_P[finer] > 0)]] = True
     return np.asarray(keep_P)
