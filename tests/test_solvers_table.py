@@ -94,6 +94,18 @@ def test_nats_are_preferred_once_every_group_has_them() -> None:
     )
 
 
+def test_the_tensor_error_of_mofq_is_the_noise_of_the_weights() -> None:
+    # 20 dB and 10 dB: a hundredth and a tenth of the weights' energy, whatever the other unit says.
+    rows = [
+        *(row(name, "int4.g32", 1.0, 72, sqnr_db=10.0) for name in ("a", "b")),
+        *(row(name, "int8.channel", 4.0, 136, sqnr_db=20.0) for name in ("a", "b")),
+        *(row(name, "bf16", 0.0, 256, sqnr_db=None) for name in ("a", "b")),
+    ]
+    problem = problem_from_table(table_of(*rows), unit="tensor_mse")
+    assert problem.unit == "tensor_mse"
+    assert problem.error_PC[:, 0].tolist() == pytest.approx([0.0, 0.01, 0.1] * 2)
+
+
 def test_samples_and_chunks_of_every_corpus_come_along() -> None:
     rows = [
         *(in_nats("a", "int8.channel", error, 136, corpus) for error, corpus in CORPORA),

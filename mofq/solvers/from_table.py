@@ -9,6 +9,9 @@ from mofq.solvers.problem import KL_UNIT, Objective, Option, Problem, ProblemGro
 from mofq.table import UNITS, Row, Table, TableGroup, TableSpace
 
 _UNQUANTIZED = "bf16"
+#: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
+#: MoFQ's tensor error (arXiv:2305.12356), of the weights alone.
+TENSOR_MSE = "tensor_mse"
 #: The most telling first.
 _PREFERRED_UNITS = (KL_UNIT, "output_mse", "relative_weight_error")
 
@@ -30,7 +33,7 @@ def problem_from_table(
     Args:
         table: With rows of every fusion group.
         unit: Of the errors; by default nats where every group has them, else the output
-            error, else the relative weight error.
+            error, else the relative weight error. Or ``tensor_mse``.
         corpora: Names; by default all that have rows in the unit.
         objective: What several corpora add up to.
         space: Only the schemes, base and min_gain of this search space; by default those of
@@ -44,25 +47,24 @@ def problem_from_table(
         TableError: The unit, corpus or space is not in the table, or a group has no row.
     """
     unit = _unit(table, unit)
-    names = _corpora(table, unit, corpora)
+    of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
+    names = _corpora(table, of_rows, corpora)
     spaces = _spaces(table, space)
     schemes = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
-    by_corpus = [table.rows_of(unit, name) for name in names]
+    by_corpus = [table.rows_of(of_rows, name) for name in names]
+    to_option = _tensor_option if unit == TENSOR_MSE else _option
     groups = []
     for group in table.header.groups:
-        rows = _complete(group.name, unit, names, [found[group.name] for found in by_corpus])
+        rows = _complete(group.name, of_rows, names, [found[group.name] for found in by_corpus])
         legal = [
-            row
-            for row in rows
-            if (not spaces or row[0].scheme in schemes)
-            and (is_legal is None or is_legal(group, row[0].scheme))
+            one
+            for one in rows
+            if (not spaces or one[0].scheme in schemes)
+            and (is_legal is None or is_legal(group, one[0].scheme))
         ]
-        if not legal:
-            raise TableError(
-                f"{group.name}: none of its measured schemes may be chosen"
-                + f" ({', '.join(row[0].scheme for row in rows)}). Measure a space that offers one."
-            )
-        groups.append((_group(group, [row[0].scheme for row in legal]), list(map(_option, legal))))
+        _require_one(group.name, legal, rows)
+        offered = [one[0].scheme for one in legal]
+        groups.append((_group(group, offered), list(map(to_option, legal))))
     stats = table.header.stats
     return build_problem(
         groups,
@@ -76,10 +78,19 @@ def problem_from_table(
     )
 
 
+def _require_one(group: str, legal: Sequence[Sequence[Row]], rows: Sequence[Sequence[Row]]) -> None:
+    if not legal:
+        raise TableError(
+            f"{group}: none of its measured schemes may be chosen"
+            + f" ({', '.join(row[0].scheme for row in rows)}). Measure a space that offers one."
+        )
+
+
 def _unit(table: Table, unit: str | None) -> str:
     if unit is not None:
-        if unit not in UNITS:
-            raise TableError(f"no errors are in {unit!r}." + nearest_name(unit, UNITS))
+        known = (*UNITS, TENSOR_MSE)
+        if unit not in known:
+            raise TableError(f"no errors are in {unit!r}." + nearest_name(unit, known))
         return unit
     groups = {group.name for group in table.header.groups}
     for one in _PREFERRED_UNITS:
@@ -158,3 +169,8 @@ def _option(rows: Sequence[Row]) -> Option:
         sample_errors=tuple(samples) if len(samples) == len(rows) else None,
         projections=tuple(projections) if len(projections) == len(rows) else None,
     )
+
+
+def _tensor_option(rows: Sequence[Row]) -> Option:
+    error = 0.0 if rows[0].sqnr_db is None else 10 ** (-rows[0].sqnr_db / 10)
+    return Option(rows[0].scheme, bytes=rows[0].bytes, errors=(error,) * len(rows))
