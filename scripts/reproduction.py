@@ -1,0 +1,257 @@
+"""What the `reproduce_*.py` scripts share: recipes from a table, their measured KL, tables.
+
+Every measurement goes to a file of JSON lines as soon as it is known and is not made again
+for the same recipe, text and sizes. The original runs once for all recipes that are missing.
+Enforcement is not repeated here; `mofq validate` proves it for any recipe that is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mofq.backends import emulate
+from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.model import load_model, load_tokenizer
+from mofq.corpora import Corpus, load_text, tokenize
+from mofq.cost import bits_per_weight, group_bytes, weights_of
+from mofq.decide.result import recipe_from_table
+from mofq.layers import find_layers
+from mofq.recipe import Recipe
+from mofq.schemes import parse_scheme
+from mofq.table import Row, Table, read_table
+from mofq.validate.divergence import OriginalLogits, compare, run_original
+from mofq.validate.report import summarize
+
+SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A quantized model against the original on one text."""
+
+    bits_per_weight: float
+    kl: float  #: nats per token
+    kl_stderr: float | None  #: over windows
+    perplexity: float
+    perplexity_original: float
+    top1_agreement: float
+    windows: tuple[float, ...]  #: KL of each
+
+    @property
+    def recovery_percent(self) -> float:
+        """Of the original's perplexity: 100 where nothing is lost."""
+        return 100 * self.perplexity_original / self.perplexity
+
+
+def arguments(
+    documentation: str | None, given: Sequence[str] | None, *options: tuple[str, str]
+) -> argparse.Namespace:
+    """The arguments that all scripts have, and further paths that must be given.
+
+    Args:
+        documentation: Of the script.
+        given: None for the command line's own.
+        options: Name and help of each path.
+    """
+    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+    parser.add_argument("model", help="folder")
+    for name, explanation in options:
+        parser.add_argument(name, required=True, help=explanation)
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a text, to measure KL on")
+    parser.add_argument("--begun", type=Path, nargs="*", default=(), help="tables with some rows")
+    found = parser.parse_args(given)
+    found.work.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def mofq(*words: str | Path) -> None:
+    """Run a command of mofq as a user would, and print it."""
+    print("$ mofq", *words, file=sys.stderr, flush=True)
+    subprocess.run(["mofq", *map(str, words)], check=True, stdout=sys.stderr)
+
+
+def table_of(
+    model: str, space: str | Path, *, stats: str | Path, path: Path, begun: Sequence[Path] = ()
+) -> Table:
+    """Measure a search space, what is there already left alone.
+
+    Args:
+        model: Folder.
+        space: Name or file.
+        stats: From `mofq calibrate`.
+        path: Of the table.
+        begun: Tables of the same model and stats whose rows it starts with.
+    """
+    if begun and not path.exists():
+        path.write_text(_joined(begun), encoding="utf-8")
+    mofq("measure", model, "--space", space, "--stats", stats, "-o", path)
+    return read_table(path)
+
+
+def _joined(paths: Sequence[Path]) -> str:
+    """The first table, and of the others the rows that it does not have yet."""
+    kept: dict[tuple[object, ...], str] = {}
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            content = json.loads(line)
+            kind = content["kind"]
+            if kind == "header":
+                key: tuple[object, ...] = ("header", str(content["model"]), str(content["stats"]))
+            elif kind == "space":
+                key = ("space", content["sha256"], content["engine"])
+            else:
+                key = (
+                    kind,
+                    *(
+                        content.get(part)
+                        for part in ("group", "scheme", "unit", "corpus", "module")
+                    ),
+                )
+            kept.setdefault(key, line)
+    headers = [key for key in kept if key[0] == "header"]
+    assert len(headers) == 1, "tables of different models or stats"
+    return "".join(line + "\n" for line in kept.values())
+
+
+def stats_of(
+    model: str, corpora: Mapping[str, str], folder: Path, *, sequences: int = 8, seed: int = 0
+) -> Path:
+    """Calibrate, unless that was done."""
+    if not (folder / "stats.json").exists():
+        named = [word for name, text in corpora.items() for word in ("--corpus", f"{name}={text}")]
+        mofq(
+            *("calibrate", model, *named, "--sequences", str(sequences)),
+            *("--seed", str(seed), "-o", folder),
+        )
+    return folder
+
+
+def rows_by_scheme(table: Table, unit: str, corpus: str | None = None) -> dict[str, dict[str, Row]]:
+    """Fusion group -> scheme -> row, in one unit."""
+    return {
+        group: {row.scheme: row for row in rows}
+        for group, rows in table.rows_of(unit, corpus).items()
+    }
+
+
+def recipe(table: Table, schemes: Mapping[str, str]) -> Recipe:
+    """A recipe of a table's model; fusion group -> scheme."""
+    return recipe_from_table(table, schemes, made_by={"solver": "script"}, budget={}, result={})
+
+
+def uniform(table: Table, *schemes: str) -> Recipe:
+    """For every fusion group the first of some schemes that it was measured in."""
+    names = [parse_scheme(name).name for name in schemes]
+    found = rows_by_scheme(table, "relative_weight_error")
+    return recipe(
+        table, {group: next(n for n in names if n in rows) for group, rows in found.items()}
+    )
+
+
+def predicted(table: Table, of: Recipe, *, corpus: str | None = None) -> float:
+    """The sum of a recipe's rows in nats per token."""
+    corpus = corpus or next(c for unit, c in table.measures if unit == "kl_nats_per_token")
+    rows = rows_by_scheme(table, "kl_nats_per_token", corpus)
+    return sum(rows[group.name][group.scheme].error for group in of.groups)
+
+
+def measure_recipes(
+    model: str, recipes: Mapping[str, Recipe], text: Corpus | str, *, cache: Path, tokens: int
+) -> dict[str, Measured]:
+    """What each recipe does to a text.
+
+    Args:
+        model: Folder.
+        recipes: Label -> recipe.
+        text: That nothing was calibrated on.
+        cache: JSON lines; read, and appended to.
+        tokens: Of the text.
+
+    Returns:
+        Label -> measurement.
+    """
+    corpus = load_text(text) if isinstance(text, str) else text
+    checkpoint = open_checkpoint(model)
+    known = {} if not cache.exists() else dict(map(_entry, cache.read_text("utf-8").splitlines()))
+    keys = {label: _key(one, corpus, tokens, checkpoint) for label, one in recipes.items()}
+    missing = {keys[label]: label for label in recipes if keys[label] not in known}
+    if missing:
+        with OriginalLogits() as logits:
+            original = load_model(checkpoint.folder, dtype="float32", device="cpu")
+            windows_NT = tokenize(
+                corpus,
+                load_tokenizer(checkpoint.folder),
+                tokens=tokens,
+                sequence_length=SEQUENCE_LENGTH,
+            )
+            entropies = run_original(original, windows_NT, into=logits)
+            del original
+            for key, label in missing.items():
+                quantized = emulate.apply(
+                    load_model(checkpoint.folder, dtype="float32", device="cpu"),
+                    recipes[label],
+                    checkpoint=checkpoint,
+                )
+                scores = compare(quantized, windows_NT, original=logits)
+                found = summarize(scores, entropies, sequence_length=SEQUENCE_LENGTH)
+                known[key] = Measured(
+                    bits_per_weight=true_bits(checkpoint, recipes[label]),
+                    kl=found.kl_nats_per_token,
+                    kl_stderr=found.kl_stderr,
+                    perplexity=found.perplexity,
+                    perplexity_original=found.perplexity_original,
+                    top1_agreement=found.top1_agreement,
+                    windows=found.windows,
+                )
+                with cache.open("a", encoding="utf-8") as file:
+                    print(json.dumps({"key": key, "label": label, **asdict(known[key])}), file=file)
+                print(f"{label}: {known[key].kl:.5f} nats/token", file=sys.stderr, flush=True)
+    return {label: known[key] for label, key in keys.items()}
+
+
+def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
+    """Bits per weight, all that is stored."""
+    groups = find_layers(checkpoint).groups
+    size = sum(
+        group_bytes(group, parse_scheme(of.schemes[group.layers[0].name])) for group in groups
+    )
+    return bits_per_weight(size, weights_of(groups))
+
+
+def print_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, on stdout."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def with_error(value: float, stderr: float | None, *, digits: int = 4) -> str:
+    """A number and its standard error."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def _key(of: Recipe, corpus: Corpus, tokens: int, checkpoint: Checkpoint) -> str:
+    content = [
+        checkpoint.index_sha256,
+        str(checkpoint.folder.resolve()),
+        corpus.sha256,
+        tokens,
+        sorted(of.schemes.items()),
+        sorted(of.static_amax.items()),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _entry(line: str) -> tuple[str, Measured]:
+    content = json.loads(line)
+    key = content.pop("key")
+    del content["label"]
+    return key, Measured(**{**content, "windows": tuple(content["windows"])})
