@@ -17,14 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mofq.backends import emulate
+from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.corpora import Corpus, load_text, tokenize
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.decide.result import recipe_from_table
 from mofq.layers import find_layers
-from mofq.recipe import Recipe
+from mofq.measure.samples import SampleReader
+from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import parse_scheme
+from mofq.search_space import shape_rejection
 from mofq.table import Row, Table, read_table
 from mofq.validate.divergence import OriginalLogits, compare, run_original
 from mofq.validate.report import summarize
@@ -154,6 +157,85 @@ def uniform(table: Table, *schemes: str) -> Recipe:
     return recipe(
         table, {group: next(n for n in names if n in rows) for group, rows in found.items()}
     )
+
+
+def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = None) -> Recipe:
+    """For every fusion group the first of some schemes that its shape takes, without a table.
+
+    Args:
+        model: Folder.
+        schemes: In order of preference.
+        amax: Layer -> largest input magnitude, where a scheme has static activations.
+    """
+    checkpoint = open_checkpoint(model)
+    layers = find_layers(checkpoint)
+    groups = []
+    for group in layers.groups:
+        scheme = next(
+            found
+            for found in map(parse_scheme, schemes)
+            if all(shape_rejection(found, layer) is None for layer in group.layers)
+        )
+        names = tuple(layer.name for layer in group.layers)
+        is_static = scheme.activation is not None and scheme.activation.needs_tensor_amax
+        assert not is_static or amax is not None
+        static = {name: amax[name] for name in names} if is_static and amax is not None else None
+        groups.append(RecipeGroup(group.name, scheme.name, names, static_amax=static))
+    return Recipe(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        groups=tuple(groups),
+        unquantized=tuple(layer.name for layer in layers.unquantized),
+    )
+
+
+def input_amax(model: str, stats: str | Path, *, saturated: float = 0.0) -> dict[str, float]:
+    """Static scales of every layer from its calibration inputs.
+
+    Args:
+        model: Folder.
+        stats: From `mofq calibrate`.
+        saturated: Share of the inputs that may saturate. Where it is not 0, the largest
+            magnitude is halved for as long as no larger share exceeds it.
+
+    Returns:
+        Layer -> the magnitude that the largest code stands for.
+    """
+    found = read_stats(Path(stats))
+    groups = find_layers(open_checkpoint(model)).groups
+    layers = [layer.name for group in groups for layer in group.layers]
+    amax = {}
+    with SampleReader(found) as reader:
+        for layer in layers:
+            samples = [reader.read(corpus.name, layer) for corpus in found.plan.corpora]
+            inputs = [one.x_MCI.abs() for one in samples if one is not None]
+            limit = float(max(x.max() for x in inputs))
+            count = sum(one.is_token_MC.sum().item() * one.x_MCI.shape[2] for one in samples if one)
+            while saturated and limit > 0:
+                if sum(int((x > limit / 2).sum()) for x in inputs) > saturated * count:
+                    break
+                limit /= 2
+            amax[layer] = limit
+    return amax
+
+
+def print_measured(done: Mapping[str, Measured]) -> None:
+    """One row for each recipe."""
+    rows = [
+        [
+            label,
+            f"{one.bits_per_weight:.3f}",
+            with_error(one.kl, one.kl_stderr),
+            f"{one.perplexity:.2f}",
+            f"{one.recovery_percent:.2f}",
+            f"{100 * one.top1_agreement:.1f} %",
+        ]
+        for label, one in done.items()
+    ]
+    columns = ["", "bits/weight", "KL [nats/token]", "perplexity", "recovery [%]", "top-1"]
+    print_markdown(columns, rows)
+    original = next(iter(done.values())).perplexity_original
+    print(f"Perplexity of the original: {original:.2f}.\n")
 
 
 def predicted(table: Table, of: Recipe, *, corpus: str | None = None) -> float:
