@@ -13,7 +13,9 @@ _INTERRUPTED = 130
 def main() -> None:
     """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage."""
     from mofq.cli.app import app
+    from mofq.cli.terminal import quiet_noise
 
+    quiet_noise()
     try:
         app()
     except MofqError as error:

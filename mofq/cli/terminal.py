@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -16,6 +17,27 @@ if TYPE_CHECKING:
 
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
+
+
+#: Logger -> beginning of a message that says nothing to a user of mofq: transformers imports
+#: torchao where it is installed, whatever the model.
+_NOISE = {
+    "torch.utils._pytree": ("<enum 'KernelPreference'>", "<enum 'ScaleCalculationMode'>"),
+    "torchao": ("Failed to load",),  # its CUDA extensions; kept where there is a GPU
+}
+
+
+def quiet_noise() -> None:
+    """Leave out log lines of libraries that are known to be of no use here, and no others."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    if not record.getMessage().startswith(_NOISE[record.name]):
+        return True
+    torch = sys.modules.get("torch")
+    return record.name == "torchao" and torch is not None and bool(torch.cuda.is_available())
 
 
 @lru_cache(maxsize=1)
