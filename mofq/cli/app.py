@@ -270,8 +270,8 @@ def export(
 @app.command()
 def run(
     model: Model,
-    space: Space,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")],
+    space: Space = "serving",
     max_bits: MaxBits = None,
     max_size: Annotated[str | None, typer.Option(help="Bytes of the whole checkpoint.")] = None,
     corpus: Annotated[
