@@ -187,8 +187,8 @@ def compare_logprobs(
     Returns:
         What went wrong.
     """
-    emulated = _emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0)
-    floor = _emulated_logprobs(checkpoint, recipe, windows, dtype, nudge=UNITS[dtype])
+    emulated = emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0)
+    floor = emulated_logprobs(checkpoint, recipe, windows, dtype, nudge=UNITS[dtype])
     positions = []
     for window, answers, expected, nudged in zip(windows, logprobs, emulated, floor, strict=True):
         for place, answer in enumerate(answers):
@@ -201,8 +201,8 @@ def compare_logprobs(
                 entropy=-float(ours[token]),
                 difference=answer[str(token)] - float(ours[token]),
                 floor_difference=float(theirs[token] - ours[token]),
-                kl=_binned_kl(ours[keys], found),
-                kl_floor=_binned_kl(ours[keys], theirs[keys]),
+                kl=binned_kl(ours[keys], found),
+                kl_floor=binned_kl(ours[keys], theirs[keys]),
             )
             positions.append(position)
     report.update(_figures(positions))
@@ -236,13 +236,14 @@ def _figures(positions: list[_Position]) -> dict[str, float]:
     }
 
 
-def _binned_kl(log_p: Tensor, log_q: Tensor) -> float:
+def binned_kl(log_p: Tensor, log_q: Tensor) -> float:
+    """KL over some tokens and one bin with all others; at most the full one [nats]."""
     p, q = log_p.exp(), log_q.exp()
     rest_p, rest_q = ((1 - each.sum()).clamp(min=1e-12) for each in (p, q))
     return float((p * (log_p - log_q)).sum() + rest_p * (rest_p / rest_q).log())
 
 
-def _emulated_logprobs(
+def emulated_logprobs(
     checkpoint: Checkpoint, recipe: Recipe, windows: list[list[int]], dtype: str, *, nudge: float
 ) -> list[Tensor]:
     """Log-probabilities of every token after every prefix, float64 [T, V] for each window."""

@@ -4,7 +4,7 @@
 
 Nothing of mofq is imported here. The request has `folder`, `dtype`, `windows`
 (lists of token ids), `top` (log-probabilities a position), `rows` (of inputs
-and outputs recorded a layer) and `new_tokens`.
+and outputs recorded a layer), `new_tokens` and, to measure speeds too, `repeats`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
     )
     score(llm, request, result)
     generate(llm, request, result)
+    if request.get("repeats"):
+        measure_speed(llm, request, result)
     save_file(records, records_path)
     with open(result_path, "w", encoding="utf-8") as file:
         json.dump(result, file)
@@ -102,6 +104,29 @@ def generate(llm: Any, request: dict[str, Any], result: dict[str, Any]) -> None:
     seconds = time.monotonic() - start
     result["text"] = output.outputs[0].text
     result["decode_tokens_per_second"] = len(output.outputs[0].token_ids) / seconds
+
+
+def measure_speed(llm: Any, request: dict[str, Any], result: dict[str, Any]) -> None:
+    """Tokens a second of one prompt and of one continuation, the best of some repeats."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": request["windows"][0]}
+    new_tokens = request["new_tokens"]
+    prefill = decode = float("inf")
+    for _ in range(request["repeats"]):
+        seconds = []
+        for count in (1, new_tokens):
+            start = time.monotonic()
+            llm.generate(
+                [prompt],
+                SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
+                use_tqdm=False,
+            )
+            seconds.append(time.monotonic() - start)
+        prefill = min(prefill, seconds[0])
+        decode = min(decode, seconds[1] - seconds[0])
+    result["prefill_tokens_per_second"] = len(request["windows"][0]) / prefill
+    result["decode_tokens_per_second"] = (new_tokens - 1) / decode
 
 
 if __name__ == "__main__":

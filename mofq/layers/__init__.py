@@ -9,6 +9,7 @@ from mofq.layers.linear import (
     LinearLayer,
     LoadedWeight,
     ModelLayers,
+    find_loaded_names,
     find_loaded_weight,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "LoadedWeight",
     "ModelLayers",
     "find_layers",
+    "find_loaded_names",
     "find_loaded_weight",
 ]

@@ -94,3 +94,20 @@ def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
     fused = "down_proj" if word == family.experts.down else "gate_up_proj"
     row_start = layer.out_features if word == family.experts.up else 0
     return LoadedWeight(f"{head}.experts.{fused}", int(expert), row_start, transposed=False)
+
+
+def find_loaded_names(name: str, architecture: str) -> tuple[str, ...]:
+    """Under which names the loaded model may hold a tensor of the checkpoint.
+
+    Args:
+        name: Of a tensor that is no linear layer's weight.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        The first of them that the model has is the one; it may have none, of
+        another tower or of a buffer that its class computes.
+    """
+    family = FUSION_RULES[architecture]
+    bodies = (family.body, *family.other_bodies)
+    moved = (family.loaded_body + name.removeprefix(b) for b in bodies if name.startswith(b))
+    return (name, *moved)

@@ -24,6 +24,7 @@ from mofq.layers import (
     FusionGroup,
     LinearLayer,
     ModelLayers,
+    find_loaded_names,
     find_loaded_weight,
 )
 from mofq.quantize import FakeQuantLinear, fake_quantize_weight
@@ -260,11 +261,10 @@ def _check_others(
     if layers.tied_lm_head:  # a copy on disk that is never loaded
         skipped |= {f"{name}.weight" for name in family.lm_heads}
     loaded = model.state_dict()
-    bodies = (family.body, *family.other_bodies)
     for name, info in checkpoint.tensors.items():
-        moved = [family.loaded_body + name.removeprefix(b) for b in bodies if name.startswith(b)]
+        names = find_loaded_names(name, layers.architecture)
         # None: another tower of the model, or a buffer that its class computes.
-        found = next((loaded[key] for key in (name, *moved) if key in loaded), None)
+        found = next((loaded[key] for key in names if key in loaded), None)
         if name in skipped or found is None or not found.is_floating_point():
             continue
         needed = read_tensor(info)
