@@ -277,12 +277,15 @@ def test_an_exported_folder_with_an_edited_byte_is_refused_before_any_model_runs
         validate(str(tiny_llama), str(folder), text, **PLAN)
 
 
-def test_a_quantized_folder_without_a_recipe_is_refused(
+def test_a_folder_quantized_by_a_method_that_is_not_read_is_refused(
     tiny_llama: Path, text: Corpus, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     folder = tmp_path / "exported"
     export_compressed_tensors(checkpoint, recipe_of(checkpoint, "int4.g32"), folder)
     (folder / "recipe.yaml").unlink()
-    with pytest.raises(BackendError, match=r"no recipe\.yaml"):
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"]["quant_method"] = "gptq"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BackendError, match="found quant_method 'gptq'"):
         validate(str(tiny_llama), str(folder), text, **PLAN)

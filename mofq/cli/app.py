@@ -210,7 +210,9 @@ def search(
 @app.command()
 def validate(
     model: Model,
-    recipe_or_folder: Annotated[str, typer.Argument(help="A recipe, or an exported folder.")],
+    recipe_or_folder: Annotated[
+        str, typer.Argument(help="A recipe, or a compressed-tensors folder.")
+    ],
     text: Annotated[
         list[str],
         typer.Option(help="[NAME=]text file, hub data set or bundled text; repeatable."),
@@ -219,6 +221,13 @@ def validate(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
+    backend: Annotated[str, typer.Option(help="What applies the recipe: emulate or torchao.")] = (
+        "emulate"
+    ),
+    emulate: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers, e.g. '*', to emulate where torchao has no kernel; repeatable."),
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="lm-eval tasks, by commas or repeated.")
     ] = None,
@@ -242,6 +251,8 @@ def validate(
         sequence_length=sequence_length,
         dtype=dtype,
         device=device,
+        backend=backend,
+        emulated=tuple(emulate or ()),
         tasks=tuple(tasks or ()),
         task_folder=task_folder,
         task_limit=task_limit,

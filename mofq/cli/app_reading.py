@@ -180,3 +180,20 @@ def uniform(
     from mofq.cli.lists import run_uniform
 
     run_uniform(model, scheme, output, as_json=json)
+
+
+@recipe.command(name="from")
+def from_folder(
+    folder: Annotated[
+        Path, typer.Argument(help="A compressed-tensors checkpoint, whoever wrote it.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, recipe.yaml.")],
+    model: Annotated[
+        str | None, typer.Option(help="The original; the recipe is checked to fit it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The schemes of a quantized checkpoint, to validate, compare or export again."""
+    from mofq.cli.lists import run_recipe_from
+
+    run_recipe_from(folder, output, model=model, as_json=json)

@@ -1,8 +1,9 @@
-"""``mofq spaces``, ``formats``, ``engines``, ``diff`` and ``recipe uniform``."""
+"""``mofq spaces``, ``formats``, ``engines``, ``diff``, ``recipe uniform`` and ``recipe from``."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mofq.checkpoint.headers import open_checkpoint
@@ -12,7 +13,7 @@ from mofq.engines import ENGINES, Rule
 from mofq.exceptions import RecipeError
 from mofq.formats import ELEMENT_FORMATS, SCALE_FORMATS
 from mofq.layers import find_layers
-from mofq.recipe import load_recipe, write_recipe
+from mofq.recipe import check_recipe, load_recipe, write_recipe
 from mofq.schemes import ALIASES
 from mofq.search_space import find_search_spaces, load_search_space
 
@@ -129,3 +130,23 @@ def run_uniform(model: str, scheme: str, output: Path, *, as_json: bool) -> None
         print_json({"recipe": str(output), **recipe.result})
     else:
         note(f"{output}: {recipe.bits_per_weight:.4f} bits per weight.")
+
+
+def run_recipe_from(folder: Path, output: Path, *, model: str | None, as_json: bool) -> None:
+    """Write the recipe that a compressed-tensors checkpoint follows."""
+    from mofq.backends.compressed_tensors import recipe_from_compressed_tensors
+
+    check_output(output)
+    recipe = recipe_from_compressed_tensors(folder)
+    if model is not None:
+        checkpoint = open_checkpoint(model)
+        check_recipe(recipe, find_layers(checkpoint))
+        recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
+    write_recipe(recipe, output)
+    schemes = Counter(group.scheme for group in recipe.groups)
+    if as_json:
+        print_json({"recipe": str(output), "fusion_groups": dict(schemes), **recipe.result})
+        return
+    note(f"{output}: {recipe.bits_per_weight:.4f} bits per weight.")
+    rows = [[name, str(count)] for name, count in schemes.most_common()]
+    print_table(f"{folder} was made of", ["scheme", "fusion groups"], rows)

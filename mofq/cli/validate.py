@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mofq.cli.checks import check_device, check_dtype, check_output
 from mofq.cli.terminal import note, print_json, print_table, progress_bars, say, with_error
@@ -24,6 +24,8 @@ def run_validate(
     sequence_length: int = 512,
     dtype: str = "float32",
     device: str = "cpu",
+    backend: str = "emulate",
+    emulated: Sequence[str] = (),
     tasks: Sequence[str] = (),
     task_folder: Path | None = None,
     task_limit: int | None = None,
@@ -38,6 +40,8 @@ def run_validate(
     corpora = load_corpora(texts)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     asked = _tasks(tasks, task_folder, task_limit)
+    how: dict[str, Any] = {"tokens": tokens, "sequence_length": sequence_length, "dtype": dtype}
+    how |= {"device": device, "backend": backend, "emulated": emulated}
     validations: dict[str, Validation] = {}
     for corpus in corpora:
         with progress_bars() as bars:
@@ -45,10 +49,7 @@ def run_validate(
                 model,
                 recipe_or_folder,
                 corpus,
-                tokens=tokens,
-                sequence_length=sequence_length,
-                dtype=dtype,
-                device=device,
+                **how,
                 tasks=None if validations else asked,  # they have texts of their own
                 progress=bars.stage,
             )

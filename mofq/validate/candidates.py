@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mofq.backends import emulate
-from mofq.backends.compressed_tensors import check_compressed_tensors
+from mofq.backends import APPLIERS, apply_recipe, emulate
+from mofq.backends.compressed_tensors import (
+    check_compressed_tensors,
+    load_compressed_tensors,
+    recipe_from_compressed_tensors,
+)
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
-from mofq.exceptions import BackendError
+from mofq.exceptions import BackendError, nearest_name
 from mofq.layers import ModelLayers, find_layers
 from mofq.recipe import Recipe, check_recipe, load_recipe, recipe_text
 from mofq.schemes import parse_scheme
@@ -32,17 +36,28 @@ class Candidate:
     source: str
     recipe: Recipe | None
     recipe_sha256: str | None
-    folder: Checkpoint | None  #: exported or unquantized
+    folder: Checkpoint | None  #: exported, unquantized or of another tool
     bits_per_weight: float
+    is_foreign: bool = False  #: quantized by another tool, whose codes are as they are
+    backend: str = "emulate"  #: that applies the recipe
+    emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
 
 
-def open_candidate(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
+def open_candidate(
+    source: str | Path | Recipe,
+    checkpoint: Checkpoint,
+    *,
+    backend: str = "emulate",
+    emulated: Collection[str] = (),
+) -> Candidate:
     """Read a candidate and check all that can be checked before a model runs.
 
     Args:
-        source: A recipe, its file, a folder that mofq exported, or the folder of
-            an unquantized model.
+        source: A recipe, its file, a folder that mofq exported, a compressed-tensors
+            folder of another tool, or the folder of an unquantized model.
         checkpoint: The original.
+        backend: That will apply the recipe, as in ``apply_recipe``.
+        emulated: Layers that it may emulate, likewise.
 
     Returns:
         The candidate.
@@ -51,9 +66,16 @@ def open_candidate(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candi
         RecipeError: The recipe is not valid, or not for the original.
         EnforcementError: An exported folder is not, byte for byte, what its
             recipe makes of the original.
-        BackendError: A quantized folder is not of our making.
+        BackendError: A quantized folder is of a format that cannot be read.
         CheckpointError: The folder holds no model.
     """
+    if backend not in APPLIERS:
+        raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
+    candidate = _open(source, checkpoint)
+    return replace(candidate, backend=backend, emulated=tuple(emulated))
+
+
+def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
     if isinstance(source, Recipe):
         return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))
     path = Path(source)
@@ -64,10 +86,10 @@ def open_candidate(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candi
     if (path / RECIPE_FILE).exists():
         return _open_exported(folder, checkpoint)
     if "quantization_config" in folder.config:
-        raise BackendError(
-            f"{path}: holds quantized weights and no {RECIPE_FILE} that says what they should be. "
-            f"Give a folder that `mofq export` wrote."
-        )
+        recipe = recipe_from_compressed_tensors(path)
+        text = recipe_text(recipe)
+        candidate = _open_recipe(recipe, checkpoint, source=str(source), text=text)
+        return replace(candidate, folder=folder, is_foreign=True)
     return Candidate(
         source=str(source),
         recipe=None,
@@ -95,16 +117,29 @@ def load_candidate(
         progress: Of the backend.
 
     Returns:
-        The original with the recipe emulated, also for an exported folder, which
-        is known to hold the same codes and scales; without a recipe, the
-        folder's own model.
+        The original with the recipe applied, also for an exported folder, which
+        is known to hold the same codes and scales; the codes and scales of another
+        tool's folder, emulated; without a recipe, the folder's own model.
 
     Raises:
         MofqError: It cannot be loaded, or the recipe cannot be applied.
     """
     if candidate.recipe is not None:
         model = load_model(checkpoint.folder, dtype=dtype, device=device)
-        return emulate.apply(model, candidate.recipe, checkpoint=checkpoint, progress=progress)
+        if candidate.is_foreign:
+            assert candidate.folder is not None
+            return load_compressed_tensors(
+                model, candidate.recipe, candidate.folder, progress=progress
+            )
+        apply_recipe(
+            model,
+            candidate.recipe,
+            candidate.backend,
+            checkpoint=checkpoint,
+            emulate=candidate.emulated,
+            progress=progress,
+        )
+        return model
     assert candidate.folder is not None
     return load_model(candidate.folder.folder, dtype=dtype, device=device)
 

@@ -32,6 +32,7 @@ class Lineage:
     text_sha256: str
     dtype: str  #: of both models' arithmetic
     device: str
+    backend: str  #: that applied the recipe
     sequence_length: int  #: tokens of a window
 
 

@@ -36,6 +36,8 @@ def validate(
     dtype: str = "float32",
     device: str = "cpu",
     tasks: Tasks | None = None,
+    backend: str = "emulate",
+    emulated: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Validation:
     """Validate one candidate; see ``validate_many``."""
@@ -48,6 +50,8 @@ def validate(
         dtype=dtype,
         device=device,
         tasks=tasks,
+        backend=backend,
+        emulated=emulated,
         progress=progress,
     )
     return validation
@@ -63,6 +67,8 @@ def validate_many(
     dtype: str = "float32",
     device: str = "cpu",
     tasks: Tasks | None = None,
+    backend: str = "emulate",
+    emulated: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Validation, ...]:
     """Validate quantized models against one run of the original.
@@ -79,6 +85,8 @@ def validate_many(
         dtype: Of both models' arithmetic.
         device: Where they run.
         tasks: That lm-eval scores both models by, besides the text.
+        backend: That applies recipes, as in ``apply_recipe``.
+        emulated: Layers that it may emulate, likewise.
         progress: Called with a stage, what is done of it, and all of it.
 
     Returns:
@@ -88,7 +96,10 @@ def validate_many(
         MofqError: Any input is not valid; all are read before a model runs.
     """
     checkpoint = open_checkpoint(model_source)
-    opened = [open_candidate(candidate, checkpoint) for candidate in candidates]
+    opened = [
+        open_candidate(candidate, checkpoint, backend=backend, emulated=emulated)
+        for candidate in candidates
+    ]
     runner = None if tasks is None else TaskRunner(tasks)
     with OriginalLogits() as logits:
         original = _run_original(
@@ -167,9 +178,11 @@ def _validate_one(
     model = load_candidate(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
+    # What another tool's codes should be is not known.
+    enforced = None if candidate.is_foreign else recipe
     deviations: tuple[Deviation, ...] = ()
-    if recipe is not None:
-        deviations = find_deviations(model, recipe, checkpoint=checkpoint, progress=progress)
+    if enforced is not None:
+        deviations = find_deviations(model, enforced, checkpoint=checkpoint, progress=progress)
     scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()
@@ -189,7 +202,7 @@ def _validate_one(
         perplexity_original=agreement.perplexity_original,
         top1_agreement=agreement.top1_agreement,
         bits_per_weight=candidate.bits_per_weight,
-        enforced=None if recipe is None else not deviations,
+        enforced=None if enforced is None else not deviations,
         deviations=deviations,
         windows=agreement.windows,
         tasks=compare_tasks(task_scores, original.task_scores),
@@ -211,6 +224,7 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         text_sha256=original.text.sha256,
         dtype=original.dtype,
         device=original.device,
+        backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
     )
 

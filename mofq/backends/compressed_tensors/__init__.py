@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from mofq.backends.compressed_tensors.check import check_compressed_tensors
 from mofq.backends.compressed_tensors.export import Export, export_compressed_tensors
+from mofq.backends.compressed_tensors.loading import load_compressed_tensors
 from mofq.backends.compressed_tensors.reading import recipe_from_compressed_tensors
 
 __all__ = [
     "Export",
     "check_compressed_tensors",
     "export_compressed_tensors",
+    "load_compressed_tensors",
     "recipe_from_compressed_tensors",
 ]

@@ -18,8 +18,9 @@ from typing import Any
 
 from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
 from mofq.checkpoint.tensors import read_tensor
+from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.exceptions import BackendError, SchemeError
-from mofq.layers import FusionGroup, LinearLayer, find_layers
+from mofq.layers import FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import Scheme, parse_scheme
 
@@ -61,7 +62,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
             f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
             f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
         )
-    layers = find_layers(_without_quantization(stored))
+    layers = find_stored_layers(stored)
     groups = tuple(_read_group(stored, config, group) for group in layers.groups)
     for layer in layers.unquantized:
         if _config_group(config, layer.name) is not None and _is_quantized(stored, layer.name):
@@ -69,10 +70,35 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
                 f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
                 f"which is all that this recipe would hold."
             )
-    unquantized = tuple(layer.name for layer in layers.unquantized)
+    schemes = [parse_scheme(group.scheme) for group in groups]
+    size = sum(group_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
     return Recipe(
-        stored.name, None, groups, unquantized, made_by={"note": f"read from {stored.name}"}
+        stored.name,
+        None,
+        groups,
+        tuple(layer.name for layer in layers.unquantized),
+        made_by={"note": f"read from {stored.name}"},
+        result={
+            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
+            "bytes": size,
+        },
     )
+
+
+def find_stored_layers(stored: Checkpoint) -> ModelLayers:
+    """The linear layers of a compressed-tensors checkpoint, by its headers.
+
+    Args:
+        stored: The quantized checkpoint.
+
+    Returns:
+        What ``find_layers`` finds in the model before it was quantized; the tensors of
+        quantized layers are not those on disk.
+
+    Raises:
+        CheckpointError: The model is of an unknown family.
+    """
+    return find_layers(_without_quantization(stored))
 
 
 def _without_quantization(stored: Checkpoint) -> Checkpoint:
@@ -131,6 +157,11 @@ def _read_scheme(stored: Checkpoint, config: Mapping[str, Any], layer: str) -> S
         raise BackendError(
             f"{stored.folder}: {layer!r} has scales and no config group targets it, so engines "
             f"take its codes for weights."
+        )
+    if f"{layer}.weight_g_idx" in stored.tensors:
+        raise BackendError(
+            f"{stored.folder}: {layer!r}: its columns are grouped in an order of their own "
+            f"(weight_g_idx), for which mofq has no scheme. Quantize it without activation order."
         )
     scale = stored.tensors[f"{layer}.weight_scale"]
     try:
