@@ -48,6 +48,7 @@ _PLAN: dict[str, Any] = {
     "version": {"const": VERSION},
     "model_name": _NAME,
     "index_sha256": _SHA256,
+    "weights_sha256": _SHA256,
     "seed": {"type": "integer"},
     "sequence_length": {"type": "integer", "minimum": 2},
     "draws": _COUNT,
@@ -65,7 +66,7 @@ _PLAN: dict[str, Any] = {
         ),
     },
 }
-PLAN_SCHEMA = strict_object(_PLAN)
+PLAN_SCHEMA = strict_object(_PLAN, optional=("weights_sha256",))
 STATS_SCHEMA = strict_object(
     {
         **_PLAN,
@@ -78,7 +79,7 @@ STATS_SCHEMA = strict_object(
             "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
         },
     },
-    optional=("unseen",),
+    optional=("weights_sha256", "unseen"),
 )
 
 
@@ -103,10 +104,12 @@ class Plan:
     draws: int  #: label draws for each sequence
     dtype: str  #: of the model's arithmetic
     corpora: tuple[CorpusPlan, ...]
+    weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands in ``plan.json``."""
-        return {"version": VERSION, **asdict(self), "corpora": [asdict(c) for c in self.corpora]}
+        content = {"version": VERSION, **asdict(self), "corpora": [asdict(c) for c in self.corpora]}
+        return {key: value for key, value in content.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,7 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
 
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     asked, found = plan.to_json(), begun.to_json()
-    different = [key for key in asked if asked[key] != found[key]]
+    different = [key for key in asked if key in found and asked[key] != found[key]]
     if different:
         key = different[0]
         raise StatsError(
@@ -265,7 +268,9 @@ def _read(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any], path: Path) -> Plan:
-    fields = {key: content[key] for key in _PLAN if key not in ("version", "corpora")}
+    fields = {
+        key: content[key] for key in content if key in _PLAN and key not in ("version", "corpora")
+    }
     plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
     if len({corpus.name for corpus in plan.corpora}) < len(plan.corpora):
         raise StatsError(f"{path}: corpora: a name stands twice. Calibrate again.")

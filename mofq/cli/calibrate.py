@@ -162,10 +162,12 @@ def _plan(
     windows: Mapping[str, Tensor],
 ) -> Plan:
     from mofq.calibration.stats import CorpusPlan, Plan
+    from mofq.checkpoint.sampled import hash_weights
 
     return Plan(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
         seed=options.seed,
         sequence_length=options.sequence_length,
         draws=options.draws,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
@@ -75,7 +76,9 @@ def measure(
         SearchSpaceError: No scheme fits some fusion group.
         SchemeError: A weight is not finite.
     """
-    _check_same_model(checkpoint, stats)
+    weights = hash_weights(checkpoint)
+    if stats is not None:
+        _check_stats(stats, checkpoint, weights)
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
     )
@@ -83,6 +86,7 @@ def measure(
         model_layers,
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=weights,
         stats=None if stats is None else table_stats(stats),
     )
     with open_table(table_path, header) as table:
@@ -100,12 +104,18 @@ def measure(
         _fill(table, offers, measured, stats=stats, progress=progress)
 
 
-def _check_same_model(checkpoint: Checkpoint, stats: Stats | None) -> None:
-    if stats is not None and stats.plan.index_sha256 != checkpoint.index_sha256:
+def _check_stats(stats: Stats, checkpoint: Checkpoint, weights_sha256: str) -> None:
+    """Refuse the stats of another model, or of another training of the same."""
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
         raise StatsError(
             f"{stats.folder}: calibrated on {stats.plan.model_name} "
             f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
             f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, weights_sha256):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
         )
 
 
