@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.calibration.run import calibrate, label_seed, sample_labels
+from mofq.calibration.run import calibrate, sample_scores, score_seed
 from mofq.calibration.stats import CorpusPlan, Plan, Stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
@@ -78,12 +78,11 @@ def space_of(*schemes: str, **keys: Any) -> SearchSpace:
     return parse_search_space("\n".join(lines), name="test", where="test")
 
 
-def sampled_loss(logits_TV: Tensor, label_T: Tensor) -> Tensor:
-    """Minus the log-probability of label t under the logits at t, summed over t."""
-    log_p = logits_TV.log_softmax(-1)
-    return -sum((log_p[t, label] for t, label in enumerate(label_T.tolist())), torch.zeros(()))
+def scored_loss(logits_TV: Tensor, score_TV: Tensor) -> Tensor:
+    """A loss whose gradient with respect to the logits is the scores."""
+    return (logits_TV * score_TV).sum()
 
 
-def labels_of(logits_TV: Tensor, *, sequence: int, seed: int = 0, draw: int = 0) -> Tensor:
-    """The labels that calibration on corpus ``a`` samples."""
-    return sample_labels(logits_TV.detach(), seed=label_seed(seed, "a", sequence, draw))
+def scores_of(logits_TV: Tensor, *, sequence: int, seed: int = 0, draw: int = 0) -> Tensor:
+    """The scores that calibration on corpus ``a`` samples."""
+    return sample_scores(logits_TV.detach(), seed=score_seed(seed, "a", sequence, draw))

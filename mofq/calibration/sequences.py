@@ -36,6 +36,7 @@ class LayerSamples:
     x_TI: Tensor  #: inputs, [tokens, in_features], bfloat16
     grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
     token_T: Tensor | None  #: position of each token where not all are here (experts), int64
+    source: str = ""  #: the layer whose inputs these are, of those that read the very same
 
 
 def sequence_path(folder: Path, corpus: str, index: int) -> Path:
@@ -102,6 +103,7 @@ class SequenceFile:
                 x_TI=self._file.get_tensor(f"x/{source}"),
                 grad_DTO=self._file.get_tensor(f"grad/{layer}"),
                 token_T=self._file.get_tensor(tokens) if tokens in self._keys else None,
+                source=source,
             )
         except SafetensorError as problem:
             raise _unreadable(self.path, problem) from None

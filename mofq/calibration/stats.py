@@ -101,7 +101,7 @@ class Plan:
     index_sha256: str
     seed: int
     sequence_length: int  #: tokens in each sequence
-    draws: int  #: label draws for each sequence
+    draws: int  #: of the output's gradient, for each sequence
     dtype: str  #: of the model's arithmetic
     corpora: tuple[CorpusPlan, ...]
     weights_sha256: str | None = None  #: of samples of the weights; None before 0.2

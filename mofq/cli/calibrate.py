@@ -31,7 +31,7 @@ class CalibrateOptions:
     output: Path
     sequences: int = 8  #: of each corpus
     sequence_length: int = 512  #: tokens of each
-    draws: int = 1  #: of labels, for each sequence
+    draws: int = 1  #: of the output's gradient, for each sequence
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"

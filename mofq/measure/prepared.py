@@ -34,6 +34,7 @@ class Inputs:
     sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
     sequences: int  #: N
     tokens: int  #: T of one sequence
+    source: str  #: the layer whose inputs these are
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,4 +162,5 @@ def _inputs(
         sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
         sequences=samples.sequences,
         tokens=samples.tokens,
+        source=samples.source,
     )

@@ -21,7 +21,7 @@ CHUNK_TOKENS = 64
 class ChunkedSamples:
     """Inputs and output gradients of one layer over one corpus.
 
-    M chunks of at most C tokens; a sequence with several label draws counts once for each
+    M chunks of at most C tokens; a sequence with several draws counts once for each
     draw. Chunks of fewer tokens end in zeros, which add nothing to any sum.
     """
 
@@ -30,6 +30,7 @@ class ChunkedSamples:
     is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
     sequences: int  #: N; chunks of one sequence follow one another, M // N of them
     tokens: int  #: T, labelled positions of one sequence
+    source: str = ""  #: the layer whose inputs these are; see `mofq.calibration.sequences`
 
 
 class SampleReader:
@@ -97,7 +98,7 @@ def arrange_samples(
 
     Args:
         sequences: In order; None where no token reached the layer.
-        draws: Label draws of each sequence, D.
+        draws: Of the output's gradient for each sequence, D.
         sequence_length: Tokens of each sequence, T.
 
     Returns:
@@ -115,7 +116,9 @@ def arrange_samples(
         for draw in range(draws)
     ]
     x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ChunkedSamples(x, grad, is_token, sequences=len(parts), tokens=sequence_length)
+    return ChunkedSamples(
+        x, grad, is_token, sequences=len(parts), tokens=sequence_length, source=seen[0].source
+    )
 
 
 def _positions(samples: LayerSamples) -> Tensor:
