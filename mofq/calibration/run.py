@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.calibration.capture import capture_layers
+from mofq.calibration.captured import Captured
+from mofq.calibration.gains import gains_path, write_gains
 from mofq.calibration.sequences import is_complete, sequence_path, write_sequence
 from mofq.calibration.stats import CORPUS_NAME, CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.exceptions import CorpusError, StatsError
@@ -73,12 +75,10 @@ def calibrate(
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
             for index in range(corpus.sequences):
-                path = sequence_path(folder, corpus.name, index)
-                if not is_complete(path):
+                if not _is_done(folder, corpus, index):
                     captured.clear()
                     run_sequence(model, windows[corpus.name][index], _seeds(plan, corpus, index))
-                    write_sequence(path, captured, layer_names)
-                    _check_disk(folder, path, left=corpus.sequences - index - 1)
+                    _write(folder, corpus, index, captured=captured, layer_names=layer_names)
                 if progress is not None:
                     progress(corpus.name, index + 1, corpus.sequences)
         return finish_stats(folder, plan)
@@ -123,6 +123,28 @@ def _check_windows(
             f"{where}: a sequence length of {plan.sequence_length} is more than the model's "
             f"context of {longest}. Give a shorter one."
         )
+
+
+def _is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+    has_gains = corpus.kept is None or gains_path(folder, corpus.name, index).exists()
+    path = sequence_path(folder, corpus.name, index)
+    return has_gains and (index not in corpus.kept_indices or is_complete(path))
+
+
+def _write(
+    folder: Path,
+    corpus: CorpusPlan,
+    index: int,
+    *,
+    captured: Captured,
+    layer_names: Sequence[str],
+) -> None:
+    if corpus.kept is not None:
+        write_gains(gains_path(folder, corpus.name, index), captured, layer_names)
+    if index in corpus.kept_indices:
+        path = sequence_path(folder, corpus.name, index)
+        write_sequence(path, captured, layer_names)
+        _check_disk(folder, path, left=sum(kept > index for kept in corpus.kept_indices))
 
 
 def _check_disk(folder: Path, written: Path, *, left: int) -> None:

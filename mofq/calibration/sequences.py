@@ -142,7 +142,7 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
     for name in layer_names:
         if name not in captured.source:
             continue
-        tensors[f"grad/{name}"] = _gradients(captured, name, path)
+        tensors[f"grad/{name}"] = layer_gradients(captured, name, path)
         if captured.source[name] == name:
             tensors[f"x/{name}"] = captured.x[name]
         if name in captured.tokens:
@@ -190,7 +190,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
         os.fsync(file.fileno())
 
 
-def _gradients(captured: Captured, name: str, path: Path) -> Tensor:
+def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
+    """The gradients of one layer's output, [draws, tokens, out_features].
+
+    Raises:
+        StatsError: They are missing or not finite; ``path`` says of which sequence.
+    """
     grads = captured.grads.get(name)
     if grads is None:
         raise StatsError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mofq.measure.extent import ExtentSums, extent_sums
+from mofq.measure.gains import LayerGains
 from mofq.measure.samples import ChunkedSamples
 from mofq.quantize import fake_quantize_activation
 from mofq.quantize.candidates import Pass, band_rows, is_candidate
@@ -35,6 +36,7 @@ class Inputs:
     sequences: int  #: N
     tokens: int  #: T of one sequence
     source: str  #: the layer whose inputs these are
+    gains: LayerGains | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +165,5 @@ def _inputs(
         sequences=samples.sequences,
         tokens=samples.tokens,
         source=samples.source,
+        gains=samples.gains,
     )

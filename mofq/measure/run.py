@@ -223,7 +223,7 @@ def table_stats(stats: Stats) -> TableStats:
         sha256=stats.sha256,
         seed=stats.plan.seed,
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
-        samples=first.sequences * stats.plan.draws,
+        samples=len(first.kept_indices) * stats.plan.draws,
         tokens_per_projection=min(CHUNK_TOKENS, stats.plan.sequence_length),
         sequence_length=stats.plan.sequence_length,
     )

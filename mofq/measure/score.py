@@ -20,6 +20,9 @@ sequences. What rounding does has more structure, and this module uses it:
 - **Both.** ``e_t = (W + dW)(x_t + dx_t) - W x_t = dW xq_t + W dx_t``: the sum of the two,
   ``G`` taken with the quantized inputs.
 
+Where the stats keep the inputs and gradients of a few of the sequences that were run, the sums
+are corrected by what is known of all of them: ``mofq.measure.gains``.
+
 How these were chosen is measured in ``scripts/bench_prediction.py``. Beside them the signed
 sums over chunks of 64 tokens are kept: with them errors of different layers can be added
 before they are squared. Where 64 does not divide a sequence they are scaled, all alike, so
@@ -45,6 +48,7 @@ from torch import Tensor
 
 from mofq.measure.block import BlockSums, CorpusSums, score_block
 from mofq.measure.extent import ExtentSums
+from mofq.measure.gains import SampleGains, corrected, projection_factor
 from mofq.measure.prepared import PreparedLayer
 from mofq.measure.samples import CHUNK_TOKENS
 
@@ -57,6 +61,7 @@ class InputErrors:
     token_AMC: Tensor  #: signed, under each of A activation schemes, float64
     scheme_A: tuple[tuple[int, ...], ...]  #: the schemes with each activation scheme
     tokens: int  #: T of one sequence
+    gains: SampleGains | None  #: of the inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +136,17 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
     inputs = layer.inputs[corpus]
     chunks = len(sums.projection_MS) // inputs.sequences
     token_NA = sums.token_AMC.square().sum(2).unflatten(1, (inputs.sequences, -1)).sum(2).T
-    error_NS, projection_MS = sums.row_NS.clone(), sums.projection_MS.clone()
+    of_weight, of_input = (
+        (inputs.gains.weight, inputs.gains.input) if inputs.gains else (None, None)
+    )
+    error_NS = corrected(sums.row_NS, of_weight).clone()
+    projection_MS = sums.projection_MS * projection_factor(of_weight)
+    token_NA, factor = corrected(token_NA, of_input), projection_factor(of_input)
     for i, scheme in enumerate(layer.schemes):
         if scheme.activation is not None:
             column = layer.activations.index(scheme.activation)
             error_NS[:, i] += token_NA[:, column]
-            projection_MS[:, i] += sums.token_AMC[column].sum(1)
+            projection_MS[:, i] += factor * sums.token_AMC[column].sum(1)
     full = chunks * min(CHUNK_TOKENS, inputs.tokens)
     return CorpusScore(
         error_NS=(error_NS / (2 * inputs.tokens)).cpu(),
@@ -150,6 +160,7 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
                 for activation in layer.activations
             ),
             tokens=inputs.tokens,
+            gains=of_input,
         ),
     )
 
@@ -196,8 +207,9 @@ def _with_cross_terms(one: CorpusScore, others: Sequence[InputErrors]) -> Corpus
         return one
     together_AMC = sum((other.token_AMC for other in others), torch.zeros(()))
     cross_AM = (own.token_AMC * together_AMC).sum(2)
-    cross_AN = cross_AM.unflatten(1, (len(one.error_NS), -1)).sum(2) / (2 * own.tokens)
+    cross_NA = cross_AM.unflatten(1, (len(one.error_NS), -1)).sum(2).T / (2 * own.tokens)
+    cross_NA = corrected(cross_NA, own.gains)
     error_NS = one.error_NS.clone()
-    for schemes, cross_N in zip(own.scheme_A, cross_AN, strict=True):
+    for schemes, cross_N in zip(own.scheme_A, cross_NA.T, strict=True):
         error_NS[:, schemes] += cross_N[:, None]
     return replace(one, error_NS=error_NS)
