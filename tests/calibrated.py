@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def calibrate_folder(
     *,
     model: PreTrainedModel | None = None,
     activation_checkpointing: bool = False,
+    kept: int | None = None,
     **changes: Any,
 ) -> Stats:
     """Calibrate a checkpoint on windows of tokens; ``changes`` go to the plan."""
     plan = plan_of(model_folder, corpora, **changes)
+    plan = replace(plan, corpora=tuple(replace(one, kept=kept) for one in plan.corpora))
     return calibrate(
         model or load_model(model_folder, dtype=plan.dtype),
         find_layers(open_checkpoint(str(model_folder))),

@@ -136,7 +136,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands in ``plan.json``."""
-        content = {"version": VERSION, **asdict(self), "corpora": [c.to_json() for c in self.corpora]}
+        content = {
+            "version": VERSION,
+            **asdict(self),
+            "corpora": [c.to_json() for c in self.corpora],
+        }
         return {key: value for key, value in content.items() if value is not None}
 
 
