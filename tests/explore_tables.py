@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from mofq.table import (
+    Extent,
+    Profile,
     Rejection,
     Row,
     TableGroup,
@@ -15,6 +17,7 @@ from mofq.table import (
     TableLayer,
     TableSpace,
     TableStats,
+    bin_width,
     open_table,
 )
 
@@ -68,8 +71,40 @@ def write_explore_table(
                 for scheme in schemes
             ]
             refused = Rejection(group.name, "int4.g512", "256 is not divisible by 512")
-            table.add_group(rows, [refused])
+            profiles = [_profile(group, corpora, module) for module in modules_of(group)]
+            table.add_group(rows, [refused], profiles=profiles)
     return path
+
+
+#: The input channel that stands out as a wall, in the attention of the first decoder layer.
+WALL = 40
+WALL_HEIGHT = 50.0
+
+
+def modules_of(group: TableGroup) -> list[str]:
+    """The kinds of layers of a group."""
+    return list(dict.fromkeys(layer.module for layer in group.layers))
+
+
+def _profile(group: TableGroup, corpora: tuple[str, ...], module: str) -> Profile:
+    layer = next(layer for layer in group.layers if layer.module == module)
+    rng = np.random.default_rng(layer.decoder_layer)
+    has_wall = group.name == "layers.0.attn.qkv"
+
+    def extent(height: float, whole: str) -> Extent:
+        channels, width = layer.in_features, bin_width(layer.in_features)
+        rms = np.float32(0.02 * rng.lognormal(sigma=0.1, size=-(-channels // width)))
+        rms[WALL // width] *= height
+        crest = {"g16": 2.1, "g32": 2.4, "g128": 3.0, whole: 3.9}
+        return Extent(tuple(map(float, 4 * rms)), tuple(map(float, rms)), crest)
+
+    return Profile(
+        group.name,
+        module,
+        layer.in_features,
+        weight=extent(WALL_HEIGHT if has_wall else 1.0, "channel"),
+        inputs={corpus: extent(1.0, "token") for corpus in corpora},
+    )
 
 
 def _groups(decoder_layers: int, prefix: str, size: int) -> Iterator[TableGroup]:

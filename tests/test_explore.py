@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from explore_tables import SCHEMES, STATIC, write_explore_table
+from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.app import app
@@ -22,10 +22,11 @@ from mofq.exceptions import MofqError, RecipeError
 from mofq.explore.content import page_content
 from mofq.explore.document import page_html, write_page
 from mofq.explore.frontier import spaced_points
+from mofq.explore.profiles import group_profiles_content
 from mofq.explore.recipe_parts import join_recipe
 from mofq.recipe import write_recipe
 from mofq.solvers import Budgets, problem_from_table, solve_frontier
-from mofq.table import Table, read_table
+from mofq.table import Extent, Profile, Table, read_table
 
 HOSTILE = "<script>alert(1)</script>."
 HOSTILE_MODEL = '<img src=x onerror=alert(1)>&"{{script}} {{content}}'
@@ -140,11 +141,77 @@ def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
 def test_the_page_holds_all_groups_options_and_uniform_schemes(content: dict[str, Any]) -> None:
     assert len(content["groups"]) == 12
     assert all(len(group["options"]) == len(SCHEMES) for group in content["groups"])
-    assert {one["label"] for one in content["named"]} == set(SCHEMES)
+    uniforms = [one["label"] for one in content["named"] if one["kind"] == "uniform"]
+    assert set(uniforms) == set(SCHEMES)
     assert content["groups"][5]["module"] == "attn.o"
     assert content["groups"][5]["decoder_layer"] == 1
     assert content["groups"][5]["rejected"] == [["int4.g512", "256 is not divisible by 512"]]
-    assert content["schemes"][-1] == {"name": "bf16", "element": "bf16"}
+    assert content["schemes"][-1] == {
+        "name": "bf16",
+        "element": "bf16",
+        "number": None,
+        "weight": None,
+        "activation": None,
+    }
+    numbers = {one["name"]: (one["number"], one["weight"]) for one in content["schemes"]}
+    assert numbers["fp4_e2m1.g32"] == ("FP", "g32")
+    assert numbers["int8.channel"] == ("INT", "channel")
+
+
+def test_what_greedy_chooses_at_the_size_of_a_uniform_scheme_is_a_point(
+    content: dict[str, Any], table: Table
+) -> None:
+    [greedy] = [one for one in content["named"] if one["kind"] == "greedy"]
+    recipe = decide(table, Request(Budgets(max_bits=4.5), solver="greedy", ties=False)).recipe
+    names = [content["schemes"][scheme]["name"] for scheme in greedy["schemes"]]
+    assert names == [group.scheme for group in recipe.groups]
+    assert greedy["bits_per_weight"] == recipe.bits_per_weight == 4.5
+    assert greedy["label"] == "greedy, 4.50 bits"
+
+
+def test_profiles_are_in_the_page_to_one_step_of_their_scale(
+    content: dict[str, Any], table: Table
+) -> None:
+    for group in content["groups"]:
+        profiles = [one for one in table.profiles if one.group == group["name"]]
+        assert [layer[0] for layer in group["profile"]["layers"]] == [
+            one.module for one in profiles
+        ]
+        for (_, channels, extent, number), profile in zip(
+            group["profile"]["layers"], profiles, strict=True
+        ):
+            assert channels == profile.channels == 256
+            assert magnitudes(extent, "amax") == pytest.approx(profile.weight.amax, rel=0.02)
+            assert magnitudes(extent, "rms") == pytest.approx(profile.weight.rms, rel=0.02)
+            inputs = group["profile"]["inputs"][number]["en"]
+            assert magnitudes(inputs, "amax") == pytest.approx(profile.inputs["en"].amax, rel=0.02)
+
+
+def magnitudes(extent: dict[str, Any], name: str) -> list[float]:
+    ratio = extent["most"] / extent["least"]
+    return [extent["least"] * ratio ** (step / 255) for step in base64.b64decode(extent[name])]
+
+
+def test_a_wall_is_a_channel_far_above_the_typical_one(content: dict[str, Any]) -> None:
+    walls = {g["name"]: g["profile"]["layers"][0][2]["wall"] for g in content["groups"]}
+    assert walls["layers.0.attn.qkv"] == pytest.approx(WALL_HEIGHT, rel=0.3)
+    assert max(wall for name, wall in walls.items() if name != "layers.0.attn.qkv") < 2
+
+
+def test_layers_that_read_the_same_inputs_share_them_in_the_page() -> None:
+    one = Extent((1.0, 0.0), (0.5, 0.0), {"g16": 2.0})
+    other = Extent((2.0, 1.0), (1.0, 1.0), {})
+    profiles = [
+        Profile("g", "q", 2, one, {"en": other}),
+        Profile("g", "k", 2, other, {"en": other}),
+        Profile("g", "o", 2, other, {"en": one}),
+    ]
+    found = group_profiles_content(profiles)
+    assert [layer[3] for layer in found["layers"]] == [0, 0, 1]
+    assert len(found["inputs"]) == 2
+    zeros = Extent((0.0,), (0.0,), {})
+    [[_, _, extent, _]] = group_profiles_content([Profile("g", "q", 1, zeros, {})])["layers"]
+    assert (extent["most"], extent["wall"]) == (0.0, 1.0)
 
 
 def test_several_corpora_say_what_each_alone_would_choose(tmp_path: Path) -> None:
@@ -156,11 +223,18 @@ def test_several_corpora_say_what_each_alone_would_choose(tmp_path: Path) -> Non
         pairs = zip(choice, content["groups"], strict=True)
         return sum(group["options"][option][2][corpus] for option, group in pairs)
 
-    # At the smallest and the largest size there is nothing to choose differently.
+    better = 0
     for name, corpus in (("en", 0), ("pt", 1)):
-        best = content["corpus_best"][name]
-        assert error(best[-1], corpus) <= error(content["points"][-1]["choice"], corpus)
-        assert None not in best[1:]
+        for best, point in zip(content["corpus_best"][name], content["points"], strict=True):
+            assert error(best, corpus) <= error(point["choice"], corpus)
+            assert sum_of_bytes(content, best) <= sum_of_bytes(content, point["choice"])
+            better += error(best, corpus) < error(point["choice"], corpus)
+    assert better > 0
+
+
+def sum_of_bytes(content: dict[str, Any], choice: list[int]) -> int:
+    pairs = zip(choice, content["groups"], strict=True)
+    return sum(group["options"][option][1] for option, group in pairs)
 
 
 def test_no_name_of_a_table_becomes_markup(hostile: dict[str, Any]) -> None:

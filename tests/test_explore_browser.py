@@ -11,7 +11,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from explore_tables import TWENTY_SCHEMES, write_explore_table
+from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.app import app
@@ -120,6 +120,7 @@ def requests(browser: Chrome) -> list[str]:
 
 
 def run(browser: Chrome, script: str, *arguments: object) -> Any:
+    script = script.replace("texts)", "(one) => one.textContent)")
     return browser.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
 
 
@@ -269,7 +270,8 @@ def test_every_control_is_reached_and_the_map_is_walked_with_the_keyboard(
 
 def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -> None:
     open_page(browser, page)
-    assert run(browser, "return state.show") == "named:6"
+    named = run(browser, "return content.named[Number(state.show.split(':')[1])]")
+    assert (named["kind"], named["label"]) == ("recipe", "mine.yaml")
     assert run(browser, "return state.compare") == "frontier"
     slide(browser, 0)
     marked = run(browser, "return document.querySelectorAll('.cell.differs').length")
@@ -277,6 +279,51 @@ def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -
     assert marked == rows > 0
     assert f"{marked} of 12 fusion groups differ" in text_of(browser, "#differences-summary")
     assert "measured on demo-en" in text_of(browser, "#points")
+
+
+def test_the_panel_shows_the_walls_of_weights_and_inputs(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelectorAll('.cell')[0].click()")
+    titles = run(browser, "return [...document.querySelectorAll('.profile strong')].map(texts)")
+    inputs = "inputs of q_proj, k_proj, v_proj"
+    weights = [f"{name} weights" for name in ("q_proj", "k_proj", "v_proj")]
+    assert titles == [*weights, f"{inputs}, en", f"{inputs}, pt"]
+    walls = run(browser, "return [...document.querySelectorAll('.profile .walls')].map(texts)")
+    assert [text.startswith("highest channel 4") for text in walls] == [True] * 3
+    path = "document.querySelector('.profile path.amax')"
+    assert run(browser, f"return {path}.getAttribute('d').split('L').length") == 256 + 1
+    tops = run(browser, f"return {path}.getAttribute('d').match(/L[0-9]+ ([0-9.]+)/g)")
+    heights = {int(top.split(" ")[0][1:]): float(top.split(" ")[1]) for top in tops}
+    assert min(heights, key=lambda channel: heights[channel]) == WALL
+    find = "content.named.findIndex((one) => one.label === 'int4.g32')"
+    run(browser, f"state.show = 'named:' + {find}; paint()")
+    why = text_of(browser, "#panel-body")
+    assert "FP of the same size: fp4_e2m1.g32, " in why
+    assert "Crest factor 2.4 for the weights that share a scale. INT, with even steps," in why
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_coloured_by_walls_the_map_shows_where_they_are(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    choose = "const c = document.getElementById('colour'); c.value = 'weights';"
+    run(browser, f"{choose} c.dispatchEvent(new Event('change'))")
+    shares = [float(one.split("%")[0].split(" ")[-1]) for one in colours(browser)]
+    assert shares[0] == 100
+    assert max(shares[1:]) < 20
+    assert "weights are 4" in text_of(browser, "#map-note")
+
+
+def test_the_chart_has_a_scale_of_sizes_and_greedy_choices(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    ticks = run(browser, "return sizeTicks(chart).map((bits) => sizeAt(bits))")
+    assert len(ticks) > 2
+    assert all(round(size) % 100_000 == 0 for size in ticks)
+    shown = run(browser, "return marks().map((one) => one.kind)")
+    assert set(shown) == {"uniform", "greedy", "recipe", "measured"}
+    ends = "return [points[0], points.at(-1)]"
+    for point in run(browser, ends):
+        size = run(browser, "return sizeAt(arguments[0])", point["bits_per_weight"])
+        assert abs(size - point["checkpoint_bytes"]) < 1
 
 
 def test_each_corpus_shows_what_it_alone_would_choose(browser: Chrome, page: Path) -> None:

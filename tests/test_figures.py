@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,6 +70,14 @@ def test_the_command_draws_a_png(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plot", table, recipe, "--kind", "map", "-o", str(output)])
     assert result.exit_code == 0, result.output
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_without_profiles_says_how_to_get_them(
+    inputs: FigureInputs, tmp_path: Path
+) -> None:
+    old = replace(inputs, table=replace(inputs.table, profiles=()))
+    with pytest.raises(MofqError, match=r"says nothing of the size of weights.*into a new table"):
+        draw_figure("weights", old, path=tmp_path / "f.png")
 
 
 @pytest.mark.parametrize(

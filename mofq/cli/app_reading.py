@@ -36,15 +36,12 @@ def frontier(
 def diff(
     first: Annotated[Path, typer.Argument(help="A recipe.")],
     second: Annotated[Path, typer.Argument(help="Another recipe of the same model.")],
-    table: Annotated[
-        Path | None, typer.Option(help="From `mofq measure`: what each change costs.")
-    ] = None,
     json: Json = False,
 ) -> None:
-    """What changed between two recipes, and what it costs."""
-    from mofq.cli.diff import run_diff
+    """What changed between two recipes."""
+    from mofq.cli.lists import run_diff
 
-    run_diff(first, second, table=table, as_json=json)
+    run_diff(first, second, as_json=json)
 
 
 @reading.command()
@@ -145,7 +142,7 @@ def explore(
 @reading.command()
 def plot(
     table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
-    kind: Annotated[str, typer.Option(help="frontier, map, sensitivity or prediction.")],
+    kind: Annotated[str, typer.Option(help="frontier, map, sensitivity, prediction or weights.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .svg or .pdf.")],
     recipes: Annotated[list[Path] | None, typer.Argument(help="For a map, or as points.")] = None,
     validation: Annotated[

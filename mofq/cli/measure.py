@@ -83,7 +83,6 @@ def _measure(
             legality=check,
             device=device,
             progress=lambda done, total: bars.stage("measure", done, total),
-            tell=note,
         )
     return opened
 

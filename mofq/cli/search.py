@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from mofq.cli.checks import check_output
 from mofq.cli.explained import explanation_json, print_explanation
+from mofq.cli.histogram import print_histogram
 from mofq.cli.measured import search_measured
 from mofq.cli.search_options import SearchOptions, check_options, search_request
-from mofq.cli.terminal import note, print_json, print_table, say, short_bytes, with_error
+from mofq.cli.terminal import note, print_json, print_table, short_bytes, with_error
 
 if TYPE_CHECKING:
     from mofq.decide import Decision, Request
@@ -112,7 +113,7 @@ def print_decision(decision: Decision, *, title: str) -> None:
         moved = f"{decision.moved_layers} moved to the simpler scheme"
         rows.append(["layers within noise", f"{decision.tied_layers}, {moved}"])
     print_table(title, ["", ""], rows)
-    print_histogram(Counter(group.scheme for group in recipe.groups))
+    print_histogram(recipe)
     for line in decision.notes:
         note(line)
 
@@ -127,13 +128,3 @@ def _time_row(decision: Decision) -> list[str]:
     what = f"{budget['workload']} on {budget['device']}, at least"
     times = f"{shown_seconds(seconds)}; unquantized {shown_seconds(before)}"
     return [what, f"{times} ({before / seconds:.2f}×)"]
-
-
-def print_histogram(schemes: Counter[str]) -> None:
-    """One line: how many fusion groups have which scheme."""
-    total = sum(schemes.values())
-    parts = [
-        f"{name} {'█' * max(1, round(20 * count / total))} {count}"
-        for name, count in schemes.most_common()
-    ]
-    say("fusion groups: " + "  ".join(parts))

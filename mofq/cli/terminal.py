@@ -62,7 +62,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
     table = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
-        is_figures = all(_FIGURE.match(row[number]) for row in rows)
+        is_figures = any(columns) and all(_FIGURE.match(row[number]) for row in rows)
         table.add_column(column, justify="right" if is_figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

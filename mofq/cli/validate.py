@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mofq.cli.checks import check_device, check_dtype, check_output
+from mofq.cli.histogram import print_histogram, recipe_of
 from mofq.cli.terminal import note, print_json, print_table, progress_bars, say, with_error
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
+    from mofq.recipe import Recipe
     from mofq.validate import Tasks, Validation
 
 
@@ -55,7 +57,7 @@ def run_validate(
             )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
-    _report(validations, as_json=as_json)
+    _report(validations, recipe_of(recipe_or_folder), as_json=as_json)
 
 
 def _check(dtype: str, device: str) -> None:
@@ -87,14 +89,16 @@ def _outputs(output: Path | None, names: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def _report(validations: Mapping[str, Validation], *, as_json: bool) -> None:
-    """Print every text's result and, of several, the worst."""
+def _report(validations: Mapping[str, Validation], recipe: Recipe | None, *, as_json: bool) -> None:
+    """Print every text's result, of several the worst, and the recipe's schemes."""
     if as_json:
         content = {name: one.to_json() for name, one in validations.items()}
         print_json(content if len(content) > 1 else next(iter(content.values())))
     else:
         for one in validations.values():
             print_validation(one)
+        if recipe is not None:
+            print_histogram(recipe)
         if len(validations) > 1:
             worst = max(validations, key=lambda name: validations[name].kl_nats_per_token)
             value = with_error(validations[worst].kl_nats_per_token, validations[worst].kl_stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mofq.decide.choice import Decision, decide
 from mofq.decide.request import Request, check_budget
-from mofq.decide.result import recipe_from_table
 from mofq.decide.uniform import best_uniform, uniform_recipe, uniform_recipes
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "best_uniform",
     "check_budget",
     "decide",
-    "recipe_from_table",
     "uniform_recipe",
     "uniform_recipes",
 ]

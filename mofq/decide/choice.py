@@ -45,12 +45,13 @@ class Decision:
     unquantized_seconds: float | None = None  #: of the time's workload, where one was named
 
 
-def decide(table: Table, request: Request) -> Decision:
+def decide(table: Table, request: Request, *, problem: Problem | None = None) -> Decision:
     """Choose one scheme for each fusion group of a table.
 
     Args:
         table: From `mofq measure`.
         request: Budgets and how to meet them.
+        problem: What `request_problem` makes of the two, where it is known already.
 
     Returns:
         The recipe, with predictions where the table is in nats.
@@ -60,7 +61,7 @@ def decide(table: Table, request: Request) -> Decision:
         TableError: The table is not complete, or has no rows in the unit.
         EngineError: There is no such engine.
     """
-    problem = request_problem(table, request)
+    problem = request_problem(table, request) if problem is None else problem
     budgets = request_budgets(table, problem, request)
     chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
     used = usage(problem, chosen.choice_F)

@@ -17,17 +17,22 @@ from mofq.explore.frontier import FrontierRecipe, Progress, best_for_corpus, fro
 from mofq.explore.named_points import (
     MeasuredPoint,
     NamedPoint,
+    greedy_points,
     read_validation,
     recipe_point,
     uniform_points,
 )
+from mofq.explore.profiles import group_profiles_content, profiles_of
 from mofq.explore.recipe_parts import join_recipe, recipe_parts
+from mofq.formats import FloatFormat, IntFormat
 from mofq.recipe import recipe_text
 from mofq.schemes import parse_scheme
 from mofq.solvers import KL_UNIT, Budgets, Problem
 from mofq.table import Table, TableGroup
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
+#: Formats that are named as the two sides of a choice.
+_NUMBERS = {IntFormat: "INT", FloatFormat: "FP"}
 _POINT_KEYS = (
     "bits_per_weight",
     "bytes",
@@ -71,7 +76,8 @@ def page_content(
     compared = [recipe_point(one, table, problem) for one in recipes]
     measured = [read_validation(one, index) for one in validations]
     points = frontier_recipes(table, problem, request=request, progress=progress)
-    named = [*uniform_points(table, problem, request), *compared]
+    uniforms = uniform_points(table, problem, request)
+    named = [*uniforms, *greedy_points(problem, uniforms), *compared]
     schemes = scheme_order(problem, named)
     return {
         "model": table.header.model_name,
@@ -82,7 +88,7 @@ def page_content(
         "corpora": list(problem.corpora),
         "samples": None if table.header.stats is None else table.header.stats.samples,
         "weights": problem.weights,
-        "schemes": [{"name": name, "element": element_name(name)} for name in schemes],
+        "schemes": [_scheme_content(name) for name in schemes],
         "groups": _groups(table, problem, schemes),
         "points": _points(points, problem, path, request),
         "recipe": _recipe_content(table, points, problem),
@@ -104,6 +110,18 @@ def scheme_order(problem: Problem, named: Sequence[NamedPoint]) -> list[str]:
     return sorted(bits, key=lambda name: (name == "bf16", round(bits[name], 2), name))
 
 
+def _scheme_content(name: str) -> dict[str, Any]:
+    scheme = parse_scheme(name)
+    weight, activation = scheme.weight, scheme.activation
+    return {
+        "name": name,
+        "element": element_name(name),
+        "number": None if weight is None else _NUMBERS.get(type(weight.element)),
+        "weight": None if weight is None else weight.granularity.name,
+        "activation": None if activation is None else activation.granularity.name,
+    }
+
+
 def element_name(name: str) -> str:
     """The element format of a scheme's weights; ``bf16`` where they are not quantized."""
     weight = parse_scheme(name).weight
@@ -115,6 +133,7 @@ def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict
     for one in table.rejections:
         rejected.setdefault(one.group, []).append([one.scheme, one.reason])
     content = []
+    profiles = profiles_of(table)
     for number, group in enumerate(table.header.groups):
         options = [_option(problem, p, schemes) for p in problem.options_of(number)]
         content.append(
@@ -126,6 +145,7 @@ def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict
                 "layers": [[one.name, one.out_features, one.in_features] for one in group.layers],
                 "options": options,
                 "rejected": rejected.get(group.name, []),
+                "profile": group_profiles_content(profiles.get(group.name, [])),
             }
         )
     return content
@@ -194,18 +214,19 @@ def _measured(point: MeasuredPoint) -> dict[str, Any]:
     return asdict(point)
 
 
-def _corpus_best(
-    problem: Problem, points: Sequence[FrontierRecipe]
-) -> dict[str, list[list[int] | None]]:
+def _corpus_best(problem: Problem, points: Sequence[FrontierRecipe]) -> dict[str, list[list[int]]]:
     """For each of several corpora, what every point would choose if only that one counted."""
     names = [name for name in problem.corpora if name is not None]
     if len(names) < 2:
         return {}
-    sizes = np.array([point.recipe.result["bytes"] for point in points], dtype=np.int64)
+    choices = [
+        problem.choice_of({group.name: group.scheme for group in point.recipe.groups})
+        for point in points
+    ]
     return {
         name: [
-            None if choice_F is None else [int(p) for p in choice_F - problem.start_F[:-1]]
-            for choice_F in best_for_corpus(problem, corpus, sizes=sizes)
+            [int(p) for p in choice_F - problem.start_F[:-1]]
+            for choice_F in best_for_corpus(problem, corpus, choices=choices)
         ]
         for corpus, name in enumerate(names)
     }

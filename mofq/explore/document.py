@@ -18,7 +18,14 @@ from mofq.exceptions import MofqError
 MOST_BYTES = 6_000_000
 
 _STYLES = ("vendor/uPlot.min.css", "explorer.css")
-_SCRIPTS = ("vendor/uPlot.iife.min.js", "model.js", "chart.js", "map.js", "explorer.js")
+_SCRIPTS = (
+    "vendor/uPlot.iife.min.js",
+    "model.js",
+    "chart.js",
+    "map.js",
+    "profile.js",
+    "explorer.js",
+)
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 

@@ -14,6 +14,7 @@ from mofq.decide import Request
 from mofq.decide.request import request_problem
 from mofq.exceptions import MofqError, nearest_name
 from mofq.explore.content import element_name, module_name, scheme_order
+from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier import frontier_recipes
 from mofq.explore.named_points import (
     MeasuredPoint,
@@ -314,9 +315,15 @@ def _prediction(figure: Figure, inputs: FigureInputs) -> None:
     axes.set_title(inputs.table.header.model_name, parse_math=False)
 
 
+def _weights(figure: Figure, inputs: FigureInputs) -> None:
+    """How large weights and inputs are, by decoder layer and input channel."""
+    draw_weights(figure, inputs.table)
+
+
 FIGURES = {
     "frontier": _frontier,
     "map": _map,
     "sensitivity": _sensitivity,
     "prediction": _prediction,
+    "weights": _weights,
 }

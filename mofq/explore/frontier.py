@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +54,8 @@ def frontier_recipes(
     for number, k in enumerate(points):
         max_bits = 8 * int(frontier.bytes_K[k]) / problem.weights
         budgets = Budgets(max_bits=max_bits)
-        recipe = decide(table, replace(request, budgets=budgets, ties=False)).recipe
+        one = replace(request, budgets=budgets, ties=False)
+        recipe = decide(table, one, problem=problem).recipe
         if not found or recipe.groups != found[-1].recipe.groups:
             found.append(FrontierRecipe(max_bits, recipe))
         if progress is not None:
@@ -87,16 +88,19 @@ def _steps(values_K: FloatArray) -> FloatArray:
     return np.asarray(np.diff(values_K) / (spread or 1.0))
 
 
-def best_for_corpus(problem: Problem, corpus: int, *, sizes: IntArray) -> list[IntArray | None]:
-    """What each size would choose if only one corpus counted.
+def best_for_corpus(
+    problem: Problem, corpus: int, *, choices: Sequence[IntArray]
+) -> list[IntArray]:
+    """What could be chosen instead of each choice if only one corpus counted.
 
     Args:
         problem: Of several corpora.
         corpus: The index of the one that counts.
-        sizes: Bytes of all groups, at most.
+        choices: An option of each fusion group, [fusion groups].
 
     Returns:
-        For each size the options of the last frontier point that fits; None: none does.
+        For each choice the last point of the corpus's own frontier that is no larger; the
+        choice itself where that one, which lies between two points, is better.
     """
     alone = replace(
         problem,
@@ -107,5 +111,9 @@ def best_for_corpus(problem: Problem, corpus: int, *, sizes: IntArray) -> list[I
         projections=None,
     )
     frontier = solve_frontier(alone)
-    points = [frontier.at(int(size)) for size in sizes]
-    return [None if k is None else frontier.choice_KF[k] for k in points]
+    best = []
+    for choice_F in choices:
+        k = frontier.at(problem.bytes_of(choice_F))
+        is_better = k is not None and frontier.error_K[k] < alone.error_of(choice_F)
+        best.append(frontier.choice_KF[k] if is_better else choice_F)
+    return best

@@ -9,9 +9,10 @@ from typing import Any
 
 from mofq.decide import Request, uniform_recipes
 from mofq.documents import parse_json, read_text
-from mofq.exceptions import MofqError, RecipeError
+from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.recipe import Recipe, load_recipe
-from mofq.solvers import KL_UNIT, Problem, predict, usage
+from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
+from mofq.solvers.problem import IntArray
 from mofq.table import Table
 
 #: Of validation.json; what else it holds is not drawn.
@@ -22,8 +23,9 @@ _VALIDATION_VERSION = 1
 class NamedPoint:
     """A recipe with a name, drawn beside the frontier."""
 
-    kind: str  #: "uniform" or "recipe"
+    kind: str  #: "uniform", "greedy" or "recipe"
     label: str
+    solver: str | None  #: that made it, as far as its file says
     bits_per_weight: float | None
     checkpoint_bytes: int | None
     value: float | None  #: predicted, in the unit of the page
@@ -52,6 +54,25 @@ def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[Na
     )
 
 
+def greedy_points(problem: Problem, uniforms: Sequence[NamedPoint]) -> tuple[NamedPoint, ...]:
+    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes."""
+    sizes = sorted({one.bits_per_weight for one in uniforms if one.bits_per_weight is not None})
+    found: dict[tuple[str, ...], NamedPoint] = {}
+    for bits in sizes:
+        try:
+            choice_F = solve_greedy(problem, Budgets(max_bits=bits)).choice_F
+        except BudgetError:
+            continue  # no width is as small for every fusion group
+        schemes = tuple(problem.schemes[int(p)] for p in choice_F)
+        if len(set(schemes)) > 1 and schemes not in found:
+            one = NamedPoint(
+                "greedy", "", "greedy", None, None, value=None, stderr=None, schemes=schemes
+            )
+            one = _predicted(one, problem, choice_F)
+            found[schemes] = replace(one, label=f"greedy, {one.bits_per_weight:.2f} bits")
+    return tuple(found.values())
+
+
 def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
     """A recipe from a file.
 
@@ -65,12 +86,6 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
             f"{path}: was made for {recipe.model_name} with index_sha256 {recipe.index_sha256}, "
             f"and the table for {table.header.model_name} with {ours}. "
             f"Compare recipes of one model."
-        )
-    weights = table.header.weights_sha256
-    if recipe.weights_sha256 and weights and not weights.startswith(recipe.weights_sha256):
-        raise RecipeError(
-            f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
-            f"table ({weights}). Compare recipes of one model."
         )
     point = _point(recipe, problem, kind="recipe", label=path.name)
     if problem.unit == KL_UNIT and recipe.made_by.get("table_sha256") == table.sha256:
@@ -104,7 +119,7 @@ def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:
         )
     return MeasuredPoint(
         label=Path(str(content.get("candidate", path.stem))).stem,
-        text=str(content.get("text", "")),
+        text=Path(str(content.get("text", ""))).name,
         bits_per_weight=_needed(content, "bits_per_weight", path),
         kl_nats_per_token=_needed(content, "kl_nats_per_token", path),
         kl_stderr=_number(content, "kl_stderr", path),
@@ -116,17 +131,35 @@ def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:
 def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> NamedPoint:
     by_group = {group.name: group.scheme for group in recipe.groups}
     schemes = _schemes_of(recipe, problem, label=label)
-    bits, size, value, stderr = recipe.bits_per_weight, None, None, None
+    value = recipe.kl_nats_per_token if problem.unit == KL_UNIT else None
+    solver = recipe.made_by.get("solver")
+    point = NamedPoint(
+        kind,
+        label,
+        solver if isinstance(solver, str) else None,
+        recipe.bits_per_weight,
+        None,
+        value=value,
+        stderr=None,
+        schemes=schemes,
+    )
     if all(name in _offered(problem, n) for n, name in enumerate(schemes)):
-        choice_F = problem.choice_of(by_group)
-        used, predicted = usage(problem, choice_F), predict(problem, choice_F).additive
-        bits, size = used.bits_per_weight, used.checkpoint_bytes
-        value, stderr = predicted.value, predicted.stderr
-        if problem.unit != KL_UNIT:
-            value, stderr = problem.error_of(choice_F), None
-    elif problem.unit == KL_UNIT:
-        value = recipe.kl_nats_per_token
-    return NamedPoint(kind, label, bits, size, value=value, stderr=stderr, schemes=schemes)
+        return _predicted(point, problem, problem.choice_of(by_group))
+    return point
+
+
+def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> NamedPoint:
+    used, predicted = usage(problem, choice_F), predict(problem, choice_F).additive
+    value, stderr = predicted.value, predicted.stderr
+    if problem.unit != KL_UNIT:
+        value, stderr = problem.error_of(choice_F), None
+    return replace(
+        point,
+        bits_per_weight=used.bits_per_weight,
+        checkpoint_bytes=used.checkpoint_bytes,
+        value=value,
+        stderr=stderr,
+    )
 
 
 def _schemes_of(recipe: Recipe, problem: Problem, *, label: str) -> tuple[str, ...]:

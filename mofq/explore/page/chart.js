@@ -92,6 +92,23 @@ function axis(label, more) {
   };
 }
 
+// Bytes of the checkpoint at some bits per weight: what is not a weight of the groups is always there.
+function sizeAt(bits) {
+  return points[0].checkpoint_bytes + ((bits - points[0].bits_per_weight) * content.weights) / 8;
+}
+
+// Round sizes that are far enough from each other, as bits per weight.
+function sizeTicks(u) {
+  const [least, most] = [sizeAt(u.scales.x.min), sizeAt(u.scales.x.max)];
+  const rough = (most - least) / Math.max(2, u.width / 150), power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+  const ticks = [];
+  for (let size = Math.ceil(least / step) * step; size <= most; size += step) {
+    ticks.push(points[0].bits_per_weight + (8 * (size - points[0].checkpoint_bytes)) / content.weights);
+  }
+  return ticks;
+}
+
 function makeChart() {
   if (chart) chart.destroy();
   const host = byId("chart");
@@ -106,7 +123,9 @@ function makeChart() {
     },
     axes: [
       axis("true bits per weight", { size: 34 }),
-      axis(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY, {
+      axis("checkpoint", { scale: "x", side: 0, size: 22, labelSize: 16, grid: { show: false },
+        splits: (u) => sizeTicks(u), values: (u, ticks) => ticks.map((bits) => roundBytesText(Math.round(sizeAt(bits)))) }),
+      axis(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY, { scale: "y",
         size: 56, values: (u, ticks) => ticks.map(tickText) }),
     ],
     series: [
@@ -131,7 +150,9 @@ function zoomed(u, from, to) {
 
 function shape(context, kind, x, y, size) {
   context.beginPath();
-  if (kind === "uniform") {
+  if (kind === "greedy") {
+    context.rect(x - size * 0.8, y - size * 0.8, size * 1.6, size * 1.6);
+  } else if (kind === "uniform") {
     context.moveTo(x, y - size);
     context.lineTo(x + size, y);
     context.lineTo(x, y + size);
@@ -147,7 +168,7 @@ function shape(context, kind, x, y, size) {
   }
 }
 
-const MARK_COLOURS = { uniform: "--text", recipe: "--second", measured: "--third" };
+const MARK_COLOURS = { uniform: "--text", greedy: "--fourth", recipe: "--second", measured: "--third" };
 
 function place(u, bits, value) {
   if (isLog() && !(value > 0)) return null;
@@ -174,7 +195,8 @@ function drawMarks(u) {
   const taken = [], labels = [];
   drawCurrent(u, context, ratio, taken);
   // Those that were asked for are named before the uniform ones.
-  const sorted = marks().sort((a, b) => (a.kind === "uniform") - (b.kind === "uniform"));
+  const rank = { measured: 0, recipe: 0, greedy: 1, uniform: 2 };
+  const sorted = marks().sort((a, b) => rank[a.kind] - rank[b.kind]);
   for (const one of sorted.reverse()) {
     const at = place(u, one.bits, one.value);
     if (at === null) continue;
@@ -228,7 +250,7 @@ function drawLabels(u, context, ratio, labels, taken) {
   context.textAlign = "left";
   const right = u.bbox.left + u.bbox.width, bottom = u.bbox.top + u.bbox.height;
   for (const [label, [x, y], colour] of labels) {
-    const text = label.length > 30 ? `${label.slice(0, 29)}…` : label;
+    const text = label.length > 44 ? `${label.slice(0, 43)}…` : label;
     const width = context.measureText(text).width, half = 7 * ratio, gap = 9 * ratio;
     const places = [[x + gap, y], [x - gap - width, y], [x - width / 2, y - 2 * half],
       [x - width / 2, y + 2 * half], [x + gap, y - 2 * half], [x + gap, y + 2 * half]];
@@ -275,8 +297,7 @@ function tipOfChart(event) {
     [QUANTITY, withError(near.value, near.stderr)],
     ...(near.from ? [["predicted", numberText(near.from)]] : []),
   ] : frontierLines(points[pointOfPixel(left)]);
-  showTip(event.clientX, event.clientY, element("dl", { class: "pairs" },
-    ...lines.flatMap(([name, value]) => [element("dt", { text: name }), element("dd", { text: value })])));
+  tipOfPairs(event, lines);
 }
 
 function frontierLines(point) {
@@ -292,6 +313,7 @@ function makeKey() {
   const all = [
     ["line", content.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
     ...(kinds.has("uniform") ? [["uniform", "one scheme for every layer"]] : []),
+    ...(kinds.has("greedy") ? [["greedy", "greedy, at the size of a uniform scheme"]] : []),
     ...(kinds.has("recipe") ? [["recipe", "compared recipe"]] : []),
     ...(kinds.has("measured") ? [["measured", "measured, dotted to its prediction"]] : []),
   ];

@@ -93,11 +93,11 @@ function paintCorpora(point) {
     (sum, option, group) => sum + groups[group].options[option][ERRORS][corpus], 0);
   const rows = names.map((name) => {
     const corpus = content.corpora.indexOf(name), best = content.corpus_best[name][state.point];
-    const differ = best ? best.filter((option, group) => option !== point.choice[group]).length : 0;
+    const differ = best.filter((option, group) => option !== point.choice[group]).length;
     return element("tr", {},
       element("th", { scope: "row", text: name }),
       element("td", { text: numberText(total(point.choice, corpus)) }),
-      element("td", { text: best ? numberText(total(best, corpus)) : "–" }),
+      element("td", { text: numberText(total(best, corpus)) }),
       element("td", {}, element("button", {
         type: "button",
         class: "link",
@@ -157,7 +157,9 @@ function paintDifferences() {
 }
 
 function paintPoints() {
-  const rows = content.named.map((one) => [one.label, one.kind === "uniform" ? "uniform" : "compared",
+  const kinds = { uniform: () => "uniform", greedy: () => "MoFQ's rule",
+    recipe: (one) => (one.solver ? `compared, made by ${one.solver}` : "compared") };
+  const rows = content.named.map((one) => [one.label, kinds[one.kind](one),
     one.bits_per_weight, withError(one.value, one.stderr), "–"]);
   content.measured.forEach((one) => rows.push([one.label, `measured on ${one.text}`,
     one.bits_per_weight, withError(one.predicted, one.predicted_stderr),
@@ -176,12 +178,13 @@ function paintPoints() {
 function fillMenus() {
   const named = content.named.map((one, number) => [`named:${number}`, one.label]);
   const own = named.filter((_, number) => content.named[number].kind === "recipe");
+  const greedy = named.filter((_, number) => content.named[number].kind === "greedy");
   const uniform = named.filter((_, number) => content.named[number].kind === "uniform");
   const corpora = Object.keys(content.corpus_best).map((name) => [`corpus:${name}`, `best for ${name} alone`]);
   const options = (list) => list.map(([value, text]) => element("option", { value, text }));
   const part = (label, list) => (list.length ? [element("optgroup", { label }, ...options(list))] : []);
   const all = () => [...options([["frontier", "the recipe at this budget"]]),
-    ...part("Recipes", own), ...part("Uniform", uniform), ...part("Corpora", corpora)];
+    ...part("Recipes", own), ...part("Greedy", greedy), ...part("Uniform", uniform), ...part("Corpora", corpora)];
   byId("show").replaceChildren(...all());
   byId("compare").replaceChildren(...options([["none", "nothing"]]), ...all());
   if (own.length) {
@@ -190,6 +193,9 @@ function fillMenus() {
   }
   byId("show").value = state.show;
   byId("compare").value = state.compare;
+  for (const kind of Object.keys(WALLS)) {
+    if (hasWalls(kind)) byId("colour").append(element("option", { value: kind, text: `by walls of the ${kind}` }));
+  }
 }
 
 function download() {

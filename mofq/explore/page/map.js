@@ -126,12 +126,15 @@ function paintMap() {
     return option ? optionError(option) : null;
   });
   const largest = Math.max(...errors.map((error) => error || 0)) || 1;
+  const walls = groups.map((one) => (state.colour in WALLS ? wallOf(one, state.colour) : null));
+  const highest = Math.max(2, ...walls.map((value) => value || 0));
+  const heat = (group) => (state.colour === "error" ? Math.sqrt((errors[group] || 0) / largest)
+    : Math.log(Math.max(1, walls[group] || 1)) / Math.log(highest));
   cells.forEach((cell, group) => {
     const scheme = shown.schemes[group];
     const differs = other !== null && other.schemes[group] !== scheme;
-    cell.style.background = state.colour === "error"
-      ? `color-mix(in oklab, var(--heat) ${(100 * Math.sqrt((errors[group] || 0) / largest)).toFixed(1)}%, var(--cold))`
-      : colours[scheme];
+    cell.style.background = state.colour === "scheme" ? colours[scheme]
+      : `color-mix(in oklab, var(--heat) ${(100 * heat(group)).toFixed(1)}%, var(--cold))`;
     cell.classList.toggle("differs", differs);
     cell.classList.toggle("faded", state.scheme !== null ? scheme !== state.scheme
       : other !== null && !differs);
@@ -140,17 +143,37 @@ function paintMap() {
       + (differs ? `, not ${schemeName(other.schemes[group])}` : ""));
   });
   makeLegend(shown);
-  byId("map-note").textContent = state.colour === "error"
-    ? `The strongest colour is ${amount(numberText(largest))} from one fusion group. `
-      + "Arrow keys move over the map, Enter opens a cell."
-    : "Point at a cell for its alternatives; choose it for all of them. Arrow keys move over the map.";
+  byId("map-note").textContent = mapNote(largest, highest);
 }
+
+const WALLS = { weights: "weights", inputs: "inputs" };
+
+function mapNote(largest, highest) {
+  const keys = "Arrow keys move over the map, Enter opens a cell.";
+  if (state.colour === "error") {
+    return `The strongest colour is ${amount(numberText(largest))} from one fusion group. ${keys}`;
+  }
+  if (state.colour in WALLS) {
+    return `The strongest colour is an input channel whose ${WALLS[state.colour]} are `
+      + `${numberText(highest)}× the typical channel's. ${keys}`;
+  }
+  return `Point at a cell for its alternatives; choose it for all of them. ${keys}`;
+}
+
+const FEW = 4; // unused schemes that the legend lists unasked
 
 function makeLegend(shown) {
   const counts = content.schemes.map(() => 0);
   shown.schemes.forEach((scheme) => { counts[scheme] += 1; });
   const focused = document.activeElement && document.activeElement.dataset.scheme;
-  byId("legend").replaceChildren(...content.schemes.map((one, scheme) =>
+  const unused = counts.filter((count) => !count).length;
+  const listed = content.schemes.map((_, scheme) => scheme).filter((scheme) =>
+    counts[scheme] || unused <= FEW || state.allSchemes || state.scheme === scheme);
+  const more = unused > FEW ? [element("button", {
+    type: "button", class: "scheme unused", "data-scheme": "more", "aria-expanded": String(state.allSchemes),
+    text: state.allSchemes ? "fewer" : `${unused} not used`,
+    onclick: () => { state.allSchemes = !state.allSchemes; paintMap(); } })] : [];
+  byId("legend").replaceChildren(...listed.map((scheme) =>
     element("button", {
       type: "button",
       class: counts[scheme] ? "scheme" : "scheme unused",
@@ -160,9 +183,9 @@ function makeLegend(shown) {
         state.scheme = state.scheme === scheme ? null : scheme;
         paintMap();
       },
-    }, swatch(scheme), one.name, element("span", { class: "count", text: String(counts[scheme]) }))));
+    }, swatch(scheme), schemeName(scheme), element("span", { class: "count", text: String(counts[scheme]) }))), ...more);
   if (focused !== undefined && focused !== null) {
-    const again = byId("legend").querySelector(`[data-scheme="${Number(focused)}"]`);
+    const again = [...byId("legend").children].find((one) => one.dataset.scheme === focused);
     if (again) again.focus();
   }
 }
@@ -181,9 +204,17 @@ function tipOfCell(group) {
   const box = cells[group].getBoundingClientRect();
   showTip(box.right - 6, box.top + box.height / 2,
     element("strong", { text: one.name }),
+    wallLine(one),
     element("table", {}, element("thead", {}, element("tr", {},
       element("th", { text: "scheme" }), element("th", { text: QUANTITY }),
       element("th", { text: "size" }))), element("tbody", {}, ...rows)));
+}
+
+function wallLine(one) {
+  const parts = Object.entries(WALLS).map(([kind, text]) => [text, wallOf(one, kind)])
+    .filter(([, value]) => value !== null)
+    .map(([text, value]) => `${text} ${numberText(value, value < 10 ? 2 : 3)}×`);
+  return parts.length ? element("div", { class: "small", text: `highest channel: ${parts.join(", ")} the typical` }) : null;
 }
 
 function openPanel(group) {
@@ -207,6 +238,7 @@ function paintPanel() {
     ...whySentences(state.group, chosen).map((text) => element("p", { text })),
     element("div", { class: "scroll" }, errorTable(one, chosen)),
     ...(one.rejected.length ? [rejectedList(one)] : []),
+    ...[profileSection(one)].filter((part) => part !== null),
   );
 }
 
@@ -215,7 +247,7 @@ function whySentences(group, chosen) {
   const here = optionOf(group, chosen);
   if (!here) return [`${schemeName(chosen)} was not measured here.`];
   const total = pointValue(points[state.point]);
-  const share = state.show === "frontier" && total > 0
+  const share = state.show === "frontier" && total > 0 && optionError(here) > 0
     ? `, ${numberText((100 * optionError(here)) / total, 2)} % of the whole recipe's` : "";
   const sentences = [`${schemeName(chosen)}: ${amount(withError(optionError(here), optionStderr(here)))}`
     + `${share}, ${bytesText(here[BYTES])} `
@@ -237,7 +269,8 @@ function whySentences(group, chosen) {
     const best = smaller.reduce((a, b) => (rate(b) < rate(a) ? b : a));
     sentences.push(`${sentence(best, optionError(best) < optionError(here) ? "save" : "cost")}.`);
   }
-  return sentences;
+  const number = numberSentence(group, chosen);
+  return number === null ? sentences : [...sentences, number];
 }
 
 // Error that one more byte saves along the frontier, in the sums that the solver minimises.

@@ -15,6 +15,7 @@ const state = {
   colour: "scheme",
   group: null, // of the panel
   scheme: null, // that the legend points at
+  allSchemes: false, // in the legend
 };
 
 function element(tag, attributes, ...children) {
@@ -79,7 +80,7 @@ function selection(name) {
   }
   if (kind === "corpus") {
     const choice = content.corpus_best[rest][state.point];
-    return choice && { label: `the best for ${rest} alone`, schemes: schemesOfChoice(choice) };
+    return { label: `the best for ${rest} alone`, schemes: schemesOfChoice(choice) };
   }
   return null;
 }
@@ -153,6 +154,11 @@ function bytesText(bytes) {
   return `${sign}${size} B`;
 }
 
+// Of a round number: without the zeros behind its point.
+function roundBytesText(bytes) {
+  return bytesText(bytes).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ");
+}
+
 function countText(count, one, many) {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many || `${one}s`}`;
 }
@@ -220,6 +226,11 @@ function showTip(x, y, ...children) {
   const top = Math.min(Math.max(8, y - height / 2), Math.max(8, window.innerHeight - height - 8));
   tip.style.left = `${left}px`;
   tip.style.top = `${top}px`;
+}
+
+function tipOfPairs(event, lines) {
+  showTip(event.clientX, event.clientY, element("dl", { class: "pairs" },
+    ...lines.flatMap(([name, value]) => [element("dt", { text: name }), element("dd", { text: value })])));
 }
 
 function hideTip() {

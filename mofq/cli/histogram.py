@@ -1,0 +1,54 @@
+"""A recipe's schemes on one line."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.cli.terminal import say
+
+if TYPE_CHECKING:
+    from mofq.recipe import Recipe
+
+#: Columns of a line that goes to a file or a pipe.
+_COLUMNS = 120
+_BLOCKS = 20
+
+
+def print_histogram(recipe: Recipe) -> None:
+    """How many fusion groups have which scheme, the most frequent first, on one line."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
+    say(histogram(Counter(group.scheme for group in recipe.groups), columns=columns))
+
+
+def histogram(schemes: Counter[str], *, columns: int) -> str:
+    """The line, no wider than the terminal as long as one scheme fits.
+
+    Args:
+        schemes: How many fusion groups have which.
+        columns: Of the terminal. Schemes that do not fit are counted together.
+    """
+    total, ranked = sum(schemes.values()), schemes.most_common()
+    parts = [
+        f"{name} {'█' * max(1, round(_BLOCKS * count / total))} {count}" for name, count in ranked
+    ]
+    for shown in range(len(parts), 0, -1):
+        rest = ranked[shown:]
+        others = [f"{len(rest)} more {sum(count for _, count in rest)}"] if rest else []
+        line = "fusion groups: " + "  ".join([*parts[:shown], *others])
+        if len(line) <= columns:
+            return line
+    return line
+
+
+def recipe_of(recipe_or_folder: str) -> Recipe | None:
+    """The recipe of a file, or of a folder that `mofq export` wrote; None where there is none."""
+    from mofq.recipe import load_recipe
+    from mofq.validate.candidates import RECIPE_FILE
+
+    path = Path(recipe_or_folder)
+    file = path / RECIPE_FILE if path.is_dir() else path
+    return load_recipe(file) if file.is_file() else None
