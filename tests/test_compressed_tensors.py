@@ -11,7 +11,7 @@ import torch
 from conftest import TinyCheckpoint
 from exported import Exported, export, make_recipe, mixed_recipe, uniform_recipe
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from mofq.backends import apply_recipe, find_exporter
 from mofq.backends.compressed_tensors import check_compressed_tensors, export_compressed_tensors
@@ -67,21 +67,43 @@ def test_a_recipe_that_quantizes_nothing_is_a_copy(tiny_llama: Path, tmp_path: P
     assert all(torch.equal(tensor, original[key]) for key, tensor in exported.tensors.items())
 
 
-def test_transformers_computes_what_was_emulated(tiny_llama: Path, tmp_path: Path) -> None:
+WEIGHTS = ("int8.channel", "int4.g32@fullrange", "bf16", "int4.g64", "fp8_e4m3.channel")
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize(
+    ("schemes", "dequantize"),
+    [
+        (WEIGHTS, False),
+        # Of a mixture transformers 5.23 takes one scheme for all layers, and stops.
+        (WEIGHTS[1:2], True),
+        (("int8.channel", "bf16"), True),
+        (("fp8_e4m3.channel",), True),
+    ],
+)
+def test_transformers_computes_what_was_emulated(
+    tiny_llama: Path, tmp_path: Path, schemes: tuple[str, ...], dequantize: bool
+) -> None:
     # Without activations, which transformers rounds in the model's own dtype.
     checkpoint = open_checkpoint(str(tiny_llama))
-    choices = ("int8.channel", "int4.g32@fullrange", "bf16", "int4.g64", "fp8_e4m3.channel")
-    recipe = make_recipe(checkpoint, lambda number, group: choices[number % len(choices)])
+    recipe = make_recipe(checkpoint, lambda number, group: schemes[number % len(schemes)])
     export(tiny_llama, recipe, tmp_path / "out")
     tokens = torch.arange(40).reshape(2, 20) * 5 % 256
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=dequantize),
+    )
+    # Kept as it is on disk until the first forward pass, or not at all.
+    kept = any(name.endswith("weight_scale") for name, _ in model.named_parameters())
+    assert kept is not dequantize
     emulated = apply_recipe(load_model(tiny_llama), recipe)
     with torch.inference_mode():
         found, expected = model(tokens).logits, emulated(tokens).logits
         original = load_model(tiny_llama)(tokens).logits
     # Decompressed weights are rounded to the scales' dtype, bfloat16: 8 bits.
     assert (found - expected).norm() < 2**-7 * expected.norm()
-    assert (found - expected).norm() < 0.1 * (original - expected).norm()
+    assert (found - expected).norm() < 0.5 * (original - expected).norm()
 
 
 def test_shards_hold_the_same_tensors(tiny_llama: Path, tmp_path: Path) -> None:

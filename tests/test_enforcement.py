@@ -97,6 +97,13 @@ def take_away_the_quantization_of_the_inputs(model: nn.Module) -> None:
     put(model, UP, linear)
 
 
+def swap_two_scales(model: nn.Module) -> None:
+    weight_OI = model.get_parameter(f"{UP}.weight")
+    scale_OG = weight_OI.reshape(256, 4, 32).abs().amax(-1)
+    weight_OI[5, :32] *= scale_OG[9, 0] / scale_OG[5, 0]
+    weight_OI[9, :32] *= scale_OG[5, 0] / scale_OG[9, 0]
+
+
 def transpose_the_scales(model: nn.Module) -> None:
     weight_OI = model.get_parameter(f"{UP}.weight")
     scale_OG = weight_OI.reshape(256, 4, 32).abs().amax(-1)
@@ -126,6 +133,7 @@ def cut_the_layer(model: nn.Module) -> None:
         (replace_by_scheme("bf16+int8.token"), "found the layer left unquantized"),
         (change_only_the_scheme_of_the_inputs, "'int4.g32\\+int8.token', found inputs"),
         (take_away_the_quantization_of_the_inputs, "found a plain Linear"),
+        (swap_two_scales, r"weights are not those of scheme 'int4.g32.*first at \[5, "),
         (transpose_the_scales, "weights are not those of scheme"),
         (remove_the_layer, "the model has no weight"),
         (cut_the_layer, r"needed a weight of shape \[256, 128\], found \[128, 128\]"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from exported import make_recipe, quantize_layer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from mofq.backends import apply_recipe
 from mofq.backends.compressed_tensors import export_compressed_tensors
@@ -114,13 +114,26 @@ def test_a_split_fusion_group_loads_and_is_caught(smollm2: Path, tmp_path: Path)
     assert any(failure.startswith("bytes:") for failure in failures)
 
 
-def test_transformers_serves_what_was_measured(smollm2: Path, tmp_path: Path) -> None:
-    schemes = ("int8.channel", "int4.g32@fullrange", "fp8_e4m3.channel", "bf16", "int4.g64@mse")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize(
+    ("schemes", "dequantize"),
+    [
+        (("int8.channel", "int4.g32@fullrange", "fp8_e4m3.channel", "bf16", "int4.g64@mse"), False),
+        (("int4.g32@fullrange",), True),
+    ],
+)
+def test_transformers_serves_what_was_measured(
+    smollm2: Path, tmp_path: Path, schemes: tuple[str, ...], dequantize: bool
+) -> None:
     checkpoint = open_checkpoint(str(smollm2))
     recipe = make_recipe(checkpoint, lambda number, group: schemes[number % len(schemes)])
     export_compressed_tensors(checkpoint, recipe, tmp_path / "out")
     tokens = torch.arange(128).reshape(1, 128) * 97 % 49152
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=dequantize),
+    )
     with torch.inference_mode():
         served = model(tokens).logits[0]
         original = load_model(smollm2)(tokens).logits[0]
