@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from mofq.cli.terminal import note, print_json, print_table, short_bytes, with_e
 if TYPE_CHECKING:
     from mofq.decide import Decision, Request
     from mofq.decide.explain import Explanation
+    from mofq.decide.refused import Refused
     from mofq.table import Table
 
 
@@ -24,6 +26,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
     start = monotonic()
     decision = search_table(options)
     explained = _explain(options, decision)
+    refused = _refused(options)
     if as_json:
         print_json(
             {
@@ -35,12 +38,16 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
                 "prices": None if decision.prices is None else dict(decision.prices),
                 "notes": list(decision.notes),
                 "schemes": dict(Counter(decision.recipe.schemes.values())),
+                "refused": [asdict(one) for one in refused],
                 "explained": [explanation_json(one) for one in explained],
                 "elapsed_seconds": round(monotonic() - start, 3),
             }
         )
         return
     print_decision(decision, title=str(options.output))
+    for each in refused:
+        names = ", ".join(each.schemes)
+        note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
     for one in explained:
         print_explanation(one)
 
@@ -68,6 +75,15 @@ def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
 
     table, request = read_table(options.table), search_request(options)
     return [explain(table, request, decision, layer) for layer in options.explain]
+
+
+def _refused(options: SearchOptions) -> tuple[Refused, ...]:
+    if options.engine is None:
+        return ()
+    from mofq.decide.refused import engine_refusals
+    from mofq.table import read_table
+
+    return engine_refusals(read_table(options.table), options.engine)
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:

@@ -1,0 +1,47 @@
+"""What a serving engine keeps a search from, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mofq.decide.request import fusion_group
+from mofq.engines import legality
+from mofq.schemes import parse_scheme
+from mofq.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Schemes that were measured and are not offered, for one reason."""
+
+    schemes: tuple[str, ...]
+    groups: int  #: fusion groups that have rows of any of them
+    reason: str
+
+
+def engine_refusals(table: Table, engine: str | None) -> tuple[Refused, ...]:
+    """What of a table an engine cannot serve as it was measured.
+
+    Args:
+        table: From `mofq measure`.
+        engine: A name of ``mofq.engines``; None refuses nothing.
+
+    Returns:
+        One entry for each reason, in the table's order.
+
+    Raises:
+        EngineError: No engine has that name.
+    """
+    if engine is None:
+        return ()
+    check = legality(engine)
+    groups = {group.name: fusion_group(group) for group in table.header.groups}
+    schemes: dict[str, dict[str, None]] = {}
+    where: dict[str, set[str]] = {}
+    for name, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
+        if reason := check(parse_scheme(name), groups[group]):
+            schemes.setdefault(reason, {})[name] = None
+            where.setdefault(reason, set()).add(group)
+    return tuple(
+        Refused(tuple(names), len(where[reason]), reason) for reason, names in schemes.items()
+    )
