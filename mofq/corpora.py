@@ -156,7 +156,12 @@ def tokenize(
 
 
 def spread_windows(
-    corpus: Corpus, tokenizer: Any, *, sequences: int, sequence_length: int
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    sequences: int,
+    sequence_length: int,
+    or_fewer: bool = False,
 ) -> Tensor:
     """Windows of tokens spread evenly over a whole text; the first starts at its beginning.
 
@@ -168,6 +173,7 @@ def spread_windows(
         tokenizer: A Hugging Face tokenizer.
         sequences: How many windows, N.
         sequence_length: Tokens of one window, T.
+        or_fewer: Of a shorter text take as many windows as it holds.
 
     Returns:
         ``[N, T]``, int64. The windows do not overlap.
@@ -185,6 +191,9 @@ def spread_windows(
         if all(len(window) == sequence_length for window in windows):
             return torch.tensor(windows, dtype=torch.int64)
     ids = _encode(corpus.text, tokenizer)
+    if or_fewer and len(ids) >= sequence_length:
+        sequences = min(sequences, len(ids) // sequence_length)
+        needed = sequences * sequence_length
     if len(ids) < needed:
         raise CorpusError(
             f"text {corpus.source!r} has {len(ids)} tokens, and {sequences} sequences of "

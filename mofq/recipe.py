@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.documents import (
     check_document,
     parse_yaml,
@@ -105,7 +107,8 @@ RECIPE_SCHEMA: dict[str, Any] = {
         {
             "version": {"const": RECIPE_VERSION},
             "model": strict_object(
-                {"name": _NAME, "index_sha256": _HASH}, optional=("index_sha256",)
+                {"name": _NAME, "index_sha256": _HASH, "weights_sha256": _HASH},
+                optional=("index_sha256", "weights_sha256"),
             ),
             "made_by": strict_object(MADE_BY_KEYS, optional=tuple(MADE_BY_KEYS)),
             "budget": strict_object(BUDGET_KEYS, optional=tuple(BUDGET_KEYS)),
@@ -142,6 +145,8 @@ class Recipe:
     budget: Mapping[str, Scalar] = field(default_factory=dict)  #: see `BUDGET_KEYS`
     result: Mapping[str, Scalar] = field(default_factory=dict)  #: see `RESULT_KEYS`
     version: int = RECIPE_VERSION
+    #: Of samples of the checkpoint's weights; None: for any weights of this shape.
+    weights_sha256: str | None = None
 
     @property
     def schemes(self) -> dict[str, str]:
@@ -208,6 +213,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         made_by=value.get("made_by", {}),
         budget=value.get("budget", {}),
         result=value.get("result", {}),
+        weights_sha256=value["model"].get("weights_sha256"),
     )
     _check_layers_once(recipe, where)
     return recipe
@@ -259,6 +265,8 @@ def recipe_text(recipe: Recipe) -> str:
     model: dict[str, Scalar] = {"name": recipe.model_name}
     if recipe.index_sha256 is not None:
         model["index_sha256"] = recipe.index_sha256
+    if recipe.weights_sha256 is not None:
+        model["weights_sha256"] = recipe.weights_sha256
     lines = [
         "# A recipe of mofq. It may be edited by hand, and is checked in full when it is read.",
         f"version: {recipe.version}",
@@ -333,6 +341,26 @@ def check_recipe(
             raise RecipeError(
                 f"recipe of {recipe.model_name}: {reason}. Give its fusion group another scheme."
             )
+
+
+def check_weights(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Check that a recipe was made for these weights, and not for another training of them.
+
+    Args:
+        recipe: The recipe.
+        checkpoint: That it is to be applied to.
+
+    Raises:
+        RecipeError: The recipe names other weights.
+    """
+    ours = recipe.weights_sha256
+    if ours is not None and not (theirs := hash_weights(checkpoint)).startswith(ours):
+        raise RecipeError(
+            f"the recipe was made for {recipe.model_name} with weights_sha256 {ours}, and "
+            f"{checkpoint.folder} of the same shapes has weights_sha256 {theirs}: a fine-tune or "
+            f"another revision. Measure this model; or, to apply the recipe all the same, remove "
+            f"weights_sha256 from it."
+        )
 
 
 def _check_hash(recipe: Recipe, index_sha256: str | None) -> None:

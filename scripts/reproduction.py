@@ -12,9 +12,13 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from mofq.backends import emulate
 from mofq.calibration.stats import read_stats
@@ -245,14 +249,39 @@ def predicted(table: Table, of: Recipe, *, corpus: str | None = None) -> float:
     return sum(rows[group.name][group.scheme].error for group in of.groups)
 
 
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A way to change a model."""
+
+    identity: str  #: everything that its numbers depend on
+    bits_per_weight: float
+    apply: Callable[[PreTrainedModel], PreTrainedModel]  #: in place
+
+
 def measure_recipes(
     model: str, recipes: Mapping[str, Recipe], text: Corpus | str, *, cache: Path, tokens: int
 ) -> dict[str, Measured]:
-    """What each recipe does to a text.
+    """What each recipe does to a text; see `measure_versions`."""
+    checkpoint = open_checkpoint(model)
+    versions = {
+        label: Version(
+            json.dumps([sorted(one.schemes.items()), sorted(one.static_amax.items())]),
+            true_bits(checkpoint, one),
+            partial(emulate.apply, recipe=one, checkpoint=checkpoint),
+        )
+        for label, one in recipes.items()
+    }
+    return measure_versions(model, versions, text, cache=cache, tokens=tokens)
+
+
+def measure_versions(
+    model: str, versions: Mapping[str, Version], text: Corpus | str, *, cache: Path, tokens: int
+) -> dict[str, Measured]:
+    """What each version of a model does to a text.
 
     Args:
         model: Folder.
-        recipes: Label -> recipe.
+        versions: Label -> version.
         text: That nothing was calibrated on.
         cache: JSON lines; read, and appended to.
         tokens: Of the text.
@@ -263,29 +292,17 @@ def measure_recipes(
     corpus = load_text(text) if isinstance(text, str) else text
     checkpoint = open_checkpoint(model)
     known = {} if not cache.exists() else dict(map(_entry, cache.read_text("utf-8").splitlines()))
-    keys = {label: _key(one, corpus, tokens, checkpoint) for label, one in recipes.items()}
-    missing = {keys[label]: label for label in recipes if keys[label] not in known}
+    keys = {label: _key(one, corpus, tokens, checkpoint) for label, one in versions.items()}
+    missing = {keys[label]: label for label in versions if keys[label] not in known}
     if missing:
         with OriginalLogits() as logits:
-            original = load_model(checkpoint.folder, dtype="float32", device="cpu")
-            windows_NT = tokenize(
-                corpus,
-                load_tokenizer(checkpoint.folder),
-                tokens=tokens,
-                sequence_length=SEQUENCE_LENGTH,
-            )
-            entropies = run_original(original, windows_NT, into=logits)
-            del original
+            windows_NT, entropies = _run_original(checkpoint, corpus, tokens, logits)
             for key, label in missing.items():
-                quantized = emulate.apply(
-                    load_model(checkpoint.folder, dtype="float32", device="cpu"),
-                    recipes[label],
-                    checkpoint=checkpoint,
-                )
-                scores = compare(quantized, windows_NT, original=logits)
+                changed = versions[label].apply(_load(checkpoint))
+                scores = compare(changed, windows_NT, original=logits)
                 found = summarize(scores, entropies, sequence_length=SEQUENCE_LENGTH)
                 known[key] = Measured(
-                    bits_per_weight=true_bits(checkpoint, recipes[label]),
+                    bits_per_weight=versions[label].bits_per_weight,
                     kl=found.kl_nats_per_token,
                     kl_stderr=found.kl_stderr,
                     perplexity=found.perplexity,
@@ -297,6 +314,22 @@ def measure_recipes(
                     print(json.dumps({"key": key, "label": label, **asdict(known[key])}), file=file)
                 print(f"{label}: {known[key].kl:.5f} nats/token", file=sys.stderr, flush=True)
     return {label: known[key] for label, key in keys.items()}
+
+
+def _run_original(
+    checkpoint: Checkpoint, corpus: Corpus, tokens: int, logits: OriginalLogits
+) -> tuple[Tensor, tuple[float, ...]]:
+    windows_NT = tokenize(
+        corpus,
+        load_tokenizer(checkpoint.folder),
+        tokens=tokens,
+        sequence_length=SEQUENCE_LENGTH,
+    )
+    return windows_NT, run_original(_load(checkpoint), windows_NT, into=logits)
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    return load_model(checkpoint.folder, dtype="float32", device="cpu")
 
 
 def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
@@ -320,15 +353,9 @@ def with_error(value: float, stderr: float | None, *, digits: int = 4) -> str:
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
-def _key(of: Recipe, corpus: Corpus, tokens: int, checkpoint: Checkpoint) -> str:
-    content = [
-        checkpoint.index_sha256,
-        str(checkpoint.folder.resolve()),
-        corpus.sha256,
-        tokens,
-        sorted(of.schemes.items()),
-        sorted(of.static_amax.items()),
-    ]
+def _key(of: Version, corpus: Corpus, tokens: int, checkpoint: Checkpoint) -> str:
+    folder = str(checkpoint.folder.resolve())
+    content = [checkpoint.index_sha256, folder, corpus.sha256, tokens, of.identity]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

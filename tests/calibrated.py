@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.calibration.run import calibrate, label_seed, sample_labels
+from mofq.calibration.run import calibrate, sample_scores, score_seed
 from mofq.calibration.stats import CorpusPlan, Plan, Stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
@@ -51,10 +52,12 @@ def calibrate_folder(
     *,
     model: PreTrainedModel | None = None,
     activation_checkpointing: bool = False,
+    kept: int | None = None,
     **changes: Any,
 ) -> Stats:
     """Calibrate a checkpoint on windows of tokens; ``changes`` go to the plan."""
     plan = plan_of(model_folder, corpora, **changes)
+    plan = replace(plan, corpora=tuple(replace(one, kept=kept) for one in plan.corpora))
     return calibrate(
         model or load_model(model_folder, dtype=plan.dtype),
         find_layers(open_checkpoint(str(model_folder))),
@@ -78,12 +81,11 @@ def space_of(*schemes: str, **keys: Any) -> SearchSpace:
     return parse_search_space("\n".join(lines), name="test", where="test")
 
 
-def sampled_loss(logits_TV: Tensor, label_T: Tensor) -> Tensor:
-    """Minus the log-probability of label t under the logits at t, summed over t."""
-    log_p = logits_TV.log_softmax(-1)
-    return -sum((log_p[t, label] for t, label in enumerate(label_T.tolist())), torch.zeros(()))
+def scored_loss(logits_TV: Tensor, score_TV: Tensor) -> Tensor:
+    """A loss whose gradient with respect to the logits is the scores."""
+    return (logits_TV * score_TV).sum()
 
 
-def labels_of(logits_TV: Tensor, *, sequence: int, seed: int = 0, draw: int = 0) -> Tensor:
-    """The labels that calibration on corpus ``a`` samples."""
-    return sample_labels(logits_TV.detach(), seed=label_seed(seed, "a", sequence, draw))
+def scores_of(logits_TV: Tensor, *, sequence: int, seed: int = 0, draw: int = 0) -> Tensor:
+    """The scores that calibration on corpus ``a`` samples."""
+    return sample_scores(logits_TV.detach(), seed=score_seed(seed, "a", sequence, draw))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import calibrate_folder, labels_of, read_sequence, sampled_loss, some_tokens
+from calibrated import calibrate_folder, read_sequence, scored_loss, scores_of, some_tokens
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.calibration.run import label_seed, sample_labels
+from mofq.calibration.run import sample_scores, score_seed
 from mofq.calibration.sequences import SequenceFile
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
@@ -70,7 +70,7 @@ def test_inputs_and_gradients_are_those_that_autograd_finds_for_the_loss_written
             SequenceFile(stats.sequence_files("a")[sequence]) as file,
         ):
             logits_TV = model(token_T[None]).logits[0]
-            loss = sampled_loss(logits_TV, labels_of(logits_TV, sequence=sequence))
+            loss = scored_loss(logits_TV, scores_of(logits_TV, sequence=sequence))
             expected = torch.autograd.grad(loss, [shifts[module] for module in names.values()])
             for name, grad in zip(names, expected, strict=True):
                 found = file.read(name)
@@ -101,7 +101,7 @@ def test_the_outer_products_are_autograds_gradient_of_the_weight(
     weight = model.get_submodule(name).weight
     weight.requires_grad_(True)
     logits_TV = model(TOKENS[1][None]).logits[0]
-    loss = sampled_loss(logits_TV, labels_of(logits_TV, sequence=1))
+    loss = scored_loss(logits_TV, scores_of(logits_TV, sequence=1))
     (expected,) = torch.autograd.grad(loss, [weight])
     found = read_sequence(stats, 1)
     product = found[f"grad/{name}"][0].double().T @ found[f"x/{name}"].double()
@@ -196,23 +196,26 @@ def named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def test_labels_follow_the_models_own_distribution() -> None:
+def test_scores_have_the_covariance_of_the_models_own_distribution() -> None:
     logits_V = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
+    p_V = logits_V.softmax(-1)
     count = 40_000
-    label_T = sample_labels(logits_V.expand(count, -1), seed=3)
-    share = torch.bincount(label_T, minlength=5) / count
-    # Three standard errors of a share are below 0.0075.
-    torch.testing.assert_close(share, logits_V.softmax(-1), rtol=0, atol=0.0075)
-    assert share[4] == 0
+    score_TV = sample_scores(logits_V.expand(count, -1), seed=3)
+    # Three standard errors of a mean of 40,000 numbers of variance 1/4 at most are 0.0075.
+    torch.testing.assert_close(score_TV.mean(0), torch.zeros(5), rtol=0, atol=0.0075)
+    covariance_VV = score_TV.T @ score_TV / count
+    fisher_VV = p_V.diag() - p_V[:, None] * p_V
+    torch.testing.assert_close(covariance_VV, fisher_VV, rtol=0, atol=0.0075)
+    # Adding a constant to all logits changes no probability.
+    torch.testing.assert_close(score_TV.sum(1), torch.zeros(count), rtol=0, atol=1e-6)
 
 
-def test_labels_of_neighbouring_positions_are_independent() -> None:
-    label_T = sample_labels(torch.zeros(40_000, 2), seed=5).double()
-    centred = label_T - label_T.mean()
+def test_scores_of_neighbouring_positions_are_independent() -> None:
+    score_T = sample_scores(torch.zeros(40_000, 2), seed=5)[:, 0].double()
     for lag in (1, 2, 64):
-        assert abs(float((centred[lag:] * centred[:-lag]).mean())) < 3 * 0.25 / 200
+        assert abs(float((score_T[lag:] * score_T[:-lag]).mean())) < 3 * 0.25 / 200
 
 
 def test_every_corpus_sequence_and_draw_has_a_seed_of_its_own() -> None:
     places = [(s, c, i, d) for s in (0, 1) for c in ("a", "b") for i in range(3) for d in range(2)]
-    assert len({label_seed(*place) for place in places}) == len(places)
+    assert len({score_seed(*place) for place in places}) == len(places)

@@ -9,11 +9,12 @@ from test_decide import space, table_of
 
 from mofq.decide import Decision, Request, decide
 from mofq.decide.advice import Situation, advise
+from mofq.decide.difference import compare_recipes
 from mofq.decide.explain import explain
 from mofq.decide.request import TimeRequest
 from mofq.decide.timing import recipe_seconds
 from mofq.device_models import DEVICE_MODELS, DeviceModel
-from mofq.exceptions import BudgetError, MofqError
+from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.latency import parse_workload
 from mofq.recipe import load_recipe, write_recipe
 from mofq.search_space import find_search_spaces
@@ -127,6 +128,27 @@ def test_a_finer_scheme_that_gains_too_little_is_marked() -> None:
     offered = {one.scheme: one.is_offered for one in found.alternatives}
     assert offered == {"int8.channel": True, "int8.g32": False}
     assert found.why.startswith("int8.channel is the only scheme")
+
+
+def test_a_difference_of_recipes_is_priced_group_by_group_and_together() -> None:
+    table = table_of(samples=8)
+    first = decide(table, Request(Budgets(max_bits=4.5), ties=False)).recipe
+    second = decide(table, Request(Budgets(max_bits=8.5), ties=False)).recipe
+    found = compare_recipes(first, second, table)
+    assert [(one.group, one.before, one.after, one.bytes) for one in found.groups] == [
+        ("a", "int4.g32", "int8.channel", 512),
+        ("b", "int4.g32", "int8.channel", 512),
+    ]
+    assert found.total is not None
+    assert found.total.value == pytest.approx(-7.0 - 1.0)
+    errors = [one.error.value for one in found.groups if one.error is not None]
+    assert errors == pytest.approx([-7.0, -1.0])
+    plain = compare_recipes(first, second)
+    assert [one.bytes for one in plain.groups] == [None, None]
+    assert plain.total is None
+    other = replace(table, header=replace(table.header, index_sha256="c" * 64))
+    with pytest.raises(RecipeError, match="Compare two recipes of one model"):
+        compare_recipes(first, second, other)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.cost import group_bytes
 from mofq.exceptions import SchemeError, StatsError, TableError
 from mofq.layers import FusionGroup, find_layers
-from mofq.measure import block
+from mofq.measure import rounded
+from mofq.measure.prepared import PreparedLayer
 from mofq.measure.run import measure
 from mofq.quantize import dequantize_weight
 from mofq.schemes import parse_scheme
@@ -253,13 +254,13 @@ def test_a_new_scheme_adds_rows_and_scores_nothing_again(
     fill(tiny_llama, path, stats)
     before = path.read_bytes()
     scored: list[Any] = []
-    fake_quantize = block.fake_quantize_weight
+    quantize_block = rounded.quantize_block
 
-    def note(weight: Tensor, scheme: Any, **options: Any) -> Tensor:
-        scored.append(scheme)
-        return fake_quantize(weight, scheme, **options)
+    def note(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Tensor:
+        scored.extend(layer.weights)
+        return quantize_block(layer, block_RI, start=start)
 
-    monkeypatch.setattr(block, "fake_quantize_weight", note)
+    monkeypatch.setattr(rounded, "quantize_block", note)
     table = fill(
         tiny_llama, path, stats, space_of("int4.g32", "nf4.g64", "int8.channel+int8.token")
     )

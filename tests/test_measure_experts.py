@@ -10,7 +10,7 @@ from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
 from torch import Tensor, nn
 
-from mofq.calibration.run import label_seed, sample_labels
+from mofq.calibration.run import sample_scores, score_seed
 from mofq.calibration.sequences import SequenceFile
 from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import open_checkpoint
@@ -58,8 +58,8 @@ def test_experts_have_their_own_tokens_and_autograds_gradient_of_their_weights(
         parameters = [experts.gate_up_proj.requires_grad_(), experts.down_proj.requires_grad_()]
         hidden_TI, chosen_TK = routing(model, index, token_T)
         logits_TV = model(token_T[None]).logits[0]
-        label_T = sample_labels(logits_TV.detach(), seed=label_seed(0, "a", 1, 1))
-        loss = -logits_TV.log_softmax(-1)[torch.arange(16), label_T].sum()
+        score_TV = sample_scores(logits_TV.detach(), seed=score_seed(0, "a", 1, 1))
+        loss = (logits_TV * score_TV).sum()
         gate_up_EOI, down_EIO = torch.autograd.grad(loss, parameters)
         half = gate_up_EOI.shape[1] // 2
         with SequenceFile(stats.sequence_files("a")[1]) as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated import calibrate_folder, labels_of, read_sequence, sampled_loss, space_of
+from calibrated import calibrate_folder, read_sequence, scored_loss, scores_of, space_of
 from test_emulate import recipe_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -157,7 +157,7 @@ def test_the_stored_factors_give_the_directional_derivative_of_the_loss(
     name: str, stats: Stats, windows_NT: Tensor
 ) -> None:
     model = load_model(demo_model_folder())
-    label_T = labels_of(run(model, windows_NT[2:3]), sequence=2)
+    score_TV = scores_of(run(model, windows_NT[2:3]), sequence=2)
     model.double()
     tensors = read_sequence(stats, 2)
     source = name.replace("v_proj", "q_proj")
@@ -169,7 +169,7 @@ def test_the_stored_factors_give_the_directional_derivative_of_the_loss(
     step, losses = 1e-6, []
     for sign in (1, -1):
         with replaced(weight, weight.data + sign * step * direction_OI):
-            losses.append(float(sampled_loss(run(model, windows_NT[2:3]), label_T)))
+            losses.append(float(scored_loss(run(model, windows_NT[2:3]), score_TV)))
     derivative = (losses[0] - losses[1]) / (2 * step)
     assert float((gradient_OI * direction_OI).sum()) == pytest.approx(derivative, rel=0.01)
 
@@ -179,7 +179,7 @@ def test_the_gradient_through_the_weight_is_the_derivative_with_respect_to_the_i
 ) -> None:
     name = "model.layers.3.mlp.down_proj"
     model = load_model(demo_model_folder())
-    label_T = labels_of(run(model, windows_NT[1:2]), sequence=1)
+    score_TV = scores_of(run(model, windows_NT[1:2]), sequence=1)
     model.double()
     module = model.get_submodule(name)
     gradient_TI = read_sequence(stats, 1)[f"grad/{name}"][0].double() @ module.weight
@@ -192,7 +192,7 @@ def test_the_gradient_through_the_weight_is_the_derivative_with_respect_to_the_i
             return (args[0] + sign * step * direction_TI,)
 
         handle = module.register_forward_pre_hook(move)
-        losses.append(float(sampled_loss(run(model, windows_NT[1:2]), label_T)))
+        losses.append(float(scored_loss(run(model, windows_NT[1:2]), score_TV)))
         handle.remove()
     derivative = (losses[0] - losses[1]) / (2 * step)
     assert float((gradient_TI * direction_TI).sum()) == pytest.approx(derivative, rel=0.01)

@@ -30,6 +30,7 @@ RECIPE_EXPORTERS: dict[str, tuple[str, str]] = {
     "llm-compressor": ("mofq.backends.llm_compressor", "export_llm_compressor"),
     "modelopt": ("mofq.backends.modelopt", "export_modelopt"),
     "auto-round": ("mofq.backends.auto_round", "export_auto_round"),
+    "torchao": ("mofq.backends.torchao_config", "export_torchao_config"),
     "llama.cpp": ("mofq.backends.llama_cpp", "export_llama_cpp"),
 }
 

@@ -14,7 +14,7 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.exceptions import BackendError
 from mofq.formats import FP4_E2M1, FP8_E4M3, FloatFormat, IntFormat
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, TensorScheme, parse_scheme
 
 _STATIC_NVFP4 = "nv_fp4_with_static_gs"
@@ -38,6 +38,7 @@ def export_auto_round(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -
     """
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     every = [layer for group in layers.groups for layer in group.layers]
     config = {
         layer.name: _layer_config(parse_scheme(recipe.schemes[layer.name]), layer.name)

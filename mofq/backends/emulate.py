@@ -20,7 +20,7 @@ from mofq.checkpoint.tensors import TORCH_DTYPES, read_layer_rows
 from mofq.exceptions import BackendError, RecipeError
 from mofq.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.quantize import FakeQuantLinear, fake_quantize_weight
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
 
 Progress = Callable[[str, int, int], None]
@@ -91,6 +91,8 @@ def apply_groups(
     """
     layers = find_loaded_layers(model, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
+    if checkpoint is not None:
+        check_weights(recipe, checkpoint)
     schemes = {group.name: _scheme_of(group, recipe) for group in layers.groups}
     quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
     for group in quantized:

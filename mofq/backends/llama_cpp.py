@@ -21,7 +21,7 @@ from mofq.documents import write_beside_and_rename
 from mofq.exceptions import BackendError
 from mofq.formats import IntFormat
 from mofq.layers import LinearLayer
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
 
 _BLOCK = 32
@@ -82,6 +82,7 @@ def export_llama_cpp(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) ->
     """
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     lines: dict[str, tuple[str, str]] = {}
     for group in layers.groups:
         for layer in group.layers:

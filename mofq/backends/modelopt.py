@@ -20,7 +20,7 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.engines import format_name
 from mofq.exceptions import BackendError
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import parse_scheme
 
 #: Scheme, without scale rule and rounding -> what ModelOpt calls it.
@@ -56,6 +56,7 @@ def export_modelopt(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> 
     """
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     schemes = recipe.schemes
     quantized: dict[str, dict[str, Any]] = {}
     excluded = [layer.name for layer in layers.unquantized]

@@ -88,7 +88,7 @@ def _on_forward(
         captured.share(name, last_input[0][1], output)
         return
     last_input[:] = [(x, name)]
-    captured.see(name, x.reshape(-1, x.shape[-1]), output)
+    captured.see(name, x, output)
 
 
 def _start_gradient_at_embeddings(model: nn.Module) -> RemovableHandle:

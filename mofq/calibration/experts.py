@@ -89,6 +89,7 @@ def _see(
         captured.tokens[layer.name] = token[order].to("cpu")
         if layer is layers[0]:
             captured.x[layer.name] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
+            captured.answer(layer.name, x)
         captured.source[layer.name] = layers[0].name
         y.register_hook(partial(_keep, captured, layer, (row, row + layer.out_features), order))
         row += layer.out_features

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mofq.calibration.capture import capture_layers
+from mofq.calibration.captured import Captured
+from mofq.calibration.gains import gains_path, write_gains
 from mofq.calibration.sequences import is_complete, sequence_path, write_sequence
 from mofq.calibration.stats import CORPUS_NAME, CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.exceptions import CorpusError, StatsError
 from mofq.layers import ModelLayers
 
-#: Rows of the vocabulary's cumulative distribution held at once, in float64.
-_LABEL_ROWS = 64
+#: Positions whose scores are drawn at once.
+_SCORE_ROWS = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,9 +38,9 @@ def calibrate(
 ) -> Stats:
     """Run every sequence of every corpus and write the stats folder.
 
-    Labels are sampled from the model's own distribution at every position, independently,
-    at temperature 1; the loss is the sum of their negative log-likelihoods. So the gradients
-    make an unbiased sample of the Fisher information of the whole sequence.
+    What runs backward is a random vector at every position, whose covariance is the Fisher
+    information of the model's own distribution there (`sample_scores`). So the gradients make
+    an unbiased sample of the Fisher information of the whole sequence.
 
     Args:
         model: Frozen, in eval mode, bfloat16 or float32.
@@ -74,12 +75,10 @@ def calibrate(
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
             for index in range(corpus.sequences):
-                path = sequence_path(folder, corpus.name, index)
-                if not is_complete(path):
+                if not _is_done(folder, corpus, index):
                     captured.clear()
                     run_sequence(model, windows[corpus.name][index], _seeds(plan, corpus, index))
-                    write_sequence(path, captured, layer_names)
-                    _check_disk(folder, path, left=corpus.sequences - index - 1)
+                    _write(folder, corpus, index, captured=captured, layer_names=layer_names)
                 if progress is not None:
                     progress(corpus.name, index + 1, corpus.sequences)
         return finish_stats(folder, plan)
@@ -126,6 +125,28 @@ def _check_windows(
         )
 
 
+def _is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+    has_gains = corpus.kept is None or gains_path(folder, corpus.name, index).exists()
+    path = sequence_path(folder, corpus.name, index)
+    return has_gains and (index not in corpus.kept_indices or is_complete(path))
+
+
+def _write(
+    folder: Path,
+    corpus: CorpusPlan,
+    index: int,
+    *,
+    captured: Captured,
+    layer_names: Sequence[str],
+) -> None:
+    if corpus.kept is not None:
+        write_gains(gains_path(folder, corpus.name, index), captured, layer_names)
+    if index in corpus.kept_indices:
+        path = sequence_path(folder, corpus.name, index)
+        write_sequence(path, captured, layer_names)
+        _check_disk(folder, path, left=sum(kept > index for kept in corpus.kept_indices))
+
+
 def _check_disk(folder: Path, written: Path, *, left: int) -> None:
     """Stop after the first sequence where the disk cannot take the rest of its corpus."""
     needed, free = left * written.stat().st_size, shutil.disk_usage(folder).free
@@ -137,7 +158,7 @@ def _check_disk(folder: Path, written: Path, *, left: int) -> None:
 
 
 def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) -> None:
-    """One forward pass, and one backward pass for each draw of labels.
+    """One forward pass, and one backward pass for each draw of scores.
 
     Args:
         model: Frozen, with gradients started at its embeddings.
@@ -152,9 +173,8 @@ def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) 
     if not torch.isfinite(logits_TV.detach()).all():
         raise StatsError(f"the model's logits are not finite. {_reason_of_infinity(model)}")
     for draw, seed in enumerate(seeds):
-        label_T = sample_labels(logits_TV.detach(), seed=seed).to(logits_TV.device)
-        loss = F.cross_entropy(logits_TV.float(), label_T, reduction="sum")
-        loss.backward(retain_graph=draw < len(seeds) - 1)
+        score_TV = sample_scores(logits_TV.detach(), seed=seed)
+        logits_TV.backward(score_TV, retain_graph=draw < len(seeds) - 1)
 
 
 def _reason_of_infinity(model: PreTrainedModel) -> str:
@@ -164,34 +184,43 @@ def _reason_of_infinity(model: PreTrainedModel) -> str:
     return "All its weights are: use --dtype float32."
 
 
-def sample_labels(logits_TV: Tensor, *, seed: int) -> Tensor:
-    """Sample one label at each position from the model's own distribution.
+def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
+    """Sample, at each position, a gradient of the loss with respect to the logits.
 
-    The uniform numbers are drawn on the CPU, so a device changes no label but where the
-    cumulative distribution itself differs.
+    With probabilities ``p`` and independent random signs ``s``, one for each word of the
+    vocabulary, it is ``u = sqrt(p) s - p sum(sqrt(p) s)``. Its mean is zero and its covariance
+    ``diag(p) - p p^T``, the Fisher information, as that of ``p - onehot(y)`` with a label ``y``
+    sampled from ``p``. But a label speaks of one word, and a rare one weighs heavily; signs
+    speak of all words at once, and so say the same with less noise (docs/sensitivity.md). They
+    are drawn on the CPU: they are the same on every device.
 
     Args:
         logits_TV: [tokens, vocabulary].
         seed: Of this sequence and draw.
 
     Returns:
-        [tokens], int64, on the device of the logits.
+        [tokens, vocabulary], of the device and dtype of the logits.
+
+    Source: random signs for the trace of a matrix, M. F. Hutchinson, "A stochastic estimator of
+    the trace of the influence matrix for Laplacian smoothing splines", 1989; ``u`` is a square
+    root of the Fisher information times them.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform_T = torch.rand(logits_TV.shape[0], generator=generator, dtype=torch.float64)
-    labels = []
-    for start in range(0, logits_TV.shape[0], _LABEL_ROWS):
-        rows_TV = logits_TV[start : start + _LABEL_ROWS].float().softmax(-1).double().cumsum(-1)
-        wanted_T = uniform_T[start : start + _LABEL_ROWS].to(rows_TV.device) * rows_TV[:, -1]
-        labels.append(torch.searchsorted(rows_TV, wanted_T[:, None], right=True)[:, 0])
-    return torch.cat(labels).clamp(max=logits_TV.shape[1] - 1)
+    score_TV = torch.empty_like(logits_TV)
+    for start in range(0, logits_TV.shape[0], _SCORE_ROWS):
+        log_p_RV = logits_TV[start : start + _SCORE_ROWS].float().log_softmax(-1)
+        sign_RV = torch.randint(2, log_p_RV.shape, generator=generator, dtype=torch.int8)
+        root_RV = (log_p_RV / 2).exp() * (2 * sign_RV.to(log_p_RV.device) - 1)
+        mean_R1 = root_RV.sum(-1, keepdim=True)
+        score_TV[start : start + _SCORE_ROWS] = root_RV - log_p_RV.exp() * mean_R1
+    return score_TV
 
 
 def _seeds(plan: Plan, corpus: CorpusPlan, sequence: int) -> list[int]:
-    return [label_seed(plan.seed, corpus.name, sequence, draw) for draw in range(plan.draws)]
+    return [score_seed(plan.seed, corpus.name, sequence, draw) for draw in range(plan.draws)]
 
 
-def label_seed(seed: int, corpus: str, sequence: int, draw: int) -> int:
+def score_seed(seed: int, corpus: str, sequence: int, draw: int) -> int:
     """A seed for one draw: the same wherever and in whatever order sequences are run."""
     digest = hashlib.sha256(f"{seed}/{corpus}/{sequence}/{draw}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

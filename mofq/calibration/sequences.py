@@ -36,6 +36,7 @@ class LayerSamples:
     x_TI: Tensor  #: inputs, [tokens, in_features], bfloat16
     grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
     token_T: Tensor | None  #: position of each token where not all are here (experts), int64
+    source: str = ""  #: the layer whose inputs these are, of those that read the very same
 
 
 def sequence_path(folder: Path, corpus: str, index: int) -> Path:
@@ -102,6 +103,7 @@ class SequenceFile:
                 x_TI=self._file.get_tensor(f"x/{source}"),
                 grad_DTO=self._file.get_tensor(f"grad/{layer}"),
                 token_T=self._file.get_tensor(tokens) if tokens in self._keys else None,
+                source=source,
             )
         except SafetensorError as problem:
             raise _unreadable(self.path, problem) from None
@@ -140,7 +142,7 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
     for name in layer_names:
         if name not in captured.source:
             continue
-        tensors[f"grad/{name}"] = _gradients(captured, name, path)
+        tensors[f"grad/{name}"] = layer_gradients(captured, name, path)
         if captured.source[name] == name:
             tensors[f"x/{name}"] = captured.x[name]
         if name in captured.tokens:
@@ -188,7 +190,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
         os.fsync(file.fileno())
 
 
-def _gradients(captured: Captured, name: str, path: Path) -> Tensor:
+def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
+    """The gradients of one layer's output, [draws, tokens, out_features].
+
+    Raises:
+        StatsError: They are missing or not finite; ``path`` says of which sequence.
+    """
     grads = captured.grads.get(name)
     if grads is None:
         raise StatsError(

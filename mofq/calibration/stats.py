@@ -4,7 +4,10 @@
     Written first: model, seed, corpora with their hashes, sequence length. A second
     run continues a folder only where its own plan is the same.
 ``CORPUS/sequence-00000.safetensors``
-    One sequence each, complete when it has this name; see ``sequences``.
+    One sequence each, complete when it has this name; see ``sequences``. Where fewer
+    sequences are kept than are run, one out of each range of neighbours.
+``CORPUS/gains-00000.json``
+    Then, two numbers for each layer of every sequence; see ``gains``.
 ``stats.json``
     Written last: the plan, the hash of every sequence, and per corpus the experts that
     no token reached, if any.
@@ -21,9 +24,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mofq.calibration.gains import gains_path
 from mofq.calibration.sequences import SequenceFile, sequence_path
 from mofq.documents import (
     check_document,
@@ -48,6 +53,7 @@ _PLAN: dict[str, Any] = {
     "version": {"const": VERSION},
     "model_name": _NAME,
     "index_sha256": _SHA256,
+    "weights_sha256": _SHA256,
     "seed": {"type": "integer"},
     "sequence_length": {"type": "integer", "minimum": 2},
     "draws": _COUNT,
@@ -61,11 +67,13 @@ _PLAN: dict[str, Any] = {
                 "source": _NAME,
                 "text_sha256": _SHA256,
                 "sequences": _COUNT,
-            }
+                "kept": _COUNT,
+            },
+            optional=("kept",),
         ),
     },
 }
-PLAN_SCHEMA = strict_object(_PLAN)
+PLAN_SCHEMA = strict_object(_PLAN, optional=("weights_sha256",))
 STATS_SCHEMA = strict_object(
     {
         **_PLAN,
@@ -78,7 +86,7 @@ STATS_SCHEMA = strict_object(
             "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
         },
     },
-    optional=("unseen",),
+    optional=("weights_sha256", "unseen"),
 )
 
 
@@ -90,6 +98,23 @@ class CorpusPlan:
     source: str
     text_sha256: str
     sequences: int  #: how many sequences are run
+    kept: int | None = None  #: of how many the samples are kept, fewer than those; None: all
+
+    @property
+    def clusters(self) -> tuple[range, ...]:
+        """The sequences in as many ranges of neighbours as are kept."""
+        kept = self.sequences if self.kept is None else self.kept
+        ends = [self.sequences * n // kept for n in range(kept + 1)]
+        return tuple(range(start, stop) for start, stop in pairwise(ends))
+
+    @property
+    def kept_indices(self) -> tuple[int, ...]:
+        """Which sequences are kept: the middle one of each cluster."""
+        return tuple(cluster[(len(cluster) - 1) // 2] for cluster in self.clusters)
+
+    def to_json(self) -> dict[str, Any]:
+        """The corpus as it stands in ``plan.json``."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +125,23 @@ class Plan:
     index_sha256: str
     seed: int
     sequence_length: int  #: tokens in each sequence
-    draws: int  #: label draws for each sequence
+    draws: int  #: of the output's gradient, for each sequence
     dtype: str  #: of the model's arithmetic
     corpora: tuple[CorpusPlan, ...]
+    weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
+
+    def corpus(self, name: str) -> CorpusPlan:
+        """One of the corpora."""
+        return next(corpus for corpus in self.corpora if corpus.name == name)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands in ``plan.json``."""
-        return {"version": VERSION, **asdict(self), "corpora": [asdict(c) for c in self.corpora]}
+        content = {
+            "version": VERSION,
+            **asdict(self),
+            "corpora": [c.to_json() for c in self.corpora],
+        }
+        return {key: value for key, value in content.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +155,15 @@ class Stats:
     unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def sequence_files(self, corpus: str) -> tuple[Path, ...]:
-        """The sequences of a corpus, in order."""
-        count = next(c.sequences for c in self.plan.corpora if c.name == corpus)
-        return tuple(sequence_path(self.folder, corpus, index) for index in range(count))
+        """The kept sequences of a corpus, in order."""
+        indices = self.plan.corpus(corpus).kept_indices
+        return tuple(sequence_path(self.folder, corpus, index) for index in indices)
+
+    def gains_files(self, corpus: str) -> tuple[Path, ...]:
+        """The gains of all sequences of a corpus, in order; none where all are kept."""
+        plan = self.plan.corpus(corpus)
+        count = 0 if plan.kept is None else plan.sequences
+        return tuple(gains_path(self.folder, corpus, index) for index in range(count))
 
 
 def read_stats(folder: str | Path) -> Stats:
@@ -175,7 +216,7 @@ def verify_sequences(stats: Stats) -> None:
 def _entries(stats: Stats, content: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
     entries: dict[str, dict[str, Any]] = content["files"]
     for corpus in stats.plan.corpora:
-        for file in stats.sequence_files(corpus.name):
+        for file in (*stats.sequence_files(corpus.name), *stats.gains_files(corpus.name)):
             name = f"{corpus.name}/{file.name}"
             if name not in entries:
                 raise StatsError(
@@ -222,7 +263,7 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
 
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     asked, found = plan.to_json(), begun.to_json()
-    different = [key for key in asked if asked[key] != found[key]]
+    different = [key for key in asked if key in found and asked[key] != found[key]]
     if different:
         key = different[0]
         raise StatsError(
@@ -238,9 +279,11 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
     stats = Stats(folder, plan, "")
     for corpus in plan.corpora:
         inputs = []
-        for file in stats.sequence_files(corpus.name):
+        kept = stats.sequence_files(corpus.name)
+        for file in (*kept, *stats.gains_files(corpus.name)):
             entry = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             files[f"{corpus.name}/{file.name}"] = entry
+        for file in kept:
             with SequenceFile(file) as sequence:
                 inputs.append(sequence.inputs)
         missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
@@ -265,8 +308,16 @@ def _read(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any], path: Path) -> Plan:
-    fields = {key: content[key] for key in _PLAN if key not in ("version", "corpora")}
+    fields = {
+        key: content[key] for key in content if key in _PLAN and key not in ("version", "corpora")
+    }
     plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
+    for corpus in plan.corpora:
+        if corpus.kept is not None and corpus.kept >= corpus.sequences:
+            raise StatsError(
+                f"{path}: corpora: {corpus.name!r} keeps {corpus.kept} of {corpus.sequences} "
+                f"sequences. Calibrate again."
+            )
     if len({corpus.name for corpus in plan.corpora}) < len(plan.corpora):
         raise StatsError(f"{path}: corpora: a name stands twice. Calibrate again.")
     return plan

@@ -17,7 +17,7 @@ def main() -> None:
 
     quiet_noise()
     try:
-        app()
+        app(prog_name="mofq")
     except MofqError as error:
         _complain(str(error))
         sys.exit(1)

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from mofq.cli.app_reading import reading, recipe
-from mofq.cli.arguments import Device, DeviceModel, Engine, Json, MaxBits, Model, Space, Workload
+from mofq.cli.arguments import (
+    Device,
+    DeviceModel,
+    Engine,
+    Json,
+    MaxBits,
+    Model,
+    Sequences,
+    Space,
+    Workload,
+)
 
 app = typer.Typer(
     name="mofq",
@@ -62,10 +72,11 @@ def calibrate(
     model: Model,
     corpus: Annotated[list[str], typer.Option(help="NAME=FILE, or a hub data set; repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The stats folder.")],
-    sequences: Annotated[int, typer.Option(help="Sequences of each corpus.", min=1)] = 8,
+    sequences: Sequences = None,
+    keep: Annotated[int, typer.Option(help="Of how many the samples are kept.", min=1)] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 512,
-    draws: Annotated[int, typer.Option(help="Label draws for each sequence.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the sampled labels.")] = 0,
+    draws: Annotated[int, typer.Option(help="Random draws for each sequence.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
     device_map: Annotated[str | None, typer.Option(help="Spread over devices, e.g. auto.")] = None,
@@ -83,6 +94,7 @@ def calibrate(
             corpora=tuple(corpus),
             output=output,
             sequences=sequences,
+            keep=keep,
             sequence_length=sequence_length,
             draws=draws,
             seed=seed,
@@ -292,7 +304,7 @@ def run(
     engine: Engine = None,
     tokens: Annotated[int, typer.Option(help="Of the validation text.", min=2)] = 8192,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
-    sequences: Annotated[int, typer.Option(help="Of each corpus, for calibration.", min=1)] = 8,
+    sequences: Sequences = None,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:

@@ -36,12 +36,15 @@ def frontier(
 def diff(
     first: Annotated[Path, typer.Argument(help="A recipe.")],
     second: Annotated[Path, typer.Argument(help="Another recipe of the same model.")],
+    table: Annotated[
+        Path | None, typer.Option(help="From `mofq measure`: what each change costs.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """What changed between two recipes."""
-    from mofq.cli.lists import run_diff
+    """What changed between two recipes, and what it costs."""
+    from mofq.cli.diff import run_diff
 
-    run_diff(first, second, as_json=json)
+    run_diff(first, second, table=table, as_json=json)
 
 
 @reading.command()

@@ -20,3 +20,7 @@ Workload = Annotated[
     str | None,
     typer.Option(help="decode:batch=8,context=1024 or prefill:prompt=2048, with tp=N."),
 ]
+Sequences = Annotated[
+    int | None,
+    typer.Option(help="Of each corpus; 32 by default, or what a text holds.", min=1),
+]

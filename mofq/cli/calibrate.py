@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mofq.corpora import Corpus
 
 
+#: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench_sample_plan.py.
+SEQUENCES = 32
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
     """What `mofq calibrate` was asked for."""
@@ -29,9 +33,10 @@ class CalibrateOptions:
     model: str
     corpora: tuple[str, ...]  #: ``NAME=SOURCE``, or a source that names itself
     output: Path
-    sequences: int = 8  #: of each corpus
+    sequences: int | None = None  #: of each corpus; None: 32, or as many as a text holds
+    keep: int = 8  #: of how many of them inputs and gradients are kept
     sequence_length: int = 512  #: tokens of each
-    draws: int = 1  #: of labels, for each sequence
+    draws: int = 1  #: of the output's gradient, for each sequence
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -59,6 +64,7 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
                 "sha256": stats.sha256,
                 "bytes": size,
                 "corpora": {c.name: c.sequences for c in stats.plan.corpora},
+                "kept": {c.name: len(c.kept_indices) for c in stats.plan.corpora},
                 "sequence_length": options.sequence_length,
                 "unseen": {corpus: list(names) for corpus, names in stats.unseen.items()},
                 "seconds": round(seconds, 2),
@@ -66,9 +72,10 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
         )
     else:
         count = sum(corpus.sequences for corpus in stats.plan.corpora)
+        kept = sum(len(corpus.kept_indices) for corpus in stats.plan.corpora)
         note(
             f"{options.output}: {count} sequences of {options.sequence_length} tokens, "
-            f"{short_bytes(size)}, {seconds:.1f} s"
+            f"{kept} of them kept, {short_bytes(size)}, {seconds:.1f} s"
             + ("; they were there already." if was_there else ".")
         )
         note_unseen(stats)
@@ -130,8 +137,9 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
         text.name: spread_windows(
             text,
             tokenizer,
-            sequences=options.sequences,
+            sequences=options.sequences or SEQUENCES,
             sequence_length=options.sequence_length,
+            or_fewer=options.sequences is None,
         )
         for text in texts
     }
@@ -162,15 +170,24 @@ def _plan(
     windows: Mapping[str, Tensor],
 ) -> Plan:
     from mofq.calibration.stats import CorpusPlan, Plan
+    from mofq.checkpoint.sampled import hash_weights
 
     return Plan(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
         seed=options.seed,
         sequence_length=options.sequence_length,
         draws=options.draws,
         dtype=options.dtype,
         corpora=tuple(
-            CorpusPlan(t.name, t.source, t.sha256, sequences=len(windows[t.name])) for t in texts
+            CorpusPlan(
+                t.name,
+                t.source,
+                t.sha256,
+                sequences=len(windows[t.name]),
+                kept=options.keep if options.keep < len(windows[t.name]) else None,
+            )
+            for t in texts
         ),
     )

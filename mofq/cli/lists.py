@@ -1,4 +1,4 @@
-"""``mofq spaces``, ``formats``, ``engines``, ``diff``, ``recipe uniform`` and ``recipe from``."""
+"""``mofq spaces``, ``formats``, ``engines``, ``recipe uniform`` and ``recipe from``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.cli.checks import check_output
 from mofq.cli.terminal import note, print_json, print_table
 from mofq.engines import ENGINES, Rule
-from mofq.exceptions import RecipeError
 from mofq.formats import ELEMENT_FORMATS, SCALE_FORMATS
 from mofq.layers import find_layers
-from mofq.recipe import check_recipe, load_recipe, write_recipe
+from mofq.recipe import check_recipe, write_recipe
 from mofq.schemes import ALIASES
 from mofq.search_space import find_search_spaces, load_search_space
 
@@ -79,43 +78,6 @@ def _readable(rule: Rule) -> str:
     plain = rule.schemes.replace(r"\d+", "N").replace(".*", "…").replace("[a-z0-9]+", "…")
     plain = plain.replace("\\", "")
     return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
-
-
-def run_diff(first: Path, second: Path, *, as_json: bool) -> None:
-    """Fusion groups that differ between two recipes, and what the difference costs."""
-    a, b = load_recipe(first), load_recipe(second)
-    if a.index_sha256 and b.index_sha256 and a.index_sha256 != b.index_sha256:
-        raise RecipeError(
-            f"{first} is of {a.model_name} ({a.index_sha256[:8]}) and {second} of {b.model_name} "
-            f"({b.index_sha256[:8]}). Compare two recipes of one model."
-        )
-    ours = {group.name: group.scheme for group in a.groups}
-    theirs = {group.name: group.scheme for group in b.groups}
-    changed = {
-        name: [ours.get(name), theirs.get(name)]
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    }
-    if as_json:
-        print_json(
-            {
-                "changed": changed,
-                "bits_per_weight": [a.bits_per_weight, b.bits_per_weight],
-                "kl_nats_per_token": [a.kl_nats_per_token, b.kl_nats_per_token],
-            }
-        )
-        return
-    rows = [[name, x or "–", y or "–"] for name, (x, y) in changed.items()]
-    rows += [
-        ["bits per weight", *(_figure(one.bits_per_weight, ".4f") for one in (a, b))],
-        ["KL, predicted [nats/token]", *(_figure(one.kl_nats_per_token, ".4g") for one in (a, b))],
-    ]
-    title = f"{len(changed)} of {len(ours)} fusion groups differ"
-    print_table(title, ["", first.name, second.name], rows)
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def run_uniform(model: str, scheme: str, output: Path, *, as_json: bool) -> None:

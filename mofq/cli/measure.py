@@ -83,6 +83,7 @@ def _measure(
             legality=check,
             device=device,
             progress=lambda done, total: bars.stage("measure", done, total),
+            tell=note,
         )
     return opened
 

@@ -14,6 +14,7 @@ from mofq.cli.terminal import Bars, note, progress_bars
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
+    from mofq.checkpoint.headers import Checkpoint
     from mofq.decide import Decision, Request
     from mofq.table import Table
     from mofq.validate.objective import MeasuredKl
@@ -37,7 +38,7 @@ def search_measured(options: SearchOptions, table: Table, request: Request) -> D
             progress=bars.stage,
         ) as objective,
     ):
-        check_model(table, objective.checkpoint.index_sha256)
+        check_model(table, objective.checkpoint)
         measure = _in_study if options.solver == "optuna" else _refined
         return measure(options, table, request, objective=objective, bars=bars)
 
@@ -105,15 +106,20 @@ def work(options: SearchOptions) -> None:
     search_measured(options, read_table(options.table), search_request(options))
 
 
-def check_model(table: Table, index_sha256: str) -> None:
+def check_model(table: Table, checkpoint: Checkpoint) -> None:
     """Refuse to measure another model than the table's.
 
     Raises:
         MofqError: It is another.
     """
-    if table.header.index_sha256 != index_sha256:
-        raise MofqError(
-            f"the table is of {table.header.model_name} with index_sha256 "
-            f"{table.header.index_sha256[:8]}, and --model has {index_sha256[:8]}. "
-            f"Give the model that was measured."
-        )
+    from mofq.checkpoint.sampled import hash_weights
+
+    for key, ours, theirs in (
+        ("index_sha256", table.header.index_sha256, checkpoint.index_sha256),
+        ("weights_sha256", table.header.weights_sha256, hash_weights(checkpoint)),
+    ):
+        if ours not in (None, theirs):
+            raise MofqError(
+                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and --model "
+                f"has {theirs[:8]}. Give the model that was measured."
+            )

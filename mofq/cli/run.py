@@ -44,7 +44,7 @@ class RunOptions:
     engine: str | None = None
     tokens: int = 8192
     sequence_length: int = 512
-    sequences: int = 8
+    sequences: int | None = None
     device: str = "cpu"
 
     @property
@@ -126,6 +126,7 @@ def run_demo(output: Path | None, *, as_json: bool) -> None:
         corpora=("en=demo-en-calibration", "pt=demo-pt-calibration"),
         text="demo-en",
         sequence_length=256,
+        sequences=16,
     )
     with _one_thread():
         if output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mofq.decide.choice import Decision, decide
 from mofq.decide.request import Request, check_budget
+from mofq.decide.result import recipe_from_table
 from mofq.decide.uniform import best_uniform, uniform_recipe, uniform_recipes
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "best_uniform",
     "check_budget",
     "decide",
+    "recipe_from_table",
     "uniform_recipe",
     "uniform_recipes",
 ]

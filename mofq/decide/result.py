@@ -35,6 +35,7 @@ def recipe_from_table(
     return Recipe(
         model_name=table.header.model_name,
         index_sha256=table.header.index_sha256,
+        weights_sha256=table.header.weights_sha256,
         groups=tuple(
             RecipeGroup(
                 group.name,

@@ -6,6 +6,7 @@ import numpy as np
 
 from mofq import __version__
 from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.decide.request import Request, request_problem
 from mofq.decide.result import predicted_figures, recipe_from_table, size_figures
@@ -51,6 +52,7 @@ def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str
     return Recipe(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
         groups=tuple(
             RecipeGroup(group.name, scheme.name, tuple(layer.name for layer in group.layers))
             for group in layers.groups

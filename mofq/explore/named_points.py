@@ -87,6 +87,12 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
             f"and the table for {table.header.model_name} with {ours}. "
             f"Compare recipes of one model."
         )
+    weights = table.header.weights_sha256
+    if recipe.weights_sha256 and weights and not weights.startswith(recipe.weights_sha256):
+        raise RecipeError(
+            f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
+            f"table ({weights}). Compare recipes of one model."
+        )
     point = _point(recipe, problem, kind="recipe", label=path.name)
     if problem.unit == KL_UNIT and recipe.made_by.get("table_sha256") == table.sha256:
         # As the frontier, without the optimism of choosing on these very samples.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
-from mofq.measure.extent import ExtentSums, extent_sums
+from mofq.measure.extent import ExtentSums, rows_extent
 from mofq.measure.prepared import Inputs, PreparedLayer
-from mofq.measure.rounded import quantize_block
+from mofq.measure.rounded import round_block
 
 #: Outer products of gradients and inputs held at once [bytes].
 _GRADIENT_BYTES = 32_000_000
@@ -65,31 +65,42 @@ def score_block(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
     Raises:
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
-    weight_RI = _read_finite(layer, start, stop)
-    delta_WRI = quantize_block(layer, weight_RI, start=start)
-    return BlockSums(
-        extent=extent_sums(weight_RI),
-        error_WI=delta_WRI.square().sum(1, dtype=torch.float64),
-        corpora={
-            corpus: _corpus_sums(
-                layer, inputs, inputs.grad_MCO[:, :, start:stop].float(), weight_RI, delta_WRI
-            )
-            for corpus, inputs in layer.inputs.items()
-        },
-    )
+    return score_rows(layer, layer.read_rows(start, stop), start=start)
 
 
-def _read_finite(layer: PreparedLayer, start: int, stop: int) -> Tensor:
-    weight_RI = layer.read_rows(start, stop).to(device=layer.device, dtype=torch.float32)
-    finite_RI = torch.isfinite(weight_RI)
+def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
+    """As `score_block`, of rows that are read already.
+
+    Args:
+        layer: The layer.
+        rows_RI: Rows ``start`` and following, on the CPU.
+        start: The first of them.
+    """
+    dtype = torch.bfloat16 if rows_RI.dtype == torch.bfloat16 else torch.float32
+    block_RI = rows_RI.to(device=layer.device, dtype=dtype)
+    rounded = round_block(layer, block_RI, start=start)
+    if not bool(torch.isfinite(rounded.square_I).all()):
+        _check_finite(layer, block_RI, start)
+    corpora = {}
+    if layer.inputs:
+        assert rounded.delta_WRI is not None
+        weight_RI, stop = block_RI.float(), start + len(block_RI)
+        for corpus, inputs in layer.inputs.items():
+            grad_MCR = inputs.grad_MCO[:, :, start:stop].float()
+            corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
+    extent = rows_extent(block_RI, amax_I=rounded.amax_I, square_I=rounded.square_I)
+    return BlockSums(extent=extent, error_WI=rounded.error_WI, corpora=corpora)
+
+
+def _check_finite(layer: PreparedLayer, block_RI: Tensor, start: int) -> None:
+    finite_RI = torch.isfinite(block_RI)
     if not bool(finite_RI.all()):
         row, column = (~finite_RI).nonzero()[0].tolist()
         raise SchemeError(
-            f"{layer.name}: needed finite weights, found {weight_RI[row, column].item()} at "
+            f"{layer.name}: needed finite weights, found {block_RI[row, column].item()} at "
             f"[{start + row}, {column}]. The checkpoint is damaged, or was saved after training "
             f"diverged; nothing was measured of this layer."
         )
-    return weight_RI
 
 
 def _corpus_sums(

@@ -22,6 +22,8 @@ from mofq.table import Extent, Profile, bin_width
 #: Neighbours along the inputs whose crest factor is taken, where they divide the inputs;
 #: each is twice the one before.
 GROUP_SIZES = (16, 32, 64, 128)
+#: Of the rows of a weight, those whose crest factors are taken are this far apart.
+_CREST_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,30 @@ def extent_sums(values_RI: Tensor) -> ExtentSums:
     Returns:
         Its sums, on the device of the values.
     """
+    amax_I = values_RI.abs().amax(0)
+    square_I = values_RI.square().sum(0, dtype=torch.float64)
+    return ExtentSums(len(values_RI), amax_I, square_I, *_crests(values_RI))
+
+
+def rows_extent(block_RI: Tensor, *, amax_I: Tensor, square_I: Tensor) -> ExtentSums:
+    """The extent of a block of weights of which the columns' sums are known.
+
+    Args:
+        block_RI: [rows, in_features], bfloat16 or float32.
+        amax_I: Largest magnitude of each column, float32.
+        square_I: Sum of squares of each column, float64.
+
+    Returns:
+        As `extent_sums`, with crest factors of every sixteenth row: a mean over some
+        thousand scale groups is known well enough, and all would take longer than all
+        schemes together.
+    """
+    return ExtentSums(len(block_RI), amax_I, square_I, *_crests(block_RI[::_CREST_STEP].float()))
+
+
+def _crests(values_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """Crest factors of each of `GROUP_SIZES` and of whole rows, added, and how many."""
     amax_RG, square_RG = values_RI.abs(), values_RI.square()
-    amax_I, square_I = amax_RG.amax(0), square_RG.sum(0, dtype=torch.float64)
     crests = []
     width, in_features = 1, values_RI.shape[1]
     for size in GROUP_SIZES:
@@ -67,7 +91,7 @@ def extent_sums(values_RI: Tensor) -> ExtentSums:
         crests.append(_crest(amax_RG, square_RG / size))
     crests.append(_crest(amax_RG.amax(1), square_RG.sum(1) / in_features))
     crest_G, count_G = torch.tensor(crests, dtype=torch.float64).unbind(1)
-    return ExtentSums(len(values_RI), amax_I, square_I, crest_G, count_G=count_G)
+    return crest_G, count_G
 
 
 def _crest(amax: Tensor, mean_square: Tensor) -> tuple[float, float]:

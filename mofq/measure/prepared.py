@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from mofq.measure.extent import ExtentSums, extent_sums
+from mofq.measure.gains import LayerGains
 from mofq.measure.samples import ChunkedSamples
 from mofq.quantize import fake_quantize_activation
+from mofq.quantize.candidates import Pass, band_rows, is_candidate
+from mofq.quantize.compiled import Kind, eager_pass
 from mofq.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
@@ -31,6 +35,8 @@ class Inputs:
     sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
     sequences: int  #: N
     tokens: int  #: T of one sequence
+    source: str  #: the layer whose inputs these are
+    gains: LayerGains | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class PreparedLayer:
     static_amax: float | None  #: largest magnitude of all inputs; None where there are none
     input_extents: Mapping[str, ExtentSums]  #: corpus -> of its inputs
     device: str
+    block_pass: Pass  #: what rounds a block by all weight schemes that are candidates
 
     @property
     def weights(self) -> tuple[TensorScheme, ...]:
@@ -56,6 +63,11 @@ class PreparedLayer:
     def activations(self) -> tuple[TensorScheme, ...]:
         """The different activation schemes, A of them."""
         return tuple(dict.fromkeys(s.activation for s in self.schemes if s.activation is not None))
+
+    @property
+    def needs_deltas(self) -> bool:
+        """Whether the rounding errors themselves are needed, and not just their squares."""
+        return bool(self.inputs) or not all(map(is_candidate, self.weights))
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +85,7 @@ def prepare_layer(
     tensor_amax: float | None = None,
     device: str = "cpu",
     name: str = "weight",
+    make_pass: Callable[[Kind, Sequence[TensorScheme]], Pass] = eager_pass,
 ) -> PreparedLayer:
     """Quantize a layer's inputs by every activation scheme and cut its rows into blocks.
 
@@ -84,6 +97,7 @@ def prepare_layer(
         tensor_amax: Largest magnitude of the weight and of all that share its scale.
         device: Where the arithmetic runs.
         name: Of the layer, for messages.
+        make_pass: Gives the pass of some schemes over a block, compiled or not.
 
     Returns:
         The layer. The blocks depend on the shape and the schemes alone.
@@ -96,6 +110,9 @@ def prepare_layer(
         for corpus, one in samples.items()
     }
     static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
+    weights = dict.fromkeys(s.weight for s in schemes if s.weight is not None)
+    candidates = [weight for weight in weights if is_candidate(weight)]
+    needs_deltas = bool(samples) or len(candidates) < len(weights)
     return PreparedLayer(
         name=name,
         read_rows=read_rows,
@@ -109,14 +126,15 @@ def prepare_layer(
         static_amax=static_amax,
         input_extents=extents,
         device=device,
+        block_pass=make_pass("deltas" if needs_deltas else "errors", candidates),
     )
 
 
 def _blocks(shape: tuple[int, int], schemes: Sequence[Scheme]) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    tiles = [s.weight.granularity.rows for s in schemes if s.weight is not None]
-    tile_rows = max([_BLOCK_ROWS, *tiles])
+    bands = band_rows([s.weight for s in schemes if s.weight is not None])
+    tile_rows = math.lcm(_BLOCK_ROWS, bands)
     step = max(1, _BLOCK_ELEMENTS // in_features // tile_rows) * tile_rows
     starts = range(0, out_features, step)
     return tuple((start, min(start + step, out_features)) for start in starts)
@@ -146,4 +164,6 @@ def _inputs(
         sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
         sequences=samples.sequences,
         tokens=samples.tokens,
+        source=samples.source,
+        gains=samples.gains,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from mofq.cost import group_bytes
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer
-from mofq.measure.score import CorpusScore, LayerScore
+from mofq.measure.score import CorpusScore, LayerScore, with_shared_inputs
 from mofq.schemes import Scheme
 from mofq.table import Row
 
@@ -38,7 +38,8 @@ def group_rows(
     Raises:
         StatsError: No layer of the group saw a token of some corpus.
     """
-    filled = {corpus: _fill_unseen(group, scores, corpus) for corpus in corpora}
+    shared = with_shared_inputs(scores)
+    filled = {corpus: _fill_unseen(group, shared, corpus) for corpus in corpora}
     rows = []
     for i, scheme in enumerate(schemes):
         common = _common(group, scheme, scores, i)

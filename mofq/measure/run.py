@@ -9,10 +9,12 @@ from pathlib import Path
 
 from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.measure.extent import group_profiles
+from mofq.measure.passes import layer_passes
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
 from mofq.measure.samples import CHUNK_TOKENS, SampleReader
@@ -34,6 +36,11 @@ from mofq.table import (
 _AMAX_BYTES = 64_000_000
 
 Progress = Callable[[int, int], None]
+Tell = Callable[[str], None]
+#: A fusion group and schemes that fit it.
+Work = tuple[FusionGroup, Sequence[Scheme]]
+#: The rows of a fusion group, and its profiles.
+Measured = tuple[list[Row], list[Profile]]
 
 
 def measure(
@@ -47,6 +54,7 @@ def measure(
     legality: Legality | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    tell: Tell = lambda message: None,
 ) -> None:
     """Measure every offered (fusion group, scheme) that the table does not have yet.
 
@@ -60,6 +68,7 @@ def measure(
         legality: What the engine refuses.
         device: Where the arithmetic runs.
         progress: Called with fusion groups done and in all.
+        tell: Gets a line about what takes its time before the first group is done.
 
     Raises:
         StatsError: The stats belong to another model.
@@ -67,12 +76,9 @@ def measure(
         SearchSpaceError: No scheme fits some fusion group.
         SchemeError: A weight is not finite.
     """
-    if stats is not None and stats.plan.index_sha256 != checkpoint.index_sha256:
-        raise StatsError(
-            f"{stats.folder}: calibrated on {stats.plan.model_name} "
-            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
-            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
-        )
+    weights = hash_weights(checkpoint)
+    if stats is not None:
+        _check_stats(stats, checkpoint, weights)
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
     )
@@ -80,6 +86,7 @@ def measure(
         model_layers,
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=weights,
         stats=None if stats is None else table_stats(stats),
     )
     with open_table(table_path, header) as table:
@@ -93,16 +100,31 @@ def measure(
                 engine=engine,
             )
         )
-        _fill(table, checkpoint, offers, stats=stats, device=device, progress=progress)
+        measured = partial(measure_groups, checkpoint, stats=stats, device=device, tell=tell)
+        _fill(table, offers, measured, stats=stats, progress=progress)
+
+
+def _check_stats(stats: Stats, checkpoint: Checkpoint, weights_sha256: str) -> None:
+    """Refuse the stats of another model, or of another training of the same."""
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, weights_sha256):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
+        )
 
 
 def _fill(
     table: TableWriter,
-    checkpoint: Checkpoint,
     offers: Sequence[Offer],
+    measure_all: Callable[[Sequence[Work]], Generator[Measured, None, None]],
     *,
     stats: Stats | None,
-    device: str,
     progress: Progress | None,
 ) -> None:
     missing = [
@@ -112,7 +134,7 @@ def _fill(
     work = [(offer.group, some) for offer, some in zip(offers, missing, strict=True) if some]
     if stats is not None and work:
         verify_sequences(stats)
-    with closing(measure_groups(checkpoint, work, stats=stats, device=device)) as measured:
+    with closing(measure_all(work)) as measured:
         for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
             rows, profiles = next(measured) if some else ([], [])
@@ -123,11 +145,12 @@ def _fill(
 
 def measure_groups(
     checkpoint: Checkpoint,
-    work: Sequence[tuple[FusionGroup, Sequence[Scheme]]],
+    work: Sequence[Work],
     *,
     stats: Stats | None = None,
     device: str = "cpu",
-) -> Generator[tuple[list[Row], list[Profile]], None, None]:
+    tell: Tell = lambda message: None,
+) -> Generator[Measured, None, None]:
     """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
 
     Args:
@@ -135,6 +158,7 @@ def measure_groups(
         work: Its fusion groups, each with schemes that fit it.
         stats: Calibration, or None.
         device: Where the arithmetic runs.
+        tell: Gets a line about a compilation.
 
     Yields:
         The rows of each fusion group and its profiles, in a fixed order. Which others are
@@ -145,12 +169,13 @@ def measure_groups(
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    pass_of = layer_passes(work, device=device, tell=tell)
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         layers = (
-            layer
+            prepare(device=device, make_pass=partial(pass_of, layer))
             for group, schemes in work
-            for layer in _prepare_group(checkpoint, group, schemes, reader, corpora, device)
+            for layer, prepare in _group_layers(checkpoint, group, schemes, reader, corpora)
         )
         scores = stack.enter_context(closing(score_layers(layers, device=device)))
         for group, schemes in work:
@@ -163,14 +188,14 @@ def measure_groups(
             yield group_rows(group, schemes, by_name, corpora=corpora), profiles
 
 
-def _prepare_group(
+def _group_layers(
     checkpoint: Checkpoint,
     group: FusionGroup,
     schemes: Sequence[Scheme],
     reader: SampleReader | None,
     corpora: Sequence[str],
-    device: str,
-) -> Iterator[PreparedLayer]:
+) -> Iterator[tuple[LinearLayer, Callable[..., PreparedLayer]]]:
+    """What prepares each layer, its samples read."""
     weight_amax = _shared_amax(checkpoint, group, schemes)
     for layer in group.layers:
         samples = {}
@@ -179,15 +204,16 @@ def _prepare_group(
             found = reader.read(corpus, layer.name)
             if found is not None:
                 samples[corpus] = found
-        yield prepare_layer(
+        prepare = partial(
+            prepare_layer,
             partial(read_layer_rows, checkpoint, layer),
             (layer.out_features, layer.in_features),
             schemes,
             samples=samples,
             tensor_amax=weight_amax.get(layer.shares_scale),
-            device=device,
             name=layer.name,
         )
+        yield layer, prepare
 
 
 def table_stats(stats: Stats) -> TableStats:
@@ -197,7 +223,7 @@ def table_stats(stats: Stats) -> TableStats:
         sha256=stats.sha256,
         seed=stats.plan.seed,
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
-        samples=first.sequences * stats.plan.draws,
+        samples=len(first.kept_indices) * stats.plan.draws,
         tokens_per_projection=min(CHUNK_TOKENS, stats.plan.sequence_length),
         sequence_length=stats.plan.sequence_length,
     )

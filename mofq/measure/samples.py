@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from mofq.calibration.gains import read_gains
 from mofq.calibration.sequences import LayerSamples, SequenceFile
 from mofq.calibration.stats import Stats
+from mofq.measure.gains import LayerGains, layer_gains
 
 #: Tokens of one signed projection; see `mofq.measure.score`.
 CHUNK_TOKENS = 64
@@ -21,7 +23,7 @@ CHUNK_TOKENS = 64
 class ChunkedSamples:
     """Inputs and output gradients of one layer over one corpus.
 
-    M chunks of at most C tokens; a sequence with several label draws counts once for each
+    M chunks of at most C tokens; a sequence with several draws counts once for each
     draw. Chunks of fewer tokens end in zeros, which add nothing to any sum.
     """
 
@@ -30,6 +32,8 @@ class ChunkedSamples:
     is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
     sequences: int  #: N; chunks of one sequence follow one another, M // N of them
     tokens: int  #: T, labelled positions of one sequence
+    source: str = ""  #: the layer whose inputs these are; see `mofq.calibration.sequences`
+    gains: LayerGains | None = None  #: None: all sequences that were run are here
 
 
 class SampleReader:
@@ -47,6 +51,10 @@ class SampleReader:
         self._stack = ExitStack()
         self._draws = stats.plan.draws
         self._length = stats.plan.sequence_length
+        self._plans = {corpus.name: corpus for corpus in stats.plan.corpora}
+        self._gains = {
+            name: [read_gains(file) for file in stats.gains_files(name)] for name in self._plans
+        }
         self._files: dict[str, list[SequenceFile]] = {}
         with ExitStack() as opening:
             for corpus in stats.plan.corpora:
@@ -81,7 +89,11 @@ class SampleReader:
             StatsError: The stats do not know the layer.
         """
         sequences = [file.read(layer) for file in self._files[corpus]]
-        return arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
+        found = arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
+        if found is None or not self._gains[corpus]:
+            return found
+        gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
+        return replace(found, gains=gains)
 
 
 def read_samples(stats: Stats, corpus: str, layer: str) -> ChunkedSamples | None:
@@ -97,7 +109,7 @@ def arrange_samples(
 
     Args:
         sequences: In order; None where no token reached the layer.
-        draws: Label draws of each sequence, D.
+        draws: Of the output's gradient for each sequence, D.
         sequence_length: Tokens of each sequence, T.
 
     Returns:
@@ -115,7 +127,9 @@ def arrange_samples(
         for draw in range(draws)
     ]
     x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ChunkedSamples(x, grad, is_token, sequences=len(parts), tokens=sequence_length)
+    return ChunkedSamples(
+        x, grad, is_token, sequences=len(parts), tokens=sequence_length, source=seen[0].source
+    )
 
 
 def _positions(samples: LayerSamples) -> Tensor:

@@ -2,7 +2,8 @@
 
 For a perturbation ``e_t`` of the layer's output at token ``t`` of a sequence of ``T``
 tokens, the KL divergence is to second order ``E[(sum_t g_t . e_t)^2] / 2`` nats, ``g_t``
-the gradient of ``-sum log p(y)`` under labels ``y`` sampled from the model itself.
+the gradient of ``-sum log p(y)`` under labels ``y`` sampled from the model itself, or any
+random vector of the same covariance (`mofq.calibration.run.sample_scores`).
 
 Its plain estimate, one square for each sequence, is unbiased and needs hundreds of
 sequences. What rounding does has more structure, and this module uses it:
@@ -14,9 +15,13 @@ sequences. What rounding does has more structure, and this module uses it:
   is summed over the sequence before anything is squared.
 - **Activations.** ``e_t = W dx_t``. The rounding errors of different tokens are independent
   and those of one token's channels are not (one scale; a massive channel zeroes the rest):
-  ``sum_t (v_t . dx_t)^2`` with ``v_t = W^T g_t``.
+  ``sum_t (v_t . dx_t)^2`` with ``v_t = W^T g_t``. Layers that read the very same inputs (q, k
+  and v; gate and up) share ``dx_t`` too, so ``v_t`` is the sum over them: `with_shared_inputs`.
 - **Both.** ``e_t = (W + dW)(x_t + dx_t) - W x_t = dW xq_t + W dx_t``: the sum of the two,
   ``G`` taken with the quantized inputs.
+
+Where the stats keep the inputs and gradients of a few of the sequences that were run, the sums
+are corrected by what is known of all of them: ``mofq.measure.gains``.
 
 How these were chosen is measured in ``scripts/bench_prediction.py``. Beside them the signed
 sums over chunks of 64 tokens are kept: with them errors of different layers can be added
@@ -34,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -43,8 +48,20 @@ from torch import Tensor
 
 from mofq.measure.block import BlockSums, CorpusSums, score_block
 from mofq.measure.extent import ExtentSums
+from mofq.measure.gains import SampleGains, corrected, projection_factor
 from mofq.measure.prepared import PreparedLayer
 from mofq.measure.samples import CHUNK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class InputErrors:
+    """What rounding the inputs of one layer does, token by token."""
+
+    source: str  #: the layer whose inputs these are; others may share them
+    token_AMC: Tensor  #: signed, under each of A activation schemes, float64
+    scheme_A: tuple[tuple[int, ...], ...]  #: the schemes with each activation scheme
+    tokens: int  #: T of one sequence
+    gains: SampleGains | None  #: of the inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +71,7 @@ class CorpusScore:
     error_NS: Tensor  #: nats per token of each sequence, float64
     projection_MS: Tensor  #: signed sum over each chunk, float64
     output_mse_S: Tensor  #: summed over outputs, averaged over tokens, float64
+    inputs: InputErrors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +136,80 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
     inputs = layer.inputs[corpus]
     chunks = len(sums.projection_MS) // inputs.sequences
     token_NA = sums.token_AMC.square().sum(2).unflatten(1, (inputs.sequences, -1)).sum(2).T
-    error_NS, projection_MS = sums.row_NS.clone(), sums.projection_MS.clone()
+    of_weight, of_input = (
+        (inputs.gains.weight, inputs.gains.input) if inputs.gains else (None, None)
+    )
+    error_NS = corrected(sums.row_NS, of_weight).clone()
+    projection_MS = sums.projection_MS * projection_factor(of_weight)
+    token_NA, factor = corrected(token_NA, of_input), projection_factor(of_input)
     for i, scheme in enumerate(layer.schemes):
         if scheme.activation is not None:
             column = layer.activations.index(scheme.activation)
             error_NS[:, i] += token_NA[:, column]
-            projection_MS[:, i] += sums.token_AMC[column].sum(1)
+            projection_MS[:, i] += factor * sums.token_AMC[column].sum(1)
     full = chunks * min(CHUNK_TOKENS, inputs.tokens)
     return CorpusScore(
         error_NS=(error_NS / (2 * inputs.tokens)).cpu(),
         projection_MS=(projection_MS * math.sqrt(full / inputs.tokens)).cpu(),
         output_mse_S=sums.output_S.cpu(),
+        inputs=InputErrors(
+            inputs.source,
+            sums.token_AMC.cpu(),
+            scheme_A=tuple(
+                tuple(i for i, s in enumerate(layer.schemes) if s.activation == activation)
+                for activation in layer.activations
+            ),
+            tokens=inputs.tokens,
+            gains=of_input,
+        ),
     )
+
+
+def with_shared_inputs(scores: Mapping[str, LayerScore]) -> dict[str, LayerScore]:
+    """Add to each layer what it and others do together when the inputs that they share are rounded.
+
+    ``(sum_l a_l)^2`` over layers ``l`` of one source is given to them as ``a_l sum_k a_k``: a
+    layer's part may be negative, their sum is not.
+
+    Args:
+        scores: Layer name -> its score, all layers of a fusion group.
+
+    Returns:
+        The scores; those of layers that share no inputs are the same.
+    """
+    return {
+        name: replace(
+            score,
+            corpora={
+                corpus: _with_cross_terms(one, _sharing(scores, corpus, one))
+                for corpus, one in score.corpora.items()
+            },
+        )
+        for name, score in scores.items()
+    }
+
+
+def _sharing(scores: Mapping[str, LayerScore], corpus: str, one: CorpusScore) -> list[InputErrors]:
+    """The input errors of the other layers that read the same inputs."""
+    if one.inputs is None or not one.inputs.source:
+        return []
+    others = [s.corpora[corpus].inputs for s in scores.values() if corpus in s.corpora]
+    return [
+        other
+        for other in others
+        if other is not None and other is not one.inputs and other.source == one.inputs.source
+    ]
+
+
+def _with_cross_terms(one: CorpusScore, others: Sequence[InputErrors]) -> CorpusScore:
+    own = one.inputs
+    if own is None or not others:
+        return one
+    together_AMC = sum((other.token_AMC for other in others), torch.zeros(()))
+    cross_AM = (own.token_AMC * together_AMC).sum(2)
+    cross_NA = cross_AM.unflatten(1, (len(one.error_NS), -1)).sum(2).T / (2 * own.tokens)
+    cross_NA = corrected(cross_NA, own.gains)
+    error_NS = one.error_NS.clone()
+    for schemes, cross_N in zip(own.scheme_A, cross_NA.T, strict=True):
+        error_NS[:, schemes] += cross_N[:, None]
+    return replace(one, error_NS=error_NS)

@@ -3,14 +3,22 @@
 For a float format with ``m`` mantissa bits and smallest normal exponent ``e0``,
 a value ``x`` inside ``[-max, max]`` lies in a binade whose neighbouring format
 values are ``step = 2**(max(floor(log2|x|), e0) - m)`` apart, and is rounded to
-``step * round(x / step)``, ties to the even multiple, which is the even code.
+the nearest multiple of ``step``, ties to the even one, which is the even code.
 Anything outside saturates, infinities included; a NaN stays a NaN, except in a
 codebook, which has no code for it.
 
+The rounding itself is ``(x + c) - c`` with ``c = 1.5 * 2**23 * step``: in the sum
+the last bit of a float32 is worth one step, so the processor rounds to it. The
+binade is found by two products and a difference (``_unit_in_first_place``).
+
 Every operation is elementwise and exact but for the one rounding, so that
-eager and compiled code agree in every bit: powers of two are cut out of the
-bits of the number, never computed by ``log2`` or ``exp2``, and divisions are
-divisions, never products with a reciprocal.
+eager and compiled code agree in every bit: no power of two is computed by
+``log2`` or ``exp2``, and divisions are divisions, never products with a
+reciprocal (``divide``). All are operations that compilers turn into vector
+instructions; reading the bits of a float32 as an integer is none of them.
+
+Source: S. M. Rump, T. Ogita, S. Oishi, "Accurate floating-point summation part I",
+SIAM J. Sci. Comput. 31 (2008), algorithm 3.5, for the unit in the first place.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from mofq.formats import ELEMENT_FORMATS, CodebookFormat, ElementFormat, FloatFo
 #: Smallest positive normal float32 (and bfloat16); no scale is smaller.
 SMALLEST_NORMAL = 2.0**-126
 
+_MANTISSA_BITS = 23  # that float32 stores
 _EXPONENT_BITS = 0x7F800000
 _UPPER_HALF = -0x10000  # the sixteen bits of a float32 that bfloat16 keeps
 
@@ -68,6 +77,20 @@ def power_of_two_floor(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
 
 
+def divide(x: Tensor, by: float) -> Tensor:
+    """``x / by``, rounded once.
+
+    Args:
+        x: float32, any shape.
+        by: A number that float32 holds.
+
+    Returns:
+        float32 of the same shape. With a plain number, torch multiplies by its
+        rounded reciprocal on a GPU.
+    """
+    return x / torch.full_like(x, by)
+
+
 def round_to_bfloat16(x: Tensor) -> Tensor:
     """Round to the nearest bfloat16, ties to even, kept as float32.
 
@@ -102,7 +125,7 @@ def round_to_format(x: Tensor, element: ElementFormat) -> Tensor:
         return round_to_integer(x, -element.max, element.max)
     if isinstance(element, FloatFormat):
         return _round_to_float(x, element)
-    return codebook_values(nearest_code(x, element), element)
+    return nearest_value(x, element)
 
 
 def round_to_integer(x: Tensor, low: int, high: int) -> Tensor:
@@ -121,9 +144,32 @@ def round_to_integer(x: Tensor, low: int, high: int) -> Tensor:
 
 def _round_to_float(x: Tensor, element: FloatFormat) -> Tensor:
     x = torch.clamp(x, -element.max, element.max)
-    binade = torch.clamp(power_of_two_floor(x), min=2.0**element.min_exponent)
-    step = binade * 2.0**-element.mantissa_bits
-    return torch.round(x / step) * step
+    binade = torch.clamp(_unit_in_first_place(x), min=2.0**element.min_exponent)
+    magic = binade * (1.5 * 2.0 ** (_MANTISSA_BITS - element.mantissa_bits))
+    return torch.copysign((x + magic) - magic, x)
+
+
+def _unit_in_first_place(x: Tensor) -> Tensor:
+    """`power_of_two_floor` of numbers between 2**-102 and 2**103; smaller where ``x`` is."""
+    scaled = x * (2.0**_MANTISSA_BITS + 1)
+    return torch.abs(scaled - scaled * (1 - 2.0 ** -(_MANTISSA_BITS + 1)))
+
+
+def nearest_value(x: Tensor, element: CodebookFormat) -> Tensor:
+    """The nearest value in a codebook; a tie goes to the lower one.
+
+    Args:
+        x: float32, any shape.
+        element: The codebook.
+
+    Returns:
+        float32 of the same shape: ``codebook_values(nearest_code(x, …), …)``.
+    """
+    first, *others = element.values
+    nearest = torch.full_like(x, first)
+    for midpoint, value in zip(_MIDPOINTS[element.name], others, strict=True):
+        nearest = torch.where(x > midpoint, value, nearest)
+    return nearest
 
 
 def nearest_code(x: Tensor, element: CodebookFormat) -> Tensor:

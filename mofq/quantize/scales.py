@@ -69,6 +69,7 @@ from torch import Tensor
 from mofq.formats import FP8_E4M3, IntFormat
 from mofq.quantize.rounding import (
     SMALLEST_NORMAL,
+    divide,
     power_of_two_floor,
     round_to_bfloat16,
     round_to_format,
@@ -129,7 +130,7 @@ def global_scale_of(scheme: TensorScheme, tensor_amax: Tensor) -> Tensor | None:
     limit = _largest_scale(largest_scale * _largest_code(scheme), significant_bits=8)
     if scheme.scale_rule == "fouroversix":
         largest_scale = _LARGEST_SCALE_TO_6
-    scale = tensor_amax / (largest_scale * scheme.element.max)
+    scale = divide(tensor_amax, largest_scale * scheme.element.max)
     scale = torch.clamp(scale, SMALLEST_NORMAL, limit)
     return torch.where(tensor_amax == 0, 1.0, scale)
 
@@ -220,7 +221,7 @@ def asymmetric_scales(low: Tensor, high: Tensor, scheme: TensorScheme) -> Scales
     _, largest = code_range(scheme)
     middle = (largest + 1) // 2
     extent = high - low  # infinite at worst, and then the scale is the largest there is
-    scale = torch.where(extent == 0, 1.0, round_scale(extent / largest, scheme))
+    scale = torch.where(extent == 0, 1.0, round_scale(divide(extent, largest), scheme))
     zero_point = round_to_integer(-middle - low / scale, -middle, largest - middle) + middle
     return Scales(scale, zero_point, None)
 

@@ -36,6 +36,8 @@ six: arXiv:2512.02010, by the squared error, 6 where both are equal.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,11 @@ from mofq.quantize.scales import (
     scale_for,
     tile_amax,
 )
-from mofq.quantize.tiles import code_values, encode_tiles
+from mofq.quantize.tiles import round_tiles
 from mofq.schemes import TensorScheme
 
+#: The dimensions inside a tile, also where candidates have one before the others.
+_TILE_DIMS = (-3, -1)
 _CLIPS = (
     *(percent / 100 for percent in range(98, 68, -2)),
     *(percent / 100 for percent in range(64, 22, -6)),
@@ -78,65 +82,75 @@ def search_scales(
         One scale, and where asymmetric one zero point, for each tile.
     """
     amax = tile_amax(x_ARGK)
+    candidates = _candidates(x_ARGK, amax, scheme, global_scale=global_scale)
     unit = 2.0**16 / torch.clamp(power_of_two_floor(amax), min=SMALLEST_NORMAL).double()
     target_ARGK = x_ARGK.double() * unit
     weight_ARGK = None if importance_ARGK is None else _relative(importance_ARGK)
-    best: Scales | None = None
-    best_error = amax.double()  # replaced by the first candidate's
-    for scales in _candidates(x_ARGK, amax, scheme, global_scale=global_scale):
-        codes_ARGK = encode_tiles(x_ARGK, scheme, scales)
-        value_ARGK = code_values(codes_ARGK, scheme, scales).double()
+
+    def error_of(scales: Scales) -> Tensor:
+        value_ARGK = round_tiles(x_ARGK, scheme, scales).double()
         # Exact products, so that a fused multiply-add changes nothing.
         delta_ARGK = target_ARGK - value_ARGK * (scales.multiplier.double() * unit)
         squared_ARGK = delta_ARGK * delta_ARGK
         if weight_ARGK is not None:
             squared_ARGK = squared_ARGK * weight_ARGK
-        error = torch.sum(torch.round(squared_ARGK), dim=TILE_DIMS, keepdim=True)
-        best, best_error = (
-            (scales, error) if best is None else _better(best, best_error, scales, error)
-        )
-    assert best is not None
-    return best
+        return torch.sum(torch.round(squared_ARGK), dim=_TILE_DIMS, keepdim=True)
+
+    if torch.compiler.is_compiling():
+        # One loop over the candidates that the compiler writes, and not one for each of them.
+        error = error_of(candidates)
+        place = torch.arange(len(error), device=error.device).view(-1, 1, 1, 1, 1)
+        is_least = error == torch.amin(error, 0, keepdim=True)
+        return _pick(candidates, torch.amin(torch.where(is_least, place, len(error)), 0))
+    best = torch.zeros_like(amax, dtype=torch.int64)
+    least = error_of(_pick(candidates, best))
+    for c in range(1, len(candidates.scale)):
+        error = error_of(_pick(candidates, torch.full_like(best, c)))
+        best, least = torch.where(error < least, c, best), torch.minimum(error, least)
+    return _pick(candidates, best)
 
 
-def _better(
-    best: Scales, best_error: Tensor, scales: Scales, error: Tensor
-) -> tuple[Scales, Tensor]:
-    wins = error < best_error
-    zero_point = best.zero_point
-    if zero_point is not None and scales.zero_point is not None:
-        zero_point = torch.where(wins, scales.zero_point, zero_point)
-    scale = torch.where(wins, scales.scale, best.scale)
-    return Scales(scale, zero_point, best.global_scale), torch.minimum(error, best_error)
+def _pick(candidates: Scales, place_A1G1: Tensor) -> Scales:
+    """The candidate of each tile that stands at ``place``."""
+
+    def of(values_CA1G1: Tensor) -> Tensor:
+        return torch.gather(values_CA1G1, 0, place_A1G1[None])[0]
+
+    point = candidates.zero_point
+    return Scales(
+        of(candidates.scale), None if point is None else of(point), candidates.global_scale
+    )
 
 
 def _candidates(
     x_ARGK: Tensor, amax: Tensor, scheme: TensorScheme, *, global_scale: Tensor | None
-) -> list[Scales]:
+) -> Scales:
+    """All candidates, each value with one more dimension before the others."""
+    ratio = partial(_ratios, like=amax)
     if not scheme.symmetric:
         low = torch.clamp(torch.amin(x_ARGK, dim=TILE_DIMS, keepdim=True), max=0.0)
         high = torch.clamp(torch.amax(x_ARGK, dim=TILE_DIMS, keepdim=True), min=0.0)
-        return [asymmetric_scales(low * r, high * r, scheme) for r in (1.0, *_CLIPS)]
+        return asymmetric_scales(low * ratio(1.0, *_CLIPS), high * ratio(1.0, *_CLIPS), scheme)
 
-    def scales(ratio: float, *, largest: float = float(scheme.element.max)) -> Scales:
-        scale = scale_for(amax * ratio, largest, scheme, global_scale=global_scale)
-        return Scales(torch.where(amax == 0, 1.0, scale), None, global_scale)
+    def scale(*ratios: float, largest: float = float(scheme.element.max)) -> Tensor:
+        found = scale_for(amax * ratio(*ratios), largest, scheme, global_scale=global_scale)
+        return torch.where(amax == 0, 1.0, found)
 
     if scheme.scale_rule == "fouroversix":
-        return [scales(1.0), scales(1.5)]
-    has_sign = not scheme.scale.name.startswith("e8m0")
-    if not has_sign:
-        return [scales(1.0), scales(2.0), scales(0.5)]
+        return Scales(scale(1.0, 1.5), None, global_scale)
+    if scheme.scale.name.startswith("e8m0"):  # which have no sign
+        return Scales(scale(1.0, 2.0, 0.5), None, global_scale)
     if not isinstance(scheme.element, IntFormat):
-        return [scales(ratio) for ratio in (1.0, *_STRETCHES)]
-    full = scales(1.0, largest=2.0 ** (scheme.element.bits - 1))
-    positive = [full, *(scales(ratio) for ratio in _CLIPS)]
-    signed = [pair for each in positive for pair in (each, _negated(each, amax))]
-    return [scales(1.0), *signed]
+        return Scales(scale(1.0, *_STRETCHES), None, global_scale)
+    full = scale(1.0, largest=2.0 ** (scheme.element.bits - 1))
+    positive = torch.cat([full, scale(*_CLIPS)])
+    negative = torch.where(amax == 0, 1.0, -positive)
+    signed = torch.stack([positive, negative], 1).flatten(0, 1)
+    return Scales(torch.cat([scale(1.0), signed]), None, global_scale)
 
 
-def _negated(scales: Scales, amax: Tensor) -> Scales:
-    return Scales(torch.where(amax == 0, 1.0, -scales.scale), None, scales.global_scale)
+def _ratios(*ratios: float, like: Tensor) -> Tensor:
+    return torch.tensor(ratios, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1, 1)
 
 
 def _relative(importance_ARGK: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from mofq.formats import CodebookFormat, IntFormat
 from mofq.quantize.rounding import (
     codebook_values,
     nearest_code,
+    nearest_value,
     round_to_format,
     round_to_integer,
 )
@@ -114,6 +115,23 @@ def code_values(codes_ARGK: Tensor, scheme: TensorScheme, scales: Scales | None)
     if scales is not None and scales.zero_point is not None:
         values = values - scales.zero_point
     return values
+
+
+def round_tiles(x_ARGK: Tensor, scheme: TensorScheme, scales: Scales | None) -> Tensor:
+    """What is multiplied by the scale, ``code_values(encode_tiles(…), …)``, without codes.
+
+    Args:
+        x_ARGK: Tiles, float32.
+        scheme: What to round to.
+        scales: One for each tile; None where the scheme is unscaled.
+
+    Returns:
+        float32 of the same shape, exact.
+    """
+    if isinstance(scheme.element, CodebookFormat):
+        scaled = x_ARGK if scales is None else x_ARGK / scales.multiplier
+        return nearest_value(scaled, scheme.element)
+    return code_values(encode_tiles(x_ARGK, scheme, scales), scheme, scales)
 
 
 def decode_tiles(codes_ARGK: Tensor, scheme: TensorScheme, scales: Scales | None) -> Tensor:

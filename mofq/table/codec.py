@@ -60,11 +60,14 @@ def _where(line: Line) -> str:
 
 def _header_value(header: TableHeader) -> dict[str, Any]:
     value = asdict(header)
+    model = {"name": header.model_name, "index_sha256": header.index_sha256}
+    if header.weights_sha256 is not None:
+        model["weights_sha256"] = header.weights_sha256
     return {
         "kind": "header",
         "version": TABLE_VERSION,
         "mofq": header.mofq,
-        "model": {"name": header.model_name, "index_sha256": header.index_sha256},
+        "model": model,
         "stats": value["stats"],
         "groups": value["groups"],
         "unquantized": value["unquantized"],
@@ -191,6 +194,7 @@ def _header(value: dict[str, Any]) -> TableHeader:
         mofq=value["mofq"],
         model_name=value["model"]["name"],
         index_sha256=value["model"]["index_sha256"],
+        weights_sha256=value["model"].get("weights_sha256"),
         stats=None if value["stats"] is None else TableStats(**value["stats"]),
         groups=tuple(
             TableGroup(

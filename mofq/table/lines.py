@@ -74,6 +74,8 @@ class TableHeader:
     groups: tuple[TableGroup, ...]
     unquantized: tuple[str, ...]  #: linear layers outside of every group
     other_bytes: int  #: all tensors that are not weights of the groups [bytes]
+    #: Of samples of the weights; None in tables of before 0.2.
+    weights_sha256: str | None = None
 
     @property
     def source_bytes_of_groups(self) -> int:
@@ -214,6 +216,7 @@ def header_of(
     *,
     model_name: str,
     index_sha256: str,
+    weights_sha256: str | None = None,
     stats: TableStats | None = None,
 ) -> TableHeader:
     """The header of a new table for a model.
@@ -222,6 +225,7 @@ def header_of(
         model_layers: What ``find_layers`` found.
         model_name: As the checkpoint calls itself.
         index_sha256: Of the checkpoint.
+        weights_sha256: Of its weights, from `hash_weights`.
         stats: The calibration that the rows will rest on, if any.
     """
     unquantized = parse_scheme("bf16")
@@ -251,4 +255,5 @@ def header_of(
         groups=groups,
         unquantized=tuple(layer.name for layer in model_layers.unquantized),
         other_bytes=model_layers.other_bytes,
+        weights_sha256=weights_sha256,
     )

@@ -57,7 +57,10 @@ HEADER_SCHEMA = strict_object(
         "kind": {"const": "header"},
         "version": {"const": TABLE_VERSION},
         "mofq": _NAME,
-        "model": strict_object({"name": _NAME, "index_sha256": _SHA256}),
+        "model": strict_object(
+            {"name": _NAME, "index_sha256": _SHA256, "weights_sha256": _SHA256},
+            optional=("weights_sha256",),
+        ),
         "stats": {**_STATS, "type": ["object", "null"]},
         "groups": {"type": "array", "minItems": 1, "items": _GROUP},
         "unquantized": _NAMES,

@@ -20,7 +20,7 @@ from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.exceptions import BackendError, nearest_name
 from mofq.layers import ModelLayers, find_layers
-from mofq.recipe import Recipe, check_recipe, load_recipe, recipe_text
+from mofq.recipe import Recipe, check_recipe, check_weights, load_recipe, recipe_text
 from mofq.schemes import parse_scheme
 
 #: What ``mofq export`` calls the recipe in the folder that it writes.
@@ -147,6 +147,7 @@ def load_candidate(
 def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
     layers = emulate.find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     return Candidate(
         source=source,
         recipe=recipe,

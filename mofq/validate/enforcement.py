@@ -28,7 +28,7 @@ from mofq.layers import (
     find_loaded_weight,
 )
 from mofq.quantize import FakeQuantLinear, fake_quantize_weight
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
 
 Progress = Callable[[str, int, int], None]
@@ -87,6 +87,7 @@ def find_deviations(
     """
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     total = len(layers.groups) + 1
     found: list[Deviation] = []
     for done, group in enumerate(layers.groups):

@@ -15,7 +15,7 @@ from mofq.checkpoint.tensors import read_layer_rows
 from mofq.corpora import Corpus, tokenize
 from mofq.exceptions import MofqError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import parse_scheme
 from mofq.validate.divergence import OriginalLogits, Progress, compare_windows, run_original
 from mofq.validate.run import check_context
@@ -149,6 +149,7 @@ class MeasuredKl:
     def _apply(self, recipe: Recipe) -> None:
         layers = emulate.find_recipe_layers(self.checkpoint, recipe)
         check_recipe(recipe, layers, index_sha256=self.checkpoint.index_sha256)
+        check_weights(recipe, self.checkpoint)
         stored = {layer.name: layer for group in layers.groups for layer in group.layers}
         if layers != self._stored:  # the first recipe, or another opinion on the lm_head
             for group in self._loaded:

@@ -21,7 +21,7 @@ from mofq.checkpoint.writer import PlannedTensor
 from mofq.exceptions import BackendError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.quantize.weights import quantize_weight
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection
 
@@ -71,6 +71,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
     """
     model_layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     schemes = recipe.schemes
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
     for group in model_layers.groups:

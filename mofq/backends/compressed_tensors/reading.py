@@ -62,6 +62,12 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
             f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
             f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
         )
+    for key in ("transform_config", "sparsity_config"):
+        if config.get(key):
+            raise BackendError(
+                f"{stored.folder}: has a {key}, so its weights are not those of the original, for "
+                f"which mofq has no scheme."
+            )
     layers = find_stored_layers(stored)
     groups = tuple(_read_group(stored, config, group) for group in layers.groups)
     for layer in layers.unquantized:

@@ -1,0 +1,91 @@
+"""Two recipes of one model: which fusion groups differ, and what each difference costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mofq.decide.request import Request, request_problem
+from mofq.exceptions import RecipeError
+from mofq.recipe import Recipe
+from mofq.solvers import Budgets, Estimate, paired_loss
+from mofq.solvers.problem import IntArray, Problem
+from mofq.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDifference:
+    """One fusion group under two recipes."""
+
+    group: str
+    before: str | None  #: scheme; None: the recipe has no such group
+    after: str | None
+    bytes: int | None = None  #: more than before; None: no table was given
+    error: Estimate | None = None  #: more than before, paired, in the table's unit
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What another recipe changes."""
+
+    groups: tuple[GroupDifference, ...]  #: those that differ; the largest error first
+    unit: str | None  #: of the errors
+    total: Estimate | None  #: all together, paired
+
+
+def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -> Difference:
+    """What changes from one recipe to another.
+
+    Args:
+        first: A recipe.
+        second: Another of the same model.
+        table: Of the model; with it the differences have a cost.
+
+    Raises:
+        RecipeError: They, or the table, are of different models.
+        TableError: A scheme of a recipe was not measured.
+    """
+    _check_same_model(first, second, table)
+    ours = {group.name: group.scheme for group in first.groups}
+    theirs = {group.name: group.scheme for group in second.groups}
+    changed = [
+        GroupDifference(name, ours.get(name), theirs.get(name))
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if table is None:
+        return Difference(tuple(changed), unit=None, total=None)
+    problem = request_problem(table, Request(Budgets()))
+    first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
+    numbers = {group.name: n for n, group in enumerate(problem.groups)}
+    priced = []
+    for one in changed:
+        number = numbers[one.group]
+        before, after = first_F[[number]], second_F[[number]]
+        size = problem.bytes_of(after) - problem.bytes_of(before)
+        error = _loss(problem, before, after)
+        priced.append(GroupDifference(one.group, one.before, one.after, size, error))
+    priced.sort(key=lambda one: -abs(one.error.value) if one.error is not None else 0.0)
+    total = _loss(problem, first_F, second_F)
+    return Difference(tuple(priced), unit=problem.unit, total=total)
+
+
+def _loss(problem: Problem, before_F: IntArray, after_F: IntArray) -> Estimate:
+    if problem.sample_errors is not None:
+        return paired_loss(problem, before_F, after_F)
+    difference = problem.cost_PK[after_F] - problem.cost_PK[before_F]
+    return Estimate(float(np.max(difference.sum(axis=0))), stderr=None)
+
+
+def _check_same_model(first: Recipe, second: Recipe, table: Table | None) -> None:
+    named = [(first.model_name, first.index_sha256), (second.model_name, second.index_sha256)]
+    if table is not None:
+        named.append((table.header.model_name, table.header.index_sha256))
+    known = [(name, sha256) for name, sha256 in named if sha256]
+    for name, sha256 in known[1:]:
+        if sha256[:8] != known[0][1][:8]:
+            raise RecipeError(
+                f"one is of {known[0][0]} ({known[0][1][:8]}) and another of {name} "
+                f"({sha256[:8]}). Compare two recipes of one model."
+            )

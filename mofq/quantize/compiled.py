@@ -1,0 +1,207 @@
+"""Compiles the passes of ``candidates``: C++ on the CPU, Triton on a GPU.
+
+On the CPU the program is made ahead of time, once for a set of schemes and for all shapes,
+and kept in a folder: the next process loads it in milliseconds, without the compiler's own
+modules, and it runs without Python's lock, so that blocks are worked on side by side. On a
+GPU ``torch.compile`` makes it when it is first called.
+
+Nothing is compiled that would change a bit: no contraction into fused multiply-adds, no
+approximate division, no flushing of subnormal numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from shutil import which
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mofq.quantize.candidates import Pass, band_rows, deltas_pass, errors_pass, strip_columns
+from mofq.schemes import TensorScheme
+
+Kind = Literal["errors", "deltas"]
+Tell = Callable[[str], None]
+
+#: Work that makes the compiler worth its while, on one thread without it [s].
+_WORTH_SECONDS = 90.0
+#: Without a compiler, one scheme over one element, and one of the search's candidates [s].
+_ELEMENT_SECONDS = 10e-9
+_SEARCH_FACTOR = 40
+
+_MAKERS: dict[Kind, Callable[[Sequence[TensorScheme]], Pass]] = {
+    "errors": errors_pass,
+    "deltas": deltas_pass,
+}
+_CPU_OPTIONS = {
+    "cpp.threads": 1,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+_GPU_OPTIONS = {
+    "emulate_precision_casts": True,  # no fused multiply-adds
+    "eager_numerics.division_rounding": True,
+    "eager_numerics.disable_ftz": True,
+}
+
+
+def eager_pass(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
+    """The pass as it is written, for blocks of any floating dtype."""
+    return _MAKERS[kind](schemes)
+
+
+#: Kind, schemes, dtype of the blocks, elements of all weights that it will see -> the pass.
+PassMaker = Callable[[Kind, Sequence[TensorScheme], torch.dtype, int], Pass]
+
+
+def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> PassMaker:
+    """What makes passes over blocks, compiled where that is possible and worth its while.
+
+    Whether one is changes no bit of what it gives. ``MOFQ_COMPILE=0`` in the environment
+    leaves all uncompiled, ``MOFQ_COMPILE=1`` compiles however little work there is.
+
+    Args:
+        device: Where the blocks are.
+        tell: Gets a line about a compilation, which takes its time, or cannot be.
+
+    Returns:
+        A function of what the pass gives (see ``candidates``), schemes that are all
+        candidates, the dtype of the blocks (bfloat16 or float32) and the elements of all
+        weights. On the CPU its passes may be called by several threads at once.
+    """
+    failed: list[str] = []  # tried once
+
+    def make(
+        kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype, elements: int
+    ) -> Pass:
+        wish = os.environ.get("MOFQ_COMPILE")
+        if not schemes or failed or wish == "0":
+            return eager_pass(kind, schemes)
+        is_worth = wish == "1" or eager_seconds(schemes, elements) > _WORTH_SECONDS
+        if torch.device(device).type != "cpu":
+            return _compiled_on_gpu(kind, schemes) if is_worth else eager_pass(kind, schemes)
+        path = _kernel_folder() / f"{_key(kind, schemes, dtype)}.pt2"
+        if not path.is_file() and is_worth:
+            tell(f"Compiling one pass for {len(schemes)} schemes; it is kept in {path.parent}.")
+            try:
+                _build(path, kind, schemes, dtype)
+            except Exception as error:  # the same numbers can be had without a compiler
+                failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+                tell(f"It cannot be compiled, and takes longer: {failed[0]}")
+        if not path.is_file():
+            return eager_pass(kind, schemes)
+        return partial(_run, str(path), dtype)
+
+    return make
+
+
+def eager_seconds(schemes: Sequence[TensorScheme], elements: int) -> float:
+    """About how long one thread takes without a compiler [s]."""
+    searched = sum(s.scale_rule in ("mse", "fouroversix") for s in schemes)
+    return (len(schemes) + _SEARCH_FACTOR * searched) * elements * _ELEMENT_SECONDS
+
+
+def _run(path: str, dtype: torch.dtype, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+    if x_ARJK.dtype != dtype or not x_ARJK.is_contiguous():
+        raise ValueError(f"compiled for contiguous {dtype}, got {x_ARJK.dtype}")
+    result: Tensor = _loaded(path, threading.get_ident())(x_ARJK, tensor_amax)
+    return result
+
+
+@lru_cache(maxsize=256)
+def _loaded(path: str, thread: int) -> Any:
+    """The program, for one thread: a second caller of the same one would wait for the first."""
+    return torch._inductor.aoti_load_package(path)
+
+
+def _build(path: Path, kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> None:
+    """Compile into the file, which appears when it is complete."""
+    compiler = os.environ.get("CXX", "g++")
+    if which(compiler) is None:
+        raise FileNotFoundError(f"found no C++ compiler {compiler!r}; install one, or set CXX.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path.parent / "inductor"))
+    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    x_ARJK = torch.zeros(3, band_rows(schemes), 5, strip_columns(schemes), dtype=dtype)
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                _Module(eager_pass(kind, schemes)),
+                (x_ARJK, torch.ones(())),
+                dynamic_shapes=(free, None),
+            )
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
+            )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, of: Pass) -> None:
+        super().__init__()
+        self._of = of
+
+    def forward(self, x_ARJK: Tensor, amax: Tensor) -> Tensor:
+        return self._of(x_ARJK, amax)
+
+
+def _compiled_on_gpu(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_kernel_folder() / "inductor"))
+    compiled: Pass = torch.compile(
+        eager_pass(kind, schemes), dynamic=True, fullgraph=True, options=_known(_GPU_OPTIONS)
+    )
+    return compiled
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that this release of torch has."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _kernel_folder() -> Path:
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else cache) / "mofq" / "kernels"
+
+
+def _key(kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> str:
+    """Of all that the program follows from: code, schemes, torch, processor."""
+    digest = hashlib.sha256(_source())
+    for part in (kind, *map(repr, schemes), dtype, torch.__version__, _CPU_OPTIONS, _processor()):
+        digest.update(f"{part}\n".encode())
+    return f"{kind}-{digest.hexdigest()[:24]}"
+
+
+@lru_cache(maxsize=1)
+def _source() -> bytes:
+    import mofq.formats
+
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return b"".join(file.read_bytes() for file in (*files, Path(mofq.formats.__file__)))
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What the compiler may use of it; a folder of kernels may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"
