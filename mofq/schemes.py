@@ -72,6 +72,11 @@ class TensorScheme:
         return self.granularity.kind == "tensor" or self.scale.global_scale_bits > 0
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether scales or codes follow from calibration statistics of the layer."""
+        return self.scale_rule == "nats" or self.rounding == "gptq"
+
+    @property
     def columns_multiple(self) -> int:
         """What the number of columns must be a multiple of."""
         return max(self.granularity.columns, self.scale.shared_columns, 1)

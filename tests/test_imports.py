@@ -34,6 +34,7 @@ RANKS = {
     "calibration": 3,
     "latency": 4,
     "table": 4,
+    "fits": 4,
     "solvers": 5,
     "recipe": 5,
     "measure": 5,

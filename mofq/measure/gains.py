@@ -47,6 +47,13 @@ class LayerGains:
     weight: SampleGains
     input: SampleGains
 
+    def of(self, samples: slice) -> LayerGains:
+        """Of some of the samples."""
+        return LayerGains(
+            SampleGains(self.weight.own_N[samples], self.weight.cluster_N[samples]),
+            SampleGains(self.input.own_N[samples], self.input.cluster_N[samples]),
+        )
+
 
 def layer_gains(corpus: CorpusPlan, gains: Sequence[Mapping[str, Gains]], layer: str) -> LayerGains:
     """The gains of one layer, of the samples that are kept.

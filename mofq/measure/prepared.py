@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mofq.fits import NO_FIT, LayerFit
 from mofq.measure.extent import ExtentSums, extent_sums
 from mofq.measure.gains import LayerGains
 from mofq.measure.samples import ChunkedSamples
@@ -53,6 +54,7 @@ class PreparedLayer:
     input_extents: Mapping[str, ExtentSums]  #: corpus -> of its inputs
     device: str
     block_pass: Pass  #: what rounds a block by all weight schemes that are candidates
+    fit: LayerFit = NO_FIT  #: for the others, which are fitted to statistics
 
     @property
     def weights(self) -> tuple[TensorScheme, ...]:
@@ -83,6 +85,8 @@ def prepare_layer(
     *,
     samples: Mapping[str, ChunkedSamples],
     tensor_amax: float | None = None,
+    static_amax: float | None = None,
+    fit: LayerFit = NO_FIT,
     device: str = "cpu",
     name: str = "weight",
     make_pass: Callable[[Kind, Sequence[TensorScheme]], Pass] = eager_pass,
@@ -95,6 +99,8 @@ def prepare_layer(
         schemes: Candidates; each fits the shape.
         samples: Corpus name -> samples of this layer; may be empty.
         tensor_amax: Largest magnitude of the weight and of all that share its scale.
+        static_amax: Largest magnitude of all inputs; by default that of the samples.
+        fit: What the schemes are fitted to, where some are.
         device: Where the arithmetic runs.
         name: Of the layer, for messages.
         make_pass: Gives the pass of some schemes over a block, compiled or not.
@@ -109,7 +115,8 @@ def prepare_layer(
         corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
         for corpus, one in samples.items()
     }
-    static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
+    if static_amax is None:
+        static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
     weights = dict.fromkeys(s.weight for s in schemes if s.weight is not None)
     candidates = [weight for weight in weights if is_candidate(weight)]
     needs_deltas = bool(samples) or len(candidates) < len(weights)
@@ -127,6 +134,7 @@ def prepare_layer(
         input_extents=extents,
         device=device,
         block_pass=make_pass("deltas" if needs_deltas else "errors", candidates),
+        fit=fit,
     )
 
 

@@ -75,12 +75,14 @@ def quantize_block(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Ten
     deltas = dict(zip(candidates, delta_WRI, strict=True))
     for weight in layer.weights:
         if weight not in deltas:
-            deltas[weight] = (
-                fake_quantize_weight(
-                    weight_RI, weight, tensor_amax=layer.tensor_amax, name=layer.name
-                )
-                - weight_RI
+            quantized_RI = fake_quantize_weight(
+                weight_RI,
+                weight,
+                tensor_amax=layer.tensor_amax,
+                name=layer.name,
+                **layer.fit.arguments(weight),
             )
+            deltas[weight] = quantized_RI - weight_RI
     return torch.stack([deltas[weight] for weight in layer.weights])
 
 

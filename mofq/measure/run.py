@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from mofq.calibration.stats import Stats, verify_sequences
@@ -12,12 +13,14 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.sampled import hash_weights
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.exceptions import StatsError
+from mofq.fits import Fits
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.measure.crossfit import check_sequences, join_parts, parts_in_all, prepare_parts
 from mofq.measure.extent import group_profiles
 from mofq.measure.passes import layer_passes
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
-from mofq.measure.samples import CHUNK_TOKENS, SampleReader
+from mofq.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
 from mofq.measure.schedule import score_layers
 from mofq.schemes import Scheme
 from mofq.search_space import Legality, Offer, SearchSpace, offer_schemes
@@ -71,7 +74,7 @@ def measure(
         tell: Gets a line about what takes its time before the first group is done.
 
     Raises:
-        StatsError: The stats belong to another model.
+        StatsError: The stats belong to another model, or are too few to fit a scheme to.
         TableError: The table belongs to another model or other stats.
         SearchSpaceError: No scheme fits some fusion group.
         SchemeError: A weight is not finite.
@@ -133,6 +136,7 @@ def _fill(
     ]
     work = [(offer.group, some) for offer, some in zip(offers, missing, strict=True) if some]
     if stats is not None and work:
+        check_sequences(stats, [scheme for _, some in work for scheme in some])
         verify_sequences(stats)
     with closing(measure_all(work)) as measured:
         for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
@@ -172,14 +176,28 @@ def measure_groups(
     pass_of = layer_passes(work, device=device, tell=tell)
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
+        fits = None if stats is None else stack.enter_context(Fits(stats))
         layers = (
-            prepare(device=device, make_pass=partial(pass_of, layer))
+            part
             for group, schemes in work
-            for layer, prepare in _group_layers(checkpoint, group, schemes, reader, corpora)
+            for layer, prepare, samples in _group_layers(
+                checkpoint, group, schemes, reader, corpora
+            )
+            for part in prepare_parts(
+                partial(prepare, device=device, make_pass=partial(pass_of, layer)),
+                layer,
+                schemes,
+                samples=samples,
+                fits=fits,
+            )
         )
         scores = stack.enter_context(closing(score_layers(layers, device=device)))
         for group, schemes in work:
-            by_name = {layer.name: next(scores) for layer in group.layers}
+            count = parts_in_all(schemes)
+            by_name = {
+                layer.name: join_parts(schemes, list(islice(scores, count)))
+                for layer in group.layers
+            }
             profiles = group_profiles(
                 group,
                 {name: score.extent for name, score in by_name.items()},
@@ -194,8 +212,8 @@ def _group_layers(
     schemes: Sequence[Scheme],
     reader: SampleReader | None,
     corpora: Sequence[str],
-) -> Iterator[tuple[LinearLayer, Callable[..., PreparedLayer]]]:
-    """What prepares each layer, its samples read."""
+) -> Iterator[tuple[LinearLayer, Callable[..., PreparedLayer], dict[str, ChunkedSamples]]]:
+    """What prepares each layer, and its samples."""
     weight_amax = _shared_amax(checkpoint, group, schemes)
     for layer in group.layers:
         samples = {}
@@ -208,12 +226,10 @@ def _group_layers(
             prepare_layer,
             partial(read_layer_rows, checkpoint, layer),
             (layer.out_features, layer.in_features),
-            schemes,
-            samples=samples,
             tensor_amax=weight_amax.get(layer.shares_scale),
             name=layer.name,
         )
-        yield layer, prepare
+        yield layer, prepare, samples
 
 
 def table_stats(stats: Stats) -> TableStats:

@@ -34,6 +34,7 @@ class ChunkedSamples:
     tokens: int  #: T, labelled positions of one sequence
     source: str = ""  #: the layer whose inputs these are; see `mofq.calibration.sequences`
     gains: LayerGains | None = None  #: None: all sequences that were run are here
+    draws: int = 1  #: of each sequence; so many samples of a sequence follow one another
 
 
 class SampleReader:
@@ -128,7 +129,13 @@ def arrange_samples(
     ]
     x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
     return ChunkedSamples(
-        x, grad, is_token, sequences=len(parts), tokens=sequence_length, source=seen[0].source
+        x,
+        grad,
+        is_token,
+        sequences=len(parts),
+        tokens=sequence_length,
+        source=seen[0].source,
+        draws=draws,
     )
 
 

@@ -72,6 +72,7 @@ class CorpusScore:
     projection_MS: Tensor  #: signed sum over each chunk, float64
     output_mse_S: Tensor  #: summed over outputs, averaged over tokens, float64
     inputs: InputErrors | None = None
+    sampled_tokens: int = 0  #: that ``output_mse_S`` is averaged over
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,7 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
             tokens=inputs.tokens,
             gains=of_input,
         ),
+        sampled_tokens=len(inputs.sample_T),
     )
 
 

@@ -3,12 +3,14 @@
 ``quantize_weight`` chooses scales and rounds, ``dequantize_weight`` undoes it,
 ``fake_quantize_weight`` and ``fake_quantize_activation`` do both. Scales are
 multipliers. The formulas stand in ``scales`` (how a scale is found), ``search``
-(how the ``mse`` rule searches) and ``rounding`` (how a number is rounded).
+(how the ``mse`` rule searches), ``rounding`` (how a number is rounded) and
+``feedback`` (how ``~gptq`` rounds a column after the others).
 """
 
 from __future__ import annotations
 
 from mofq.quantize.activations import fake_quantize_activation
+from mofq.quantize.feedback import Feedback, factorise_hessian
 from mofq.quantize.linear import FakeQuantLinear
 from mofq.quantize.rounding import round_to_format
 from mofq.quantize.weights import (
@@ -21,8 +23,10 @@ from mofq.quantize.weights import (
 
 __all__ = [
     "FakeQuantLinear",
+    "Feedback",
     "QuantizedWeight",
     "dequantize_weight",
+    "factorise_hessian",
     "fake_quantize_activation",
     "fake_quantize_weight",
     "quantize_weight",

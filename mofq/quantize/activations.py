@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
+from mofq.quantize.rules import tile_scales
 from mofq.quantize.scales import Scales
 from mofq.quantize.tiles import (
     check_shared_scales,
@@ -15,7 +16,6 @@ from mofq.quantize.tiles import (
     tile_shape,
     to_tiles,
 )
-from mofq.quantize.weights import tile_scales
 from mofq.schemes import TensorScheme
 
 

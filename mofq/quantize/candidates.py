@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mofq.quantize.rules import tile_scales
 from mofq.quantize.scales import Scales
 from mofq.quantize.tiles import round_tiles
-from mofq.quantize.weights import tile_scales
 from mofq.schemes import TensorScheme
 
 #: Rows whose squared errors are added one after the other.

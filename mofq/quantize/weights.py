@@ -9,13 +9,9 @@ from torch import Tensor
 
 from mofq.exceptions import SchemeError
 from mofq.formats import FloatFormat, IntFormat
-from mofq.quantize.scales import (
-    Scales,
-    choose_scales,
-    global_scale_of,
-    symmetric_scale,
-)
-from mofq.quantize.search import search_scales
+from mofq.quantize.feedback import Feedback, round_with_feedback
+from mofq.quantize.rules import tile_scales
+from mofq.quantize.scales import Scales
 from mofq.quantize.tiles import (
     check_shared_scales,
     decode_tiles,
@@ -56,6 +52,7 @@ def quantize_weight(
     *,
     tensor_amax: float | Tensor | None = None,
     importance: Tensor | None = None,
+    feedback: Feedback | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize a weight, or a block of its rows.
@@ -66,13 +63,15 @@ def quantize_weight(
     Args:
         weight_OI: [out_features, in_features], any floating dtype; computed in
             float32.
-        scheme: Rounded to nearest.
+        scheme: Of the weight.
         tensor_amax: Largest magnitude of the whole tensor, or of all tensors
             that share a global scale. Needed if ``scheme.needs_tensor_amax``,
             else ignored.
         importance: Weight of each element's squared error, [in_features] or
             [out_features, in_features], float32, at least 0. Needed by the rule
-            ``nats`` and refused by all others.
+            ``nats`` where codes are rounded to nearest, and refused elsewhere.
+        feedback: The layer's factorised Hessian. Needed by ``~gptq``, where it
+            is the importance too, and refused elsewhere.
         name: Of the tensor, for messages.
 
     Returns:
@@ -82,8 +81,14 @@ def quantize_weight(
         SchemeError: The weight is empty or not finite, tiles do not divide it,
             or an argument is missing; the message names the tensor.
     """
-    rows, columns = _check(weight_OI, scheme, tensor_amax, importance, name=name)
+    rows, columns = _check(weight_OI, scheme, tensor_amax, name=name)
+    _check_statistics(scheme, importance, feedback, name=name)
     amax = _scalar(tensor_amax, weight_OI) if scheme.needs_tensor_amax else None
+    if feedback is not None:
+        codes_OI, found = round_with_feedback(
+            _finite(weight_OI, 0, name=name), scheme, feedback, tile=(rows, columns), amax=amax
+        )
+        return _joined([_stored_codes(codes_OI, scheme)], [found], scheme)
     codes, scales = [], []
     for start, stop in _chunks(weight_OI, rows):
         rows_OI = _finite(weight_OI[start:stop], start, name=name)
@@ -93,38 +98,6 @@ def quantize_weight(
         codes.append(_stored_codes(from_tiles(encode_tiles(x_ARGK, scheme, chunk)), scheme))
         scales.append(chunk)
     return _joined(codes, scales, scheme)
-
-
-def tile_scales(
-    x_ARGK: Tensor,
-    scheme: TensorScheme,
-    *,
-    tensor_amax: Tensor | None = None,
-    importance_ARGK: Tensor | None = None,
-) -> Scales | None:
-    """Scales of tiles by the scheme's own rule; nothing is checked.
-
-    Args:
-        x_ARGK: Tiles (see ``scales``), float32, finite.
-        scheme: Any.
-        tensor_amax: float32 scalar; needed if ``scheme.needs_tensor_amax``.
-        importance_ARGK: Broadcastable to the tiles; for the rule ``nats``.
-
-    Returns:
-        The scales, or None where the scheme is unscaled.
-    """
-    if not scheme.has_scale:
-        return None
-    global_scale = None if tensor_amax is None else global_scale_of(scheme, tensor_amax)
-    if scheme.granularity.kind == "tensor":
-        assert tensor_amax is not None
-        amax = tensor_amax.reshape(1, 1, 1, 1)
-        return Scales(symmetric_scale(amax, scheme, global_scale=global_scale), None, global_scale)
-    if scheme.scale_rule in ("mse", "nats", "fouroversix"):
-        return search_scales(
-            x_ARGK, scheme, global_scale=global_scale, importance_ARGK=importance_ARGK
-        )
-    return choose_scales(x_ARGK, scheme, global_scale=global_scale)
 
 
 def dequantize_weight(quantized: QuantizedWeight, scheme: TensorScheme) -> Tensor:
@@ -154,15 +127,17 @@ def fake_quantize_weight(
     *,
     tensor_amax: float | Tensor | None = None,
     importance: Tensor | None = None,
+    feedback: Feedback | None = None,
     name: str = "weight",
 ) -> Tensor:
     """Quantize and dequantize: what the layer computes with.
 
     Args:
         weight_OI: As for ``quantize_weight``, and so are all other arguments.
-        scheme: Rounded to nearest.
+        scheme: Of the weight.
         tensor_amax: Largest magnitude of the whole tensor, where needed.
         importance: For the rule ``nats``.
+        feedback: For ``~gptq``.
         name: Of the tensor, for messages.
 
     Returns:
@@ -173,7 +148,12 @@ def fake_quantize_weight(
         SchemeError: As ``quantize_weight``.
     """
     quantized = quantize_weight(
-        weight_OI, scheme, tensor_amax=tensor_amax, importance=importance, name=name
+        weight_OI,
+        scheme,
+        tensor_amax=tensor_amax,
+        importance=importance,
+        feedback=feedback,
+        name=name,
     )
     return dequantize_weight(quantized, scheme)
 
@@ -212,7 +192,6 @@ def _check(
     weight_OI: Tensor,
     scheme: TensorScheme,
     tensor_amax: float | Tensor | None,
-    importance: Tensor | None,
     *,
     name: str,
 ) -> tuple[int, int]:
@@ -221,24 +200,29 @@ def _check(
             f"{name}: needed a floating-point matrix with at least one element, got "
             f"{weight_OI.dtype} of shape {list(weight_OI.shape)}. List the layer under `exclude`."
         )
-    if scheme.rounding != "nearest":
-        raise SchemeError(
-            f"{name}: rounding {scheme.rounding!r} needs calibration statistics; "
-            f"quantize_weight rounds to nearest."
-        )
     if scheme.needs_tensor_amax and tensor_amax is None:
         raise SchemeError(
             f"{name}: this scheme has a scale for the whole tensor, and needs `tensor_amax`, its "
             f"largest magnitude, before the first block of rows."
         )
-    if (scheme.scale_rule == "nats") != (importance is not None):
-        raise SchemeError(
-            f"{name}: scale rule 'nats', and no other, weighs errors by `importance`; got "
-            f"{'none' if importance is None else 'one'} with rule {scheme.scale_rule!r}. "
-            f"Run `mofq calibrate` first and give its folder to `measure --stats`."
-        )
     check_shared_scales(_shape(weight_OI), scheme, name=name)
     return tile_shape(_shape(weight_OI), scheme.granularity, name=name)
+
+
+def _check_statistics(
+    scheme: TensorScheme, importance: Tensor | None, feedback: Feedback | None, *, name: str
+) -> None:
+    needs_feedback = scheme.rounding == "gptq"
+    needs_importance = scheme.scale_rule == "nats" and not needs_feedback
+    if (needs_importance, needs_feedback) == (importance is not None, feedback is not None):
+        return
+    raise SchemeError(
+        f"{name}: the rule 'nats' weighs errors by `importance`; rounding by 'gptq' needs "
+        f"calibration statistics as `feedback`; no other scheme takes either. Got "
+        f"{'no' if importance is None else 'an'} importance and "
+        f"{'no' if feedback is None else 'a'} feedback with rule {scheme.scale_rule!r} and "
+        f"rounding {scheme.rounding!r}. Run `mofq calibrate` first and give its folder as --stats."
+    )
 
 
 def _finite(rows_OI: Tensor, start: int, *, name: str) -> Tensor:
