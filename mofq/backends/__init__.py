@@ -10,17 +10,19 @@ from mofq.exceptions import BackendError, nearest_name
 from mofq.recipe import Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.nn import Module
 
     from mofq.checkpoint.headers import Checkpoint
 
-#: Name -> module with ``apply(model, recipe, *, checkpoint=None, progress=None) -> model``.
+#: Name -> module with ``apply(model, recipe, *, checkpoint=None, fits=None, progress=None)``.
 APPLIERS: dict[str, str] = {
     "emulate": "mofq.backends.emulate",
     "torchao": "mofq.backends.torchao",
 }
 
-#: Name -> module and function ``(checkpoint, recipe, folder, *, engine, validation, progress)``.
+#: Name -> module and function ``(checkpoint, recipe, folder, *, engine, stats, validation, …)``.
 EXPORTERS: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("mofq.backends.compressed_tensors", "export_compressed_tensors"),
 }
@@ -41,6 +43,7 @@ def apply_recipe(
     backend: str = "emulate",
     *,
     checkpoint: Checkpoint | None = None,
+    stats: str | Path | None = None,
     emulate: Collection[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Module:
@@ -51,6 +54,8 @@ def apply_recipe(
         recipe: Of that model.
         backend: A key of ``APPLIERS``.
         checkpoint: The model's own, where the backend should read weights from it.
+        stats: The folder from `mofq calibrate` that the recipe rests on; needed where a
+            scheme is fitted to it (``@nats``, ``~gptq``).
         emulate: Names of layers, or patterns such as ``*``, that the backend
             ``torchao`` emulates where it has no kernel; the backend ``emulate``
             emulates every layer.
@@ -62,13 +67,20 @@ def apply_recipe(
     Raises:
         BackendError: No backend has that name, or it cannot apply a scheme, or has no
             kernel for a layer, which the message names.
-        RecipeError: The recipe is not for this model.
+        RecipeError: The recipe is not for this model, or rests on other statistics.
+        StatsError: A scheme is fitted to statistics, and there are none.
     """
     if backend not in APPLIERS:
         raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
     apply = import_module(APPLIERS[backend]).apply
     options = {} if backend == "emulate" else {"emulate": emulate}
-    applied: Module = apply(model, recipe, checkpoint=checkpoint, progress=progress, **options)
+    from mofq.backends.fitted import open_fits
+
+    index_sha256 = None if checkpoint is None else checkpoint.index_sha256
+    with open_fits(recipe, stats, index_sha256=index_sha256) as fits:
+        applied: Module = apply(
+            model, recipe, checkpoint=checkpoint, fits=fits, progress=progress, **options
+        )
     return applied
 
 

@@ -7,6 +7,7 @@ their way into a layer. Arithmetic stays in the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mofq.backends.fitted import check_fits
 from mofq.backends.moe import FakeQuantExperts
 from mofq.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.checkpoint.tensors import TORCH_DTYPES, read_layer_rows
 from mofq.exceptions import BackendError, RecipeError
+from mofq.fits import Fits, fit_arguments
 from mofq.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.recipe import Recipe, check_recipe, check_weights
@@ -33,6 +36,7 @@ def apply(
     recipe: Recipe,
     *,
     checkpoint: Checkpoint | None = None,
+    fits: Fits | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Emulate a recipe, in place.
@@ -44,6 +48,7 @@ def apply(
         checkpoint: Where the weights to quantize are read; by default they are
             the model's own, which are the same where its dtype holds the
             checkpoint's.
+        fits: Of the recipe's own stats, from ``open_fits``; where a scheme is fitted.
         progress: Called with ``"emulate"``, fusion groups done, and all of them.
 
     Returns:
@@ -55,11 +60,19 @@ def apply(
         RecipeError: The recipe does not cover the model, splits a fusion group,
             belongs to another checkpoint, gives a layer a scheme that its shape
             does not take, or lacks a static scale.
-        SchemeError: A weight is not finite, or its rounding needs calibration.
+        SchemeError: A weight is not finite.
+        StatsError: A scheme is fitted to statistics, and there are none.
         BackendError: A layer is quantized already.
         CheckpointError: The model's family is unknown.
     """
-    return apply_groups(model, recipe, apply_group, checkpoint=checkpoint, progress=progress)
+    return apply_groups(
+        model,
+        recipe,
+        partial(apply_group, fits=fits),
+        check=partial(check_fits, fits),
+        checkpoint=checkpoint,
+        progress=progress,
+    )
 
 
 def apply_groups(
@@ -244,6 +257,7 @@ def apply_group(
     *,
     sources: Mapping[str, Tensor],
     recipe: Recipe,
+    fits: Fits | None = None,
 ) -> None:
     """Emulate the scheme of one fusion group.
 
@@ -253,6 +267,7 @@ def apply_group(
         scheme: Not the unquantized one.
         sources: Layer name -> the weight to quantize, [out_features, in_features].
         recipe: Has the static scales, where the scheme needs them.
+        fits: As for ``apply``.
     """
     # Before anything is rounded: experts are rounded in place, where the source lies.
     amax = None
@@ -269,6 +284,7 @@ def apply_group(
                 scheme.weight,
                 tensor_amax=None if amax is None else amax[layer.name],
                 name=layer.name,
+                **fit_arguments(fits, layer, scheme.weight),
             )
         if layer.expert is not None:
             loaded_weight(model, layer).copy_(weight_OI)

@@ -8,7 +8,7 @@ says of itself is trusted but the rounding of inputs, whose scheme is compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from mofq.backends.moe import FakeQuantExperts
 from mofq.backends.torchao import TorchaoLinear, weight_deviation
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows, read_tensor
+from mofq.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.layers import (
     FUSION_RULES,
     FusionGroup,
@@ -57,6 +58,7 @@ class _Expected:
     scheme: Scheme
     tensor_amax: float | None  #: of the weights that share a global scale
     static_amax: float | None  #: of the inputs
+    fit: FitArguments = field(default_factory=NO_ARGUMENTS.copy)
 
 
 def find_deviations(
@@ -64,6 +66,7 @@ def find_deviations(
     recipe: Recipe,
     *,
     checkpoint: Checkpoint,
+    fits: Fits | None = None,
     progress: Progress | None = None,
 ) -> tuple[Deviation, ...]:
     """Compare every layer of a model with what a recipe makes of the original weights.
@@ -76,6 +79,7 @@ def find_deviations(
         model: To which the recipe was applied.
         recipe: For the checkpoint.
         checkpoint: The original.
+        fits: Of the recipe's own stats; where a scheme is fitted.
         progress: Called with ``"enforce"``, fusion groups done, and all of them.
 
     Returns:
@@ -93,7 +97,7 @@ def find_deviations(
     for done, group in enumerate(layers.groups):
         if progress is not None:
             progress("enforce", done, total)
-        for expected in _expect_group(group, recipe, checkpoint):
+        for expected in _expect_group(group, recipe, checkpoint, fits):
             found += _check_layer(model, expected, checkpoint, layers.architecture)
     if progress is not None:
         progress("enforce", total - 1, total)
@@ -107,7 +111,7 @@ def find_deviations(
 
 
 def _expect_group(
-    group: FusionGroup, recipe: Recipe, checkpoint: Checkpoint
+    group: FusionGroup, recipe: Recipe, checkpoint: Checkpoint, fits: Fits | None
 ) -> Iterator[_Expected]:
     scheme = parse_scheme(recipe.schemes[group.layers[0].name])
     inputs = static_amax(group, scheme, recipe)
@@ -121,6 +125,7 @@ def _expect_group(
             scheme,
             tensor_amax=None if weights is None else weights[layer.name],
             static_amax=None if inputs is None else inputs[layer.name],
+            fit=fit_arguments(fits, layer, scheme.weight),
         )
 
 
@@ -207,6 +212,7 @@ def _torchao_deviation(
         group=expected.group,
         tensor_amax=expected.tensor_amax,
         static_amax=expected.static_amax,
+        fit=expected.fit,
         name=layer.name,
     )
 
@@ -225,7 +231,11 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
         needed = source
         if scheme.weight is not None:
             needed = fake_quantize_weight(
-                source, scheme.weight, tensor_amax=expected.tensor_amax, name=layer.name
+                source,
+                scheme.weight,
+                tensor_amax=expected.tensor_amax,
+                name=layer.name,
+                **expected.fit,
             )
         found = weight_OI[start:stop].cpu()
         differs = _bits_differ(found, needed)

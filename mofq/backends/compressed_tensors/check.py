@@ -14,13 +14,16 @@ from mofq.backends.compressed_tensors.plan import ExportPlan, encoded_parts, pla
 from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
 from mofq.checkpoint.tensors import read_rows
 from mofq.exceptions import EnforcementError
+from mofq.fits import Fits
 from mofq.recipe import Recipe
 
 _COPY_BYTES = 16 * 2**20
 _REMEDY = "The folder is not what the recipe says; export it again."
 
 
-def check_compressed_tensors(checkpoint: Checkpoint, recipe: Recipe, folder: str | Path) -> None:
+def check_compressed_tensors(
+    checkpoint: Checkpoint, recipe: Recipe, folder: str | Path, *, fits: Fits | None = None
+) -> None:
     """Compare an exported folder with the original weights and the recipe.
 
     Every code, scale, zero point and shape is made again from the original
@@ -31,6 +34,7 @@ def check_compressed_tensors(checkpoint: Checkpoint, recipe: Recipe, folder: str
         checkpoint: The original model.
         recipe: That the folder is said to follow.
         folder: The exported checkpoint.
+        fits: Of the recipe's own stats; where a scheme is fitted.
 
     Raises:
         EnforcementError: The first deviation, with layer, tensor and row.
@@ -41,7 +45,7 @@ def check_compressed_tensors(checkpoint: Checkpoint, recipe: Recipe, folder: str
     _check_config(plan, exported)
     _check_names(plan, exported)
     for planned in plan.quantized:
-        for layer, word, first_row, rows in encoded_parts(checkpoint, planned):
+        for layer, word, first_row, rows in encoded_parts(checkpoint, planned, fits=fits):
             info = exported.tensors[f"{layer.name}.{word}"]
             _check_rows(info, first_row, rows, f"{layer.name} in {planned.scheme.name}")
     for name, info in checkpoint.tensors.items():

@@ -11,10 +11,12 @@ from pathlib import Path
 from mofq.backends.compressed_tensors.config import quantization_config
 from mofq.backends.compressed_tensors.folder import copy_other_files, model_card
 from mofq.backends.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.checkpoint.writer import ShardWriter
 from mofq.engines import find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
+from mofq.fits import Fits
 from mofq.held import hold_new_folder
 from mofq.recipe import Recipe, write_recipe
 
@@ -46,6 +48,7 @@ def export_compressed_tensors(
     out_folder: str | Path,
     *,
     engine: str | None = None,
+    stats: str | Path | None = None,
     shard_bytes: int = 5_000_000_000,
     validation: str = "",
     progress: Progress | None = None,
@@ -60,6 +63,7 @@ def export_compressed_tensors(
         recipe: Of that model.
         out_folder: A folder that does not exist yet, or is empty.
         engine: Refuse what this engine cannot serve as it was measured.
+        stats: The folder that the recipe rests on; needed where a scheme is fitted to it.
         shard_bytes: Largest amount of data in one file [bytes].
         validation: What is known of the recipe's accuracy, for the model card, Markdown.
         progress: Called with ``"export"``, fusion groups done, and all of them.
@@ -74,6 +78,7 @@ def export_compressed_tensors(
         EngineError: No engine has that name.
         RecipeError: The recipe is not for this model.
         SchemeError: A weight is not finite.
+        StatsError: A scheme is fitted to statistics, and there are none, or others.
     """
     plan = plan_export(checkpoint, recipe)
     if engine is not None:
@@ -82,8 +87,11 @@ def export_compressed_tensors(
     _check_target(target)
     command = serve_command(plan, target, engine=engine)
     card = model_card(plan, recipe, target.name, command, validation)
-    with _export_folder(target) as folder:
-        _write_weights(plan, folder, shard_bytes, progress)
+    with (
+        open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
+        _export_folder(target) as folder,
+    ):
+        _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
         config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
         if config["quantization_config"] is None:
@@ -164,11 +172,16 @@ def _export_folder(target: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    plan: ExportPlan, folder: Path, shard_bytes: int, progress: Progress | None
+    plan: ExportPlan,
+    folder: Path,
+    shard_bytes: int,
+    *,
+    fits: Fits | None,
+    progress: Progress | None,
 ) -> None:
     with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
         for done, planned in enumerate(plan.quantized, start=1):
-            for layer, word, _, rows in encoded_parts(plan.checkpoint, planned):
+            for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
                 writer.add_rows(f"{layer.name}.{word}", rows)
             if progress is not None:
                 progress("export", done, len(plan.quantized))

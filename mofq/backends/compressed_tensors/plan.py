@@ -19,6 +19,7 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.checkpoint.writer import PlannedTensor
 from mofq.exceptions import BackendError
+from mofq.fits import FitArguments, Fits, fit_arguments
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.quantize.weights import quantize_weight
 from mofq.recipe import Recipe, check_recipe, check_weights
@@ -136,13 +137,14 @@ def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGr
 
 
 def encoded_parts(
-    checkpoint: Checkpoint, planned: PlannedGroup
+    checkpoint: Checkpoint, planned: PlannedGroup, *, fits: Fits | None = None
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
     """The stored tensors of a fusion group, block of rows by block of rows.
 
     Args:
         checkpoint: The original model.
         planned: The group.
+        fits: Of the recipe's own stats; where the scheme is fitted.
 
     Yields:
         Layer, last word of the tensor's name, first row in that tensor, rows. The
@@ -150,14 +152,21 @@ def encoded_parts(
 
     Raises:
         SchemeError: A weight is not finite; the message names the layer.
+        StatsError: The scheme is fitted to statistics, and there are none.
     """
     amax = _shared_amax(checkpoint, planned)
     for layer in planned.group.layers:
-        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.shares_scale))
+        fit = fit_arguments(fits, layer, planned.scheme.weight)
+        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.shares_scale), fit=fit)
 
 
 def _encoded_layer(
-    checkpoint: Checkpoint, planned: PlannedGroup, layer: LinearLayer, amax: Tensor | None
+    checkpoint: Checkpoint,
+    planned: PlannedGroup,
+    layer: LinearLayer,
+    amax: Tensor | None,
+    *,
+    fit: FitArguments,
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
     weight = planned.scheme.weight
     assert weight is not None
@@ -165,7 +174,7 @@ def _encoded_layer(
     done: dict[str, int] = {}
     for start, stop in _blocks(layer, weight.granularity.rows):
         rows_OI = read_layer_rows(checkpoint, layer, start, stop)
-        quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name)
+        quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name, **fit)
         if quantized.zero_point is not None:
             zero_points.append(quantized.zero_point)
         for word, part in encode_rows(quantized, planned.scheme).items():

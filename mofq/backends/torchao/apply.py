@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.backends import emulate as emulation
+from mofq.backends.fitted import check_fits
 from mofq.backends.torchao.linear import TorchaoLinear
 from mofq.backends.torchao.weights import Target, make_weight
 from mofq.checkpoint.headers import Checkpoint
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.exceptions import BackendError
+from mofq.fits import Fits, fit_arguments
 from mofq.layers import FusionGroup
 from mofq.quantize import quantize_weight
 from mofq.recipe import Recipe
@@ -29,6 +31,7 @@ def apply(
     recipe: Recipe,
     *,
     checkpoint: Checkpoint | None = None,
+    fits: Fits | None = None,
     progress: Progress | None = None,
     emulate: Collection[str] = (),
 ) -> PreTrainedModel:
@@ -40,6 +43,7 @@ def apply(
         recipe: Covers every linear layer of the model.
         checkpoint: Where the weights to quantize are read; by default they are the
             model's own.
+        fits: Of the recipe's own stats; where a scheme is fitted.
         progress: Called with ``"torchao"``, fusion groups done, and all of them.
         emulate: Names of layers, or patterns such as ``*.down_proj`` or ``*``, that are
             emulated where no kernel fits them.
@@ -51,15 +55,16 @@ def apply(
         BackendError: TorchAO is not installed, or no kernel fits a layer, which the
             message names with the reason; or a layer is quantized already.
         RecipeError: As ``mofq.backends.emulate.apply``.
-        SchemeError: A weight is not finite, or its rounding needs calibration.
+        SchemeError: A weight is not finite.
+        StatsError: A scheme is fitted to statistics, and there are none.
     """
     _require_torchao()
     engine = device_engine(model.device)
     return emulation.apply_groups(
         model,
         recipe,
-        partial(_apply_group, engine=engine),
-        check=partial(_check_group, model, engine=engine, emulate=emulate),
+        partial(_apply_group, engine=engine, fits=fits),
+        check=partial(_check_group, model, engine=engine, fits=fits, emulate=emulate),
         checkpoint=checkpoint,
         progress=progress,
         stage="torchao",
@@ -139,8 +144,10 @@ def _check_group(
     scheme: Scheme,
     *,
     engine: Engine,
+    fits: Fits | None,
     emulate: Collection[str],
 ) -> None:
+    check_fits(fits, group, scheme)
     reason = kernel_refusal(scheme, group, engine=engine, dtype=_dtype(model, group))
     if reason is None:
         return
@@ -160,10 +167,11 @@ def _apply_group(
     sources: Mapping[str, Tensor],
     recipe: Recipe,
     engine: Engine,
+    fits: Fits | None,
 ) -> None:
     dtype = _dtype(model, group)
     if kernel_refusal(scheme, group, engine=engine, dtype=dtype) is not None:
-        emulation.apply_group(model, group, scheme, sources=sources, recipe=recipe)
+        emulation.apply_group(model, group, scheme, sources=sources, recipe=recipe, fits=fits)
         return
     weight = scheme.weight
     assert weight is not None
@@ -181,6 +189,7 @@ def _apply_group(
             weight,
             tensor_amax=None if amax is None else amax[layer.name],
             name=layer.name,
+            **fit_arguments(fits, layer, weight),
         )
         target = make_target(scheme, group, engine=engine, dtype=dtype, static_amax=static)
         made = make_weight(quantized, scheme, target)

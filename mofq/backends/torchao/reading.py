@@ -12,6 +12,7 @@ from mofq.backends.torchao.apply import device_engine, kernel_refusal, make_targ
 from mofq.backends.torchao.linear import TorchaoLinear
 from mofq.backends.torchao.weights import make_weight
 from mofq.layers import FusionGroup
+from mofq.fits import FitArguments
 from mofq.quantize import dequantize_weight, quantize_weight
 from mofq.schemes import Scheme
 
@@ -26,6 +27,7 @@ def weight_deviation(
     group: FusionGroup,
     tensor_amax: float | None,
     static_amax: float | None,
+    fit: FitArguments,
     name: str,
 ) -> str | None:
     """How a layer's weight differs from the scheme's, if it does.
@@ -42,6 +44,7 @@ def weight_deviation(
         group: The layer's fusion group.
         tensor_amax: Of the weights that share a global scale, where the scheme has one.
         static_amax: Largest magnitude of the inputs, where the scheme has static ones.
+        fit: What the scheme is fitted to, where it is.
         name: Of the layer.
 
     Returns:
@@ -53,7 +56,7 @@ def weight_deviation(
     engine = device_engine(found.device)
     if reason := kernel_refusal(scheme, group, engine=engine, dtype=found.dtype):
         return f"needed scheme {scheme.name!r} emulated ({reason}), found {type(found).__name__}"
-    quantized = quantize_weight(source_OI, weight, tensor_amax=tensor_amax, name=name)
+    quantized = quantize_weight(source_OI, weight, tensor_amax=tensor_amax, name=name, **fit)
     target = make_target(scheme, group, engine=engine, dtype=found.dtype, static_amax=static_amax)
     needed: Any = make_weight(quantized, scheme, target)
     if type(found) is not type(needed):

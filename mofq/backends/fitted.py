@@ -1,0 +1,74 @@
+"""Opens the statistics that a recipe's schemes are fitted to, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mofq.calibration.stats import read_stats, verify_sequences
+from mofq.exceptions import RecipeError, StatsError
+from mofq.fits import Fits, needs_stats
+from mofq.layers import FusionGroup
+from mofq.recipe import Recipe
+from mofq.schemes import Scheme, parse_scheme
+
+
+@contextmanager
+def open_fits(
+    recipe: Recipe, stats: str | Path | None, *, index_sha256: str | None = None
+) -> Iterator[Fits | None]:
+    """Open what a recipe's schemes are fitted to.
+
+    Args:
+        recipe: Any.
+        stats: The folder from `mofq calibrate`; it may be None, and is not looked at, where
+            no scheme is fitted.
+        index_sha256: Of the checkpoint that the recipe is applied to.
+
+    Yields:
+        For ``fits`` of whatever applies or checks the recipe; None where it needs none.
+
+    Raises:
+        StatsError: There is no folder where one is needed, it is of another model, or it
+            changed since it was written.
+        RecipeError: The recipe rests on other statistics.
+    """
+    fitted = next((group for group in recipe.groups if _is_fitted(group.scheme)), None)
+    if fitted is None:
+        yield None
+        return
+    if stats is None:
+        raise needs_stats(fitted.layers[0])
+    opened = read_stats(stats)
+    recorded = recipe.made_by.get("stats_sha256")
+    if recorded is not None and not opened.sha256.startswith(str(recorded)):
+        raise RecipeError(
+            f"{stats}: the recipe of {recipe.model_name} is fitted to stats_sha256 "
+            f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would be "
+            f"others than those that were measured; give the folder that was measured with."
+        )
+    if index_sha256 is not None and opened.plan.index_sha256 != index_sha256:
+        raise StatsError(
+            f"{stats}: calibrated on {opened.plan.model_name} "
+            f"({opened.plan.index_sha256[:8]}), but the model is {recipe.model_name} "
+            f"({index_sha256[:8]}). Calibrate this model."
+        )
+    verify_sequences(opened)
+    with Fits(opened) as fits:
+        yield fits
+
+
+def check_fits(fits: Fits | None, group: FusionGroup, scheme: Scheme) -> None:
+    """Refuse a fitted scheme without statistics, before anything is applied.
+
+    Raises:
+        StatsError: As said.
+    """
+    if fits is None and _is_fitted(scheme.name):
+        raise needs_stats(group.layers[0].name)
+
+
+def _is_fitted(scheme_name: str) -> bool:
+    weight = parse_scheme(scheme_name).weight
+    return weight is not None and weight.is_fitted
