@@ -17,6 +17,7 @@ from mofq.cli.arguments import (
     Model,
     Sequences,
     Space,
+    Stats,
     Workload,
 )
 
@@ -173,6 +174,7 @@ def search(
     ] = 4096,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     device: Device = "cpu",
+    stats: Stats = None,
     trials: Annotated[int, typer.Option(help="Of optuna; earlier ones count.", min=1)] = 60,
     storage: Annotated[
         str | None,
@@ -210,6 +212,7 @@ def search(
             tokens=tokens,
             sequence_length=sequence_length,
             device=device,
+            stats=stats,
             trials=trials,
             storage=storage,
             workers=workers,
@@ -233,6 +236,7 @@ def validate(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
+    stats: Stats = None,
     backend: Annotated[str, typer.Option(help="What applies the recipe: emulate or torchao.")] = (
         "emulate"
     ),
@@ -263,6 +267,7 @@ def validate(
         sequence_length=sequence_length,
         dtype=dtype,
         device=device,
+        stats=stats,
         backend=backend,
         emulated=tuple(emulate or ()),
         tasks=tuple(tasks or ()),
@@ -282,12 +287,13 @@ def export(
     engine: Annotated[
         str | None, typer.Option(help="Refuse what it cannot serve; the recipe's by default.")
     ] = None,
+    stats: Stats = None,
     json: Json = False,
 ) -> None:
     """Write a quantized checkpoint that a serving engine loads."""
     from mofq.cli.export import run_export
 
-    run_export(model, recipe, to=to, output=output, engine=engine, as_json=json)
+    run_export(model, recipe, to=to, output=output, engine=engine, stats=stats, as_json=json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mofq.cli.arguments import Engine, Json, Model
+from mofq.cli.arguments import Engine, Json, Model, Stats
 
 reading = typer.Typer(rich_markup_mode=None)
 recipe = typer.Typer(
@@ -177,12 +177,13 @@ def uniform(
     model: Model,
     scheme: Annotated[str, typer.Argument(help="For every linear layer, e.g. int4.g32@mse.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe, recipe.yaml.")],
+    stats: Stats = None,
     json: Json = False,
 ) -> None:
     """One scheme for every linear layer of a model."""
     from mofq.cli.lists import run_uniform
 
-    run_uniform(model, scheme, output, as_json=json)
+    run_uniform(model, scheme, output, stats=stats, as_json=json)
 
 
 @recipe.command(name="from")

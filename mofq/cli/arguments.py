@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,10 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hu
 Space = Annotated[str, typer.Option(help="A search space: a name of `mofq spaces`, or a file.")]
 Engine = Annotated[str | None, typer.Option(help="A serving engine, of `mofq engines`.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1 …")]
+Stats = Annotated[
+    Path | None,
+    typer.Option(help="From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq)."),
+]
 MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
 DeviceModel = Annotated[
     str | None,

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def run_export(
-    model: str, recipe: Path, *, to: str, output: Path, engine: str | None, as_json: bool = False
+    model: str,
+    recipe: Path,
+    *,
+    to: str,
+    output: Path,
+    engine: str | None,
+    stats: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Write a checkpoint and say how it is served, or another tool's recipe."""
     from mofq.backends import RECIPE_EXPORTERS
@@ -28,7 +35,7 @@ def run_export(
         _export_file(model, loaded, to=to, output=output, as_json=as_json)
         return
     engine = engine or recipe_engine(loaded, to)
-    done = export_recipe(model, loaded, to=to, output=output, engine=engine)
+    done = export_recipe(model, loaded, to=to, output=output, engine=engine, stats=stats)
     seconds = monotonic() - start
     if as_json:
         print_json(
@@ -59,7 +66,14 @@ def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: 
 
 
 def export_recipe(
-    model: str, recipe: Recipe, *, to: str, output: Path, engine: str | None, validation: str = ""
+    model: str,
+    recipe: Recipe,
+    *,
+    to: str,
+    output: Path,
+    engine: str | None,
+    stats: Path | None = None,
+    validation: str = "",
 ) -> Export:
     """Export a recipe to a new folder; ``validation`` goes into its model card."""
     from mofq.backends import find_exporter
@@ -69,12 +83,20 @@ def export_recipe(
     checkpoint = open_checkpoint(model)
     with progress_bars() as bars:
         done: Export = exporter(
-            checkpoint, recipe, output, engine=engine, validation=validation, progress=bars.stage
+            checkpoint,
+            recipe,
+            output,
+            engine=engine,
+            stats=stats,
+            validation=validation,
+            progress=bars.stage,
         )
     return done
 
 
-def read_export(model: str, recipe: Recipe, *, folder: Path, engine: str) -> Export:
+def read_export(
+    model: str, recipe: Recipe, *, folder: Path, engine: str, stats: Path | None = None
+) -> Export:
     """What a former run exported, proved byte for byte.
 
     Raises:
@@ -83,10 +105,12 @@ def read_export(model: str, recipe: Recipe, *, folder: Path, engine: str) -> Exp
     from mofq.backends.compressed_tensors import Export, check_compressed_tensors
     from mofq.backends.compressed_tensors.export import serve_command
     from mofq.backends.compressed_tensors.plan import plan_export
+    from mofq.backends.fitted import open_fits
     from mofq.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    check_compressed_tensors(checkpoint, recipe, folder)
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        check_compressed_tensors(checkpoint, recipe, folder, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
     return Export(folder, plan.group_bytes, size, serve_command(plan, folder, engine=engine))

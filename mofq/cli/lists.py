@@ -80,13 +80,20 @@ def _readable(rule: Rule) -> str:
     return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
 
 
-def run_uniform(model: str, scheme: str, output: Path, *, as_json: bool) -> None:
+def run_uniform(
+    model: str, scheme: str, output: Path, *, stats: Path | None = None, as_json: bool
+) -> None:
     """Write a recipe of one scheme for every linear layer."""
     from mofq.decide import uniform_recipe
 
     check_output(output)
     checkpoint = open_checkpoint(model)
-    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme)
+    sha256 = None
+    if stats is not None:
+        from mofq.calibration.stats import read_stats
+
+        sha256 = read_stats(stats).sha256
+    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, stats_sha256=sha256)
     write_recipe(recipe, output)
     if as_json:
         print_json({"recipe": str(output), **recipe.result})

@@ -35,6 +35,7 @@ def search_measured(options: SearchOptions, table: Table, request: Request) -> D
             tokens=options.tokens,
             sequence_length=options.sequence_length,
             device=options.device,
+            stats=options.stats,
             progress=bars.stage,
         ) as objective,
     ):

@@ -48,6 +48,11 @@ class RunOptions:
     device: str = "cpu"
 
     @property
+    def stats(self) -> Path:
+        """Where the calibration goes."""
+        return self.output / "stats"
+
+    @property
     def table(self) -> Path:
         """Where the measurements go."""
         return self.output / "table.jsonl"
@@ -87,7 +92,7 @@ def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
             options.model,
             space=options.space,
             output=options.table,
-            stats=options.output / "stats",
+            stats=options.stats,
             engine=options.engine,
             device=options.device,
         )
@@ -207,7 +212,7 @@ def _calibrate(options: RunOptions) -> None:
         CalibrateOptions(
             model=options.model,
             corpora=options.corpora,
-            output=options.output / "stats",
+            output=options.stats,
             sequences=options.sequences,
             sequence_length=options.sequence_length,
             device=options.device,
@@ -281,6 +286,7 @@ def _validate(options: RunOptions, candidates: dict[str, Recipe]) -> dict[str, V
             tokens=options.tokens,
             sequence_length=options.sequence_length,
             device=options.device,
+            stats=options.stats,
             progress=bars.stage,
         )
     validations = dict(zip(candidates, done, strict=True))
@@ -326,13 +332,16 @@ def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Expo
     assert options.engine is not None
     folder = options.exported
     if folder.exists() and any(folder.iterdir()):
-        return read_export(options.model, recipe, folder=folder, engine=options.engine)
+        return read_export(
+            options.model, recipe, folder=folder, engine=options.engine, stats=options.stats
+        )
     return export_recipe(
         options.model,
         recipe,
         to=find_engine(options.engine).reads,
         output=folder,
         engine=options.engine,
+        stats=options.stats,
         validation=_card_text(validation),
     )
 

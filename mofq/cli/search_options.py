@@ -41,6 +41,7 @@ class SearchOptions:
     tokens: int = 4096
     sequence_length: int = 512
     device: str = "cpu"
+    stats: Path | None = None
     trials: int = 60
     storage: str | None = None
     workers: int = 1

@@ -28,6 +28,7 @@ def run_validate(
     device: str = "cpu",
     backend: str = "emulate",
     emulated: Sequence[str] = (),
+    stats: Path | None = None,
     tasks: Sequence[str] = (),
     task_folder: Path | None = None,
     task_limit: int | None = None,
@@ -43,7 +44,7 @@ def run_validate(
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     asked = _tasks(tasks, task_folder, task_limit)
     how: dict[str, Any] = {"tokens": tokens, "sequence_length": sequence_length, "dtype": dtype}
-    how |= {"device": device, "backend": backend, "emulated": emulated}
+    how |= {"device": device, "backend": backend, "emulated": emulated, "stats": stats}
     validations: dict[str, Validation] = {}
     for corpus in corpora:
         with progress_bars() as bars:

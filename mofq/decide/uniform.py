@@ -9,23 +9,30 @@ from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.sampled import hash_weights
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.decide.request import Request, request_problem
-from mofq.decide.result import predicted_figures, recipe_from_table, size_figures
+from mofq.decide.result import MadeBy, predicted_figures, recipe_from_table, size_figures
 from mofq.exceptions import SchemeError
 from mofq.layers import ModelLayers
 from mofq.recipe import Recipe, RecipeGroup
-from mofq.schemes import parse_scheme
+from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection, statistics_rejection
 from mofq.solvers import KL_UNIT, Problem, predict
 from mofq.table import Table
 
 
-def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str) -> Recipe:
+def uniform_recipe(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    scheme_name: str,
+    *,
+    stats_sha256: str | None = None,
+) -> Recipe:
     """One scheme for every linear layer, from headers alone.
 
     Args:
         checkpoint: The model.
         layers: Its layers.
-        scheme_name: A scheme that needs no calibration.
+        scheme_name: A scheme without static activations.
+        stats_sha256: Of the statistics that the scheme is fitted to, where it is.
 
     Returns:
         The recipe, without predictions.
@@ -35,7 +42,7 @@ def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str
     """
     scheme = parse_scheme(scheme_name)
     needs = statistics_rejection(scheme)
-    if needs is not None:
+    if needs is not None and (stats_sha256 is None or _is_static(scheme)):
         raise SchemeError(f"scheme {scheme.name!r}: {needs}; then `mofq search`.")
     reasons = [
         reason
@@ -49,6 +56,7 @@ def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str
             f"space with `mofq measure` and `mofq search`, which may mix."
         )
     size = sum(group_bytes(group, scheme) for group in layers.groups)
+    recorded = {} if stats_sha256 is None else {"stats_sha256": stats_sha256}
     return Recipe(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
@@ -58,13 +66,17 @@ def uniform_recipe(checkpoint: Checkpoint, layers: ModelLayers, scheme_name: str
             for group in layers.groups
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
-        made_by={"mofq": __version__, "solver": "uniform"},
+        made_by={"mofq": __version__, "solver": "uniform"} | recorded,
         result={
             "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
             "bytes": size,
             "checkpoint_bytes": size + layers.other_bytes,
         },
     )
+
+
+def _is_static(scheme: Scheme) -> bool:
+    return scheme.activation is not None and scheme.activation.needs_tensor_amax
 
 
 def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
@@ -80,6 +92,9 @@ def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
     """
     problem = request_problem(table, request)
     recipes = {}
+    made_by: MadeBy = {"mofq": __version__, "solver": "uniform", "table_sha256": table.sha256}
+    if table.header.stats is not None:
+        made_by["stats_sha256"] = table.header.stats.sha256
     for name in dict.fromkeys(problem.schemes):
         choice_F = _uniform_choice(problem, name)
         if choice_F is not None:
@@ -89,7 +104,7 @@ def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),
-                made_by={"mofq": __version__, "solver": "uniform", "table_sha256": table.sha256},
+                made_by=made_by,
                 budget={},
                 result=result,
             )

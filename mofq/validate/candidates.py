@@ -15,6 +15,7 @@ from mofq.backends.compressed_tensors import (
     load_compressed_tensors,
     recipe_from_compressed_tensors,
 )
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
@@ -41,6 +42,7 @@ class Candidate:
     is_foreign: bool = False  #: quantized by another tool, whose codes are as they are
     backend: str = "emulate"  #: that applies the recipe
     emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
+    stats: str | Path | None = None  #: that fitted schemes rest on
 
 
 def open_candidate(
@@ -49,6 +51,7 @@ def open_candidate(
     *,
     backend: str = "emulate",
     emulated: Collection[str] = (),
+    stats: str | Path | None = None,
 ) -> Candidate:
     """Read a candidate and check all that can be checked before a model runs.
 
@@ -58,6 +61,7 @@ def open_candidate(
         checkpoint: The original.
         backend: That will apply the recipe, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
+        stats: The folder that the recipe rests on, where a scheme is fitted to it.
 
     Returns:
         The candidate.
@@ -68,11 +72,18 @@ def open_candidate(
             recipe makes of the original.
         BackendError: A quantized folder is of a format that cannot be read.
         CheckpointError: The folder holds no model.
+        StatsError: A scheme is fitted to statistics, and there are none, or others.
     """
     if backend not in APPLIERS:
         raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
     candidate = _open(source, checkpoint)
-    return replace(candidate, backend=backend, emulated=tuple(emulated))
+    if candidate.recipe is not None:
+        index_sha256 = checkpoint.index_sha256
+        with open_fits(candidate.recipe, stats, index_sha256=index_sha256) as fits:
+            if candidate.folder is not None and not candidate.is_foreign:
+                folder = candidate.folder.folder
+                check_compressed_tensors(checkpoint, candidate.recipe, folder, fits=fits)
+    return replace(candidate, backend=backend, emulated=tuple(emulated), stats=stats)
 
 
 def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
@@ -136,6 +147,7 @@ def load_candidate(
             candidate.recipe,
             candidate.backend,
             checkpoint=checkpoint,
+            stats=candidate.stats,
             emulate=candidate.emulated,
             progress=progress,
         )
@@ -163,7 +175,6 @@ def _open_exported(folder: Checkpoint, checkpoint: Checkpoint) -> Candidate:
     candidate = _open_recipe(
         recipe, checkpoint, source=str(folder.folder), text=path.read_text("utf-8")
     )
-    check_compressed_tensors(checkpoint, recipe, folder.folder)
     return replace(candidate, folder=folder)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor, nn
 
 from mofq.backends import emulate
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.corpora import Corpus, tokenize
 from mofq.exceptions import MofqError
+from mofq.fits import Fits
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import parse_scheme
@@ -45,6 +49,7 @@ class MeasuredKl:
         sequence_length: int = 512,
         dtype: str = "float32",
         device: str = "cpu",
+        stats: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         progress: Progress | None = None,
     ) -> None:
@@ -57,6 +62,7 @@ class MeasuredKl:
             sequence_length: Tokens of a window.
             dtype: Of the arithmetic.
             device: Where it runs.
+            stats: The folder that recipes with fitted schemes rest on.
             cache_bytes: Of quantized weights that are kept for when a scheme comes back.
             progress: Called with ``"original"``, windows done, and all of them.
 
@@ -74,6 +80,9 @@ class MeasuredKl:
             sequence_length=sequence_length,
             vocabulary_size=self._model.get_input_embeddings().weight.shape[0],
         )
+        self._stats = stats
+        self._fits: Fits | None = None  # opened for the first recipe that needs it
+        self._stack = ExitStack()
         self._cache: OrderedDict[tuple[str, _Choice], dict[str, nn.Module]] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._originals: dict[str, nn.Module] = {}
@@ -100,7 +109,8 @@ class MeasuredKl:
         self.close()
 
     def close(self) -> None:
-        """Drop the original's logits."""
+        """Drop the original's logits, and close the statistics."""
+        self._stack.close()
         self._logits.__exit__(None, None, None)
 
     @property
@@ -126,8 +136,12 @@ class MeasuredKl:
         Raises:
             RecipeError: The recipe does not fit the model; before anything is changed.
             SchemeError: A weight is not finite.
+            StatsError: A scheme is fitted to statistics, and there are none, or others.
             MofqError: The logits are not finite, or another recipe was begun.
         """
+        if self._fits is None:  # all recipes of a search rest on the same statistics
+            fits = open_fits(recipe, self._stats, index_sha256=self.checkpoint.index_sha256)
+            self._fits = self._stack.enter_context(fits)
         self._apply(recipe)
         self._evaluation += 1
         return self._run(self._evaluation)
@@ -197,7 +211,9 @@ class MeasuredKl:
             return
         sources = {layer.name: self._stored_weight(stored[layer.name]) for layer in group.layers}
         scheme = parse_scheme(choice[0])
-        emulate.apply_group(self._model, group, scheme, sources=sources, recipe=recipe)
+        emulate.apply_group(
+            self._model, group, scheme, sources=sources, recipe=recipe, fits=self._fits
+        )
         if all(layer.expert is None for layer in group.layers):
             paths = [emulate.module_path(layer) for layer in group.layers]
             self._cache[key] = {path: self._model.get_submodule(path) for path in paths}

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mofq
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.corpora import Corpus, tokenize
@@ -38,6 +39,7 @@ def validate(
     tasks: Tasks | None = None,
     backend: str = "emulate",
     emulated: Sequence[str] = (),
+    stats: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Validate one candidate; see ``validate_many``."""
@@ -52,6 +54,7 @@ def validate(
         tasks=tasks,
         backend=backend,
         emulated=emulated,
+        stats=stats,
         progress=progress,
     )
     return validation
@@ -69,6 +72,7 @@ def validate_many(
     tasks: Tasks | None = None,
     backend: str = "emulate",
     emulated: Sequence[str] = (),
+    stats: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Validation, ...]:
     """Validate quantized models against one run of the original.
@@ -87,6 +91,7 @@ def validate_many(
         tasks: That lm-eval scores both models by, besides the text.
         backend: That applies recipes, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
+        stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``) rest on.
         progress: Called with a stage, what is done of it, and all of it.
 
     Returns:
@@ -97,7 +102,7 @@ def validate_many(
     """
     checkpoint = open_checkpoint(model_source)
     opened = [
-        open_candidate(candidate, checkpoint, backend=backend, emulated=emulated)
+        open_candidate(candidate, checkpoint, backend=backend, emulated=emulated, stats=stats)
         for candidate in candidates
     ]
     runner = None if tasks is None else TaskRunner(tasks)
@@ -182,7 +187,10 @@ def _validate_one(
     enforced = None if candidate.is_foreign else recipe
     deviations: tuple[Deviation, ...] = ()
     if enforced is not None:
-        deviations = find_deviations(model, enforced, checkpoint=checkpoint, progress=progress)
+        with open_fits(enforced, candidate.stats, index_sha256=checkpoint.index_sha256) as fits:
+            deviations = find_deviations(
+                model, enforced, checkpoint=checkpoint, fits=fits, progress=progress
+            )
     scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()

@@ -11,8 +11,8 @@ from torch import Tensor
 from mofq.backends.torchao.apply import device_engine, kernel_refusal, make_target
 from mofq.backends.torchao.linear import TorchaoLinear
 from mofq.backends.torchao.weights import make_weight
-from mofq.layers import FusionGroup
 from mofq.fits import FitArguments
+from mofq.layers import FusionGroup
 from mofq.quantize import dequantize_weight, quantize_weight
 from mofq.schemes import Scheme
 
