@@ -42,19 +42,16 @@ def run_validate(
     _check(dtype, device)
     corpora = load_corpora(texts)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
-    asked = _tasks(tasks, task_folder, task_limit)
+    # Tasks have texts of their own, and are run with the first corpus.
+    left = [_tasks(tasks, task_folder, task_limit)]
     how: dict[str, Any] = {"tokens": tokens, "sequence_length": sequence_length, "dtype": dtype}
     how |= {"device": device, "backend": backend, "emulated": emulated, "stats": stats}
     validations: dict[str, Validation] = {}
     for corpus in corpora:
         with progress_bars() as bars:
+            first = left.pop() if left else None
             validations[corpus.name] = validate(
-                model,
-                recipe_or_folder,
-                corpus,
-                **how,
-                tasks=None if validations else asked,  # they have texts of their own
-                progress=bars.stage,
+                model, recipe_or_folder, corpus, tasks=first, progress=bars.stage, **how
             )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])

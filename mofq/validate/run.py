@@ -183,14 +183,7 @@ def _validate_one(
     model = load_candidate(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
-    # What another tool's codes should be is not known.
-    enforced = None if candidate.is_foreign else recipe
-    deviations: tuple[Deviation, ...] = ()
-    if enforced is not None:
-        with open_fits(enforced, candidate.stats, index_sha256=checkpoint.index_sha256) as fits:
-            deviations = find_deviations(
-                model, enforced, checkpoint=checkpoint, fits=fits, progress=progress
-            )
+    deviations = _enforce(model, candidate, checkpoint, progress=progress)
     scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()
@@ -210,13 +203,29 @@ def _validate_one(
         perplexity_original=agreement.perplexity_original,
         top1_agreement=agreement.top1_agreement,
         bits_per_weight=candidate.bits_per_weight,
-        enforced=None if enforced is None else not deviations,
-        deviations=deviations,
+        enforced=None if deviations is None else not deviations,
+        deviations=deviations or (),
         windows=agreement.windows,
         tasks=compare_tasks(task_scores, original.task_scores),
         seconds=monotonic() - start,
         seconds_original=original.seconds,
     )
+
+
+def _enforce(
+    model: PreTrainedModel,
+    candidate: Candidate,
+    checkpoint: Checkpoint,
+    *,
+    progress: Progress | None,
+) -> tuple[Deviation, ...] | None:
+    """How a model deviates from its recipe; None where there is nothing to enforce."""
+    recipe = candidate.recipe
+    # What another tool's codes should be is not known.
+    if recipe is None or candidate.is_foreign:
+        return None
+    with open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256) as fits:
+        return find_deviations(model, recipe, checkpoint=checkpoint, fits=fits, progress=progress)
 
 
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:

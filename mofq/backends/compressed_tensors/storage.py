@@ -63,6 +63,10 @@ def storage_of(scheme: Scheme, *, where: str) -> Storage:
     weight = scheme.weight
     if weight is None:
         raise _cannot(where, scheme, "weights must be quantized where activations are", "bf16")
+    if scheme.activation is not None and _has_own_rule(scheme.activation):
+        raise _cannot(
+            where, scheme, "engines round inputs by the plain rule alone", "plain activations"
+        )
     microscaling = _microscaling(scheme, weight, where)
     if microscaling is not None:
         return microscaling
