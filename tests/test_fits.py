@@ -169,7 +169,7 @@ def test_the_weight_error_is_that_of_what_is_shipped(
         )
         delta_OI = (quantized_OI - weight_OI).double()
         ratio_I = delta_OI.square().sum(0) / weight_OI.double().square().sum(0)
-        assert row.error == pytest.approx(float(ratio_I.mean()), rel=1e-9)
+        assert row.error == pytest.approx(float(ratio_I.mean()), rel=1e-5)
 
 
 def test_other_schemes_have_the_rows_that_they_have_alone(
@@ -203,7 +203,7 @@ def test_every_family_is_fitted_applied_and_enforced(
 
 def test_one_sequence_cannot_both_fit_and_judge(tiny_llama: Path, tmp_path: Path) -> None:
     stats = calibrate_folder(tiny_llama, tmp_path / "stats", {"a": some_tokens(1, 16)})
-    with pytest.raises(StatsError, match=r"corpus 'a' has 1\. Calibrate with --sequences 2"):
+    with pytest.raises(StatsError, match=r"corpus 'a' has 1\. Calibrate with more"):
         fill(tiny_llama, tmp_path / "table.jsonl", stats, "int4.g32", "int4.g32~gptq")
     fill(tiny_llama, tmp_path / "table.jsonl", stats, "int4.g32")
 
