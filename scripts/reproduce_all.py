@@ -1,0 +1,215 @@
+"""Every system alone and the search over all of them, at equal true bits, on one model.
+
+    python scripts/reproduce_all.py MODEL --stats STATS --text FILE --work FOLDER [--begun TABLE …]
+
+A system is a set of schemes and a rule to choose by: one scheme for all layers (the one of
+least predicted KL that keeps the budget), or a published mixture. The search may take any
+scheme of any of them for any layer, and minimises nats. All choose on the statistics of the
+calibration; the KL is measured on the text, which none of them has seen. Prints one Markdown
+table, KL in nats per token, the least of each column in bold, and one of what each recipe is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reproduction import (
+    Measured,
+    arguments,
+    measure_recipes,
+    print_markdown,
+    rows_by_scheme,
+    table_of,
+    with_error,
+)
+
+from mofq.decide import Request, decide
+from mofq.decide.result import recipe_from_table
+from mofq.exceptions import BudgetError, TableError
+from mofq.recipe import Recipe
+from mofq.schemes import parse_scheme
+from mofq.solvers import KL_UNIT, Budgets
+from mofq.solvers.from_table import TENSOR_MSE
+from mofq.table import Table
+
+SPACE = Path(__file__).with_name("reproduce_all.yaml")
+UNIFORM, SEARCH, GREEDY, TENSOR_GREEDY = "uniform", "search", "greedy", "greedy by tensor error"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A column: true bits, with room for the scales of a scheme per channel."""
+
+    label: str
+    max_bits: float
+    activations: bool = False  #: whether inputs have 8 bits too
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What one source offers, and how it chooses."""
+
+    name: str
+    schemes: str  #: regular expression, full match on a scheme's name
+    choice: str = UNIFORM
+
+
+BUDGETS = (
+    Budget("4.25", 4.27),
+    Budget("4.5", 4.52),
+    Budget("5", 5.02),
+    Budget("6", 6.12),
+    Budget("8", 8.12),
+    Budget("8+8", 8.12, activations=True),
+)
+_PLAIN = r"(channel|g\d+)"
+SYSTEMS = (
+    System("INT, rounding", rf"int\d\.{_PLAIN}(\+int8\.token)?"),
+    System("FP, rounding", rf"fp\d_e\dm\d\.{_PLAIN}(\+fp8_e4m3\.token)?"),
+    System(
+        "MoFQ, tensor error",
+        rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(\+(int8|fp8_e4m3)\.token)?",
+        TENSOR_GREEDY,
+    ),
+    System("MoFQ, nats", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(\+(int8|fp8_e4m3)\.token)?", GREEDY),
+    System("clipping", rf".*\.{_PLAIN}@(mse|fullrange)"),
+    System("OCP microscaling", r"mx(fp\d|int8)(_e\dm\d)?(\+mx.*)?"),
+    System("shared microexponents", r"mx[469](\+mx[469])?"),
+    System("NVFP4, four over six", r"nvfp4(@fouroversix)?"),
+    System("LLM.int8()", r"int8\.channel\+int8\.token\.out6"),
+    System("SwitchBack's pair", r"(int8|fp8_e4m3)\.tensor\+(int8|fp8_e4m3)\.token"),
+    System("GPTQ", r"int\d\..*~gptq(\+int8\.token)?"),
+    System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}~gptq(\+.*)?", GREEDY),
+    System("search over all", r".*", SEARCH),
+)
+
+
+def of_schemes(table: Table, pattern: str, *, activations: bool) -> Table:
+    """The table without all other schemes; where inputs are quantized, bf16 is another."""
+
+    def fits(name: str) -> bool:
+        if name == "bf16":
+            return pattern == r".*"
+        has_activation = parse_scheme(name).activation is not None
+        return has_activation == activations and re.fullmatch(pattern, name) is not None
+
+    rows = tuple(row for row in table.rows if fits(row.scheme))
+    return replace(table, rows=rows, spaces=())
+
+
+def uniform(table: Table, max_bits: float) -> Recipe | None:
+    """The scheme of least predicted KL; its group size may be smaller where it does not fit."""
+    corpus = next((c for unit, c in table.measures if unit == KL_UNIT), None)
+    by_group = rows_by_scheme(table, KL_UNIT, corpus)
+    weights = sum(group.weights for group in table.header.groups)
+    best: tuple[float, dict[str, str]] | None = None
+    for name in dict.fromkeys(row.scheme for row in table.rows):
+        chosen = {}
+        for group, rows in by_group.items():
+            found = next((one for one in _spellings(name) if one in rows), None)
+            if found is not None:
+                chosen[group] = found
+        if len(chosen) < len(by_group):
+            continue
+        size = sum(by_group[group][one].bytes for group, one in chosen.items())
+        error = sum(by_group[group][one].error for group, one in chosen.items())
+        if 8 * size / weights <= max_bits and (best is None or error < best[0]):
+            best = error, chosen
+    if best is None:
+        return None
+    return recipe_from_table(table, best[1], made_by={}, budget={}, result={})
+
+
+def _spellings(name: str) -> list[str]:
+    return [name, *(name.replace(".g128", f".g{size}", 1) for size in (64, 32) if ".g128" in name)]
+
+
+def choose(table: Table, system: System, budget: Budget) -> Recipe | None:
+    """The recipe of a system for a budget; None where it has none."""
+    own = of_schemes(table, system.schemes, activations=budget.activations)
+    if not own.rows:
+        return None
+    if system.choice == UNIFORM:
+        return uniform(own, budget.max_bits)
+    request = Request(
+        Budgets(max_bits=budget.max_bits),
+        solver="exact" if system.choice == SEARCH else "greedy",
+        unit=TENSOR_MSE if system.choice == TENSOR_GREEDY else KL_UNIT,
+        ties=False,
+    )
+    try:
+        return decide(own, request).recipe
+    except (BudgetError, TableError):
+        return None
+
+
+def print_results(recipes: Mapping[tuple[str, str], Recipe], done: Mapping[str, Measured]) -> None:
+    """The two tables."""
+    labels = [budget.label for budget in BUDGETS]
+    least = {
+        label: min(done[f"{s}, {b}"].kl for s, b in recipes if b == label)
+        for label in labels
+        if any(b == label for _, b in recipes)
+    }
+    costs, contents = [], []
+    for system in SYSTEMS:
+        row = [system.name]
+        for label in labels:
+            one = done.get(f"{system.name}, {label}")
+            if one is None:
+                row.append("–")
+                continue
+            shown = with_error(one.kl, one.kl_stderr)
+            row.append(f"**{shown}**" if one.kl == least[label] else shown)
+        costs.append(row)
+        for label in labels:
+            of = recipes.get((system.name, label))
+            if of is not None:
+                bits = done[f"{system.name}, {label}"].bits_per_weight
+                contents.append([system.name, label, f"{bits:.3f}", _content(of)])
+    print_markdown(["KL [nats/token] at bits", *labels], costs)
+    print_markdown(["system", "at", "bits/weight", "schemes: fusion groups"], contents)
+
+
+def _content(of: Recipe) -> str:
+    names = [group.scheme for group in of.groups]
+    counts = sorted({name: names.count(name) for name in names}.items(), key=lambda one: -one[1])
+    shown = [f"`{name}`: {count}" for name, count in counts[:4]]
+    return ", ".join(shown) + (f", {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure the table, choose, measure the recipes."""
+    options = arguments(
+        __doc__, given, ("--stats", "from `mofq calibrate`"), ("--text", "held-out text")
+    )
+    table = table_of(
+        options.model,
+        SPACE,
+        stats=options.stats,
+        path=options.work / "all.jsonl",
+        begun=options.begun,
+    )
+    recipes = {
+        (system.name, budget.label): found
+        for system in SYSTEMS
+        for budget in BUDGETS
+        if (found := choose(table, system, budget)) is not None
+    }
+    # The search first: should the time run out, the rest is what it is compared with.
+    order = sorted(recipes, key=lambda key: key[0] != SYSTEMS[-1].name)
+    done = measure_recipes(
+        options.model,
+        {f"{system}, {budget}": recipes[system, budget] for system, budget in order},
+        options.text,
+        cache=options.work / "measured.jsonl",
+        tokens=options.tokens,
+    )
+    print_results(recipes, done)
+
+
+if __name__ == "__main__":
+    main()
