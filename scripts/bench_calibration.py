@@ -23,6 +23,9 @@ from mofq.measure.run import measure
 from mofq.search_space import SearchSpace
 from mofq.table import Table, read_table
 
+#: Sequences of which one is kept.
+_CLUSTER = 4
+
 SPACE = Path(__file__).parent / "bench_space.yaml"
 
 
@@ -31,7 +34,7 @@ class CalibrationTime:
     """`calibrate` beside plain passes over the same tokens, turn by turn in one process."""
 
     sequences: int
-    calibrate_seconds: float
+    calibrate_seconds: float  #: of CPU time
     plain_seconds: float  #: forward, and backward to the embeddings; nothing is kept
     threads: int
     load: float  #: of the machine, at the end
@@ -60,7 +63,8 @@ def run_calibration(
     corpus: Corpus,
     *,
     folder: Path,
-    sequences: int = 8,
+    sequences: int = 32,
+    keep: int = 8,
     sequence_length: int = 512,
     draws: int = 1,
 ) -> Stats:
@@ -71,7 +75,7 @@ def run_calibration(
     return calibrate(
         load_model(checkpoint.folder),
         layers,
-        plan=_plan(checkpoint, corpus, windows_NT, draws),
+        plan=_plan(checkpoint, corpus, windows_NT, draws, keep),
         windows={corpus.name: windows_NT},
         folder=folder,
         progress=note,
@@ -85,7 +89,10 @@ def _windows(
     return spread_windows(corpus, tokenizer, sequences=sequences, sequence_length=sequence_length)
 
 
-def _plan(checkpoint: Checkpoint, corpus: Corpus, windows_NT: Tensor, draws: int) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, corpus: Corpus, windows_NT: Tensor, draws: int, keep: int
+) -> Plan:
+    kept = keep if keep < len(windows_NT) else None
     return Plan(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
@@ -93,7 +100,9 @@ def _plan(checkpoint: Checkpoint, corpus: Corpus, windows_NT: Tensor, draws: int
         sequence_length=windows_NT.shape[1],
         draws=draws,
         dtype="float32",
-        corpora=(CorpusPlan(corpus.name, corpus.source, corpus.sha256, sequences=len(windows_NT)),),
+        corpora=(
+            CorpusPlan(corpus.name, corpus.source, corpus.sha256, len(windows_NT), kept=kept),
+        ),
     )
 
 
@@ -142,26 +151,29 @@ def calibration_time(
     sequences: int,
     sequence_length: int,
 ) -> CalibrationTime:
-    """Time `calibrate` against plain passes: one sequence each, in turn.
+    """Time `calibrate` against plain passes: four sequences each, in turn.
 
-    Both run the same frozen model forward and back to its embeddings with sampled labels, so
-    the difference is what keeping inputs and gradients costs, writing and hashing included.
+    Both run the same frozen model forward and back to its embeddings, so the difference is
+    what gains, and keeping inputs and gradients of one sequence of the four, cost: writing
+    and hashing included.
     """
     windows_NT = _windows(checkpoint, corpus, sequences, sequence_length)
     model = load_model(checkpoint.folder)
     embeddings = model.get_input_embeddings()
     plain = calibrated = 0.0
-    for n, window_T in enumerate([windows_NT[0], *windows_NT]):
+    clusters = [windows_NT[n : n + _CLUSTER] for n in range(0, sequences, _CLUSTER)]
+    for n, cluster_NT in enumerate([windows_NT[:2], *clusters]):
         handle = embeddings.register_forward_hook(lambda _m, _i, y: y.requires_grad_(True))
-        start = monotonic()
-        run_sequence(model, window_T, [n])
-        middle = monotonic()
+        start = process_time()
+        for window_T in cluster_NT:
+            run_sequence(model, window_T, [n])
+        middle = process_time()
         handle.remove()
         with tempfile.TemporaryDirectory() as folder:
-            plan = _plan(checkpoint, corpus, window_T[None], draws=1)
-            windows = {corpus.name: window_T[None]}
+            plan = _plan(checkpoint, corpus, cluster_NT, draws=1, keep=1)
+            windows = {corpus.name: cluster_NT}
             calibrate(model, layers, plan=plan, windows=windows, folder=Path(folder))
-            end = monotonic()
+            end = process_time()
         if n > 0:  # the first is a warm-up
             plain += middle - start
             calibrated += end - middle

@@ -5,9 +5,10 @@
 Calibrates on one text (or takes --stats), measures a space of schemes from INT8 per channel
 to FP4 per channel, for weights, activations and both, and compares the predictions with the
 KL divergence really measured on another text: of random (fusion group, scheme) pairs, of
-uniform recipes, and of mixed ones. Prints how other scores rank the same pairs, and how long
-`calibrate` and `measure` take. Everything is kept in the folder --work: a second run
-continues, and computes nothing twice.
+uniform recipes, and of mixed ones. With --same-text also on windows of the calibration text
+that lie between the sequences of the calibration: the same kind of text, and none of it seen.
+Prints how other scores rank the same pairs, and how long `calibrate` and `measure` take.
+Everything is kept in the folder --work: a second run continues, and computes nothing twice.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ from bench_calibration import (
     note,
     run_calibration,
 )
-from bench_report import Result, report_lines, report_values
+from bench_report import ANOTHER, SAME, Result, report_lines, report_values
 from bench_versions import Pair, choose_pairs, mixed_recipes, uniform_recipes
-from kl_truth import Truths, Version, measure_truths, open_truths, text_windows
+from kl_truth import (
+    Truths,
+    Version,
+    measure_truths,
+    open_truths,
+    text_windows,
+    windows_between,
+)
 from prediction_scores import OtherScores, other_scores
 from torch import Tensor
 
 from mofq.calibration.stats import Stats, read_stats, write_json
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.checkpoint.model import load_tokenizer
-from mofq.corpora import load_text, spread_windows
+from mofq.corpora import load_text
 from mofq.layers import ModelLayers, find_layers
 from mofq.schemes import parse_scheme
 from mofq.search_space import load_search_space, offer_schemes
@@ -66,12 +73,13 @@ def main() -> None:
     path = options.work / "table.jsonl"
     table = fill_table(checkpoint, layers, space, stats=stats, path=path)
     recipes = [*uniform_recipes(table), *mixed_recipes(table, seed=options.seed)]
-    versions = [pair.version for pair in pairs]
-    same_NT = _calibration_windows(checkpoint, stats, options)
+    versions = [*(pair.version for pair in pairs), *(one.version for one in recipes)]
+    truths = {ANOTHER: measure_kl(windows_NT, versions)}
+    if options.same_text:
+        truths[SAME] = measure_kl(_windows_between(checkpoint, stats, options), versions)
     result = Result(
         table=table,
-        truths=measure_kl(windows_NT, [*versions, *(one.version for one in recipes)]),
-        calibration_truths=measure_kl(same_NT, versions) if options.same_text else None,
+        truths=truths,
         pairs=tuple(pairs),
         others=tuple(_score_otherwise(checkpoint, layers, stats, pairs, options.work)),
         recipes=tuple(recipes),
@@ -98,14 +106,13 @@ def _measure_kl(
     return truths
 
 
-def _calibration_windows(
-    checkpoint: Checkpoint, stats: Stats, options: argparse.Namespace
-) -> Tensor:
-    """The sequences that the stats were made from."""
-    return spread_windows(
+def _windows_between(checkpoint: Checkpoint, stats: Stats, options: argparse.Namespace) -> Tensor:
+    """Windows of the calibration text that the stats were not made from."""
+    return windows_between(
+        checkpoint,
         load_text(options.calibration),
-        load_tokenizer(checkpoint.folder),
         sequences=stats.plan.corpora[0].sequences,
+        windows=options.tokens // options.sequence_length,
         sequence_length=stats.plan.sequence_length,
     )
 
@@ -119,16 +126,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stats", type=Path, help="finished stats of the calibration text")
     parser.add_argument("--space", default=str(SPACE), help="search space to measure")
     parser.add_argument("--pairs", type=int, default=60, help="random (group, scheme) pairs")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text, in windows")
-    parser.add_argument("--sequences", type=int, default=8, help="to calibrate on")
-    parser.add_argument("--timed-sequences", type=int, default=3, help="to time calibration on")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text, in windows")
+    parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
+    parser.add_argument("--keep", type=int, default=8, help="of how many samples are kept")
+    parser.add_argument("--timed-sequences", type=int, default=4, help="to time calibration on")
     parser.add_argument("--sequence-length", type=int, default=512, help="of both")
     parser.add_argument("--seed", type=int, default=0, help="of pairs and random recipes")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-prediction"))
     parser.add_argument("--truth", type=Path, help="file of measured KL (default: in --work)")
     parser.add_argument("--pairs-only", action="store_true", help="only measure the pairs' KL")
     parser.add_argument(
-        "--same-text", action="store_true", help="measure the pairs on the calibration text too"
+        "--same-text",
+        action="store_true",
+        help="measure on the rest of the calibration text too",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser.parse_args()
@@ -144,6 +154,7 @@ def _stats(checkpoint: Checkpoint, layers: ModelLayers, options: argparse.Namesp
         load_text(options.calibration),
         folder=options.work / "stats",
         sequences=options.sequences,
+        keep=options.keep,
         sequence_length=options.sequence_length,
     )
 

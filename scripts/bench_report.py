@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from prediction_scores import Fit, OtherScores, fit, rank_correlation
 
 from mofq.table import Row, Table
 
+#: Which text was measured on.
+ANOTHER = "another text"
+SAME = "the calibration text, between the sequences of the calibration"
+
 #: Recipes that lose more than this are outside of what a second-order prediction promises.
 SMALL_KL = 0.1
 
@@ -23,8 +27,7 @@ class Result:
     """Everything that was predicted and measured."""
 
     table: Table
-    truths: Truths
-    calibration_truths: Truths | None  #: of the pairs, on the very sequences of the calibration
+    truths: Mapping[str, Truths]  #: text -> what was measured on it
     pairs: tuple[Pair, ...]
     others: tuple[OtherScores, ...]  #: of each pair
     recipes: tuple[PredictedRecipe, ...]
@@ -42,7 +45,6 @@ class PairResult:
     kind: str
     measured: float  #: nats per token
     measured_stderr: float
-    measured_on_calibration: float | None
     predicted: float
     predicted_stderr: float
     relative_weight_error: float
@@ -65,8 +67,8 @@ class RecipeResult:
     joint: float | None
 
 
-def pair_results(result: Result) -> list[PairResult]:
-    """Measured and predicted values of every pair."""
+def pair_results(result: Result, text: str) -> list[PairResult]:
+    """Measured and predicted values of every pair on one text."""
     corpus = next(c for unit, c in result.table.measures if unit == "kl_nats_per_token")
     rows: dict[tuple[str, str, str], Row] = {
         (row.group, row.scheme, row.unit): row
@@ -76,8 +78,7 @@ def pair_results(result: Result) -> list[PairResult]:
     results = []
     for pair, other in zip(result.pairs, result.others, strict=True):
         nats = rows[pair.group, pair.scheme, "kl_nats_per_token"]
-        measured, stderr = _mean(result.truths.of(pair.version))
-        same = result.calibration_truths
+        measured, stderr = _mean(result.truths[text].of(pair.version))
         results.append(
             PairResult(
                 pair.group,
@@ -85,7 +86,6 @@ def pair_results(result: Result) -> list[PairResult]:
                 pair.kind,
                 measured=measured,
                 measured_stderr=stderr,
-                measured_on_calibration=None if same is None else _mean(same.of(pair.version))[0],
                 predicted=nats.error,
                 predicted_stderr=nats.stderr or 0.0,
                 relative_weight_error=rows[pair.group, pair.scheme, "relative_weight_error"].error,
@@ -97,11 +97,11 @@ def pair_results(result: Result) -> list[PairResult]:
     return results
 
 
-def recipe_results(result: Result) -> list[RecipeResult]:
-    """Measured and predicted values of every recipe, the uniform ones first."""
+def recipe_results(result: Result, text: str) -> list[RecipeResult]:
+    """Measured and predicted values of every recipe on one text, the uniform ones first."""
     results = []
     for one in sorted(result.recipes, key=lambda one: not one.is_uniform):
-        measured, stderr = _mean(result.truths.of(one.version))
+        measured, stderr = _mean(result.truths[text].of(one.version))
         results.append(
             RecipeResult(
                 one.version.label,
@@ -142,17 +142,6 @@ def fits(pairs: Sequence[PairResult]) -> dict[str, Fit]:
     }
 
 
-def calibration_fits(pairs: Sequence[PairResult]) -> dict[str, Fit]:
-    """As `fits`, against what was measured on the calibration sequences; empty without."""
-    found = {}
-    for kind, some in _by_kind(pairs).items():
-        measured = [p.measured_on_calibration for p in some]
-        known = [value for value in measured if value is not None]
-        if len(some) == len(known) > 2:
-            found[kind] = fit([p.predicted for p in some], known)
-    return found
-
-
 def _by_kind(pairs: Sequence[PairResult]) -> dict[str, list[PairResult]]:
     return {"all": list(pairs)} | {k: [p for p in pairs if p.kind == k] for k in KINDS}
 
@@ -185,35 +174,45 @@ def recipe_fits(recipes: Sequence[RecipeResult]) -> dict[str, Fit]:
 
 def report_values(result: Result) -> dict[str, Any]:
     """Everything as JSON values."""
-    pairs, recipes = pair_results(result), recipe_results(result)
     time = result.measure_time
     return {
         "model": result.table.header.model_name,
-        "windows": len(result.truths.windows_NT),
-        "sequence_length": result.truths.windows_NT.shape[1],
-        "pairs": [asdict(one) for one in pairs],
-        "fits": {kind: asdict(one) for kind, one in fits(pairs).items()},
-        "calibration_fits": {k: asdict(one) for k, one in calibration_fits(pairs).items()},
-        "spearman": rankings(pairs),
-        "recipes": [asdict(one) for one in recipes],
-        "recipe_fits": {name: asdict(one) for name, one in recipe_fits(recipes).items()},
+        "texts": {text: _text_values(result, text) for text in result.truths},
         "calibration_time": asdict(result.calibration_time),
         "measure_time": None if time is None else asdict(time),
         "stats_bytes": result.stats_bytes,
     }
 
 
+def _text_values(result: Result, text: str) -> dict[str, Any]:
+    pairs, recipes = pair_results(result, text), recipe_results(result, text)
+    return {
+        "windows": len(result.truths[text].windows_NT),
+        "sequence_length": result.truths[text].windows_NT.shape[1],
+        "pairs": [asdict(one) for one in pairs],
+        "fits": {kind: asdict(one) for kind, one in fits(pairs).items()},
+        "spearman": rankings(pairs),
+        "recipes": [asdict(one) for one in recipes],
+        "recipe_fits": {name: asdict(one) for name, one in recipe_fits(recipes).items()},
+    }
+
+
 def report_lines(result: Result) -> list[str]:
     """Everything as Markdown."""
-    pairs, recipes = pair_results(result), recipe_results(result)
-    count, length = result.truths.windows_NT.shape
+    lines = [line for text in result.truths for line in _text_lines(result, text)]
+    return [*lines, *_time_lines(result)]
+
+
+def _text_lines(result: Result, text: str) -> list[str]:
+    pairs, recipes = pair_results(result, text), recipe_results(result, text)
+    count, length = result.truths[text].windows_NT.shape
     return [
-        f"## {len(pairs)} pairs of fusion group and scheme, measured on {count} windows of "
-        f"{length} tokens",
+        f"## Measured on {count} windows of {length} tokens of {text}",
+        "",
+        f"{len(pairs)} pairs of fusion group and scheme:",
         "",
         *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in fits(pairs).items()]),
         "",
-        *_calibration_lines(pairs),
         *markdown_table(
             ["Spearman with measured KL", "all", *KINDS],
             [
@@ -222,27 +221,13 @@ def report_lines(result: Result) -> list[str]:
             ],
         ),
         "",
-        "## Recipes for the whole model",
+        "Recipes for the whole model:",
         "",
         *markdown_table(_RECIPE_HEADS, [_recipe_row(one) for one in recipes]),
         "",
         f"Those with a measured KL below {SMALL_KL}:",
         "",
         *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in recipe_fits(recipes).items()]),
-        "",
-        *_time_lines(result),
-    ]
-
-
-def _calibration_lines(pairs: Sequence[PairResult]) -> list[str]:
-    found = calibration_fits(pairs)
-    if not found:
-        return []
-    return [
-        "The same predictions against the KL measured on the calibration sequences themselves, "
-        "so without the difference between texts:",
-        "",
-        *markdown_table(_FIT_HEADS, [_fit_row(k, f) for k, f in found.items()]),
         "",
     ]
 
@@ -280,7 +265,7 @@ def _time_lines(result: Result) -> list[str]:
     plain = result.calibration_time
     lines = [
         f"calibrate: {plain.calibrate_seconds / plain.plain_seconds:.2f} times the plain passes "
-        f"({plain.calibrate_seconds:.1f} s against {plain.plain_seconds:.1f} s for "
+        f"({plain.calibrate_seconds:.1f} s of CPU time against {plain.plain_seconds:.1f} s for "
         f"{plain.sequences} sequences, {plain.threads} threads, load {plain.load:.1f})"
     ]
     time = result.measure_time

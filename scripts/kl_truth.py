@@ -94,6 +94,28 @@ def text_windows(
     return spread_NT[spread_order(WINDOWS)[:windows]].contiguous()
 
 
+def windows_between(
+    checkpoint: Checkpoint, text: Corpus, *, sequences: int, windows: int, sequence_length: int
+) -> Tensor:
+    """Windows halfway between the sequences that a calibration on the same text takes.
+
+    Args:
+        checkpoint: The model.
+        text: That was calibrated on.
+        sequences: Of the calibration.
+        windows: How many, spread evenly over the gaps; the same for any one number.
+        sequence_length: Tokens of each, and of each sequence.
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    spacing = (len(ids) - sequence_length) / (sequences - 1)
+    if len(text.text) > 64 * sequences * sequence_length or spacing < 2 * sequence_length:
+        raise SystemExit("the text is too long or too short for windows between its sequences.")
+    gaps = [(2 * n + 1) * (sequences - 1) // (2 * windows) for n in range(windows)]
+    starts = [round((gap + 0.5) * spacing) for gap in gaps]
+    return torch.tensor([ids[start : start + sequence_length] for start in starts])
+
+
 def spread_order(count: int) -> list[int]:
     """An order of ``range(count)`` whose beginnings are spread evenly: its bits reversed.
 

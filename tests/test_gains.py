@@ -18,7 +18,7 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.exceptions import StatsError
 from mofq.layers import find_layers
-from mofq.measure.gains import SampleGains, corrected, projection_factor
+from mofq.measure.gains import SampleGains, corrected, not_negative, projection_factor
 from mofq.measure.run import measure
 from mofq.table import Table, read_table
 
@@ -147,6 +147,11 @@ def test_errors_are_moved_by_what_their_clusters_have_more() -> None:
     assert corrected(error_NS, None) is error_NS
     nothing = SampleGains(torch.zeros(2).double(), torch.ones(2).double())
     assert corrected(error_NS, nothing) is error_NS
+
+
+def test_no_sample_is_corrected_below_zero_and_the_mean_stays() -> None:
+    assert not_negative(torch.tensor([3.0, 0.0])).tolist() == [3.0, 0.0]
+    assert not_negative(torch.tensor([-1.0, 1.0, 3.0])).tolist() == [0.0, 1.0, 2.0]
 
 
 def table_of(folder: Path, stats: Stats, path: Path) -> Table:

@@ -93,6 +93,19 @@ def corrected(error_NS: Tensor, gains: SampleGains | None) -> Tensor:
     return error_NS + error_NS.mean(0) * change_N[:, None].to(error_NS.device)
 
 
+def not_negative(error_N: Tensor) -> Tensor:
+    """Corrected errors of one row, drawn towards their mean until none is negative.
+
+    A kept sequence whose gain is far above its cluster's can be corrected below zero, which
+    is no error that a sequence may have. The mean stays; the few rows that this happens to
+    have a standard error that is somewhat too small.
+    """
+    mean, low = error_N.mean().clamp(min=0), error_N.min()
+    if low >= 0:
+        return error_N
+    return ((error_N - low) * (mean / (mean - low))).clamp(min=0)
+
+
 def projection_factor(gains: SampleGains | None) -> float:
     """What signed sums are multiplied with, so that their squares are those of all sequences."""
     return 1.0 if gains is None else math.sqrt(gains.ratio)

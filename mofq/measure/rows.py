@@ -12,6 +12,7 @@ from torch import Tensor
 from mofq.cost import group_bytes
 from mofq.exceptions import StatsError
 from mofq.layers import FusionGroup, LinearLayer
+from mofq.measure.gains import not_negative
 from mofq.measure.score import CorpusScore, LayerScore, with_shared_inputs
 from mofq.schemes import Scheme
 from mofq.table import Row
@@ -95,7 +96,7 @@ def _corpus_rows(
     error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
     projection_M = torch.stack([part.projection_MS[:, i] for part in parts]).sum(0)
     # What the table keeps is float32, and the row's error is the mean of what it keeps.
-    kept_N = error_N.float().double()
+    kept_N = not_negative(error_N).float().double()
     output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
     return [
         Row(unit="output_mse", corpus=corpus, error=output_mse, stderr=None, **common),
