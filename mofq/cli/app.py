@@ -282,8 +282,13 @@ def validate(
 def export(
     model: Model,
     recipe: Annotated[Path, typer.Argument(help="From `mofq search`.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder, or file, to write.")],
     engine: Annotated[
         str | None, typer.Option(help="Refuse what it cannot serve; the recipe's by default.")
     ] = None,
