@@ -176,6 +176,10 @@ def search(
     device: Device = "cpu",
     stats: Stats = None,
     trials: Annotated[int, typer.Option(help="Of optuna; earlier ones count.", min=1)] = 60,
+    multi_objective: Annotated[
+        bool,
+        typer.Option("--multi-objective", help="Of optuna: true bits as a second objective."),
+    ] = False,
     storage: Annotated[
         str | None,
         typer.Option(help="Of optuna: a URL, an SQLite or journal file; beside -o by default."),
@@ -214,6 +218,7 @@ def search(
             device=device,
             stats=stats,
             trials=trials,
+            multi_objective=multi_objective,
             storage=storage,
             workers=workers,
             seed=seed,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mofq.cli.calibrate import load_named
 from mofq.cli.search_options import SearchOptions, search_request
-from mofq.cli.terminal import Bars, note, progress_bars
+from mofq.cli.terminal import Bars, note, progress_bars, with_error
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def _refined(
 def _in_study(
     options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
 ) -> Decision:
+    from mofq.decide.front import decide_on_front
     from mofq.decide.study import StudyPlan, decide_in_study
 
     plan = StudyPlan(
@@ -73,14 +74,19 @@ def _in_study(
         trials=options.trials,
         seed=options.seed,
     )
+    keys: dict[str, Any] = {
+        "evaluate": objective.evaluate,
+        "plan": plan,
+        "progress": lambda done, total: bars.stage("trials", done, total),
+    }
     with _other_workers(options):
-        return decide_in_study(
-            table,
-            request,
-            evaluate=objective.evaluate,
-            plan=plan,
-            progress=lambda done, total: bars.stage("trials", done, total),
-        )
+        if not options.multi_objective:
+            return decide_in_study(table, request, **keys)
+        decision, front = decide_on_front(table, request, **keys)
+    for point in front:
+        kl = with_error(point.measured.kl.value, point.measured.kl.stderr)
+        note(f"trial {point.trial}: {point.bits_per_weight:.4f} bits, {kl} nats per token")
+    return decision
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class SearchOptions:
     device: str = "cpu"
     stats: Path | None = None
     trials: int = 60
+    multi_objective: bool = False
     storage: str | None = None
     workers: int = 1
     seed: int = 0
@@ -50,7 +51,7 @@ class SearchOptions:
     @property
     def is_measured(self) -> bool:
         """Whether the model itself is run."""
-        return bool(self.refine) or self.solver == "optuna"
+        return bool(self.refine) or self.multi_objective or self.solver == "optuna"
 
 
 def check_options(options: SearchOptions) -> None:
@@ -71,6 +72,8 @@ def check_options(options: SearchOptions) -> None:
 
 
 def _check_measured(options: SearchOptions) -> None:
+    if options.multi_objective and options.solver != "optuna":
+        raise MofqError("--multi-objective is for --solver optuna.")
     if options.solver == "optuna" and options.refine:
         raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
     asked = "--solver optuna" if options.solver == "optuna" else f"--refine {options.refine}"

@@ -26,19 +26,20 @@ _LOST = (TrialState.RUNNING, TrialState.FAIL)
 
 
 @contextmanager
-def joined_study(storage: str, name: str) -> Iterator[Study]:
+def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[Study]:
     """Open a study and count as one of its processes until the block ends.
 
     Args:
         storage: See `open_study`.
         name: Likewise.
+        objectives: Likewise.
 
     Raises:
         MofqError: The storage cannot be opened.
     """
     path = _file_of(storage)
     if path is None:
-        yield open_study(storage, name)
+        yield open_study(storage, name, objectives=objectives)
         return
     try:
         beside = path.with_name(f".{path.name}.lock")
@@ -52,7 +53,7 @@ def joined_study(storage: str, name: str) -> Iterator[Study]:
         is_alone = try_lock(file)
         if is_alone and path.suffix not in SQLITE_SUFFIXES:
             _mend_journal(path)
-        study = open_study(storage, name)
+        study = open_study(storage, name, objectives=objectives)
         if is_alone:
             _put_aside(study)
         fcntl.flock(file, fcntl.LOCK_SH)

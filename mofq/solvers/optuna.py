@@ -76,13 +76,14 @@ class Searched:
     given_up: int
 
 
-def open_study(storage: str, name: str) -> Study:
+def open_study(storage: str, name: str, *, objectives: int = 1) -> Study:
     """Open or begin a study.
 
     Args:
         storage: A URL as SQLAlchemy has it (``postgresql://…``, ``sqlite:///…``); the path of
             an SQLite file (``.db``, ``.sqlite``); or any other path, of a journal file.
         name: Of the study. What its trials' values depend on should be part of it.
+        objectives: All minimised; with more than one no trial is given up.
 
     Returns:
         The study.
@@ -97,7 +98,7 @@ def open_study(storage: str, name: str) -> Study:
                 storage=backend,
                 study_name=name,
                 load_if_exists=True,
-                direction="minimize",
+                directions=["minimize"] * objectives,
                 pruner=optuna.pruners.WilcoxonPruner(
                     p_threshold=_PRUNE_P, n_startup_steps=_PRUNE_WINDOWS
                 ),
@@ -202,7 +203,7 @@ def run_trials(
     """
     study.sampler = _Sampler(problem, budgets, seed)
     rows = budget_rows(problem, budgets)
-    schemes = _search_space(problem, budgets)
+    schemes = study_space(problem, budgets)
 
     def objective(trial: Trial) -> float:
         chosen = {g: trial.suggest_categorical(g, d.choices) for g, d in schemes.items()}
@@ -295,7 +296,8 @@ def _measured(problem: Problem, trial: FrozenTrial) -> Measured:
     return Measured(problem.choice_of(trial.user_attrs["recipe"]), windows)
 
 
-def _search_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDistribution]:
+def study_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDistribution]:
+    """The parameters of a study: fusion group -> the schemes that it may have."""
     allowed_P = offered(problem, budgets)
     return {
         group.name: CategoricalDistribution(
@@ -303,6 +305,12 @@ def _search_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDi
         )
         for n, group in enumerate(problem.groups)
     }
+
+
+def first_choice(distribution: BaseDistribution) -> Any:
+    """The simplest scheme of a parameter."""
+    assert isinstance(distribution, CategoricalDistribution)
+    return distribution.choices[0]
 
 
 class _Sampler(optuna.samplers.BaseSampler):
@@ -316,7 +324,7 @@ class _Sampler(optuna.samplers.BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return dict(_search_space(self._problem, self._budgets))
+        return dict(study_space(self._problem, self._budgets))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -339,8 +347,7 @@ class _Sampler(optuna.samplers.BaseSampler):
     ) -> Any:
         """A group that was queued without a scheme, by hand: as in the start."""
         first = start_trial(study)
-        assert isinstance(param_distribution, CategoricalDistribution)
-        return param_distribution.choices[0] if first is None else first.params[param_name]
+        return first_choice(param_distribution) if first is None else first.params[param_name]
 
     def _next(self, trials: Sequence[FrozenTrial], number: int) -> IntArray:
         generator = np.random.default_rng([self._seed, number])

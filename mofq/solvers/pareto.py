@@ -1,0 +1,203 @@
+"""Measured KL and true bits as the two objectives of one Optuna study.
+
+The study starts from recipes along the whole frontier. Each further trial takes one of their
+sizes in turn, and `thompson` proposes what lies around the best recipe that was measured at no
+more than this size. Optuna gives up no trial of a study with several objectives, so every
+recipe is measured in full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mofq.exceptions import MofqError
+from mofq.solvers.budgets import Budgets, budget_rows
+from mofq.solvers.optuna import START, first_choice, quiet, study_space
+from mofq.solvers.problem import IntArray, Problem
+from mofq.solvers.refine import Measure, Measured, Progress, paired, require_windows
+from mofq.solvers.thompson import Observation, propose
+
+#: A study of this module minimises KL, then bits per weight.
+OBJECTIVES = 2
+#: Draws before a recipe is measured a second time.
+_DRAWS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrontPoint:
+    """A measured recipe that no other of the study beats in both objectives."""
+
+    measured: Measured
+    bits_per_weight: float
+    trial: int  #: its number in the study
+
+
+def run_front(
+    study: Study,
+    problem: Problem,
+    budgets: Budgets,
+    start_F: IntArray,
+    *,
+    sizes: Sequence[int],
+    measure: Measure,
+    trials: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Measure until a study of two objectives has so many complete trials.
+
+    Args:
+        study: With starts queued, `START` among them.
+        problem: What may be chosen.
+        budgets: That every recipe keeps. Not ``max_kl``.
+        start_F: The start, should it have got lost.
+        sizes: Of all fusion groups; each proposal keeps one of them [bytes].
+        measure: The objective.
+        trials: Complete ones, those that are there already included.
+        seed: Of the proposals, beside the number of the trial.
+        progress: Called after each trial with those complete, and wanted.
+
+    Raises:
+        MofqError: The objective has one window only, which has no error bar.
+    """
+    study.sampler = _FrontSampler(problem, budgets, sizes, seed=seed)
+    rows = budget_rows(problem, budgets)
+    schemes = study_space(problem, budgets)
+
+    def objective(trial: Trial) -> tuple[float, float]:
+        chosen = {g: str(trial.suggest_categorical(g, d.choices)) for g, d in schemes.items()}
+        choice_F = problem.choice_of(chosen)
+        if not all(row.holds(choice_F) for row in rows):
+            raise optuna.TrialPruned("over the budget")  # queued by hand
+        windows = list(measure(chosen))
+        require_windows(windows)
+        bits = 8 * problem.bytes_of(choice_F) / problem.weights
+        trial.set_user_attr("recipe", chosen)
+        trial.set_user_attr("bits_per_weight", bits)
+        trial.set_user_attr("windows", windows)
+        return math.fsum(windows) / len(windows), bits
+
+    with quiet():
+        while len(measured_trials(study, problem)) < trials or _start(study, problem) is None:
+            if _start(study, problem) is None and not _waiting(study):
+                study.enqueue_trial(problem.schemes_of(start_F), user_attrs={"origin": START})
+            study.optimize(objective, n_trials=1)
+            if progress is not None:
+                progress(min(len(measured_trials(study, problem)), trials), trials)
+
+
+def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
+    """Number -> recipe and windows, of every complete trial."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {trial.number: _measured(problem, trial) for trial in complete}
+
+
+def measured_front(study: Study, problem: Problem) -> tuple[FrontPoint, ...]:
+    """The recipes that no other beats in KL and in bits, smallest first."""
+    points = [
+        FrontPoint(one, 8 * problem.bytes_of(one.choice_F) / problem.weights, number)
+        for number, one in measured_trials(study, problem).items()
+    ]
+    points.sort(key=lambda one: (one.bits_per_weight, one.measured.kl.value, one.trial))
+    front: list[FrontPoint] = []
+    for point in points:
+        if not front or point.measured.kl.value < front[-1].measured.kl.value:
+            front.append(point)
+    return tuple(front)
+
+
+def _measured(problem: Problem, trial: FrozenTrial) -> Measured:
+    windows = tuple(float(value) for value in trial.user_attrs["windows"])
+    return Measured(problem.choice_of(trial.user_attrs["recipe"]), windows)
+
+
+def _start(study: Study, problem: Problem) -> Measured | None:
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if trial.user_attrs.get("origin") == START:
+            return _measured(problem, trial)
+    return None
+
+
+def _waiting(study: Study) -> bool:
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+class _FrontSampler(optuna.samplers.BaseSampler):
+    """Optuna's way to ask `propose`, for one size after another."""
+
+    def __init__(
+        self, problem: Problem, budgets: Budgets, sizes: Sequence[int], *, seed: int
+    ) -> None:
+        self._problem = problem
+        self._budgets = budgets
+        self._sizes = sizes
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return dict(study_space(self._problem, self._budgets))
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs:  # queued
+            return {}
+        return self._problem.schemes_of(self._next(study, trial.number))
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A group that was queued without a scheme, by hand: the simplest."""
+        return first_choice(param_distribution)
+
+    def _next(self, study: Study, number: int) -> IntArray:
+        problem = self._problem
+        start = _start(study, problem)
+        if start is None:
+            raise MofqError("the study has no start; begin it with `mofq search`.")
+        measured = list(measured_trials(study, problem).values())
+        size = self._sizes[number % len(self._sizes)]
+        fitting = [one for one in measured if problem.bytes_of(one.choice_F) <= size]
+        best = min(fitting, key=lambda one: one.kl.value, default=None)
+        if best is None:  # the recipe of this size got lost: the start of another stands in
+            best = min(measured, key=lambda one: problem.bytes_of(one.choice_F))
+            size = problem.bytes_of(best.choice_F)
+        tried = {one.choice_F.tobytes() for one in measured}
+        observations = [
+            Observation(one.choice_F, paired(start.windows, one.windows))
+            for one in measured
+            if one.choice_F.tobytes() != start.choice_F.tobytes()
+        ]
+        generator = np.random.default_rng([self._seed, number])
+        for _ in range(_DRAWS):
+            choice_F = propose(
+                problem,
+                self._within(size),
+                start.choice_F,
+                best_F=best.choice_F,
+                observations=observations,
+                generator=generator,
+            )
+            if choice_F.tobytes() not in tried:
+                break
+        return choice_F
+
+    def _within(self, size: int) -> Budgets:
+        """The budgets, and no more bytes in the fusion groups than so many."""
+        limit = size + self._problem.other_bytes
+        asked = self._budgets.max_bytes
+        return replace(self._budgets, max_bytes=limit if asked is None else min(limit, asked))
