@@ -48,6 +48,7 @@ from mofq.table import Table
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 
 #: Tokens of a layer's inputs that errors and crest factors are taken over.
 TOKENS = 256
@@ -282,6 +283,8 @@ def draw(points: Sequence[Crest], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", ylabel="squared error, FP over INT")
     axes.set_xlabel("crest factor: largest magnitude over root mean square, mean over scales")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
