@@ -82,6 +82,7 @@ SYSTEMS = (
     System("LLM.int8()", r"int8\.channel\+int8\.token\.out6"),
     System("SwitchBack's pair", r"(int8|fp8_e4m3)\.tensor\+(int8|fp8_e4m3)\.token"),
     System("GPTQ", r"int\d\..*~gptq(\+int8\.token)?"),
+    System("scales by nats", r"int\d\..*@nats"),
     System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}~gptq(\+.*)?", GREEDY),
     System("search over all", r".*", SEARCH),
 )
@@ -207,6 +208,7 @@ def main(given: Sequence[str] | None = None) -> None:
         options.text,
         cache=options.work / "measured.jsonl",
         tokens=options.tokens,
+        stats=options.stats,
     )
     print_results(recipes, done)
 

@@ -4,13 +4,14 @@ r"""Per-embedding-group activations with range-based permutation (arXiv:2109.129
         --work FOLDER
 
 Inputs of linear layers, outputs of the feed-forward networks and both residual sums of every
-decoder layer (the sum after attention where the norm reads it) are INT8 under static scales; the weights are INT8 with one scale for a tensor, as
-in the source's figure 3. The channels of such a tensor share one scale, or are cut into equal
-groups with a scale each: as they lie, or sorted by the largest magnitude that calibration saw.
-A permutation of channels changes no product, so it is enough to say who shares a scale. The
-mixed version leaves what the source calls most sensitive, residual sums and the outputs of the
-feed-forward networks, in 16 bits. Emulated: no engine of `mofq engines` has static groups; what
-the search offers instead are dynamic groups per token, `int8.g64`, measured last.
+decoder layer (the sum after attention where the norm reads it) are INT8 under static scales; the
+weights are INT8 with one scale for a tensor, as in the source's figure 3. The channels of such a
+tensor share one scale, or are cut into equal groups with a scale each: as they lie, or sorted by
+the largest magnitude that calibration saw. A permutation of channels changes no product, so it is
+enough to say who shares a scale. The mixed version leaves what the source calls most sensitive,
+residual sums and the outputs of the feed-forward networks, in 16 bits. Emulated: no engine of
+`mofq engines` has static groups; what the search offers instead are dynamic groups per token,
+`int8.g64`, measured last.
 
 The source has no figure in its abstract for this table; it reports GLUE with BERT.
 """

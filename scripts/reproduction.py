@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.backends import emulate
+from mofq.backends.fitted import open_fits
 from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
@@ -259,19 +260,45 @@ class Version:
 
 
 def measure_recipes(
-    model: str, recipes: Mapping[str, Recipe], text: Corpus | str, *, cache: Path, tokens: int
+    model: str,
+    recipes: Mapping[str, Recipe],
+    text: Corpus | str,
+    *,
+    cache: Path,
+    tokens: int,
+    stats: str | Path | None = None,
 ) -> dict[str, Measured]:
-    """What each recipe does to a text; see `measure_versions`."""
+    """What each recipe does to a text; see `measure_versions`.
+
+    Schemes that are fitted to statistics, such as those of GPTQ, need their folder.
+    """
     checkpoint = open_checkpoint(model)
+    fitted_to = None if stats is None else read_stats(Path(stats)).sha256
     versions = {
         label: Version(
-            json.dumps([sorted(one.schemes.items()), sorted(one.static_amax.items())]),
+            _identity(one, fitted_to),
             true_bits(checkpoint, one),
-            partial(emulate.apply, recipe=one, checkpoint=checkpoint),
+            partial(_apply, recipe=one, checkpoint=checkpoint, stats=stats),
         )
         for label, one in recipes.items()
     }
     return measure_versions(model, versions, text, cache=cache, tokens=tokens)
+
+
+def _apply(
+    model: PreTrainedModel, recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None
+) -> PreTrainedModel:
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        return emulate.apply(model, recipe, checkpoint=checkpoint, fits=fits)
+
+
+def _identity(of: Recipe, fitted_to: str | None) -> str:
+    schemes = sorted(of.schemes.items())
+    content: list[object] = [schemes, sorted(of.static_amax.items())]
+    weights = [parse_scheme(name).weight for _, name in schemes]
+    if any(weight is not None and weight.is_fitted for weight in weights):
+        content.append(fitted_to)
+    return json.dumps(content)
 
 
 def measure_versions(
