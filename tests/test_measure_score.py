@@ -14,7 +14,7 @@ from torch import Tensor
 from mofq.calibration.sequences import LayerSamples
 from mofq.exceptions import SchemeError
 from mofq.measure import block, prepared, schedule
-from mofq.measure.block import BlockSums, score_block
+from mofq.measure.block import BlockSums, score_rows
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.samples import arrange_samples
 from mofq.measure.schedule import score_layers
@@ -328,11 +328,11 @@ def test_the_number_of_threads_changes_no_bit(
     expected = [score_layer(layer) for layer in layers]
     seen: set[int] = set()
 
-    def watched(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
+    def watched(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
         seen.add(torch.get_num_threads())
-        return score_block(layer, start, stop)
+        return score_rows(layer, rows_RI, start=start)
 
-    monkeypatch.setattr(schedule, "score_block", watched)
+    monkeypatch.setattr(schedule, "score_rows", watched)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.sampled import hash_weights
@@ -36,7 +38,7 @@ from mofq.table import (
 )
 
 #: Rows of a weight read at once to find its largest magnitude [bytes].
-_AMAX_BYTES = 64_000_000
+_AMAX_BYTES = 16_000_000
 
 Progress = Callable[[int, int], None]
 Tell = Callable[[str], None]
@@ -273,13 +275,9 @@ def _shared_amax(
 
 def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
     step = max(1, _AMAX_BYTES // (4 * layer.in_features))
-    starts = range(0, layer.out_features, step)
-    return max(
-        float(
-            read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
-            .float()
-            .abs()
-            .max()
-        )
-        for start in starts
-    )
+    largest = 0.0
+    for start in range(0, layer.out_features, step):
+        rows_RI = read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
+        low, high = torch.aminmax(rows_RI)  # one pass, where abs() and max() are three
+        largest = max(largest, -float(low), float(high))
+    return largest

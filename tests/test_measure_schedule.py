@@ -1,0 +1,82 @@
+"""Blocks are read ahead of their use, in order and within bounds."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from number_cases import trained_like_weight
+from torch import Tensor
+
+from mofq.exceptions import CheckpointError
+from mofq.measure import prepared, schedule
+from mofq.measure.block import BlockSums, score_rows
+from mofq.measure.prepared import PreparedLayer, prepare_layer
+from mofq.measure.schedule import score_layers
+from mofq.schemes import parse_scheme
+
+WEIGHT = trained_like_weight(80, 64).bfloat16()
+
+
+def layer_of(read_rows: prepared.RowReader) -> PreparedLayer:
+    return prepare_layer(read_rows, (80, 64), [parse_scheme("int4.g32")], samples={})
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 rows, three of which may be held."""
+    monkeypatch.setattr(prepared, "_BLOCK_ELEMENTS", 16 * 64)
+    monkeypatch.setattr(prepared, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(schedule, "_AHEAD_BYTES", 3 * 16 * 64 * 2)
+
+
+def test_rows_are_read_in_order_and_only_so_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    scored: list[int] = []
+    ahead: list[int] = []
+
+    def read_rows(number: int, start: int, stop: int) -> Tensor:
+        read.append((number, start))
+        ahead.append(len(read) - len(scored))
+        return WEIGHT[start:stop]
+
+    def slow(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
+        time.sleep(0.005)
+        sums = score_rows(layer, rows_RI, start=start)
+        scored.append(start)
+        return sums
+
+    monkeypatch.setattr(schedule, "score_rows", slow)
+    layers = [layer_of(partial(read_rows, i)) for i in range(4)]
+    assert len(list(score_layers(layers))) == 4
+    assert read == [(i, start) for i in range(4) for start in range(0, 80, 16)]
+    # Three held, one under way, and one on each thread that is scored and not yet given back.
+    assert 2 <= max(ahead) <= 4 + torch.get_num_threads()
+
+
+def test_what_cannot_be_read_ends_the_run_and_leaves_no_thread_waiting() -> None:
+    def read_rows(start: int, stop: int) -> Tensor:
+        if start == 32:
+            raise CheckpointError("it ends here")
+        return WEIGHT[start:stop]
+
+    layers = [layer_of(read_rows) for _ in range(4)]
+    with pytest.raises(CheckpointError, match="it ends here"):
+        list(score_layers(layers))
+
+
+def test_a_run_that_is_left_early_reads_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        read.append(start)
+        return WEIGHT[start:stop]
+
+    scores = score_layers([layer_of(read_rows) for _ in range(9)])
+    next(scores)
+    scores.close()
+    count = len(read)
+    time.sleep(0.02)
+    assert len(read) == count < 9 * 5
