@@ -19,11 +19,13 @@ from mofq.explore.frontier import frontier_recipes
 from mofq.explore.named_points import (
     MeasuredPoint,
     NamedPoint,
+    greedy_points,
     read_validation,
     recipe_point,
     uniform_points,
 )
 from mofq.solvers import KL_UNIT, Budgets, Problem
+from mofq.solvers.problem import FloatArray
 from mofq.table import Table
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Points of a drawn frontier: more cannot be told apart.
 _POINTS = 60
+#: Schemes that a figure of lines can tell apart.
+_LINES = 12
 #: Label, bits per weight, value, colour.
 _Name = tuple[str, float, float, str]
 _FORMATS = (".png", ".svg", ".pdf")
@@ -126,7 +130,9 @@ def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
 
 
 def _frontier(figure: Figure, inputs: FigureInputs) -> None:
-    """Error against size: the frontier, uniform schemes, recipes, measurements."""
+    """Error against size: the frontier, uniform schemes, greedy and other recipes, measurements."""
+    from matplotlib.ticker import FuncFormatter
+
     axes = figure.subplots()
     points = frontier_recipes(inputs.table, inputs.problem, request=inputs.request, most=_POINTS)
     key = "kl_nats_per_token" if inputs.problem.unit == KL_UNIT else "error"
@@ -141,8 +147,10 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
         for one in uniform_points(inputs.table, inputs.problem, inputs.request)
         if one.label != "bf16"
     ]
+    greedy = greedy_points(inputs.problem, uniforms)
     named = _measurements(axes, inputs.measured)
     named += _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
+    named += _mark(axes, greedy, style=("s", "#7a3fb8"), label="greedy, predicted")
     named += _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
     axes.set_yscale("log")
     if uniforms:
@@ -151,6 +159,7 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
         visible = value_K[(bits_K <= axes.get_xlim()[1]) & (value_K > 0)]
         axes.set_ylim(bottom=0.7 * min(visible))
     _write_names(axes, named)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(xlabel="true bits per weight", ylabel=inputs.quantity)
     axes.set_title(inputs.table.header.model_name, parse_math=False)
     axes.legend(frameon=False)
@@ -266,12 +275,17 @@ def _colours(schemes: Sequence[str]) -> list[tuple[float, float, float]]:
 
 
 def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
-    """The error that each scheme makes in each decoder layer, summed over its fusion groups."""
+    """The error that each scheme makes in each decoder layer, summed over its fusion groups.
+
+    Of many schemes the best of each element format stands for the others.
+    """
     axes = figure.subplots()
     problem, groups = inputs.problem, inputs.table.header.groups
     layers = sorted({group.layers[0].decoder_layer or 0 for group in groups})
     order = [name for name in scheme_order(problem, ()) if name != "bf16"]
     cost_P = problem.cost_PK.max(axis=1)
+    if len(order) > _LINES:
+        order = _best_of_each_element(problem, cost_P, order)
     for name, colour in zip(order, _colours(order), strict=True):
         total: dict[int, float] = {}
         for p, scheme in enumerate(problem.schemes):
@@ -284,6 +298,17 @@ def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
     axes.set(xlabel="decoder layer", ylabel=inputs.quantity)
     axes.set_title(inputs.table.header.model_name, parse_math=False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+
+
+def _best_of_each_element(problem: Problem, cost_P: FloatArray, names: list[str]) -> list[str]:
+    mean = {
+        name: np.mean([cost_P[p] for p, one in enumerate(problem.schemes) if one == name])
+        for name in names
+    }
+    by_element: dict[str, list[str]] = {}
+    for name in names:
+        by_element.setdefault(element_name(name), []).append(name)
+    return [min(some, key=lambda name: float(mean[name])) for some in by_element.values()]
 
 
 def _prediction(figure: Figure, inputs: FigureInputs) -> None:
