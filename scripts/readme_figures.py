@@ -55,26 +55,31 @@ def make_recipes(model: str, tables: dict[str, Path], work: Path) -> dict[str, P
     return recipes
 
 
-def validate(model: str, recipes: dict[str, Path], *, text: str, tokens: int) -> list[Path]:
+def validate(model: str, recipes: dict[str, Path], *, text: str, tokens: int) -> dict[str, Path]:
     """The validation of each recipe."""
-    outputs = {recipe: recipe.with_suffix(".json") for recipe in recipes.values()}
-    for recipe, output in outputs.items():
+    outputs = {name: recipe.with_suffix(".json") for name, recipe in recipes.items()}
+    for name, output in outputs.items():
         if not output.exists():
-            mofq("validate", model, recipe, "--text", text, "--tokens", tokens, "-o", output)
-    return list(outputs.values())
+            mofq("validate", model, recipes[name], "--text", text, "--tokens", tokens, "-o", output)
+    return outputs
 
 
-def draw(tables: dict[str, Path], recipes: dict[str, Path], measured: list[Path], to: Path) -> Path:
+def draw(
+    tables: dict[str, Path], recipes: dict[str, Path], *, measured: dict[str, Path], to: Path
+) -> Path:
     """Every figure, and the page."""
-    given = [word for path in measured for word in ("--validation", path)]
+    given = [word for path in measured.values() for word in ("--validation", path)]
     mixed, five = tables["w4w8_mixed"], recipes["exact-5.0"]
+    # What has quantized inputs is not beside a frontier of what has not.
+    of_mixed = [path for name, path in measured.items() if name != "w8a8"]
+    beside = [word for path in of_mixed for word in ("--validation", path)]
     mofq("plot", tables["w8a8"], recipes["w8a8"], "--kind", "map", "-o", to / "map.png")
-    mofq("plot", mixed, *given, "--kind", "frontier", "-o", to / "frontier.png")
+    mofq("plot", mixed, *beside, "--kind", "frontier", "-o", to / "frontier.png")
     mofq("plot", mixed, "--kind", "sensitivity", "-o", to / "sensitivity.png")
     mofq("plot", mixed, *given, "--kind", "prediction", "-o", to / "prediction.png")
     mofq("plot", tables["w8a8"], "--kind", "weights", "-o", to / "weights.png")
     page = to / "explorer.html"
-    mofq("explore", mixed, five, recipes["greedy"], *given, "-o", page)
+    mofq("explore", mixed, five, recipes["greedy"], *beside, "-o", page)
     return page
 
 
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = make_tables(options.model, options.calibration, options.work)
     recipes = make_recipes(options.model, tables, options.work)
     measured = validate(options.model, recipes, text=options.text, tokens=options.tokens)
-    page = draw(tables, recipes, measured, options.work)
+    page = draw(tables, recipes, measured=measured, to=options.work)
     if shutil.which("chromium") and shutil.which("chromedriver"):
         photograph(page, options.work / "explorer.png")
     for picture in options.work.glob("*.png"):

@@ -150,8 +150,9 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
     greedy = greedy_points(inputs.problem, uniforms)
     named = _measurements(axes, inputs.measured)
     named += _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
-    named += _mark(axes, greedy, style=("s", "#7a3fb8"), label="greedy, predicted")
-    named += _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
+    plain = _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
+    # Drawn over the uniform ones, and named before them.
+    named += _mark(axes, greedy, style=("s", "#7a3fb8"), label="greedy, predicted") + plain
     axes.set_yscale("log")
     if uniforms:
         least, most = min(bits_K), max(one.bits_per_weight or 0.0 for one in uniforms)
