@@ -118,7 +118,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             f"{folder}: needed {CONFIG_FILE}, found none.{_model_folder_inside(folder)}"
             " Give the folder that holds config.json and the safetensors files."
         )
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
     tensors = _read_all_headers(folder)
     return Checkpoint(folder, name, config, tensors, _hash_index(config, tensors))
 
@@ -255,7 +255,7 @@ def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: needed a 'weight_map' of tensor names, found none. {_AGAIN}"
@@ -293,7 +293,12 @@ def _shard_name(index: Path, key: str, file: object) -> str:
     return str(file)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size in which no key stands twice.
+
+    Raises:
+        CheckpointError: The file is not such a file.
+    """
     try:
         size = path.stat().st_size
         raw = b"" if size > MAX_JSON_BYTES else path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from mofq.checkpoint.headers import CONFIG_FILE, read_json
 from mofq.exceptions import CheckpointError
 
+_ADAPTER_FILE = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,15 +44,18 @@ def load_model(
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     logging.disable_progress_bar()
+    _refuse_foreign_code(folder)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             experts_implementation="eager",
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # dozens of kinds, for configs that nobody meant
         raise CheckpointError(
             f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
         ) from None
@@ -69,14 +75,43 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
+            folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a damaged tokenizer.json is a bare one
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded: {_on_one_line(error)} "
             f"Copy tokenizer.json and tokenizer_config.json into the folder."
         ) from None
     return tokenizer
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Refuse what would make transformers load weights or code from elsewhere.
+
+    An ``adapter_config.json`` names a base model, which would be loaded in place of the
+    folder's own weights; an attention "implementation" with a slash is a hub repository of
+    kernels, which would be fetched and run.
+    """
+    if (folder / _ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds {_ADAPTER_FILE}, so that another model's weights would be loaded. "
+            f"Merge the adapter into its model first, or remove the file."
+        )
+    config = read_json(folder / CONFIG_FILE)
+    for key, value in _items_within(config):
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: {key!r} names code of the hub, {value!r}, which is never "
+                f"run here. Remove the key."
+            )
+
+
+def _items_within(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _items_within(inner)
 
 
 def _on_one_line(error: Exception) -> str:
