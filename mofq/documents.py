@@ -39,6 +39,8 @@ _BOOLEANS = {
 }
 _INTEGER = re.compile(r"[-+]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+#: What moves a terminal's cursor or turns the direction of text; lines and tabs do no harm.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@~+-]*")
 
 
@@ -249,6 +251,11 @@ def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             raise error(f"{where}: holds half of a surrogate pair, which is not text.")
+        if not value.isprintable() and (found := _CONTROL.search(value)):
+            raise error(
+                f"{where}: {_shown(value)} holds the control character {found[0]!r}, which could "
+                f"change what a terminal shows. Remove it."
+            )
         if "pattern" in schema and not re.search(schema["pattern"], value):
             raise error(f"{where}: {_shown(value)} does not match {schema['pattern']!r}.")
     if "const" in schema and value != schema["const"]:

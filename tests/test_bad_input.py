@@ -54,7 +54,8 @@ DAMAGE = {
     "empty text": "test_cli_errors.py::test_a_text_that_is_none_is_refused",
     "text shorter than a sequence": "test_cli_errors.py::test_a_text_that_is_none_is_refused",
     "a damaged tokenizer": "test_a_damaged_tokenizer_is_refused",
-    "an adapter in the folder": "test_a_folder_that_names_other_weights_or_code_is_refused",
+    "names that a terminal obeys": "test_security.py::test_names_that_a_terminal_obeys_are_refused",
+    "an adapter in the folder": "test_security.py::test_a_folder_that_names_other_code_is_refused",
 }
 
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
@@ -384,39 +385,3 @@ def test_a_damaged_tokenizer_is_refused(text: str, model: Path, tmp_path: Path) 
     message = refused("calibrate", model, *SHORT, "-o", tmp_path / "stats")
     assert f"{model}: the tokenizer cannot be loaded" in message
     assert not (tmp_path / "stats").exists()
-
-
-@pytest.mark.parametrize("where", ["root", "inner"])
-def test_a_folder_that_names_other_weights_or_code_is_refused(
-    where: str, model: Path, tmp_path: Path
-) -> None:
-    calibrate = ("calibrate", model, *SHORT, "-o", tmp_path / "stats")
-    config = json.loads((model / "config.json").read_text())
-    kernels = {"attn_implementation": "somebody/kernels"}
-    edited = {**config, **(kernels if where == "root" else {"text": [kernels]})}
-    (model / "config.json").write_text(json.dumps(edited))
-    message = refused(*calibrate)
-    assert "'somebody/kernels', which is never run here" in message
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
-    assert "Merge the adapter into its model first" in refused(*calibrate)
-
-
-def test_code_in_a_model_folder_is_never_run(model: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "ran"
-    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass C: pass\n"
-    for name in ("configuration_own", "modeling_own", "tokenization_own"):
-        (model / f"{name}.py").write_text(code)
-    config = json.loads((model / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_own.C",
-        "AutoModelForCausalLM": "modeling_own.C",
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": ["tokenization_own.C", "tokenization_own.C"]}
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    ran = mofq("calibrate", model, *SHORT, "-o", tmp_path / "stats")
-    assert ran.code in (0, 1)
-    assert "Traceback" not in ran.err
-    assert not mark.exists()

@@ -168,6 +168,11 @@ def _read_raw_header(path: Path) -> tuple[bytes, int, int]:
 
 def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
+    if not name.isprintable():
+        raise CheckpointError(
+            f"{where}: its name holds characters that a terminal would obey and not show."
+            " Do not trust this checkpoint."
+        )
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(
             f"{where}: needed dtype, shape and data_offsets, found {_shorten(entry)}. {_AGAIN}"
