@@ -1,84 +1,91 @@
-"""How many calibration sequences, how long, and how many label draws: by measurement.
+"""How many calibration sequences, how many of them kept, how long, how many draws: by measurement.
 
     python scripts/bench_sample_plan.py MODEL --calibration FILE --text FILE --plot plan.png
 
-Calibrates under several plans, measures the space of bench_prediction.py under each, and
-compares the predictions of every plan, and of parts of its sequences, with the KL divergence
-measured on another text; the file of measured KL is shared with bench_prediction.py. Also
-compares three estimators: one square for each sequence, one for each chunk of 64 tokens, and
-the one that mofq uses (one for each row of a weight, one for each token of an input).
-Everything is kept in the folder --work; a second run continues.
+Takes finished stats of the calibration text (--stats), or calibrates 32 sequences of 512 tokens
+and keeps 8. Parts of these are stats of smaller plans; other lengths and draws are calibrated.
+Measures a small space under each plan and compares the predictions with the KL divergence
+measured on windows of the calibration text between its sequences (the same kind of text), and
+of another text; the file of measured KL is shared with bench_prediction.py. Everything is kept
+in the folder --work; a second run continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from bench_calibration import SPACE, fill_table, run_calibration
-from bench_report import SMALL_KL, markdown_table
+from bench_report import ANOTHER, SAME, SMALL_KL, markdown_table
 from bench_versions import Pair, choose_pairs, uniform_recipes
-from kl_truth import Truths, Version, measure_truths, open_truths, text_windows
-from numpy.typing import NDArray
+from kl_truth import Truths, Version, measure_truths, open_truths, text_windows, windows_between
 from prediction_scores import fit
+from torch import Tensor
 
+from mofq.calibration.gains import gains_path
+from mofq.calibration.sequences import sequence_path
+from mofq.calibration.stats import Stats, finish_stats, open_plan, read_stats
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.corpora import load_text
 from mofq.layers import ModelLayers, find_layers
 from mofq.search_space import load_search_space, offer_schemes
-from mofq.table import Row, Table
+from mofq.table import Table
 
-FloatArray = NDArray[np.float64]
-
-ESTIMATORS = ("by row and token", "by chunk of 64", "by sequence")
+PLAN_SPACE = Path(__file__).parent / "bench_plan_space.yaml"
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
-    """What a calibration keeps."""
+    """What a calibration runs and keeps."""
 
     sequences: int
-    sequence_length: int
-    draws: int
+    keep: int
+    sequence_length: int = 512
+    draws: int = 1
 
     @property
     def name(self) -> str:
         """For files and tables."""
         draws = f" x {self.draws} draws" if self.draws > 1 else ""
-        return f"{self.sequences} x {self.sequence_length}{draws}"
+        return f"{self.keep} of {self.sequences} x {self.sequence_length}{draws}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose inputs are kept."""
+        return self.keep * self.sequence_length
 
 
-PLANS = (
-    SamplePlan(16, 512, draws=1),
-    SamplePlan(16, 256, draws=1),
-    SamplePlan(64, 64, draws=1),
-    SamplePlan(8, 512, draws=2),
+BASE = SamplePlan(32, 8)
+#: Parts of the base: the same sequences, fewer.
+PARTS = (
+    *(SamplePlan(2, 2), SamplePlan(4, 4), SamplePlan(8, 8)),
+    *(SamplePlan(8, 2), SamplePlan(16, 4), SamplePlan(16, 8)),
+    *(SamplePlan(32, 2), SamplePlan(32, 4)),
+)
+#: Calibrated by themselves; each keeps what the base keeps: 4,096 tokens.
+OTHERS = (
+    SamplePlan(16, 16, sequence_length=256),
+    SamplePlan(64, 64, sequence_length=64),
+    SamplePlan(4, 4, draws=2),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Predictions from some of a plan's sequences; the mean over several such parts."""
+    """How a plan's predictions compare with what was measured on one text."""
 
-    sequence_length: int
-    draws: int
-    sequences: int
-    estimator: str
+    plan: SamplePlan
+    text: str
     log_correlation: float  #: of pairs
     pair_median_ratio: float
     pair_spread: float
     recipe_median_ratio: float  #: of uniform recipes of small KL
-    recipe_median_error: float  #: of |predicted / measured - 1|
-    recipe_worst_error: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose inputs are kept."""
-        return self.sequences * self.sequence_length
+    recipe_worst_error: float  #: of |predicted / measured - 1|
 
 
 def main() -> None:
@@ -87,43 +94,25 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(options.model)
     layers = find_layers(checkpoint)
-    tables = {plan: _table_of(plan, checkpoint, layers, options) for plan in PLANS}
-    windows_NT = text_windows(
-        checkpoint,
-        load_text(options.text),
-        windows=options.tokens // options.text_length,
-        sequence_length=options.text_length,
-    )
-    path = options.truth or options.work / "truth.jsonl"
-    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
+    tables = dict(_tables(checkpoint, layers, options))
     offers = offer_schemes(load_search_space(SPACE), layers.groups, has_stats=True)
-    pairs = choose_pairs(offers, options.pairs, seed=options.seed)
-    recipes = [one.version for one in uniform_recipes(tables[PLANS[0]])]
+    schemes = {scheme.name for scheme in load_search_space(PLAN_SPACE).schemes}
+    pairs = [p for p in choose_pairs(offers, options.pairs, seed=0) if p.scheme in schemes]
+    recipes = [one.version for one in uniform_recipes(tables[BASE])]
     versions = [*(pair.version for pair in pairs), *recipes]
-    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
-    recipes = [one for one in recipes if np.mean(truths.of(one)) < SMALL_KL]
-    outcomes = [
-        outcome
-        for plan, table in tables.items()
-        for outcome in plan_outcomes(plan, table, truths, pairs, recipes)
-    ]
+    outcomes = []
+    for text, windows_NT in _texts(checkpoint, options).items():
+        truths = _measured(windows_NT, versions, checkpoint, layers, options)
+        outcomes += [
+            outcome_of(plan, table, truths, pairs, recipes, text=text)
+            for plan, table in tables.items()
+        ]
     if options.json:
         print(json.dumps([asdict(one) for one in outcomes], indent=1))
     else:
-        print("\n".join(report_lines(outcomes, _truth_noise(truths, versions))))
+        print("\n".join(report_lines(outcomes)))
     if options.plot:
         draw(outcomes, options.plot)
-
-
-def _table_of(
-    plan: SamplePlan, checkpoint: Checkpoint, layers: ModelLayers, options: argparse.Namespace
-) -> Table:
-    folder = options.work / plan.name.replace(" ", "")
-    corpus = load_text(options.calibration, name="calibration")
-    stats = run_calibration(checkpoint, layers, corpus, folder=folder, **asdict(plan))
-    space = load_search_space(SPACE)
-    path = folder.with_suffix(".jsonl")
-    return fill_table(checkpoint, layers, space, stats=stats, path=path)
 
 
 def parse_options() -> argparse.Namespace:
@@ -132,10 +121,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", required=True, help="text to measure the KL divergence on")
+    parser.add_argument("--stats", type=Path, help="finished stats: 8 of 32 sequences of 512")
     parser.add_argument("--pairs", type=int, default=60, help="random (group, scheme) pairs")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text, in windows")
-    parser.add_argument("--text-length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text, in windows of 512")
+    parser.add_argument("--parts-only", action="store_true", help="calibrate no other plans")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-sample-plan"))
     parser.add_argument("--truth", type=Path, help="file of measured KL (default: in --work)")
     parser.add_argument("--plot", type=Path, help="PNG or SVG to write")
@@ -143,153 +132,191 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan_outcomes(
+def _tables(
+    checkpoint: Checkpoint, layers: ModelLayers, options: argparse.Namespace
+) -> Iterator[tuple[SamplePlan, Table]]:
+    corpus = load_text(options.calibration, name="calibration")
+    space = load_search_space(PLAN_SPACE)
+
+    def calibrated(plan: SamplePlan) -> Stats:
+        folder = options.work / plan.name.replace(" ", "-")
+        return run_calibration(checkpoint, layers, corpus, folder=folder, **asdict(plan))
+
+    base = calibrated(BASE) if options.stats is None else read_stats(options.stats)
+    stats = {BASE: base} | {
+        plan: part_of(base, plan, options.work / plan.name.replace(" ", "-")) for plan in PARTS
+    }
+    if not options.parts_only:
+        stats |= {plan: calibrated(plan) for plan in OTHERS}
+    for plan, one in stats.items():
+        path = options.work / f"{plan.name.replace(' ', '-')}.jsonl"
+        yield plan, fill_table(checkpoint, layers, space, stats=one, path=path)
+
+
+def part_of(base: Stats, plan: SamplePlan, folder: Path) -> Stats:
+    """The stats that a calibration of fewer of the same sequences would have written.
+
+    Args:
+        base: Whose kept sequences are the middle ones of clusters of one size.
+        plan: Of at most as many sequences, and at most as many kept.
+        folder: Gets links to the base's files.
+    """
+    if (folder / "stats.json").exists():
+        return read_stats(folder)
+    corpus = base.plan.corpora[0]
+    whole = plan.keep == plan.sequences
+    part = replace(corpus, sequences=plan.sequences, kept=None if whole else plan.keep)
+    step = len(corpus.kept_indices) // plan.keep
+    kept = corpus.kept_indices[(step - 1) // 2 :: step]
+    others = _others(corpus.sequences, kept, plan.sequences)
+    with open_plan(folder, replace(base.plan, corpora=(part,))):
+        (folder / part.name).mkdir(exist_ok=True)
+        for number, cluster in enumerate(part.clusters):
+            middle = part.kept_indices[number]
+            own = [n for n in others if n * plan.keep // corpus.sequences == number]
+            taken = dict(zip((n for n in cluster if n != middle), own, strict=True))
+            taken[middle] = kept[number]
+            _link(sequence_path, base, folder, {middle: kept[number]})
+            if not whole:
+                _link(gains_path, base, folder, taken)
+        return finish_stats(folder, replace(base.plan, corpora=(part,)))
+
+
+def _others(sequences: int, kept: Sequence[int], count: int) -> list[int]:
+    """Sequences beside the kept ones, as many for each, so that ``count`` are taken."""
+    found = []
+    size, wanted = sequences // len(kept), count // len(kept) - 1
+    for number, middle in enumerate(kept):
+        rest = [n for n in range(number * size, (number + 1) * size) if n != middle]
+        found += [rest[(2 * n + 1) * len(rest) // (2 * wanted)] for n in range(wanted)]
+    return found
+
+
+def _link(path_of: object, base: Stats, folder: Path, numbers: dict[int, int]) -> None:
+    assert callable(path_of)
+    corpus = base.plan.corpora[0].name
+    for new, old in numbers.items():
+        target = path_of(folder, corpus, new)
+        target.unlink(missing_ok=True)
+        os.link(path_of(base.folder, corpus, old), target)
+
+
+def _texts(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, Tensor]:
+    windows = options.tokens // 512
+    return {
+        ANOTHER: text_windows(
+            checkpoint, load_text(options.text), windows=windows, sequence_length=512
+        ),
+        SAME: windows_between(
+            checkpoint,
+            load_text(options.calibration),
+            sequences=BASE.sequences,
+            windows=windows,
+            sequence_length=512,
+        ),
+    }
+
+
+def _measured(
+    windows_NT: Tensor,
+    versions: Sequence[Version],
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    options: argparse.Namespace,
+) -> Truths:
+    path = options.truth or options.work / "truth.jsonl"
+    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
+    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
+    return truths
+
+
+def outcome_of(
     plan: SamplePlan,
     table: Table,
     truths: Truths,
     pairs: Sequence[Pair],
     recipes: Sequence[Version],
-) -> Iterator[Outcome]:
-    """Every estimator on growing parts of a plan's sequences."""
+    *,
+    text: str,
+) -> Outcome:
+    """Compare one plan's predictions with what was measured."""
     corpus = next(c for unit, c in table.measures if unit == "kl_nats_per_token")
-    rows = {
-        (row.group, row.scheme): row
+    errors = {
+        (row.group, row.scheme): row.error
         for row in table.rows
         if row.unit == "kl_nats_per_token" and row.corpus == corpus
     }
-    for estimator in ESTIMATORS if plan == PLANS[0] else ESTIMATORS[:1]:
-        kept = {key: sequence_errors(row, plan, estimator) for key, row in rows.items()}
-        pair_PN = np.array([kept[pair.group, pair.scheme] for pair in pairs])
-        recipe_RN = np.array([_sum_of(kept, one) for one in recipes])
-        measured = [float(np.mean(truths.of(pair.version))) for pair in pairs]
-        recipes_measured = [float(np.mean(truths.of(one))) for one in recipes]
-        for count in part_sizes(plan.sequences):
-            parts = [
-                (
-                    fit(pair_PN[:, part].mean(1), measured),
-                    fit(recipe_RN[:, part].mean(1), recipes_measured),
-                )
-                for part in even_parts(plan.sequences, count)
-            ]
-            yield Outcome(
-                plan.sequence_length,
-                plan.draws,
-                count,
-                estimator,
-                log_correlation=float(np.mean([p.log_correlation for p, _ in parts])),
-                pair_median_ratio=float(np.mean([p.median_ratio for p, _ in parts])),
-                pair_spread=float(np.mean([p.spread for p, _ in parts])),
-                recipe_median_ratio=float(np.mean([r.median_ratio for _, r in parts])),
-                recipe_median_error=float(np.mean([r.median_error for _, r in parts])),
-                recipe_worst_error=float(np.mean([r.worst_error for _, r in parts])),
-            )
+    of_pairs = fit(
+        [errors[pair.group, pair.scheme] for pair in pairs],
+        [float(np.mean(truths.of(pair.version))) for pair in pairs],
+    )
+    small = [one for one in recipes if np.mean(truths.of(one)) < SMALL_KL]
+    of_recipes = fit(
+        [sum(errors[item] for item in one.schemes.items()) for one in small],
+        [float(np.mean(truths.of(one))) for one in small],
+    )
+    return Outcome(
+        plan,
+        text,
+        log_correlation=of_pairs.log_correlation,
+        pair_median_ratio=of_pairs.median_ratio,
+        pair_spread=of_pairs.spread,
+        recipe_median_ratio=of_recipes.median_ratio,
+        recipe_worst_error=of_recipes.worst_error,
+    )
 
 
-def _sum_of(kept: Mapping[tuple[str, str], FloatArray], version: Version) -> FloatArray:
-    return np.sum([kept[item] for item in version.schemes.items()], axis=0)
-
-
-def sequence_errors(row: Row, plan: SamplePlan, estimator: str) -> FloatArray:
-    """Nats per token of each sequence, label draws averaged.
-
-    Args:
-        row: In nats, with its samples.
-        plan: That the row's stats were made by.
-        estimator: One of `ESTIMATORS`.
-
-    Returns:
-        [sequences].
-    """
-    assert row.sample_errors is not None
-    assert row.projections is not None
-    samples = plan.sequences * plan.draws
-    projection_NM = np.asarray(row.projections).reshape(samples, -1)
-    length = plan.sequence_length
-    errors_N = {
-        "by row and token": np.asarray(row.sample_errors),
-        "by chunk of 64": np.square(projection_NM).sum(1) / (2 * length),
-        "by sequence": np.square(projection_NM.sum(1)) / (2 * length),
-    }[estimator]
-    return np.asarray(errors_N.reshape(plan.sequences, plan.draws).mean(1))
-
-
-def part_sizes(sequences: int) -> list[int]:
-    """The number of sequences and its halves, down to a sixteenth of it; at least 2."""
-    return [sequences >> n for n in range(4, -1, -1) if sequences >> n >= 2]
-
-
-def even_parts(sequences: int, count: int) -> list[slice]:
-    """All ways to take every k-th of the sequences so that ``count`` are taken."""
-    step = sequences // count
-    return [slice(first, None, step) for first in range(step)]
-
-
-def _truth_noise(truths: Truths, versions: Sequence[Version]) -> float:
-    """Median relative standard error of what was measured, over its windows."""
-    values = np.array([truths.of(one) for one in versions])
-    stderr = values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
-    return float(np.median(stderr / values.mean(axis=1)))
-
-
-def report_lines(outcomes: Sequence[Outcome], truth_noise: float) -> list[str]:
+def report_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """Everything as Markdown."""
-    heads = [
-        "length", "draws", "sequences", "tokens", "estimator", "log-correlation", "median ratio",
-        "spread", "recipes: median ratio", "median off", "worst off",
-    ]  # fmt: skip
-    return [
-        *markdown_table(heads, [_row(one) for one in outcomes]),
-        "",
-        f"The measured values have themselves a relative standard error of {truth_noise:.1%} "
-        f"(median).",
-    ]
+    heads = ["plan", "log-correlation", "median ratio", "spread", "recipes: ratio", "worst off"]
+    lines = []
+    for text in dict.fromkeys(one.text for one in outcomes):
+        rows = [_row(one) for one in outcomes if one.text == text]
+        lines += [f"Measured on {text}:", "", *markdown_table(heads, rows), ""]
+    return lines[:-1]
 
 
 def _row(one: Outcome) -> list[str]:
     return [
-        str(one.sequence_length),
-        str(one.draws),
-        str(one.sequences),
-        str(one.tokens),
-        one.estimator,
+        one.plan.name,
         f"{one.log_correlation:.4f}",
         f"{one.pair_median_ratio:.3f}",
         f"{one.pair_spread:.3f}×",
         f"{one.recipe_median_ratio:.3f}",
-        f"{one.recipe_median_error:.1%}",
         f"{one.recipe_worst_error:.1%}",
     ]
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Prediction error against tokens kept: pairs on the left, uniform recipes on the right."""
+    """Spread of pairs against sequences kept, one line for each number of sequences run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    lines: dict[tuple[int, int, str], list[Outcome]] = {}
-    for one in outcomes:
-        lines.setdefault((one.sequence_length, one.draws, one.estimator), []).append(one)
-    for (length, draws, estimator), some in lines.items():
-        label = f"{length} tokens" + (f", {draws} draws" if draws > 1 else "")
-        label += "" if estimator == ESTIMATORS[0] else f", {estimator}"
-        style = "o-" if estimator == ESTIMATORS[0] else "s--"
-        tokens = [one.tokens for one in some]
-        left.plot(tokens, [one.pair_spread for one in some], style, label=label)
-        errors = [100 * one.recipe_median_error for one in some]
-        right.plot(tokens, errors, style, label=label)
-    left.set_title("pairs of fusion group and scheme")
-    left.set_ylabel("spread of predicted / measured KL [factor]")
-    right.set_title("uniform recipes")
-    right.set_ylabel("median error of the predicted KL [%]")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
+    texts = list(dict.fromkeys(one.text for one in outcomes))
+    figure, all_axes = pyplot.subplots(1, len(texts), figsize=(11, 4.5), layout="constrained")
+    for axes, text in zip(np.atleast_1d(all_axes), texts, strict=True):
+        some = [one for one in outcomes if one.text == text]
+        parts = [one for one in some if one.plan in (BASE, *PARTS)]
+        lines = {"all that run": [one for one in parts if one.plan.keep == one.plan.sequences]}
+        for run in sorted({one.plan.sequences for one in parts} - {2, 4}):
+            of_run = [one for one in parts if one.plan.sequences == run]
+            lines[f"{run} run"] = sorted(of_run, key=lambda one: one.plan.keep)
+        for label, line in lines.items():
+            style = "s--" if label == "all that run" else "o-"
+            tokens = [one.plan.tokens for one in line]
+            axes.plot(tokens, [one.pair_spread for one in line], style, label=label)
+        for one in some:
+            if one.plan in OTHERS:
+                label = one.plan.name
+                axes.plot([one.plan.tokens], [one.pair_spread], "x", label=label)
+        axes.set_title(text, fontsize="medium")
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("calibration tokens kept")
+        axes.set_xlabel("tokens kept")
+        axes.set_ylabel("spread of predicted / measured KL of pairs [factor]")
         axes.grid(alpha=0.3)
-    left.legend()
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 

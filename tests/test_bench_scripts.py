@@ -12,8 +12,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from bench_sample_plan import SamplePlan, even_parts, part_sizes, sequence_errors
+from bench_sample_plan import BASE, PARTS, SamplePlan, part_of
 from bench_versions import choose_pairs
+from calibrated import calibrate_folder, some_tokens
 from conftest import TinyCheckpoint
 from kl_truth import (
     Version,
@@ -23,17 +24,20 @@ from kl_truth import (
     run_original,
     spread_order,
     true_kl,
+    windows_between,
 )
 from prediction_scores import fit, rank_correlation
 from split_articles import article_halves
 
 from mofq.backends import apply_recipe
+from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.checkpoint.model import load_model
+from mofq.checkpoint.model import load_model, load_tokenizer
+from mofq.corpora import load_text
+from mofq.demo import demo_model_folder
 from mofq.layers import ModelLayers, find_layers
 from mofq.metrics import kl_divergence
 from mofq.search_space import offer_schemes, parse_search_space
-from mofq.table import Row
 
 SPACE = (
     "version: 1\nschemes: [int8.channel, int4.channel, bf16+int8.token, int8.channel+int8.token]\n"
@@ -146,32 +150,38 @@ def test_ranks_that_agree_correlate_fully_and_equal_scores_not_at_all() -> None:
     assert rank_correlation([0.0, 0.0, 0.0], [1.0, 9.0, 8.0]) is None
 
 
-def test_every_sequence_is_in_one_part() -> None:
-    assert part_sizes(16) == [2, 4, 8, 16]
-    taken = [n for part in even_parts(8, 2) for n in range(8)[part]]
-    assert sorted(taken) == list(range(8))
+@pytest.mark.parametrize("plan", [*PARTS, BASE], ids=lambda plan: plan.name)
+def test_a_part_of_the_stats_is_that_of_a_smaller_plan(
+    plan: SamplePlan, base: Stats, tmp_path: Path
+) -> None:
+    part = part_of(base, plan, tmp_path / "part")
+    kept, all_kept = part.sequence_files("a"), base.sequence_files("a")
+    assert len(kept) == plan.keep
+    found = [next(n for n, other in enumerate(all_kept) if other.samefile(one)) for one in kept]
+    assert found == sorted(set(found))
+    gains = [file.stat().st_ino for file in part.gains_files("a")]
+    assert len(set(gains)) == (0 if plan.keep == plan.sequences else plan.sequences)
+    if gains:  # a kept sequence's own gains stand at its place
+        for n, place in zip(found, part.plan.corpora[0].kept_indices, strict=True):
+            own = base.gains_files("a")[base.plan.corpora[0].kept_indices[n]]
+            assert gains[place] == own.stat().st_ino
 
 
-def test_estimators_square_what_they_are_named_after() -> None:
-    # Two sequences of 128 tokens, two chunks each.
-    row = Row(
-        "layers.0.attn.o",
-        "int8.channel",
-        "kl_nats_per_token",
-        "en",
-        error=0.5,
-        stderr=None,
-        bytes=1,
-        sqnr_db=None,
-        sample_errors=(0.25, 0.75),
-        projections=(3.0, 5.0, 1.0, -1.0),
-    )
-    plan = SamplePlan(2, 128, draws=1)
-    assert sequence_errors(row, plan, "by row and token").tolist() == [0.25, 0.75]
-    assert sequence_errors(row, plan, "by chunk of 64").tolist() == [34 / 256, 2 / 256]
-    assert sequence_errors(row, plan, "by sequence").tolist() == [64 / 256, 0.0]
-    two_draws = SamplePlan(1, 128, draws=2)
-    assert sequence_errors(row, two_draws, "by chunk of 64").tolist() == [18 / 256]
+@pytest.fixture(scope="module")
+def base(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    folder = tmp_path_factory.mktemp("base") / "stats"
+    return calibrate_folder(tiny("llama"), folder, {"a": some_tokens(32, 4)}, kept=8)
+
+
+def test_windows_between_lie_in_the_middle_of_the_gaps() -> None:
+    checkpoint = open_checkpoint(str(demo_model_folder()))
+    text = load_text("demo-en")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+    found = windows_between(checkpoint, text, sequences=9, windows=2, sequence_length=128)
+    spacing = (len(ids) - 128) / 8
+    starts = [round(2.5 * spacing), round(6.5 * spacing)]
+    assert found.tolist() == [ids[start : start + 128] for start in starts]
 
 
 def test_articles_go_to_the_halves_in_turn() -> None:
