@@ -3,7 +3,8 @@
     python scripts/bench_sample_plan.py MODEL --calibration FILE --text FILE --plot plan.png
 
 Takes finished stats of the calibration text (--stats), or calibrates 32 sequences of 512 tokens
-and keeps 8. Parts of these are stats of smaller plans; other lengths and draws are calibrated.
+(--sequence-length) and keeps 8. Parts of these are stats of smaller plans; other lengths and
+draws are calibrated.
 Measures a small space under each plan and compares the predictions with the KL divergence
 measured on windows of the calibration text between its sequences (the same kind of text), and
 of another text; the file of measured KL is shared with bench_prediction.py. Everything is kept
@@ -45,19 +46,25 @@ class SamplePlan:
 
     sequences: int
     keep: int
-    sequence_length: int = 512
+    shorter: int = 1  #: how many times shorter than --sequence-length its sequences are
     draws: int = 1
 
     @property
     def name(self) -> str:
         """For files and tables."""
-        draws = f" x {self.draws} draws" if self.draws > 1 else ""
-        return f"{self.keep} of {self.sequences} x {self.sequence_length}{draws}"
+        length = f", 1/{self.shorter} as long" if self.shorter > 1 else ""
+        draws = f", {self.draws} draws" if self.draws > 1 else ""
+        return f"{self.keep} of {self.sequences}{length}{draws}"
 
     @property
-    def tokens(self) -> int:
-        """Tokens whose inputs are kept."""
-        return self.keep * self.sequence_length
+    def file_name(self) -> str:
+        """Without what a path should not have."""
+        return f"{self.keep}-of-{self.sequences}-shorter-{self.shorter}-draws-{self.draws}"
+
+    @property
+    def kept(self) -> float:
+        """What is kept, in sequences of full length."""
+        return self.keep / self.shorter
 
 
 BASE = SamplePlan(32, 8)
@@ -67,10 +74,10 @@ PARTS = (
     *(SamplePlan(8, 2), SamplePlan(16, 4), SamplePlan(16, 8)),
     *(SamplePlan(32, 2), SamplePlan(32, 4)),
 )
-#: Calibrated by themselves; each keeps what the base keeps: 4,096 tokens.
+#: Calibrated by themselves; each keeps as many tokens and draws as the base.
 OTHERS = (
-    SamplePlan(16, 16, sequence_length=256),
-    SamplePlan(64, 64, sequence_length=64),
+    SamplePlan(16, 16, shorter=2),
+    SamplePlan(64, 64, shorter=8),
     SamplePlan(4, 4, draws=2),
 )
 
@@ -121,9 +128,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", required=True, help="text to measure the KL divergence on")
-    parser.add_argument("--stats", type=Path, help="finished stats: 8 of 32 sequences of 512")
+    parser.add_argument("--stats", type=Path, help="finished stats: 8 of 32 sequences kept")
     parser.add_argument("--pairs", type=int, default=60, help="random (group, scheme) pairs")
-    parser.add_argument("--tokens", type=int, default=2048, help="of each text, in windows of 512")
+    parser.add_argument("--sequence-length", type=int, default=512, help="of windows too")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each text, in windows")
     parser.add_argument("--parts-only", action="store_true", help="calibrate no other plans")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-sample-plan"))
     parser.add_argument("--truth", type=Path, help="file of measured KL (default: in --work)")
@@ -139,17 +147,25 @@ def _tables(
     space = load_search_space(PLAN_SPACE)
 
     def calibrated(plan: SamplePlan) -> Stats:
-        folder = options.work / plan.name.replace(" ", "-")
-        return run_calibration(checkpoint, layers, corpus, folder=folder, **asdict(plan))
+        return run_calibration(
+            checkpoint,
+            layers,
+            corpus,
+            folder=options.work / plan.file_name,
+            sequences=plan.sequences,
+            keep=plan.keep,
+            sequence_length=options.sequence_length // plan.shorter,
+            draws=plan.draws,
+        )
 
     base = calibrated(BASE) if options.stats is None else read_stats(options.stats)
     stats = {BASE: base} | {
-        plan: part_of(base, plan, options.work / plan.name.replace(" ", "-")) for plan in PARTS
+        plan: part_of(base, plan, options.work / plan.file_name) for plan in PARTS
     }
     if not options.parts_only:
         stats |= {plan: calibrated(plan) for plan in OTHERS}
     for plan, one in stats.items():
-        path = options.work / f"{plan.name.replace(' ', '-')}.jsonl"
+        path = options.work / f"{plan.file_name}.jsonl"
         yield plan, fill_table(checkpoint, layers, space, stats=one, path=path)
 
 
@@ -202,17 +218,18 @@ def _link(path_of: object, base: Stats, folder: Path, numbers: dict[int, int]) -
 
 
 def _texts(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, Tensor]:
-    windows = options.tokens // 512
+    length = options.sequence_length
+    windows = options.tokens // length
     return {
         ANOTHER: text_windows(
-            checkpoint, load_text(options.text), windows=windows, sequence_length=512
+            checkpoint, load_text(options.text), windows=windows, sequence_length=length
         ),
         SAME: windows_between(
             checkpoint,
             load_text(options.calibration),
             sequences=BASE.sequences,
             windows=windows,
-            sequence_length=512,
+            sequence_length=length,
         ),
     }
 
@@ -295,7 +312,9 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     from matplotlib import pyplot
 
     texts = list(dict.fromkeys(one.text for one in outcomes))
-    figure, all_axes = pyplot.subplots(1, len(texts), figsize=(11, 4.5), layout="constrained")
+    figure, all_axes = pyplot.subplots(
+        1, len(texts), figsize=(11, 4.5), sharey=True, layout="constrained"
+    )
     for axes, text in zip(np.atleast_1d(all_axes), texts, strict=True):
         some = [one for one in outcomes if one.text == text]
         parts = [one for one in some if one.plan in (BASE, *PARTS)]
@@ -305,18 +324,19 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             lines[f"{run} run"] = sorted(of_run, key=lambda one: one.plan.keep)
         for label, line in lines.items():
             style = "s--" if label == "all that run" else "o-"
-            tokens = [one.plan.tokens for one in line]
-            axes.plot(tokens, [one.pair_spread for one in line], style, label=label)
+            kept = [one.plan.kept for one in line]
+            axes.plot(kept, [one.pair_spread for one in line], style, label=label)
         for one in some:
             if one.plan in OTHERS:
                 label = one.plan.name
-                axes.plot([one.plan.tokens], [one.pair_spread], "x", label=label)
-        axes.set_title(text, fontsize="medium")
+                axes.plot([one.plan.kept], [one.pair_spread], "x", label=label)
+        axes.set_title(f"measured on {text}".partition(",")[0], fontsize="medium")
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens kept")
-        axes.set_ylabel("spread of predicted / measured KL of pairs [factor]")
+        axes.set_xticks([2, 4, 8], ["2", "4", "8"])
+        axes.set_xlabel("sequences of full length kept")
         axes.grid(alpha=0.3)
         axes.legend()
+    np.atleast_1d(all_axes)[0].set_ylabel("spread of predicted / measured KL of pairs [factor]")
     figure.savefig(path, dpi=150)
 
 
