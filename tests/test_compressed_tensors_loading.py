@@ -36,9 +36,20 @@ from mofq.validate import validate
 UP = "model.layers.1.mlp.up_proj"
 
 
+#: What llm-compressor 0.14 leaves in the folder of a model.
+LLM_COMPRESSOR_RECIPE = """
+quant_stage:
+  quant_modifiers:
+    QuantizationModifier:
+      targets: [Linear]
+      ignore: [lm_head]
+      scheme: W8A8
+"""
+
+
 def make_foreign(folder: Path) -> Path:
     """Take away what says that mofq wrote a folder."""
-    (folder / "recipe.yaml").unlink()
+    (folder / "recipe.yaml").write_text(LLM_COMPRESSOR_RECIPE, encoding="utf-8")
     return folder
 
 

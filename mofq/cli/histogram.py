@@ -47,8 +47,9 @@ def histogram(schemes: Counter[str], *, columns: int) -> str:
 def recipe_of(recipe_or_folder: str) -> Recipe | None:
     """The recipe of a file, or of a folder that `mofq export` wrote; None where there is none."""
     from mofq.recipe import load_recipe
-    from mofq.validate.candidates import RECIPE_FILE
+    from mofq.validate.candidates import RECIPE_FILE, holds_recipe
 
     path = Path(recipe_or_folder)
-    file = path / RECIPE_FILE if path.is_dir() else path
-    return load_recipe(file) if file.is_file() else None
+    if path.is_dir():
+        return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
+    return load_recipe(path) if path.is_file() else None

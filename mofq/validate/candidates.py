@@ -94,7 +94,7 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         recipe = load_recipe(path)
         return _open_recipe(recipe, checkpoint, source=str(source), text=path.read_text("utf-8"))
     folder = open_checkpoint(str(path))
-    if (path / RECIPE_FILE).exists():
+    if holds_recipe(path / RECIPE_FILE):
         return _open_exported(folder, checkpoint)
     if "quantization_config" in folder.config:
         recipe = recipe_from_compressed_tensors(path)
@@ -108,6 +108,14 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         folder=folder,
         bits_per_weight=_bits(find_layers(folder), {}),
     )
+
+
+def holds_recipe(path: Path) -> bool:
+    """Whether a file is a recipe of mofq; llm-compressor gives its own the same name."""
+    if not path.is_file():
+        return False
+    text = path.read_text("utf-8", errors="replace")
+    return any(line.startswith("version:") for line in text.splitlines())
 
 
 def load_candidate(
