@@ -23,6 +23,8 @@ SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
 INTERRUPTED = """
 import os, signal, sys
 from mofq.cli import main, terminal
+# A shell starts what it runs in the background with Ctrl-C switched off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stage, at, *arguments = sys.argv[1:]
 def interrupt(self, name, done, total):
     if name.startswith(stage) and done == int(at):
