@@ -163,7 +163,7 @@ def print_results(recipes: Mapping[tuple[str, str], Recipe], done: Mapping[str, 
             if one is None:
                 row.append("–")
                 continue
-            shown = with_error(one.kl, one.kl_stderr)
+            shown = with_error(one.kl, one.kl_stderr, digits=5)
             row.append(f"**{shown}**" if one.kl == least[label] else shown)
         costs.append(row)
         for label in labels:
