@@ -83,7 +83,7 @@ SYSTEMS = (
     System("SwitchBack's pair", r"(int8|fp8_e4m3)\.tensor\+(int8|fp8_e4m3)\.token"),
     System("GPTQ", r"int\d\..*~gptq(\+int8\.token)?"),
     System("scales by nats", r"int\d\..*@nats"),
-    System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}~gptq(\+.*)?", GREEDY),
+    System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(@mse)?~gptq(\+.*)?", GREEDY),
     System("search over all", r".*", SEARCH),
 )
 
