@@ -54,6 +54,10 @@ class BackendError(MofqError):
     """A backend cannot apply or export a scheme."""
 
 
+class RewriteError(MofqError):
+    """A checkpoint cannot be rewritten without changing what it computes."""
+
+
 class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
 

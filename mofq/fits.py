@@ -24,7 +24,7 @@ sequences of every corpus out of the fit, so that they can judge it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypedDict
@@ -36,7 +36,7 @@ from mofq.calibration.sequences import LayerSamples, SequenceFile
 from mofq.calibration.stats import Stats
 from mofq.exceptions import StatsError
 from mofq.layers import LinearLayer
-from mofq.quantize import Feedback, factorise_hessian
+from mofq.quantize import Feedback, factorise_hessian, one_thread
 from mofq.schemes import TensorScheme
 
 #: Which sequences of each corpus a fit sees: all, or those of one half.
@@ -150,7 +150,7 @@ class Fits:
         """
         fitted = [weight for weight in weights if weight is not None and weight.is_fitted]
         by_feedback = [weight for weight in fitted if weight.rounding == "gptq"]
-        with _one_thread():
+        with one_thread():
             return LayerFit(
                 self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
                 self._feedback_of(layer, part) if by_feedback else None,
@@ -200,14 +200,3 @@ def part_of(sequences: int, part: Part) -> slice:
         "first": slice(0, middle),
         "second": slice(middle, sequences),
     }[part]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A sum that is split over threads is rounded differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -38,6 +38,7 @@ RANKS = {
     "solvers": 5,
     "recipe": 5,
     "measure": 5,
+    "rewrite": 6,
     "backends": 6,
     "explore": 7,
     "decide": 6,

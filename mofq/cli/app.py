@@ -109,6 +109,35 @@ def calibrate(
 
 
 @app.command()
+def rewrite(
+    model: Model,
+    stats: Annotated[Path, typer.Option(help="From `mofq calibrate`.")],
+    method: Annotated[str, typer.Option(help="smoothquant, awq or bismooth.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="That it is to be quantized by, e.g. int8.channel+int8.token."),
+    ] = None,
+    powers_of_two: Annotated[
+        bool, typer.Option("--powers-of-two", help="Move powers of two alone: exact in bf16.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Move scales between tensors so that the model computes the same and quantizes better."""
+    from mofq.cli.rewrite import run_rewrite
+
+    run_rewrite(
+        model,
+        stats=stats,
+        method=method,
+        scheme=scheme,
+        powers_of_two=powers_of_two,
+        output=output,
+        as_json=json,
+    )
+
+
+@app.command()
 def measure(
     model: Model,
     space: Space,

@@ -32,6 +32,7 @@ form without an inverse is LDLQ of QuIP, arXiv:2307.13304.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,12 +79,8 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     damped_II = hessian_II.detach().to("cpu", torch.float64, copy=True)
     damping = DAMPING * float(damped_II.diagonal().mean())
     damped_II.diagonal().add_(damping if damping > 0 else 1.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # else the factors' last bits depend on how many there are
-    try:
+    with one_thread():
         lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
-    finally:
-        torch.set_num_threads(threads)
     if int(failed) or not bool(torch.isfinite(lower_II).all()):
         raise SchemeError(
             f"{name}: the Hessian of its inputs is not positive definite, so ~gptq cannot round "
@@ -93,6 +90,17 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     root_I = upper_II.diagonal()
     cost_I = root_I.square()
     return Feedback(_to_22_bits(upper_II / root_I, 0).float(), (cost_I / cost_I.max()).float())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A sum that is split over threads is rounded differently for each number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def round_with_feedback(
