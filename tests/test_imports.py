@@ -38,11 +38,11 @@ RANKS = {
     "solvers": 5,
     "recipe": 5,
     "measure": 5,
-    "rewrite": 6,
     "backends": 6,
     "explore": 7,
     "decide": 6,
     "validate": 7,
+    "rewrite": 7,
     "cli": 8,
 }
 

@@ -47,6 +47,15 @@ def run_rewrite(
     if as_json:
         print_json(content)
         return
+    _print_choices(choices, title=f"{method}: KL of each site [nats/token]")
+    note(
+        f"{output}: {content['moved']} of {len(choices)} sites moved; predicted KL of their layers "
+        f"{content['kl_before']:.4g} before, {content['kl_after']:.4g} after; "
+        f"{content['seconds']:.1f} s. Calibrate this folder before it is measured."
+    )
+
+
+def _print_choices(choices: Sequence[Choice], *, title: str) -> None:
     rows = [
         [
             one.site.group,
@@ -57,16 +66,7 @@ def run_rewrite(
         ]
         for one in choices
     ]
-    print_table(
-        f"{method}: KL of each site [nats/token]",
-        ["site", "scheme", "strength", "before", "after"],
-        rows,
-    )
-    note(
-        f"{output}: {content['moved']} of {len(choices)} sites moved; predicted KL of their layers "
-        f"{content['kl_before']:.4g} before, {content['kl_after']:.4g} after; "
-        f"{content['seconds']:.1f} s. Calibrate this folder before it is measured."
-    )
+    print_table(title, ["site", "scheme", "strength", "before", "after"], rows)
 
 
 def _strength(choice: Choice) -> str:
