@@ -50,6 +50,10 @@ class EngineError(MofqError):
     """An engine is unknown, or cannot serve what was asked."""
 
 
+class ClusterError(MofqError):
+    """A cluster cannot be reached, or its workers die."""
+
+
 class BackendError(MofqError):
     """A backend cannot apply or export a scheme."""
 

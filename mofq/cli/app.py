@@ -9,6 +9,7 @@ import typer
 
 from mofq.cli.app_reading import reading, recipe
 from mofq.cli.arguments import (
+    Cluster,
     Device,
     DeviceModel,
     Engine,
@@ -145,6 +146,8 @@ def measure(
     stats: Annotated[Path | None, typer.Option(help="From `mofq calibrate`.")] = None,
     engine: Engine = None,
     device: Device = "cpu",
+    cluster: Cluster = None,
+    cluster_cpus: Annotated[int, typer.Option(help="CPUs of one unit of --cluster.", min=1)] = 1,
     json: Json = False,
 ) -> None:
     """Measure every scheme of a search space on the weights."""
@@ -157,6 +160,8 @@ def measure(
         stats=stats,
         engine=engine,
         device=device,
+        cluster=cluster,
+        cluster_cpus=cluster_cpus,
         as_json=json,
     )
 

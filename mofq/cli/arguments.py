@@ -16,6 +16,10 @@ Stats = Annotated[
     Path | None,
     typer.Option(help="From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq)."),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT."),
+]
 MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
 DeviceModel = Annotated[
     str | None,

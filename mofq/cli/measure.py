@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -12,7 +16,17 @@ from mofq.cli.terminal import note, print_json, progress_bars
 
 if TYPE_CHECKING:
     from mofq.calibration.stats import Stats
+    from mofq.measure.run import Remotely
     from mofq.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Where the work is done."""
+
+    device: str
+    address: str | None  #: as `mofq.distributed.cluster` takes it; None: this process
+    cpus: int = 1  #: of one unit of work
 
 
 def run_measure(
@@ -23,6 +37,8 @@ def run_measure(
     stats: Path | None = None,
     engine: str | None = None,
     device: str = "cpu",
+    cluster: str | None = None,
+    cluster_cpus: int = 1,
     as_json: bool = False,
 ) -> None:
     """Fill the table and say what it holds."""
@@ -31,7 +47,14 @@ def run_measure(
     start = monotonic()
     check_output(output)
     rows_before = _count_lines(output)
-    opened = _measure(model, space=space, output=output, stats=stats, engine=engine, device=device)
+    opened = _measure(
+        model,
+        space=space,
+        output=output,
+        stats=stats,
+        engine=engine,
+        workers=Workers(device, cluster, cluster_cpus),
+    )
     table = read_table(output)
     is_new = _count_lines(output) > rows_before
     content = _summary(table) | {"table": str(output), "seconds": round(monotonic() - start, 2)}
@@ -39,6 +62,14 @@ def run_measure(
         unseen = {} if opened is None else opened.unseen
         print_json(content | {"unseen": {corpus: list(names) for corpus, names in unseen.items()}})
         return
+    _print(output, content, table, is_new=is_new)
+    if opened is not None:
+        note_unseen(opened)
+    elif any("+" in name for name in content["schemes"]):
+        note("  Without --stats, what rounding activations costs is not in the errors.")
+
+
+def _print(output: Path, content: dict[str, Any], table: Table, *, is_new: bool) -> None:
     note(
         f"{output}: {content['rows']} rows, {content['groups']} fusion groups, "
         f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
@@ -47,21 +78,22 @@ def run_measure(
     for name in sorted({r.scheme for r in table.rejections}):
         refused = [r for r in table.rejections if r.scheme == name]
         note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
-    if opened is not None:
-        note_unseen(opened)
-    elif any("+" in name for name in content["schemes"]):
-        note("  Without --stats, what rounding activations costs is not in the errors.")
 
 
 def _measure(
-    model: str, *, space: str, output: Path, stats: Path | None, engine: str | None, device: str
+    model: str,
+    *,
+    space: str,
+    output: Path,
+    stats: Path | None,
+    engine: str | None,
+    workers: Workers,
 ) -> Stats | None:
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.engines import legality
     from mofq.layers import find_layers
     from mofq.search_space import load_search_space
 
-    # All that needs no torch first: its import takes longer than finding a misspelt name.
     loaded_space = load_search_space(space)
     check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
@@ -70,9 +102,10 @@ def _measure(
     from mofq.calibration.stats import read_stats
     from mofq.measure.run import measure
 
-    check_device(device)
+    if workers.address is None:
+        check_device(workers.device)
     opened = None if stats is None else read_stats(stats)
-    with progress_bars() as bars:
+    with _connected(workers) as remotely, progress_bars() as bars:
         measure(
             checkpoint,
             layers,
@@ -81,11 +114,25 @@ def _measure(
             stats=opened,
             engine=engine,
             legality=check,
-            device=device,
-            progress=lambda done, total: bars.stage("measure", done, total),
+            device=workers.device,
+            progress=partial(bars.stage, "measure"),
             tell=note,
+            remotely=remotely,
         )
     return opened
+
+
+@contextmanager
+def _connected(workers: Workers) -> Iterator[Remotely | None]:
+    """What measures on the cluster, while it is connected; None where there is none."""
+    if workers.address is None:
+        yield None
+        return
+    from mofq.distributed import cluster
+    from mofq.measure.remote import measure_remotely
+
+    with cluster(workers.address):
+        yield partial(measure_remotely, cpus=workers.cpus)
 
 
 def _count_lines(path: Path) -> int:

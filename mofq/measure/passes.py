@@ -17,7 +17,11 @@ LayerPasses = Callable[[LinearLayer, Kind, Sequence[TensorScheme]], Pass]
 
 
 def layer_passes(
-    work: Sequence[tuple[FusionGroup, Sequence[Scheme]]], *, device: str, tell: Tell
+    work: Sequence[tuple[FusionGroup, Sequence[Scheme]]],
+    *,
+    device: str,
+    tell: Tell,
+    elements: int = 0,
 ) -> LayerPasses:
     """What gives each layer its pass; layers with the same schemes share one.
 
@@ -25,13 +29,14 @@ def layer_passes(
         work: Fusion groups and their schemes: how much there is to do for a pass.
         device: Where the arithmetic runs.
         tell: Gets a line about a compilation.
+        elements: Of all weights, where the work is a part of more.
 
     Returns:
         The function. It compiles when it is first asked for a set of schemes.
     """
-    elements: Counter[frozenset[TensorScheme]] = Counter()
+    counts: Counter[frozenset[TensorScheme]] = Counter()
     for group, schemes in work:
-        elements[_candidates(schemes)] += sum(layer.weights for layer in group.layers)
+        counts[_candidates(schemes)] += sum(layer.weights for layer in group.layers)
     make = pass_maker(device=device, tell=tell)
     made: dict[tuple[Kind, tuple[TensorScheme, ...], torch.dtype], Pass] = {}
 
@@ -39,7 +44,7 @@ def layer_passes(
         dtype = torch.bfloat16 if layer.dtype == "BF16" else torch.float32
         key = (kind, tuple(schemes), dtype)
         if key not in made:
-            made[key] = make(kind, schemes, dtype, elements[frozenset(schemes)])
+            made[key] = make(kind, schemes, dtype, max(elements, counts[frozenset(schemes)]))
         return made[key]
 
     return pass_of

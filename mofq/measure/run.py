@@ -19,7 +19,7 @@ from mofq.fits import Fits
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.measure.crossfit import check_sequences, join_parts, parts_in_all, prepare_parts
 from mofq.measure.extent import group_profiles
-from mofq.measure.passes import layer_passes
+from mofq.measure.passes import LayerPasses, layer_passes
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
 from mofq.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
@@ -46,6 +46,8 @@ Tell = Callable[[str], None]
 Work = tuple[FusionGroup, Sequence[Scheme]]
 #: The rows of a fusion group, and its profiles.
 Measured = tuple[list[Row], list[Profile]]
+#: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
+Remotely = Callable[..., Generator[Measured, None, None]]
 
 
 def measure(
@@ -60,6 +62,7 @@ def measure(
     device: str = "cpu",
     progress: Progress | None = None,
     tell: Tell = lambda message: None,
+    remotely: Remotely | None = None,
 ) -> None:
     """Measure every offered (fusion group, scheme) that the table does not have yet.
 
@@ -74,6 +77,7 @@ def measure(
         device: Where the arithmetic runs.
         progress: Called with fusion groups done and in all.
         tell: Gets a line about what takes its time before the first group is done.
+        remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
 
     Raises:
         StatsError: The stats belong to another model, or are too few to fit a scheme to.
@@ -95,18 +99,21 @@ def measure(
         stats=None if stats is None else table_stats(stats),
     )
     with open_table(table_path, header) as table:
-        table.add_space(
-            TableSpace(
-                name=space.name,
-                sha256=space.sha256,
-                schemes=tuple(scheme.name for scheme in space.schemes),
-                base=space.base,
-                min_gain=space.min_gain,
-                engine=engine,
-            )
-        )
-        measured = partial(measure_groups, checkpoint, stats=stats, device=device, tell=tell)
+        table.add_space(_table_space(space, engine))
+        here = partial(measure_groups, tell=tell)
+        measured = partial(remotely or here, checkpoint, stats=stats, device=device)
         _fill(table, offers, measured, stats=stats, progress=progress)
+
+
+def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
+    return TableSpace(
+        name=space.name,
+        sha256=space.sha256,
+        schemes=tuple(scheme.name for scheme in space.schemes),
+        base=space.base,
+        min_gain=space.min_gain,
+        engine=engine,
+    )
 
 
 def _check_stats(stats: Stats, checkpoint: Checkpoint, weights_sha256: str) -> None:
@@ -156,6 +163,7 @@ def measure_groups(
     stats: Stats | None = None,
     device: str = "cpu",
     tell: Tell = lambda message: None,
+    elements: int = 0,
 ) -> Generator[Measured, None, None]:
     """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
 
@@ -165,6 +173,7 @@ def measure_groups(
         stats: Calibration, or None.
         device: Where the arithmetic runs.
         tell: Gets a line about a compilation.
+        elements: Of all weights, where the work is a part of more.
 
     Yields:
         The rows of each fusion group and its profiles, in a fixed order. Which others are
@@ -175,23 +184,12 @@ def measure_groups(
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
-    pass_of = layer_passes(work, device=device, tell=tell)
+    pass_of = layer_passes(work, device=device, tell=tell, elements=elements)
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         fits = None if stats is None else stack.enter_context(Fits(stats))
-        layers = (
-            part
-            for group, schemes in work
-            for layer, prepare, samples in _group_layers(
-                checkpoint, group, schemes, reader, corpora
-            )
-            for part in prepare_parts(
-                partial(prepare, device=device, make_pass=partial(pass_of, layer)),
-                layer,
-                schemes,
-                samples=samples,
-                fits=fits,
-            )
+        layers = _all_parts(
+            checkpoint, work, reader, fits, corpora=corpora, device=device, pass_of=pass_of
         )
         scores = stack.enter_context(closing(score_layers(layers, device=device)))
         for group, schemes in work:
@@ -206,6 +204,28 @@ def measure_groups(
                 {name: score.input_extents for name, score in by_name.items()},
             )
             yield group_rows(group, schemes, by_name, corpora=corpora), profiles
+
+
+def _all_parts(
+    checkpoint: Checkpoint,
+    work: Sequence[Work],
+    reader: SampleReader | None,
+    fits: Fits | None,
+    *,
+    corpora: Sequence[str],
+    device: str,
+    pass_of: LayerPasses,
+) -> Iterator[PreparedLayer]:
+    """What is scored, in order: every layer, in as many parts as its schemes need."""
+    for group, schemes in work:
+        for layer, prepare, samples in _group_layers(checkpoint, group, schemes, reader, corpora):
+            yield from prepare_parts(
+                partial(prepare, device=device, make_pass=partial(pass_of, layer)),
+                layer,
+                schemes,
+                samples=samples,
+                fits=fits,
+            )
 
 
 def _group_layers(

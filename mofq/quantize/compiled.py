@@ -11,6 +11,7 @@ approximate division, no flushing of subnormal numbers.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -129,17 +130,21 @@ def _build(path: Path, kind: Kind, schemes: Sequence[TensorScheme], dtype: torch
     if which(compiler) is None:
         raise FileNotFoundError(f"found no C++ compiler {compiler!r}; install one, or set CXX.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path.parent / "inductor"))
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a machine make it once
+        if not path.is_file():
+            _export(path, eager_pass(kind, schemes), schemes, dtype)
+
+
+def _export(path: Path, eager: Pass, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> None:
+    unfinished = path.with_suffix(".partial.pt2")
     x_ARJK = torch.zeros(3, band_rows(schemes), 5, strip_columns(schemes), dtype=dtype)
     free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                _Module(eager_pass(kind, schemes)),
-                (x_ARJK, torch.ones(())),
-                dynamic_shapes=(free, None),
+                _Module(eager), (x_ARJK, torch.ones(())), dynamic_shapes=(free, None)
             )
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
@@ -159,7 +164,6 @@ class _Module(torch.nn.Module):
 
 
 def _compiled_on_gpu(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_kernel_folder() / "inductor"))
     compiled: Pass = torch.compile(
         eager_pass(kind, schemes), dynamic=True, fullgraph=True, options=_known(_GPU_OPTIONS)
     )

@@ -1,0 +1,146 @@
+"""Sends units of work to a Ray cluster; scheduling, retries and resources are Ray's.
+
+A unit is a small tuple of plain values that names what to read on a file system that all
+machines share. What a unit gives comes back as it is finished, and is handed on in the
+order of the units, so that whatever is written from it does not depend on who was first.
+
+Source: https://docs.ray.io/en/latest/ray-core/fault_tolerance/tasks.html for retries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+from mofq.exceptions import ClusterError, MofqError
+
+_Unit = TypeVar("_Unit")
+_Result = TypeVar("_Result")
+
+#: How often a unit is begun again where its worker or its machine died.
+MAX_RETRIES = 3
+#: Units that are under way or waiting, for each that can run at once.
+_QUEUED = 4
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """Connect to a cluster; leave it, or end it if it was begun here, at the end.
+
+    Args:
+        address: ``ray``: the cluster that ``RAY_ADDRESS`` names, else one on this machine, for
+            as long as this process needs it. ``ray://HOST:PORT`` or ``HOST:PORT``: that one.
+
+    Raises:
+        ClusterError: Ray is not installed, or there is no such cluster.
+    """
+    ray = _import_ray()
+    known = os.environ.get("RAY_ADDRESS") if address == "ray" else address
+    where = {"address": known} if known else _own_cluster()
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # whatever Ray raises, the cluster cannot be had
+        raise ClusterError(
+            f"--cluster {address}: {_first_line(error)}. Give 'ray' for one on this machine, or "
+            f"the ray://HOST:PORT of one that runs."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own_cluster() -> dict[str, Any]:
+    return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+
+
+def run_units(
+    function: Callable[[_Unit], _Result],
+    units: Iterable[_Unit],
+    *,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> Generator[_Result, None, None]:
+    """Run a function on every unit, on the cluster that is connected.
+
+    Args:
+        function: Of a module, so that workers can import it.
+        units: Are sent a few at a time.
+        cpus: Of one unit; also how many threads its libraries use.
+        gpus: Of one unit.
+
+    Yields:
+        The results, in the order of the units.
+
+    Raises:
+        MofqError: The first that a unit raises.
+        ClusterError: A unit's workers died again and again, or nothing can run it.
+    """
+    ray = _import_ray()
+    slots = _slots(ray.cluster_resources(), cpus, gpus)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
+    left = iter(units)
+    sent = deque(remote.remote(unit) for unit in islice(left, _QUEUED * slots))
+    try:
+        while sent:
+            result = _get(ray, sent[0])
+            sent.popleft()
+            sent.extend(remote.remote(unit) for unit in islice(left, 1))
+            yield result
+    finally:
+        for reference in sent:
+            ray.cancel(reference, force=True)
+
+
+def _slots(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many units run at once."""
+    found = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
+    slots = min(found[name] // need for name, need in (("CPU", cpus), ("GPU", gpus)) if need)
+    if slots < 1:
+        raise ClusterError(
+            f"a unit needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {found['CPU']:g} "
+            f"and {found['GPU']:g}. Ask for less, or start a worker that has them."
+        )
+    return int(slots)
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MofqError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"a unit was begun {MAX_RETRIES + 1} times and its worker died each time: "
+            f"{_first_line(error)}. What is finished is kept; look at the memory of the workers, "
+            f"and run the same command again."
+        ) from error
+
+
+def _import_ray() -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError(
+            "--cluster needs Ray, which is not installed. Run: pip install 'mofq[ray]'"
+        ) from error
+    return ray
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,188 @@
+"""A Ray cluster on this machine: the same table, also with a worker killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calibrated import calibrate_folder, some_tokens, space_of
+from command_line import DEMO, mofq
+from conftest import TinyCheckpoint
+
+from mofq import distributed
+from mofq.calibration.stats import Stats
+from mofq.checkpoint.headers import open_checkpoint
+from mofq.distributed import cluster, run_units
+from mofq.exceptions import ClusterError, SchemeError
+from mofq.layers import find_layers
+from mofq.measure import remote
+from mofq.measure.remote import Unit, measure_remotely, measure_unit
+from mofq.measure.run import Measured, measure
+
+SPACE = space_of("int4.g32", "nvfp4", "int8.channel+int8.token")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: TinyCheckpoint) -> Path:
+    return tiny("mixtral")
+
+
+@pytest.fixture(scope="module")
+def stats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    return calibrate_folder(folder, tmp_path_factory.mktemp("stats"), {"a": some_tokens(2, 16)})
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers import the functions of this file.
+        paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        own = distributed._own_cluster()
+        patch.setattr(distributed, "_own_cluster", lambda: own | {"num_cpus": 2})
+        with cluster("ray"):
+            yield
+
+
+def fill(folder: Path, path: Path, stats: Stats | None, **options: Any) -> bytes:
+    checkpoint = open_checkpoint(str(folder))
+    measure(checkpoint, find_layers(checkpoint), SPACE, table_path=path, stats=stats, **options)
+    return path.read_bytes()
+
+
+def die_at_first(unit: Unit) -> Measured:
+    """Measure, but kill the worker of one unit in the middle of the work, once."""
+    assert unit.stats is not None
+    mark = Path(unit.stats).parent / "killed"
+    if unit.group.name.startswith("layers.1") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure_unit(unit)
+
+
+def die(unit: int) -> int:
+    if unit == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def refuse(unit: int) -> int:
+    if unit == 3:
+        raise SchemeError("layer 3: not finite")
+    return unit
+
+
+def test_two_workers_give_the_table_that_one_process_gives(
+    folder: Path, stats: Stats, two_workers: None, tmp_path: Path
+) -> None:
+    for name, some in (("with", stats), ("without", None)):
+        here = fill(folder, tmp_path / f"{name}.jsonl", some)
+        there = fill(folder, tmp_path / f"{name}-2.jsonl", some, remotely=measure_remotely)
+        assert there == here
+
+
+def test_a_worker_killed_in_the_middle_changes_no_byte(
+    folder: Path,
+    stats: Stats,
+    two_workers: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "measure_unit", die_at_first)
+    there = fill(folder, tmp_path / "there.jsonl", stats, remotely=measure_remotely)
+    assert (stats.folder.parent / "killed").exists()
+    assert there == fill(folder, tmp_path / "here.jsonl", stats)
+
+
+def test_a_run_that_is_stopped_goes_on_on_the_cluster_or_without(
+    folder: Path, stats: Stats, two_workers: None, tmp_path: Path
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise Stopped
+
+    expected = fill(folder, tmp_path / "whole.jsonl", stats)
+    for first, second in ((measure_remotely, None), (None, measure_remotely)):
+        path = tmp_path / f"{first is None}.jsonl"
+        with pytest.raises(Stopped):
+            fill(folder, path, stats, remotely=first, progress=stop)
+        assert path.read_bytes() != expected
+        assert fill(folder, path, stats, remotely=second) == expected
+
+
+def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None) -> None:
+    assert list(run_units(refuse, range(3))) == [0, 1, 2]
+    found: list[int] = []
+    with pytest.raises(SchemeError, match="layer 3: not finite"):
+        found.extend(run_units(refuse, range(9)))
+    assert found == [0, 1, 2]
+
+
+def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
+    two_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "MAX_RETRIES", 0)
+    with pytest.raises(ClusterError, match=r"was begun 1 times and its worker died .* memory"):
+        list(run_units(die, range(4)))
+
+
+def test_a_unit_that_fits_nowhere_is_refused_at_once(two_workers: None) -> None:
+    with pytest.raises(ClusterError, match="needs 1 CPUs and 1 GPUs, and the cluster has 2 and 0"):
+        list(run_units(die, range(4), gpus=1))
+
+
+def test_a_worker_that_sees_another_model_or_other_stats_says_so(
+    folder: Path, stats: Stats, tiny_llama: Path
+) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    unit = Unit(
+        model=str(folder),
+        index_sha256=checkpoint.index_sha256,
+        stats=str(stats.folder),
+        stats_sha256=stats.sha256,
+        group=find_layers(checkpoint).groups[0],
+        schemes=("int4.g32",),
+        elements=0,
+        device="cpu",
+    )
+    with pytest.raises(ClusterError, match=r"another model there .* shared file system"):
+        measure_unit(replace(unit, model=str(tiny_llama)))
+    with pytest.raises(ClusterError, match=r"other stats there .* shared file system"):
+        measure_unit(replace(unit, stats_sha256="0" * 64))
+
+
+def test_without_ray_the_message_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    table = tmp_path / "t.jsonl"
+    ran = mofq("measure", DEMO, "--space", "w8a8", "-o", table, "--cluster", "ray")
+    assert ran.code == 1
+    assert "--cluster needs Ray" in ran.err
+    assert "pip install 'mofq[ray]'" in ran.err
+    assert not table.exists()
+
+
+def test_the_command_line_measures_on_a_cluster_of_its_own_without_noise(tmp_path: Path) -> None:
+    tables = [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
+    command = [sys.executable, "-c", "from mofq.cli import main; main()", "measure", DEMO]
+    for table, more in zip(tables, ([], ["--cluster", "ray"]), strict=True):
+        ran = subprocess.run(
+            [*command, "--space", "w8a8", "-o", table, "--json", *more],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+    assert tables[0].read_bytes() == tables[1].read_bytes()
