@@ -22,7 +22,7 @@ Measure = Callable[[Mapping[str, str]], Iterator[float]]
 Progress = Callable[[int, int], None]
 
 #: A uniform scheme predicted so many times worse than the recipe is not measured.
-_HOPELESS = 2.0
+_HOPELESS = 1.5
 #: After so many windows a recipe that is worse by so many standard errors is given up.
 _LEAST_WINDOWS, _GIVE_UP_STDERRS = 4, 3.0
 #: Swaps among which those of different layers are found.
@@ -135,7 +135,7 @@ def uniform_candidates(
 
     Returns:
         Scheme -> one option of each group; a group with a single option keeps that. In nats,
-        those whose error is predicted to be more than twice the choice's are left out,
+        those whose error is predicted to be half as much again as the choice's are left out,
         but for the best.
     """
     rows, allowed_P = budget_rows(problem, budgets), offered(problem, budgets)
