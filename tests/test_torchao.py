@@ -17,17 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mofq.backends import apply_recipe, emulate, torchao
 from mofq.backends.torchao import TorchaoLinear
+from mofq.backends.torchao.apply import device_engine, kernel_refusal
 from mofq.backends.torchao.linear import _PRODUCTS
 from mofq.backends.torchao.weights import MAKERS
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.engines import ENGINES
 from mofq.exceptions import BackendError
+from mofq.layers import find_layers
 from mofq.quantize import FakeQuantLinear, fake_quantize_activation
 from mofq.schemes import parse_scheme
 from mofq.validate import find_deviations
 
 UP = "model.layers.1.mlp.up_proj"
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 #: Scheme -> TorchAO's class and, where it is not a plain product, the operator that must run.
 KERNELS = {
@@ -97,13 +100,26 @@ def test_a_model_with_kernels_is_the_emulated_one(
     assert find_deviations(model, recipe, checkpoint=checkpoint) == ()
 
 
-@pytest.mark.parametrize("scheme", ["int8.channel+int8.token", "int4.g32", "int8.channel", "nvfp4"])
-def test_a_model_in_bfloat16_holds_the_same_codes_and_scales(tiny_llama: Path, scheme: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", KERNELS)
+def test_a_model_in_bfloat16_holds_the_same_codes_and_scales(
+    tiny_llama: Path, scheme: str, device: str
+) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
-    recipe = recipe_of(checkpoint, scheme)
-    model = load_model(tiny_llama, dtype="bfloat16")
+    recipe = uniform_recipe(checkpoint, scheme)
+    engine = device_engine(torch.device(device))
+    for group in find_layers(checkpoint).groups:
+        if kernel_refusal(parse_scheme(scheme), group, engine=engine, dtype=torch.bfloat16):
+            assert device == "cuda"
+            return  # this GPU has no kernel for it
+    model = load_model(tiny_llama, dtype="bfloat16", device=device)
     torchao.apply(model, recipe, checkpoint=checkpoint)
-    assert logits_of(model).dtype is torch.bfloat16
+    emulated = load_model(tiny_llama, dtype="bfloat16", device=device)
+    emulate.apply(emulated, recipe, checkpoint=checkpoint)
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(2)).to(device, torch.bfloat16)
+    found, expected = (each.get_submodule(UP)(x) for each in (model, emulated))
+    assert found.dtype is torch.bfloat16
+    assert (found - expected).norm() < 2**-6 * expected.norm()
     assert find_deviations(model, recipe, checkpoint=checkpoint) == ()
 
 
