@@ -287,7 +287,8 @@ function errorTable(one, chosen) {
   const along = (value) =>
     (100 * Math.log(Math.max(value, least) / least)) / (Math.log(most / least) || 1);
   const rows = options.map((option) => element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
-    element("th", { scope: "row" }, swatch(option[SCHEME]), schemeName(option[SCHEME])),
+    element("th", { scope: "row" }, element("span", { class: "named" },
+      swatch(option[SCHEME]), brokenName(option[SCHEME]))),
     element("td", { text: bitsText((8 * option[BYTES]) / one.weights) }),
     element("td", { text: bytesText(option[BYTES]) }),
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
