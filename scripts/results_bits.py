@@ -11,6 +11,7 @@ that stopped goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from mofq.recipe import Recipe, load_recipe, write_recipe
 from mofq.solvers import Budgets, Problem
 from mofq.solvers.problem import IntArray
 from mofq.table import Table, read_table
-from mofq.validate import Validation, validate_many
+from mofq.validate import validate_many
 
 SPACES = ("w4w8_mixed", "w4w8_wide")
 ENGINE = "vllm-hopper"
@@ -145,39 +146,63 @@ def search_optuna(options: argparse.Namespace, table: Path, bits: float) -> dict
     return {f"optuna, {options.trials} trials, `w4w8_mixed`": path}
 
 
-def row(label: str, recipe: Recipe, validation: Validation) -> str:
+def row(label: str, recipe: Recipe, figures: dict[str, float]) -> str:
     """One line of the table."""
     predicted = recipe.kl_nats_per_token
     return (
-        f"| {label} | {validation.bits_per_weight:.3f} "
+        f"| {label} | {figures['bits_per_weight']:.3f} "
         f"| {'–' if predicted is None else f'{predicted:.4f}'} "
-        f"| {validation.kl_nats_per_token:.4f} ± {validation.kl_stderr or 0:.4f} "
-        f"| {validation.perplexity:.2f} |"
+        f"| {figures['kl_nats_per_token']:.4f} ± {figures['kl_stderr']:.4f} "
+        f"| {figures['perplexity']:.2f} |"
     )
 
 
-def validate(options: argparse.Namespace, paths: Sequence[tuple[float, str, Path]]) -> None:
-    """Measure every recipe, once each, and print the tables."""
+def validate_missing(
+    options: argparse.Namespace, recipes: dict[Path, Recipe]
+) -> dict[str, dict[str, float]]:
+    """Hash of a recipe -> its figures; what an earlier run measured on this text is kept."""
+    text = load_text(options.text)
+    path = options.work / f"measured-{text.sha256[:8]}-{options.tokens}.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    missing = {digest(one): one for one in recipes.values() if digest(one) not in known}
+    if missing:
+        done = validate_many(
+            options.model, list(missing.values()), text, tokens=options.tokens, progress=shown
+        )
+        for key, one in zip(missing, done, strict=True):
+            assert one.enforced, f"{one.deviations[0]}"
+            known[key] = {
+                "bits_per_weight": one.bits_per_weight,
+                "kl_nats_per_token": one.kl_nats_per_token,
+                "kl_stderr": one.kl_stderr or 0.0,
+                "perplexity": one.perplexity,
+                "perplexity_original": one.perplexity_original,
+            }
+        path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    return {key: dict(value) for key, value in known.items()}
+
+
+def digest(recipe: Recipe) -> str:
+    """What a measurement depends on: the scheme of every layer."""
+    return hashlib.sha256(json.dumps(recipe.schemes, sort_keys=True).encode()).hexdigest()
+
+
+def shown(stage: str, done: int, total: int) -> None:
+    """Progress on one line."""
+    print(f"{stage} {done}/{total}", end="\r", flush=True)
+
+
+def print_tables(options: argparse.Namespace, paths: Sequence[tuple[float, str, Path]]) -> None:
+    """Measure what is not measured yet, and print a table for each budget."""
     recipes = {path: load_recipe(path) for _, _, path in paths}
-    done = validate_many(
-        options.model,
-        list(recipes.values()),
-        load_text(options.text),
-        tokens=options.tokens,
-        progress=lambda stage, n, total: print(f"{stage} {n}/{total}", end="\r", flush=True),
-    )
-    validations = dict(zip(recipes, done, strict=True))
-    figures = []
+    figures = validate_missing(options, recipes)
     for bits in BUDGETS:
         print(f"\n| at most {bits} bits | bits/weight | KL predicted | KL measured | perplexity |")
         print("| --- | --- | --- | --- | --- |")
         for _, label, path in (one for one in paths if one[0] == bits):
-            assert validations[path].enforced, f"{path} is not enforced"
-            print(row(label, recipes[path], validations[path]))
-            kl = validations[path].kl_nats_per_token
-            figures.append({"budget": bits, "label": label, "kl_nats_per_token": kl})
-    print(f"\nperplexity of the original: {done[0].perplexity_original:.2f}")
-    (options.work / "results.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+            print(row(label, recipes[path], figures[digest(recipes[path])]))
+    original = figures[digest(recipes[paths[0][2]])]["perplexity_original"]
+    print(f"\nperplexity of the original: {original:.2f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -200,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.trials:
             found |= search_optuna(options, table, bits)
         paths += [(bits, label, path) for label, path in found.items()]
-    validate(options, paths)
+    print_tables(options, paths)
 
 
 if __name__ == "__main__":
