@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import torch
 from reproduction import (
     arguments,
     measure_recipes,
@@ -253,13 +252,19 @@ def _crest(kind: str, x_TI: Tensor) -> Crest:
 
 
 def crossing(points: Sequence[Crest]) -> float | None:
-    """Where FP's error equals INT's, by a line through the logarithms; None where none does."""
-    x = torch.tensor([math.log(point.crest) for point in points], dtype=torch.float64)
-    y = torch.tensor([math.log(p.floating / p.integer) for p in points], dtype=torch.float64)
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    at = float(x.mean() - y.mean() / slope)
-    inside = float(y.min()) < 0 < float(y.max())
-    return math.exp(at) if inside and slope < 0 else None
+    """The crest factor above which FP is better, with the fewest layers on the wrong side.
+
+    None where all are on one side.
+    """
+    ordered = sorted(points, key=lambda one: one.crest)
+    wins = [one.floating < one.integer for one in ordered]
+    if all(wins) or not any(wins):
+        return None
+    # Wrong if the limit lies below point n: INT's wins from n on, and FP's before.
+    wrong = [wins[:n].count(True) + wins[n:].count(False) for n in range(len(wins) + 1)]
+    least = [n for n, count in enumerate(wrong) if count == min(wrong)]
+    n = min(max(least[len(least) // 2], 1), len(ordered) - 1)
+    return math.sqrt(ordered[n - 1].crest * ordered[n].crest)
 
 
 def draw(points: Sequence[Crest], path: Path) -> None:

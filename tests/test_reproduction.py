@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -184,10 +185,14 @@ def test_formats_without_an_end_round_as_e4m3_does_between_its_ends() -> None:
     assert [round_to_format(small, e).item() for e in formats] == [0.0, *[2.0**-12 * 1.25] * 2]
 
 
-def test_the_crossing_is_where_the_logarithms_line_meets_zero() -> None:
-    points = [Crest("", crest, 1.0, 100 / crest**2) for crest in (2.0, 5.0, 20.0, 40.0)]
-    assert crossing(points) == pytest.approx(10.0)
-    assert crossing(points[:2]) is None
+def test_the_crossing_has_the_fewest_layers_on_its_wrong_side() -> None:
+    def layers(*ratios: float) -> list[Crest]:
+        return [Crest("", 2.0**n, 1.0, ratio) for n, ratio in enumerate(ratios)]
+
+    assert crossing(layers(9, 3, 2, 0.5, 0.1)) == pytest.approx(math.sqrt(4 * 8))
+    assert crossing(layers(9, 0.9, 3, 2, 0.5, 0.1)) == pytest.approx(math.sqrt(8 * 16))
+    assert crossing(layers(0.5, 0.1)) is None
+    assert crossing(layers(9, 3)) is None
 
 
 def test_the_search_space_of_all_systems_names_a_scheme_for_each() -> None:
