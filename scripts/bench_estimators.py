@@ -39,8 +39,8 @@ from mofq.schemes import parse_scheme
 
 FloatArray = NDArray[np.float64]
 
-WEIGHTS = ("int8.channel", "fp8_e4m3.channel", "int4.g32")
-INPUTS = ("bf16+int8.token", "bf16+fp8_e4m3.token", "bf16+mxfp8")
+WEIGHTS = ("int8.channel", "fp8_e4m3.channel", "fp8_e4m3.unscaled", "int4.g32", "int4.channel@mse")
+INPUTS = ("bf16+int8.token", "bf16+fp8_e4m3.token", "bf16+fp8_e4m3.unscaled", "bf16+mxfp8")
 #: Two draws of labels, then two of signs.
 DRAWS = 4
 
