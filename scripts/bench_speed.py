@@ -185,9 +185,7 @@ def large_checkpoint(folder: Path, work: Path, names: Sequence[str]) -> dict[str
     """`measure`, `search` and `export` as a user runs them."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     space, table, recipe = work / "space.yaml", work / "table.jsonl", work / "recipe.yaml"
-    space.write_text(
-        "version: 1\nname: speed\nbase: bf16\nschemes: [bf16, " + ", ".join(names) + "]\n"
-    )
+    space.write_text("version: 1\nschemes: [bf16, " + ", ".join(names) + "]\n")
     _, imports = run_process([sys.executable, "-c", _IMPORTS])
     mofq = [sys.executable, "-c", "from mofq.cli import main; main()"]
     reading = read_sequentially(folder)

@@ -17,6 +17,7 @@ from command_line import DEMO, mofq
 from conftest import TinyCheckpoint
 
 from mofq import distributed
+from mofq.calibration.remote import calibrate_remotely
 from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.distributed import cluster, run_units
@@ -119,6 +120,21 @@ def test_a_run_that_is_stopped_goes_on_on_the_cluster_or_without(
             fill(folder, path, stats, remotely=first, progress=stop)
         assert path.read_bytes() != expected
         assert fill(folder, path, stats, remotely=second) == expected
+
+
+def test_workers_calibrate_to_the_files_that_one_process_writes(
+    folder: Path, stats: Stats, two_workers: None, tmp_path: Path
+) -> None:
+    there = calibrate_remotely(
+        open_checkpoint(str(folder)),
+        plan=stats.plan,
+        windows={"a": some_tokens(2, 16)},
+        folder=tmp_path / "stats",
+    )
+    assert there.sha256 == stats.sha256
+    for path in stats.folder.rglob("*.safetensors"):
+        other = tmp_path / "stats" / path.relative_to(stats.folder)
+        assert other.read_bytes() == path.read_bytes()
 
 
 def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None) -> None:

@@ -62,29 +62,64 @@ def calibrate(
     Source: the Fisher information as the second-order expansion of KL, S. Amari, "Natural
     gradient works efficiently in learning", 1998, section 3.
     """
-    _check_model(model, plan)
+    check_model(model, plan)
     for corpus in plan.corpora:
-        _check_windows(model, windows[corpus.name], corpus, plan)
-    layer_names = [layer.name for group in layers.groups for layer in group.layers]
-    with (
-        open_plan(folder, plan),
-        capture_layers(
-            model, layers, activation_checkpointing=activation_checkpointing
-        ) as captured,
-    ):
+        check_windows(model, windows[corpus.name], corpus, plan)
+    with open_plan(folder, plan):
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
-            for index in range(corpus.sequences):
-                if not _is_done(folder, corpus, index):
-                    captured.clear()
-                    run_sequence(model, windows[corpus.name][index], _seeds(plan, corpus, index))
-                    _write(folder, corpus, index, captured=captured, layer_names=layer_names)
-                if progress is not None:
-                    progress(corpus.name, index + 1, corpus.sequences)
+        run_and_write(
+            model,
+            layers,
+            [
+                (corpus, index, windows[corpus.name][index])
+                for corpus in plan.corpora
+                for index in range(corpus.sequences)
+            ],
+            plan=plan,
+            folder=folder,
+            activation_checkpointing=activation_checkpointing,
+            progress=progress,
+        )
         return finish_stats(folder, plan)
 
 
-def _check_model(model: PreTrainedModel, plan: Plan) -> None:
+def run_and_write(
+    model: PreTrainedModel,
+    layers: ModelLayers,
+    sequences: Sequence[tuple[CorpusPlan, int, Tensor]],
+    *,
+    plan: Plan,
+    folder: Path,
+    activation_checkpointing: bool,
+    progress: Progress | None = None,
+) -> None:
+    """Run sequences, those that are there already left out, and write what is kept of each.
+
+    Args:
+        model: As `calibrate` has it.
+        layers: Of its checkpoint.
+        sequences: Corpus, index in it, token ids [T].
+        plan: What is computed.
+        folder: That holds a folder for each corpus.
+        activation_checkpointing: Trade time for memory in the backward pass.
+        progress: Called with corpus, sequences done, sequences in all.
+    """
+    layer_names = [layer.name for group in layers.groups for layer in group.layers]
+    with capture_layers(
+        model, layers, activation_checkpointing=activation_checkpointing
+    ) as captured:
+        for corpus, index, token_T in sequences:
+            if not is_done(folder, corpus, index):
+                captured.clear()
+                run_sequence(model, token_T, _seeds(plan, corpus, index))
+                _write(folder, corpus, index, captured=captured, layer_names=layer_names)
+            if progress is not None:
+                progress(corpus.name, index + 1, corpus.sequences)
+
+
+def check_model(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a model that does not fit the plan, or that is not ready for gradients."""
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if "float16" in dtypes or plan.dtype == "float16":
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
@@ -97,9 +132,8 @@ def _check_model(model: PreTrainedModel, plan: Plan) -> None:
         raise StatsError("the model is in training mode, where dropout adds noise. Call eval().")
 
 
-def _check_windows(
-    model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, plan: Plan
-) -> None:
+def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, plan: Plan) -> None:
+    """Refuse token ids that do not fit the plan or the model."""
     where = f"corpus {corpus.name!r}"
     if not re.match(CORPUS_NAME, corpus.name):
         raise CorpusError(
@@ -125,7 +159,8 @@ def _check_windows(
         )
 
 
-def _is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+def is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+    """Whether all that is kept of a sequence is there."""
     has_gains = corpus.kept is None or gains_path(folder, corpus.name, index).exists()
     path = sequence_path(folder, corpus.name, index)
     return has_gains and (index not in corpus.kept_indices or is_complete(path))

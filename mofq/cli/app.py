@@ -10,6 +10,7 @@ import typer
 from mofq.cli.app_reading import reading, recipe
 from mofq.cli.arguments import (
     Cluster,
+    ClusterCpus,
     Device,
     DeviceModel,
     Engine,
@@ -85,6 +86,8 @@ def calibrate(
     activation_checkpointing: Annotated[
         bool, typer.Option(help="Recompute decoder layers instead of keeping activations.")
     ] = False,
+    cluster: Cluster = None,
+    cluster_cpus: ClusterCpus = 1,
     json: Json = False,
 ) -> None:
     """Run the model once over some text and keep what scoring needs."""
@@ -104,6 +107,8 @@ def calibrate(
             device=device,
             device_map=device_map,
             activation_checkpointing=activation_checkpointing,
+            cluster=cluster,
+            cluster_cpus=cluster_cpus,
         ),
         as_json=json,
     )
@@ -122,6 +127,8 @@ def rewrite(
     powers_of_two: Annotated[
         bool, typer.Option("--powers-of-two", help="Move powers of two alone: exact in bf16.")
     ] = False,
+    cluster: Cluster = None,
+    cluster_cpus: ClusterCpus = 1,
     json: Json = False,
 ) -> None:
     """Move scales between tensors so that the model computes the same and quantizes better."""
@@ -147,22 +154,15 @@ def measure(
     engine: Engine = None,
     device: Device = "cpu",
     cluster: Cluster = None,
-    cluster_cpus: Annotated[int, typer.Option(help="CPUs of one unit of --cluster.", min=1)] = 1,
+    cluster_cpus: ClusterCpus = 1,
     json: Json = False,
 ) -> None:
     """Measure every scheme of a search space on the weights."""
-    from mofq.cli.measure import run_measure
+    from mofq.cli.measure import Where, run_measure
 
+    where = Where(device, cluster, cluster_cpus)
     run_measure(
-        model,
-        space=space,
-        output=output,
-        stats=stats,
-        engine=engine,
-        device=device,
-        cluster=cluster,
-        cluster_cpus=cluster_cpus,
-        as_json=json,
+        model, space=space, output=output, stats=stats, engine=engine, where=where, as_json=json
     )
 
 

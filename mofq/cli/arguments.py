@@ -20,6 +20,7 @@ Cluster = Annotated[
     str | None,
     typer.Option(help="Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT."),
 ]
+ClusterCpus = Annotated[int, typer.Option(help="CPUs of each worker of --cluster.", min=1)]
 MaxBits = Annotated[float | None, typer.Option(help="True bits per weight, at most.")]
 DeviceModel = Annotated[
     str | None,

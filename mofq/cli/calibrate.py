@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mofq.cli.checks import check_device, check_dtype, check_folder
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
-from mofq.exceptions import CorpusError, StatsError
+from mofq.exceptions import ClusterError, CorpusError, StatsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,8 @@ class CalibrateOptions:
     device: str = "cpu"
     device_map: str | None = None
     activation_checkpointing: bool = False
+    cluster: str | None = None  #: as `mofq.distributed.cluster` takes it; None: this process
+    cluster_cpus: int = 1  #: of one worker
 
 
 def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
@@ -51,7 +53,10 @@ def run_calibrate(options: CalibrateOptions, *, as_json: bool = False) -> Stats:
     if options.dtype == "float16":
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
     check_dtype(options.dtype)
-    check_device(options.device)
+    if options.cluster is None:
+        check_device(options.device)
+    elif options.device_map is not None:
+        raise ClusterError("--device-map spreads a model over one machine. Drop it or --cluster.")
     check_folder(options.output)
     was_there = (options.output / "stats.json").exists()
     stats = _calibrate(options, texts)
@@ -123,15 +128,14 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
 
 
 def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
-    from mofq.calibration.run import calibrate
     from mofq.calibration.stats import open_plan, read_stats
     from mofq.checkpoint.headers import open_checkpoint
-    from mofq.checkpoint.model import load_model, load_tokenizer
+    from mofq.checkpoint.model import load_tokenizer
     from mofq.corpora import spread_windows
     from mofq.layers import find_layers
 
     checkpoint = open_checkpoint(options.model)
-    layers = find_layers(checkpoint)
+    find_layers(checkpoint)  # refuses what it does not know
     tokenizer = load_tokenizer(checkpoint.folder)
     windows = {
         text.name: spread_windows(
@@ -148,18 +152,38 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
         # Refuses the stats of another plan; a sequence that was lost is made again below.
         with open_plan(options.output, plan), suppress(StatsError):
             return read_stats(options.output)
-    loaded = load_model(
-        checkpoint.folder, dtype=options.dtype, device=options.device, device_map=options.device_map
-    )
+    run = _run_here if options.cluster is None else _run_on_cluster
     with progress_bars() as bars:
-        return calibrate(
-            loaded,
-            layers,
+        return run(
+            options,
+            checkpoint,
             plan=plan,
             windows=windows,
             folder=options.output,
             activation_checkpointing=options.activation_checkpointing,
             progress=lambda corpus, done, total: bars.stage(f"calibrate {corpus}", done, total),
+        )
+
+
+def _run_here(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) -> Stats:
+    from mofq.calibration.run import calibrate
+    from mofq.checkpoint.model import load_model
+    from mofq.layers import find_layers
+
+    model = load_model(
+        checkpoint.folder, dtype=options.dtype, device=options.device, device_map=options.device_map
+    )
+    return calibrate(model, find_layers(checkpoint), **what)
+
+
+def _run_on_cluster(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) -> Stats:
+    from mofq.calibration.remote import calibrate_remotely
+    from mofq.distributed import cluster
+
+    assert options.cluster is not None
+    with cluster(options.cluster):
+        return calibrate_remotely(
+            checkpoint, device=options.device, cpus=options.cluster_cpus, **what
         )
 
 

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
+class Where:
     """Where the work is done."""
 
-    device: str
-    address: str | None  #: as `mofq.distributed.cluster` takes it; None: this process
+    device: str = "cpu"
+    address: str | None = None  #: as `mofq.distributed.cluster` takes it; None: this process
     cpus: int = 1  #: of one unit of work
+
+
+_HERE = Where()
 
 
 def run_measure(
@@ -36,9 +39,7 @@ def run_measure(
     output: Path,
     stats: Path | None = None,
     engine: str | None = None,
-    device: str = "cpu",
-    cluster: str | None = None,
-    cluster_cpus: int = 1,
+    where: Where = _HERE,
     as_json: bool = False,
 ) -> None:
     """Fill the table and say what it holds."""
@@ -53,7 +54,7 @@ def run_measure(
         output=output,
         stats=stats,
         engine=engine,
-        workers=Workers(device, cluster, cluster_cpus),
+        where=where,
     )
     table = read_table(output)
     is_new = _count_lines(output) > rows_before
@@ -87,7 +88,7 @@ def _measure(
     output: Path,
     stats: Path | None,
     engine: str | None,
-    workers: Workers,
+    where: Where,
 ) -> Stats | None:
     from mofq.checkpoint.headers import open_checkpoint
     from mofq.engines import legality
@@ -102,10 +103,10 @@ def _measure(
     from mofq.calibration.stats import read_stats
     from mofq.measure.run import measure
 
-    if workers.address is None:
-        check_device(workers.device)
+    if where.address is None:
+        check_device(where.device)
     opened = None if stats is None else read_stats(stats)
-    with _connected(workers) as remotely, progress_bars() as bars:
+    with _connected(where) as remotely, progress_bars() as bars:
         measure(
             checkpoint,
             layers,
@@ -114,7 +115,7 @@ def _measure(
             stats=opened,
             engine=engine,
             legality=check,
-            device=workers.device,
+            device=where.device,
             progress=partial(bars.stage, "measure"),
             tell=note,
             remotely=remotely,
@@ -123,16 +124,16 @@ def _measure(
 
 
 @contextmanager
-def _connected(workers: Workers) -> Iterator[Remotely | None]:
+def _connected(where: Where) -> Iterator[Remotely | None]:
     """What measures on the cluster, while it is connected; None where there is none."""
-    if workers.address is None:
+    if where.address is None:
         yield None
         return
     from mofq.distributed import cluster
     from mofq.measure.remote import measure_remotely
 
-    with cluster(workers.address):
-        yield partial(measure_remotely, cpus=workers.cpus)
+    with cluster(where.address):
+        yield partial(measure_remotely, cpus=where.cpus)
 
 
 def _count_lines(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_calibrate
 from mofq.cli.checks import check_device, check_folder
-from mofq.cli.measure import run_measure
+from mofq.cli.measure import Where, run_measure
 from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import search_table
 from mofq.cli.search_options import SearchOptions
@@ -94,7 +94,7 @@ def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
             output=options.table,
             stats=options.stats,
             engine=options.engine,
-            device=options.device,
+            where=Where(options.device),
         )
     with _timed(seconds, "search"):
         recipe = _search(options, space)
