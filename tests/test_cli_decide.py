@@ -46,7 +46,7 @@ def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) 
     text = path.read_text("utf-8")
     assert "device: h100" in text
     assert 'workload: "decode:batch=8,context=128"' in text
-    assert "the smallest possible is" in refused(*search, *TIMED, "--max-time", "1us")
+    assert "the smallest possible is" in refused(*search, *TIMED, "--max-time", "0.01us")
     for missing in (TIMED[:2], TIMED[2:], ("--max-time", "1ms")):
         assert "give --device-model" in refused(*search, *missing)
     assert "Did you mean 'h100'" in refused(*search, "--device-model", "h10", *TIMED[2:])
