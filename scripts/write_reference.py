@@ -77,7 +77,7 @@ def commands(command: Any, context: Any) -> Iterator[str]:
         records = [param.get_help_record(inner) for param in one.params]
         rows = [[f"`{what}`", _prose(text)] for what, text in filter(None, records)]
         text = _prose(" ".join((one.help or "").split()))
-        yield f"## {path}\n\n{text}\n\n    {usage}\n\n{table(['', ''], rows)}\n"
+        yield f"## {path}\n\n{text}\n\n    {usage}\n\n{table(['argument or option', ''], rows)}\n"
 
 
 def _prose(text: str) -> str:

@@ -32,18 +32,19 @@ class Command:
     is_heavy: bool
 
 
-def blocks(path: Path, language: str) -> Iterator[tuple[int, str]]:
-    """Line number and text of every block in a language."""
+def blocks(path: Path, *languages: str) -> Iterator[tuple[int, str]]:
+    """Line number and text of every block in some languages."""
     text = path.read_text("utf-8")
     for match in _BLOCK.finditer(text):
-        if match[1] == language:
+        if match[1] in languages:
             yield text[: match.start()].count("\n") + 2, match[2]
 
 
 def commands(path: Path) -> Iterator[Command]:
-    for line, block in blocks(path, "bash"):
+    for line, block in blocks(path, "bash", ""):
         joined = block.replace("\\\n", " ")
-        for text in joined.splitlines():
+        is_shell = joined.startswith(("mofq ", "python ", "bash ", "#", "$ ", "pip ", "vllm "))
+        for text in joined.splitlines() if is_shell else ():
             words = shlex.split(text, comments=True)
             if words:
                 where = f"{path.relative_to(ROOT)}:{line}"
