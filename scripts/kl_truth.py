@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq import __version__
 from mofq.backends import apply_recipe
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
@@ -28,6 +27,10 @@ from mofq.corpora import Corpus, spread_windows
 from mofq.layers import ModelLayers
 from mofq.metrics import kl_divergence
 from mofq.recipe import Recipe, RecipeGroup
+
+#: The version of mofq since which its quantizers give the same numbers; what was measured with
+#: another one is not used again.
+QUANTIZER = "0.1.0"
 
 #: Windows that a text is cut into; a run uses the first few of a fixed, spread order, so that
 #: a run on more windows keeps the measurements of the earlier one.
@@ -72,7 +75,7 @@ class Truths:
     def keys(self, version: Version) -> list[str]:
         """What identifies a measurement: model, quantizer, window, schemes."""
         chosen = sorted(item for item in version.schemes.items() if item[1] != "bf16")
-        version_text = json.dumps([__version__, self.index_sha256, chosen])
+        version_text = json.dumps([QUANTIZER, self.index_sha256, chosen])
         return [
             hashlib.sha256(version_text.encode() + window_T.numpy().tobytes()).hexdigest()[:24]
             for window_T in self.windows_NT
