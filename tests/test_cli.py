@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import mofq as package
 from mofq.checkpoint.headers import open_checkpoint
+from mofq.demo import demo_text
 from mofq.layers import find_layers
 
 __all__ = ["measured"]  # a fixture, used by its name
@@ -74,6 +75,18 @@ def test_calibrate_says_what_it_wrote(measured: Measured) -> None:
     plan = json.loads((measured.stats / "stats.json").read_text("utf-8"))
     assert plan["version"] == 1
     assert plan["index_sha256"] == open_checkpoint(DEMO).index_sha256
+
+
+def test_calibrate_keeps_some_of_the_sequences_that_a_text_holds(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(demo_text("en").read_text("utf-8")[:1000], "utf-8")
+    arguments = ("--corpus", f"en={text}", "--sequence-length", "64", "--keep", "2")
+    content = ok("calibrate", DEMO, *arguments, "-o", tmp_path / "stats", "--json").json
+    assert 2 < content["corpora"]["en"] < 32
+    assert content["kept"] == {"en": 2}
+    names = [path.name for path in (tmp_path / "stats" / "en").iterdir()]
+    assert sum(name.startswith("gains") for name in names) == content["corpora"]["en"]
+    assert sum(name.startswith("sequence") for name in names) == 2
 
 
 def test_measure_names_its_units_and_schemes(measured: Measured) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 
 from mofq import corpora
-from mofq.corpora import Corpus, load_text, tokenize
+from mofq.corpora import Corpus, load_text, spread_windows, tokenize
 from mofq.demo import demo_text
 from mofq.exceptions import CorpusError
 
@@ -203,6 +204,25 @@ def test_a_short_text_gives_the_whole_windows_it_has() -> None:
         corpus_of("abcdefghij"), CharacterTokenizer(), tokens=99, sequence_length=3
     )
     assert windows_NT.shape == (3, 3)
+
+
+def test_a_short_text_gives_as_many_spread_windows_as_it_holds_where_that_is_allowed() -> None:
+    def spread(text: str, *, or_fewer: bool) -> torch.Tensor:
+        return spread_windows(
+            corpus_of(text), CharacterTokenizer(), sequences=4, sequence_length=3, or_fewer=or_fewer
+        )
+
+    whole_NT = tokenize(corpus_of("abcdefghij"), CharacterTokenizer(), tokens=10, sequence_length=5)
+    ids = whole_NT.flatten().tolist()
+    fewer_NT = spread("abcdefghij", or_fewer=True)
+    assert fewer_NT.shape == (3, 3)
+    assert fewer_NT[0].tolist() == ids[:3]
+    assert fewer_NT[-1].tolist() == ids[-3:]
+    assert spread("abcdefghijkl", or_fewer=True).shape == (4, 3)
+    with pytest.raises(CorpusError, match="has 10 tokens, and 4 sequences of 3 need 12"):
+        spread("abcdefghij", or_fewer=False)
+    with pytest.raises(CorpusError, match="has 2 tokens"):
+        spread("ab", or_fewer=True)
 
 
 def test_less_than_one_window_is_an_error_that_says_found_and_needed() -> None:
