@@ -28,7 +28,12 @@ from mofq.formats import (
     IntFormat,
 )
 from mofq.quantize import round_to_format
-from mofq.quantize.rounding import power_of_two_floor, round_to_bfloat16
+from mofq.quantize.rounding import (
+    codebook_values,
+    nearest_code,
+    power_of_two_floor,
+    round_to_bfloat16,
+)
 
 ML_DTYPES = {
     FP8_E4M3: ml_dtypes.float8_e4m3fn,
@@ -211,6 +216,8 @@ def test_nf4_takes_the_nearest_value_and_of_two_the_lower() -> None:
         float(min(values, key=lambda v, x=Fraction(float(x)): (abs(v - x), v))) for x in points
     ]
     assert round_to_format(torch.from_numpy(points), NF4).tolist() == nearest
+    codes = nearest_code(torch.from_numpy(points), NF4)
+    assert codebook_values(codes, NF4).tolist() == nearest
 
 
 def test_scales_round_to_bfloat16_as_ml_dtypes_does() -> None:
