@@ -66,6 +66,11 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # safetensors gives its file to its owner alone, whatever the umask says.
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def main() -> None:
