@@ -14,17 +14,17 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-BITS = ("4.5", "5.0", "6.0")
+BITS = ("5.0", "6.0")
 UNIFORM = ("int4.g32@mse", "nvfp4@mse")
 #: Of the picture of the page [pixels].
 WIDTH, HEIGHT = 1280, 1130
 
 
-def mofq(*arguments: object) -> None:
-    """Run a command of mofq as a user would, and print it."""
+def mofq(*arguments: object, folder: Path | None = None) -> None:
+    """Run a command of mofq as a user would, in a folder, and print it."""
     words = [str(word) for word in arguments]
     print("$ mofq", *words, flush=True)
-    subprocess.run(["mofq", *words], check=True)
+    subprocess.run(["mofq", *words], check=True, cwd=folder)
 
 
 def make_tables(model: str, calibration: str, work: Path) -> dict[str, Path]:
@@ -56,8 +56,11 @@ def make_recipes(model: str, tables: dict[str, Path], work: Path) -> dict[str, P
 
 
 def validate(model: str, recipes: dict[str, Path], *, text: str, tokens: int) -> dict[str, Path]:
-    """The validation of each recipe."""
-    outputs = {name: recipe.with_suffix(".json") for name, recipe in recipes.items()}
+    """The validation of each recipe that stands beside the frontier of the mixed space.
+
+    What has quantized inputs would not belong there.
+    """
+    outputs = {name: one.with_suffix(".json") for name, one in recipes.items() if name != "w8a8"}
     for name, output in outputs.items():
         if not output.exists():
             mofq("validate", model, recipes[name], "--text", text, "--tokens", tokens, "-o", output)
@@ -70,17 +73,16 @@ def draw(
     """Every figure, and the page."""
     given = [word for path in measured.values() for word in ("--validation", path)]
     mixed, five = tables["w4w8_mixed"], recipes["exact-5.0"]
-    # What has quantized inputs is not beside a frontier of what has not.
-    of_mixed = [path for name, path in measured.items() if name != "w8a8"]
-    beside = [word for path in of_mixed for word in ("--validation", path)]
     mofq("plot", tables["w8a8"], recipes["w8a8"], "--kind", "map", "-o", to / "map.png")
-    mofq("plot", mixed, *beside, "--kind", "frontier", "-o", to / "frontier.png")
+    mofq("plot", mixed, *given, "--kind", "frontier", "-o", to / "frontier.png")
     mofq("plot", mixed, "--kind", "sensitivity", "-o", to / "sensitivity.png")
     mofq("plot", mixed, *given, "--kind", "prediction", "-o", to / "prediction.png")
     mofq("plot", tables["w8a8"], "--kind", "weights", "-o", to / "weights.png")
-    page = to / "explorer.html"
-    mofq("explore", mixed, five, recipes["greedy"], *beside, "-o", page)
-    return page
+    # In the folder, so that the commands that the page shows are short.
+    names = [mixed.name, five.name, recipes["greedy"].name]
+    beside = [word for path in measured.values() for word in ("--validation", path.name)]
+    mofq("explore", *names, *beside, "-o", "explorer.html", folder=to)
+    return to / "explorer.html"
 
 
 def photograph(page: Path, output: Path) -> None:
@@ -96,7 +98,7 @@ def photograph(page: Path, output: Path) -> None:
         size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get(page.resolve().as_uri())
-        browser.execute_script("state.compare = 'none'; openPanel(0)")  # type: ignore[no-untyped-call]
+        browser.execute_script("byId('compare').value = state.compare = 'none'; openPanel(0)")  # type: ignore[no-untyped-call]
         browser.save_screenshot(str(output))
 
 
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", required=True, help="text file that nothing was chosen on")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="of the figures")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     options.images.mkdir(parents=True, exist_ok=True)
