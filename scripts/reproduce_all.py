@@ -1,12 +1,17 @@
-"""Every system alone and the search over all of them, at equal true bits, on one model.
+r"""Every system alone and the search over all of them, at equal true bits, on one model.
 
-    python scripts/reproduce_all.py MODEL --stats STATS --text FILE --work FOLDER [--begun TABLE …]
+    python scripts/reproduce_all.py MODEL --stats STATS --text FILE --work FOLDER \
+        [--calibration FILE] [--begun TABLE …]
 
 A system is a set of schemes and a rule to choose by: one scheme for all layers (the one of
 least predicted KL that keeps the budget), or a published mixture. The search may take any
-scheme of any of them for any layer, and minimises nats. All choose on the statistics of the
-calibration; the KL is measured on the text, which none of them has seen. Prints one Markdown
-table, KL in nats per token, the least of each column in bold, and one of what each recipe is.
+scheme of any of them for any layer, and minimises nats. With the text that the statistics are of,
+SmoothQuant, AWQ and bi-smoothing rewrite the model first (`mofq rewrite`), and the search chooses
+the rewriting as well; the KL of what comes out is that to the original.
+
+All choose on the statistics of the calibration; the KL is measured on the text, which none of them
+has seen. Prints one Markdown table, KL in nats per token, the least of each column in bold, and one
+of what each recipe is.
 """
 
 from __future__ import annotations
@@ -20,12 +25,18 @@ from reproduction import (
     Measured,
     arguments,
     measure_recipes,
+    measure_versions,
+    mofq,
+    predicted,
     print_markdown,
     rows_by_scheme,
+    stats_of,
     table_of,
+    version_of_rewritten,
     with_error,
 )
 
+from mofq.calibration.stats import read_stats
 from mofq.decide import Request, decide
 from mofq.decide.result import recipe_from_table
 from mofq.exceptions import BudgetError, TableError
@@ -55,6 +66,7 @@ class System:
     name: str
     schemes: str  #: regular expression, full match on a scheme's name
     choice: str = UNIFORM
+    rewriting: str = ""  #: of the model before; see REWRITINGS
 
 
 BUDGETS = (
@@ -65,6 +77,8 @@ BUDGETS = (
     Budget("8", 8.12),
     Budget("8+8", 8.12, activations=True),
 )
+#: Methods of `mofq rewrite`; "" leaves the model as it is.
+REWRITINGS = ("", "smoothquant", "bismooth", "awq")
 _PLAIN = r"(channel|g\d+)"
 SYSTEMS = (
     System("INT, rounding", rf"int\d\.{_PLAIN}(\+int8\.token)?"),
@@ -84,8 +98,36 @@ SYSTEMS = (
     System("GPTQ", r"int\d\..*~gptq(\+int8\.token)?"),
     System("scales by nats", r"int\d\..*@nats"),
     System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(@mse)?~gptq(\+.*)?", GREEDY),
+    System("SmoothQuant", r"int8\.channel\+int8\.token", rewriting="smoothquant"),
+    System("bi-smoothing", r"int8\.channel\+int8\.token", rewriting="bismooth"),
+    System("AWQ", rf"int\d\.{_PLAIN}", rewriting="awq"),
     System("search over all", r".*", SEARCH),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A model, as it is or rewritten, its calibration and its table."""
+
+    model: str
+    stats: Path
+    table: Table
+
+
+def rewrite(model: str, method: str, *, stats: Path, calibration: str, work: Path) -> Rewritten:
+    """Rewrite a model, calibrate it anew and measure it; what is there is left alone."""
+    folder = work / method
+    if not folder.exists():
+        mofq("rewrite", model, "--stats", stats, "--method", method, "-o", folder)
+    plan = read_stats(stats).plan.corpora[0]
+    own = stats_of(
+        str(folder),
+        {plan.name: calibration},
+        work / f"{method}-stats",
+        sequences=plan.kept or plan.sequences,
+    )
+    table = table_of(str(folder), SPACE, stats=own, path=work / f"{method}.jsonl")
+    return Rewritten(str(folder), own, table)
 
 
 def of_schemes(table: Table, pattern: str, *, activations: bool) -> Table:
@@ -147,13 +189,15 @@ def choose(table: Table, system: System, budget: Budget) -> Recipe | None:
         return None
 
 
-def print_results(recipes: Mapping[tuple[str, str], Recipe], done: Mapping[str, Measured]) -> None:
+def print_results(
+    chosen: Mapping[tuple[str, str], tuple[str, Recipe]], done: Mapping[str, Measured]
+) -> None:
     """The two tables."""
     labels = [budget.label for budget in BUDGETS]
     least = {
-        label: min(done[f"{s}, {b}"].kl for s, b in recipes if b == label)
+        label: min(done[f"{s}, {b}"].kl for s, b in chosen if b == label)
         for label in labels
-        if any(b == label for _, b in recipes)
+        if any(b == label for _, b in chosen)
     }
     costs, contents = [], []
     for system in SYSTEMS:
@@ -167,12 +211,13 @@ def print_results(recipes: Mapping[tuple[str, str], Recipe], done: Mapping[str, 
             row.append(f"**{shown}**" if one.kl == least[label] else shown)
         costs.append(row)
         for label in labels:
-            of = recipes.get((system.name, label))
-            if of is not None:
+            found = chosen.get((system.name, label))
+            if found is not None:
+                rewriting, of = found
                 bits = done[f"{system.name}, {label}"].bits_per_weight
-                contents.append([system.name, label, f"{bits:.3f}", _content(of)])
+                contents.append([system.name, label, rewriting or "–", f"{bits:.3f}", _content(of)])
     print_markdown(["KL [nats/token] at bits", *labels], costs)
-    print_markdown(["system", "at", "bits/weight", "schemes: fusion groups"], contents)
+    print_markdown(["system", "at", "rewriting", "bits/weight", "schemes: fusion groups"], contents)
 
 
 def _content(of: Recipe) -> str:
@@ -182,35 +227,60 @@ def _content(of: Recipe) -> str:
     return ", ".join(shown) + (f", {len(counts) - 4} more" if len(counts) > 4 else "")
 
 
+def choose_among(
+    places: Mapping[str, Rewritten], system: System, budget: Budget
+) -> tuple[str, Recipe] | None:
+    """The rewriting and the recipe of a system; the search takes the one of least prediction."""
+    names = list(places) if system.choice == SEARCH else [system.rewriting]
+    found = {
+        name: recipe
+        for name in names
+        if name in places and (recipe := choose(places[name].table, system, budget)) is not None
+    }
+    if not found:
+        return None
+    name = min(found, key=lambda one: predicted(places[one].table, found[one]))
+    return name, found[name]
+
+
 def main(given: Sequence[str] | None = None) -> None:
-    """Measure the table, choose, measure the recipes."""
+    """Measure the tables, choose, measure the recipes."""
     options = arguments(
-        __doc__, given, ("--stats", "from `mofq calibrate`"), ("--text", "held-out text")
+        __doc__,
+        given,
+        ("--stats", "from `mofq calibrate`"),
+        ("--text", "held-out text"),
+        optional=[("--calibration", "text of the stats; rewrites the model by each method too")],
     )
-    table = table_of(
-        options.model,
-        SPACE,
-        stats=options.stats,
-        path=options.work / "all.jsonl",
-        begun=options.begun,
-    )
-    recipes = {
+    stats, path = Path(options.stats), options.work / "all.jsonl"
+    table = table_of(options.model, SPACE, stats=stats, path=path, begun=options.begun)
+    places = {"": Rewritten(options.model, stats, table)}
+    for method in REWRITINGS[1:] if options.calibration else ():
+        places[method] = rewrite(
+            options.model,
+            method,
+            stats=stats,
+            calibration=options.calibration,
+            work=options.work,
+        )
+    chosen = {
         (system.name, budget.label): found
         for system in SYSTEMS
         for budget in BUDGETS
-        if (found := choose(table, system, budget)) is not None
+        if (found := choose_among(places, system, budget)) is not None
     }
     # The search first: should the time run out, the rest is what it is compared with.
-    order = sorted(recipes, key=lambda key: key[0] != SYSTEMS[-1].name)
-    done = measure_recipes(
-        options.model,
-        {f"{system}, {budget}": recipes[system, budget] for system, budget in order},
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-        stats=options.stats,
-    )
-    print_results(recipes, done)
+    order = sorted(chosen, key=lambda key: key[0] != SYSTEMS[-1].name)
+    where = {"cache": options.work / "measured.jsonl", "tokens": options.tokens}
+    plain = {", ".join(key): chosen[key][1] for key in order if not chosen[key][0]}
+    done = measure_recipes(options.model, plain, options.text, stats=stats, **where)
+    versions = {
+        ", ".join(key): version_of_rewritten(places[name].model, recipe, places[name].stats)
+        for key in order
+        if (name := chosen[key][0]) and (recipe := chosen[key][1])
+    }
+    done |= measure_versions(options.model, versions, options.text, **where)
+    print_results(chosen, done)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ class Measured:
 
 
 def arguments(
-    documentation: str | None, given: Sequence[str] | None, *options: tuple[str, str]
+    documentation: str | None,
+    given: Sequence[str] | None,
+    *options: tuple[str, str],
+    optional: Sequence[tuple[str, str]] = (),
 ) -> argparse.Namespace:
     """The arguments that all scripts have, and further paths that must be given.
 
@@ -67,6 +70,7 @@ def arguments(
         documentation: Of the script.
         given: None for the command line's own.
         options: Name and help of each path.
+        optional: Likewise, of what may be left out.
     """
     parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
     parser.add_argument("model", help="folder")
@@ -75,6 +79,8 @@ def arguments(
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--tokens", type=int, default=4096, help="of a text, to measure KL on")
     parser.add_argument("--begun", type=Path, nargs="*", default=(), help="tables with some rows")
+    for name, explanation in optional:
+        parser.add_argument(name, help=explanation)
     found = parser.parse_args(given)
     found.work.mkdir(parents=True, exist_ok=True)
     return found
@@ -276,7 +282,7 @@ def measure_recipes(
     fitted_to = None if stats is None else read_stats(Path(stats)).sha256
     versions = {
         label: Version(
-            _identity(one, fitted_to),
+            recipe_identity(one, fitted_to),
             true_bits(checkpoint, one),
             partial(_apply, recipe=one, checkpoint=checkpoint, stats=stats),
         )
@@ -292,7 +298,19 @@ def _apply(
         return emulate.apply(model, recipe, checkpoint=checkpoint, fits=fits)
 
 
-def _identity(of: Recipe, fitted_to: str | None) -> str:
+def version_of_rewritten(folder: str, recipe: Recipe, stats: str | Path) -> Version:
+    """A recipe for a rewritten model, to be compared with the model that it was made of."""
+    checkpoint = open_checkpoint(folder)
+
+    def apply(_: PreTrainedModel) -> PreTrainedModel:
+        return _apply(_load(checkpoint), recipe, checkpoint, stats)
+
+    identity = recipe_identity(recipe, read_stats(Path(stats)).sha256)
+    return Version(f"{folder} {identity}", true_bits(checkpoint, recipe), apply)
+
+
+def recipe_identity(of: Recipe, fitted_to: str | None) -> str:
+    """Everything that a recipe's numbers depend on, besides model and text."""
     schemes = sorted(of.schemes.items())
     content: list[object] = [schemes, sorted(of.static_amax.items())]
     weights = [parse_scheme(name).weight for _, name in schemes]
