@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reproduction import arguments, input_amax, measure_recipes, print_measured, uniform_of
+from reproduction import arguments, measure_recipes, print_measured, uniform_of
+from reproduction_inputs import input_amax
 
 SCHEMES = (
     "nvfp4",

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reproduction import arguments, input_amax, measure_recipes, print_measured, uniform_of
+from reproduction import arguments, measure_recipes, print_measured, uniform_of
+from reproduction_inputs import input_amax
 
 #: Of the inputs; FP8-LM's threshold.
 SATURATED = 1e-5

@@ -29,7 +29,6 @@ from mofq.corpora import Corpus, load_text, tokenize
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.decide.result import recipe_from_table
 from mofq.layers import find_layers
-from mofq.measure.samples import SampleReader
 from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import parse_scheme
 from mofq.search_space import shape_rejection
@@ -198,36 +197,6 @@ def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = Non
         groups=tuple(groups),
         unquantized=tuple(layer.name for layer in layers.unquantized),
     )
-
-
-def input_amax(model: str, stats: str | Path, *, saturated: float = 0.0) -> dict[str, float]:
-    """Static scales of every layer from its calibration inputs.
-
-    Args:
-        model: Folder.
-        stats: From `mofq calibrate`.
-        saturated: Share of the inputs that may saturate. Where it is not 0, the largest
-            magnitude is halved for as long as no larger share exceeds it.
-
-    Returns:
-        Layer -> the magnitude that the largest code stands for.
-    """
-    found = read_stats(Path(stats))
-    groups = find_layers(open_checkpoint(model)).groups
-    layers = [layer.name for group in groups for layer in group.layers]
-    amax = {}
-    with SampleReader(found) as reader:
-        for layer in layers:
-            samples = [reader.read(corpus.name, layer) for corpus in found.plan.corpora]
-            inputs = [one.x_MCI.abs() for one in samples if one is not None]
-            limit = float(max(x.max() for x in inputs))
-            count = sum(one.is_token_MC.sum().item() * one.x_MCI.shape[2] for one in samples if one)
-            while saturated and limit > 0:
-                if sum(int((x > limit / 2).sum()) for x in inputs) > saturated * count:
-                    break
-                limit /= 2
-            amax[layer] = limit
-    return amax
 
 
 def print_measured(done: Mapping[str, Measured]) -> None:

@@ -23,7 +23,6 @@ from reproduce_kv_cache import versions as cache_versions
 from reproduce_lost_in_quantization import NEITHER, NOTHING_SATURATES, NOTHING_UNDERFLOWS
 from reproduce_mofq import Crest, crossing
 from reproduction import (
-    input_amax,
     measure_recipes,
     measure_versions,
     predicted,
@@ -31,6 +30,7 @@ from reproduction import (
     true_bits,
     uniform_of,
 )
+from reproduction_inputs import input_amax
 
 from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import open_checkpoint
