@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +30,12 @@ from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection
 
 #: Elements of a weight that are worked on at a time, unless one tile has more.
-_BLOCK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS = 2**20
+#: Blocks that are worked on at once: of 2**20 elements each takes about 30 MB.
+_MOST_THREADS = 16
+
+_Block = TypeVar("_Block")
+_Encoded = TypeVar("_Encoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +180,16 @@ def _encoded_layer(
     assert weight is not None
     zero_points = []
     done: dict[str, int] = {}
-    for start, stop in _blocks(layer, weight.granularity.rows):
-        rows_OI = read_layer_rows(checkpoint, layer, start, stop)
+
+    def encode(block: tuple[int, int]) -> tuple[int, Tensor | None, dict[str, Tensor]]:
+        rows_OI = read_layer_rows(checkpoint, layer, *block)
         quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name, **fit)
-        if quantized.zero_point is not None:
-            zero_points.append(quantized.zero_point)
-        for word, part in encode_rows(quantized, planned.scheme).items():
+        return block[0], quantized.zero_point, encode_rows(quantized, planned.scheme)
+
+    for start, zero_point, parts in _ahead(encode, _blocks(layer, weight.granularity.rows)):
+        if zero_point is not None:
+            zero_points.append(zero_point)
+        for word, part in parts.items():
             if word == "weight_scale" and weight.granularity.kind == "tensor" and start:
                 continue  # one scale for the whole tensor, given with the first block
             yield layer, word, done.get(word, 0), part
@@ -204,10 +216,30 @@ def _shared_amax(checkpoint: Checkpoint, planned: PlannedGroup) -> dict[str, Ten
     for layer in planned.group.layers:
         for start, stop in _blocks(layer, 1):
             rows_OI = read_layer_rows(checkpoint, layer, start, stop)
-            largest = rows_OI.abs().amax().to(torch.float32)
+            low, high = torch.aminmax(rows_OI)
+            largest = torch.maximum(-low, high).to(torch.float32)
             so_far = amax.get(layer.shares_scale, largest)
             amax[layer.shares_scale] = torch.maximum(so_far, largest)
     return amax
+
+
+def _ahead(encode: Callable[[_Block], _Encoded], blocks: Iterable[_Block]) -> Iterator[_Encoded]:
+    """What is made of each block, in order, by as many threads as torch may use.
+
+    Each element is rounded by itself, so no number of threads changes one.
+    """
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[Future[_Encoded]] = deque()
+        try:
+            for block in blocks:
+                coming.append(pool.submit(encode, block))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _blocks(layer: LinearLayer, tile_rows: int) -> Iterator[tuple[int, int]]:
