@@ -88,7 +88,8 @@ def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSum
         for corpus, inputs in layer.inputs.items():
             grad_MCR = inputs.grad_MCO[:, :, start:stop].float()
             corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
-    extent = rows_extent(block_RI, amax_I=rounded.amax_I, square_I=rounded.square_I)
+    number = start // layer.blocks[0][1]
+    extent = rows_extent(block_RI, number=number, amax_I=rounded.amax_I, square_I=rounded.square_I)
     return BlockSums(extent=extent, error_WI=rounded.error_WI, corpora=corpora)
 
 

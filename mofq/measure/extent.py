@@ -22,8 +22,8 @@ from mofq.table import Extent, Profile, bin_width
 #: Neighbours along the inputs whose crest factor is taken, where they divide the inputs;
 #: each is twice the one before.
 GROUP_SIZES = (16, 32, 64, 128)
-#: Of the rows of a weight, those whose crest factors are taken are this far apart.
-_CREST_STEP = 16
+#: Blocks of a weight, and rows of a block, whose crest factors are taken are this far apart.
+_CREST_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +60,24 @@ def extent_sums(values_RI: Tensor) -> ExtentSums:
     return ExtentSums(len(values_RI), amax_I, square_I, *_crests(values_RI))
 
 
-def rows_extent(block_RI: Tensor, *, amax_I: Tensor, square_I: Tensor) -> ExtentSums:
+def rows_extent(block_RI: Tensor, *, number: int, amax_I: Tensor, square_I: Tensor) -> ExtentSums:
     """The extent of a block of weights of which the columns' sums are known.
 
     Args:
         block_RI: [rows, in_features], bfloat16 or float32.
+        number: Of the block in its layer.
         amax_I: Largest magnitude of each column, float32.
         square_I: Sum of squares of each column, float64.
 
     Returns:
-        As `extent_sums`, with crest factors of every sixteenth row: a mean over some
-        thousand scale groups is known well enough, and all would take longer than all
-        schemes together.
+        As `extent_sums`, with crest factors of every eighth row of every eighth block: a mean
+        over some thousand scale groups is known well enough, and all would take longer than
+        all schemes together.
     """
-    return ExtentSums(len(block_RI), amax_I, square_I, *_crests(block_RI[::_CREST_STEP].float()))
+    crests = torch.zeros(2, len(GROUP_SIZES) + 1, dtype=torch.float64).unbind()
+    if number % _CREST_STEP == 0:
+        crests = _crests(block_RI[::_CREST_STEP].float())
+    return ExtentSums(len(block_RI), amax_I, square_I, *crests)
 
 
 def _crests(values_RI: Tensor) -> tuple[Tensor, Tensor]:
