@@ -13,8 +13,9 @@ INT8 and FP8 per fusion group makes of the rewritten model, calibrated anew.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reproduction import (
@@ -30,12 +31,10 @@ from reproduction import (
     with_error,
 )
 
-from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
-from mofq.recipe import load_recipe
+from mofq.recipe import Recipe, load_recipe
 
 INT8 = ("int8.channel+int8.token",)
-FP8 = ("fp8_e4m3.channel+fp8_e4m3.token",)
 INT4 = ("int4.g128", "int4.g64", "int4.g32")
 #: Label -> method and further words of `mofq rewrite`.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -44,21 +43,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "bismooth, powers of two": ("bismooth", "--powers-of-two"),
     "awq": ("awq",),
 }
-
-
-def rewritten(model: str, label: str, *, stats: str, work: Path) -> str:
-    """The folder of a rewritten model, made unless it is there."""
-    folder = work / label.replace(", ", "-").replace(" ", "-")
-    if not folder.exists():
-        method, *words = METHODS[label]
-        mofq("rewrite", model, "--stats", stats, "--method", method, *words, "-o", folder)
-    return str(folder)
-
-
-def rewriting_cost(model: str, folder: str, text: str, *, cache: Path, tokens: int) -> Measured:
-    """The rewritten model against the original, nothing quantized."""
-    version = Version(folder, 16.0, lambda _model: load_model(Path(folder)))
-    return measure_versions(model, {folder: version}, text, cache=cache, tokens=tokens)[folder]
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -75,46 +59,85 @@ def main(given: Sequence[str] | None = None) -> None:
         ("--text", "that nothing was calibrated on"),
     )
     options = arguments(__doc__, words, *paths)
-    work, tokens, text = options.work, options.tokens, options.text
-    cache = work / "measured.jsonl"
-    rows = []
-    for label in ["plain", *methods]:
-        is_plain, is_awq = label == "plain", label == "awq"
-        folder = options.model
-        if not is_plain:
-            folder = rewritten(options.model, label, stats=options.stats, work=work)
-        recipes = {}
-        if not is_awq:
-            recipes |= {"INT8": uniform_of(folder, *INT8), "FP8": uniform_of(folder, *FP8)}
-        if is_awq or (is_plain and "awq" in methods):
-            recipes["INT4 g128"] = uniform_of(folder, *INT4)
-        if not is_awq:
-            recipes["INT8/FP8 searched"] = load_recipe(
-                searched(folder, label, options.calibration, options.stats, work)
-            )
-        done = measure_recipes(folder, recipes, text, cache=cache, tokens=tokens)
-        cost = "–"
-        if not is_plain:
-            one = rewriting_cost(options.model, folder, text, cache=cache, tokens=tokens)
-            cost = f"{one.kl:.1e}"
-        for name, one in done.items():
-            rows.append([label, cost, name, with_error(one.kl, one.kl_stderr)])
-    print_markdown(["model", "KL of rewriting", "scheme", "KL [nats/token]"], rows)
+    print_markdown(
+        ["model", "KL of rewriting", "scheme", "KL [nats/token]"],
+        [row for label in ["plain", *methods] for row in uniform_rows(options, label, methods)],
+    )
+    print_markdown(
+        ["model", "bits/weight", "KL predicted", "KL of INT8/FP8 searched [nats/token]"],
+        [searched_row(options, label) for label in ["plain", *methods] if label != "awq"],
+    )
 
 
-def searched(model: str, label: str, calibration: str, stats: str, work: Path) -> Path:
-    """The best mixture of INT8 and FP8 in nats, by statistics of this model."""
-    name = label.replace(", ", "-").replace(" ", "-")
+def uniform_rows(
+    options: argparse.Namespace, label: str, methods: Sequence[str]
+) -> list[list[str]]:
+    """The uniform schemes that a model was rewritten for."""
+    is_plain = label == "plain"
+    folder = options.model if is_plain else rewritten(options, label)
+    recipes = {}
+    if label != "awq":
+        recipes["INT8"] = uniform_of(folder, *INT8)
+    if label == "awq" or (is_plain and "awq" in methods):
+        recipes["INT4 g128"] = uniform_of(folder, *INT4)
+    cost = "–"
+    if not is_plain:
+        cost = f"{rewriting_cost(options, folder).kl:.1e}"
+    return [
+        [label, cost, name, with_error(one.kl, one.kl_stderr)]
+        for name, one in measured(options, folder, recipes).items()
+    ]
+
+
+def searched_row(options: argparse.Namespace, label: str) -> list[str]:
+    """The best mixture of INT8 and FP8 in nats, by statistics of this very model."""
+    name, work = file_name(label), options.work
+    folder = options.model if label == "plain" else rewritten(options, label)
     path = work / f"{name}.yaml"
     if not path.exists():
-        own = stats
+        stats = options.stats
         if label != "plain":
-            own = str(stats_of(model, {"en": calibration}, work / f"{name}-stats"))
+            stats = stats_of(folder, {"en": options.calibration}, work / f"{name}-stats")
         table = work / f"{name}.jsonl"
-        mofq("measure", model, "--space", "w8a8", "--stats", own, "-o", table)
+        mofq("measure", folder, "--space", "w8a8", "--stats", stats, "-o", table)
         mofq("search", table, "--max-bits", "8.1", "-o", path)
-    assert load_recipe(path).index_sha256 == open_checkpoint(model).index_sha256
-    return path
+    found = load_recipe(path)
+    one = measured(options, folder, {"searched": found})["searched"]
+    predicted = f"{found.kl_nats_per_token:.4f}"
+    return [label, f"{one.bits_per_weight:.3f}", predicted, with_error(one.kl, one.kl_stderr)]
+
+
+def rewritten(options: argparse.Namespace, label: str) -> str:
+    """The folder of a rewritten model, made unless it is there."""
+    folder: Path = options.work / file_name(label)
+    if not folder.exists():
+        method, *words = METHODS[label]
+        given = ("--stats", options.stats, "--method", method)
+        mofq("rewrite", options.model, *given, *words, "-o", folder)
+    return str(folder)
+
+
+def rewriting_cost(options: argparse.Namespace, folder: str) -> Measured:
+    """The rewritten model against the original, nothing quantized."""
+    version = Version(folder, 16.0, lambda _model: load_model(Path(folder)))
+    cache = options.work / "measured.jsonl"
+    done = measure_versions(
+        options.model, {folder: version}, options.text, cache=cache, tokens=options.tokens
+    )
+    return done[folder]
+
+
+def measured(
+    options: argparse.Namespace, folder: str, recipes: Mapping[str, Recipe]
+) -> dict[str, Measured]:
+    """What recipes do to a model, on the text."""
+    cache = options.work / "measured.jsonl"
+    return measure_recipes(folder, recipes, options.text, cache=cache, tokens=options.tokens)
+
+
+def file_name(label: str) -> str:
+    """A label as the name of a file."""
+    return label.replace(", ", "-").replace(" ", "-")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from mofq.rewrite.scales import InputRanges, Strength, propose_scales
 from mofq.rewrite.sites import Site
 from mofq.schemes import Scheme
 
+#: Sequences of a corpus that proposals are predicted on; ranges are taken over all.
+_JUDGES = 4
 #: Elements of a block of rows, and of the gradients of all sequences for it.
 _BLOCK_ELEMENTS = 2**20
 _GRADIENT_ELEMENTS = 2**24
@@ -86,7 +88,7 @@ def choose_scales(
     """
     with one_thread():
         sequences = list(_read_sequences(stats, site))
-        ranges = _ranges(checkpoint, site, sequences)
+        ranges = _ranges(checkpoint, site, stats)
         ones_P = torch.ones(site.scales, dtype=torch.float64)
         proposals: list[tuple[Strength | None, Tensor]] = [(None, ones_P)]
         for strength, scale_P in propose_scales(method, ranges, powers_of_two=powers_of_two):
@@ -124,8 +126,9 @@ def _read_sequences(stats: Stats, site: Site) -> Iterator[_Sequence]:
     plan = stats.plan
     for corpus in plan.corpora:
         files = stats.sequence_files(corpus.name)
-        share = 1 / (len(plan.corpora) * len(files) * plan.draws * 2 * plan.sequence_length)
-        for path in files:
+        judges = files[:: max(1, len(files) // _JUDGES)][:_JUDGES]
+        share = 1 / (len(plan.corpora) * len(judges) * plan.draws * 2 * plan.sequence_length)
+        for path in judges:
             with ExitStack() as stack:
                 file = stack.enter_context(SequenceFile(path))
                 samples = {layer.name: file.read(layer.name) for layer in site.consumers}
@@ -136,9 +139,17 @@ def _read_sequences(stats: Stats, site: Site) -> Iterator[_Sequence]:
                 yield _Sequence(first.x_TI.float(), grads, share)
 
 
-def _ranges(checkpoint: Checkpoint, site: Site, sequences: Sequence[_Sequence]) -> InputRanges:
-    amax_I = torch.stack([one.x_TI.abs().amax(0) for one in sequences]).amax(0)
-    mean_I = torch.stack([one.x_TI.abs().mean(0) for one in sequences]).mean(0)
+def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
+    amax, mean = [], []
+    for corpus in stats.plan.corpora:
+        for path in stats.sequence_files(corpus.name):
+            with SequenceFile(path) as file:
+                samples = file.read(site.consumers[0].name)
+            assert samples is not None
+            magnitude_TI = samples.x_TI.float().abs()
+            amax.append(magnitude_TI.amax(0))
+            mean.append(magnitude_TI.mean(0))
+    amax_I, mean_I = torch.stack(amax).amax(0), torch.stack(mean).mean(0)
     weight_I = torch.zeros_like(amax_I)
     for layer in site.consumers:
         for start, stop in _blocks(layer, 1, 1):

@@ -7,11 +7,11 @@ With, over all tokens and all rows of the layers that read the input,
 a method proposes ``s`` for each of its strengths, and to leave the site as it is:
 
 ===============  ===========================================================================
-``smoothquant``  ``s_i = a_i^alpha / w_i^(1 - alpha)``, alpha = 0.05, 0.10 … 0.95. The source
-                 has one alpha for a model, 0.5; here each site has its own
-``awq``          ``s_i = m_i^alpha``, alpha = 0.05 … 0.95
+``smoothquant``  ``s_i = a_i^alpha / w_i^(1 - alpha)``, alpha = 0.1, 0.2 … 0.9. The source has
+                 one alpha for a model, 0.5; here each site has its own
+``awq``          ``s_i = m_i^alpha``, alpha = 0.1, 0.2 … 0.9
 ``bismooth``     ``s_i = a_i^alpha / w_i^beta`` with alpha and beta chosen apart, each from
-                 0, 0.2 … 1: what of the range is moved out of the inputs, and what out of the
+                 0, 0.25 … 1: what of the range is moved out of the inputs, and what out of the
                  weights. That weight and activation errors are balanced per input channel
                  while everything stays per channel is what the abstract of its source says;
                  its formula was not at hand, and this is ours
@@ -34,8 +34,8 @@ from torch import Tensor
 
 #: Scales are kept within this and its inverse, before they are centred.
 _LARGEST = 2.0**16
-_FINE = tuple(percent / 100 for percent in range(5, 100, 5))
-_COARSE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_FINE = tuple(tenths / 10 for tenths in range(1, 10))
+_COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 METHODS = ("smoothquant", "awq", "bismooth")
 
