@@ -100,7 +100,7 @@ def searched_row(options: argparse.Namespace, label: str) -> list[str]:
             stats = stats_of(folder, {"en": options.calibration}, work / f"{name}-stats")
         table = work / f"{name}.jsonl"
         mofq("measure", folder, "--space", "w8a8", "--stats", stats, "-o", table)
-        mofq("search", table, "--max-bits", "8.1", "-o", path)
+        mofq("search", table, "--max-bits", "8.2", "-o", path)
     found = load_recipe(path)
     one = measured(options, folder, {"searched": found})["searched"]
     predicted = f"{found.kl_nats_per_token:.4f}"
