@@ -11,7 +11,10 @@ counting alike whatever their length:
     (docs/sensitivity.md); errors of columns are taken for independent, and rows are averaged
     over, because a row's own eight sequences say too little of it. Kept to 8 bits.
 ``~gptq``
-    The Hessian ``sum_c mean_n sum_t x_t x_t^T``, factorised: see ``mofq.quantize.feedback``.
+    The Hessian ``sum_c mean_n sum_t |g_t|^2 x_t x_t^T``, factorised: see
+    ``mofq.quantize.feedback``. A token counts as much as the model's prediction depends on the
+    layer's output there. GPTQ itself counts all tokens alike, and in a model with massive
+    activations that makes it good at the few tokens that hold them and matter least.
 
 The same numbers come out of the same folder on any number of threads: sequences are summed in
 their order, each on one thread. An expert that no token reached has importance one and no
@@ -111,7 +114,6 @@ class Fits:
         self.stats = stats
         self._stack = ExitStack()
         self._files: dict[str, list[SequenceFile]] = {}
-        self._feedback: dict[Part, tuple[object, Feedback]] = {}
         with ExitStack() as opening:
             for corpus in stats.plan.corpora:
                 self._files[corpus.name] = [
@@ -153,7 +155,7 @@ class Fits:
         with one_thread():
             return LayerFit(
                 self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
-                self._feedback_of(layer, part) if by_feedback else None,
+                self._feedback(layer, part) if by_feedback else None,
             )
 
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
@@ -169,18 +171,14 @@ class Fits:
         relative_I = torch.clamp(total_I / total_I.max(), min=2.0**-40)
         return relative_I.bfloat16().float()
 
-    def _feedback_of(self, layer: LinearLayer, part: Part) -> Feedback:
-        sources = [file.inputs.get(layer.name) for files in self._files.values() for file in files]
-        known = self._feedback.get(part)
-        if known is not None and known[0] == sources and any(sources):
-            return known[1]  # layers of one fusion group read the same inputs
+    def _feedback(self, layer: LinearLayer, part: Part) -> Feedback:
         total_II = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
         for samples, share in self._samples(layer, part):
             x_TI = samples.x_TI.float()
-            total_II += share * (x_TI.T @ x_TI)
-        feedback = factorise_hessian(total_II, name=layer.name)
-        self._feedback[part] = (sources, feedback)
-        return feedback
+            norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
+            weighted_TI = x_TI * norm_T[:, None].float()
+            total_II += share * (weighted_TI.T @ weighted_TI)
+        return factorise_hessian(total_II, name=layer.name)
 
     def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
         """The samples of the sequences that reached a layer, and what each sequence counts."""

@@ -72,7 +72,8 @@ def fit_by_hand(stats: Stats, sequences: dict[str, range]) -> tuple[Tensor, Tens
             x_TI, grad_TO = samples(stats, corpus, index)
             gradient_OI = grad_TO.T @ x_TI
             importance_I = importance_I + gradient_OI.square().sum(0) / len(chosen)
-            hessian_II = hessian_II + x_TI.T @ x_TI / len(chosen)
+            weighted_TI = x_TI * grad_TO.square().sum(1, keepdim=True).sqrt()
+            hessian_II = hessian_II + weighted_TI.T @ weighted_TI / len(chosen)
     return importance_I, hessian_II
 
 
@@ -100,10 +101,7 @@ def test_a_layer_is_fitted_to_the_sequences_of_its_part(
     assert torch.allclose(fit.feedback.cost_I, expected.cost_I, rtol=1e-3)
 
 
-def test_threads_and_neighbours_change_no_bit_of_a_fit(
-    checkpoint: Checkpoint, stats: Stats
-) -> None:
-    gate = find_layer(checkpoint, "model.layers.1.mlp.gate_proj")
+def test_threads_change_no_bit_of_a_fit(checkpoint: Checkpoint, stats: Stats) -> None:
     up = find_layer(checkpoint, "model.layers.1.mlp.up_proj")
     weights = [parse_scheme(name).weight for name in FITTED]
     threads = torch.get_num_threads()
@@ -112,8 +110,6 @@ def test_threads_and_neighbours_change_no_bit_of_a_fit(
         torch.set_num_threads(count)
         try:
             with Fits(stats) as fits:
-                if count == 1:
-                    fits.of(gate, weights)  # reads the same inputs
                 found.append(fits.of(up, weights))
         finally:
             torch.set_num_threads(threads)

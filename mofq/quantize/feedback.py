@@ -1,15 +1,16 @@
 """Rounds column by column, each column making good what the ones before it did: ``~gptq``.
 
 A row ``w`` that is rounded to ``q`` changes the layer's outputs by ``(w - q) H (w - q)^T``,
-with the Hessian ``H = sum x x^T`` over the inputs of calibration. Let ``H = N D N^T``, ``N``
-upper triangular with ones on its diagonal, ``D`` diagonal. Columns are rounded from the first
+with a Hessian ``H = sum_t c_t x_t x_t^T`` over the inputs of calibration (``c_t``, what a token
+counts: ``mofq.fits``). Let ``H = N D N^T``, ``N`` upper triangular with ones on its diagonal,
+``D`` diagonal. Columns are rounded from the first
 to the last, each after it has taken over the errors of those before it:
 
     a_j = w_j + sum_{k<j} (w_k - q_k) N_kj        q_j = round(a_j)
 
 so that the change is ``sum_j D_j (a_j - q_j)^2``, and no column can make good more than that.
-This is GPTQ, with one factorisation and no inverse. 1 % of the mean of its diagonal is added
-to that of ``H``, as GPTQ does; columns stay in their order ("act-order" is not used).
+This is GPTQ, with one factorisation and no inverse. 10 % of the mean of its diagonal is added
+to that of ``H`` (GPTQ: 1 %); columns stay in their order ("act-order" is not used).
 
 A scale is found when the first column of its tile is reached, from the tile as the errors
 have left it, by the scheme's own rule: groups lie in the checkpoint like any others, and every
@@ -21,9 +22,7 @@ batch of columns is elementwise; what a batch sends to later columns is a sum of
 products of integers below 2**22 in float64, which is exact in any order; ``N`` is kept to 22
 bits. Only the factorisation itself is LAPACK's, in float64 on one thread.
 
-Measured in docs/rounding-and-rewrites.md: weighing the tokens of ``H`` by the norm of their
-gradients, or taking the Fisher matrix of whole sequences instead, fits the calibration text
-better and other text no better.
+How tokens and damping were chosen is measured in docs/rounding-and-rewrites.md.
 
 Source: GPTQ, arXiv:2210.17323, and its repository's ``gptq.py`` (damping, lazy batches); the
 form without an inverse is LDLQ of QuIP, arXiv:2307.13304.
@@ -45,7 +44,7 @@ from mofq.quantize.tiles import decode_tiles, encode_tiles, from_tiles, to_tiles
 from mofq.schemes import TensorScheme
 
 #: Share of the mean of the Hessian's diagonal that is added to it.
-DAMPING = 0.01
+DAMPING = 0.1
 #: Most columns whose errors are sent on together, and fewest where groups are smaller.
 _BATCH, _SMALL_BATCH = 128, 64
 _INTEGER_BITS = 22
@@ -65,7 +64,7 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     """Factorise a Hessian for rounding with feedback.
 
     Args:
-        hessian_II: ``sum x x^T``, [in_features, in_features], float64; its scale
+        hessian_II: ``sum c x x^T``, [in_features, in_features], float64; its scale
             does not matter. All zeros (an expert that no token reached) give
             rounding to nearest.
         name: Of the layer, for messages.
