@@ -13,6 +13,7 @@ which formula; ours is in `mofq/rewrite/scales.py`.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,42 +43,46 @@ def main(given: Sequence[str] | None = None) -> None:
         ("--text", "that nothing was calibrated on"),
     )
     options = arguments(__doc__, given, *paths)
-    work: Path = options.work
-
-    def kl(folder: str | Path, recipe: Recipe) -> str:
-        cache = work / "measured.jsonl"
-        done = measure_recipes(
-            str(folder), {"": recipe}, options.text, cache=cache, tokens=options.tokens
-        )[""]
-        return with_error(done.kl, done.kl_stderr)
-
-    rows = [["original", "–", kl(options.model, uniform_of(options.model, INT8)), "–", "–"]]
-    groups = find_layers(open_checkpoint(options.model)).groups
-    share = max(MAX_FINER, 3 / sum(len(group.layers) for group in groups))  # of a small model
-    for seed in SEEDS:
-        walls = plan_walls(groups, seed=seed, share=share)
-        walled = work / f"walled-{seed}"
-        if not walled.exists():
-            write_walled(Path(options.model), walled, walls)
-        stats = stats_of(str(walled), {"en": options.calibration}, work / f"stats-{seed}")
-        table, found = work / f"{seed}.jsonl", work / f"{seed}.yaml"
-        mofq("measure", walled, "--space", "llama3_70b_w8a8", "-o", table)
-        mofq("search", table, "--max-finer", str(share), "-o", found)
-        smoothed = work / f"bismooth-{seed}"
-        if not smoothed.exists():
-            given_stats = ("--stats", stats, "--method", "bismooth")
-            mofq("rewrite", walled, *given_stats, "-o", smoothed)
-        rows.append(
-            [
-                f"seed {seed}: 2^{walls[0].log2} in {len(walls[0].channels)} channels",
-                ", ".join(wall.group.name for wall in walls),
-                kl(walled, uniform_of(str(walled), INT8)),
-                kl(walled, load_recipe(found)),
-                kl(smoothed, uniform_of(str(smoothed), INT8)),
-            ]
-        )
+    plain = kl(options, options.model, uniform_of(options.model, INT8))
+    rows = [["original", "–", plain, "–", "–"], *(seed_row(options, seed) for seed in SEEDS)]
     columns = ["walls", "planted in", "INT8", "finer groups found", "INT8 after bi-smoothing"]
     print_markdown(columns, rows)
+
+
+def seed_row(options: argparse.Namespace, seed: int) -> list[str]:
+    """Walls of one seed, and what each remedy makes of them."""
+    work: Path = options.work
+    groups = find_layers(open_checkpoint(options.model)).groups
+    share = max(MAX_FINER, 3 / sum(len(group.layers) for group in groups))  # of a small model
+    walls = plan_walls(groups, seed=seed, share=share)
+    walled, smoothed = work / f"walled-{seed}", work / f"bismooth-{seed}"
+    if not walled.exists():
+        write_walled(Path(options.model), walled, walls)
+    stats = stats_of(str(walled), {"en": options.calibration}, work / f"stats-{seed}")
+    table, found = work / f"{seed}.jsonl", work / f"{seed}.yaml"
+    mofq("measure", walled, "--space", "llama3_70b_w8a8", "-o", table)
+    mofq("search", table, "--max-finer", str(share), "-o", found)
+    if not smoothed.exists():
+        mofq("rewrite", walled, "--stats", stats, "--method", "bismooth", "-o", smoothed)
+    return [
+        f"seed {seed}: 2^{walls[0].log2} in {len(walls[0].channels)} channels",
+        ", ".join(wall.group.name for wall in walls),
+        kl(options, walled, uniform_of(str(walled), INT8)),
+        kl(options, walled, load_recipe(found)),
+        kl(options, smoothed, uniform_of(str(smoothed), INT8)),
+    ]
+
+
+def kl(options: argparse.Namespace, folder: str | Path, recipe: Recipe) -> str:
+    """Of a recipe against the model that it is applied to, on the text."""
+    done = measure_recipes(
+        str(folder),
+        {"": recipe},
+        options.text,
+        cache=options.work / "measured.jsonl",
+        tokens=options.tokens,
+    )[""]
+    return with_error(done.kl, done.kl_stderr)
 
 
 if __name__ == "__main__":
