@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,7 @@ def test_predictions_are_null_where_the_table_is_not_in_nats(
     assert content["error"] > 0
     shown = ok("search", measured.table, "--max-bits", "5", *unit, "-o", path).out
     assert "error [relative_weight_error]" in shown
+    assert_ends_in_histogram(shown, path)
     done = ok("validate", DEMO, path, "--text", "demo-en", *WINDOWS, "--json").json
     assert done["predicted_kl_nats_per_token"] is None
 
@@ -183,6 +186,15 @@ def test_validate_shows_people_predicted_beside_measured(measured: Measured) -> 
     shown = ok("validate", DEMO, measured.recipe, "--text", "demo-en", *WINDOWS).out
     for words in ("KL, measured", "KL, predicted", "enforced", "256 tokens of demo-en"):
         assert words in shown
+    assert_ends_in_histogram(shown, measured.recipe)
+
+
+def assert_ends_in_histogram(shown: str, recipe: Path) -> None:
+    """The last line counts the fusion groups of the recipe by scheme, the most frequent first."""
+    last = shown.splitlines()[-1]
+    counts = Counter(group.scheme for group in package.load_recipe(recipe).groups)
+    name, count = counts.most_common(1)[0]
+    assert re.match(rf"fusion groups: {re.escape(name)} █+ {count}\b", last)
 
 
 def test_an_exported_folder_validates_as_its_recipe(measured: Measured, tmp_path: Path) -> None:
