@@ -7,8 +7,9 @@ The original, uniform INT8 and FP8 with predictions from TABLE, and the recipes 
 exported and served one after the other by real vLLM on this CPU (as in serve_check.py), on the
 first tokens of a text. KL is against the original in float32 in transformers. Of vLLM it is
 taken over the 128 likeliest tokens that it returned and one bin with all others, which is at
-most the full one, and the emulated recipe, in float32, is binned in the same way. Speeds are
-the best of some repeats, for one prompt and one continuation, as ratios to the original's.
+most the full one, and the emulated recipe, in float32, is binned in the same way. Load, prefill
+and decode are ratios to the original's, in time of the processor with one thread, and the best of
+some repeats.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
         ratios = [
             line.figures[key] / first[key]
             for key in (
-                "load_seconds",
+                "load_cpu_seconds",
                 "prefill_tokens_per_second",
                 "decode_tokens_per_second",
             )
@@ -177,7 +178,7 @@ def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
         ]
         print("| " + " | ".join(cells) + " |")
     print(
-        f"\nThe original: loaded in {first['load_seconds']:.1f} s, "
+        f"\nThe original: loaded in {first['load_cpu_seconds']:.1f} s of one thread, "
         f"{first['prefill_tokens_per_second']:.0f} tokens/s of prefill, "
         f"{first['decode_tokens_per_second']:.1f} of decode."
     )
