@@ -244,8 +244,8 @@ FAULTS = (
     Fault(
         "emulation without the rounding of activations",
         "quantize/linear.py",
-        "if self.scheme.activation is not None:",
-        "if self.scheme.activation is not None and self.training:",
+        "            x = fake_quantize_activation(\n                x, self",
+        "            _ = fake_quantize_activation(\n                x, self",
         "emulate quantize_activations",
     ),
     Fault(
