@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import ok, refused
+from command_line import mofq, ok, refused
 from conftest import TinyCheckpoint
-from families import TINY_FAMILIES
+from families import TINY_FAMILIES, copy_with_tensors
 
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
@@ -105,3 +105,23 @@ def test_a_tied_head_is_quantized_nowhere_and_an_untied_one_where_asked(
     tied, untied = tiny("llama", tie_word_embeddings=True), tiny("llama")
     assert "tied" in refused("inspect", tied, "--lm-head")
     assert "lm_head" in ok("inspect", untied, "--lm-head").out
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_beside_one_of_its_own_is_refused_where_they_differ(
+    same: bool, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    # transformers 5 would use the head, vLLM the embedding.
+    def add_head(tensors: dict[str, Any]) -> None:
+        head = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"] = head if same else head + 1
+
+    folder = copy_with_tensors(tiny("llama", tie_word_embeddings=True), tmp_path / "m", add_head)
+    calibrate = ("calibrate", folder, *SHORT, "-o", tmp_path / "stats")
+    if same:
+        ok(*calibrate)
+        return
+    ran = mofq(*calibrate)
+    assert ran.code == 1
+    assert "'tie_word_embeddings' is true" in ran.err
+    assert "Set it to false" in ran.err

@@ -59,6 +59,7 @@ def load_model(
         raise CheckpointError(
             f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
         ) from None
+    _refuse_two_heads(model, folder)
     if device_map is None:
         model = model.to(device)
     model.eval()
@@ -104,6 +105,22 @@ def _refuse_foreign_code(folder: Path) -> None:
                 f"{folder / CONFIG_FILE}: {key!r} names code of the hub, {value!r}, which is never "
                 f"run here. Remove the key."
             )
+
+
+def _refuse_two_heads(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a tied lm_head that the checkpoint also has of its own, and different.
+
+    transformers would use the checkpoint's, engines tie it as the config says: what is
+    measured here would not be what they serve.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and head is not None and head.weight is not embedding.weight:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: 'tie_word_embeddings' is true, and the weights hold an lm_head"
+            f" that differs from the embedding; engines differ in which they use. Set it to false,"
+            f" or remove the lm_head's tensor."
+        )
 
 
 def _items_within(value: Any) -> Iterator[tuple[str, Any]]:
