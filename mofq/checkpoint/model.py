@@ -117,7 +117,7 @@ def _refuse_two_heads(model: PreTrainedModel, folder: Path) -> None:
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if is_tied and head is not None and head.weight is not embedding.weight:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: 'tie_word_embeddings' is true, and the weights hold an lm_head"
+            f"{folder / CONFIG_FILE}: 'tie_word_embeddings' is true, and the weights hold a head"
             f" that differs from the embedding; engines differ in which they use. Set it to false,"
             f" or remove the lm_head's tensor."
         )
