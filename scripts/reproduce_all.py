@@ -44,7 +44,7 @@ from mofq.recipe import Recipe
 from mofq.schemes import parse_scheme
 from mofq.solvers import KL_UNIT, Budgets
 from mofq.solvers.from_table import TENSOR_MSE
-from mofq.table import Table
+from mofq.table import Table, read_table
 
 SPACE = Path(__file__).with_name("reproduce_all.yaml")
 UNIFORM, SEARCH, GREEDY, TENSOR_GREEDY = "uniform", "search", "greedy", "greedy by tensor error"
@@ -250,10 +250,16 @@ def main(given: Sequence[str] | None = None) -> None:
         given,
         ("--stats", "from `mofq calibrate`"),
         ("--text", "held-out text"),
-        optional=[("--calibration", "text of the stats; rewrites the model by each method too")],
+        optional=[
+            ("--calibration", "text of the stats; rewrites the model by each method too"),
+            ("--table", "a table to choose from as it is, and nothing is measured for it"),
+        ],
     )
     stats, path = Path(options.stats), options.work / "all.jsonl"
-    table = table_of(options.model, SPACE, stats=stats, path=path, begun=options.begun)
+    if options.table:
+        table = read_table(Path(options.table))
+    else:
+        table = table_of(options.model, SPACE, stats=stats, path=path, begun=options.begun)
     places = {"": Rewritten(options.model, stats, table)}
     for method in REWRITINGS[1:] if options.calibration else ():
         places[method] = rewrite(
