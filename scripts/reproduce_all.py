@@ -16,6 +16,7 @@ of what each recipe is.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,6 +244,26 @@ def choose_among(
     return name, found[name]
 
 
+def measure(
+    places: Mapping[str, Rewritten],
+    chosen: Mapping[tuple[str, str], tuple[str, Recipe]],
+    options: argparse.Namespace,
+) -> dict[str, Measured]:
+    """The KL of every recipe to the original model."""
+    # The search first: should the time run out, the rest is what it is compared with.
+    order = sorted(chosen, key=lambda key: key[0] != SYSTEMS[-1].name)
+    where = {"cache": options.work / "measured.jsonl", "tokens": options.tokens}
+    plain = {", ".join(key): chosen[key][1] for key in order if not chosen[key][0]}
+    done = measure_recipes(options.model, plain, options.text, stats=places[""].stats, **where)
+    versions = {
+        ", ".join(key): version_of_rewritten(places[name].model, recipe, places[name].stats)
+        for key in order
+        if (name := chosen[key][0]) and (recipe := chosen[key][1])
+    }
+    done |= measure_versions(options.model, versions, options.text, **where)
+    return done
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Measure the tables, choose, measure the recipes."""
     options = arguments(
@@ -275,18 +296,7 @@ def main(given: Sequence[str] | None = None) -> None:
         for budget in BUDGETS
         if (found := choose_among(places, system, budget)) is not None
     }
-    # The search first: should the time run out, the rest is what it is compared with.
-    order = sorted(chosen, key=lambda key: key[0] != SYSTEMS[-1].name)
-    where = {"cache": options.work / "measured.jsonl", "tokens": options.tokens}
-    plain = {", ".join(key): chosen[key][1] for key in order if not chosen[key][0]}
-    done = measure_recipes(options.model, plain, options.text, stats=stats, **where)
-    versions = {
-        ", ".join(key): version_of_rewritten(places[name].model, recipe, places[name].stats)
-        for key in order
-        if (name := chosen[key][0]) and (recipe := chosen[key][1])
-    }
-    done |= measure_versions(options.model, versions, options.text, **where)
-    print_results(chosen, done)
+    print_results(chosen, measure(places, chosen, options))
 
 
 if __name__ == "__main__":
