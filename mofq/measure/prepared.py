@@ -20,6 +20,8 @@ from mofq.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
 _BLOCK_ELEMENTS = 2**18
+#: The same on a GPU, which has less to do between two launches of a kernel.
+_GPU_BLOCK_ELEMENTS = 2**24
 _BLOCK_ROWS = 64
 #: Tokens that the output error is taken over, evenly spaced.
 _OUTPUT_TOKENS = 512
@@ -106,7 +108,7 @@ def prepare_layer(
         make_pass: Gives the pass of some schemes over a block, compiled or not.
 
     Returns:
-        The layer. The blocks depend on the shape and the schemes alone.
+        The layer. The blocks depend on the shape, the schemes and the kind of device alone.
 
     Raises:
         SchemeError: A scheme does not fit the inputs.
@@ -123,7 +125,7 @@ def prepare_layer(
     return PreparedLayer(
         name=name,
         read_rows=read_rows,
-        blocks=_blocks(shape, schemes),
+        blocks=_blocks(shape, schemes, device),
         schemes=tuple(schemes),
         inputs={
             corpus: _inputs(one, schemes, static_amax, device=device, name=name)
@@ -138,12 +140,15 @@ def prepare_layer(
     )
 
 
-def _blocks(shape: tuple[int, int], schemes: Sequence[Scheme]) -> tuple[tuple[int, int], ...]:
+def _blocks(
+    shape: tuple[int, int], schemes: Sequence[Scheme], device: str
+) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
     bands = band_rows([s.weight for s in schemes if s.weight is not None])
     tile_rows = math.lcm(_BLOCK_ROWS, bands)
-    step = max(1, _BLOCK_ELEMENTS // in_features // tile_rows) * tile_rows
+    elements = _BLOCK_ELEMENTS if device == "cpu" else _GPU_BLOCK_ELEMENTS
+    step = max(1, elements // in_features // tile_rows) * tile_rows
     starts = range(0, out_features, step)
     return tuple((start, min(start + step, out_features)) for start in starts)
 
