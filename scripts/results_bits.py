@@ -26,9 +26,9 @@ from mofq.decide.request import request_problem
 from mofq.decide.uniform import uniform_recipes
 from mofq.recipe import Recipe, load_recipe, write_recipe
 from mofq.solvers import Budgets, Problem
-from mofq.solvers.problem import IntArray
+from mofq.solvers.problem import FloatArray, IntArray
 from mofq.table import Table, read_table
-from mofq.validate import validate_many
+from mofq.validate.objective import MeasuredKl
 
 SPACES = ("w4w8_mixed", "w4w8_wide")
 ENGINE = "vllm-hopper"
@@ -146,40 +146,37 @@ def search_optuna(options: argparse.Namespace, table: Path, bits: float) -> dict
     return {f"optuna, {options.trials} trials, `w4w8_mixed`": path}
 
 
-def row(label: str, recipe: Recipe, figures: dict[str, float]) -> str:
-    """One line of the table."""
-    predicted = recipe.kl_nats_per_token
+def row(label: str, recipe: Recipe, windows: Sequence[float], best: Sequence[float]) -> str:
+    """One line of the table: the KL, and how much more it is than the best one's, paired."""
+    predicted, size = recipe.kl_nats_per_token, recipe.bits_per_weight
+    more = np.subtract(windows, best)
+    against = f"{more.mean():+.4f} ± {stderr(more):.4f}" if more.any() else ""
     return (
-        f"| {label} | {figures['bits_per_weight']:.3f} "
-        f"| {'–' if predicted is None else f'{predicted:.4f}'} "
-        f"| {figures['kl_nats_per_token']:.4f} ± {figures['kl_stderr']:.4f} "
-        f"| {figures['perplexity']:.2f} |"
+        f"| {label} | {size or 0:.3f} | {'–' if predicted is None else f'{predicted:.4f}'} "
+        f"| {np.mean(windows):.4f} ± {stderr(windows):.4f} | {against} |"
     )
 
 
-def validate_missing(
-    options: argparse.Namespace, recipes: dict[Path, Recipe]
-) -> dict[str, dict[str, float]]:
-    """Hash of a recipe -> its figures; what an earlier run measured on this text is kept."""
+def stderr(values: Sequence[float] | FloatArray) -> float:
+    """Of the mean."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def measure_missing(
+    options: argparse.Namespace, recipes: Sequence[Recipe]
+) -> dict[str, list[float]]:
+    """Hash of a recipe -> the KL of each window; what an earlier run measured is kept."""
     text = load_text(options.text)
     path = options.work / f"measured-{text.sha256[:8]}-{options.tokens}.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    missing = {digest(one): one for one in recipes.values() if digest(one) not in known}
+    known: dict[str, list[float]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    missing = {digest(one): one for one in recipes if digest(one) not in known}
     if missing:
-        done = validate_many(
-            options.model, list(missing.values()), text, tokens=options.tokens, progress=shown
-        )
-        for key, one in zip(missing, done, strict=True):
-            assert one.enforced, f"{one.deviations[0]}"
-            known[key] = {
-                "bits_per_weight": one.bits_per_weight,
-                "kl_nats_per_token": one.kl_nats_per_token,
-                "kl_stderr": one.kl_stderr or 0.0,
-                "perplexity": one.perplexity,
-                "perplexity_original": one.perplexity_original,
-            }
-        path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-    return {key: dict(value) for key, value in known.items()}
+        with MeasuredKl(options.model, text, tokens=options.tokens) as objective:
+            for key, recipe in missing.items():
+                known[key] = list(objective.evaluate(recipe))
+                path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+                print(f"measured {np.mean(known[key]):.4f} nats per token", flush=True)
+    return known
 
 
 def digest(recipe: Recipe) -> str:
@@ -187,22 +184,18 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(recipe.schemes, sort_keys=True).encode()).hexdigest()
 
 
-def shown(stage: str, done: int, total: int) -> None:
-    """Progress on one line."""
-    print(f"{stage} {done}/{total}", end="\r", flush=True)
-
-
 def print_tables(options: argparse.Namespace, paths: Sequence[tuple[float, str, Path]]) -> None:
     """Measure what is not measured yet, and print a table for each budget."""
     recipes = {path: load_recipe(path) for _, _, path in paths}
-    figures = validate_missing(options, recipes)
+    known = measure_missing(options, list(recipes.values()))
     for bits in BUDGETS:
-        print(f"\n| at most {bits} bits | bits/weight | KL predicted | KL measured | perplexity |")
+        print(
+            f"\n| at most {bits} bits | bits/weight | KL predicted | KL measured | against exact |"
+        )
         print("| --- | --- | --- | --- | --- |")
+        best = known[digest(recipes[options.work / f"exact-{bits}.yaml"])]
         for _, label, path in (one for one in paths if one[0] == bits):
-            print(row(label, recipes[path], figures[digest(recipes[path])]))
-    original = figures[digest(recipes[paths[0][2]])]["perplexity_original"]
-    print(f"\nperplexity of the original: {original:.2f}")
+            print(row(label, recipes[path], known[digest(recipes[path])], best))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

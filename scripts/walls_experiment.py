@@ -237,9 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     uniform = uniform_recipe(checkpoint, layers, INT8)
     every = candidates(uniform, uniform, ())
     plain = measured(options.model, every, options.text, options.tokens)
-    results = [run_seed(options, seed) for seed in range(options.seeds)]
-    content = {"no_walls": plain, "seeds": results}
-    (options.work / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    results: list[dict[str, object]] = []
+    for seed in range(options.seeds):
+        results.append(run_seed(options, seed))
+        content = {"no_walls": plain, "seeds": results}
+        (options.work / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     print_results(results, plain)
 
 
