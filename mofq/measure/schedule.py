@@ -8,11 +8,10 @@ the blocks, in order, no further ahead of their use than a fixed number of bytes
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Condition
 
 import torch
@@ -21,15 +20,13 @@ from torch import Tensor
 from mofq.measure.block import BlockSums, score_rows
 from mofq.measure.prepared import PreparedLayer
 from mofq.measure.score import LayerScore, add_blocks
+from mofq.quantize.pages import keep_freed_memory
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
 _WAITING_BYTES = 200_000_000
 
 #: Blocks that are read and not yet scored [bytes].
 _AHEAD_BYTES = 256_000_000
-
-#: Of glibc's mallopt: memory is given back from this size on, and mapped by itself [bytes].
-_MALLOC_OPTIONS = {-1: 256_000_000, -3: 32_000_000}
 
 _Work = tuple[PreparedLayer, list[Future[BlockSums]]]
 
@@ -49,7 +46,7 @@ def score_layers(
     Raises:
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     with _one_thread_per_operation() as available:
         threads = available if device == "cpu" else 1
         reader = _ReadAhead(_AHEAD_BYTES)
@@ -126,16 +123,6 @@ def _finish(layer: PreparedLayer, blocks: list[Future[BlockSums]]) -> LayerScore
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
     return sum(layer.nbytes for layer, _ in waiting)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the pages of blocks, all of a size, that come and go.
-
-    It would give each back to the system and have it cleared again: a third of the time.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        for option, size in _MALLOC_OPTIONS.items():
-            ctypes.CDLL(None).mallopt(option, size)
 
 
 @contextmanager

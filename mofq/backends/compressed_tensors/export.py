@@ -18,6 +18,7 @@ from mofq.engines import find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
 from mofq.fits import Fits
 from mofq.held import hold_new_folder
+from mofq.quantize.pages import keep_freed_memory
 from mofq.recipe import Recipe, write_recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -179,6 +180,7 @@ def _write_weights(
     fits: Fits | None,
     progress: Progress | None,
 ) -> None:
+    keep_freed_memory()
     with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
         for done, planned in enumerate(plan.quantized, start=1):
             for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
