@@ -88,7 +88,7 @@ def test_the_pass_gives_the_references_rounding_errors(name: str, device: str) -
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MOFQ_COMPILE", "1")
     return tmp_path / "mofq" / "kernels"
 

@@ -179,9 +179,9 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kernel_folder() -> Path:
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    # Not $TORCHINDUCTOR_CACHE_DIR: torch sets it by itself, to a temporary folder, on its way.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(given) if given else cache) / "mofq" / "kernels"
+    return cache / "mofq" / "kernels"
 
 
 def _key(kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> str:
