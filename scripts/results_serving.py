@@ -1,4 +1,4 @@
-r"""The README's table of served recipes: vLLM's own figures beside mofq's prediction and emulation.
+r"""Served recipes: vLLM's own figures beside mofq's prediction and emulation.
 
     python scripts/results_serving.py MODEL --table TABLE --recipe NAME=FILE --text FILE \
         --work FOLDER

@@ -146,7 +146,7 @@ def download(browser: Chrome, folder: Path) -> bytes:
     target.unlink(missing_ok=True)
     # A real click: a browser asks before a script saves several files.
     browser.find_element("id", "download").click()
-    end = monotonic() + 10
+    end = monotonic() + 60
     while not target.exists():
         assert monotonic() < end, "the browser saved no recipe.yaml"
         sleep(0.05)

@@ -106,7 +106,7 @@ def test_a_killed_process_loses_at_most_its_running_trial(storage: str) -> None:
     command = [sys.executable, study_worker.__file__, storage, "8", "0.02"]
     killed, other = (subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2))
     study = open_study(storage, "test")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while _finished(study) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     before = _finished(study)

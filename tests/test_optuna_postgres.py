@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,8 @@ def as_server(*command: str) -> None:
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """URL of an empty database."""
-    folder = Path("/tmp") / f"mofq-postgres-{os.getpid()}"
-    folder.mkdir(mode=0o700)
+    # A socket's path must be short.
+    folder = Path(tempfile.mkdtemp(prefix="mofq-postgres-", dir="/tmp"))
     if os.getuid() == 0:
         shutil.chown(folder, "postgres")
     with socket.socket() as one:

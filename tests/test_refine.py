@@ -103,6 +103,7 @@ def test_the_swaps_measured_first_are_of_different_layers() -> None:
     truth = Truth(predicted)
     found = run(problem_of(predicted, noise=0.03), truth, Budgets(max_bits=6.0), swaps=4)
     changed = [frozenset(swap.changes) for swap in found.swaps]
+    assert len(changed) == 4
     assert all(not one & other for one, other in itertools.combinations(changed, 2))
 
 

@@ -127,8 +127,6 @@ def rewrite(
     powers_of_two: Annotated[
         bool, typer.Option("--powers-of-two", help="Move powers of two alone: exact in bf16.")
     ] = False,
-    cluster: Cluster = None,
-    cluster_cpus: ClusterCpus = 1,
     json: Json = False,
 ) -> None:
     """Move scales between tensors so that the model computes the same and quantizes better."""

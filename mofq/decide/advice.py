@@ -175,7 +175,7 @@ def _start(situation: Situation) -> tuple[str, tuple[str, ...]]:
     if situation.weights is not None and _needs_size(situation):
         return "w4w8_mixed", ("--max-size", f"{_room(situation) / 1e9:.1f}GB")
     if situation.wants_lossless and situation.has_fp8:
-        return "w8a8", ("--max-bits", "8.1")
+        return "w8a8", ("--max-bits", "8.2")
     if situation.is_decode_bound:
         if situation.wants_lossless:
             return "w4w8_mixed", ("--max-bits", "6.0")
@@ -183,7 +183,7 @@ def _start(situation: Situation) -> tuple[str, tuple[str, ...]]:
     if situation.is_large and not situation.has_fp8:
         return "llama3_70b_w8a8", ("--max-finer", "0.03")
     lossless = situation.wants_lossless and not situation.has_fp8
-    return "w8a8", ("--max-bits", "9.0" if lossless else "8.1")
+    return "w8a8", ("--max-bits", "9.0" if lossless else "8.2")
 
 
 def _room(situation: Situation) -> int:

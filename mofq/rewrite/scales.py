@@ -14,7 +14,7 @@ a method proposes ``s`` for each of its strengths, and to leave the site as it i
                  0, 0.25 … 1: what of the range is moved out of the inputs, and what out of the
                  weights. That weight and activation errors are balanced per input channel
                  while everything stays per channel is what the abstract of its source says;
-                 its formula was not at hand, and this is ours
+                 its formula was not read, and this is ours
 ===============  ===========================================================================
 
 All are divided by ``sqrt(max s * min s)``, as AWQ does: only ratios matter. A channel that is

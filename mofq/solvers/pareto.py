@@ -152,7 +152,10 @@ class _FrontSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         if "fixed_params" in trial.system_attrs:  # queued
             return {}
-        return self._problem.schemes_of(self._next(study, trial.number))
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        # As if those that died with their process had never been.
+        number = trial.number - sum(one.number < trial.number for one in failed)
+        return self._problem.schemes_of(self._next(study, number))
 
     def sample_independent(
         self,
