@@ -8,6 +8,7 @@ import pytest
 from command_line import DEMO, Measured, measured, ok, refused
 
 from mofq.device_models import DEVICE_MODELS
+from mofq.recipe import load_recipe
 
 __all__ = ["measured"]
 
@@ -63,13 +64,17 @@ def test_a_difference_is_priced_by_its_table(measured: Measured, tmp_path: Path)
     assert "all together" in ok("diff", measured.recipe, path, "--table", measured.table).out
 
 
-def test_devices_and_advice_are_listed_with_their_sources() -> None:
+def test_devices_and_advice_are_listed_with_their_sources(tmp_path: Path) -> None:
     assert set(ok("devices", "--json").json) == set(DEVICE_MODELS)
     assert "H100 SXM data sheet" in ok("devices").err
     advise = ("advise", DEMO, "--device-model", "h100", "--deployment", "asynchronous")
     content = ok(*advise, "--json").json
     assert content["space"] == "w8a8"
     assert content["commands"][0].startswith(f"mofq calibrate {DEMO}")
+    recipe = tmp_path / "recipe.yaml"
+    ok("recipe", "uniform", DEMO, "int8.channel+int8.token", "-o", recipe)
+    assert content["budget"][0] == "--max-bits"
+    assert load_recipe(recipe).bits_per_weight <= float(content["budget"][1])
     shown = ok(*advise).out
     assert "arXiv:2411.02355" in shown
     assert "mofq measure" in shown
