@@ -161,10 +161,11 @@ class Fits:
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
         total_I = torch.zeros(layer.in_features, dtype=torch.float64)
         for samples, share in self._samples(layer, part):
-            x_TI = samples.x_TI.float()
+            # In float64: what processors round differently must not reach a code.
+            x_TI = samples.x_TI.double()
             for grad_TO in samples.grad_DTO:
-                gradient_OI = grad_TO.float().T @ x_TI
-                total_I += share * gradient_OI.square().sum(0, dtype=torch.float64)
+                gradient_OI = grad_TO.double().T @ x_TI
+                total_I += share * gradient_OI.square().sum(0)
         if not bool(total_I.any()):
             return torch.ones(layer.in_features)
         # Above 0, so that no column is free to be rounded anyhow; 8 bits, as x and g have.
@@ -174,9 +175,8 @@ class Fits:
     def _feedback(self, layer: LinearLayer, part: Part) -> Feedback:
         total_II = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
         for samples, share in self._samples(layer, part):
-            x_TI = samples.x_TI.float()
             norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
-            weighted_TI = x_TI * norm_T[:, None].float()
+            weighted_TI = samples.x_TI.double() * norm_T[:, None]
             total_II += share * (weighted_TI.T @ weighted_TI)
         return factorise_hessian(total_II, name=layer.name)
 

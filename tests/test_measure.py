@@ -247,6 +247,18 @@ def test_a_run_killed_after_any_group_is_resumed_to_the_same_bytes(
     assert progress == [(done, 8) for done in range(1, 9)]
 
 
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.7, 0.95])
+def test_a_table_cut_inside_a_fusion_group_is_resumed_to_the_same_bytes(
+    share: float, tiny_llama: Path, stats: Stats, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.jsonl"
+    fill(tiny_llama, path, stats)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    fill(tiny_llama, path, stats)
+    assert path.read_bytes() == whole
+
+
 def test_a_new_scheme_adds_rows_and_scores_nothing_again(
     tiny_llama: Path, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

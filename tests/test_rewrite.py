@@ -15,6 +15,7 @@ from torch import Tensor
 from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
+from mofq.checkpoint.sampled import hash_weights
 from mofq.checkpoint.tensors import read_tensor
 from mofq.exceptions import RewriteError, StatsError
 from mofq.layers import find_layers
@@ -193,6 +194,19 @@ def test_what_cannot_be_rewritten_is_refused(
         rewrite(checkpoint, stats, out, method="awq", scheme="int4.g32~gptq")
     with pytest.raises(StatsError, match="but the model is qwen3"):
         rewrite(open_checkpoint(str(tiny("qwen3"))), stats, out, method="awq")
+    again = copy_with_tensors(
+        tiny_llama,
+        tmp_path / "again",
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 2}),
+    )
+    of_weights = calibrate_folder(
+        tiny_llama,
+        tmp_path / "of-weights",
+        {"a": some_tokens(2, 16)},
+        weights_sha256=hash_weights(checkpoint),
+    )
+    with pytest.raises(StatsError, match="other weights of the same shapes"):
+        rewrite(open_checkpoint(str(again)), of_weights, out, method="awq")
     gpt2 = open_checkpoint(str(tiny("gpt2")))
     with pytest.raises(RewriteError, match="where a scale can move in a 'gpt2' is not known"):
         find_sites(gpt2, find_layers(gpt2))

@@ -179,7 +179,11 @@ def _write(
     if index in corpus.kept_indices:
         path = sequence_path(folder, corpus.name, index)
         write_sequence(path, captured, layer_names)
-        _check_disk(folder, path, left=sum(kept > index for kept in corpus.kept_indices))
+        left = sum(
+            kept > index and not is_complete(sequence_path(folder, corpus.name, kept))
+            for kept in corpus.kept_indices
+        )
+        _check_disk(folder, path, left=left)
 
 
 def _check_disk(folder: Path, written: Path, *, left: int) -> None:

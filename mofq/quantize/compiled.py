@@ -195,9 +195,13 @@ def _key(kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> str
 @lru_cache(maxsize=1)
 def _source() -> bytes:
     import mofq.formats
+    import mofq.schemes
 
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return b"".join(file.read_bytes() for file in (*files, Path(mofq.formats.__file__)))
+    return b"".join(
+        file.read_bytes()
+        for file in (*files, Path(mofq.formats.__file__), Path(mofq.schemes.__file__))
+    )
 
 
 @lru_cache(maxsize=1)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.exceptions import RewriteError, StatsError, nearest_name
 from mofq.layers import FusionGroup, find_layers
 from mofq.rewrite.choose import Choice, Progress, choose_scales
 from mofq.rewrite.scales import METHODS
 from mofq.rewrite.sites import find_sites
-from mofq.rewrite.write import write_rewritten
+from mofq.rewrite.write import check_target, write_rewritten
 from mofq.schemes import Scheme
 from mofq.search_space import offer_schemes, parse_search_space
 
@@ -61,6 +62,12 @@ def rewrite(
             f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
             f"({checkpoint.index_sha256[:8]}). Calibrate this model."
         )
+    if stats.plan.weights_sha256 not in (None, hash_weights(checkpoint)):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has, as a rewritten model has them. Calibrate this model."
+        )
+    check_target(Path(out_folder))
     layers = find_layers(checkpoint)
     sites = find_sites(checkpoint, layers)
     groups = {group.name: group for group in layers.groups}

@@ -181,13 +181,22 @@ def _moved_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Te
         yield stored
 
 
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder, which gets the target's name when the block ends well."""
+def check_target(target: Path) -> None:
+    """Refuse a place that has something already.
+
+    Raises:
+        RewriteError: As said.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RewriteError(f"{target}: needed a new folder, found a file or link. Give another.")
     if target.is_dir() and any(target.iterdir()):
         raise RewriteError(f"{target}: holds files already. Give another folder, or remove it.")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder, which gets the target's name when the block ends well."""
+    check_target(target)
     partial = target.with_name(f".{target.name}.partial")
     busy = RewriteError(f"{target}: another process writes this folder. Wait, or give another.")
     with hold_new_folder(partial, busy):

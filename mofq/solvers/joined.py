@@ -51,6 +51,8 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
         ) from problem
     try:
         is_alone = try_lock(file)
+        if not is_alone:
+            fcntl.flock(file, fcntl.LOCK_SH)  # whoever came first may be mending it
         if is_alone and path.suffix not in SQLITE_SUFFIXES:
             _mend_journal(path)
         study = open_study(storage, name, objectives=objectives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -154,10 +155,32 @@ def _resume(file: int, path: Path) -> Table | None:
     # Whatever else the path may name by mistake is not ours to cut.
     if not complete and not data.startswith(_BEGINNING[: len(data)]):
         raise TableError(f"{path}: exists and is not a table. Name another file.")
+    if len(complete) < len(data):
+        complete = _whole_groups(complete)
     table = parse_table(complete, path) if complete else None
     if len(complete) < len(data):
         os.ftruncate(file, len(complete))
     return table
+
+
+def _whole_groups(complete: bytes) -> bytes:
+    """The lines before those of the last fusion group, which a killed run did not finish.
+
+    Its schemes are scored together again: fewer of them at once have other last bits.
+    """
+    lines = complete.splitlines(keepends=True)
+    last = _group_of(lines[-1]) if lines else None
+    while last is not None and _group_of(lines[-1]) == last:
+        lines.pop()
+    return b"".join(lines)
+
+
+def _group_of(line: bytes) -> object:
+    """The fusion group that a line is of; None: of none, or it is damaged."""
+    try:
+        return json.loads(line).get("group")
+    except (ValueError, AttributeError):
+        return None
 
 
 def _begin(file: int, path: Path, header: TableHeader) -> Table:

@@ -198,7 +198,9 @@ def _items(
 
 def _compare(ours: TaskScore, theirs: TaskScore) -> TaskResult:
     assert (ours.task, ours.metric) == (theirs.task, theirs.metric)
-    differences = [a - b for a, b in zip(ours.items, theirs.items, strict=True)]
+    differences: list[float] = []
+    if len(ours.items) == len(theirs.items):  # of one of them the items may not be known
+        differences = [a - b for a, b in zip(ours.items, theirs.items, strict=True)]
     stderr = None
     if len(differences) > 1:
         stderr = statistics.stdev(differences) / math.sqrt(len(differences))

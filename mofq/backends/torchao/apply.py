@@ -131,7 +131,7 @@ def kernel_refusal(
         return reason
     rule = matching_rule(engine, scheme, group)
     kernel = "" if rule is None else rule.kernel
-    if dtype is torch.float16 and not kernel.startswith("Int"):
+    if dtype is torch.float16 and not kernel.startswith(("Int8", "Intx")):
         return f"{kernel} needs a model in bfloat16 or float32; this one is in float16"
     if kernel.endswith("torch._scaled_mm") and engine.capability and dtype is not torch.bfloat16:
         return f"{kernel} on a GPU needs a model in bfloat16; this one is in {dtype}"
