@@ -54,20 +54,7 @@ def rewrite(
         StatsError: The stats are of another model.
         MofqError: As ``choose_scales`` and ``write_rewritten``.
     """
-    if method not in METHODS:
-        raise RewriteError(f"unknown method {method!r}." + nearest_name(method, METHODS))
-    if stats.plan.index_sha256 != checkpoint.index_sha256:
-        raise StatsError(
-            f"{stats.folder}: calibrated on {stats.plan.model_name} "
-            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
-            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
-        )
-    if stats.plan.weights_sha256 not in (None, hash_weights(checkpoint)):
-        raise StatsError(
-            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
-            f"has, as a rewritten model has them. Calibrate this model."
-        )
-    check_target(Path(out_folder))
+    _check_inputs(checkpoint, stats, Path(out_folder), method)
     layers = find_layers(checkpoint)
     sites = find_sites(checkpoint, layers)
     groups = {group.name: group for group in layers.groups}
@@ -89,6 +76,24 @@ def rewrite(
             progress("choose", done, len(sites))
     write_rewritten(checkpoint, choices, out_folder, method=method, stats=stats, progress=progress)
     return tuple(choices)
+
+
+def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method: str) -> None:
+    """Refuse what would only be found after the long work."""
+    if method not in METHODS:
+        raise RewriteError(f"unknown method {method!r}." + nearest_name(method, METHODS))
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, hash_weights(checkpoint)):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has, as a rewritten model has them. Calibrate this model."
+        )
+    check_target(out_folder)
 
 
 def _target(text: str, group: FusionGroup) -> Scheme:
