@@ -33,7 +33,6 @@ IN_ORDER = ("docs/how-to/recipe.md", "docs/how-to/explore.md", *OTHERS, "README.
 STAND_FOR = {"MODEL": "mofq/demo/model", "FOLDER": "folder", "TABLE": "table.jsonl"}
 #: The text beside them says that they need a recipe of other schemes.
 ONLY_READ = {
-    "mofq export MODEL recipe.yaml --to compressed-tensors -o model-quantized",
     "mofq export MODEL recipe.yaml --to modelopt -o hf_quant_config.json",
 }
 _PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]+\b")
