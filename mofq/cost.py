@@ -44,17 +44,28 @@ _SIZE_UNITS = {
 }
 
 
-class _Matrix(Protocol):
+class Matrix(Protocol):
     """What the cost of a layer depends on; `LinearLayer` and `TableLayer` both have it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Module name."""
+        ...
+
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        ...
+
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        ...
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Of the checkpoint, as safetensors writes it."""
+        ...
 
 
 class _Weighted(Protocol):
@@ -67,7 +78,7 @@ class _Group(Protocol):
     def layers(self) -> Sequence[_Weighted]: ...
 
 
-def layer_bytes(layer: _Matrix, scheme: Scheme) -> int:
+def layer_bytes(layer: Matrix, scheme: Scheme) -> int:
     """Bytes of a linear layer's tensors under a scheme, as exported.
 
     Args:
@@ -136,7 +147,7 @@ def parse_size(text: str | int) -> int:
     return digits * _SIZE_UNITS[unit.lower()] // int(scale)
 
 
-def _source_bytes(layer: _Matrix) -> int:
+def _source_bytes(layer: Matrix) -> int:
     if layer.dtype not in DTYPE_BITS:
         raise CheckpointError(
             f"{layer.name}: unknown dtype {layer.dtype!r}." + nearest_name(layer.dtype, DTYPE_BITS)
@@ -144,7 +155,7 @@ def _source_bytes(layer: _Matrix) -> int:
     return -(-layer.out_features * layer.in_features * DTYPE_BITS[layer.dtype] // 8)
 
 
-def _weight_bytes(layer: _Matrix, weight: TensorScheme, has_activation: bool) -> int:
+def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> int:
     rows, columns, bits = layer.out_features, layer.in_features, weight.element.bits
     is_int = isinstance(weight.element, IntFormat)
     is_packed_int = is_int and not (bits == 8 and has_activation)
@@ -163,7 +174,7 @@ def _weight_bytes(layer: _Matrix, weight: TensorScheme, has_activation: bool) ->
     return total + (_WEIGHT_SHAPE_BYTES if is_packed_int else 0)
 
 
-def _scale_shape(layer: _Matrix, weight: TensorScheme) -> tuple[int, int]:
+def _scale_shape(layer: Matrix, weight: TensorScheme) -> tuple[int, int]:
     """Rows and columns of the scales; a tile of 0 rows or columns spans all of them."""
     if not weight.has_scale:
         return 0, 0

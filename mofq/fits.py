@@ -27,7 +27,6 @@ sequences of every corpus out of the fit, so that they can judge it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypedDict
@@ -35,8 +34,8 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from mofq.calibration.sequences import LayerSamples, SequenceFile
-from mofq.calibration.stats import Stats
+from mofq.calibration.sequences import LayerSamples
+from mofq.calibration.stats import Stats, open_sequences
 from mofq.exceptions import StatsError
 from mofq.layers import LinearLayer
 from mofq.quantize import Feedback, factorise_hessian, one_thread
@@ -112,15 +111,7 @@ class Fits:
             StatsError: One is missing or damaged.
         """
         self.stats = stats
-        self._stack = ExitStack()
-        self._files: dict[str, list[SequenceFile]] = {}
-        with ExitStack() as opening:
-            for corpus in stats.plan.corpora:
-                self._files[corpus.name] = [
-                    opening.enter_context(SequenceFile(file))
-                    for file in stats.sequence_files(corpus.name)
-                ]
-            self._stack = opening.pop_all()
+        self._stack, self._files = open_sequences(stats)
 
     def __enter__(self) -> Fits:
         return self

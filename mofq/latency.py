@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from mofq.cost import layer_bytes
+from mofq.cost import Matrix, layer_bytes
 from mofq.device_models import DeviceModel
 from mofq.exceptions import BudgetError, nearest_name
 from mofq.formats import IntFormat
@@ -36,15 +36,7 @@ _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _EXAMPLE = "Write e.g. decode:batch=8,context=1024 or prefill:prompt=2048."
 
 
-class _Layer(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
+class _Layer(Matrix, Protocol):
     @property
     def module(self) -> str: ...
     @property

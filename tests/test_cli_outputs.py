@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_a_layer_that_is_not_what_the_recipe_says_ends_validate_with_1(
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:
-    program = f"{sys.executable} -c 'from mofq.cli import main; main()' engines | head -n 1"
+    program = (
+        f"{shlex.quote(sys.executable)} -c 'from mofq.cli import main; main()' engines | head -n 1"
+    )
     run = subprocess.run(program, shell=True, capture_output=True, text=True)
     assert run.stdout.startswith("vllm-cpu")
     assert run.stderr == ""

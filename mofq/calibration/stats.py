@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -228,6 +228,29 @@ def _entries(stats: Stats, content: dict[str, Any]) -> Iterator[tuple[Path, dict
 
 def _remedy(file: Path) -> str:
     return f"Delete {file} and run the same `mofq calibrate` again: it makes only this file."
+
+
+def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile]]]:
+    """Open every kept sequence of a stats folder.
+
+    Args:
+        stats: An open stats folder.
+
+    Returns:
+        What closes them all, and the sequences of each corpus, in order.
+
+    Raises:
+        StatsError: One is missing or damaged; none is left open then.
+    """
+    with ExitStack() as opening:
+        files = {
+            corpus.name: [
+                opening.enter_context(SequenceFile(file))
+                for file in stats.sequence_files(corpus.name)
+            ]
+            for corpus in stats.plan.corpora
+        }
+        return opening.pop_all(), files
 
 
 @contextmanager

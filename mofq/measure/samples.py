@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mofq.calibration.gains import read_gains
-from mofq.calibration.sequences import LayerSamples, SequenceFile
-from mofq.calibration.stats import Stats
+from mofq.calibration.sequences import LayerSamples
+from mofq.calibration.stats import Stats, open_sequences
 from mofq.measure.gains import LayerGains, layer_gains
 
 #: Tokens of one signed projection; see `mofq.measure.score`.
@@ -49,21 +48,13 @@ class SampleReader:
         Raises:
             StatsError: One is missing or damaged.
         """
-        self._stack = ExitStack()
         self._draws = stats.plan.draws
         self._length = stats.plan.sequence_length
         self._plans = {corpus.name: corpus for corpus in stats.plan.corpora}
         self._gains = {
             name: [read_gains(file) for file in stats.gains_files(name)] for name in self._plans
         }
-        self._files: dict[str, list[SequenceFile]] = {}
-        with ExitStack() as opening:
-            for corpus in stats.plan.corpora:
-                self._files[corpus.name] = [
-                    opening.enter_context(SequenceFile(file))
-                    for file in stats.sequence_files(corpus.name)
-                ]
-            self._stack = opening.pop_all()
+        self._stack, self._files = open_sequences(stats)
 
     def __enter__(self) -> SampleReader:
         return self
