@@ -108,10 +108,11 @@ def tokenize(
     sequence_length: int,
     vocabulary_size: int | None = None,
 ) -> Tensor:
-    """The first tokens of a text, cut into windows that do not overlap.
+    """Windows of tokens to predict, spread evenly over a text: see ``spread_windows``.
 
-    No special token is added. A last part shorter than a window is dropped; a
-    text of fewer than ``tokens`` tokens gives as many whole windows as it has.
+    Neighbouring windows are much alike: a mean over the beginning of a text says less of
+    the text than its standard error claims. No special token is added. A text of fewer
+    than ``tokens`` tokens gives as many whole windows as it has.
 
     Args:
         corpus: The text.
@@ -128,8 +129,6 @@ def tokenize(
         CorpusError: There is not one whole window, or a token is outside the
             model's vocabulary.
     """
-    import torch
-
     if sequence_length < 2:
         raise CorpusError(
             f"a sequence length of {sequence_length} predicts nothing; give 2 or more."
@@ -139,20 +138,19 @@ def tokenize(
             f"{tokens} tokens do not fill one window of {sequence_length}. "
             f"Ask for more tokens, or for a shorter sequence length."
         )
-    ids = _first_tokens(corpus.text, tokenizer, tokens)
-    windows = len(ids) // sequence_length
-    if windows == 0:
+    windows_NT = spread_windows(
+        corpus,
+        tokenizer,
+        sequences=tokens // sequence_length,
+        sequence_length=sequence_length,
+        or_fewer=True,
+    )
+    if vocabulary_size is not None and int(windows_NT.max()) >= vocabulary_size:
         raise CorpusError(
-            f"text {corpus.source!r} has {len(ids)} tokens, and one window needs "
-            f"{sequence_length}. Give a longer text, or a shorter sequence length."
-        )
-    tokens_NT = torch.tensor(ids[: windows * sequence_length], dtype=torch.int64)
-    if vocabulary_size is not None and int(tokens_NT.max()) >= vocabulary_size:
-        raise CorpusError(
-            f"text {corpus.source!r}: the tokenizer gives token {int(tokens_NT.max())}, but the "
+            f"text {corpus.source!r}: the tokenizer gives token {int(windows_NT.max())}, but the "
             f"model's vocabulary has {vocabulary_size}. Use the model's own tokenizer."
         )
-    return tokens_NT.reshape(windows, sequence_length)
+    return windows_NT
 
 
 def spread_windows(
@@ -191,27 +189,17 @@ def spread_windows(
         if all(len(window) == sequence_length for window in windows):
             return torch.tensor(windows, dtype=torch.int64)
     ids = _encode(corpus.text, tokenizer)
-    if or_fewer and len(ids) >= sequence_length:
-        sequences = min(sequences, len(ids) // sequence_length)
-        needed = sequences * sequence_length
+    if or_fewer:
+        sequences = min(sequences, max(1, len(ids) // sequence_length))
+    needed = sequences * sequence_length
     if len(ids) < needed:
         raise CorpusError(
-            f"text {corpus.source!r} has {len(ids)} tokens, and {sequences} sequences of "
-            f"{sequence_length} need {needed}. Give a longer text, or ask for fewer sequences."
+            f"text {corpus.source!r} has {len(ids)} tokens, and windows of {sequence_length} "
+            f"tokens, {sequences} in number, need {needed}. Give a longer text, or ask for fewer "
+            f"or shorter windows."
         )
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
     return torch.tensor([ids[start : start + sequence_length] for start in starts])
-
-
-def _first_tokens(text: str, tokenizer: Any, tokens: int) -> list[int]:
-    # Tokenizing megabytes for a few thousand tokens takes longer than the rest
-    # of the job. A prefix gives the same first tokens where the wanted ones end
-    # far before its cut: in its first half, thousands of characters away.
-    prefix = text[: 64 * tokens]
-    ids = _encode(prefix, tokenizer)
-    if len(prefix) < len(text) and len(ids) < 2 * tokens:
-        ids = _encode(text, tokenizer)
-    return ids[:tokens]
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:

@@ -192,11 +192,17 @@ def test_the_bundled_texts_are_the_files_of_the_demo() -> None:
     assert expected == corpora.BUNDLED_TEXT
 
 
-def test_windows_are_the_first_tokens_in_order_and_do_not_overlap() -> None:
-    windows_NT = tokenize(
-        corpus_of("abcdefghij"), CharacterTokenizer(), tokens=9, sequence_length=4
-    )
-    assert windows_NT.tolist() == [[97, 98, 99, 100], [101, 102, 103, 104]]
+def test_windows_are_spread_over_the_whole_text_in_order_and_do_not_overlap() -> None:
+    text = "".join(map(chr, range(100)))
+    windows_NT = tokenize(corpus_of(text), CharacterTokenizer(), tokens=17, sequence_length=4)
+    assert windows_NT.tolist() == [
+        [0, 1, 2, 3],
+        [32, 33, 34, 35],
+        [64, 65, 66, 67],
+        [96, 97, 98, 99],
+    ]
+    windows_NT = tokenize(corpus_of(text[:12]), CharacterTokenizer(), tokens=12, sequence_length=4)
+    assert windows_NT.flatten().tolist() == list(range(12))
 
 
 def test_a_short_text_gives_the_whole_windows_it_has() -> None:
@@ -219,14 +225,18 @@ def test_a_short_text_gives_as_many_spread_windows_as_it_holds_where_that_is_all
     assert fewer_NT[0].tolist() == ids[:3]
     assert fewer_NT[-1].tolist() == ids[-3:]
     assert spread("abcdefghijkl", or_fewer=True).shape == (4, 3)
-    with pytest.raises(CorpusError, match="has 10 tokens, and 4 sequences of 3 need 12"):
+    with pytest.raises(
+        CorpusError, match="has 10 tokens, and windows of 3 tokens, 4 in number, need 12"
+    ):
         spread("abcdefghij", or_fewer=False)
     with pytest.raises(CorpusError, match="has 2 tokens"):
         spread("ab", or_fewer=True)
 
 
 def test_less_than_one_window_is_an_error_that_says_found_and_needed() -> None:
-    with pytest.raises(CorpusError, match=r"has 3 tokens, and one window needs 4"):
+    with pytest.raises(
+        CorpusError, match=r"has 3 tokens, and windows of 4 tokens, 1 in number, need 4"
+    ):
         tokenize(corpus_of("abc"), CharacterTokenizer(), tokens=8, sequence_length=4)
     with pytest.raises(CorpusError, match=r"3 tokens do not fill one window of 4"):
         tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=4)
@@ -241,10 +251,11 @@ def test_a_token_outside_the_vocabulary_is_an_error() -> None:
         tokenize(corpus_of("abcd"), CharacterTokenizer(), **options, vocabulary_size=100)
 
 
-def test_a_long_text_is_not_tokenized_to_its_end() -> None:
+def test_of_a_long_text_only_the_excerpts_are_tokenized() -> None:
     tokenizer = CharacterTokenizer()
-    tokenize(corpus_of("abcd" * 1000), tokenizer, tokens=8, sequence_length=4)
-    assert tokenizer.lengths == [8 * 64]
+    windows_NT = tokenize(corpus_of("abcd" * 1000), tokenizer, tokens=8, sequence_length=4)
+    assert tokenizer.lengths == [4 * 64, 4 * 64]
+    assert windows_NT.tolist() == [[97, 98, 99, 100]] * 2
 
 
 def test_a_text_of_long_tokens_is_tokenized_whole() -> None:
@@ -257,5 +268,5 @@ def test_a_text_of_long_tokens_is_tokenized_whole() -> None:
     windows_NT = tokenize(
         corpus_of(("x" * 99 + "\n") * 40), tokenizer, tokens=20, sequence_length=10
     )
-    assert windows_NT.tolist() == [list(range(10)), list(range(10, 20))]
-    assert tokenizer.lengths == [20 * 64, 4000]
+    assert windows_NT.tolist() == [list(range(10)), list(range(30, 40))]
+    assert tokenizer.lengths == [10 * 64, 10 * 64, 4000]

@@ -269,7 +269,12 @@ def validate(
         list[str],
         typer.Option(help="[NAME=]text file, hub data set or bundled text; repeatable."),
     ],
-    tokens: Annotated[int, typer.Option(help="How many of the text's first tokens.", min=2)] = 8192,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help="How many tokens of the text, at most, in windows spread over it.", min=2
+        ),
+    ] = 8192,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     dtype: Annotated[str, typer.Option(help="Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",

@@ -58,7 +58,7 @@ class MeasuredKl:
         Args:
             model_source: A folder, or a hub id.
             text: To predict; neither what was calibrated on nor what will validate.
-            tokens: How many of its first tokens to use, at most.
+            tokens: How many to use, at most, in windows spread over it.
             sequence_length: Tokens of a window.
             dtype: Of the arithmetic.
             device: Where it runs.

@@ -84,7 +84,7 @@ def validate_many(
         model_source: The original: a folder, or a hub id.
         candidates: Recipes, their files, or model folders.
         text: To predict; not what was calibrated on.
-        tokens: How many of its first tokens to use, at most.
+        tokens: How many to use, at most, in windows spread over it.
         sequence_length: Tokens of a window.
         dtype: Of both models' arithmetic.
         device: Where they run.
