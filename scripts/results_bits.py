@@ -2,10 +2,11 @@
 
     python scripts/results_bits.py MODEL --calibration FILE --text FILE --work FOLDER
 
-Weight-only. The search spaces ``w4w8_mixed`` and ``w4w8_wide`` are measured into one table;
+Weight-only. The search spaces of ``SPACES`` are measured into one table;
 calibration and Optuna's trials use one text, the measured KL another. What is in the work
 folder already is not made again: a table or stats from elsewhere can be put there, and a run
-that stopped goes on.
+that stopped goes on. Rows that may take asymmetric integers in groups of 32 or fewer stand
+apart: the weights of SmolLM2 were once on such a grid, which flatters them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from mofq.solvers.problem import FloatArray, IntArray
 from mofq.table import Table, read_table
 from mofq.validate.objective import MeasuredKl
 
-SPACES = ("w4w8_mixed", "w4w8_wide")
+ASYMMETRIC = Path(__file__).with_name("results_bits_asymmetric.yaml")
+SPACES = (
+    "w4w8_mixed",
+    "w4w8_wide",
+    "w4w8_fitted",
+    "serving",
+    "serving_fitted",
+    str(ASYMMETRIC),
+)
 ENGINE = "vllm-hopper"
 BUDGETS = (5.0, 6.0)
 #: Eight short windows of the calibration text: a trial that loses is given up after four.
@@ -48,9 +57,19 @@ class Searched:
 
 
 SEARCHED = {
-    "exact-wide": Searched("**exact, nats**, every format", ("--space", "w4w8_wide")),
+    "exact-fitted": Searched(
+        "**exact, nats**, `w4w8_fitted`: codes fitted", ("--space", "w4w8_fitted")
+    ),
+    "exact-wide": Searched("**exact, nats**, `w4w8_wide`", ("--space", "w4w8_wide")),
     "exact": Searched("**exact, nats**, `w4w8_mixed`", ("--space", "w4w8_mixed")),
-    "exact-vllm": Searched(f"**exact, nats**, what {ENGINE} serves", ("--engine", ENGINE)),
+    "exact-vllm-fitted": Searched(
+        f"**exact, nats**, what {ENGINE} serves, `serving_fitted`: codes fitted",
+        ("--engine", ENGINE, "--space", "serving_fitted"),
+    ),
+    "exact-vllm": Searched(
+        f"**exact, nats**, what {ENGINE} serves, `serving`",
+        ("--engine", ENGINE, "--space", "serving"),
+    ),
     "weight": Searched(
         "exact, weight error, `w4w8_mixed`",
         ("--space", "w4w8_mixed", "--unit", "relative_weight_error"),
@@ -61,6 +80,11 @@ SEARCHED = {
     "greedy": Searched(
         "greedy (MoFQ), tensor MSE, `w4w8_mixed`",
         ("--space", "w4w8_mixed", "--unit", "tensor_mse", "--solver", "greedy"),
+    ),
+    "asymmetric": Searched("asymmetric INT4 g32 too: exact, nats", ("--space", ASYMMETRIC.stem)),
+    "asymmetric-vllm": Searched(
+        f"asymmetric INT4 g32 too: exact, nats, what {ENGINE} serves",
+        ("--space", ASYMMETRIC.stem, "--engine", ENGINE),
     ),
 }
 
@@ -101,8 +125,7 @@ def random_recipe(table: Table, problem: Problem, bits: float, *, seed: int) -> 
 
 def make_table(options: argparse.Namespace) -> Path:
     """Calibrate and measure, as far as that is not done."""
-    table = Path(options.work / "table.jsonl")
-    stats = options.stats or options.work / "stats"
+    table, stats = Path(options.work / "table.jsonl"), options.stats
     if not (stats / "stats.json").exists():
         mofq("calibrate", options.model, "--corpus", f"en={options.calibration}", "-o", str(stats))
     for space in SPACES:
@@ -125,7 +148,9 @@ def search_all(options: argparse.Namespace, table: Path, bits: float) -> dict[st
         path = options.work / f"random-{seed}-{bits}.yaml"
         write_recipe(random_recipe(content, problem, bits, seed=seed), path)
         found[f"random, `w4w8_mixed`, seed {seed}"] = path
-    every = uniform_recipes(content, replace(request, space=None))
+    every: dict[str, Recipe] = {}
+    for space in SPACES[:-1]:
+        every |= uniform_recipes(content, replace(request, space=space))
     fitting = [name for name, one in every.items() if (one.bits_per_weight or 99.0) <= bits]
     fitting.sort(key=lambda name: every[name].kl_nats_per_token or 0.0)
     for name in fitting[:_UNIFORM]:
@@ -171,7 +196,8 @@ def measure_missing(
     known: dict[str, list[float]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     missing = {digest(one): one for one in recipes if digest(one) not in known}
     if missing:
-        with MeasuredKl(options.model, text, tokens=options.tokens) as objective:
+        where = {"tokens": options.tokens, "stats": options.stats}
+        with MeasuredKl(options.model, text, **where) as objective:
             for key, recipe in missing.items():
                 known[key] = list(objective.evaluate(recipe))
                 path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
@@ -210,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=60, help="of Optuna; 0: none")
     parser.add_argument("--random", type=int, default=3, help="random recipes")
     options = parser.parse_args(arguments)
+    options.stats = options.stats or options.work / "stats"
     options.work.mkdir(parents=True, exist_ok=True)
     table = make_table(options)
     paths: list[tuple[float, str, Path]] = []
