@@ -43,6 +43,8 @@ _SHARE = {**_NUMBER, "description": "0 to 1"}
 #: What may be said of how a recipe came about. Nothing of it is needed to apply it.
 MADE_BY_KEYS: dict[str, dict[str, Any]] = {
     "mofq": _NAME,
+    # of the table's errors and of fitted codes, see mofq.numerics
+    "numerics": {"type": ["integer", "null"], "minimum": 1},
     "solver": _NAME,
     "seed": {"type": ["integer", "null"]},
     "objective": _TEXT,  # what was minimised

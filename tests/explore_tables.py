@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mofq.numerics import NUMERICS
 from mofq.table import (
     Extent,
     Profile,
@@ -60,6 +61,7 @@ def write_explore_table(
         groups=groups,
         unquantized=("lm_head",),
         other_bytes=1_000_000,
+        numerics=NUMERICS,
     )
     rng = np.random.default_rng(0)
     with open_table(path, header) as table:

@@ -149,6 +149,21 @@ def test_a_folder_of_another_plan_is_refused(
         calibrate_folder(tiny_llama, copy, CORPORA, **change)
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_folder_begun_before_scores_were_noted_is_not_continued(
+    is_finished: bool, tiny_llama: Path, copy: Path
+) -> None:
+    for name in ("plan.json", "stats.json"):
+        content = json.loads((copy / name).read_text("utf-8"))
+        assert content.pop("scores") == "signs"
+        (copy / name).write_text(json.dumps(content), "utf-8")
+    assert read_stats(copy).plan.scores is None  # what is finished can be measured with
+    if not is_finished:
+        (copy / "stats.json").unlink()
+    with pytest.raises(StatsError, match=r"another scores \(scores 'not noted', asked for 'signs'"):
+        calibrate_folder(tiny_llama, copy, CORPORA)
+
+
 def test_a_folder_of_other_corpora_is_refused(tiny_llama: Path, copy: Path) -> None:
     with pytest.raises(StatsError, match="begun with another corpora"):
         calibrate_folder(tiny_llama, copy, {"a": CORPORA["a"]})

@@ -19,6 +19,7 @@ import mofq as package
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.demo import demo_text
 from mofq.layers import find_layers
+from mofq.numerics import NUMERICS
 
 __all__ = ["measured"]  # a fixture, used by its name
 
@@ -319,3 +320,18 @@ for arguments in (
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_table_of_other_numerics_is_searched_with_a_warning(
+    measured: Measured, tmp_path: Path
+) -> None:
+    older, recipe = tmp_path / "older.jsonl", tmp_path / "recipe.yaml"
+    content = measured.table.read_bytes()
+    (noted,) = re.findall(rb'"numerics":\d+,', content)
+    older.write_bytes(content.replace(noted, b""))
+    shown = ok("search", older, "--max-bits", "6", "-o", recipe).err
+    assert shown.count("measured by numerics before they were noted") == 1
+    assert "numerics" not in recipe.read_text("utf-8")
+    shown = ok("search", measured.table, "--max-bits", "6", "-o", recipe).err
+    assert "numerics" not in shown
+    assert f"numerics: {NUMERICS}" in recipe.read_text("utf-8")

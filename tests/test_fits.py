@@ -24,6 +24,7 @@ from mofq.exceptions import EnforcementError, RecipeError, SchemeError, StatsErr
 from mofq.fits import Fits, LayerFit
 from mofq.layers import LinearLayer, find_layers
 from mofq.measure.run import measure
+from mofq.numerics import NUMERICS
 from mofq.quantize import factorise_hessian, fake_quantize_weight
 from mofq.recipe import Recipe
 from mofq.schemes import parse_scheme
@@ -269,6 +270,21 @@ def test_other_statistics_than_the_recipe_s_own_are_refused(
         apply_recipe(model, by_hand, checkpoint=checkpoint, stats=foreign.folder)
     assert torch.equal(model.get_parameter(f"{LAYER}.weight"), before)
     apply_recipe(model, recipe_of(checkpoint, "int4.g32"), checkpoint=checkpoint)  # needs none
+
+
+@pytest.mark.parametrize("older", [{}, {"numerics": NUMERICS - 1}])
+def test_codes_that_were_fitted_otherwise_are_refused(
+    checkpoint: Checkpoint, stats: Stats, older: dict[str, int]
+) -> None:
+    recipe = uniform(checkpoint, "int4.g32~gptq", stats)
+    kept = {key: value for key, value in recipe.made_by.items() if key != "numerics"}
+    with (
+        pytest.raises(RecipeError, match=rf"codes of int4\.g32~gptq .* numerics {NUMERICS}: they"),
+        open_fits(replace(recipe, made_by=kept | older), stats.folder),
+    ):
+        pass
+    with open_fits(replace(recipe, made_by={}), stats.folder) as fits:  # written by hand
+        assert fits is not None
 
 
 def test_a_uniform_recipe_of_a_fitted_scheme_needs_statistics(checkpoint: Checkpoint) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from mofq.exceptions import TableError
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.numerics import NUMERICS
 from mofq.table import (
     Rejection,
     Row,
@@ -95,6 +96,23 @@ def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert table.rejections == (rejection,)
     assert table.rows == (weight_row(), nats_row(), static)
     assert table.sha256 == sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("older", [None, NUMERICS - 1])
+def test_a_table_of_other_numerics_is_read_and_not_continued(
+    older: int | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.jsonl"
+    with open_table(path, dataclasses.replace(header(), numerics=older)) as writer:
+        writer.add_group([weight_row()])
+    before = path.read_bytes()
+    assert (b'"numerics"' in before) == (older is not None)
+    table = read_table(path)
+    assert (table.header.numerics, table.rows) == (older, (weight_row(),))
+    found = older or "before they were noted"
+    with pytest.raises(TableError, match=rf"{path.name}: .*numerics {found}, and .* {NUMERICS};.*"):
+        open_table(path, header())
+    assert path.read_bytes() == before
 
 
 def test_the_header_counts_what_the_checkpoint_holds() -> None:

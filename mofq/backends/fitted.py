@@ -10,6 +10,7 @@ from mofq.calibration.stats import read_stats, verify_sequences
 from mofq.exceptions import RecipeError, StatsError
 from mofq.fits import Fits, needs_stats
 from mofq.layers import FusionGroup
+from mofq.numerics import NUMERICS
 from mofq.recipe import Recipe
 from mofq.schemes import Scheme, parse_scheme
 
@@ -32,12 +33,14 @@ def open_fits(
     Raises:
         StatsError: There is no folder where one is needed, it is of another model, or it
             changed since it was written.
-        RecipeError: The recipe rests on other statistics.
+        RecipeError: The recipe rests on other statistics, or on fits as this mofq does not make
+            them.
     """
     fitted = next((group for group in recipe.groups if _is_fitted(group.scheme)), None)
     if fitted is None:
         yield None
         return
+    _check_numerics(recipe, fitted.scheme)
     if stats is None:
         raise needs_stats(fitted.layers[0])
     opened = read_stats(stats)
@@ -57,6 +60,20 @@ def open_fits(
     verify_sequences(opened)
     with Fits(opened) as fits:
         yield fits
+
+
+def _check_numerics(recipe: Recipe, scheme: str) -> None:
+    """Refuse fitted codes that would be computed otherwise than those that were measured."""
+    found = recipe.made_by.get("numerics")
+    is_by_hand = found is None and "stats_sha256" not in recipe.made_by
+    if found != NUMERICS and not is_by_hand:
+        raise RecipeError(
+            f"the recipe of {recipe.model_name}: made_by: numerics: the codes of {scheme} were "
+            f"fitted by numerics {found or 'before they were noted'}, and this mofq fits by "
+            f"numerics {NUMERICS}: they would be others than those that were measured. Measure "
+            f"and search again, or take the mofq that wrote the recipe "
+            f"({recipe.made_by.get('mofq', 'not noted')})."
+        )
 
 
 def check_fits(fits: Fits | None, group: FusionGroup, scheme: Scheme) -> None:

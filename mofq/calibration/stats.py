@@ -49,6 +49,8 @@ _MAX_BYTES = 64_000_000
 _NAME = {"type": "string", "pattern": "."}
 _COUNT = {"type": "integer", "minimum": 1}
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+#: What runs backward from the logits; see ``sample_scores``.
+SCORES = "signs"
 _PLAN: dict[str, Any] = {
     "version": {"const": VERSION},
     "model_name": _NAME,
@@ -58,6 +60,7 @@ _PLAN: dict[str, Any] = {
     "sequence_length": {"type": "integer", "minimum": 2},
     "draws": _COUNT,
     "dtype": _NAME,
+    "scores": {"const": SCORES},
     "corpora": {
         "type": "array",
         "minItems": 1,
@@ -73,7 +76,9 @@ _PLAN: dict[str, Any] = {
         ),
     },
 }
-PLAN_SCHEMA = strict_object(_PLAN, optional=("weights_sha256",))
+#: Keys that folders of earlier versions lack.
+_OPTIONAL = ("weights_sha256", "scores")
+PLAN_SCHEMA = strict_object(_PLAN, optional=_OPTIONAL)
 STATS_SCHEMA = strict_object(
     {
         **_PLAN,
@@ -86,7 +91,7 @@ STATS_SCHEMA = strict_object(
             "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
         },
     },
-    optional=("weights_sha256", "unseen"),
+    optional=(*_OPTIONAL, "unseen"),
 )
 
 
@@ -129,6 +134,7 @@ class Plan:
     dtype: str  #: of the model's arithmetic
     corpora: tuple[CorpusPlan, ...]
     weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
+    scores: str | None = SCORES  #: what ran backward; None before it was noted: labels or signs
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -286,7 +292,9 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
 
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     asked, found = plan.to_json(), begun.to_json()
-    different = [key for key in asked if key in found and asked[key] != found[key]]
+    unknown = {"weights_sha256": asked.get("weights_sha256")}  # may be the same
+    found = {**unknown, "scores": "not noted", **found}
+    different = [key for key in asked if asked[key] != found[key]]
     if different:
         key = different[0]
         raise StatsError(
@@ -334,6 +342,7 @@ def _plan(content: dict[str, Any], path: Path) -> Plan:
     fields = {
         key: content[key] for key in content if key in _PLAN and key not in ("version", "corpora")
     }
+    fields.setdefault("scores", None)
     plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
     for corpus in plan.corpora:
         if corpus.kept is not None and corpus.kept >= corpus.sequences:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import print_json, print_table, with_error
 from mofq.decide.difference import Difference, GroupDifference, compare_recipes
 from mofq.recipe import Recipe, load_recipe
-from mofq.table import read_table
 
 
 def run_diff(first: Path, second: Path, *, table: Path | None, as_json: bool) -> None:
     """Fusion groups that differ between two recipes, and what the difference costs."""
     a, b = load_recipe(first), load_recipe(second)
-    found = compare_recipes(a, b, None if table is None else read_table(table))
+    found = compare_recipes(a, b, None if table is None else open_for_reading(table))
     if as_json:
         print_json(_content(a, b, found))
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
 
 if TYPE_CHECKING:
@@ -30,12 +31,11 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
     """Decide the whole frontier and write the page."""
     from mofq.explore.content import page_content
     from mofq.explore.document import write_page
-    from mofq.table import read_table
 
     start = monotonic()
     with progress_bars() as bars:
         content = page_content(
-            read_table(options.table),
+            open_for_reading(options.table),
             options.table,
             recipes=options.recipes,
             validations=options.validations,
@@ -56,10 +56,9 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
 def run_plot(options: DrawOptions, *, kind: str) -> None:
     """Draw one figure."""
     from mofq.explore.figures import draw_figure, figure_inputs
-    from mofq.table import read_table
 
     inputs = figure_inputs(
-        read_table(options.table),
+        open_for_reading(options.table),
         recipes=options.recipes,
         validations=options.validations,
         request=_request(options),

@@ -6,9 +6,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
 from mofq.solvers import Frontier, Problem, predict, problem_from_table, solve_frontier
-from mofq.table import read_table
 
 #: Points that a person is shown; ``--json`` has all.
 _SHOWN = 24
@@ -16,7 +16,7 @@ _SHOWN = 24
 
 def run_frontier(table: Path, *, unit: str | None, sizes: int | None, as_json: bool) -> None:
     """Print the non-dominated recipes of a table, smallest first."""
-    problem = problem_from_table(read_table(table), unit=unit)
+    problem = problem_from_table(open_for_reading(table), unit=unit)
     start = monotonic()
     frontier = solve_frontier(problem, sizes=sizes)
     seconds = monotonic() - start

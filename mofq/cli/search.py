@@ -12,6 +12,7 @@ from mofq.cli.explained import explanation_json, print_explanation
 from mofq.cli.histogram import print_histogram
 from mofq.cli.measured import search_measured
 from mofq.cli.search_options import SearchOptions, check_options, search_request
+from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, print_table, short_bytes, with_error
 
 if TYPE_CHECKING:
@@ -56,11 +57,10 @@ def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
     from mofq.decide.explain import check_layers
     from mofq.recipe import write_recipe
-    from mofq.table import read_table
 
     check_options(options)
     check_output(options.output)
-    table, request = read_table(options.table), search_request(options)
+    table, request = open_for_reading(options.table), search_request(options)
     check_layers(table, options.explain)
     decision = (search_measured if options.is_measured else _decide)(options, table, request)
     write_recipe(decision.recipe, options.output)

@@ -64,6 +64,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         "tie_rule": "two standard errors" if request.ties else "off",
         "table_sha256": table.sha256,
     }
+    if table.header.numerics is not None:
+        made["numerics"] = table.header.numerics
     if request.engine is not None:
         made["engine"] = request.engine
     spaces = {one.name: one for one in table.spaces if request.space in (None, one.name)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from mofq import __version__
@@ -12,6 +14,7 @@ from mofq.decide.request import Request, request_problem
 from mofq.decide.result import MadeBy, predicted_figures, recipe_from_table, size_figures
 from mofq.exceptions import SchemeError
 from mofq.layers import ModelLayers
+from mofq.numerics import NUMERICS
 from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection, statistics_rejection
@@ -56,7 +59,6 @@ def uniform_recipe(
             f"space with `mofq measure` and `mofq search`, which may mix."
         )
     size = sum(group_bytes(group, scheme) for group in layers.groups)
-    recorded = {} if stats_sha256 is None else {"stats_sha256": stats_sha256}
     return Recipe(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
@@ -66,13 +68,19 @@ def uniform_recipe(
             for group in layers.groups
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
-        made_by={"mofq": __version__, "solver": "uniform"} | recorded,
+        made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256}),
         result={
             "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
             "bytes": size,
             "checkpoint_bytes": size + layers.other_bytes,
         },
     )
+
+
+def _made_by(numerics: int | None, rests_on: Mapping[str, str | None]) -> MadeBy:
+    """Where a uniform recipe comes from; what is not known is left out."""
+    made: MadeBy = {"mofq": __version__, "numerics": numerics, "solver": "uniform", **rests_on}
+    return {key: value for key, value in made.items() if value is not None}
 
 
 def _is_static(scheme: Scheme) -> bool:
@@ -92,9 +100,9 @@ def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
     """
     problem = request_problem(table, request)
     recipes = {}
-    made_by: MadeBy = {"mofq": __version__, "solver": "uniform", "table_sha256": table.sha256}
-    if table.header.stats is not None:
-        made_by["stats_sha256"] = table.header.stats.sha256
+    stats = table.header.stats
+    rests_on = {"table_sha256": table.sha256, "stats_sha256": stats.sha256 if stats else None}
+    made_by = _made_by(table.header.numerics, rests_on)
     for name in dict.fromkeys(problem.schemes):
         choice_F = _uniform_choice(problem, name)
         if choice_F is not None:

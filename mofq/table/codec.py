@@ -67,6 +67,7 @@ def _header_value(header: TableHeader) -> dict[str, Any]:
         "kind": "header",
         "version": TABLE_VERSION,
         "mofq": header.mofq,
+        **({} if header.numerics is None else {"numerics": header.numerics}),
         "model": model,
         "stats": value["stats"],
         "groups": value["groups"],
@@ -192,6 +193,7 @@ def _unpacked(text: str, where: str) -> tuple[float, ...]:
 def _header(value: dict[str, Any]) -> TableHeader:
     return TableHeader(
         mofq=value["mofq"],
+        numerics=value.get("numerics"),
         model_name=value["model"]["name"],
         index_sha256=value["model"]["index_sha256"],
         weights_sha256=value["model"].get("weights_sha256"),

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from mofq import __version__
 from mofq.cost import layer_bytes
 from mofq.layers import ModelLayers
+from mofq.numerics import NUMERICS
 from mofq.schemes import parse_scheme
 
 Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
@@ -76,6 +77,8 @@ class TableHeader:
     other_bytes: int  #: all tensors that are not weights of the groups [bytes]
     #: Of samples of the weights; None in tables of before 0.2.
     weights_sha256: str | None = None
+    #: Of its errors, see `mofq.numerics`; None in tables of before they were noted.
+    numerics: int | None = None
 
     @property
     def source_bytes_of_groups(self) -> int:
@@ -256,4 +259,5 @@ def header_of(
         unquantized=tuple(layer.name for layer in model_layers.unquantized),
         other_bytes=model_layers.other_bytes,
         weights_sha256=weights_sha256,
+        numerics=NUMERICS,
     )

@@ -57,6 +57,7 @@ HEADER_SCHEMA = strict_object(
         "kind": {"const": "header"},
         "version": {"const": TABLE_VERSION},
         "mofq": _NAME,
+        "numerics": {**_COUNT, "description": "of the errors; only equal ones are compared"},
         "model": strict_object(
             {"name": _NAME, "index_sha256": _SHA256, "weights_sha256": _SHA256},
             optional=("weights_sha256",),
@@ -65,7 +66,8 @@ HEADER_SCHEMA = strict_object(
         "groups": {"type": "array", "minItems": 1, "items": _GROUP},
         "unquantized": _NAMES,
         "other_bytes": _BYTES,
-    }
+    },
+    optional=("numerics",),
 )
 SPACE_SCHEMA = strict_object(
     {

@@ -120,7 +120,8 @@ def open_table(path: str | Path, header: TableHeader) -> TableWriter:
 
     Raises:
         TableError: Another process writes to the table, the table is damaged, or
-            it belongs to another model or other statistics (both sides are named).
+            it belongs to another model, other statistics or other numerics (both sides are
+            named).
     """
     path = Path(path)
     try:
@@ -206,7 +207,13 @@ def _write(file: int, data: bytes, path: Path) -> None:
 
 
 def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
-    free = ("mofq", "model_name")
+    if asked.numerics != found.numerics:
+        raise TableError(
+            f"{path}: its errors are of numerics {found.numerics or 'before they were noted'}, and "
+            f"this mofq measures by numerics {asked.numerics}; rows of both cannot be compared. "
+            f"The table can still be searched and explored; to measure, write to another one."
+        )
+    free = ("mofq", "model_name", "numerics")
     for name in (field.name for field in fields(TableHeader) if field.name not in free):
         here, there = getattr(asked, name), getattr(found, name)
         if here == there or (name == "weights_sha256" and there is None):

@@ -1,0 +1,30 @@
+"""Opens the table that a command decides from or draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.cli.terminal import note
+from mofq.numerics import NUMERICS
+
+if TYPE_CHECKING:
+    from mofq.table import Table
+
+
+def open_for_reading(path: Path) -> Table:
+    """Read a table; say so where its errors are not what this mofq would measure.
+
+    Raises:
+        TableError: It is missing or damaged.
+    """
+    from mofq.table import read_table
+
+    table = read_table(path)
+    if table.header.numerics != NUMERICS:
+        found = table.header.numerics or "before they were noted"
+        note(
+            f"{path}: measured by numerics {found}, where this mofq has numerics {NUMERICS}; "
+            f"measure into a new table before comparing it with another."
+        )
+    return table

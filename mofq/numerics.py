@@ -1,0 +1,13 @@
+"""Which definition the numbers follow that mofq measures."""
+
+from __future__ import annotations
+
+#: Of the errors in a table, and of the codes of schemes that are fitted to statistics; raised with
+#: every change of how they are computed. Rows and codes of two numbers are not mixed.
+#:
+#: 1  Labels sampled from the model; layers that read one input taken for independent; the kept
+#:    sequences alone. It was not noted: tables and recipes without a number are of before 2.
+#: 2  Random signs in the place of labels; what layers of one input lose together; the gains of all
+#:    sequences that were run; GPTQ's Hessian weighs tokens by the norm of their gradients, and is
+#:    damped by a tenth.
+NUMERICS = 2
