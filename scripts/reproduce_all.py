@@ -48,6 +48,7 @@ from mofq.solvers.from_table import TENSOR_MSE
 from mofq.table import Table, read_table
 
 SPACE = Path(__file__).with_name("reproduce_all.yaml")
+REWRITTEN_SPACE = Path(__file__).with_name("reproduce_all_rewritten.yaml")
 UNIFORM, SEARCH, GREEDY, TENSOR_GREEDY = "uniform", "search", "greedy", "greedy by tensor error"
 
 
@@ -96,9 +97,10 @@ SYSTEMS = (
     System("NVFP4, four over six", r"nvfp4(@fouroversix)?"),
     System("LLM.int8()", r"int8\.channel\+int8\.token\.out6"),
     System("SwitchBack's pair", r"(int8|fp8_e4m3)\.tensor\+(int8|fp8_e4m3)\.token"),
-    System("GPTQ", r"int\d\..*~gptq(\+int8\.token)?"),
+    System("GPTQ", rf"int\d\.{_PLAIN}~gptq(\+int8\.token)?"),
     System("scales by nats", r"int\d\..*@nats"),
-    System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(@mse)?~gptq(\+.*)?", GREEDY),
+    System("MoFQ then GPTQ", rf"(int|fp)\d(_e\dm\d)?\.{_PLAIN}(@nats)?~gptq(\+.*)?", GREEDY),
+    System("GPTQ, scales by nats", rf"int\d\.{_PLAIN}@nats~gptq"),
     System("SmoothQuant", r"int8\.channel\+int8\.token", rewriting="smoothquant"),
     System("bi-smoothing", r"int8\.channel\+int8\.token", rewriting="bismooth"),
     System("AWQ", rf"int\d\.{_PLAIN}", rewriting="awq"),
@@ -121,13 +123,9 @@ def rewrite(model: str, method: str, *, stats: Path, calibration: str, work: Pat
     if not folder.exists():
         mofq("rewrite", model, "--stats", stats, "--method", method, "-o", folder)
     plan = read_stats(stats).plan.corpora[0]
-    own = stats_of(
-        str(folder),
-        {plan.name: calibration},
-        work / f"{method}-stats",
-        sequences=plan.kept or plan.sequences,
-    )
-    table = table_of(str(folder), SPACE, stats=own, path=work / f"{method}.jsonl")
+    texts = {plan.name: calibration}
+    own = stats_of(str(folder), texts, work / f"{method}-stats", sequences=plan.sequences)
+    table = table_of(str(folder), REWRITTEN_SPACE, stats=own, path=work / f"{method}.jsonl")
     return Rewritten(str(folder), own, table)
 
 
