@@ -19,7 +19,7 @@ from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows
 from mofq.layers import FusionGroup
-from mofq.measure.samples import read_samples
+from mofq.measure.samples import SampleReader
 from mofq.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.schemes import Scheme
 
@@ -101,7 +101,8 @@ def other_scores(
                 weight_OI, scheme.weight, tensor_amax=shared, name=layer.name
             )
         squares += float((quantized_OI - weight_OI).square().sum(dtype=torch.float64))
-        samples = read_samples(stats, corpus, layer.name)
+        with SampleReader(stats) as reader:
+            samples = reader.read(corpus, layer.name)
         if samples is not None:
             x_TI = samples.x_MCI.flatten(0, 1).float()
             grad_TO = samples.grad_MCO.flatten(0, 1).float()

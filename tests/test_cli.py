@@ -330,7 +330,7 @@ def test_a_table_of_other_numerics_is_searched_with_a_warning(
     (noted,) = re.findall(rb'"numerics":\d+,', content)
     older.write_bytes(content.replace(noted, b""))
     shown = ok("search", older, "--max-bits", "6", "-o", recipe).err
-    assert shown.count("measured by numerics before they were noted") == 1
+    assert shown.count("measured before numerics were noted") == 1
     assert "numerics" not in recipe.read_text("utf-8")
     shown = ok("search", measured.table, "--max-bits", "6", "-o", recipe).err
     assert "numerics" not in shown

@@ -18,7 +18,7 @@ from mofq.measure.block import BlockSums, score_rows
 from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.samples import arrange_samples
 from mofq.measure.schedule import score_layers
-from mofq.measure.score import LayerScore, score_layer
+from mofq.measure.score import LayerScore, add_blocks
 from mofq.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.schemes import Scheme, parse_scheme
 
@@ -157,6 +157,14 @@ def prepare(
         tensor_amax=float(weight_OI.abs().max()),
         name="layer",
     )
+
+
+def score_layer(layer: PreparedLayer) -> LayerScore:
+    """One block after another, on this thread."""
+    blocks = [
+        score_rows(layer, layer.read_rows(start, stop), start=start) for start, stop in layer.blocks
+    ]
+    return add_blocks(layer, blocks)
 
 
 def assert_scores(found: LayerScore, corpus: str, expected: Expected) -> None:

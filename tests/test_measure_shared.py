@@ -15,11 +15,12 @@ from test_measure_score import (
     normal,
     prepare,
     routed,
+    score_layer,
     some_samples,
 )
 
 from mofq.calibration.sequences import LayerSamples
-from mofq.measure.score import LayerScore, score_layer, with_shared_inputs
+from mofq.measure.score import LayerScore, with_shared_inputs
 from mofq.quantize import fake_quantize_activation
 
 OTHER = (normal(OUT, IN, seed=9) / 10).bfloat16().float()

@@ -109,8 +109,8 @@ def test_a_table_of_other_numerics_is_read_and_not_continued(
     assert (b'"numerics"' in before) == (older is not None)
     table = read_table(path)
     assert (table.header.numerics, table.rows) == (older, (weight_row(),))
-    found = older or "before they were noted"
-    with pytest.raises(TableError, match=rf"{path.name}: .*numerics {found}, and .* {NUMERICS};.*"):
+    found = rf"differs in numerics: {older or 'not noted'} in the table, {NUMERICS} of this mofq"
+    with pytest.raises(TableError, match=rf"{path.name}: the table {found}.* to another table"):
         open_table(path, header())
     assert path.read_bytes() == before
 

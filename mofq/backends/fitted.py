@@ -69,9 +69,9 @@ def _check_numerics(recipe: Recipe, scheme: str) -> None:
     if found != NUMERICS and not is_by_hand:
         raise RecipeError(
             f"the recipe of {recipe.model_name}: made_by: numerics: the codes of {scheme} were "
-            f"fitted by numerics {found or 'before they were noted'}, and this mofq fits by "
-            f"numerics {NUMERICS}: they would be others than those that were measured. Measure "
-            f"and search again, or take the mofq that wrote the recipe "
+            f"fitted by numerics {found or '(not noted)'}, and this mofq fits by numerics "
+            f"{NUMERICS}: they would be others than those that were measured. Measure and search "
+            f"again, or take the mofq that wrote the recipe "
             f"({recipe.made_by.get('mofq', 'not noted')})."
         )
 

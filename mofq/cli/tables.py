@@ -22,9 +22,10 @@ def open_for_reading(path: Path) -> Table:
 
     table = read_table(path)
     if table.header.numerics != NUMERICS:
-        found = table.header.numerics or "before they were noted"
+        found = table.header.numerics
+        when = f"by numerics {found}" if found else "before numerics were noted"
         note(
-            f"{path}: measured by numerics {found}, where this mofq has numerics {NUMERICS}; "
-            f"measure into a new table before comparing it with another."
+            f"{path}: measured {when}, and this mofq has numerics {NUMERICS}: do not compare its "
+            f"errors with those of newer tables."
         )
     return table

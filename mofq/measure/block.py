@@ -51,30 +51,19 @@ class BlockSums:
         )
 
 
-def score_block(layer: PreparedLayer, start: int, stop: int) -> BlockSums:
-    """Read a block of rows, quantize it by every scheme, and add up what that does.
+def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
+    """Quantize a block of rows by every scheme, and add up what that does.
 
     Args:
         layer: The layer.
-        start: First row.
-        stop: One past the last row.
+        rows_RI: Rows ``start`` and following, on the CPU.
+        start: The first of them.
 
     Returns:
         Sums over the block.
 
     Raises:
         SchemeError: A weight is not finite, or a scheme does not fit.
-    """
-    return score_rows(layer, layer.read_rows(start, stop), start=start)
-
-
-def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
-    """As `score_block`, of rows that are read already.
-
-    Args:
-        layer: The layer.
-        rows_RI: Rows ``start`` and following, on the CPU.
-        start: The first of them.
     """
     dtype = torch.bfloat16 if rows_RI.dtype == torch.bfloat16 else torch.float32
     block_RI = rows_RI.to(device=layer.device, dtype=dtype)

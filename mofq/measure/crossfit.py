@@ -9,6 +9,9 @@ and judged by the other half, and the reverse. Half the text makes a slightly wo
 whole, so that the prediction, if anything, is on the high side; how it compares with measured KL
 is in docs/rounding-and-rewrites.md.
 
+An expert that the kept sequences of one half alone reached is judged there, by codes that no
+sequence was fitted to; in the other half it loses in proportion to its gains.
+
 Parts are layers of their own to everything else: nothing else knows of fitting.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from mofq.calibration.stats import Stats
 from mofq.exceptions import StatsError
 from mofq.fits import Fits, Part, part_of
 from mofq.layers import LinearLayer
+from mofq.measure.gains import cluster_shares, corrected
 from mofq.measure.prepared import PreparedLayer
 from mofq.measure.samples import ChunkedSamples
 from mofq.measure.score import CorpusScore, LayerScore
@@ -183,18 +188,29 @@ def _join_halves(halves: Sequence[CorpusScore | None], whole: CorpusScore) -> Co
     """Sequences one after another; the output error over the tokens of both halves.
 
     Args:
-        halves: None where no token of the half reached the layer, which then costs nothing there.
+        halves: None where no kept token of the half reached the layer.
         whole: Of other schemes, with as many sequences as both halves.
     """
     seen = [half for half in halves if half is not None]
-    first, second = (half or _nothing(seen[0], whole) for half in halves)
+    samples = len(whole.error_NS)
+    ends = [0, len(halves[0].error_NS) if halves[0] else samples - len(seen[0].error_NS), samples]
+    first, second = (
+        half or _unseen_half(seen[0], whole, slice(*own))
+        for half, own in zip(halves, pairwise(ends), strict=True)
+    )
+    error_NS = torch.cat([first.error_NS, second.error_NS])
+    projection_MS = torch.cat([first.projection_MS, second.projection_MS])
+    if len(seen) < len(halves):
+        # Its chunks stand for those of the unseen half too: they square to the same error.
+        more_S = error_NS.sum(0) / seen[0].error_NS.sum(0)
+        projection_MS *= more_S.nan_to_num(1.0).clamp(min=0).sqrt()
     tokens = sum(half.sampled_tokens for half in seen)
     output_S = torch.stack([half.output_mse_S * half.sampled_tokens for half in seen]).sum(0)
     assert first.inputs is not None
     assert second.inputs is not None
     return CorpusScore(
-        error_NS=torch.cat([first.error_NS, second.error_NS]),
-        projection_MS=torch.cat([first.projection_MS, second.projection_MS]),
+        error_NS=error_NS,
+        projection_MS=projection_MS,
         output_mse_S=output_S / tokens,
         inputs=replace(
             first.inputs,
@@ -204,17 +220,35 @@ def _join_halves(halves: Sequence[CorpusScore | None], whole: CorpusScore) -> Co
     )
 
 
-def _nothing(half: CorpusScore, whole: CorpusScore) -> CorpusScore:
-    """The score of the sequences that one half of them lacks, where no token reached the layer."""
-    assert half.inputs is not None
+def _unseen_half(half: CorpusScore, whole: CorpusScore, own: slice) -> CorpusScore:
+    """The score of the sequences of one half, where no token of those kept reached the layer.
+
+    The other sequences of their clusters may have reached it, which the gains say: as the layer
+    loses in the half that did reach it, in proportion to its gains, so it does here.
+
+    Args:
+        half: The score of the other half.
+        whole: Of other schemes, on all sequences.
+        own: The samples that no token is of.
+    """
+    inputs = half.inputs
+    assert inputs is not None
+    assert whole.inputs is not None
+    schemes, activations = half.error_NS.shape[1], inputs.token_AMC
+    token_NA = activations.square().sum(2).unflatten(1, (len(half.error_NS), -1)).sum(2).T
+    token_A = corrected(token_NA, inputs.gains).mean(0) / (2 * inputs.tokens)
+    input_S = torch.zeros(schemes, dtype=torch.float64)
+    for some, value in zip(inputs.scheme_A, token_A, strict=True):
+        input_S[list(some)] = value
+    of_weight = cluster_shares(half.weight_gains, whole.weight_gains, own)
+    of_input = cluster_shares(inputs.gains, whole.inputs.gains, own)
     chunks = len(whole.projection_MS) - len(half.projection_MS)
-    schemes, activations = half.error_NS.shape[1], half.inputs.token_AMC
     return replace(
         half,
-        error_NS=half.error_NS.new_zeros(len(whole.error_NS) - len(half.error_NS), schemes),
+        error_NS=of_weight[:, None] * (half.error_NS.mean(0) - input_S)
+        + of_input[:, None] * input_S,
         projection_MS=half.projection_MS.new_zeros(chunks, schemes),
         inputs=replace(
-            half.inputs,
-            token_AMC=activations.new_zeros(len(activations), chunks, activations.shape[2]),
+            inputs, token_AMC=activations.new_zeros(len(activations), chunks, activations.shape[2])
         ),
     )

@@ -93,6 +93,24 @@ def corrected(error_NS: Tensor, gains: SampleGains | None) -> Tensor:
     return error_NS + error_NS.mean(0) * change_N[:, None].to(error_NS.device)
 
 
+def cluster_shares(seen: SampleGains | None, all_of: SampleGains | None, own: slice) -> Tensor:
+    """How strongly clusters answer, against the mean of others.
+
+    Args:
+        seen: The gains of the others; None: all sequences are kept.
+        all_of: Of all samples, with these and the others; None as ``seen`` is.
+        own: Which of them.
+
+    Returns:
+        [N], of the clusters of ``own``; zeros where nothing is known of them.
+    """
+    if seen is None or all_of is None:
+        return torch.zeros(own.stop - own.start, dtype=torch.float64)
+    mean = float(seen.cluster_N.mean())
+    cluster_N = all_of.cluster_N[own]
+    return cluster_N / mean if mean > 0 else torch.zeros_like(cluster_N)
+
+
 def not_negative(error_N: Tensor) -> Tensor:
     """Corrected errors of one row, drawn towards their mean until none is negative.
 

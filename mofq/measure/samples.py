@@ -88,12 +88,6 @@ class SampleReader:
         return replace(found, gains=gains)
 
 
-def read_samples(stats: Stats, corpus: str, layer: str) -> ChunkedSamples | None:
-    """Read one layer's samples of a corpus; see `SampleReader`, which reads many."""
-    with SampleReader(stats) as reader:
-        return reader.read(corpus, layer)
-
-
 def arrange_samples(
     sequences: Sequence[LayerSamples | None], *, draws: int, sequence_length: int
 ) -> ChunkedSamples | None:

@@ -46,7 +46,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from mofq.measure.block import BlockSums, CorpusSums, score_block
+from mofq.measure.block import BlockSums, CorpusSums
 from mofq.measure.extent import ExtentSums
 from mofq.measure.gains import SampleGains, corrected, projection_factor
 from mofq.measure.prepared import PreparedLayer
@@ -73,6 +73,7 @@ class CorpusScore:
     output_mse_S: Tensor  #: summed over outputs, averaged over tokens, float64
     inputs: InputErrors | None = None
     sampled_tokens: int = 0  #: that ``output_mse_S`` is averaged over
+    weight_gains: SampleGains | None = None  #: that the weights' part is corrected by
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +87,6 @@ class LayerScore:
     static_amax: float | None  #: largest magnitude of the inputs; None where there are none
     extent: ExtentSums  #: of the weight
     input_extents: Mapping[str, ExtentSums]  #: corpus -> of the inputs
-
-
-def score_layer(layer: PreparedLayer) -> LayerScore:
-    """Measure one layer under every scheme, reading its weight once.
-
-    Args:
-        layer: From `mofq.measure.prepared.prepare_layer`.
-
-    Returns:
-        The measurements.
-
-    Raises:
-        SchemeError: A weight is not finite, or a scheme does not fit.
-    """
-    return add_blocks(layer, [score_block(layer, *block) for block in layer.blocks])
 
 
 def add_blocks(layer: PreparedLayer, blocks: Sequence[BlockSums]) -> LayerScore:
@@ -164,6 +150,7 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
             gains=of_input,
         ),
         sampled_tokens=len(inputs.sample_T),
+        weight_gains=of_weight,
     )
 
 

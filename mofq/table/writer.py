@@ -209,9 +209,9 @@ def _write(file: int, data: bytes, path: Path) -> None:
 def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
     if asked.numerics != found.numerics:
         raise TableError(
-            f"{path}: its errors are of numerics {found.numerics or 'before they were noted'}, and "
-            f"this mofq measures by numerics {asked.numerics}; rows of both cannot be compared. "
-            f"The table can still be searched and explored; to measure, write to another one."
+            f"{path}: the table differs in numerics: {found.numerics or 'not noted'} in the table, "
+            f"{asked.numerics} of this mofq, whose errors cannot be compared. It can be searched "
+            f"and explored as it is; to measure, write to another table."
         )
     free = ("mofq", "model_name", "numerics")
     for name in (field.name for field in fields(TableHeader) if field.name not in free):
