@@ -27,9 +27,11 @@ from serve_compare import binned_kl, emulated_logprobs, window_tokens
 from torch import Tensor
 
 from mofq.backends.compressed_tensors import check_compressed_tensors, export_compressed_tensors
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.decide.request import Request
 from mofq.decide.uniform import uniform_recipe, uniform_recipes
+from mofq.fits import Fits
 from mofq.layers import find_layers
 from mofq.recipe import Recipe, load_recipe
 from mofq.solvers import Budgets
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("--table", required=True, help="measured, with the uniform schemes")
     parser.add_argument("--recipe", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--stats", help="that recipes with fitted schemes rest on")
     parser.add_argument("--text", help="a text file; default: the bundled held-out text")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is exported")
     parser.add_argument("--tokens", type=int, default=1024)
@@ -78,39 +81,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The first process to start reads vLLM's files from the disk; its load time is no one's.
     run_vllm(make_venv(), _request(checkpoint.folder, [windows[0][:8]], repeats=0))
     for name, recipe in recipes.items():
-        folder = export(checkpoint, recipe, options.work / f"served-{len(lines)}")
+        folder = options.work / f"served-{len(lines)}"
+        with open_fits(recipe, options.stats, index_sha256=checkpoint.index_sha256) as fits:
+            folder = export(checkpoint, recipe, folder, stats=options.stats, fits=fits)
+            emulated = emulated_logprobs(
+                checkpoint, recipe, windows, "float32", nudge=0.0, fits=fits
+            )
         print(f"serving {name}", file=sys.stderr, flush=True)
-        lines.append(serve(name, checkpoint, recipe, folder, windows, expected, options.repeats))
+        figures, _ = run_vllm(make_venv(), _request(folder, windows, repeats=options.repeats))
+        means = compare(windows, expected, emulated, figures.pop("logprobs"))
+        lines.append(Served(name, recipe, folder, figures, *means))
     print_table(checkpoint, lines)
 
 
-def export(checkpoint: Checkpoint, recipe: Recipe, folder: Path) -> Path:
+def export(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    stats: str | None,
+    fits: Fits | None,
+) -> Path:
     """A folder that vLLM loads; of the original, its own."""
     if all(group.scheme == "bf16" for group in recipe.groups):
         return checkpoint.folder
     if folder.exists():
-        check_compressed_tensors(checkpoint, recipe, folder)
+        check_compressed_tensors(checkpoint, recipe, folder, fits=fits)
     else:
-        export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu")
+        export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu", stats=stats)
     return folder
 
 
-def serve(
-    name: str,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    folder: Path,
+def compare(
     windows: list[list[int]],
     expected: list[Tensor],
-    repeats: int,
-) -> Served:
-    """What vLLM computes with a folder."""
-    figures, _ = run_vllm(make_venv(), _request(folder, windows, repeats=repeats))
-    emulated = emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0)
+    emulated: list[Tensor],
+    served: list[list[dict[str, float] | None]],
+) -> list[float]:
+    """KL to the original served and emulated, log-loss served and emulated: means [nats]."""
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for window, answers, truth, ours in zip(
-        windows, figures.pop("logprobs"), expected, emulated, strict=True
-    ):
+    for window, answers, truth, ours in zip(windows, served, expected, emulated, strict=True):
         for place, answer in enumerate(answers):
             if answer is None:
                 continue
@@ -127,7 +137,8 @@ def serve(
                 dtype=torch.float64,
             )
             count += 1
-    return Served(name, recipe, folder, figures, *(sums / count).tolist())
+    means: list[float] = (sums / count).tolist()
+    return means
 
 
 def _request(folder: Path, windows: list[list[int]], *, repeats: int) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from serve_compare import compare_layers, compare_logprobs, window_tokens
 from serve_http import ask_server
 
 from mofq.backends.compressed_tensors import check_compressed_tensors
+from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.exceptions import MofqError
 from mofq.recipe import load_recipe
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="the original model folder")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the exported folder")
     parser.add_argument("--recipe", required=True, help="the recipe that was exported")
+    parser.add_argument("--stats", help="that a recipe with fitted schemes rests on")
     parser.add_argument("--text", help="a text file; default: the bundled held-out text")
     parser.add_argument("--tokens", type=int, default=512, help="how many are scored")
     parser.add_argument("--window", type=int, default=128, help="tokens in one prompt")
@@ -131,10 +133,6 @@ def main() -> int:
     failures: list[str] = []
     checkpoint = open_checkpoint(options.model)
     recipe = load_recipe(options.recipe)
-    try:
-        check_compressed_tensors(checkpoint, recipe, options.folder)
-    except MofqError as error:
-        failures.append(f"bytes: {error}")
     windows = window_tokens(checkpoint, options.text, options.tokens, options.window)
     request = {
         "folder": str(options.folder),
@@ -145,12 +143,20 @@ def main() -> int:
         "new_tokens": 24,
     }
     python = make_venv()
-    result, records = run_vllm(python, request)
-    logprobs = result.pop("logprobs")
-    packed = result.pop("packed_modules")
-    report.update(result)
-    failures += compare_layers(checkpoint, recipe, records, packed, options.dtype, report)
-    failures += compare_logprobs(checkpoint, recipe, windows, logprobs, options.dtype, report)
+    with open_fits(recipe, options.stats, index_sha256=checkpoint.index_sha256) as fits:
+        try:
+            check_compressed_tensors(checkpoint, recipe, options.folder, fits=fits)
+        except MofqError as error:
+            failures.append(f"bytes: {error}")
+        result, records = run_vllm(python, request)
+        logprobs, packed = result.pop("logprobs"), result.pop("packed_modules")
+        report.update(result)
+        failures += compare_layers(
+            checkpoint, recipe, records, packed, options.dtype, report, fits=fits
+        )
+        failures += compare_logprobs(
+            checkpoint, recipe, windows, logprobs, options.dtype, report, fits=fits
+        )
     if not result["text"].strip():
         failures.append("text: the continuation is empty")
     if options.server:

@@ -14,6 +14,7 @@ from mofq.backends.emulate import apply, find_recipe_layers, share_amax, static_
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.checkpoint.tensors import read_layer_rows, read_tensor
+from mofq.fits import Fits, fit_arguments
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.recipe import Recipe
@@ -69,6 +70,8 @@ def compare_layers(
     packed: dict[str, list[str]],
     dtype: str,
     report: dict[str, Any],
+    *,
+    fits: Fits | None = None,
 ) -> list[str]:
     """Every linear layer's output in vLLM against the same layer emulated, input for input.
 
@@ -79,6 +82,7 @@ def compare_layers(
         packed: vLLM's fused name -> the names that it was fused from.
         dtype: Of vLLM's arithmetic.
         report: Gets ``layers``, ``worst_layer`` and its error as a share of the limit.
+        fits: Of the recipe, where a scheme is fitted.
 
     Returns:
         What went wrong, with the layers named.
@@ -96,13 +100,13 @@ def compare_layers(
         if not members:
             continue
         left -= {layer.name for _, layer in members}
-        expected, norm = _emulate(checkpoint, recipe, members, records[key].to(torch.float32))
+        x_TI = records[key].to(torch.float32)
+        expected, norm = _emulate(checkpoint, recipe, members, x_TI, fits=fits)
         error = float((records[f"{name}.y"].to(torch.float32) - expected).norm())
         limit = _LAYER_UNITS[dtype] * (norm + float(expected.norm()))
         shares[name] = error / limit if error == error else float("inf")
     worst = max(shares, key=lambda name: shares[name], default="")
-    report["layers"] = len(shares)
-    report["worst_layer"] = worst
+    report |= {"layers": len(shares), "worst_layer": worst}
     report["worst_layer_share_of_limit"] = shares.get(worst)
     failures = [
         f"layer {name}: its output in vLLM is {share:.3g} times as far from the emulated one as "
@@ -125,12 +129,14 @@ def _emulate(
     recipe: Recipe,
     members: list[tuple[FusionGroup, LinearLayer]],
     x_TI: Tensor,
+    *,
+    fits: Fits | None,
 ) -> tuple[Tensor, float]:
     """Concatenated output, and the root of the summed squares of its products."""
     outputs, squares = [], 0.0
     for group, layer in members:
         scheme = parse_scheme(recipe.schemes[layer.name])
-        weight_OI = _weight(checkpoint, group, layer, scheme)
+        weight_OI = _weight(checkpoint, group, layer, scheme, fits=fits)
         inputs_TI = x_TI
         if scheme.activation is not None:
             amax = static_amax(group, scheme, recipe)
@@ -145,7 +151,12 @@ def _emulate(
 
 
 def _weight(
-    checkpoint: Checkpoint, group: FusionGroup, layer: LinearLayer, scheme: Scheme
+    checkpoint: Checkpoint,
+    group: FusionGroup,
+    layer: LinearLayer,
+    scheme: Scheme,
+    *,
+    fits: Fits | None,
 ) -> Tensor:
     def read(each: LinearLayer) -> Tensor:
         return read_layer_rows(checkpoint, each, 0, each.out_features).to(torch.float32)
@@ -160,6 +171,7 @@ def _weight(
         scheme.weight,
         tensor_amax=None if amax is None else amax[layer.name],
         name=layer.name,
+        **fit_arguments(fits, layer, scheme.weight),
     )
 
 
@@ -170,6 +182,8 @@ def compare_logprobs(
     logprobs: list[list[dict[str, float] | None]],
     dtype: str,
     report: dict[str, Any],
+    *,
+    fits: Fits | None = None,
 ) -> list[str]:
     """Prompt log-probabilities of vLLM against the emulated recipe, token by token.
 
@@ -183,12 +197,13 @@ def compare_logprobs(
         logprobs: vLLM's answer for each window and position.
         dtype: Of vLLM's arithmetic.
         report: Gets the figures.
+        fits: Of the recipe, where a scheme is fitted.
 
     Returns:
         What went wrong.
     """
-    emulated = emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0)
-    floor = emulated_logprobs(checkpoint, recipe, windows, dtype, nudge=UNITS[dtype])
+    emulated = emulated_logprobs(checkpoint, recipe, windows, "float32", nudge=0.0, fits=fits)
+    floor = emulated_logprobs(checkpoint, recipe, windows, dtype, nudge=UNITS[dtype], fits=fits)
     positions = []
     for window, answers, expected, nudged in zip(windows, logprobs, emulated, floor, strict=True):
         for place, answer in enumerate(answers):
@@ -244,10 +259,17 @@ def binned_kl(log_p: Tensor, log_q: Tensor) -> float:
 
 
 def emulated_logprobs(
-    checkpoint: Checkpoint, recipe: Recipe, windows: list[list[int]], dtype: str, *, nudge: float
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    windows: list[list[int]],
+    dtype: str,
+    *,
+    nudge: float,
+    fits: Fits | None = None,
 ) -> list[Tensor]:
     """Log-probabilities of every token after every prefix, float64 [T, V] for each window."""
-    model = apply(load_model(checkpoint.folder, dtype=dtype), recipe, checkpoint=checkpoint)
+    original = load_model(checkpoint.folder, dtype=dtype)
+    model = apply(original, recipe, checkpoint=checkpoint, fits=fits)
     generator = torch.Generator().manual_seed(0)
 
     def move(module: Any, inputs: Any, output: Tensor) -> Tensor:
