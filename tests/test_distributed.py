@@ -20,6 +20,7 @@ from mofq import distributed
 from mofq.calibration.remote import calibrate_remotely
 from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import open_checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.distributed import cluster, run_units
 from mofq.exceptions import ClusterError, SchemeError
 from mofq.layers import find_layers
@@ -165,6 +166,7 @@ def test_a_worker_that_sees_another_model_or_other_stats_says_so(
     unit = Unit(
         model=str(folder),
         index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
         stats=str(stats.folder),
         stats_sha256=stats.sha256,
         group=find_layers(checkpoint).groups[0],
@@ -174,6 +176,8 @@ def test_a_worker_that_sees_another_model_or_other_stats_says_so(
     )
     with pytest.raises(ClusterError, match=r"another model there .* shared file system"):
         measure_unit(replace(unit, model=str(tiny_llama)))
+    with pytest.raises(ClusterError, match=r"another model there .* than the one .* \(00000000\)"):
+        measure_unit(replace(unit, weights_sha256="0" * 64))
     with pytest.raises(ClusterError, match=r"other stats there .* shared file system"):
         measure_unit(replace(unit, stats_sha256="0" * 64))
 

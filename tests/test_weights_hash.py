@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_a_fine_tune_does_not_pass_as_its_base(
         message = refused(*command)
         assert "a fine-tune or another revision" in message
         assert "remove weights_sha256 from it" in message
+    text = measured.recipe.read_text("utf-8")
+    (ours,) = re.findall(r"weights_sha256: (\w+)", text)
+    theirs = hash_weights(open_checkpoint(str(tuned)))
+    other = tmp_path / "other.yaml"
+    other.write_text(text.replace(ours, theirs), "utf-8")
+    assert f"weights_sha256 {ours[:8]}" in refused("diff", measured.recipe, other)
+    validation, page = tmp_path / "validation.json", tmp_path / "page.html"
+    ok("validate", tuned, other, *TEXT, "-o", validation)
+    assert json.loads(validation.read_text("utf-8"))["weights_sha256"] == theirs
+    drawn = ("--validation", validation, "-o", page)
+    assert f"weights_sha256 {theirs}" in refused("explore", measured.table, *drawn)
     search = ("search", measured.table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
     message = refused(*search, "--refine", "2", "--model", tuned, *TEXT)
     assert "weights_sha256" in message

@@ -16,6 +16,7 @@ from mofq.calibration.run import check_model, check_windows, is_done, run_and_wr
 from mofq.calibration.stats import CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model
+from mofq.checkpoint.sampled import hash_weights
 from mofq.distributed import run_units
 from mofq.exceptions import ClusterError
 from mofq.layers import ModelLayers, find_layers
@@ -94,15 +95,18 @@ def calibrate_remotely(
 def run_unit(unit: SequenceUnit) -> int:
     """Run one sequence on a worker, and write it where the stats go."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    model, layers = _open_model(unit.model, unit.plan.index_sha256, unit.plan.dtype, unit.device)
-    check_model(model, unit.plan)
+    plan = unit.plan
+    model, layers = _open_model(
+        unit.model, plan.index_sha256, plan.weights_sha256, plan.dtype, unit.device
+    )
+    check_model(model, plan)
     token_NT = torch.tensor(unit.tokens, dtype=torch.int64)[None]
-    check_windows(model, token_NT, replace(unit.corpus, sequences=1, kept=None), unit.plan)
+    check_windows(model, token_NT, replace(unit.corpus, sequences=1, kept=None), plan)
     run_and_write(
         model,
         layers,
         [(unit.corpus, unit.index, token_NT[0])],
-        plan=unit.plan,
+        plan=plan,
         folder=Path(unit.folder),
         activation_checkpointing=unit.activation_checkpointing,
     )
@@ -111,13 +115,30 @@ def run_unit(unit: SequenceUnit) -> int:
 
 @lru_cache(maxsize=1)
 def _open_model(
-    folder: str, index_sha256: str, dtype: str, device: str
+    folder: str, index_sha256: str, weights_sha256: str | None, dtype: str, device: str
 ) -> tuple[PreTrainedModel, ModelLayers]:
     checkpoint = open_checkpoint(folder)
-    if checkpoint.index_sha256 != index_sha256:
-        raise ClusterError(
-            f"{folder}: a worker finds another model there ({checkpoint.index_sha256[:8]}) than "
-            f"the one that is calibrated ({index_sha256[:8]}). Put it on a shared file system."
-        )
+    check_shared(checkpoint, index_sha256=index_sha256, weights_sha256=weights_sha256)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     return model, find_layers(checkpoint)
+
+
+def check_shared(checkpoint: Checkpoint, *, index_sha256: str, weights_sha256: str | None) -> None:
+    """Refuse a model that a worker finds in the place of the one that its unit is of.
+
+    Args:
+        checkpoint: As the worker sees it.
+        index_sha256: Of the unit's.
+        weights_sha256: Of the unit's; None where it is not known.
+
+    Raises:
+        ClusterError: It is another.
+    """
+    found, needed = checkpoint.index_sha256, index_sha256
+    if found == needed and weights_sha256 is not None:
+        found, needed = hash_weights(checkpoint), weights_sha256
+    if found != needed:
+        raise ClusterError(
+            f"{checkpoint.folder}: a worker finds another model there ({found[:8]}) than the one "
+            f"that this run is of ({needed[:8]}). Put it on a shared file system."
+        )

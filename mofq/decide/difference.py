@@ -11,7 +11,7 @@ from mofq.exceptions import RecipeError
 from mofq.recipe import Recipe
 from mofq.solvers import Budgets, Estimate, paired_loss
 from mofq.solvers.problem import IntArray, Problem
-from mofq.table import Table
+from mofq.table import Table, TableHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,16 @@ def _loss(problem: Problem, before_F: IntArray, after_F: IntArray) -> Estimate:
 
 
 def _check_same_model(first: Recipe, second: Recipe, table: Table | None) -> None:
-    named = [(first.model_name, first.index_sha256), (second.model_name, second.index_sha256)]
-    if table is not None:
-        named.append((table.header.model_name, table.header.index_sha256))
-    known = [(name, sha256) for name, sha256 in named if sha256]
-    for name, sha256 in known[1:]:
-        if sha256[:8] != known[0][1][:8]:
-            raise RecipeError(
-                f"one is of {known[0][0]} ({known[0][1][:8]}) and another of {name} "
-                f"({sha256[:8]}). Compare two recipes of one model."
-            )
+    named: list[Recipe | TableHeader] = [first, second, *([] if table is None else [table.header])]
+    for key in ("index_sha256", "weights_sha256"):
+        hashes: list[tuple[str, str | None]] = [
+            (one.model_name, getattr(one, key)) for one in named
+        ]
+        known = [(name, sha256) for name, sha256 in hashes if sha256]
+        for name, sha256 in known[1:]:
+            # A hash may be shortened in a recipe.
+            if sha256[:8] != known[0][1][:8]:
+                raise RecipeError(
+                    f"one is of {known[0][0]} ({key} {known[0][1][:8]}) and another of {name} "
+                    f"({sha256[:8]}). Compare two recipes of one model."
+                )

@@ -72,9 +72,8 @@ def page_content(
     """
     request = request or Request(Budgets())
     problem = request_problem(table, request)
-    index = table.header.index_sha256
     compared = [recipe_point(one, table, problem) for one in recipes]
-    measured = [read_validation(one, index) for one in validations]
+    measured = [read_validation(one, table.header) for one in validations]
     points = frontier_recipes(table, problem, request=request, progress=progress)
     uniforms = uniform_points(table, problem, request)
     named = [*uniforms, *greedy_points(problem, uniforms), *compared]

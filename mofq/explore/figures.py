@@ -81,13 +81,12 @@ def figure_inputs(
     """
     request = request or Request(Budgets(), ties=False)
     problem = request_problem(table, request)
-    index = table.header.index_sha256
     return FigureInputs(
         table,
         problem,
         request=request,
         recipes=tuple(recipe_point(path, table, problem) for path in recipes),
-        measured=tuple(read_validation(path, index) for path in validations),
+        measured=tuple(read_validation(path, table.header) for path in validations),
     )
 
 

@@ -13,7 +13,7 @@ from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.recipe import Recipe, load_recipe
 from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
 from mofq.solvers.problem import IntArray
-from mofq.table import Table
+from mofq.table import Table, TableHeader
 
 #: Of validation.json; what else it holds is not drawn.
 _VALIDATION_VERSION = 1
@@ -102,15 +102,15 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
     return point
 
 
-def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:
+def read_validation(path: Path, header: TableHeader) -> MeasuredPoint:
     """What is drawn of a ``validation.json``.
 
     Args:
         path: From `mofq validate -o`.
-        index_sha256: Of the table's model.
+        header: Of the table that it is drawn with.
 
     Raises:
-        MofqError: The file is not such a file, or of another model.
+        MofqError: The file is not such a file, or of another model, or another training of it.
     """
     content = parse_json(read_text(path, MofqError), str(path), MofqError)
     if not isinstance(content, dict) or content.get("version") != _VALIDATION_VERSION:
@@ -118,11 +118,17 @@ def read_validation(path: Path, index_sha256: str) -> MeasuredPoint:
             f"{path}: is no validation of version {_VALIDATION_VERSION}. Take the file that "
             f"`mofq validate -o` wrote."
         )
-    if content.get("index_sha256") != index_sha256:
-        raise MofqError(
-            f"{path}: is of a model with index_sha256 {content.get('index_sha256')}, and the table "
-            f"of one with {index_sha256}. Take validations of the table's model."
-        )
+    for key, ours in (
+        ("index_sha256", header.index_sha256),
+        ("weights_sha256", header.weights_sha256),
+    ):
+        found = content.get(key)
+        is_older = key == "weights_sha256" and None in (found, ours)  # before it was noted
+        if found != ours and not is_older:
+            raise MofqError(
+                f"{path}: is of a model with {key} {found}, and the table of one with {ours}. "
+                f"Take validations of the table's model."
+            )
     return MeasuredPoint(
         label=Path(str(content.get("candidate", path.stem))).stem,
         text=Path(str(content.get("text", ""))).name,

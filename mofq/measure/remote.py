@@ -9,8 +9,10 @@ from functools import lru_cache
 
 import torch
 
+from mofq.calibration.remote import check_shared
 from mofq.calibration.stats import Stats, read_stats
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.distributed import run_units
 from mofq.exceptions import ClusterError
 from mofq.layers import FusionGroup
@@ -24,6 +26,7 @@ class Unit:
 
     model: str  #: folder
     index_sha256: str
+    weights_sha256: str
     stats: str | None  #: folder
     stats_sha256: str | None
     group: FusionGroup
@@ -56,10 +59,12 @@ def measure_remotely(
         MofqError: As `measure_groups`, or the cluster fails.
     """
     elements = sum(layer.weights for group, _ in work for layer in group.layers)
+    weights = hash_weights(checkpoint)
     units = [
         Unit(
             model=str(checkpoint.folder.resolve()),
             index_sha256=checkpoint.index_sha256,
+            weights_sha256=weights,
             stats=None if stats is None else str(stats.folder.resolve()),
             stats_sha256=None if stats is None else stats.sha256,
             group=group,
@@ -75,7 +80,7 @@ def measure_remotely(
 def measure_unit(unit: Unit) -> Measured:
     """Measure one unit, on a worker."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    checkpoint = _open_model(unit.model, unit.index_sha256)
+    checkpoint = _open_model(unit.model, unit.index_sha256, unit.weights_sha256)
     stats = None if unit.stats is None else _open_stats(unit.stats, unit.stats_sha256)
     work = [(unit.group, [parse_scheme(name) for name in unit.schemes])]
     [measured] = measure_groups(
@@ -85,13 +90,9 @@ def measure_unit(unit: Unit) -> Measured:
 
 
 @lru_cache(maxsize=2)
-def _open_model(folder: str, index_sha256: str) -> Checkpoint:
+def _open_model(folder: str, index_sha256: str, weights_sha256: str) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
-    if checkpoint.index_sha256 != index_sha256:
-        raise ClusterError(
-            f"{folder}: a worker finds another model there ({checkpoint.index_sha256[:8]}) than "
-            f"the one that is measured ({index_sha256[:8]}). Put it on a shared file system."
-        )
+    check_shared(checkpoint, index_sha256=index_sha256, weights_sha256=weights_sha256)
     return checkpoint
 
 

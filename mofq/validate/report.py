@@ -25,6 +25,7 @@ class Lineage:
     mofq: str  #: version
     model: str
     index_sha256: str  #: of the original checkpoint
+    weights_sha256: str  #: of samples of its weights
     candidate: str  #: the recipe or folder
     recipe_sha256: str | None  #: of the recipe's text; None where there is no recipe
     folder_index_sha256: str | None  #: None where there is no folder
@@ -117,7 +118,7 @@ def paired_difference(first: Validation, second: Validation) -> tuple[float, flo
     Raises:
         MofqError: The two are not of the same windows of the same model.
     """
-    for what in ("index_sha256", "text_sha256", "sequence_length", "dtype"):
+    for what in ("index_sha256", "weights_sha256", "text_sha256", "sequence_length", "dtype"):
         ours, theirs = getattr(first.lineage, what), getattr(second.lineage, what)
         if ours != theirs:
             raise MofqError(

@@ -14,6 +14,7 @@ import mofq
 from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
+from mofq.checkpoint.sampled import hash_weights
 from mofq.corpora import Corpus, tokenize
 from mofq.exceptions import CorpusError
 from mofq.recipe import Recipe
@@ -234,6 +235,7 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         mofq=mofq.__version__,
         model=original.checkpoint.name,
         index_sha256=original.checkpoint.index_sha256,
+        weights_sha256=hash_weights(original.checkpoint),
         candidate=candidate.source,
         recipe_sha256=candidate.recipe_sha256,
         folder_index_sha256=None if folder is None else folder.index_sha256,
