@@ -256,7 +256,8 @@ def measure(
     versions = {
         ", ".join(key): version_of_rewritten(places[name].model, recipe, places[name].stats)
         for key in order
-        if (name := chosen[key][0]) and (recipe := chosen[key][1])
+        for name, recipe in [chosen[key]]
+        if name
     }
     done |= measure_versions(options.model, versions, options.text, **where)
     return done

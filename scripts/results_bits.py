@@ -24,6 +24,7 @@ import numpy as np
 from mofq.corpora import load_text
 from mofq.decide import Request, recipe_from_table
 from mofq.decide.request import request_problem
+from mofq.decide.result import MadeBy
 from mofq.decide.uniform import uniform_recipes
 from mofq.recipe import Recipe, load_recipe, write_recipe
 from mofq.solvers import Budgets, Problem
@@ -113,7 +114,7 @@ def random_recipe(table: Table, problem: Problem, bits: float, *, seed: int) -> 
         better = options[group][sizes < here] if is_over else options[group][sizes > here]
         if len(better):
             choice_F[group] = rng.choice(better)
-    made_by = {"solver": "random", "seed": seed, "table_sha256": table.sha256}
+    made_by: MadeBy = {"solver": "random", "seed": seed, "table_sha256": table.sha256}
     schemes = problem.schemes_of(choice_F)
     result: dict[str, float | int | str | None] = {
         "bits_per_weight": 8 * problem.bytes_of(choice_F) / problem.weights

@@ -23,6 +23,8 @@ _BLOCK_ELEMENTS = 2**18
 #: The same on a GPU, which has less to do between two launches of a kernel.
 _GPU_BLOCK_ELEMENTS = 2**24
 _BLOCK_ROWS = 64
+#: At least, where rounding goes column by column: one step costs about the same for any rows.
+_FEEDBACK_ROWS = 1024
 #: Tokens that the output error is taken over, evenly spaced.
 _OUTPUT_TOKENS = 512
 
@@ -145,10 +147,12 @@ def _blocks(
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    bands = band_rows([s.weight for s in schemes if s.weight is not None])
-    tile_rows = math.lcm(_BLOCK_ROWS, bands)
-    elements = _BLOCK_ELEMENTS if device == "cpu" else _GPU_BLOCK_ELEMENTS
-    step = max(1, elements // in_features // tile_rows) * tile_rows
+    weights = [s.weight for s in schemes if s.weight is not None]
+    tile_rows = math.lcm(_BLOCK_ROWS, band_rows(weights))
+    rows = (_BLOCK_ELEMENTS if device == "cpu" else _GPU_BLOCK_ELEMENTS) // in_features
+    if any(weight.rounding == "gptq" for weight in weights):
+        rows = max(rows, _FEEDBACK_ROWS)
+    step = max(1, rows // tile_rows) * tile_rows
     starts = range(0, out_features, step)
     return tuple((start, min(start + step, out_features)) for start in starts)
 
