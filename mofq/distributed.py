@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from mofq.exceptions import ClusterError, MofqError
 
+Tell = Callable[[str], None]
 _Unit = TypeVar("_Unit")
 _Result = TypeVar("_Result")
 
@@ -34,12 +35,13 @@ _QUIET = {
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[None]:
+def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None]:
     """Connect to a cluster; leave it, or end it if it was begun here, at the end.
 
     Args:
         address: ``ray``: the cluster that ``RAY_ADDRESS`` names, else one on this machine, for
             as long as this process needs it. ``ray://HOST:PORT`` or ``HOST:PORT``: that one.
+        tell: Gets a line where a cluster is begun a second time.
 
     Raises:
         ClusterError: Ray is not installed, or there is no such cluster.
@@ -47,17 +49,33 @@ def cluster(address: str) -> Iterator[None]:
     ray = _import_ray()
     known = os.environ.get("RAY_ADDRESS") if address == "ray" else address
     where = {"address": known} if known else _own_cluster()
-    try:
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # whatever Ray raises, the cluster cannot be had
-        raise ClusterError(
-            f"--cluster {address}: {_first_line(error)}. Give 'ray' for one on this machine, or "
-            f"the ray://HOST:PORT of one that runs."
-        ) from error
+    problem = _connect(ray, where)
+    if problem is not None and not known:
+        # Ray gives a node 30 seconds to start, which on a busy machine are not enough.
+        tell(f"Ray did not start: {_first_line(problem)}. It is tried once more.")
+        problem = _connect(ray, where)
+    if problem is not None:
+        remedy = (
+            "Give 'ray' for one on this machine, or the ray://HOST:PORT of one that runs."
+            if known
+            else "It was tried twice: run the command when the machine is less busy, or give the "
+            "ray://HOST:PORT of a cluster that runs."
+        )
+        raise ClusterError(f"--cluster {address}: {_first_line(problem)}. {remedy}") from problem
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, where: Mapping[str, Any]) -> Exception | None:
+    """What Ray says where the cluster cannot be had."""
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:
+        ray.shutdown()
+        return error
+    return None
 
 
 def _own_cluster() -> dict[str, Any]:

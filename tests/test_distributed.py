@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from calibrated import calibrate_folder, some_tokens, space_of
+from cluster_units import die, die_at_first, refuse
 from command_line import DEMO, mofq
 from conftest import TinyCheckpoint
 
@@ -26,7 +27,7 @@ from mofq.exceptions import ClusterError, SchemeError
 from mofq.layers import find_layers
 from mofq.measure import remote
 from mofq.measure.remote import Unit, measure_remotely, measure_unit
-from mofq.measure.run import Measured, measure
+from mofq.measure.run import measure
 
 SPACE = space_of("int4.g32", "nvfp4", "int8.channel+int8.token")
 
@@ -44,7 +45,7 @@ def stats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stats:
 @pytest.fixture(scope="module")
 def two_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        # Workers import the functions of this file.
+        # Workers import cluster_units.
         paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -58,28 +59,6 @@ def fill(folder: Path, path: Path, stats: Stats | None, **options: Any) -> bytes
     checkpoint = open_checkpoint(str(folder))
     measure(checkpoint, find_layers(checkpoint), SPACE, table_path=path, stats=stats, **options)
     return path.read_bytes()
-
-
-def die_at_first(unit: Unit) -> Measured:
-    """Measure, but kill the worker of one unit in the middle of the work, once."""
-    assert unit.stats is not None
-    mark = Path(unit.stats).parent / "killed"
-    if unit.group.name.startswith("layers.1") and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return measure_unit(unit)
-
-
-def die(unit: int) -> int:
-    if unit == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return unit
-
-
-def refuse(unit: int) -> int:
-    if unit == 3:
-        raise SchemeError("layer 3: not finite")
-    return unit
 
 
 def test_two_workers_give_the_table_that_one_process_gives(
@@ -180,6 +159,43 @@ def test_a_worker_that_sees_another_model_or_other_stats_says_so(
         measure_unit(replace(unit, weights_sha256="0" * 64))
     with pytest.raises(ClusterError, match=r"other stats there .* shared file system"):
         measure_unit(replace(unit, stats_sha256="0" * 64))
+
+
+def test_a_cluster_that_does_not_start_in_time_is_begun_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def init(**where: object) -> None:
+        calls.append(f"init {where['address']}")
+        if len(calls) < fails:
+            raise Exception("The current node timed out during startup. This could")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    monkeypatch.setattr(distributed, "_import_ray", lambda: ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told: list[str] = []
+    fails = 3  # the first time: init, shutdown, init
+    with cluster("ray", tell=told.append):
+        assert calls == ["init local", "shutdown", "init local"]
+    assert len(told) == 1
+    assert "did not start" in told[0]
+    assert "once more" in told[0]
+    calls.clear()
+    fails = 99
+    with (
+        pytest.raises(ClusterError, match=r"timed out during startup.*twice.*less busy.*ray://"),
+        cluster("ray"),
+    ):
+        pass
+    assert calls == ["init local", "shutdown", "init local", "shutdown"]
+    calls.clear()
+    with (
+        pytest.raises(ClusterError, match="--cluster ray://nowhere:1: "),
+        cluster("ray://nowhere:1"),
+    ):
+        pass
+    assert calls == ["init ray://nowhere:1", "shutdown"]
 
 
 def test_without_ray_the_message_says_how_to_get_it(

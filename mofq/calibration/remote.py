@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from mofq.calibration.run import check_model, check_windows, is_done, run_and_write
 from mofq.calibration.stats import CorpusPlan, Plan, Stats, finish_stats, open_plan
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.model import load_model
-from mofq.checkpoint.sampled import hash_weights
+from mofq.checkpoint.shared import open_shared
 from mofq.distributed import run_units
-from mofq.exceptions import ClusterError
 from mofq.layers import ModelLayers, find_layers
 
 Progress = Callable[[str, int, int], None]
@@ -117,28 +116,6 @@ def run_unit(unit: SequenceUnit) -> int:
 def _open_model(
     folder: str, index_sha256: str, weights_sha256: str | None, dtype: str, device: str
 ) -> tuple[PreTrainedModel, ModelLayers]:
-    checkpoint = open_checkpoint(folder)
-    check_shared(checkpoint, index_sha256=index_sha256, weights_sha256=weights_sha256)
+    checkpoint = open_shared(folder, index_sha256=index_sha256, weights_sha256=weights_sha256)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     return model, find_layers(checkpoint)
-
-
-def check_shared(checkpoint: Checkpoint, *, index_sha256: str, weights_sha256: str | None) -> None:
-    """Refuse a model that a worker finds in the place of the one that its unit is of.
-
-    Args:
-        checkpoint: As the worker sees it.
-        index_sha256: Of the unit's.
-        weights_sha256: Of the unit's; None where it is not known.
-
-    Raises:
-        ClusterError: It is another.
-    """
-    found, needed = checkpoint.index_sha256, index_sha256
-    if found == needed and weights_sha256 is not None:
-        found, needed = hash_weights(checkpoint), weights_sha256
-    if found != needed:
-        raise ClusterError(
-            f"{checkpoint.folder}: a worker finds another model there ({found[:8]}) than the one "
-            f"that this run is of ({needed[:8]}). Put it on a shared file system."
-        )

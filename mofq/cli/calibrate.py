@@ -181,7 +181,7 @@ def _run_on_cluster(options: CalibrateOptions, checkpoint: Checkpoint, **what: A
     from mofq.distributed import cluster
 
     assert options.cluster is not None
-    with cluster(options.cluster):
+    with cluster(options.cluster, tell=note):
         return calibrate_remotely(
             checkpoint, device=options.device, cpus=options.cluster_cpus, **what
         )

@@ -132,7 +132,7 @@ def _connected(where: Where) -> Iterator[Remotely | None]:
     from mofq.distributed import cluster
     from mofq.measure.remote import measure_remotely
 
-    with cluster(where.address):
+    with cluster(where.address, tell=note):
         yield partial(measure_remotely, cpus=where.cpus)
 
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import torch
 
-from mofq.calibration.remote import check_shared
 from mofq.calibration.stats import Stats, read_stats
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.sampled import hash_weights
+from mofq.checkpoint.shared import open_shared
 from mofq.distributed import run_units
 from mofq.exceptions import ClusterError
 from mofq.layers import FusionGroup
@@ -91,9 +91,7 @@ def measure_unit(unit: Unit) -> Measured:
 
 @lru_cache(maxsize=2)
 def _open_model(folder: str, index_sha256: str, weights_sha256: str) -> Checkpoint:
-    checkpoint = open_checkpoint(folder)
-    check_shared(checkpoint, index_sha256=index_sha256, weights_sha256=weights_sha256)
-    return checkpoint
+    return open_shared(folder, index_sha256=index_sha256, weights_sha256=weights_sha256)
 
 
 @lru_cache(maxsize=2)

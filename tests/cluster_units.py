@@ -1,0 +1,40 @@
+"""What workers of a cluster run in tests: they import this file, which loads little."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.exceptions import SchemeError
+
+if TYPE_CHECKING:
+    from mofq.measure.remote import Unit
+    from mofq.measure.run import Measured
+
+
+def die_at_first(unit: Unit) -> Measured:
+    """Measure, but kill the worker of one unit in the middle of the work, once."""
+    from mofq.measure.remote import measure_unit
+
+    assert unit.stats is not None
+    mark = Path(unit.stats).parent / "killed"
+    if unit.group.name.startswith("layers.1") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure_unit(unit)
+
+
+def die(unit: int) -> int:
+    """Kill the worker of one unit, each time."""
+    if unit == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def refuse(unit: int) -> int:
+    """Raise an error of mofq's for one unit."""
+    if unit == 3:
+        raise SchemeError("layer 3: not finite")
+    return unit
