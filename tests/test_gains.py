@@ -18,7 +18,13 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.exceptions import StatsError
 from mofq.layers import find_layers
-from mofq.measure.gains import SampleGains, corrected, not_negative, projection_factor
+from mofq.measure.gains import (
+    SampleGains,
+    corrected,
+    layer_gains,
+    not_negative,
+    projection_factor,
+)
 from mofq.measure.run import measure
 from mofq.table import Table, read_table
 
@@ -147,6 +153,16 @@ def test_errors_are_moved_by_what_their_clusters_have_more() -> None:
     assert corrected(error_NS, None) is error_NS
     nothing = SampleGains(torch.zeros(2).double(), torch.ones(2).double())
     assert corrected(error_NS, nothing) is error_NS
+
+
+def test_clusters_of_unequal_size_keep_the_mean_over_sequences() -> None:
+    plan = CorpusPlan("a", "a.txt", "", 3, 2)  # clusters of one sequence and of two
+    values = [(2.0, 20.0), (4.0, 40.0), (9.0, 90.0)]
+    found = layer_gains(plan, [{"layer": Gains((a,), (b,))} for a, b in values], "layer")
+    for gains, factor in ((found.weight, 1), (found.input, 10)):
+        assert gains.own_N.tolist() == [2.0 * factor, 4.0 * factor]
+        assert float(gains.cluster_N.mean()) == pytest.approx(5.0 * factor)
+        assert float(gains.cluster_N[1] - gains.cluster_N[0]) == pytest.approx(4.5 * factor)
 
 
 def test_no_sample_is_corrected_below_zero_and_the_mean_stays() -> None:
