@@ -4,6 +4,8 @@
 - Every other INT: codes side by side along the row without gaps, each row padded
   to 32-bit words, and the shape as two I64 (``pack-quantized``).
 - FP8: one byte a code.
+- Unquantized: the checkpoint's own dtype, or bf16 where that is FP8, whose scales would be
+  left behind.
 - FP6, FP4, NF4: codes side by side along the row, each row padded to bytes.
 
 A scale has the width of its format, and a scale format with a global scale
@@ -24,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from mofq.checkpoint.headers import DTYPE_BITS
+from mofq.checkpoint.shards import kept_dtype
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.formats import IntFormat
 from mofq.layers import FusionGroup
@@ -84,7 +87,7 @@ def layer_bytes(layer: Matrix, scheme: Scheme) -> int:
     Args:
         layer: A layer whose shape the scheme fits.
         scheme: What is done to it; without a weight scheme, the weight keeps the
-            checkpoint's own width.
+            checkpoint's own width, except that FP8 becomes bf16.
 
     Returns:
         Codes, scales, zero points, padding and shape [bytes]; the bias, which no
@@ -95,8 +98,13 @@ def layer_bytes(layer: Matrix, scheme: Scheme) -> int:
     """
     total = 0 if scheme.activation is None else _activation_bytes(scheme.activation)
     if scheme.weight is None:
-        return total + _source_bytes(layer)
+        return total + _plain_bytes(layer, kept_dtype(layer.dtype))
     return total + _weight_bytes(layer, scheme.weight, scheme.activation is not None)
+
+
+def source_bytes(group: FusionGroup) -> int:
+    """Bytes of all layers of a fusion group in the checkpoint as it is, FP8 with its scales."""
+    return sum(_plain_bytes(layer, layer.dtype) + layer.scale_bytes for layer in group.layers)
 
 
 def group_bytes(group: FusionGroup, scheme: Scheme) -> int:
@@ -147,12 +155,12 @@ def parse_size(text: str | int) -> int:
     return digits * _SIZE_UNITS[unit.lower()] // int(scale)
 
 
-def _source_bytes(layer: Matrix) -> int:
-    if layer.dtype not in DTYPE_BITS:
+def _plain_bytes(layer: Matrix, dtype: str) -> int:
+    if dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{layer.name}: unknown dtype {layer.dtype!r}." + nearest_name(layer.dtype, DTYPE_BITS)
+            f"{layer.name}: unknown dtype {dtype!r}." + nearest_name(dtype, DTYPE_BITS)
         )
-    return -(-layer.out_features * layer.in_features * DTYPE_BITS[layer.dtype] // 8)
+    return -(-layer.out_features * layer.in_features * DTYPE_BITS[dtype] // 8)
 
 
 def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> int:

@@ -18,10 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from mofq.backends.fitted import check_fits
 from mofq.backends.moe import FakeQuantExperts
 from mofq.checkpoint.headers import Checkpoint, TensorInfo
-from mofq.checkpoint.tensors import TORCH_DTYPES, read_layer_rows
+from mofq.checkpoint.tensors import TORCH_DTYPES, read_kept_layer, read_layer_rows, read_tensor
 from mofq.exceptions import BackendError, RecipeError
 from mofq.fits import Fits, fit_arguments
-from mofq.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.layers import (
+    FUSION_RULES,
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    find_layers,
+    find_loaded_names,
+)
 from mofq.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
@@ -54,7 +61,8 @@ def apply(
     Returns:
         The model. Each layer with a scheme is a ``FakeQuantLinear`` now, and
         the experts of a mixture are a ``FakeQuantExperts``; layers without one
-        are untouched.
+        are untouched, except that FP8 weights of the checkpoint are rounded to
+        bf16 as an export rounds them.
 
     Raises:
         RecipeError: The recipe does not cover the model, splits a fusion group,
@@ -112,7 +120,11 @@ def apply_groups(
         _check_modules(model, group, schemes[group.name], recipe)
         if check is not None:
             check(group, schemes[group.name])
-    stored = {} if checkpoint is None else _layers_by_name(find_recipe_layers(checkpoint, recipe))
+    stored: dict[str, LinearLayer] = {}
+    if checkpoint is not None:
+        on_disk = find_recipe_layers(checkpoint, recipe)
+        stored = _layers_by_name(on_disk)
+        round_kept(model, layers, checkpoint=checkpoint, on_disk=on_disk)
     for done, group in enumerate(quantized):
         if progress is not None:
             progress(stage, done, len(quantized))
@@ -126,6 +138,40 @@ def apply_groups(
     if progress is not None:
         progress(stage, len(quantized), len(quantized))
     return model
+
+
+def round_kept(
+    model: nn.Module, loaded: ModelLayers, *, checkpoint: Checkpoint, on_disk: ModelLayers
+) -> None:
+    """Round the weights of an FP8 source as an export does those that stay unquantized.
+
+    Args:
+        model: Of the checkpoint, nothing applied to it yet; is changed.
+        loaded: Its layers, from ``find_loaded_layers``.
+        checkpoint: Where the exact weights are; one that is not FP8 is left as it is.
+        on_disk: The same layers there.
+    """
+    if checkpoint.source_format is None:
+        return
+    stored = {layer.name: layer for layer in _all_layers(on_disk)}
+    for layer in _all_layers(loaded):
+        source = stored[layer.name]
+        if checkpoint.tensors[source.tensor].decoded:
+            kept_OI = read_kept_layer(checkpoint, source, 0, source.out_features)
+            loaded_weight(model, layer).copy_(kept_OI)
+    taken = {layer.tensor for layer in stored.values()}
+    parameters = model.state_dict()
+    for name, info in checkpoint.tensors.items():
+        target = next(
+            (
+                parameters[n]
+                for n in find_loaded_names(name, loaded.architecture)
+                if n in parameters
+            ),
+            None,
+        )
+        if info.decoded and name not in taken and target is not None:
+            target.copy_(read_tensor(info).bfloat16())
 
 
 def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
@@ -209,6 +255,10 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
                 f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
             )
     return share_amax(group, known)
+
+
+def _all_layers(layers: ModelLayers) -> list[LinearLayer]:
+    return [layer for group in layers.groups for layer in group.layers] + [*layers.unquantized]
 
 
 def _layers_by_name(layers: ModelLayers) -> dict[str, LinearLayer]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from mofq.checkpoint.headers import CONFIG_FILE, read_json
+from mofq.checkpoint.headers import (
+    CONFIG_FILE,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
+from mofq.checkpoint.tensors import read_tensor
 from mofq.exceptions import CheckpointError
 
+_GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +46,8 @@ def load_model(
             ``device``.
 
     Returns:
-        The model. Mixtures of experts run their experts one by one, as ``F.linear`` calls.
+        The model; of an FP8 checkpoint, with the decoded weights. Mixtures of experts run
+        their experts one by one, as ``F.linear`` calls.
 
     Raises:
         CheckpointError: transformers cannot load the folder.
@@ -45,16 +57,21 @@ def load_model(
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     logging.disable_progress_bar()
     _refuse_foreign_code(folder)
+    checkpoint = open_checkpoint(str(folder))
+    options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            experts_implementation="eager",
-            **options,
-        )
+        if checkpoint.source_format is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
+            )
+        else:
+            model = _load_decoded(checkpoint, options)
+    except CheckpointError:
+        raise
     except Exception as error:  # dozens of kinds, for configs that nobody meant
         raise CheckpointError(
             f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
@@ -65,6 +82,42 @@ def load_model(
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Lazy:
+    """A tensor that is read when transformers takes it, as it takes safetensors' own slices."""
+
+    info: TensorInfo
+
+    def __getitem__(self, key: object) -> torch.Tensor:
+        return read_tensor(self.info)
+
+
+def _load_decoded(checkpoint: Checkpoint, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of an FP8 source, with the weights that are measured.
+
+    transformers could dequantize some formats, each in its own way and most to bf16. It gets
+    the decoded tensors here, and a config that says nothing of a quantization.
+    """
+    config = AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=False
+    )
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    tensors = {name: _Lazy(info) for name, info in checkpoint.tensors.items()}
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=config, state_dict=tensors, **options
+    )
+    model.config.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / _GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True
+        )
     return model
 
 

@@ -32,7 +32,7 @@ def hash_weights(checkpoint: Checkpoint) -> str:
     """
     samples: dict[str, bytes] = {}
     by_file: dict[Path, list[TensorInfo]] = {}
-    for info in checkpoint.tensors.values():
+    for info in (*checkpoint.tensors.values(), *checkpoint.consumed.values()):
         by_file.setdefault(info.file, []).append(info)
     for path, infos in by_file.items():
         try:

@@ -1,7 +1,9 @@
-"""Weights read from safetensors files, a block of rows at a time."""
+"""Weights read from safetensors files, a block of rows at a time; FP8 sources as float32."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from io import FileIO
 from typing import Protocol
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mofq.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.checkpoint.shards import Scaling
 from mofq.exceptions import CheckpointError
 
 #: safetensors' dtype to torch's. The sub-byte dtypes have no torch dtype of the same shape.
@@ -33,6 +36,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+
+
+#: Elements of a tensor that are decoded at once on their way into an export.
+_KEPT_ELEMENTS = 2**22
 
 
 class StoredLayer(Protocol):
@@ -76,10 +83,12 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
         stop: One past the last entry.
 
     Returns:
-        [stop - start, …] in the stored dtype. Nothing else is read.
+        [stop - start, …] in the stored dtype, of an FP8 source in float32. Nothing else is
+        read but the scales of these rows.
 
     Raises:
-        CheckpointError: The file got shorter, or torch has no such dtype.
+        CheckpointError: The file got shorter, torch has no such dtype, or a scale is no
+            positive number.
         ValueError: The range does not lie in the tensor.
     """
     if not info.shape or not 0 <= start <= stop <= info.shape[0]:
@@ -88,17 +97,26 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     data = _read_strided(
         info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
     )
-    return data.view(_torch_dtype(info)).reshape(stop - start, *info.shape[1:])
+    values = data.view(_torch_dtype(info)).reshape(stop - start, *info.shape[1:])
+    if not info.decoded:
+        return values
+    if len(info.shape) < 3:
+        return _decode(info, values, start=start)
+    experts = [_decode(info, one, expert=start + e) for e, one in enumerate(values)]
+    return torch.stack(experts) if experts else values.float()
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Read a whole tensor, in the stored dtype.
+    """Read a whole tensor, in the stored dtype, of an FP8 source in float32.
 
     Raises:
-        CheckpointError: The file got shorter, or torch has no such dtype.
+        CheckpointError: As `read_rows`.
     """
+    if info.decoded and info.shape:
+        return read_rows(info, 0, info.shape[0])
     data = _read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
-    return data.view(_torch_dtype(info)).reshape(info.shape)
+    values = data.view(_torch_dtype(info)).reshape(info.shape)
+    return values.float() if info.decoded else values
 
 
 def read_layer_rows(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop: int) -> Tensor:
@@ -111,11 +129,11 @@ def read_layer_rows(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop
         stop: One past the last output row.
 
     Returns:
-        [stop - start, in_features], contiguous, in the stored dtype. At most twice
-        its size is held in memory.
+        [stop - start, in_features], contiguous, in the stored dtype, of an FP8 source in
+        float32. At most twice its size is held in memory.
 
     Raises:
-        CheckpointError: The file got shorter, or torch has no such dtype.
+        CheckpointError: As `read_rows`.
         ValueError: The range does not lie in the layer, or the layer not in the tensor.
     """
     info = checkpoint.tensors[layer.tensor]
@@ -133,7 +151,7 @@ def read_layer_rows(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop
             nbytes=count * dtype.itemsize,
             stride=columns * dtype.itemsize,
         )
-        return data.view(dtype).reshape(rows, count).T.contiguous()
+        return _decode(info, data.view(dtype).reshape(rows, count).T.contiguous())
     data = _read_strided(
         info,
         offset=(matrix_at + first * columns) * dtype.itemsize,
@@ -141,7 +159,96 @@ def read_layer_rows(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop
         nbytes=count * columns * dtype.itemsize,
         stride=0,
     )
-    return data.view(dtype).reshape(count, columns)
+    values = data.view(dtype).reshape(count, columns)
+    return _decode(info, values, expert=layer.expert or 0, start=first)
+
+
+def read_kept_rows(info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
+    """A tensor of an FP8 source as it is written where no scheme quantizes it: in bf16.
+
+    The float32 products are rounded to nearest, ties to even; exact where scales are powers
+    of two.
+
+    Yields:
+        First row and rows, [any number, …], in order, of a bounded size.
+
+    Raises:
+        CheckpointError: As `read_rows`.
+    """
+    row = max(1, math.prod(info.shape[1:]))
+    step = max(1, _KEPT_ELEMENTS // row)
+    for start in range(0, info.shape[0], step):
+        rows = read_rows(info, start, min(start + step, info.shape[0]))
+        yield start, rows.to(torch.bfloat16)
+
+
+def read_kept_layer(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop: int) -> Tensor:
+    """As `read_layer_rows`, rounded as an export rounds a layer that stays unquantized."""
+    rows_RI = read_layer_rows(checkpoint, layer, start, stop)
+    return rows_RI.to(torch.bfloat16) if checkpoint.tensors[layer.tensor].decoded else rows_RI
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Read every scale of an FP8 source, before the long work.
+
+    Raises:
+        CheckpointError: One is no positive number, or a file got shorter.
+    """
+    for info in checkpoint.tensors.values():
+        scaling = info.scaling
+        if scaling is not None:
+            for expert in range(scaling.scale.shape[0] if len(info.shape) == 3 else 1):
+                _read_scales(scaling, expert, 0, scaling.rows)
+
+
+def _decode(info: TensorInfo, values_RI: Tensor, *, expert: int = 0, start: int = 0) -> Tensor:
+    """Codes times scales: whole rows of a matrix from ``start`` on, float32.
+
+    A tensor that is not decoded comes back as it is. The product of a code of 4 bits and
+    a scale of 24 is rounded once, to float32.
+    """
+    if not info.decoded:
+        return values_RI
+    weight_RI = values_RI.to(torch.float32)
+    scaling = info.scaling
+    if scaling is None or not len(weight_RI):
+        return weight_RI
+    first = start // scaling.tile_rows
+    last = (start + len(weight_RI) - 1) // scaling.tile_rows
+    scale_GC = _read_scales(scaling, expert, first, last + 1)
+    row_R = torch.arange(start, start + len(weight_RI)) // scaling.tile_rows - first
+    scale_RC = scale_GC[row_R]
+    whole = weight_RI.shape[1] // scaling.tile_columns  # tiles that are not cut at the edge
+    edge = whole * scaling.tile_columns
+    if whole:
+        weight_RI[:, :edge].unflatten(1, (whole, -1)).mul_(scale_RC[:, :whole, None])
+    weight_RI[:, edge:].mul_(scale_RC[:, whole:])
+    return weight_RI
+
+
+def _read_scales(scaling: Scaling, expert: int, start: int, stop: int) -> Tensor:
+    """Rows of the matrix of scales of one expert, [stop - start, columns], float32."""
+    info = scaling.scale
+    dtype = _torch_dtype(info)
+    row_bytes = scaling.columns * dtype.itemsize
+    data = _read_strided(
+        info,
+        offset=(expert * scaling.rows + start) * row_bytes,
+        count=1,
+        nbytes=(stop - start) * row_bytes,
+        stride=0,
+    )
+    scale_GC = data.view(dtype).float().reshape(stop - start, scaling.columns)
+    is_scale_GC = torch.isfinite(scale_GC) & (scale_GC > 0)
+    if not bool(is_scale_GC.all()):
+        row, column = (~is_scale_GC).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} holds {float(scale_GC[row, column])} as the scale in row"
+            f" {start + row}, column {column}{f' of expert {expert}' if expert else ''}; needed"
+            " positive numbers. The file is damaged, or was written by a tool that failed:"
+            " fetch it again, or give the checkpoint before it was quantized."
+        )
+    return scale_GC
 
 
 def _matrix_shape(info: TensorInfo, layer: StoredLayer) -> tuple[int, int]:

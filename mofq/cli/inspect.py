@@ -8,7 +8,7 @@ from typing import Any
 
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.cost import group_bytes, weights_of
+from mofq.cost import group_bytes, source_bytes, weights_of
 from mofq.engines import legality
 from mofq.layers import FusionGroup, ModelLayers, find_layers
 from mofq.schemes import parse_scheme
@@ -59,6 +59,8 @@ def _json(checkpoint: Checkpoint, layers: ModelLayers) -> dict[str, Any]:
         "weights": weights_of(layers.groups),
         "tied_lm_head": layers.tied_lm_head,
         "other_bytes": layers.other_bytes,
+        "source_format": checkpoint.source_format,
+        "source_bytes": sum(map(source_bytes, layers.groups)),
         "groups": [
             {"name": group.name, "layers": [one(layer) for layer in group.layers]}
             for group in layers.groups
@@ -68,7 +70,6 @@ def _json(checkpoint: Checkpoint, layers: ModelLayers) -> dict[str, Any]:
 
 
 def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
-    unquantized = parse_scheme("bf16")
     kinds: dict[tuple[str, str], list[FusionGroup]] = {}
     for group in layers.groups:
         kinds.setdefault(_kind(group), []).append(group)
@@ -78,7 +79,7 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
             str(len(groups)),
             shapes,
             f"{weights_of(groups) / 1e6:.2f} M",
-            short_bytes(sum(group_bytes(group, unquantized) for group in groups)),
+            short_bytes(sum(map(source_bytes, groups))),
         ]
         for (name, shapes), groups in kinds.items()
     ]
@@ -91,8 +92,15 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
     print_table(title, ["fusion group", "count", "layers [out, in]", "weights", "size"], rows)
     if layers.tied_lm_head:
         note("The lm_head is tied to the embeddings and left alone.")
-    total = layers.other_bytes + sum(group_bytes(g, unquantized) for g in layers.groups)
+    total = layers.other_bytes + sum(map(source_bytes, layers.groups))
     note(f"{short_bytes(total)} in all, {short_bytes(layers.other_bytes)} outside of the groups.")
+    if checkpoint.source_format is not None:
+        kept = sum(group_bytes(group, parse_scheme("bf16")) for group in layers.groups)
+        note(
+            f"The source is FP8 ({checkpoint.source_format}); sizes of groups are with its scales. "
+            f"Every error is measured against codes times scales. A layer left at bf16 is written "
+            f"in bf16: all groups would take {short_bytes(kept)}."
+        )
 
 
 def _print_offers(title: str, offers: Sequence[Offer]) -> None:

@@ -5,18 +5,23 @@ Coverage is total: a matrix in a decoder layer that no rule knows is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mofq.checkpoint.fp8 import SUPPORTED
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.exceptions import CheckpointError
 from mofq.layers.families import FUSION_RULES, Experts, Family, read_sizes
 from mofq.layers.linear import FusionGroup, LinearLayer, ModelLayers
 
 _SOURCE_DTYPES = ("BF16", "F16", "F32")
-_QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight")
+_QUANTIZED_SUFFIXES = (
+    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"),
+    *(".weight_scale_2", ".weight_zero_point", ".pre_quant_scale"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,9 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
         other towers of a multimodal model count as ``other_bytes`` only.
 
     Raises:
-        CheckpointError: The family is unknown, the checkpoint is quantized already (FP8
-            sources with ``weight_scale_inv`` included), config and tensors disagree, a
-            matrix is covered by no rule, or the lm_head is asked for and is tied.
+        CheckpointError: The family is unknown, the checkpoint is quantized already (and is
+            no FP8 source), config and tensors disagree, a matrix is covered by no rule, or
+            the lm_head is asked for and is tied.
     """
     model = _read_model(checkpoint)
     _check_decoder_layers(model)
@@ -79,7 +84,7 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
         unquantized=tuple(unquantized),
         tied_lm_head=head is None,
         other_bytes=sum(
-            info.nbytes for name, info in checkpoint.tensors.items() if name not in grouped
+            info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
     )
 
@@ -121,8 +126,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else config
     found = repr(scales[0]) if config is None else f"quantization_config {method!r}"
     raise CheckpointError(
-        f"{checkpoint.folder}: needed weights in {', '.join(_SOURCE_DTYPES)}, found {found}: the"
-        " checkpoint is quantized already. Give the original."
+        f"{checkpoint.folder}: needed weights in {', '.join(_SOURCE_DTYPES)}, or {SUPPORTED};"
+        f" found {found}: the checkpoint is quantized already. Give the original."
     )
 
 
@@ -200,18 +205,20 @@ def _join_experts(model: _Model, experts: Experts, index: int) -> FusionGroup:
         for word, (half, shape) in shapes.items():
             path = f"{at}.{experts.module}.experts.{expert}.{word}"
             key = f"{fused}.{half}_proj" if is_fused else f"{model.body}{path}.weight"
+            info = _require_tensor(model, key, stored[half] if is_fused else shape)
             layer = LinearLayer(
                 name=model.family.body + path,
                 tensor=key,
                 out_features=shape[0],
                 in_features=shape[1],
-                dtype=_require_tensor(model, key, stored[half] if is_fused else shape).dtype,
+                dtype=info.dtype,
                 transposed=False,
                 expert=expert if is_fused else None,
                 row_start=out if is_fused and word == experts.up else 0,
                 decoder_layer=index,
                 module=f"experts.{word}",
                 shares_scale=f"experts.{expert}.{half}",
+                scale_bytes=_scale_bytes(info, shape),
             )
             layers.append(layer)
     return FusionGroup(f"layers.{index}.moe.experts", tuple(layers))
@@ -273,6 +280,7 @@ def _find_lm_head(model: _Model) -> LinearLayer | None:
         decoder_layer=None,
         module="lm_head",
         shares_scale="lm_head",
+        scale_bytes=_scale_bytes(info, shape),
     )
 
 
@@ -290,6 +298,11 @@ def _find_layer(
     """The layer at ``path`` below the body, [out, in] = ``shape``, with a tensor of its own."""
     key = tensor or f"{model.body}{path}.weight"
     info = _require_tensor(model, key, shape[::-1] if transposed else shape)
+    if transposed and info.scaling is not None:
+        raise CheckpointError(
+            f"{info.file}: {key!r} is stored transposed and has FP8 scales, for which there is no"
+            " convention. Give the checkpoint before it was quantized."
+        )
     return LinearLayer(
         name=model.family.body + path,
         tensor=key,
@@ -302,7 +315,13 @@ def _find_layer(
         decoder_layer=decoder_layer,
         module=module,
         shares_scale=shares_scale,
+        scale_bytes=_scale_bytes(info, shape),
     )
+
+
+def _scale_bytes(info: TensorInfo, shape: tuple[int, int]) -> int:
+    """A layer's share of the scales of the tensor that it lies in."""
+    return info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape))
 
 
 def _require_tensor(model: _Model, key: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -319,7 +338,7 @@ def _require_tensor(model: _Model, key: str, shape: tuple[int, ...]) -> TensorIn
             f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
             " models."
         )
-    if info.dtype not in _SOURCE_DTYPES:
+    if info.dtype not in _SOURCE_DTYPES and not info.decoded:
         raise CheckpointError(
             f"{info.file}: tensor {key!r} needs dtype {', '.join(_SOURCE_DTYPES)}, found"
             f" {info.dtype}. Give the original checkpoint, or convert it."

@@ -27,6 +27,7 @@ class LinearLayer:
     decoder_layer: int | None
     module: str  #: last words of the name: "q_proj", "experts.gate_proj"
     shares_scale: str  #: layers of a fusion group with the same word share a global scale
+    scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
 
     @property
     def weights(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from mofq.calibration.stats import Stats, verify_sequences
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.sampled import hash_weights
-from mofq.checkpoint.tensors import read_layer_rows
+from mofq.checkpoint.tensors import check_scales, read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.fits import Fits
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
@@ -88,6 +88,7 @@ def measure(
     weights = hash_weights(checkpoint)
     if stats is not None:
         _check_stats(stats, checkpoint, weights)
+    check_scales(checkpoint)
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
     )

@@ -16,7 +16,7 @@ import mofq
 from mofq.backends.compressed_tensors.folder import copy_other_files
 from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
-from mofq.checkpoint.tensors import TORCH_DTYPES, read_rows
+from mofq.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
 from mofq.checkpoint.writer import PlannedTensor, ShardWriter
 from mofq.exceptions import RewriteError
 from mofq.held import hold_new_folder
@@ -49,7 +49,7 @@ def write_rewritten(
     """Write a model folder in which scales have moved; it appears when it is complete.
 
     Args:
-        checkpoint: The original.
+        checkpoint: The original; FP8 weights are written in bf16, those that no scale moves too.
         choices: One for each site.
         out_folder: A folder that does not exist yet, or is empty.
         method: For the lineage.
@@ -67,7 +67,7 @@ def write_rewritten(
     """
     target = Path(out_folder)
     moved = _moved_tensors(choices)
-    plan = {name: PlannedTensor(i.dtype, i.shape) for name, i in checkpoint.tensors.items()}
+    plan = {name: PlannedTensor(i.kept_dtype, i.shape) for name, i in checkpoint.tensors.items()}
     for name in moved:
         if plan[name].dtype not in ("BF16", "F16", "F32"):
             raise RewriteError(
@@ -79,6 +79,9 @@ def write_rewritten(
             for done, name in enumerate(plan, start=1):
                 if name in moved:
                     for rows in _moved_rows(checkpoint, name, moved[name]):
+                        writer.add_rows(name, rows)
+                elif checkpoint.tensors[name].decoded:
+                    for _, rows in read_kept_rows(checkpoint.tensors[name]):
                         writer.add_rows(name, rows)
                 else:
                     writer.copy(name, checkpoint.tensors[name])
@@ -127,7 +130,7 @@ def check_rewritten(
     for name, info in checkpoint.tensors.items():
         if name not in moved:
             continue
-        tolerance = torch.finfo(TORCH_DTYPES[info.dtype]).eps
+        tolerance = torch.finfo(TORCH_DTYPES[info.kept_dtype]).eps
         start = 0
         for needed in _scaled_rows(checkpoint, name, moved[name]):
             found = read_rows(rewritten.tensors[name], start, start + len(needed)).double()
@@ -170,7 +173,7 @@ def _scaled_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[T
 
 
 def _moved_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Tensor]:
-    dtype = TORCH_DTYPES[checkpoint.tensors[name].dtype]
+    dtype = TORCH_DTYPES[checkpoint.tensors[name].kept_dtype]
     for rows in _scaled_rows(checkpoint, name, moved):
         stored = rows.to(dtype)
         if not bool(torch.isfinite(stored).all()):

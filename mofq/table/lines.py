@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mofq import __version__
-from mofq.cost import layer_bytes
+from mofq.cost import source_bytes
 from mofq.layers import ModelLayers
 from mofq.numerics import NUMERICS
-from mofq.schemes import parse_scheme
 
 Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -231,7 +230,6 @@ def header_of(
         weights_sha256: Of its weights, from `hash_weights`.
         stats: The calibration that the rows will rest on, if any.
     """
-    unquantized = parse_scheme("bf16")
     groups = tuple(
         TableGroup(
             name=group.name,
@@ -246,7 +244,7 @@ def header_of(
                 )
                 for layer in group.layers
             ),
-            source_bytes=sum(layer_bytes(layer, unquantized) for layer in group.layers),
+            source_bytes=source_bytes(group),
         )
         for group in model_layers.groups
     )

@@ -16,7 +16,7 @@ from mofq.backends.compressed_tensors import (
     recipe_from_compressed_tensors,
 )
 from mofq.backends.fitted import open_fits
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.headers import Checkpoint, open_stored
 from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.exceptions import BackendError, nearest_name
@@ -93,7 +93,7 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
     if not path.is_dir():
         recipe = load_recipe(path)
         return _open_recipe(recipe, checkpoint, source=str(source), text=path.read_text("utf-8"))
-    folder = open_checkpoint(str(path))
+    folder = open_stored(str(path))
     if holds_recipe(path / RECIPE_FILE):
         return _open_exported(folder, checkpoint)
     if "quantization_config" in folder.config:

@@ -18,7 +18,7 @@ from mofq.backends.emulate import find_recipe_layers, share_amax, static_amax
 from mofq.backends.moe import FakeQuantExperts
 from mofq.backends.torchao import TorchaoLinear, weight_deviation
 from mofq.checkpoint.headers import Checkpoint
-from mofq.checkpoint.tensors import read_layer_rows, read_tensor
+from mofq.checkpoint.tensors import read_kept_layer, read_layer_rows, read_tensor
 from mofq.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.layers import (
     FUSION_RULES,
@@ -73,7 +73,8 @@ def find_deviations(
 
     Weights must be equal in every bit, after one rounding to the model's dtype;
     so must everything that a recipe leaves alone, biases, norms and embeddings
-    included.
+    included; what an FP8 checkpoint holds of that is rounded to bf16 first, as an
+    export rounds it.
 
     Args:
         model: To which the recipe was applied.
@@ -228,7 +229,7 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     different, first, is_source = 0, "", True
     for start, stop in _row_blocks(layer, scheme):
         source = read_layer_rows(checkpoint, layer, start, stop)
-        needed = source
+        needed = read_kept_layer(checkpoint, layer, start, stop)
         if scheme.weight is not None:
             needed = fake_quantize_weight(
                 source,
@@ -279,5 +280,7 @@ def _check_others(
         if name in skipped or found is None or not found.is_floating_point():
             continue
         needed = read_tensor(info)
+        if info.decoded:  # rounded as an export rounds it
+            needed = needed.bfloat16()
         if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
             yield Deviation(name, "differs from the original, and no recipe touches it")

@@ -14,7 +14,7 @@ from mofq.backends import emulate
 from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
-from mofq.checkpoint.tensors import read_layer_rows
+from mofq.checkpoint.tensors import read_kept_layer, read_layer_rows
 from mofq.corpora import Corpus, tokenize
 from mofq.exceptions import MofqError
 from mofq.fits import Fits
@@ -170,7 +170,9 @@ class MeasuredKl:
                 self._restore(group, stored)
             self._applied.clear()
             self._stored = layers
-            self._loaded = emulate.find_loaded_layers(self._model, recipe).groups
+            loaded = emulate.find_loaded_layers(self._model, recipe)
+            emulate.round_kept(self._model, loaded, checkpoint=self.checkpoint, on_disk=layers)
+            self._loaded = loaded.groups
         choices = {group.name: _choice(group, recipe) for group in self._loaded}
         for group in self._loaded:
             choice = choices[group.name]
@@ -192,7 +194,8 @@ class MeasuredKl:
                 self._originals[path] = self._model.get_submodule(path)
         for layer in group.layers:
             if layer.expert is not None and layer.name in stored:  # rounded in place
-                weight_OI = self._stored_weight(stored[layer.name])
+                source = stored[layer.name]
+                weight_OI = read_kept_layer(self.checkpoint, source, 0, source.out_features)
                 emulate.loaded_weight(self._model, layer).copy_(weight_OI)
 
     def _quantize(

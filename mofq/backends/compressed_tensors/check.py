@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mofq.backends.compressed_tensors.config import quantization_config
 from mofq.backends.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
-from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
-from mofq.checkpoint.tensors import read_rows
+from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_stored
+from mofq.checkpoint.tensors import read_kept_rows, read_rows
 from mofq.exceptions import EnforcementError
 from mofq.fits import Fits
 from mofq.recipe import Recipe
@@ -38,10 +38,10 @@ def check_compressed_tensors(
 
     Raises:
         EnforcementError: The first deviation, with layer, tensor and row.
-        MofqError: As ``plan_export`` and ``open_checkpoint``.
+        MofqError: As ``plan_export`` and ``open_stored``.
     """
     plan = plan_export(checkpoint, recipe)
-    exported = open_checkpoint(str(folder))
+    exported = open_stored(str(folder))
     _check_config(plan, exported)
     _check_names(plan, exported)
     for planned in plan.quantized:
@@ -49,7 +49,10 @@ def check_compressed_tensors(
             info = exported.tensors[f"{layer.name}.{word}"]
             _check_rows(info, first_row, rows, f"{layer.name} in {planned.scheme.name}")
     for name, info in checkpoint.tensors.items():
-        if name not in plan.replaced:
+        if name not in plan.replaced and info.decoded:
+            for first_row, rows in read_kept_rows(info):
+                _check_rows(exported.tensors[name], first_row, rows, "rounded to bf16")
+        elif name not in plan.replaced:
             _check_copy(info, exported.tensors[name])
 
 

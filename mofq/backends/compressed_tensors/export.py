@@ -12,7 +12,8 @@ from mofq.backends.compressed_tensors.config import quantization_config
 from mofq.backends.compressed_tensors.folder import copy_other_files, model_card
 from mofq.backends.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
 from mofq.backends.fitted import open_fits
-from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint
+from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
+from mofq.checkpoint.tensors import read_kept_rows
 from mofq.checkpoint.writer import ShardWriter
 from mofq.engines import find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
@@ -57,7 +58,8 @@ def export_compressed_tensors(
     """Write a recipe's checkpoint in the compressed-tensors format.
 
     The folder appears under its name when it is complete. Codes and scales are
-    those of ``quantize_weight``; every other tensor is copied byte for byte.
+    those of ``quantize_weight``; every other tensor is copied byte for byte, except that
+    FP8 weights of the source which stay unquantized are written in bf16.
 
     Args:
         checkpoint: The original model.
@@ -189,7 +191,16 @@ def _write_weights(
                 progress("export", done, len(plan.quantized))
         for name, info in plan.checkpoint.tensors.items():
             if name not in plan.replaced:
-                writer.copy(name, info)
+                _write_kept(writer, info)
+
+
+def _write_kept(writer: ShardWriter, info: TensorInfo) -> None:
+    """A tensor that no scheme changes: byte for byte, or the values of an FP8 source in bf16."""
+    if not info.decoded:
+        writer.copy(info.name, info)
+        return
+    for _, rows in read_kept_rows(info):
+        writer.add_rows(info.name, rows)
 
 
 def _write_text(path: Path, text: str) -> None:

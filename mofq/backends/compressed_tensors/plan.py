@@ -19,7 +19,7 @@ from mofq.backends.compressed_tensors.packing import (
 from mofq.backends.compressed_tensors.storage import Storage, storage_of
 from mofq.backends.emulate import find_recipe_layers, static_amax
 from mofq.checkpoint.headers import Checkpoint
-from mofq.checkpoint.tensors import read_layer_rows
+from mofq.checkpoint.tensors import check_scales, read_layer_rows
 from mofq.checkpoint.writer import PlannedTensor
 from mofq.exceptions import BackendError
 from mofq.fits import FitArguments, Fits, fit_arguments
@@ -69,7 +69,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         recipe: Of that model.
 
     Returns:
-        The plan; no weight has been read.
+        The plan; of the weights, no more than the scales of an FP8 source has been read.
 
     Raises:
         BackendError: A scheme cannot be expressed, or does not fit its layer; the
@@ -81,6 +81,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
     model_layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
+    check_scales(checkpoint)
     schemes = recipe.schemes
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
     for group in model_layers.groups:
@@ -117,7 +118,7 @@ def _order_tensors(
             made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
     tensors: dict[str, PlannedTensor] = {}
     for name, info in checkpoint.tensors.items():
-        tensors.update(made.get(name) or {name: PlannedTensor(info.dtype, info.shape)})
+        tensors.update(made.get(name) or {name: PlannedTensor(info.kept_dtype, info.shape)})
     return tensors
 
 
@@ -126,7 +127,7 @@ def _group_bytes(
 ) -> int:
     every = [layer for group in layers.groups for layer in group.layers]
     copied = {layer.tensor for layer in every if layer.name not in parts}
-    total = sum(checkpoint.tensors[name].nbytes for name in copied)
+    total = sum(checkpoint.tensors[name].kept_bytes for name in copied)
     return total + sum(tensor.nbytes for part in parts.values() for tensor in part.values())
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
+from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_stored
 from mofq.checkpoint.tensors import read_tensor
 from mofq.cost import bits_per_weight, group_bytes, weights_of
 from mofq.exceptions import BackendError, SchemeError
@@ -54,7 +54,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
             for, or gives the layers of one fusion group different schemes.
         CheckpointError: No model, or one of an unknown family.
     """
-    stored = open_checkpoint(str(folder))
+    stored = open_stored(str(folder))
     config = stored.config.get(_CONFIG_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
         method = config.get("quant_method") if isinstance(config, dict) else None

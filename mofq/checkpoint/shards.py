@@ -1,0 +1,269 @@
+"""One safetensors file, by its header, and JSON from strangers. Reads no weight, needs no torch.
+
+Headers are input from strangers: whatever does not follow the format to the
+letter is refused before anything is read on its word.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mofq.exceptions import CheckpointError, nearest_name
+
+#: Width of one element [bits], in the order in which safetensors ranks the dtypes.
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+#: What FP8 checkpoints keep their weights in.
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+
+#: The safetensors library refuses longer headers too. No JSON file here is longer [bytes].
+MAX_JSON_BYTES = 100_000_000
+#: What to do about a damaged file.
+AGAIN = "Fetch the file again from where it came."
+
+_MAX_DIMENSIONS = 64  # torch's own limit
+
+
+def kept_dtype(dtype: str) -> str:
+    """The dtype in which a tensor is written where no scheme quantizes it.
+
+    Args:
+        dtype: In which it is stored.
+
+    Returns:
+        The same; for FP8, whose scales no engine would find beside it then, ``BF16``.
+    """
+    return "BF16" if dtype in FP8_DTYPES else dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What the codes of an FP8 tensor are multiplied by: a matrix of scales, each of a tile."""
+
+    scale: TensorInfo
+    rows: int  #: of the matrix of scales; one matrix for each expert of a fused tensor
+    columns: int
+    tile_rows: int  #: rows of the weight that share a scale
+    tile_columns: int  #: columns that do
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies, and how its values are read."""
+
+    name: str
+    dtype: str  #: as safetensors calls it: "BF16", "F16", "F32", …
+    shape: tuple[int, ...]
+    file: Path
+    start: int  #: first byte in the file
+    stop: int  #: one past the last byte in the file
+    decoded: bool = False  #: FP8 of a source: read as float32, times its scales if it has any
+    scaling: Scaling | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk, without scales [bytes]."""
+        return self.stop - self.start
+
+    @property
+    def scale_bytes(self) -> int:
+        """Size of the scales on disk [bytes]."""
+        return 0 if self.scaling is None else self.scaling.scale.nbytes
+
+    @property
+    def kept_dtype(self) -> str:
+        """As the function of that name; where it is read as it is stored, its own."""
+        return kept_dtype(self.dtype) if self.decoded else self.dtype
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size where it is written unquantized [bytes]."""
+        return self.nbytes * DTYPE_BITS[self.kept_dtype] // DTYPE_BITS[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and validate the header of one safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensor name to location, in order of name.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or not safetensors: a header
+            longer than the file, invalid JSON, a key that stands twice, an unknown
+            dtype, byte ranges that overlap, leave holes, run past the end, or
+            disagree with dtype and shape. The message names file and tensor.
+    """
+    raw, data_start, data_bytes = _read_raw_header(path)
+    entries = _parse_json(raw, path, "the header")
+    entries.pop("__metadata__", None)
+    infos = [_parse_entry(path, name, entry, data_start) for name, entry in entries.items()]
+    _check_byte_ranges(path, infos, data_start, data_bytes)
+    return {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+
+
+def _read_raw_header(path: Path) -> tuple[bytes, int, int]:
+    """The header's bytes, where the data starts, and how many bytes of data there are."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: needed a safetensors file, found none. {AGAIN}")
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or length > min(file_bytes - 8, MAX_JSON_BYTES):
+                raise CheckpointError(
+                    f"{path}: the first 8 bytes claim a header of {length:,} bytes; the file has"
+                    f" {file_bytes:,}, and a header at most {MAX_JSON_BYTES:,}. It is truncated"
+                    f" or no safetensors file. {AGAIN}"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    return raw, 8 + length, file_bytes - 8 - length
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    where = f"{path}: tensor {name!r}"
+    if not name.isprintable():
+        raise CheckpointError(
+            f"{where}: its name holds characters that a terminal would obey and not show."
+            " Do not trust this checkpoint."
+        )
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(
+            f"{where}: needed dtype, shape and data_offsets, found {shorten(entry)}. {AGAIN}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"{where}: unknown dtype {shorten(dtype)}." + nearest_name(str(dtype), DTYPE_BITS)
+        )
+    if not _is_sizes(shape):
+        raise CheckpointError(
+            f"{where}: needed a shape of at most {_MAX_DIMENSIONS} integers >= 0,"
+            f" found {shorten(shape)}. {AGAIN}"
+        )
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: needed data_offsets [begin, end] with 0 <= begin <= end,"
+            f" found {shorten(offsets)}. {AGAIN}"
+        )
+    nbytes, bits_left = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
+    if bits_left or nbytes != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            f"{where}: {dtype} of shape {shorten(shape)} needs {nbytes:,} bytes"
+            f"{f' and {bits_left} bits' if bits_left else ''}, data_offsets give it"
+            f" {offsets[1] - offsets[0]:,} bytes. {AGAIN}"
+        )
+    begin, end = (data_start + offset for offset in offsets)
+    return TensorInfo(name, dtype, tuple(shape), path, begin, end)
+
+
+def _is_sizes(value: object) -> bool:
+    # bool is an int to Python, and not a size. Without limits, a product of sizes takes forever.
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
+
+
+def _check_byte_ranges(
+    path: Path, infos: list[TensorInfo], data_start: int, data_bytes: int
+) -> None:
+    """Tensors must tile the data: no overlap, no hole, nothing past the end, nothing left."""
+    position = data_start
+    previous = "the header"
+    for info in sorted(infos, key=lambda info: (info.start, info.stop)):
+        if info.start != position:
+            problem = "overlaps" if info.start < position else "leaves a hole after"
+            raise CheckpointError(
+                f"{path}: tensor {info.name!r} {problem} {previous}: needed it to begin at byte"
+                f" {position - data_start:,} of the data, found {info.start - data_start:,}."
+                f" {AGAIN}"
+            )
+        position, previous = info.stop, repr(info.name)
+    needed = position - data_start
+    if needed != data_bytes:
+        problem = "is truncated" if needed > data_bytes else "has bytes that no tensor claims"
+        raise CheckpointError(
+            f"{path}: the file {problem}: its header needs {needed:,} bytes of data,"
+            f" found {data_bytes:,}. {AGAIN}"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size in which no key stands twice.
+
+    Raises:
+        CheckpointError: The file is not such a file.
+    """
+    try:
+        size = path.stat().st_size
+        raw = b"" if size > MAX_JSON_BYTES else path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: needed at most {MAX_JSON_BYTES:,} bytes, found {size:,}.")
+    return _parse_json(raw, path, "the file")
+
+
+def _parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(keys) != len(set(keys)):
+            twice = next(key for position, key in enumerate(keys) if key in keys[:position])
+            raise CheckpointError(
+                f"{path}: key {twice!r} stands twice in {what}; which one is meant is unknown."
+                f" {AGAIN}"
+            )
+        for key in keys:
+            key.encode()  # a lone surrogate is not a name that anything else could write
+        return dict(pairs)
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {what} is not valid JSON: {error}. {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: needed a JSON object as {what}, found {shorten(value)}. {AGAIN}"
+        )
+    return value
+
+
+def shorten(value: object) -> str:
+    """The value as a message shows it, on at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
