@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mofq.backends.compressed_tensors import check_compressed_tensors, export_compressed_tensors
 from mofq.backends.fitted import open_fits
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.checkpoint.headers import Checkpoint, open_checkpoint, open_stored
 from mofq.decide.request import Request
 from mofq.decide.uniform import uniform_recipe, uniform_recipes
 from mofq.fits import Fits
@@ -151,7 +151,7 @@ def _request(folder: Path, windows: list[list[int]], *, repeats: int) -> dict[st
 def layer_bytes(checkpoint: Checkpoint, folder: Path) -> int:
     """Bytes in a folder of all tensors of the linear layers that a recipe may quantize."""
     layers = {each.name for group in find_layers(checkpoint).groups for each in group.layers}
-    stored = open_checkpoint(str(folder))
+    stored = open_stored(str(folder))
     return sum(
         info.nbytes
         for name, info in stored.tensors.items()

@@ -141,31 +141,46 @@ def write_fp8(
     (target / "config.json").write_text(json.dumps(config))
     tensors = read_all(source)
     scales: dict[str, Tensor] = {}
-    for name, weight in list(tensors.items()):
-        if not is_quantized(name, weight):
-            continue
-        codes, scale = quantize(weight)
-        tensors[name] = codes
+    for name in [name for name, tensor in tensors.items() if is_quantized(name, tensor)]:
+        tensors[name], scale = quantize_experts(tensors[name], quantize)
         if suffix:
             scales[name + suffix] = scale
         if with_inputs:
-            module = name.removesuffix(".weight")
-            scales[f"{module}.input_scale"] = torch.tensor(0.5)
-            if name.endswith("k_proj.weight"):
-                scales[f"{module}.k_scale"] = torch.tensor(0.25)
-    if not scales_apart:
+            scales |= _scales_of_inputs(name.removesuffix(".weight"))
+    if scales_apart:
+        _save_apart(tensors, scales, target)
+    else:
         save(tensors | scales, target / "model.safetensors")
-        return target
+    return target
+
+
+def _scales_of_inputs(module: str) -> dict[str, Tensor]:
+    scales = {f"{module}.input_scale": torch.tensor(0.5)}
+    if module.endswith("k_proj"):
+        scales[f"{module}.k_scale"] = torch.tensor(0.25)
+    return scales
+
+
+def _save_apart(tensors: dict[str, Tensor], scales: dict[str, Tensor], folder: Path) -> None:
     shards = {
-        "model-00001-of-00002.safetensors": scales,
+        "model-00001-of-00002.safetensors": scales or {"unused": torch.zeros(1)},
         "model-00002-of-00002.safetensors": tensors,
     }
     for file, some in shards.items():
-        save(some, target / file)
+        save(some, folder / file)
     weight_map = {name: file for file, some in shards.items() for name in some}
     index = {"metadata": {}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index))
-    return target
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def quantize_experts(weight: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix, or of each of a tensor's experts."""
+    if weight.ndim == 2:
+        return quantize(weight)
+    each = [quantize(one) for one in weight]
+    # torch.stack knows no FP8.
+    codes = torch.stack([codes.view(torch.uint8) for codes, _ in each]).view(each[0][0].dtype)
+    return codes, torch.stack([scale for _, scale in each])
 
 
 def is_quantized(name: str, weight: Tensor) -> bool:

@@ -24,7 +24,7 @@ from test_emulate import logits_of
 from mofq.backends import emulate
 from mofq.backends.compressed_tensors import load_compressed_tensors, recipe_from_compressed_tensors
 from mofq.backends.compressed_tensors.decoding import read_quantized
-from mofq.checkpoint.headers import open_checkpoint
+from mofq.checkpoint.headers import open_checkpoint, open_stored
 from mofq.checkpoint.model import load_model
 from mofq.corpora import load_text
 from mofq.exceptions import BackendError
@@ -59,7 +59,7 @@ def test_codes_and_scales_are_read_back_bit_for_bit(
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     export(tiny_llama, uniform_recipe(checkpoint, name), tmp_path / "out")
-    stored = open_checkpoint(str(tmp_path / "out"))
+    stored = open_stored(str(tmp_path / "out"))
     scheme = parse_scheme(name)
     assert scheme.weight is not None
     for group in find_layers(checkpoint).groups:
@@ -90,9 +90,7 @@ def test_a_foreign_folder_computes_what_the_recipe_does(
     recipe = mixed_recipe(folder)
     export(folder, recipe, tmp_path / "out")
     found = recipe_from_compressed_tensors(tmp_path / "out")
-    model = load_compressed_tensors(
-        load_model(folder), found, open_checkpoint(str(tmp_path / "out"))
-    )
+    model = load_compressed_tensors(load_model(folder), found, open_stored(str(tmp_path / "out")))
     expected = emulate.apply(load_model(folder), recipe, checkpoint=checkpoint)
     assert torch.equal(logits_of(model), logits_of(expected))
 
@@ -116,7 +114,7 @@ def test_what_another_tool_changed_beside_the_codes_is_seen(
     save_file(tensors, path, metadata={"format": "pt"})
     found = recipe_from_compressed_tensors(tmp_path / "out")
     model = load_compressed_tensors(
-        load_model(tiny_llama), found, open_checkpoint(str(tmp_path / "out"))
+        load_model(tiny_llama), found, open_stored(str(tmp_path / "out"))
     )
     plain = emulate.apply(load_model(tiny_llama), recipe, checkpoint=checkpoint)
     for name, parameter in model.named_parameters():
@@ -178,7 +176,7 @@ def test_activation_order_and_wrong_originals_are_refused(
     save_file(wide, path, metadata={"format": "pt"})
     found = recipe_from_compressed_tensors(tmp_path / "out")
     with pytest.raises(BackendError, match=r"'model.norm.weight' has shape \[64\]"):
-        load_compressed_tensors(load_model(folder), found, open_checkpoint(str(tmp_path / "out")))
+        load_compressed_tensors(load_model(folder), found, open_stored(str(tmp_path / "out")))
     short = {k: v for k, v in tensors.items() if k != f"{UP}.weight_scale"}
     save_file(
         short | {f"{UP}.weight_scale": torch.ones(256, 2, dtype=torch.bfloat16)},
@@ -187,4 +185,4 @@ def test_activation_order_and_wrong_originals_are_refused(
     )
     found = recipe_from_compressed_tensors(tmp_path / "out")
     with pytest.raises(BackendError, match=r"up_proj.weight_scale: needed \[256, 4\]"):
-        load_compressed_tensors(load_model(folder), found, open_checkpoint(str(tmp_path / "out")))
+        load_compressed_tensors(load_model(folder), found, open_stored(str(tmp_path / "out")))

@@ -110,9 +110,11 @@ def test_every_row_is_padded_to_its_word(scheme: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("F32", 24), ("F16", 12), ("BF16", 12), ("F8_E4M3", 6)]
+    ("dtype", "size"), [("F32", 24), ("F16", 12), ("BF16", 12), ("F8_E4M3", 12), ("F8_E5M2", 12)]
 )
-def test_an_unquantized_layer_keeps_the_width_of_its_source(dtype: str, size: int) -> None:
+def test_an_unquantized_layer_keeps_the_width_of_its_source_and_fp8_becomes_bf16(
+    dtype: str, size: int
+) -> None:
     assert layer_bytes(layer_of(2, 3, dtype=dtype), parse_scheme("bf16")) == size
 
 

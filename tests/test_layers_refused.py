@@ -80,7 +80,9 @@ def test_a_missing_matrix_is_named(tiny_llama: Path, tmp_path: Path) -> None:
         find_layers(open_checkpoint(str(folder)))
 
 
-def test_an_fp8_source_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_fp8_source_whose_config_does_not_say_so_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     def to_fp8(tensors: dict[str, Any]) -> None:
         key = "model.layers.0.self_attn.q_proj.weight"
         tensors[key] = tensors[key].to(torch.float8_e4m3fn)
