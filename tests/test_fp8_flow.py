@@ -218,6 +218,31 @@ def test_the_sources_own_scheme_costs_nothing(
             assert row.error < 1e-13
 
 
+@pytest.mark.parametrize(("convention", "is_exact"), [("fp8 blocks", False), ("cast", True)])
+def test_rounding_to_bf16_is_in_the_table_and_not_nothing(
+    convention: str, is_exact: bool, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model = write_fp8(tiny("llama"), tmp_path / "m", convention)
+    stats, space, table = (tmp_path / n for n in ("stats", "space.yaml", "table.jsonl"))
+    space.write_text(SPACE)
+    ok("calibrate", model, *SHORT, "-o", stats)
+    ok("measure", model, "--space", space, "--stats", stats, "-o", table)
+    checkpoint = open_checkpoint(str(model))
+    weights = {
+        group.name: read_layer_rows(checkpoint, group.layers[0], 0, group.layers[0].out_features)
+        for group in find_layers(checkpoint).groups
+        if len(group.layers) == 1
+    }
+    rows = [row for row in read_table(table).rows if row.scheme == "bf16"]
+    for row in rows:
+        if row.unit == "relative_weight_error" and row.group in weights:
+            weight_OI = weights[row.group].numpy().astype(np.float64)
+            delta_OI = weight_OI.astype(ml_dtypes.bfloat16).astype(np.float64) - weight_OI
+            needed = ((delta_OI**2).sum(0) / (weight_OI**2).sum(0)).mean()
+            assert row.error == pytest.approx(needed, rel=1e-5)
+        assert (row.error == 0) is is_exact
+
+
 def test_bytes_of_a_recipe_are_those_of_what_is_written(
     tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:

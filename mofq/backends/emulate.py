@@ -128,16 +128,23 @@ def apply_groups(
     for done, group in enumerate(quantized):
         if progress is not None:
             progress(stage, done, len(quantized))
+        scheme = schemes[group.name]
         sources = {
             layer.name: loaded_weight(model, layer)
             if checkpoint is None
-            else read_layer_rows(checkpoint, stored[layer.name], 0, layer.out_features)
+            else scheme_source(checkpoint, stored[layer.name], scheme)
             for layer in group.layers
         }
-        apply_one(model, group, schemes[group.name], sources=sources, recipe=recipe)
+        apply_one(model, group, scheme, sources=sources, recipe=recipe)
     if progress is not None:
         progress(stage, len(quantized), len(quantized))
     return model
+
+
+def scheme_source(checkpoint: Checkpoint, layer: LinearLayer, scheme: Scheme) -> Tensor:
+    """The weight that a scheme rounds, or the one that it leaves as an export writes it."""
+    read = read_kept_layer if scheme.weight is None else read_layer_rows
+    return read(checkpoint, layer, 0, layer.out_features)
 
 
 def round_kept(

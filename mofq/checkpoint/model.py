@@ -111,13 +111,12 @@ def _load_decoded(checkpoint: Checkpoint, options: Mapping[str, Any]) -> PreTrai
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     tensors = {name: _Lazy(info) for name, info in checkpoint.tensors.items()}
     model: PreTrainedModel = kind.from_pretrained(
-        None, config=config, state_dict=tensors, **options
+        None, config=config, state_dict=tensors, trust_remote_code=False, **options
     )
     model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / _GENERATION_FILE).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True
-        )
+        generation = read_json(checkpoint.folder / _GENERATION_FILE)
+        model.generation_config = GenerationConfig.from_dict(generation)
     return model
 
 

@@ -24,6 +24,7 @@ from mofq.measure.prepared import PreparedLayer, prepare_layer
 from mofq.measure.rows import group_rows
 from mofq.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
 from mofq.measure.schedule import score_layers
+from mofq.measure.written import written_schemes
 from mofq.schemes import Scheme
 from mofq.search_space import Legality, Offer, SearchSpace, offer_schemes
 from mofq.table import (
@@ -185,18 +186,19 @@ def measure_groups(
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
-    pass_of = layer_passes(work, device=device, tell=tell, elements=elements)
+    written = [(group, written_schemes(group, schemes)) for group, schemes in work]
+    pass_of = layer_passes(written, device=device, tell=tell, elements=elements)
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         fits = None if stats is None else stack.enter_context(Fits(stats))
         layers = _all_parts(
-            checkpoint, work, reader, fits, corpora=corpora, device=device, pass_of=pass_of
+            checkpoint, written, reader, fits, corpora=corpora, device=device, pass_of=pass_of
         )
         scores = stack.enter_context(closing(score_layers(layers, device=device)))
-        for group, schemes in work:
-            count = parts_in_all(schemes)
+        for (group, schemes), (_, measured) in zip(work, written, strict=True):
+            count = parts_in_all(measured)
             by_name = {
-                layer.name: join_parts(schemes, list(islice(scores, count)))
+                layer.name: join_parts(measured, list(islice(scores, count)))
                 for layer in group.layers
             }
             profiles = group_profiles(

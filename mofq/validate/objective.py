@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor, nn
+from torch import nn
 
 from mofq.backends import emulate
 from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
-from mofq.checkpoint.tensors import read_kept_layer, read_layer_rows
+from mofq.checkpoint.tensors import read_kept_layer
 from mofq.corpora import Corpus, tokenize
 from mofq.exceptions import MofqError
 from mofq.fits import Fits
@@ -212,8 +212,11 @@ class MeasuredKl:
             for path, module in self._cache[key].items():
                 emulate.replace_module(self._model, path, module)
             return
-        sources = {layer.name: self._stored_weight(stored[layer.name]) for layer in group.layers}
         scheme = parse_scheme(choice[0])
+        sources = {
+            layer.name: emulate.scheme_source(self.checkpoint, stored[layer.name], scheme)
+            for layer in group.layers
+        }
         emulate.apply_group(
             self._model, group, scheme, sources=sources, recipe=recipe, fits=self._fits
         )
@@ -222,9 +225,6 @@ class MeasuredKl:
             self._cache[key] = {path: self._model.get_submodule(path) for path in paths}
             while sum(map(_bytes, self._cache.values())) > self._cache_bytes:
                 self._cache.popitem(last=False)
-
-    def _stored_weight(self, layer: LinearLayer) -> Tensor:
-        return read_layer_rows(self.checkpoint, layer, 0, layer.out_features)
 
 
 _UNQUANTIZED: _Choice = ("bf16", ())
