@@ -366,3 +366,14 @@ def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused("validate", DEMO, folder, *TEXT)
     assert "model.layers.2.mlp.gate_proj" in message
+
+
+def test_a_device_map_without_its_package_names_the_extra(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.checkpoint.model.find_spec", lambda name: None)
+    corpus = ("--corpus", "a=demo-en-calibration", "--sequences", "1", "--sequence-length", "32")
+    message = refused(
+        "calibrate", tiny_llama, *corpus, "--device-map", "auto", "-o", tmp_path / "stats"
+    )
+    assert "pip install mofq[accelerate]" in message

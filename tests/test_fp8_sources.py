@@ -275,6 +275,12 @@ def test_a_mixture_of_integers_and_fp8_is_refused(made: dict[str, Path], tmp_pat
         find_layers(open_checkpoint(str(folder)))
 
 
+def test_a_device_map_spreads_decoded_weights_too(made: dict[str, Path]) -> None:
+    ours = load_model(made["fp8 blocks"]).state_dict()
+    spread = load_model(made["fp8 blocks"], device_map="cpu").state_dict()
+    assert all(torch.equal(spread[name], ours[name]) for name in ours)
+
+
 def test_what_is_quantized_in_the_tests_is_the_decoder(made: dict[str, Path]) -> None:
     tensors = read_all(made["fp8 blocks"])
     codes = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ def load_model(
         their experts one by one, as ``F.linear`` calls.
 
     Raises:
-        CheckpointError: transformers cannot load the folder.
+        CheckpointError: transformers cannot load the folder, or the package that spreads it
+            is not installed.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        _require_accelerate(device_map)
+        options["device_map"] = device_map
     logging.disable_progress_bar()
     _refuse_foreign_code(folder)
     checkpoint = open_checkpoint(str(folder))
@@ -136,6 +141,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"Copy tokenizer.json and tokenizer_config.json into the folder."
         ) from None
     return tokenizer
+
+
+def _require_accelerate(device_map: str) -> None:
+    if find_spec("accelerate") is None:
+        raise CheckpointError(
+            f"a device map ({device_map!r}) needs the package accelerate, which is not installed."
+            f" Run `pip install mofq[accelerate]`, or name one device instead."
+        )
 
 
 def _refuse_foreign_code(folder: Path) -> None:
