@@ -1,7 +1,8 @@
 """How long a forward pass takes at least: bytes moved and operations on a named device.
 
-A fusion group is one matrix product. It takes the longer of what its bytes need (weights as
-exported, inputs at their quantized width, outputs in bf16) and what its operations need,
+A fusion group is one matrix product; experts are two, gate and up together, then down. It
+takes the longer of what its bytes need (weights as exported, inputs at their quantized
+width, outputs in bf16) and what its operations need,
 at the peak of the arithmetic that its kernel uses: INT8, FP8 or FP4 where weights and
 activations are quantized and the device has the instruction, else bf16 (weight-only
 kernels unpack to it). Quantizing an activation is fused with what produces it, scales of
@@ -22,6 +23,7 @@ from mofq.cost import Matrix, layer_bytes
 from mofq.device_models import DeviceModel
 from mofq.exceptions import BudgetError, nearest_name
 from mofq.formats import IntFormat
+from mofq.layers import FUSION_RULES
 from mofq.schemes import Scheme
 
 Phase = Literal["prefill", "decode"]
@@ -32,6 +34,8 @@ _KEYS: dict[str, dict[str, int | None]] = {
     "decode": {"batch": None, "context": None, "tp": 1, "experts_per_token": 0},
     "prefill": {"batch": 1, "prompt": None, "tp": 1, "experts_per_token": 0},
 }
+#: One matrix with the gate, so that both read their inputs once.
+_UP_MODULES = frozenset(f"experts.{f.experts.up}" for f in FUSION_RULES.values() if f.experts)
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _EXAMPLE = "Write e.g. decode:batch=8,context=1024 or prefill:prompt=2048."
 
@@ -156,7 +160,7 @@ def group_seconds(group: _Group, scheme: Scheme, device: DeviceModel, workload: 
         share = _share_of_experts(group, workload)
         touched = 1 - (1 - share) ** workload.positions  # a weight that no token needs stays put
         tokens *= share
-        inputs = tokens * sum(layer.in_features for layer in layers)
+        inputs = tokens * sum(la.in_features for la in layers if la.module not in _UP_MODULES)
     weight_bytes = touched * sum(layer_bytes(layer, scheme) for layer in layers)
     activation = scheme.activation
     input_bytes = inputs * (

@@ -103,6 +103,23 @@ def test_experts_are_read_as_far_as_tokens_need_them() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("gate", "up", "down"), [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]
+)
+def test_gate_and_up_of_an_expert_read_their_inputs_once(gate: str, up: str, down: str) -> None:
+    shapes = {gate: (16, 8), up: (16, 8), down: (8, 16)}
+    experts = TableGroup(
+        "layers.0.moe.experts",
+        tuple(layer(f"e{n}.{w}", *shapes[w], f"experts.{w}") for n in range(2) for w in shapes),
+        1,
+    )
+    one = parse_workload("decode:batch=1,context=1,experts_per_token=1")
+    # One token reaches 1 of 2 experts: 3 matrices of 256 bytes; 8 inputs of gate and up together,
+    # 16 of down; 16, 16 and 8 outputs.
+    seconds = group_seconds(experts, parse_scheme("bf16"), SLOW, one)
+    assert seconds == pytest.approx((3 * 256 + 2 * (8 + 16) + 2 * (16 + 16 + 8)) / 1e3)
+
+
 def test_attention_and_the_lm_head_are_what_no_choice_changes() -> None:
     qkv = TableGroup(
         "layers.0.attn.qkv", (layer("q", 32, 32), layer("k", 8, 32), layer("v", 8, 32)), 1
