@@ -72,6 +72,16 @@ def test_the_command_draws_a_png(folder: Path, tmp_path: Path) -> None:
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_says_what_it_drew_to_a_machine(folder: Path, tmp_path: Path) -> None:
+    output, table = tmp_path / "map.svg", str(folder / "table.jsonl")
+    arguments = ["plot", table, str(folder / "mine.yaml"), "--kind", "map", "-o", str(output)]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said.pop("seconds") >= 0
+    assert said == {"figure": str(output), "kind": "map", "bytes": output.stat().st_size}
+
+
 def test_a_table_without_profiles_says_how_to_get_them(
     inputs: FigureInputs, tmp_path: Path
 ) -> None:

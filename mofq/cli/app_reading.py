@@ -154,6 +154,7 @@ def plot(
     unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
     engine: Engine = None,
     space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    json: Json = False,
 ) -> None:
     """A figure of a table, for papers and READMEs."""
     from mofq.cli.explore import DrawOptions, run_plot
@@ -169,6 +170,7 @@ def plot(
             space=space,
         ),
         kind=kind,
+        as_json=json,
     )
 
 

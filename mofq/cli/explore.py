@@ -53,10 +53,11 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
     note(f"{options.output}: {count} recipes of the frontier, {short_bytes(size)}, {seconds:.1f} s")
 
 
-def run_plot(options: DrawOptions, *, kind: str) -> None:
+def run_plot(options: DrawOptions, *, kind: str, as_json: bool) -> None:
     """Draw one figure."""
     from mofq.explore.figures import draw_figure, figure_inputs
 
+    start = monotonic()
     inputs = figure_inputs(
         open_for_reading(options.table),
         recipes=options.recipes,
@@ -64,6 +65,16 @@ def run_plot(options: DrawOptions, *, kind: str) -> None:
         request=_request(options),
     )
     draw_figure(kind, inputs, path=options.output)
+    if as_json:
+        print_json(
+            {
+                "figure": str(options.output),
+                "kind": kind,
+                "bytes": options.output.stat().st_size,
+                "seconds": round(monotonic() - start, 2),
+            }
+        )
+        return
     note(f"{options.output}: {kind} of {options.table}")
 
 
