@@ -61,6 +61,12 @@ class TensorScheme:
     rounding: Rounding
     outliers: int = 0  #: input columns of at least this magnitude stay as they are; 0: none
 
+    def __hash__(self) -> int:
+        # Asked for with every layer and block; that of all fields of all fields takes ten times as
+        # long.
+        tile = self.granularity
+        return hash((self.element.name, tile.kind, tile.rows, tile.columns, self.scale.name))
+
     @property
     def has_scale(self) -> bool:
         """Whether any scale is stored."""
@@ -93,6 +99,9 @@ class Scheme:
     name: str
     weight: TensorScheme | None
     activation: TensorScheme | None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @property
     def is_unquantized(self) -> bool:

@@ -27,7 +27,7 @@ def layer_of(read_rows: prepared.RowReader) -> PreparedLayer:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, three of which may be held."""
-    monkeypatch.setattr(prepared, "_BLOCK_ELEMENTS", 16 * 64)
+    monkeypatch.setattr(prepared, "_SUMS_BLOCK_ELEMENTS", 16 * 64)
     monkeypatch.setattr(prepared, "_BLOCK_ROWS", 16)
     monkeypatch.setattr(schedule, "_AHEAD_BYTES", 3 * 16 * 64 * 2)
 

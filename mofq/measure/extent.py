@@ -7,7 +7,7 @@ stand out as a wall, or scale groups in which one value is much larger than the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -22,8 +22,10 @@ from mofq.table import Extent, Profile, bin_width
 #: Neighbours along the inputs whose crest factor is taken, where they divide the inputs;
 #: each is twice the one before.
 GROUP_SIZES = (16, 32, 64, 128)
-#: Blocks of a weight, and rows of a block, whose crest factors are taken are this far apart.
+#: Blocks of a weight whose crest factors are taken are this far apart, rows of it at least.
 _CREST_STEP = 8
+#: Rows of such a block, about.
+_CREST_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,39 +72,49 @@ def rows_extent(block_RI: Tensor, *, number: int, amax_I: Tensor, square_I: Tens
         square_I: Sum of squares of each column, float64.
 
     Returns:
-        As `extent_sums`, with crest factors of every eighth row of every eighth block: a mean
-        over some thousand scale groups is known well enough, and all would take longer than
+        As `extent_sums`, with crest factors of some sixteen rows of every eighth block: a mean
+        over some hundred scale groups is known well enough, and all would take longer than
         all schemes together.
     """
     crests = torch.zeros(2, len(GROUP_SIZES) + 1, dtype=torch.float64).unbind()
     if number % _CREST_STEP == 0:
-        crests = _crests(block_RI[::_CREST_STEP].float())
+        step = max(_CREST_STEP, len(block_RI) // _CREST_ROWS)
+        crests = _crests(block_RI[::step].float())
     return ExtentSums(len(block_RI), amax_I, square_I, *crests)
 
 
 def _crests(values_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Crest factors of each of `GROUP_SIZES` and of whole rows, added, and how many."""
     amax_RG, square_RG = values_RI.abs(), values_RI.square()
-    crests = []
-    width, in_features = 1, values_RI.shape[1]
-    for size in GROUP_SIZES:
-        if in_features % size:
-            crests.append((0.0, 0.0))
+    in_features = values_RI.shape[1]
+    amaxes, mean_squares = [], []
+    width = 1
+    for size in (*GROUP_SIZES, in_features):
+        if in_features % size:  # none of these
+            amaxes.append(amax_RG.new_empty(0))
+            mean_squares.append(amax_RG.new_empty(0))
             continue
         amax_RG = amax_RG.unflatten(1, (-1, size // width)).amax(2)
         square_RG = square_RG.unflatten(1, (-1, size // width)).sum(2)
         width = size
-        crests.append(_crest(amax_RG, square_RG / size))
-    crests.append(_crest(amax_RG.amax(1), square_RG.sum(1) / in_features))
-    crest_G, count_G = torch.tensor(crests, dtype=torch.float64).unbind(1)
-    return crest_G, count_G
+        amaxes.append(amax_RG.flatten())
+        mean_squares.append((square_RG / size).flatten())
+    return _added_crests(amaxes, mean_squares)
 
 
-def _crest(amax: Tensor, mean_square: Tensor) -> tuple[float, float]:
-    """Crest factors of groups of values, added, and how many groups are not all zero."""
+def _added_crests(
+    amaxes: Sequence[Tensor], mean_squares: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Crest factors of some sets of groups of values, added, and how many are not all zero."""
+    mean_square = torch.cat(list(mean_squares))  # all sets at once: each operation has its price
     is_some = mean_square > 0
-    crest = torch.where(is_some, amax / torch.where(is_some, mean_square, 1.0).sqrt(), 0.0)
-    return float(crest.sum(dtype=torch.float64)), float(is_some.sum())
+    root = torch.where(is_some, mean_square, 1.0).sqrt()
+    crest = torch.where(is_some, torch.cat(list(amaxes)) / root, 0.0)
+    sizes = [len(each) for each in amaxes]
+    return (
+        torch.stack([each.sum(dtype=torch.float64) for each in crest.split(sizes)]).cpu(),
+        torch.stack([each.sum(dtype=torch.float64) for each in is_some.split(sizes)]).cpu(),
+    )
 
 
 def group_profiles(

@@ -14,12 +14,14 @@ from mofq.measure.extent import ExtentSums, extent_sums
 from mofq.measure.gains import LayerGains
 from mofq.measure.samples import ChunkedSamples
 from mofq.quantize import fake_quantize_activation
-from mofq.quantize.candidates import Pass, band_rows, is_candidate
+from mofq.quantize.candidates import Pass, is_candidate, tile_rows
 from mofq.quantize.compiled import Kind, eager_pass
 from mofq.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
 _BLOCK_ELEMENTS = 2**18
+#: The same where a block's rounding errors themselves are not kept.
+_SUMS_BLOCK_ELEMENTS = 2**20
 #: The same on a GPU, which has less to do between two launches of a kernel.
 _GPU_BLOCK_ELEMENTS = 2**24
 _BLOCK_ROWS = 64
@@ -52,6 +54,9 @@ class PreparedLayer:
     read_rows: RowReader
     blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
     schemes: tuple[Scheme, ...]
+    weights: tuple[TensorScheme, ...]  #: the different weight schemes, W of them
+    activations: tuple[TensorScheme, ...]  #: the different activation schemes, A of them
+    needs_deltas: bool  #: whether rounding errors themselves are needed, and not just their squares
     inputs: Mapping[str, Inputs]  #: corpus -> inputs
     tensor_amax: float | None
     static_amax: float | None  #: largest magnitude of all inputs; None where there are none
@@ -59,21 +64,6 @@ class PreparedLayer:
     device: str
     block_pass: Pass  #: what rounds a block by all weight schemes that are candidates
     fit: LayerFit = NO_FIT  #: for the others, which are fitted to statistics
-
-    @property
-    def weights(self) -> tuple[TensorScheme, ...]:
-        """The different weight schemes, W of them."""
-        return tuple(dict.fromkeys(s.weight for s in self.schemes if s.weight is not None))
-
-    @property
-    def activations(self) -> tuple[TensorScheme, ...]:
-        """The different activation schemes, A of them."""
-        return tuple(dict.fromkeys(s.activation for s in self.schemes if s.activation is not None))
-
-    @property
-    def needs_deltas(self) -> bool:
-        """Whether the rounding errors themselves are needed, and not just their squares."""
-        return bool(self.inputs) or not all(map(is_candidate, self.weights))
 
     @property
     def nbytes(self) -> int:
@@ -110,25 +100,26 @@ def prepare_layer(
         make_pass: Gives the pass of some schemes over a block, compiled or not.
 
     Returns:
-        The layer. The blocks depend on the shape, the schemes and the kind of device alone.
+        The layer. The blocks depend on the shape, the schemes, the kind of device and on
+        whether there are samples.
 
     Raises:
         SchemeError: A scheme does not fit the inputs.
     """
-    extents = {
-        corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
-        for corpus, one in samples.items()
-    }
+    extents = _extents(samples, device)
     if static_amax is None:
         static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
-    weights = dict.fromkeys(s.weight for s in schemes if s.weight is not None)
+    weights = tuple(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
     candidates = [weight for weight in weights if is_candidate(weight)]
     needs_deltas = bool(samples) or len(candidates) < len(weights)
     return PreparedLayer(
         name=name,
         read_rows=read_rows,
-        blocks=_blocks(shape, schemes, device),
+        blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
         schemes=tuple(schemes),
+        weights=weights,
+        activations=tuple(dict.fromkeys(s.activation for s in schemes if s.activation is not None)),
+        needs_deltas=needs_deltas,
         inputs={
             corpus: _inputs(one, schemes, static_amax, device=device, name=name)
             for corpus, one in samples.items()
@@ -142,17 +133,29 @@ def prepare_layer(
     )
 
 
+def _extents(samples: Mapping[str, ChunkedSamples], device: str) -> dict[str, ExtentSums]:
+    return {
+        corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
+        for corpus, one in samples.items()
+    }
+
+
+def _block_elements(device: str, *, needs_deltas: bool) -> int:
+    if device != "cpu":
+        return _GPU_BLOCK_ELEMENTS
+    return _BLOCK_ELEMENTS if needs_deltas else _SUMS_BLOCK_ELEMENTS
+
+
 def _blocks(
-    shape: tuple[int, int], schemes: Sequence[Scheme], device: str
+    shape: tuple[int, int], weights: Sequence[TensorScheme], elements: int
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    weights = [s.weight for s in schemes if s.weight is not None]
-    tile_rows = math.lcm(_BLOCK_ROWS, band_rows(weights))
-    rows = (_BLOCK_ELEMENTS if device == "cpu" else _GPU_BLOCK_ELEMENTS) // in_features
+    rows = elements // in_features
     if any(weight.rounding == "gptq" for weight in weights):
         rows = max(rows, _FEEDBACK_ROWS)
-    step = max(1, rows // tile_rows) * tile_rows
+    unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
+    step = max(1, rows // unit) * unit
     starts = range(0, out_features, step)
     return tuple((start, min(start + step, out_features)) for start in starts)
 

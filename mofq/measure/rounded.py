@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mofq.measure.prepared import PreparedLayer
 from mofq.quantize import fake_quantize_weight
-from mofq.quantize.candidates import is_candidate, sum_sixteens, to_bands
+from mofq.quantize.candidates import is_candidate, sum_squares, to_bands
 from mofq.schemes import TensorScheme
 
 
@@ -47,8 +47,8 @@ def round_block(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Rounde
         weight_RI = block_RI.float()
         delta_WRI = quantize_block(layer, block_RI, start=start)
         amax_I = weight_RI.abs().amax(0)
-        sums_WRI = torch.cat([sum_sixteens(delta_WRI), sum_sixteens(weight_RI[None])])
-    sums_WI = sums_WRI.sum(1, dtype=torch.float64)
+        sums_WRI = torch.cat([sum_squares(delta_WRI), sum_squares(weight_RI[None])])
+    sums_WI = sums_WRI.sum(1).double()
     return RoundedBlock(amax_I, sums_WI[-1], sums_WI[:-1], delta_WRI)
 
 

@@ -26,7 +26,7 @@ from mofq.quantize.pages import keep_freed_memory
 _WAITING_BYTES = 200_000_000
 
 #: Blocks that are read and not yet scored [bytes].
-_AHEAD_BYTES = 256_000_000
+_AHEAD_BYTES = 32_000_000
 
 _Work = tuple[PreparedLayer, list[Future[BlockSums]]]
 
