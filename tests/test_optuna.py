@@ -17,7 +17,6 @@ from study_worker import BUDGETS, WINDOWS, problem, true_costs, truth
 from mofq.exceptions import MofqError
 from mofq.solvers import Budgets, Estimate, solve_exact
 from mofq.solvers.optuna import (
-    START,
     enqueue,
     open_study,
     run_trials,
@@ -25,6 +24,7 @@ from mofq.solvers.optuna import (
     uniform_starts,
 )
 from mofq.solvers.refine import uniform_candidates
+from mofq.solvers.sampler import START
 from mofq.solvers.thompson import Observation, draw_costs
 
 

@@ -15,7 +15,8 @@ from study_worker import BUDGETS, problem, truth
 
 from mofq.decide.study import dashboard_url
 from mofq.solvers import solve_exact
-from mofq.solvers.optuna import START, enqueue, open_study, quiet, run_trials
+from mofq.solvers.optuna import enqueue, open_study, quiet, run_trials
+from mofq.solvers.sampler import START
 
 
 def get(application: Any, path: str) -> dict[str, Any]:

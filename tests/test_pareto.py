@@ -11,8 +11,9 @@ from mofq.decide.front import front_starts
 from mofq.exceptions import MofqError
 from mofq.solvers import solve_exact
 from mofq.solvers.joined import joined_study
-from mofq.solvers.optuna import START, enqueue
+from mofq.solvers.optuna import enqueue
 from mofq.solvers.pareto import OBJECTIVES, FrontPoint, measured_front, measured_trials, run_front
+from mofq.solvers.sampler import START
 
 
 def run(storage: str, trials: int) -> tuple[FrontPoint, ...]:

@@ -22,7 +22,7 @@ from mofq.decide.study import StudyPlan, dashboard_url, study_name
 from mofq.decide.timing import request_budgets
 from mofq.solvers import Budgets, Problem, solve_frontier
 from mofq.solvers.joined import joined_study
-from mofq.solvers.optuna import START, enqueue, uniform_starts
+from mofq.solvers.optuna import enqueue, uniform_starts
 from mofq.solvers.pareto import (
     OBJECTIVES,
     FrontPoint,
@@ -39,6 +39,7 @@ from mofq.solvers.refine import (
     paired,
     uniform_candidates,
 )
+from mofq.solvers.sampler import START
 from mofq.solvers.ties import TIE_STDERRS
 from mofq.table import Table
 

@@ -22,7 +22,6 @@ from mofq.decide.timing import request_budgets
 from mofq.solvers import Budgets, Problem, solve_frontier
 from mofq.solvers.joined import joined_study
 from mofq.solvers.optuna import (
-    START,
     Searched,
     enqueue,
     run_trials,
@@ -31,6 +30,7 @@ from mofq.solvers.optuna import (
 )
 from mofq.solvers.problem import IntArray
 from mofq.solvers.refine import Progress, fixed_budgets, uniform_candidates
+from mofq.solvers.sampler import START
 from mofq.table import Table
 
 #: Points of the frontier that a study starts from, beside the recipe.

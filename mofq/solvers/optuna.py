@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import (
     BaseStorage,
@@ -33,7 +32,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from mofq.exceptions import MofqError
-from mofq.solvers.budgets import Budgets, budget_rows, offered
+from mofq.solvers.budgets import Budgets, budget_rows
 from mofq.solvers.problem import IntArray, Problem
 from mofq.solvers.refine import (
     Measure,
@@ -44,11 +43,17 @@ from mofq.solvers.refine import (
     preferred_uniform,
     require_windows,
 )
-from mofq.solvers.thompson import Observation, propose
+from mofq.solvers.sampler import (
+    START,
+    Sampler,
+    needs_start,
+    propose_new,
+    start_trial,
+    study_space,
+)
+from mofq.solvers.thompson import Observation
 from mofq.solvers.ties import TIE_STDERRS
 
-#: Name of the first recipe, which all others are compared with.
-START = "start"
 _UNIFORM = "uniform "
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -61,8 +66,6 @@ SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 #: A trial is given up where it is worse than the best with this probability of error.
 _PRUNE_P = 0.05
 _PRUNE_WINDOWS = 4
-#: Draws before a recipe is measured a second time.
-_DRAWS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,7 +204,7 @@ def run_trials(
     Raises:
         MofqError: The objective has one window only, which has no error bar.
     """
-    study.sampler = _Sampler(problem, budgets, seed)
+    study.sampler = Sampler(problem, budgets, partial(_next_choice, problem, budgets, seed))
     rows = budget_rows(problem, budgets)
     schemes = study_space(problem, budgets)
 
@@ -273,14 +276,6 @@ def uniform_starts(candidates: Mapping[str, IntArray]) -> dict[str, IntArray]:
     return {f"{_UNIFORM}{name}": choice_F for name, choice_F in candidates.items()}
 
 
-def start_trial(study: Study) -> FrozenTrial | None:
-    """The complete trial of the first recipe."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if trial.user_attrs.get("origin") == START:
-            return trial
-    return None
-
-
 def _queue_lost_start(study: Study, problem: Problem, start_F: IntArray) -> None:
     """Queue the start again where the process that measured it is gone."""
     if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -296,88 +291,30 @@ def _measured(problem: Problem, trial: FrozenTrial) -> Measured:
     return Measured(problem.choice_of(trial.user_attrs["recipe"]), windows)
 
 
-def study_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDistribution]:
-    """The parameters of a study: fusion group -> the schemes that it may have."""
-    allowed_P = offered(problem, budgets)
-    return {
-        group.name: CategoricalDistribution(
-            [problem.schemes[p] for p in problem.options_of(n) if allowed_P[p]]
-        )
-        for n, group in enumerate(problem.groups)
-    }
-
-
-def first_choice(distribution: BaseDistribution) -> Any:
-    """The simplest scheme of a parameter."""
-    assert isinstance(distribution, CategoricalDistribution)
-    return distribution.choices[0]
-
-
-class _Sampler(optuna.samplers.BaseSampler):
-    """Optuna's way to ask `propose`; all that it knows is in the study."""
-
-    def __init__(self, problem: Problem, budgets: Budgets, seed: int) -> None:
-        self._problem = problem
-        self._budgets = budgets
-        self._seed = seed
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return dict(study_space(self._problem, self._budgets))
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs:  # queued
-            return {}
-        every = study.get_trials(deepcopy=False)
-        failed = {t.number for t in every if t.state == TrialState.FAIL}
-        trials = [t for t in every if "recipe" in t.user_attrs and t.number not in failed]
-        # As if those that died with their process had never been.
-        number = trial.number - sum(n < trial.number for n in failed)
-        return self._problem.schemes_of(self._next(trials, number))
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """A group that was queued without a scheme, by hand: as in the start."""
-        first = start_trial(study)
-        return first_choice(param_distribution) if first is None else first.params[param_name]
-
-    def _next(self, trials: Sequence[FrozenTrial], number: int) -> IntArray:
-        generator = np.random.default_rng([self._seed, number])
-        done = [t for t in trials if t.state in _FINISHED and t.intermediate_values]
-        measured = [_measured(self._problem, trial) for trial in done]
-        start = next(
-            (m for t, m in zip(done, measured, strict=True) if t.user_attrs.get("origin") == START),
-            None,
-        )
-        complete = [
-            m for t, m in zip(done, measured, strict=True) if t.state == TrialState.COMPLETE
-        ]
-        tried = {self._problem.choice_of(t.user_attrs["recipe"]).tobytes() for t in trials}
-        best = min(complete, key=lambda one: one.kl.value, default=start)
-        if start is None or best is None:
-            raise MofqError("the study has no start; begin it with `mofq search`.")
-        observations = [
+def _next_choice(
+    problem: Problem, budgets: Budgets, seed: int, study: Study, number: int
+) -> IntArray:
+    """What lies around the best recipe so far."""
+    every = study.get_trials(deepcopy=False)
+    trials = [t for t in every if "recipe" in t.user_attrs and t.state != TrialState.FAIL]
+    done = [t for t in trials if t.state in _FINISHED and t.intermediate_values]
+    measured = {t.number: _measured(problem, t) for t in done}
+    starts = [t.number for t in done if t.user_attrs.get("origin") == START]
+    if not starts:
+        raise needs_start()
+    start = measured[starts[0]]
+    complete = [measured[t.number] for t in done if t.state == TrialState.COMPLETE]
+    best = min(complete, key=lambda one: one.kl.value, default=start)
+    return propose_new(
+        problem,
+        budgets,
+        start.choice_F,
+        best_F=best.choice_F,
+        observations=[
             Observation(one.choice_F, paired(start.windows, one.windows))
-            for one in measured
+            for one in measured.values()
             if one is not start
-        ]
-        for _ in range(_DRAWS):
-            choice_F = propose(
-                self._problem,
-                self._budgets,
-                start.choice_F,
-                best_F=best.choice_F,
-                observations=observations,
-                generator=generator,
-            )
-            if choice_F.tobytes() not in tried:
-                break
-        return choice_F
+        ],
+        tried={problem.choice_of(t.user_attrs["recipe"]).tobytes() for t in trials},
+        seed=(seed, number),
+    )

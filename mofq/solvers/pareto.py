@@ -11,25 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mofq.exceptions import MofqError
 from mofq.solvers.budgets import Budgets, budget_rows
-from mofq.solvers.optuna import START, first_choice, quiet, study_space
+from mofq.solvers.optuna import quiet
 from mofq.solvers.problem import IntArray, Problem
 from mofq.solvers.refine import Measure, Measured, Progress, paired, require_windows
-from mofq.solvers.thompson import Observation, propose
+from mofq.solvers.sampler import START, Sampler, needs_start, propose_new, study_space
+from mofq.solvers.thompson import Observation
 
 #: A study of this module minimises KL, then bits per weight.
 OBJECTIVES = 2
-#: Draws before a recipe is measured a second time.
-_DRAWS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +65,8 @@ def run_front(
     Raises:
         MofqError: The objective has one window only, which has no error bar.
     """
-    study.sampler = _FrontSampler(problem, budgets, sizes, seed=seed)
+    next_choice = partial(_next_choice, problem, budgets, sizes, seed)
+    study.sampler = Sampler(problem, budgets, next_choice)
     rows = budget_rows(problem, budgets)
     schemes = study_space(problem, budgets)
 
@@ -131,76 +128,37 @@ def _waiting(study: Study) -> bool:
     return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
-class _FrontSampler(optuna.samplers.BaseSampler):
-    """Optuna's way to ask `propose`, for one size after another."""
-
-    def __init__(
-        self, problem: Problem, budgets: Budgets, sizes: Sequence[int], *, seed: int
-    ) -> None:
-        self._problem = problem
-        self._budgets = budgets
-        self._sizes = sizes
-        self._seed = seed
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return dict(study_space(self._problem, self._budgets))
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs:  # queued
-            return {}
-        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        # As if those that died with their process had never been.
-        number = trial.number - sum(one.number < trial.number for one in failed)
-        return self._problem.schemes_of(self._next(study, number))
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """A group that was queued without a scheme, by hand: the simplest."""
-        return first_choice(param_distribution)
-
-    def _next(self, study: Study, number: int) -> IntArray:
-        problem = self._problem
-        start = _start(study, problem)
-        if start is None:
-            raise MofqError("the study has no start; begin it with `mofq search`.")
-        measured = list(measured_trials(study, problem).values())
-        size = self._sizes[number % len(self._sizes)]
-        fitting = [one for one in measured if problem.bytes_of(one.choice_F) <= size]
-        best = min(fitting, key=lambda one: one.kl.value, default=None)
-        if best is None:  # the recipe of this size got lost: the start of another stands in
-            best = min(measured, key=lambda one: problem.bytes_of(one.choice_F))
-            size = problem.bytes_of(best.choice_F)
-        tried = {one.choice_F.tobytes() for one in measured}
-        observations = [
+def _next_choice(
+    problem: Problem,
+    budgets: Budgets,
+    sizes: Sequence[int],
+    seed: int,
+    study: Study,
+    number: int,
+) -> IntArray:
+    """What lies around the best recipe of one size after another."""
+    start = _start(study, problem)
+    if start is None:
+        raise needs_start()
+    measured = list(measured_trials(study, problem).values())
+    size = sizes[number % len(sizes)]
+    fitting = [one for one in measured if problem.bytes_of(one.choice_F) <= size]
+    best = min(fitting, key=lambda one: one.kl.value, default=None)
+    if best is None:  # the recipe of this size got lost: the start of another stands in
+        best = min(measured, key=lambda one: problem.bytes_of(one.choice_F))
+        size = problem.bytes_of(best.choice_F)
+    limit = size + problem.other_bytes
+    asked = budgets.max_bytes
+    return propose_new(
+        problem,
+        replace(budgets, max_bytes=limit if asked is None else min(limit, asked)),
+        start.choice_F,
+        best_F=best.choice_F,
+        observations=[
             Observation(one.choice_F, paired(start.windows, one.windows))
             for one in measured
             if one.choice_F.tobytes() != start.choice_F.tobytes()
-        ]
-        generator = np.random.default_rng([self._seed, number])
-        for _ in range(_DRAWS):
-            choice_F = propose(
-                problem,
-                self._within(size),
-                start.choice_F,
-                best_F=best.choice_F,
-                observations=observations,
-                generator=generator,
-            )
-            if choice_F.tobytes() not in tried:
-                break
-        return choice_F
-
-    def _within(self, size: int) -> Budgets:
-        """The budgets, and no more bytes in the fusion groups than so many."""
-        limit = size + self._problem.other_bytes
-        asked = self._budgets.max_bytes
-        return replace(self._budgets, max_bytes=limit if asked is None else min(limit, asked))
+        ],
+        tried={one.choice_F.tobytes() for one in measured},
+        seed=(seed, number),
+    )
