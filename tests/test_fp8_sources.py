@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrai
 from mofq.checkpoint.headers import open_checkpoint, open_stored
 from mofq.checkpoint.model import load_model
 from mofq.checkpoint.sampled import hash_weights
-from mofq.checkpoint.tensors import check_scales, read_layer_rows, read_tensor
+from mofq.checkpoint.tensors import check_scales, decode_codes, read_layer_rows, read_tensor
 from mofq.cost import source_bytes
 from mofq.exceptions import CheckpointError
 from mofq.layers import find_layers, find_loaded_weight
@@ -59,6 +59,26 @@ def by_hand(tensors: dict[str, Tensor], name: str) -> np.ndarray:
         return weight * scale.reshape(-1, 1)
     rows, columns = np.indices(weight.shape)
     return weight * scale[rows // 128, columns // 128]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reference"),
+    [
+        (torch.float8_e4m3fn, ml_dtypes.float8_e4m3fn),
+        (torch.float8_e5m2, ml_dtypes.float8_e5m2),
+    ],
+)
+def test_every_code_has_the_value_that_ml_dtypes_gives_it(
+    dtype: torch.dtype, reference: Any
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    needed = torch.from_numpy(codes.numpy().view(reference).astype(np.float32))
+    found = decode_codes(codes.view(dtype))
+    assert torch.equal(found.isnan(), needed.isnan())
+    assert torch.equal(found.nan_to_num(), needed.nan_to_num())
+    assert torch.equal(found.signbit()[:128], needed.signbit()[:128])
+    assert float(found[128]) == 0
+    assert bool(found[128].signbit())
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
