@@ -20,6 +20,7 @@ from mofq.checkpoint.headers import open_checkpoint
 from mofq.demo import demo_text
 from mofq.layers import find_layers
 from mofq.numerics import NUMERICS
+from mofq.table import read_table
 
 __all__ = ["measured"]  # a fixture, used by its name
 
@@ -335,3 +336,15 @@ def test_a_table_of_other_numerics_is_searched_with_a_warning(
     shown = ok("search", measured.table, "--max-bits", "6", "-o", recipe).err
     assert "numerics" not in shown
     assert f"numerics: {NUMERICS}" in recipe.read_text("utf-8")
+
+
+def test_measure_says_once_why_several_schemes_are_not_offered(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    shown = ok("measure", DEMO, "--space", "w4a16", "--engine", "vllm-cpu", "-o", table).err
+    lines = [line for line in shown.splitlines() if "not offered to 24 fusion groups" in line]
+    reasons = [line.partition("groups: ")[2].partition(": ")[2] for line in lines]
+    named = [
+        name for line in lines for name in line.split("groups: ")[1].split(": ")[0].split(", ")
+    ]
+    assert len(set(reasons)) == len(reasons) < len(named)
+    assert {r.scheme for r in read_table(table).rejections} == set(named)

@@ -45,7 +45,7 @@ def run_frontier(table: Path, *, unit: str | None, sizes: int | None, as_json: b
     title = f"{len(shown)} of {len(frontier.bytes_K)} points; largest gap to the bound "
     title += f"{100 * frontier.gap:.3g} %"
     print_table(title, ["bits/weight", "checkpoint", problem.unit, "stderr"], rows)
-    note(f"{seconds:.2f} s. Take one with `mofq search {table} --max-bits BITS -o recipe.yaml`.")
+    note(f"Take one with `mofq search {table} --max-bits BITS -o recipe.yaml`.")
 
 
 def _point(problem: Problem, frontier: Frontier, k: int) -> dict[str, Any]:

@@ -76,9 +76,13 @@ def _print(output: Path, content: dict[str, Any], table: Table, *, is_new: bool)
         f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
         + ("." if is_new else "; everything was there already.")
     )
+    alike: dict[tuple[int, str], list[str]] = {}
     for name in sorted({r.scheme for r in table.rejections}):
-        refused = [r for r in table.rejections if r.scheme == name]
-        note(f"  {name}: refused in {len(refused)} groups, e.g. {refused[0].reason}")
+        refused = [r.reason for r in table.rejections if r.scheme == name]
+        reason = refused[0] if len(set(refused)) == 1 else f"e.g. {refused[0]}"
+        alike.setdefault((len(refused), reason), []).append(name)
+    for (count, reason), names in alike.items():
+        note(f"  not offered to {count} fusion groups: {', '.join(names)}: {reason}")
 
 
 def _measure(
