@@ -24,6 +24,7 @@ from mofq.documents import (
 )
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.layers import FusionGroup, ModelLayers
+from mofq.recipe_cache import CACHE_SCHEMA, RecipeCache, cache_lines, check_caches, parse_caches
 from mofq.schemes import parse_scheme
 from mofq.search_space import shape_rejection
 
@@ -69,6 +70,8 @@ BUDGET_KEYS: dict[str, dict[str, Any]] = {
     "seconds": _NUMBER,
     "device": _TEXT,
     "workload": _TEXT,
+    "kv_bits": _NUMBER,
+    "kv_tokens": _COUNT,  # of context, counted into the size
 }
 #: What the recipe costs and is predicted to do; null where the table is not in nats.
 RESULT_KEYS: dict[str, dict[str, Any]] = {
@@ -86,6 +89,8 @@ RESULT_KEYS: dict[str, dict[str, Any]] = {
     "finer_weight_fraction": _SHARE,  # of weights
     "gap": _NUMBER,  # to the bound, in the unit of the objective
     "seconds": _NUMBER,  # predicted time on the budget's device
+    "kv_bits": _NUMBER,  # per cached number, dynamic scales among them
+    "kv_bytes_per_token": _NUMBER,  # of all layers
     "uniform_scheme": _TEXT,  # the best uniform scheme of at most these bits
     "uniform_bits_per_weight": _NUMBER,
     "uniform_kl_nats_per_token": _NUMBER,
@@ -117,8 +122,9 @@ RECIPE_SCHEMA: dict[str, Any] = {
             "result": strict_object(RESULT_KEYS, optional=tuple(RESULT_KEYS)),
             "groups": {"type": "object", "additionalProperties": _GROUP_SCHEMA},
             "unquantized": {"type": "array", "items": _NAME},
+            "kv_cache": CACHE_SCHEMA,
         },
-        optional=("made_by", "budget", "result", "unquantized"),
+        optional=("made_by", "budget", "result", "unquantized", "kv_cache"),
     ),
 }
 
@@ -149,6 +155,7 @@ class Recipe:
     version: int = RECIPE_VERSION
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
+    kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
 
     @property
     def schemes(self) -> dict[str, str]:
@@ -216,6 +223,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         budget=value.get("budget", {}),
         result=value.get("result", {}),
         weights_sha256=value["model"].get("weights_sha256"),
+        kv_cache=parse_caches(value.get("kv_cache", {}), where),
     )
     _check_layers_once(recipe, where)
     return recipe
@@ -289,7 +297,7 @@ def recipe_text(recipe: Recipe) -> str:
         if group.static_amax is not None:
             lines.append(f"    static_amax: {_flow(group.static_amax)}")
     lines.append(f"unquantized: {_names(recipe.unquantized)}  # nothing else is left out")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + cache_lines(recipe.kv_cache)) + "\n"
 
 
 def _flow(values: Mapping[str, Scalar]) -> str:
@@ -335,6 +343,7 @@ def check_recipe(
             f"recipe of {recipe.model_name}: the linear layer {missing[0]!r} is missing "
             f"({len(missing)} in all). Give it a scheme, or list it under `unquantized`."
         )
+    check_caches(recipe.kv_cache, model_layers.caches, model=recipe.model_name)
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
     for layer in (layer for group in model_layers.groups for layer in group.layers):

@@ -148,6 +148,10 @@ def parse_scheme(name: str) -> Scheme:
         SchemeError: The name does not follow the grammar; the message suggests
             the nearest known word.
     """
+    if name.startswith("kv:"):
+        raise SchemeError(
+            f"scheme {name!r} is of the KV cache and not of a layer. List it under `kv_cache`."
+        )
     weight_name, plus, activation_name = name.partition("+")
     if plus and not activation_name:
         raise SchemeError(f"scheme {name!r}: nothing follows the '+'. Write e.g. 'int8.token'.")

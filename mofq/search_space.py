@@ -19,7 +19,8 @@ from typing import Any
 
 from mofq.documents import check_document, parse_yaml, read_text, strict_object
 from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
-from mofq.layers import FusionGroup, LinearLayer
+from mofq.kv_cache import CacheScheme, cache_rejection, parse_cache_scheme
+from mofq.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.schemes import Scheme, parse_scheme
 
 SEARCH_SPACE_VERSION = 1
@@ -27,6 +28,9 @@ MAX_FILE_BYTES = 100_000
 
 #: Why a group cannot have a scheme, or None: what an engine adds to the rules of shapes.
 Legality = Callable[[Scheme, FusionGroup], str | None]
+
+#: The same of the name of a cache's scheme.
+CacheLegality = Callable[[str, CacheLayer], str | None]
 
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _NAMES = {
@@ -64,12 +68,17 @@ SEARCH_SPACE_SCHEMA: dict[str, Any] = {
                 "items": {"type": "string", "pattern": "."},
                 "description": "shell patterns of layer names that stay as they are",
             },
+            "kv_cache": {
+                **_NAMES,
+                "description": "schemes of the KV cache, one for each attention layer, e.g. "
+                "kv:fp8_e4m3.tensor; it may always stay as it is",
+            },
             "offer_unquantized": {
                 "type": "boolean",
                 "description": "whether a layer may be left as it is (default true)",
             },
         },
-        optional=("description", "base", "min_gain", "exclude", "offer_unquantized"),
+        optional=("description", "base", "min_gain", "exclude", "kv_cache", "offer_unquantized"),
     ),
 }
 
@@ -93,11 +102,21 @@ class SearchSpace:
     min_gain: float
     exclude: tuple[str, ...]  #: shell patterns of layer names
     sha256: str  #: of all that changes a number (not of comments and description)
+    kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme that some group may get, in file order."""
         return tuple(dict.fromkeys(scheme for one in self.candidates for scheme in one.schemes))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOffer:
+    """What the cache of one attention layer may be kept in."""
+
+    cache: CacheLayer
+    schemes: tuple[CacheScheme, ...]
+    rejected: dict[str, str]  #: scheme name -> why not
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +179,7 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     candidates = _without_repeats(candidates)
     base = _base(value.get("base", []), candidates, f"{where}: base")
     min_gain, exclude = float(value.get("min_gain", 10)), tuple(value.get("exclude", ()))
+    kv_cache = _cache_schemes(value.get("kv_cache", ()), f"{where}: kv_cache")
     return SearchSpace(
         name,
         value.get("description", ""),
@@ -167,8 +187,19 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
         base=base,
         min_gain=min_gain,
         exclude=exclude,
-        sha256=_digest(candidates, base, min_gain, exclude),
+        sha256=_digest(candidates, base, min_gain, exclude, kv_cache),
+        kv_cache=kv_cache,
     )
+
+
+def _cache_schemes(entries: Sequence[str], where: str) -> tuple[CacheScheme, ...]:
+    try:
+        schemes = {parse_cache_scheme(entry).name: None for entry in entries}
+    except SchemeError as problem:
+        raise SearchSpaceError(f"{where}: {problem}") from problem
+    if not schemes:
+        return ()
+    return tuple(parse_cache_scheme(name) for name in dict.fromkeys([*schemes, "bf16"]))
 
 
 def _without_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -217,13 +248,16 @@ def _digest(
     base: tuple[str, ...],
     min_gain: float,
     exclude: tuple[str, ...],
+    kv_cache: tuple[CacheScheme, ...],
 ) -> str:
-    content = {
+    content: dict[str, Any] = {
         "candidates": [[scheme.name for scheme in one.schemes] for one in candidates],
         "base": base,
         "min_gain": min_gain,
         "exclude": exclude,
     }
+    if kv_cache:  # spaces of before there was such a key keep their hash
+        content["kv_cache"] = [scheme.name for scheme in kv_cache]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -281,6 +315,34 @@ def offer_schemes(
         SearchSpaceError: Nothing fits some group; the message names it and the reasons.
     """
     return tuple(_offer(space, group, legality, has_stats) for group in groups)
+
+
+def offer_caches(
+    space: SearchSpace,
+    caches: Sequence[CacheLayer],
+    *,
+    legality: CacheLegality | None = None,
+) -> tuple[CacheOffer, ...]:
+    """What the cache of each attention layer may be kept in; nothing where the space has none.
+
+    Args:
+        space: The search space.
+        caches: Of the model.
+        legality: What a serving engine refuses, if one was named.
+    """
+    if not space.kv_cache:
+        return ()
+    offers = []
+    for cache in caches:
+        reasons = {
+            scheme.name: cache_rejection(scheme, cache)
+            or (legality(scheme.name, cache) if legality is not None else None)
+            for scheme in space.kv_cache
+        }
+        rejected = {name: why for name, why in reasons.items() if why is not None}
+        offered = tuple(one for one in space.kv_cache if one.name not in rejected)
+        offers.append(CacheOffer(cache, offered, rejected))
+    return tuple(offers)
 
 
 def _offer(

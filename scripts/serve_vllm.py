@@ -4,7 +4,8 @@
 
 Nothing of mofq is imported here. The request has `folder`, `dtype`, `windows`
 (lists of token ids), `top` (log-probabilities a position), `rows` (of inputs
-and outputs recorded a layer), `new_tokens` and, to measure speeds too, `repeats`.
+and outputs recorded a layer), `new_tokens`; to measure speeds too, `repeats`; layers whose cache
+stays as it is, `skip_layers`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        **(
+            {"kv_cache_dtype_skip_layers": request["skip_layers"]}
+            if request.get("skip_layers")
+            else {}
+        ),
     )
     result: dict[str, Any] = {
         "load_seconds": time.monotonic() - start,

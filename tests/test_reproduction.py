@@ -18,13 +18,10 @@ import reproduction
 from reproduce_all import BUDGETS, SYSTEMS, choose
 from reproduce_all import SPACE as ALL
 from reproduce_calibration_sets import of_sequences, overlap
-from reproduce_kv_cache import predict as predict_cache
-from reproduce_kv_cache import versions as cache_versions
 from reproduce_lost_in_quantization import NEITHER, NOTHING_SATURATES, NOTHING_UNDERFLOWS
 from reproduce_mofq import Crest, crossing
 from reproduction import (
     measure_recipes,
-    measure_versions,
     predicted,
     table_of,
     true_bits,
@@ -34,7 +31,6 @@ from reproduction_inputs import input_amax
 
 from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import open_checkpoint
-from mofq.checkpoint.model import load_model
 from mofq.measure.samples import SampleReader
 from mofq.quantize import round_to_format
 from mofq.search_space import load_search_space
@@ -199,22 +195,3 @@ def test_the_search_space_of_all_systems_names_a_scheme_for_each() -> None:
     names = [scheme.name for scheme in load_search_space(ALL).schemes]
     without = [s.name for s in SYSTEMS if not any(re.fullmatch(s.schemes, n) for n in names)]
     assert without == []
-
-
-def test_the_cost_of_a_cached_tensor_is_predicted_as_it_is_measured(
-    stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reproduction, "SEQUENCE_LENGTH", 64)
-    model = load_model(open_checkpoint(DEMO).folder, dtype="float32", device="cpu")
-    found = predict_cache(model, read_stats(stats))
-    size = int(model.config.head_dim)
-    made, plans = cache_versions(found, size)
-    some = {label: made[label] for label in ("`int6.token.s-bf16`", "search, 6 bits")}
-    done = measure_versions(DEMO, some, "demo-en", cache=tmp_path / "cache", tokens=1024)
-    uniform = done["`int6.token.s-bf16`"]
-    predicted_kl = sum(one.nats["int6.token.s-bf16"] for one in found.values())
-    assert 0.5 < predicted_kl / uniform.kl < 2  # four sequences of 64 tokens
-    searched = done["search, 6 bits"]
-    assert searched.bits_per_weight <= 6
-    assert searched.kl < uniform.kl
-    assert len(set(plans["search, 6 bits"].values())) > 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mofq.backends.cache import apply_caches
 from mofq.backends.fitted import check_fits
 from mofq.backends.moe import FakeQuantExperts
 from mofq.checkpoint.headers import Checkpoint, TensorInfo
@@ -62,7 +63,8 @@ def apply(
         The model. Each layer with a scheme is a ``FakeQuantLinear`` now, and
         the experts of a mixture are a ``FakeQuantExperts``; layers without one
         are untouched, except that FP8 weights of the checkpoint are rounded to
-        bf16 as an export rounds them.
+        bf16 as an export rounds them. Attention reads
+        keys and values as the recipe's cache keeps them.
 
     Raises:
         RecipeError: The recipe does not cover the model, splits a fusion group,
@@ -136,6 +138,7 @@ def apply_groups(
             for layer in group.layers
         }
         apply_one(model, group, scheme, sources=sources, recipe=recipe)
+    apply_caches(model, recipe, layers)
     if progress is not None:
         progress(stage, len(quantized), len(quantized))
     return model

@@ -11,21 +11,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
+from mofq.attention import pass_cache
 from mofq.calibration.captured import Captured
 from mofq.calibration.experts import put_forward_back, watch_experts
 from mofq.exceptions import StatsError
-from mofq.layers import LinearLayer, ModelLayers, find_loaded_weight
+from mofq.layers import (
+    PARTS,
+    CacheLayer,
+    LinearLayer,
+    ModelLayers,
+    find_loaded_module,
+    find_loaded_weight,
+)
 
 
 @contextmanager
 def capture_layers(
-    model: nn.Module, layers: ModelLayers, *, activation_checkpointing: bool = False
+    model: nn.Module,
+    layers: ModelLayers,
+    *,
+    kv_cache: bool = False,
+    activation_checkpointing: bool = False,
 ) -> Iterator[Captured]:
     """Watch every linear layer of the fusion groups for as long as the context lasts.
 
     Args:
         model: Frozen (no parameter requires a gradient), in eval mode.
         layers: Of its checkpoint.
+        kv_cache: Watch what is cached of keys and values too.
         activation_checkpointing: Run each decoder layer again in the backward pass instead
             of keeping its activations.
 
@@ -50,6 +63,10 @@ def capture_layers(
         else:
             parts = experts.setdefault(path, {})
             parts.setdefault((loaded.expert, parameter), []).append(layer)
+    for cache in layers.caches if kv_cache else ():
+        path = find_loaded_module(cache, layers.architecture)
+        see = partial(_see_cache, captured, cache)
+        handles.append(pass_cache(_module(model, path, cache), see))
     for path, parts in experts.items():
         restore.append(watch_experts(model.get_submodule(path), parts, captured))
     if activation_checkpointing:
@@ -63,7 +80,7 @@ def capture_layers(
             handle.remove()
 
 
-def _module(model: nn.Module, path: str, layer: LinearLayer) -> nn.Module:
+def _module(model: nn.Module, path: str, layer: LinearLayer | CacheLayer) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -89,6 +106,18 @@ def _on_forward(
         return
     last_input[:] = [(x, name)]
     captured.see(name, x, output)
+
+
+def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep what is cached and its gradient, as a layer's whose output is its input."""
+    seen = []
+    for part, state_BHTD in zip(PARTS, states, strict=True):
+        state_BTI = state_BHTD.transpose(1, 2).flatten(2)
+        name = cache.part(part)
+        if state_BTI.requires_grad and name not in captured.source:
+            captured.see(name, state_BTI, state_BTI)
+        seen.append(state_BTI.unflatten(2, (-1, cache.head_size)).transpose(1, 2))
+    return seen[0], seen[1]
 
 
 def _start_gradient_at_embeddings(model: nn.Module) -> RemovableHandle:

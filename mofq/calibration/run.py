@@ -18,7 +18,7 @@ from mofq.calibration.gains import gains_path, write_gains
 from mofq.calibration.sequences import is_complete, sequence_path, write_sequence
 from mofq.calibration.stats import CORPUS_NAME, CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.exceptions import CorpusError, StatsError
-from mofq.layers import ModelLayers
+from mofq.layers import PARTS, ModelLayers
 
 #: Positions whose scores are drawn at once.
 _SCORE_ROWS = 64
@@ -106,8 +106,13 @@ def run_and_write(
         progress: Called with corpus, sequences done, sequences in all.
     """
     layer_names = [layer.name for group in layers.groups for layer in group.layers]
+    if plan.kv_cache:
+        layer_names += [cache.part(part) for cache in layers.caches for part in PARTS]
     with capture_layers(
-        model, layers, activation_checkpointing=activation_checkpointing
+        model,
+        layers,
+        kv_cache=bool(plan.kv_cache),
+        activation_checkpointing=activation_checkpointing,
     ) as captured:
         for corpus, index, token_T in sequences:
             if not is_done(folder, corpus, index):

@@ -61,6 +61,7 @@ _PLAN: dict[str, Any] = {
     "draws": _COUNT,
     "dtype": _NAME,
     "scores": {"const": SCORES},
+    "kv_cache": {"const": True},
     "corpora": {
         "type": "array",
         "minItems": 1,
@@ -77,7 +78,7 @@ _PLAN: dict[str, Any] = {
     },
 }
 #: Keys that folders of earlier versions lack.
-_OPTIONAL = ("weights_sha256", "scores")
+_OPTIONAL = ("weights_sha256", "scores", "kv_cache")
 PLAN_SCHEMA = strict_object(_PLAN, optional=_OPTIONAL)
 STATS_SCHEMA = strict_object(
     {
@@ -135,6 +136,7 @@ class Plan:
     corpora: tuple[CorpusPlan, ...]
     weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
     scores: str | None = SCORES  #: what ran backward; None before it was noted: labels or signs
+    kv_cache: bool | None = None  #: True: what attention caches is kept too
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -293,7 +295,8 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     asked, found = plan.to_json(), begun.to_json()
     unknown = {"weights_sha256": asked.get("weights_sha256")}  # may be the same
-    found = {**unknown, "scores": "not noted", **found}
+    found = {**unknown, "scores": "not noted", "kv_cache": None, **found}
+    asked = {"kv_cache": None, **asked}
     different = [key for key in asked if asked[key] != found[key]]
     if different:
         key = different[0]

@@ -1,4 +1,4 @@
-"""The commands of the flow, their arguments and options; `app_reading` has the others."""
+"""The commands of the flow, their arguments and options; `app_*` have the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mofq.cli.app_flow import flow
 from mofq.cli.app_reading import reading, recipe
 from mofq.cli.arguments import (
     Cluster,
@@ -86,6 +87,9 @@ def calibrate(
     activation_checkpointing: Annotated[
         bool, typer.Option(help="Recompute decoder layers instead of keeping activations.")
     ] = False,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache", help="Keep cached keys and values too, for their format.")
+    ] = False,
     cluster: Cluster = None,
     cluster_cpus: ClusterCpus = 1,
     json: Json = False,
@@ -107,6 +111,7 @@ def calibrate(
             device=device,
             device_map=device_map,
             activation_checkpointing=activation_checkpointing,
+            kv_cache=kv_cache,
             cluster=cluster,
             cluster_cpus=cluster_cpus,
         ),
@@ -181,6 +186,15 @@ def search(
     max_time: Annotated[
         str | None, typer.Option(help="Least time of the workload on the device, e.g. 12ms.")
     ] = None,
+    max_kv_bits: Annotated[
+        float | None, typer.Option(help="Bits per cached number: the KV cache is decided too.")
+    ] = None,
+    kv_tokens: Annotated[
+        int, typer.Option(help="Of context, whose KV cache counts into --max-size.", min=0)
+    ] = 0,
+    kv_cache: Annotated[
+        list[str] | None, typer.Option(help="Formats it may have, beside bf16; repeatable.")
+    ] = None,
     device_model: DeviceModel = None,
     workload: Workload = None,
     explain: Annotated[
@@ -235,6 +249,9 @@ def search(
             max_kl=max_kl,
             max_finer=max_finer,
             max_time=max_time,
+            max_kv_bits=max_kv_bits,
+            kv_tokens=kv_tokens,
+            kv_formats=tuple(kv_cache or ()),
             device_model=device_model,
             workload=workload,
             explain=tuple(explain or ()),
@@ -343,58 +360,6 @@ def export(
     run_export(model, recipe, to=to, output=output, engine=engine, stats=stats, as_json=json)
 
 
-@app.command()
-def run(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")],
-    space: Space = "serving",
-    max_bits: MaxBits = None,
-    max_size: Annotated[str | None, typer.Option(help="Bytes of the whole checkpoint.")] = None,
-    corpus: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE for calibration; repeatable.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="To validate on; not a corpus.")] = "demo-en",
-    engine: Engine = None,
-    tokens: Annotated[int, typer.Option(help="Of the validation text.", min=2)] = 8192,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
-    sequences: Sequences = None,
-    device: Device = "cpu",
-    json: Json = False,
-) -> None:
-    """The whole flow into one folder, ready to serve."""
-    from mofq.cli.run import RunOptions, run_flow
-
-    run_flow(
-        RunOptions(
-            model=model,
-            space=space,
-            output=output,
-            max_bits=max_bits,
-            max_size=max_size,
-            corpora=tuple(corpus or ()),
-            text=text,
-            engine=engine,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            sequences=sequences,
-            device=device,
-        ),
-        as_json=json,
-    )
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A folder to keep everything in.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """`mofq run` on the small bundled model."""
-    from mofq.cli.run import run_demo
-
-    run_demo(output, as_json=json)
-
-
+app.add_typer(flow)
 app.add_typer(reading)
 app.add_typer(recipe, name="recipe")

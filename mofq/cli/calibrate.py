@@ -42,6 +42,7 @@ class CalibrateOptions:
     device: str = "cpu"
     device_map: str | None = None
     activation_checkpointing: bool = False
+    kv_cache: bool = False  #: whether keys and values, as they are cached, are kept too
     cluster: str | None = None  #: as `mofq.distributed.cluster` takes it; None: this process
     cluster_cpus: int = 1  #: of one worker
 
@@ -204,6 +205,7 @@ def _plan(
         sequence_length=options.sequence_length,
         draws=options.draws,
         dtype=options.dtype,
+        kv_cache=options.kv_cache or None,
         corpora=tuple(
             CorpusPlan(
                 t.name,

@@ -22,14 +22,18 @@ def print_histogram(recipe: Recipe) -> None:
     """How many fusion groups have which scheme, the most frequent first, on one line."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
     say(histogram(Counter(group.scheme for group in recipe.groups), columns=columns))
+    if recipe.kv_cache:
+        schemes = Counter(cache.scheme for cache in recipe.kv_cache)
+        say(histogram(schemes, columns=columns, of="KV cache"))
 
 
-def histogram(schemes: Counter[str], *, columns: int) -> str:
+def histogram(schemes: Counter[str], *, columns: int, of: str = "fusion groups") -> str:
     """The line, no wider than the terminal as long as one scheme fits.
 
     Args:
         schemes: How many fusion groups have which.
         columns: Of the terminal. Schemes that do not fit are counted together.
+        of: What has the schemes.
     """
     total, ranked = sum(schemes.values()), schemes.most_common()
     parts = [
@@ -38,7 +42,7 @@ def histogram(schemes: Counter[str], *, columns: int) -> str:
     for shown in range(len(parts), 0, -1):
         rest = ranked[shown:]
         others = [f"{len(rest)} more {sum(count for _, count in rest)}"] if rest else []
-        line = "fusion groups: " + "  ".join([*parts[:shown], *others])
+        line = f"{of}: " + "  ".join([*parts[:shown], *others])
         if len(line) <= columns:
             return line
     return line

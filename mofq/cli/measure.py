@@ -95,12 +95,11 @@ def _measure(
     where: Where,
 ) -> Stats | None:
     from mofq.checkpoint.headers import open_checkpoint
-    from mofq.engines import legality
+    from mofq.engines import cache_legality, legality
     from mofq.layers import find_layers
     from mofq.search_space import load_search_space
 
     loaded_space = load_search_space(space)
-    check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
 
@@ -118,7 +117,8 @@ def _measure(
             table_path=output,
             stats=opened,
             engine=engine,
-            legality=check,
+            legality=None if engine is None else legality(engine),
+            cache_legality=None if engine is None else cache_legality(engine),
             device=where.device,
             progress=partial(bars.stage, "measure"),
             tell=note,

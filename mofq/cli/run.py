@@ -86,7 +86,7 @@ def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
 def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibrate"):
-        _calibrate(options)
+        _calibrate(options, kv_cache=bool(space.kv_cache))
     with _timed(seconds, "measure"):
         run_measure(
             options.model,
@@ -207,7 +207,7 @@ def _check_texts(corpora: tuple[str, ...], source: str) -> None:
             )
 
 
-def _calibrate(options: RunOptions) -> None:
+def _calibrate(options: RunOptions, *, kv_cache: bool) -> None:
     run_calibrate(
         CalibrateOptions(
             model=options.model,
@@ -216,6 +216,7 @@ def _calibrate(options: RunOptions) -> None:
             sequences=options.sequences,
             sequence_length=options.sequence_length,
             device=options.device,
+            kv_cache=kv_cache,
         )
     )
 

@@ -39,6 +39,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
                 "prices": None if decision.prices is None else dict(decision.prices),
                 "notes": list(decision.notes),
                 "schemes": dict(Counter(decision.recipe.schemes.values())),
+                "kv_cache": dict(Counter(one.scheme for one in decision.recipe.kv_cache)),
                 "refused": [asdict(one) for one in refused],
                 "explained": [explanation_json(one) for one in explained],
                 "elapsed_seconds": round(monotonic() - start, 3),
@@ -55,6 +56,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
+    from mofq.decide.caches import settle_cache
     from mofq.decide.explain import check_layers
     from mofq.recipe import write_recipe
 
@@ -62,6 +64,7 @@ def search_table(options: SearchOptions) -> Decision:
     check_output(options.output)
     table, request = open_for_reading(options.table), search_request(options)
     check_layers(table, options.explain)
+    request = settle_cache(table, request)
     decision = (search_measured if options.is_measured else _decide)(options, table, request)
     write_recipe(decision.recipe, options.output)
     return decision
@@ -70,10 +73,12 @@ def search_table(options: SearchOptions) -> Decision:
 def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
     if not options.explain:
         return []
+    from mofq.decide.caches import settle_cache
     from mofq.decide.explain import explain
     from mofq.table import read_table
 
-    table, request = read_table(options.table), search_request(options)
+    table = read_table(options.table)
+    request = settle_cache(table, search_request(options))
     return [explain(table, request, decision, layer) for layer in options.explain]
 
 
@@ -106,11 +111,13 @@ def print_decision(decision: Decision, *, title: str) -> None:
         ["bits per weight", f"{number('bits_per_weight') or 0:.4f}"],
         ["checkpoint", short_bytes(int(number("checkpoint_bytes") or 0))],
     ]
+    if number("kv_bits") is not None:
+        per_token = f"{short_bytes(round(number('kv_bytes_per_token') or 0))} a token"
+        rows.append(["KV cache, bits per number", f"{number('kv_bits'):.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
         predicted = with_error(number("kl_nats_per_token"), number("kl_stderr"))
         joint = with_error(number("kl_joint"), number("kl_joint_stderr"))
-        rows.append(["KL, predicted [nats/token]", predicted])
-        rows.append(["KL, with interactions", joint])
+        rows += [["KL, predicted [nats/token]", predicted], ["KL, with interactions", joint]]
     else:
         rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
     if number("kl_measured") is not None:
@@ -119,8 +126,7 @@ def print_decision(decision: Decision, *, title: str) -> None:
     if decision.uniform_error is not None:
         name = f"best uniform of no more bytes: {result['uniform_scheme']}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
-    if number("seconds") is not None:
-        rows.append(_time_row(decision))
+    rows += [] if number("seconds") is None else [_time_row(decision)]
     if decision.finer_layers:
         layers, weights = number("finer_fraction") or 0, number("finer_weight_fraction") or 0
         shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"

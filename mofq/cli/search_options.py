@@ -30,6 +30,9 @@ class SearchOptions:
     max_time: str | None = None
     device_model: str | None = None
     workload: str | None = None
+    max_kv_bits: float | None = None
+    kv_tokens: int = 0
+    kv_formats: tuple[str, ...] = ()
     explain: tuple[str, ...] = ()
     space: str | None = None
     unit: str | None = None
@@ -47,6 +50,11 @@ class SearchOptions:
     storage: str | None = None
     workers: int = 1
     seed: int = 0
+
+    @property
+    def decides_cache(self) -> bool:
+        """Whether the format of the KV cache is decided with the layers."""
+        return self.max_kv_bits is not None or self.kv_tokens > 0
 
     @property
     def is_measured(self) -> bool:
@@ -67,6 +75,15 @@ def check_options(options: SearchOptions) -> None:
             f"unknown objective {options.objective!r}."
             + nearest_name(options.objective, _OBJECTIVES)
         )
+    if options.kv_formats and not options.decides_cache:
+        raise MofqError(
+            "--kv-cache says in what the cache may be kept; give --max-kv-bits, or --kv-tokens "
+            "with --max-size, too: without a budget it stays as it is."
+        )
+    if options.decides_cache and options.solver != "exact":
+        raise MofqError("the KV cache is decided by the exact solver; drop --solver.")
+    if options.kv_tokens and options.max_size is None and options.max_kl is None:
+        raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
     if options.is_measured:
         _check_measured(options)
 
@@ -101,6 +118,7 @@ def search_request(options: SearchOptions) -> Request:
             max_bytes=None if options.max_size is None else parse_size(options.max_size),
             max_kl=options.max_kl,
             max_finer=options.max_finer,
+            max_kv_bits=options.max_kv_bits,
         ),
         solver=options.solver,
         unit=options.unit,
@@ -109,7 +127,16 @@ def search_request(options: SearchOptions) -> Request:
         engine=options.engine,
         ties=options.ties == "on",
         time=_time_request(options),
+        kv_cache=options.decides_cache,
+        kv_tokens=options.kv_tokens,
+        kv_formats=_formats(options.kv_formats),
     )
+
+
+def _formats(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    from mofq.kv_cache import parse_cache_scheme
+
+    return tuple(parse_cache_scheme(name).name for name in names) or None
 
 
 def _time_request(options: SearchOptions) -> TimeRequest | None:

@@ -65,7 +65,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     budgets = request_budgets(table, problem, request)
     chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
     used = usage(problem, chosen.choice_F)
-    uniform = best_uniform(problem, used.bytes)
+    uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)
     result = chosen_figures(problem, chosen) | time_figures(table, schemes, request)
     if uniform is not None:
@@ -74,7 +74,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         table,
         schemes,
         made_by=made_by_request(table, problem, request),
-        budget=budget_figures(request.budgets) | time_budget_figures(request),
+        budget=budget_figures(request) | time_budget_figures(request),
         result=result,
     )
     ties = chosen.ties

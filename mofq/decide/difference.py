@@ -47,8 +47,11 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
         TableError: A scheme of a recipe was not measured.
     """
     _check_same_model(first, second, table)
-    ours = {group.name: group.scheme for group in first.groups}
-    theirs = {group.name: group.scheme for group in second.groups}
+    ours, theirs = _schemes(first), _schemes(second)
+    for name in [*ours, *theirs]:
+        if name in {cache.name for cache in (*first.kv_cache, *second.kv_cache)}:
+            ours.setdefault(name, "bf16")
+            theirs.setdefault(name, "bf16")
     changed = [
         GroupDifference(name, ours.get(name), theirs.get(name))
         for name in dict.fromkeys([*ours, *theirs])
@@ -56,7 +59,8 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     ]
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
-    problem = request_problem(table, Request(Budgets()))
+    has_caches = bool(first.kv_cache or second.kv_cache)
+    problem = request_problem(table, Request(Budgets(), kv_cache=has_caches))
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []
@@ -69,6 +73,12 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     priced.sort(key=lambda one: -abs(one.error.value) if one.error is not None else 0.0)
     total = _loss(problem, first_F, second_F)
     return Difference(tuple(priced), unit=problem.unit, total=total)
+
+
+def _schemes(recipe: Recipe) -> dict[str, str]:
+    """Fusion group, or cache -> scheme."""
+    schemes = {group.name: group.scheme for group in recipe.groups}
+    return schemes | {cache.name: cache.scheme for cache in recipe.kv_cache}
 
 
 def _loss(problem: Problem, before_F: IntArray, after_F: IntArray) -> Estimate:

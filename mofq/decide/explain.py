@@ -11,7 +11,7 @@ from mofq.decide.choice import Decision
 from mofq.decide.measured import recipe_choice
 from mofq.decide.request import Request, fusion_group, request_problem
 from mofq.decide.timing import request_budgets
-from mofq.engines import legality
+from mofq.engines import cache_legality, legality
 from mofq.exceptions import MofqError, nearest_name
 from mofq.schemes import parse_scheme
 from mofq.solvers import Budgets, Estimate, Problem, paired_loss
@@ -104,6 +104,7 @@ def check_layers(table: Table, layers: Iterable[str]) -> None:
     """
     known = {layer.name for group in table.header.groups for layer in group.layers}
     known |= {group.name for group in table.header.groups}
+    known |= {cache.name for cache in table.caches}
     for name in layers:
         if name not in known:
             near = nearest_name(name, known)
@@ -122,6 +123,8 @@ def _priced(problem: Problem, budgets: Budgets, prices: Mapping[str, float]) -> 
     """The error of every option, and what it uses of each budget at the budget's price."""
     costs: dict[str, np.ndarray] = {one.name: one.cost_P for one in budgets.linear}
     costs["max_finer"] = finer_layers_P(problem)
+    costs["max_kv_bits"] = problem.cache_bits_P
+    costs["max_bytes"] = problem.size_P
     total_P = problem.cost_PK.max(axis=1)
     for name, price in prices.items():
         total_P = total_P + price * costs.get(name, problem.bytes_P)
@@ -148,7 +151,7 @@ def _alternative(
         difference = Estimate(error - float(problem.cost_PK[chosen].max()), stderr=None)
     return Alternative(
         problem.schemes[option],
-        bits_per_weight=8 * size / problem.groups[int(problem.group_P[option])].weights,
+        bits_per_weight=_bits(problem, option),
         bytes=size,
         error=error,
         stderr=stderr,
@@ -158,6 +161,14 @@ def _alternative(
         ),
         is_offered=is_offered,
     )
+
+
+def _bits(problem: Problem, option: int) -> float:
+    """Per weight, or per number of a cache."""
+    group = problem.groups[int(problem.group_P[option])]
+    if group.cached:
+        return int(problem.cache_bits_P[option]) / group.cached
+    return 8 * int(problem.bytes_P[option]) / group.weights
 
 
 def _was_measured(decision: Decision) -> bool:
@@ -200,11 +211,17 @@ def _rejected(table: Table, request: Request, group_name: str) -> dict[str, str]
     """What the space refused to the group, and what the engine of the request refuses."""
     rejected = {one.scheme: one.reason for one in table.rejections if one.group == group_name}
     if request.engine is not None:
-        refuses = legality(request.engine)
-        group = next(one for one in table.header.groups if one.name == group_name)
         measured = {row.scheme for row in table.rows if row.group == group_name}
         for scheme in sorted(measured):
-            reason = refuses(parse_scheme(scheme), fusion_group(group))
+            reason = _engine_reason(table, request.engine, group_name, scheme)
             if reason is not None:
                 rejected[scheme] = reason
     return rejected
+
+
+def _engine_reason(table: Table, engine: str, group_name: str, scheme: str) -> str | None:
+    for cache in table.caches:
+        if cache.name == group_name:
+            return cache_legality(engine)(scheme, cache)
+    group = next(one for one in table.header.groups if one.name == group_name)
+    return legality(engine)(parse_scheme(scheme), fusion_group(group))

@@ -87,7 +87,14 @@ def measured_by(table: Table, evaluate: Evaluate) -> Measure:
 
 def recipe_choice(problem: Problem, recipe: Recipe) -> np.ndarray:
     """One option of each group, as a recipe has it."""
-    return problem.choice_of({group.name: group.scheme for group in recipe.groups})
+    return problem.choice_of(recipe_schemes(problem, recipe))
+
+
+def recipe_schemes(problem: Problem, recipe: Recipe) -> dict[str, str]:
+    """Group or cache -> scheme; a cache that a recipe does not speak of stays as it is."""
+    schemes = {group.name: "bf16" for group in problem.groups if group.cached}
+    schemes |= {group.name: group.scheme for group in recipe.groups}
+    return schemes | {cache.name: cache.scheme for cache in recipe.kv_cache}
 
 
 def decide_again(
@@ -104,8 +111,8 @@ def decide_again(
     result |= {key: value for key, value in before.result.items() if key.startswith("uniform_")}
     schemes = problem.schemes_of(choice_F)
     result |= time_figures(table, schemes, request)
-    groups = recipe_from_table(table, schemes, made_by={}, budget={}, result={}).groups
-    recipe = replace(before, groups=groups, result=result)
+    again = recipe_from_table(table, schemes, made_by={}, budget={}, result={})
+    recipe = replace(before, groups=again.groups, kv_cache=again.kv_cache, result=result)
     return replace(decision, recipe=recipe, finer_layers=usage(problem, choice_F).finer_layers)
 
 

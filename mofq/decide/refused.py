@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mofq.decide.request import fusion_group
-from mofq.engines import legality
+from mofq.engines import cache_legality, legality
 from mofq.schemes import parse_scheme
 from mofq.table import Table
 
@@ -35,11 +35,17 @@ def engine_refusals(table: Table, engine: str | None) -> tuple[Refused, ...]:
     if engine is None:
         return ()
     check = legality(engine)
+    check_cache = cache_legality(engine)
     groups = {group.name: fusion_group(group) for group in table.header.groups}
+    caches = {cache.name: cache for cache in table.caches}
     schemes: dict[str, dict[str, None]] = {}
     where: dict[str, set[str]] = {}
     for name, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
-        if reason := check(parse_scheme(name), groups[group]):
+        if group in caches:
+            reason = check_cache(name, caches[group])
+        else:
+            reason = check(parse_scheme(name), groups[group])
+        if reason:
             schemes.setdefault(reason, {})[name] = None
             where.setdefault(reason, set()).add(group)
     return tuple(

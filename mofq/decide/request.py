@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from mofq.cost import group_bytes, weights_of
 from mofq.device_models import DeviceModel
-from mofq.engines import legality
+from mofq.engines import cache_legality, legality
 from mofq.exceptions import BudgetError
 from mofq.latency import Workload
-from mofq.layers import FusionGroup, LinearLayer
+from mofq.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.schemes import parse_scheme
 from mofq.search_space import Offer
-from mofq.solvers import Budgets, Objective, Problem, problem_from_table
+from mofq.solvers import Budgets, CacheRequest, Objective, Problem, problem_from_table
 from mofq.table import Table, TableGroup
 
 
@@ -39,6 +39,9 @@ class Request:
     ties: bool = True
     space: str | None = None  #: name of a search space of the table; None: all that were measured
     time: TimeRequest | None = None
+    kv_cache: bool = False  #: whether the format of the KV cache is decided too
+    kv_tokens: int = 0  #: of context, whose cache counts into a budget of size
+    kv_formats: tuple[str, ...] | None = None  #: of the cache, beside bf16; None: all
 
 
 def request_problem(table: Table, request: Request) -> Problem:
@@ -56,7 +59,20 @@ def request_problem(table: Table, request: Request) -> Problem:
         objective=request.objective,
         space=request.space,
         is_legal=is_legal,
+        caches=_cache_request(request) if request.kv_cache else None,
     )
+
+
+def _cache_request(request: Request) -> CacheRequest:
+    refuses = None if request.engine is None else cache_legality(request.engine)
+
+    def is_legal(scheme: str, cache: CacheLayer) -> bool:
+        formats = request.kv_formats
+        if formats is not None and scheme != "bf16" and scheme not in formats:
+            return False
+        return refuses is None or refuses(scheme, cache) is None
+
+    return CacheRequest(request.kv_tokens, is_legal)
 
 
 def fusion_group(group: TableGroup) -> FusionGroup:

@@ -9,7 +9,8 @@ import numpy as np
 from mofq import __version__
 from mofq.decide.request import Request
 from mofq.recipe import Recipe, RecipeGroup
-from mofq.solvers import KL_UNIT, Budgets, Chosen, Prediction, Problem, predict, usage
+from mofq.recipe_cache import RecipeCache
+from mofq.solvers import KL_UNIT, Chosen, Prediction, Problem, predict, usage
 from mofq.table import Table
 
 #: Keys of `mofq.recipe.RESULT_KEYS`.
@@ -26,12 +27,17 @@ def recipe_from_table(
     budget: Mapping[str, float | int | str],
     result: Figures,
 ) -> Recipe:
-    """A recipe of a table's model: fusion group -> scheme, and what is to be said of it."""
+    """A recipe of a table's model: fusion group, or cache -> scheme, and what is to be said."""
     amax = {
         (row.group, row.scheme): row.static_amax
         for row in table.rows
         if row.static_amax is not None
     }
+    caches = [
+        RecipeCache(one.name, schemes[one.name], amax.get((one.name, schemes[one.name])))
+        for one in table.caches
+        if one.name in schemes
+    ]
     return Recipe(
         model_name=table.header.model_name,
         index_sha256=table.header.index_sha256,
@@ -49,6 +55,8 @@ def recipe_from_table(
         made_by=made_by,
         budget=budget,
         result=result,
+        # A cache that stays as it is everywhere is not spoken of.
+        kv_cache=() if all(one.parsed.is_unquantized for one in caches) else tuple(caches),
     )
 
 
@@ -78,13 +86,16 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
     return made
 
 
-def budget_figures(budgets: Budgets) -> dict[str, float | int | str]:
+def budget_figures(request: Request) -> dict[str, float | int | str]:
     """The budgets that were asked for; `timing` has that of time."""
+    budgets = request.budgets
     named = {
         "bits_per_weight": budgets.max_bits,
         "checkpoint_bytes": budgets.max_bytes,
         "kl_nats_per_token": budgets.max_kl,
         "finer_fraction": budgets.max_finer,
+        "kv_bits": budgets.max_kv_bits,
+        "kv_tokens": request.kv_tokens or None,
     }
     return {name: value for name, value in named.items() if value is not None}
 
@@ -114,7 +125,11 @@ def uniform_figures(problem: Problem, name: str, choice_F: np.ndarray) -> Figure
 def size_figures(problem: Problem, choice_F: np.ndarray) -> Figures:
     """Sizes and shares; no prediction yet."""
     used = usage(problem, choice_F)
-    return {
+    cached: Figures = {}
+    if problem.cached:
+        bits = int(problem.cache_bits_P[choice_F].sum())
+        cached = {"kv_bits": bits / problem.cached, "kv_bytes_per_token": bits / 8}
+    return cached | {
         "bits_per_weight": used.bits_per_weight,
         "bytes": used.bytes,
         "checkpoint_bytes": used.checkpoint_bytes,

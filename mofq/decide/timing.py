@@ -126,7 +126,9 @@ def time_budget_figures(request: Request) -> dict[str, float | int | str]:
 def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:
     groups = {group.name: group for group in table.header.groups}
     seconds = [
-        group_seconds(
+        0.0  # the model of time knows no quantized cache
+        if problem.groups[group].cached
+        else group_seconds(
             groups[problem.groups[group].name], parse_scheme(scheme), time.device, time.workload
         )
         for group, scheme in zip(problem.group_P.tolist(), problem.schemes, strict=True)

@@ -18,7 +18,7 @@ from mofq.numerics import NUMERICS
 from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection, statistics_rejection
-from mofq.solvers import KL_UNIT, Problem, predict
+from mofq.solvers import KL_UNIT, Problem, predict, usage
 from mofq.table import Table
 
 
@@ -119,19 +119,33 @@ def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
     return recipes
 
 
-def best_uniform(problem: Problem, most_bytes: int) -> tuple[str, np.ndarray] | None:
-    """The uniform scheme of least error among those of at most so many bytes."""
+def best_uniform(
+    problem: Problem, most_bytes: int, choice_F: np.ndarray
+) -> tuple[str, np.ndarray] | None:
+    """The uniform scheme of least error among those of at most so many bytes.
+
+    The KV cache, where it is decided too, is as in ``choice_F``.
+    """
     found = []
     for name in dict.fromkeys(problem.schemes):
-        choice_F = _uniform_choice(problem, name)
-        if choice_F is not None and problem.bytes_of(choice_F) <= most_bytes:
-            found.append((problem.error_of(choice_F), name, choice_F))
+        uniform_F = _uniform_choice(problem, name, choice_F)
+        if uniform_F is not None and usage(problem, uniform_F).bytes <= most_bytes:
+            found.append((problem.error_of(uniform_F), name, uniform_F))
     if not found:
         return None
     _, name, choice_F = min(found, key=lambda one: one[:2])
     return name, choice_F
 
 
-def _uniform_choice(problem: Problem, scheme: str) -> np.ndarray | None:
-    at = [p for p, name in enumerate(problem.schemes) if name == scheme]
-    return np.array(at, dtype=np.int64) if len(at) == len(problem.groups) else None
+def _uniform_choice(
+    problem: Problem, scheme: str, choice_F: np.ndarray | None = None
+) -> np.ndarray | None:
+    """One scheme for every layer; caches as in a choice, or as they are."""
+    chosen = []
+    for number, group in enumerate(problem.groups):
+        if group.cached and choice_F is not None:
+            chosen.append(int(choice_F[number]))
+            continue
+        wanted = "bf16" if group.cached else scheme
+        chosen += [p for p in problem.options_of(number) if problem.schemes[p] == wanted]
+    return np.array(chosen, dtype=np.int64) if len(chosen) == len(problem.groups) else None

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mofq.engines.caches import (
+    VLLM_CPU_CACHE,
+    VLLM_GPU_CACHE,
+    CacheRule,
+    cache_refusal,
+    matching_cache_rule,
+)
 from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
 from mofq.engines.rules import Engine, Rule, format_name, matching_rule, refusal
 from mofq.engines.sglang import SGLANG
@@ -16,27 +23,38 @@ from mofq.engines.torchao import TORCHAO_CPU, TORCHAO_GPU
 from mofq.engines.vllm_cpu import VLLM_CPU
 from mofq.engines.vllm_gpu import VLLM_GPU
 from mofq.exceptions import EngineError, nearest_name
-from mofq.layers import FusionGroup
+from mofq.layers import CacheLayer, FusionGroup
 from mofq.schemes import Scheme
 
 __all__ = [
     "ENGINES",
+    "CacheRule",
     "Engine",
     "Rule",
+    "cache_legality",
     "find_engine",
     "format_name",
     "legality",
+    "matching_cache_rule",
     "matching_rule",
     "serving_environment",
 ]
 
 #: Every known engine by name. A GPU engine is one generation: the oldest chip of it.
 ENGINES: dict[str, Engine] = {
-    "vllm-cpu": Engine("vllm-cpu", "0.32.0", None, "compressed-tensors", VLLM_CPU),
-    "vllm-ampere": Engine("vllm-ampere", "0.32.0", (8, 0), "compressed-tensors", VLLM_GPU),
-    "vllm-ada": Engine("vllm-ada", "0.32.0", (8, 9), "compressed-tensors", VLLM_GPU),
-    "vllm-hopper": Engine("vllm-hopper", "0.32.0", (9, 0), "compressed-tensors", VLLM_GPU),
-    "vllm-blackwell": Engine("vllm-blackwell", "0.32.0", (10, 0), "compressed-tensors", VLLM_GPU),
+    "vllm-cpu": Engine("vllm-cpu", "0.32.0", None, "compressed-tensors", VLLM_CPU, VLLM_CPU_CACHE),
+    "vllm-ampere": Engine(
+        "vllm-ampere", "0.32.0", (8, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
+    ),
+    "vllm-ada": Engine(
+        "vllm-ada", "0.32.0", (8, 9), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
+    ),
+    "vllm-hopper": Engine(
+        "vllm-hopper", "0.32.0", (9, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
+    ),
+    "vllm-blackwell": Engine(
+        "vllm-blackwell", "0.32.0", (10, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
+    ),
     "sglang-ampere": Engine("sglang-ampere", "0.5.23", (8, 0), "compressed-tensors", SGLANG),
     "sglang-ada": Engine("sglang-ada", "0.5.23", (8, 9), "compressed-tensors", SGLANG),
     "sglang-hopper": Engine("sglang-hopper", "0.5.23", (9, 0), "compressed-tensors", SGLANG),
@@ -89,6 +107,27 @@ def legality(engine_name: str) -> Callable[[Scheme, FusionGroup], str | None]:
 
     def check(scheme: Scheme, group: FusionGroup) -> str | None:
         return refusal(engine, scheme, group)
+
+    return check
+
+
+def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
+    """What an engine can hold of the KV cache, as a function.
+
+    Args:
+        engine_name: A key of ``ENGINES``.
+
+    Returns:
+        A function of a format's name and a layer's cache that gives None where the engine
+        holds it as it was measured, else the reason.
+
+    Raises:
+        EngineError: No engine has that name.
+    """
+    engine = find_engine(engine_name)
+
+    def check(scheme: str, cache: CacheLayer) -> str | None:
+        return cache_refusal(engine, scheme, cache)
 
     return check
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from mofq.engines.caches import CacheRule
 
 Capability = tuple[int, int]
 Layers = Literal["any", "dense", "experts"]
@@ -48,6 +51,7 @@ class Engine:
     capability: Capability | None  #: CUDA compute capability; None: not a CUDA engine
     reads: str  #: the backend whose output it loads
     rules: tuple[Rule, ...]
+    caches: tuple[CacheRule, ...] = ()  #: of the KV cache; see `mofq.engines.caches`
 
     @property
     def applicable_rules(self) -> tuple[Rule, ...]:

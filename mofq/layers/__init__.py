@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mofq.layers.caches import PARTS, CacheLayer, find_loaded_module
 from mofq.layers.families import FUSION_RULES, Experts, Family
 from mofq.layers.find import find_layers
 from mofq.layers.linear import (
@@ -15,6 +16,8 @@ from mofq.layers.linear import (
 
 __all__ = [
     "FUSION_RULES",
+    "PARTS",
+    "CacheLayer",
     "Experts",
     "Family",
     "FusionGroup",
@@ -22,6 +25,7 @@ __all__ = [
     "LoadedWeight",
     "ModelLayers",
     "find_layers",
+    "find_loaded_module",
     "find_loaded_names",
     "find_loaded_weight",
 ]

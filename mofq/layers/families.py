@@ -158,7 +158,7 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
         where: The config's path, for messages.
 
     Returns:
-        ``hidden, heads, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding``; in a mixture
+        ``hidden, heads, head, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding``; in a mixture
         ``experts, expert_ffn``; where stated ``vocabulary``.
 
     Raises:
@@ -182,6 +182,7 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
             )
     head_dim = stated.get("head_dim", stated["hidden"] // stated["heads"])
     stated.setdefault("embedding", stated["hidden"])
+    stated["head"] = head_dim
     stated["q"] = stated["heads"] * head_dim
     stated["kv"] = stated.get("kv_heads", stated["heads"]) * head_dim
     stated["qkv"] = stated["q"] + 2 * stated["kv"]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mofq.checkpoint.fp8 import SUPPORTED
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.exceptions import CheckpointError
+from mofq.layers.caches import CacheLayer
 from mofq.layers.families import FUSION_RULES, Experts, Family, read_sizes
 from mofq.layers.linear import FusionGroup, LinearLayer, ModelLayers
 
@@ -86,7 +87,27 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
         other_bytes=sum(
             info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
+        caches=_find_caches(model, groups),
     )
+
+
+def _find_caches(model: _Model, groups: Iterable[FusionGroup]) -> tuple[CacheLayer, ...]:
+    """What the attention of every decoder layer caches."""
+    found = []
+    for group in groups:
+        decoder, is_attention, _ = group.name.partition(".attn.qkv")
+        if is_attention:
+            first = group.layers[0]
+            assert first.decoder_layer is not None
+            cache = CacheLayer(
+                name=f"{decoder}.attn.kv_cache",
+                module=first.name.rpartition(".")[0],
+                kv_heads=model.sizes["kv"] // model.sizes["head"],
+                head_size=model.sizes["head"],
+                decoder_layer=first.decoder_layer,
+            )
+            found.append(cache)
+    return tuple(found)
 
 
 def _read_model(checkpoint: Checkpoint) -> _Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mofq.layers.caches import CacheLayer
 from mofq.layers.families import FUSION_RULES
 
 
@@ -52,6 +53,7 @@ class ModelLayers:
     unquantized: tuple[LinearLayer, ...]  #: lm_head, routers, projections outside the decoder
     tied_lm_head: bool  #: the lm_head is the embedding and no layer of its own
     other_bytes: int  #: of all tensors but the weights in groups [bytes]
+    caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def _corpus_rows(
             unit="kl_nats_per_token",
             corpus=corpus,
             error=float(kept_N.mean()),
-            stderr=_standard_error(kept_N),
+            stderr=standard_error(kept_N),
             sample_errors=tuple(kept_N.tolist()),
             projections=tuple(projection_M.tolist()),
             **common,
@@ -112,7 +112,8 @@ def _corpus_rows(
     ]
 
 
-def _standard_error(values_N: Tensor) -> float | None:
+def standard_error(values_N: Tensor) -> float | None:
+    """Of the mean of some samples; None of one alone."""
     if len(values_N) < 2:
         return None
     return float(values_N.std(correction=1) / math.sqrt(len(values_N)))

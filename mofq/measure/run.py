@@ -17,6 +17,7 @@ from mofq.checkpoint.tensors import check_scales, read_layer_rows
 from mofq.exceptions import StatsError
 from mofq.fits import Fits
 from mofq.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.measure.cache import check_cache_stats, fill_caches
 from mofq.measure.crossfit import check_sequences, join_parts, parts_in_all, prepare_parts
 from mofq.measure.extent import group_profiles
 from mofq.measure.passes import LayerPasses, layer_passes
@@ -26,7 +27,14 @@ from mofq.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
 from mofq.measure.schedule import score_layers
 from mofq.measure.written import written_schemes
 from mofq.schemes import Scheme
-from mofq.search_space import Legality, Offer, SearchSpace, offer_schemes
+from mofq.search_space import (
+    CacheLegality,
+    Legality,
+    Offer,
+    SearchSpace,
+    offer_caches,
+    offer_schemes,
+)
 from mofq.table import (
     Profile,
     Rejection,
@@ -60,6 +68,7 @@ def measure(
     stats: Stats | None = None,
     engine: str | None = None,
     legality: Legality | None = None,
+    cache_legality: CacheLegality | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     tell: Tell = lambda message: None,
@@ -75,6 +84,7 @@ def measure(
         stats: Calibration, or None for calibration-free rows.
         engine: Name of the serving engine that ``legality`` speaks for.
         legality: What the engine refuses.
+        cache_legality: What it refuses of the KV cache.
         device: Where the arithmetic runs.
         progress: Called with fusion groups done and in all.
         tell: Gets a line about what takes its time before the first group is done.
@@ -93,6 +103,8 @@ def measure(
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
     )
+    cache_offers = offer_caches(space, model_layers.caches, legality=cache_legality)
+    cached_stats = check_cache_stats(stats) if cache_offers else None
     header = header_of(
         model_layers,
         model_name=checkpoint.name,
@@ -105,13 +117,17 @@ def measure(
         here = partial(measure_groups, tell=tell)
         measured = partial(remotely or here, checkpoint, stats=stats, device=device)
         _fill(table, offers, measured, stats=stats, progress=progress)
+        if cached_stats is not None:
+            fill_caches(table, cache_offers, cached_stats, device=device)
 
 
 def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
     return TableSpace(
         name=space.name,
         sha256=space.sha256,
-        schemes=tuple(scheme.name for scheme in space.schemes),
+        schemes=tuple(
+            dict.fromkeys([s.name for s in space.schemes] + [s.name for s in space.kv_cache])
+        ),
         base=space.base,
         min_gain=space.min_gain,
         engine=engine,

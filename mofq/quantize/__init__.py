@@ -10,6 +10,7 @@ multipliers. The formulas stand in ``scales`` (how a scale is found), ``search``
 from __future__ import annotations
 
 from mofq.quantize.activations import fake_quantize_activation
+from mofq.quantize.cache import fake_quantize_cache
 from mofq.quantize.feedback import Feedback, factorise_hessian, one_thread
 from mofq.quantize.linear import FakeQuantLinear
 from mofq.quantize.rounding import round_to_format
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize_weight",
     "factorise_hessian",
     "fake_quantize_activation",
+    "fake_quantize_cache",
     "fake_quantize_weight",
     "one_thread",
     "quantize_weight",

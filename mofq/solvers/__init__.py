@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mofq.solvers.budgets import Budgets, LinearBudget, finer_is_offered
+from mofq.solvers.caches import CacheRequest
 from mofq.solvers.exact import Solution, least_bytes, solve_exact
 from mofq.solvers.from_table import problem_from_table
 from mofq.solvers.frontier import Frontier, solve_frontier
@@ -27,6 +28,7 @@ __all__ = [
     "KL_UNIT",
     "SOLVERS",
     "Budgets",
+    "CacheRequest",
     "Chosen",
     "Estimate",
     "Frontier",

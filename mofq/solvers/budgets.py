@@ -33,6 +33,7 @@ class Budgets:
     max_kl: float | None = None  #: predicted, plus two standard errors [nats per token]
     max_finer: float | None = None  #: share of the layers whose scheme is not a base scheme
     linear: tuple[LinearBudget, ...] = ()
+    max_kv_bits: float | None = None  #: true bits per cached number [bits]
 
     @property
     def minimises_bytes(self) -> bool:
@@ -73,7 +74,7 @@ def budget_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
         rows.append(
             Row(
                 "max_bits",
-                problem.bytes_P,
+                problem.layer_bytes_P,
                 limit=_most(budgets.max_bits, 8, weights),
                 shown=lambda used: f"{_up(8 * used / weights)} bits per weight",
             )
@@ -83,11 +84,13 @@ def budget_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
         rows.append(
             Row(
                 "max_bytes",
-                problem.bytes_P,
+                problem.size_P,
                 limit=int(budgets.max_bytes) - other,
                 shown=lambda used: f"{int(used) + other:,} bytes",
             )
         )
+    if budgets.max_kv_bits is not None:
+        rows.append(_cache_row(problem, budgets.max_kv_bits))
     if budgets.max_finer is not None:
         rows.append(_finer_row(problem, budgets.max_finer))
     for one in budgets.linear:
@@ -96,7 +99,7 @@ def budget_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
 
 
 def _check_numbers(budgets: Budgets) -> None:
-    for name in ("max_bits", "max_bytes", "max_kl", "max_finer"):
+    for name in ("max_bits", "max_bytes", "max_kl", "max_finer", "max_kv_bits"):
         value = getattr(budgets, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BudgetError(f"{name}: must be a number of at least 0, found {value}.")
@@ -104,6 +107,21 @@ def _check_numbers(budgets: Budgets) -> None:
         raise BudgetError(
             f"max_finer: is a share of the layers, at most 1; found {budgets.max_finer}."
         )
+
+
+def _cache_row(problem: Problem, max_kv_bits: float) -> Row:
+    cached = problem.cached
+    if not cached:
+        raise BudgetError(
+            "max_kv_bits: the table has no formats of the KV cache. Measure a search space with "
+            "the key `kv_cache`, on stats of `mofq calibrate --kv-cache`."
+        )
+    return Row(
+        "max_kv_bits",
+        problem.cache_bits_P,
+        limit=_most(max_kv_bits, 1, cached),
+        shown=lambda used: f"{_up(used / cached)} bits per cached number",
+    )
 
 
 def _most(limit: float, times: int, over: int) -> int:

@@ -86,7 +86,7 @@ def _undominated(
     kept: list[IntArray] = []
     starts = np.flatnonzero(np.diff(problem.group_P[option_P], prepend=-1))
     for members in np.split(option_P, starts[1:]):
-        order = members[np.lexsort((members, problem.bytes_P[members]))]
+        order = members[np.lexsort((members, problem.size_P[members]))]
         no_better_PP = np.ones((len(order), len(order)), dtype=np.bool_)  # row, than column
         equal_PP = np.ones_like(no_better_PP)
         for column in columns:

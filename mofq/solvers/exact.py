@@ -47,8 +47,8 @@ def solve_exact(problem: Problem, budgets: Budgets) -> Solution:
     allowed_P = offered(problem, budgets)
     if budgets.minimises_bytes:
         smallest = require(problem, _bytes_PK(problem), rows, allowed_P)
-        size = problem.bytes_of(smallest.choice_F)
-        rows += (Row("bytes", problem.bytes_P, limit=size, shown=str),)
+        size = problem.size_of(smallest.choice_F)
+        rows += (Row("bytes", problem.size_P, limit=size, shown=str),)
     best = require(problem, problem.cost_PK, rows, allowed_P)
     names = [row.name for row in rows]
     prices = {
@@ -65,7 +65,7 @@ def least_bytes(problem: Problem, budgets: Budgets) -> int:
     """
     rows = _all_rows(problem, budgets)
     best = require(problem, _bytes_PK(problem), rows, offered(problem, budgets))
-    return problem.bytes_of(best.choice_F)
+    return problem.size_of(best.choice_F)
 
 
 def _all_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
@@ -74,7 +74,7 @@ def _all_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:
 
 
 def _bytes_PK(problem: Problem) -> FloatArray:
-    return problem.bytes_P.astype(np.float64)[:, None]
+    return problem.size_P.astype(np.float64)[:, None]
 
 
 def require(

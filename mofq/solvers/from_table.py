@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from mofq.exceptions import TableError, nearest_name
+from mofq.solvers.caches import CacheRequest, cache_groups
 from mofq.solvers.problem import KL_UNIT, Objective, Option, Problem, ProblemGroup, build_problem
+from mofq.solvers.rows import complete, option_of
 from mofq.table import UNITS, Row, Table, TableGroup, TableSpace
 
 _UNQUANTIZED = "bf16"
@@ -27,6 +29,7 @@ def problem_from_table(
     objective: Objective = "mean",
     space: str | None = None,
     is_legal: Legal | None = None,
+    caches: CacheRequest | None = None,
 ) -> Problem:
     """What a table offers, as a problem for the solvers.
 
@@ -39,6 +42,7 @@ def problem_from_table(
         space: Only the schemes, base and min_gain of this search space; by default those of
             all spaces of the table together, with the largest min_gain.
         is_legal: Which schemes a fusion group may have; by default all that are measured.
+        caches: How the format of the KV cache is decided too; by default it is not.
 
     Returns:
         The problem; within each group the simplest scheme first.
@@ -47,24 +51,14 @@ def problem_from_table(
         TableError: The unit, corpus or space is not in the table, or a group has no row.
     """
     unit = _unit(table, unit)
-    of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
-    names = _corpora(table, of_rows, corpora)
+    names = _corpora(table, _unit_of_rows(table, unit), corpora)
     spaces = _spaces(table, space)
     schemes = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
-    by_corpus = [table.rows_of(of_rows, name) for name in names]
-    to_option = _tensor_option if unit == TENSOR_MSE else _option
-    groups = []
-    for group in table.header.groups:
-        rows = _complete(group.name, of_rows, names, [found[group.name] for found in by_corpus])
-        legal = [
-            one
-            for one in rows
-            if (not spaces or one[0].scheme in schemes)
-            and (is_legal is None or is_legal(group, one[0].scheme))
-        ]
-        _require_one(group.name, legal, rows)
-        offered = [one[0].scheme for one in legal]
-        groups.append((_group(group, offered), list(map(to_option, legal))))
+    groups = _layer_groups(table, unit, names, schemes if spaces else None, is_legal)
+    if caches is not None:
+        groups += cache_groups(
+            table, unit, names, schemes=schemes if spaces else None, asked=caches
+        )
     stats = table.header.stats
     return build_problem(
         groups,
@@ -75,7 +69,38 @@ def problem_from_table(
         tokens_per_projection=1 if stats is None else stats.tokens_per_projection,
         other_bytes=table.header.other_bytes,
         min_gain=max((one.min_gain for one in spaces), default=10.0),
+        kv_tokens=0 if caches is None else caches.tokens,
     )
+
+
+def _unit_of_rows(table: Table, unit: str) -> str:
+    return _unit(table, None) if unit == TENSOR_MSE else unit
+
+
+def _layer_groups(
+    table: Table,
+    unit: str,
+    corpora: Sequence[str | None],
+    schemes: Collection[str] | None,
+    is_legal: Legal | None,
+) -> list[tuple[ProblemGroup, list[Option]]]:
+    """Each fusion group with its options; ``schemes`` None: all that were measured."""
+    of_rows = _unit_of_rows(table, unit)
+    by_corpus = [table.rows_of(of_rows, name) for name in corpora]
+    to_option = _tensor_option if unit == TENSOR_MSE else option_of
+    groups = []
+    for group in table.header.groups:
+        rows = complete(group.name, of_rows, corpora, [found[group.name] for found in by_corpus])
+        legal = [
+            one
+            for one in rows
+            if (schemes is None or one[0].scheme in schemes)
+            and (is_legal is None or is_legal(group, one[0].scheme))
+        ]
+        _require_one(group.name, legal, rows)
+        offered = [one[0].scheme for one in legal]
+        groups.append((_group(group, offered), list(map(to_option, legal))))
+    return groups
 
 
 def _require_one(group: str, legal: Sequence[Sequence[Row]], rows: Sequence[Sequence[Row]]) -> None:
@@ -94,9 +119,9 @@ def _unit(table: Table, unit: str | None) -> str:
         return unit
     groups = {group.name for group in table.header.groups}
     for one in _PREFERRED_UNITS:
-        if {row.group for row in table.rows if row.unit == one} == groups:
+        if {row.group for row in table.rows if row.unit == one} >= groups:
             return one
-    measured = {row.group for row in table.rows}
+    measured = {row.group for row in table.rows} & groups
     missing = next(group.name for group in table.header.groups if group.name not in measured)
     raise TableError(
         f"The table has no row of {missing} ({len(measured)} of {len(groups)} fusion groups are "
@@ -128,46 +153,12 @@ def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:
     return found[-1:]
 
 
-def _complete(
-    group: str, unit: str, corpora: Sequence[str | None], found: Sequence[Sequence[Row]]
-) -> list[list[Row]]:
-    """For each scheme its row of every corpus."""
-    by_scheme: dict[str, list[Row]] = {}
-    for rows in found:
-        for row in rows:
-            by_scheme.setdefault(row.scheme, []).append(row)
-    if not by_scheme:
-        raise TableError(f"{group}: has no row in {unit}. Run the same `mofq measure` again.")
-    for scheme, rows in by_scheme.items():
-        if len(rows) < len(corpora):
-            names = sorted({str(name) for name in corpora} - {str(row.corpus) for row in rows})
-            raise TableError(
-                f"{group}: {scheme} has no row of the corpus {names[0]!r}, and the others have. "
-                f"Run the same `mofq measure` again."
-            )
-    return list(by_scheme.values())
-
-
 def _group(group: TableGroup, schemes: Collection[str]) -> ProblemGroup:
     return ProblemGroup(
         name=group.name,
         layers=tuple(layer.name for layer in group.layers),
         weights=group.weights,
         counted=any(name != _UNQUANTIZED for name in schemes),
-    )
-
-
-def _option(rows: Sequence[Row]) -> Option:
-    stderrs = [row.stderr for row in rows if row.stderr is not None]
-    samples = [row.sample_errors for row in rows if row.sample_errors is not None]
-    projections = [row.projections for row in rows if row.projections is not None]
-    return Option(
-        rows[0].scheme,
-        bytes=rows[0].bytes,
-        errors=tuple(row.error for row in rows),
-        stderrs=tuple(stderrs) if len(stderrs) == len(rows) else None,
-        sample_errors=tuple(samples) if len(samples) == len(rows) else None,
-        projections=tuple(projections) if len(projections) == len(rows) else None,
     )
 
 

@@ -178,7 +178,7 @@ def _search_size(
     first = at(low)
     if first is not None and first.reported.additive.upper <= limit:
         return first
-    high, high_figure = problem.bytes_of(best.choice_F), best.reported.additive.upper
+    high, high_figure = problem.size_of(best.choice_F), best.reported.additive.upper
     low_figure = math.inf if first is None else first.reported.additive.upper
     step = problem.weights // 16  # half a bit
     for _ in range(_MOST_STEPS):
@@ -189,7 +189,7 @@ def _search_size(
         figure = math.inf if found is None else found.reported.additive.upper
         if found is not None and figure <= limit:
             best, high_figure = found, figure
-            high = min(size, problem.bytes_of(found.solution.choice_F))
+            high = min(size, problem.size_of(found.solution.choice_F))
         else:
             low, low_figure = size, figure
         step //= 2

@@ -34,6 +34,7 @@ class ProblemGroup:
     layers: tuple[str, ...]
     weights: int  #: of all layers
     counted: bool = True  #: in the share of finer layers; not where the space offers nothing
+    cached: int = 0  #: numbers for each token, where the decision is on a KV cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Option:
     stderrs: tuple[float, ...] | None = None
     sample_errors: tuple[Sequence[float], ...] | None = None  #: their mean is the error
     projections: tuple[Sequence[float], ...] | None = None  #: signed, of each chunk of tokens
+    cache_bits: int = 0  #: of one token in the KV cache; 0 where the decision is on layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +70,19 @@ class Problem:
     tokens_per_projection: int
     other_bytes: int  #: tensors of the checkpoint that are in no group
     min_gain: float
+    cache_bits_P: IntArray  #: of one token in the KV cache
+    size_P: IntArray  #: what a budget of size counts: ``bytes_P``, and the cache of some tokens
+
+    @property
+    def cached(self) -> int:
+        """Numbers that are cached for each token, where their format is decided too."""
+        return sum(group.cached for group in self.groups)
+
+    @property
+    def layer_bytes_P(self) -> IntArray:
+        """Bytes of options on layers alone, which bits per weight count."""
+        cached_F = np.array([group.cached > 0 for group in self.groups])
+        return np.where(cached_F[self.group_P], 0, self.bytes_P)
 
     @property
     def weights(self) -> int:
@@ -92,6 +107,10 @@ class Problem:
     def bytes_of(self, choice_F: IntArray) -> int:
         """The bytes of one option in each group, without ``other_bytes``."""
         return int(self.bytes_P[choice_F].sum())
+
+    def size_of(self, choice_F: IntArray) -> int:
+        """What a budget of size counts of one option in each group, without ``other_bytes``."""
+        return int(self.size_P[choice_F].sum())
 
     def schemes_of(self, choice_F: IntArray) -> dict[str, str]:
         """Fusion group -> scheme."""
@@ -128,6 +147,7 @@ def build_problem(
     tokens_per_projection: int = 1,
     other_bytes: int = 0,
     min_gain: float = 10.0,
+    kv_tokens: int = 0,
 ) -> Problem:
     """Arrays from options.
 
@@ -140,21 +160,14 @@ def build_problem(
         tokens_per_projection: Tokens of one chunk.
         other_bytes: Tensors of the checkpoint that are in no group.
         min_gain: See `finer_is_offered`.
+        kv_tokens: Of context, whose cache counts as size.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus.
     """
-    ordered: list[Option] = []
-    starts = [0]
-    for group, options in groups:
-        wrong = next((one for one in options if len(one.errors) != len(corpora)), None)
-        if not options or wrong is not None:
-            found = "no row" if wrong is None else f"{len(wrong.errors)} errors for {wrong.scheme}"
-            raise TableError(
-                f"{group.name}: needs a row for each of {len(corpora)} corpora, has {found}."
-            )
-        ordered += sorted(options, key=lambda one: simplicity(one.scheme, base=one.scheme in base))
-        starts.append(len(ordered))
+    ordered, starts = _ordered(groups, base, corpora=len(corpora))
+    bytes_P = np.array([one.bytes for one in ordered], dtype=np.int64)
+    cache_bits_P = np.array([one.cache_bits for one in ordered], dtype=np.int64)
     return Problem(
         unit=unit,
         corpora=corpora,
@@ -163,7 +176,7 @@ def build_problem(
         start_F=np.array(starts, dtype=np.int64),
         group_P=np.repeat(np.arange(len(groups)), np.diff(starts)),
         schemes=tuple(one.scheme for one in ordered),
-        bytes_P=np.array([one.bytes for one in ordered], dtype=np.int64),
+        bytes_P=bytes_P,
         error_PC=np.array([one.errors for one in ordered], dtype=np.float64),
         stderr_PC=_stderrs(ordered),
         sample_errors=_per_corpus(ordered, [one.sample_errors for one in ordered]),
@@ -172,7 +185,27 @@ def build_problem(
         tokens_per_projection=tokens_per_projection,
         other_bytes=other_bytes,
         min_gain=min_gain,
+        cache_bits_P=cache_bits_P,
+        size_P=bytes_P + -(-kv_tokens * cache_bits_P // 8),
     )
+
+
+def _ordered(
+    groups: Sequence[tuple[ProblemGroup, Sequence[Option]]], base: Sequence[str], *, corpora: int
+) -> tuple[list[Option], list[int]]:
+    """All options, within a group the simplest first; where each group begins, and the end."""
+    ordered: list[Option] = []
+    starts = [0]
+    for group, options in groups:
+        wrong = next((one for one in options if len(one.errors) != corpora), None)
+        if not options or wrong is not None:
+            found = "no row" if wrong is None else f"{len(wrong.errors)} errors for {wrong.scheme}"
+            raise TableError(
+                f"{group.name}: needs a row for each of {corpora} corpora, has {found}."
+            )
+        ordered += sorted(options, key=lambda one: simplicity(one.scheme, base=one.scheme in base))
+        starts.append(len(ordered))
+    return ordered, starts
 
 
 def _stderrs(options: Sequence[Option]) -> FloatArray | None:

@@ -123,7 +123,7 @@ def refine(
 def fixed_budgets(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets:
     """Budgets without ``max_kl``: nothing larger than the choice where size was minimised."""
     if budgets.minimises_bytes:
-        most = problem.bytes_of(choice_F) + problem.other_bytes
+        most = problem.size_of(choice_F) + problem.other_bytes
         return replace(budgets, max_kl=None, max_bytes=most)
     return replace(budgets, max_kl=None)
 
@@ -141,7 +141,7 @@ def uniform_candidates(
     rows, allowed_P = budget_rows(problem, budgets), offered(problem, budgets)
     found = {}
     for name in dict.fromkeys(problem.schemes):
-        uniform_F = _uniform(problem, name)
+        uniform_F = _uniform(problem, name, choice_F)
         if (
             uniform_F is not None
             and (uniform_F != choice_F).any()
@@ -160,10 +160,14 @@ def uniform_candidates(
     }
 
 
-def _uniform(problem: Problem, scheme: str) -> IntArray | None:
+def _uniform(problem: Problem, scheme: str, choice_F: IntArray) -> IntArray | None:
+    """One scheme for every layer; the KV cache as a choice has it."""
     choice = []
     for group in range(len(problem.groups)):
         options = problem.options_of(group)
+        if problem.groups[group].cached:
+            choice.append(int(choice_F[group]))
+            continue
         same = [p for p in options if problem.schemes[p] == scheme]
         if not same and len(options) > 1:
             return None

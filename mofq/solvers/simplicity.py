@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mofq.formats import CodebookFormat, FloatFormat, IntFormat
+from mofq.kv_cache import CachedTensor, is_cache_scheme, parse_cache_scheme
 from mofq.schemes import Scheme, TensorScheme, parse_scheme
 
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
@@ -31,10 +32,21 @@ def simplicity(scheme_name: str, *, base: bool = False) -> Rank:
     Raises:
         SchemeError: The name does not parse.
     """
+    if is_cache_scheme(scheme_name):
+        cache = parse_cache_scheme(scheme_name)
+        parts = [_cached(part) for part in cache.parts.values()]
+        return (1, len(set(cache.parts.values())), *parts[0], *parts[1], cache.name)
     scheme: Scheme = parse_scheme(scheme_name)
     if scheme.is_unquantized:
         return (0,)
     return (1, not base, *_operand(scheme.weight), *_operand(scheme.activation), scheme.name)
+
+
+def _cached(part: CachedTensor | None) -> Rank:
+    """Static before dynamic, one scale before one for each head; then as layers' inputs."""
+    if part is None:
+        return (0,)
+    return (1, not part.is_static, part.by_head, *_operand(part.scheme))
 
 
 def _operand(operand: TensorScheme | None) -> Rank:

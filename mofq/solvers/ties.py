@@ -101,5 +101,5 @@ def _simplest_ties(problem: Problem, budgets: Budgets, choice_F: IntArray) -> li
 
 
 def _uses_no_more(problem: Problem, rows: Sequence[Row], option: int, chosen: int) -> bool:
-    costs = (problem.bytes_P, *(row.cost_P for row in rows))
+    costs = (problem.size_P, problem.bytes_P, *(row.cost_P for row in rows))
     return all(cost_P[option] <= cost_P[chosen] for cost_P in costs)

@@ -24,7 +24,7 @@ def usage(problem: Problem, choice_F: IntArray) -> Usage:
 
     Without base schemes no layer counts as finer.
     """
-    size = problem.bytes_of(choice_F)
+    size = int(problem.layer_bytes_P[choice_F].sum())
     pairs = list(zip(problem.groups, choice_F, strict=True))
     counted = [group for group, _ in pairs if group.counted]
     has_base = bool(problem.is_base_P.any())
@@ -34,7 +34,7 @@ def usage(problem: Problem, choice_F: IntArray) -> Usage:
     all_weights = sum(group.weights for group in counted)
     return Usage(
         bytes=size,
-        checkpoint_bytes=size + problem.other_bytes,
+        checkpoint_bytes=problem.bytes_of(choice_F) + problem.other_bytes,
         bits_per_weight=8 * size / problem.weights,
         finer_layers=layers,
         finer_fraction=len(layers) / all_layers if all_layers else 0.0,

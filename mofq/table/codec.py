@@ -11,6 +11,7 @@ from typing import Any
 
 from mofq.documents import check_document, parse_json
 from mofq.exceptions import TableError, nearest_name
+from mofq.layers import CacheLayer
 from mofq.table.lines import (
     Extent,
     Profile,
@@ -27,7 +28,7 @@ from mofq.table.schema import LINE_SCHEMAS, TABLE_VERSION
 #: Keys of a row that hold many numbers.
 _PACKED = ("sample_errors", "projections")
 
-Line = TableHeader | TableSpace | Rejection | Profile | Row
+Line = TableHeader | TableSpace | Rejection | Profile | CacheLayer | Row
 
 
 def encode_line(line: Line) -> str:
@@ -38,6 +39,8 @@ def encode_line(line: Line) -> str:
         value = {"kind": "space", **asdict(line)}
     elif isinstance(line, Rejection):
         value = {"kind": "rejection", **asdict(line)}
+    elif isinstance(line, CacheLayer):
+        value = {"kind": "cache", **asdict(line)}
     elif isinstance(line, Profile):
         value = _profile_value(line)
     else:
@@ -153,6 +156,8 @@ def decode_line(text: str, where: str) -> Line:
         return _row(value, where)
     if kind == "rejection":
         return Rejection(**value)
+    if kind == "cache":
+        return CacheLayer(**value)
     if kind == "profile":
         return _profile(value, where)
     if kind == "space":

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from mofq import __version__
 from mofq.cost import source_bytes
-from mofq.layers import ModelLayers
+from mofq.layers import CacheLayer, ModelLayers
 from mofq.numerics import NUMERICS
 
 Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
@@ -193,6 +193,7 @@ class Table:
     rows: tuple[Row, ...]
     sha256: str  #: of the complete lines of the file
     profiles: tuple[Profile, ...] = ()
+    caches: tuple[CacheLayer, ...] = ()  #: whose formats were asked for
 
     @property
     def measures(self) -> tuple[tuple[Unit, str | None], ...]:
@@ -200,8 +201,9 @@ class Table:
         return tuple(dict.fromkeys((row.unit, row.corpus) for row in self.rows))
 
     def rows_of(self, unit: str, corpus: str | None = None) -> dict[str, tuple[Row, ...]]:
-        """The rows of one unit and corpus by fusion group; every group of the header is a key."""
+        """The rows of one unit and corpus by fusion group or cache; each of them is a key."""
         found: dict[str, list[Row]] = {group.name: [] for group in self.header.groups}
+        found |= {cache.name: [] for cache in self.caches}
         for row in self.rows:
             if row.unit == unit and row.corpus == corpus:
                 found[row.group].append(row)

@@ -8,6 +8,8 @@ from math import isclose, isfinite
 from pathlib import Path
 
 from mofq.exceptions import SchemeError, TableError, nearest_name
+from mofq.kv_cache import parse_cache_scheme, static_keys
+from mofq.layers import CacheLayer
 from mofq.schemes import parse_scheme
 from mofq.table.codec import decode_line
 from mofq.table.lines import (
@@ -38,13 +40,17 @@ class RowCheck:
             group.name: {layer.module: layer.in_features for layer in group.layers}
             for group in header.groups
         }
+        self._caches: dict[str, CacheLayer] = {}
         self._counts: dict[tuple[str, str | None], int] = {}
 
     def check_names(self, line: Row | Rejection, where: str) -> None:
         """Refuse a fusion group or scheme that does not exist."""
-        self._check_group(line.group, where)
+        if line.group not in self._caches:
+            self._check_group(line.group, where)
+        is_cache = line.group in self._caches
         try:
-            name = parse_scheme(line.scheme).name
+            parsed = parse_cache_scheme if is_cache else parse_scheme
+            name = parsed(line.scheme).name
         except SchemeError as problem:
             raise TableError(f"{where}: {problem}") from problem
         if name != line.scheme:
@@ -55,6 +61,19 @@ class RowCheck:
             raise TableError(
                 f"{where}: the header has no fusion group {group!r}."
                 + nearest_name(group, self._layers)
+            )
+
+    @property
+    def caches(self) -> tuple[CacheLayer, ...]:
+        """All that `add_cache` was given."""
+        return tuple(self._caches.values())
+
+    def add_cache(self, cache: CacheLayer, where: str) -> None:
+        """Know a cache, whose rows may follow."""
+        if cache.name in self._layers or self._caches.setdefault(cache.name, cache) != cache:
+            raise TableError(
+                f"{where}: the cache {cache.name!r} is named twice, or as a fusion group is. "
+                f"Measure into another table."
             )
 
     def check_profile(self, profile: Profile, where: str) -> None:
@@ -83,16 +102,25 @@ class RowCheck:
             raise TableError(f"{where}: an error, stderr, sqnr_db or static_amax is not finite.")
         if min(row.error, row.stderr or 0.0, row.bytes, *(row.static_amax or {}).values()) < 0:
             raise TableError(f"{where}: an error, stderr, static_amax or byte count is negative.")
-        unknown = sorted(set(row.static_amax or ()) - self._layers[row.group])
+        known = self._amax_names(row)
+        unknown = sorted(set(row.static_amax or ()) - known)
         if unknown:
             raise TableError(
                 f"{where}: static_amax names {unknown[0]!r}, which is not in {row.group}."
-                + nearest_name(unknown[0], self._layers[row.group])
+                + nearest_name(unknown[0], known)
             )
+        if row.group in self._caches and row.unit != "kl_nats_per_token":
+            raise TableError(f"{where}: formats of the KV cache have rows in nats, not {row.unit}.")
         if row.unit != "relative_weight_error" and self._header.stats is None:
             raise TableError(f"{where}: {row.unit} needs statistics, and the header has none.")
         self._check_corpus(row.corpus, where)
         self._check_samples(row, where)
+
+    def _amax_names(self, row: Row) -> set[str]:
+        if row.group in self._caches:
+            scheme = parse_cache_scheme(row.scheme)
+            return set(static_keys(scheme, self._caches[row.group]))
+        return self._layers[row.group]
 
     def _check_corpus(self, corpus: str | None, where: str) -> None:
         corpora = {} if self._header.stats is None else self._header.stats.corpora
@@ -148,13 +176,7 @@ def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
 def parse_table(data: bytes, path: Path) -> Table:
     """A table from the bytes of its file; see `read_table`."""
     lines = complete_lines(data, path)
-    text, where = next(lines, ("", ""))
-    header = decode_line(text, where) if where else None
-    if not isinstance(header, TableHeader):
-        raise TableError(
-            f"{path}: has no complete header line. Is it a table? Run `mofq measure` again."
-        )
-    _check_header(header, where)
+    header = _first_line(lines, path)
     check = RowCheck(header)
     spaces: list[TableSpace] = []
     rejections: list[Rejection] = []
@@ -167,6 +189,8 @@ def parse_table(data: bytes, path: Path) -> Table:
         elif isinstance(line, Rejection):
             check.check_names(line, where)
             rejections.append(line)
+        elif isinstance(line, CacheLayer):
+            check.add_cache(line, where)
         elif isinstance(line, Profile):
             check.check_profile(line, where)
             if profiles.setdefault(line.key, line) != line:
@@ -185,7 +209,19 @@ def parse_table(data: bytes, path: Path) -> Table:
         rows=tuple(rows.values()),
         sha256=digest,
         profiles=tuple(profiles.values()),
+        caches=check.caches,
     )
+
+
+def _first_line(lines: Iterator[tuple[str, str]], path: Path) -> TableHeader:
+    text, where = next(lines, ("", ""))
+    header = decode_line(text, where) if where else None
+    if not isinstance(header, TableHeader):
+        raise TableError(
+            f"{path}: has no complete header line. Is it a table? Run `mofq measure` again."
+        )
+    _check_header(header, where)
+    return header
 
 
 def _twice(line: Row | Profile) -> str:

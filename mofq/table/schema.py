@@ -119,11 +119,22 @@ PROFILE_SCHEMA = strict_object(
         "inputs": {"type": "object", "additionalProperties": _EXTENT},
     }
 )
+CACHE_SCHEMA = strict_object(
+    {
+        "kind": {"const": "cache"},
+        "name": _NAME,
+        "module": _NAME,
+        "kv_heads": _COUNT,
+        "head_size": _COUNT,
+        "decoder_layer": {"type": "integer", "minimum": 0},
+    }
+)
 LINE_SCHEMAS: dict[str, dict[str, Any]] = {
     "header": HEADER_SCHEMA,
     "space": SPACE_SCHEMA,
     "rejection": REJECTION_SCHEMA,
     "profile": PROFILE_SCHEMA,
+    "cache": CACHE_SCHEMA,
     "row": ROW_SCHEMA,
 }
 TABLE_LINE_SCHEMA: dict[str, Any] = {

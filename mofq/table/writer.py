@@ -11,10 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 from mofq.exceptions import TableError
+from mofq.layers import CacheLayer
 from mofq.table.codec import decode_line, encode_line
 from mofq.table.lines import Profile, Rejection, Row, RowKey, Table, TableHeader, TableSpace
 from mofq.table.reader import RowCheck, parse_table
 
+#: Lines that stand once, whatever is measured with them.
+_Other = TableSpace | Rejection | CacheLayer
 _BEGINNING = b'{"kind":"header",'
 
 
@@ -30,12 +33,14 @@ class TableWriter:
         self.header = table.header
         self._file = file
         self._check = RowCheck(table.header)
+        for cache in table.caches:
+            self._check.add_cache(cache, str(path))
         self._rows: dict[RowKey, str] = {}
         for row in table.rows:
             self._check.check_row(row, str(path))
             self._rows[row.key] = encode_line(row)
         self._profiled = {profile.key for profile in table.profiles}
-        others: list[TableSpace | Rejection] = [*table.spaces, *table.rejections]
+        others: list[_Other] = [*table.spaces, *table.rejections, *table.caches]
         self._others = {encode_line(line) for line in others}
 
     def __enter__(self) -> TableWriter:
@@ -56,6 +61,13 @@ class TableWriter:
     def add_space(self, space: TableSpace) -> None:
         """Note what this run was asked for."""
         self._append(self._new_others([space]))
+
+    def add_caches(self, caches: Iterable[CacheLayer]) -> None:
+        """Note the caches whose rows will follow."""
+        caches = list(caches)
+        for cache in caches:
+            self._check.add_cache(cache, str(self.path))
+        self._append(self._new_others(caches))
 
     def add_group(
         self,
@@ -98,7 +110,7 @@ class TableWriter:
         self._profiled.update(one.key for one in fresh)
         self._rows.update(new)
 
-    def _new_others(self, lines: Sequence[TableSpace | Rejection]) -> list[str]:
+    def _new_others(self, lines: Sequence[_Other]) -> list[str]:
         texts = dict.fromkeys(encode_line(line) for line in lines)
         return [text for text in texts if text not in self._others]
 

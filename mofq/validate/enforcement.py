@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mofq.backends.cache import cache_deviation
 from mofq.backends.emulate import find_recipe_layers, share_amax, static_amax
 from mofq.backends.moe import FakeQuantExperts
 from mofq.backends.torchao import TorchaoLinear, weight_deviation
@@ -106,6 +107,8 @@ def find_deviations(
         left_alone = _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None)
         found += _check_layer(model, left_alone, checkpoint, layers.architecture)
     found += _check_others(model, checkpoint, layers)
+    for name, reason in cache_deviation(model, recipe, layers).items():
+        found.append(Deviation(name, reason))
     if progress is not None:
         progress("enforce", total, total)
     return tuple(found)

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mofq.backends import emulate
+from mofq.backends.cache import apply_caches
 from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
@@ -87,10 +89,10 @@ class MeasuredKl:
         self._cache_bytes = cache_bytes
         self._originals: dict[str, nn.Module] = {}
         self._applied: dict[str, _Choice] = {}
+        self._caches: list[RemovableHandle] = []  # what rounds keys and values now
         self._stored: ModelLayers | None = None  # as the checkpoint has them
         self._loaded: tuple[FusionGroup, ...] = ()  # as the model has them
-        self._evaluation = 0
-        self._logits = OriginalLogits()
+        self._evaluation, self._logits = 0, OriginalLogits()
         try:
             run_original(self._model, self.windows_NT, into=self._logits, progress=progress)
         except BaseException:
@@ -183,6 +185,9 @@ class MeasuredKl:
                 if choice != _UNQUANTIZED:
                     self._quantize(group, choice, recipe=recipe, stored=stored)
                 self._applied[group.name] = choice
+        for handle in self._caches:
+            handle.remove()
+        self._caches = apply_caches(self._model, recipe, layers)
 
     def _restore(self, group: FusionGroup, stored: Mapping[str, LinearLayer]) -> None:
         """Put the original's modules and weights back."""

@@ -48,6 +48,8 @@ def check_compressed_tensors(
         for layer, word, first_row, rows in encoded_parts(checkpoint, planned, fits=fits):
             info = exported.tensors[f"{layer.name}.{word}"]
             _check_rows(info, first_row, rows, f"{layer.name} in {planned.scheme.name}")
+    for name, scale in plan.cache.tensors.items():
+        _check_rows(exported.tensors[name], 0, scale, "the KV cache")
     for name, info in checkpoint.tensors.items():
         if name not in plan.replaced and info.decoded:
             for first_row, rows in read_kept_rows(info):

@@ -26,7 +26,7 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
     Returns:
         The mapping, or None where nothing is quantized.
     """
-    if not plan.quantized:
+    if not plan.quantized and plan.cache.scheme is None:
         return None
     by_scheme: dict[str, list[PlannedGroup]] = {}
     for planned in plan.quantized:
@@ -38,11 +38,11 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
     formats = list(dict.fromkeys(planned.storage.format for planned in plan.quantized))
     return {
         "quant_method": "compressed-tensors",
-        "format": formats[0] if len(formats) == 1 else "mixed-precision",
+        "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(plan.ignored),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": plan.cache.scheme,
         "global_compression_ratio": None,
     }
 

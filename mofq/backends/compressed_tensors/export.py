@@ -15,7 +15,7 @@ from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.checkpoint.tensors import read_kept_rows
 from mofq.checkpoint.writer import ShardWriter
-from mofq.engines import find_engine, legality, serving_environment
+from mofq.engines import cache_legality, find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
 from mofq.fits import Fits
 from mofq.held import hold_new_folder
@@ -86,6 +86,7 @@ def export_compressed_tensors(
     plan = plan_export(checkpoint, recipe)
     if engine is not None:
         _check_engine(plan, engine)
+        _check_engine_cache(plan, recipe, engine)
     target = Path(out_folder)
     _check_target(target)
     command = serve_command(plan, target, engine=engine)
@@ -120,7 +121,7 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     choices = [(planned.scheme, planned.group) for planned in plan.quantized]
     settings = () if engine is None else serving_environment(engine, choices)
     variables = [setting for setting in settings if not setting.startswith("-")]
-    flags = [setting for setting in settings if setting.startswith("-")]
+    flags = [setting for setting in settings if setting.startswith("-")] + list(plan.cache.flags)
     # Packed weights' scales are bf16 and are loaded in the model's dtype.
     if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
         flags.insert(0, "--dtype bfloat16")
@@ -140,6 +141,16 @@ def _check_engine(plan: ExportPlan, engine: str) -> None:
             raise BackendError(
                 f"{planned.group.name} in {planned.scheme.name}: {reason}. "
                 f"Search again with --engine {engine}."
+            )
+
+
+def _check_engine_cache(plan: ExportPlan, recipe: Recipe, engine: str) -> None:
+    check = cache_legality(engine)
+    caches = {cache.name: cache for cache in plan.model_layers.caches}
+    for one in recipe.kv_cache:
+        if reason := check(one.scheme, caches[one.name]):
+            raise BackendError(
+                f"{one.name} in {one.scheme}: {reason}. Search again with --engine {engine}."
             )
 
 
@@ -189,6 +200,8 @@ def _write_weights(
                 writer.add_rows(f"{layer.name}.{word}", rows)
             if progress is not None:
                 progress("export", done, len(plan.quantized))
+        for name, scale in plan.cache.tensors.items():
+            writer.add_rows(name, scale)
         for name, info in plan.checkpoint.tensors.items():
             if name not in plan.replaced:
                 _write_kept(writer, info)

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mofq.backends.compressed_tensors.cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.backends.compressed_tensors.packing import (
     encode_once,
     encode_rows,
@@ -59,6 +60,7 @@ class ExportPlan:
     replaced: frozenset[str]  #: tensors of the checkpoint that are not copied
     tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
     group_bytes: int  #: of the fusion groups' tensors, quantized or not
+    cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
 
 
 def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
@@ -97,14 +99,16 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         for planned in quantized
         for layer in planned.group.layers
     }
+    cache = plan_cache(recipe, model_layers)
     return ExportPlan(
         checkpoint=checkpoint,
         model_layers=model_layers,
         quantized=tuple(quantized),
         ignored=tuple(ignored),
         replaced=frozenset(layer.tensor for p in quantized for layer in p.group.layers),
-        tensors=_order_tensors(checkpoint, model_layers, parts),
+        tensors=_order_tensors(checkpoint, model_layers, parts) | cache.planned,
         group_bytes=_group_bytes(checkpoint, model_layers, parts),
+        cache=cache,
     )
 
 

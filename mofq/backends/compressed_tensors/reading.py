@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mofq.backends.compressed_tensors.cache import read_caches
 from mofq.checkpoint.headers import Checkpoint, TensorInfo, open_stored
 from mofq.checkpoint.tensors import read_tensor
 from mofq.cost import bits_per_weight, group_bytes, weights_of
@@ -28,6 +29,7 @@ _PARTS = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
     *("weight_global_scale", "weight_g_idx", "input_scale", "input_zero_point"),
     "input_global_scale",
+    *(f"{part}_{word}" for part in "qkv" for word in ("scale", "zero_point")),
 )
 _SCALES = {"BF16": "", "F32": ".s-f32"}
 #: (strategy, group size) of four-bit floats, (strategy, group size, bits) under E8M0 scales.
@@ -83,6 +85,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         None,
         groups,
         tuple(layer.name for layer in layers.unquantized),
+        kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
         made_by={"note": f"read from {stored.name}"},
         result={
             "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
