@@ -3,7 +3,8 @@
 ``element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]`` for the weights,
 then optionally ``+`` and the same for the activations. Defaults (symmetric, bf16
 scale for weights and f32 for activations, absmax) are not written. ``.outN``, for
-activations alone, leaves input columns that reach the magnitude N as they are.
+activations alone, leaves input columns that reach the magnitude N as they are. ``pegK``, for
+activations alone, sorts the columns of a sequence by range before it cuts them into K groups.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mofq.formats import (
     ScaleFormat,
 )
 
-GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "block"]
+GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "peg", "block"]
 ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix"]
 Rounding = Literal["nearest", "gptq"]
 _Value = TypeVar("_Value")
@@ -32,7 +33,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Granularity:
-    """Which elements share a scale: a tile of ``rows`` by ``columns``; 0 means all of them."""
+    """Which elements share a scale: a tile of ``rows`` by ``columns``; 0 means all of them.
+
+    Of the kind ``peg``, ``columns`` is the number of groups that the columns are cut into, sorted
+    by their range first.
+    """
 
     kind: GranularityKind
     rows: int
@@ -41,8 +46,8 @@ class Granularity:
     @property
     def name(self) -> str:
         """As it is written in a scheme name."""
-        if self.kind == "group":
-            return f"g{self.columns}"
+        if self.kind in ("group", "peg"):
+            return f"{'g' if self.kind == 'group' else 'peg'}{self.columns}"
         if self.kind == "block":
             tile = f"{self.rows}" if self.rows == self.columns else f"{self.rows}x{self.columns}"
             return f"block{tile}"
@@ -125,12 +130,12 @@ ALIASES = {
 _ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
 
 _GRANULARITY = re.compile(
-    r"unscaled|tensor|channel|token|g([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
+    r"unscaled|tensor|channel|token|(?:g|peg)([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
 )
 _OUTLIERS = re.compile(r"out[1-9]\d*")
 _SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats", "fouroversix")
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
-_ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group")
+_ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group", "peg")
 
 
 @lru_cache(maxsize=4096)
@@ -158,7 +163,9 @@ def parse_scheme(name: str) -> Scheme:
     weight = None if weight_name == "bf16" else _parse_operand(name, weight_name, "bf16")
     activation = _parse_operand(name, activation_name, "f32") if plus else None
     if weight is not None and weight.granularity.kind not in _WEIGHT_KINDS:
-        raise SchemeError(f"scheme {name!r}: weights cannot be quantized per token.")
+        raise SchemeError(
+            f"scheme {name!r}: weights cannot be quantized per token, nor by the range of inputs."
+        )
     if activation is not None:
         _check_activation(name, activation)
     canonical = "bf16" if weight is None else _operand_name(weight, "bf16")
@@ -171,7 +178,7 @@ def _check_activation(name: str, activation: TensorScheme) -> None:
     if activation.granularity.kind not in _ACTIVATION_KINDS:
         raise SchemeError(
             f"scheme {name!r}: activations have granularity {activation.granularity.name!r}; "
-            f"it must be one of: unscaled, tensor, token, gK."
+            f"it must be one of: unscaled, tensor, token, gK, pegK."
         )
     if activation.scale_rule not in ("absmax", "fouroversix") or activation.rounding != "nearest":
         raise SchemeError(
@@ -243,10 +250,10 @@ def _parse_granularity(scheme_name: str, word: str) -> Granularity:
     if match is None:
         raise SchemeError(
             f"scheme {scheme_name!r}: unknown granularity {word!r}. "
-            f"Known: unscaled, tensor, channel, token, gK (a group of K), blockN, blockNxM."
+            f"Known: unscaled, tensor, channel, token, gK (a group of K), pegK, blockN, blockNxM."
         )
     if match[1]:
-        return Granularity("group", 1, int(match[1]))
+        return Granularity("peg" if word.startswith("peg") else "group", 1, int(match[1]))
     if match[2]:
         return Granularity("block", int(match[2]), int(match[3] or match[2]))
     if word in ("channel", "token"):
@@ -302,6 +309,10 @@ def _own_grammar(operand: TensorScheme) -> dict[str, bool]:
         ),
         "'@fouroversix' chooses between the codes 4 and 6 of FP4 under E4M3 scales; "
         "write 'nvfp4@fouroversix'.": operand.scale_rule == "fouroversix" and not is_nvfp4,
+        "columns that are sorted by range share plain scales; drop '.s-', '@' and '~'.": (
+            operand.granularity.kind == "peg"
+            and not (plain and operand.scale.name in ("f32", "bf16"))
+        ),
         "outlier columns are found among the tokens of an input; write '+int8.token.outN'.": (
             operand.outliers > 0 and operand.granularity.kind != "token"
         ),

@@ -264,7 +264,7 @@ def _digest(
 def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
     """Why the shape of a layer does not take a scheme; None where it does."""
     for what, operand in (("weights", scheme.weight), ("activations", scheme.activation)):
-        if operand is None or operand.granularity.kind not in ("group", "block"):
+        if operand is None or operand.granularity.kind not in ("group", "peg", "block"):
             continue
         rows, columns = operand.granularity.rows, operand.columns_multiple
         if layer.in_features % columns:

@@ -10,6 +10,7 @@ all that the table offers, one format for keys and values, and what vLLM holds o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -87,10 +88,18 @@ def apply(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 def main(given: Sequence[str] | None = None) -> None:
     """One table."""
     options = arguments(
-        __doc__, given, ("--table", "of a space with kv_cache"), ("--text", "held-out text")
+        __doc__,
+        given,
+        ("--table", "of a space with kv_cache"),
+        ("--text", "held-out text"),
+        optional=(("--only", "a regular expression of what the rows are called"),),
     )
     table = read_table(Path(options.table))
-    recipes = uniform_recipes(table) | searched_recipes(table)
+    recipes = {
+        label: one
+        for label, one in (uniform_recipes(table) | searched_recipes(table)).items()
+        if re.search(options.only or "", label)
+    }
     bits = {
         label: bits_per_number(recipe.kv_cache, table.caches) if recipe.kv_cache else 16.0
         for label, (recipe, _) in recipes.items()

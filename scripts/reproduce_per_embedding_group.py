@@ -10,8 +10,9 @@ tensor share one scale, or are cut into equal groups with a scale each: as they 
 the largest magnitude that calibration saw. A permutation of channels changes no product, so it is
 enough to say who shares a scale. The mixed version leaves what the source calls most sensitive,
 residual sums and the outputs of the feed-forward networks, in 16 bits. Emulated: no engine of
-`mofq engines` has static groups; what the search offers instead are dynamic groups per token,
-`int8.g64`, measured last.
+`mofq engines` has static groups. What the search offers are dynamic groups for each token, of
+neighbours (`int8.g64`) or sorted by the range that the sequence has in each channel (`int8.peg4`:
+4 groups), measured last.
 
 The source has no figure in its abstract for this table; it reports GLUE with BERT.
 """
@@ -43,6 +44,8 @@ from mofq.corpora import load_text, tokenize
 
 CALIBRATION_TOKENS = 2048
 WEIGHTS = "int8.tensor"
+#: Of linear inputs, a scale for each token and group.
+DYNAMIC = ("int8.token", "int8.g64", "int8.g32", "int8.peg2", "int8.peg4", "int8.peg8")
 #: Ranges of each quantized tensor of the model: its name -> largest magnitude of each channel.
 Ranges = dict[str, Tensor]
 
@@ -169,12 +172,13 @@ def versions(folder: str, ranges: Ranges) -> Mapping[str, Version]:
             true_bits(checkpoint, weights_only),
             partial(quantize, folder=folder, ranges=ranges, grouping=grouping),
         )
-    dynamic = uniform_of(folder, f"{WEIGHTS}+int8.g64")
-    found[f"linear inputs alone, dynamic `{WEIGHTS}+int8.g64`"] = Version(
-        "dynamic",
-        true_bits(checkpoint, dynamic),
-        partial(emulate.apply, recipe=dynamic, checkpoint=checkpoint),
-    )
+    for inputs in DYNAMIC:
+        dynamic = uniform_of(folder, f"{WEIGHTS}+{inputs}")
+        found[f"linear inputs alone, dynamic `{WEIGHTS}+{inputs}`"] = Version(
+            f"dynamic {inputs}",
+            true_bits(checkpoint, dynamic),
+            partial(emulate.apply, recipe=dynamic, checkpoint=checkpoint),
+        )
     return found
 
 

@@ -44,7 +44,8 @@ rounded to the nearest value. `bf16` alone leaves a layer as it is.
 | `element` | the format of one value, see below |
 | granularity of weights | `unscaled`, `tensor`, `channel` (one scale for each output), `gN` (N \
 neighbours along the inputs), `blockN` or `blockRxC` (a tile) |
-| granularity of inputs | `unscaled`, `tensor` (fixed by calibration), `token`, `gN` |
+| granularity of inputs | `unscaled`, `tensor` (fixed by calibration), `token`, `gN`, `pegK` \
+(K equal groups of the columns, sorted by the largest magnitude that the sequence has in each) |
 | `.asym` | INT with a zero point |
 | `.outN` | inputs only: columns that reach the magnitude N stay as they are |
 | `.s-SCALE` | how scales are stored, see below |

@@ -179,6 +179,7 @@ def test_both_names_of_a_layer_are_targets(tiny: TinyCheckpoint, tmp_path: Path)
         ("int8.channel+int8.token.s-bf16", "f32"),
         ("int4.tensor", "per channel or group"),
         ("int8.channel+int8.token.out6", "plain rule alone"),
+        ("int8.tensor+int8.peg8", "plain rule alone"),
         ("nvfp4+nvfp4@fouroversix", "plain rule alone"),
         ("mx9", "no micro16 scales"),
         ("mxint8", "no e8m0 scales"),

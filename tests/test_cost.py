@@ -63,6 +63,7 @@ def layer_of(
         ("mxint8", 4608 + 48 * 3 + 16),
         ("nvfp4@fouroversix", 2304 + 48 * 6 + 4),
         ("int8.channel+int8.token.out6", 4608 + 48 * 2),
+        ("int8.channel+int8.peg8", 4608 + 48 * 2),
         ("int4.g32@fullrange", 2304 + 48 * 3 * 2 + 16),
         ("int4.g32@mse~gptq", 2304 + 48 * 3 * 2 + 16),
         ("int4.g32.s-e8m0", 2304 + 48 * 3 + 16),

@@ -191,3 +191,27 @@ def test_outlier_columns_do_not_hide_a_nan() -> None:
     fake = fake_quantize_activation(x, activation_scheme("int8.token.out6"))
     assert fake[1, 3].isnan()
     assert torch.equal(fake[0], x[0])
+
+
+def test_columns_of_like_range_share_a_scale_whatever_lies_between_them() -> None:
+    # Two small columns and two large ones, in turn, and two sequences of other orders.
+    x = torch.tensor([[[1.27, 127.0, 0.336, -50.4], [0.127, 0.0, -0.1, 12.7]]])
+    x = torch.cat([x, x[:, :, [1, 0, 3, 2]]])
+    fake = fake_quantize_activation(x, activation_scheme("int8.peg2"))
+    # Steps of 0.01 and 1 for the first token, of 0.001 and 0.1 for the second.
+    expected = torch.tensor([[1.27, 127.0, 0.34, -50.0], [0.127, 0.0, -0.1, 12.7]])
+    torch.testing.assert_close(fake[0], expected)
+    torch.testing.assert_close(fake[1], expected[:, [1, 0, 3, 2]])
+    neighbours = fake_quantize_activation(x, activation_scheme("int8.g2"))
+    assert neighbours[0, 0, 0] == 1.0  # beside 127, whose step is 1
+
+
+def test_as_many_groups_as_columns_leave_a_column_its_own_scale() -> None:
+    x = torch.tensor([[[0.3, 1e-6, 1000.0, 0.0], [7.0, 2.0, -1.0, 3.0]]])
+    fake = fake_quantize_activation(x, activation_scheme("int8.peg4"))
+    torch.testing.assert_close(fake, x)
+
+
+def test_groups_that_do_not_divide_the_columns_are_refused() -> None:
+    with pytest.raises(SchemeError, match="peg3 needs in_features divisible by 3, got 4"):
+        fake_quantize_activation(torch.ones(2, 4), activation_scheme("int8.peg3"))

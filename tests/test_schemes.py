@@ -65,6 +65,7 @@ def test_bf16_quantizes_nothing_and_may_stand_before_activations() -> None:
         ("fp4_e2m1.g16.s-e4m3@fouroversix", "nvfp4@fouroversix"),
         ("nvfp4+nvfp4@fouroversix", "nvfp4+nvfp4@fouroversix"),
         ("int8.channel+int8.token.out6.asym.s-f32", "int8.channel+int8.token.asym.out6"),
+        ("int8.tensor+int8.peg8.s-f32", "int8.tensor+int8.peg8"),
         ("int4.g128@mse~gptq", "int4.g128@mse~gptq"),
     ],
 )
@@ -104,6 +105,9 @@ def test_an_alias_and_its_expansion_are_the_same_scheme(alias: str, expansion: s
         ("int8.channel+int8.token@mse", "drop '@' and '~' after the '+'"),
         ("int8.channel+int8.token~gptq", "drop '@' and '~' after the '+'"),
         ("int8.channel.out6", "write '+int8.token.outN'"),
+        ("int8.peg8", "nor by the range of inputs"),
+        ("int8.channel+int8.peg8.s-e8m0", "share plain scales"),
+        ("int8.channel+nvfp4.peg8", "unknown element format 'nvfp4'"),
         ("int8.channel+int8.g32.out6", "write '+int8.token.outN'"),
         ("int8.channel+int8.token.out0", "'out0' is not an option"),
         ("int8.channel+int8.token.out6.out7", "'out7' is not an option"),

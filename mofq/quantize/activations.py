@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from mofq.quantize.tiles import (
     tile_shape,
     to_tiles,
 )
-from mofq.schemes import TensorScheme
+from mofq.schemes import Granularity, TensorScheme
 
 
 def fake_quantize_activation(
@@ -30,7 +32,8 @@ def fake_quantize_activation(
 
     Token and group scales are found in ``x`` itself; a tensor's scale, and the
     global scale above E4M3 group scales, come from calibration. Outlier columns,
-    where the scheme keeps them, are those of a sequence, the last dimension but one.
+    where the scheme keeps them, and ranges, where it sorts columns by them, are those of a
+    sequence, the last dimension but one.
 
     Args:
         x: [..., tokens, in_features], any floating dtype; computed in float32.
@@ -49,12 +52,34 @@ def fake_quantize_activation(
     _check_static(scheme, static_amax, name)
     if not x.numel():
         return x
+    if scheme.granularity.kind == "peg":
+        return _by_range(x, scheme, name)
     is_outlier = _outlier_columns(x, scheme)
     kept = x if is_outlier is None else torch.where(is_outlier, 0.0, x)
     tiles, scales = _tiles(kept, scheme, static_amax, name)
     quantized = decode_tiles(encode_tiles(tiles, scheme, scales), scheme, scales)
     rounded = from_tiles(quantized).reshape(x.shape).to(x.dtype)
     return rounded if is_outlier is None else torch.where(is_outlier, x, rounded)
+
+
+def _by_range(x: Tensor, scheme: TensorScheme, name: str) -> Tensor:
+    """Columns sorted by the largest magnitude that the sequence has in each, then cut into groups.
+
+    Source: per-embedding-group quantization with range-based permutation, arXiv:2109.12948,
+    section 4. There ranges, and scales, are those of calibration; here both are the sequence's
+    own, so that nothing saturates and no statistics are needed.
+    """
+    count = scheme.granularity.columns
+    if x.shape[-1] % count:
+        raise SchemeError(
+            f"{name}: {scheme.granularity.name} needs in_features divisible by {count}, got "
+            f"{x.shape[-1]}. Take a number of groups that divides."
+        )
+    range_1I = x.abs().amax(dim=-2, keepdim=True)
+    order = torch.argsort(range_1I, dim=-1, stable=True).expand_as(x)
+    grouped = replace(scheme, granularity=Granularity("group", 1, x.shape[-1] // count))
+    rounded = fake_quantize_activation(x.gather(-1, order), grouped, name=name)
+    return torch.empty_like(x).scatter_(-1, order, rounded)
 
 
 def quantize_activation(
@@ -69,7 +94,7 @@ def quantize_activation(
     Args:
         x: As for ``fake_quantize_activation``, and so are all other arguments;
             not empty.
-        scheme: Of the activations, without outlier columns.
+        scheme: Of the activations, without outlier columns or sorted ones.
         static_amax: Where needed.
         name: Of the layer, for messages.
 
@@ -82,6 +107,7 @@ def quantize_activation(
         SchemeError: As ``fake_quantize_activation``.
     """
     assert not scheme.outliers
+    assert scheme.granularity.kind != "peg"
     _check_static(scheme, static_amax, name)
     tiles, scales = _tiles(x, scheme, static_amax, name)
     return from_tiles(encode_tiles(tiles, scheme, scales)), scales

@@ -9,7 +9,7 @@ from mofq.schemes import Scheme, TensorScheme, parse_scheme
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
 _SCALE_RULES = ("absmax", "fullrange", "fouroversix", "mse", "nats")
 _SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "micro16", "e4m3")
-_KINDS = ("unscaled", "tensor", "channel", "token", "block", "group")
+_KINDS = ("unscaled", "tensor", "channel", "token", "block", "group", "peg")
 
 Rank = tuple[int | str, ...]
 
@@ -61,7 +61,7 @@ def _operand(operand: TensorScheme | None) -> Rank:
         operand.rounding == "gptq",
         not operand.symmetric,
         _KINDS.index(kind),
-        -operand.granularity.columns if kind in ("group", "block") else 0,
+        {"group": -1, "block": -1, "peg": 1}.get(kind, 0) * operand.granularity.columns,
         element,
         _SCALES.index(operand.scale.name),
         _SCALE_RULES.index(operand.scale_rule),

@@ -91,7 +91,11 @@ def storage_of(scheme: Scheme, *, where: str) -> Storage:
 
 
 def _has_own_rule(activation: TensorScheme) -> bool:
-    return activation.scale_rule != "absmax" or activation.outliers > 0
+    return (
+        activation.scale_rule != "absmax"
+        or activation.outliers > 0
+        or activation.granularity.kind == "peg"
+    )
 
 
 def _integer(scheme: Scheme, weight: TensorScheme, element: IntFormat, where: str) -> Storage:
