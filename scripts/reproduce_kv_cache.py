@@ -16,17 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from reproduction import Version, arguments, measure_versions, print_markdown, with_error
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mofq.backends import apply_recipe
 from mofq.decide import Request, decide
 from mofq.decide.caches import settle_cache
 from mofq.decide.result import recipe_from_table
+from mofq.quantize import fake_quantize_activation
 from mofq.recipe import Recipe, recipe_text
 from mofq.recipe_cache import bits_per_number
+from mofq.schemes import parse_scheme
 from mofq.solvers import Budgets
 from mofq.table import Table, read_table
 
+QUERIES = "queries alone in FP8"
 BUDGETS = (5.0, 6.0, 7.0, 8.0)
 ENGINE = "vllm-hopper"
 ENGINE_BUDGETS = (8.0, 10.0, 12.0)
@@ -85,6 +90,23 @@ def apply(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     return applied
 
 
+def round_queries(model: PreTrainedModel) -> PreTrainedModel:
+    """FP8 queries, scale 1: what vLLM on GPUs adds to an FP8 cache under static scales."""
+    scheme = parse_scheme("bf16+fp8_e4m3.unscaled").activation
+    assert scheme is not None
+
+    def attention(
+        module: nn.Module, query: Tensor, *more: object, **named: object
+    ) -> tuple[Tensor, Tensor | None]:
+        return sdpa_attention_forward(
+            module, fake_quantize_activation(query, scheme), *more, **named
+        )
+
+    AttentionInterface.register("rounded_queries", attention)
+    model.set_attn_implementation("rounded_queries")
+    return model
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """One table."""
     options = arguments(
@@ -104,12 +126,15 @@ def main(given: Sequence[str] | None = None) -> None:
         label: bits_per_number(recipe.kv_cache, table.caches) if recipe.kv_cache else 16.0
         for label, (recipe, _) in recipes.items()
     }
+    versions = {
+        label: Version(recipe_text(recipe), bits[label], partial(apply, recipe=recipe))
+        for label, (recipe, _) in recipes.items()
+    }
+    if re.search(options.only or "", QUERIES):
+        versions[QUERIES] = Version("queries", 16.0, round_queries)
     done = measure_versions(
         options.model,
-        {
-            label: Version(recipe_text(recipe), bits[label], partial(apply, recipe=recipe))
-            for label, (recipe, _) in recipes.items()
-        },
+        versions,
         options.text,
         cache=options.work / "measured.jsonl",
         tokens=options.tokens,
@@ -124,6 +149,9 @@ def main(given: Sequence[str] | None = None) -> None:
         ]
         for label, (_, predicted) in recipes.items()
     ]
+    if QUERIES in done:
+        measured = with_error(done[QUERIES].kl, done[QUERIES].kl_stderr, digits=5)
+        rows.append([QUERIES, "16.00", "–", measured])
     print_markdown(columns, rows)
 
 

@@ -142,6 +142,9 @@ def engine_page() -> str:
             [f"`{_readable(rule)}`", rule.kernel or f"refused: {rule.refused}", rule.source]
             for rule in engine.applicable_rules
         ]
+        rows += [
+            [f"`{_plain(one.schemes)}`", one.how, one.source] for one in engine.applicable_caches
+        ]
         sections.append(
             f"## {name}\n\n{_about(engine)}\n\n{table(['schemes', 'kernel', 'source'], rows)}"
         )
@@ -161,9 +164,13 @@ def _about(engine: Engine) -> str:
 
 
 def _readable(rule: Rule) -> str:
-    plain = re.sub(r"\\d\+", "N", rule.schemes).replace("[a-z0-9]+", "…").replace(".*", "…")
-    plain = plain.replace("\\", "")
+    plain = _plain(rule.schemes)
     return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
+
+
+def _plain(schemes: str) -> str:
+    plain = re.sub(r"\\d\+", "N", schemes).replace("[a-z0-9]+", "…").replace(".*", "…")
+    return plain.replace("\\", "")
 
 
 def space_page() -> str:
@@ -172,6 +179,8 @@ def space_page() -> str:
     for name in find_search_spaces():
         space = load_search_space(name)
         schemes = ", ".join(f"`{scheme.name}`" for scheme in space.schemes)
+        if space.kv_cache:
+            schemes += "; KV cache: " + ", ".join(f"`{one.name}`" for one in space.kv_cache)
         sections.append(f"## {name}\n\n{space.description}.\n\n{schemes}.\n")
     first = (
         "`--space NAME` takes one of these, `--space FILE` one of your own "

@@ -69,15 +69,21 @@ def run_engines(*, as_json: bool) -> None:
             [_readable(rule), rule.kernel or f"refused: {rule.refused}", rule.source]
             for rule in engine.applicable_rules
         ]
+        rows += [[readable(one.schemes), one.how, one.source] for one in engine.applicable_caches]
         title = f"{name} {engine.version}{where}, reads {engine.reads}"
         print_table(title, ["schemes", "kernel", "source"], rows)
 
 
 def _readable(rule: Rule) -> str:
     """A rule's regular expression with the signs left out that only a parser needs."""
-    plain = rule.schemes.replace(r"\d+", "N").replace(".*", "…").replace("[a-z0-9]+", "…")
-    plain = plain.replace("\\", "")
+    plain = readable(rule.schemes)
     return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
+
+
+def readable(schemes: str) -> str:
+    """A regular expression as people write it."""
+    plain = schemes.replace(r"\d+", "N").replace(".*", "…").replace("[a-z0-9]+", "…")
+    return plain.replace("\\", "")
 
 
 def run_uniform(

@@ -58,6 +58,16 @@ class Engine:
         """The rules that hold on this hardware, in order."""
         return tuple(rule for rule in self.rules if _holds_on(rule, self.capability))
 
+    @property
+    def applicable_caches(self) -> tuple[CacheRule, ...]:
+        """The rules for formats of the KV cache that hold on this hardware, in order."""
+        return tuple(
+            rule
+            for rule in self.caches
+            if rule.min_capability is None
+            or (self.capability is not None and self.capability >= rule.min_capability)
+        )
+
 
 def format_name(scheme: Scheme) -> str:
     """The scheme's name without scale rule and rounding of its weights: what a kernel sees."""
