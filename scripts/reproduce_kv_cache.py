@@ -11,11 +11,11 @@ all that the table offers, one format for keys and values, and what vLLM holds o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from reproduction import Version, arguments, measure_versions, print_markdown, with_error
+from reproduction import Measured, Version, arguments, measure_versions, print_markdown, with_error
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -139,19 +139,21 @@ def main(given: Sequence[str] | None = None) -> None:
         cache=options.work / "measured.jsonl",
         tokens=options.tokens,
     )
+    print_results(recipes, bits, done)
+
+
+def print_results(
+    recipes: Mapping[str, tuple[Recipe, float]],
+    bits: Mapping[str, float],
+    done: Mapping[str, Measured],
+) -> None:
+    """One row for each recipe, and what rounded queries do."""
     columns = ["KV cache", "bits", "KL predicted", "KL measured [nats/token]"]
-    rows = [
-        [
-            label,
-            f"{bits[label]:.2f}",
-            f"{predicted:.5f}",
-            with_error(done[label].kl, done[label].kl_stderr, digits=5),
-        ]
-        for label, (_, predicted) in recipes.items()
-    ]
-    if QUERIES in done:
-        measured = with_error(done[QUERIES].kl, done[QUERIES].kl_stderr, digits=5)
-        rows.append([QUERIES, "16.00", "–", measured])
+    rows = []
+    for label, one in done.items():
+        predicted = f"{recipes[label][1]:.5f}" if label in recipes else "–"
+        measured = with_error(one.kl, one.kl_stderr, digits=5)
+        rows.append([label, f"{bits.get(label, 16.0):.2f}", predicted, measured])
     print_markdown(columns, rows)
 
 
