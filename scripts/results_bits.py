@@ -35,7 +35,6 @@ from mofq.validate.objective import MeasuredKl
 ASYMMETRIC = Path(__file__).with_name("results_bits_asymmetric.yaml")
 SPACES = (
     "w4w8_mixed",
-    "w4w8_wide",
     "w4w8_fitted",
     "serving",
     "serving_fitted",
@@ -61,7 +60,6 @@ SEARCHED = {
     "exact-fitted": Searched(
         "**exact, nats**, `w4w8_fitted`: codes fitted", ("--space", "w4w8_fitted")
     ),
-    "exact-wide": Searched("**exact, nats**, `w4w8_wide`", ("--space", "w4w8_wide")),
     "exact": Searched("**exact, nats**, `w4w8_mixed`", ("--space", "w4w8_mixed")),
     "exact-vllm-fitted": Searched(
         f"**exact, nats**, what {ENGINE} serves, `serving_fitted`: codes fitted",
