@@ -111,7 +111,13 @@ def _scheme_table(plan: ExportPlan) -> str:
         layers[scheme] += len(group.layers)
     rows = [f"| `{name}` | {count} | {layers[name]} |" for name, count in groups.most_common()]
     head = "| scheme | fusion groups | linear layers |\n| --- | --- | --- |\n"
-    note = "\n\n`bf16` means left as it was. The scheme of each layer is in `recipe.yaml`."
+    note = "`bf16` means left as it was."
+    if plan.checkpoint.source_format is not None:
+        note = (
+            f"The original is FP8 ({plan.checkpoint.source_format}); its weights are codes times "
+            f"scales, and `bf16` means these products, rounded to bf16."
+        )
+    note = f"\n\n{note} The scheme of each layer is in `recipe.yaml`."
     return head + "\n".join(rows) + note
 
 
