@@ -180,7 +180,8 @@ FAULTS = (
         "solvers/budgets.py",
         "return n + 1 if times * (n + 1) / over <= limit else n",
         "return n + 1",
-        "solvers laws",
+        "solvers::test_budgets_that_contradict_each_other_are_told_apart "
+        "solvers::test_the_tightest_possible_bits_are_rounded_so_that_they_can_be_met",
     ),
     Fault(
         "a layer left out of its fusion group",
