@@ -241,6 +241,7 @@ def test_an_export_is_what_its_consumer_reads(flow: Flow, scheme: str, tmp_path:
     wanted = [value for key, value in amax.items() if key[0] == "v"]
     assert found.shape == ((2, 1, 1) if by_head else (1,))
     assert found.flatten().tolist() == pytest.approx([one / 448 for one in wanted], rel=1e-6)
+    assert f"attention layers: `{scheme}` in 5, `bf16` in 1" in (out / "README.md").read_text()
     check_compressed_tensors(open_checkpoint(str(DEMO)), recipe, out)
     back = {one.name: one for one in recipe_from_compressed_tensors(out).kv_cache}
     assert back["layers.1.attn.kv_cache"].scheme == scheme
@@ -272,6 +273,12 @@ def test_what_no_engine_holds_is_refused_before_anything_is_written(
     export = ("export", DEMO, tmp_path / "recipe.yaml", "--to", "compressed-tensors", *engine)
     assert words in refused(*export, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_tool_would_not_say_it(flow: Flow, tmp_path: Path) -> None:
+    write_recipe(cached(flow.content, "kv:fp8_e4m3.tensor"), tmp_path / "recipe.yaml")
+    export = ("export", DEMO, tmp_path / "recipe.yaml", "--to", "llm-compressor")
+    assert "says nothing of the KV cache" in refused(*export, "-o", tmp_path / "out.yaml")
 
 
 def test_two_formats_in_one_model_are_refused(flow: Flow, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -101,4 +102,17 @@ def find_exporter(name: str) -> Any:
     if name not in known:
         raise BackendError(f"unknown export format {name!r}." + nearest_name(name, known))
     module, function = known[name]
-    return getattr(import_module(module), function)
+    found = getattr(import_module(module), function)
+    return partial(_export_layers, name, found) if name in RECIPE_EXPORTERS else found
+
+
+def _export_layers(
+    name: str, export: Callable[..., Path], checkpoint: Checkpoint, recipe: Recipe, file: Path
+) -> Path:
+    """Write another tool's file, unless the recipe says what no such file would."""
+    if recipe.kv_cache:
+        raise BackendError(
+            f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
+            f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."
+        )
+    return export(checkpoint, recipe, file)

@@ -76,7 +76,7 @@ def model_card(
         f"{recipe.model_name} with the number format of every linear layer chosen by "
         f"[mofq](https://pypi.org/project/mofq/) {__version__}.",
         _sizes(plan),
-        "## Schemes\n\n" + _scheme_table(plan),
+        "## Schemes\n\n" + _scheme_table(plan, recipe),
         "## Accuracy\n\n" + (validation or _predicted(recipe)),
         f"## Serving\n\n```bash\n{serve_command}\n```",
         "## Lineage\n\n" + _lineage(recipe),
@@ -101,7 +101,7 @@ def _sizes(plan: ExportPlan) -> str:
     )
 
 
-def _scheme_table(plan: ExportPlan) -> str:
+def _scheme_table(plan: ExportPlan, recipe: Recipe) -> str:
     chosen = {planned.group.name: planned.scheme.name for planned in plan.quantized}
     groups: Counter[str] = Counter()
     layers: Counter[str] = Counter()
@@ -118,7 +118,15 @@ def _scheme_table(plan: ExportPlan) -> str:
             f"scales, and `bf16` means these products, rounded to bf16."
         )
     note = f"\n\n{note} The scheme of each layer is in `recipe.yaml`."
-    return head + "\n".join(rows) + note
+    return head + "\n".join(rows) + note + _caches(recipe)
+
+
+def _caches(recipe: Recipe) -> str:
+    if not recipe.kv_cache:
+        return ""
+    counts = Counter(cache.scheme for cache in recipe.kv_cache)
+    named = ", ".join(f"`{name}` in {count}" for name, count in counts.most_common())
+    return f"\n\nKV cache, of {len(recipe.kv_cache)} attention layers: {named}."
 
 
 def _predicted(recipe: Recipe) -> str:
