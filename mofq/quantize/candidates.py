@@ -72,11 +72,12 @@ def to_bands(block_RI: Tensor, schemes: Sequence[TensorScheme]) -> Tensor:
     return block_RI.contiguous().view(-1, rows, block_RI.shape[1] // columns, columns)
 
 
-def errors_pass(schemes: Sequence[TensorScheme]) -> Pass:
+def errors_pass(schemes: Sequence[TensorScheme], *, with_weights: bool = True) -> Pass:
     """What sums the squared rounding errors of each column.
 
     Args:
         schemes: All are candidates and fit the layer.
+        with_weights: Whether the last two are given.
 
     Returns:
         A function to [W + 2, A, R / 64, J, K], float32, over sixty-four rows each: the sum of
@@ -95,8 +96,10 @@ def errors_pass(schemes: Sequence[TensorScheme]) -> Pass:
             else _rounded(x_ARJK, s, tensor_amax) - x_ARJK
             for s in schemes
         ]
-        squares = [_summed(error_ARJK) for error_ARJK in (*errors_W, magnitude_ARJK)]
-        return torch.stack([*squares, torch.amax(_parts(magnitude_ARJK), 2)])
+        sums = [_summed(error_ARJK) for error_ARJK in errors_W]
+        if with_weights:
+            sums += [_summed(magnitude_ARJK), torch.amax(_parts(magnitude_ARJK), 2)]
+        return torch.stack(sums)
 
     return errors
 

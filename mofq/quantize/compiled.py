@@ -2,8 +2,9 @@
 
 On the CPU the program is made ahead of time, once for a set of schemes and for all shapes,
 and kept in a folder: the next process loads it in milliseconds, without the compiler's own
-modules, and it runs without Python's lock, so that blocks are worked on side by side. On a
-GPU ``torch.compile`` makes it when it is first called.
+modules, and it runs without Python's lock, so that blocks are worked on side by side. Many
+schemes are several programs, which take turns over a block that stays in the cache. On a GPU
+``torch.compile`` makes it when it is first called.
 
 Nothing is compiled that would change a bit: no contraction into fused multiply-adds, no
 approximate division, no flushing of subnormal numbers.
@@ -18,6 +19,7 @@ import platform
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from shutil import which
@@ -37,6 +39,9 @@ _WORTH_SECONDS = 90.0
 #: Without a compiler, one scheme over one element, and one of the search's candidates [s].
 _ELEMENT_SECONDS = 10e-9
 _SEARCH_FACTOR = 40
+
+#: Schemes of a program: what takes a compiler its time grows faster than they do.
+_PROGRAM_SCHEMES = 8
 
 _MAKERS: dict[Kind, Callable[[Sequence[TensorScheme]], Pass]] = {
     "errors": errors_pass,
@@ -90,17 +95,20 @@ def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> Pas
         is_worth = wish == "1" or eager_seconds(schemes, elements) > _WORTH_SECONDS
         if torch.device(device).type != "cpu":
             return _compiled_on_gpu(kind, schemes) if is_worth else eager_pass(kind, schemes)
-        path = _kernel_folder() / f"{_key(kind, schemes, dtype)}.pt2"
-        if not path.is_file() and is_worth:
-            tell(f"Compiling one pass for {len(schemes)} schemes; it is kept in {path.parent}.")
+        programs = _programs(kind, schemes, dtype)
+        if is_worth and not all(program.path.is_file() for program in programs):
+            tell(
+                f"Compiling one pass for {len(schemes)} schemes; it is kept in {_kernel_folder()}."
+            )
             try:
-                _build(path, kind, schemes, dtype)
+                for program in programs:
+                    _build(program)
             except Exception as error:  # the same numbers can be had without a compiler
                 failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
                 tell(f"It cannot be compiled, and takes longer: {failed[0]}")
-        if not path.is_file():
+        if not all(program.path.is_file() for program in programs):
             return eager_pass(kind, schemes)
-        return partial(_run, str(path), dtype)
+        return partial(_run, tuple(str(program.path) for program in programs), dtype)
 
     return make
 
@@ -111,11 +119,39 @@ def eager_seconds(schemes: Sequence[TensorScheme], elements: int) -> float:
     return (len(schemes) + _SEARCH_FACTOR * searched) * elements * _ELEMENT_SECONDS
 
 
-def _run(path: str, dtype: torch.dtype, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A compiled part of a pass: some of its schemes, laid out as all are."""
+
+    path: Path
+    of: Pass
+    rows: int  #: of a band
+    columns: int  #: of a strip
+    dtype: torch.dtype
+
+
+def _programs(
+    kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype
+) -> tuple[_Program, ...]:
+    rows, columns = band_rows(schemes), strip_columns(schemes)
+    programs = []
+    for start in range(0, len(schemes), _PROGRAM_SCHEMES):
+        stop = start + _PROGRAM_SCHEMES
+        some = schemes[start:stop]
+        is_last = stop >= len(schemes)
+        of = deltas_pass(some) if kind == "deltas" else errors_pass(some, with_weights=is_last)
+        key = _key(kind, *map(repr, some), rows, columns, dtype, is_last)
+        programs.append(_Program(_kernel_folder() / f"{key}.pt2", of, rows, columns, dtype))
+    return tuple(programs)
+
+
+def _run(paths: tuple[str, ...], dtype: torch.dtype, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
     if x_ARJK.dtype != dtype or not x_ARJK.is_contiguous():
         raise ValueError(f"compiled for contiguous {dtype}, got {x_ARJK.dtype}")
-    result: Tensor = _loaded(path, threading.get_ident())(x_ARJK, tensor_amax)
-    return result
+    thread = threading.get_ident()
+    # Not by the model's own call, which reads its signature again each time.
+    found = [_loaded(path, thread).loader.boxed_run([x_ARJK, tensor_amax])[0] for path in paths]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @lru_cache(maxsize=256)
@@ -124,32 +160,32 @@ def _loaded(path: str, thread: int) -> Any:
     return torch._inductor.aoti_load_package(path)
 
 
-def _build(path: Path, kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> None:
+def _build(program: _Program) -> None:
     """Compile into the file, which appears when it is complete."""
     compiler = os.environ.get("CXX", "g++")
     if which(compiler) is None:
         raise FileNotFoundError(f"found no C++ compiler {compiler!r}; install one, or set CXX.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    program.path.parent.mkdir(parents=True, exist_ok=True)
+    with program.path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a machine make it once
-        if not path.is_file():
-            _export(path, eager_pass(kind, schemes), schemes, dtype)
+        if not program.path.is_file():
+            _export(program)
 
 
-def _export(path: Path, eager: Pass, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> None:
-    unfinished = path.with_suffix(".partial.pt2")
-    x_ARJK = torch.zeros(3, band_rows(schemes), 5, strip_columns(schemes), dtype=dtype)
+def _export(program: _Program) -> None:
+    unfinished = program.path.with_suffix(".partial.pt2")
+    x_ARJK = torch.zeros(3, program.rows, 5, program.columns, dtype=program.dtype)
     free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                _Module(eager), (x_ARJK, torch.ones(())), dynamic_shapes=(free, None)
+            exported = torch.export.export(
+                _Module(program.of), (x_ARJK, torch.ones(())), dynamic_shapes=(free, None)
             )
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
+                exported, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
             )
-        os.replace(unfinished, path)
+        os.replace(unfinished, program.path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -184,10 +220,10 @@ def _kernel_folder() -> Path:
     return cache / "mofq" / "kernels"
 
 
-def _key(kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype) -> str:
-    """Of all that the program follows from: code, schemes, torch, processor."""
+def _key(kind: Kind, *of: object) -> str:
+    """Of all that the program follows from: code, schemes and layout, torch, processor."""
     digest = hashlib.sha256(_source())
-    for part in (kind, *map(repr, schemes), dtype, torch.__version__, _CPU_OPTIONS, _processor()):
+    for part in (kind, *of, torch.__version__, _CPU_OPTIONS, _processor()):
         digest.update(f"{part}\n".encode())
     return f"{kind}-{digest.hexdigest()[:24]}"
 
