@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-#: Of glibc's mallopt: memory is given back from this size on, and mapped by itself [bytes].
-_MALLOC_OPTIONS = {-1: 256_000_000, -3: 32_000_000}
+#: Of glibc's mallopt: memory is given back from this size on, and mapped by itself [bytes]; and
+#: how many arenas there are. Those of threads are given back whenever they are empty.
+_MALLOC_OPTIONS = {-1: 256_000_000, -3: 32_000_000, -8: 1}
 
 
 def keep_freed_memory() -> None:
