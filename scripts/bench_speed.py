@@ -156,9 +156,11 @@ def compare(
     elements = sum(rows * columns for _, (rows, columns) in layers)
     compiled = best_seconds(run_compiled, repeats)
     read = best_seconds(lambda: run_read(layers, names, device, largest), repeats)
-    in_blocks = best_seconds(lambda: run_eager(layers, names, device, whole=False), 2)
-    whole = best_seconds(lambda: run_eager(layers, names, device, whole=True), 2)
-    eager = min(in_blocks[0], whole[0]), min(in_blocks[1], whole[1])
+    in_blocks, whole = (
+        best_seconds(partial(run_eager, layers, names, device, whole=is_whole), 2)
+        for is_whole in (False, True)
+    )
+    eager = tuple(map(min, in_blocks, whole))
     which = 1 if device == "cpu" else 0
     return {
         "elements": elements,
