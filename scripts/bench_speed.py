@@ -134,16 +134,27 @@ def run_read(
             largest(layer.read_rows(start, stop).to(device))
 
 
+def eager_seconds(
+    layers: Sequence[Layer], names: Sequence[str], device: str
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Wall and processor time in blocks of rows, and of whole weights [s]."""
+    in_blocks = best_seconds(lambda: run_eager(layers, names, device, whole=False), 2)
+    return in_blocks, best_seconds(lambda: run_eager(layers, names, device, whole=True), 2)
+
+
+def ready_pass(names: Sequence[str], device: str) -> tuple[Pass, float]:
+    """The pass of some schemes over bfloat16 blocks, and the seconds it took to have it."""
+    weights = [scheme.weight for scheme in map(parse_scheme, names) if scheme.weight]
+    start = perf_counter()
+    make = pass_maker(device=device, tell=lambda message: print(message, file=sys.stderr))
+    return make("errors", weights, torch.bfloat16, 0), perf_counter() - start
+
+
 def compare(
     layers: Sequence[Layer], names: Sequence[str], repeats: int, device: str
 ) -> dict[str, float]:
     """Eager, compiled and reading of some layers."""
-    weights = [scheme.weight for scheme in map(parse_scheme, names) if scheme.weight]
-    start = perf_counter()
-    block_pass = pass_maker(device=device, tell=lambda message: print(message, file=sys.stderr))(
-        "errors", weights, torch.bfloat16, 0
-    )
-    made = perf_counter() - start
+    block_pass, made = ready_pass(names, device)
     largest = torch.compile(lambda x: torch.amax(torch.abs(x)), dynamic=True)
     run_read(layers, names, device, largest)
 
@@ -156,10 +167,7 @@ def compare(
     elements = sum(rows * columns for _, (rows, columns) in layers)
     compiled = best_seconds(run_compiled, repeats)
     read = best_seconds(lambda: run_read(layers, names, device, largest), repeats)
-    in_blocks, whole = (
-        best_seconds(partial(run_eager, layers, names, device, whole=is_whole), 2)
-        for is_whole in (False, True)
-    )
+    in_blocks, whole = eager_seconds(layers, names, device)
     eager = tuple(map(min, in_blocks, whole))
     which = 1 if device == "cpu" else 0
     return {
