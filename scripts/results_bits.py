@@ -35,7 +35,6 @@ from mofq.validate.objective import MeasuredKl
 ASYMMETRIC = Path(__file__).with_name("results_bits_asymmetric.yaml")
 SPACES = (
     "w4w8_mixed",
-    "w4w8_fitted",
     "serving",
     "serving_fitted",
     str(ASYMMETRIC),
@@ -57,9 +56,6 @@ class Searched:
 
 
 SEARCHED = {
-    "exact-fitted": Searched(
-        "**exact, nats**, `w4w8_fitted`: codes fitted", ("--space", "w4w8_fitted")
-    ),
     "exact": Searched("**exact, nats**, `w4w8_mixed`", ("--space", "w4w8_mixed")),
     "exact-vllm-fitted": Searched(
         f"**exact, nats**, what {ENGINE} serves, `serving_fitted`: codes fitted",
