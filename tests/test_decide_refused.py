@@ -40,3 +40,24 @@ def test_a_search_for_an_engine_says_what_it_may_not_take(
     assert "not offered to 8 fusion groups: int8.g32+int8.token: vllm-hopper" in ran.err
     assert mofq(*options, "--json").json["refused"] == []
     assert engine_refusals(read_table(table), None) == ()
+
+
+def test_what_another_search_space_offers_is_not_called_refused(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    table, model = tmp_path / "table.jsonl", tiny("llama")
+    spaces = {
+        "five": "[int5.channel, fp6_e2m3.channel, fp6_e3m2.channel]",
+        "eight": "[int8.channel]",
+    }
+    for name, schemes in spaces.items():
+        space = tmp_path / f"{name}.yaml"
+        space.write_text(f"version: 1\nschemes: {schemes}\n", encoding="utf-8")
+        assert mofq("measure", model, "--space", space, "-o", table).code == 0
+    content = read_table(table)
+    assert engine_refusals(content, "vllm-hopper", space="eight") == ()
+    int5, fp6 = engine_refusals(content, "vllm-hopper", space="five")
+    assert int5.schemes == ("int5.channel",)
+    assert fp6.schemes == ("fp6_e2m3.channel", "fp6_e3m2.channel")
+    assert fp6.reason.endswith("has no kernel for linear layers in these formats")
+    assert int5.groups == fp6.groups == 8

@@ -88,7 +88,7 @@ def _refused(options: SearchOptions) -> tuple[Refused, ...]:
     from mofq.decide.refused import engine_refusals
     from mofq.table import read_table
 
-    return engine_refusals(read_table(options.table), options.engine)
+    return engine_refusals(read_table(options.table), options.engine, space=options.space)
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mofq.decide.request import fusion_group
-from mofq.engines import cache_legality, legality
+from mofq.engines import cache_legality, format_name, legality
 from mofq.schemes import parse_scheme
 from mofq.table import Table
 
@@ -19,12 +19,15 @@ class Refused:
     reason: str
 
 
-def engine_refusals(table: Table, engine: str | None) -> tuple[Refused, ...]:
+def engine_refusals(
+    table: Table, engine: str | None, *, space: str | None = None
+) -> tuple[Refused, ...]:
     """What of a table an engine cannot serve as it was measured.
 
     Args:
         table: From `mofq measure`.
         engine: A name of ``mofq.engines``; None refuses nothing.
+        space: Only schemes of this search space; None: of all.
 
     Returns:
         One entry for each reason, in the table's order.
@@ -40,11 +43,16 @@ def engine_refusals(table: Table, engine: str | None) -> tuple[Refused, ...]:
     caches = {cache.name: cache for cache in table.caches}
     schemes: dict[str, dict[str, None]] = {}
     where: dict[str, set[str]] = {}
+    asked = {name for one in table.spaces if one.name == space for name in one.schemes}
     for name, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
         if group in caches:
             reason = check_cache(name, caches[group])
+        elif space is not None and name not in asked:
+            continue
         else:
-            reason = check(parse_scheme(name), groups[group])
+            scheme = parse_scheme(name)
+            reason = check(scheme, groups[group])
+            reason = reason and reason.replace(f" in {format_name(scheme)}", " in these formats")
         if reason:
             schemes.setdefault(reason, {})[name] = None
             where.setdefault(reason, set()).add(group)
