@@ -272,6 +272,7 @@ def main(given: Sequence[str] | None = None) -> None:
         ("--text", "held-out text"),
         optional=[
             ("--calibration", "text of the stats; rewrites the model by each method too"),
+            ("--rewritings", "only these methods, with commas between them"),
             ("--table", "a table to choose from as it is, and nothing is measured for it"),
         ],
     )
@@ -281,7 +282,8 @@ def main(given: Sequence[str] | None = None) -> None:
     else:
         table = table_of(options.model, SPACE, stats=stats, path=path, begun=options.begun)
     places = {"": Rewritten(options.model, stats, table)}
-    for method in REWRITINGS[1:] if options.calibration else ():
+    methods = options.rewritings.split(",") if options.rewritings else REWRITINGS[1:]
+    for method in methods if options.calibration else ():
         places[method] = rewrite(
             options.model,
             method,
