@@ -90,8 +90,12 @@ def some_budgets(draw: st.DrawFn, problem: Problem) -> Budgets:
     share = st.floats(0, 1)
     size = st.none() | st.integers(least, most)
     cost_P = np.array([draw(share) for _ in problem.schemes])
-    seconds = draw(st.none() | share)
-    linear = LinearBudget("max_time", "seconds", cost_P, (seconds or 0.0) * len(problem.groups))
+    seconds = draw(st.none() | share.map(lambda s: s * len(problem.groups)))
+    if seconds is not None and draw(st.booleans()):  # used up to the last bit
+        seconds = math.fsum(
+            cost_P[draw(st.sampled_from(problem.options_of(g)))] for g in groups_of(problem)
+        )
+    linear = LinearBudget("max_time", "seconds", cost_P, seconds or 0.0)
     return Budgets(
         max_bytes=draw(size),
         max_bits=draw(st.none() | st.integers(least, most).map(lambda n: 8 * n / problem.weights)),

@@ -105,6 +105,19 @@ def test_a_budget_is_kept_to_the_byte() -> None:
         assert problem.bytes_of(choice_F) <= limit
 
 
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_a_budget_of_floats_may_be_used_up_to_the_last_bit(count: int) -> None:
+    # 0.1 + 0.1 + 0.1 is one bit more than 0.3 when it is added up from the left.
+    groups = [[option("int4.g32", 1, 2.0), option("int8.channel", 1, 1.0)]] * count
+    problem = problem_of(groups)
+    cost_P = np.array([{"int4.g32": 0.05, "int8.channel": 0.1}[name] for name in problem.schemes])
+    limit = math.fsum([0.1] * count)
+    for most, error in [(limit, count), (math.nextafter(limit, 0), count + 1)]:
+        time = LinearBudget("max_time", "seconds", cost_P, most)
+        choice_F = solve_exact(problem, Budgets(linear=(time,))).choice_F
+        assert problem.error_of(choice_F) == error
+
+
 def test_the_other_tensors_of_the_checkpoint_count_towards_its_size_only() -> None:
     groups = [[option("int4.g32", 50, 2.0), option("int8.channel", 100, 1.0)]]
     problem = problem_of(groups, other_bytes=1000)

@@ -23,7 +23,7 @@ class Core:
     cost_PK: FloatArray  #: from the group's minimum
     cost_K: FloatArray  #: sum of the minima
     row_PR: FloatArray  #: from the group's minimum; whole rows divided by their divisor
-    limit_R: FloatArray
+    limit_R: FloatArray  #: of rows of floats no less than the row's own, whatever sums round to
     divisor_R: FloatArray
 
 
@@ -61,7 +61,7 @@ def reduce_problem(
             limit_R[n] = (int(row.limit) - int(least_F.sum())) // divisor
         else:
             row_PR[:, n] = excess
-            limit_R[n] = math.fsum([row.limit, *(-least_F)])
+            limit_R[n] = math.fsum([row.limit, *(-least_F)]) + _slack(row.limit, least_F)
         if limit_R[n] < 0:
             return None
     return Core(
@@ -74,6 +74,12 @@ def reduce_problem(
         limit_R=limit_R,
         divisor_R=divisor_R,
     )
+
+
+def _slack(limit: float, least_F: FloatArray) -> float:
+    """What adding floats up, one of each group, may lose at most; `Row.holds` is exact."""
+    magnitude = abs(limit) + math.fsum(np.abs(least_F))
+    return 2 * (len(least_F) + 1) * float(np.finfo(np.float64).eps) * magnitude
 
 
 def _undominated(
