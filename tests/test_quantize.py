@@ -75,6 +75,16 @@ def test_nothing_finite_becomes_infinite_or_nan(name: str, weight_name: str) -> 
         assert scale is None or (scale.isfinite().all() and (scale != 0).all())
 
 
+@pytest.mark.parametrize("rows", [128, 256])
+def test_a_block_of_128_rows_has_one_scale_however_wide_the_matrix_is(rows: int) -> None:
+    # Wider than what is worked on at a time, which is then less than one block.
+    weight_OI = trained_like_weight(rows, 2048)
+    q = quantize_weight(weight_OI, weight_scheme("fp8_e4m3.block128.s-f32"))
+    amax_AG = weight_OI.abs().unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).amax((1, 3))
+    assert q.scale is not None
+    assert torch.equal(q.scale, amax_AG / 448)
+
+
 @pytest.mark.parametrize("name", WEIGHT_SCHEMES)
 def test_blocks_of_rows_give_the_codes_and_scales_of_the_whole(name: str) -> None:
     weight_OI, scheme = adversarial_weight(), weight_scheme(name)

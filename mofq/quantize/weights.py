@@ -90,7 +90,7 @@ def quantize_weight(
         )
         return _joined([_stored_codes(codes_OI, scheme)], [found], scheme)
     codes, scales = [], []
-    for start, stop in _chunks(weight_OI, rows):
+    for start, stop in _chunks(weight_OI, scheme):
         rows_OI = _finite(weight_OI[start:stop], start, name=name)
         x_ARGK = to_tiles(rows_OI, min(rows, stop - start), columns)
         importance_ARGK = _importance_tiles(importance, x_ARGK, start, stop)
@@ -114,7 +114,7 @@ def dequantize_weight(quantized: QuantizedWeight, scheme: TensorScheme) -> Tenso
     rows, columns = tile_shape(_shape(codes_OI), scheme.granularity, name="codes")
     scales = _tile_view(quantized.scale, quantized.zero_point, quantized.global_scale)
     weight_OI = torch.empty(codes_OI.shape, dtype=torch.float32, device=codes_OI.device)
-    for start, stop in _chunks(codes_OI, rows):
+    for start, stop in _chunks(codes_OI, scheme):
         tiles = to_tiles(codes_OI[start:stop], min(rows, stop - start), columns)
         part = _part(scales, start // rows, -(-stop // rows))
         weight_OI[start:stop] = from_tiles(decode_tiles(tiles, scheme, part))
@@ -246,12 +246,11 @@ def _scalar(value: float | Tensor | None, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(())
 
 
-def _chunks(matrix: Tensor, tile_rows: int) -> list[tuple[int, int]]:
-    """Ranges of rows that fit the cache; whole tiles, unless one tile is the whole tensor."""
+def _chunks(matrix: Tensor, scheme: TensorScheme) -> list[tuple[int, int]]:
+    """Ranges of rows that fit the cache; whole tiles, but for a scale of the tensor's own."""
     total, columns = _shape(matrix)
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    if tile_rows < total:
-        step = max(1, step // tile_rows) * tile_rows
+    unit = scheme.granularity.rows or 1
+    step = max(1, _CHUNK_ELEMENTS // columns // unit) * unit
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
