@@ -16,7 +16,7 @@ from mofq.decide.timing import recipe_seconds
 from mofq.device_models import DEVICE_MODELS, DeviceModel
 from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.latency import parse_workload
-from mofq.recipe import load_recipe, write_recipe
+from mofq.recipe import RecipeGroup, load_recipe, write_recipe
 from mofq.search_space import find_search_spaces
 from mofq.solvers import Budgets
 
@@ -100,6 +100,22 @@ def test_the_chosen_scheme_is_the_best_deal_at_the_shadow_price() -> None:
     assert "best deal" in found.why
 
 
+def test_a_budget_of_nats_has_its_own_price() -> None:
+    # There is room for one INT8, which is 0.5 better and takes 1.5 nats more of the budget.
+    errors = {name: {"int4.g32": (1.5, 100), "int8.channel": (1.0, 100)} for name in "ab"}
+    table = table_of(errors, samples=2)
+    stderrs = {"int4.g32": 0.0, "int8.channel": 1.0}
+    rows = tuple(replace(one, stderr=stderrs[one.scheme]) for one in table.rows)
+    table = replace(table, rows=rows)
+    request = Request(Budgets(max_kl=4.5), ties=False)
+    decision = decide(table, request)
+    assert sorted(schemes_of(decision).values()) == ["int4.g32", "int8.channel"]
+    for group in "ab":
+        found = explain(table, request, decision, group)
+        assert found.prices == {"max_kl": pytest.approx(1 / 3)}
+        assert [one.priced_difference for one in found.alternatives] == pytest.approx([0, 0])
+
+
 def test_differences_are_paired_and_rejections_are_told() -> None:
     table = table_of(samples=8)
     request = Request(Budgets(max_bits=4.5), engine="vllm-hopper")
@@ -146,6 +162,9 @@ def test_a_difference_of_recipes_is_priced_group_by_group_and_together() -> None
     plain = compare_recipes(first, second)
     assert [one.bytes for one in plain.groups] == [None, None]
     assert plain.total is None
+    with_head = (*second.groups, RecipeGroup("lm_head", "int8.channel", ("lm_head",)))
+    with pytest.raises(RecipeError, match="lm_head: the table has no fusion group"):
+        compare_recipes(first, replace(second, groups=with_head), table)
     other = replace(table, header=replace(table.header, index_sha256="c" * 64))
     with pytest.raises(RecipeError, match="Compare two recipes of one model"):
         compare_recipes(first, second, other)

@@ -313,6 +313,22 @@ def test_a_group_without_an_offer_is_outside_of_the_share_of_finer_layers() -> N
     assert usage(problem, np.array([0, 2])).finer_fraction == 1.0
 
 
+def test_formats_of_the_cache_are_neither_base_nor_finer() -> None:
+    cache = ProblemGroup("cache", ("cache",), weights=0, counted=False, cached=64)
+    options = [
+        option("bf16", 0, 0.0, cache_bits=1024),
+        option("kv:fp8_e4m3.tensor", 8, 0.1, cache_bits=512),
+    ]
+    layers = [option("int8.channel", 100, 1.0), option("bf16", 200, 0.0)]
+    problem = build_problem(
+        [(ProblemGroup("g0", ("l",), 100), layers), (cache, options)],
+        base=("int8.channel", "bf16"),
+    )
+    solution = solve_exact(problem, Budgets(max_finer=0.0, max_kv_bits=8.0))
+    chosen = problem.schemes_of(solution.choice_F)
+    assert chosen == {"g0": "bf16", "cache": "kv:fp8_e4m3.tensor"}
+
+
 def test_an_option_that_lacks_a_corpus_is_refused() -> None:
     with pytest.raises(TableError, match=r"g0: needs a row for each of 2 corpora, has 1 errors"):
         problem_of([[option("int8.channel", 100, 9.0)]], corpora=("en", "pt"))

@@ -15,6 +15,7 @@ _PRICED = {
     "max_time": ("0.1 ms", 0.1),
     "max_finer": ("one finer layer", 1.0),
     "max_kv_bits": ("1 kB a token", 8e3),
+    "max_kl": ("0.001 nats", 1e-3),
     "": ("1 MB", 1e6),
 }
 

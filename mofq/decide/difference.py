@@ -65,6 +65,11 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []
     for one in changed:
+        if one.group not in numbers:
+            raise RecipeError(
+                f"{one.group}: the table has no fusion group of this name, and one of the recipes "
+                f"has, so the difference cannot be priced. Compare the recipes without the table."
+            )
         number = numbers[one.group]
         before, after = first_F[[number]], second_F[[number]]
         size = problem.bytes_of(after) - problem.bytes_of(before)

@@ -15,7 +15,7 @@ from mofq.engines import cache_legality, legality
 from mofq.exceptions import MofqError, nearest_name
 from mofq.schemes import parse_scheme
 from mofq.solvers import Budgets, Estimate, Problem, paired_loss
-from mofq.solvers.budgets import finer_layers_P, offered
+from mofq.solvers.budgets import finer_layers_P, max_kl_rows, offered
 from mofq.solvers.problem import FloatArray
 from mofq.table import Table
 
@@ -122,12 +122,18 @@ def _find_group(problem: Problem, layer: str) -> int:
 def _priced(problem: Problem, budgets: Budgets, prices: Mapping[str, float]) -> FloatArray:
     """The error of every option, and what it uses of each budget at the budget's price."""
     costs: dict[str, np.ndarray] = {one.name: one.cost_P for one in budgets.linear}
-    costs["max_finer"] = finer_layers_P(problem)
-    costs["max_kv_bits"] = problem.cache_bits_P
-    costs["max_bytes"] = problem.size_P
+    costs |= {
+        "max_bits": problem.layer_bytes_P,
+        "max_bytes": problem.size_P,
+        "bytes": problem.size_P,  # of the smallest recipe, where size is minimised
+        "max_finer": finer_layers_P(problem),
+        "max_kv_bits": problem.cache_bits_P,
+    }
+    if "max_kl" in prices:  # where no samples are kept
+        costs["max_kl"] = np.max([row.cost_P for row in max_kl_rows(problem, 0.0)], axis=0)
     total_P = problem.cost_PK.max(axis=1)
     for name, price in prices.items():
-        total_P = total_P + price * costs.get(name, problem.bytes_P)
+        total_P = total_P + price * costs[name]
     return np.asarray(total_P)
 
 

@@ -66,7 +66,7 @@ class Problem:
     stderr_PC: FloatArray | None  #: None: the unit has no error bars
     sample_errors: tuple[FloatArray, ...] | None  #: of each corpus [P, N]; None: not kept
     projections: tuple[FloatArray, ...] | None  #: of each corpus [P, M]; None: not kept
-    is_base_P: BoolArray
+    is_base_P: BoolArray  #: of layers; formats of a KV cache are neither base nor finer
     tokens_per_projection: int
     other_bytes: int  #: tensors of the checkpoint that are in no group
     min_gain: float
@@ -168,20 +168,23 @@ def build_problem(
     ordered, starts = _ordered(groups, base, corpora=len(corpora))
     bytes_P = np.array([one.bytes for one in ordered], dtype=np.int64)
     cache_bits_P = np.array([one.cache_bits for one in ordered], dtype=np.int64)
+    group_P = np.repeat(np.arange(len(groups)), np.diff(starts))
+    is_cached_F = np.array([group.cached > 0 for group, _ in groups], dtype=np.bool_)
+    is_base_P = np.array([one.scheme in base for one in ordered], dtype=np.bool_)
     return Problem(
         unit=unit,
         corpora=corpora,
         objective=objective,
         groups=tuple(group for group, _ in groups),
         start_F=np.array(starts, dtype=np.int64),
-        group_P=np.repeat(np.arange(len(groups)), np.diff(starts)),
+        group_P=group_P,
         schemes=tuple(one.scheme for one in ordered),
         bytes_P=bytes_P,
         error_PC=np.array([one.errors for one in ordered], dtype=np.float64),
         stderr_PC=_stderrs(ordered),
         sample_errors=_per_corpus(ordered, [one.sample_errors for one in ordered]),
         projections=_per_corpus(ordered, [one.projections for one in ordered]),
-        is_base_P=np.array([one.scheme in base for one in ordered], dtype=np.bool_),
+        is_base_P=is_base_P & ~is_cached_F[group_P],  # a bf16 base is one of layers
         tokens_per_projection=tokens_per_projection,
         other_bytes=other_bytes,
         min_gain=min_gain,
