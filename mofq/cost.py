@@ -150,6 +150,11 @@ def parse_size(text: str | int) -> int:
             f"{text!r}: unknown unit {unit!r}."
             + nearest_name(unit, ["B", "kB", "MB", "GB", "KiB", "GiB"])
         )
+    if not unit and fraction.strip("0"):
+        raise BudgetError(
+            f"{text!r}: without a unit this is a number of bytes, and a part of one. "
+            f"Write e.g. {words[0]}GB or {words[0]}GiB."
+        )
     # Exact: 0.1 is not a binary fraction, and a byte more would be an overshot budget.
     digits, scale = int(whole + fraction), 10 ** len(fraction)
     return digits * _SIZE_UNITS[unit.lower()] // int(scale)

@@ -66,6 +66,11 @@ class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
 
 
+#: Names that a message lists at most: a large model has thousands of layers.
+_MOST_NAMES = 40
+_MOST_CONTAINING = 6
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """The end of a message that suggests a known name: ``" Did you mean 'x'?"``.
 
@@ -74,8 +79,18 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
         known: What would have been accepted.
 
     Returns:
-        The suggestion, or the list of all known names where none is near.
+        The names that begin with what was found (``vllm`` is five engines) or contain it, else
+        the one that is spelled most like it, else all known ones.
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
+    begun = [one for one in names if one.startswith(name)] if len(name) >= 3 else []
+    containing = begun or [one for one in names if name in one and len(name) >= 3]
+    if len(containing) > 1:
+        listed = ", ".join(map(repr, containing[:_MOST_CONTAINING]))
+        more = len(containing) - _MOST_CONTAINING
+        return f" Did you mean one of {listed}{f' and {more} more' if more > 0 else ''}?"
+    close = containing or get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    more = len(names) - _MOST_NAMES
+    return f" Known: {', '.join(names[:_MOST_NAMES])}{f' and {more} more' if more > 0 else ''}."

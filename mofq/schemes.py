@@ -127,6 +127,26 @@ ALIASES = {
     "mx6": "int5.g2.s-micro16",
     "mx4": "int3.g2.s-micro16",
 }
+#: What others call a scheme -> its name here; for messages, since a scheme has one name.
+#: Source: compressed-tensors 0.20 ``quantization/quant_scheme.py``, PRESET_SCHEMES; llama.cpp.
+OTHER_NAMES = {
+    "w4a16": "int4.g128",
+    "w4a16_asym": "int4.g128.asym",
+    "w8a16": "int8.g128",
+    "w8a8": "int8.channel+int8.token",
+    "int8_w8a8": "int8.channel+int8.token",
+    "w4a8": "int4.g128+int8.token",
+    "w4afp8": "int4.g128+fp8_e4m3.token",
+    "fp8": "fp8_e4m3.tensor+fp8_e4m3.tensor",
+    "fp8_dynamic": "fp8_e4m3.channel+fp8_e4m3.token",
+    "fp8_block": "fp8_e4m3.block128+fp8_e4m3.g128",
+    "nvfp4a16": "nvfp4",
+    "mxfp4a16": "mxfp4",
+    "mxfp8a16": "mxfp8",
+    "gptq": "int4.g128~gptq",
+    "q4_0": "int4.g32@fullrange",
+    "q8_0": "int8.g32",
+}
 _ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
 
 _GRANULARITY = re.compile(
@@ -194,7 +214,7 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
     if words[0] not in ELEMENT_FORMATS:
         raise SchemeError(
             f"scheme {scheme_name!r}: unknown element format {words[0]!r}."
-            + nearest_name(words[0], [*ELEMENT_FORMATS, *ALIASES, "bf16"])
+            + _in_other_words(words[0], scheme_name)
         )
     element = ELEMENT_FORMATS[words[0]]
     if len(words) < 2:
@@ -222,6 +242,14 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
     )
     _check_operand(scheme_name, operand, default_scale=default_scale)
     return operand
+
+
+def _in_other_words(element: str, scheme_name: str) -> str:
+    """What others call a scheme, in this grammar; else the nearest element."""
+    known = OTHER_NAMES.get(scheme_name.lower().replace("-", "_"))
+    if known is not None:
+        return f" Here it is written {known!r}."
+    return nearest_name(element, [*ELEMENT_FORMATS, *ALIASES, "bf16"])
 
 
 def _parse_options(scheme_name: str, options: list[str], default_scale: str) -> tuple[bool, str]:

@@ -266,6 +266,34 @@ def test_a_file_in_place_of_a_folder_names_the_folder(tiny_llama: Path) -> None:
     assert repr(str(tiny_llama)) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("model-Q4_K_M.gguf", "GGUF", "Give the Hugging Face folder that it was converted from"),
+        (
+            "adapter_config.json",
+            '{"peft_type": "LORA", "base_model_name_or_path": "org/Base"}',
+            "adapter of 'org/Base': merge the two",
+        ),
+        ("adapter_config.json", "{}", "adapter of its base model: merge the two"),
+        ("params.json", "{}", "Give the version for transformers"),
+        ("notes.txt", "", "Give the folder that holds config.json"),
+    ],
+)
+def test_a_folder_of_another_kind_says_what_it_is(
+    name: str, content: str, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=remedy):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_gguf_file_is_no_hint_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("GGUF")
+    with pytest.raises(CheckpointError, match=r"a file. GGUF is what llama.cpp runs"):
+        open_checkpoint(str(tmp_path / "model.gguf"))
+
+
 def test_a_folder_above_the_model_names_the_model(tiny_llama: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needed config.json, found none") as caught:
         open_checkpoint(str(tiny_llama.parent))

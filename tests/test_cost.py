@@ -254,6 +254,11 @@ def test_an_unknown_unit_gets_a_suggestion() -> None:
         parse_size("5GiBs")
 
 
+def test_a_part_of_a_byte_lacks_its_unit() -> None:
+    with pytest.raises(BudgetError, match="Write e.g. 4.5GB or 4.5GiB"):
+        parse_size("4.5")
+
+
 @given(st.text(max_size=30))
 def test_no_text_breaks_the_parser_of_sizes(text: str) -> None:
     with contextlib.suppress(BudgetError):

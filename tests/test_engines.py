@@ -215,6 +215,8 @@ def test_fp4_outside_the_published_formats_is_refused_as_misread() -> None:
 def test_an_unknown_engine_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(EngineError, match="Did you mean 'vllm-hopper'"):
         find_engine("vllm-hoper")
+    with pytest.raises(EngineError, match="one of 'vllm-ada', 'vllm-ampere', 'vllm-blackwell', "):
+        find_engine("vllm")
     with pytest.raises(EngineError, match="unknown engine"):
         legality("nothing-like-it")
 

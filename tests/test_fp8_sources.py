@@ -254,7 +254,7 @@ def test_a_scale_that_is_none_is_refused_by_name(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"FP8 weights: quant_method 'fp8'.*found .*'gptq'"),
+        ({"quant_method": "gptq", "bits": 4}, r"found .*'gptq'.*FP8 weights: quant_method 'fp8'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"'weight_block_size' needs two"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"found \[0, 128\]"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"'modelopt'.*quantized already"),
@@ -291,7 +291,7 @@ def test_a_mixture_of_integers_and_fp8_is_refused(made: dict[str, Path], tmp_pat
         config["quantization_config"]["config_groups"]["group_1"] = {"weights": weights}
 
     folder = copy_with_config(made["compressed-tensors channel"], tmp_path / "m", mix)
-    with pytest.raises(CheckpointError, match=r"with 8-bit floats.*found .*'compressed-tensors'"):
+    with pytest.raises(CheckpointError, match=r"found .*'compressed-tensors'.*with 8-bit floats.*mofq recipe from"):
         find_layers(open_checkpoint(str(folder)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from mofq.exceptions import SchemeError
 from mofq.formats import ELEMENT_FORMATS, SCALE_FORMATS
-from mofq.schemes import ALIASES, Granularity, parse_scheme
+from mofq.schemes import ALIASES, OTHER_NAMES, Granularity, parse_scheme
 
 
 def test_a_name_composes_all_axes() -> None:
@@ -74,6 +75,13 @@ def test_every_scheme_has_one_name(written: str, canonical: str) -> None:
     assert parse_scheme(canonical) == parse_scheme(written)
 
 
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_what_others_call_a_scheme_is_no_name_of_it_here(name: str) -> None:
+    assert parse_scheme(OTHER_NAMES[name]).name == OTHER_NAMES[name]
+    with pytest.raises(SchemeError, match=re.escape(f"written {OTHER_NAMES[name]!r}")):
+        parse_scheme(name.upper())
+
+
 @pytest.mark.parametrize(("alias", "expansion"), ALIASES.items())
 def test_an_alias_and_its_expansion_are_the_same_scheme(alias: str, expansion: str) -> None:
     assert parse_scheme(alias) == parse_scheme(expansion)
@@ -85,6 +93,9 @@ def test_an_alias_and_its_expansion_are_the_same_scheme(alias: str, expansion: s
     [
         ("int9.channel", "unknown element format 'int9'"),
         ("fp8_e4m4.channel", "Did you mean 'fp8_e4m3'"),
+        ("fp8.channel", "Did you mean one of 'fp8_e4m3', 'fp8_e5m2'?"),
+        ("W4A16", "Here it is written 'int4.g128'."),
+        ("FP8-Dynamic", "Here it is written 'fp8_e4m3.channel"),
         ("int4", "'int4' has no granularity"),
         ("int4.", "unknown granularity ''"),
         ("int4.g0", "unknown granularity 'g0'"),

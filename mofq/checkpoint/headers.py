@@ -47,6 +47,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
+_GGUF = (
+    "GGUF is what llama.cpp runs, quantized already or not. Give the Hugging Face folder that it"
+    " was converted from; `mofq export --to llama.cpp` makes types for llama-quantize of a recipe."
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -114,7 +118,8 @@ def open_stored(model: str) -> Checkpoint:
         folder, name = path, path.resolve().name
     elif os.path.exists(path):
         raise CheckpointError(
-            f"{model}: needed the folder of a model, found a file. Give {str(path.parent)!r}."
+            f"{model}: needed the folder of a model, found a file."
+            + (f" {_GGUF}" if path.suffix == ".gguf" else f" Give {str(path.parent)!r}.")
         )
     elif _HUB_ID.fullmatch(model):
         folder, name = _fetch_from_hub(model), model
@@ -123,7 +128,7 @@ def open_stored(model: str) -> Checkpoint:
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder}: needed {CONFIG_FILE}, found none.{_model_folder_inside(folder)}"
-            " Give the folder that holds config.json and the safetensors files."
+            f" {_what_else(folder)}"
         )
     config = read_json(folder / CONFIG_FILE)
     tensors = _read_all_headers(folder)
@@ -228,6 +233,22 @@ def _nearest_folder(path: Path) -> str:
     if near:
         return f" Did you mean {str(missing.parent / near[0])!r}?"
     return f" {missing.parent} has no folder {missing.name!r}."
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without config.json is, and what to give instead."""
+    if (folder / "adapter_config.json").is_file():
+        stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = shorten(stated) if isinstance(stated, str) else "its base model"
+        return (
+            f"It is an adapter of {base}: merge the two (peft: merge_and_unload, then"
+            " save_pretrained), and give the merged folder."
+        )
+    if any(folder.glob("*.gguf")):
+        return _GGUF
+    if (folder / "params.json").is_file():
+        return "It is in Meta's or Mistral's own layout. Give the version for transformers."
+    return "Give the folder that holds config.json and the safetensors files."
 
 
 def _model_folder_inside(folder: Path) -> str:

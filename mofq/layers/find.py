@@ -116,7 +116,8 @@ def _read_model(checkpoint: Checkpoint) -> _Model:
     if not isinstance(architecture, str) or architecture not in FUSION_RULES:
         raise CheckpointError(
             f"{where}: no rules for model_type {architecture!r}; known are"
-            f" {', '.join(FUSION_RULES)}. Add the family as a row of FUSION_RULES."
+            f" {', '.join(FUSION_RULES)}. A new family is a row of FUSION_RULES:"
+            " docs/how-to/extend.md."
         )
     _refuse_quantized(checkpoint)
     family = FUSION_RULES[architecture]
@@ -146,9 +147,11 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else config
     found = repr(scales[0]) if config is None else f"quantization_config {method!r}"
+    own = " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
     raise CheckpointError(
-        f"{checkpoint.folder}: needed weights in {', '.join(_SOURCE_DTYPES)}, or {SUPPORTED};"
-        f" found {found}: the checkpoint is quantized already. Give the original."
+        f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
+        f" against the model before that. Give the original, in {', '.join(_SOURCE_DTYPES)}, or"
+        f" {SUPPORTED}.{own}"
     )
 
 
