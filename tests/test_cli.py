@@ -334,7 +334,7 @@ def test_a_table_of_other_numerics_is_searched_with_a_warning(
     assert shown.count("measured before numerics were noted") == 1
     assert "numerics" not in recipe.read_text("utf-8")
     shown = ok("search", measured.table, "--max-bits", "6", "-o", recipe).err
-    assert "numerics" not in shown
+    assert "numerics" not in shown.replace(str(tmp_path), "")
     assert f"numerics: {NUMERICS}" in recipe.read_text("utf-8")
 
 

@@ -50,7 +50,9 @@ def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) 
     assert "the smallest possible is" in refused(*search, *TIMED, "--max-time", "0.01us")
     for missing in (TIMED[:2], TIMED[2:], ("--max-time", "1ms")):
         assert "give --device-model" in refused(*search, *missing)
-    assert "Did you mean 'h100'" in refused(*search, "--device-model", "h10", *TIMED[2:])
+    assert "Did you mean one of 'h100', 'h100-pcie'?" in refused(
+        *search, "--device-model", "h10", *TIMED[2:]
+    )
 
 
 def test_a_difference_is_priced_by_its_table(measured: Measured, tmp_path: Path) -> None:

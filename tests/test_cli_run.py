@@ -97,6 +97,27 @@ def test_run_ends_with_a_table_and_a_second_run_ends_the_same(space: Path, tmp_p
     assert package.load_recipe(folder / "recipe.yaml").bits_per_weight == content["bits_per_weight"]
 
 
+def test_run_without_a_budget_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    message = refused("run", DEMO, "-o", tmp_path / "run")
+    for words in ("needed a budget", "--max-bits", "--max-size", "--max-kl"):
+        assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_comes_next(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = ok("run", DEMO, "--space", space, "--max-kl", "0.05", *SMALL)
+    assert "No --corpus: calibrating on demo-en-calibration" in ran.err
+    folder = tmp_path / "model-mofq"
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.budget == {"kl_nats_per_token": 0.05}
+    assert (recipe.kl_nats_per_token or 1) < 0.05
+    assert f"mofq export {DEMO} model-mofq/recipe.yaml --to compressed-tensors" in ran.err
+    assert "mofq explore model-mofq/table.jsonl model-mofq/recipe.yaml" in ran.err
+
+
 def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
     tmp_path: Path,
 ) -> None:

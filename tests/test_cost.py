@@ -255,7 +255,7 @@ def test_an_unknown_unit_gets_a_suggestion() -> None:
 
 
 def test_a_part_of_a_byte_lacks_its_unit() -> None:
-    with pytest.raises(BudgetError, match="Write e.g. 4.5GB or 4.5GiB"):
+    with pytest.raises(BudgetError, match=r"Write e.g. 4.5GB or 4.5GiB"):
         parse_size("4.5")
 
 

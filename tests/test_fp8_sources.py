@@ -291,7 +291,9 @@ def test_a_mixture_of_integers_and_fp8_is_refused(made: dict[str, Path], tmp_pat
         config["quantization_config"]["config_groups"]["group_1"] = {"weights": weights}
 
     folder = copy_with_config(made["compressed-tensors channel"], tmp_path / "m", mix)
-    with pytest.raises(CheckpointError, match=r"found .*'compressed-tensors'.*with 8-bit floats.*mofq recipe from"):
+    with pytest.raises(
+        CheckpointError, match=r"found .*'compressed-tensors'.*with 8-bit floats.*mofq recipe from"
+    ):
         find_layers(open_checkpoint(str(folder)))
 
 

@@ -23,6 +23,9 @@ from mofq.cli.arguments import (
     Stats,
     Workload,
 )
+from mofq.cli.terminal import next_step
+
+RECIPE = "recipe.yaml"
 
 app = typer.Typer(
     name="mofq",
@@ -117,6 +120,9 @@ def calibrate(
         ),
         as_json=json,
     )
+    if not json:
+        measured = ("--stats", output, "-o", output.parent / "table.jsonl")
+        next_step("measure", model, "--space", "serving", "--engine", "ENGINE", *measured)
 
 
 @app.command()
@@ -167,6 +173,9 @@ def measure(
     run_measure(
         model, space=space, output=output, stats=stats, engine=engine, where=where, as_json=json
     )
+    if not json:
+        named = () if engine is None else ("--engine", engine)
+        next_step("search", output, *named, "--max-bits", "BITS", "-o", output.parent / RECIPE)
 
 
 @app.command()

@@ -15,12 +15,21 @@ flow = typer.Typer()
 @flow.command()
 def run(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for everything.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder for everything; by default NAME-mofq, here."),
+    ] = None,
     space: Space = "serving",
     max_bits: MaxBits = None,
-    max_size: Annotated[str | None, typer.Option(help="Bytes of the whole checkpoint.")] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Predicted nats per token; the smallest model within it.")
+    ] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE for calibration; repeatable.")
+        list[str] | None,
+        typer.Option(help="NAME=FILE for calibration; repeatable. Bundled text by default."),
     ] = None,
     text: Annotated[str, typer.Option(help="To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
@@ -30,16 +39,17 @@ def run(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """The whole flow into one folder, ready to serve."""
-    from mofq.cli.run import RunOptions, run_flow
+    """The whole flow into one folder, ready to serve: give a budget, and the engine."""
+    from mofq.cli.run import RunOptions, default_output, run_flow
 
     run_flow(
         RunOptions(
             model=model,
             space=space,
-            output=output,
+            output=output or default_output(model),
             max_bits=max_bits,
             max_size=max_size,
+            max_kl=max_kl,
             corpora=tuple(corpus or ()),
             text=text,
             engine=engine,

@@ -7,7 +7,15 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from mofq.cli.checks import check_folder
-from mofq.cli.terminal import note, print_json, progress_bars, say, short_bytes
+from mofq.cli.terminal import (
+    next_step,
+    note,
+    print_json,
+    progress_bars,
+    say,
+    short_bytes,
+    stats_for,
+)
 
 if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
@@ -52,6 +60,7 @@ def run_export(
         return
     note(f"{output}: {short_bytes(done.checkpoint_bytes)} of tensors for {to}, {seconds:.1f} s.")
     say(f"Serve it with: {done.serve_command}")
+    next_step("validate", model, output, *stats_for(loaded), "--text", "FILE")
 
 
 def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import search_table
 from mofq.cli.search_options import SearchOptions
 from mofq.cli.terminal import note, print_json, progress_bars, with_error
-from mofq.exceptions import BackendError, CorpusError, MofqError
+from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError
 from mofq.held import hold_folder
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class RunOptions:
     output: Path
     max_bits: float | None = None
     max_size: str | None = None
+    max_kl: float | None = None
     corpora: tuple[str, ...] = ()
     text: str = "demo-en"
     engine: str | None = None
@@ -68,9 +69,21 @@ class RunOptions:
         return self.output / "model"
 
 
+def default_output(model: str) -> Path:
+    """The folder of a run that names none: ``Qwen3-0.6B-mofq``, in the current folder."""
+    return Path(f"{Path(model).resolve().name}-mofq")
+
+
 def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     """Calibrate, measure, search, validate; export where an engine is named."""
+    bundled = not options.corpora
     space, options = _check_run(options)
+    if bundled:
+        note(
+            f"No --corpus: calibrating on {options.corpora[0]}, a little English text on "
+            f"administering Debian. Errors differ between texts: give text like what the model "
+            f"will see, --corpus NAME=FILE, and other text of the kind to validate on, --text FILE."
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     busy = MofqError(
         f"{options.output}: another process runs into this folder. Wait for it, or name another."
@@ -109,6 +122,7 @@ def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
             export = _export(options, candidates[name], validations[name])
     return Report(
         folder=options.output,
+        model=options.model,
         title=f"{space.name}, {validations[name].tokens} tokens of {options.text}",
         recipe=candidates[name],
         preferred=name,
@@ -185,7 +199,12 @@ def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
     checkpoint = open_checkpoint(options.model)
     layers = find_layers(checkpoint)
     offers = offer_schemes(space, layers.groups, legality=check, has_stats=True)
-    budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes)
+    budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes, max_kl=options.max_kl)
+    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
+        raise BudgetError(
+            "mofq run: needed a budget, found none; without one every layer stays as it is. "
+            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
+        )
     check_budget(offers, budgets, other_bytes=layers.other_bytes)
     corpora = options.corpora or ("demo-en-calibration",)
     _check_texts(corpora, options.text)
@@ -230,6 +249,7 @@ def _search(options: RunOptions, space: SearchSpace) -> Recipe:
             engine=options.engine,
             max_bits=options.max_bits,
             max_size=options.max_size,
+            max_kl=options.max_kl,
         )
     )
     for line in decision.notes:

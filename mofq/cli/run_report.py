@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mofq.cli.terminal import print_table, say, with_error
+from mofq.cli.terminal import next_step, print_table, say, stats_for, with_error
 
 if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
@@ -20,6 +20,7 @@ class Report:
     """The outcome of a run."""
 
     folder: Path
+    model: str  #: as it was given
     title: str
     recipe: Recipe  #: as it stands in the folder
     preferred: str  #: its key in ``validations``
@@ -65,6 +66,18 @@ def print_report(report: Report) -> None:
     say(f"seconds: {times}")
     if report.export is not None:
         say(f"Serve it with: {report.export.serve_command}")
+    _suggest(report)
+
+
+def _suggest(report: Report) -> None:
+    """What to do with the folder."""
+    recipe, table = report.folder / "recipe.yaml", report.folder / "table.jsonl"
+    if report.export is None:
+        stats = stats_for(report.recipe, report.folder / "stats")
+        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
+        next_step("export", report.model, recipe, *to)
+    validation = ("--validation", report.folder / "validation.json")
+    next_step("explore", table, recipe, *validation, "-o", report.folder / "explorer.html")
 
 
 def _label(report: Report, name: str) -> str:

@@ -13,7 +13,15 @@ from mofq.cli.histogram import print_histogram
 from mofq.cli.measured import search_measured
 from mofq.cli.search_options import SearchOptions, check_options, search_request
 from mofq.cli.tables import open_for_reading
-from mofq.cli.terminal import note, print_json, print_table, short_bytes, with_error
+from mofq.cli.terminal import (
+    next_step,
+    note,
+    print_json,
+    print_table,
+    short_bytes,
+    stats_for,
+    with_error,
+)
 
 if TYPE_CHECKING:
     from mofq.decide import Decision, Request
@@ -52,6 +60,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
     for one in explained:
         print_explanation(one)
+    next_step("validate", "MODEL", options.output, *stats_for(decision.recipe), "--text", "FILE")
 
 
 def search_table(options: SearchOptions) -> Decision:

@@ -10,10 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+from mofq.schemes import parse_scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mofq.recipe import Recipe
 
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
@@ -76,6 +82,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def note(message: str) -> None:
     """Tell the user something, on stderr."""
     console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_step(*words: str | Path) -> None:
+    """Tell the user which command comes next, on stderr; capitals stand for what they choose."""
+    note("Next: mofq " + " ".join(quote(str(word)) for word in words))
+
+
+def stats_for(recipe: Recipe, stats: str | Path = "STATS") -> tuple[str | Path, ...]:
+    """What a command needs too where codes or scales of a recipe are fitted."""
+    schemes = [parse_scheme(name) for name in set(recipe.schemes.values())]
+    fitted = any(one.weight is not None and one.weight.is_fitted for one in schemes)
+    return ("--stats", stats) if fitted else ()
 
 
 def say(message: str) -> None:

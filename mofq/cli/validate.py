@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.cli.checks import check_device, check_dtype, check_output
 from mofq.cli.histogram import print_histogram, recipe_of
-from mofq.cli.terminal import note, print_json, print_table, progress_bars, say, with_error
+from mofq.cli.terminal import (
+    next_step,
+    note,
+    print_json,
+    print_table,
+    progress_bars,
+    say,
+    stats_for,
+    with_error,
+)
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
@@ -55,7 +64,11 @@ def run_validate(
             )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
-    _report(validations, recipe_of(recipe_or_folder), as_json=as_json)
+    recipe = recipe_of(recipe_or_folder)
+    _report(validations, recipe, as_json=as_json)
+    if recipe is not None and not as_json and not Path(recipe_or_folder).is_dir():
+        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats_for(recipe, stats or ""))
+        next_step("export", model, recipe_or_folder, *to, "-o", "FOLDER")
 
 
 def _check(dtype: str, device: str) -> None:

@@ -147,7 +147,9 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else config
     found = repr(scales[0]) if config is None else f"quantization_config {method!r}"
-    own = " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
+    own = (
+        " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
+    )
     raise CheckpointError(
         f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
         f" against the model before that. Give the original, in {', '.join(_SOURCE_DTYPES)}, or"

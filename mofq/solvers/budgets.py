@@ -36,6 +36,11 @@ class Budgets:
     max_kv_bits: float | None = None  #: true bits per cached number [bits]
 
     @property
+    def any_given(self) -> bool:
+        """Whether anything is limited."""
+        return self != Budgets()
+
+    @property
     def minimises_bytes(self) -> bool:
         """Whether accuracy is the budget and size the objective."""
         return self.max_kl is not None and self.max_bits is None and self.max_bytes is None
