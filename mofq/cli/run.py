@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
     from mofq.recipe import Recipe
     from mofq.search_space import SearchSpace
+    from mofq.solvers import Budgets
     from mofq.validate import Validation
 
 #: Uniform schemes that the recipe is compared with on the real model.
@@ -200,11 +201,7 @@ def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
     layers = find_layers(checkpoint)
     offers = offer_schemes(space, layers.groups, legality=check, has_stats=True)
     budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes, max_kl=options.max_kl)
-    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
-        raise BudgetError(
-            "mofq run: needed a budget, found none; without one every layer stays as it is. "
-            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
-        )
+    _need_budget(budgets, space)
     check_budget(offers, budgets, other_bytes=layers.other_bytes)
     corpora = options.corpora or ("demo-en-calibration",)
     _check_texts(corpora, options.text)
@@ -214,6 +211,14 @@ def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
     limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
     length = min(options.sequence_length, int(limit or options.sequence_length))
     return space, replace(options, corpora=corpora, sequence_length=length)
+
+
+def _need_budget(budgets: Budgets, space: SearchSpace) -> None:
+    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
+        raise BudgetError(
+            "mofq run: needed a budget, found none; without one every layer stays as it is. "
+            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
+        )
 
 
 def _check_texts(corpora: tuple[str, ...], source: str) -> None:

@@ -67,8 +67,12 @@ def run_validate(
     recipe = recipe_of(recipe_or_folder)
     _report(validations, recipe, as_json=as_json)
     if recipe is not None and not as_json and not Path(recipe_or_folder).is_dir():
-        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats_for(recipe, stats or ""))
-        next_step("export", model, recipe_or_folder, *to, "-o", "FOLDER")
+        _suggest_export(model, recipe_or_folder, recipe)
+
+
+def _suggest_export(model: str, path: str, recipe: Recipe) -> None:
+    to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats_for(recipe))
+    next_step("export", model, path, *to, "-o", "FOLDER")
 
 
 def _check(dtype: str, device: str) -> None:
