@@ -325,7 +325,7 @@ def validate(
     json: Json = False,
 ) -> None:
     """Prove that a recipe is applied; measure what it does."""
-    from mofq.cli.validate import run_validate
+    from mofq.cli.validate import run_validate, suggest_export
 
     run_validate(
         model,
@@ -344,6 +344,8 @@ def validate(
         output=output,
         as_json=json,
     )
+    if not json:
+        suggest_export(model, recipe_or_folder)
 
 
 @app.command()

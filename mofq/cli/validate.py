@@ -64,15 +64,15 @@ def run_validate(
             )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
+    _report(validations, recipe_of(recipe_or_folder), as_json=as_json)
+
+
+def suggest_export(model: str, recipe_or_folder: str) -> None:
+    """Say how a recipe becomes a checkpoint; of a folder, nothing: it was exported already."""
     recipe = recipe_of(recipe_or_folder)
-    _report(validations, recipe, as_json=as_json)
-    if recipe is not None and not as_json and not Path(recipe_or_folder).is_dir():
-        _suggest_export(model, recipe_or_folder, recipe)
-
-
-def _suggest_export(model: str, path: str, recipe: Recipe) -> None:
-    to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats_for(recipe))
-    next_step("export", model, path, *to, "-o", "FOLDER")
+    if recipe is not None and not Path(recipe_or_folder).is_dir():
+        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats_for(recipe))
+        next_step("export", model, recipe_or_folder, *to, "-o", "FOLDER")
 
 
 def _check(dtype: str, device: str) -> None:
