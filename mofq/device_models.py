@@ -166,8 +166,3 @@ def load_device_model(name_or_path: str) -> DeviceModel:
         capability=(int(major), int(minor)) if capability else None,
         source=value["source"],
     )
-
-
-def device_model_schema() -> dict[str, Any]:
-    """The JSON Schema of a device model file, as published in ``docs/schemas``."""
-    return DEVICE_MODEL_SCHEMA

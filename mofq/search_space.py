@@ -389,8 +389,3 @@ def _rejection(
     if reason is None and legality is not None:
         reason = legality(scheme, group)
     return reason
-
-
-def search_space_schema() -> dict[str, Any]:
-    """The JSON Schema of a search space file, as published in ``docs/schemas``."""
-    return SEARCH_SPACE_SCHEMA

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mofq.device_models import device_model_schema
+from mofq.device_models import DEVICE_MODEL_SCHEMA
 from mofq.recipe import RECIPE_SCHEMA
-from mofq.search_space import search_space_schema
+from mofq.search_space import SEARCH_SPACE_SCHEMA
 from mofq.table import TABLE_LINE_SCHEMA
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schemas"
@@ -16,8 +16,8 @@ FOLDER = Path(__file__).parent.parent / "docs" / "schemas"
 def schema_texts() -> dict[str, str]:
     """File name -> text of every published schema."""
     schemas = {
-        "search_space": search_space_schema(),
-        "device_model": device_model_schema(),
+        "search_space": SEARCH_SPACE_SCHEMA,
+        "device_model": DEVICE_MODEL_SCHEMA,
         "recipe": RECIPE_SCHEMA,
         "table_line": TABLE_LINE_SCHEMA,
     }

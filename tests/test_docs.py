@@ -20,7 +20,7 @@ from mofq.demo import demo_text
 from mofq.formats import FloatFormat
 from mofq.recipe import RECIPE_SCHEMA, parse_recipe
 from mofq.schemes import ScaleRule
-from mofq.search_space import parse_search_space, search_space_schema
+from mofq.search_space import SEARCH_SPACE_SCHEMA, parse_search_space
 from mofq.table import TABLE_LINE_SCHEMA
 
 DOCS = ROOT / "docs"
@@ -138,7 +138,7 @@ def keys_of(schema: Any) -> Iterator[str]:
     [
         ("recipe", RECIPE_SCHEMA),
         ("table", TABLE_LINE_SCHEMA),
-        ("search-space", search_space_schema()),
+        ("search-space", SEARCH_SPACE_SCHEMA),
     ],
 )
 def test_a_specification_names_every_key_of_its_schema(page: str, schema: dict[str, Any]) -> None:

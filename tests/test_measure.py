@@ -268,9 +268,9 @@ def test_a_new_scheme_adds_rows_and_scores_nothing_again(
     scored: list[Any] = []
     quantize_block = rounded.quantize_block
 
-    def note(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Tensor:
+    def note(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
         scored.extend(layer.weights)
-        return quantize_block(layer, block_RI, start=start)
+        return quantize_block(layer, block_RI)
 
     monkeypatch.setattr(rounded, "quantize_block", note)
     table = fill(

@@ -14,6 +14,7 @@ from command_line import DEMO, Measured, measured, ok, refused
 from conftest import TinyCheckpoint
 from safetensors.torch import load_file, save_file
 
+from mofq.backends import EXPORTERS, RECIPE_EXPORTERS
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.sampled import hash_weights
 from mofq.table import read_table
@@ -79,10 +80,10 @@ def test_a_fine_tune_does_not_pass_as_its_base(
     ok("calibrate", tuned, *SHORT, "-o", own)
     assert "stats" in refused("measure", tuned, "--space", space, "--stats", own, "-o", table)
     assert "begun with another" in refused("calibrate", DEMO, *SHORT, "-o", own)
-    for command in (
-        ("validate", tuned, measured.recipe, *TEXT),
-        ("export", tuned, measured.recipe, "--to", "compressed-tensors", "-o", tmp_path / "out"),
-    ):
+    commands: list[tuple[object, ...]] = [("validate", tuned, measured.recipe, *TEXT)]
+    for to in EXPORTERS | RECIPE_EXPORTERS:
+        commands.append(("export", tuned, measured.recipe, "--to", to, "-o", tmp_path / "out"))
+    for command in commands:
         message = refused(*command)
         assert "a fine-tune or another revision" in message
         assert "remove weights_sha256 from it" in message

@@ -30,7 +30,7 @@ from mofq.engines import format_name
 from mofq.exceptions import BackendError
 from mofq.formats import FP4_E2M1
 from mofq.layers import FusionGroup, find_loaded_weight
-from mofq.recipe import Recipe, check_recipe
+from mofq.recipe import Recipe, check_recipe, check_weights
 from mofq.schemes import Scheme, parse_scheme
 
 #: Last word of a fusion group's name -> what vLLM calls the fused layer.
@@ -63,6 +63,7 @@ def export_torchao_config(checkpoint: Checkpoint, recipe: Recipe, out: str | Pat
         ) from None
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
     configs: OrderedDict[str, Any] = OrderedDict()
     for group in layers.groups:
         scheme = parse_scheme(recipe.schemes[group.layers[0].name])

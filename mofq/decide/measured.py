@@ -72,7 +72,7 @@ def decide_refined(
         text_sha256=text_sha256,
         trials=1 + len(refined.uniforms) + len(refined.swaps),
     )
-    decision = replace(decision, notes=(*decision.notes, *_notes(problem, request, refined)))
+    decision = replace(decision, notes=(*decision.notes, *_notes(request, refined)))
     return MeasuredDecision(decision, refined.best.kl, start_kl=refined.start.kl, refined=refined)
 
 
@@ -129,7 +129,7 @@ def with_measured(
     return replace(decision, recipe=replace(recipe, made_by=made_by, result=result))
 
 
-def _notes(problem: Problem, request: Request, refined: Refined) -> list[str]:
+def _notes(request: Request, refined: Refined) -> list[str]:
     notes = []
     accepted = sum(swap.accepted for swap in refined.swaps)
     notes.append(

@@ -12,12 +12,18 @@ from collections.abc import Callable
 from mofq.engines.caches import (
     VLLM_CPU_CACHE,
     VLLM_GPU_CACHE,
-    CacheRule,
     cache_refusal,
     matching_cache_rule,
 )
 from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
-from mofq.engines.rules import Engine, Rule, format_name, matching_rule, refusal
+from mofq.engines.rules import (
+    CacheRule,
+    Engine,
+    Rule,
+    format_name,
+    matching_rule,
+    refusal,
+)
 from mofq.engines.sglang import SGLANG
 from mofq.engines.torchao import TORCHAO_CPU, TORCHAO_GPU
 from mofq.engines.vllm_cpu import VLLM_CPU

@@ -7,33 +7,11 @@ left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/atten
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from mofq.engines.rules import Capability, Engine
+from mofq.engines.rules import CacheRule, Engine
 from mofq.layers import CacheLayer
 
 _CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRule:
-    """One claim: these formats of the cache are held so, or not at all; first match wins."""
-
-    schemes: str  #: regular expression, full match on the name
-    source: str
-    refused: str = ""  #: why it is not held as measured, and what to take instead
-    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
-    head_multiple: int = 1  #: channels of a head
-    flag: str = ""  #: what asks for it where the checkpoint cannot say it
-    note: str = ""
-
-    @property
-    def how(self) -> str:
-        """In one line: how the cache comes to be held so, or why it is not."""
-        if self.refused:
-            return f"refused: {self.refused}"
-        held = f"KV cache, asked for by {self.flag}" if self.flag else "KV cache"
-        return f"{held}; {self.note}" if self.note else held
 
 
 _VLLM_LAST = (

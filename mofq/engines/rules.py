@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import Scheme, parse_scheme
-
-if TYPE_CHECKING:
-    from mofq.engines.caches import CacheRule
 
 Capability = tuple[int, int]
 Layers = Literal["any", "dense", "experts"]
@@ -43,6 +40,27 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheRule:
+    """One claim: these formats of the cache are held so, or not at all; first match wins."""
+
+    schemes: str  #: regular expression, full match on the name
+    source: str
+    refused: str = ""  #: why it is not held as measured, and what to take instead
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    head_multiple: int = 1  #: channels of a head
+    flag: str = ""  #: what asks for it where the checkpoint cannot say it
+    note: str = ""
+
+    @property
+    def how(self) -> str:
+        """In one line: how the cache comes to be held so, or why it is not."""
+        if self.refused:
+            return f"refused: {self.refused}"
+        held = f"KV cache, asked for by {self.flag}" if self.flag else "KV cache"
+        return f"{held}; {self.note}" if self.note else held
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """One serving engine of one version on one kind of hardware."""
 
@@ -51,7 +69,7 @@ class Engine:
     capability: Capability | None  #: CUDA compute capability; None: not a CUDA engine
     reads: str  #: the backend whose output it loads
     rules: tuple[Rule, ...]
-    caches: tuple[CacheRule, ...] = ()  #: of the KV cache; see `mofq.engines.caches`
+    caches: tuple[CacheRule, ...] = ()  #: of the KV cache
 
     @property
     def applicable_rules(self) -> tuple[Rule, ...]:

@@ -67,7 +67,7 @@ def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSum
     """
     dtype = torch.bfloat16 if rows_RI.dtype == torch.bfloat16 else torch.float32
     block_RI = rows_RI.to(device=layer.device, dtype=dtype)
-    rounded = round_block(layer, block_RI, start=start)
+    rounded = round_block(layer, block_RI)
     if not bool(torch.isfinite(rounded.square_I).all()):
         _check_finite(layer, block_RI, start)
     corpora = {}

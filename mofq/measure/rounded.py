@@ -23,13 +23,12 @@ class RoundedBlock:
     delta_WRI: Tensor | None  #: the rounding errors, where the layer has inputs, float32
 
 
-def round_block(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> RoundedBlock:
+def round_block(layer: PreparedLayer, block_RI: Tensor) -> RoundedBlock:
     """Round a block of rows by every weight scheme of its layer.
 
     Args:
         layer: The layer.
-        block_RI: Rows ``start`` and following, bfloat16 or float32.
-        start: The first of them.
+        block_RI: Some of its rows, bfloat16 or float32.
 
     Returns:
         The sums; not finite where a weight is not, or where its square is not.
@@ -45,20 +44,19 @@ def round_block(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Rounde
         sums_WRI = sums_WRI[:-1]
     else:
         weight_RI = block_RI.float()
-        delta_WRI = quantize_block(layer, block_RI, start=start)
+        delta_WRI = quantize_block(layer, block_RI)
         amax_I = weight_RI.abs().amax(0)
         sums_WRI = torch.cat([sum_squares(delta_WRI), sum_squares(weight_RI[None])])
     sums_WI = sums_WRI.sum(1).double()
     return RoundedBlock(amax_I, sums_WI[-1], sums_WI[:-1], delta_WRI)
 
 
-def quantize_block(layer: PreparedLayer, block_RI: Tensor, *, start: int) -> Tensor:
+def quantize_block(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
     """Rounding errors of a block of rows under every weight scheme of its layer.
 
     Args:
         layer: The layer.
-        block_RI: Rows ``start`` and following, bfloat16 or float32, finite.
-        start: The first of them, for what a scheme knows of single rows.
+        block_RI: Some of its rows, bfloat16 or float32, finite.
 
     Returns:
         Quantized minus original weight, [W, R, I], float32, in the order of

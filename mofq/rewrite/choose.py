@@ -175,8 +175,8 @@ def _predict(
     """Nats per token under each of some scales of the input channels."""
     nats = torch.zeros(len(scales), dtype=torch.float64)
     into = [torch.zeros_like(one.x_TI) for one in sequences]
+    amax = _scaled_amax(checkpoint, site, scheme, scales)
     for layer in site.consumers:
-        amax = _scaled_amax(checkpoint, site, scheme, scales)
         tile = scheme.weight.granularity.rows if scheme.weight is not None else 1
         for start, stop in _blocks(layer, tile, len(sequences)):
             weight_RI = read_layer_rows(checkpoint, layer, start, stop)
