@@ -41,6 +41,13 @@ def test_a_small_difference_that_all_samples_agree_on_is_no_tie() -> None:
     assert moved(problem) == {"g0": "fp8_e4m3.channel"}
 
 
+def test_a_tie_keeps_a_budget_in_nats() -> None:
+    # Two standard errors above their means are 3.79 of INT8 and 3.70 of FP8.
+    problem = two_formats([1.0, 2.0, 3.0, 4.0], [1.2, 1.76, 3.2, 3.8])
+    assert moved(problem, Budgets(max_kl=3.76)) == {"g0": "fp8_e4m3.channel"}
+    assert moved(problem, Budgets(max_kl=3.80)) == {"g0": "int8.channel"}
+
+
 def test_ties_are_counted_in_layers_and_their_loss_is_told() -> None:
     options = [
         sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mofq.solvers.budgets import Budgets, Row, budget_rows, offered
+from mofq.solvers.budgets import Budgets, Row, budget_rows, max_kl_rows, offered
 from mofq.solvers.prediction import Estimate, paired_loss
 from mofq.solvers.problem import IntArray, Problem
 
@@ -43,7 +43,7 @@ def move_ties(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Ties:
     uses no more of any budget and no more bytes, and whose paired loss is at most
     two standard errors. Each group offers its simplest tie. They are taken, the
     smallest loss first, while the paired loss of all of them together is at most one
-    standard error; the first that would exceed it ends the moves.
+    standard error, and a budget in nats is kept; the first that would exceed either ends the moves.
 
     Args:
         problem: Without samples nothing is known of noise, and nothing moves.
@@ -57,13 +57,15 @@ def move_ties(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Ties:
         return Ties(choice_F, 0, 0, moved_groups=(), loss=None)
     moves = _simplest_ties(problem, budgets, choice_F)
     moves.sort(key=lambda move: (move.loss.value, move.group))
+    accuracy = () if budgets.max_kl is None else max_kl_rows(problem, budgets.max_kl)
     moved_F, loss = choice_F, Estimate(0.0, 0.0)
     taken: list[_Move] = []
     for move in moves:
         next_F = moved_F.copy()
         next_F[move.group] = move.option
         next_loss = paired_loss(problem, choice_F, next_F)
-        if not _within(next_loss, RECIPE_STDERRS):
+        is_kept = all(row.holds(next_F) for row in accuracy)
+        if not (is_kept and _within(next_loss, RECIPE_STDERRS)):
             break
         moved_F, loss = next_F, next_loss
         taken.append(move)
