@@ -71,6 +71,12 @@ _PHI3: Rules = {
     "mlp.gate_up": {"mlp.gate_up_proj": ("2ffn", "hidden")},
     "mlp.down": {"mlp.down_proj": ("hidden", "ffn")},
 }
+_GLM4: Rules = {**_ATTENTION, "mlp.gate_up": _PHI3["mlp.gate_up"], "mlp.down": _PHI3["mlp.down"]}
+_STARCODER2: Rules = {
+    **_ATTENTION,
+    "mlp.up": {"mlp.c_fc": ("ffn", "hidden")},
+    "mlp.down": {"mlp.c_proj": ("hidden", "ffn")},
+}
 _OPT: Rules = {
     "attn.qkv": _ATTENTION["attn.qkv"],
     "attn.o": {"self_attn.out_proj": ("hidden", "q")},
@@ -87,12 +93,26 @@ _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 
 #: ``model_type`` of config.json -> family. To add one, add a row, and a tiny checkpoint
 #: to ``tests/families.py``. Which layers engines fuse is the ``packed_modules_mapping`` of
-#: vLLM's model classes (0.32); names and defaults are those of transformers (5.23).
+#: vLLM's model classes (0.32), or what its Transformers backend joins (``fusers``: q, k, v of an
+#: attention; gate and up of a gated MLP); names and defaults are those of transformers (5.23).
 FUSION_RULES: dict[str, Family] = {
     "llama": Family(_LLAMA),
     "mistral": Family(_LLAMA, defaults={"num_key_value_heads": 8}),
     "qwen2": Family(_LLAMA, defaults={"num_key_value_heads": 32}),
     "qwen3": Family(_LLAMA, defaults={"num_key_value_heads": 32, "head_dim": 128}),
+    "granite": Family(_LLAMA),
+    "olmo2": Family(_LLAMA),
+    "olmo3": Family(_LLAMA),
+    "smollm3": Family(_LLAMA, tied=True, defaults={"num_key_value_heads": 4}),
+    "ernie4_5": Family(_LLAMA, tied=True, defaults={"num_key_value_heads": 2, "head_dim": 128}),
+    "exaone4": Family(_LLAMA, defaults={"num_key_value_heads": 32}),
+    "seed_oss": Family(_LLAMA, defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "cohere2": Family(_LLAMA, tied=True),
+    "glm4": Family(_GLM4, defaults={"num_key_value_heads": 2, "head_dim": 128}),
+    "starcoder2": Family(_STARCODER2, tied=True, defaults={"num_key_value_heads": 2}),
+    "gemma": Family(
+        _LLAMA, tied=True, defaults={**_GEMMA, "num_attention_heads": 16, "num_key_value_heads": 16}
+    ),
     "gemma2": Family(_LLAMA, tied=True, defaults=_GEMMA),
     "gemma3_text": Family(_LLAMA, tied=True, defaults=_GEMMA),
     "gemma3": Family(

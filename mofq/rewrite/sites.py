@@ -39,10 +39,15 @@ _LLAMA = {
 #: model_type -> norms that can be divided.
 NORMS: dict[str, Mapping[str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe"), _LLAMA),
+    **dict.fromkeys(("granite", "smollm3", "ernie4_5", "seed_oss", "glm4"), _LLAMA),
+    "starcoder2": {
+        "self_attn.q_proj": "input_layernorm",
+        "mlp.c_fc": "post_attention_layernorm",
+    },
     "mixtral": {"self_attn.q_proj": "input_layernorm"},
-    "gemma2": {},
-    "gemma3": {},
-    "gemma3_text": {},
+    # One norm before attention and MLP alike, or norms after them alone.
+    **dict.fromkeys(("cohere2", "olmo2", "olmo3", "exaone4"), {}),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), {}),
 }
 #: Path of a layer inside a decoder layer -> the layer whose outputs it reads.
 PRODUCERS = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
