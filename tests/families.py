@@ -39,6 +39,16 @@ def _without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in _SIZES.items() if key not in keys}
 
 
+#: A mixture whose first decoder layer is dense, and whose others have a shared expert as well.
+_SHARED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+}
 _VISION = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -124,6 +134,38 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 128,
             "mlp_only_layers": [1],  # one dense decoder layer beside one of experts
+        },
+    ),
+    "qwen2_moe": TinyFamily(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            **_without("head_dim"),
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": TinyFamily(
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        {**_without("head_dim"), "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "glm4_moe": TinyFamily("Glm4MoeConfig", "Glm4MoeForCausalLM", {**_SIZES, **_SHARED}),
+    "deepseek_v3": TinyFamily(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_without("head_dim", "num_key_value_heads"),
+            **_SHARED,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 128,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
         },
     ),
 }

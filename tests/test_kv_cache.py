@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from command_line import refused
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES
 from transformers import DynamicCache
@@ -93,7 +96,17 @@ def test_scales_are_those_of_the_tensor_the_head_or_the_token() -> None:
     assert rounded("int8.token_head") == pytest.approx([1.27, 0.0, 12.7, 0.1])
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_cache_of_latent_vectors_is_refused_before_the_model_runs(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model = tiny("deepseek_v3")
+    assert not find_layers(open_checkpoint(str(model))).caches
+    words = ("--corpus", "a=demo-en-calibration", "-o", tmp_path / "stats", "--kv-cache")
+    assert "'deepseek_v3' caches latent vectors" in refused("calibrate", model, *words)
+    assert not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize("family", [name for name in TINY_FAMILIES if name != "deepseek_v3"])
 def test_what_is_captured_is_what_the_model_caches_in_every_family(
     tiny: TinyCheckpoint, family: str
 ) -> None:

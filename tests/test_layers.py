@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ LLAMA_GROUPS = {
     "mlp.down": ["mlp.down_proj"],
 }
 
-#: family -> prefix of decoder layer 0 -> its fusion groups.
+EXPERTS = [f"mlp.experts.{e}.{half}_proj" for e in range(4) for half in ("gate", "up", "down")]
+
+#: family -> prefix of a decoder layer, of experts where it has them -> its fusion groups.
 GROUPS: dict[str, tuple[str, dict[str, list[str]]]] = {
     "llama": ("model.layers.0", LLAMA_GROUPS),
     "mistral": ("model.layers.0", LLAMA_GROUPS),
@@ -94,9 +97,47 @@ GROUPS: dict[str, tuple[str, dict[str, list[str]]]] = {
         {
             "attn.qkv": LLAMA_GROUPS["attn.qkv"],
             "attn.o": LLAMA_GROUPS["attn.o"],
-            "moe.experts": [
-                f"mlp.experts.{e}.{half}_proj" for e in range(4) for half in ("gate", "up", "down")
-            ],
+            "moe.experts": EXPERTS,
+        },
+    ),
+    "qwen2_moe": (
+        "model.layers.0",
+        {
+            "attn.qkv": LLAMA_GROUPS["attn.qkv"],
+            "attn.o": LLAMA_GROUPS["attn.o"],
+            "mlp.shared_gate_up": ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+            "mlp.shared_down": ["mlp.shared_expert.down_proj"],
+            "moe.experts": EXPERTS,
+        },
+    ),
+    "olmoe": (
+        "model.layers.0",
+        {
+            "attn.qkv": LLAMA_GROUPS["attn.qkv"],
+            "attn.o": LLAMA_GROUPS["attn.o"],
+            "moe.experts": EXPERTS,
+        },
+    ),
+    "glm4_moe": (
+        "model.layers.1",
+        {
+            "attn.qkv": LLAMA_GROUPS["attn.qkv"],
+            "attn.o": LLAMA_GROUPS["attn.o"],
+            "mlp.shared_gate_up": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+            "mlp.shared_down": ["mlp.shared_experts.down_proj"],
+            "moe.experts": EXPERTS,
+        },
+    ),
+    "deepseek_v3": (
+        "model.layers.1",
+        {
+            "attn.latent": ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"],
+            "attn.q": ["self_attn.q_b_proj"],
+            "attn.kv": ["self_attn.kv_b_proj"],
+            "attn.o": ["self_attn.o_proj"],
+            "mlp.shared_gate_up": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+            "mlp.shared_down": ["mlp.shared_experts.down_proj"],
+            "moe.experts": EXPERTS,
         },
     ),
 }
@@ -120,11 +161,12 @@ def test_fusion_groups_are_those_of_the_table(
     tiny: TinyCheckpoint, family: str, fused: bool
 ) -> None:
     prefix, table = GROUPS[family]
+    number = prefix.rpartition(".")[2]
     layers = find_layers(open_checkpoint(str(tiny(family, fused=fused))))
     found = {
-        group.name.removeprefix("layers.0."): [layer.name for layer in group.layers]
+        group.name.removeprefix(f"layers.{number}."): [layer.name for layer in group.layers]
         for group in layers.groups
-        if group.name.startswith("layers.0.")
+        if group.name.startswith(f"layers.{number}.")
     }
     assert found == {name: [f"{prefix}.{path}" for path in table[name]] for name in table}
     assert layers.architecture == family
@@ -186,7 +228,8 @@ def test_grouped_layers_are_the_linear_modules_of_the_decoder(
     loaded = {
         find_loaded_weight(layer, family).name for group in layers.groups for layer in group.layers
     }
-    assert {name for name in loaded if ".experts." not in name} == modules
+    gates = {f"{layer.name}.weight" for layer in layers.unquantized}
+    assert {name for name in loaded if ".experts." not in name} == modules - gates
 
 
 @EVERY_FAMILY
@@ -225,6 +268,25 @@ def test_experts_have_the_same_names_and_weights_in_both_layouts(
     for x, y in zip(left, right, strict=True):
         read = read_layer_rows(fused, y, 3, 4)
         assert torch.equal(read_layer_rows(one_by_one, x, 3, 4), read), x.name
+
+
+def test_layers_that_predict_further_tokens_stay_as_they_are(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 and GLM-4.5 keep them after the last decoder layer; transformers leaves them."""
+    plain = tiny("deepseek_v3")
+    folder = copy_with_tensors(plain, tmp_path / "m", _add_layer_ahead)
+    with pytest.raises(CheckpointError, match=r"needed 2 decoder layers .*highest index 2"):
+        find_layers(open_checkpoint(str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    layers, without = (find_layers(open_checkpoint(str(path))) for path in (folder, plain))
+    assert (layers.groups, layers.unquantized) == (without.groups, without.unquantized)
+    assert layers.other_bytes == without.other_bytes + 128 * 256 * 2
+
+
+def _add_layer_ahead(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.2.eh_proj.weight"] = torch.zeros(128, 256, dtype=torch.bfloat16)
 
 
 def test_every_second_decoder_layer_can_be_a_mixture(tiny: TinyCheckpoint) -> None:

@@ -136,7 +136,12 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
     from mofq.layers import find_layers
 
     checkpoint = open_checkpoint(options.model)
-    find_layers(checkpoint)  # refuses what it does not know
+    layers = find_layers(checkpoint)  # refuses what it does not know
+    if options.kv_cache and not layers.caches:
+        raise StatsError(
+            f"{checkpoint.name}: --kv-cache watches keys and values by head, and attention in a "
+            f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
+        )
     tokenizer = load_tokenizer(checkpoint.folder)
     windows = {
         text.name: spread_windows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mofq.exceptions import CheckpointError
@@ -39,6 +39,8 @@ class Family:
     """
 
     rules: Rules
+    shared: Rules = field(default_factory=dict)  #: beside the experts, in layers that have them
+    gates: Mapping[str, tuple[str, str]] = field(default_factory=dict)  #: there; unquantized
     body: str = "model."
     other_bodies: tuple[str, ...] = ()
     loaded_body: str = "model."
@@ -77,6 +79,16 @@ _STARCODER2: Rules = {
     "mlp.up": {"mlp.c_fc": ("ffn", "hidden")},
     "mlp.down": {"mlp.c_proj": ("hidden", "ffn")},
 }
+#: Queries, keys and values through latent vectors; engines join the two that read the input.
+_LATENT_ATTENTION: Rules = {
+    "attn.latent": {
+        "self_attn.q_a_proj": ("q_latent", "hidden"),
+        "self_attn.kv_a_proj_with_mqa": ("kv_latent_rope", "hidden"),
+    },
+    "attn.q": {"self_attn.q_b_proj": ("latent_q", "q_latent")},
+    "attn.kv": {"self_attn.kv_b_proj": ("latent_kv", "kv_latent")},
+    "attn.o": {"self_attn.o_proj": ("hidden", "latent_o")},
+}
 _OPT: Rules = {
     "attn.qkv": _ATTENTION["attn.qkv"],
     "attn.o": {"self_attn.out_proj": ("hidden", "q")},
@@ -89,7 +101,20 @@ _GPT2: Rules = {
     "mlp.up": {"mlp.c_fc": ("ffn", "hidden")},
     "mlp.down": {"mlp.c_proj": ("hidden", "ffn")},
 }
+_EXPERTS = Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj", out="expert_ffn")
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+
+
+def _shared(module: str) -> Rules:
+    """A gated MLP for all tokens, beside the experts."""
+    return {
+        "mlp.shared_gate_up": {
+            f"mlp.{module}.gate_proj": ("shared_ffn", "hidden"),
+            f"mlp.{module}.up_proj": ("shared_ffn", "hidden"),
+        },
+        "mlp.shared_down": {f"mlp.{module}.down_proj": ("hidden", "shared_ffn")},
+    }
+
 
 #: ``model_type`` of config.json -> family. To add one, add a row, and a tiny checkpoint
 #: to ``tests/families.py``. Which layers engines fuse is the ``packed_modules_mapping`` of
@@ -148,10 +173,49 @@ FUSION_RULES: dict[str, Family] = {
         experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2", out="ffn"),
         defaults={"num_key_value_heads": 8},
     ),
-    "qwen3_moe": Family(
+    "qwen3_moe": Family(_LLAMA, experts=_EXPERTS, defaults={"num_key_value_heads": 4}),
+    "qwen2_moe": Family(
         _LLAMA,
-        experts=Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj", out="expert_ffn"),
-        defaults={"num_key_value_heads": 4},
+        shared=_shared("shared_expert"),
+        gates={"mlp.shared_expert_gate": ("one", "hidden")},
+        experts=_EXPERTS,
+        defaults={
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "olmoe": Family(_ATTENTION, experts=replace(_EXPERTS, out="ffn"), defaults={"num_experts": 64}),
+    "glm4_moe": Family(
+        _LLAMA,
+        shared=_shared("shared_experts"),
+        experts=_EXPERTS,
+        defaults={
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 1408,
+        },
+    ),
+    "deepseek_v3": Family(
+        {**_LATENT_ATTENTION, **_GATED_MLP},
+        shared=_shared("shared_experts"),
+        experts=_EXPERTS,
+        defaults={
+            "num_attention_heads": 128,
+            "first_k_dense_replace": 3,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 2048,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
     ),
 }
 
@@ -160,13 +224,25 @@ _KEYS = {
     "heads": ("num_attention_heads", "n_head"),
     "decoder_layers": ("num_hidden_layers", "n_layer"),
     "ffn": ("intermediate_size", "ffn_dim", "n_inner"),
-    "experts": ("num_local_experts", "num_experts"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_ffn": ("moe_intermediate_size",),
+    "shared_ffn": ("shared_expert_intermediate_size",),
+    "shared_experts": ("n_shared_experts",),
+    "dense_first": ("first_k_dense_replace",),
+    "ahead": ("num_nextn_predict_layers",),
+    "q_latent": ("q_lora_rank",),
+    "kv_latent": ("kv_lora_rank",),
+    "nope": ("qk_nope_head_dim",),
+    "rope": ("qk_rope_head_dim",),
+    "v_head": ("v_head_dim",),
     "kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim",),
     "embedding": ("word_embed_proj_dim",),
     "vocabulary": ("vocab_size",),
 }
+
+
+_MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
 def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict[str, int]:
@@ -178,8 +254,11 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
         where: The config's path, for messages.
 
     Returns:
-        ``hidden, heads, head, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding``; in a mixture
-        ``experts, expert_ffn``; where stated ``vocabulary``.
+        ``hidden, heads, head, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding, one``; in a
+        mixture ``experts, expert_ffn, shared_ffn``; with latent attention ``q_latent, kv_latent,
+        kv_latent_rope, latent_q, latent_kv, latent_o``; where stated ``vocabulary``,
+        ``dense_first`` (decoder layers without experts), ``ahead`` (layers that predict further
+        tokens).
 
     Raises:
         CheckpointError: A size is missing, or no positive integer.
@@ -194,6 +273,8 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
     needed = ["hidden", "heads", "decoder_layers", "ffn"]
     if family.experts is not None:
         needed += ["experts", family.experts.out]
+    if "attn.latent" in family.rules:
+        needed += ["q_latent", "kv_latent", "nope", "rope", "v_head"]
     for size in needed:
         if size not in stated:
             raise CheckpointError(
@@ -207,6 +288,16 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
     stated["kv"] = stated.get("kv_heads", stated["heads"]) * head_dim
     stated["qkv"] = stated["q"] + 2 * stated["kv"]
     stated["2ffn"] = 2 * stated["ffn"]
+    stated["one"] = 1
+    if family.shared:
+        together = stated.get("shared_experts", 1) * stated["expert_ffn"]
+        stated.setdefault("shared_ffn", together)
+    if "attn.latent" in family.rules:
+        heads, rope, nope, v_head = (stated[size] for size in ("heads", "rope", "nope", "v_head"))
+        stated["kv_latent_rope"] = stated["kv_latent"] + rope
+        stated["latent_q"] = heads * (nope + rope)
+        stated["latent_kv"] = heads * (nope + v_head)
+        stated["latent_o"] = heads * v_head
     return stated
 
 
@@ -217,9 +308,11 @@ def _state(
         value = config.get(key, family.defaults.get(key))
         if value is None:
             continue
-        if type(value) is not int or not 0 < value < 2**31:
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if type(value) is not int or not least <= value < 2**31:
+            needed = "an integer of 0 or more" if least == 0 else "a positive integer"
             raise CheckpointError(
-                f"{where}: {key!r} needs a positive integer below 2**31, found {value!r}."
+                f"{where}: {key!r} needs {needed} below 2**31, found {value!r}."
                 " Fetch the file again from where it came."
             )
         return value

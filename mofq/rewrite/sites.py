@@ -36,6 +36,7 @@ _LLAMA = {
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.gate_up_proj": "post_attention_layernorm",
 }
+_ATTENTION = {"self_attn.q_proj": "input_layernorm"}
 #: model_type -> norms that can be divided.
 NORMS: dict[str, Mapping[str, str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe"), _LLAMA),
@@ -44,10 +45,23 @@ NORMS: dict[str, Mapping[str, str]] = {
         "self_attn.q_proj": "input_layernorm",
         "mlp.c_fc": "post_attention_layernorm",
     },
-    "mixtral": {"self_attn.q_proj": "input_layernorm"},
+    **dict.fromkeys(("mixtral", "qwen2_moe", "olmoe"), _ATTENTION),
+    "glm4_moe": _LLAMA,
+    "deepseek_v3": {
+        "self_attn.q_a_proj": "input_layernorm",
+        "self_attn.q_b_proj": "self_attn.q_a_layernorm",
+        "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
+        "mlp.gate_proj": "post_attention_layernorm",
+    },
     # One norm before attention and MLP alike, or norms after them alone.
-    **dict.fromkeys(("cohere2", "olmo2", "olmo3", "exaone4"), {}),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), {}),
+    "cohere2": {},
+    "olmo2": {},
+    "olmo3": {},
+    "exaone4": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3": {},
+    "gemma3_text": {},
 }
 #: Path of a layer inside a decoder layer -> the layer whose outputs it reads.
 PRODUCERS = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
