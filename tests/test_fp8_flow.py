@@ -52,6 +52,7 @@ EDGES = {"hidden_size": 192, "intermediate_size": 320}
         ("llama", "compressed-tensors channel", {"tie_word_embeddings": True}),
         ("qwen3_moe", "fp8 blocks, bf16 scales", {"moe_intermediate_size": 96}),
         ("qwen3_moe", "modelopt tensor", {"fused": True}),
+        ("deepseek_v3", "fp8 blocks", {}),
         ("mixtral", "compressed-tensors block", {}),
         ("gpt2", "cast", {}),
     ],

@@ -276,10 +276,13 @@ def test_layers_that_predict_further_tokens_stay_as_they_are(
     """DeepSeek-V3 and GLM-4.5 keep them after the last decoder layer; transformers leaves them."""
     plain = tiny("deepseek_v3")
     folder = copy_with_tensors(plain, tmp_path / "m", _add_layer_ahead)
-    with pytest.raises(CheckpointError, match=r"needed 2 decoder layers .*highest index 2"):
-        find_layers(open_checkpoint(str(folder)))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    for ahead in (0, 1):
+        told = {**config, "num_nextn_predict_layers": ahead}
+        (folder / "config.json").write_text(json.dumps(told))
+        if not ahead:
+            with pytest.raises(CheckpointError, match=r"2 decoder layers .*highest index 2"):
+                find_layers(open_checkpoint(str(folder)))
     layers, without = (find_layers(open_checkpoint(str(path))) for path in (folder, plain))
     assert (layers.groups, layers.unquantized) == (without.groups, without.unquantized)
     assert layers.other_bytes == without.other_bytes + 128 * 256 * 2
