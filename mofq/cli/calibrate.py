@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mofq.calibration.stats import Plan, Stats
     from mofq.checkpoint.headers import Checkpoint
     from mofq.corpora import Corpus
+    from mofq.layers import ModelLayers
 
 
 #: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench_sample_plan.py.
@@ -136,12 +137,7 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
     from mofq.layers import find_layers
 
     checkpoint = open_checkpoint(options.model)
-    layers = find_layers(checkpoint)  # refuses what it does not know
-    if options.kv_cache and not layers.caches:
-        raise StatsError(
-            f"{checkpoint.name}: --kv-cache watches keys and values by head, and attention in a "
-            f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
-        )
+    _check_caches(options, find_layers(checkpoint))  # refuses what it does not know
     tokenizer = load_tokenizer(checkpoint.folder)
     windows = {
         text.name: spread_windows(
@@ -168,6 +164,14 @@ def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
             folder=options.output,
             activation_checkpointing=options.activation_checkpointing,
             progress=lambda corpus, done, total: bars.stage(f"calibrate {corpus}", done, total),
+        )
+
+
+def _check_caches(options: CalibrateOptions, layers: ModelLayers) -> None:
+    if options.kv_cache and not layers.caches:
+        raise StatsError(
+            f"{options.model}: --kv-cache watches keys and values by head, and attention in a "
+            f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
         )
 
 

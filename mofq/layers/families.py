@@ -281,24 +281,31 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
                 f"{where}: needed {' or '.join(repr(key) for key in _KEYS[size])}, found neither."
                 " Fetch the file again from where it came."
             )
-    head_dim = stated.get("head_dim", stated["hidden"] // stated["heads"])
-    stated.setdefault("embedding", stated["hidden"])
-    stated["head"] = head_dim
-    stated["q"] = stated["heads"] * head_dim
-    stated["kv"] = stated.get("kv_heads", stated["heads"]) * head_dim
-    stated["qkv"] = stated["q"] + 2 * stated["kv"]
-    stated["2ffn"] = 2 * stated["ffn"]
-    stated["one"] = 1
+    return stated | _derive_sizes(stated, family)
+
+
+def _derive_sizes(stated: Mapping[str, int], family: Family) -> dict[str, int]:
+    heads, hidden = stated["heads"], stated["hidden"]
+    head = stated.get("head_dim", hidden // heads)
+    q, kv = heads * head, stated.get("kv_heads", heads) * head
+    sizes = {"head": head, "q": q, "kv": kv, "qkv": q + 2 * kv, "2ffn": 2 * stated["ffn"], "one": 1}
+    sizes["embedding"] = stated.get("embedding", hidden)
     if family.shared:
         together = stated.get("shared_experts", 1) * stated["expert_ffn"]
-        stated.setdefault("shared_ffn", together)
+        sizes["shared_ffn"] = stated.get("shared_ffn", together)
     if "attn.latent" in family.rules:
-        heads, rope, nope, v_head = (stated[size] for size in ("heads", "rope", "nope", "v_head"))
-        stated["kv_latent_rope"] = stated["kv_latent"] + rope
-        stated["latent_q"] = heads * (nope + rope)
-        stated["latent_kv"] = heads * (nope + v_head)
-        stated["latent_o"] = heads * v_head
-    return stated
+        sizes |= _latent_sizes(stated)
+    return sizes
+
+
+def _latent_sizes(stated: Mapping[str, int]) -> dict[str, int]:
+    heads, rope, nope, v_head = (stated[size] for size in ("heads", "rope", "nope", "v_head"))
+    return {
+        "kv_latent_rope": stated["kv_latent"] + rope,
+        "latent_q": heads * (nope + rope),
+        "latent_kv": heads * (nope + v_head),
+        "latent_o": heads * v_head,
+    }
 
 
 def _state(

@@ -105,8 +105,9 @@ def check_decoder_layers(model: Promised) -> None:
     """
     found = {index for index, _ in decoder_tensors(model)}
     needed = model.sizes["decoder_layers"]
-    ahead = set(range(needed, needed + model.sizes.get("ahead", 0)))
-    if found - ahead != set(range(needed)):
+    ahead = range(needed, needed + model.sizes.get("ahead", 0))
+    decoder = [index for index in found if index not in ahead]
+    if len(decoder) != needed or max(decoder) != needed - 1:
         raise CheckpointError(
             f"{config_path(model.checkpoint)}: needed {needed} decoder layers as the config says,"
             f" found {len(found)} in the tensors (highest index {max(found, default=None)})."
