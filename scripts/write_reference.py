@@ -151,7 +151,8 @@ def engine_page() -> str:
     first = (
         "Rules are tried from top to bottom, and the first that fits a scheme and a kind of layer "
         "holds; a scheme that none fits is refused. `mofq inspect MODEL --engine NAME` tells what "
-        "that means for a model. `N` is a number, `…` anything."
+        "that means for a model. `N` is a number, `…` anything. `NAME:tp=4` is the engine on 4 "
+        "devices that share every layer ([what that refuses](../deploy.md#several-devices))."
     )
     return f"{_MADE}# Engines\n\n{first}\n\n" + "\n".join(sections)
 

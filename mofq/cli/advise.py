@@ -43,7 +43,7 @@ def run_advise(
         deployment, device, weights=weights, other_bytes=other_bytes, recovery=recovery, tp=tp
     )
     advice = advise(situation)
-    commands = _commands(advice, model or "MODEL")
+    commands = _commands(advice, model or "MODEL", tp=tp)
     if as_json:
         print_json(
             {
@@ -78,8 +78,9 @@ def _sizes(model: str) -> tuple[int, int]:
     return weights_of(layers.groups), layers.other_bytes
 
 
-def _commands(advice: Advice, model: str) -> list[str]:
-    engine = f" --engine {advice.engines[0]}" if advice.engines else ""
+def _commands(advice: Advice, model: str, *, tp: int) -> list[str]:
+    devices = f":tp={tp}" if tp > 1 else ""
+    engine = f" --engine {advice.engines[0]}{devices}" if advice.engines else ""
     calibration_free = advice.space == "llama3_70b_w8a8"
     first = [] if calibration_free else [f"mofq calibrate {model} --corpus en=TEXT -o stats"]
     stats = "" if calibration_free else " --stats stats"

@@ -10,7 +10,10 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
 Space = Annotated[str, typer.Option(help="A search space: a name of `mofq spaces`, or a file.")]
-Engine = Annotated[str | None, typer.Option(help="A serving engine, of `mofq engines`.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="A serving engine, of `mofq engines`; NAME:tp=4 on 4 devices."),
+]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1 …")]
 Stats = Annotated[
     Path | None,

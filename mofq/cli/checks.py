@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mofq.exceptions import MofqError, nearest_name
+
+if TYPE_CHECKING:
+    from mofq.layers import ModelLayers
 
 
 def check_device(device: str) -> None:
@@ -41,6 +45,18 @@ def check_dtype(dtype: str) -> None:
 
     if dtype not in DTYPES:
         raise MofqError(f"--dtype {dtype}: not known." + nearest_name(dtype, DTYPES))
+
+
+def check_engine(engine: str | None, layers: ModelLayers) -> None:
+    """Refuse an engine that is unknown, or whose devices cannot share the model.
+
+    Raises:
+        EngineError: As said.
+    """
+    from mofq.engines import check_devices, find_engine
+
+    if engine is not None:
+        check_devices(layers, find_engine(engine).devices)
 
 
 def check_output(path: Path) -> None:

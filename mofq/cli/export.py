@@ -16,6 +16,7 @@ from mofq.cli.terminal import (
     short_bytes,
     stats_for,
 )
+from mofq.exceptions import EngineError
 
 if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
@@ -127,7 +128,11 @@ def read_export(
 
 def recipe_engine(recipe: Recipe, to: str) -> str | None:
     """The engine that a recipe was searched for, where it reads this kind of export."""
-    from mofq.engines import ENGINES
+    from mofq.engines import find_engine
 
-    name = str(recipe.made_by.get("engine"))
-    return name if name in ENGINES and ENGINES[name].reads == to else None
+    name = recipe.made_by.get("engine")
+    try:
+        engine = find_engine(str(name))
+    except EngineError:  # of another version of mofq
+        return None
+    return engine.name if engine.reads == to else None

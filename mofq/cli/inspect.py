@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.cli.checks import check_engine
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
 from mofq.cost import group_bytes, source_bytes, weights_of
 from mofq.engines import legality
@@ -21,6 +22,7 @@ def run_inspect(
     """Print layers and fusion groups, and what an engine can serve of a search space."""
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint, include_lm_head=include_lm_head)
+    check_engine(engine, layers)
     check = None if engine is None else legality(engine)
     offers = None
     if space is not None or engine is not None:

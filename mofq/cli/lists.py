@@ -72,6 +72,7 @@ def run_engines(*, as_json: bool) -> None:
         rows += [[readable(one.schemes), one.how, one.source] for one in engine.applicable_caches]
         title = f"{name} {engine.version}{where}, reads {engine.reads}"
         print_table(title, ["schemes", "kernel", "source"], rows)
+    note("Where devices share every layer, NAME:tp=4 checks what one of them holds.")
 
 
 def _readable(rule: Rule) -> str:

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from mofq.cli.calibrate import note_unseen
-from mofq.cli.checks import check_device, check_output
+from mofq.cli.checks import check_device, check_engine, check_output
 from mofq.cli.terminal import note, print_json, progress_bars
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _measure(
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
+    check_engine(engine, layers)
 
     from mofq.calibration.stats import read_stats
     from mofq.measure.run import measure

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_calibrate
-from mofq.cli.checks import check_device, check_folder
+from mofq.cli.checks import check_device, check_engine, check_folder
 from mofq.cli.measure import Where, run_measure
 from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import search_table
@@ -199,6 +199,7 @@ def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
     check = None if options.engine is None else legality(options.engine)
     checkpoint = open_checkpoint(options.model)
     layers = find_layers(checkpoint)
+    check_engine(options.engine, layers)
     offers = offer_schemes(space, layers.groups, legality=check, has_stats=True)
     budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes, max_kl=options.max_kl)
     _need_budget(budgets, space)

@@ -52,10 +52,18 @@ def check_device(engine: str | None, time: TimeRequest) -> None:
     Raises:
         BudgetError: As said; the message names the engines of the device.
     """
-    if engine is None or find_engine(engine).capability is None:
+    if engine is None:
+        return
+    devices = find_engine(engine).devices
+    if devices not in (1, time.workload.tp):
+        raise BudgetError(
+            f"--engine {engine} has {devices} devices, and the workload tp={time.workload.tp}. "
+            f"Write tp={devices} in --workload."
+        )
+    if find_engine(engine).capability is None:
         return
     fitting = engines_for(time.device)
-    if engine not in fitting:
+    if engine.partition(":")[0] not in fitting:
         raise BudgetError(
             f"--engine {engine} is not for the device model {time.device.name}. "
             + (f"Engines for it: {', '.join(fitting)}." if fitting else "Leave --engine out.")

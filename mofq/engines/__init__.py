@@ -7,7 +7,9 @@ the engine, a GPU or torch: legality is known before anything is measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from mofq.engines.caches import (
     VLLM_CPU_CACHE,
@@ -16,6 +18,7 @@ from mofq.engines.caches import (
     matching_cache_rule,
 )
 from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
+from mofq.engines.parallel import check_devices
 from mofq.engines.rules import (
     CacheRule,
     Engine,
@@ -38,6 +41,7 @@ __all__ = [
     "Engine",
     "Rule",
     "cache_legality",
+    "check_devices",
     "find_engine",
     "format_name",
     "legality",
@@ -69,37 +73,59 @@ ENGINES: dict[str, Engine] = {
     "tensorrt-llm-blackwell": Engine(
         "tensorrt-llm-blackwell", "1.2.0", (10, 0), "modelopt", TENSORRT_LLM
     ),
-    "transformers": Engine("transformers", "5.23.0", None, "compressed-tensors", TRANSFORMERS),
-    "torchao-cpu": Engine("torchao-cpu", "0.18.0", None, "torchao", TORCHAO_CPU),
-    "torchao-ampere": Engine("torchao-ampere", "0.18.0", (8, 0), "torchao", TORCHAO_GPU),
-    "torchao-ada": Engine("torchao-ada", "0.18.0", (8, 9), "torchao", TORCHAO_GPU),
-    "torchao-hopper": Engine("torchao-hopper", "0.18.0", (9, 0), "torchao", TORCHAO_GPU),
-    "torchao-blackwell": Engine("torchao-blackwell", "0.18.0", (10, 0), "torchao", TORCHAO_GPU),
+    "transformers": Engine(
+        "transformers", "5.23.0", None, "compressed-tensors", TRANSFORMERS, can_cut=False
+    ),
+    "torchao-cpu": Engine("torchao-cpu", "0.18.0", None, "torchao", TORCHAO_CPU, can_cut=False),
+    "torchao-ampere": Engine(
+        "torchao-ampere", "0.18.0", (8, 0), "torchao", TORCHAO_GPU, can_cut=False
+    ),
+    "torchao-ada": Engine("torchao-ada", "0.18.0", (8, 9), "torchao", TORCHAO_GPU, can_cut=False),
+    "torchao-hopper": Engine(
+        "torchao-hopper", "0.18.0", (9, 0), "torchao", TORCHAO_GPU, can_cut=False
+    ),
+    "torchao-blackwell": Engine(
+        "torchao-blackwell", "0.18.0", (10, 0), "torchao", TORCHAO_GPU, can_cut=False
+    ),
 }
+
+_DEVICES = re.compile(r"tp=([1-9][0-9]{0,3})")
 
 
 def find_engine(name: str) -> Engine:
     """The engine of that name.
 
     Args:
-        name: A key of ``ENGINES``.
+        name: A key of ``ENGINES``; ``"vllm-hopper:tp=4"`` where 4 devices share every layer.
 
     Returns:
-        The engine.
+        The engine, under the name as given.
 
     Raises:
-        EngineError: No engine has that name; the message suggests the nearest.
+        EngineError: No engine has that name, and the message suggests the nearest; or what
+            follows the colon is no number of devices, or the engine cannot share a layer.
     """
-    if name not in ENGINES:
-        raise EngineError(f"unknown engine {name!r}." + nearest_name(name, ENGINES))
-    return ENGINES[name]
+    plain, colon, rest = name.partition(":")
+    if plain not in ENGINES:
+        raise EngineError(f"unknown engine {plain!r}." + nearest_name(plain, ENGINES))
+    engine = ENGINES[plain]
+    if not colon:
+        return engine
+    devices = _DEVICES.fullmatch(rest)
+    if devices is None:
+        raise EngineError(f"engine {name!r}: devices that share a layer are written {plain}:tp=4.")
+    if not engine.can_cut:
+        raise EngineError(
+            f"engine {name!r}: {plain} has every layer on one device. Write {plain!r}."
+        )
+    return replace(engine, name=name, devices=int(devices[1]))
 
 
 def legality(engine_name: str) -> Callable[[Scheme, FusionGroup], str | None]:
     """What an engine can serve, as a function.
 
     Args:
-        engine_name: A key of ``ENGINES``.
+        engine_name: As for `find_engine`.
 
     Returns:
         A function of a scheme and a fusion group that gives None where the
@@ -121,7 +147,7 @@ def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
     """What an engine can hold of the KV cache, as a function.
 
     Args:
-        engine_name: A key of ``ENGINES``.
+        engine_name: As for `find_engine`.
 
     Returns:
         A function of a format's name and a layer's cache that gives None where the engine
@@ -144,7 +170,7 @@ def serving_environment(
     """Environment variables and flags under which the engine serves what was measured.
 
     Args:
-        engine_name: A key of ``ENGINES``.
+        engine_name: As for `find_engine`.
         choices: The scheme of each fusion group of a recipe.
 
     Returns:

@@ -89,7 +89,7 @@ def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
     """Why an engine cannot hold a layer's cache in a format as it was measured, or None."""
     if scheme == "bf16":
         return None
-    where = f"{engine.name} {engine.version}"
+    where = engine.title
     if not engine.caches:
         return f"{where}: mofq knows no way to hand it a format of the KV cache; leave it bf16"
     rule = matching_cache_rule(engine, scheme)

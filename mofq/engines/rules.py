@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mofq.engines.parallel import cut_problems, device_parts
 from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import Scheme, parse_scheme
 
@@ -33,6 +34,7 @@ class Rule:
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
+    hidden_multiple: int = 1  #: of the hidden size, which experts read and write
     out_features_multiple: int = 1  #: of what the engine concatenates; of each layer for experts
     shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
@@ -70,6 +72,14 @@ class Engine:
     reads: str  #: the backend whose output it loads
     rules: tuple[Rule, ...]
     caches: tuple[CacheRule, ...] = ()  #: of the KV cache
+    can_cut: bool = True  #: whether devices can share a layer (tensor parallelism)
+    devices: int = 1  #: that share every layer
+
+    @property
+    def title(self) -> str:
+        """For messages: name, version, and the devices where there are several."""
+        base = f"{self.name.partition(':')[0]} {self.version}"
+        return base if self.devices == 1 else f"{base} on {self.devices} devices"
 
     @property
     def applicable_rules(self) -> tuple[Rule, ...]:
@@ -111,13 +121,15 @@ def refusal(engine: Engine, scheme: Scheme, group: FusionGroup) -> str | None:
     if scheme.is_unquantized:
         return None
     rule = matching_rule(engine, scheme, group)
-    where = f"{engine.name} {engine.version}"
+    where = engine.title
     if rule is None:
         what = "experts" if _is_expert(group.layers[0]) else "linear layers"
         return f"{where} has no kernel for {what} in {format_name(scheme)}"
     if rule.refused:
         return f"{where}: {rule.refused} ({rule.source})"
-    for problem in _shape_problems(rule, group):
+    for problem in cut_problems(scheme, group, engine.devices):
+        return f"{where}: {problem}"
+    for problem in _shape_problems(rule, group, engine.devices):
         return f"{where}: {problem} ({rule.source})"
     return None
 
@@ -133,25 +145,29 @@ def _is_expert(layer: LinearLayer) -> bool:
     return layer.module.startswith("experts.")
 
 
-def _shape_problems(rule: Rule, group: FusionGroup) -> Iterator[str]:
-    for layer in group.layers:
-        if layer.in_features % rule.in_features_multiple:
+def _shape_problems(rule: Rule, group: FusionGroup, devices: int) -> Iterator[str]:
+    parts = device_parts(group, devices)
+    experts = _is_expert(group.layers[0])
+    share = "" if devices == 1 else f" on one of {devices} devices"
+    for part in parts:
+        if part.columns % rule.in_features_multiple:
             yield (
                 f"{rule.kernel} needs in_features % {rule.in_features_multiple} == 0; "
-                f"{layer.name} has {layer.in_features}"
+                f"{part.layer.name} has {part.columns}{share}"
             )
-    experts = _is_expert(group.layers[0])
-    together = sum(layer.out_features for layer in group.layers)
-    rows = [layer.out_features for layer in group.layers] if experts else [together]
+    hidden = group.layers[0].in_features  # of the gate
+    if experts and hidden % rule.hidden_multiple:
+        yield f"{rule.kernel} needs a hidden size % {rule.hidden_multiple} == 0; it is {hidden}"
+    rows = [part.rows for part in parts] if experts else [sum(part.rows for part in parts)]
     for count in rows:
         if count % rule.out_features_multiple:
             yield (
                 f"{rule.kernel} needs out_features % {rule.out_features_multiple} == 0; "
-                f"{group.name} has {count}"
+                f"{group.name} has {count}{share}"
             )
-    for layer in group.layers if experts else group.layers[:-1]:
-        if layer.out_features % rule.shard_rows_multiple:
+    for part in parts if experts else parts[:-1]:
+        if part.rows % rule.shard_rows_multiple:
             yield (
                 f"{rule.kernel} needs out_features % {rule.shard_rows_multiple} == 0 of every "
-                f"layer that it concatenates; {layer.name} has {layer.out_features}"
+                f"layer that it concatenates; {part.layer.name} has {part.rows}{share}"
             )

@@ -1,8 +1,8 @@
 """vLLM on NVIDIA GPUs, version 0.32.0, through compressed-tensors checkpoints: read, not run.
 
 Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
-``kernels`` is ``kernels/linear/``. Without tensor parallelism; with it, groups
-and blocks must also divide each rank's part.
+``kernels`` is ``kernels/linear/``. What devices that share a layer need is in ``parallel.py``.
+Marlin pads shapes that are no multiple of its tiles (``marlin_utils.py:171-197``).
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ VLLM_GPU: tuple[Rule, ...] = (
         kernel="CompressedTensorsWNA16MoEMethod (Marlin)",
         layers="experts",
         min_capability=(7, 5),
+        hidden_multiple=128,
         source=f"{_MOE}compressed_tensors_moe.py:78-92; "
-        "layers/fused_moe/oracle/int_wna16.py:207-225",
+        "layers/fused_moe/oracle/int_wna16.py:207-225; "
+        "layers/quantization/utils/marlin_utils.py:377-387",
     ),
     Rule(
         r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",

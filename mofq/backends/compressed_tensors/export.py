@@ -15,7 +15,7 @@ from mofq.backends.fitted import open_fits
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.checkpoint.tensors import read_kept_rows
 from mofq.checkpoint.writer import ShardWriter
-from mofq.engines import cache_legality, find_engine, legality, serving_environment
+from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
 from mofq.exceptions import BackendError
 from mofq.fits import Fits
 from mofq.held import hold_new_folder
@@ -24,6 +24,9 @@ from mofq.recipe import Recipe, write_recipe
 
 RECIPE_FILE = "recipe.yaml"
 Progress = Callable[[str, int, int], None]
+
+#: Beginning of an engine's name -> how its server is told that devices share each layer.
+_DEVICES = {"sglang": "--tp", "": "--tensor-parallel-size"}
 
 #: Beginning of an engine's name -> what starts its server, first match.
 _SERVERS = {
@@ -86,6 +89,7 @@ def export_compressed_tensors(
     plan = plan_export(checkpoint, recipe)
     if engine is not None:
         _check_engine(plan, engine)
+        check_devices(plan.model_layers, find_engine(engine).devices)
         _check_engine_cache(plan, recipe, engine)
     target = Path(out_folder)
     _check_target(target)
@@ -125,6 +129,10 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     # Packed weights' scales are bf16 and are loaded in the model's dtype.
     if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
         flags.insert(0, "--dtype bfloat16")
+    devices = 1 if engine is None else find_engine(engine).devices
+    if devices > 1:
+        flag = next(flag for prefix, flag in _DEVICES.items() if (engine or "").startswith(prefix))
+        flags.append(f"{flag} {devices}")
     start = next(line for prefix, line in _SERVERS.items() if (engine or "").startswith(prefix))
     return " ".join([*variables, start, str(folder), *flags])
 
