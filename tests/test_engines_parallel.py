@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -170,34 +169,20 @@ def test_a_recipe_for_several_devices_is_searched_exported_and_served_on_them(
     assert offers["layers.0.attn.qkv"]["schemes"] == ["int4.g128", "int8.channel", "bf16"]
     ok("measure", DEMO, "--space", space, "--engine", engine, "-o", table)
     ok("search", table, "--engine", engine, "--max-bits", "5", "-o", recipe)
-    for name, words in (("a", "--tensor-parallel-size 2"), ("b", "--tensor-parallel-size 4")):
-        other = () if name == "a" else ("--engine", "vllm-hopper:tp=4")
-        to = ("--to", "compressed-tensors", *other, "-o", tmp_path / name)
-        if name == "a":
-            assert words in ok("export", DEMO, recipe, *to, "--json").json["serve_command"]
-        else:
-            assert "on 4 devices" in refused("export", DEMO, recipe, *to)
-    assert "4 heads" in refused(
-        "measure",
-        DEMO,
-        "--space",
-        space,
-        "--engine",
-        "vllm-ada:tp=3",
-        "-o",
-        tmp_path / "none.jsonl",
-    )
-    assert not (tmp_path / "none.jsonl").exists()
-    command = json.loads(
-        ok(
-            "advise",
-            "--device-model",
-            "h100",
-            "--deployment",
-            "asynchronous",
-            "--tp",
-            "4",
-            "--json",
-        ).out
-    )["commands"][1]
-    assert "--engine vllm-hopper:tp=4" in command
+    to = ("--to", "compressed-tensors", "-o", tmp_path / "folder")
+    other = ("--engine", "vllm-hopper:tp=4")
+    assert "on 4 devices" in refused("export", DEMO, recipe, *other, *to)
+    served = ok("export", DEMO, recipe, *to, "--json").json["serve_command"]
+    assert served.endswith("--tensor-parallel-size 2")
+
+
+def test_a_model_that_the_devices_cannot_share_is_not_measured(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    measure = ("measure", DEMO, "--space", "w8a8", "--engine", "vllm-ada:tp=3", "-o", table)
+    assert "4 heads" in refused(*measure)
+    assert not table.exists()
+
+
+def test_advice_for_several_devices_names_them() -> None:
+    asked = ("--device-model", "h100", "--deployment", "asynchronous", "--tp", "4")
+    assert "--engine vllm-hopper:tp=4" in ok("advise", *asked, "--json").json["commands"][1]

@@ -103,7 +103,6 @@ def _measure(
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
     check_engine(engine, layers)
-
     from mofq.calibration.stats import read_stats
     from mofq.measure.run import measure
 
