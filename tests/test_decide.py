@@ -175,6 +175,18 @@ def test_a_choice_that_a_uniform_scheme_matches_says_so(monkeypatch: pytest.Monk
     assert decision.notes == ("int8.channel for every layer is as small and predicted as good.",)
 
 
+def test_a_uniform_scheme_that_breaks_a_budget_is_not_said_to_be_as_good() -> None:
+    errors = {
+        name: {"int8.channel": (1.0 + gain, 1088), "int8.g32": (1.0, 1088)}
+        for name, gain in (("a", 100.0), ("b", 1.0), ("c", 1.0))
+    }
+    finer = space("s", "int8.channel", "int8.g32", base=("int8.channel",))
+    decision = decide(table_of(errors, spaces=(finer,)), Request(Budgets(max_finer=0.4)))
+    assert decision.finer_layers == ("m.a.0", "m.a.1")
+    assert decision.recipe.result["uniform_scheme"] == "int8.g32"
+    assert decision.notes == ()
+
+
 @pytest.mark.parametrize("samples", [2, 3])
 def test_too_few_samples_for_error_bars_are_said(samples: int) -> None:
     decision = decide(table_of(samples=samples), Request(Budgets(max_bits=6.5)))

@@ -24,6 +24,7 @@ from mofq.decide.timing import (
 from mofq.decide.uniform import best_uniform
 from mofq.recipe import Recipe
 from mofq.solvers import KL_UNIT, Budgets, Chosen, Problem, choose, predict, usage
+from mofq.solvers.budgets import budget_rows, offered
 from mofq.table import Table
 
 #: Below so many samples of a corpus, error bars say little.
@@ -90,6 +91,13 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     )
 
 
+def _keeps(problem: Problem, budgets: Budgets, choice_F: np.ndarray) -> bool:
+    """Whether a choice is within every budget but that in nats."""
+    rows = budget_rows(problem, budgets)
+    is_offered = bool(offered(problem, budgets)[choice_F].all())
+    return is_offered and all(row.holds(choice_F) for row in rows)
+
+
 def _notes(
     table: Table,
     problem: Problem,
@@ -107,7 +115,8 @@ def _notes(
         )
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
         error = predict(problem, uniform[1]).additive.value
-        if error <= chosen.prediction.additive.value:
+        is_as_good = error <= chosen.prediction.additive.value
+        if is_as_good and _keeps(problem, budgets, uniform[1]):
             notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
     stats = table.header.stats
     if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
