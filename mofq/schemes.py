@@ -152,7 +152,7 @@ _ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
 _GRANULARITY = re.compile(
     r"unscaled|tensor|channel|token|(?:g|peg)([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
 )
-_OUTLIERS = re.compile(r"out[1-9]\d*")
+_OUTLIERS = re.compile(r"out[1-9]\d{0,8}")
 _SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats", "fouroversix")
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
 _ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group", "peg")
