@@ -121,6 +121,7 @@ def test_an_alias_and_its_expansion_are_the_same_scheme(alias: str, expansion: s
         ("int8.channel+nvfp4.peg8", "unknown element format 'nvfp4'"),
         ("int8.channel+int8.g32.out6", "write '+int8.token.outN'"),
         ("int8.channel+int8.token.out0", "'out0' is not an option"),
+        ("int8.channel+int8.token.out9999999999", "is not an option"),
         ("int8.channel+int8.token.out6.out7", "'out7' is not an option"),
         ("int8.g16.s-micro16", "write '.g2.s-micro16' without"),
         ("mx9@mse", "write '.g2.s-micro16' without"),
