@@ -57,6 +57,17 @@ MIXTRAL = group(
 )
 
 
+# Of DeepSeek-V3: latent vectors are whole on every device, shared experts are cut.
+LATENT = group("layers.0.attn.latent", q_a_proj=(1536, 7168), kv_a_proj_with_mqa=(576, 7168))
+SHARED_DOWN = group("layers.3.mlp.shared_down", down_proj=(7168, 2048))
+
+
+def test_latent_vectors_are_whole_on_every_device_and_shared_experts_are_cut() -> None:
+    check = legality("vllm-hopper:tp=32")
+    assert check(parse_scheme(BLOCKS), LATENT) is None
+    assert "has 64 of layers.3.mlp.shared_down" in str(check(parse_scheme(BLOCKS), SHARED_DOWN))
+
+
 @pytest.mark.parametrize(
     ("scheme", "layers", "served"),
     [

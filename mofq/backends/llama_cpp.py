@@ -27,6 +27,7 @@ from mofq.schemes import Scheme, parse_scheme
 _BLOCK = 32
 _K_BLOCK = 256
 
+_GATED = ("gate", "up", "down")
 #: Last words of a layer's name -> GGUF's name of the tensor.
 TENSORS = {
     "self_attn.q_proj": "attn_q",
@@ -38,6 +39,13 @@ TENSORS = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    **{f"mlp.shared_{e}.{w}_proj": f"ffn_{w}_shexp" for e in ("expert", "experts") for w in _GATED},
+    # Not kv_b_proj, which llama.cpp's conversion cuts into two tensors.
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
 }
 _EXPERTS = {
     **{"gate_proj": "ffn_gate_exps", "w1": "ffn_gate_exps"},

@@ -20,7 +20,9 @@ from mofq.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers
 from mofq.schemes import Scheme, TensorScheme
 
 #: Last words of the fusion groups that are cut along their inputs.
-_CUT_INPUTS = (".attn.o", ".mlp.down")
+_CUT_INPUTS = (".attn.o", ".mlp.down", ".mlp.shared_down")
+#: Of those that every device has whole: latent vectors are for all heads.
+_WHOLE = (".attn.latent",)
 _EXPERTS_DOWN = {
     f"experts.{family.experts.down}" for family in FUSION_RULES.values() if family.experts
 }
@@ -43,7 +45,8 @@ def device_parts(group: FusionGroup, devices: int) -> list[Part]:
     Keys and values of fewer heads than devices are repeated by engines; here they are taken to
     be cut, which is never too small.
     """
-    return [_part(group, layer, devices) for layer in group.layers]
+    shared = 1 if group.name.endswith(_WHOLE) else devices
+    return [_part(group, layer, shared) for layer in group.layers]
 
 
 def _part(group: FusionGroup, layer: LinearLayer, devices: int) -> Part:
@@ -55,7 +58,7 @@ def _part(group: FusionGroup, layer: LinearLayer, devices: int) -> Part:
 
 def cut_problems(scheme: Scheme, group: FusionGroup, devices: int) -> Iterator[str]:
     """Why a scheme cannot be cut over devices: each reason, nothing where it can."""
-    if devices == 1:
+    if devices == 1 or group.name.endswith(_WHOLE):
         return
     for part in device_parts(group, devices):
         layer = part.layer
