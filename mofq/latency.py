@@ -15,7 +15,7 @@ Source: the roofline model, S. Williams, A. Waterman, D. Patterson, CACM 52 (200
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -192,35 +192,71 @@ def other_seconds(
     other_bytes: int,
     has_own_lm_head: bool,
 ) -> float:
-    """The least time of what no choice changes: attention over the KV cache, and the lm_head [s].
+    """The least time of what no choice on layers changes: attention, and the lm_head [s].
 
     Args:
-        groups: All of the model; attention's sizes are read from ``…attn.qkv`` and ``…attn.o``.
+        groups: All of the model.
         device: Its memory and its bf16 arithmetic.
         workload: How many tokens there are.
         other_bytes: All tensors that are not weights of the groups; nearly all are the
             embedding and the lm_head.
         has_own_lm_head: Whether these are two tensors, of which the embedding is only looked up.
     """
-    by_name = {group.name: group for group in groups}
-    attention = 0.0
-    for name, qkv in by_name.items():
-        output = by_name.get(f"{name.removesuffix('.qkv')}.o")
-        if name.endswith("attn.qkv") and output is not None:
-            q = output.layers[0].in_features
-            kv = sum(layer.out_features for layer in qkv.layers) - q
-            attention += _attention_seconds(q, kv, device, workload)
+    attention = sum(_attention(groups, device, workload, {}).values())
     head_bytes = other_bytes / 2 if has_own_lm_head else other_bytes
     operations = workload.batch * head_bytes  # 2 for each weight of 2 bytes
     head = _roofline(head_bytes, operations, device)
     return (attention + head) / workload.tp
 
 
-def _attention_seconds(q: int, kv: int, device: DeviceModel, workload: Workload) -> float:
-    """Of one decoder layer: q columns of queries, kv columns of keys and values together."""
+def attention_seconds(
+    groups: Sequence[_Group],
+    device: DeviceModel,
+    workload: Workload,
+    *,
+    cache_bits: Mapping[str, int],
+) -> dict[str, float]:
+    """The least time of attention over the KV cache [s].
+
+    Args:
+        groups: All of the model; attention's sizes are read from ``…attn.qkv`` and ``…attn.o``.
+        device: Its memory and its bf16 arithmetic, which kernels unpack a quantized cache to.
+        workload: How many tokens there are.
+        cache_bits: What a token takes in the cache of a layer, ``…attn.kv_cache`` [bits]; of
+            those that are not named, 16 for each number.
+
+    Returns:
+        Name of a layer's cache -> time.
+    """
+    found = _attention(groups, device, workload, cache_bits)
+    return {name: seconds / workload.tp for name, seconds in found.items()}
+
+
+def _attention(
+    groups: Sequence[_Group],
+    device: DeviceModel,
+    workload: Workload,
+    cache_bits: Mapping[str, int],
+) -> dict[str, float]:
+    """On a single device."""
+    by_name = {group.name: group for group in groups}
+    found = {}
+    for name, qkv in by_name.items():
+        output = by_name.get(f"{name.removesuffix('.qkv')}.o")
+        if name.endswith("attn.qkv") and output is not None:
+            q = output.layers[0].in_features
+            kv = sum(layer.out_features for layer in qkv.layers) - q
+            cache = f"{name.removesuffix('.qkv')}.kv_cache"
+            kept = cache_bits.get(cache, 8 * _ACTIVATION_BYTES * kv) / 8
+            found[cache] = _attention_seconds(q, kept, device, workload)
+    return found
+
+
+def _attention_seconds(q: int, kept: float, device: DeviceModel, workload: Workload) -> float:
+    """Of one decoder layer: q columns of queries; bytes of keys and values kept of a token."""
     seen = workload.context + workload.tokens  # written once, and read
     pairs = workload.tokens * workload.context + workload.tokens * (workload.tokens + 1) / 2
-    moved = workload.batch * (seen * kv + 2 * workload.tokens * q) * _ACTIVATION_BYTES
+    moved = workload.batch * (seen * kept + 2 * workload.tokens * q * _ACTIVATION_BYTES)
     return _roofline(moved, 4 * workload.batch * pairs * q, device)
 
 

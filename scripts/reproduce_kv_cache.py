@@ -22,7 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mofq.backends import apply_recipe
 from mofq.decide import Request, decide
-from mofq.decide.caches import settle_cache
 from mofq.decide.result import recipe_from_table
 from mofq.quantize import fake_quantize_activation
 from mofq.recipe import Recipe, recipe_text
@@ -74,7 +73,7 @@ def searched_recipes(table: Table) -> dict[str, tuple[Recipe, float]]:
     }
     found = {}
     for label, request in asked.items():
-        recipe = decide(table, settle_cache(table, request)).recipe
+        recipe = decide(table, request).recipe
         chosen = {one.name: one.scheme for one in recipe.kv_cache}
         found[label] = cached(table, chosen), recipe.kl_nats_per_token or 0.0
     return found

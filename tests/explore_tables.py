@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mofq.kv_cache import cache_scale_bytes, parse_cache_scheme, static_keys
+from mofq.layers import CacheLayer
 from mofq.numerics import NUMERICS
 from mofq.table import (
     Extent,
@@ -50,6 +52,7 @@ def write_explore_table(
     model: str = "Tiny/model",
     samples: int = 4,
     size: int = 256,
+    caches: bool = False,
 ) -> Path:
     """A table of a llama-shaped model; errors and their samples are drawn with a fixed seed."""
     groups = tuple(_groups(decoder_layers, prefix, size))
@@ -65,7 +68,8 @@ def write_explore_table(
     )
     rng = np.random.default_rng(0)
     with open_table(path, header) as table:
-        table.add_space(TableSpace("test", "d" * 64, tuple(schemes), ("int4.g128",), 0.0, None))
+        names = (*schemes, *(CACHE_FORMATS if caches else ()))
+        table.add_space(TableSpace("test", "d" * 64, names, ("int4.g128",), 0.0, None))
         for group in groups:
             rows = [
                 _row(group, scheme, corpus, schemes[scheme], rng, samples)
@@ -75,7 +79,39 @@ def write_explore_table(
             refused = Rejection(group.name, "int4.g512", "256 is not divisible by 512")
             profiles = [_profile(group, corpora, module) for module in modules_of(group)]
             table.add_group(rows, [refused], profiles=profiles)
+        layers = [_cache(n, prefix, size) for n in range(decoder_layers if caches else 0)]
+        table.add_caches(layers)
+        for cache in layers:
+            table.add_group(_cache_rows(cache, corpora, rng, samples), [])
     return path
+
+
+#: Format of the cache -> how much error it makes. `bf16` is offered too.
+CACHE_FORMATS = {
+    "kv:fp8_e4m3.tensor": 0.1,
+    "kv:int8.token_head": 0.01,
+    "kv:int4.token_head.s-bf16": 1.0,
+    "kv:int8.token_head.s-bf16/int4.token_head.s-bf16": 0.3,
+}
+
+
+def _cache(number: int, prefix: str, size: int) -> CacheLayer:
+    name = f"layers.{number}.attn.kv_cache"
+    return CacheLayer(name, f"{prefix}layers.{number}.self_attn", size // 64, 64, number)
+
+
+def _cache_rows(
+    cache: CacheLayer, corpora: tuple[str, ...], rng: np.random.Generator, samples: int
+) -> list[Row]:
+    rows = []
+    for corpus in corpora:
+        for name, share in {"bf16": 0.0, **CACHE_FORMATS}.items():
+            scheme = parse_cache_scheme(name)
+            static = dict.fromkeys(static_keys(scheme, cache), 1.5) or None
+            typical = 1e-2 * share * rng.lognormal(sigma=1.0)
+            size = cache_scale_bytes(scheme, cache)
+            rows.append(_drawn(cache.name, name, corpus, typical, rng, samples, size, static))
+    return rows
 
 
 #: The input channel that stands out as a wall, in the attention of the first decoder layer.
@@ -139,17 +175,31 @@ def _row(
 ) -> Row:
     bits, scale = figures
     typical = scale * 1e-3 * rng.lognormal(sigma=1.0)
+    static = {layer.name: 1 / 3 for layer in group.layers} if scheme == STATIC else None
+    size = int(bits * group.weights / 8)
+    return _drawn(group.name, scheme, corpus, typical, rng, samples, size, static)
+
+
+def _drawn(
+    group: str,
+    scheme: str,
+    corpus: str,
+    typical: float,
+    rng: np.random.Generator,
+    samples: int,
+    size: int,
+    static: dict[str, float] | None,
+) -> Row:
     # What is read back from float32 is what the error has to be the mean of.
     drawn = np.float32(typical * rng.lognormal(sigma=0.3, size=samples))
-    static = {layer.name: 1 / 3 for layer in group.layers} if scheme == STATIC else None
     return Row(
-        group.name,
+        group,
         scheme,
         "kl_nats_per_token",
         corpus,
         error=float(drawn.astype(np.float64).mean()),
         stderr=float(drawn.astype(np.float64).std(ddof=1) / samples**0.5),
-        bytes=int(bits * group.weights / 8),
+        bytes=size,
         sqnr_db=None,
         sample_errors=tuple(map(float, drawn)),
         projections=None,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import DEMO, ok, refused
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from optuna.study import get_all_study_summaries
 from safetensors.torch import load_file, save_file
 
 from mofq.backends.compressed_tensors import check_compressed_tensors
@@ -332,13 +333,30 @@ def test_what_a_search_says_of_the_cache(flow: Flow, tmp_path: Path) -> None:
     assert "layers.3.attn.kv_cache" in ran.out
 
 
+@pytest.mark.parametrize("front", [(), ("--multi-objective",)])
+def test_a_study_measures_caches_as_parameters(
+    flow: Flow, tmp_path: Path, front: tuple[str, ...]
+) -> None:
+    budget = ("--max-size", "4MB", "--kv-tokens", "4096", "--solver", "optuna", *front)
+    small = ("--tokens", "128", "--sequence-length", "64", "--trials", "8")
+    measured = ("--model", DEMO, "--text", "demo-en-calibration", *small)
+    out = tmp_path / "recipe.yaml"
+    found = json.loads(ok("search", flow.table, *budget, *measured, "-o", out, "--json").out)
+    assert found["checkpoint_bytes"] + 4096 * found["kv_bytes_per_token"] <= 4_000_000
+    assert found["kl_measured"] > 0
+    (study,) = get_all_study_summaries(f"sqlite:///{tmp_path / 'recipe.optuna.db'}")
+    assert study.n_trials == 8
+    assert study.best_trial is None or "layers.3.attn.kv_cache" in study.best_trial.params
+    assert load_recipe(out).kv_cache
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--max-kv-bits", "4"), "the smallest possible is 4.5 bits per cached number"),
         (("--kv-tokens", "100"), "give --max-size or --max-kl"),
         (("--kv-cache", "int8.head"), "give --max-kv-bits"),
-        (("--max-kv-bits", "8", "--solver", "greedy"), "the exact solver"),
+        (("--max-kv-bits", "8", "--unit", "output_mse"), "leave --unit out"),
     ],
 )
 def test_what_a_search_cannot_do_with_the_cache(

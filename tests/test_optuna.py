@@ -5,15 +5,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import study_worker
+from explore_tables import write_explore_table
 from optuna.study import Study
 from optuna.trial import TrialState
 from study_worker import BUDGETS, WINDOWS, problem, true_costs, truth
 
+from mofq.decide import Request
+from mofq.decide.front import front_starts
+from mofq.decide.study import StudyPlan, study_name, study_starts
 from mofq.exceptions import MofqError
 from mofq.solvers import Budgets, Estimate, solve_exact
 from mofq.solvers.optuna import (
@@ -26,6 +31,7 @@ from mofq.solvers.optuna import (
 from mofq.solvers.refine import uniform_candidates
 from mofq.solvers.sampler import START
 from mofq.solvers.thompson import Observation, draw_costs
+from mofq.table import read_table
 
 
 @pytest.fixture(params=["study.db", "study.journal"])
@@ -180,3 +186,21 @@ def test_what_was_measured_corrects_the_costs_that_are_drawn() -> None:
     assert np.mean(drawn[0]) == pytest.approx(predicted, rel=0.1)
     assert np.mean(drawn[50]) == pytest.approx(1.4 * predicted, rel=0.05)
     assert np.std(drawn[50]) < 0.3 * np.std(drawn[0])
+
+
+def test_studies_of_tables_without_caches_are_called_as_they_were(tmp_path: Path) -> None:
+    # Read off the version before caches became parameters: a study goes on under its name.
+    table = read_table(write_explore_table(tmp_path / "table.jsonl"))
+    table = replace(table, sha256="f" * 64)
+    plan = StudyPlan("s.db", "e" * 64, tokens=4096, sequence_length=512)
+    request = Request(Budgets(max_bits=5.0), engine="vllm-hopper")
+    assert study_name(table, request, plan) == "Tiny/model bb4a45f3590c"
+    one = problem()
+    start_F = solve_exact(one, BUDGETS).choice_F
+    assert list(study_starts(one, BUDGETS, start_F)) == [
+        *("start", "frontier 5.8000 bits", "frontier 5.6000 bits", "uniform int6.g32")
+    ]
+    assert list(front_starts(one, BUDGETS, start_F)) == [
+        *("start", "frontier 4.0000 bits", "frontier 4.4000 bits", "frontier 4.8000 bits"),
+        *("frontier 5.2000 bits", "frontier 5.6000 bits", "uniform int6.g32"),
+    ]

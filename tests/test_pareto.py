@@ -36,7 +36,7 @@ def test_the_front_falls_keeps_the_budget_and_beats_what_was_predicted(
     one = problem()
     front = run(str(tmp_path / name), 40)
     kl = [point.measured.kl.value for point in front]
-    bits = [point.bits_per_weight for point in front]
+    bits = [point.size for point in front]
     assert kl == sorted(kl, reverse=True)
     assert bits == sorted(bits)
     assert max(bits) <= 6.0

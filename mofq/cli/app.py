@@ -16,8 +16,13 @@ from mofq.cli.arguments import (
     DeviceModel,
     Engine,
     Json,
+    KvCache,
+    KvTokens,
     MaxBits,
+    MaxKvBits,
     Model,
+    OfSpace,
+    OfUnit,
     Sequences,
     Space,
     Stats,
@@ -195,26 +200,16 @@ def search(
     max_time: Annotated[
         str | None, typer.Option(help="Least time of the workload on the device, e.g. 12ms.")
     ] = None,
-    max_kv_bits: Annotated[
-        float | None, typer.Option(help="Bits per cached number: the KV cache is decided too.")
-    ] = None,
-    kv_tokens: Annotated[
-        int, typer.Option(help="Of context, whose KV cache counts into --max-size.", min=0)
-    ] = 0,
-    kv_cache: Annotated[
-        list[str] | None, typer.Option(help="Formats it may have, beside bf16; repeatable.")
-    ] = None,
+    max_kv_bits: MaxKvBits = None,
+    kv_tokens: KvTokens = 0,
+    kv_cache: KvCache = None,
     device_model: DeviceModel = None,
     workload: Workload = None,
     explain: Annotated[
         list[str] | None, typer.Option(help="Why this layer has its scheme; repeatable.")
     ] = None,
-    space: Annotated[
-        str | None, typer.Option(help="Only this search space of the table; all by default.")
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="Of the rows to use; nats where there are.")
-    ] = None,
+    space: OfSpace = None,
+    unit: OfUnit = None,
     objective: Annotated[str, typer.Option(help="Over corpora: mean or worst-corpus.")] = "mean",
     ties: Annotated[
         str, typer.Option(help="on: choices within noise go to the simpler scheme.")

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mofq.cli.arguments import Engine, Json, Model, Stats
+from mofq.cli.arguments import (
+    Engine,
+    Json,
+    KvCache,
+    KvTokens,
+    MaxKvBits,
+    Model,
+    OfSpace,
+    OfUnit,
+    Stats,
+)
 
 reading = typer.Typer(rich_markup_mode=None)
 recipe = typer.Typer(
@@ -18,18 +28,30 @@ recipe = typer.Typer(
 @reading.command()
 def frontier(
     table: Annotated[Path, typer.Argument(help="From `mofq measure`.")],
-    unit: Annotated[
-        str | None, typer.Option(help="Of the rows to use; nats where there are.")
-    ] = None,
+    unit: OfUnit = None,
+    engine: Engine = None,
+    space: OfSpace = None,
+    max_kv_bits: MaxKvBits = None,
+    kv_tokens: KvTokens = 0,
+    kv_cache: KvCache = None,
     polish: Annotated[
         int | None, typer.Option(help="Solve exactly at this many sizes between the points too.")
     ] = None,
     json: Json = False,
 ) -> None:
     """The whole curve of accuracy against size."""
+    from mofq.cli.curve import CurveOptions
     from mofq.cli.frontier import run_frontier
 
-    run_frontier(table, unit=unit, sizes=polish, as_json=json)
+    options = CurveOptions(
+        unit=unit,
+        engine=engine,
+        space=space,
+        max_kv_bits=max_kv_bits,
+        kv_tokens=kv_tokens,
+        kv_formats=tuple(kv_cache or ()),
+    )
+    run_frontier(table, options, sizes=polish, as_json=json)
 
 
 @reading.command()
@@ -117,15 +139,19 @@ def explore(
     validation: Annotated[
         list[Path] | None, typer.Option(help="From `mofq validate -o`; repeatable.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    unit: OfUnit = None,
     engine: Engine = None,
-    space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    space: OfSpace = None,
+    max_kv_bits: MaxKvBits = None,
+    kv_tokens: KvTokens = 0,
+    kv_cache: KvCache = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path(
         "explorer.html"
     ),
     json: Json = False,
 ) -> None:
     """The accuracy-budget trade-off as one HTML page."""
+    from mofq.cli.curve import CurveOptions
     from mofq.cli.explore import DrawOptions, run_explore
 
     run_explore(
@@ -134,9 +160,14 @@ def explore(
             output=output,
             recipes=tuple(recipes or ()),
             validations=tuple(validation or ()),
-            unit=unit,
-            engine=engine,
-            space=space,
+            curve=CurveOptions(
+                unit=unit,
+                engine=engine,
+                space=space,
+                max_kv_bits=max_kv_bits,
+                kv_tokens=kv_tokens,
+                kv_formats=tuple(kv_cache or ()),
+            ),
         ),
         as_json=json,
     )
@@ -151,12 +182,16 @@ def plot(
     validation: Annotated[
         list[Path] | None, typer.Option(help="From `mofq validate -o`; repeatable.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    unit: OfUnit = None,
     engine: Engine = None,
-    space: Annotated[str | None, typer.Option(help="As in `mofq search`.")] = None,
+    space: OfSpace = None,
+    max_kv_bits: MaxKvBits = None,
+    kv_tokens: KvTokens = 0,
+    kv_cache: KvCache = None,
     json: Json = False,
 ) -> None:
     """A figure of a table, for papers and READMEs."""
+    from mofq.cli.curve import CurveOptions
     from mofq.cli.explore import DrawOptions, run_plot
 
     run_plot(
@@ -165,9 +200,14 @@ def plot(
             output=output,
             recipes=tuple(recipes or ()),
             validations=tuple(validation or ()),
-            unit=unit,
-            engine=engine,
-            space=space,
+            curve=CurveOptions(
+                unit=unit,
+                engine=engine,
+                space=space,
+                max_kv_bits=max_kv_bits,
+                kv_tokens=kv_tokens,
+                kv_formats=tuple(kv_cache or ()),
+            ),
         ),
         kind=kind,
         as_json=json,

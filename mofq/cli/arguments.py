@@ -33,6 +33,19 @@ Workload = Annotated[
     str | None,
     typer.Option(help="decode:batch=8,context=1024 or prefill:prompt=2048, with tp=N."),
 ]
+MaxKvBits = Annotated[
+    float | None, typer.Option(help="Bits per cached number: the KV cache is decided too.")
+]
+KvTokens = Annotated[
+    int, typer.Option(help="Of context, whose KV cache counts as size: decided too.", min=0)
+]
+KvCache = Annotated[
+    list[str] | None, typer.Option(help="Formats it may have, beside bf16; repeatable.")
+]
+OfSpace = Annotated[
+    str | None, typer.Option(help="Only this search space of the table; all by default.")
+]
+OfUnit = Annotated[str | None, typer.Option(help="Of the rows to use; nats where there are.")]
 Sequences = Annotated[
     int | None,
     typer.Option(help="Of each corpus; 32 by default, or what a text holds.", min=1),

@@ -20,6 +20,7 @@ def run_diff(first: Path, second: Path, *, table: Path | None, as_json: bool) ->
     rows = [_row(one, priced=table is not None) for one in found.groups]
     figures = [
         ["bits per weight", *(_figure(one.bits_per_weight, ".4f") for one in (a, b))],
+        *_cache_figures(a, b),
         ["KL, predicted [nats/token]", *(_figure(one.kl_nats_per_token, ".4g") for one in (a, b))],
     ]
     if found.total is not None:
@@ -29,7 +30,10 @@ def run_diff(first: Path, second: Path, *, table: Path | None, as_json: bool) ->
         rows += figures
     columns = ["", first.name, second.name]
     columns += ["bytes", f"{found.unit}, paired"] if found.total is not None else []
-    title = f"{len(found.groups)} of {len(a.groups)} fusion groups differ"
+    caches = sum(one.is_cache for one in found.groups)
+    title = f"{len(found.groups) - caches} of {len(a.groups)} fusion groups differ"
+    if a.kv_cache or b.kv_cache:
+        title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
     print_table(title, columns, rows)
 
 
@@ -38,7 +42,25 @@ def _row(one: GroupDifference, *, priced: bool) -> list[str]:
     if not priced:
         return row
     error = "–" if one.error is None else _signed(one.error.value, one.error.stderr)
-    return [*row, "–" if one.bytes is None else f"{one.bytes:+,}", error]
+    size = "–" if one.bytes is None else f"{one.bytes:+,}"
+    if one.cache_bytes is not None:
+        size = f"{one.cache_bytes:+,g} a token"
+    return [*row, size, error]
+
+
+def _cache_figures(a: Recipe, b: Recipe) -> list[list[str]]:
+    """Bits per cached number; nothing where neither recipe speaks of the cache."""
+    if not (a.kv_cache or b.kv_cache):
+        return []
+    return [["KV cache, bits per number", *(_figure(_kv_bits(one), ".4f") for one in (a, b))]]
+
+
+def _kv_bits(recipe: Recipe) -> float | None:
+    """As its result says; 16 where the cache is left as it is."""
+    bits = recipe.result.get("kv_bits")
+    if isinstance(bits, int | float):
+        return float(bits)
+    return None if recipe.kv_cache else 16.0
 
 
 def _signed(value: float, stderr: float | None) -> str:
@@ -55,6 +77,8 @@ def _content(a: Recipe, b: Recipe, found: Difference) -> dict[str, object]:
         "bits_per_weight": [a.bits_per_weight, b.bits_per_weight],
         "kl_nats_per_token": [a.kl_nats_per_token, b.kl_nats_per_token],
     }
+    if a.kv_cache or b.kv_cache:
+        content["kv_bits"] = [_kv_bits(a), _kv_bits(b)]
     if found.total is not None:
         content["unit"] = found.unit
         content["difference"] = {"error": found.total.value, "stderr": found.total.stderr}
@@ -63,6 +87,7 @@ def _content(a: Recipe, b: Recipe, found: Difference) -> dict[str, object]:
                 "bytes": one.bytes,
                 "error": None if one.error is None else one.error.value,
                 "stderr": None if one.error is None else one.error.stderr,
+                **({"cache_bytes_per_token": one.cache_bytes} if one.is_cache else {}),
             }
             for one in found.groups
         }

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
 
+from mofq.cli.curve import CurveOptions, curve_request
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
-
-if TYPE_CHECKING:
-    from mofq.decide import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +19,7 @@ class DrawOptions:
     output: Path
     recipes: tuple[Path, ...] = ()
     validations: tuple[Path, ...] = ()
-    unit: str | None = None
-    engine: str | None = None
-    space: str | None = None
+    curve: CurveOptions = field(default_factory=CurveOptions)
 
 
 def run_explore(options: DrawOptions, *, as_json: bool) -> None:
@@ -39,7 +34,7 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
             options.table,
             recipes=options.recipes,
             validations=options.validations,
-            request=_request(options),
+            request=curve_request(options.curve),
             progress=bars.stage,
         )
     size = write_page(content, options.output)
@@ -62,7 +57,7 @@ def run_plot(options: DrawOptions, *, kind: str, as_json: bool) -> None:
         open_for_reading(options.table),
         recipes=options.recipes,
         validations=options.validations,
-        request=_request(options),
+        request=curve_request(options.curve),
     )
     draw_figure(kind, inputs, path=options.output)
     if as_json:
@@ -76,12 +71,3 @@ def run_plot(options: DrawOptions, *, kind: str, as_json: bool) -> None:
         )
         return
     note(f"{options.output}: {kind} of {options.table}")
-
-
-def _request(options: DrawOptions) -> Request:
-    from mofq.decide import Request
-    from mofq.solvers import Budgets
-
-    return Request(
-        Budgets(), unit=options.unit, engine=options.engine, space=options.space, ties=False
-    )

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from mofq.cli.curve import CurveOptions, curve_request
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.solvers import Frontier, Problem, predict, problem_from_table, solve_frontier
+from mofq.decide.request import request_problem
+from mofq.decide.result import size_figures
+from mofq.solvers import Frontier, Problem, predict, solve_frontier
 
 #: Points that a person is shown; ``--json`` has all.
 _SHOWN = 24
 
 
-def run_frontier(table: Path, *, unit: str | None, sizes: int | None, as_json: bool) -> None:
+def run_frontier(table: Path, options: CurveOptions, *, sizes: int | None, as_json: bool) -> None:
     """Print the non-dominated recipes of a table, smallest first."""
-    problem = problem_from_table(open_for_reading(table), unit=unit)
+    request = curve_request(options)
+    problem = request_problem(open_for_reading(table), request)
     start = monotonic()
-    frontier = solve_frontier(problem, sizes=sizes)
+    frontier = solve_frontier(problem, request.budgets, sizes=sizes)
     seconds = monotonic() - start
     if as_json:
         count = len(frontier.bytes_K)
         print_json(
             {
                 "unit": problem.unit,
+                "axis": "size_bytes" if problem.kv_tokens else "bits_per_weight",
                 "gap": frontier.gap,
                 "points": [_point(problem, frontier, k) for k in range(count)],
                 "seconds": round(seconds, 3),
@@ -33,35 +39,64 @@ def run_frontier(table: Path, *, unit: str | None, sizes: int | None, as_json: b
         return
     shown = _evenly_spaced(len(frontier.bytes_K), _SHOWN)
     points = [_point(problem, frontier, k) for k in shown]
-    rows = [
-        [
-            f"{point['bits_per_weight']:.4f}",
-            short_bytes(point["checkpoint_bytes"]),
-            f"{point['error']:.4g}",
-            "" if point["stderr"] is None else f"± {point['stderr']:.1g}",
-        ]
-        for point in points
-    ]
     title = f"{len(shown)} of {len(frontier.bytes_K)} points; largest gap to the bound "
     title += f"{100 * frontier.gap:.3g} %"
-    print_table(title, ["bits/weight", "checkpoint", problem.unit, "stderr"], rows)
-    note(f"Take one with `mofq search {table} --max-bits BITS -o recipe.yaml`.")
+    columns = [*_size_columns(problem), problem.unit, "stderr"]
+    print_table(title, columns, [_row(problem, point) for point in points])
+    note(_advice(table, problem, options))
+
+
+def _size_columns(problem: Problem) -> list[str]:
+    """What is said of a recipe's size."""
+    columns = ["bits/weight"]
+    if problem.cached:
+        columns.append("KV bits")
+    columns.append("checkpoint")
+    if problem.kv_tokens:
+        columns.append(f"and {problem.kv_tokens:,} tokens")
+    return columns
+
+
+def _row(problem: Problem, point: dict[str, Any]) -> list[str]:
+    row = [f"{point['bits_per_weight']:.4f}"]
+    if problem.cached:
+        row.append(f"{point['kv_bits']:.4f}")
+    row.append(short_bytes(point["checkpoint_bytes"]))
+    if problem.kv_tokens:
+        row.append(short_bytes(point["size_bytes"]))
+    stderr = point["stderr"]
+    return [*row, f"{point['error']:.4g}", "" if stderr is None else f"± {stderr:.1g}"]
+
+
+def _advice(table: Path, problem: Problem, options: CurveOptions) -> str:
+    """How to take a point: the command whose budget is the axis."""
+    budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"
+    return f"Take one with `mofq search {table} {budget}{options.flags} -o recipe.yaml`."
 
 
 def _point(problem: Problem, frontier: Frontier, k: int) -> dict[str, Any]:
     choice_F = frontier.choice_KF[k]
-    size = int(frontier.bytes_K[k])
+    figures = size_figures(problem, choice_F)
     stderr = None
     if problem.sample_errors is not None:
         stderr = predict(problem, choice_F).additive.stderr
-    return {
-        "bits_per_weight": 8 * size / problem.weights,
-        "bytes": size,
-        "checkpoint_bytes": size + problem.other_bytes,
+    point: dict[str, Any] = {
+        "bits_per_weight": figures["bits_per_weight"],
+        "bytes": figures["bytes"],
+        "checkpoint_bytes": figures["checkpoint_bytes"],
         "error": float(frontier.error_K[k]),
         "stderr": stderr,
         "bound": float(frontier.bound_K[k]),
     }
+    if problem.cached:
+        schemes = problem.schemes_of(choice_F)
+        formats = Counter(schemes[group.name] for group in problem.groups if group.cached)
+        point["kv_bits"] = figures["kv_bits"]
+        point["kv_bytes_per_token"] = figures["kv_bytes_per_token"]
+        point["kv_cache"] = dict(formats)
+    if problem.kv_tokens:
+        point["size_bytes"] = problem.size_of(choice_F) + problem.other_bytes
+    return point
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:

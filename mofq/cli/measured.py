@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.cli.calibrate import load_named
 from mofq.cli.search_options import SearchOptions, search_request
-from mofq.cli.terminal import Bars, note, progress_bars, with_error
+from mofq.cli.terminal import Bars, note, progress_bars, short_bytes, with_error
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ def _in_study(
         decision, front = decide_on_front(table, request, **keys)
     for point in front:
         kl = with_error(point.measured.kl.value, point.measured.kl.stderr)
-        note(f"trial {point.trial}: {point.bits_per_weight:.4f} bits, {kl} nats per token")
+        size = f"{point.size:.4f} bits"
+        if options.kv_tokens:
+            size = f"{short_bytes(round(point.size))} with the cache"
+        note(f"trial {point.trial}: {size}, {kl} nats per token")
     return decision
 
 

@@ -65,7 +65,6 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
-    from mofq.decide.caches import settle_cache
     from mofq.decide.explain import check_layers
     from mofq.recipe import write_recipe
 
@@ -73,7 +72,6 @@ def search_table(options: SearchOptions) -> Decision:
     check_output(options.output)
     table, request = open_for_reading(options.table), search_request(options)
     check_layers(table, options.explain)
-    request = settle_cache(table, request)
     decision = (search_measured if options.is_measured else _decide)(options, table, request)
     write_recipe(decision.recipe, options.output)
     return decision
@@ -82,12 +80,10 @@ def search_table(options: SearchOptions) -> Decision:
 def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
     if not options.explain:
         return []
-    from mofq.decide.caches import settle_cache
     from mofq.decide.explain import explain
     from mofq.table import read_table
 
-    table = read_table(options.table)
-    request = settle_cache(table, search_request(options))
+    table, request = read_table(options.table), search_request(options)
     return [explain(table, request, decision, layer) for layer in options.explain]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -75,17 +76,24 @@ def check_options(options: SearchOptions) -> None:
             f"unknown objective {options.objective!r}."
             + nearest_name(options.objective, _OBJECTIVES)
         )
-    if options.kv_formats and not options.decides_cache:
-        raise MofqError(
-            "--kv-cache says in what the cache may be kept; give --max-kv-bits, or --kv-tokens "
-            "with --max-size, too: without a budget it stays as it is."
-        )
-    if options.decides_cache and options.solver != "exact":
-        raise MofqError("the KV cache is decided by the exact solver; drop --solver.")
+    check_cache_formats(options.kv_formats, options.decides_cache)
     if options.kv_tokens and options.max_size is None and options.max_kl is None:
         raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
     if options.is_measured:
         _check_measured(options)
+
+
+def check_cache_formats(formats: Sequence[str], is_decided: bool) -> None:
+    """Refuse formats of a cache that is not decided.
+
+    Raises:
+        MofqError: The message names the options that are missing.
+    """
+    if formats and not is_decided:
+        raise MofqError(
+            "--kv-cache says in what the cache may be kept; give --max-kv-bits, or --kv-tokens "
+            "with --max-size, too: without a budget it stays as it is."
+        )
 
 
 def _check_measured(options: SearchOptions) -> None:
@@ -129,11 +137,16 @@ def search_request(options: SearchOptions) -> Request:
         time=_time_request(options),
         kv_cache=options.decides_cache,
         kv_tokens=options.kv_tokens,
-        kv_formats=_formats(options.kv_formats),
+        kv_formats=parse_formats(options.kv_formats),
     )
 
 
-def _formats(names: tuple[str, ...]) -> tuple[str, ...] | None:
+def parse_formats(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The canonical names of formats of the cache; None where none is named.
+
+    Raises:
+        SchemeError: A name is not of one.
+    """
     from mofq.kv_cache import parse_cache_scheme
 
     return tuple(parse_cache_scheme(name).name for name in names) or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class GroupDifference:
     after: str | None
     bytes: int | None = None  #: more than before; None: no table was given
     error: Estimate | None = None  #: more than before, paired, in the table's unit
+    is_cache: bool = False  #: of an attention layer's KV cache
+    cache_bytes: float | None = None  #: of one token, more than before
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,19 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     """
     _check_same_model(first, second, table)
     ours, theirs = _schemes(first), _schemes(second)
+    caches = {cache.name for cache in (*first.kv_cache, *second.kv_cache)}
     for name in [*ours, *theirs]:
-        if name in {cache.name for cache in (*first.kv_cache, *second.kv_cache)}:
+        if name in caches:
             ours.setdefault(name, "bf16")
             theirs.setdefault(name, "bf16")
     changed = [
-        GroupDifference(name, ours.get(name), theirs.get(name))
+        GroupDifference(name, ours.get(name), theirs.get(name), is_cache=name in caches)
         for name in dict.fromkeys([*ours, *theirs])
         if ours.get(name) != theirs.get(name)
     ]
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
-    has_caches = bool(first.kv_cache or second.kv_cache)
-    problem = request_problem(table, Request(Budgets(), kv_cache=has_caches))
+    problem = request_problem(table, Request(Budgets(), kv_cache=bool(caches)))
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []
@@ -74,7 +76,9 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
         before, after = first_F[[number]], second_F[[number]]
         size = problem.bytes_of(after) - problem.bytes_of(before)
         error = _loss(problem, before, after)
-        priced.append(GroupDifference(one.group, one.before, one.after, size, error))
+        bits = int(problem.cache_bits_P[after].sum() - problem.cache_bits_P[before].sum())
+        cached = bits / 8 if one.is_cache else None
+        priced.append(replace(one, bytes=size, error=error, cache_bytes=cached))
     priced.sort(key=lambda one: -abs(one.error.value) if one.error is not None else 0.0)
     total = _loss(problem, first_F, second_F)
     return Difference(tuple(priced), unit=problem.unit, total=total)

@@ -18,7 +18,7 @@ from mofq.decide.measured import (
     with_measured,
 )
 from mofq.decide.request import Request, request_problem
-from mofq.decide.study import StudyPlan, dashboard_url, study_name
+from mofq.decide.study import FRONTIER, StudyPlan, dashboard_url, frontier_start, study_name
 from mofq.decide.timing import request_budgets
 from mofq.solvers import Budgets, Problem, solve_frontier
 from mofq.solvers.joined import joined_study
@@ -45,7 +45,6 @@ from mofq.table import Table
 
 #: Points of the frontier that a study starts from, and whose sizes its trials keep.
 _SIZES = 6
-_FRONTIER = "frontier "
 
 
 def decide_on_front(
@@ -67,7 +66,7 @@ def decide_on_front(
 
     Returns:
         The best recipe within the budgets, never worse than the exact solver's; and all
-        recipes that no other beats in measured KL and true bits, smallest first.
+        recipes that no other beats in measured KL and size, smallest first.
 
     Raises:
         MofqError: As `decide`, as the objective, and where the storage cannot be opened.
@@ -105,8 +104,8 @@ def decide_on_front(
 
 
 def _sizes(problem: Problem, starts: Mapping[str, IntArray]) -> list[int]:
-    kept = [one for name, one in starts.items() if name.startswith(_FRONTIER) or name == START]
-    return sorted({problem.bytes_of(choice_F) for choice_F in kept})
+    kept = [one for name, one in starts.items() if name.startswith(FRONTIER) or name == START]
+    return sorted({problem.axis_of(choice_F) for choice_F in kept})
 
 
 def _start_and_best(
@@ -135,8 +134,7 @@ def front_starts(problem: Problem, budgets: Budgets, start_F: IntArray) -> dict[
     frontier = solve_frontier(problem, budgets)
     starts = {START: start_F}
     for k in np.unique(np.linspace(0, len(frontier.bytes_K) - 1, _SIZES).round().astype(int)):
-        bits = 8 * int(frontier.bytes_K[k]) / problem.weights
-        starts[f"{_FRONTIER}{bits:.4f} bits"] = frontier.choice_KF[k]
+        starts[frontier_start(problem, int(frontier.bytes_K[k]))] = frontier.choice_KF[k]
     starts |= uniform_starts(uniform_candidates(problem, budgets, start_F))
     seen: dict[bytes, str] = {}
     for name, choice_F in starts.items():

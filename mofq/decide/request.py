@@ -72,7 +72,8 @@ def _cache_request(request: Request) -> CacheRequest:
             return False
         return refuses is None or refuses(scheme, cache) is None
 
-    return CacheRequest(request.kv_tokens, is_legal)
+    # An engine keeps one format for the whole model, and leaves single layers as they are.
+    return CacheRequest(request.kv_tokens, is_legal, one_format=request.engine is not None)
 
 
 def fusion_group(group: TableGroup) -> FusionGroup:

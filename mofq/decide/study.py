@@ -35,6 +35,7 @@ from mofq.table import Table
 
 #: Points of the frontier that a study starts from, beside the recipe.
 _FRONTIER_STARTS = 3
+FRONTIER = "frontier "
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,19 @@ def study_starts(problem: Problem, budgets: Budgets, start_F: IntArray) -> dict[
     starts = {START: start_F}
     points = zip(frontier.bytes_K[::-1].tolist(), frontier.choice_KF[::-1], strict=True)
     for size, choice_F in list(points)[:_FRONTIER_STARTS]:
-        starts[f"frontier {8 * size / problem.weights:.4f} bits"] = choice_F
+        starts[frontier_start(problem, size)] = choice_F
     starts |= uniform_starts(uniform_candidates(problem, budgets, start_F))
     seen: dict[bytes, str] = {}
     for name, choice_F in starts.items():
         seen.setdefault(choice_F.tobytes(), name)
     return {name: starts[name] for name in seen.values()}
+
+
+def frontier_start(problem: Problem, size: int) -> str:
+    """What a study calls the point of the frontier at a size on its axis."""
+    if problem.kv_tokens:
+        return f"{FRONTIER}{size} bytes"
+    return f"{FRONTIER}{8 * size / problem.weights:.4f} bits"
 
 
 def _notes(found: Searched, plan: StudyPlan) -> list[str]:

@@ -12,7 +12,8 @@ from mofq.decide.request import Request, TimeRequest
 from mofq.device_models import DeviceModel
 from mofq.engines import ENGINES, find_engine
 from mofq.exceptions import BudgetError
-from mofq.latency import group_seconds, other_seconds
+from mofq.kv_cache import cache_bits, is_cache_scheme, parse_cache_scheme
+from mofq.latency import attention_seconds, group_seconds, other_seconds
 from mofq.schemes import parse_scheme
 from mofq.solvers import Budgets, LinearBudget, Problem
 from mofq.table import Table
@@ -97,7 +98,25 @@ def recipe_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) 
         group_seconds(group, parse_scheme(schemes[group.name]), time.device, time.workload)
         for group in table.header.groups
     ]
+    cached = {cache.name: schemes.get(cache.name, "bf16") for cache in table.caches}
+    parts += _cache_seconds(table, cached, time).values()
     return math.fsum([constant_seconds(table, time), *parts])
+
+
+def _cache_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) -> dict[str, float]:
+    """What the format of each layer's cache adds to its attention, against bf16 [s]."""
+    bits = {
+        cache.name: cache_bits(parse_cache_scheme(schemes[cache.name]), cache)
+        for cache in table.caches
+        if schemes[cache.name] != "bf16"
+    }
+    if not bits:
+        return dict.fromkeys(schemes, 0.0)
+    kept, whole = (
+        attention_seconds(table.header.groups, time.device, time.workload, cache_bits=one)
+        for one in (bits, {})
+    )
+    return {name: kept.get(name, 0.0) - whole.get(name, 0.0) for name in schemes}
 
 
 def unquantized_seconds(table: Table, request: Request) -> float | None:
@@ -133,8 +152,14 @@ def time_budget_figures(request: Request) -> dict[str, float | int | str]:
 
 def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:
     groups = {group.name: group for group in table.header.groups}
+    names = [cache.name for cache in table.caches]
+    in_cache = {
+        scheme: _cache_seconds(table, dict.fromkeys(names, scheme), time)
+        for scheme in dict.fromkeys(problem.schemes)
+        if is_cache_scheme(scheme) or scheme == "bf16"
+    }
     seconds = [
-        0.0  # the model of time knows no quantized cache
+        in_cache[scheme][problem.groups[group].name]
         if problem.groups[group].cached
         else group_seconds(
             groups[problem.groups[group].name], parse_scheme(scheme), time.device, time.workload

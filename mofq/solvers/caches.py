@@ -19,6 +19,7 @@ class CacheRequest:
 
     tokens: int = 0  #: of context, whose cache counts as size
     is_legal: Callable[[str, CacheLayer], bool] | None = None  #: what an engine adds
+    one_format: bool = False  #: for all layers but those that are left as they are
 
 
 def cache_groups(
@@ -42,11 +43,16 @@ def cache_groups(
         TableError: The table has no formats of the cache, or errors are in another unit than
             nats, or a row is missing.
     """
-    if not table.caches or unit != KL_UNIT:
+    if not table.caches:
         raise TableError(
-            f"the format of the KV cache is decided in nats, on rows of it; the table has "
-            f"{len(table.caches)} caches, and errors are in {unit}. Measure a search space with "
-            f"the key `kv_cache`, on stats of `mofq calibrate --kv-cache`."
+            "the format of the KV cache is decided in nats, on rows of it, and the table has none. "
+            "Measure a search space with the key `kv_cache`, on stats of `mofq calibrate "
+            "--kv-cache`."
+        )
+    if unit != KL_UNIT:
+        raise TableError(
+            f"the format of the KV cache is decided in nats, and errors are in {unit}: leave "
+            f"--unit out."
         )
     by_corpus = [table.rows_of(unit, name) for name in corpora]
     groups = []

@@ -63,9 +63,19 @@ def least_bytes(problem: Problem, budgets: Budgets) -> int:
     Raises:
         BudgetError: No recipe does.
     """
+    return least_of(problem, budgets, problem.size_P)
+
+
+def least_of(problem: Problem, budgets: Budgets, size_P: IntArray) -> int:
+    """The least of any size that a recipe can have within the budgets.
+
+    Raises:
+        BudgetError: No recipe does.
+    """
     rows = _all_rows(problem, budgets)
-    best = require(problem, _bytes_PK(problem), rows, offered(problem, budgets))
-    return problem.size_of(best.choice_F)
+    cost_PK = size_P.astype(np.float64)[:, None]
+    best = require(problem, cost_PK, rows, offered(problem, budgets))
+    return int(size_P[best.choice_F].sum())
 
 
 def _all_rows(problem: Problem, budgets: Budgets) -> tuple[Row, ...]:

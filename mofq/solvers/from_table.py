@@ -70,6 +70,7 @@ def problem_from_table(
         other_bytes=table.header.other_bytes,
         min_gain=max((one.min_gain for one in spaces), default=10.0),
         kv_tokens=0 if caches is None else caches.tokens,
+        one_format=caches is not None and caches.one_format,
     )
 
 

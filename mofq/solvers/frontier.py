@@ -1,4 +1,8 @@
-"""The whole curve of accuracy against size."""
+"""The whole curve of accuracy against size.
+
+Its axis is the bytes of the layers; where a context's KV cache counts as size, the bytes of the
+checkpoint and that cache together (`Problem.axis_P`).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from mofq.exceptions import BudgetError
-from mofq.solvers.budgets import Budgets, budget_rows, offered
-from mofq.solvers.exact import least_bytes, solve_exact
-from mofq.solvers.problem import FloatArray, IntArray, Problem
+from mofq.solvers.budgets import Budgets, Row, budget_rows, offered
+from mofq.solvers.exact import least_of, solve_exact
+from mofq.solvers.problem import BoolArray, FloatArray, IntArray, Problem
 
 #: Sizes that are solved one by one where there is no hull.
 _SIZES = 50
@@ -23,7 +27,7 @@ class Frontier:
     """Recipes of which none is both smaller and better than another; K of them, smallest first."""
 
     choice_KF: IntArray  #: an option of each fusion group
-    bytes_K: IntArray  #: of all groups
+    bytes_K: IntArray  #: along the axis, ``Problem.axis_of``
     error_K: FloatArray  #: falls from point to point
     bound_K: FloatArray  #: no recipe of this size has less error
 
@@ -56,8 +60,9 @@ def solve_frontier(
 
     Args:
         problem: What may be chosen.
-        budgets: ``max_bits`` and ``max_bytes`` end the curve. Under any other budget, and
-            under ``worst-corpus``, there is no hull and each size is solved on its own.
+        budgets: Those of size end the curve. ``max_kv_bits`` is met once for all where the
+            cache is not on the axis. Under any other budget, and under ``worst-corpus``,
+            there is no hull and each size is solved on its own.
         sizes: Solve exactly at so many sizes, evenly spaced, beside the points of the hull.
 
     Returns:
@@ -67,18 +72,64 @@ def solve_frontier(
         BudgetError: No recipe keeps the budgets.
     """
     budgets = budgets or Budgets()
-    limits = [row.limit for row in budget_rows(problem, budgets) if row.name in _SIZE_ROWS]
-    most = int(min(limits)) if limits else int(problem.bytes_P.sum())
-    other = replace(budgets, max_bits=None, max_bytes=None)
-    has_hull = problem.cost_PK.shape[1] == 1 and other == Budgets()
+    ends = [row for row in budget_rows(problem, budgets) if _is_axis(problem, row)]
+    most = int(min(row.limit for row in ends)) if ends else int(problem.axis_P.sum())
+    named = {row.name for row in ends}
+    other = replace(
+        budgets,
+        max_bits=None if "max_bits" in named else budgets.max_bits,
+        max_bytes=None if "max_bytes" in named else budgets.max_bytes,
+    )
+    cached_F = _best_caches(problem, other)
+    free = other if cached_F is None else replace(other, max_kv_bits=None)
+    has_hull = problem.cost_PK.shape[1] == 1 and free == Budgets()
     points: list[_Point] = []
     if has_hull:
-        points = [point for point in _hull(problem) if point.bytes <= most]
+        paths = [_hull(problem, allowed_P) for allowed_P in _hull_sets(problem, cached_F)]
+        points = [point for point in _bounded(paths) if point.bytes <= most]
         if not points:
             solve_exact(problem, budgets)  # says what the smallest size is
     if sizes is not None or not has_hull:
         points += _solved(problem, other, most=most, sizes=sizes or _SIZES)
     return _non_dominated(points)
+
+
+def sized(problem: Problem, budgets: Budgets, size: int) -> Budgets:
+    """The budgets, and no more than a size on the axis of the frontier.
+
+    Args:
+        problem: Whose axis it is.
+        budgets: Others.
+        size: Of ``Problem.axis_of`` [bytes].
+    """
+    if problem.cached and not problem.kv_tokens:
+        bits = 8 * size / problem.weights
+        known = budgets.max_bits
+        return replace(budgets, max_bits=bits if known is None else min(bits, known))
+    limit, asked = size + problem.other_bytes, budgets.max_bytes
+    return replace(budgets, max_bytes=limit if asked is None else min(limit, asked))
+
+
+def _is_axis(problem: Problem, row: Row) -> bool:
+    """Whether a budget of size ends the curve."""
+    return row.name in _SIZE_ROWS and np.array_equal(row.cost_P, problem.axis_P)
+
+
+def _best_caches(problem: Problem, budgets: Budgets) -> IntArray | None:
+    """A choice with the best caches, where no size on the axis changes which these are."""
+    if budgets.max_kv_bits is None or problem.kv_tokens or problem.cost_PK.shape[1] > 1:
+        return None
+    return solve_exact(problem, Budgets(max_kv_bits=budgets.max_kv_bits)).choice_F
+
+
+def _hull_sets(problem: Problem, cached_F: IntArray | None) -> list[BoolArray]:
+    """The options of each hull: those that go together, the cache as it is given."""
+    if cached_F is None:
+        return list(problem.sets)
+    is_cached_F = np.array([group.cached > 0 for group in problem.groups])
+    is_free_P = ~is_cached_F[problem.group_P]
+    is_free_P[cached_F] = True
+    return [np.asarray(is_free_P & problem.beside(cached_F))]
 
 
 _SIZE_ROWS = ("max_bits", "max_bytes")
@@ -105,16 +156,32 @@ def _non_dominated(points: Sequence[_Point]) -> Frontier:
     )
 
 
-def _hull(problem: Problem) -> list[_Point]:
+def _bounded(paths: Sequence[Sequence[_Point]]) -> list[_Point]:
+    """The points of several hulls: none is better than any of them is at its size."""
+    if len(paths) == 1:
+        return list(paths[0])
+    bytes_K = np.array([point.bytes for path in paths for point in path], dtype=np.float64)
+    bound_K = np.full(len(bytes_K), np.inf)
+    for path in paths:
+        size_J = [point.bytes for point in path]
+        error_J = [point.error for point in path]
+        bound_K = np.minimum(bound_K, np.interp(bytes_K, size_J, error_J, left=np.inf))
+    every = [point for path in paths for point in path]
+    bounds = bound_K.tolist()
+    return [replace(one, bound=min(one.error, b)) for one, b in zip(every, bounds, strict=True)]
+
+
+def _hull(problem: Problem, allowed_P: BoolArray) -> list[_Point]:
     """The path along the hulls of all groups, steepest step first."""
-    cost_P = problem.cost_PK[:, 0]
+    cost_P, size_P = problem.cost_PK[:, 0], problem.axis_P
     steps: list[tuple[float, int, int]] = []
     choice_F = np.zeros(len(problem.groups), dtype=np.int64)
     for group in range(len(problem.groups)):
-        hull = _group_hull(problem.bytes_P, cost_P, problem.options_of(group))
+        options = [p for p in problem.options_of(group) if allowed_P[p]]
+        hull = _group_hull(size_P, cost_P, options)
         choice_F[group] = hull[0]
         for here, there in pairwise(hull):
-            growth = int(problem.bytes_P[there] - problem.bytes_P[here])
+            growth = int(size_P[there] - size_P[here])
             steps.append((float(cost_P[there] - cost_P[here]) / growth, group, there))
     steps.sort()
     points = [_hull_point(problem, choice_F)]
@@ -126,10 +193,10 @@ def _hull(problem: Problem) -> list[_Point]:
 
 def _hull_point(problem: Problem, choice_F: IntArray) -> _Point:
     error = problem.error_of(choice_F)
-    return _Point(choice_F.copy(), problem.bytes_of(choice_F), error, bound=error)
+    return _Point(choice_F.copy(), problem.axis_of(choice_F), error, bound=error)
 
 
-def _group_hull(bytes_P: IntArray, cost_P: FloatArray, options: range) -> list[int]:
+def _group_hull(bytes_P: IntArray, cost_P: FloatArray, options: Sequence[int]) -> list[int]:
     """The options on the lower left convex hull, smallest first; the slope rises towards zero."""
     hull: list[int] = []
     for option in sorted(options, key=lambda p: (bytes_P[p], cost_P[p], p)):
@@ -151,20 +218,20 @@ def _is_above(bytes_P: IntArray, cost_P: FloatArray, last: Sequence[int], option
 
 def _solved(problem: Problem, budgets: Budgets, *, most: int, sizes: int) -> list[_Point]:
     """The optimum at evenly spaced sizes, from the smallest possible to the best there is."""
-    allowed_P = offered(problem, budgets)
-    least = least_bytes(problem, budgets)
+    allowed_P, size_P = offered(problem, budgets), problem.axis_P
+    least = least_of(problem, budgets, size_P)
     if least > most:
         raise BudgetError(
             f"The smallest recipe under the other budgets has {least:,} bytes in its fusion groups "
             f"({8 * least / problem.weights:.4f} bits per weight), more than the curve may reach."
         )
-    largest = [int(problem.bytes_P[p].max()) for p in _by_group(problem, np.flatnonzero(allowed_P))]
+    largest = [int(size_P[p].max()) for p in _by_group(problem, np.flatnonzero(allowed_P))]
     points = []
     for size in np.unique(np.linspace(least, min(most, sum(largest)), sizes).astype(np.int64)):
-        limit = min(max(int(size), least), most) + problem.other_bytes
-        found = solve_exact(problem, replace(budgets, max_bytes=limit))
+        limit = min(max(int(size), least), most)
+        found = solve_exact(problem, sized(problem, budgets, limit))
         error = problem.error_of(found.choice_F)
-        used = problem.bytes_of(found.choice_F)
+        used = problem.axis_of(found.choice_F)
         bound = error if found.bound is None or math.isnan(found.bound) else found.bound
         points.append(_Point(found.choice_F, used, error, bound=bound))
     return points

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from mofq.exceptions import BudgetError
+from mofq.kv_cache import CachedTensor, is_cache_scheme, parse_cache_scheme
 from mofq.schemes import TensorScheme, parse_scheme
 from mofq.solvers.budgets import Budgets, Row, budget_rows, max_kl_rows, offered
 from mofq.solvers.exact import Solution
 from mofq.solvers.problem import BoolArray, FloatArray, IntArray, Problem
 
-#: Bits and granularity of the weights, and of the activations.
+#: Bits and granularity of the weights, and of the activations; or of keys, and of values.
 _Width = tuple[int, str, int, str]
 
 
@@ -25,7 +26,9 @@ def solve_greedy(problem: Problem, budgets: Budgets) -> Solution:
        space offers is tried; of those that keep the budgets the one of least total
        error is taken. A group that has no scheme of the width takes one of the
        same bits, or stays unquantized, or takes its best. The unquantized scheme
-       is no width of its own unless there is no other.
+       is no width of its own unless there is no other. Where the KV cache is decided too,
+       so are its formats, of equal bits and granularity of keys and of values, and each of
+       their widths is tried beside each of the layers'; as it is, is one of them.
     2. *Granularity*, only under ``max_finer``. Step 1 then chooses among ``base``
        schemes alone. The groups are ranked by what their best finer scheme
        removes from the error, per layer, and take it in this order where every
@@ -64,8 +67,17 @@ def _coarse(problem: Problem, allowed_P: BoolArray) -> BoolArray:
 
 
 def _width(scheme_name: str) -> _Width:
+    if is_cache_scheme(scheme_name):
+        keys, values = parse_cache_scheme(scheme_name).parts.values()
+        return (*_cached_width(keys), *_cached_width(values))
     scheme = parse_scheme(scheme_name)
     return (*_operand_width(scheme.weight), *_operand_width(scheme.activation))
+
+
+def _cached_width(part: CachedTensor | None) -> tuple[int, str]:
+    if part is None:
+        return (16, "")
+    return (part.scheme.element.bits, f"{part.scheme.granularity.name}{part.by_head:+d}")
 
 
 def _operand_width(operand: TensorScheme | None) -> tuple[int, str]:
@@ -75,27 +87,62 @@ def _operand_width(operand: TensorScheme | None) -> tuple[int, str]:
 def _best_width(
     problem: Problem, rows: Sequence[Row], error_P: FloatArray, pool_P: BoolArray
 ) -> IntArray:
-    names = dict.fromkeys(name for name, ok in zip(problem.schemes, pool_P, strict=True) if ok)
-    widths = dict.fromkeys(_width(name) for name in names)
-    quantized = [width for width in widths if width != _width("bf16")] or list(widths)
-    choices = [_choice_of_width(problem, width, error_P, pool_P) for width in quantized]
+    choices = [
+        _choice_of_width(problem, width, cached, error_P, pool_P & set_P)
+        for set_P in problem.sets
+        for width in _layer_widths(problem, pool_P & set_P)
+        for cached in _cache_widths(problem, pool_P & set_P)
+    ]
     fitting = [one for one in choices if all(row.holds(one) for row in rows)]
     if not fitting:
-        least = min(choices, key=problem.bytes_of)
+        raise _too_small(problem, rows, choices)
+    return min(fitting, key=lambda one: (float(error_P[one].sum()), problem.size_of(one)))
+
+
+def _too_small(problem: Problem, rows: Sequence[Row], choices: Sequence[IntArray]) -> BudgetError:
+    alone = (row for row in rows if min(map(row.used, choices)) > row.limit)
+    broken = next(alone, None)
+    least = min(choices, key=problem.size_of if broken is None else broken.used)
+    if broken is None:
         broken = next(row for row in rows if not row.holds(least))
-        raise BudgetError(
-            f"{broken.name}: asked for {broken.shown(broken.limit)}; the smallest choice of one "
-            f"width, which is what greedy chooses, has {broken.shown(broken.used(least))}. "
-            f"Raise the budget, or use the solver exact."
-        )
-    return min(fitting, key=lambda one: (float(error_P[one].sum()), problem.bytes_of(one)))
+    return BudgetError(
+        f"{broken.name}: asked for {broken.shown(broken.limit)}; the smallest choice of one "
+        f"width, which is what greedy chooses, has {broken.shown(broken.used(least))}. "
+        f"Raise the budget, or use the solver exact."
+    )
+
+
+def _layer_widths(problem: Problem, pool_P: BoolArray) -> list[_Width]:
+    names = _names(problem, pool_P, cached=False)
+    widths = dict.fromkeys(_width(name) for name in names)
+    return [width for width in widths if width != _width("bf16")] or list(widths)
+
+
+def _cache_widths(problem: Problem, pool_P: BoolArray) -> list[_Width | None]:
+    """Those of the cache's formats; None alone where it is not decided."""
+    names = _names(problem, pool_P, cached=True)
+    return list(dict.fromkeys(_width(name) for name in names)) or [None]
+
+
+def _names(problem: Problem, pool_P: BoolArray, *, cached: bool) -> dict[str, None]:
+    return {
+        name: None
+        for name, group, ok in zip(problem.schemes, problem.group_P, pool_P, strict=True)
+        if ok and (problem.groups[group].cached > 0) == cached
+    }
 
 
 def _choice_of_width(
-    problem: Problem, width: _Width, error_P: FloatArray, pool_P: BoolArray
+    problem: Problem,
+    layer_width: _Width,
+    cache_width: _Width | None,
+    error_P: FloatArray,
+    pool_P: BoolArray,
 ) -> IntArray:
     choice = []
     for group in range(len(problem.groups)):
+        width = cache_width if problem.groups[group].cached else layer_width
+        assert width is not None
         options = [p for p in problem.options_of(group) if pool_P[p]]
         of_width = {p: _width(problem.schemes[p]) for p in options}
         same = [p for p in options if of_width[p] == width]
@@ -118,7 +165,7 @@ def _refine(
     gains = []
     for group, chosen in enumerate(choice_F.tolist()):
         finer = [p for p in problem.options_of(group) if allowed_P[p] and not problem.is_base_P[p]]
-        if finer:
+        if finer and not problem.groups[group].cached:
             best = min(finer, key=lambda p: error_P[p])
             gain = float(error_P[chosen] - error_P[best]) / len(problem.groups[group].layers)
             gains.append((gain, group, best))

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mofq.solvers.budgets import Row
-from mofq.solvers.core import price, reduce_problem
+from mofq.solvers.core import Core, Prices, price, reduce_problem
 from mofq.solvers.labels import TooManyLabelsError, search_labels
 from mofq.solvers.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.solvers.program import search_program
@@ -57,10 +57,43 @@ def minimise(
         and simplest. None: no choice keeps all rows.
     """
     tightest = _tightest_of_equal(rows)
-    core = reduce_problem(problem, cost_PK, tightest, allowed_P)
-    prices = None if core is None else price(core)
-    if core is None or prices is None:
+    cores = []
+    for number, set_P in enumerate(problem.sets):
+        priced = _priced_core(problem, cost_PK, tightest, allowed_P & set_P)
+        if priced is not None:
+            cores.append((priced[1].bound, number, priced))
+    best: Optimum | None = None
+    for bound, _, (core, prices) in sorted(cores, key=lambda one: one[:2]):
+        if best is not None and bound > best.value:
+            break
+        found = _search(core, prices, cost_PK, tightest)
+        if found is not None and (best is None or _rank(problem, found) < _rank(problem, best)):
+            best = found
+    if best is None:
         return None
+    shown = [best.prices[n] if (n := _position(tightest, row)) is not None else 0.0 for row in rows]
+    least = min(bound for bound, _, _ in cores)
+    return replace(best, bound=min(least, best.value), prices=tuple(shown))
+
+
+def _rank(problem: Problem, one: Optimum) -> tuple[float, int]:
+    return one.value, problem.size_of(one.choice_F)
+
+
+def _priced_core(
+    problem: Problem, cost_PK: FloatArray, rows: Sequence[Row], allowed_P: BoolArray
+) -> tuple[Core, Prices] | None:
+    """The core of options that go together; None where no choice of them keeps all rows."""
+    if not np.bincount(problem.group_P[allowed_P], minlength=len(problem.groups)).all():
+        return None
+    core = reduce_problem(problem, cost_PK, rows, allowed_P)
+    prices = None if core is None else price(core)
+    return None if core is None or prices is None else (core, prices)
+
+
+def _search(
+    core: Core, prices: Prices, cost_PK: FloatArray, tightest: Sequence[Row]
+) -> Optimum | None:
     few_sums = cost_PK.shape[1] + len(tightest) <= 2
     try:
         most = _LABELS_OF_TWO_SUMS if few_sums else _LABELS_OF_MORE
@@ -71,10 +104,7 @@ def minimise(
         return None
     value = max(math.fsum(column) for column in cost_PK[choice_F].T)
     raw_R = prices.price_R / core.divisor_R
-    shown = [
-        float(raw_R[n]) if (n := _position(tightest, row)) is not None else 0.0 for row in rows
-    ]
-    return Optimum(choice_F, value, bound=min(prices.bound, value), prices=tuple(shown))
+    return Optimum(choice_F, value, bound=prices.bound, prices=tuple(map(float, raw_R)))
 
 
 def _tightest_of_equal(rows: Sequence[Row]) -> list[Row]:

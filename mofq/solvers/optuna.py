@@ -46,8 +46,10 @@ from mofq.solvers.refine import (
 from mofq.solvers.sampler import (
     START,
     Sampler,
+    is_allowed,
     needs_start,
     propose_new,
+    set_sizes,
     start_trial,
     study_space,
 )
@@ -211,10 +213,10 @@ def run_trials(
     def objective(trial: Trial) -> float:
         chosen = {g: trial.suggest_categorical(g, d.choices) for g, d in schemes.items()}
         choice_F = problem.choice_of({g.name: str(chosen[g.name]) for g in problem.groups})
-        if not all(row.holds(choice_F) for row in rows):
+        if not is_allowed(problem, rows, choice_F):
             raise optuna.TrialPruned("over the budget")  # queued by hand
         trial.set_user_attr("recipe", problem.schemes_of(choice_F))
-        trial.set_user_attr("bits_per_weight", 8 * problem.bytes_of(choice_F) / problem.weights)
+        set_sizes(trial, problem, choice_F)
         windows: list[float] = []
         for window, value in enumerate(measure(problem.schemes_of(choice_F))):
             windows.append(value)

@@ -1,4 +1,7 @@
-"""Measured KL and true bits as the two objectives of one Optuna study.
+"""Measured KL and size as the two objectives of one Optuna study.
+
+Size is true bits per weight; where a context's KV cache counts as size, the bytes of the
+checkpoint and that cache together.
 
 The study starts from recipes along the whole frontier. Each further trial takes one of their
 sizes in turn, and `thompson` proposes what lies around the best recipe that was measured at no
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import optuna
@@ -18,13 +21,22 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mofq.solvers.budgets import Budgets, budget_rows
+from mofq.solvers.frontier import sized
 from mofq.solvers.optuna import quiet
 from mofq.solvers.problem import IntArray, Problem
 from mofq.solvers.refine import Measure, Measured, Progress, paired, require_windows
-from mofq.solvers.sampler import START, Sampler, needs_start, propose_new, study_space
+from mofq.solvers.sampler import (
+    START,
+    Sampler,
+    is_allowed,
+    needs_start,
+    propose_new,
+    set_sizes,
+    study_space,
+)
 from mofq.solvers.thompson import Observation
 
-#: A study of this module minimises KL, then bits per weight.
+#: A study of this module minimises KL, then size.
 OBJECTIVES = 2
 
 
@@ -33,7 +45,7 @@ class FrontPoint:
     """A measured recipe that no other of the study beats in both objectives."""
 
     measured: Measured
-    bits_per_weight: float
+    size: float  #: in the study's second objective, `size_of`
     trial: int  #: its number in the study
 
 
@@ -56,7 +68,7 @@ def run_front(
         problem: What may be chosen.
         budgets: That every recipe keeps. Not ``max_kl``.
         start_F: The start, should it have got lost.
-        sizes: Of all fusion groups; each proposal keeps one of them [bytes].
+        sizes: Of ``Problem.axis_of``; each proposal keeps one of them [bytes].
         measure: The objective.
         trials: Complete ones, those that are there already included.
         seed: Of the proposals, beside the number of the trial.
@@ -73,15 +85,14 @@ def run_front(
     def objective(trial: Trial) -> tuple[float, float]:
         chosen = {g: str(trial.suggest_categorical(g, d.choices)) for g, d in schemes.items()}
         choice_F = problem.choice_of(chosen)
-        if not all(row.holds(choice_F) for row in rows):
+        if not is_allowed(problem, rows, choice_F):
             raise optuna.TrialPruned("over the budget")  # queued by hand
         windows = list(measure(chosen))
         require_windows(windows)
-        bits = 8 * problem.bytes_of(choice_F) / problem.weights
         trial.set_user_attr("recipe", chosen)
-        trial.set_user_attr("bits_per_weight", bits)
+        set_sizes(trial, problem, choice_F)
         trial.set_user_attr("windows", windows)
-        return math.fsum(windows) / len(windows), bits
+        return math.fsum(windows) / len(windows), size_of(problem, choice_F)
 
     with quiet():
         while len(measured_trials(study, problem)) < trials or _start(study, problem) is None:
@@ -92,6 +103,13 @@ def run_front(
                 progress(min(len(measured_trials(study, problem)), trials), trials)
 
 
+def size_of(problem: Problem, choice_F: IntArray) -> float:
+    """True bits per weight; or bytes of the checkpoint and a context's cache."""
+    if problem.kv_tokens:
+        return float(problem.size_of(choice_F) + problem.other_bytes)
+    return 8 * problem.axis_of(choice_F) / problem.weights
+
+
 def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
     """Number -> recipe and windows, of every complete trial."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -99,12 +117,12 @@ def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
 
 
 def measured_front(study: Study, problem: Problem) -> tuple[FrontPoint, ...]:
-    """The recipes that no other beats in KL and in bits, smallest first."""
+    """The recipes that no other beats in KL and in size, smallest first."""
     points = [
-        FrontPoint(one, 8 * problem.bytes_of(one.choice_F) / problem.weights, number)
+        FrontPoint(one, size_of(problem, one.choice_F), number)
         for number, one in measured_trials(study, problem).items()
     ]
-    points.sort(key=lambda one: (one.bits_per_weight, one.measured.kl.value, one.trial))
+    points.sort(key=lambda one: (one.size, one.measured.kl.value, one.trial))
     front: list[FrontPoint] = []
     for point in points:
         if not front or point.measured.kl.value < front[-1].measured.kl.value:
@@ -142,16 +160,14 @@ def _next_choice(
         raise needs_start()
     measured = list(measured_trials(study, problem).values())
     size = sizes[number % len(sizes)]
-    fitting = [one for one in measured if problem.bytes_of(one.choice_F) <= size]
+    fitting = [one for one in measured if problem.axis_of(one.choice_F) <= size]
     best = min(fitting, key=lambda one: one.kl.value, default=None)
     if best is None:  # the recipe of this size got lost: the start of another stands in
-        best = min(measured, key=lambda one: problem.bytes_of(one.choice_F))
-        size = problem.bytes_of(best.choice_F)
-    limit = size + problem.other_bytes
-    asked = budgets.max_bytes
+        best = min(measured, key=lambda one: problem.axis_of(one.choice_F))
+        size = problem.axis_of(best.choice_F)
     return propose_new(
         problem,
-        replace(budgets, max_bytes=limit if asked is None else min(limit, asked)),
+        sized(problem, budgets, size),
         start.choice_F,
         best_F=best.choice_F,
         observations=[

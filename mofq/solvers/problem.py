@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -71,7 +72,11 @@ class Problem:
     other_bytes: int  #: tensors of the checkpoint that are in no group
     min_gain: float
     cache_bits_P: IntArray  #: of one token in the KV cache
-    size_P: IntArray  #: what a budget of size counts: ``bytes_P``, and the cache of some tokens
+    size_P: IntArray  #: what a budget of size counts: ``bytes_P``, and the cache of ``kv_tokens``
+    kv_tokens: int  #: of context, whose cache counts as size
+    #: The format of the cache that an option is, numbered, where a recipe may have one alone;
+    #: -1: it goes with any. None: all options go together.
+    format_P: IntArray | None
 
     @property
     def cached(self) -> int:
@@ -83,6 +88,37 @@ class Problem:
         """Bytes of options on layers alone, which bits per weight count."""
         cached_F = np.array([group.cached > 0 for group in self.groups])
         return np.where(cached_F[self.group_P], 0, self.bytes_P)
+
+    @property
+    def axis_P(self) -> IntArray:
+        """The size that a frontier has as its axis.
+
+        All that a budget of size counts where a context's cache is part of it, else the
+        bytes of the layers.
+        """
+        return self.size_P if self.kv_tokens else self.layer_bytes_P
+
+    @property
+    def sets(self) -> tuple[BoolArray, ...]:
+        """The options that go together, [P] each; every recipe is of one of these sets."""
+        if self.format_P is None:
+            return (np.ones(len(self.schemes), dtype=np.bool_),)
+        numbers = range(max(1, int(self.format_P.max()) + 1))
+        return tuple(np.asarray((self.format_P == n) | (self.format_P < 0)) for n in numbers)
+
+    def goes_together(self, choice_F: IntArray) -> bool:
+        """Whether a choice is of one set."""
+        if self.format_P is None:
+            return True
+        formats = self.format_P[choice_F]
+        return len(np.unique(formats[formats >= 0])) <= 1
+
+    def beside(self, choice_F: IntArray) -> BoolArray:
+        """The options that may take another's place in a choice by themselves, [P]."""
+        if self.format_P is None:
+            return np.ones(len(self.schemes), dtype=np.bool_)
+        number = int(self.format_P[choice_F].max())
+        return np.asarray((self.format_P < 0) | (number < 0) | (self.format_P == number))
 
     @property
     def weights(self) -> int:
@@ -111,6 +147,10 @@ class Problem:
     def size_of(self, choice_F: IntArray) -> int:
         """What a budget of size counts of one option in each group, without ``other_bytes``."""
         return int(self.size_P[choice_F].sum())
+
+    def axis_of(self, choice_F: IntArray) -> int:
+        """Where one option in each group stands on the axis of a frontier [bytes]."""
+        return int(self.axis_P[choice_F].sum())
 
     def schemes_of(self, choice_F: IntArray) -> dict[str, str]:
         """Fusion group -> scheme."""
@@ -148,6 +188,7 @@ def build_problem(
     other_bytes: int = 0,
     min_gain: float = 10.0,
     kv_tokens: int = 0,
+    one_format: bool = False,
 ) -> Problem:
     """Arrays from options.
 
@@ -161,6 +202,7 @@ def build_problem(
         other_bytes: Tensors of the checkpoint that are in no group.
         min_gain: See `finer_is_offered`.
         kv_tokens: Of context, whose cache counts as size.
+        one_format: Whether a recipe may have one quantized format of the cache alone.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus.
@@ -190,7 +232,24 @@ def build_problem(
         min_gain=min_gain,
         cache_bits_P=cache_bits_P,
         size_P=bytes_P + -(-kv_tokens * cache_bits_P // 8),
+        kv_tokens=kv_tokens,
+        format_P=_formats(groups, ordered, starts) if one_format else None,
     )
+
+
+def _formats(
+    groups: Sequence[tuple[ProblemGroup, Sequence[Option]]],
+    ordered: Sequence[Option],
+    starts: Sequence[int],
+) -> IntArray | None:
+    """The quantized formats of caches, numbered; None where there are fewer than two."""
+    numbers: dict[str, int] = {}
+    format_P = np.full(len(ordered), -1, dtype=np.int64)
+    for (group, _), (start, stop) in zip(groups, pairwise(starts), strict=True):
+        for p in range(start, stop):
+            if group.cached and ordered[p].scheme != "bf16":
+                format_P[p] = numbers.setdefault(ordered[p].scheme, len(numbers))
+    return format_P if len(numbers) > 1 else None
 
 
 def _ordered(

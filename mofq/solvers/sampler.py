@@ -12,10 +12,10 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mofq.exceptions import MofqError
-from mofq.solvers.budgets import Budgets, offered
+from mofq.solvers.budgets import Budgets, Row, offered
 from mofq.solvers.problem import IntArray, Problem
 from mofq.solvers.thompson import Observation, propose
 
@@ -42,6 +42,20 @@ def study_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDist
         )
         for n, group in enumerate(problem.groups)
     }
+
+
+def is_allowed(problem: Problem, rows: Sequence[Row], choice_F: IntArray) -> bool:
+    """Whether a recipe, which somebody may have queued by hand, keeps the budgets and is one."""
+    return all(row.holds(choice_F) for row in rows) and problem.goes_together(choice_F)
+
+
+def set_sizes(trial: Trial, problem: Problem, choice_F: IntArray) -> None:
+    """Note the true bits of a recipe in its trial."""
+    size = int(problem.layer_bytes_P[choice_F].sum())
+    trial.set_user_attr("bits_per_weight", 8 * size / problem.weights)
+    if problem.cached:
+        bits = int(problem.cache_bits_P[choice_F].sum())
+        trial.set_user_attr("kv_bits", bits / problem.cached)
 
 
 class Sampler(optuna.samplers.BaseSampler):

@@ -32,7 +32,7 @@ def promising_swaps(
         At most so many choices, the most promising first.
     """
     rows = budget_rows(problem, budgets)
-    moves = _best_moves(problem, rows, solution, allowed_P=offered(problem, budgets))
+    moves = _best_moves(problem, rows, solution, allowed_P=_allowed(problem, budgets, solution))
     if not len(moves):
         return []
     chosen = solution.choice_F[problem.group_P[moves]]
@@ -49,9 +49,13 @@ def promising_swaps(
         swapped_F = solution.choice_F.copy()
         for move in (moves[first_S[n]], moves[second_S[n]]):
             swapped_F[problem.group_P[move]] = move
-        if all(row.holds(swapped_F) for row in rows):
+        if all(row.holds(swapped_F) for row in rows) and problem.goes_together(swapped_F):
             swaps.append(swapped_F)
     return swaps
+
+
+def _allowed(problem: Problem, budgets: Budgets, solution: Solution) -> BoolArray:
+    return np.asarray(offered(problem, budgets) & problem.beside(solution.choice_F))
 
 
 def _best_moves(

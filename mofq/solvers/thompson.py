@@ -77,6 +77,11 @@ def propose(
     # A few groups at a time: what is measured can then be laid at their door.
     count = round(math.exp(generator.uniform(math.log(2), math.log(len(changed)))))
     free = generator.choice(changed, size=count, replace=False)
+    partly_F = best_F.copy()
+    partly_F[free] = everything_F[free]
+    if not problem.goes_together(partly_F):  # the format of the cache changes in one piece
+        cached = [n for n in changed if problem.groups[n].cached]
+        free = np.union1d(free, np.array(cached, dtype=np.int64))
     allowed_P = offered(problem, budgets) & np.isin(problem.group_P, free)
     allowed_P[best_F] = True
     return _optimum(problem, budgets, cost_P, allowed_P)

@@ -89,7 +89,7 @@ def _layers(problem: Problem, moves: Sequence[_Move]) -> int:
 def _simplest_ties(problem: Problem, budgets: Budgets, choice_F: IntArray) -> list[_Move]:
     """The simplest tie of each group that has one; options are in order of simplicity."""
     rows = budget_rows(problem, budgets)
-    allowed_P = offered(problem, budgets)
+    allowed_P = offered(problem, budgets) & problem.beside(choice_F)
     moves = []
     for group, chosen in enumerate(choice_F.tolist()):
         for option in range(int(problem.start_F[group]), chosen):
