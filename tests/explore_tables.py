@@ -20,6 +20,7 @@ from mofq.table import (
     TableLayer,
     TableSpace,
     TableStats,
+    TableWriter,
     bin_width,
     open_table,
 )
@@ -79,10 +80,9 @@ def write_explore_table(
             refused = Rejection(group.name, "int4.g512", "256 is not divisible by 512")
             profiles = [_profile(group, corpora, module) for module in modules_of(group)]
             table.add_group(rows, [refused], profiles=profiles)
-        layers = [_cache(n, prefix, size) for n in range(decoder_layers if caches else 0)]
-        table.add_caches(layers)
-        for cache in layers:
-            table.add_group(_cache_rows(cache, corpora, rng, samples), [])
+        if caches:
+            layers = [_cache(number, prefix, size) for number in range(decoder_layers)]
+            _add_caches(table, layers, corpora, rng, samples)
     return path
 
 
@@ -98,6 +98,18 @@ CACHE_FORMATS = {
 def _cache(number: int, prefix: str, size: int) -> CacheLayer:
     name = f"layers.{number}.attn.kv_cache"
     return CacheLayer(name, f"{prefix}layers.{number}.self_attn", size // 64, 64, number)
+
+
+def _add_caches(
+    table: TableWriter,
+    caches: list[CacheLayer],
+    corpora: tuple[str, ...],
+    rng: np.random.Generator,
+    samples: int,
+) -> None:
+    table.add_caches(caches)
+    for cache in caches:
+        table.add_group(_cache_rows(cache, corpora, rng, samples), [])
 
 
 def _cache_rows(

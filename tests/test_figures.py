@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from mofq.cli.app import app
 from mofq.decide import Request, decide
 from mofq.exceptions import MofqError
-from mofq.explore.figures import FIGURES, FigureInputs, draw_figure, figure_inputs
+from mofq.explore.figure_inputs import figure_inputs
+from mofq.explore.figures import FIGURES, FigureInputs, draw_figure
 from mofq.recipe import write_recipe
 from mofq.solvers import Budgets
 from mofq.table import read_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,19 +26,6 @@ class CurveOptions:
     def decides_cache(self) -> bool:
         """Whether the format of the KV cache is decided with the layers."""
         return self.max_kv_bits is not None or self.kv_tokens > 0
-
-    @property
-    def flags(self) -> str:
-        """The same for a command, each after a space."""
-        named: list[tuple[str, str | None]] = [
-            ("--unit", self.unit),
-            ("--engine", self.engine),
-            ("--space", self.space),
-            ("--max-kv-bits", None if self.max_kv_bits is None else f"{self.max_kv_bits:g}"),
-            ("--kv-tokens", str(self.kv_tokens) if self.kv_tokens else None),
-            *(("--kv-cache", name) for name in self.kv_formats),
-        ]
-        return "".join(f" {flag} {shlex.quote(text)}" for flag, text in named if text is not None)
 
 
 def curve_request(options: CurveOptions) -> Request:

@@ -50,7 +50,8 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
 
 def run_plot(options: DrawOptions, *, kind: str, as_json: bool) -> None:
     """Draw one figure."""
-    from mofq.explore.figures import draw_figure, figure_inputs
+    from mofq.explore.figure_inputs import figure_inputs
+    from mofq.explore.figures import draw_figure
 
     start = monotonic()
     inputs = figure_inputs(

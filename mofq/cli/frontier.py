@@ -10,7 +10,7 @@ from typing import Any
 from mofq.cli.curve import CurveOptions, curve_request
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.decide.request import request_problem
+from mofq.decide.request import request_flags, request_problem
 from mofq.decide.result import size_figures
 from mofq.solvers import Frontier, Problem, predict, solve_frontier
 
@@ -43,7 +43,8 @@ def run_frontier(table: Path, options: CurveOptions, *, sizes: int | None, as_js
     title += f"{100 * frontier.gap:.3g} %"
     columns = [*_size_columns(problem), problem.unit, "stderr"]
     print_table(title, columns, [_row(problem, point) for point in points])
-    note(_advice(table, problem, options))
+    budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"
+    note(f"Take one with `mofq search {table} {budget}{request_flags(request)} -o recipe.yaml`.")
 
 
 def _size_columns(problem: Problem) -> list[str]:
@@ -66,12 +67,6 @@ def _row(problem: Problem, point: dict[str, Any]) -> list[str]:
         row.append(short_bytes(point["size_bytes"]))
     stderr = point["stderr"]
     return [*row, f"{point['error']:.4g}", "" if stderr is None else f"± {stderr:.1g}"]
-
-
-def _advice(table: Path, problem: Problem, options: CurveOptions) -> str:
-    """How to take a point: the command whose budget is the axis."""
-    budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"
-    return f"Take one with `mofq search {table} {budget}{options.flags} -o recipe.yaml`."
 
 
 def _point(problem: Problem, frontier: Frontier, k: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,20 @@ def request_problem(table: Table, request: Request) -> Problem:
         is_legal=is_legal,
         caches=_cache_request(request) if request.kv_cache else None,
     )
+
+
+def request_flags(request: Request) -> str:
+    """What may be chosen, as options of `mofq search`, each after a space; no size."""
+    bits = request.budgets.max_kv_bits
+    named = [
+        ("--unit", request.unit),
+        ("--engine", request.engine),
+        ("--space", request.space),
+        ("--max-kv-bits", None if bits is None else repr(bits).removesuffix(".0")),
+        ("--kv-tokens", str(request.kv_tokens) if request.kv_tokens else None),
+        *(("--kv-cache", name) for name in request.kv_formats or ()),
+    ]
+    return "".join(f" {flag} {shlex.quote(text)}" for flag, text in named if text is not None)
 
 
 def _cache_request(request: Request) -> CacheRequest:

@@ -18,7 +18,7 @@ from mofq.numerics import NUMERICS
 from mofq.recipe import Recipe, RecipeGroup
 from mofq.schemes import Scheme, parse_scheme
 from mofq.search_space import shape_rejection, statistics_rejection
-from mofq.solvers import KL_UNIT, Problem, predict, usage
+from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_exact, usage
 from mofq.table import Table
 
 
@@ -87,24 +87,32 @@ def _is_static(scheme: Scheme) -> bool:
     return scheme.activation is not None and scheme.activation.needs_tensor_amax
 
 
-def uniform_recipes(table: Table, request: Request) -> dict[str, Recipe]:
+def uniform_recipes(
+    table: Table, request: Request, *, cache: str | None = None
+) -> dict[str, Recipe]:
     """Each scheme that every fusion group of a table may get, for all of them.
 
     Args:
         table: From `mofq measure`.
         request: Its unit, space and engine say which schemes may be had and what is
             predicted of them.
+        cache: The format of the KV cache, where that is decided too; by default what is best
+            within the request's ``max_kv_bits``, or what leaves it as it is.
 
     Returns:
         Scheme name -> recipe.
     """
     problem = request_problem(table, request)
+    budgets = Budgets(max_kv_bits=request.budgets.max_kv_bits)
+    cached_F = None
+    if cache is None and budgets != Budgets():
+        cached_F = solve_exact(problem, budgets).choice_F
     recipes = {}
     stats = table.header.stats
     rests_on = {"table_sha256": table.sha256, "stats_sha256": stats.sha256 if stats else None}
     made_by = _made_by(table.header.numerics, rests_on)
     for name in dict.fromkeys(problem.schemes):
-        choice_F = _uniform_choice(problem, name)
+        choice_F = _uniform_choice(problem, name, cached_F, cache=cache or "bf16")
         if choice_F is not None:
             result = size_figures(problem, choice_F)
             if problem.unit == KL_UNIT:
@@ -138,14 +146,14 @@ def best_uniform(
 
 
 def _uniform_choice(
-    problem: Problem, scheme: str, choice_F: np.ndarray | None = None
+    problem: Problem, scheme: str, choice_F: np.ndarray | None = None, *, cache: str = "bf16"
 ) -> np.ndarray | None:
-    """One scheme for every layer; caches as in a choice, or as they are."""
+    """One scheme for every layer; caches as in a choice, or all in one format."""
     chosen = []
     for number, group in enumerate(problem.groups):
         if group.cached and choice_F is not None:
             chosen.append(int(choice_F[number]))
             continue
-        wanted = "bf16" if group.cached else scheme
+        wanted = cache if group.cached else scheme
         chosen += [p for p in problem.options_of(number) if problem.schemes[p] == wanted]
     return np.array(chosen, dtype=np.int64) if len(chosen) == len(problem.groups) else None

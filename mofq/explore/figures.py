@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.decide import Request
-from mofq.decide.request import request_problem
+from mofq.decide.measured import recipe_choice
 from mofq.exceptions import MofqError, nearest_name
-from mofq.explore.content import element_name, module_name, scheme_order
+from mofq.explore.content import element_name, map_places, scheme_order
+from mofq.explore.figure_inputs import FigureInputs
 from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier import frontier_recipes
 from mofq.explore.named_points import (
-    MeasuredPoint,
     NamedPoint,
+    axis_value,
     greedy_points,
-    read_validation,
-    recipe_point,
     uniform_points,
 )
 from mofq.solvers import KL_UNIT, Budgets, Problem
 from mofq.solvers.problem import FloatArray
-from mofq.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +32,8 @@ if TYPE_CHECKING:
 _POINTS = 60
 #: Schemes that a figure of lines can tell apart.
 _LINES = 12
-#: Label, bits per weight, value, colour.
+_LONG_NAME = 32
+#: Label, place on the axis, value, colour.
 _Name = tuple[str, float, float, str]
 _FORMATS = (".png", ".svg", ".pdf")
 _STYLE: Any = {  # names that only matplotlib knows
@@ -49,53 +46,12 @@ _STYLE: Any = {  # names that only matplotlib knows
 }
 
 
-@dataclass(frozen=True, slots=True)
-class FigureInputs:
-    """What figures are drawn from."""
-
-    table: Table
-    problem: Problem
-    request: Request
-    recipes: tuple[NamedPoint, ...]
-    measured: tuple[MeasuredPoint, ...]
-
-    @property
-    def quantity(self) -> str:
-        """Of the errors, with their unit."""
-        if self.problem.unit == KL_UNIT:
-            return "KL [nats per token]"
-        return self.problem.unit.replace("_", " ")
-
-
-def figure_inputs(
-    table: Table,
-    *,
-    recipes: Sequence[Path] = (),
-    validations: Sequence[Path] = (),
-    request: Request | None = None,
-) -> FigureInputs:
-    """Read what belongs to a table; see `page_content`.
-
-    Raises:
-        MofqError: The table is not complete, or a recipe or validation does not belong to it.
-    """
-    request = request or Request(Budgets(), ties=False)
-    problem = request_problem(table, request)
-    return FigureInputs(
-        table,
-        problem,
-        request=request,
-        recipes=tuple(recipe_point(path, table, problem) for path in recipes),
-        measured=tuple(read_validation(path, table.header) for path in validations),
-    )
-
-
 def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
     """Draw one figure; the same inputs give the same bytes.
 
     Args:
         kind: A key of `FIGURES`.
-        inputs: From `figure_inputs`.
+        inputs: From `mofq.explore.figure_inputs`.
         path: Ends in ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
@@ -135,34 +91,46 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
     axes = figure.subplots()
     points = frontier_recipes(inputs.table, inputs.problem, request=inputs.request, most=_POINTS)
     key = "kl_nats_per_token" if inputs.problem.unit == KL_UNIT else "error"
-    bits_K = _results(points, "bits_per_weight")
+    choices = [recipe_choice(inputs.problem, point.recipe) for point in points]
+    at_K = np.array([inputs.place(axis_value(inputs.problem, one)) for one in choices])
     value_K, stderr_K = _results(points, key), _results(points, "kl_stderr")
-    axes.plot(bits_K, value_K, color="#0b62d6", label="frontier, predicted")
+    axes.plot(at_K, value_K, color="#0b62d6", label="frontier, predicted")
     if inputs.problem.unit == KL_UNIT:
         low_K, high_K = value_K - 2 * stderr_K, value_K + 2 * stderr_K
-        axes.fill_between(bits_K, low_K, high_K, color="#0b62d6", alpha=0.18, lw=0)
+        axes.fill_between(at_K, low_K, high_K, color="#0b62d6", alpha=0.18, lw=0)
     uniforms = [
         one
         for one in uniform_points(inputs.table, inputs.problem, inputs.request)
         if one.label != "bf16"
     ]
-    greedy = greedy_points(inputs.problem, uniforms)
-    named = _measurements(axes, inputs.measured)
-    named += _mark(axes, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
-    plain = _mark(axes, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer")
+    greedy = greedy_points(
+        inputs.problem, uniforms, Budgets(max_kv_bits=inputs.request.budgets.max_kv_bits)
+    )
+    named = _measurements(axes, inputs)
+    named += _mark(axes, inputs, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
+    plain = _mark(
+        axes, inputs, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer"
+    )
     # Drawn over the uniform ones, and named before them.
-    named += _mark(axes, greedy, style=("s", "#7a3fb8"), label="greedy, predicted") + plain
+    named += _mark(axes, inputs, greedy, style=("s", "#7a3fb8"), label="greedy, predicted") + plain
     axes.set_yscale("log")
     if uniforms:
-        least, most = min(bits_K), max(one.bits_per_weight or 0.0 for one in uniforms)
-        axes.set_xlim(least - 0.15, min(most + max(0.5, (most - least) / 4), max(bits_K)))
-        visible = value_K[(bits_K <= axes.get_xlim()[1]) & (value_K > 0)]
-        axes.set_ylim(bottom=0.7 * min(visible))
+        most = max(inputs.place(one.at or 0.0) for one in uniforms)
+        margin = 0.02 * (most - min(at_K)) if inputs.problem.kv_tokens else 0.15
+        _limit(axes, at_K, value_K, most, margin)
     _write_names(axes, named)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(xlabel="true bits per weight", ylabel=inputs.quantity)
+    axes.set(xlabel=inputs.axis, ylabel=inputs.quantity)
     axes.set_title(inputs.table.header.model_name, parse_math=False)
     axes.legend(frameon=False)
+
+
+def _limit(axes: Axes, at_K: FloatArray, value_K: FloatArray, most: float, margin: float) -> None:
+    """As far as something is to be compared."""
+    least = min(at_K)
+    axes.set_xlim(least - margin, min(most + max(0.5, (most - least) / 4), max(at_K)))
+    visible = value_K[(at_K <= axes.get_xlim()[1]) & (value_K > 0)]
+    axes.set_ylim(bottom=0.7 * min(visible))
 
 
 def _results(points: Sequence[Any], key: str) -> np.ndarray:
@@ -170,10 +138,11 @@ def _results(points: Sequence[Any], key: str) -> np.ndarray:
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 
-def _measurements(axes: Axes, measured: Sequence[MeasuredPoint]) -> list[_Name]:
-    for number, one in enumerate(measured):
+def _measurements(axes: Axes, inputs: FigureInputs) -> list[_Name]:
+    drawn = [(inputs.place(one.at), one) for one in inputs.measured if one.at is not None]
+    for number, (at, one) in enumerate(drawn):
         axes.errorbar(
-            one.bits_per_weight,
+            at,
             one.kl_nats_per_token,
             2 * (one.kl_stderr or 0.0),
             fmt="o",
@@ -181,17 +150,22 @@ def _measurements(axes: Axes, measured: Sequence[MeasuredPoint]) -> list[_Name]:
             color="#0a7a4b",
             label="_" if number else "measured",
         )
-    return [(one.label, one.bits_per_weight, one.kl_nats_per_token, "#0a7a4b") for one in measured]
+    return [(one.label, at, one.kl_nats_per_token, "#0a7a4b") for at, one in drawn]
 
 
 def _mark(
-    axes: Axes, points: Sequence[NamedPoint], *, style: tuple[str, str], label: str
+    axes: Axes,
+    inputs: FigureInputs,
+    points: Sequence[NamedPoint],
+    *,
+    style: tuple[str, str],
+    label: str,
 ) -> list[_Name]:
     marker, colour = style
     names: list[_Name] = []
     for one in points:
-        if one.value is not None and one.bits_per_weight is not None:
-            names.append((one.label, one.bits_per_weight, one.value, colour))
+        if one.value is not None and one.at is not None:
+            names.append((one.label, inputs.place(one.at), one.value, colour))
     bits, values = [name[1] for name in names], [name[2] for name in names]
     if names:
         axes.plot(bits, values, marker, color=colour, ms=4, label=label)
@@ -225,18 +199,17 @@ def _map(figure: Figure, inputs: FigureInputs) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    groups = inputs.table.header.groups
-    modules = list(dict.fromkeys(module_name(group) for group in groups))
-    layers = sorted({group.layers[0].decoder_layer or 0 for group in groups})
+    places = [(layer or 0, module) for layer, module in _places(inputs)]
+    modules = list(dict.fromkeys(module for _, module in places))
+    layers = sorted({layer for layer, _ in places})
     order = scheme_order(inputs.problem, inputs.recipes)
     colours = _colours(order)
     figure.set_size_inches(7.2, (0.32 * len(modules) + 0.6) * len(inputs.recipes) + 0.7)
     rows = figure.subplots(len(inputs.recipes), squeeze=False)
     for axes, recipe in zip(rows[:, 0], inputs.recipes, strict=True):
         picture = np.full((len(modules), len(layers)), np.nan)
-        for group, scheme in zip(groups, recipe.schemes, strict=True):
-            place = layers.index(group.layers[0].decoder_layer or 0)
-            picture[modules.index(module_name(group)), place] = order.index(scheme)
+        for (layer, module), scheme in zip(places, recipe.schemes, strict=False):
+            picture[modules.index(module), layers.index(layer)] = order.index(scheme)
         axes.pcolormesh(
             picture,
             cmap=ListedColormap(colours),
@@ -255,7 +228,18 @@ def _map(figure: Figure, inputs: FigureInputs) -> None:
     rows[-1, 0].set_xlabel("decoder layer")
     used = [name for name in order if any(name in recipe.schemes for recipe in inputs.recipes)]
     patches = [Patch(color=colours[order.index(name)], label=name) for name in used]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    columns = 4 if max(map(len, used)) <= _LONG_NAME else 2
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=7
+    )
+
+
+def _places(inputs: FigureInputs) -> list[tuple[int | None, str]]:
+    """The groups of the map; caches, which come last, where a recipe quantizes any."""
+    places = map_places(inputs.table, inputs.problem)
+    layers = len(inputs.table.header.groups)
+    quantized = any(set(recipe.schemes[layers:]) - {"bf16"} for recipe in inputs.recipes)
+    return places if quantized else places[:layers]
 
 
 def _colours(schemes: Sequence[str]) -> list[tuple[float, float, float]]:
@@ -280,8 +264,9 @@ def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
     Of many schemes the best of each element format stands for the others.
     """
     axes = figure.subplots()
-    problem, groups = inputs.problem, inputs.table.header.groups
-    layers = sorted({group.layers[0].decoder_layer or 0 for group in groups})
+    problem = inputs.problem
+    places = [layer or 0 for layer, _ in map_places(inputs.table, problem)]
+    layers = sorted(set(places))
     order = [name for name in scheme_order(problem, ()) if name != "bf16"]
     cost_P = problem.cost_PK.max(axis=1)
     if len(order) > _LINES:
@@ -290,7 +275,7 @@ def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
         total: dict[int, float] = {}
         for p, scheme in enumerate(problem.schemes):
             if scheme == name:
-                layer = groups[int(problem.group_P[p])].layers[0].decoder_layer or 0
+                layer = places[int(problem.group_P[p])]
                 total[layer] = total.get(layer, 0.0) + float(cost_P[p])
         drawn = [layer for layer in layers if total.get(layer, 0.0) > 0]
         axes.plot(drawn, [total[n] for n in drawn], "-o", ms=2.5, lw=1.2, color=colour, label=name)

@@ -8,11 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mofq.decide import Request, decide
+from mofq.decide.request import request_problem
 from mofq.recipe import Recipe
-from mofq.solvers import Budgets, Frontier, Problem, solve_frontier
+from mofq.solvers import KL_UNIT, Budgets, Frontier, Problem, solve_frontier
+from mofq.solvers.frontier import sized
 from mofq.solvers.problem import FloatArray, IntArray
 from mofq.table import Table
 
+#: Bits of a cached number that nobody quantizes.
+_AS_IT_IS = 16.0
 #: As many points as a slider can tell apart, and deciding them takes seconds.
 MOST_POINTS = 160
 
@@ -24,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 class FrontierRecipe:
     """One point of the frontier."""
 
-    max_bits: float  #: the budget under which `mofq search` finds it: its own true bits
+    flags: tuple[str, str]  #: the budget under which `mofq search` finds it: its own size
     recipe: Recipe
 
 
@@ -41,26 +45,48 @@ def frontier_recipes(
     Args:
         table: From `mofq measure`.
         problem: What the request may choose from in the table.
-        request: What may be chosen; its budgets and its rule for ties do not count.
+        request: What may be chosen; its rule for ties does not count, and of its budgets that
+            on the cache alone.
         most: Keep at most so many points; see `spaced_points`.
         progress: Told after each point.
 
     Returns:
         Recipes in the order of their size, each different from the one before.
     """
-    frontier = solve_frontier(problem)
+    others = Budgets(max_kv_bits=request.budgets.max_kv_bits)
+    frontier = solve_frontier(problem, others)
     found: list[FrontierRecipe] = []
     points = spaced_points(frontier, most)
     for number, k in enumerate(points):
-        max_bits = 8 * int(frontier.bytes_K[k]) / problem.weights
-        budgets = Budgets(max_bits=max_bits)
+        budgets, flags = _budget(problem, others, int(frontier.bytes_K[k]))
         one = replace(request, budgets=budgets, ties=False)
         recipe = decide(table, one, problem=problem).recipe
-        if not found or recipe.groups != found[-1].recipe.groups:
-            found.append(FrontierRecipe(max_bits, recipe))
+        last = found[-1].recipe if found else None
+        if last is None or (recipe.groups, recipe.kv_cache) != (last.groups, last.kv_cache):
+            found.append(FrontierRecipe(flags, recipe))
         if progress is not None:
             progress("frontier", number + 1, len(points))
     return tuple(found)
+
+
+def _budget(problem: Problem, others: Budgets, size: int) -> tuple[Budgets, tuple[str, str]]:
+    """A size on the frontier's axis as a budget, and as `mofq search` takes it."""
+    if problem.kv_tokens:
+        budgets = sized(problem, others, size)
+        return budgets, ("--max-size", f"{budgets.max_bytes}")
+    # The digits of repr are enough to give the very same number back.
+    max_bits = 8 * size / problem.weights
+    return replace(others, max_bits=max_bits), ("--max-bits", repr(max_bits))
+
+
+def shown_request(table: Table, request: Request) -> Request:
+    """The request with the KV cache as it is, where nobody asked for it and the table has it.
+
+    So a page or a figure shows what every format of it would cost.
+    """
+    if request.kv_cache or not table.caches or request_problem(table, request).unit != KL_UNIT:
+        return request
+    return replace(request, kv_cache=True, budgets=Budgets(max_kv_bits=_AS_IT_IS))
 
 
 def spaced_points(frontier: Frontier, most: int) -> IntArray:
@@ -89,12 +115,13 @@ def _steps(values_K: FloatArray) -> FloatArray:
 
 
 def best_for_corpus(
-    problem: Problem, corpus: int, *, choices: Sequence[IntArray]
+    problem: Problem, budgets: Budgets, corpus: int, *, choices: Sequence[IntArray]
 ) -> list[IntArray]:
     """What could be chosen instead of each choice if only one corpus counted.
 
     Args:
         problem: Of several corpora.
+        budgets: Of all of them, ``max_kv_bits`` alone.
         corpus: The index of the one that counts.
         choices: An option of each fusion group, [fusion groups].
 
@@ -110,10 +137,10 @@ def best_for_corpus(
         sample_errors=None,
         projections=None,
     )
-    frontier = solve_frontier(alone)
+    frontier = solve_frontier(alone, budgets)
     best = []
     for choice_F in choices:
-        k = frontier.at(problem.bytes_of(choice_F))
+        k = frontier.at(problem.axis_of(choice_F))
         is_better = k is not None and frontier.error_K[k] < alone.error_of(choice_F)
         best.append(frontier.choice_KF[k] if is_better else choice_F)
     return best

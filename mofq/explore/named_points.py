@@ -10,6 +10,7 @@ from typing import Any
 from mofq.decide import Request, uniform_recipes
 from mofq.documents import parse_json, read_text
 from mofq.exceptions import BudgetError, MofqError, RecipeError
+from mofq.kv_cache import is_cache_scheme
 from mofq.recipe import Recipe, load_recipe
 from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
 from mofq.solvers.problem import IntArray
@@ -27,10 +28,11 @@ class NamedPoint:
     label: str
     solver: str | None  #: that made it, as far as its file says
     bits_per_weight: float | None
-    checkpoint_bytes: int | None
+    kv_bits: float | None  #: per cached number; None: not known, or not decided
+    at: float | None  #: on the axis of the frontier, see `axis_value`
     value: float | None  #: predicted, in the unit of the page
     stderr: float | None
-    schemes: tuple[str, ...]  #: of each fusion group of the table
+    schemes: tuple[str, ...]  #: of each fusion group of the table, and each cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +42,80 @@ class MeasuredPoint:
     label: str
     text: str
     bits_per_weight: float
+    at: float | None  #: on the axis of the frontier; None: the file does not say
     kl_nats_per_token: float
     kl_stderr: float | None
     predicted: float | None
     predicted_stderr: float | None
 
 
+def axis_value(problem: Problem, choice_F: IntArray) -> float:
+    """Where a choice stands: true bits per weight; or bytes of all that counts as size."""
+    if problem.kv_tokens:
+        return problem.size_of(choice_F) + problem.other_bytes
+    return 8 * problem.axis_of(choice_F) / problem.weights
+
+
 def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[NamedPoint, ...]:
-    """Every scheme that all fusion groups may get."""
-    recipes = uniform_recipes(table, request)
-    return tuple(
-        _point(recipe, problem, kind="uniform", label=name) for name, recipe in recipes.items()
-    )
+    """Every scheme that all fusion groups may get.
+
+    Where a context's KV cache counts as size, each beside the cache as it is, and with one
+    format for all of that too, as far as none of these is both smaller and better.
+    """
+    points = [
+        _point(recipe, problem, kind="uniform", label=name)
+        for name, recipe in uniform_recipes(table, request).items()
+    ]
+    if not problem.kv_tokens:
+        return tuple(points)
+    formats = [name for name in dict.fromkeys(problem.schemes) if is_cache_scheme(name)]
+    pairs = [
+        _point(recipe, problem, kind="uniform", label=f"{name}, {cache}")
+        for cache in formats
+        for name, recipe in uniform_recipes(table, request, cache=cache).items()
+    ]
+    best: list[NamedPoint] = []
+    for one in sorted([*points, *pairs], key=lambda one: (one.at or 0.0, one.value or 0.0)):
+        if not best or (one.value or 0.0) < (best[-1].value or 0.0):
+            best.append(one)
+    return (*points, *(one for one in best if one not in points))
 
 
-def greedy_points(problem: Problem, uniforms: Sequence[NamedPoint]) -> tuple[NamedPoint, ...]:
+def greedy_points(
+    problem: Problem, uniforms: Sequence[NamedPoint], budgets: Budgets
+) -> tuple[NamedPoint, ...]:
     """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes."""
-    sizes = sorted({one.bits_per_weight for one in uniforms if one.bits_per_weight is not None})
+    sizes = sorted({one.at for one in uniforms if one.at is not None})
     found: dict[tuple[str, ...], NamedPoint] = {}
-    for bits in sizes:
+    for size in sizes:
+        limit = replace(budgets, max_bits=size)
+        if problem.kv_tokens:
+            limit = replace(budgets, max_bytes=int(size))
         try:
-            choice_F = solve_greedy(problem, Budgets(max_bits=bits)).choice_F
+            choice_F = solve_greedy(problem, limit).choice_F
         except BudgetError:
             continue  # no width is as small for every fusion group
         schemes = tuple(problem.schemes[int(p)] for p in choice_F)
-        if len(set(schemes)) > 1 and schemes not in found:
+        if _is_mixed(problem, schemes) and schemes not in found:
             one = NamedPoint(
-                "greedy", "", "greedy", None, None, value=None, stderr=None, schemes=schemes
+                "greedy", "", "greedy", None, None, None, value=None, stderr=None, schemes=schemes
             )
             one = _predicted(one, problem, choice_F)
-            found[schemes] = replace(one, label=f"greedy, {one.bits_per_weight:.2f} bits")
+            found[schemes] = replace(one, label=f"greedy, {_shown(problem, one)}")
     return tuple(found.values())
+
+
+def _is_mixed(problem: Problem, schemes: Sequence[str]) -> bool:
+    """Whether layers have several schemes, or caches several formats."""
+    kinds: dict[bool, set[str]] = {}
+    for group, scheme in zip(problem.groups, schemes, strict=True):
+        kinds.setdefault(group.cached > 0, set()).add(scheme)
+    return any(len(names) > 1 for names in kinds.values())
+
+
+def _shown(problem: Problem, one: NamedPoint) -> str:
+    at = one.at or 0.0
+    return f"{at / 1e6:.4g} MB" if problem.kv_tokens else f"{at:.2f} bits"
 
 
 def recipe_point(path: Path, table: Table, problem: Problem) -> NamedPoint:
@@ -133,6 +178,7 @@ def read_validation(path: Path, header: TableHeader) -> MeasuredPoint:
         label=Path(str(content.get("candidate", path.stem))).stem,
         text=Path(str(content.get("text", ""))).name,
         bits_per_weight=_needed(content, "bits_per_weight", path),
+        at=_needed(content, "bits_per_weight", path),
         kl_nats_per_token=_needed(content, "kl_nats_per_token", path),
         kl_stderr=_number(content, "kl_stderr", path),
         predicted=_number(content, "predicted_kl_nats_per_token", path),
@@ -140,8 +186,21 @@ def read_validation(path: Path, header: TableHeader) -> MeasuredPoint:
     )
 
 
+def placed(
+    measured: Sequence[MeasuredPoint], compared: Sequence[NamedPoint], problem: Problem
+) -> tuple[MeasuredPoint, ...]:
+    """Measurements on the axis of the frontier.
+
+    A validation knows no size of a context's cache; the recipe of its name, which is compared
+    too, does.
+    """
+    if not problem.kv_tokens:
+        return tuple(measured)
+    sizes = {Path(one.label).stem: one.at for one in compared}
+    return tuple(replace(one, at=sizes.get(one.label)) for one in measured)
+
+
 def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> NamedPoint:
-    by_group = {group.name: group.scheme for group in recipe.groups}
     schemes = _schemes_of(recipe, problem, label=label)
     value = recipe.kl_nats_per_token if problem.unit == KL_UNIT else None
     solver = recipe.made_by.get("solver")
@@ -150,14 +209,34 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> NamedP
         label,
         solver if isinstance(solver, str) else None,
         recipe.bits_per_weight,
-        None,
+        _figure(recipe, "kv_bits"),
+        at=_at(recipe, problem),
         value=value,
         stderr=None,
         schemes=schemes,
     )
-    if all(name in _offered(problem, n) for n, name in enumerate(schemes)):
-        return _predicted(point, problem, problem.choice_of(by_group))
+    knows_cache = all(one.parsed.is_unquantized for one in recipe.kv_cache) or problem.cached > 0
+    if knows_cache and all(name in _offered(problem, n) for n, name in enumerate(schemes)):
+        named = zip(problem.groups, schemes, strict=True)
+        return _predicted(
+            point, problem, problem.choice_of({group.name: name for group, name in named})
+        )
     return point
+
+
+def _at(recipe: Recipe, problem: Problem) -> float | None:
+    """On the axis, as far as the recipe's file says."""
+    if not problem.kv_tokens:
+        return recipe.bits_per_weight
+    size, cached = _figure(recipe, "checkpoint_bytes"), _figure(recipe, "kv_bytes_per_token")
+    if cached is None and not recipe.kv_cache:
+        cached = 2.0 * problem.cached  # as it is
+    return None if size is None or cached is None else size + problem.kv_tokens * cached
+
+
+def _figure(recipe: Recipe, key: str) -> float | None:
+    value = recipe.result.get(key)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> NamedPoint:
@@ -165,10 +244,14 @@ def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> Named
     value, stderr = predicted.value, predicted.stderr
     if problem.unit != KL_UNIT:
         value, stderr = problem.error_of(choice_F), None
+    kv_bits = None
+    if problem.cached:
+        kv_bits = int(problem.cache_bits_P[choice_F].sum()) / problem.cached
     return replace(
         point,
         bits_per_weight=used.bits_per_weight,
-        checkpoint_bytes=used.checkpoint_bytes,
+        kv_bits=kv_bits,
+        at=axis_value(problem, choice_F),
         value=value,
         stderr=stderr,
     )
@@ -176,13 +259,18 @@ def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> Named
 
 def _schemes_of(recipe: Recipe, problem: Problem, *, label: str) -> tuple[str, ...]:
     by_layers = {frozenset(group.layers): group.scheme for group in recipe.groups}
-    missing = next((g for g in problem.groups if frozenset(g.layers) not in by_layers), None)
+    layers = [group for group in problem.groups if not group.cached]
+    missing = next((g for g in layers if frozenset(g.layers) not in by_layers), None)
     if missing is not None:
         raise RecipeError(
             f"{label}: has no fusion group of the layers of {missing.name}, and the table has. "
             f"Compare recipes of one model."
         )
-    return tuple(by_layers[frozenset(group.layers)] for group in problem.groups)
+    caches = {one.name: one.scheme for one in recipe.kv_cache}
+    return tuple(
+        caches.get(group.name, "bf16") if group.cached else by_layers[frozenset(group.layers)]
+        for group in problem.groups
+    )
 
 
 def _offered(problem: Problem, group: int) -> Sequence[str]:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from mofq.recipe import Recipe, RecipeGroup, recipe_text
+from mofq.recipe_cache import RecipeCache, cache_lines
 from mofq.table import Table
 
+_UNQUANTIZED = "bf16"
 #: A recipe's text: what stands before the groups, the lines of each group, what follows.
 _Cut = tuple[list[str], list[list[str]], list[str]]
 
@@ -25,12 +27,14 @@ def recipe_parts(
     Args:
         table: With the static activation maxima of its options.
         recipes: At least one; they differ in budget, result and schemes only.
-        options: For each fusion group the schemes that it may get.
+        options: For each fusion group, and then each cache, the schemes that it may get.
 
     Returns:
         ``top``: the first lines of all; ``heads``: the other lines before the groups, of
         each recipe; ``groups``: for each the lines of its ``name`` and ``layers``, the line
-        of each option in ``schemes``, and in ``amax`` what some options add; ``tail``.
+        of each option in ``schemes``, and in ``amax`` what some options add; ``tail``;
+        ``caches``: the same of each cache, and ``cache_head`` before them, where a recipe
+        quantizes any of them.
     """
     cuts = [_cut(recipe_text(recipe)) for recipe in recipes]
     heads = [head for head, _, _ in cuts]
@@ -40,9 +44,26 @@ def recipe_parts(
     return {
         "top": "\n".join(heads[0][:common]) + "\n",
         "heads": ["\n".join(head[common:]) + "\n" for head in heads],
-        "groups": _group_parts(table, recipes[0], options),
+        "groups": _group_parts(table, recipes[0], options[: len(recipes[0].groups)]),
         "tail": "\n".join(cuts[0][2]),
+        **_cache_parts(table, options[len(recipes[0].groups) :]),
     }
+
+
+def _cache_parts(table: Table, options: Sequence[Sequence[str]]) -> dict[str, Any]:
+    amax = {(row.group, row.scheme): row.static_amax for row in table.rows if row.static_amax}
+    head, parts = "", []
+    for cache, schemes in zip(table.caches, options, strict=False):
+        part: dict[str, Any] = {"name": "", "schemes": [], "amax": {}}
+        for option, scheme in enumerate(schemes):
+            one = RecipeCache(cache.name, scheme, amax.get((cache.name, scheme)))
+            head, part["name"], line, *more = cache_lines([one])
+            part["schemes"].append(line)
+            if more:
+                part["amax"][str(option)] = "\n".join(more) + "\n"
+        part["plain"] = schemes.index(_UNQUANTIZED)
+        parts.append(part)
+    return {"cache_head": head, "caches": parts}
 
 
 def join_recipe(parts: dict[str, Any], point: int, *, choice: Sequence[int]) -> str:
@@ -51,13 +72,21 @@ def join_recipe(parts: dict[str, Any], point: int, *, choice: Sequence[int]) -> 
     Args:
         parts: From `recipe_parts`.
         point: Which of the recipes.
-        choice: For each fusion group the index of its option.
+        choice: For each fusion group, and then each cache, the index of its option.
     """
     text = parts["top"] + parts["heads"][point]
-    for group, option in zip(parts["groups"], choice, strict=True):
+    count = len(parts["groups"])
+    for group, option in zip(parts["groups"], choice[:count], strict=True):
         text += f"{group['name']}\n{group['schemes'][option]}\n{group['layers']}\n"
         text += group["amax"].get(str(option), "")
-    return str(text + parts["tail"])
+    text += parts["tail"]
+    cached = list(zip(parts["caches"], choice[count:], strict=True))
+    if any(option != cache["plain"] for cache, option in cached):
+        text += f"{parts['cache_head']}\n"
+        for cache, option in cached:
+            text += f"{cache['name']}\n{cache['schemes'][option]}\n"
+            text += cache["amax"].get(str(option), "")
+    return str(text)
 
 
 def _group_parts(
@@ -93,4 +122,4 @@ def _cut(text: str) -> _Cut:
             blocks[-1].append(line)
         else:
             blocks.append([line])
-    return lines[:start], blocks, lines[stop:]
+    return lines[:start], blocks, [lines[stop], ""]

@@ -211,8 +211,6 @@ def build_problem(
     bytes_P = np.array([one.bytes for one in ordered], dtype=np.int64)
     cache_bits_P = np.array([one.cache_bits for one in ordered], dtype=np.int64)
     group_P = np.repeat(np.arange(len(groups)), np.diff(starts))
-    is_cached_F = np.array([group.cached > 0 for group, _ in groups], dtype=np.bool_)
-    is_base_P = np.array([one.scheme in base for one in ordered], dtype=np.bool_)
     return Problem(
         unit=unit,
         corpora=corpora,
@@ -226,7 +224,7 @@ def build_problem(
         stderr_PC=_stderrs(ordered),
         sample_errors=_per_corpus(ordered, [one.sample_errors for one in ordered]),
         projections=_per_corpus(ordered, [one.projections for one in ordered]),
-        is_base_P=is_base_P & ~is_cached_F[group_P],  # a bf16 base is one of layers
+        is_base_P=_is_base(groups, ordered, group_P, base),
         tokens_per_projection=tokens_per_projection,
         other_bytes=other_bytes,
         min_gain=min_gain,
@@ -235,6 +233,18 @@ def build_problem(
         kv_tokens=kv_tokens,
         format_P=_formats(groups, ordered, starts) if one_format else None,
     )
+
+
+def _is_base(
+    groups: Sequence[tuple[ProblemGroup, Sequence[Option]]],
+    ordered: Sequence[Option],
+    group_P: IntArray,
+    base: Sequence[str],
+) -> BoolArray:
+    """Base schemes; a bf16 base is one of layers, and not of a cache that is left as it is."""
+    is_cached_F = np.array([group.cached > 0 for group, _ in groups], dtype=np.bool_)
+    is_base_P = np.array([one.scheme in base for one in ordered], dtype=np.bool_)
+    return is_base_P & ~is_cached_F[group_P]
 
 
 def _formats(

@@ -6,22 +6,22 @@ function cssColour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// Every point beside the frontier: {kind, label, bits, value, stderr, from?}.
+// Every point beside the frontier: {kind, label, at, value, stderr, from?}.
 function marks() {
   const named = content.named
-    .filter((one) => one.bits_per_weight !== null && one.value !== null)
+    .filter((one) => one.at !== null && one.value !== null)
     .map((one, number) => ({
       kind: one.kind,
       label: one.label,
-      bits: one.bits_per_weight,
+      at: one.at,
       value: one.value,
       stderr: one.stderr,
       number,
     }));
-  const measured = !content.is_kl ? [] : content.measured.map((one) => ({
+  const measured = !content.is_kl ? [] : placedMeasurements().map((one) => ({
     kind: "measured",
     label: one.label,
-    bits: one.bits_per_weight,
+    at: one.at,
     value: one.kl_nats_per_token,
     stderr: one.kl_stderr,
     from: one.predicted,
@@ -30,28 +30,34 @@ function marks() {
   return [...named, ...measured];
 }
 
+// A validation says nothing of a context; without the recipe of its name it has no place.
+function placedMeasurements() {
+  return content.measured.filter((one) => one.at !== null);
+}
+
 function isLog() {
   return byId("log").checked;
 }
 
-// The bits that are drawn: all of them, or as far as something but bf16 is to be compared.
-function bitsRange() {
+// The part of the axis that is drawn: all of it, or as far as something but bf16 is to be compared.
+function axisRange() {
   const others = content.named
-    .filter((one) => one.label !== "bf16" && one.bits_per_weight !== null)
-    .map((one) => one.bits_per_weight)
-    .concat(content.measured.map((one) => one.bits_per_weight));
-  const least = Math.min(points[0].bits_per_weight, ...others);
-  let most = Math.max(points[points.length - 1].bits_per_weight, ...others);
+    .filter((one) => one.label !== "bf16" && one.at !== null)
+    .map((one) => one.at)
+    .concat(placedMeasurements().map((one) => one.at));
+  const least = Math.min(points[0].at, ...others);
+  let most = Math.max(points[points.length - 1].at, ...others);
   if (!byId("whole").checked && others.length) {
-    most = Math.min(most, Math.max(...others) + Math.max(0.5, (Math.max(...others) - least) / 2));
+    const some = HAS_CONTEXT ? 0 : 0.5;
+    most = Math.min(most, Math.max(...others) + Math.max(some, (Math.max(...others) - least) / 2));
   }
   const margin = (most - least || 1) * 0.03;
   return [least - margin, most + margin];
 }
 
 function valueRange() {
-  const [least, most] = bitsRange();
-  const drawn = points.filter((one) => one.bits_per_weight >= least && one.bits_per_weight <= most);
+  const [least, most] = axisRange();
+  const drawn = points.filter((one) => one.at >= least && one.at <= most);
   const values = [...drawn.map(pointValue), ...marks().map((one) => one.value)];
   const largest = Math.max(...values) || 1;
   if (!isLog()) return [0, largest * 1.08];
@@ -65,7 +71,7 @@ function chartData() {
   const shown = (value) => (isLog() && !(value > 0) ? null : value);
   const stderr = (one) => (content.is_kl ? one.kl_stderr || 0 : 0);
   return [
-    points.map((one) => one.bits_per_weight),
+    points.map((one) => one.at),
     points.map((one) => shown(pointValue(one) + 2 * stderr(one))),
     points.map((one) => (shown(pointValue(one)) === null ? null
       : Math.max(pointValue(one) - 2 * stderr(one), floor))),
@@ -122,9 +128,10 @@ function makeChart() {
       y: { distr: isLog() ? 3 : 1, range: () => valueRange() },
     },
     axes: [
-      axis("true bits per weight", { size: 34 }),
-      axis("checkpoint", { scale: "x", side: 0, size: 22, labelSize: 16, grid: { show: false },
-        splits: (u) => sizeTicks(u), values: (u, ticks) => ticks.map((bits) => roundBytesText(Math.round(sizeAt(bits)))) }),
+      axis(axisName(false), { size: 34, ...(HAS_CONTEXT
+        ? { values: (u, ticks) => ticks.map((size) => roundBytesText(Math.round(size))) } : {}) }),
+      ...(HAS_CONTEXT ? [] : [axis("checkpoint", { scale: "x", side: 0, size: 22, labelSize: 16, grid: { show: false },
+        splits: (u) => sizeTicks(u), values: (u, ticks) => ticks.map((bits) => roundBytesText(Math.round(sizeAt(bits)))) })]),
       axis(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY, { scale: "y",
         size: 56, values: (u, ticks) => ticks.map(tickText) }),
     ],
@@ -144,8 +151,8 @@ function makeChart() {
 
 // The usual range, unless a part of it was dragged out.
 function zoomed(u, from, to) {
-  const first = points[0].bits_per_weight, last = points[points.length - 1].bits_per_weight;
-  return from === null || (from <= first && to >= last) ? bitsRange() : [from, to];
+  const first = points[0].at, last = points[points.length - 1].at;
+  return from === null || (from <= first && to >= last) ? axisRange() : [from, to];
 }
 
 function shape(context, kind, x, y, size) {
@@ -170,16 +177,16 @@ function shape(context, kind, x, y, size) {
 
 const MARK_COLOURS = { uniform: "--text", greedy: "--fourth", recipe: "--second", measured: "--third" };
 
-function place(u, bits, value) {
+function place(u, spot, value) {
   if (isLog() && !(value > 0)) return null;
-  return [u.valToPos(bits, "x", true), u.valToPos(value, "y", true)];
+  return [u.valToPos(spot, "x", true), u.valToPos(value, "y", true)];
 }
 
 function errorBar(u, context, one, at) {
   if (!one.stderr) return;
   const floor = u.bbox.top + u.bbox.height;
-  const low = place(u, one.bits, one.value - 2 * one.stderr);
-  const high = place(u, one.bits, one.value + 2 * one.stderr);
+  const low = place(u, one.at, one.value - 2 * one.stderr);
+  const high = place(u, one.at, one.value + 2 * one.stderr);
   context.beginPath();
   context.moveTo(at[0], low === null ? floor : low[1]);
   context.lineTo(at[0], high[1]);
@@ -198,13 +205,13 @@ function drawMarks(u) {
   const rank = { measured: 0, recipe: 0, greedy: 1, uniform: 2 };
   const sorted = marks().sort((a, b) => rank[a.kind] - rank[b.kind]);
   for (const one of sorted.reverse()) {
-    const at = place(u, one.bits, one.value);
+    const at = place(u, one.at, one.value);
     if (at === null) continue;
     const colour = cssColour(MARK_COLOURS[one.kind]);
     context.strokeStyle = context.fillStyle = colour;
     context.lineWidth = ratio;
     errorBar(u, context, one, at);
-    const from = one.from ? place(u, one.bits, one.from) : null;
+    const from = one.from ? place(u, one.at, one.from) : null;
     if (from) {
       context.setLineDash([2 * ratio, 3 * ratio]);
       context.beginPath();
@@ -225,14 +232,14 @@ function drawMarks(u) {
 
 function drawCurrent(u, context, ratio, taken) {
   const point = points[state.point];
-  const x = u.valToPos(point.bits_per_weight, "x", true);
+  const x = u.valToPos(point.at, "x", true);
   context.strokeStyle = cssColour("--accent");
   context.lineWidth = ratio;
   context.beginPath();
   context.moveTo(x, u.bbox.top);
   context.lineTo(x, u.bbox.top + u.bbox.height);
   context.stroke();
-  const at = place(u, point.bits_per_weight, pointValue(point));
+  const at = place(u, point.at, pointValue(point));
   if (at === null) return;
   context.beginPath();
   context.arc(...at, 7 * ratio, 0, 2 * Math.PI);
@@ -274,7 +281,7 @@ function drawLabels(u, context, ratio, labels, taken) {
 function pointOfPixel(left) {
   let nearest = 0, least = Infinity;
   points.forEach((point, number) => {
-    const distance = Math.abs(chart.valToPos(point.bits_per_weight, "x") - left);
+    const distance = Math.abs(chart.valToPos(point.at, "x") - left);
     if (distance < least) [nearest, least] = [number, distance];
   });
   return nearest;
@@ -290,10 +297,10 @@ function tipOfChart(event) {
   const box = chart.over.getBoundingClientRect();
   const [left, top] = [event.clientX - box.left, event.clientY - box.top];
   const near = marks().find((one) => (!isLog() || one.value > 0)
-    && Math.hypot(chart.valToPos(one.bits, "x") - left, chart.valToPos(one.value, "y") - top) < 10);
+    && Math.hypot(chart.valToPos(one.at, "x") - left, chart.valToPos(one.value, "y") - top) < 10);
   const lines = near ? [
     [near.label, near.kind === "measured" ? `measured on ${near.text}` : near.kind],
-    ["bits per weight", bitsText(near.bits)],
+    [axisName(true), axisText(near.at)],
     [QUANTITY, withError(near.value, near.stderr)],
     ...(near.from ? [["predicted", numberText(near.from)]] : []),
   ] : frontierLines(points[pointOfPixel(left)]);
@@ -303,7 +310,9 @@ function tipOfChart(event) {
 function frontierLines(point) {
   return [
     ["frontier", "click to take"],
-    ["bits per weight", bitsText(point.bits_per_weight)],
+    [axisName(true), axisText(point.at)],
+    ...(HAS_CONTEXT ? [["bits per weight", bitsText(point.bits_per_weight)]] : []),
+    ...(content.cached ? [["bits per cached number", bitsText(point.kv_bits)]] : []),
     [QUANTITY, withError(pointValue(point), content.is_kl ? point.kl_stderr : null)],
   ];
 }

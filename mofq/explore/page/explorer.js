@@ -14,25 +14,27 @@ function paint() {
   const point = points[state.point];
   const slider = byId("slider");
   slider.value = String(state.point);
-  slider.setAttribute("aria-valuetext", `${bitsText(point.bits_per_weight)} bits per weight, `
+  slider.setAttribute("aria-valuetext", `${axisText(point.at)}${HAS_CONTEXT ? "" : " bits per weight"}, `
     + `${QUANTITY} ${numberText(pointValue(point))}`);
-  if (document.activeElement !== byId("bits")) byId("bits").value = bitsUp(point);
+  if (document.activeElement !== byId("bits")) byId("bits").value = axisUp(point);
   byId("now").textContent = `${QUANTITY} ${withError(pointValue(point),
-    content.is_kl ? point.kl_stderr : null)} · ${bytesText(point.checkpoint_bytes)}`;
+    content.is_kl ? point.kl_stderr : null)} · ${HAS_CONTEXT
+    ? `${bitsText(point.bits_per_weight)} + ${bitsText(point.kv_bits)} bits` : bytesText(point.checkpoint_bytes)}`;
   paintCard(point);
   paintMap();
   paintPanel();
   paintDifferences();
   const most = chart && chart.scales.x.max; // null until it is drawn for the first time
-  if (typeof most === "number" && point.bits_per_weight > most) {
+  if (typeof most === "number" && point.at > most) {
     byId("whole").checked = true;
     makeChart();
   } else if (chart) chart.redraw(false);
 }
 
 // Rounded up: typed in again, it is enough for the point.
-function bitsUp(point) {
-  return (Math.ceil(point.bits_per_weight * 1e4 - 1e-7) / 1e4).toFixed(4);
+function axisUp(point) {
+  const shown = HAS_CONTEXT ? point.at / SCALE[1] : point.at;
+  return (Math.ceil(shown * 1e4 - 1e-7) / 1e4).toFixed(4);
 }
 
 function pair(name, value) {
@@ -41,7 +43,10 @@ function pair(name, value) {
 
 function paintCard(point) {
   const figures = [
+    ...(HAS_CONTEXT ? [pair(axisName(false), axisText(point.at))] : []),
     pair("true bits per weight", bitsText(point.bits_per_weight)),
+    ...(content.cached ? [pair("KV cache, true bits per number",
+      `${bitsText(point.kv_bits)}, ${bytesText(point.kv_bytes_per_token)} a token`)] : []),
     pair("checkpoint", bytesText(point.checkpoint_bytes)),
     pair(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY,
       withError(pointValue(point), content.is_kl ? point.kl_stderr : null)),
@@ -53,6 +58,7 @@ function paintCard(point) {
   byId("command").replaceChildren(...point.command.split(/(?<= )/).map((word) =>
     element("span", { text: word, class: word.startsWith("-") ? "word" : null })));
   paintShares(point);
+  paintCaches(point);
   paintCorpora(point);
 }
 
@@ -60,6 +66,7 @@ function paintCard(point) {
 function paintShares(point) {
   const weights = new Map();
   schemesOfChoice(point.choice).forEach((scheme, group) => {
+    if (groups[group].cached) return;
     weights.set(scheme, (weights.get(scheme) || 0) + groups[group].weights);
   });
   const parts = [...weights].sort((a, b) => a[0] - b[0]);
@@ -79,10 +86,22 @@ function paintShares(point) {
   ...(largest.length > 5 ? [element("li", { text: `and ${largest.length - 5} more` })] : []));
 }
 
+// How many attention layers keep their keys and values in each format.
+function paintCaches(point) {
+  byId("caches").hidden = !content.cached;
+  const layers = new Map();
+  schemesOfChoice(point.choice).forEach((scheme, group) => {
+    if (groups[group].cached) layers.set(scheme, (layers.get(scheme) || 0) + 1);
+  });
+  byId("cache-list").replaceChildren(...[...layers].sort((a, b) => b[1] - a[1]).map(([scheme, count]) =>
+    element("li", {}, swatch(scheme), brokenName(scheme),
+      element("span", { class: "count", text: countText(count, "layer") }))));
+}
+
 // A name that may break before its second half.
 function brokenName(scheme) {
-  const [weights, ...activations] = schemeName(scheme).split("+");
-  return element("span", {}, weights, ...activations.flatMap((one) => [element("wbr"), `+${one}`]));
+  const [first, ...others] = schemeName(scheme).split(/(?=[+/])/);
+  return element("span", {}, first, ...others.flatMap((one) => [element("wbr"), one]));
 }
 
 // Per corpus: what this recipe costs, and what a recipe made for that corpus alone would.
@@ -116,6 +135,7 @@ function paintCorpora(point) {
 }
 
 const MOST_DIFFERENCES = 100;
+const layerGroups = groups.filter((one) => !one.cached).length;
 
 function paintDifferences() {
   const shown = selection(state.show), other = selection(state.compare);
@@ -130,16 +150,21 @@ function paintDifferences() {
     found.push({
       group, to: scheme, from: other.schemes[group],
       error: to && from ? optionError(to) - optionError(from) : null,
-      bytes: to && from ? to[BYTES] - from[BYTES] : null,
+      bytes: to && from ? sizeOf(group, to) - sizeOf(group, from) : null,
     });
   });
+  const cached = found.filter((one) => groups[one.group].cached).length;
   found.sort((a, b) => Math.abs(b.error || 0) - Math.abs(a.error || 0));
-  const sum = (key) => found.reduce((total, one) => total + (one[key] || 0), 0);
+  const sum = (key, some = found) => some.reduce((total, one) => total + (one[key] || 0), 0);
+  const apart = found.filter((one) => isPerToken(one.group)), joined = found.filter((one) => !isPerToken(one.group));
   byId("differences-summary").textContent = found.length === 0
     ? `${shown.label} and ${other.label} choose the same everywhere.`
-    : `${found.length} of ${countText(groups.length, "fusion group")} differ. Against ${other.label}, `
+    : `${found.length - cached} of ${countText(layerGroups, "fusion group")}`
+      + (content.cached ? ` and ${cached} of ${countText(groups.length - layerGroups, "KV cache")}` : "")
+      + ` differ. Against ${other.label}, `
       + `${shown.label} costs ${amount(signedText(sum("error"), numberText))} and `
-      + `${signedText(sum("bytes"), bytesText)}`
+      + `${signedText(sum("bytes", joined), bytesText)}`
+      + (apart.length ? `, and ${signedText(sum("bytes", apart), bytesText)} a token of the cache` : "")
       + (unmeasured ? `, without ${countText(unmeasured, "group")} whose schemes the table has not.` : ".");
   const rows = found.slice(0, MOST_DIFFERENCES).map((one) => element("tr", {},
     element("th", { scope: "row" }, element("button", {
@@ -147,7 +172,7 @@ function paintDifferences() {
     element("td", {}, swatch(one.from), schemeName(one.from)),
     element("td", {}, swatch(one.to), schemeName(one.to)),
     element("td", { text: one.error === null ? "–" : signedText(one.error, numberText) }),
-    element("td", { text: one.bytes === null ? "–" : signedText(one.bytes, bytesText) })));
+    element("td", { text: one.bytes === null ? "–" : signedText(one.bytes, (size) => sizeText(one.group, size)) })));
   byId("differences-table").replaceChildren(...(found.length ? [element("table", {},
     element("thead", {}, element("tr", {}, ...["fusion group", "compared", "shown", QUANTITY, "size"]
       .map((text) => element("th", { scope: "col", text })))),
@@ -159,20 +184,22 @@ function paintDifferences() {
 function paintPoints() {
   const kinds = { uniform: () => "uniform", greedy: () => "MoFQ's rule",
     recipe: (one) => (one.solver ? `compared, made by ${one.solver}` : "compared") };
-  const rows = content.named.map((one) => [one.label, kinds[one.kind](one),
-    one.bits_per_weight, withError(one.value, one.stderr), "–"]);
-  content.measured.forEach((one) => rows.push([one.label, `measured on ${one.text}`,
-    one.bits_per_weight, withError(one.predicted, one.predicted_stderr),
+  const sizes = (one) => [one.bits_per_weight, ...(content.cached ? [one.kv_bits] : [])]
+    .map((bits) => (bits === null || bits === undefined ? "–" : bitsText(bits)))
+    .concat(HAS_CONTEXT ? [one.at === null ? "–" : axisText(one.at)] : []);
+  const rows = content.named.map((one) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
+    withError(one.value, one.stderr), "–"]);
+  content.measured.forEach((one) => rows.push([one.at, one.label, `measured on ${one.text}`,
+    ...sizes(one), withError(one.predicted, one.predicted_stderr),
     withError(one.kl_nats_per_token, one.kl_stderr)]));
-  rows.sort((a, b) => (a[2] || 0) - (b[2] || 0));
-  const columns = ["", "", "bits", `${QUANTITY}, predicted`]
-    .concat(content.measured.length ? ["measured"] : []);
+  rows.sort((a, b) => (a[0] || 0) - (b[0] || 0));
+  const columns = ["", "", "bits", ...(content.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
+    `${QUANTITY}, predicted`].concat(content.measured.length ? ["measured"] : []);
   byId("points").replaceChildren(element("table", {},
     element("thead", {}, element("tr", {}, ...columns.map((text) => element("th", { scope: "col", text })))),
-    element("tbody", {}, ...rows.map(([label, kind, bits, ...values]) => element("tr", {},
-      element("th", { scope: "row", text: label }), element("td", { text: kind }),
-      element("td", { text: bits === null ? "–" : bitsText(bits) }),
-      ...values.slice(0, columns.length - 3).map((text) => element("td", { text })))))));
+    element("tbody", {}, ...rows.map(([, label, ...values]) => element("tr", {},
+      element("th", { scope: "row", text: label }),
+      ...values.slice(0, columns.length - 1).map((text) => element("td", { text })))))));
 }
 
 function fillMenus() {
@@ -218,15 +245,15 @@ async function copyCommand() {
 }
 
 function takeBits() {
-  const field = byId("bits"), bits = Number(field.value.trim().replace(",", "."));
-  const least = points[0].bits_per_weight;
-  if (!(bits > 0)) {
-    byId("bits-note").textContent = "A number of bits, for example 4.5.";
+  const field = byId("bits"), number = Number(field.value.trim().replace(",", "."));
+  const at = HAS_CONTEXT ? number * SCALE[1] : number, unit = HAS_CONTEXT ? SCALE[0] : "bits";
+  if (!(at > 0)) {
+    byId("bits-note").textContent = `A number of ${unit}, for example 4.5.`;
     return;
   }
-  setPoint(pointAt(bits));
-  field.value = bitsUp(points[state.point]);
-  if (bits < least) byId("bits-note").textContent = `The smallest has ${least.toFixed(4)} bits.`;
+  setPoint(pointAt(at));
+  field.value = axisUp(points[state.point]);
+  if (at < points[0].at) byId("bits-note").textContent = `The smallest has ${axisUp(points[0])} ${unit}.`;
 }
 
 function themeChanged() {
@@ -268,17 +295,19 @@ function start() {
   byId("model").textContent = content.model;
   byId("lineage").textContent = [
     content.table,
-    countText(groups.length, "fusion group"),
+    countText(layerGroups, "fusion group"),
+    ...(content.cached ? [countText(groups.length - layerGroups, "KV cache")] : []),
     countText(content.schemes.length, "scheme"),
     corpora.length ? `${QUANTITY} from ${countText(content.samples, "sample")} of ${corpora.join(", ")}`
       : `${QUANTITY}, without calibration`,
   ].join(" · ");
   byId("footer").textContent = `Table ${content.table_sha256} · frontier of ${countText(points.length, "recipe")}`;
+  if (HAS_CONTEXT) byId("axis").textContent = `${SCALE[0]} of ${axisName(false)}`;
   byId("slider").max = String(points.length - 1);
   byId("theme").textContent = isDark() ? "Light" : "Dark";
-  const compared = content.named.find((one) => one.kind === "recipe" && one.bits_per_weight !== null);
-  const drawn = points.filter((one) => one.bits_per_weight <= bitsRange()[1]).length;
-  state.point = compared ? pointAt(compared.bits_per_weight) : Math.floor(drawn / 2);
+  const compared = content.named.find((one) => one.kind === "recipe" && one.at !== null);
+  const drawn = points.filter((one) => one.at <= axisRange()[1]).length;
+  state.point = compared ? pointAt(compared.at) : Math.floor(drawn / 2);
   fillMenus();
   listen();
   makeMap();

@@ -191,7 +191,8 @@ function makeLegend(shown) {
 }
 
 function sortedOptions(group) {
-  return [...groups[group].options].sort((a, b) => a[BYTES] - b[BYTES] || optionError(b) - optionError(a));
+  return [...groups[group].options].sort((a, b) =>
+    a[BYTES] - b[BYTES] || a[BITS] - b[BITS] || optionError(b) - optionError(a));
 }
 
 function tipOfCell(group) {
@@ -200,7 +201,7 @@ function tipOfCell(group) {
     element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
       element("td", {}, swatch(option[SCHEME]), schemeName(option[SCHEME])),
       element("td", { text: withError(optionError(option), optionStderr(option)) }),
-      element("td", { text: bytesText(option[BYTES]) })));
+      element("td", { text: sizeText(group, sizeOf(group, option)) })));
   const box = cells[group].getBoundingClientRect();
   showTip(box.right - 6, box.top + box.height / 2,
     element("strong", { text: one.name }),
@@ -230,11 +231,14 @@ function paintPanel() {
   if (state.group === null) return;
   const one = groups[state.group], chosen = selection(state.show).schemes[state.group];
   byId("panel-title").textContent = one.name;
-  const shapes = one.layers.length > 8
+  const [attention, heads, channels] = one.layers[0];
+  const shapes = one.cached ? `${attention}: keys and values of ${countText(heads, "head")} of ${channels} channels`
+    : one.layers.length > 8
     ? `${countText(one.layers.length, "linear layer")}, the first ${one.layers[0][0]}`
     : one.layers.map(([name, out, into]) => `${name} [${out} × ${into}]`).join(", ");
   byId("panel-body").replaceChildren(
-    element("p", { class: "small", text: `${shapes}; ${countText(one.weights, "weight")}` }),
+    element("p", { class: "small", text: `${shapes}; `
+      + (one.cached ? `${countText(one.cached, "number")} a token` : countText(one.weights, "weight")) }),
     ...whySentences(state.group, chosen).map((text) => element("p", { text })),
     element("div", { class: "scroll" }, errorTable(one, chosen)),
     ...(one.rejected.length ? [rejectedList(one)] : []),
@@ -250,16 +254,18 @@ function whySentences(group, chosen) {
   const share = state.show === "frontier" && total > 0 && optionError(here) > 0
     ? `, ${numberText((100 * optionError(here)) / total, 2)} % of the whole recipe's` : "";
   const sentences = [`${schemeName(chosen)}: ${amount(withError(optionError(here), optionStderr(here)))}`
-    + `${share}, ${bytesText(here[BYTES])} `
-    + `(${bitsText((8 * here[BYTES]) / groups[group].weights)} bits per weight).`];
-  const rate = (option) => (optionError(here) - optionError(option)) / (option[BYTES] - here[BYTES]);
-  const better = groups[group].options.filter((o) => o[BYTES] > here[BYTES] && optionError(o) < optionError(here));
-  const smaller = groups[group].options.filter((o) => o[BYTES] < here[BYTES]);
+    + `${share}, ${sizeText(group, sizeOf(group, here))} `
+    + `(${bitsText(here[BITS])} bits per ${groups[group].cached ? "number" : "weight"}).`];
+  const size = (option) => sizeOf(group, option);
+  const rate = (option) => (optionError(here) - optionError(option)) / (size(option) - size(here));
+  const better = groups[group].options.filter((o) => size(o) > size(here) && optionError(o) < optionError(here));
+  const smaller = groups[group].options.filter((o) => size(o) < size(here));
   const sentence = (option, verb) =>
     `${schemeName(option[SCHEME])} would ${verb} `
-    + `${amount(numberText(Math.abs(optionError(option) - optionError(here))))} for ${signedText(option[BYTES] - here[BYTES], bytesText)}: `
-    + `${numberText(rate(option) * 1e6)} a megabyte`;
-  const going = goingRate();
+    + `${amount(numberText(Math.abs(optionError(option) - optionError(here))))} for `
+    + `${signedText(size(option) - size(here), (bytes) => sizeText(group, bytes))}`
+    + (isPerToken(group) ? "" : `: ${numberText(rate(option) * 1e6)} a megabyte`);
+  const going = isPerToken(group) ? null : goingRate();
   if (better.length) {
     const best = better.reduce((a, b) => (rate(b) > rate(a) ? b : a));
     sentences.push(`${sentence(best, "save")}`
@@ -277,11 +283,11 @@ function whySentences(group, chosen) {
 function goingRate() {
   if (state.show !== "frontier" || state.point + 1 >= points.length) return null;
   const [here, next] = [points[state.point], points[state.point + 1]];
-  return (here.error - next.error) / (next.bytes - here.bytes);
+  return (here.error - next.error) / (next.size - here.size);
 }
 
 function errorTable(one, chosen) {
-  const options = sortedOptions(groups.indexOf(one));
+  const group = groups.indexOf(one), options = sortedOptions(group);
   const positive = options.flatMap((option) => option[ERRORS]).filter((error) => error > 0);
   const [least, most] = [Math.min(...positive) / 1.5, Math.max(...positive) * 1.5];
   const along = (value) =>
@@ -289,8 +295,8 @@ function errorTable(one, chosen) {
   const rows = options.map((option) => element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
     element("th", { scope: "row" }, element("span", { class: "named" },
       swatch(option[SCHEME]), brokenName(option[SCHEME]))),
-    element("td", { text: bitsText((8 * option[BYTES]) / one.weights) }),
-    element("td", { text: bytesText(option[BYTES]) }),
+    element("td", { text: bitsText(option[BITS]) }),
+    element("td", { text: sizeText(group, sizeOf(group, option)) }),
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
     ...option[ERRORS].map((error, corpus) => element("td", {
       text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));

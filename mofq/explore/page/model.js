@@ -34,8 +34,35 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-// Of one option: [scheme, bytes, error of each corpus, standard error of each corpus or null].
-const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3;
+// Of one option: [scheme, bytes on the axis, error of each corpus, standard error of each corpus
+// or null, bits per weight or per cached number].
+const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3, BITS = 4;
+
+// The axis: bits per weight; or bytes, where the KV cache of some tokens counts as size.
+const HAS_CONTEXT = content.kv_tokens > 0;
+const SCALE = points[points.length - 1].at >= 1e9 ? ["GB", 1e9] : ["MB", 1e6];
+
+function axisText(at) {
+  return HAS_CONTEXT ? bytesText(Math.round(at)) : bitsText(at);
+}
+
+function axisName(short) {
+  if (!HAS_CONTEXT) return short ? "bits per weight" : "true bits per weight";
+  return short ? "size" : `checkpoint and KV cache of ${countText(content.kv_tokens, "token")}`;
+}
+
+// Of a group's option: its part of the axis; of a cache beside it, what a token takes.
+function isPerToken(group) {
+  return groups[group].cached > 0 && !HAS_CONTEXT;
+}
+
+function sizeOf(group, option) {
+  return isPerToken(group) ? (option[BITS] * groups[group].cached) / 8 : option[BYTES];
+}
+
+function sizeText(group, bytes) {
+  return isPerToken(group) ? `${bytesText(bytes)} a token` : bytesText(bytes);
+}
 
 function mean(values) {
   return values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -70,7 +97,7 @@ function selection(name) {
   if (kind === "frontier") {
     const point = points[state.point];
     return {
-      label: `the frontier at ${bitsText(point.bits_per_weight)} bits`,
+      label: `the frontier at ${axisText(point.at)}${HAS_CONTEXT ? "" : " bits"}`,
       schemes: schemesOfChoice(point.choice),
     };
   }
@@ -90,22 +117,30 @@ function schemeName(scheme) {
 }
 
 // The last point that fits; the first where none does.
-function pointAt(bits) {
+function pointAt(at) {
   let found = 0;
   points.forEach((point, number) => {
-    if (point.bits_per_weight <= bits * (1 + 1e-12)) found = number;
+    if (point.at <= at * (1 + 1e-12)) found = number;
   });
   return found;
 }
 
 function recipeText(number) {
-  const parts = content.recipe;
+  const parts = content.recipe, count = parts.groups.length, choice = points[number].choice;
   let text = parts.top + parts.heads[number];
-  points[number].choice.forEach((option, group) => {
-    const part = parts.groups[group];
+  parts.groups.forEach((part, group) => {
+    const option = choice[group];
     text += `${part.name}\n${part.schemes[option]}\n${part.layers}\n${part.amax[option] || ""}`;
   });
-  return text + parts.tail;
+  text += parts.tail;
+  // A cache that stays as it is everywhere is not spoken of.
+  if (!parts.caches.some((part, cache) => choice[count + cache] !== part.plain)) return text;
+  text += `${parts.cache_head}\n`;
+  parts.caches.forEach((part, cache) => {
+    const option = choice[count + cache];
+    text += `${part.name}\n${part.schemes[option]}\n${part.amax[option] || ""}`;
+  });
+  return text;
 }
 
 // Numbers as people read them.
