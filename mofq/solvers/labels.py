@@ -54,14 +54,13 @@ def search_labels(
     least = 1e-9 * float(core.cost_PK.max(initial=0.0)) or 1.0
     while True:
         choices, complete = _run(core, prices, reach, most_labels)
-        if not choices:
+        # Sums of floats are rounded on their way: only the row itself says whether it holds.
+        best = next((one for one in choices if all(row.holds(one) for row in rows)), None)
+        if best is None:
             if complete:
                 return None
             reach = max(_GROWTH * reach, least)
             continue
-        best = choices[0]
-        if not all(row.holds(best) for row in rows):
-            raise TooManyLabelsError  # at the very limit of a row of floats
         # Under several costs the best in reach may be further away than some out of reach.
         gap = max(math.fsum(column) for column in cost_PK[best].T) - prices.bound
         if complete or gap <= reach:
