@@ -91,6 +91,11 @@ def run_units(
 ) -> Generator[_Result, None, None]:
     """Run a function on every unit, on the cluster that is connected.
 
+    Units that were sent and are not finished when this ends early end with the connection: Ray
+    ends the workers of whoever leaves. They are not cancelled, because Ray aborts the process
+    that cancels a unit at the moment in which its result comes in ("Tried to complete task that
+    was not pending", up to Ray 2.60 at least).
+
     Args:
         function: Of a module, so that workers can import it.
         units: Are sent a few at a time.
@@ -109,15 +114,11 @@ def run_units(
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
     left = iter(units)
     sent = deque(remote.remote(unit) for unit in islice(left, _QUEUED * slots))
-    try:
-        while sent:
-            result = _get(ray, sent[0])
-            sent.popleft()
-            sent.extend(remote.remote(unit) for unit in islice(left, 1))
-            yield result
-    finally:
-        for reference in sent:
-            ray.cancel(reference, force=True)
+    while sent:
+        result = _get(ray, sent[0])
+        sent.popleft()
+        sent.extend(remote.remote(unit) for unit in islice(left, 1))
+        yield result
 
 
 def _slots(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
