@@ -10,13 +10,16 @@ Source: https://docs.ray.io/en/latest/ray-core/fault_tolerance/tasks.html for re
 from __future__ import annotations
 
 import os
+import platform
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
+import mofq
 from mofq.exceptions import ClusterError, MofqError
+from mofq.numerics import NUMERICS
 
 Tell = Callable[[str], None]
 _Unit = TypeVar("_Unit")
@@ -26,6 +29,8 @@ _Result = TypeVar("_Result")
 MAX_RETRIES = 3
 #: Units that are under way or waiting, for each that can run at once.
 _QUEUED = 4
+#: What Ray says where a worker lacks a package.
+_NO_IMPORT = "failed to import on the worker"
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -107,18 +112,33 @@ def run_units(
 
     Raises:
         MofqError: The first that a unit raises.
-        ClusterError: A unit's workers died again and again, or nothing can run it.
+        ClusterError: A unit's workers died again and again, nothing can run it, or a worker has
+            no mofq or another one.
     """
     ray = _import_ray()
     slots = _slots(ray.cluster_resources(), cpus, gpus)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(function)
+    run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_on_worker)
     left = iter(units)
-    sent = deque(remote.remote(unit) for unit in islice(left, _QUEUED * slots))
+    sent = deque(run.remote(function, _this_mofq(), u) for u in islice(left, _QUEUED * slots))
     while sent:
         result = _get(ray, sent[0])
         sent.popleft()
-        sent.extend(remote.remote(unit) for unit in islice(left, 1))
+        sent.extend(run.remote(function, _this_mofq(), unit) for unit in islice(left, 1))
         yield result
+
+
+def _this_mofq() -> str:
+    return f"mofq {mofq.__version__} with numerics {NUMERICS}"
+
+
+def _run_on_worker(function: Callable[[_Unit], _Result], sender: str, unit: _Unit) -> _Result:
+    """Run a function where its numbers are those that the sender would get."""
+    if sender != _this_mofq():
+        raise ClusterError(
+            f"a worker ({platform.node()}) has {_this_mofq()}, and this run is of {sender}. "
+            f"Install the same version on every machine of the cluster."
+        )
+    return function(unit)
 
 
 def _slots(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
@@ -139,6 +159,11 @@ def _get(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MofqError):
             raise error.cause from None
+        if _NO_IMPORT in str(error):
+            raise ClusterError(
+                f"a worker cannot import what it is to run: {str(error).strip().splitlines()[-1]}. "
+                f"Install {_this_mofq()} on every machine of the cluster."
+            ) from error
         raise
     except ray.exceptions.RayError as error:
         raise ClusterError(

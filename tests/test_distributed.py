@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -123,6 +124,22 @@ def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None)
     with pytest.raises(SchemeError, match="layer 3: not finite"):
         found.extend(run_units(refuse, range(9)))
     assert found == [0, 1, 2]
+
+
+def test_a_worker_with_another_mofq_or_none_is_refused(
+    two_workers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours, theirs = "with numerics 7", distributed._this_mofq()
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "NUMERICS", 7)
+        with pytest.raises(ClusterError, match=rf"has {theirs}, .* of .*{ours}\. Install the same"):
+            list(run_units(refuse, range(2)))
+    # A module that this process alone finds, as mofq is where no worker has it.
+    (tmp_path / "only_here.py").write_text("def run(function, sender, unit):\n    return unit\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(distributed, "_run_on_worker", importlib.import_module("only_here").run)
+    with pytest.raises(ClusterError, match=rf"No module named 'only_here'\. Install {theirs} on"):
+        list(run_units(refuse, range(2)))
 
 
 def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(

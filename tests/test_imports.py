@@ -16,13 +16,13 @@ PACKAGE = Path(__file__).parent.parent / "mofq"
 # may import each other.
 RANKS = {
     "exceptions": 0,
+    "numerics": 0,
     "formats": 1,
     "checkpoint": 1,
     "distributed": 1,
     "corpora": 1,
     "demo": 1,
     "held": 1,
-    "numerics": 1,
     "documents": 2,
     "device_models": 3,
     "schemes": 2,
