@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.backends import emulate
+from mofq.backends.loaded import find_loaded_layers, loaded_weight
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.corpora import Corpus, load_text, tokenize
@@ -147,8 +148,8 @@ def endless(element: FloatFormat) -> Version:
 
     def apply(model: PreTrainedModel) -> PreTrainedModel:
         recipe = uniform_of(str(model.config.name_or_path), "fp8_e4m3.unscaled")
-        for group in emulate.find_loaded_layers(model, recipe).groups:
-            weights = {layer.name: emulate.loaded_weight(model, layer) for layer in group.layers}
+        for group in find_loaded_layers(model, recipe).groups:
+            weights = {layer.name: loaded_weight(model, layer) for layer in group.layers}
             emulate.apply_group(model, group, scheme, sources=weights, recipe=recipe)
         return model
 

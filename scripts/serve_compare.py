@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofq.backends.emulate import apply, find_recipe_layers, share_amax, static_amax
+from mofq.backends.emulate import apply, share_amax, static_amax
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.checkpoint.tensors import read_layer_rows, read_tensor

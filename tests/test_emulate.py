@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.backends import emulate
+from mofq.backends.loaded import find_loaded_layers
 from mofq.backends.moe import FakeQuantExperts
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model
@@ -284,9 +285,7 @@ def test_a_model_in_memory_has_the_layers_of_its_checkpoint(
 ) -> None:
     checkpoint = open_checkpoint(str(tiny(family)))
     stored = find_layers(checkpoint)
-    loaded = emulate.find_loaded_layers(
-        load_model(checkpoint.folder), recipe_of(checkpoint, "bf16")
-    )
+    loaded = find_loaded_layers(load_model(checkpoint.folder), recipe_of(checkpoint, "bf16"))
     assert group_names(loaded.groups) == group_names(stored.groups)
     for found, expected in zip(
         (*loaded.unquantized, *(layer for g in loaded.groups for layer in g.layers)),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mofq.backends import apply_recipe, emulate, torchao
+from mofq.backends.loaded import replace_module
 from mofq.backends.torchao import TorchaoLinear
 from mofq.backends.torchao.apply import device_engine, kernel_refusal
 from mofq.backends.torchao.linear import _PRODUCTS
@@ -259,7 +260,7 @@ def let_torchao_quantize(model: nn.Module) -> None:
 
 
 def put(model: nn.Module, module: nn.Module) -> None:
-    emulate.replace_module(model, UP, module)
+    replace_module(model, UP, module)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mofq.backends.emulate import find_recipe_layers
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.exceptions import BackendError

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mofq.backends.emulate import find_recipe_layers
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.exceptions import BackendError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mofq import __version__
-from mofq.backends.emulate import find_recipe_layers
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.documents import write_beside_and_rename
 from mofq.engines import format_name

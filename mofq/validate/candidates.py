@@ -9,13 +9,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mofq.backends import APPLIERS, apply_recipe, emulate
+from mofq.backends import APPLIERS, apply_recipe
 from mofq.backends.compressed_tensors import (
     check_compressed_tensors,
     load_compressed_tensors,
     recipe_from_compressed_tensors,
 )
 from mofq.backends.fitted import open_fits
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint, open_stored
 from mofq.checkpoint.model import load_model
 from mofq.cost import bits_per_weight, group_bytes, weights_of
@@ -165,7 +166,7 @@ def load_candidate(
 
 
 def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
-    layers = emulate.find_recipe_layers(checkpoint, recipe)
+    layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
     return Candidate(

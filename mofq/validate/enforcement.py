@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.backends.cache import cache_deviation
-from mofq.backends.emulate import find_recipe_layers, share_amax, static_amax
+from mofq.backends.emulate import share_amax, static_amax
+from mofq.backends.loaded import find_recipe_layers
 from mofq.backends.moe import FakeQuantExperts
 from mofq.backends.torchao import TorchaoLinear, weight_deviation
 from mofq.checkpoint.headers import Checkpoint

@@ -14,6 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from mofq.backends import emulate
 from mofq.backends.cache import apply_caches
 from mofq.backends.fitted import open_fits
+from mofq.backends.loaded import (
+    find_loaded_layers,
+    find_recipe_layers,
+    loaded_weight,
+    module_path,
+    replace_module,
+    round_kept,
+    scheme_source,
+)
 from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.checkpoint.model import load_model, load_tokenizer
 from mofq.checkpoint.tensors import read_kept_layer
@@ -163,7 +172,7 @@ class MeasuredKl:
             yield score.kl_nats / length
 
     def _apply(self, recipe: Recipe) -> None:
-        layers = emulate.find_recipe_layers(self.checkpoint, recipe)
+        layers = find_recipe_layers(self.checkpoint, recipe)
         check_recipe(recipe, layers, index_sha256=self.checkpoint.index_sha256)
         check_weights(recipe, self.checkpoint)
         stored = {layer.name: layer for group in layers.groups for layer in group.layers}
@@ -172,8 +181,8 @@ class MeasuredKl:
                 self._restore(group, stored)
             self._applied.clear()
             self._stored = layers
-            loaded = emulate.find_loaded_layers(self._model, recipe)
-            emulate.round_kept(self._model, loaded, checkpoint=self.checkpoint, on_disk=layers)
+            loaded = find_loaded_layers(self._model, recipe)
+            round_kept(self._model, loaded, checkpoint=self.checkpoint, on_disk=layers)
             self._loaded = loaded.groups
         choices = {group.name: _choice(group, recipe) for group in self._loaded}
         for group in self._loaded:
@@ -192,16 +201,16 @@ class MeasuredKl:
     def _restore(self, group: FusionGroup, stored: Mapping[str, LinearLayer]) -> None:
         """Put the original's modules and weights back."""
         for layer in group.layers:
-            path = emulate.module_path(layer)
+            path = module_path(layer)
             if path in self._originals:
-                emulate.replace_module(self._model, path, self._originals[path])
+                replace_module(self._model, path, self._originals[path])
             else:
                 self._originals[path] = self._model.get_submodule(path)
         for layer in group.layers:
             if layer.expert is not None and layer.name in stored:  # rounded in place
                 source = stored[layer.name]
                 weight_OI = read_kept_layer(self.checkpoint, source, 0, source.out_features)
-                emulate.loaded_weight(self._model, layer).copy_(weight_OI)
+                loaded_weight(self._model, layer).copy_(weight_OI)
 
     def _quantize(
         self,
@@ -215,18 +224,18 @@ class MeasuredKl:
         if key in self._cache:
             self._cache.move_to_end(key)
             for path, module in self._cache[key].items():
-                emulate.replace_module(self._model, path, module)
+                replace_module(self._model, path, module)
             return
         scheme = parse_scheme(choice[0])
         sources = {
-            layer.name: emulate.scheme_source(self.checkpoint, stored[layer.name], scheme)
+            layer.name: scheme_source(self.checkpoint, stored[layer.name], scheme)
             for layer in group.layers
         }
         emulate.apply_group(
             self._model, group, scheme, sources=sources, recipe=recipe, fits=self._fits
         )
         if all(layer.expert is None for layer in group.layers):
-            paths = [emulate.module_path(layer) for layer in group.layers]
+            paths = [module_path(layer) for layer in group.layers]
             self._cache[key] = {path: self._model.get_submodule(path) for path in paths}
             while sum(map(_bytes, self._cache.values())) > self._cache_bytes:
                 self._cache.popitem(last=False)

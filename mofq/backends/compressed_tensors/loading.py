@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from mofq.backends.compressed_tensors.decoding import read_quantized
 from mofq.backends.compressed_tensors.reading import find_stored_layers
-from mofq.backends.emulate import apply_group, apply_groups, find_loaded_layers, loaded_weight
+from mofq.backends.emulate import apply_group, apply_groups
+from mofq.backends.loaded import find_loaded_layers, loaded_weight
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import read_layer_rows, read_tensor
 from mofq.exceptions import BackendError

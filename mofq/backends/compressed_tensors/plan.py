@@ -18,7 +18,8 @@ from mofq.backends.compressed_tensors.packing import (
     plan_layer,
 )
 from mofq.backends.compressed_tensors.storage import Storage, storage_of
-from mofq.backends.emulate import find_recipe_layers, static_amax
+from mofq.backends.emulate import static_amax
+from mofq.backends.loaded import find_recipe_layers
 from mofq.checkpoint.headers import Checkpoint
 from mofq.checkpoint.tensors import check_scales, read_layer_rows
 from mofq.checkpoint.writer import PlannedTensor

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mofq.backends import emulate as emulation
 from mofq.backends.fitted import check_fits
+from mofq.backends.loaded import module_path, replace_module
 from mofq.backends.torchao.linear import TorchaoLinear
 from mofq.backends.torchao.weights import Target, make_weight
 from mofq.checkpoint.headers import Checkpoint
@@ -181,7 +182,7 @@ def _apply_group(
         amax = emulation.share_amax(group, largest)
     inputs = emulation.static_amax(group, scheme, recipe)
     for layer in group.layers:
-        path = emulation.module_path(layer)
+        path = module_path(layer)
         linear = model.get_submodule(path)
         static = None if inputs is None else inputs[layer.name]
         quantized = quantize_weight(
@@ -196,7 +197,7 @@ def _apply_group(
         layer_made = TorchaoLinear.from_linear(
             linear, scheme, weight_OI=made, target=target, name=layer.name
         )
-        emulation.replace_module(model, path, layer_made)
+        replace_module(model, path, layer_made)
 
 
 def _dtype(model: nn.Module, group: FusionGroup) -> torch.dtype:
