@@ -45,6 +45,15 @@ TO = ("--to", "compressed-tensors")
 EDGES = {"hidden_size": 192, "intermediate_size": 320}
 
 
+def calibrate_and_measure(model: Path, folder: Path) -> Path:
+    """The table of `SPACE`, in nats."""
+    stats, space, table = (folder / n for n in ("stats", "space.yaml", "table.jsonl"))
+    space.write_text(SPACE)
+    ok("calibrate", model, *SHORT, "-o", stats)
+    ok("measure", model, "--space", space, "--stats", stats, "-o", table)
+    return table
+
+
 @pytest.mark.parametrize(
     ("family", "convention", "options"),
     [
@@ -66,12 +75,9 @@ def test_an_fp8_checkpoint_goes_through_the_whole_flow(
 ) -> None:
     source = tiny(family, **options)
     model = write_fp8(source, tmp_path / "m", convention, scales_apart=True, with_inputs=True)
-    space, stats, table = (tmp_path / n for n in ("space.yaml", "stats", "table.jsonl"))
     recipe, exported = tmp_path / "recipe.yaml", tmp_path / "exported"
-    space.write_text(SPACE)
     ok("inspect", model)
-    ok("calibrate", model, *SHORT, "-o", stats)
-    ok("measure", model, "--space", space, "--stats", stats, "-o", table)
+    table = calibrate_and_measure(model, tmp_path)
     ok("search", table, "--max-bits", "8.5", "-o", recipe)
     assert set(load_recipe(recipe).schemes.values()) != {"bf16"}
     layers = find_layers(open_checkpoint(str(model)))
@@ -226,10 +232,7 @@ def test_rounding_to_bf16_is_in_the_table_and_not_nothing(
     convention: str, is_exact: bool, tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:
     model = write_fp8(tiny("llama"), tmp_path / "m", convention)
-    stats, space, table = (tmp_path / n for n in ("stats", "space.yaml", "table.jsonl"))
-    space.write_text(SPACE)
-    ok("calibrate", model, *SHORT, "-o", stats)
-    ok("measure", model, "--space", space, "--stats", stats, "-o", table)
+    table = calibrate_and_measure(model, tmp_path)
     checkpoint = open_checkpoint(str(model))
     weights = {
         group.name: read_layer_rows(checkpoint, group.layers[0], 0, group.layers[0].out_features)

@@ -272,6 +272,24 @@ def test_a_config_of_another_kind_is_refused_and_says_what_is_read(
     assert str(folder) in str(caught.value)
 
 
+def test_a_lone_fp8_tensor_without_a_scale_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    def cast(*names: str) -> Any:
+        def change(tensors: dict[str, Any]) -> None:
+            tensors |= {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items() if n in names}
+
+        return change
+
+    folder = copy_with_tensors(tiny_llama, tmp_path / "one", cast(Q_PROJ))
+    message = refused("measure", folder, "--space", "w8a8", "-o", tmp_path / "table.jsonl")
+    assert f"model.safetensors: {Q_PROJ!r} is F8_E4M3 without a scale, and" in message
+    assert f"{Q_PROJ.replace('.0.', '.1.')!r} is BF16: needed tensors of a kind alike" in message
+    assert "before it was quantized" in message
+    both = copy_with_tensors(
+        tiny_llama, tmp_path / "both", cast(Q_PROJ, Q_PROJ.replace(".0.", ".1."))
+    )
+    assert open_checkpoint(str(both)).source_format == "FP8 without scales"
+
+
 def test_older_modelopt_says_it_in_a_file_of_its_own(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_with_config(
         made["modelopt tensor"], tmp_path / "m", lambda c: c.pop("quantization_config")

@@ -165,7 +165,10 @@ def test_smoothquant_at_one_half_makes_both_ranges_equal() -> None:
 def test_where_it_comes_from_is_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
     out, stats, choices = rewritten(tiny_llama, tmp_path, "bismooth")
     found = json.loads((out / LINEAGE_FILE).read_text())
-    assert found["model"]["index_sha256"] == open_checkpoint(str(tiny_llama)).index_sha256
+    original = open_checkpoint(str(tiny_llama))
+    assert found["model"]["index_sha256"] == original.index_sha256
+    assert found["model"]["weights_sha256"] == hash_weights(original)
+    assert found["model"]["weights_sha256"] != hash_weights(open_checkpoint(str(out)))
     assert (found["stats_sha256"], found["method"]) == (stats.sha256, "bismooth")
     assert list(found["sites"]) == [choice.site.group for choice in choices]
     with pytest.raises(RewriteError, match="holds files already"):

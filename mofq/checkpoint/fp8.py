@@ -10,7 +10,8 @@ A weight is its codes times its scales, in float32. How releases write that down
 - ``modelopt``, with ``quant_algo`` FP8 (a tensor), FP8_PER_CHANNEL_PER_TOKEN (a row) or
   FP8_PB_WO (a block of 128 x 128, as [rows, 1, columns, 1]); older ones say it in
   ``hf_quant_config.json``. ``fbgemm_fp8``: a row.
-- FP8 tensors without any configuration: the codes are the values.
+- FP8 tensors without any configuration: the codes are the values, if all tensors of a kind
+  (``layers.*.mlp.up_proj.weight``) are such ones.
 
 Scales of inputs and of the KV cache say how a source is served and are left out. Only headers
 are read here; the scales themselves are checked when weights are read.
@@ -23,6 +24,7 @@ Source: transformers 5.23 ``integrations/finegrained_fp8.py`` and ``fbgemm_fp8.p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,7 @@ SUPPORTED = (
 )
 
 _CONFIG_KEY = "quantization_config"
+_NUMBER = re.compile(r"\d+")
 _MODELOPT_FILE = "hf_quant_config.json"
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _MODELOPT_BLOCK = (128, 128)
@@ -90,7 +93,7 @@ def read_fp8(
 
     Raises:
         CheckpointError: It is one, and a scale is missing, twice there, or of a shape or dtype
-            that does not fit its weight.
+            that does not fit its weight; or FP8 without scales stands among others.
     """
     codes = [info for info in tensors.values() if info.dtype in FP8_DTYPES and info.shape]
     convention = _read_convention(folder, config)
@@ -98,6 +101,8 @@ def read_fp8(
         return None
     if not convention.kinds and any(_looks_scaled(info, tensors) for info in codes):
         return None
+    if not convention.kinds:
+        _check_alike(codes, tensors)
     read: dict[str, TensorInfo] = {}
     for info in codes:
         scaling = _find_scaling(folder, info, tensors, convention) if convention.kinds else None
@@ -217,6 +222,23 @@ def _scale_names(info: TensorInfo) -> Iterator[str]:
 def _looks_scaled(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a tensor has scales beside it, of which no config says how they are meant."""
     return any(name in tensors for name in _scale_names(info))
+
+
+def _check_alike(codes: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse FP8 without scales where tensors of other layers are none: they may be lost."""
+    others: dict[str, TensorInfo] = {}
+    for info in tensors.values():
+        if info.dtype not in FP8_DTYPES:
+            others.setdefault(_NUMBER.sub("*", info.name), info)
+    for info in codes:
+        other = others.get(_NUMBER.sub("*", info.name))
+        if other is not None:
+            raise CheckpointError(
+                f"{info.file}: {info.name!r} is {info.dtype} without a scale, and {other.name!r} is"
+                f" {other.dtype}: needed tensors of a kind alike, because nothing says whether its"
+                " codes are its values or a scale is lost. Fetch the shards again, or give the"
+                " checkpoint before it was quantized."
+            )
 
 
 def _is_of_activations(name: str) -> bool:

@@ -16,6 +16,7 @@ import mofq
 from mofq.backends.compressed_tensors.folder import copy_other_files
 from mofq.calibration.stats import Stats
 from mofq.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
+from mofq.checkpoint.sampled import hash_weights
 from mofq.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
 from mofq.checkpoint.writer import PlannedTensor, ShardWriter
 from mofq.exceptions import RewriteError
@@ -101,7 +102,11 @@ def lineage(
     return {
         "version": VERSION,
         "mofq": mofq.__version__,
-        "model": {"name": checkpoint.name, "index_sha256": checkpoint.index_sha256},
+        "model": {
+            "name": checkpoint.name,
+            "index_sha256": checkpoint.index_sha256,
+            "weights_sha256": hash_weights(checkpoint),
+        },
         "stats_sha256": stats.sha256,
         "method": method,
         "sites": {
