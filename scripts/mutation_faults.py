@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mutation_fault import Fault
+from mutation_faults_cache import CACHE_AND_SOURCES
 
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One edit, and the tests that must see it."""
-
-    name: str
-    file: str  #: under mofq/
-    old: str  #: stands there exactly once
-    new: str
-    tests: str  #: names of test files without test_ and .py, or one test of a file behind ``::``
-
-
-FAULTS = (
+_NUMBERS = (
     Fault(
         "integers: ties away from even",
         "quantize/rounding.py",
@@ -323,4 +312,48 @@ FAULTS = (
         "if found == needed and weights_sha256 is None:",
         "distributed::test_a_worker_that_sees_another_model_or_other_stats_says_so",
     ),
+    Fault(
+        "a worker with other numerics taken",
+        "distributed.py",
+        "if sender != _this_mofq():",
+        "if not sender:",
+        "distributed::test_a_worker_with_another_mofq_or_none_is_refused",
+    ),
+    Fault(
+        "spread windows: excerpts of a long text from its beginning",
+        "corpora.py",
+        "starts = [len(corpus.text) * i // sequences for i",
+        "starts = [64 * sequence_length * i for i",
+        "corpora",
+    ),
+    Fault(
+        "fitted codes: a scale from the weight as it was",
+        "quantize/feedback.py",
+        "to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)",
+        "to_tiles(weight_OI[:, whole], rows, columns)",
+        "quantize_feedback",
+    ),
+    Fault(
+        "fitted codes: nothing is passed on beyond a batch",
+        "quantize/feedback.py",
+        "adjusted_OI[:, stop:] += sent_OB",
+        "adjusted_OI[:, stop:] += 0 * sent_OB",
+        "quantize_feedback",
+    ),
+    Fault(
+        "Optuna: a trial that died moves those after it",
+        "solvers/sampler.py",
+        "number = trial.number - sum(one.number < trial.number for one in failed)",
+        "number = trial.number",
+        "optuna pareto",
+    ),
+    Fault(
+        "Optuna: a recipe is measured again",
+        "solvers/sampler.py",
+        "if choice_F.tobytes() not in tried:",
+        "if True:",
+        "optuna pareto",
+    ),
 )
+
+FAULTS = (*_NUMBERS, *CACHE_AND_SOURCES)
