@@ -277,9 +277,13 @@ def _row_texts(source: str, path: str, column: str | None, **options: Any) -> It
         raise
     except Exception as error:  # the library raises dozens of kinds for a broken source
         reason = str(error).partition("\n")[0] or type(error).__name__
+        remedy = (
+            "The file is damaged or of another kind: make it again."
+            if "data_files" in options
+            else "Give a local file, or a data set of the hub where there is a network."
+        )
         raise CorpusError(
-            f"text {source!r} cannot be read after row {number}: {reason}. "
-            f"Give a local file, or a data set of the hub where there is a network."
+            f"text {source!r} cannot be read after row {number}: {reason.rstrip('.')}. {remedy}"
         ) from error
 
 

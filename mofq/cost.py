@@ -157,7 +157,10 @@ def parse_size(text: str | int) -> int:
         )
     # Exact: 0.1 is not a binary fraction, and a byte more would be an overshot budget.
     digits, scale = int(whole + fraction), 10 ** len(fraction)
-    return digits * _SIZE_UNITS[unit.lower()] // int(scale)
+    size = int(digits * _SIZE_UNITS[unit.lower()] // int(scale))
+    if size >= 2**63:
+        raise BudgetError(f"{text!r}: no model is as large. Needed less than 2**63 bytes.")
+    return size
 
 
 def _plain_bytes(layer: Matrix, dtype: str) -> int:

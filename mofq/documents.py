@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from mofq.exceptions import MofqError, nearest_name
-from mofq.held import open_new_file
+from mofq.held import check_replaceable, open_new_file
 
 Schema = Mapping[str, Any]
 
@@ -258,7 +258,9 @@ def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]
             )
         if "pattern" in schema and not re.search(schema["pattern"], value):
             raise error(f"{where}: {_shown(value)} does not match {schema['pattern']!r}.")
-    if "const" in schema and value != schema["const"]:
+    # JSON tells true from 1, and Python does not.
+    is_other = "const" in schema and isinstance(value, bool) != isinstance(schema["const"], bool)
+    if is_other or ("const" in schema and value != schema["const"]):
         raise error(f"{where}: must be {schema['const']!r}, found {_shown(value)}.")
     if "enum" in schema and value not in schema["enum"]:
         known = [str(word) for word in schema["enum"]]
@@ -266,6 +268,8 @@ def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]
     if isinstance(value, int | float):
         if "minimum" in schema and value < schema["minimum"]:
             raise error(f"{where}: must be at least {schema['minimum']}, found {value}.")
+        if "maximum" in schema and value > schema["maximum"]:
+            raise error(f"{where}: must be at most {schema['maximum']}, found {value}.")
         if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
             raise error(f"{where}: must be more than {schema['exclusiveMinimum']}, found {value}.")
 
@@ -299,18 +303,20 @@ def strict_object(properties: Mapping[str, Schema], optional: Sequence[str] = ()
     }
 
 
-def write_beside_and_rename(path: Path, text: str) -> None:
-    """Write a whole file so that its final name never shows a part of it.
+def write_beside_and_rename(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, so that its final name never shows a part of it.
 
     Raises:
-        MofqError: The folder is missing, or the disk is full; nothing is left behind.
+        MofqError: The folder is missing, the name is that of something else than a file, or the
+            disk is full; nothing is left behind.
     """
     beside = path.with_name(f".{path.name}.tmp")
+    check_replaceable(path)
     try:
         file = open_new_file(beside)
         try:
-            with open(file, "w", encoding="utf-8", newline="\n", closefd=False) as stream:
-                stream.write(text)
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
             os.fsync(file)
             beside.replace(path)
         except BaseException:

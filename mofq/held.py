@@ -78,6 +78,19 @@ def open_new_file(path: Path) -> int:
         os.close(file)
 
 
+def check_replaceable(path: Path, label: str = "") -> None:
+    """Refuse to put a file in the place of what is none: a folder, a device, a pipe.
+
+    Raises:
+        MofqError: As said.
+    """
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a device or a pipe"
+        raise MofqError(
+            f"{label}{path}: needed the name of a file, found {found}. Name another file."
+        )
+
+
 def try_lock(file: int, *, shared: bool = False) -> bool:
     """Lock an open file or folder; False where another process has a lock that excludes it."""
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX

@@ -40,7 +40,7 @@ def read_advisories(folder: Path) -> Iterator[Mapping[str, Any]]:
     """All that were not withdrawn."""
     for path in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.json"))):
         text = path.read_text("utf-8")
-        read = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.CSafeLoader)
+        read = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         if isinstance(read, dict) and "affected" in read and not read.get("withdrawn"):
             yield read
 

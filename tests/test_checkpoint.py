@@ -84,6 +84,7 @@ def test_scalars_and_empty_tensors_are_sound(tmp_path: Path) -> None:
         (file_of([1, 2]), r"needed a JSON object as the header, found \[1, 2\]"),
         (file_of(b'{"a": 1, "a": 2}'), r"key 'a' stands twice in the header"),
         (file_of(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), r"key 'dtype' stands twice"),
+        (file_of({"__metadata__": {"b": 1}, "a": GOOD_ENTRY}), r"'__metadata__' needs texts"),
         (file_of({"a": 7}), r"tensor 'a': needed dtype, shape and data_offsets, found 7"),
         (file_of({"a": {"dtype": "F32"}}), r"tensor 'a': needed dtype, shape and data_offsets"),
         (file_of(entry(dtype="BF17")), r"unknown dtype 'BF17'. Did you mean 'BF16'"),

@@ -198,6 +198,7 @@ def test_a_run_refuses_to_validate_on_its_calibration_text(out: Path) -> None:
     [
         (("--ties", "maybe"), "--ties is on or off, not 'maybe'"),
         (("--solver", "exat"), "Did you mean 'exact'?"),
+        (("--solver", "magic"), "Known: exact, greedy, optuna."),
         (("--engine", "vllm-gpu"), "Did you mean 'vllm-cpu'?"),
         (("--objective", "worst"), "Did you mean 'worst-corpus'?"),
         (("--unit", "nats"), "no errors are in 'nats'"),
@@ -206,6 +207,7 @@ def test_a_run_refuses_to_validate_on_its_calibration_text(out: Path) -> None:
         (("--max-bits", "-1"), "must be a number"),
         (("--max-finer", "3"), "at most 1"),
         (("--max-size", "5XB"), "unknown unit 'XB'"),
+        (("--max-size", "9" * 20 + "GB"), "no model is as large"),
         (("--refine", "4"), "--model"),
     ],
 )
@@ -241,6 +243,7 @@ def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
         ("empty.txt", "is empty"),
         ("short.txt", "Give a longer text"),
         ("bytes.txt", "is not UTF-8"),
+        ("damaged.jsonl", "damaged or of another kind: make it again"),
         (".", "this is a folder"),
     ],
 )
@@ -255,6 +258,7 @@ def test_a_text_that_is_none_is_refused(
     Path("empty.txt").write_text(" \n")
     Path("short.txt").write_text("A few words.")
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
+    Path("damaged.jsonl").write_text("no JSON")
     recipe = tmp_path / "recipe.yaml"
     ok("recipe", "uniform", DEMO, "int4.g32", "-o", recipe)
     size = ("--tokens", "128", "--sequence-length", "64")

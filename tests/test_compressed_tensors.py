@@ -306,7 +306,7 @@ def test_a_link_out_of_the_folder_is_refused(tiny_llama: Path, tmp_path: Path) -
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     (tmp_path / "secret").write_text("private")
-    os.symlink(tmp_path / "secret", model / "vocabulary.txt")
+    os.symlink(tmp_path / "secret", model / "vocabulary.bpe")
     with pytest.raises(BackendError, match="outside of the model's folder"):
         export(model, mixed_recipe(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -121,6 +121,9 @@ def test_a_scalar_is_plain_only_where_every_reader_agrees(value: object, text: s
         ),
         ([1, "1", 1], {"uniqueItems": True}, "x: 1 stands twice"),
         (0, {"exclusiveMinimum": 0}, "x: must be more than 0"),
+        (3, {"maximum": 2}, "x: must be at most 2, found 3"),
+        (True, {"const": 1}, "x: must be 1, found True"),
+        (1, {"const": True}, "x: must be True, found 1"),
         ("b", {"enum": ["a"]}, "x: 'b' is not known"),
         (float("inf"), {"type": "number"}, "x: must be a finite number"),
         ("\ud800", {"type": "string"}, "half of a surrogate pair"),
@@ -160,7 +163,8 @@ def test_the_published_schemas_are_those_that_the_code_checks_with(
 
 def test_the_published_schemas_use_only_words_that_the_checker_knows() -> None:
     checked = {"type", "properties", "required", "additionalProperties", "items", "minItems"}
-    checked |= {"uniqueItems", "enum", "const", "minimum", "exclusiveMinimum", "pattern"}
+    checked |= {"uniqueItems", "enum", "const", "minimum", "maximum", "exclusiveMinimum"}
+    checked |= {"pattern"}
     said = {"$schema", "title", "description", "contentEncoding", "oneOf"}
 
     def words(schema: object) -> set[str]:

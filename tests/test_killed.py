@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
 from mofq.calibration.stats import open_plan, read_stats
 from mofq.decide import Decision
 from mofq.decide.study import decide_in_study
+from mofq.documents import write_beside_and_rename
 from mofq.exceptions import MofqError
 from mofq.held import hold_folder, hold_new_folder, open_new_file
 from mofq.table import open_table, read_table
@@ -53,6 +56,49 @@ def files_of_at_most(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_an_output_never_takes_the_place_of_an_input_or_of_what_is_no_file(
+    measured: Measured, tmp_path: Path
+) -> None:
+    table, recipe, text = (tmp_path / n for n in ("table.jsonl", "recipe.yaml", "text.txt"))
+    shutil.copyfile(measured.table, table)
+    shutil.copyfile(measured.recipe, recipe)
+    text.write_text("a text " * 400)
+    short = ("--text", text, "--tokens", "64", "--sequence-length", "32")
+    before = tree(tmp_path)
+    for path, command in (
+        (table, ("search", table, "--max-bits", "5")),
+        (table, ("explore", table)),
+        (recipe, ("explore", table, recipe)),
+        (recipe, ("validate", DEMO, recipe, *short)),
+        (text, ("validate", DEMO, recipe, *short)),
+        (recipe, ("export", DEMO, recipe, "--to", "llama.cpp")),
+    ):
+        assert f"-o {path}: this command reads it" in refused(*command, "-o", path)
+    assert tree(tmp_path) == before
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for place in (pipe, tmp_path / "link"):
+        for command in (
+            ("search", table, "--max-bits", "5"),
+            ("measure", DEMO, "--space", "w8a8"),
+            ("explore", table),
+        ):
+            assert "found a device or a pipe" in refused(*command, "-o", place)
+        with pytest.raises(MofqError, match="found a device or a pipe"):
+            write_beside_and_rename(place, "text")
+    assert pipe.is_fifo()
+
+
+def test_calibrate_writes_into_no_folder_of_something_else(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    before = tree(model)
+    message = refused("calibrate", model, *SHORT, "-o", model)
+    assert f"{model}: needed a new folder or one of statistics, found" in message
+    assert {name: data for name, data in tree(model).items() if name != ".lock"} == before
 
 
 def test_a_full_disk_is_an_error_and_calibrate_and_measure_keep_what_was_done(

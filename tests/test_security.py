@@ -162,6 +162,11 @@ def test_code_in_a_model_folder_is_never_run(model: Path, tmp_path: Path) -> Non
     assert ran.code in (0, 1)
     assert "Traceback" not in ran.err
     assert not mark.exists()
+    settings["tokenizer_class"] = "NoneOfOurs"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    message = refused("calibrate", model, *SHORT, "-o", tmp_path / "stats-2")
+    assert "needs code that comes with it, which is never run here" in message
+    assert not mark.exists()
 
 
 def test_names_that_a_terminal_obeys_are_refused(
@@ -252,10 +257,24 @@ def test_every_output_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> No
 def test_a_link_in_a_model_folder_publishes_nothing(model: Path, tmp_path: Path) -> None:
     private = tmp_path / "id_rsa"
     private.write_text("secret")
-    (model / "notes.txt").symlink_to(private)
+    (model / "notes.md").symlink_to(private)
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "exported"
     ok("recipe", "uniform", model, "int4.g32", "-o", recipe)
     message = refused("export", model, recipe, "--to", "compressed-tensors", "-o", out)
     assert "outside of the model's folder" in message
     assert not out.exists()
     assert private.read_text() == "secret"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_of_a_model_that_is_a_link_elsewhere_is_not_read(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    (model / name).rename(tmp_path / "elsewhere")
+    (model / name).symlink_to(tmp_path / "elsewhere")
+    message = refused("inspect", model)
+    assert f"{name}: is a link to {tmp_path / 'elsewhere'}, outside of the model's" in message
+    (model / name).unlink()
+    (tmp_path / "elsewhere").rename(model / "same")
+    (model / name).symlink_to("same")
+    ok("inspect", model)

@@ -270,7 +270,8 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
         plan: Of this run.
 
     Raises:
-        StatsError: The folder belongs to another plan, or another run writes to it.
+        StatsError: The folder belongs to another plan or to something else, or another run
+            writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -285,6 +286,11 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
         path = folder / "plan.json"
         if path.exists():
             _check_same(plan, _plan(_read(path, PLAN_SCHEMA), path), folder)
+        elif other := next((p.name for p in folder.iterdir() if not p.name.startswith(".")), None):
+            raise StatsError(
+                f"{folder}: needed a new folder or one of statistics, found {other!r} in it and no "
+                f"plan.json. Name another folder."
+            )
         else:
             write_json(path, plan.to_json())
         yield

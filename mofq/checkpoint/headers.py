@@ -130,9 +130,24 @@ def open_stored(model: str) -> Checkpoint:
             f"{folder}: needed {CONFIG_FILE}, found none.{_model_folder_inside(folder)}"
             f" {_what_else(folder)}"
         )
+    _check_links(folder)
     config = read_json(folder / CONFIG_FILE)
     tensors = _read_all_headers(folder)
     return Checkpoint(folder, name, config, tensors, _hash_index(config, tensors))
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse files of a model that lie elsewhere, other than in the hub's cache."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink() or not any(path.match(each) for each in _HUB_PATTERNS):
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(real) and target.parent.name != "blobs":
+            raise CheckpointError(
+                f"{path}: is a link to {target}, outside of the model's folder, and what lies"
+                " there is not read. Put the file itself into the folder."
+            )
 
 
 def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:

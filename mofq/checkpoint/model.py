@@ -136,8 +136,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a damaged tokenizer.json is a bare one
+        reason = _on_one_line(error).rstrip(".")
+        if "trust_remote_code" in reason:
+            reason = "it needs code that comes with it, which is never run here"
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {_on_one_line(error)} "
+            f"{folder}: the tokenizer cannot be loaded: {reason}. "
             f"Copy tokenizer.json and tokenizer_config.json into the folder."
         ) from None
     return tokenizer

@@ -127,7 +127,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     raw, data_start, data_bytes = _read_raw_header(path)
     entries = _parse_json(raw, path, "the header")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{path}: '__metadata__' needs texts under names, found {shorten(metadata)}. {AGAIN}"
+        )
     infos = [_parse_entry(path, name, entry, data_start) for name, entry in entries.items()]
     _check_byte_ranges(path, infos, data_start, data_bytes)
     return {info.name: info for info in sorted(infos, key=lambda info: info.name)}

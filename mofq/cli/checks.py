@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.exceptions import MofqError, nearest_name
+from mofq.held import check_replaceable
 
 if TYPE_CHECKING:
     from mofq.layers import ModelLayers
@@ -59,19 +60,28 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
         check_devices(layers, find_engine(engine).devices)
 
 
-def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written.
+def check_output(path: Path, *reads: Path | str | None) -> None:
+    """Refuse a file that cannot be written, or that would take the place of an input.
+
+    Args:
+        path: To be written.
+        reads: What the command reads; what is no file is passed over.
 
     Raises:
-        MofqError: It is a folder, its folder is missing, or may not be written to.
+        MofqError: It is no file, its folder is missing or may not be written to, or it is
+            an input.
     """
     folder = path.parent
-    if path.is_dir():
-        raise MofqError(f"-o {path}: needed the name of a file, found a folder.")
+    check_replaceable(path, "-o ")
     if not folder.is_dir():
         raise MofqError(f"-o {path}: there is no folder {folder}. Make it, or name another file.")
     if not os.access(folder, os.W_OK):
         raise MofqError(f"-o {path}: the folder {folder} may not be written to.")
+    for read in (Path(one) for one in reads if one is not None):
+        if path.is_file() and read.is_file() and path.samefile(read):
+            raise MofqError(
+                f"-o {path}: this command reads it, and it would be lost. Name another file."
+            )
 
 
 def check_folder(path: Path) -> None:

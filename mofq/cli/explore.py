@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from mofq.cli.checks import check_output
 from mofq.cli.curve import CurveOptions, curve_request
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, progress_bars, short_bytes
@@ -28,6 +29,7 @@ def run_explore(options: DrawOptions, *, as_json: bool) -> None:
     from mofq.explore.document import write_page
 
     start = monotonic()
+    check_output(options.output, options.table, *options.recipes, *options.validations)
     with progress_bars() as bars:
         content = page_content(
             open_for_reading(options.table),
@@ -54,6 +56,7 @@ def run_plot(options: DrawOptions, *, kind: str, as_json: bool) -> None:
     from mofq.explore.figures import draw_figure
 
     start = monotonic()
+    check_output(options.output, options.table, *options.recipes, *options.validations)
     inputs = figure_inputs(
         open_for_reading(options.table),
         recipes=options.recipes,

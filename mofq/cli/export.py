@@ -6,7 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from mofq.cli.checks import check_folder
+from mofq.cli.checks import check_folder, check_output
 from mofq.cli.terminal import (
     next_step,
     note,
@@ -41,6 +41,7 @@ def run_export(
     check_folder(output.parent)
     loaded = load_recipe(recipe)
     if to in RECIPE_EXPORTERS:
+        check_output(output, recipe)
         _export_file(model, loaded, to=to, output=output, as_json=as_json)
         return
     engine = engine or recipe_engine(loaded, to)

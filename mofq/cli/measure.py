@@ -46,7 +46,7 @@ def run_measure(
     from mofq.table import read_table
 
     start = monotonic()
-    check_output(output)
+    check_output(output, space)
     rows_before = _count_lines(output)
     opened = _measure(
         model,

@@ -79,22 +79,26 @@ def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     """Calibrate, measure, search, validate; export where an engine is named."""
     bundled = not options.corpora
     space, options = _check_run(options)
-    if bundled:
-        note(
-            f"No --corpus: calibrating on {options.corpora[0]}, a little English text on "
-            f"administering Debian. Errors differ between texts: give text like what the model "
-            f"will see, --corpus NAME=FILE, and other text of the kind to validate on, --text FILE."
-        )
     options.output.mkdir(parents=True, exist_ok=True)
     busy = MofqError(
         f"{options.output}: another process runs into this folder. Wait for it, or name another."
     )
     with hold_folder(options.output, busy):
+        if bundled:
+            _note_bundled(options)
         report = _run_stages(options, space)
     if as_json:
         print_json(report_json(report))
     else:
         print_report(report)
+
+
+def _note_bundled(options: RunOptions) -> None:
+    note(
+        f"No --corpus: calibrating on {options.corpora[0]}, a little English text on "
+        f"administering Debian. Errors differ between texts: give text like what the model "
+        f"will see, --corpus NAME=FILE, and other text of the kind to validate on, --text FILE."
+    )
 
 
 def _run_stages(options: RunOptions, space: SearchSpace) -> Report:

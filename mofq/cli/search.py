@@ -69,7 +69,7 @@ def search_table(options: SearchOptions) -> Decision:
     from mofq.recipe import write_recipe
 
     check_options(options)
-    check_output(options.output)
+    check_output(options.output, options.table, options.space, options.text)
     table, request = open_for_reading(options.table), search_request(options)
     check_layers(table, options.explain)
     decision = (search_measured if options.is_measured else _decide)(options, table, request)

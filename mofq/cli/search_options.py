@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mofq.decide.request import TimeRequest
 
 _OBJECTIVES = ("mean", "worst-corpus")
+#: Those of `mofq.solvers`, and the one that measures.
+_SOLVERS = ("exact", "greedy", "optuna")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         MofqError: The message names the option.
     """
+    if options.solver not in _SOLVERS:
+        raise MofqError(
+            f"no solver is called {options.solver!r}." + nearest_name(options.solver, _SOLVERS)
+        )
     if options.ties not in ("on", "off"):
         raise MofqError(f"--ties is on or off, not {options.ties!r}.")
     if options.objective not in _OBJECTIVES:

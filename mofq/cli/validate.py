@@ -51,6 +51,8 @@ def run_validate(
     _check(dtype, device)
     corpora = load_corpora(texts)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
+    for path in outputs.values():
+        check_output(path, recipe_or_folder, *(corpus.source for corpus in corpora))
     # Tasks have texts of their own, and are run with the first corpus.
     left = [_tasks(tasks, task_folder, task_limit)]
     how: dict[str, Any] = {"tokens": tokens, "sequence_length": sequence_length, "dtype": dtype}
@@ -93,15 +95,12 @@ def _outputs(output: Path | None, names: Sequence[str]) -> dict[str, Path]:
     """Where each text's validation goes: with several, the name before the suffix."""
     if output is None:
         return {}
-    paths = {
+    return {
         name: output
         if len(names) == 1
         else output.with_name(f"{output.stem}-{name}{output.suffix}")
         for name in names
     }
-    for path in paths.values():
-        check_output(path)
-    return paths
 
 
 def _report(validations: Mapping[str, Validation], recipe: Recipe | None, *, as_json: bool) -> None:

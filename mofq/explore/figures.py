@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mofq.decide.measured import recipe_choice
+from mofq.documents import write_beside_and_rename
 from mofq.exceptions import MofqError, nearest_name
 from mofq.explore.content import element_name, map_places, scheme_order
 from mofq.explore.figure_inputs import FigureInputs
@@ -74,14 +76,9 @@ def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
         figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
         FIGURES[kind](figure, inputs)
         metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
-        beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        try:
-            figure.savefig(beside, metadata=metadata)
-            beside.replace(path)
-        except OSError as problem:
-            raise MofqError(f"{path}: cannot be written: {problem.strerror}.") from problem
-        finally:
-            beside.unlink(missing_ok=True)
+        image = BytesIO()
+        figure.savefig(image, format=path.suffix[1:], metadata=metadata)
+    write_beside_and_rename(path, image.getvalue())
 
 
 def _frontier(figure: Figure, inputs: FigureInputs) -> None:

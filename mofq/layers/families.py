@@ -242,6 +242,8 @@ _KEYS = {
 }
 
 
+#: How many tokens a model takes.
+_CONTEXT = ("max_position_embeddings", "n_positions")
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
@@ -268,6 +270,7 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
         for size, keys in _KEYS.items()
         if (value := _state(config, family, keys, where=where)) is not None
     }
+    _state(config, family, _CONTEXT, where=where)  # read elsewhere, and no size of a layer
     if "hidden" in stated and "n_embd" in config:
         stated.setdefault("ffn", 4 * stated["hidden"])  # GPT-2's n_inner: null
     needed = ["hidden", "heads", "decoder_layers", "ffn"]

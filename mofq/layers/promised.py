@@ -180,4 +180,4 @@ def require_tensor(model: Promised, key: str, shape: tuple[int, ...]) -> TensorI
 def few(names: Mapping[str, Any] | list[str]) -> str:
     """Some of many names, for messages."""
     first = [repr(name) for name in list(names)[:3]]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

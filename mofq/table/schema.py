@@ -12,7 +12,8 @@ TABLE_VERSION = 1
 _NAME = {"type": "string", "pattern": "."}
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _COUNT = {"type": "integer", "minimum": 1}
-_BYTES = {"type": "integer", "minimum": 0}
+#: Sums of them stay far below 2**63.
+_BYTES = {"type": "integer", "minimum": 0, "maximum": 2**50}
 _NAMES = {"type": "array", "items": _NAME, "uniqueItems": True}
 _NOT_NEGATIVE = {"type": "number", "minimum": 0}
 
