@@ -268,6 +268,8 @@ def test_a_tensor_without_elements_is_refused(shape: tuple[int, ...], tmp_path: 
         ({"num_hidden_layers": 7}, ("needed 7 decoder layers", "found 6")),
         ({"hidden_size": 256}, ("of shape [128, 256] by config.json, found [128, 128]",)),
         ({"intermediate_size": -1}, ("'intermediate_size' needs a positive integer",)),
+        ({"max_position_embeddings": "many"}, ("needs a positive integer", "found 'many'")),
+        ({"max_position_embeddings": -5}, ("'max_position_embeddings' needs", "found -5")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already", "original")),
     ],
 )
@@ -277,6 +279,10 @@ def test_a_config_of_another_model_is_refused(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **edit}))
     refused_by_all(model, tmp_path / "out", str(model), *words)
+    run = ("run", model, "--space", "w8a8", "--max-bits", "8", "-o", tmp_path / "run")
+    message = refused(*run)
+    assert all(word in message for word in words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
