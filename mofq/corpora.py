@@ -288,6 +288,13 @@ def _row_texts(source: str, path: str, column: str | None, **options: Any) -> It
 
 
 def _row_text(source: str, number: int, row: Mapping[str, Any], column: str) -> str:
+    chat = next((name for name in ("messages", "conversations") if name in row), None)
+    if chat is not None and column in (chat, "text") and not isinstance(row.get(column), str):
+        raise CorpusError(
+            f"text {source!r}: column {chat!r} holds chats, which only a model's template turns "
+            f"into text. Write them to a .txt file with tokenizer.apply_chat_template(messages, "
+            f"tokenize=False) (docs/how-to/recipe.md)."
+        )
     if column not in row:
         raise CorpusError(
             f"text {source!r} has no column {column!r}.{nearest_name(column, row)} "

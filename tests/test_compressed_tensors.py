@@ -329,6 +329,9 @@ def test_links_into_the_hubs_cache_are_followed(tiny_llama: Path, tmp_path: Path
 def test_unknown_backends_are_refused_with_the_nearest_name(tiny_llama: Path) -> None:
     with pytest.raises(BackendError, match="Did you mean 'compressed-tensors'"):
         find_exporter("compressed-tensor")
+    for name, to in (("vllm-hopper", "compressed-tensors"), ("gguf", "llama.cpp")):
+        with pytest.raises(BackendError, match=f"--to {to}"):
+            find_exporter(name)
     assert find_exporter("compressed-tensors") is export_compressed_tensors
     recipe = uniform_recipe(open_checkpoint(str(tiny_llama)), "bf16")
     with pytest.raises(BackendError, match="Did you mean 'emulate'"):

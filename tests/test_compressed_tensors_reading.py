@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from exported import STORABLE, export, mixed_recipe, uniform_recipe
+from families import copy_with_config
 from safetensors.torch import load_file, save_file
 
 from mofq.backends.compressed_tensors import recipe_from_compressed_tensors
@@ -115,3 +116,21 @@ def test_other_methods_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     edit_config(tmp_path / "out", quant_method="gptq")
     with pytest.raises(BackendError, match="found quant_method 'gptq'"):
         recipe_from_compressed_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "scheme"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, "int4.g128 -o"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, "int8.channel -o"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, "int4.g64.asym"),
+    ],
+)
+def test_the_scheme_of_a_gptq_or_awq_checkpoint_is_named(
+    config: dict[str, Any], scheme: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_with_config(
+        tiny_llama, tmp_path / "m", lambda edited: edited.update(quantization_config=config)
+    )
+    with pytest.raises(BackendError, match=f"mofq recipe uniform MODEL {scheme}"):
+        recipe_from_compressed_tensors(folder)

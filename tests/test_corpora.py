@@ -60,6 +60,14 @@ def test_a_parquet_column_is_named_behind_a_colon(tmp_path: Path) -> None:
     assert load_text(f"{path}:content").text == "x\ny\n"
 
 
+@pytest.mark.parametrize("column", ["", ":messages"])
+def test_chats_are_refused_with_what_makes_text_of_them(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(CorpusError, match="apply_chat_template"):
+        load_text(f"{path}{column}")
+
+
 def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"content": "a"}\n')

@@ -48,6 +48,7 @@ RANKS = {
     "validate": 7,
     "rewrite": 7,
     "cli": 8,
+    "api": 9,
 }
 
 # What decides, reads headers or starts up does so without loading torch.
@@ -76,6 +77,7 @@ WITHOUT_TORCH = (
     "mofq.decide.*",
     "mofq.explore.*",
     "mofq.cli.*",
+    "mofq.api",
 )
 
 

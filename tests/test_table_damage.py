@@ -145,3 +145,12 @@ def test_no_damage_breaks_the_reader(tmp_path: Path, data: st.DataObject) -> Non
     path.write_bytes(text)
     with contextlib.suppress(TableError):
         read_table(path)
+
+
+def test_the_folder_of_a_table_names_the_table(tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text("")
+    with pytest.raises(TableError, match=r"Give .*table\.jsonl"):
+        read_table(tmp_path)
+    (tmp_path / "table.jsonl").unlink()
+    with pytest.raises(TableError, match="`mofq measure` writes a table"):
+        read_table(tmp_path)

@@ -85,6 +85,18 @@ def apply_recipe(
     return applied
 
 
+#: What people call what they export for -> the format that it reads.
+_READS = {
+    "vllm": "compressed-tensors",
+    "sglang": "compressed-tensors",
+    "transformers": "compressed-tensors",
+    "llmcompressor": "llm-compressor",
+    "tensorrt": "modelopt",
+    "trtllm": "modelopt",
+    "gguf": "llama.cpp",
+}
+
+
 def find_exporter(name: str) -> Any:
     """The function that exports to a format.
 
@@ -100,7 +112,9 @@ def find_exporter(name: str) -> Any:
     """
     known = EXPORTERS | RECIPE_EXPORTERS
     if name not in known:
-        raise BackendError(f"unknown export format {name!r}." + nearest_name(name, known))
+        read = _READS.get(name.partition("-")[0].lower())
+        near = nearest_name(name, known) if read is None else f" It reads {read}: --to {read}."
+        raise BackendError(f"unknown export format {name!r}.{near}")
     module, function = known[name]
     found = getattr(import_module(module), function)
     return partial(_export_layers, name, found) if name in RECIPE_EXPORTERS else found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from mofq.decide.choice import Decision, decide
+from mofq.decide.curve import Curve, CurvePoint, accuracy_curve
 from mofq.decide.request import Request, check_budget
 from mofq.decide.result import recipe_from_table
 from mofq.decide.uniform import best_uniform, uniform_recipe, uniform_recipes
 
 __all__ = [
+    "Curve",
+    "CurvePoint",
     "Decision",
     "Request",
+    "accuracy_curve",
     "best_uniform",
     "check_budget",
     "decide",

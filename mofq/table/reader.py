@@ -263,7 +263,9 @@ def read_table(path: str | Path) -> Table:
     try:
         data = path.read_bytes()
     except OSError as problem:
+        inside = path / "table.jsonl"
         raise TableError(
-            f"{path}: cannot be read: {problem.strerror}. `mofq measure` writes a table."
+            f"{path}: cannot be read: {problem.strerror}. "
+            + (f"Give {inside}." if inside.is_file() else "`mofq measure` writes a table.")
         ) from problem
     return parse_table(data, path)

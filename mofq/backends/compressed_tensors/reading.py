@@ -41,6 +41,19 @@ _NAMED: dict[tuple[Any, ...], str] = {
 _CONFIG_KEY = "quantization_config"
 
 
+def _like_it(config: object) -> str:
+    """What makes a recipe of the scheme of a GPTQ or AWQ checkpoint, whose codes are not read."""
+    if not isinstance(config, dict) or config.get("quant_method") not in ("gptq", "awq"):
+        return ""
+    bits, size = config.get("bits"), config.get("group_size")
+    symmetric = config.get("sym", not config.get("zero_point", False))
+    if type(bits) is not int or type(size) is not int or not 2 <= bits <= 8:
+        return ""
+    granularity = "channel" if size <= 0 else f"g{size}"
+    scheme = f"int{bits}.{granularity}{'' if symmetric else '.asym'}"
+    return f" Its scheme, with codes of mofq: `mofq recipe uniform MODEL {scheme} -o recipe.yaml`."
+
+
 def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
     """The recipe that a compressed-tensors checkpoint follows.
 
@@ -63,6 +76,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         raise BackendError(
             f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
             f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
+            f"{_like_it(config)}"
         )
     for key in ("transform_config", "sparsity_config"):
         if config.get(key):
