@@ -14,7 +14,6 @@ from mofq.cli.calibrate import CalibrateOptions, run_calibrate
 from mofq.cli.export import export_recipe, recipe_engine
 from mofq.cli.measure import Where, run_measure
 from mofq.decide import Curve, Request, accuracy_curve, decide
-from mofq.decide.caches import settle_cache
 from mofq.recipe import Recipe, load_recipe, write_recipe
 from mofq.solvers import Budgets
 from mofq.table import Table, read_table
@@ -135,7 +134,7 @@ def search(
     bits, kl = (None if limit is None else float(limit) for limit in (max_bits, max_kl))
     budgets = Budgets(max_bits=bits, max_bytes=max_bytes, max_kl=kl)
     request = Request(budgets, solver=solver, unit=unit, space=space, engine=engine)
-    recipe = decide(opened, settle_cache(opened, request)).recipe
+    recipe = decide(opened, request).recipe
     if output is not None:
         write_recipe(recipe, Path(output))
     return recipe
