@@ -44,6 +44,8 @@ _SHARED = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
+    "topk_method": "noaux_tc",  # read by vLLM
+    "scoring_func": "sigmoid",
     "n_group": 1,
     "topk_group": 1,
     "moe_intermediate_size": 128,
