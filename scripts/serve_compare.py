@@ -108,10 +108,7 @@ def compare_layers(
         error = float((records[f"{name}.y"].to(torch.float32) - expected).norm())
         limit = _LAYER_UNITS[dtype] * (norm + float(expected.norm()))
         shares[name] = error / limit if error == error else float("inf")
-    worst = max(shares, key=lambda name: shares[name], default="")
-    experts = sum(".experts." in name for name in groups)
-    report |= {"layers": len(shares), "experts_not_watched": experts, "worst_layer": worst}
-    report["worst_layer_share_of_limit"] = shares.get(worst)
+    report |= _summary(shares, experts=sum(".experts." in name for name in groups))
     failures = [
         f"layer {name}: its output in vLLM is {share:.3g} times as far from the emulated one as "
         f"the kernel's arithmetic explains"
@@ -121,6 +118,16 @@ def compare_layers(
     if left:
         failures.append(f"layers: vLLM never ran {len(left)} of them, such as {sorted(left)[0]}")
     return failures
+
+
+def _summary(shares: dict[str, float], *, experts: int) -> dict[str, Any]:
+    worst = max(shares, key=lambda name: shares[name], default="")
+    return {
+        "layers": len(shares),
+        "experts_not_watched": experts,
+        "worst_layer": worst,
+        "worst_layer_share_of_limit": shares.get(worst),
+    }
 
 
 def _unfused(name: str, packed: dict[str, list[str]]) -> list[str]:
