@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from command_line import DEMO, ok, refused
+from conftest import TinyCheckpoint
+from families import TINY_FAMILIES
 
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.engines import check_devices, find_engine, legality
@@ -157,6 +159,24 @@ def test_experts_of_a_hidden_size_that_marlin_has_not_are_refused() -> None:
 def test_what_is_no_number_of_devices_is_refused(name: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         find_engine(name)
+
+
+@pytest.mark.parametrize("name", sorted(TINY_FAMILIES))
+def test_two_devices_can_share_every_family(name: str, tiny: TinyCheckpoint) -> None:
+    layers = find_layers(open_checkpoint(str(tiny(name))))
+    check_devices(layers, 2)
+    check, one = legality("vllm-hopper:tp=2"), legality("vllm-hopper")
+    channels = parse_scheme("fp8_e4m3.channel+fp8_e4m3.token")
+    for each in layers.groups:
+        assert check(channels, each) == one(channels, each), each.name
+    # 128 inputs that are cut are 64 on each device.
+    refused = {
+        each.name.split(".", 2)[-1]
+        for each in layers.groups
+        if check(parse_scheme("int4.g128"), each) and not one(parse_scheme("int4.g128"), each)
+    }
+    assert refused <= {"attn.o", "mlp.down", "mlp.shared_down", "moe.experts"}
+    assert "attn.o" in refused
 
 
 def test_heads_are_dealt_out_evenly() -> None:
