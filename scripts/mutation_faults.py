@@ -317,7 +317,7 @@ _NUMBERS = (
         "distributed.py",
         "if sender != _this_mofq():",
         "if not sender:",
-        "distributed::test_a_worker_with_another_mofq_or_none_is_refused",
+        "distributed::test_a_unit_of_another_mofq_is_not_run",
     ),
     Fault(
         "spread windows: excerpts of a long text from its beginning",

@@ -126,6 +126,14 @@ def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None)
     assert found == [0, 1, 2]
 
 
+def test_a_unit_of_another_mofq_is_not_run() -> None:
+    ours = distributed._this_mofq()
+    assert distributed._run_on_worker(refuse, ours, 1) == 1
+    for other in (ours + "1", ours.replace("mofq ", "mofq 1")):
+        with pytest.raises(ClusterError, match=rf"has {ours}, .* is of {other}\. Install the same"):
+            distributed._run_on_worker(refuse, other, 1)
+
+
 def test_a_worker_with_another_mofq_or_none_is_refused(
     two_workers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
