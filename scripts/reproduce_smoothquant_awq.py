@@ -31,6 +31,7 @@ from reproduction import (
     with_error,
 )
 
+from mofq.calibration.stats import read_stats
 from mofq.checkpoint.model import load_model
 from mofq.recipe import Recipe, load_recipe
 
@@ -97,7 +98,9 @@ def searched_row(options: argparse.Namespace, label: str) -> list[str]:
     if not path.exists():
         stats = options.stats
         if label != "plain":
-            stats = stats_of(folder, {"en": options.calibration}, work / f"{name}-stats")
+            plan = read_stats(Path(options.stats)).plan.corpora[0]
+            texts = {plan.name: options.calibration}
+            stats = stats_of(folder, texts, work / f"{name}-stats", sequences=plan.sequences)
         table = work / f"{name}.jsonl"
         mofq("measure", folder, "--space", "w8a8", "--stats", stats, "-o", table)
         mofq("search", table, "--max-bits", "8.2", "-o", path)
