@@ -80,3 +80,22 @@ def test_devices_and_advice_are_listed_with_their_sources(tmp_path: Path) -> Non
     shown = ok(*advise).out
     assert "arXiv:2411.02355" in shown
     assert "mofq measure" in shown
+
+
+def test_a_search_for_no_engine_says_which_engines_serve_its_recipe(
+    measured: Measured, tmp_path: Path
+) -> None:
+    space, table = tmp_path / "space.yaml", tmp_path / "table.jsonl"
+    search = ("search", measured.table, "-o", tmp_path / "recipe.yaml")
+    served = ok(*search, "--max-bits", "8.2", "--json").json
+    assert "int8.channel" in served["schemes"]
+    assert "vllm-hopper" in served["served_by"]
+    assert "vllm-cpu" not in served["served_by"]  # it has no kernel for INT8 weights alone
+    shown = ok(*search, "--max-bits", "8.2").err
+    assert f"Served as measured by: {', '.join(served['served_by'])}." in shown
+    assert "Served as measured" not in ok(*search, "--max-bits", "16").err
+    space.write_text("version: 1\nschemes: [fp4_e2m1.g32]\noffer_unquantized: false\n")
+    ok("measure", DEMO, "--space", space, "-o", table)
+    search = ("search", table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
+    assert "No engine serves all of these schemes" in ok(*search).err
+    assert ok(*search, "--json").json["served_by"] == []

@@ -36,6 +36,9 @@ app = typer.Typer(
     name="mofq",
     help="Mixtures of number formats for language models: measure every choice in nats, "
     "decide under a budget, apply, validate, export.",
+    epilog="Start with `mofq demo`. For a model of yours, all at once: `mofq run MODEL --engine "
+    "vllm-hopper --max-bits 5`; step by step: inspect, calibrate, measure, search, validate, "
+    "export. Each command says which comes next.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,6 +80,8 @@ def inspect(
     from mofq.cli.inspect import run_inspect
 
     run_inspect(model, engine=engine, space=space, include_lm_head=lm_head, as_json=json)
+    if not json:
+        next_step("calibrate", model, "--corpus", "en=TEXT.txt", "-o", "stats")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mofq.cli.search import note_engines
 from mofq.cli.terminal import next_step, print_table, say, stats_for, with_error
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _suggest(report: Report) -> None:
     """What to do with the folder."""
     recipe, table = report.folder / "recipe.yaml", report.folder / "table.jsonl"
     if report.export is None:
+        note_engines(table, report.recipe)
         stats = stats_for(report.recipe, report.folder / "stats")
         to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
         next_step("export", report.model, recipe, *to)

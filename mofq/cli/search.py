@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mofq.decide import Decision, Request
     from mofq.decide.explain import Explanation
     from mofq.decide.refused import Refused
+    from mofq.recipe import Recipe
     from mofq.table import Table
 
 
@@ -49,6 +51,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
                 "schemes": dict(Counter(decision.recipe.schemes.values())),
                 "kv_cache": dict(Counter(one.scheme for one in decision.recipe.kv_cache)),
                 "refused": [asdict(one) for one in refused],
+                "served_by": list(_served_by(options.table, decision.recipe)),
                 "explained": [explanation_json(one) for one in explained],
                 "elapsed_seconds": round(monotonic() - start, 3),
             }
@@ -60,7 +63,30 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
     for one in explained:
         print_explanation(one)
+    if options.engine is None:
+        note_engines(options.table, decision.recipe)
     next_step("validate", "MODEL", options.output, *stats_for(decision.recipe), "--text", "FILE")
+
+
+def _served_by(path: Path, recipe: Recipe) -> tuple[str, ...]:
+    from mofq.decide.refused import serving_engines
+    from mofq.table import read_table
+
+    return serving_engines(read_table(path), recipe)
+
+
+def note_engines(path: Path, recipe: Recipe) -> None:
+    """Say which engines serve a recipe that was decided for none in particular."""
+    if set(recipe.schemes.values()) == {"bf16"} and not recipe.kv_cache:
+        return
+    names = _served_by(path, recipe)
+    if names:
+        note(f"Served as measured by: {', '.join(names)}.")
+    else:
+        note(
+            "No engine serves all of these schemes as measured. Search with --engine and the name "
+            "of yours (`mofq engines`), which is then offered nothing else."
+        )
 
 
 def search_table(options: SearchOptions) -> Decision:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mofq.decide.request import fusion_group
-from mofq.engines import cache_legality, format_name, legality
+from mofq.engines import ENGINES, cache_legality, format_name, legality
+from mofq.recipe import Recipe
 from mofq.schemes import parse_scheme
 from mofq.table import Table
 
@@ -17,6 +18,30 @@ class Refused:
     schemes: tuple[str, ...]
     groups: int  #: fusion groups that have rows of any of them
     reason: str
+
+
+def serving_engines(table: Table, recipe: Recipe) -> tuple[str, ...]:
+    """The engines that serve a recipe as it was measured, on one device each.
+
+    Args:
+        table: That the recipe was decided from.
+        recipe: Of it.
+
+    Returns:
+        Names of ``mofq.engines``, in its order.
+    """
+    groups = {group.name: fusion_group(group) for group in table.header.groups}
+    chosen = [(parse_scheme(one.scheme), groups[one.name]) for one in recipe.groups]
+    caches = {cache.name: cache for cache in table.caches}
+    cached = [(one.scheme, caches[one.name]) for one in recipe.kv_cache if one.name in caches]
+
+    def serves(engine: str) -> bool:
+        check, check_cache = legality(engine), cache_legality(engine)
+        return all(check(*one) is None for one in chosen) and all(
+            check_cache(*one) is None for one in cached
+        )
+
+    return tuple(engine for engine in ENGINES if serves(engine))
 
 
 def engine_refusals(
