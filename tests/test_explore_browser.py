@@ -85,6 +85,15 @@ def page(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def cached_page(folder: Path) -> Path:
+    """The KV cache of 2000 tokens is part of the budget, and a recipe has one."""
+    path = write_explore_table(folder / "cached.jsonl", caches=True)
+    request = Request(Budgets(max_bits=5.0, max_kv_bits=7.0), kv_cache=True)
+    write_recipe(decide(read_table(path), request).recipe, folder / "cached.yaml")
+    return explore(path, folder / "cached.yaml", "--kv-tokens", "2000")
+
+
+@pytest.fixture(scope="module")
 def large_page(folder: Path) -> Path:
     path = write_explore_table(
         folder / "large.jsonl", decoder_layers=80, schemes=TWENTY_SCHEMES, size=8192
@@ -352,4 +361,35 @@ def test_a_70b_shaped_page_opens_in_two_seconds(
     assert len(colours(browser)) == 320
     slide(browser, 40)
     assert download(browser, folder) == written_by(text_of(browser, "#command"), folder)
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_a_context_makes_the_cache_part_of_budget_map_and_recipe(
+    browser: Chrome, cached_page: Path, folder: Path
+) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, cached_page)
+    assert text_of(browser, "#axis") == "MB of checkpoint and KV cache of 2,000 tokens"
+    field = browser.find_element(By.ID, "bits")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("5", Keys.ENTER)
+    places = run(browser, "return points.map((one) => one.at)")
+    assert run(browser, "return points[state.point].at") == max(p for p in places if p <= 5e6)
+    assert "a token" in text_of(browser, "#figures")
+    assert "layer" in text_of(browser, "#cache-list")
+    saved = download(browser, folder)
+    assert saved == written_by(text_of(browser, "#command"), folder)
+    assert len(load_recipe(folder / "recipe.yaml").kv_cache) == 3
+    run(browser, "openPanel(groups.findIndex((one) => one.name === 'layers.1.attn.kv_cache'))")
+    panel = text_of(browser, "#panel-body")
+    assert (
+        "model.layers.1.self_attn: keys and values of 4 heads of 64 channels; 512 numbers" in panel
+    )
+    assert "bits per number" in panel
+    assert "kv:fp8_e4m3.tensor" in panel
+    names = run(browser, "return [...document.querySelectorAll('#map .name')].map(texts)")
+    assert names[-1] == "attn.kv_cache"
+    assert " of 3 KV caches differ" in text_of(browser, "#differences-summary")
     wait_for_nothing_on_the_console(browser)
