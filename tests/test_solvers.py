@@ -75,6 +75,24 @@ def test_the_integer_program_equals_exhaustive_search_too(data: st.DataObject) -
         check_against_exhaustive(problem, budgets)
 
 
+@pytest.mark.parametrize("limit", [0.0, 5e-324, 1.0])
+def test_a_cost_next_to_nothing_is_kept_by_the_integer_program(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimum_module, "_LABELS_OF_TWO_SUMS", 0)
+    monkeypatch.setattr(optimum_module, "_LABELS_OF_MORE", 0)
+    names = ("int8.channel", "int4.g128", "int4.g32")
+    errors = ((0.0, 0.0), (0.0, 1.0), (0.0, 0.0))
+    options = [option(name, 0, *two) for name, two in zip(names, errors, strict=True)]
+    problem = problem_of([options], corpora=("a", "b"))
+    cost_P = np.array([1.0, 0.0, 5e-324])
+    found = solve_exact(
+        problem, Budgets(linear=(LinearBudget("max_time", "seconds", cost_P, limit),))
+    )
+    assert problem.error_of(found.choice_F) == (0.5 if limit == 0.0 else 0.0)
+    assert cost_P[found.choice_F].sum() <= limit
+
+
 def test_exact_finds_the_optimum_that_rounding_the_relaxation_misses() -> None:
     # By error per byte the first group goes first, and then nothing else fits.
     problem = problem_of(

@@ -15,6 +15,9 @@ from mofq.solvers.problem import FloatArray, IntArray
 
 #: Scaled so that HiGHS's absolute tolerance of 1e-6 is 1e-12 of the largest coefficient.
 _LARGEST = 1e6
+#: A row that is nowhere larger is left as it is: dividing by it would overflow. The program then
+#: takes it for nothing, and whoever asked checks it.
+_NOTHING = 1e-200
 
 
 @contextmanager
@@ -94,7 +97,7 @@ def relax(choices: Choices) -> tuple[FloatArray, FloatArray] | None:
 
     rows, columns = len(choices.limit_R), choices.cost_PK.shape[1]
     largest_R = choices.row_PR.max(axis=0, initial=0.0)
-    scale_R = np.where(largest_R > 0, largest_R, 1.0)
+    scale_R = np.where(largest_R > _NOTHING, largest_R, 1.0)
     program = _program(choices, scale_R, 1.0)
     with _silent():
         found = linprog(
@@ -160,4 +163,4 @@ def _row_scales(row_PR: FloatArray) -> FloatArray:
     """What to divide each row by; small integers stay integers, a whole unit apart."""
     largest_R = row_PR.max(axis=0, initial=0.0)
     whole_R = (row_PR == np.rint(row_PR)).all(axis=0) & (largest_R <= _LARGEST)
-    return np.where(whole_R | (largest_R == 0), 1.0, largest_R / _LARGEST)
+    return np.where(whole_R | (largest_R <= _NOTHING), 1.0, largest_R / _LARGEST)
