@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,13 @@ from cache_problems import FORMATS, NUMBERS, cached_problem, formats_of, legal_c
 
 from mofq.decide.front import front_starts
 from mofq.decide.study import study_starts
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, TableError
 from mofq.solvers import (
     Budgets,
+    Option,
     Problem,
+    ProblemGroup,
+    build_problem,
     choose,
     promising_swaps,
     solve_exact,
@@ -115,6 +118,27 @@ def test_the_formats_of_an_engines_frontier_change_along_it() -> None:
     for k, size in enumerate(frontier.bytes_K.tolist()):
         exact = solve_exact(problem, Budgets(max_bytes=size + problem.other_bytes))
         assert frontier.bound_K[k] <= problem.error_of(exact.choice_F) * (1 + 1e-12)
+
+
+def test_a_format_that_one_layer_lacks_is_no_one_format() -> None:
+    problem = without_bf16({"fp8_e4m3", "int8"}, {"int8"})
+    solutions = [solve(problem, Budgets()).choice_F for solve in (solve_exact, solve_greedy)]
+    for choice_F in (*solutions, *solve_frontier(problem).choice_KF):
+        assert formats_of(problem, choice_F) == {"kv:int8.token_head"}
+    with pytest.raises(TableError, match="No format of the KV cache is offered for all layers"):
+        without_bf16({"fp8_e4m3"}, {"int8"})
+
+
+def without_bf16(*elements: Collection[str]) -> Problem:
+    """One layer, and caches that must be quantized."""
+    groups = [(ProblemGroup("mlp", ("mlp",), 400), [Option("int8.channel", 400, (0.1,))])]
+    for n, names in enumerate(elements):
+        group = ProblemGroup(f"{n}.kv_cache", (), weights=0, counted=False, cached=64)
+        options = [
+            Option(f"kv:{name}.token_head", 0, (len(name) / 10,), cache_bits=576) for name in names
+        ]
+        groups.append((group, options))
+    return build_problem(groups, one_format=True)
 
 
 @pytest.mark.parametrize("one_format", [False, True])

@@ -84,7 +84,7 @@ def _priced_core(
     problem: Problem, cost_PK: FloatArray, rows: Sequence[Row], allowed_P: BoolArray
 ) -> tuple[Core, Prices] | None:
     """The core of options that go together; None where no choice of them keeps all rows."""
-    if not np.bincount(problem.group_P[allowed_P], minlength=len(problem.groups)).all():
+    if not problem.offers_all(allowed_P):
         return None
     core = reduce_problem(problem, cost_PK, rows, allowed_P)
     prices = None if core is None else price(core)

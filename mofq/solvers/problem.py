@@ -78,6 +78,11 @@ class Problem:
     #: -1: it goes with any. None: all options go together.
     format_P: IntArray | None
 
+    def __post_init__(self) -> None:
+        """No solver has to ask whether there is a recipe at all."""
+        if not self.sets:
+            raise TableError("No format of the KV cache is offered for all layers, not even bf16.")
+
     @property
     def cached(self) -> int:
         """Numbers that are cached for each token, where their format is decided too."""
@@ -100,11 +105,20 @@ class Problem:
 
     @property
     def sets(self) -> tuple[BoolArray, ...]:
-        """The options that go together, [P] each; every recipe is of one of these sets."""
+        """The options that go together, [P] each; every recipe is of one of these sets.
+
+        Each has options of every group.
+        """
         if self.format_P is None:
             return (np.ones(len(self.schemes), dtype=np.bool_),)
         numbers = range(max(1, int(self.format_P.max()) + 1))
-        return tuple(np.asarray((self.format_P == n) | (self.format_P < 0)) for n in numbers)
+        together = (np.asarray((self.format_P == n) | (self.format_P < 0)) for n in numbers)
+        return tuple(set_P for set_P in together if self.offers_all(set_P))
+
+    def offers_all(self, allowed_P: BoolArray) -> bool:
+        """Whether options are left to every group."""
+        count_F = np.bincount(self.group_P[allowed_P], minlength=len(self.groups))
+        return bool(count_F.all())
 
     def goes_together(self, choice_F: IntArray) -> bool:
         """Whether a choice is of one set."""
@@ -205,7 +219,8 @@ def build_problem(
         one_format: Whether a recipe may have one quantized format of the cache alone.
 
     Raises:
-        TableError: A group has no option, or an option not one error for each corpus.
+        TableError: A group has no option, or an option not one error for each corpus; or no
+            format of the cache, where there may be one, is offered to all groups.
     """
     ordered, starts = _ordered(groups, base, corpora=len(corpora))
     bytes_P = np.array([one.bytes for one in ordered], dtype=np.int64)
