@@ -78,8 +78,11 @@ def _suggest(report: Report) -> None:
         stats = stats_for(report.recipe, report.folder / "stats")
         to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
         next_step("export", report.model, recipe, *to)
+    engine = report.recipe.made_by.get("engine")
+    named = () if engine is None else ("--engine", str(engine))
     validation = ("--validation", report.folder / "validation.json")
-    next_step("explore", table, recipe, *validation, "-o", report.folder / "explorer.html")
+    page = report.folder / "explorer.html"
+    next_step("explore", table, recipe, *validation, *named, "-o", page)
 
 
 def _label(report: Report, name: str) -> str:

@@ -163,8 +163,8 @@ def print_decision(decision: Decision, *, title: str) -> None:
         shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
         rows.append(["finer than base", shares])
     if decision.tied_layers:
-        moved = f"{decision.moved_layers} moved to the simpler scheme"
-        rows.append(["layers within noise", f"{decision.tied_layers}, {moved}"])
+        moved = f"{decision.tied_layers}, of which {decision.moved_layers} take it"
+        rows.append(["layers within noise of a simpler scheme", moved])
     print_table(title, ["", ""], rows)
     print_histogram(recipe)
     for line in decision.notes:
