@@ -128,7 +128,7 @@ def print_spikes(found: Mapping[str, Spikes]) -> None:
     """The first table."""
     rows = []
     for language, one in found.items():
-        shares = [f"{1e6 * n / one.values:.1f}" for n in one.above]
+        shares = [f"{1e6 * n / one.values:.2g}" for n in one.above]
         vanishing = f"{100 * one.vanishing / one.values:.2f} %"
         rows.append([language, f"{one.largest:.1f} ({one.at})", *shares, vanishing])
     above = [f"above {limit:g} [per million]" for limit in LARGE]

@@ -67,9 +67,10 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
     def recorder(name: str) -> Any:
         def record(module: Any, inputs: Any, output: Any) -> None:
             if f"{name}.x" not in records:
-                y = output[0] if isinstance(output, tuple) else output
-                records[f"{name}.x"] = inputs[0][:rows].detach().clone().contiguous()
-                records[f"{name}.y"] = y[:rows].detach().clone().contiguous()
+                x, y = inputs[0], output[0] if isinstance(output, tuple) else output
+                # vLLM's Transformers backend has a batch of one in front.
+                for key, tensor in ((f"{name}.x", x), (f"{name}.y", y)):
+                    records[key] = tensor.flatten(0, -2)[:rows].detach().clone().contiguous()
 
         return record
 
