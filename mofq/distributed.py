@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import mofq
 from mofq.exceptions import ClusterError, MofqError
@@ -27,6 +30,8 @@ _Result = TypeVar("_Result")
 
 #: How often a unit is begun again where its worker or its machine died.
 MAX_RETRIES = 3
+#: A cluster that does not take a connection in this time is not there [s].
+_REACH_SECONDS = 10.0
 #: Units that are under way or waiting, for each that can run at once.
 _QUEUED = 4
 #: What Ray says where a worker lacks a package.
@@ -54,14 +59,15 @@ def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None
     ray = _import_ray()
     known = os.environ.get("RAY_ADDRESS") if address == "ray" else address
     where = {"address": known} if known else _own_cluster()
-    problem = _connect(ray, where)
+    problem = (known and _unreached(known)) or _connect(ray, where)
     if problem is not None and not known:
         # Ray gives a node 30 seconds to start, which on a busy machine are not enough.
         tell(f"Ray did not start: {_first_line(problem)}. It is tried once more.")
         problem = _connect(ray, where)
     if problem is not None:
         remedy = (
-            "Give 'ray' for one on this machine, or the ray://HOST:PORT of one that runs."
+            "Give 'ray' for one on this machine, or the ray://HOST:PORT of one that runs. Where "
+            "`ray start` says that it asks for a token, set RAY_AUTH_MODE=token here too."
             if known
             else "It was tried twice: run the command when the machine is less busy, or give the "
             "ray://HOST:PORT of a cluster that runs."
@@ -73,10 +79,23 @@ def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None
         ray.shutdown()
 
 
+def _unreached(address: str) -> Exception | None:
+    """What is wrong with an address where nothing answers; Ray would try for many minutes."""
+    at = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if at.hostname is not None and at.port is not None:
+            socket.create_connection((at.hostname, at.port), _REACH_SECONDS).close()
+    except (OSError, ValueError) as error:
+        return error
+    return None
+
+
 def _connect(ray: Any, where: Mapping[str, Any]) -> Exception | None:
     """What Ray says where the cluster cannot be had."""
     try:
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a connection that timed out, which it raises too
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         ray.shutdown()
         return error
@@ -165,6 +184,11 @@ def _get(ray: Any, reference: Any) -> Any:
                 f"Install {_this_mofq()} on every machine of the cluster."
             ) from error
         raise
+    except (ConnectionError, ray.exceptions.LocalRayletDiedError) as error:
+        raise ClusterError(
+            f"the cluster went away: {_first_line(error)}. What is finished is kept; run the same "
+            f"command again, without --cluster or on one that runs."
+        ) from error
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"a unit was begun {MAX_RETRIES + 1} times and its worker died each time: "

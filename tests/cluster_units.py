@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,3 +39,14 @@ def refuse(unit: int) -> int:
     if unit == 3:
         raise SchemeError("layer 3: not finite")
     return unit
+
+
+def linger(unit: tuple[int, str]) -> None:
+    """Stay, and write down which process this is; the first unit raises once another stays."""
+    number, mark = unit
+    if number:
+        Path(mark).write_text(str(os.getpid()), encoding="utf-8")
+        time.sleep(600)
+    while not Path(mark).exists():
+        time.sleep(0.1)
+    raise SchemeError("another one stays")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -216,11 +217,44 @@ def test_a_cluster_that_does_not_start_in_time_is_begun_once_more(
     assert calls == ["init local", "shutdown", "init local", "shutdown"]
     calls.clear()
     with (
-        pytest.raises(ClusterError, match="--cluster ray://nowhere:1: "),
-        cluster("ray://nowhere:1"),
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ClusterError, match=r"timed out during startup.*RAY_AUTH_MODE=token"),
+        cluster(address := f"ray://127.0.0.1:{server.getsockname()[1]}"),
     ):
         pass
-    assert calls == ["init ray://nowhere:1", "shutdown"]
+    assert calls == [f"init {address}", "shutdown"]
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("ray://127.0.0.1:9", "refused"),
+        ("127.0.0.1:9", "refused"),
+        ("ray://127.0.0.1:many", "'many'"),
+    ],
+)
+def test_an_address_where_nothing_answers_is_refused_before_ray_tries_for_minutes(
+    address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_connect", lambda *where: pytest.fail("Ray tries"))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    for given in (address, "ray"):
+        with (
+            pytest.raises(ClusterError, match=rf"{why}.*ray://HOST:PORT of one that runs"),
+            cluster(given),
+        ):
+            pass
+
+
+def test_a_run_that_is_stopped_cancels_nothing(two_workers: None) -> None:
+    # Ray aborts the whole process where a unit ends while it is cancelled.
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "cancel", lambda *a, **k: pytest.fail("cancelled"))
+        for _ in range(20):
+            with pytest.raises(SchemeError):
+                list(run_units(refuse, range(9)))
 
 
 def test_without_ray_the_message_says_how_to_get_it(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from fenced_memory import fenced
 from number_cases import (
     WEIGHT_SCHEMES,
     adversarial_weight,
@@ -105,7 +109,8 @@ def check_compiled(kind: Kind, schemes: Sequence[TensorScheme], cache: Path) -> 
         compiled_pass = pass_maker(tell=told.append)(kind, schemes, dtype, 0)
         for block_RI in some:
             amax = block_RI.abs().max().float()
-            check(kind, schemes, block_RI, compiled_pass(to_bands(block_RI, schemes), amax))
+            for x_ARJK in fenced(to_bands(block_RI, schemes)):
+                check(kind, schemes, block_RI, compiled_pass(x_ARJK, amax))
     assert all(line.startswith("Compiling one pass for ") for line in told)
     assert len(list(cache.glob("*.pt2"))) == len(told) * -(-len(schemes) // 8)
 
@@ -119,6 +124,30 @@ def test_every_scheme_compiled_is_the_reference_in_every_bit(kind: Kind, own_cac
 
 def test_some_schemes_compiled_are_the_reference_in_every_bit(own_cache: Path) -> None:
     check_compiled("errors", [weight_scheme(name) for name in COMPILED], own_cache)
+
+
+def test_the_fence_kills_who_reads_past_an_end() -> None:
+    read = "import ctypes, torch; from fenced_memory import fenced; "
+    for number, past in ((0, 8), (1, -1)):
+        code = f"x = list(fenced(torch.ones(8)))[{number}]; ctypes.c_float.from_address("
+        code += f"x.data_ptr() + {past} * 4).value"
+        ran = subprocess.run(
+            [sys.executable, "-c", read + code], cwd=Path(__file__).parent, capture_output=True
+        )
+        assert ran.returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+def test_no_compiled_pass_reads_past_an_odd_block(dtype: torch.dtype, own_cache: Path) -> None:
+    """Channels alone leave the columns any number, which no vector divides."""
+    schemes = [weight_scheme("int8.channel"), weight_scheme("fp8_e4m3.channel")]
+    compiled_pass = pass_maker()("errors", schemes, dtype, 0)
+    for rows, columns in ((64, 1), (1, 17), (65, 31), (130, 577), (64, 4099)):
+        block_RI = trained_like_weight(rows, columns).to(dtype)
+        for x_ARJK in fenced(to_bands(block_RI, schemes)):
+            check("errors", schemes, block_RI, compiled_pass(x_ARJK, torch.ones(())))
 
 
 def test_every_quotient_of_a_bfloat16_and_its_scale_has_the_references_error(
