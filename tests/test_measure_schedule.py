@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,33 @@ def test_rows_are_read_in_order_and_only_so_far_ahead(monkeypatch: pytest.Monkey
     assert read == [(i, start) for i in range(4) for start in range(0, 80, 16)]
     # Three held, one under way, and one on each thread that is scored and not yet given back.
     assert 2 <= max(ahead) <= 4 + torch.get_num_threads()
+
+
+def test_small_layers_are_handed_over_together_and_scored_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def rows(number: int, start: int, stop: int) -> Tensor:
+        return trained_like_weight(80, 64, seed=number)[start:stop].bfloat16()
+
+    def counted(blocks: Sequence[tuple[PreparedLayer, int, int]], *more: Any) -> list[BlockSums]:
+        taken.append(len(blocks))
+        return score(blocks, *more)
+
+    score = schedule._score
+    monkeypatch.setattr(schedule, "_score", counted)
+    several = [layer_of(partial(rows, i)) for i in range(3)]  # of five blocks each
+    monkeypatch.setattr(prepared, "_SUMS_BLOCK_ELEMENTS", 80 * 64)
+    small = [layer_of(partial(rows, i)) for i in range(3, 10)]
+    monkeypatch.setattr(schedule, "_PARCEL_ELEMENTS", 3 * 80 * 64)
+    layers = [*several[:1], *small[:5], *several[1:], *small[5:]]
+    together = list(score_layers(layers))
+    assert sorted(taken) == [1] * 15 + [2, 2, 3]
+    for layer, found in zip(layers, together, strict=True):
+        [alone] = score_layers([layer])
+        assert torch.equal(found.error_energy_S, alone.error_energy_S)
+        assert found.weight_energy == alone.weight_energy
 
 
 def test_what_cannot_be_read_ends_the_run_and_leaves_no_thread_waiting() -> None:

@@ -53,6 +53,7 @@ class PreparedLayer:
     name: str
     read_rows: RowReader
     blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
+    in_features: int
     schemes: tuple[Scheme, ...]
     weights: tuple[TensorScheme, ...]  #: the different weight schemes, W of them
     activations: tuple[TensorScheme, ...]  #: the different activation schemes, A of them
@@ -116,6 +117,7 @@ def prepare_layer(
         name=name,
         read_rows=read_rows,
         blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
+        in_features=shape[1],
         schemes=tuple(schemes),
         weights=weights,
         activations=tuple(dict.fromkeys(s.activation for s in schemes if s.activation is not None)),

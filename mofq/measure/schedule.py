@@ -9,9 +9,10 @@ the blocks, in order, no further ahead of their use than a fixed number of bytes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from threading import Condition
 
 import torch
@@ -28,7 +29,12 @@ _WAITING_BYTES = 200_000_000
 #: Blocks that are read and not yet scored [bytes].
 _AHEAD_BYTES = 32_000_000
 
-_Work = tuple[PreparedLayer, list[Future[BlockSums]]]
+#: Weights of small layers that are handed over together, where nothing but sums is wanted.
+_PARCEL_ELEMENTS = 2**21
+
+#: A layer and some of its rows: the first, and one past the last.
+_Block = tuple[PreparedLayer, int, int]
+_Work = tuple[Sequence[PreparedLayer], list[Future[list[BlockSums]]]]
 
 
 def score_layers(
@@ -53,17 +59,18 @@ def score_layers(
         pool = ThreadPoolExecutor(threads)
         waiting: deque[_Work] = deque()
         try:
-            for layer in layers:
-                rows = [reader.read(layer, *block) for block in layer.blocks]
-                starts = [start for start, _ in layer.blocks]
-                blocks = [
-                    pool.submit(_score, layer, *at, reader) for at in zip(starts, rows, strict=True)
+            for parcel in _parcels(layers):
+                blocks = [(layer, *rows) for layer in parcel for rows in layer.blocks]
+                jobs = [blocks] if len(parcel) > 1 else [[block] for block in blocks]
+                reading = [reader.read(job) for job in jobs]  # ahead of what takes the processors
+                sums = [
+                    pool.submit(_score, *each, reader) for each in zip(jobs, reading, strict=True)
                 ]
-                waiting.append((layer, blocks))
+                waiting.append((parcel, sums))
                 while len(waiting) > 2 * threads or _waiting_bytes(waiting) > _WAITING_BYTES:
-                    yield _finish(*waiting.popleft())
+                    yield from _finish(*waiting.popleft())
             while waiting:
-                yield _finish(*waiting.popleft())
+                yield from _finish(*waiting.popleft())
         finally:
             reader.close()
             pool.shutdown(cancel_futures=True)
@@ -79,24 +86,24 @@ class _ReadAhead:
         self._changed = Condition()
         self._thread = ThreadPoolExecutor(1, "mofq-read")
 
-    def read(self, layer: PreparedLayer, start: int, stop: int) -> Future[Tensor]:
-        """The rows, when there is room for them; whoever took them says so to `release`."""
-        return self._thread.submit(self._read, layer, start, stop)
+    def read(self, blocks: Sequence[_Block]) -> Future[list[Tensor]]:
+        """Their rows, when there is room for them; whoever took them says so to `release`."""
+        return self._thread.submit(self._read, blocks)
 
-    def _read(self, layer: PreparedLayer, start: int, stop: int) -> Tensor:
+    def _read(self, blocks: Sequence[_Block]) -> list[Tensor]:
         with self._changed:
             self._changed.wait_for(lambda: self._held_bytes < self._limit_bytes or self._is_closed)
             if self._is_closed:
                 raise CancelledError
-        rows_RI = layer.read_rows(start, stop)
+        found = [layer.read_rows(start, stop) for layer, start, stop in blocks]
         with self._changed:
-            self._held_bytes += rows_RI.nbytes
-        return rows_RI
+            self._held_bytes += sum(rows_RI.nbytes for rows_RI in found)
+        return found
 
-    def release(self, rows_RI: Tensor) -> None:
+    def release(self, found: Sequence[Tensor]) -> None:
         """Make room for others."""
         with self._changed:
-            self._held_bytes -= rows_RI.nbytes
+            self._held_bytes -= sum(rows_RI.nbytes for rows_RI in found)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -107,22 +114,51 @@ class _ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
 
+def _parcels(layers: Iterable[PreparedLayer]) -> Iterator[list[PreparedLayer]]:
+    """One layer each, or several that are small: handing one over takes as long as scoring it."""
+    parcel: list[PreparedLayer] = []
+    elements = 0
+    for layer in layers:
+        is_small = len(layer.blocks) == 1 and not layer.needs_deltas
+        if parcel and not (is_small and elements + _elements(layer) <= _PARCEL_ELEMENTS):
+            yield parcel
+            parcel, elements = [], 0
+        parcel.append(layer)
+        elements += _elements(layer)
+        if not is_small:
+            yield parcel
+            parcel, elements = [], 0
+    if parcel:
+        yield parcel
+
+
+def _elements(layer: PreparedLayer) -> int:
+    return layer.blocks[-1][1] * layer.in_features
+
+
 def _score(
-    layer: PreparedLayer, start: int, reading: Future[Tensor], reader: _ReadAhead
-) -> BlockSums:
-    rows_RI = reading.result()
+    blocks: Sequence[_Block], reading: Future[list[Tensor]], reader: _ReadAhead
+) -> list[BlockSums]:
+    found = reading.result()
     try:
-        return score_rows(layer, rows_RI, start=start)
+        return [
+            score_rows(layer, rows_RI, start=start)
+            for (layer, start, _), rows_RI in zip(blocks, found, strict=True)
+        ]
     finally:
-        reader.release(rows_RI)
+        reader.release(found)
 
 
-def _finish(layer: PreparedLayer, blocks: list[Future[BlockSums]]) -> LayerScore:
-    return add_blocks(layer, [block.result() for block in blocks])
+def _finish(
+    parcel: Sequence[PreparedLayer], sums: Sequence[Future[list[BlockSums]]]
+) -> Iterator[LayerScore]:
+    done = (one for some in sums for one in some.result())
+    for layer in parcel:
+        yield add_blocks(layer, list(islice(done, len(layer.blocks))))
 
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
-    return sum(layer.nbytes for layer, _ in waiting)
+    return sum(layer.nbytes for parcel, _ in waiting for layer in parcel)
 
 
 @contextmanager

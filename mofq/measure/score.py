@@ -114,8 +114,8 @@ def add_blocks(layer: PreparedLayer, blocks: Sequence[BlockSums]) -> LayerScore:
 
 def _of_schemes(layer: PreparedLayer, value_W: Tensor) -> Tensor:
     """Values of weight schemes, as each scheme has them; 0 where the weight is left as it is."""
-    column = {weight: i for i, weight in enumerate(layer.weights)}
-    values = [float(value_W[column[s.weight]]) if s.weight else 0.0 for s in layer.schemes]
+    value = dict(zip(layer.weights, value_W.tolist(), strict=True))
+    values = [value[s.weight] if s.weight else 0.0 for s in layer.schemes]
     return torch.tensor(values, dtype=torch.float64)
 
 
