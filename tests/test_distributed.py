@@ -51,6 +51,7 @@ def two_workers() -> Iterator[None]:
         paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # Ray gives its workers 15
         own = distributed._own_cluster()
         patch.setattr(distributed, "_own_cluster", lambda: own | {"num_cpus": 2})
         with cluster("ray"):
