@@ -266,6 +266,13 @@ def test_of_a_long_text_only_the_excerpts_are_tokenized() -> None:
     assert windows_NT.tolist() == [[97, 98, 99, 100]] * 2
 
 
+def test_excerpts_of_a_long_text_are_spread_over_all_of_it() -> None:
+    text = "".join(chr(0x4E00 + place) for place in range(4000))  # every place has its own
+    windows_NT = tokenize(corpus_of(text), CharacterTokenizer(), tokens=16, sequence_length=4)
+    assert [token - 0x4E00 for token in windows_NT[:, 0].tolist()] == [0, 1000, 2000, 3000]
+    assert [token - 0x4E00 for token in windows_NT[3].tolist()] == [3000, 3001, 3002, 3003]
+
+
 def test_a_text_of_long_tokens_is_tokenized_whole() -> None:
     class LineTokenizer(CharacterTokenizer):
         def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
