@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,39 @@ def gptq_codes(weight_OI: Tensor, hessian_II: Tensor, scale_O: Tensor) -> np.nda
         error = (w[:, j] - codes[:, j] * scale) / upper[j, j]
         w[:, j:] -= np.outer(error, upper[j, j:])
     return codes
+
+
+def ldlq_codes(
+    weight_OI: Tensor, hessian_II: Tensor, *, group_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """LDLQ of arXiv:2307.13304 in numpy, a group's scale found at its first column."""
+    h = hessian_II.numpy().copy()
+    h[np.diag_indices_from(h)] += DAMPING * np.diag(h).mean()
+    upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    passed = upper / np.diag(upper)
+    w = weight_OI.double().numpy()
+    adjusted, codes, scales = w.copy(), np.zeros_like(w), []
+    for j in range(w.shape[1]):
+        if j % group_size == 0:
+            amax = np.abs(adjusted[:, j : j + group_size]).max(1)
+            scales.append((amax / 7).astype(ml_dtypes.bfloat16).astype(np.float64))
+        codes[:, j] = np.clip(np.round(adjusted[:, j] / scales[-1]), -7, 7)
+        error = w[:, j] - codes[:, j] * scales[-1]
+        adjusted[:, j + 1 :] += np.outer(error, passed[j, j + 1 :])
+    return codes, np.array(scales).T
+
+
+def test_the_scale_of_a_group_is_that_of_the_weights_as_feedback_left_them() -> None:
+    weight_OI, hessian_II = trained_like_weight(64, 128), hessian()
+    scheme, feedback = weight_scheme("int4.g32~gptq"), factorise_hessian(hessian_II)
+    quantized = quantize_weight(weight_OI, scheme, feedback=feedback)
+    codes, scales = ldlq_codes(weight_OI, hessian_II, group_size=32)
+    assert quantized.scale is not None
+    # 22 bits of feedback against float64: a tie may fall to the other side, once in a while.
+    assert (quantized.scale.double().numpy() != scales).mean() < 0.02
+    assert (quantized.codes_OI.numpy() != codes).mean() < 0.01
+    as_it_was = np.abs(weight_OI.double().numpy()).reshape(64, 4, 32).max(2) / 7
+    assert np.abs(as_it_was[:, 1:] / scales[:, 1:] - 1).mean() > 0.02  # they are others
 
 
 def test_the_codes_are_those_of_gptq_as_published() -> None:
