@@ -324,14 +324,14 @@ _NUMBERS = (
         "corpora.py",
         "starts = [len(corpus.text) * i // sequences for i",
         "starts = [64 * sequence_length * i for i",
-        "corpora",
+        "corpora::test_excerpts_of_a_long_text_are_spread_over_all_of_it",
     ),
     Fault(
         "fitted codes: a scale from the weight as it was",
         "quantize/feedback.py",
         "to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)",
         "to_tiles(weight_OI[:, whole], rows, columns)",
-        "quantize_feedback",
+        "quantize_feedback::test_the_scale_of_a_group_is_that_of_the_weights_as_feedback_left_them",
     ),
     Fault(
         "fitted codes: nothing is passed on beyond a batch",
@@ -345,14 +345,14 @@ _NUMBERS = (
         "solvers/sampler.py",
         "number = trial.number - sum(one.number < trial.number for one in failed)",
         "number = trial.number",
-        "optuna pareto",
+        "optuna::test_trials_that_died_do_not_move_those_after_them",
     ),
     Fault(
         "Optuna: a recipe is measured again",
         "solvers/sampler.py",
         "if choice_F.tobytes() not in tried:",
         "if True:",
-        "optuna pareto",
+        "optuna::test_a_recipe_that_was_measured_is_not_proposed_while_there_is_another",
     ),
 )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,15 @@ from mofq.calibration.capture import capture_layers
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.exceptions import SchemeError
-from mofq.kv_cache import cache_bits, cache_rejection, parse_cache_scheme, static_keys
+from mofq.kv_cache import (
+    cache_bits,
+    cache_rejection,
+    parse_cache_scheme,
+    part_amax,
+    static_keys,
+)
 from mofq.layers import PARTS, CacheLayer, find_layers, find_loaded_module
+from mofq.measure.cache import _head_amax
 from mofq.quantize import fake_quantize_cache
 from mofq.recipe import Recipe
 from mofq.recipe_cache import RecipeCache
@@ -77,6 +85,26 @@ def test_groups_that_do_not_divide_a_head_are_rejected() -> None:
     assert reason is not None
     assert "multiple of 64 channels, found 32" in reason
     assert cache_rejection(parse_cache_scheme("int4.g32"), CACHE) is None
+
+
+def test_static_scales_keep_the_order_of_many_heads() -> None:
+    cache = CacheLayer("layers.0.attn.kv_cache", "model.layers.0.self_attn", 12, 8, 0)
+    keys = static_keys(parse_cache_scheme("int8.head"), cache)
+    amax = {key: float(place) for place, key in enumerate(keys)}
+    shuffled = dict(sorted(amax.items()))  # k.0, k.1, k.10, k.11, k.2 …
+    assert list(shuffled) != list(amax)
+    assert part_amax("k", shuffled) == tuple(map(float, range(12)))
+    assert part_amax("v", shuffled) == tuple(map(float, range(12, 24)))
+
+
+def test_static_scales_are_the_largest_of_all_corpora() -> None:
+    def samples(*keys: float) -> dict[str, SimpleNamespace]:
+        x_MCI = torch.zeros(1, 3, 64)
+        x_MCI[0, 1, [5, 40]] = torch.tensor(keys)  # of either head
+        return {part: SimpleNamespace(x_MCI=x_MCI) for part in PARTS}
+
+    found = _head_amax({"a": samples(-9.0, 1.0), "b": samples(2.0, 7.0)}, CACHE)  # type: ignore[dict-item]
+    assert [amax_H.tolist() for amax_H in found.values()] == [[9.0, 7.0]] * 2
 
 
 def test_scales_are_those_of_the_tensor_the_head_or_the_token() -> None:

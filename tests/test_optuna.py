@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import study_worker
 from explore_tables import write_explore_table
@@ -29,7 +30,7 @@ from mofq.solvers.optuna import (
     uniform_starts,
 )
 from mofq.solvers.refine import uniform_candidates
-from mofq.solvers.sampler import START
+from mofq.solvers.sampler import START, Sampler, propose_new, study_space
 from mofq.solvers.thompson import Observation, draw_costs
 from mofq.table import read_table
 
@@ -64,6 +65,52 @@ def test_a_study_finds_what_the_predictions_got_wrong_and_keeps_the_budget(stora
         assert trial.params == trial.user_attrs["recipe"]
     assert set(study.trials[0].params) == {f"layers.{n}.mlp.down" for n in range(10)}
     assert study.trials[0].user_attrs["origin"] == START
+
+
+def test_trials_that_died_do_not_move_those_after_them() -> None:
+    one, numbers = problem(3), []
+    choice_F = solve_exact(one, BUDGETS).choice_F
+
+    def next_choice(study: Study, number: int) -> np.ndarray:
+        numbers.append(number)
+        return choice_F
+
+    study = optuna.create_study(sampler=Sampler(one, BUDGETS, next_choice))
+    for state in (TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE):
+        trial = study.ask(dict(study_space(one, BUDGETS)))
+        study.tell(trial, 1.0 if state == TrialState.COMPLETE else None, state=state)
+    assert numbers == [0, 1, 1, 1]
+
+
+def test_a_recipe_that_was_measured_is_not_proposed_while_there_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = problem(3)
+    start_F = solve_exact(one, BUDGETS).choice_F
+    other_F = start_F + 1
+    drawn, tried = iter([start_F, start_F, other_F]), {start_F.tobytes()}
+    monkeypatch.setattr("mofq.solvers.sampler.propose", lambda *_, **__: next(drawn))
+    proposed_F = propose_new(
+        one,
+        BUDGETS,
+        start_F,
+        best_F=start_F,
+        observations=(),
+        tried=tried,
+        seed=(0, 1),
+    )
+    assert (proposed_F == other_F).all()
+    monkeypatch.setattr("mofq.solvers.sampler.propose", lambda *_, **__: start_F)
+    again_F = propose_new(
+        one,
+        BUDGETS,
+        start_F,
+        best_F=start_F,
+        observations=(),
+        tried=tried,
+        seed=(0, 1),
+    )
+    assert (again_F == start_F).all()
 
 
 def _with_errors(true_P: np.ndarray):  # type: ignore[no-untyped-def]
