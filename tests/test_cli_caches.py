@@ -10,7 +10,10 @@ import pytest
 from command_line import ok, refused
 from explore_tables import CACHE_FORMATS, write_explore_table
 
+from mofq.decide import recipe_from_table
+from mofq.decide.refused import serving_engines
 from mofq.recipe import load_recipe
+from mofq.table import read_table
 
 TOKENS = 2000
 
@@ -50,6 +53,20 @@ def test_a_point_of_the_frontier_is_what_a_search_of_its_size_finds(
     assert "and 2,000 tokens" in ran.out
     assert "--max-size SIZE" in ran.err
     assert f"--kv-tokens {TOKENS}" in ran.err
+
+
+def test_caches_of_two_formats_are_served_by_no_engine(table: Path) -> None:
+    content = read_table(table)
+    one, other = "kv:fp8_e4m3.tensor", "kv:int8.token_head"
+    for schemes, is_served in (
+        (("bf16", one), True),
+        (("bf16", other), True),
+        ((one, other), False),
+    ):
+        chosen = {group.name: "bf16" for group in content.header.groups}
+        chosen |= {cache.name: schemes[n % 2] for n, cache in enumerate(content.caches)}
+        recipe = recipe_from_table(content, chosen, made_by={}, budget={}, result={})
+        assert ("vllm-hopper" in serving_engines(content, recipe)) == is_served
 
 
 def test_bits_of_the_cache_are_kept_along_a_frontier_in_bits_per_weight(

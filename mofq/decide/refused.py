@@ -23,6 +23,8 @@ class Refused:
 def serving_engines(table: Table, recipe: Recipe) -> tuple[str, ...]:
     """The engines that serve a recipe as it was measured, on one device each.
 
+    An engine keeps the cache in one format, and leaves single layers as they are.
+
     Args:
         table: That the recipe was decided from.
         recipe: Of it.
@@ -34,6 +36,8 @@ def serving_engines(table: Table, recipe: Recipe) -> tuple[str, ...]:
     chosen = [(parse_scheme(one.scheme), groups[one.name]) for one in recipe.groups]
     caches = {cache.name: cache for cache in table.caches}
     cached = [(one.scheme, caches[one.name]) for one in recipe.kv_cache if one.name in caches]
+    if len({scheme for scheme, _ in cached} - {"bf16"}) > 1:
+        return ()
 
     def serves(engine: str) -> bool:
         check, check_cache = legality(engine), cache_legality(engine)
