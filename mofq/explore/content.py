@@ -24,7 +24,6 @@ from mofq.explore.frontier import (
 from mofq.explore.named_points import (
     MeasuredPoint,
     NamedPoint,
-    axis_value,
     greedy_points,
     placed,
     read_validation,
@@ -39,6 +38,7 @@ from mofq.layers import CacheLayer
 from mofq.recipe import recipe_text
 from mofq.schemes import parse_scheme
 from mofq.solvers import KL_UNIT, Budgets, Problem
+from mofq.solvers.frontier import axis_value
 from mofq.solvers.problem import IntArray
 from mofq.table import Table, TableGroup
 

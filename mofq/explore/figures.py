@@ -19,11 +19,11 @@ from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier import frontier_recipes
 from mofq.explore.named_points import (
     NamedPoint,
-    axis_value,
     greedy_points,
     uniform_points,
 )
 from mofq.solvers import KL_UNIT, Budgets, Problem
+from mofq.solvers.frontier import axis_value
 from mofq.solvers.problem import FloatArray
 
 if TYPE_CHECKING:

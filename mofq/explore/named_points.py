@@ -13,6 +13,7 @@ from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.kv_cache import is_cache_scheme
 from mofq.recipe import Recipe, load_recipe
 from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
+from mofq.solvers.frontier import axis_value
 from mofq.solvers.problem import IntArray
 from mofq.table import Table, TableHeader
 
@@ -47,13 +48,6 @@ class MeasuredPoint:
     kl_stderr: float | None
     predicted: float | None
     predicted_stderr: float | None
-
-
-def axis_value(problem: Problem, choice_F: IntArray) -> float:
-    """Where a choice stands: true bits per weight; or bytes of all that counts as size."""
-    if problem.kv_tokens:
-        return problem.size_of(choice_F) + problem.other_bytes
-    return 8 * problem.axis_of(choice_F) / problem.weights
 
 
 def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[NamedPoint, ...]:

@@ -110,6 +110,17 @@ def sized(problem: Problem, budgets: Budgets, size: int) -> Budgets:
     return replace(budgets, max_bytes=limit if asked is None else min(limit, asked))
 
 
+def axis_value(problem: Problem, choice_F: IntArray) -> float:
+    """Where a choice stands on the axis, as people read it.
+
+    Returns:
+        True bits per weight; where a context's cache counts as size, the bytes of all that does.
+    """
+    if problem.kv_tokens:
+        return problem.size_of(choice_F) + problem.other_bytes
+    return 8 * problem.axis_of(choice_F) / problem.weights
+
+
 def _is_axis(problem: Problem, row: Row) -> bool:
     """Whether a budget of size ends the curve."""
     return row.name in _SIZE_ROWS and np.array_equal(row.cost_P, problem.axis_P)

@@ -21,7 +21,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mofq.solvers.budgets import Budgets, budget_rows
-from mofq.solvers.frontier import sized
+from mofq.solvers.frontier import axis_value, sized
 from mofq.solvers.optuna import quiet
 from mofq.solvers.problem import IntArray, Problem
 from mofq.solvers.refine import Measure, Measured, Progress, paired, require_windows
@@ -45,7 +45,7 @@ class FrontPoint:
     """A measured recipe that no other of the study beats in both objectives."""
 
     measured: Measured
-    size: float  #: in the study's second objective, `size_of`
+    size: float  #: in the study's second objective, `axis_value`
     trial: int  #: its number in the study
 
 
@@ -92,7 +92,7 @@ def run_front(
         trial.set_user_attr("recipe", chosen)
         set_sizes(trial, problem, choice_F)
         trial.set_user_attr("windows", windows)
-        return math.fsum(windows) / len(windows), size_of(problem, choice_F)
+        return math.fsum(windows) / len(windows), float(axis_value(problem, choice_F))
 
     with quiet():
         while len(measured_trials(study, problem)) < trials or _start(study, problem) is None:
@@ -101,13 +101,6 @@ def run_front(
             study.optimize(objective, n_trials=1)
             if progress is not None:
                 progress(min(len(measured_trials(study, problem)), trials), trials)
-
-
-def size_of(problem: Problem, choice_F: IntArray) -> float:
-    """True bits per weight; or bytes of the checkpoint and a context's cache."""
-    if problem.kv_tokens:
-        return float(problem.size_of(choice_F) + problem.other_bytes)
-    return 8 * problem.axis_of(choice_F) / problem.weights
 
 
 def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
@@ -119,7 +112,7 @@ def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
 def measured_front(study: Study, problem: Problem) -> tuple[FrontPoint, ...]:
     """The recipes that no other beats in KL and in size, smallest first."""
     points = [
-        FrontPoint(one, size_of(problem, one.choice_F), number)
+        FrontPoint(one, float(axis_value(problem, one.choice_F)), number)
         for number, one in measured_trials(study, problem).items()
     ]
     points.sort(key=lambda one: (one.size, one.measured.kl.value, one.trial))
