@@ -153,6 +153,19 @@ def test_a_quantized_cache_is_read_faster_and_a_time_can_ask_for_it(
     assert found["kv_bits"] < 16
 
 
+def test_formats_that_an_engine_does_not_hold_beside_the_chosen_one_are_no_alternatives(
+    table: Path, tmp_path: Path
+) -> None:
+    engine = ("--engine", "vllm-hopper", "--max-kv-bits", "8.5")
+    why = ("--explain", "layers.1.attn.kv_cache", "-o", tmp_path / "recipe.yaml")
+    (found,) = said("search", table, *engine, *why)["explained"]
+    chosen = {one.scheme for one in load_recipe(tmp_path / "recipe.yaml").kv_cache} - {"bf16"}
+    assert chosen == {"kv:int8.token_head"}
+    schemes = {one["scheme"] for one in found["alternatives"]}
+    assert schemes == chosen | {"bf16"}
+    assert "one format of the cache for the whole model" in found["rejected"]["kv:fp8_e4m3.tensor"]
+
+
 def test_a_difference_of_caches_is_counted_and_priced_beside_the_layers(
     table: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from mofq.table import Table
 
 #: A difference below so many standard errors is noise.
 _NOISE_STDERRS = 2.0
+_ONE_FORMAT = "an engine keeps one format of the cache for the whole model, and that is another one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,14 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
     chosen_F = recipe_choice(problem, decision.recipe)
     prices = {name: price for name, price in (decision.prices or {}).items() if price > 0}
     priced_P = None if decision.prices is None else _priced(problem, budgets, prices)
-    offered_P = offered(problem, budgets)
+    offered_P, beside_P = offered(problem, budgets), problem.beside(chosen_F)
+    options = problem.options_of(number)
     alternatives = [
         _alternative(problem, option, int(chosen_F[number]), priced_P, bool(offered_P[option]))
-        for option in problem.options_of(number)
+        for option in options
+        if beside_P[option]
     ]
+    apart = {problem.schemes[option]: _ONE_FORMAT for option in options if not beside_P[option]}
     alternatives.sort(key=lambda one: (one.priced_difference or 0.0, one.error))
     group = problem.groups[number]
     chosen = problem.schemes[chosen_F[number]]
@@ -92,7 +96,7 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
         why=_why(chosen, alternatives, prices, was_measured=_was_measured(decision)),
         prices=prices,
         alternatives=tuple(alternatives),
-        rejected=_rejected(table, request, group.name),
+        rejected=_rejected(table, request, group.name) | apart,
     )
 
 
