@@ -119,7 +119,7 @@ def _refused(options: SearchOptions) -> tuple[Refused, ...]:
     from mofq.decide.refused import engine_refusals
     from mofq.table import read_table
 
-    return engine_refusals(read_table(options.table), options.engine, space=options.space)
+    return engine_refusals(read_table(options.table), search_request(options))
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:

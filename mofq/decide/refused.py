@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mofq.decide.request import fusion_group
+from mofq.decide.request import Request, fusion_group
 from mofq.engines import ENGINES, cache_legality, format_name, legality
 from mofq.recipe import Recipe
 from mofq.schemes import parse_scheme
@@ -16,7 +16,7 @@ class Refused:
     """Schemes that were measured and are not offered, for one reason."""
 
     schemes: tuple[str, ...]
-    groups: int  #: fusion groups that have rows of any of them
+    groups: int  #: fusion groups, or layers' caches, that have rows of any of them
     reason: str
 
 
@@ -48,15 +48,13 @@ def serving_engines(table: Table, recipe: Recipe) -> tuple[str, ...]:
     return tuple(engine for engine in ENGINES if serves(engine))
 
 
-def engine_refusals(
-    table: Table, engine: str | None, *, space: str | None = None
-) -> tuple[Refused, ...]:
-    """What of a table an engine cannot serve as it was measured.
+def engine_refusals(table: Table, request: Request) -> tuple[Refused, ...]:
+    """What an engine cannot serve as it was measured, of what a search asks for.
 
     Args:
         table: From `mofq measure`.
-        engine: A name of ``mofq.engines``; None refuses nothing.
-        space: Only schemes of this search space; None: of all.
+        request: Its engine, None refuses nothing; its search space; its formats of the cache,
+            where the cache is decided.
 
     Returns:
         One entry for each reason, in the table's order.
@@ -64,20 +62,21 @@ def engine_refusals(
     Raises:
         EngineError: No engine has that name.
     """
-    if engine is None:
+    if request.engine is None:
         return ()
-    check = legality(engine)
-    check_cache = cache_legality(engine)
+    check = legality(request.engine)
+    check_cache = cache_legality(request.engine)
     groups = {group.name: fusion_group(group) for group in table.header.groups}
     caches = {cache.name: cache for cache in table.caches}
     schemes: dict[str, dict[str, None]] = {}
     where: dict[str, set[str]] = {}
-    asked = {name for one in table.spaces if one.name == space for name in one.schemes}
+    asked = {name for one in table.spaces if one.name == request.space for name in one.schemes}
     for name, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
-        if group in caches:
-            reason = check_cache(name, caches[group])
-        elif space is not None and name not in asked:
+        if request.space is not None and name not in asked:
             continue
+        if group in caches:
+            is_asked = request.kv_cache and name in (request.kv_formats or (name,))
+            reason = check_cache(name, caches[group]) if is_asked else None
         else:
             scheme = parse_scheme(name)
             reason = check(scheme, groups[group])
