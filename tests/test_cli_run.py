@@ -104,6 +104,27 @@ def test_run_without_a_budget_is_refused_before_anything_is_run(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    run = ("run", DEMO, "--max-bits", "5", "-o", tmp_path / "run")
+    assert "do not fill one window of 512" in refused(*run, "--tokens", "100")
+    assert "short" in refused(*run, "--text", tmp_path / "short.txt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_for_an_engine_that_reads_a_file_writes_that_file(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--space", "w8a8", "--max-bits", "9", "--engine", "torchao-cpu", *SMALL)
+    content = ok("run", DEMO, *arguments, "-o", folder, "--json").json
+    assert content["exported"] == str(folder / "torchao.json")
+    assert content["serve_command"] is None
+    assert json.loads((folder / "torchao.json").read_text("utf-8"))["quant_method"] == "torchao"
+    assert (
+        f"For torchao-cpu: {folder / 'torchao.json'}"
+        in ok("run", DEMO, *arguments, "-o", folder).out
+    )
+
+
 def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_comes_next(
     space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from mofq.recipe import Recipe
 
 
+#: What another tool's recipe is called in the folder of a run.
+_FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
+
+
 def run_export(
     model: str,
     recipe: Path,
@@ -74,6 +78,16 @@ def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: 
         print_json({"file": str(written), "to": to})
     else:
         note(f"{written}: for {to}.")
+
+
+def write_recipe_file(model: str, recipe: Recipe, *, to: str, folder: Path) -> Path:
+    """A recipe for another tool, under the name that the tool gives such a file."""
+    from mofq.backends import find_exporter
+    from mofq.checkpoint.headers import open_checkpoint
+
+    output = folder / _FILES.get(to, f"{to}.txt")
+    written: Path = find_exporter(to)(open_checkpoint(model), recipe, output)
+    return written
 
 
 def export_recipe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,21 +10,20 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from mofq.cli.calibrate import CalibrateOptions, load_corpora, load_named, run_calibrate
-from mofq.cli.checks import check_device, check_engine, check_folder
+from mofq.cli.calibrate import CalibrateOptions, load_named, run_calibrate
 from mofq.cli.measure import Where, run_measure
+from mofq.cli.run_checks import check_exported, check_run
 from mofq.cli.run_report import Report, print_report, report_json
 from mofq.cli.search import search_table
 from mofq.cli.search_options import SearchOptions
 from mofq.cli.terminal import note, print_json, progress_bars, with_error
-from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError
+from mofq.exceptions import MofqError
 from mofq.held import hold_folder
 
 if TYPE_CHECKING:
     from mofq.backends.compressed_tensors import Export
     from mofq.recipe import Recipe
     from mofq.search_space import SearchSpace
-    from mofq.solvers import Budgets
     from mofq.validate import Validation
 
 #: Uniform schemes that the recipe is compared with on the real model.
@@ -78,7 +77,7 @@ def default_output(model: str) -> Path:
 def run_flow(options: RunOptions, *, as_json: bool = False) -> None:
     """Calibrate, measure, search, validate; export where an engine is named."""
     bundled = not options.corpora
-    space, options = _check_run(options)
+    space, options = check_run(options)
     options.output.mkdir(parents=True, exist_ok=True)
     busy = MofqError(
         f"{options.output}: another process runs into this folder. Wait for it, or name another."
@@ -117,7 +116,7 @@ def _run_stages(options: RunOptions, space: SearchSpace) -> Report:
     with _timed(seconds, "search"):
         recipe = _search(options, space)
         candidates = {"recipe": recipe, **_uniform_recipes(options, space, recipe)}
-    _check_exported(options, candidates)
+    check_exported(options, candidates)
     with _timed(seconds, "validate"):
         validations = _validate(options, candidates)
     name = _preferred(options, candidates, validations)
@@ -181,61 +180,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = monotonic() - start
 
 
-def _check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
-    """Refuse now what would fail after minutes; fill in what the model decides.
-
-    Returns:
-        The search space, and the options with corpora and a sequence length that the
-        model can take.
-    """
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
-    from mofq.cost import parse_size
-    from mofq.decide import check_budget
-    from mofq.engines import find_engine, legality
-    from mofq.layers import find_layers
-    from mofq.search_space import load_search_space, offer_schemes
-    from mofq.solvers import Budgets
-
-    check_folder(options.output)
-    space = load_search_space(options.space)
-    max_bytes = None if options.max_size is None else parse_size(options.max_size)
-    check = None if options.engine is None else legality(options.engine)
-    checkpoint = open_checkpoint(options.model)
-    layers = find_layers(checkpoint)
-    check_engine(options.engine, layers)
-    offers = offer_schemes(space, layers.groups, legality=check, has_stats=True)
-    budgets = Budgets(max_bits=options.max_bits, max_bytes=max_bytes, max_kl=options.max_kl)
-    _need_budget(budgets, space)
-    check_budget(offers, budgets, other_bytes=layers.other_bytes)
-    corpora = options.corpora or ("demo-en-calibration",)
-    _check_texts(corpora, options.text)
-    if options.engine is not None:
-        find_exporter(find_engine(options.engine).reads)
-    check_device(options.device)
-    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
-    length = min(options.sequence_length, int(limit or options.sequence_length))
-    return space, replace(options, corpora=corpora, sequence_length=length)
-
-
-def _need_budget(budgets: Budgets, space: SearchSpace) -> None:
-    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
-        raise BudgetError(
-            "mofq run: needed a budget, found none; without one every layer stays as it is. "
-            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
-        )
-
-
-def _check_texts(corpora: tuple[str, ...], source: str) -> None:
-    text = load_named(source)
-    for corpus in load_corpora(corpora):
-        if corpus.sha256 == text.sha256:
-            raise CorpusError(
-                f"{source}: is the calibration corpus {corpus.name!r} too, and would flatter the "
-                f"recipe. Validate on another text."
-            )
-
-
 def _calibrate(options: RunOptions, *, kv_cache: bool) -> None:
     run_calibrate(
         CalibrateOptions(
@@ -291,21 +235,6 @@ def _uniform_recipes(options: RunOptions, space: SearchSpace, recipe: Recipe) ->
     return {name: others[name] for name in (fitting or smallest)[:_MOST_UNIFORM]}
 
 
-def _check_exported(options: RunOptions, candidates: Mapping[str, Recipe]) -> None:
-    """Refuse to export into a folder that holds something else, before the long validation."""
-    from mofq.recipe import load_recipe
-
-    folder = options.exported
-    if options.engine is None or not folder.exists() or not any(folder.iterdir()):
-        return
-    inside = folder / "recipe.yaml"
-    if not inside.is_file() or load_recipe(inside) not in candidates.values():
-        raise BackendError(
-            f"{folder}: holds another export than this run would write. Remove it, or run "
-            f"with another -o."
-        )
-
-
 def _validate(options: RunOptions, candidates: dict[str, Recipe]) -> dict[str, Validation]:
     from mofq.validate import validate_many, write_validation
 
@@ -356,12 +285,15 @@ def _preferred(
     return "recipe"
 
 
-def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Export:
-    from mofq.cli.export import export_recipe, read_export
+def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Export | Path:
+    from mofq.backends import RECIPE_EXPORTERS
+    from mofq.cli.export import export_recipe, read_export, write_recipe_file
     from mofq.engines import find_engine
 
     assert options.engine is not None
-    folder = options.exported
+    folder, reads = options.exported, find_engine(options.engine).reads
+    if reads in RECIPE_EXPORTERS:
+        return write_recipe_file(options.model, recipe, to=reads, folder=options.output)
     if folder.exists() and any(folder.iterdir()):
         return read_export(
             options.model, recipe, folder=folder, engine=options.engine, stats=options.stats
@@ -369,7 +301,7 @@ def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Expo
     return export_recipe(
         options.model,
         recipe,
-        to=find_engine(options.engine).reads,
+        to=reads,
         output=folder,
         engine=options.engine,
         stats=options.stats,

@@ -28,7 +28,7 @@ class Report:
     validations: dict[str, Validation]  #: of the searched recipe and of uniform schemes
     original_bits: float  #: bits per weight of the original
     seconds: dict[str, float]  #: of each stage
-    export: Export | None
+    export: Export | Path | None  #: a checkpoint, or a file for another tool
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "preferred": report.preferred,
         "schemes": dict(Counter(group.scheme for group in report.recipe.groups)),
         "validations": {name: one.to_json() for name, one in report.validations.items()},
-        "exported": None if export is None else str(export.folder),
-        "serve_command": None if export is None else export.serve_command,
+        "exported": None if export is None else str(getattr(export, "folder", export)),
+        "serve_command": getattr(export, "serve_command", None),
         "seconds": {stage: round(time, 2) for stage, time in report.seconds.items()},
     }
 
@@ -65,7 +65,9 @@ def print_report(report: Report) -> None:
     say(f"recipe, fusion groups: {counts}")
     times = ", ".join(f"{stage} {time:.1f}" for stage, time in report.seconds.items())
     say(f"seconds: {times}")
-    if report.export is not None:
+    if isinstance(report.export, Path):
+        say(f"For {report.recipe.made_by['engine']}: {report.export}")
+    elif report.export is not None:
         say(f"Serve it with: {report.export.serve_command}")
     _suggest(report)
 
