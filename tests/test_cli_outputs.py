@@ -129,3 +129,13 @@ def test_a_file_that_is_no_table_is_left_as_it_is(out: Path) -> None:
 def test_json_never_shares_stdout_with_anything(measured: Measured) -> None:
     ran = mofq("search", measured.table, "--max-bits", "3", "-o", "recipe.yaml", "--json")
     assert (ran.code, ran.out) == (1, "")
+
+
+def test_an_export_is_for_what_the_engine_reads_where_nothing_else_is_asked(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    ok("recipe", "uniform", DEMO, "int8.channel+int8.token", "-o", recipe)
+    assert ok("export", DEMO, recipe, "-o", tmp_path / "a", "--json").json["to"] == (
+        "compressed-tensors"
+    )
+    named = ("--engine", "torchao-cpu", "-o", tmp_path / "b.json")
+    assert ok("export", DEMO, recipe, *named, "--json").json["to"] == "torchao"

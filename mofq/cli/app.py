@@ -352,13 +352,14 @@ def validate(
 def export(
     model: Model,
     recipe: Annotated[Path, typer.Argument(help="From `mofq search`.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp."
-        ),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder, or file, to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp. "
+            "What the engine reads by default."
+        ),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="Refuse what it cannot serve; the recipe's by default.")
     ] = None,

@@ -31,7 +31,7 @@ def run_export(
     model: str,
     recipe: Path,
     *,
-    to: str,
+    to: str | None,
     output: Path,
     engine: str | None,
     stats: Path | None = None,
@@ -44,6 +44,7 @@ def run_export(
     start = monotonic()
     check_folder(output.parent)
     loaded = load_recipe(recipe)
+    to = to or _what_is_read(engine, loaded)
     if to in RECIPE_EXPORTERS:
         check_output(output, recipe)
         _export_file(model, loaded, to=to, output=output, as_json=as_json)
@@ -67,6 +68,14 @@ def run_export(
     note(f"{output}: {short_bytes(done.checkpoint_bytes)} of tensors for {to}, {seconds:.1f} s.")
     say(f"Serve it with: {done.serve_command}")
     next_step("validate", model, output, *stats_for(loaded), "--text", "FILE")
+
+
+def _what_is_read(engine: str | None, recipe: Recipe) -> str:
+    """What the engine loads, the recipe's where none is named; else what most engines load."""
+    from mofq.engines import find_engine
+
+    name = engine or recipe.made_by.get("engine")
+    return "compressed-tensors" if name is None else find_engine(str(name)).reads
 
 
 def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: bool) -> None:
