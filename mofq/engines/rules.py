@@ -12,7 +12,9 @@ from mofq.layers import FusionGroup, LinearLayer
 from mofq.schemes import Scheme, parse_scheme
 
 Capability = tuple[int, int]
-Layers = Literal["any", "dense", "experts"]
+#: End of a fusion group's name: DeepSeek's kv_b_proj, which is a dense layer as well.
+_LATENT = ".attn.kv"
+Layers = Literal["any", "dense", "experts", "latent"]
 
 _RULE_AND_ROUNDING = re.compile(r"@[a-z]+|~[a-z]+")
 
@@ -30,7 +32,7 @@ class Rule:
     kernel: str  #: what runs it; empty where nothing does
     source: str  #: project, version, file and line; "run" where it was run
     refused: str = ""  #: why it is not served as measured, and what to take instead
-    layers: Layers = "any"  #: dense linear layers, the experts of a MoE layer, or both
+    layers: Layers = "any"  #: dense linear layers, experts, keys and values from latent vectors
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
@@ -109,9 +111,11 @@ def matching_rule(engine: Engine, scheme: Scheme, group: FusionGroup) -> Rule | 
     if scheme.is_unquantized:
         return None
     name = format_name(scheme)
-    kind = "experts" if _is_expert(group.layers[0]) else "dense"
+    kinds = {"any", "experts" if _is_expert(group.layers[0]) else "dense"}
+    if group.name.endswith(_LATENT):
+        kinds.add("latent")
     for rule in engine.applicable_rules:
-        if rule.layers in ("any", kind) and re.fullmatch(rule.schemes, name):
+        if rule.layers in kinds and re.fullmatch(rule.schemes, name):
             return rule
     return None
 

@@ -14,6 +14,14 @@ VLLM_CPU: tuple[Rule, ...] = (
     Rule(
         r".*",
         kernel="",
+        layers="latent",
+        refused="attention takes its weight apart after a kernel has packed it, and stops; "
+        "take bf16",
+        source="vllm 0.32.0 layers/attention/mla_attention.py:416; run with INT8",
+    ),
+    Rule(
+        r".*",
+        kernel="",
         layers="experts",
         refused=_MOE,
         source="vllm 0.32.0 layers/fused_moe/experts/cpu_moe.py:326-330, 999-1003",

@@ -19,6 +19,15 @@ _NO_DEEP_GEMM = ("VLLM_USE_DEEP_GEMM=0",)
 
 VLLM_GPU: tuple[Rule, ...] = (
     Rule(
+        r".*\+.*",
+        kernel="",
+        layers="latent",
+        refused="decoding multiplies by its dequantized weight, so its inputs stay as they are; "
+        "take a weight-only scheme",
+        source="vllm 0.32.0 layers/attention/mla_attention.py:416, 1248; "
+        "layers/quantization/utils/quant_utils.py:511-568",
+    ),
+    Rule(
         r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
         kernel="CompressedTensorsW8A8Int8, CutlassInt8ScaledMMLinearKernel",
         layers="dense",
