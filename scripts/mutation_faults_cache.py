@@ -31,7 +31,7 @@ CACHE_AND_SOURCES = (
         "measure/cache.py",
         "return torch.stack(errors).sum(0), torch.stack(projections).sum(0)",
         "return errors[0], projections[0]",
-        "kv_cache_flow::test_the_cost_of_a_format_is_predicted",
+        "kv_cache_flow::test_what_keys_and_values_cost_adds_up",
     ),
     Fault(
         "KV cache: static scales of the last corpus alone",
@@ -52,7 +52,7 @@ CACHE_AND_SOURCES = (
         "checkpoint/tensors.py",
         "offset=(expert * scaling.rows + start) * row_bytes,",
         "offset=start * row_bytes,",
-        "fp8_sources",
+        "fp8_sources::test_experts_are_loaded_as_they_are_measured",
     ),
     Fault(
         "FP8 source: the first scales for any rows",

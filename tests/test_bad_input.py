@@ -27,6 +27,7 @@ TESTS = Path(__file__).parent
 
 #: Kind of damage -> where it is tested: ``file::test``, this file where none is named.
 DAMAGE = {
+    "missing weight": "test_loading.py::test_a_weight_that_the_model_lacks_is_refused",
     "truncated header": "test_damaged_weights_are_refused",
     "truncated data": "test_cli_errors.py::test_a_truncated_file_is_named",
     "bit flips in the header": "test_a_flipped_bit_is_refused_or_harmless",

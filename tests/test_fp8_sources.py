@@ -153,12 +153,17 @@ def test_experts_are_loaded_as_they_are_measured(
     layers = find_layers(checkpoint)
     experts = [la for group in layers.groups for la in group.layers if ".experts." in la.name]
     assert len(experts) == 12
+    tensors = {name: t for name, t in read_all(folder).items() if ".experts." in name}
     for layer in experts:
         at = find_loaded_weight(layer, layers.architecture)
         loaded_OI = model[at.name][at.expert][at.row_start :][: layer.out_features]
         stored_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features)
         assert torch.equal(loaded_OI, stored_OI)
         assert torch.equal(read_layer_rows(checkpoint, layer, 3, 77), stored_OI[3:77])
+        if layer.expert is not None:
+            of_expert = {name: tensor[layer.expert] for name, tensor in tensors.items()}
+            needed_OI = by_hand(of_expert, layer.tensor)[layer.row_start :][: layer.out_features]
+            assert torch.equal(stored_OI, torch.from_numpy(needed_OI))
 
 
 def test_scales_of_powers_of_two_and_of_inputs_are_read_and_left_out(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mofq.backends.compressed_tensors import check_compressed_tensors
 from mofq.backends.compressed_tensors.reading import recipe_from_compressed_tensors
+from mofq.calibration.stats import read_stats
 from mofq.checkpoint.headers import open_checkpoint
 from mofq.checkpoint.model import load_model
 from mofq.corpora import load_text
@@ -25,6 +26,8 @@ from mofq.decide.result import recipe_from_table
 from mofq.exceptions import EnforcementError, RecipeError
 from mofq.kv_cache import cache_bits, parse_cache_scheme
 from mofq.layers import find_layers
+from mofq.measure.cache import cache_rows
+from mofq.measure.samples import SampleReader
 from mofq.recipe import Recipe, check_recipe, load_recipe, parse_recipe, recipe_text, write_recipe
 from mofq.recipe_cache import RecipeCache, bits_per_number
 from mofq.solvers import Budgets, CacheRequest, choose, problem_from_table
@@ -86,6 +89,16 @@ def cached(
     for cache in table.caches:
         schemes[cache.name] = "bf16" if cache.decoder_layer in left else scheme
     return recipe_from_table(table, schemes, made_by={}, budget={}, result={})
+
+
+def test_what_keys_and_values_cost_adds_up(flow: Flow) -> None:
+    (cache, *_) = find_layers(open_checkpoint(DEMO)).caches
+    names = ("int8.token/int4.token", "int8.token/bf16", "bf16/int4.token")
+    with SampleReader(read_stats(flow.stats)) as reader:
+        rows = cache_rows(reader, ["en"], cache, [parse_cache_scheme(name) for name in names])
+    both, keys, values = (np.array(row.sample_errors) for row in rows)
+    assert ((values > keys) & (keys > 0)).all()
+    np.testing.assert_allclose(both, keys + values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["kv:fp8_e4m3.tensor", "kv:int8.token_head", FORMATS[-2]])

@@ -51,8 +51,8 @@ def load_model(
         their experts one by one, as ``F.linear`` calls.
 
     Raises:
-        CheckpointError: transformers cannot load the folder, or the package that spreads it
-            is not installed.
+        CheckpointError: transformers cannot load the folder, a weight of the model is not
+            there, or the package that spreads it is not installed.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -64,23 +64,13 @@ def load_model(
     _refuse_foreign_code(folder)
     checkpoint = open_checkpoint(str(folder))
     options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
-    try:
-        if checkpoint.source_format is None:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                **options,
-            )
-        else:
-            model = _load_decoded(checkpoint, options)
-    except CheckpointError:
-        raise
-    except Exception as error:  # dozens of kinds, for configs that nobody meant
+    model, missing = _load_quietly(checkpoint, options)
+    if missing:
         raise CheckpointError(
-            f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
-        ) from None
+            f"{folder}: needed {missing[0]!r} for a model of class {type(model).__name__}, found"
+            f" none ({len(missing)} missing in all), and would run with what it was initialised"
+            " to. A shard is missing, or config and weights are of different models."
+        )
     _refuse_two_heads(model, folder)
     if device_map is None:
         model = model.to(device)
@@ -88,6 +78,35 @@ def load_model(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def _load_quietly(
+    checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that the checkpoint does not have."""
+    options = {**options, "output_loading_info": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what is missing is an error of ours
+    try:
+        if checkpoint.source_format is None:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
+            )
+        else:
+            model, loaded = _load_decoded(checkpoint, options)
+    except CheckpointError:
+        raise
+    except Exception as error:  # dozens of kinds, for configs that nobody meant
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot load the model: {_on_one_line(error)}"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, sorted(loaded["missing_keys"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +119,10 @@ class _Lazy:
         return read_tensor(self.info)
 
 
-def _load_decoded(checkpoint: Checkpoint, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of an FP8 source, with the weights that are measured.
+def _load_decoded(
+    checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model of an FP8 source, with the weights that are measured, and transformers' report.
 
     transformers could dequantize some formats, each in its own way and most to bf16. It gets
     the decoded tensors here, and a config that says nothing of a quantization.
@@ -115,14 +136,15 @@ def _load_decoded(checkpoint: Checkpoint, options: Mapping[str, Any]) -> PreTrai
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     tensors = {name: _Lazy(info) for name, info in checkpoint.tensors.items()}
-    model: PreTrainedModel = kind.from_pretrained(
+    model: PreTrainedModel
+    model, loaded = kind.from_pretrained(
         None, config=config, state_dict=tensors, trust_remote_code=False, **options
     )
     model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / _GENERATION_FILE).is_file():
         generation = read_json(checkpoint.folder / _GENERATION_FILE)
         model.generation_config = GenerationConfig.from_dict(generation)
-    return model
+    return model, loaded
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

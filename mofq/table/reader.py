@@ -160,7 +160,10 @@ def _check_extent(extent: Extent, channels: int, where: str) -> None:
         )
     numbers = [*extent.amax, *extent.rms, *extent.crest.values()]
     if not all(isfinite(number) and number >= 0 for number in numbers):
-        raise TableError(f"{where}: an amax, rms or crest factor is negative or not finite.")
+        raise TableError(
+            f"{where}: an amax, rms or crest factor is negative or not finite. Its weight or its"
+            " inputs are damaged, or too large for their squares in float32."
+        )
 
 
 def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
