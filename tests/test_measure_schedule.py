@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import pytest
@@ -66,9 +67,9 @@ def test_small_layers_are_handed_over_together_and_scored_alone(
     def rows(number: int, start: int, stop: int) -> Tensor:
         return trained_like_weight(80, 64, seed=number)[start:stop].bfloat16()
 
-    def counted(blocks: Sequence[tuple[PreparedLayer, int, int]], *more: Any) -> list[BlockSums]:
+    def counted(blocks: Sequence[tuple[PreparedLayer, int, int]], *more: Any) -> None:
         taken.append(len(blocks))
-        return score(blocks, *more)
+        score(blocks, *more)
 
     score = schedule._score
     monkeypatch.setattr(schedule, "_score", counted)
@@ -83,6 +84,22 @@ def test_small_layers_are_handed_over_together_and_scored_alone(
         [alone] = score_layers([layer])
         assert torch.equal(found.error_energy_S, alone.error_energy_S)
         assert found.weight_energy == alone.weight_energy
+
+
+def test_sums_that_come_in_out_of_order_are_added_in_the_order_of_the_rows() -> None:
+    first, second = layer_of(lambda *_: WEIGHT), layer_of(lambda *_: WEIGHT)
+    blocks = [(layer, *rows) for layer in (first, second) for rows in layer.blocks]
+    sums = {
+        (id(layer), start): score_rows(layer, WEIGHT[start:stop] * (start + 1), start=start)
+        for layer, start, stop in blocks
+    }
+    expected = reduce(add, [sums[id(first), start] for start, _ in first.blocks])
+    in_order = schedule._InOrder(blocks)
+    for number in (9, 1, 0, 3, 7, 2, 8, 4, 5, 6):
+        layer, start, _ = blocks[number]
+        in_order.add(layer, start, sums[id(layer), start])
+    assert torch.equal(in_order.total(first).error_WI, expected.error_WI)
+    assert torch.equal(in_order.total(second).extent.square_I, expected.extent.square_I)
 
 
 def test_what_cannot_be_read_ends_the_run_and_leaves_no_thread_waiting() -> None:

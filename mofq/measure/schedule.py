@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
-from threading import Condition
+from threading import Condition, Lock
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ _PARCEL_ELEMENTS = 2**21
 
 #: A layer and some of its rows: the first, and one past the last.
 _Block = tuple[PreparedLayer, int, int]
-_Work = tuple[Sequence[PreparedLayer], list[Future[list[BlockSums]]]]
+_Work = tuple[Sequence[PreparedLayer], list[Future[None]], "_InOrder"]
 
 
 def score_layers(
@@ -63,10 +62,12 @@ def score_layers(
                 blocks = [(layer, *rows) for layer in parcel for rows in layer.blocks]
                 jobs = [blocks] if len(parcel) > 1 else [[block] for block in blocks]
                 reading = [reader.read(job) for job in jobs]  # ahead of what takes the processors
-                sums = [
-                    pool.submit(_score, *each, reader) for each in zip(jobs, reading, strict=True)
+                sums = _InOrder(blocks)
+                jobs_done = [
+                    pool.submit(_score, *each, reader, sums)
+                    for each in zip(jobs, reading, strict=True)
                 ]
-                waiting.append((parcel, sums))
+                waiting.append((parcel, jobs_done, sums))
                 while len(waiting) > 2 * threads or _waiting_bytes(waiting) > _WAITING_BYTES:
                     yield from _finish(*waiting.popleft())
             while waiting:
@@ -136,29 +137,57 @@ def _elements(layer: PreparedLayer) -> int:
     return layer.blocks[-1][1] * layer.in_features
 
 
+class _InOrder:
+    """Adds up the sums of the blocks of each layer in the order of the rows, as they come in.
+
+    They take as much memory as some of a layer's columns; a wide layer has hundreds of blocks.
+    """
+
+    def __init__(self, blocks: Sequence[_Block]) -> None:
+        self._left = deque((id(layer), start) for layer, start, _ in blocks)
+        self._early: dict[tuple[int, int], BlockSums] = {}
+        self._totals: dict[int, BlockSums] = {}
+        self._lock = Lock()
+
+    def add(self, layer: PreparedLayer, start: int, sums: BlockSums) -> None:
+        """Add those of one block, and of all that waited for it."""
+        with self._lock:
+            self._early[id(layer), start] = sums
+            while self._left and self._left[0] in self._early:
+                block = self._left.popleft()
+                one, total = self._early.pop(block), self._totals.get(block[0])
+                self._totals[block[0]] = one if total is None else total + one
+
+    def total(self, layer: PreparedLayer) -> BlockSums:
+        """Of all blocks of a layer."""
+        return self._totals.pop(id(layer))
+
+
 def _score(
-    blocks: Sequence[_Block], reading: Future[list[Tensor]], reader: _ReadAhead
-) -> list[BlockSums]:
+    blocks: Sequence[_Block],
+    reading: Future[list[Tensor]],
+    reader: _ReadAhead,
+    sums: _InOrder,
+) -> None:
     found = reading.result()
     try:
-        return [
-            score_rows(layer, rows_RI, start=start)
-            for (layer, start, _), rows_RI in zip(blocks, found, strict=True)
-        ]
+        for (layer, start, _), rows_RI in zip(blocks, found, strict=True):
+            sums.add(layer, start, score_rows(layer, rows_RI, start=start))
     finally:
         reader.release(found)
 
 
 def _finish(
-    parcel: Sequence[PreparedLayer], sums: Sequence[Future[list[BlockSums]]]
+    parcel: Sequence[PreparedLayer], jobs: Sequence[Future[None]], sums: _InOrder
 ) -> Iterator[LayerScore]:
-    done = (one for some in sums for one in some.result())
+    for job in jobs:
+        job.result()
     for layer in parcel:
-        yield add_blocks(layer, list(islice(done, len(layer.blocks))))
+        yield add_blocks(layer, [sums.total(layer)])
 
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
-    return sum(layer.nbytes for parcel, _ in waiting for layer in parcel)
+    return sum(layer.nbytes for parcel, *_ in waiting for layer in parcel)
 
 
 @contextmanager
