@@ -158,6 +158,10 @@ class _InOrder:
                 one, total = self._early.pop(block), self._totals.get(block[0])
                 self._totals[block[0]] = one if total is None else total + one
 
+    def is_whole(self, layer: PreparedLayer) -> bool:
+        """Whether all blocks of a layer came in; those before one that raised may have."""
+        return all(block[0] != id(layer) for block in self._left)
+
     def total(self, layer: PreparedLayer) -> BlockSums:
         """Of all blocks of a layer."""
         return self._totals.pop(id(layer))
@@ -180,9 +184,10 @@ def _score(
 def _finish(
     parcel: Sequence[PreparedLayer], jobs: Sequence[Future[None]], sums: _InOrder
 ) -> Iterator[LayerScore]:
-    for job in jobs:
-        job.result()
+    error = next((error for job in jobs if (error := job.exception()) is not None), None)
     for layer in parcel:
+        if error is not None and not sums.is_whole(layer):
+            raise error
         yield add_blocks(layer, [sums.total(layer)])
 
 
