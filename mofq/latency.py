@@ -201,6 +201,9 @@ def other_seconds(
         other_bytes: All tensors that are not weights of the groups; nearly all are the
             embedding and the lm_head.
         has_own_lm_head: Whether these are two tensors, of which the embedding is only looked up.
+
+    Raises:
+        BudgetError: Attention reads latent vectors (DeepSeek), whose time is not known here.
     """
     attention = sum(_attention(groups, device, workload, {}).values())
     head_bytes = other_bytes / 2 if has_own_lm_head else other_bytes
@@ -227,6 +230,9 @@ def attention_seconds(
 
     Returns:
         Name of a layer's cache -> time.
+
+    Raises:
+        BudgetError: As for `other_seconds`.
     """
     found = _attention(groups, device, workload, cache_bits)
     return {name: seconds / workload.tp for name, seconds in found.items()}
@@ -239,6 +245,12 @@ def _attention(
     cache_bits: Mapping[str, int],
 ) -> dict[str, float]:
     """On a single device."""
+    latent = next((group.name for group in groups if group.name.endswith(".attn.latent")), None)
+    if latent is not None:
+        raise BudgetError(
+            f"{latent}: the time of attention over latent vectors is not known here. Give a budget "
+            f"of size or bits in place of one of time."
+        )
     by_name = {group.name: group for group in groups}
     found = {}
     for name, qkv in by_name.items():

@@ -134,6 +134,9 @@ def test_attention_and_the_lm_head_are_what_no_choice_changes() -> None:
             groups, fast, workload, other_bytes=600, has_own_lm_head=has_own_lm_head
         )
         assert seconds == pytest.approx((cache + head) / 1e3)
+    latent = TableGroup("layers.1.attn.latent", (layer("q_a", 8, 32), layer("kv_a", 8, 32)), 1)
+    with pytest.raises(BudgetError, match=r"layers\.1\.attn\.latent: .*not known here"):
+        other_seconds((*groups, latent), fast, workload, other_bytes=600, has_own_lm_head=False)
 
 
 @pytest.mark.parametrize(

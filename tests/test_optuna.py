@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,28 +90,20 @@ def test_a_recipe_that_was_measured_is_not_proposed_while_there_is_another(
     start_F = solve_exact(one, BUDGETS).choice_F
     other_F = start_F + 1
     drawn, tried = iter([start_F, start_F, other_F]), {start_F.tobytes()}
+    propose_one = partial(
+        propose_new,
+        one,
+        BUDGETS,
+        start_F,
+        best_F=start_F,
+        observations=(),
+        tried=tried,
+        seed=(0, 1),
+    )
     monkeypatch.setattr("mofq.solvers.sampler.propose", lambda *_, **__: next(drawn))
-    proposed_F = propose_new(
-        one,
-        BUDGETS,
-        start_F,
-        best_F=start_F,
-        observations=(),
-        tried=tried,
-        seed=(0, 1),
-    )
-    assert (proposed_F == other_F).all()
+    assert (propose_one() == other_F).all()
     monkeypatch.setattr("mofq.solvers.sampler.propose", lambda *_, **__: start_F)
-    again_F = propose_new(
-        one,
-        BUDGETS,
-        start_F,
-        best_F=start_F,
-        observations=(),
-        tried=tried,
-        seed=(0, 1),
-    )
-    assert (again_F == start_F).all()
+    assert (propose_one() == start_F).all()
 
 
 def _with_errors(true_P: np.ndarray):  # type: ignore[no-untyped-def]
