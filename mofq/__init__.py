@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mofq.backends import apply_recipe as apply_recipe
-    from mofq.recipe import Recipe as Recipe
-    from mofq.recipe import load_recipe as load_recipe
+    from mofq.decision.recipe import Recipe as Recipe
+    from mofq.decision.recipe import load_recipe as load_recipe
+    from mofq.delivery.backends import apply_recipe as apply_recipe
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Recipe": "mofq.recipe",
-    "load_recipe": "mofq.recipe",
-    "apply_recipe": "mofq.backends",
+    "Recipe": "mofq.decision.recipe",
+    "load_recipe": "mofq.decision.recipe",
+    "apply_recipe": "mofq.delivery.backends",
 }
 
 __all__ = ["Recipe", "__version__", "apply_recipe", "load_recipe"]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from mofq.cli.calibrate import CalibrateOptions, run_calibrate
 from mofq.cli.export import export_recipe, recipe_engine
 from mofq.cli.measure import Where, run_measure
-from mofq.decide import Curve, Request, accuracy_curve, decide
-from mofq.recipe import Recipe, load_recipe, write_recipe
-from mofq.solvers import Budgets
-from mofq.table import Table, read_table
+from mofq.decision import Curve, Request, accuracy_curve, decide
+from mofq.decision.recipe import Recipe, load_recipe, write_recipe
+from mofq.decision.solvers import Budgets
+from mofq.evidence.table import Table, read_table
 
 if TYPE_CHECKING:
-    from mofq.backends.compressed_tensors import Export
-    from mofq.validate import Validation
+    from mofq.delivery.export.compressed_tensors import Export
+    from mofq.delivery.validation import Validation
 
 __all__ = ["calibrate", "curve", "export", "measure", "search", "validate"]
 
@@ -192,8 +192,8 @@ def validate(
     Raises:
         MofqError: An input is not valid.
     """
-    from mofq.corpora import load_text
-    from mofq.validate import validate as validate_one
+    from mofq.delivery.validation import validate as validate_one
+    from mofq.evidence.corpora import load_text
 
     return validate_one(
         str(model),

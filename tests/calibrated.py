@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.calibration.run import calibrate, sample_scores, score_seed
-from mofq.calibration.stats import CorpusPlan, Plan, Stats
-from mofq.checkpoint.headers import open_checkpoint
-from mofq.checkpoint.model import load_model
-from mofq.layers import find_layers
-from mofq.search_space import SearchSpace, parse_search_space
+from mofq.evidence.calibration.passes import calibrate, sample_scores, score_seed
+from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats
+from mofq.evidence.spaces import SearchSpace, parse_search_space
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.model.loading import load_model
 
 
 def some_tokens(sequences: int, length: int, *, seed: int = 0, vocabulary: int = 256) -> Tensor:

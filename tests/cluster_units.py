@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from mofq.exceptions import SchemeError
 
 if TYPE_CHECKING:
-    from mofq.measure.remote import Unit
-    from mofq.measure.run import Measured
+    from mofq.evidence.measure.fill_table import Measured
+    from mofq.evidence.measure.on_workers import Unit
 
 
 def die_at_first(unit: Unit) -> Measured:
     """Measure, but kill the worker of one unit in the middle of the work, once."""
-    from mofq.measure.remote import measure_unit
+    from mofq.evidence.measure.on_workers import measure_unit
 
     assert unit.stats is not None
     mark = Path(unit.stats).parent / "killed"

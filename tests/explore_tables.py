@@ -7,10 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mofq.kv_cache import cache_scale_bytes, parse_cache_scheme, static_keys
-from mofq.layers import CacheLayer
-from mofq.numerics import NUMERICS
-from mofq.table import (
+from mofq.evidence.table import (
     Extent,
     Profile,
     Rejection,
@@ -24,6 +21,9 @@ from mofq.table import (
     bin_width,
     open_table,
 )
+from mofq.model.kv_schemes import cache_scale_bytes, parse_cache_scheme, static_keys
+from mofq.model.layers import CacheLayer
+from mofq.numbers.numerics import NUMERICS
 
 #: Scheme -> bits per weight, and how much error it makes.
 SCHEMES = {

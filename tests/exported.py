@@ -16,13 +16,13 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors import safe_open
 from torch import Tensor
 
-from mofq.backends.compressed_tensors import export_compressed_tensors
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.checkpoint.tensors import read_layer_rows
-from mofq.layers import FusionGroup, LinearLayer, find_layers
-from mofq.quantize import QuantizedWeight, quantize_weight
-from mofq.recipe import Recipe, RecipeGroup
-from mofq.schemes import Scheme, parse_scheme
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.tensors import read_layer_rows
+from mofq.model.layers import FusionGroup, LinearLayer, find_layers
+from mofq.numbers.quantize import QuantizedWeight, quantize_weight
+from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Every kind of storage, each scale rule that changes codes, and the static ones.
 STORABLE = (

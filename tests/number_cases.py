@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mofq.formats import CodebookFormat, FloatFormat, IntFormat
-from mofq.quantize import QuantizedWeight, quantize_weight
-from mofq.schemes import TensorScheme, parse_scheme
+from mofq.numbers.formats import CodebookFormat, FloatFormat, IntFormat
+from mofq.numbers.quantize import QuantizedWeight, quantize_weight
+from mofq.numbers.schemes import TensorScheme, parse_scheme
 
 #: One of every element, granularity, scale format and rule that a weight may have.
 WEIGHT_SCHEMES = (

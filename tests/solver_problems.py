@@ -8,9 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from mofq.solvers import Budgets, LinearBudget, Option, Problem, ProblemGroup, build_problem
-from mofq.solvers.budgets import budget_rows, max_kl_rows, offered
-from mofq.solvers.problem import FloatArray, IntArray, Objective
+from mofq.decision.solvers import (
+    Budgets,
+    LinearBudget,
+    Option,
+    Problem,
+    ProblemGroup,
+    build_problem,
+)
+from mofq.decision.solvers.budgets import budget_rows, max_kl_rows, offered
+from mofq.decision.solvers.problem import FloatArray, IntArray, Objective
 
 SCHEMES = (
     "int8.channel",

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mofq.solvers import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
-from mofq.solvers.optuna import enqueue, open_study, run_trials
-from mofq.solvers.sampler import START
+from mofq.decision.solvers import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
+from mofq.decision.solvers.optuna import enqueue, open_study, run_trials
+from mofq.decision.solvers.sampler import START
 
 BUDGETS = Budgets(max_bits=6.0)
 WINDOWS = 8

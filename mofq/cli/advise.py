@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from mofq.cli.terminal import note, print_json, print_table, say, short_bytes
-from mofq.decide.advice import Advice, Situation, advise
-from mofq.device_models import DEVICE_MODELS, load_device_model
+from mofq.decision.advice import Advice, Situation, advise
+from mofq.engines.devices import DEVICE_MODELS, load_device_model
 
 
 def run_devices(*, as_json: bool) -> None:
@@ -70,9 +70,9 @@ def run_advise(
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    from mofq.checkpoint.headers import open_checkpoint
-    from mofq.cost import weights_of
-    from mofq.layers import find_layers
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+    from mofq.model.sizes import weights_of
 
     layers = find_layers(open_checkpoint(model))
     return weights_of(layers.groups), layers.other_bytes

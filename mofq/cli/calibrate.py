@@ -17,13 +17,13 @@ from mofq.exceptions import ClusterError, CorpusError, StatsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mofq.calibration.stats import Plan, Stats
-    from mofq.checkpoint.headers import Checkpoint
-    from mofq.corpora import Corpus
-    from mofq.layers import ModelLayers
+    from mofq.evidence.calibration.stats import Plan, Stats
+    from mofq.evidence.corpora import Corpus
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import ModelLayers
 
 
-#: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench_sample_plan.py.
+#: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
 SEQUENCES = 32
 
 
@@ -44,7 +44,7 @@ class CalibrateOptions:
     device_map: str | None = None
     activation_checkpointing: bool = False
     kv_cache: bool = False  #: whether keys and values, as they are cached, are kept too
-    cluster: str | None = None  #: as `mofq.distributed.cluster` takes it; None: this process
+    cluster: str | None = None  #: as `mofq.evidence.cluster.cluster` takes it; None: this process
     cluster_cpus: int = 1  #: of one worker
 
 
@@ -100,7 +100,7 @@ def note_unseen(stats: Stats) -> None:
 
 def load_named(source: str) -> Corpus:
     """A corpus from ``NAME=SOURCE``, or from a source that names itself."""
-    from mofq.corpora import load_text
+    from mofq.evidence.corpora import load_text
 
     name, equals, rest = source.partition("=")
     is_named = bool(equals) and not Path(source).exists()
@@ -113,7 +113,7 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
     Raises:
         CorpusError: One cannot be read, or its name is no folder's, or two have one name.
     """
-    from mofq.calibration.stats import CORPUS_NAME
+    from mofq.evidence.calibration.stats import CORPUS_NAME
 
     texts = [load_named(one) for one in sources]
     for text in texts:
@@ -130,11 +130,11 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
 
 
 def _calibrate(options: CalibrateOptions, texts: Sequence[Corpus]) -> Stats:
-    from mofq.calibration.stats import open_plan, read_stats
-    from mofq.checkpoint.headers import open_checkpoint
-    from mofq.checkpoint.model import load_tokenizer
-    from mofq.corpora import spread_windows
-    from mofq.layers import find_layers
+    from mofq.evidence.calibration.stats import open_plan, read_stats
+    from mofq.evidence.corpora import spread_windows
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+    from mofq.model.loading import load_tokenizer
 
     checkpoint = open_checkpoint(options.model)
     _check_caches(options, find_layers(checkpoint))  # refuses what it does not know
@@ -176,9 +176,9 @@ def _check_caches(options: CalibrateOptions, layers: ModelLayers) -> None:
 
 
 def _run_here(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) -> Stats:
-    from mofq.calibration.run import calibrate
-    from mofq.checkpoint.model import load_model
-    from mofq.layers import find_layers
+    from mofq.evidence.calibration.passes import calibrate
+    from mofq.model.layers import find_layers
+    from mofq.model.loading import load_model
 
     model = load_model(
         checkpoint.folder, dtype=options.dtype, device=options.device, device_map=options.device_map
@@ -187,8 +187,8 @@ def _run_here(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) ->
 
 
 def _run_on_cluster(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) -> Stats:
-    from mofq.calibration.remote import calibrate_remotely
-    from mofq.distributed import cluster
+    from mofq.evidence.calibration.on_workers import calibrate_remotely
+    from mofq.evidence.cluster import cluster
 
     assert options.cluster is not None
     with cluster(options.cluster, tell=note):
@@ -203,8 +203,8 @@ def _plan(
     texts: Sequence[Corpus],
     windows: Mapping[str, Tensor],
 ) -> Plan:
-    from mofq.calibration.stats import CorpusPlan, Plan
-    from mofq.checkpoint.sampled import hash_weights
+    from mofq.evidence.calibration.stats import CorpusPlan, Plan
+    from mofq.model.checkpoint.weights_hash import hash_weights
 
     return Plan(
         model_name=checkpoint.name,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.exceptions import MofqError, nearest_name
-from mofq.held import check_replaceable
+from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
-    from mofq.layers import ModelLayers
+    from mofq.model.layers import ModelLayers
 
 
 def check_device(device: str) -> None:
@@ -42,7 +42,7 @@ def check_dtype(dtype: str) -> None:
     Raises:
         MofqError: As said.
     """
-    from mofq.checkpoint.model import DTYPES
+    from mofq.model.loading import DTYPES
 
     if dtype not in DTYPES:
         raise MofqError(f"--dtype {dtype}: not known." + nearest_name(dtype, DTYPES))

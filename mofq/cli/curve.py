@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mofq.cli.search_options import check_cache_formats, parse_formats
 
 if TYPE_CHECKING:
-    from mofq.decide import Request
+    from mofq.decision import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ def curve_request(options: CurveOptions) -> Request:
     Raises:
         MofqError: Formats of the cache are named, and no budget.
     """
-    from mofq.decide import Request
-    from mofq.solvers import Budgets
+    from mofq.decision import Request
+    from mofq.decision.solvers import Budgets
 
     check_cache_formats(options.kv_formats, options.decides_cache)
     return Request(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import print_json, print_table, with_error
-from mofq.decide.difference import Difference, GroupDifference, compare_recipes
-from mofq.recipe import Recipe, load_recipe
+from mofq.decision.difference import Difference, GroupDifference, compare_recipes
+from mofq.decision.recipe import Recipe, load_recipe
 
 
 def run_diff(first: Path, second: Path, *, table: Path | None, as_json: bool) -> None:

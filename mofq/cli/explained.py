@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mofq.cli.terminal import note, print_table, say, with_error
 
 if TYPE_CHECKING:
-    from mofq.decide.explain import Alternative, Explanation
+    from mofq.decision.explain import Alternative, Explanation
 
 #: Budget -> what its price is of, and how many of its units that is.
 _PRICED = {

@@ -19,8 +19,8 @@ from mofq.cli.terminal import (
 from mofq.exceptions import EngineError
 
 if TYPE_CHECKING:
-    from mofq.backends.compressed_tensors import Export
-    from mofq.recipe import Recipe
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.export.compressed_tensors import Export
 
 
 #: What another tool's recipe is called in the folder of a run.
@@ -38,8 +38,8 @@ def run_export(
     as_json: bool = False,
 ) -> None:
     """Write a checkpoint and say how it is served, or another tool's recipe."""
-    from mofq.backends import RECIPE_EXPORTERS
-    from mofq.recipe import load_recipe
+    from mofq.decision.recipe import load_recipe
+    from mofq.delivery.backends import RECIPE_EXPORTERS
 
     start = monotonic()
     check_folder(output.parent)
@@ -79,8 +79,8 @@ def _what_is_read(engine: str | None, recipe: Recipe) -> str:
 
 
 def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: bool) -> None:
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
+    from mofq.delivery.backends import find_exporter
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     written: Path = find_exporter(to)(open_checkpoint(model), recipe, output)
     if as_json:
@@ -91,8 +91,8 @@ def _export_file(model: str, recipe: Recipe, *, to: str, output: Path, as_json: 
 
 def write_recipe_file(model: str, recipe: Recipe, *, to: str, folder: Path) -> Path:
     """A recipe for another tool, under the name that the tool gives such a file."""
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
+    from mofq.delivery.backends import find_exporter
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     output = folder / _FILES.get(to, f"{to}.txt")
     written: Path = find_exporter(to)(open_checkpoint(model), recipe, output)
@@ -110,8 +110,8 @@ def export_recipe(
     validation: str = "",
 ) -> Export:
     """Export a recipe to a new folder; ``validation`` goes into its model card."""
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
+    from mofq.delivery.backends import find_exporter
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     exporter = find_exporter(to)
     checkpoint = open_checkpoint(model)
@@ -136,11 +136,11 @@ def read_export(
     Raises:
         EnforcementError: The folder is not what the recipe makes of the model.
     """
-    from mofq.backends.compressed_tensors import Export, check_compressed_tensors
-    from mofq.backends.compressed_tensors.export import serve_command
-    from mofq.backends.compressed_tensors.plan import plan_export
-    from mofq.backends.fitted import open_fits
-    from mofq.checkpoint.headers import open_checkpoint
+    from mofq.delivery.apply.fitted import open_fits
+    from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
+    from mofq.delivery.export.compressed_tensors.export import serve_command
+    from mofq.delivery.export.compressed_tensors.plan import plan_export
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mofq.cli.terminal import say
 
 if TYPE_CHECKING:
-    from mofq.recipe import Recipe
+    from mofq.decision.recipe import Recipe
 
 #: Columns of a line that goes to a file or a pipe.
 _COLUMNS = 120
@@ -50,8 +50,8 @@ def histogram(schemes: Counter[str], *, columns: int, of: str = "fusion groups")
 
 def recipe_of(recipe_or_folder: str) -> Recipe | None:
     """The recipe of a file, or of a folder that `mofq export` wrote; None where there is none."""
-    from mofq.recipe import load_recipe
-    from mofq.validate.candidates import RECIPE_FILE, holds_recipe
+    from mofq.decision.recipe import load_recipe
+    from mofq.delivery.validation.candidates import RECIPE_FILE, holds_recipe
 
     path = Path(recipe_or_folder)
     if path.is_dir():

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mofq.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.cli.checks import check_engine
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.cost import group_bytes, source_bytes, weights_of
 from mofq.engines import legality
-from mofq.layers import FusionGroup, ModelLayers, find_layers
-from mofq.schemes import parse_scheme
-from mofq.search_space import Offer, load_search_space, offer_schemes
+from mofq.evidence.spaces import Offer, load_search_space, offer_schemes
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.layers import FusionGroup, ModelLayers, find_layers
+from mofq.model.sizes import group_bytes, source_bytes, weights_of
+from mofq.numbers.schemes import parse_scheme
 
 
 def run_inspect(

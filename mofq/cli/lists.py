@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mofq.checkpoint.headers import open_checkpoint
 from mofq.cli.checks import check_output
 from mofq.cli.terminal import note, print_json, print_table
+from mofq.decision.recipe import check_recipe, write_recipe
 from mofq.engines import ENGINES, Rule
-from mofq.formats import ELEMENT_FORMATS, SCALE_FORMATS
-from mofq.layers import find_layers
-from mofq.recipe import check_recipe, write_recipe
-from mofq.schemes import ALIASES
-from mofq.search_space import find_search_spaces, load_search_space
+from mofq.evidence.spaces import find_search_spaces, load_search_space
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.numbers.formats import ELEMENT_FORMATS, SCALE_FORMATS
+from mofq.numbers.schemes import ALIASES
 
 
 def run_spaces(*, as_json: bool) -> None:
@@ -91,13 +91,13 @@ def run_uniform(
     model: str, scheme: str, output: Path, *, stats: Path | None = None, as_json: bool
 ) -> None:
     """Write a recipe of one scheme for every linear layer."""
-    from mofq.decide import uniform_recipe
+    from mofq.decision import uniform_recipe
 
     check_output(output)
     checkpoint = open_checkpoint(model)
     sha256 = None
     if stats is not None:
-        from mofq.calibration.stats import read_stats
+        from mofq.evidence.calibration.stats import read_stats
 
         sha256 = read_stats(stats).sha256
     recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, stats_sha256=sha256)
@@ -110,7 +110,7 @@ def run_uniform(
 
 def run_recipe_from(folder: Path, output: Path, *, model: str | None, as_json: bool) -> None:
     """Write the recipe that a compressed-tensors checkpoint follows."""
-    from mofq.backends.compressed_tensors import recipe_from_compressed_tensors
+    from mofq.delivery.export.compressed_tensors import recipe_from_compressed_tensors
 
     check_output(output)
     recipe = recipe_from_compressed_tensors(folder)

@@ -15,9 +15,9 @@ from mofq.cli.checks import check_device, check_engine, check_output
 from mofq.cli.terminal import note, print_json, progress_bars
 
 if TYPE_CHECKING:
-    from mofq.calibration.stats import Stats
-    from mofq.measure.run import Remotely
-    from mofq.table import Table
+    from mofq.evidence.calibration.stats import Stats
+    from mofq.evidence.measure.fill_table import Remotely
+    from mofq.evidence.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Where:
     """Where the work is done."""
 
     device: str = "cpu"
-    address: str | None = None  #: as `mofq.distributed.cluster` takes it; None: this process
+    address: str | None = None  #: as `mofq.evidence.cluster.cluster` takes it; None: this process
     cpus: int = 1  #: of one unit of work
 
 
@@ -43,7 +43,7 @@ def run_measure(
     as_json: bool = False,
 ) -> None:
     """Fill the table and say what it holds."""
-    from mofq.table import read_table
+    from mofq.evidence.table import read_table
 
     start = monotonic()
     check_output(output, space)
@@ -94,17 +94,17 @@ def _measure(
     engine: str | None,
     where: Where,
 ) -> Stats | None:
-    from mofq.checkpoint.headers import open_checkpoint
     from mofq.engines import cache_legality, legality
-    from mofq.layers import find_layers
-    from mofq.search_space import load_search_space
+    from mofq.evidence.spaces import load_search_space
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
 
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
     check_engine(engine, layers)
-    from mofq.calibration.stats import read_stats
-    from mofq.measure.run import measure
+    from mofq.evidence.calibration.stats import read_stats
+    from mofq.evidence.measure.fill_table import measure
 
     if where.address is None:
         check_device(where.device)
@@ -133,8 +133,8 @@ def _connected(where: Where) -> Iterator[Remotely | None]:
     if where.address is None:
         yield None
         return
-    from mofq.distributed import cluster
-    from mofq.measure.remote import measure_remotely
+    from mofq.evidence.cluster import cluster
+    from mofq.evidence.measure.on_workers import measure_remotely
 
     with cluster(where.address, tell=note):
         yield partial(measure_remotely, cpus=where.cpus)

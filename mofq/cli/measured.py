@@ -14,15 +14,15 @@ from mofq.cli.terminal import Bars, note, progress_bars, short_bytes, with_error
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
-    from mofq.checkpoint.headers import Checkpoint
-    from mofq.decide import Decision, Request
-    from mofq.table import Table
-    from mofq.validate.objective import MeasuredKl
+    from mofq.decision import Decision, Request
+    from mofq.delivery.validation.objective import MeasuredKl
+    from mofq.evidence.table import Table
+    from mofq.model.checkpoint.headers import Checkpoint
 
 
 def search_measured(options: SearchOptions, table: Table, request: Request) -> Decision:
     """Decide, and let measurements have the last word."""
-    from mofq.validate.objective import MeasuredKl
+    from mofq.delivery.validation.objective import MeasuredKl
 
     assert options.model is not None
     assert options.text is not None
@@ -47,7 +47,7 @@ def search_measured(options: SearchOptions, table: Table, request: Request) -> D
 def _refined(
     options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
 ) -> Decision:
-    from mofq.decide.measured import decide_refined
+    from mofq.decision.measured import decide_refined
 
     return decide_refined(
         table,
@@ -62,8 +62,8 @@ def _refined(
 def _in_study(
     options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
 ) -> Decision:
-    from mofq.decide.front import decide_on_front
-    from mofq.decide.study import StudyPlan, decide_in_study
+    from mofq.decision.front import decide_on_front
+    from mofq.decision.study import StudyPlan, decide_in_study
 
     plan = StudyPlan(
         storage=options.storage or str(options.output.with_suffix(".optuna.db")),
@@ -111,7 +111,7 @@ def _other_workers(options: SearchOptions) -> Iterator[None]:
 
 def work(options: SearchOptions) -> None:
     """One more process on a study; what it finds is in the study."""
-    from mofq.table import read_table
+    from mofq.evidence.table import read_table
 
     search_measured(options, read_table(options.table), search_request(options))
 
@@ -122,7 +122,7 @@ def check_model(table: Table, checkpoint: Checkpoint) -> None:
     Raises:
         MofqError: It is another.
     """
-    from mofq.checkpoint.sampled import hash_weights
+    from mofq.model.checkpoint.weights_hash import hash_weights
 
     for key, ours, theirs in (
         ("index_sha256", table.header.index_sha256, checkpoint.index_sha256),

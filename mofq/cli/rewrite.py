@@ -12,7 +12,7 @@ from mofq.cli.terminal import note, print_json, print_table, progress_bars
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mofq.rewrite.choose import Choice
+    from mofq.delivery.rewriting.choose import Choice
 
 
 def run_rewrite(
@@ -26,9 +26,9 @@ def run_rewrite(
     as_json: bool = False,
 ) -> None:
     """Rewrite a model and say what moved."""
-    from mofq.calibration.stats import read_stats
-    from mofq.checkpoint.headers import open_checkpoint
-    from mofq.rewrite.run import rewrite
+    from mofq.delivery.rewriting.rewrite import rewrite
+    from mofq.evidence.calibration.stats import read_stats
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
     check_folder(output)

@@ -18,13 +18,13 @@ from mofq.cli.search import search_table
 from mofq.cli.search_options import SearchOptions
 from mofq.cli.terminal import note, print_json, progress_bars, with_error
 from mofq.exceptions import MofqError
-from mofq.held import hold_folder
+from mofq.files.locks import hold_folder
 
 if TYPE_CHECKING:
-    from mofq.backends.compressed_tensors import Export
-    from mofq.recipe import Recipe
-    from mofq.search_space import SearchSpace
-    from mofq.validate import Validation
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.export.compressed_tensors import Export
+    from mofq.delivery.validation import Validation
+    from mofq.evidence.spaces import SearchSpace
 
 #: Uniform schemes that the recipe is compared with on the real model.
 _MOST_UNIFORM = 4
@@ -212,8 +212,8 @@ def _search(options: RunOptions, space: SearchSpace) -> Recipe:
 
 
 def _source_bits(table_path: Path) -> float:
-    from mofq.cost import bits_per_weight
-    from mofq.table import read_table
+    from mofq.evidence.table import read_table
+    from mofq.model.sizes import bits_per_weight
 
     header = read_table(table_path).header
     return bits_per_weight(header.source_bytes_of_groups, header.weights)
@@ -221,9 +221,9 @@ def _source_bits(table_path: Path) -> float:
 
 def _uniform_recipes(options: RunOptions, space: SearchSpace, recipe: Recipe) -> dict[str, Recipe]:
     """The best uniform schemes of about the recipe's size, or the smallest where all are larger."""
-    from mofq.decide import Request, uniform_recipes
-    from mofq.solvers import Budgets
-    from mofq.table import read_table
+    from mofq.decision import Request, uniform_recipes
+    from mofq.decision.solvers import Budgets
+    from mofq.evidence.table import read_table
 
     request = Request(Budgets(), space=space.name, engine=options.engine)
     every = uniform_recipes(read_table(options.table), request)
@@ -236,7 +236,7 @@ def _uniform_recipes(options: RunOptions, space: SearchSpace, recipe: Recipe) ->
 
 
 def _validate(options: RunOptions, candidates: dict[str, Recipe]) -> dict[str, Validation]:
-    from mofq.validate import validate_many, write_validation
+    from mofq.delivery.validation import validate_many, write_validation
 
     with progress_bars() as bars:
         done = validate_many(
@@ -267,8 +267,8 @@ def _preferred(
     A mixture that does not pay is not worth its complexity; what is preferred becomes
     ``recipe.yaml``.
     """
-    from mofq.recipe import write_recipe
-    from mofq.validate import write_validation
+    from mofq.decision.recipe import write_recipe
+    from mofq.delivery.validation import write_validation
 
     searched = validations["recipe"]
     for name, one in validations.items():
@@ -286,8 +286,8 @@ def _preferred(
 
 
 def _export(options: RunOptions, recipe: Recipe, validation: Validation) -> Export | Path:
-    from mofq.backends import RECIPE_EXPORTERS
     from mofq.cli.export import export_recipe, read_export, write_recipe_file
+    from mofq.delivery.backends import RECIPE_EXPORTERS
     from mofq.engines import find_engine
 
     assert options.engine is not None

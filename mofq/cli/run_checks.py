@@ -11,11 +11,11 @@ from mofq.cli.checks import check_device, check_engine, check_folder
 from mofq.exceptions import BackendError, BudgetError, CorpusError
 
 if TYPE_CHECKING:
-    from mofq.checkpoint.headers import Checkpoint
     from mofq.cli.run import RunOptions
-    from mofq.recipe import Recipe
-    from mofq.search_space import SearchSpace
-    from mofq.solvers import Budgets
+    from mofq.decision.recipe import Recipe
+    from mofq.decision.solvers import Budgets
+    from mofq.evidence.spaces import SearchSpace
+    from mofq.model.checkpoint.headers import Checkpoint
 
 
 def check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
@@ -25,14 +25,14 @@ def check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
         The search space, and the options with corpora and a sequence length that the
         model can take.
     """
-    from mofq.backends import find_exporter
-    from mofq.checkpoint.headers import open_checkpoint
-    from mofq.cost import parse_size
-    from mofq.decide import check_budget
+    from mofq.decision import check_budget
+    from mofq.decision.solvers import Budgets
+    from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
-    from mofq.layers import find_layers
-    from mofq.search_space import load_search_space, offer_schemes
-    from mofq.solvers import Budgets
+    from mofq.evidence.spaces import load_search_space, offer_schemes
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+    from mofq.model.sizes import parse_size
 
     check_folder(options.output)
     space = load_search_space(options.space)
@@ -60,8 +60,8 @@ def _check_window(
     source: str, checkpoint: Checkpoint, *, tokens: int, sequence_length: int
 ) -> None:
     """Refuse a text, or a number of tokens, that fills no window to validate on."""
-    from mofq.checkpoint.model import load_tokenizer
-    from mofq.corpora import tokenize
+    from mofq.evidence.corpora import tokenize
+    from mofq.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.folder)
     tokenize(load_named(source), tokenizer, tokens=tokens, sequence_length=sequence_length)
@@ -87,7 +87,7 @@ def _check_texts(corpora: tuple[str, ...], source: str) -> None:
 
 def check_exported(options: RunOptions, candidates: Mapping[str, Recipe]) -> None:
     """Refuse to export into a folder that holds something else, before the long validation."""
-    from mofq.recipe import load_recipe
+    from mofq.decision.recipe import load_recipe
 
     folder = options.exported
     if options.engine is None or not folder.exists() or not any(folder.iterdir()):

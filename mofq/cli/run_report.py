@@ -11,9 +11,9 @@ from mofq.cli.search import note_engines
 from mofq.cli.terminal import next_step, print_table, say, stats_for, with_error
 
 if TYPE_CHECKING:
-    from mofq.backends.compressed_tensors import Export
-    from mofq.recipe import Recipe
-    from mofq.validate import Validation
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.export.compressed_tensors import Export
+    from mofq.delivery.validation import Validation
 
 
 @dataclass(frozen=True, slots=True)

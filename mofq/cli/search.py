@@ -25,11 +25,11 @@ from mofq.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from mofq.decide import Decision, Request
-    from mofq.decide.explain import Explanation
-    from mofq.decide.refused import Refused
-    from mofq.recipe import Recipe
-    from mofq.table import Table
+    from mofq.decision import Decision, Request
+    from mofq.decision.explain import Explanation
+    from mofq.decision.recipe import Recipe
+    from mofq.decision.refused import Refused
+    from mofq.evidence.table import Table
 
 
 def run_search(options: SearchOptions, *, as_json: bool) -> None:
@@ -69,8 +69,8 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 
 
 def _served_by(path: Path, recipe: Recipe) -> tuple[str, ...]:
-    from mofq.decide.refused import serving_engines
-    from mofq.table import read_table
+    from mofq.decision.refused import serving_engines
+    from mofq.evidence.table import read_table
 
     return serving_engines(read_table(path), recipe)
 
@@ -91,8 +91,8 @@ def note_engines(path: Path, recipe: Recipe) -> None:
 
 def search_table(options: SearchOptions) -> Decision:
     """Read the table, decide, write the recipe."""
-    from mofq.decide.explain import check_layers
-    from mofq.recipe import write_recipe
+    from mofq.decision.explain import check_layers
+    from mofq.decision.recipe import write_recipe
 
     check_options(options)
     check_output(options.output, options.table, options.space, options.text)
@@ -106,8 +106,8 @@ def search_table(options: SearchOptions) -> Decision:
 def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
     if not options.explain:
         return []
-    from mofq.decide.explain import explain
-    from mofq.table import read_table
+    from mofq.decision.explain import explain
+    from mofq.evidence.table import read_table
 
     table, request = read_table(options.table), search_request(options)
     return [explain(table, request, decision, layer) for layer in options.explain]
@@ -116,21 +116,21 @@ def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
 def _refused(options: SearchOptions) -> tuple[Refused, ...]:
     if options.engine is None:
         return ()
-    from mofq.decide.refused import engine_refusals
-    from mofq.table import read_table
+    from mofq.decision.refused import engine_refusals
+    from mofq.evidence.table import read_table
 
     return engine_refusals(read_table(options.table), search_request(options))
 
 
 def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:
-    from mofq.decide import decide
+    from mofq.decision import decide
 
     return decide(table, request)
 
 
 def print_decision(decision: Decision, *, title: str) -> None:
     """A table of figures, a histogram of schemes, and notes."""
-    from mofq.solvers import KL_UNIT
+    from mofq.decision.solvers import KL_UNIT
 
     recipe, result = decision.recipe, decision.recipe.result
 
@@ -172,7 +172,7 @@ def print_decision(decision: Decision, *, title: str) -> None:
 
 
 def _time_row(decision: Decision) -> list[str]:
-    from mofq.latency import shown_seconds
+    from mofq.engines.latency import shown_seconds
 
     budget, result = decision.recipe.budget, decision.recipe.result
     seconds, before = result["seconds"], decision.unquantized_seconds

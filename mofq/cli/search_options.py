@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, cast
 from mofq.exceptions import MofqError, nearest_name
 
 if TYPE_CHECKING:
-    from mofq.decide import Request
-    from mofq.decide.request import TimeRequest
+    from mofq.decision import Request
+    from mofq.decision.request import TimeRequest
 
 _OBJECTIVES = ("mean", "worst-corpus")
-#: Those of `mofq.solvers`, and the one that measures.
+#: Those of `mofq.decision.solvers`, and the one that measures.
 _SOLVERS = ("exact", "greedy", "optuna")
 
 
@@ -122,9 +122,9 @@ def search_request(options: SearchOptions) -> Request:
     Raises:
         BudgetError: A size, a time, a device or a workload cannot be read.
     """
-    from mofq.cost import parse_size
-    from mofq.decide import Request
-    from mofq.solvers import Budgets, Objective
+    from mofq.decision import Request
+    from mofq.decision.solvers import Budgets, Objective
+    from mofq.model.sizes import parse_size
 
     return Request(
         budgets=Budgets(
@@ -153,15 +153,15 @@ def parse_formats(names: tuple[str, ...]) -> tuple[str, ...] | None:
     Raises:
         SchemeError: A name is not of one.
     """
-    from mofq.kv_cache import parse_cache_scheme
+    from mofq.model.kv_schemes import parse_cache_scheme
 
     return tuple(parse_cache_scheme(name).name for name in names) or None
 
 
 def _time_request(options: SearchOptions) -> TimeRequest | None:
-    from mofq.decide.request import TimeRequest
-    from mofq.device_models import load_device_model
-    from mofq.latency import parse_seconds, parse_workload
+    from mofq.decision.request import TimeRequest
+    from mofq.engines.devices import load_device_model
+    from mofq.engines.latency import parse_seconds, parse_workload
 
     if options.device_model is None and options.workload is None and options.max_time is None:
         return None

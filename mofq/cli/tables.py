@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.cli.terminal import note
-from mofq.numerics import NUMERICS
+from mofq.numbers.numerics import NUMERICS
 
 if TYPE_CHECKING:
-    from mofq.table import Table
+    from mofq.evidence.table import Table
 
 
 def open_for_reading(path: Path) -> Table:
@@ -18,7 +18,7 @@ def open_for_reading(path: Path) -> Table:
     Raises:
         TableError: It is missing or damaged.
     """
-    from mofq.table import read_table
+    from mofq.evidence.table import read_table
 
     table = read_table(path)
     if table.header.numerics != NUMERICS:

@@ -14,12 +14,12 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from mofq.schemes import parse_scheme
+from mofq.numbers.schemes import parse_scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mofq.recipe import Recipe
+    from mofq.decision.recipe import Recipe
 
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")

@@ -22,8 +22,8 @@ from mofq.cli.terminal import (
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
-    from mofq.recipe import Recipe
-    from mofq.validate import Tasks, Validation
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.validation import Tasks, Validation
 
 
 def run_validate(
@@ -46,7 +46,7 @@ def run_validate(
 ) -> None:
     """Validate, print the result, and exit with 1 where the recipe is not enforced."""
     from mofq.cli.calibrate import load_corpora
-    from mofq.validate import validate, write_validation
+    from mofq.delivery.validation import validate, write_validation
 
     _check(dtype, device)
     corpora = load_corpora(texts)
@@ -83,7 +83,7 @@ def _check(dtype: str, device: str) -> None:
 
 
 def _tasks(tasks: Sequence[str], folder: Path | None, limit: int | None) -> Tasks | None:
-    from mofq.validate import Tasks
+    from mofq.delivery.validation import Tasks
 
     names = tuple(name for one in tasks for name in one.split(",") if name)
     if not names and (folder is not None or limit is not None):

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from mofq.engines.caches import (
+from mofq.engines.kv_cache import (
     VLLM_CPU_CACHE,
     VLLM_GPU_CACHE,
     cache_refusal,
     matching_cache_rule,
 )
 from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
-from mofq.engines.parallel import check_devices
 from mofq.engines.rules import (
     CacheRule,
     Engine,
@@ -28,12 +27,13 @@ from mofq.engines.rules import (
     refusal,
 )
 from mofq.engines.sglang import SGLANG
+from mofq.engines.tensor_parallel import check_devices
 from mofq.engines.torchao import TORCHAO_CPU, TORCHAO_GPU
 from mofq.engines.vllm_cpu import VLLM_CPU
 from mofq.engines.vllm_gpu import VLLM_GPU
 from mofq.exceptions import EngineError, nearest_name
-from mofq.layers import CacheLayer, FusionGroup
-from mofq.schemes import Scheme
+from mofq.model.layers import CacheLayer, FusionGroup
+from mofq.numbers.schemes import Scheme
 
 __all__ = [
     "ENGINES",

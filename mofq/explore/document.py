@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mofq.documents import write_beside_and_rename
 from mofq.exceptions import MofqError
+from mofq.files.documents import write_beside_and_rename
 
 #: What mail servers and chats still take.
 MOST_BYTES = 6_000_000

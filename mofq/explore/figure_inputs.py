@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mofq.decide import Request
-from mofq.decide.request import request_problem
+from mofq.decision import Request
+from mofq.decision.request import request_problem
+from mofq.decision.solvers import KL_UNIT, Budgets, Problem
+from mofq.evidence.table import Table
 from mofq.explore.frontier import shown_request
 from mofq.explore.named_points import (
     MeasuredPoint,
@@ -16,8 +18,6 @@ from mofq.explore.named_points import (
     read_validation,
     recipe_point,
 )
-from mofq.solvers import KL_UNIT, Budgets, Problem
-from mofq.table import Table
 
 
 @dataclass(frozen=True, slots=True)

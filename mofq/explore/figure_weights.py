@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mofq.evidence.table import Extent, Profile, Table
 from mofq.exceptions import MofqError
-from mofq.table import Extent, Profile, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.decide.measured import recipe_choice
-from mofq.documents import write_beside_and_rename
+from mofq.decision.measured import recipe_choice
+from mofq.decision.solvers import KL_UNIT, Budgets, Problem
+from mofq.decision.solvers.frontier import axis_value
+from mofq.decision.solvers.problem import FloatArray
 from mofq.exceptions import MofqError, nearest_name
 from mofq.explore.content import element_name, map_places, scheme_order
 from mofq.explore.figure_inputs import FigureInputs
@@ -22,9 +24,7 @@ from mofq.explore.named_points import (
     greedy_points,
     uniform_points,
 )
-from mofq.solvers import KL_UNIT, Budgets, Problem
-from mofq.solvers.frontier import axis_value
-from mofq.solvers.problem import FloatArray
+from mofq.files.documents import write_beside_and_rename
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

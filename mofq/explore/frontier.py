@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decide import Request, decide
-from mofq.decide.request import request_problem
-from mofq.recipe import Recipe
-from mofq.solvers import KL_UNIT, Budgets, Frontier, Problem, solve_frontier
-from mofq.solvers.frontier import sized
-from mofq.solvers.problem import FloatArray, IntArray
-from mofq.table import Table
+from mofq.decision import Request, decide
+from mofq.decision.recipe import Recipe
+from mofq.decision.request import request_problem
+from mofq.decision.solvers import KL_UNIT, Budgets, Frontier, Problem, solve_frontier
+from mofq.decision.solvers.frontier import sized
+from mofq.decision.solvers.problem import FloatArray, IntArray
+from mofq.evidence.table import Table
 
 #: Bits of a cached number that nobody quantizes.
 _AS_IT_IS = 16.0

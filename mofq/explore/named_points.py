@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mofq.decide import Request, uniform_recipes
-from mofq.documents import parse_json, read_text
+from mofq.decision import Request, uniform_recipes
+from mofq.decision.recipe import Recipe, load_recipe
+from mofq.decision.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
+from mofq.decision.solvers.frontier import axis_value
+from mofq.decision.solvers.problem import IntArray
+from mofq.evidence.table import Table, TableHeader
 from mofq.exceptions import BudgetError, MofqError, RecipeError
-from mofq.kv_cache import is_cache_scheme
-from mofq.recipe import Recipe, load_recipe
-from mofq.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
-from mofq.solvers.frontier import axis_value
-from mofq.solvers.problem import IntArray
-from mofq.table import Table, TableHeader
+from mofq.files.documents import parse_json, read_text
+from mofq.model.kv_schemes import is_cache_scheme
 
 #: Of validation.json; what else it holds is not drawn.
 _VALIDATION_VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mofq.table import Extent, Profile, Table
+from mofq.evidence.table import Extent, Profile, Table
 
 #: Magnitudes are drawn on a logarithmic scale; less than this share of the largest is its foot.
 _LEAST_SHARE = 1e-6

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mofq.recipe import Recipe, RecipeGroup, recipe_text
-from mofq.recipe_cache import RecipeCache, cache_lines
-from mofq.table import Table
+from mofq.decision.recipe import Recipe, RecipeGroup, recipe_text
+from mofq.decision.recipe_kv_cache import RecipeCache, cache_lines
+from mofq.evidence.table import Table
 
 _UNQUANTIZED = "bf16"
 #: A recipe's text: what stands before the groups, the lines of each group, what follows.

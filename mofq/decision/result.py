@@ -1,0 +1,151 @@
+"""What a recipe says of itself: where it came from, what it may cost, what it does cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mofq import __version__
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.recipe_kv_cache import RecipeCache
+from mofq.decision.request import Request
+from mofq.decision.solvers import KL_UNIT, Chosen, Prediction, Problem, predict, usage
+from mofq.evidence.table import Table
+
+#: Keys of `mofq.decision.recipe.RESULT_KEYS`.
+Figures = dict[str, float | int | str | None]
+#: Keys of `mofq.decision.recipe.MADE_BY_KEYS`.
+MadeBy = dict[str, str | int | None]
+
+
+def recipe_from_table(
+    table: Table,
+    schemes: Mapping[str, str],
+    *,
+    made_by: MadeBy,
+    budget: Mapping[str, float | int | str],
+    result: Figures,
+) -> Recipe:
+    """A recipe of a table's model: fusion group, or cache -> scheme, and what is to be said."""
+    amax = {
+        (row.group, row.scheme): row.static_amax
+        for row in table.rows
+        if row.static_amax is not None
+    }
+    caches = [
+        RecipeCache(one.name, schemes[one.name], amax.get((one.name, schemes[one.name])))
+        for one in table.caches
+        if one.name in schemes
+    ]
+    return Recipe(
+        model_name=table.header.model_name,
+        index_sha256=table.header.index_sha256,
+        weights_sha256=table.header.weights_sha256,
+        groups=tuple(
+            RecipeGroup(
+                group.name,
+                schemes[group.name],
+                layers=tuple(layer.name for layer in group.layers),
+                static_amax=amax.get((group.name, schemes[group.name])),
+            )
+            for group in table.header.groups
+        ),
+        unquantized=table.header.unquantized,
+        made_by=made_by,
+        budget=budget,
+        result=result,
+        # A cache that stays as it is everywhere is not spoken of.
+        kv_cache=() if all(one.parsed.is_unquantized for one in caches) else tuple(caches),
+    )
+
+
+def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
+    """Where a recipe comes from."""
+    stats = table.header.stats
+    made: MadeBy = {
+        "mofq": __version__,
+        "solver": request.solver,
+        "seed": None if stats is None else stats.seed,
+        "unit": problem.unit,
+        "objective": request.objective,
+        "tie_rule": "two standard errors" if request.ties else "off",
+        "table_sha256": table.sha256,
+    }
+    if table.header.numerics is not None:
+        made["numerics"] = table.header.numerics
+    if request.engine is not None:
+        made["engine"] = request.engine
+    spaces = {one.name: one for one in table.spaces if request.space in (None, one.name)}
+    if spaces:
+        made["space"] = ", ".join(spaces)
+    if len(spaces) == 1:
+        made["space_sha256"] = next(iter(spaces.values())).sha256
+    if stats is not None:
+        made["stats_sha256"] = stats.sha256
+    return made
+
+
+def budget_figures(request: Request) -> dict[str, float | int | str]:
+    """The budgets that were asked for; `timing` has that of time."""
+    budgets = request.budgets
+    named = {
+        "bits_per_weight": budgets.max_bits,
+        "checkpoint_bytes": budgets.max_bytes,
+        "kl_nats_per_token": budgets.max_kl,
+        "finer_fraction": budgets.max_finer,
+        "kv_bits": budgets.max_kv_bits,
+        "kv_tokens": request.kv_tokens or None,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def chosen_figures(problem: Problem, chosen: Chosen) -> Figures:
+    """Sizes, error, predictions and the gap to the optimum."""
+    result = size_figures(problem, chosen.choice_F)
+    result["error"] = problem.error_of(chosen.choice_F)
+    if problem.unit == KL_UNIT:
+        result |= predicted_figures(chosen.reported)
+    if chosen.solution.bound is not None:
+        result["gap"] = max(0.0, problem.error_of(chosen.solution.choice_F) - chosen.solution.bound)
+    return result
+
+
+def uniform_figures(problem: Problem, name: str, choice_F: np.ndarray) -> Figures:
+    """What the best uniform scheme of no more bytes would be, beside the recipe."""
+    result: Figures = {
+        "uniform_scheme": name,
+        "uniform_bits_per_weight": usage(problem, choice_F).bits_per_weight,
+    }
+    if problem.unit == KL_UNIT:
+        result["uniform_kl_nats_per_token"] = predict(problem, choice_F).additive.value
+    return result
+
+
+def size_figures(problem: Problem, choice_F: np.ndarray) -> Figures:
+    """Sizes and shares; no prediction yet."""
+    used = usage(problem, choice_F)
+    cached: Figures = {}
+    if problem.cached:
+        bits = int(problem.cache_bits_P[choice_F].sum())
+        cached = {"kv_bits": bits / problem.cached, "kv_bytes_per_token": bits / 8}
+    return cached | {
+        "bits_per_weight": used.bits_per_weight,
+        "bytes": used.bytes,
+        "checkpoint_bytes": used.checkpoint_bytes,
+        "finer_fraction": used.finer_fraction,
+        "finer_weight_fraction": used.finer_weight_fraction,
+        "kl_nats_per_token": None,
+    }
+
+
+def predicted_figures(prediction: Prediction) -> Figures:
+    """The predicted KL: the sum over fusion groups, and jointly where samples are kept."""
+    predicted: Figures = {"kl_nats_per_token": prediction.additive.value}
+    if prediction.additive.stderr is not None:
+        predicted["kl_stderr"] = prediction.additive.stderr
+    if prediction.joint is not None:
+        predicted["kl_joint"] = max(0.0, prediction.joint.value)
+        if prediction.joint.stderr is not None:
+            predicted["kl_joint_stderr"] = prediction.joint.stderr
+    return predicted

@@ -1,0 +1,169 @@
+"""Time as a budget and as a figure: what a request's device and workload make of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from mofq.decision.request import Request, TimeRequest
+from mofq.decision.solvers import Budgets, LinearBudget, Problem
+from mofq.engines import ENGINES, find_engine
+from mofq.engines.devices import DeviceModel
+from mofq.engines.latency import attention_seconds, group_seconds, other_seconds
+from mofq.evidence.table import Table
+from mofq.exceptions import BudgetError
+from mofq.model.kv_schemes import cache_bits, is_cache_scheme, parse_cache_scheme
+from mofq.numbers.schemes import parse_scheme
+
+
+def request_budgets(table: Table, problem: Problem, request: Request) -> Budgets:
+    """The budgets of a request, that of time as costs of a problem's options.
+
+    Args:
+        table: Whose fusion groups the problem has.
+        problem: From `request_problem`.
+        request: Budgets, and the time that is asked for.
+
+    Raises:
+        BudgetError: The engine is not one for the device, or the workload leaves something open.
+    """
+    time = request.time
+    if time is None:
+        return request.budgets
+    check_device(request.engine, time)
+    if time.max_seconds is None:
+        return request.budgets
+    # In milliseconds, as people say it: messages are in the unit of the budget.
+    budget = LinearBudget(
+        "max_time",
+        "ms",
+        cost_P=1e3 * _option_seconds(table, problem, time),
+        limit=1e3 * time.max_seconds,
+        constant=1e3 * constant_seconds(table, time),
+    )
+    return replace(request.budgets, linear=(*request.budgets.linear, budget))
+
+
+def check_device(engine: str | None, time: TimeRequest) -> None:
+    """Refuse a device of another generation than the engine's rules are for.
+
+    Raises:
+        BudgetError: As said; the message names the engines of the device.
+    """
+    if engine is None:
+        return
+    devices = find_engine(engine).devices
+    if devices not in (1, time.workload.tp):
+        raise BudgetError(
+            f"--engine {engine} has {devices} devices, and the workload tp={time.workload.tp}. "
+            f"Write tp={devices} in --workload."
+        )
+    if find_engine(engine).capability is None:
+        return
+    fitting = engines_for(time.device)
+    if engine.partition(":")[0] not in fitting:
+        raise BudgetError(
+            f"--engine {engine} is not for the device model {time.device.name}. "
+            + (f"Engines for it: {', '.join(fitting)}." if fitting else "Leave --engine out.")
+        )
+
+
+def engines_for(device: DeviceModel) -> tuple[str, ...]:
+    """The engines whose rules are those of a CUDA device's generation."""
+    known = [one.capability for one in ENGINES.values() if one.capability is not None]
+    older = [one for one in known if device.capability is not None and one <= device.capability]
+    generation = max(older, default=None)
+    if generation is None:
+        return ()
+    return tuple(name for name, one in ENGINES.items() if one.capability == generation)
+
+
+def constant_seconds(table: Table, time: TimeRequest) -> float:
+    """What no choice changes [s]; see `mofq.engines.latency.other_seconds`."""
+    return other_seconds(
+        table.header.groups,
+        time.device,
+        time.workload,
+        other_bytes=table.header.other_bytes,
+        has_own_lm_head=any(name.endswith("lm_head") for name in table.header.unquantized),
+    )
+
+
+def recipe_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) -> float:
+    """The least time of a forward pass under fusion group -> scheme [s]."""
+    parts = [
+        group_seconds(group, parse_scheme(schemes[group.name]), time.device, time.workload)
+        for group in table.header.groups
+    ]
+    cached = {cache.name: schemes.get(cache.name, "bf16") for cache in table.caches}
+    parts += _cache_seconds(table, cached, time).values()
+    return math.fsum([constant_seconds(table, time), *parts])
+
+
+def _cache_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) -> dict[str, float]:
+    """What the format of each layer's cache adds to its attention, against bf16 [s]."""
+    bits = {
+        cache.name: cache_bits(parse_cache_scheme(schemes[cache.name]), cache)
+        for cache in table.caches
+        if schemes[cache.name] != "bf16"
+    }
+    if not bits:
+        return dict.fromkeys(schemes, 0.0)
+    kept, whole = (
+        attention_seconds(table.header.groups, time.device, time.workload, cache_bits=one)
+        for one in (bits, {})
+    )
+    return {name: kept.get(name, 0.0) - whole.get(name, 0.0) for name in schemes}
+
+
+def unquantized_seconds(table: Table, request: Request) -> float | None:
+    """The same for the model as it is; None where no device was named."""
+    if request.time is None:
+        return None
+    return recipe_seconds(
+        table, {group.name: "bf16" for group in table.header.groups}, request.time
+    )
+
+
+def time_figures(
+    table: Table, schemes: Mapping[str, str], request: Request
+) -> dict[str, float | int | str | None]:
+    """The predicted time for a recipe's result; nothing where no device was named."""
+    if request.time is None:
+        return {}
+    return {"seconds": recipe_seconds(table, schemes, request.time)}
+
+
+def time_budget_figures(request: Request) -> dict[str, float | int | str]:
+    """What was asked for, for a recipe's budget."""
+    if request.time is None:
+        return {}
+    asked: dict[str, float | int | str] = {
+        "device": request.time.device.name,
+        "workload": request.time.workload.text,
+    }
+    if request.time.max_seconds is not None:
+        asked["seconds"] = request.time.max_seconds
+    return asked
+
+
+def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:
+    groups = {group.name: group for group in table.header.groups}
+    names = [cache.name for cache in table.caches]
+    in_cache = {
+        scheme: _cache_seconds(table, dict.fromkeys(names, scheme), time)
+        for scheme in dict.fromkeys(problem.schemes)
+        if is_cache_scheme(scheme) or scheme == "bf16"
+    }
+    seconds = [
+        in_cache[scheme][problem.groups[group].name]
+        if problem.groups[group].cached
+        else group_seconds(
+            groups[problem.groups[group].name], parse_scheme(scheme), time.device, time.workload
+        )
+        for group, scheme in zip(problem.group_P.tolist(), problem.schemes, strict=True)
+    ]
+    return np.array(seconds, dtype=np.float64)

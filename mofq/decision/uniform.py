@@ -1,0 +1,159 @@
+"""One scheme for every linear layer: what a mixture has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mofq import __version__
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.request import Request, request_problem
+from mofq.decision.result import MadeBy, predicted_figures, recipe_from_table, size_figures
+from mofq.decision.solvers import KL_UNIT, Budgets, Problem, predict, solve_exact, usage
+from mofq.evidence.spaces import shape_rejection, statistics_rejection
+from mofq.evidence.table import Table
+from mofq.exceptions import SchemeError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import ModelLayers
+from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.numbers.numerics import NUMERICS
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+
+def uniform_recipe(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    scheme_name: str,
+    *,
+    stats_sha256: str | None = None,
+) -> Recipe:
+    """One scheme for every linear layer, from headers alone.
+
+    Args:
+        checkpoint: The model.
+        layers: Its layers.
+        scheme_name: A scheme without static activations.
+        stats_sha256: Of the statistics that the scheme is fitted to, where it is.
+
+    Returns:
+        The recipe, without predictions.
+
+    Raises:
+        SchemeError: The name does not parse, or the scheme does not fit some layer.
+    """
+    scheme = parse_scheme(scheme_name)
+    needs = statistics_rejection(scheme)
+    if needs is not None and (stats_sha256 is None or _is_static(scheme)):
+        raise SchemeError(f"scheme {scheme.name!r}: {needs}; then `mofq search`.")
+    reasons = [
+        reason
+        for group in layers.groups
+        for layer in group.layers
+        if (reason := shape_rejection(scheme, layer)) is not None
+    ]
+    if reasons:
+        raise SchemeError(
+            f"{reasons[0]} ({len(reasons)} such layers in all). Take another scheme, or a search "
+            f"space with `mofq measure` and `mofq search`, which may mix."
+        )
+    size = sum(group_bytes(group, scheme) for group in layers.groups)
+    return Recipe(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
+        groups=tuple(
+            RecipeGroup(group.name, scheme.name, tuple(layer.name for layer in group.layers))
+            for group in layers.groups
+        ),
+        unquantized=tuple(layer.name for layer in layers.unquantized),
+        made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256}),
+        result={
+            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
+            "bytes": size,
+            "checkpoint_bytes": size + layers.other_bytes,
+        },
+    )
+
+
+def _made_by(numerics: int | None, rests_on: Mapping[str, str | None]) -> MadeBy:
+    """Where a uniform recipe comes from; what is not known is left out."""
+    made: MadeBy = {"mofq": __version__, "numerics": numerics, "solver": "uniform", **rests_on}
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def _is_static(scheme: Scheme) -> bool:
+    return scheme.activation is not None and scheme.activation.needs_tensor_amax
+
+
+def uniform_recipes(
+    table: Table, request: Request, *, cache: str | None = None
+) -> dict[str, Recipe]:
+    """Each scheme that every fusion group of a table may get, for all of them.
+
+    Args:
+        table: From `mofq measure`.
+        request: Its unit, space and engine say which schemes may be had and what is
+            predicted of them.
+        cache: The format of the KV cache, where that is decided too; by default what is best
+            within the request's ``max_kv_bits``, or what leaves it as it is.
+
+    Returns:
+        Scheme name -> recipe.
+    """
+    problem = request_problem(table, request)
+    budgets = Budgets(max_kv_bits=request.budgets.max_kv_bits)
+    cached_F = None
+    if cache is None and budgets != Budgets():
+        cached_F = solve_exact(problem, budgets).choice_F
+    recipes = {}
+    stats = table.header.stats
+    rests_on = {"table_sha256": table.sha256, "stats_sha256": stats.sha256 if stats else None}
+    made_by = _made_by(table.header.numerics, rests_on)
+    for name in dict.fromkeys(problem.schemes):
+        choice_F = _uniform_choice(problem, name, cached_F, cache=cache or "bf16")
+        if choice_F is not None:
+            result = size_figures(problem, choice_F)
+            if problem.unit == KL_UNIT:
+                result |= predicted_figures(predict(problem, choice_F))
+            recipes[name] = recipe_from_table(
+                table,
+                problem.schemes_of(choice_F),
+                made_by=made_by,
+                budget={},
+                result=result,
+            )
+    return recipes
+
+
+def best_uniform(
+    problem: Problem, most_bytes: int, choice_F: np.ndarray
+) -> tuple[str, np.ndarray] | None:
+    """The uniform scheme of least error among those of at most so many bytes.
+
+    The KV cache, where it is decided too, is as in ``choice_F``.
+    """
+    found = []
+    for name in dict.fromkeys(problem.schemes):
+        uniform_F = _uniform_choice(problem, name, choice_F)
+        if uniform_F is not None and usage(problem, uniform_F).bytes <= most_bytes:
+            found.append((problem.error_of(uniform_F), name, uniform_F))
+    if not found:
+        return None
+    _, name, choice_F = min(found, key=lambda one: one[:2])
+    return name, choice_F
+
+
+def _uniform_choice(
+    problem: Problem, scheme: str, choice_F: np.ndarray | None = None, *, cache: str = "bf16"
+) -> np.ndarray | None:
+    """One scheme for every layer; caches as in a choice, or all in one format."""
+    chosen = []
+    for number, group in enumerate(problem.groups):
+        if group.cached and choice_F is not None:
+            chosen.append(int(choice_F[number]))
+            continue
+        wanted = cache if group.cached else scheme
+        chosen += [p for p in problem.options_of(number) if problem.schemes[p] == wanted]
+    return np.array(chosen, dtype=np.int64) if len(chosen) == len(problem.groups) else None

@@ -1,0 +1,281 @@
+"""Emulates a recipe in memory: every scheme, in plain torch, on any device.
+
+The weights become what ``quantize`` rounds them to, and inputs are rounded on
+their way into a layer. Arithmetic stays in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.fitted import check_fits
+from mofq.delivery.apply.kv_cache import apply_caches
+from mofq.delivery.apply.loaded_model import (
+    find_loaded_layers,
+    find_recipe_layers,
+    loaded_weight,
+    module_path,
+    replace_module,
+    round_kept,
+    scheme_source,
+)
+from mofq.evidence.fits import Fits, fit_arguments
+from mofq.exceptions import BackendError, RecipeError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+Progress = Callable[[str, int, int], None]
+_Number = TypeVar("_Number", float, Tensor)
+
+
+def apply(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    checkpoint: Checkpoint | None = None,
+    fits: Fits | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Emulate a recipe, in place.
+
+    Args:
+        model: As transformers loads it, any float dtype. It is left as it was
+            if the recipe does not fit it.
+        recipe: Covers every linear layer of the model.
+        checkpoint: Where the weights to quantize are read; by default they are
+            the model's own, which are the same where its dtype holds the
+            checkpoint's.
+        fits: Of the recipe's own stats, from ``open_fits``; where a scheme is fitted.
+        progress: Called with ``"emulate"``, fusion groups done, and all of them.
+
+    Returns:
+        The model. Each layer with a scheme is a ``FakeQuantLinear`` now, and
+        the experts of a mixture are a ``FakeQuantExperts``; layers without one
+        are untouched, except that FP8 weights of the checkpoint are rounded to
+        bf16 as an export rounds them. Attention reads
+        keys and values as the recipe's cache keeps them.
+
+    Raises:
+        RecipeError: The recipe does not cover the model, splits a fusion group,
+            belongs to another checkpoint, gives a layer a scheme that its shape
+            does not take, or lacks a static scale.
+        SchemeError: A weight is not finite.
+        StatsError: A scheme is fitted to statistics, and there are none.
+        BackendError: A layer is quantized already.
+        CheckpointError: The model's family is unknown.
+    """
+    return apply_groups(
+        model,
+        recipe,
+        partial(apply_group, fits=fits),
+        check=partial(check_fits, fits),
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def apply_groups(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    apply_one: Callable[..., None],
+    *,
+    check: Callable[[FusionGroup, Scheme], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+    stage: str = "emulate",
+) -> PreTrainedModel:
+    """Apply a recipe with a function that does it for one fusion group.
+
+    Args:
+        model: As for ``apply``, and so are ``recipe``, ``checkpoint`` and ``progress``.
+        recipe: Of the model.
+        apply_one: Called as ``apply_group`` is.
+        check: Raises where a group cannot be applied; called for all before any is.
+        checkpoint: Where weights are read.
+        progress: Called with ``stage``, fusion groups done, and all of them.
+        stage: Its name.
+
+    Returns:
+        The model.
+
+    Raises:
+        MofqError: As ``apply``.
+    """
+    layers = find_loaded_layers(model, recipe)
+    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
+    if checkpoint is not None:
+        check_weights(recipe, checkpoint)
+    schemes = {group.name: _scheme_of(group, recipe) for group in layers.groups}
+    quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
+    for group in quantized:
+        _check_modules(model, group, schemes[group.name], recipe)
+        if check is not None:
+            check(group, schemes[group.name])
+    stored: dict[str, LinearLayer] = {}
+    if checkpoint is not None:
+        on_disk = find_recipe_layers(checkpoint, recipe)
+        stored = _layers_by_name(on_disk)
+        round_kept(model, layers, checkpoint=checkpoint, on_disk=on_disk)
+    for done, group in enumerate(quantized):
+        if progress is not None:
+            progress(stage, done, len(quantized))
+        scheme = schemes[group.name]
+        sources = {
+            layer.name: loaded_weight(model, layer)
+            if checkpoint is None
+            else scheme_source(checkpoint, stored[layer.name], scheme)
+            for layer in group.layers
+        }
+        apply_one(model, group, scheme, sources=sources, recipe=recipe)
+    apply_caches(model, recipe, layers)
+    if progress is not None:
+        progress(stage, len(quantized), len(quantized))
+    return model
+
+
+def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Number]:
+    """The largest magnitude that each layer's global scale is made from.
+
+    Args:
+        group: Whose layers engines concatenate.
+        amax: Layer name -> its own largest magnitude.
+
+    Returns:
+        Layer name -> the largest among the layers it is concatenated with.
+    """
+    return {
+        layer.name: max(
+            amax[other.name] for other in group.layers if other.shares_scale == layer.shares_scale
+        )
+        for layer in group.layers
+    }
+
+
+def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float] | None:
+    """Largest input magnitude of each layer, where the scheme of a fusion group needs one.
+
+    Raises:
+        RecipeError: The recipe has none for a layer.
+    """
+    if scheme.activation is None or not scheme.activation.needs_tensor_amax:
+        return None
+    known = recipe.static_amax
+    for layer in group.layers:
+        if layer.name not in known:
+            raise RecipeError(
+                f"{layer.name}: scheme {scheme.name!r} has static activations, and the recipe has "
+                f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
+            )
+    return share_amax(group, known)
+
+
+def _layers_by_name(layers: ModelLayers) -> dict[str, LinearLayer]:
+    return {layer.name: layer for group in layers.groups for layer in group.layers}
+
+
+def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:
+    return parse_scheme(recipe.schemes[group.layers[0].name])
+
+
+def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
+    static_amax(group, scheme, recipe)
+    for layer in group.layers:
+        module = model.get_submodule(module_path(layer))
+        if isinstance(module, FakeQuantLinear | FakeQuantExperts):
+            raise BackendError(
+                f"{layer.name}: a recipe was applied to this model already. Load the model again."
+            )
+        if layer.expert is not None:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear | Conv1D):
+            if type(module.weight.data) is Tensor:
+                continue
+            kind += f" with a weight of class {type(module.weight.data).__name__}"
+        raise BackendError(
+            f"{layer.name}: needed a linear layer of torch, found {kind}. "
+            f"Load the model unquantized and without adapters."
+        )
+
+
+def apply_group(
+    model: nn.Module,
+    group: FusionGroup,
+    scheme: Scheme,
+    *,
+    sources: Mapping[str, Tensor],
+    recipe: Recipe,
+    fits: Fits | None = None,
+) -> None:
+    """Emulate the scheme of one fusion group.
+
+    Args:
+        model: Its layers of the group are still the original's modules.
+        group: As ``find_loaded_layers`` finds it.
+        scheme: Not the unquantized one.
+        sources: Layer name -> the weight to quantize, [out_features, in_features].
+        recipe: Has the static scales, where the scheme needs them.
+        fits: As for ``apply``.
+    """
+    # Before anything is rounded: experts are rounded in place, where the source lies.
+    amax = None
+    if scheme.weight is not None and scheme.weight.needs_tensor_amax:
+        amax = share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
+    inputs = static_amax(group, scheme, recipe)
+    if any(layer.expert is not None for layer in group.layers):
+        _replace_experts(model, group.layers, scheme, inputs)
+    for layer in group.layers:
+        weight_OI = sources[layer.name]
+        if scheme.weight is not None:
+            weight_OI = fake_quantize_weight(
+                weight_OI,
+                scheme.weight,
+                tensor_amax=None if amax is None else amax[layer.name],
+                name=layer.name,
+                **fit_arguments(fits, layer, scheme.weight),
+            )
+        if layer.expert is not None:
+            loaded_weight(model, layer).copy_(weight_OI)
+            continue
+        path = module_path(layer)
+        linear = FakeQuantLinear.from_linear(
+            model.get_submodule(path),
+            scheme,
+            weight_OI=weight_OI.contiguous(),
+            static_amax=None if inputs is None else inputs[layer.name],
+            name=layer.name,
+        )
+        replace_module(model, path, linear)
+
+
+def _replace_experts(
+    model: nn.Module,
+    layers: Iterable[LinearLayer],
+    scheme: Scheme,
+    inputs: Mapping[str, float] | None,
+) -> None:
+    """Put a module that quantizes inputs in the place of the experts of one decoder layer."""
+    amax: dict[str, dict[int, float]] = {}
+    path = ""
+    for layer in layers:
+        path, _, parameter = layer.tensor.rpartition(".")
+        if inputs is not None and layer.expert is not None:
+            amax.setdefault(parameter, {})[layer.expert] = inputs[layer.name]
+    experts = FakeQuantExperts(
+        model.get_submodule(path),
+        scheme,
+        gate_up_amax=amax.get("gate_up_proj"),
+        down_amax=amax.get("down_proj"),
+        name=path,
+    )
+    replace_module(model, path, experts)

@@ -1,0 +1,91 @@
+"""Opens the statistics that a recipe's schemes are fitted to, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mofq.decision.recipe import Recipe
+from mofq.evidence.calibration.stats import read_stats, verify_sequences
+from mofq.evidence.fits import Fits, needs_stats
+from mofq.exceptions import RecipeError, StatsError
+from mofq.model.layers import FusionGroup
+from mofq.numbers.numerics import NUMERICS
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+
+@contextmanager
+def open_fits(
+    recipe: Recipe, stats: str | Path | None, *, index_sha256: str | None = None
+) -> Iterator[Fits | None]:
+    """Open what a recipe's schemes are fitted to.
+
+    Args:
+        recipe: Any.
+        stats: The folder from `mofq calibrate`; it may be None, and is not looked at, where
+            no scheme is fitted.
+        index_sha256: Of the checkpoint that the recipe is applied to.
+
+    Yields:
+        For ``fits`` of whatever applies or checks the recipe; None where it needs none.
+
+    Raises:
+        StatsError: There is no folder where one is needed, it is of another model, or it
+            changed since it was written.
+        RecipeError: The recipe rests on other statistics, or on fits as this mofq does not make
+            them.
+    """
+    fitted = next((group for group in recipe.groups if _is_fitted(group.scheme)), None)
+    if fitted is None:
+        yield None
+        return
+    _check_numerics(recipe, fitted.scheme)
+    if stats is None:
+        raise needs_stats(fitted.layers[0])
+    opened = read_stats(stats)
+    recorded = recipe.made_by.get("stats_sha256")
+    if recorded is not None and not opened.sha256.startswith(str(recorded)):
+        raise RecipeError(
+            f"{stats}: the recipe of {recipe.model_name} is fitted to stats_sha256 "
+            f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would be "
+            f"others than those that were measured; give the folder that was measured with."
+        )
+    if index_sha256 is not None and opened.plan.index_sha256 != index_sha256:
+        raise StatsError(
+            f"{stats}: calibrated on {opened.plan.model_name} "
+            f"({opened.plan.index_sha256[:8]}), but the model is {recipe.model_name} "
+            f"({index_sha256[:8]}). Calibrate this model."
+        )
+    verify_sequences(opened)
+    with Fits(opened) as fits:
+        yield fits
+
+
+def _check_numerics(recipe: Recipe, scheme: str) -> None:
+    """Refuse fitted codes that would be computed otherwise than those that were measured."""
+    found = recipe.made_by.get("numerics")
+    is_by_hand = found is None and "stats_sha256" not in recipe.made_by
+    if found != NUMERICS and not is_by_hand:
+        raise RecipeError(
+            f"the recipe of {recipe.model_name}: made_by: numerics: the codes of {scheme} were "
+            f"fitted by numerics {found or '(not noted)'}, and this mofq fits by numerics "
+            f"{NUMERICS}: they would be others than those that were measured. Measure and search "
+            f"again, or take the mofq that wrote the recipe "
+            f"({recipe.made_by.get('mofq', 'not noted')})."
+        )
+
+
+def check_fits(fits: Fits | None, group: FusionGroup, scheme: Scheme) -> None:
+    """Refuse a fitted scheme without statistics, before anything is applied.
+
+    Raises:
+        StatsError: As said.
+    """
+    if fits is None and _is_fitted(scheme.name):
+        raise needs_stats(group.layers[0].name)
+
+
+def _is_fitted(scheme_name: str) -> bool:
+    weight = parse_scheme(scheme_name).weight
+    return weight is not None and weight.is_fitted

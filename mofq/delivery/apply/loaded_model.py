@@ -1,0 +1,133 @@
+"""A model in memory beside its checkpoint: which module holds a layer, and what weight it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mofq.decision.recipe import Recipe
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.model.checkpoint.tensors import (
+    TORCH_DTYPES,
+    read_kept_layer,
+    read_layer_rows,
+    read_tensor,
+)
+from mofq.model.layers import FUSION_RULES, LinearLayer, ModelLayers, find_layers, find_loaded_names
+from mofq.numbers.schemes import Scheme
+
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
+    """The linear layers of a model in memory.
+
+    Args:
+        model: As transformers loads it.
+        recipe: See ``find_recipe_layers``.
+
+    Returns:
+        The layers under the names that they have on disk; ``tensor``,
+        ``expert`` and ``row_start`` say which part of which parameter of the
+        model each is.
+
+    Raises:
+        CheckpointError: The model's family is unknown, or a matrix of a decoder
+            layer is covered by no rule.
+    """
+    name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+    tensors = {
+        key: TensorInfo(key, _DTYPE_NAMES[value.dtype], tuple(value.shape), Path(name), 0, 0)
+        for key, value in model.state_dict().items()
+        if value.dtype in _DTYPE_NAMES
+    }
+    loaded = Checkpoint(Path(name), name, model.config.to_dict(), tensors, index_sha256="")
+    return find_recipe_layers(loaded, recipe)
+
+
+def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
+    """The linear layers of a checkpoint as a recipe divides them.
+
+    Args:
+        checkpoint: Of the model.
+        recipe: Where a fusion group of it holds the lm_head, the lm_head is one.
+
+    Returns:
+        What ``find_layers`` finds.
+
+    Raises:
+        CheckpointError: As ``find_layers``.
+    """
+    family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
+    grouped = {layer for group in recipe.groups for layer in group.layers}
+    return find_layers(
+        checkpoint,
+        include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
+    )
+
+
+def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
+    """A view of the model's own weight, [out_features, in_features]."""
+    weight = model.get_parameter(layer.tensor).detach()
+    if layer.expert is not None:
+        weight = weight[layer.expert]
+    if layer.transposed:
+        weight = weight.T
+    return weight[layer.row_start : layer.row_start + layer.out_features]
+
+
+def module_path(layer: LinearLayer) -> str:
+    """Where a model in memory has the module of a layer that ``find_loaded_layers`` found."""
+    return layer.tensor.rpartition(".")[0]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put another module in the place of one of a model's."""
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def scheme_source(checkpoint: Checkpoint, layer: LinearLayer, scheme: Scheme) -> Tensor:
+    """The weight that a scheme rounds, or the one that it leaves as an export writes it."""
+    read = read_kept_layer if scheme.weight is None else read_layer_rows
+    return read(checkpoint, layer, 0, layer.out_features)
+
+
+def round_kept(
+    model: nn.Module, loaded: ModelLayers, *, checkpoint: Checkpoint, on_disk: ModelLayers
+) -> None:
+    """Round the weights of an FP8 source as an export does those that stay unquantized.
+
+    Args:
+        model: Of the checkpoint, nothing applied to it yet; is changed.
+        loaded: Its layers, from ``find_loaded_layers``.
+        checkpoint: Where the exact weights are; one that is not FP8 is left as it is.
+        on_disk: The same layers there.
+    """
+    if checkpoint.source_format is None:
+        return
+    stored = {layer.name: layer for layer in _all_layers(on_disk)}
+    for layer in _all_layers(loaded):
+        source = stored[layer.name]
+        if checkpoint.tensors[source.tensor].decoded:
+            kept_OI = read_kept_layer(checkpoint, source, 0, source.out_features)
+            loaded_weight(model, layer).copy_(kept_OI)
+    taken = {layer.tensor for layer in stored.values()}
+    parameters = model.state_dict()
+    for name, info in checkpoint.tensors.items():
+        target = next(
+            (
+                parameters[n]
+                for n in find_loaded_names(name, loaded.architecture)
+                if n in parameters
+            ),
+            None,
+        )
+        if info.decoded and name not in taken and target is not None:
+            target.copy_(read_tensor(info).bfloat16())
+
+
+def _all_layers(layers: ModelLayers) -> list[LinearLayer]:
+    return [layer for group in layers.groups for layer in group.layers] + [*layers.unquantized]

@@ -1,0 +1,132 @@
+"""Consumers of recipes: what can be applied to a model in memory, and what can be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mofq.decision.recipe import Recipe
+from mofq.exceptions import BackendError, nearest_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.nn import Module
+
+    from mofq.model.checkpoint.headers import Checkpoint
+
+#: Name -> module with ``apply(model, recipe, *, checkpoint=None, fits=None, progress=None)``.
+APPLIERS: dict[str, str] = {
+    "emulate": "mofq.delivery.apply.emulate",
+    "torchao": "mofq.delivery.apply.torchao",
+}
+
+#: Name -> module and function ``(checkpoint, recipe, folder, *, engine, stats, validation, …)``.
+EXPORTERS: dict[str, tuple[str, str]] = {
+    "compressed-tensors": ("mofq.delivery.export.compressed_tensors", "export_compressed_tensors"),
+}
+
+#: Name of another tool -> module and function ``(checkpoint, recipe, file) -> file``.
+RECIPE_EXPORTERS: dict[str, tuple[str, str]] = {
+    "llm-compressor": ("mofq.delivery.export.llm_compressor", "export_llm_compressor"),
+    "modelopt": ("mofq.delivery.export.modelopt", "export_modelopt"),
+    "auto-round": ("mofq.delivery.export.auto_round", "export_auto_round"),
+    "torchao": ("mofq.delivery.export.torchao_config", "export_torchao_config"),
+    "llama.cpp": ("mofq.delivery.export.llama_cpp", "export_llama_cpp"),
+}
+
+
+def apply_recipe(
+    model: Module,
+    recipe: Recipe,
+    backend: str = "emulate",
+    *,
+    checkpoint: Checkpoint | None = None,
+    stats: str | Path | None = None,
+    emulate: Collection[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Module:
+    """Quantize a loaded model in memory.
+
+    Args:
+        model: As transformers loads it; its linear layers are replaced in place.
+        recipe: Of that model.
+        backend: A key of ``APPLIERS``.
+        checkpoint: The model's own, where the backend should read weights from it.
+        stats: The folder from `mofq calibrate` that the recipe rests on; needed where a
+            scheme is fitted to it (``@nats``, ``~gptq``).
+        emulate: Names of layers, or patterns such as ``*``, that the backend
+            ``torchao`` emulates where it has no kernel; the backend ``emulate``
+            emulates every layer.
+        progress: Called with the backend's name, fusion groups done, and all of them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        BackendError: No backend has that name, or it cannot apply a scheme, or has no
+            kernel for a layer, which the message names.
+        RecipeError: The recipe is not for this model, or rests on other statistics.
+        StatsError: A scheme is fitted to statistics, and there are none.
+    """
+    if backend not in APPLIERS:
+        raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
+    apply = import_module(APPLIERS[backend]).apply
+    options = {} if backend == "emulate" else {"emulate": emulate}
+    from mofq.delivery.apply.fitted import open_fits
+
+    index_sha256 = None if checkpoint is None else checkpoint.index_sha256
+    with open_fits(recipe, stats, index_sha256=index_sha256) as fits:
+        applied: Module = apply(
+            model, recipe, checkpoint=checkpoint, fits=fits, progress=progress, **options
+        )
+    return applied
+
+
+#: What people call what they export for -> the format that it reads.
+_READS = {
+    "vllm": "compressed-tensors",
+    "sglang": "compressed-tensors",
+    "transformers": "compressed-tensors",
+    "llmcompressor": "llm-compressor",
+    "tensorrt": "modelopt",
+    "trtllm": "modelopt",
+    "gguf": "llama.cpp",
+}
+
+
+def find_exporter(name: str) -> Any:
+    """The function that exports to a format.
+
+    Args:
+        name: A key of ``EXPORTERS``, which write a checkpoint, or of
+            ``RECIPE_EXPORTERS``, which write a file for another tool.
+
+    Returns:
+        The function; its first three arguments are checkpoint, recipe and output.
+
+    Raises:
+        BackendError: No exporter has that name.
+    """
+    known = EXPORTERS | RECIPE_EXPORTERS
+    if name not in known:
+        read = _READS.get(name.partition("-")[0].lower())
+        near = nearest_name(name, known) if read is None else f" It reads {read}: --to {read}."
+        raise BackendError(f"unknown export format {name!r}.{near}")
+    module, function = known[name]
+    found = getattr(import_module(module), function)
+    return partial(_export_layers, name, found) if name in RECIPE_EXPORTERS else found
+
+
+def _export_layers(
+    name: str, export: Callable[..., Path], checkpoint: Checkpoint, recipe: Recipe, file: Path
+) -> Path:
+    """Write another tool's file, unless the recipe says what no such file would."""
+    if recipe.kv_cache:
+        raise BackendError(
+            f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
+            f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."
+        )
+    return export(checkpoint, recipe, file)

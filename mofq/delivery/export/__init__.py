@@ -1,0 +1,1 @@
+"""Recipes written as checkpoints and as other tools' recipes."""

@@ -1,0 +1,16 @@
+"""Checkpoints in the compressed-tensors format, which vLLM, SGLang and transformers load."""
+
+from __future__ import annotations
+
+from mofq.delivery.export.compressed_tensors.check import check_compressed_tensors
+from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
+from mofq.delivery.export.compressed_tensors.loading import load_compressed_tensors
+from mofq.delivery.export.compressed_tensors.reading import recipe_from_compressed_tensors
+
+__all__ = [
+    "Export",
+    "check_compressed_tensors",
+    "export_compressed_tensors",
+    "load_compressed_tensors",
+    "recipe_from_compressed_tensors",
+]

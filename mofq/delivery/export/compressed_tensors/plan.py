@@ -1,0 +1,255 @@
+"""What an export will hold, decided and checked before any weight is read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.delivery.apply.emulate import static_amax
+from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
+from mofq.delivery.export.compressed_tensors.packing import (
+    encode_once,
+    encode_rows,
+    plan_layer,
+)
+from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
+from mofq.evidence.fits import FitArguments, Fits, fit_arguments
+from mofq.evidence.spaces import shape_rejection
+from mofq.exceptions import BackendError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows
+from mofq.model.checkpoint.writer import PlannedTensor
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.numbers.quantize.weights import quantize_weight
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+#: Elements of a weight that are worked on at a time, unless one tile has more.
+_BLOCK_ELEMENTS = 2**20
+#: Blocks that are worked on at once: of 2**20 elements each takes about 30 MB.
+_MOST_THREADS = 16
+
+_Block = TypeVar("_Block")
+_Encoded = TypeVar("_Encoded")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """A fusion group that will be quantized."""
+
+    group: FusionGroup
+    scheme: Scheme
+    storage: Storage
+    static_amax: dict[str, float]  #: layer -> largest |input|; empty unless a scale is static
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """Everything that is known of an export before it starts."""
+
+    checkpoint: Checkpoint
+    model_layers: ModelLayers
+    quantized: tuple[PlannedGroup, ...]
+    ignored: tuple[str, ...]  #: every linear layer that is not quantized
+    replaced: frozenset[str]  #: tensors of the checkpoint that are not copied
+    tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
+    group_bytes: int  #: of the fusion groups' tensors, quantized or not
+    cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
+
+
+def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
+    """Check that a recipe can be written down for a checkpoint.
+
+    Args:
+        checkpoint: The original model.
+        recipe: Of that model.
+
+    Returns:
+        The plan; of the weights, no more than the scales of an FP8 source has been read.
+
+    Raises:
+        BackendError: A scheme cannot be expressed, or does not fit its layer; the
+            message names the layer and what to do.
+        CheckpointError: The model is of an unknown family.
+        RecipeError: The recipe is not for this model, splits a fusion group, or
+            lacks a static scale.
+    """
+    model_layers = find_recipe_layers(checkpoint, recipe)
+    check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
+    check_scales(checkpoint)
+    schemes = recipe.schemes
+    quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
+    for group in model_layers.groups:
+        scheme = parse_scheme(schemes[group.layers[0].name])
+        if scheme.is_unquantized:
+            ignored += [layer.name for layer in group.layers]
+        else:
+            quantized.append(_plan_group(group, scheme, recipe))
+    if model_layers.tied_lm_head:
+        ignored.append("lm_head")
+    parts = {
+        layer.name: plan_layer(layer.out_features, layer.in_features, planned.scheme)
+        for planned in quantized
+        for layer in planned.group.layers
+    }
+    cache = plan_cache(recipe, model_layers)
+    return ExportPlan(
+        checkpoint=checkpoint,
+        model_layers=model_layers,
+        quantized=tuple(quantized),
+        ignored=tuple(ignored),
+        replaced=frozenset(layer.tensor for p in quantized for layer in p.group.layers),
+        tensors=_order_tensors(checkpoint, model_layers, parts) | cache.planned,
+        group_bytes=_group_bytes(checkpoint, model_layers, parts),
+        cache=cache,
+    )
+
+
+def _order_tensors(
+    checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
+) -> dict[str, PlannedTensor]:
+    """All tensors in the checkpoint's order, each layer's own where its weight was."""
+    made: dict[str, dict[str, PlannedTensor]] = {}
+    for layer in (layer for group in layers.groups for layer in group.layers):
+        for word, tensor in parts.get(layer.name, {}).items():
+            made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
+    tensors: dict[str, PlannedTensor] = {}
+    for name, info in checkpoint.tensors.items():
+        tensors.update(made.get(name) or {name: PlannedTensor(info.kept_dtype, info.shape)})
+    return tensors
+
+
+def _group_bytes(
+    checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
+) -> int:
+    every = [layer for group in layers.groups for layer in group.layers]
+    copied = {layer.tensor for layer in every if layer.name not in parts}
+    total = sum(checkpoint.tensors[name].kept_bytes for name in copied)
+    return total + sum(tensor.nbytes for part in parts.values() for tensor in part.values())
+
+
+def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
+    first = group.layers[0]
+    storage = storage_of(scheme, where=first.name)
+    for layer in group.layers:
+        if layer.transposed:
+            raise BackendError(
+                f"{layer.name}: is stored transposed (a Conv1D), which compressed-tensors does not "
+                f"know; {scheme.name} cannot be exported. Take bf16 for it."
+            )
+        if reason := shape_rejection(scheme, layer):
+            raise BackendError(f"{reason}. Take a size that divides, or bf16.")
+    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe) or {})
+
+
+def encoded_parts(
+    checkpoint: Checkpoint, planned: PlannedGroup, *, fits: Fits | None = None
+) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
+    """The stored tensors of a fusion group, block of rows by block of rows.
+
+    Args:
+        checkpoint: The original model.
+        planned: The group.
+        fits: Of the recipe's own stats; where the scheme is fitted.
+
+    Yields:
+        Layer, last word of the tensor's name, first row in that tensor, rows. The
+        rows of each tensor come in order and cover it.
+
+    Raises:
+        SchemeError: A weight is not finite; the message names the layer.
+        StatsError: The scheme is fitted to statistics, and there are none.
+    """
+    amax = _shared_amax(checkpoint, planned)
+    for layer in planned.group.layers:
+        fit = fit_arguments(fits, layer, planned.scheme.weight)
+        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.shares_scale), fit=fit)
+
+
+def _encoded_layer(
+    checkpoint: Checkpoint,
+    planned: PlannedGroup,
+    layer: LinearLayer,
+    amax: Tensor | None,
+    *,
+    fit: FitArguments,
+) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
+    weight = planned.scheme.weight
+    assert weight is not None
+    zero_points = []
+    done: dict[str, int] = {}
+
+    def encode(block: tuple[int, int]) -> tuple[int, Tensor | None, dict[str, Tensor]]:
+        rows_OI = read_layer_rows(checkpoint, layer, *block)
+        quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name, **fit)
+        return block[0], quantized.zero_point, encode_rows(quantized, planned.scheme)
+
+    for start, zero_point, parts in _ahead(encode, _blocks(layer, weight.granularity.rows)):
+        if zero_point is not None:
+            zero_points.append(zero_point)
+        for word, part in parts.items():
+            if word == "weight_scale" and weight.granularity.kind == "tensor" and start:
+                continue  # one scale for the whole tensor, given with the first block
+            yield layer, word, done.get(word, 0), part
+            done[word] = done.get(word, 0) + part.shape[0]
+    once = encode_once(
+        layer.out_features,
+        layer.in_features,
+        planned.scheme,
+        weight_amax=amax,
+        input_amax=planned.static_amax.get(layer.name),
+        zero_point_AG=torch.cat(zero_points) if zero_points else None,
+    )
+    for word, part in once.items():
+        yield layer, word, 0, part
+
+
+def _shared_amax(checkpoint: Checkpoint, planned: PlannedGroup) -> dict[str, Tensor]:
+    """Largest magnitude of all layers that share a scale, where the scheme needs it."""
+    weight = planned.scheme.weight
+    assert weight is not None
+    amax: dict[str, Tensor] = {}
+    if not weight.needs_tensor_amax:
+        return amax
+    for layer in planned.group.layers:
+        for start, stop in _blocks(layer, 1):
+            rows_OI = read_layer_rows(checkpoint, layer, start, stop)
+            low, high = torch.aminmax(rows_OI)
+            largest = torch.maximum(-low, high).to(torch.float32)
+            so_far = amax.get(layer.shares_scale, largest)
+            amax[layer.shares_scale] = torch.maximum(so_far, largest)
+    return amax
+
+
+def _ahead(encode: Callable[[_Block], _Encoded], blocks: Iterable[_Block]) -> Iterator[_Encoded]:
+    """What is made of each block, in order, by as many threads as torch may use.
+
+    Each element is rounded by itself, so no number of threads changes one.
+    """
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[Future[_Encoded]] = deque()
+        try:
+            for block in blocks:
+                coming.append(pool.submit(encode, block))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _blocks(layer: LinearLayer, tile_rows: int) -> Iterator[tuple[int, int]]:
+    unit = tile_rows or 1
+    step = max(1, _BLOCK_ELEMENTS // layer.in_features // unit) * unit
+    for start in range(0, layer.out_features, step):
+        yield start, min(start + step, layer.out_features)

@@ -1,0 +1,259 @@
+"""Reads anybody's compressed-tensors checkpoint back into a recipe.
+
+The scheme of each layer is what its config group and the stored scales say.
+How its scales were chosen and its codes rounded is not on record: every scheme
+is written without a rule. Targets are matched as transformers does: an exact
+name before a regular expression (from its beginning) before the class name.
+
+Source: compressed-tensors 0.20.0, ``utils/match.py``; transformers 5.23.0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
+from mofq.exceptions import BackendError, SchemeError
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo, open_stored
+from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+_PARTS = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *("weight_global_scale", "weight_g_idx", "input_scale", "input_zero_point"),
+    "input_global_scale",
+    *(f"{part}_{word}" for part in "qkv" for word in ("scale", "zero_point")),
+)
+_SCALES = {"BF16": "", "F32": ".s-f32"}
+#: (strategy, group size) of four-bit floats, (strategy, group size, bits) under E8M0 scales.
+_NAMED: dict[tuple[Any, ...], str] = {
+    ("tensor_group", 16): "nvfp4",
+    ("group", 32): "mxfp4",
+    ("group", 32, 8): "mxfp8",
+}
+_CONFIG_KEY = "quantization_config"
+
+
+def _like_it(config: object) -> str:
+    """What makes a recipe of the scheme of a GPTQ or AWQ checkpoint, whose codes are not read."""
+    if not isinstance(config, dict) or config.get("quant_method") not in ("gptq", "awq"):
+        return ""
+    bits, size = config.get("bits"), config.get("group_size")
+    symmetric = config.get("sym", not config.get("zero_point", False))
+    if type(bits) is not int or type(size) is not int or not 2 <= bits <= 8:
+        return ""
+    granularity = "channel" if size <= 0 else f"g{size}"
+    scheme = f"int{bits}.{granularity}{'' if symmetric else '.asym'}"
+    return f" Its scheme, with codes of mofq: `mofq recipe uniform MODEL {scheme} -o recipe.yaml`."
+
+
+def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
+    """The recipe that a compressed-tensors checkpoint follows.
+
+    Args:
+        folder: Of the quantized model.
+
+    Returns:
+        A recipe for the original of that model. It carries no hash: the original
+        is not known.
+
+    Raises:
+        BackendError: It is not in that format, has a scheme that mofq has no name
+            for, or gives the layers of one fusion group different schemes.
+        CheckpointError: No model, or one of an unknown family.
+    """
+    stored = open_stored(str(folder))
+    config = stored.config.get(_CONFIG_KEY)
+    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        raise BackendError(
+            f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
+            f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
+            f"{_like_it(config)}"
+        )
+    for key in ("transform_config", "sparsity_config"):
+        if config.get(key):
+            raise BackendError(
+                f"{stored.folder}: has a {key}, so its weights are not those of the original, for "
+                f"which mofq has no scheme."
+            )
+    layers = find_stored_layers(stored)
+    groups = tuple(_read_group(stored, config, group) for group in layers.groups)
+    for layer in layers.unquantized:
+        if _config_group(config, layer.name) is not None and _is_quantized(stored, layer.name):
+            raise BackendError(
+                f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
+                f"which is all that this recipe would hold."
+            )
+    schemes = [parse_scheme(group.scheme) for group in groups]
+    size = sum(group_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
+    return Recipe(
+        stored.name,
+        None,
+        groups,
+        tuple(layer.name for layer in layers.unquantized),
+        kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
+        made_by={"note": f"read from {stored.name}"},
+        result={
+            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
+            "bytes": size,
+        },
+    )
+
+
+def find_stored_layers(stored: Checkpoint) -> ModelLayers:
+    """The linear layers of a compressed-tensors checkpoint, by its headers.
+
+    Args:
+        stored: The quantized checkpoint.
+
+    Returns:
+        What ``find_layers`` finds in the model before it was quantized; the tensors of
+        quantized layers are not those on disk.
+
+    Raises:
+        CheckpointError: The model is of an unknown family.
+    """
+    return find_layers(_without_quantization(stored))
+
+
+def _without_quantization(stored: Checkpoint) -> Checkpoint:
+    """The headers as they were before quantization, for ``find_layers``."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in stored.tensors.items():
+        parent, _, word = name.rpartition(".")
+        if word == "weight_packed":
+            shape = _packed_shape(stored, parent, info)
+            tensors[f"{parent}.weight"] = _as_bf16(info, f"{parent}.weight", shape)
+        elif word == "weight" and _is_quantized(stored, parent):
+            tensors[name] = _as_bf16(info, name, info.shape)
+        elif word not in _PARTS:
+            tensors[name] = info
+    config = {key: value for key, value in stored.config.items() if key != _CONFIG_KEY}
+    return replace(stored, tensors=tensors, config=config)
+
+
+def _as_bf16(info: TensorInfo, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    rows, columns = shape
+    return TensorInfo(name, "BF16", (rows, columns), info.file, 0, 2 * rows * columns)
+
+
+def _packed_shape(stored: Checkpoint, layer: str, info: TensorInfo) -> tuple[int, ...]:
+    shape = stored.tensors.get(f"{layer}.weight_shape")
+    if shape is not None:
+        return tuple(int(size) for size in read_tensor(shape).tolist())
+    return info.shape[0], 2 * info.shape[1]
+
+
+def _is_quantized(stored: Checkpoint, layer: str) -> bool:
+    return f"{layer}.weight_scale" in stored.tensors
+
+
+def _read_group(stored: Checkpoint, config: Mapping[str, Any], group: FusionGroup) -> RecipeGroup:
+    schemes = {layer.name: _read_scheme(stored, config, layer.name) for layer in group.layers}
+    first = group.layers[0].name
+    for name, scheme in schemes.items():
+        if scheme != schemes[first]:
+            raise BackendError(
+                f"{stored.folder}: {group.name} is served as one matrix, but {first} has "
+                f"{schemes[first].name} and {name} has {scheme.name}. Engines load this without "
+                f"a warning and compute something else."
+            )
+    static = {layer.name: _static_amax(stored, layer, schemes[first]) for layer in group.layers}
+    known = {name: amax for name, amax in static.items() if amax is not None}
+    names = tuple(layer.name for layer in group.layers)
+    return RecipeGroup(group.name, schemes[first].name, names, known or None)
+
+
+def _read_scheme(stored: Checkpoint, config: Mapping[str, Any], layer: str) -> Scheme:
+    if not _is_quantized(stored, layer):
+        return parse_scheme("bf16")
+    group = _config_group(config, layer)
+    if group is None:
+        raise BackendError(
+            f"{stored.folder}: {layer!r} has scales and no config group targets it, so engines "
+            f"take its codes for weights."
+        )
+    if f"{layer}.weight_g_idx" in stored.tensors:
+        raise BackendError(
+            f"{stored.folder}: {layer!r}: its columns are grouped in an order of their own "
+            f"(weight_g_idx), for which mofq has no scheme. Quantize it without activation order."
+        )
+    scale = stored.tensors[f"{layer}.weight_scale"]
+    try:
+        name = _operand(group["weights"], scale.dtype)
+        if group.get("input_activations"):
+            name += "+" + _operand(group["input_activations"], None)
+        return parse_scheme(name)
+    except (SchemeError, KeyError, TypeError, ValueError) as error:
+        raise BackendError(
+            f"{stored.folder}: {layer!r}: mofq has no scheme for {group.get('weights')} with "
+            f"{scale.dtype} scales and inputs {group.get('input_activations')}: {error}"
+        ) from error
+
+
+def _operand(arguments: Mapping[str, Any], scale_dtype: str | None) -> str:
+    """One operand's scheme, from its ``QuantizationArgs`` and the dtype of its scales."""
+    bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
+    size, strategy = arguments.get("group_size"), _strategy(arguments)
+    if kind == "float" and bits == 4:
+        return _NAMED[strategy, size]
+    if kind == "float" and (scale_dtype == "U8" or arguments.get("scale_dtype") == "torch.uint8"):
+        return _NAMED[strategy, size, bits]
+    element = f"int{bits}" if kind == "int" else {8: "fp8_e4m3"}[bits]
+    if strategy == "group":
+        tile = f"g{size}"
+    elif strategy == "block":
+        rows, columns = arguments["block_structure"]
+        tile = f"block{rows}x{columns}" if rows != columns else f"block{rows}"
+    else:
+        tile = strategy
+    asymmetric = "" if arguments.get("symmetric", True) else ".asym"
+    scale = "" if scale_dtype is None else _SCALES[scale_dtype]
+    return f"{element}.{tile}{asymmetric}{scale}"
+
+
+def _strategy(arguments: Mapping[str, Any]) -> str:
+    """The strategy, inferred from the group size where it is not given."""
+    stated, size = arguments.get("strategy"), arguments.get("group_size")
+    if stated is not None:
+        return str(stated)
+    if size is None:
+        return "tensor"
+    return "channel" if size == -1 else "group"
+
+
+def _static_amax(stored: Checkpoint, layer: LinearLayer, scheme: Scheme) -> float | None:
+    activation = scheme.activation
+    if activation is None or not activation.needs_tensor_amax:
+        return None
+    largest = float(activation.element.max)
+    if activation.scale.global_scale_bits:
+        divisor = float(read_tensor(stored.tensors[f"{layer.name}.input_global_scale"]).max())
+        return 448.0 * largest / divisor
+    return largest * float(read_tensor(stored.tensors[f"{layer.name}.input_scale"]).max())
+
+
+def _config_group(config: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
+    """The config group that targets a linear layer."""
+    ignore = config.get("ignore") or []
+    if any(_matches(layer, name) for name in ignore):
+        return None
+    groups: list[Mapping[str, Any]] = list((config.get("config_groups") or {}).values())
+    exact = [group for group in groups if layer in group["targets"]]
+    by_pattern = [group for group in groups if any(_matches(layer, t) for t in group["targets"])]
+    by_class = [group for group in groups if "Linear" in group["targets"]]
+    return next(iter([*exact, *by_pattern, *by_class]), None)
+
+
+def _matches(layer: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), layer) is not None
+    return target == layer

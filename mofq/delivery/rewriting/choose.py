@@ -1,0 +1,260 @@
+"""Predicts what each proposal for a site does to the model under a scheme, and takes the best.
+
+Moving a scale ``s`` changes neither a layer's outputs nor their gradients ``g``, only what is
+rounded: ``W' = W s`` and ``x' = x / s``. So the statistics of the original predict the rewritten
+model, by the estimator of ``mofq measure`` (docs/sensitivity.md) in a form that needs the big
+products once for all proposals:
+
+- weights: ``sum_o (sum_i dW'_oi G_oi / s_i)^2`` with ``G = sum_t g_t x_t^T`` of a sequence;
+- inputs: ``sum_t (sum_i v_ti s_i dx'_ti)^2`` with ``v = sum W^T g`` over the layers that read them.
+
+The weight's error is taken at the unrounded input. What a site does to its producer is left out:
+its rows are scaled, and with them their scales, codes and gradients stay as they were wherever a
+scale belongs to a row. Proposals compete with leaving the site alone, which wins a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.delivery.rewriting.scales import InputRanges, Strength, propose_scales
+from mofq.delivery.rewriting.sites import Site
+from mofq.evidence.calibration.sequence_file import SequenceFile
+from mofq.evidence.calibration.stats import Stats
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_layer_rows, read_tensor
+from mofq.model.layers import LinearLayer
+from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight, one_thread
+from mofq.numbers.schemes import Scheme
+
+#: Sequences of a corpus that proposals are predicted on; ranges are taken over all.
+_JUDGES = 4
+#: Elements of a block of rows, and of the gradients of all sequences for it.
+_BLOCK_ELEMENTS = 2**20
+_GRADIENT_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is done at one site."""
+
+    site: Site
+    scheme: str  #: that was predicted with
+    strength: Strength | None  #: None: the site is left as it is
+    scale_P: Tensor  #: as the stored tensors can hold it, float64
+    nats_before: float  #: predicted KL of the site's layers [nats per token]
+    nats_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """What one draw of one sequence says of a site."""
+
+    x_TI: Tensor  #: float32
+    grads: dict[str, Tensor]  #: layer -> [T, O], float32
+    share: float  #: of the mean over sequences and corpora, over 2T
+
+
+def choose_scales(
+    checkpoint: Checkpoint,
+    site: Site,
+    scheme: Scheme,
+    *,
+    stats: Stats,
+    method: str,
+    powers_of_two: bool = False,
+) -> Choice:
+    """The best proposal of a method for a site.
+
+    Args:
+        checkpoint: The model.
+        site: Of the model.
+        scheme: That fits the site's layers, not fitted to statistics.
+        stats: Of the model.
+        method: One of ``METHODS``.
+        powers_of_two: Let scales be powers of two alone.
+
+    Returns:
+        The choice: never predicted worse than leaving the site alone.
+
+    Raises:
+        StatsError: The stats do not know a layer.
+        SchemeError: A weight is not finite.
+    """
+    with one_thread():
+        sequences = list(_read_sequences(stats, site))
+        ranges = _ranges(checkpoint, site, stats)
+        ones_P = torch.ones(site.scales, dtype=torch.float64)
+        proposals: list[tuple[Strength | None, Tensor]] = [(None, ones_P)]
+        for strength, scale_P in propose_scales(method, ranges, powers_of_two=powers_of_two):
+            proposals.append((strength, storable_scale(checkpoint, site, scale_P)))
+        scales = [scale_P[list(site.scale_of_I)] for _, scale_P in proposals]
+        nats = _predict(checkpoint, site, scheme, sequences=sequences, scales=scales)
+    best = min(range(len(nats)), key=lambda i: nats[i])
+    return Choice(site, scheme.name, *proposals[best], nats_before=nats[0], nats_after=nats[best])
+
+
+def storable_scale(checkpoint: Checkpoint, site: Site, scale_P: Tensor) -> Tensor:
+    """The scale nearest to one wanted by which the norm of a site can be divided exactly.
+
+    A norm's weight has few bits; what it is divided by is what its stored quotient says, and the
+    layers after it are multiplied by that. A linear producer is rounded like its consumer.
+
+    Args:
+        checkpoint: The model.
+        site: Any.
+        scale_P: Wanted, float64.
+
+    Returns:
+        Of the same shape.
+    """
+    if site.producer is not None:
+        return scale_P
+    info = checkpoint.tensors[site.divided[0]]
+    weight_P = read_tensor(info).double()
+    stored_P = (weight_P / scale_P).to(TORCH_DTYPES[info.dtype]).double()
+    exact = (weight_P != 0) & (stored_P != 0)
+    return torch.where(exact, weight_P / torch.where(exact, stored_P, 1.0), 1.0)
+
+
+def _read_sequences(stats: Stats, site: Site) -> Iterator[_Sequence]:
+    plan = stats.plan
+    for corpus in plan.corpora:
+        files = stats.sequence_files(corpus.name)
+        judges = files[:: max(1, len(files) // _JUDGES)][:_JUDGES]
+        share = 1 / (len(plan.corpora) * len(judges) * plan.draws * 2 * plan.sequence_length)
+        for path in judges:
+            with ExitStack() as stack:
+                file = stack.enter_context(SequenceFile(path))
+                samples = {layer.name: file.read(layer.name) for layer in site.consumers}
+            read = {name: one for name, one in samples.items() if one is not None}
+            first = read[site.consumers[0].name]
+            for draw in range(plan.draws):
+                grads = {name: one.grad_DTO[draw].float() for name, one in read.items()}
+                yield _Sequence(first.x_TI.float(), grads, share)
+
+
+def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
+    amax, mean = [], []
+    for corpus in stats.plan.corpora:
+        for path in stats.sequence_files(corpus.name):
+            with SequenceFile(path) as file:
+                samples = file.read(site.consumers[0].name)
+            assert samples is not None
+            magnitude_TI = samples.x_TI.float().abs()
+            amax.append(magnitude_TI.amax(0))
+            mean.append(magnitude_TI.mean(0))
+    amax_I, mean_I = torch.stack(amax).amax(0), torch.stack(mean).mean(0)
+    weight_I = torch.zeros_like(amax_I)
+    for layer in site.consumers:
+        for start, stop in _blocks(layer, 1, 1):
+            rows_RI = read_layer_rows(checkpoint, layer, start, stop).float()
+            weight_I = torch.maximum(weight_I, rows_RI.abs().amax(0))
+    index_I = torch.tensor(site.scale_of_I)
+
+    def shared(value_I: Tensor) -> Tensor:
+        zeros_P = torch.zeros(site.scales, dtype=torch.float64)
+        return zeros_P.scatter_reduce(0, index_I, value_I.double(), "amax")
+
+    return InputRanges(shared(amax_I), shared(mean_I), shared(weight_I))
+
+
+def _predict(
+    checkpoint: Checkpoint,
+    site: Site,
+    scheme: Scheme,
+    *,
+    sequences: Sequence[_Sequence],
+    scales: Sequence[Tensor],
+) -> list[float]:
+    """Nats per token under each of some scales of the input channels."""
+    nats = torch.zeros(len(scales), dtype=torch.float64)
+    into = [torch.zeros_like(one.x_TI) for one in sequences]
+    amax = _scaled_amax(checkpoint, site, scheme, scales)
+    for layer in site.consumers:
+        tile = scheme.weight.granularity.rows if scheme.weight is not None else 1
+        for start, stop in _blocks(layer, tile, len(sequences)):
+            weight_RI = read_layer_rows(checkpoint, layer, start, stop)
+            grads = [one.grads[layer.name][:, start:stop] for one in sequences]
+            if scheme.activation is not None:
+                for v_TI, grad_TR in zip(into, grads, strict=True):
+                    v_TI += grad_TR @ weight_RI.float()
+            if scheme.weight is not None:
+                gradient_NRI = torch.stack(
+                    [
+                        (grad_TR.T @ one.x_TI) * one.share**0.5
+                        for one, grad_TR in zip(sequences, grads, strict=True)
+                    ]
+                )
+                nats += _weight_nats(weight_RI, gradient_NRI, scheme, scales, amax, layer.name)
+    if scheme.activation is not None:
+        nats += _input_nats(into, scheme, sequences, scales)
+    return [float(value) for value in nats]
+
+
+def _scaled_amax(
+    checkpoint: Checkpoint, site: Site, scheme: Scheme, scales: Sequence[Tensor]
+) -> list[float | None]:
+    """Largest magnitude of the scaled weights, where the scheme has a scale for the tensor."""
+    if scheme.weight is None or not scheme.weight.needs_tensor_amax:
+        return [None] * len(scales)
+    amax_I = torch.zeros(site.consumers[0].in_features, dtype=torch.float64)
+    for layer in site.consumers:
+        for start, stop in _blocks(layer, 1, 1):
+            rows_RI = read_layer_rows(checkpoint, layer, start, stop).double()
+            amax_I = torch.maximum(amax_I, rows_RI.abs().amax(0))
+    return [float((amax_I * scale_I).max()) for scale_I in scales]
+
+
+def _weight_nats(
+    weight_RI: Tensor,
+    gradient_NRI: Tensor,
+    scheme: Scheme,
+    scales: Sequence[Tensor],
+    amax: Sequence[float | None],
+    name: str,
+) -> Tensor:
+    assert scheme.weight is not None
+    found = []
+    for scale_I, largest in zip(scales, amax, strict=True):
+        moved_RI = (weight_RI.double() * scale_I).to(weight_RI.dtype).float()
+        delta_RI = fake_quantize_weight(moved_RI, scheme.weight, tensor_amax=largest, name=name)
+        delta_RI = (delta_RI - moved_RI) / scale_I.float()
+        row_NR = torch.einsum("ri,nri->nr", delta_RI, gradient_NRI)
+        found.append(row_NR.square().sum(dtype=torch.float64))
+    return torch.stack(found)
+
+
+def _input_nats(
+    into: Sequence[Tensor], scheme: Scheme, sequences: Sequence[_Sequence], scales: Sequence[Tensor]
+) -> Tensor:
+    assert scheme.activation is not None
+    found = []
+    for scale_I in scales:
+        inverse_I = (1 / scale_I).float()
+        amax = max(float((one.x_TI * inverse_I).abs().max()) for one in sequences)
+        total = 0.0
+        for v_TI, one in zip(into, sequences, strict=True):
+            moved_TI = one.x_TI * inverse_I
+            delta_TI = fake_quantize_activation(moved_TI, scheme.activation, static_amax=amax)
+            error_T = ((delta_TI - moved_TI) * scale_I.float() * v_TI).sum(1, dtype=torch.float64)
+            total += one.share * float(error_T.square().sum())
+        found.append(total)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _blocks(layer: LinearLayer, tile_rows: int, copies: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, in whole tiles, of which so many copies fit the memory."""
+    elements = min(_BLOCK_ELEMENTS, _GRADIENT_ELEMENTS // copies)
+    unit = tile_rows or layer.out_features
+    step = max(1, elements // layer.in_features // unit) * unit
+    for start in range(0, layer.out_features, step):
+        yield start, min(start + step, layer.out_features)
+
+
+Progress = Callable[[str, int, int], None]

@@ -1,0 +1,219 @@
+"""Writes a rewritten checkpoint: an ordinary model folder, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mofq
+from mofq.delivery.export.compressed_tensors.folder import copy_other_files
+from mofq.delivery.rewriting.choose import Choice, Progress
+from mofq.evidence.calibration.stats import Stats
+from mofq.exceptions import RewriteError
+from mofq.files.locks import hold_new_folder
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
+from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter
+
+#: What the folder is and where it comes from, beside its weights.
+LINEAGE_FILE = "rewrite.json"
+VERSION = 1
+_BLOCK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """What a tensor is multiplied by, float64."""
+
+    rows_R: Tensor | None = None  #: along its first dimension
+    columns_I: Tensor | None = None  #: along its second
+
+
+def write_rewritten(
+    checkpoint: Checkpoint,
+    choices: Sequence[Choice],
+    out_folder: str | Path,
+    *,
+    method: str,
+    stats: Stats,
+    shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model folder in which scales have moved; it appears when it is complete.
+
+    Args:
+        checkpoint: The original; FP8 weights are written in bf16, those that no scale moves too.
+        choices: One for each site.
+        out_folder: A folder that does not exist yet, or is empty.
+        method: For the lineage.
+        stats: That was chosen by, for the lineage.
+        shard_bytes: Largest amount of data in one file [bytes].
+        progress: Called with ``"write"``, tensors done, and all of them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RewriteError: The folder is in the way, a dtype cannot be scaled, or what was written
+            is not the original times its scales.
+        CheckpointError: The disk is full.
+    """
+    target = Path(out_folder)
+    moved = _moved_tensors(choices)
+    plan = {name: PlannedTensor(i.kept_dtype, i.shape) for name, i in checkpoint.tensors.items()}
+    for name in moved:
+        if plan[name].dtype not in ("BF16", "F16", "F32"):
+            raise RewriteError(
+                f"{checkpoint.folder}: {name!r} is stored as {plan[name].dtype}, which cannot be "
+                f"scaled. Rewrite the unquantized model."
+            )
+    with _new_folder(target) as folder:
+        with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+            for done, name in enumerate(plan, start=1):
+                if name in moved:
+                    for rows in _moved_rows(checkpoint, name, moved[name]):
+                        writer.add_rows(name, rows)
+                elif checkpoint.tensors[name].decoded:
+                    for _, rows in read_kept_rows(checkpoint.tensors[name]):
+                        writer.add_rows(name, rows)
+                else:
+                    writer.copy(name, checkpoint.tensors[name])
+                if progress is not None:
+                    progress("write", done, len(plan))
+        copy_other_files(checkpoint.folder, folder)
+        _write_json(folder / CONFIG_FILE, checkpoint.config)
+        _write_json(folder / LINEAGE_FILE, lineage(checkpoint, choices, method, stats))
+        check_rewritten(checkpoint, open_checkpoint(str(folder)), choices)
+    return target
+
+
+def lineage(
+    checkpoint: Checkpoint, choices: Sequence[Choice], method: str, stats: Stats
+) -> dict[str, Any]:
+    """What ``rewrite.json`` holds."""
+    return {
+        "version": VERSION,
+        "mofq": mofq.__version__,
+        "model": {
+            "name": checkpoint.name,
+            "index_sha256": checkpoint.index_sha256,
+            "weights_sha256": hash_weights(checkpoint),
+        },
+        "stats_sha256": stats.sha256,
+        "method": method,
+        "sites": {
+            choice.site.group: {
+                "scheme": choice.scheme,
+                "strength": None if choice.strength is None else asdict(choice.strength),
+                "kl_nats_per_token_before": choice.nats_before,
+                "kl_nats_per_token_after": choice.nats_after,
+            }
+            for choice in choices
+        },
+    }
+
+
+def check_rewritten(
+    checkpoint: Checkpoint, rewritten: Checkpoint, choices: Sequence[Choice]
+) -> None:
+    """Compare every tensor that was to change with the original times its scales.
+
+    The scales of a site cancel, so that the model computes what it did.
+
+    Raises:
+        RewriteError: A tensor differs by more than the rounding of its dtype.
+    """
+    moved = _moved_tensors(choices)
+    for name, info in checkpoint.tensors.items():
+        if name not in moved:
+            continue
+        tolerance = torch.finfo(TORCH_DTYPES[info.kept_dtype]).eps
+        start = 0
+        for needed in _scaled_rows(checkpoint, name, moved[name]):
+            found = read_rows(rewritten.tensors[name], start, start + len(needed)).double()
+            start += len(needed)
+            limit = needed.abs() * tolerance + torch.finfo(torch.float32).tiny
+            if not bool(((found - needed).abs() <= limit).all()):
+                raise RewriteError(
+                    f"{rewritten.folder}: {name!r} is not the original times its scales. "
+                    f"Remove the folder and rewrite again."
+                )
+
+
+def _moved_tensors(choices: Sequence[Choice]) -> dict[str, _Moved]:
+    """Tensor -> what it is multiplied by; a linear layer may be divided and multiplied."""
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    for choice in choices:
+        if choice.strength is None:
+            continue
+        for name in choice.site.divided:
+            rows[name] = 1 / choice.scale_P
+        for layer in choice.site.consumers:
+            columns[layer.tensor] = choice.scale_P[list(choice.site.scale_of_I)]
+    return {name: _Moved(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
+
+
+def _scaled_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Tensor]:
+    """Blocks of rows of a tensor times its scales, float64."""
+    info = checkpoint.tensors[name]
+    step = max(1, _BLOCK_ELEMENTS // max(1, *info.shape[1:], 1))
+    for start in range(0, info.shape[0], step):
+        stop = min(start + step, info.shape[0])
+        rows = read_rows(info, start, stop).double()
+        if moved.columns_I is not None:
+            rows = rows * moved.columns_I
+        if moved.rows_R is not None:
+            factor_R = moved.rows_R[start:stop]
+            rows = rows * (factor_R if rows.ndim == 1 else factor_R[:, None])
+        yield rows
+
+
+def _moved_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Tensor]:
+    dtype = TORCH_DTYPES[checkpoint.tensors[name].kept_dtype]
+    for rows in _scaled_rows(checkpoint, name, moved):
+        stored = rows.to(dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise RewriteError(
+                f"{checkpoint.folder}: {name!r} overflows {dtype} when it is scaled. Rewrite with "
+                f"another method, or a model in bfloat16."
+            )
+        yield stored
+
+
+def check_target(target: Path) -> None:
+    """Refuse a place that has something already.
+
+    Raises:
+        RewriteError: As said.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise RewriteError(f"{target}: needed a new folder, found a file or link. Give another.")
+    if target.is_dir() and any(target.iterdir()):
+        raise RewriteError(f"{target}: holds files already. Give another folder, or remove it.")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder, which gets the target's name when the block ends well."""
+    check_target(target)
+    partial = target.with_name(f".{target.name}.partial")
+    busy = RewriteError(f"{target}: another process writes this folder. Wait, or give another.")
+    with hold_new_folder(partial, busy):
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")

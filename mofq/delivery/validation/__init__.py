@@ -1,0 +1,25 @@
+"""Validates a quantized model against the original: what it is, and what it does.
+
+``enforcement`` reads every layer back and compares it with the recipe,
+``divergence`` runs both models over a text, ``tasks`` lets lm-eval score both,
+``candidates`` opens what is to be validated, ``run`` joins them, and ``report`` is the result.
+"""
+
+from __future__ import annotations
+
+from mofq.delivery.validation.enforcement import Deviation, find_deviations
+from mofq.delivery.validation.report import Validation, paired_difference, write_validation
+from mofq.delivery.validation.tasks import TaskResult, Tasks
+from mofq.delivery.validation.validate import validate, validate_many
+
+__all__ = [
+    "Deviation",
+    "TaskResult",
+    "Tasks",
+    "Validation",
+    "find_deviations",
+    "paired_difference",
+    "validate",
+    "validate_many",
+    "write_validation",
+]

@@ -1,0 +1,196 @@
+"""Opens what is to be validated: a recipe, an exported folder, or another model's folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from mofq.decision.recipe import Recipe, check_recipe, check_weights, load_recipe, recipe_text
+from mofq.delivery.apply.fitted import open_fits
+from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.backends import APPLIERS, apply_recipe
+from mofq.delivery.export.compressed_tensors import (
+    check_compressed_tensors,
+    load_compressed_tensors,
+    recipe_from_compressed_tensors,
+)
+from mofq.exceptions import BackendError, nearest_name
+from mofq.model.checkpoint.headers import Checkpoint, open_stored
+from mofq.model.layers import ModelLayers, find_layers
+from mofq.model.loading import load_model
+from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.numbers.schemes import parse_scheme
+
+#: What ``mofq export`` calls the recipe in the folder that it writes.
+RECIPE_FILE = "recipe.yaml"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is validated, known to fit the original."""
+
+    source: str
+    recipe: Recipe | None
+    recipe_sha256: str | None
+    folder: Checkpoint | None  #: exported, unquantized or of another tool
+    bits_per_weight: float
+    is_foreign: bool = False  #: quantized by another tool, whose codes are as they are
+    backend: str = "emulate"  #: that applies the recipe
+    emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
+    stats: str | Path | None = None  #: that fitted schemes rest on
+
+
+def open_candidate(
+    source: str | Path | Recipe,
+    checkpoint: Checkpoint,
+    *,
+    backend: str = "emulate",
+    emulated: Collection[str] = (),
+    stats: str | Path | None = None,
+) -> Candidate:
+    """Read a candidate and check all that can be checked before a model runs.
+
+    Args:
+        source: A recipe, its file, a folder that mofq exported, a compressed-tensors
+            folder of another tool, or the folder of an unquantized model.
+        checkpoint: The original.
+        backend: That will apply the recipe, as in ``apply_recipe``.
+        emulated: Layers that it may emulate, likewise.
+        stats: The folder that the recipe rests on, where a scheme is fitted to it.
+
+    Returns:
+        The candidate.
+
+    Raises:
+        RecipeError: The recipe is not valid, or not for the original.
+        EnforcementError: An exported folder is not, byte for byte, what its
+            recipe makes of the original.
+        BackendError: A quantized folder is of a format that cannot be read.
+        CheckpointError: The folder holds no model.
+        StatsError: A scheme is fitted to statistics, and there are none, or others.
+    """
+    if backend not in APPLIERS:
+        raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
+    candidate = _open(source, checkpoint)
+    if candidate.recipe is not None:
+        index_sha256 = checkpoint.index_sha256
+        with open_fits(candidate.recipe, stats, index_sha256=index_sha256) as fits:
+            if candidate.folder is not None and not candidate.is_foreign:
+                folder = candidate.folder.folder
+                check_compressed_tensors(checkpoint, candidate.recipe, folder, fits=fits)
+    return replace(candidate, backend=backend, emulated=tuple(emulated), stats=stats)
+
+
+def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
+    if isinstance(source, Recipe):
+        return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))
+    path = Path(source)
+    if not path.is_dir():
+        recipe = load_recipe(path)
+        return _open_recipe(recipe, checkpoint, source=str(source), text=path.read_text("utf-8"))
+    folder = open_stored(str(path))
+    if holds_recipe(path / RECIPE_FILE):
+        return _open_exported(folder, checkpoint)
+    if "quantization_config" in folder.config:
+        recipe = recipe_from_compressed_tensors(path)
+        text = recipe_text(recipe)
+        candidate = _open_recipe(recipe, checkpoint, source=str(source), text=text)
+        return replace(candidate, folder=folder, is_foreign=True)
+    return Candidate(
+        source=str(source),
+        recipe=None,
+        recipe_sha256=None,
+        folder=folder,
+        bits_per_weight=_bits(find_layers(folder), {}),
+    )
+
+
+def holds_recipe(path: Path) -> bool:
+    """Whether a file is a recipe of mofq; llm-compressor gives its own the same name."""
+    if not path.is_file():
+        return False
+    text = path.read_text("utf-8", errors="replace")
+    return any(line.startswith("version:") for line in text.splitlines())
+
+
+def load_candidate(
+    candidate: Candidate,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    device: str,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """The candidate's model in memory.
+
+    Args:
+        candidate: From ``open_candidate``.
+        checkpoint: The original.
+        dtype: Of the arithmetic.
+        device: Where it runs.
+        progress: Of the backend.
+
+    Returns:
+        The original with the recipe applied, also for an exported folder, which
+        is known to hold the same codes and scales; the codes and scales of another
+        tool's folder, emulated; without a recipe, the folder's own model.
+
+    Raises:
+        MofqError: It cannot be loaded, or the recipe cannot be applied.
+    """
+    if candidate.recipe is not None:
+        model = load_model(checkpoint.folder, dtype=dtype, device=device)
+        if candidate.is_foreign:
+            assert candidate.folder is not None
+            return load_compressed_tensors(
+                model, candidate.recipe, candidate.folder, progress=progress
+            )
+        apply_recipe(
+            model,
+            candidate.recipe,
+            candidate.backend,
+            checkpoint=checkpoint,
+            stats=candidate.stats,
+            emulate=candidate.emulated,
+            progress=progress,
+        )
+        return model
+    assert candidate.folder is not None
+    return load_model(candidate.folder.folder, dtype=dtype, device=device)
+
+
+def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
+    layers = find_recipe_layers(checkpoint, recipe)
+    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
+    return Candidate(
+        source=source,
+        recipe=recipe,
+        recipe_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        folder=None,
+        bits_per_weight=_bits(layers, recipe.schemes),
+    )
+
+
+def _open_exported(folder: Checkpoint, checkpoint: Checkpoint) -> Candidate:
+    path = folder.folder / RECIPE_FILE
+    recipe = load_recipe(path)
+    candidate = _open_recipe(
+        recipe, checkpoint, source=str(folder.folder), text=path.read_text("utf-8")
+    )
+    return replace(candidate, folder=folder)
+
+
+def _bits(layers: ModelLayers, schemes: Mapping[str, str]) -> float:
+    """True bits per weight of the fusion groups; a layer without a scheme is unquantized."""
+    stored_bytes = sum(
+        group_bytes(group, parse_scheme(schemes.get(group.layers[0].name, "bf16")))
+        for group in layers.groups
+    )
+    return bits_per_weight(stored_bytes, weights_of(layers.groups))

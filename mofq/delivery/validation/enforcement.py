@@ -1,0 +1,290 @@
+"""Compares every layer of a model in memory with the recipe and the original weights.
+
+What a layer should be is computed anew from the files of the original
+checkpoint, block of rows by block of rows; nothing that the backend kept or
+says of itself is trusted but the rounding of inputs, whose scheme is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.delivery.apply.emulate import share_amax, static_amax
+from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.kv_cache import cache_deviation
+from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
+from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.tensors import read_kept_layer, read_layer_rows, read_tensor
+from mofq.model.layers import (
+    FUSION_RULES,
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    find_loaded_names,
+    find_loaded_weight,
+)
+from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+Progress = Callable[[str, int, int], None]
+
+#: Elements of a weight that are compared at once.
+_BLOCK_ELEMENTS = 2**23
+
+_BITS = {2: torch.int16, 4: torch.int32}
+_UNQUANTIZED = parse_scheme("bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """One way in which a model is not what its recipe says."""
+
+    layer: str  #: or the name of another tensor
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What one layer should be."""
+
+    layer: LinearLayer
+    group: FusionGroup | None  #: None: left alone
+    scheme: Scheme
+    tensor_amax: float | None  #: of the weights that share a global scale
+    static_amax: float | None  #: of the inputs
+    fit: FitArguments = field(default_factory=NO_ARGUMENTS.copy)
+
+
+def find_deviations(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    checkpoint: Checkpoint,
+    fits: Fits | None = None,
+    progress: Progress | None = None,
+) -> tuple[Deviation, ...]:
+    """Compare every layer of a model with what a recipe makes of the original weights.
+
+    Weights must be equal in every bit, after one rounding to the model's dtype;
+    so must everything that a recipe leaves alone, biases, norms and embeddings
+    included; what an FP8 checkpoint holds of that is rounded to bf16 first, as an
+    export rounds it.
+
+    Args:
+        model: To which the recipe was applied.
+        recipe: For the checkpoint.
+        checkpoint: The original.
+        fits: Of the recipe's own stats; where a scheme is fitted.
+        progress: Called with ``"enforce"``, fusion groups done, and all of them.
+
+    Returns:
+        Every deviation, in order of the layers; empty where there is none.
+
+    Raises:
+        RecipeError: The recipe is not for the checkpoint.
+        CheckpointError: The checkpoint cannot be read.
+    """
+    layers = find_recipe_layers(checkpoint, recipe)
+    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
+    check_weights(recipe, checkpoint)
+    total = len(layers.groups) + 1
+    found: list[Deviation] = []
+    for done, group in enumerate(layers.groups):
+        if progress is not None:
+            progress("enforce", done, total)
+        for expected in _expect_group(group, recipe, checkpoint, fits):
+            found += _check_layer(model, expected, checkpoint, layers.architecture)
+    if progress is not None:
+        progress("enforce", total - 1, total)
+    for layer in layers.unquantized:
+        left_alone = _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None)
+        found += _check_layer(model, left_alone, checkpoint, layers.architecture)
+    found += _check_others(model, checkpoint, layers)
+    for name, reason in cache_deviation(model, recipe, layers).items():
+        found.append(Deviation(name, reason))
+    if progress is not None:
+        progress("enforce", total, total)
+    return tuple(found)
+
+
+def _expect_group(
+    group: FusionGroup, recipe: Recipe, checkpoint: Checkpoint, fits: Fits | None
+) -> Iterator[_Expected]:
+    scheme = parse_scheme(recipe.schemes[group.layers[0].name])
+    inputs = static_amax(group, scheme, recipe)
+    weights = None
+    if scheme.weight is not None and scheme.weight.needs_tensor_amax:
+        weights = share_amax(group, {la.name: _stored_amax(checkpoint, la) for la in group.layers})
+    for layer in group.layers:
+        yield _Expected(
+            layer,
+            group,
+            scheme,
+            tensor_amax=None if weights is None else weights[layer.name],
+            static_amax=None if inputs is None else inputs[layer.name],
+            fit=fit_arguments(fits, layer, scheme.weight),
+        )
+
+
+def _stored_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
+    return max(
+        float(read_layer_rows(checkpoint, layer, start, stop).abs().max())
+        for start, stop in _row_blocks(layer, _UNQUANTIZED)
+    )
+
+
+def _row_blocks(layer: LinearLayer, scheme: Scheme) -> Iterator[tuple[int, int]]:
+    rows = max(1, _BLOCK_ELEMENTS // layer.in_features)
+    if scheme.weight is not None and scheme.weight.granularity.kind == "block":
+        tile = scheme.weight.granularity.rows
+        rows = max(1, rows // tile) * tile
+    for start in range(0, layer.out_features, rows):
+        yield start, min(start + rows, layer.out_features)
+
+
+def _check_layer(
+    model: nn.Module, expected: _Expected, checkpoint: Checkpoint, architecture: str
+) -> Iterator[Deviation]:
+    layer = expected.layer
+    at = find_loaded_weight(layer, architecture)
+    path, _, parameter = at.name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        weight = module.get_parameter(parameter).detach()
+    except AttributeError:
+        yield Deviation(layer.name, f"the model has no weight {at.name!r}")
+        return
+    reason = _module_deviation(module, expected, at.expert)
+    if reason is not None:
+        yield Deviation(layer.name, reason)
+    if isinstance(module, TorchaoLinear):
+        reason = _torchao_deviation(module, expected, checkpoint)
+        if reason is not None:
+            yield Deviation(layer.name, reason)
+        return
+    if at.expert is not None:
+        weight = weight[at.expert]
+    # FakeQuantLinear holds every weight as [out, in], GPT-2's own module does not.
+    if at.transposed and not isinstance(module, FakeQuantLinear):
+        weight = weight.T
+    weight_OI = weight[at.row_start : at.row_start + layer.out_features]
+    reason = _weight_deviation(weight_OI, expected, checkpoint)
+    if reason is not None:
+        yield Deviation(layer.name, reason)
+
+
+def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None) -> str | None:
+    """How the module's type, scheme or input scale differs, if it does."""
+    wanted = expected.scheme
+    if not isinstance(module, FakeQuantLinear | FakeQuantExperts | TorchaoLinear):
+        if wanted.activation is None:
+            return None  # its weight tells
+        return f"needed scheme {wanted.name!r}, found a plain {type(module).__name__}"
+    if module.scheme.activation != wanted.activation:
+        return (
+            f"needed scheme {wanted.name!r}, found inputs quantized as {module.scheme.name!r} says"
+        )
+    if isinstance(module, FakeQuantLinear | TorchaoLinear):
+        found = module.static_amax
+    else:
+        name = expected.layer.shares_scale
+        amax = module.down_amax if name.endswith(".down") else module.gate_up_amax
+        found = None if amax is None or expert is None else amax[expert]
+    if found != expected.static_amax:
+        return f"needed the static input maximum {expected.static_amax}, found {found}"
+    return None
+
+
+def _torchao_deviation(
+    module: TorchaoLinear, expected: _Expected, checkpoint: Checkpoint
+) -> str | None:
+    """How a layer that runs a kernel of TorchAO's differs from the scheme, if it does."""
+    layer, scheme = expected.layer, expected.scheme
+    if expected.group is None or scheme.weight is None:
+        return f"needed scheme {scheme.name!r}, found {type(module.weight.data).__name__}"
+    return weight_deviation(
+        module,
+        read_layer_rows(checkpoint, layer, 0, layer.out_features),
+        scheme=scheme,
+        group=expected.group,
+        tensor_amax=expected.tensor_amax,
+        static_amax=expected.static_amax,
+        fit=expected.fit,
+        name=layer.name,
+    )
+
+
+def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkpoint) -> str | None:
+    """How the weight differs from the scheme's, if it does."""
+    layer, scheme = expected.layer, expected.scheme
+    if type(weight_OI) not in (Tensor, nn.Parameter):
+        return f"needed scheme {scheme.name!r}, found a weight of class {type(weight_OI).__name__}"
+    shape = (layer.out_features, layer.in_features)
+    if tuple(weight_OI.shape) != shape:
+        return f"needed a weight of shape {list(shape)}, found {list(weight_OI.shape)}"
+    different, first, is_source = 0, "", True
+    for start, stop in _row_blocks(layer, scheme):
+        source = read_layer_rows(checkpoint, layer, start, stop)
+        needed = read_kept_layer(checkpoint, layer, start, stop)
+        if scheme.weight is not None:
+            needed = fake_quantize_weight(
+                source,
+                scheme.weight,
+                tensor_amax=expected.tensor_amax,
+                name=layer.name,
+                **expected.fit,
+            )
+        found = weight_OI[start:stop].cpu()
+        differs = _bits_differ(found, needed)
+        if differs.any() and not different:
+            row, column = differs.nonzero()[0].tolist()
+            first = (
+                f"first at [{start + row}, {column}], needed {float(needed[row, column])}, "
+                f"found {float(found[row, column])}"
+            )
+        different += int(differs.sum())
+        is_source = is_source and not bool(_bits_differ(found, source).any())
+    if not different:
+        return None
+    if is_source:
+        return f"needed scheme {scheme.name!r}, found the layer left unquantized"
+    return (
+        f"{different} of {layer.weights} weights are not those of scheme {scheme.name!r} ({first})"
+    )
+
+
+def _bits_differ(found: Tensor, needed: Tensor) -> Tensor:
+    """Where a tensor is not another, rounded once to its dtype; -0 is not 0."""
+    bits = _BITS[found.element_size()]
+    return found.contiguous().view(bits) != needed.to(found.dtype).contiguous().view(bits)
+
+
+def _check_others(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: ModelLayers
+) -> Iterator[Deviation]:
+    """Tensors that are no linear layer's weight: biases, norms, embeddings."""
+    skipped = {layer.tensor for group in layers.groups for layer in group.layers}
+    skipped |= {layer.tensor for layer in layers.unquantized}
+    family = FUSION_RULES[layers.architecture]
+    if layers.tied_lm_head:  # a copy on disk that is never loaded
+        skipped |= {f"{name}.weight" for name in family.lm_heads}
+    loaded = model.state_dict()
+    for name, info in checkpoint.tensors.items():
+        names = find_loaded_names(name, layers.architecture)
+        # None: another tower of the model, or a buffer that its class computes.
+        found = next((loaded[key] for key in names if key in loaded), None)
+        if name in skipped or found is None or not found.is_floating_point():
+            continue
+        needed = read_tensor(info)
+        if info.decoded:  # rounded as an export rounds it
+            needed = needed.bfloat16()
+        if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
+            yield Deviation(name, "differs from the original, and no recipe touches it")

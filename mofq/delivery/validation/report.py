@@ -1,0 +1,159 @@
+"""``validation.json``: what a quantized model is and does, beside what was predicted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mofq.delivery.validation.divergence import WindowScore
+from mofq.delivery.validation.enforcement import Deviation
+from mofq.delivery.validation.tasks import TaskResult
+from mofq.exceptions import MofqError
+from mofq.files.documents import write_beside_and_rename
+
+VALIDATION_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What was compared, and on what."""
+
+    mofq: str  #: version
+    model: str
+    index_sha256: str  #: of the original checkpoint
+    weights_sha256: str  #: of samples of its weights
+    candidate: str  #: the recipe or folder
+    recipe_sha256: str | None  #: of the recipe's text; None where there is no recipe
+    folder_index_sha256: str | None  #: None where there is no folder
+    text: str
+    text_sha256: str
+    dtype: str  #: of both models' arithmetic
+    device: str
+    backend: str  #: that applied the recipe
+    sequence_length: int  #: tokens of a window
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """A quantized model against the original on one text."""
+
+    lineage: Lineage
+    tokens: int  #: positions compared: windows times sequence length
+    kl_nats_per_token: float  #: KL(original || quantized), mean over all positions
+    kl_stderr: float | None  #: over windows; None where there is only one
+    predicted_kl_nats_per_token: float | None  #: the recipe's; None where it is not in nats
+    predicted_kl_stderr: float | None
+    kl_budget_nats_per_token: float | None  #: the accuracy that the recipe was asked for
+    within_kl_budget: bool | None
+    perplexity: float  #: of the next tokens within the windows
+    perplexity_original: float
+    top1_agreement: float  #: 0 to 1, share of positions
+    bits_per_weight: float  #: counted anew from shapes and schemes
+    enforced: bool | None  #: None where there is no recipe to enforce
+    deviations: tuple[Deviation, ...]  #: empty where enforced
+    windows: tuple[float, ...]  #: KL of each window [nats per token]
+    seconds: float  #: to apply, enforce and run the quantized model
+    seconds_original: float  #: to run the original, once for all that is compared with it
+    tasks: tuple[TaskResult, ...] = ()  #: by lm-eval, where any were asked for
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``validation.json``."""
+        content = asdict(self)
+        lineage = content.pop("lineage")
+        return {"version": VALIDATION_VERSION, **lineage, **content}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The numbers that follow from the scores of windows."""
+
+    kl_nats_per_token: float
+    kl_stderr: float | None
+    perplexity: float
+    perplexity_original: float
+    top1_agreement: float
+    windows: tuple[float, ...]
+
+
+def summarize(
+    scores: Sequence[WindowScore], entropies_original: Sequence[float], *, sequence_length: int
+) -> Agreement:
+    """Means over windows of one length.
+
+    Args:
+        scores: Of the quantized model.
+        entropies_original: Cross entropies of the original, summed over each window [nats].
+        sequence_length: Tokens of each window.
+
+    Returns:
+        KL over all positions, perplexities over all next tokens within the windows.
+    """
+    windows = tuple(score.kl_nats / sequence_length for score in scores)
+    predictions = len(windows) * (sequence_length - 1)
+    return Agreement(
+        kl_nats_per_token=math.fsum(windows) / len(windows),
+        kl_stderr=_stderr(windows),
+        perplexity=_perplexity([s.cross_entropy_nats for s in scores], predictions),
+        perplexity_original=_perplexity(entropies_original, predictions),
+        top1_agreement=sum(s.agreements for s in scores) / (len(windows) * sequence_length),
+        windows=windows,
+    )
+
+
+def paired_difference(first: Validation, second: Validation) -> tuple[float, float | None]:
+    """By how much the KL of one quantized model exceeds another's, window by window.
+
+    Args:
+        first: Of one recipe.
+        second: Of another recipe for the same model, on the same windows.
+
+    Returns:
+        ``first - second`` and its standard error [nats per token]; no error for
+        a single window.
+
+    Raises:
+        MofqError: The two are not of the same windows of the same model.
+    """
+    for what in ("index_sha256", "weights_sha256", "text_sha256", "sequence_length", "dtype"):
+        ours, theirs = getattr(first.lineage, what), getattr(second.lineage, what)
+        if ours != theirs:
+            raise MofqError(
+                f"two validations are compared window by window, but {what} is {ours!r} in one "
+                f"and {theirs!r} in the other. Validate both in the same way."
+            )
+    if first.tokens != second.tokens:
+        raise MofqError(
+            f"two validations are compared window by window, but one is of {first.tokens} tokens "
+            f"and one of {second.tokens}. Validate both in the same way."
+        )
+    differences = [a - b for a, b in zip(first.windows, second.windows, strict=True)]
+    return math.fsum(differences) / len(differences), _stderr(differences)
+
+
+def write_validation(validation: Validation, path: str | Path) -> None:
+    """Write ``validation.json``: beside its final name, then renamed.
+
+    Raises:
+        MofqError: The file cannot be written.
+    """
+    text = json.dumps(validation.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+    write_beside_and_rename(Path(path), text + "\n")
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def _perplexity(entropies: Sequence[float], predictions: int) -> float:
+    mean = math.fsum(entropies) / predictions
+    if mean > 700:
+        raise MofqError(f"perplexity: e**{mean:.0f} is no number. The model predicts nothing.")
+    return math.exp(mean)

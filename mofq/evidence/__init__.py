@@ -1,0 +1,1 @@
+"""What a choice costs: search spaces, corpora, calibration, measuring, the table."""

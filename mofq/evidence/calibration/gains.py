@@ -1,0 +1,130 @@
+"""How strongly a layer answers to white noise in one sequence: two numbers, kept of many sequences.
+
+Inputs and gradients of a sequence are large, so they are kept of a few sequences. What those
+say depends on which text and which random draws they happened to be. Two numbers for each layer
+follow both closely and take no space, and are kept of every sequence that is run:
+
+``weight``
+    ``|| sum_t g_t x_t^T ||^2``: what noise of one size in every weight would cost.
+``input``
+    ``sum_t |W^T g_t|^2 max|x_t|^2``: what noise in proportion to each token's largest
+    magnitude would cost in the inputs.
+
+`mofq.evidence.measure.gains` corrects the few by the many. One file for each sequence,
+``gains-00000.json``: for each layer a list over draws; a layer without a token has zeros.
+
+Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniques", 3rd ed.,
+1977, chapter 12.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.calibration.sequence_file import layer_gradients
+from mofq.evidence.calibration.sequence_record import Captured
+from mofq.exceptions import StatsError
+from mofq.files.documents import check_document, parse_json, read_text, strict_object
+
+_NUMBERS = {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1}
+_SCHEMA = {
+    "type": "object",
+    "additionalProperties": strict_object({"weight": _NUMBERS, "input": _NUMBERS}),
+}
+#: Two numbers for each of 100,000 layers and 32 draws.
+_MAX_BYTES = 256_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """Of one layer in one sequence, a number for each draw."""
+
+    weight: tuple[float, ...]
+    input: tuple[float, ...]
+
+
+def gains_path(folder: Path, corpus: str, index: int) -> Path:
+    """Where a sequence's gains are kept."""
+    return folder / corpus / f"gains-{index:05d}.json"
+
+
+def write_gains(path: Path, captured: Captured, layer_names: Sequence[str]) -> None:
+    """Compute a sequence's gains and write them beside their final name, then rename.
+
+    Args:
+        path: Final name.
+        captured: After the last backward pass, with the gains of inputs.
+        layer_names: All layers.
+
+    Raises:
+        StatsError: A gradient is missing or not finite, or the file cannot be written.
+    """
+    weight = _weight_gains(captured, layer_names, path)
+    zeros = [0.0] * len(next(iter(captured.input_gains.values())))
+    content = {
+        name: {
+            "weight": weight.get(name, zeros),
+            "input": captured.input_gains.get(captured.source.get(name, ""), zeros),
+        }
+        for name in layer_names
+    }
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise StatsError(
+            f"{path}: cannot be written: {problem.strerror}. The sequences before it are kept; "
+            f"free some space and run the same command again."
+        ) from None
+
+
+def _weight_gains(
+    captured: Captured, layer_names: Sequence[str], path: Path
+) -> dict[str, list[float]]:
+    """Through the tokens' own products: ``sum_st (g_s . g_t) (x_s . x_t)``."""
+    found: dict[str, list[float]] = {}
+    gram_of = ("", torch.empty(0))
+    for name in layer_names:
+        source = captured.source.get(name)
+        if source is None:
+            continue
+        if gram_of[0] != source:
+            gram_of = source, _gram(captured.x[source].float())
+        grad_DTO = layer_gradients(captured, name, path)
+        found[name] = [
+            float((gram_of[1] * _gram(grad_TO.float())).sum(dtype=torch.float64).clamp(min=0))
+            for grad_TO in grad_DTO
+        ]
+    return found
+
+
+def _gram(value_TI: Tensor) -> Tensor:
+    return value_TI @ value_TI.T
+
+
+def read_gains(path: Path) -> dict[str, Gains]:
+    """Read a sequence's gains.
+
+    Raises:
+        StatsError: The file is missing, damaged, or holds a number that is not finite.
+    """
+    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    check_document(content, _SCHEMA, str(path), StatsError)
+    assert isinstance(content, Mapping)
+    gains = {
+        name: Gains(tuple(one["weight"]), tuple(one["input"])) for name, one in content.items()
+    }
+    for name, one in gains.items():
+        if not all(map(math.isfinite, (*one.weight, *one.input))):
+            raise StatsError(f"{path}: {name}: a gain is not finite. Calibrate again.")
+    return gains

@@ -1,0 +1,277 @@
+"""Calibration: one forward and one backward pass for each sequence."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq.evidence.calibration.capture import capture_layers
+from mofq.evidence.calibration.gains import gains_path, write_gains
+from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
+from mofq.evidence.calibration.sequence_record import Captured
+from mofq.evidence.calibration.stats import (
+    CORPUS_NAME,
+    CorpusPlan,
+    Plan,
+    Stats,
+    finish_stats,
+    open_plan,
+)
+from mofq.exceptions import CorpusError, StatsError
+from mofq.model.layers import PARTS, ModelLayers
+
+#: Positions whose scores are drawn at once.
+_SCORE_ROWS = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    layers: ModelLayers,
+    *,
+    plan: Plan,
+    windows: Mapping[str, Tensor],
+    folder: Path,
+    activation_checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> Stats:
+    """Run every sequence of every corpus and write the stats folder.
+
+    What runs backward is a random vector at every position, whose covariance is the Fisher
+    information of the model's own distribution there (`sample_scores`). So the gradients make
+    an unbiased sample of the Fisher information of the whole sequence.
+
+    Args:
+        model: Frozen, in eval mode, bfloat16 or float32.
+        layers: Of its checkpoint; those in fusion groups are kept.
+        plan: What is computed; a folder begun with the same plan is continued.
+        windows: Corpus name -> token ids, [sequences, sequence_length], int64.
+        folder: Where the stats go.
+        activation_checkpointing: Trade time for memory in the backward pass.
+        progress: Called with corpus, sequences done, sequences in all.
+
+    Returns:
+        The finished stats.
+
+    Raises:
+        StatsError: The model is in float16 or in training mode, the folder belongs to another
+            plan or another run, a number is not finite, or the disk is full.
+        CorpusError: The windows do not fit the plan or the model.
+
+    Source: the Fisher information as the second-order expansion of KL, S. Amari, "Natural
+    gradient works efficiently in learning", 1998, section 3.
+    """
+    check_model(model, plan)
+    for corpus in plan.corpora:
+        check_windows(model, windows[corpus.name], corpus, plan)
+    with open_plan(folder, plan):
+        for corpus in plan.corpora:
+            (folder / corpus.name).mkdir(exist_ok=True)
+        run_and_write(
+            model,
+            layers,
+            [
+                (corpus, index, windows[corpus.name][index])
+                for corpus in plan.corpora
+                for index in range(corpus.sequences)
+            ],
+            plan=plan,
+            folder=folder,
+            activation_checkpointing=activation_checkpointing,
+            progress=progress,
+        )
+        return finish_stats(folder, plan)
+
+
+def run_and_write(
+    model: PreTrainedModel,
+    layers: ModelLayers,
+    sequences: Sequence[tuple[CorpusPlan, int, Tensor]],
+    *,
+    plan: Plan,
+    folder: Path,
+    activation_checkpointing: bool,
+    progress: Progress | None = None,
+) -> None:
+    """Run sequences, those that are there already left out, and write what is kept of each.
+
+    Args:
+        model: As `calibrate` has it.
+        layers: Of its checkpoint.
+        sequences: Corpus, index in it, token ids [T].
+        plan: What is computed.
+        folder: That holds a folder for each corpus.
+        activation_checkpointing: Trade time for memory in the backward pass.
+        progress: Called with corpus, sequences done, sequences in all.
+    """
+    layer_names = [layer.name for group in layers.groups for layer in group.layers]
+    if plan.kv_cache:
+        layer_names += [cache.part(part) for cache in layers.caches for part in PARTS]
+    with capture_layers(
+        model,
+        layers,
+        kv_cache=bool(plan.kv_cache),
+        activation_checkpointing=activation_checkpointing,
+    ) as captured:
+        for corpus, index, token_T in sequences:
+            if not is_done(folder, corpus, index):
+                captured.clear()
+                run_sequence(model, token_T, _seeds(plan, corpus, index))
+                _write(folder, corpus, index, captured=captured, layer_names=layer_names)
+            if progress is not None:
+                progress(corpus.name, index + 1, corpus.sequences)
+
+
+def check_model(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a model that does not fit the plan, or that is not ready for gradients."""
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if "float16" in dtypes or plan.dtype == "float16":
+        raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
+    if plan.dtype not in dtypes:
+        raise StatsError(
+            f"the plan's dtype is {plan.dtype}, and the model's {', '.join(sorted(dtypes))}. "
+            f"Load the model in the dtype that the plan says."
+        )
+    if model.training:
+        raise StatsError("the model is in training mode, where dropout adds noise. Call eval().")
+
+
+def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, plan: Plan) -> None:
+    """Refuse token ids that do not fit the plan or the model."""
+    where = f"corpus {corpus.name!r}"
+    if not re.match(CORPUS_NAME, corpus.name):
+        raise CorpusError(
+            f"{where}: the name is that of a folder, so it has no slash and does not begin "
+            f"with a dot. Write --corpus NAME={corpus.source}."
+        )
+    if token_NT.shape != (corpus.sequences, plan.sequence_length):
+        raise CorpusError(
+            f"{where}: needed {corpus.sequences} sequences of {plan.sequence_length} tokens, "
+            f"found {list(token_NT.shape)}."
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(token_NT.min()) < 0 or int(token_NT.max()) >= vocabulary:
+        raise CorpusError(
+            f"{where}: the tokens run from {int(token_NT.min())} to {int(token_NT.max())}, and the "
+            f"model's vocabulary has {vocabulary}. Use the model's own tokenizer."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and plan.sequence_length > longest:
+        raise CorpusError(
+            f"{where}: a sequence length of {plan.sequence_length} is more than the model's "
+            f"context of {longest}. Give a shorter one."
+        )
+
+
+def is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+    """Whether all that is kept of a sequence is there."""
+    has_gains = corpus.kept is None or gains_path(folder, corpus.name, index).exists()
+    path = sequence_path(folder, corpus.name, index)
+    return has_gains and (index not in corpus.kept_indices or is_complete(path))
+
+
+def _write(
+    folder: Path,
+    corpus: CorpusPlan,
+    index: int,
+    *,
+    captured: Captured,
+    layer_names: Sequence[str],
+) -> None:
+    if corpus.kept is not None:
+        write_gains(gains_path(folder, corpus.name, index), captured, layer_names)
+    if index in corpus.kept_indices:
+        path = sequence_path(folder, corpus.name, index)
+        write_sequence(path, captured, layer_names)
+        left = sum(
+            kept > index and not is_complete(sequence_path(folder, corpus.name, kept))
+            for kept in corpus.kept_indices
+        )
+        _check_disk(folder, path, left=left)
+
+
+def _check_disk(folder: Path, written: Path, *, left: int) -> None:
+    """Stop after the first sequence where the disk cannot take the rest of its corpus."""
+    needed, free = left * written.stat().st_size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise StatsError(
+            f"{folder}: {left} more sequences need {needed:,} bytes, found {free:,} free. What is "
+            f"there is kept; free some space and run the same command again."
+        )
+
+
+def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) -> None:
+    """One forward pass, and one backward pass for each draw of scores.
+
+    Args:
+        model: Frozen, with gradients started at its embeddings.
+        token_T: Token ids, [T], int64.
+        seeds: One for each draw.
+
+    Raises:
+        StatsError: The logits are not finite; the message names a weight that is not.
+    """
+    device = model.get_input_embeddings().weight.device
+    logits_TV = model(token_T[None].to(device)).logits[0]
+    if not torch.isfinite(logits_TV.detach()).all():
+        raise StatsError(f"the model's logits are not finite. {_reason_of_infinity(model)}")
+    for draw, seed in enumerate(seeds):
+        score_TV = sample_scores(logits_TV.detach(), seed=seed)
+        logits_TV.backward(score_TV, retain_graph=draw < len(seeds) - 1)
+
+
+def _reason_of_infinity(model: PreTrainedModel) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
+    return "All its weights are: use --dtype float32."
+
+
+def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
+    """Sample, at each position, a gradient of the loss with respect to the logits.
+
+    With probabilities ``p`` and independent random signs ``s``, one for each word of the
+    vocabulary, it is ``u = sqrt(p) s - p sum(sqrt(p) s)``. Its mean is zero and its covariance
+    ``diag(p) - p p^T``, the Fisher information, as that of ``p - onehot(y)`` with a label ``y``
+    sampled from ``p``. But a label speaks of one word, and a rare one weighs heavily; signs
+    speak of all words at once, and so say the same with less noise (docs/sensitivity.md). They
+    are drawn on the CPU: they are the same on every device.
+
+    Args:
+        logits_TV: [tokens, vocabulary].
+        seed: Of this sequence and draw.
+
+    Returns:
+        [tokens, vocabulary], of the device and dtype of the logits.
+
+    Source: random signs for the trace of a matrix, M. F. Hutchinson, "A stochastic estimator of
+    the trace of the influence matrix for Laplacian smoothing splines", 1989; ``u`` is a square
+    root of the Fisher information times them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    score_TV = torch.empty_like(logits_TV)
+    for start in range(0, logits_TV.shape[0], _SCORE_ROWS):
+        log_p_RV = logits_TV[start : start + _SCORE_ROWS].float().log_softmax(-1)
+        sign_RV = torch.randint(2, log_p_RV.shape, generator=generator, dtype=torch.int8)
+        root_RV = (log_p_RV / 2).exp() * (2 * sign_RV.to(log_p_RV.device) - 1)
+        mean_R1 = root_RV.sum(-1, keepdim=True)
+        score_TV[start : start + _SCORE_ROWS] = root_RV - log_p_RV.exp() * mean_R1
+    return score_TV
+
+
+def _seeds(plan: Plan, corpus: CorpusPlan, sequence: int) -> list[int]:
+    return [score_seed(plan.seed, corpus.name, sequence, draw) for draw in range(plan.draws)]
+
+
+def score_seed(seed: int, corpus: str, sequence: int, draw: int) -> int:
+    """A seed for one draw: the same wherever and in whatever order sequences are run."""
+    digest = hashlib.sha256(f"{seed}/{corpus}/{sequence}/{draw}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,211 @@
+"""One sequence's samples in one file: ``sequence-00000.safetensors``.
+
+``x/LAYER`` [T, in_features] and ``grad/LAYER`` [draws, T, out_features], bfloat16.
+Layers that read the very same input share one ``x``; the metadata ``inputs`` says whose,
+null where no token reached the layer. A layer of experts has only the tokens that were
+routed to it, and ``tokens/LAYER`` [t] says which, in order. The version of the format is
+that of the folder, in its ``plan.json`` and ``stats.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mofq.evidence.calibration.sequence_record import Captured
+from mofq.exceptions import StatsError
+from mofq.files.documents import check_document, parse_json
+
+_DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64"}
+_INPUTS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSamples:
+    """What one layer saw in one sequence."""
+
+    x_TI: Tensor  #: inputs, [tokens, in_features], bfloat16
+    grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
+    token_T: Tensor | None  #: position of each token where not all are here (experts), int64
+    source: str = ""  #: the layer whose inputs these are, of those that read the very same
+
+
+def sequence_path(folder: Path, corpus: str, index: int) -> Path:
+    """Where a sequence's samples are kept."""
+    return folder / corpus / f"sequence-{index:05d}.safetensors"
+
+
+class SequenceFile:
+    """An open sequence; use it in a ``with`` statement."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            StatsError: It is missing or cut short, or not a file of samples.
+        """
+        self.path = path
+        try:
+            self._file = cast(Any, safe_open(path, framework="pt"))
+            metadata = self._file.metadata() or {}
+        except (OSError, SafetensorError) as problem:
+            raise _unreadable(path, problem) from None
+        inputs = parse_json(metadata.get("inputs", ""), f"{path}: inputs", StatsError)
+        check_document(inputs, _INPUTS_SCHEMA, f"{path}: inputs", StatsError)
+        #: Layer -> the layer whose ``x`` it reads; None where no token reached it.
+        self.inputs: Mapping[str, str | None] = inputs
+        self._keys = frozenset(self._file.keys())
+
+    def __enter__(self) -> SequenceFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, problem, trace)
+
+    def read(self, layer: str) -> LayerSamples | None:
+        """Read one layer's samples.
+
+        Args:
+            layer: Module name.
+
+        Returns:
+            The samples; None where no token reached the layer (an expert).
+
+        Raises:
+            StatsError: The file does not know the layer.
+        """
+        if layer not in self.inputs:
+            raise StatsError(
+                f"{self.path}: has no layer {layer!r}. The stats are of another model; "
+                f"calibrate this one."
+            )
+        source = self.inputs[layer]
+        if source is None:
+            return None
+        tokens = f"tokens/{layer}"
+        try:
+            return LayerSamples(
+                x_TI=self._file.get_tensor(f"x/{source}"),
+                grad_DTO=self._file.get_tensor(f"grad/{layer}"),
+                token_T=self._file.get_tensor(tokens) if tokens in self._keys else None,
+                source=source,
+            )
+        except SafetensorError as problem:
+            raise _unreadable(self.path, problem) from None
+
+
+def _unreadable(path: Path, problem: Exception) -> StatsError:
+    return StatsError(
+        f"{path}: cannot be read: {problem}. Delete it and run the same `mofq calibrate` again: "
+        f"it makes only this file."
+    )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a sequence is there and as long as its header says."""
+    if not path.exists():
+        return False
+    try:
+        with SequenceFile(path):
+            return True
+    except StatsError:
+        return False
+
+
+def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -> None:
+    """Write one sequence's samples beside its final name and rename it.
+
+    Args:
+        path: Final name.
+        captured: After the last backward pass.
+        layer_names: All layers; those without a token are noted as such.
+
+    Raises:
+        StatsError: A gradient is missing or not finite, or the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in layer_names:
+        if name not in captured.source:
+            continue
+        tensors[f"grad/{name}"] = layer_gradients(captured, name, path)
+        if captured.source[name] == name:
+            tensors[f"x/{name}"] = captured.x[name]
+        if name in captured.tokens:
+            tensors[f"tokens/{name}"] = captured.tokens[name]
+    inputs = {name: captured.source.get(name) for name in layer_names}
+    temporary = path.with_name(path.name + ".part")
+    try:
+        _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
+        os.replace(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise StatsError(
+            f"{path}: cannot be written: {problem.strerror}. The sequences before it are kept; "
+            f"free some space and run the same command again."
+        ) from None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file: the same bytes every time, and on the disk when this returns.
+
+    The library's own writer orders metadata differently from run to run, gives the file to its
+    owner only, and when it is killed leaves a temporary file of another name.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
+    """
+    # Widest first: every tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name in names:
+        stop = position + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name in names:
+            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
+    """The gradients of one layer's output, [draws, tokens, out_features].
+
+    Raises:
+        StatsError: They are missing or not finite; ``path`` says of which sequence.
+    """
+    grads = captured.grads.get(name)
+    if grads is None:
+        raise StatsError(
+            f"{name}: no gradient reached its output in {path.name}; it does not take part in "
+            f"the model's prediction. List the layer under `exclude` and report the model."
+        )
+    grad_DTO = torch.stack(grads)
+    if not torch.isfinite(grad_DTO).all():
+        raise StatsError(
+            f"{name}: an output gradient is not finite in {path.name}. "
+            f"Use --dtype float32, or look for broken weights in this layer."
+        )
+    return grad_DTO

@@ -1,0 +1,374 @@
+"""The ``stats/`` folder: what `calibrate` writes and `measure` reads.
+
+``plan.json``
+    Written first: model, seed, corpora with their hashes, sequence length. A second
+    run continues a folder only where its own plan is the same.
+``CORPUS/sequence-00000.safetensors``
+    One sequence each, complete when it has this name; see ``sequences``. Where fewer
+    sequences are kept than are run, one out of each range of neighbours.
+``CORPUS/gains-00000.json``
+    Then, two numbers for each layer of every sequence; see ``gains``.
+``stats.json``
+    Written last: the plan, the hash of every sequence, and per corpus the experts that
+    no token reached, if any.
+``.lock``
+    Empty; locked by the run that writes to the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mofq.evidence.calibration.gains import gains_path
+from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
+from mofq.exceptions import StatsError
+from mofq.files.documents import (
+    check_document,
+    parse_json,
+    read_text,
+    strict_object,
+    write_beside_and_rename,
+)
+
+VERSION = 1
+
+#: A corpus is a folder inside the stats folder, and nothing else.
+CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
+
+#: Entries for 100,000 sequences are about 15 MB.
+_MAX_BYTES = 64_000_000
+_NAME = {"type": "string", "pattern": "."}
+_COUNT = {"type": "integer", "minimum": 1}
+_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+#: What runs backward from the logits; see ``sample_scores``.
+SCORES = "signs"
+_PLAN: dict[str, Any] = {
+    "version": {"const": VERSION},
+    "model_name": _NAME,
+    "index_sha256": _SHA256,
+    "weights_sha256": _SHA256,
+    "seed": {"type": "integer"},
+    "sequence_length": {"type": "integer", "minimum": 2},
+    "draws": _COUNT,
+    "dtype": _NAME,
+    "scores": {"const": SCORES},
+    "kv_cache": {"const": True},
+    "corpora": {
+        "type": "array",
+        "minItems": 1,
+        "items": strict_object(
+            {
+                "name": {"type": "string", "pattern": CORPUS_NAME},
+                "source": _NAME,
+                "text_sha256": _SHA256,
+                "sequences": _COUNT,
+                "kept": _COUNT,
+            },
+            optional=("kept",),
+        ),
+    },
+}
+#: Keys that folders of earlier versions lack.
+_OPTIONAL = ("weights_sha256", "scores", "kv_cache")
+PLAN_SCHEMA = strict_object(_PLAN, optional=_OPTIONAL)
+STATS_SCHEMA = strict_object(
+    {
+        **_PLAN,
+        "files": {
+            "type": "object",
+            "additionalProperties": strict_object({"bytes": _COUNT, "sha256": _SHA256}),
+        },
+        "unseen": {
+            "type": "object",
+            "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
+        },
+    },
+    optional=(*_OPTIONAL, "unseen"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPlan:
+    """One corpus of a calibration run."""
+
+    name: str
+    source: str
+    text_sha256: str
+    sequences: int  #: how many sequences are run
+    kept: int | None = None  #: of how many the samples are kept, fewer than those; None: all
+
+    @property
+    def clusters(self) -> tuple[range, ...]:
+        """The sequences in as many ranges of neighbours as are kept."""
+        kept = self.sequences if self.kept is None else self.kept
+        ends = [self.sequences * n // kept for n in range(kept + 1)]
+        return tuple(range(start, stop) for start, stop in pairwise(ends))
+
+    @property
+    def kept_indices(self) -> tuple[int, ...]:
+        """Which sequences are kept: the middle one of each cluster."""
+        return tuple(cluster[(len(cluster) - 1) // 2] for cluster in self.clusters)
+
+    def to_json(self) -> dict[str, Any]:
+        """The corpus as it stands in ``plan.json``."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that decides what a calibration run computes."""
+
+    model_name: str
+    index_sha256: str
+    seed: int
+    sequence_length: int  #: tokens in each sequence
+    draws: int  #: of the output's gradient, for each sequence
+    dtype: str  #: of the model's arithmetic
+    corpora: tuple[CorpusPlan, ...]
+    weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
+    scores: str | None = SCORES  #: what ran backward; None before it was noted: labels or signs
+    kv_cache: bool | None = None  #: True: what attention caches is kept too
+
+    def corpus(self, name: str) -> CorpusPlan:
+        """One of the corpora."""
+        return next(corpus for corpus in self.corpora if corpus.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as it stands in ``plan.json``."""
+        content = {
+            "version": VERSION,
+            **asdict(self),
+            "corpora": [c.to_json() for c in self.corpora],
+        }
+        return {key: value for key, value in content.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A complete stats folder."""
+
+    folder: Path
+    plan: Plan
+    sha256: str
+    #: Corpus -> experts that none of its tokens reached; only corpora that have such.
+    unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def sequence_files(self, corpus: str) -> tuple[Path, ...]:
+        """The kept sequences of a corpus, in order."""
+        indices = self.plan.corpus(corpus).kept_indices
+        return tuple(sequence_path(self.folder, corpus, index) for index in indices)
+
+    def gains_files(self, corpus: str) -> tuple[Path, ...]:
+        """The gains of all sequences of a corpus, in order; none where all are kept."""
+        plan = self.plan.corpus(corpus)
+        count = 0 if plan.kept is None else plan.sequences
+        return tuple(gains_path(self.folder, corpus, index) for index in range(count))
+
+
+def read_stats(folder: str | Path) -> Stats:
+    """Open a finished stats folder; no samples are read yet.
+
+    Args:
+        folder: What `mofq calibrate` was given as ``-o``.
+
+    Raises:
+        StatsError: The folder is not finished, or a sequence is missing or was cut short.
+    """
+    path = Path(folder) / "stats.json"
+    if not path.exists():
+        raise StatsError(
+            f"{path}: not found. {folder} is not a finished stats folder: "
+            f"run `mofq calibrate` with -o {folder} (it continues where it stopped)."
+        )
+    content = _read(path, STATS_SCHEMA)
+    stats = Stats(
+        Path(folder),
+        _plan(content, path),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        unseen={corpus: tuple(names) for corpus, names in content.get("unseen", {}).items()},
+    )
+    for file, entry in _entries(stats, content):
+        found = file.stat().st_size if file.is_file() else None
+        if found != entry["bytes"]:
+            raise StatsError(
+                f"{file}: needed {entry['bytes']} bytes, "
+                f"found {'no file' if found is None else found}. {_remedy(file)}"
+            )
+    return stats
+
+
+def verify_sequences(stats: Stats) -> None:
+    """Read every sequence and compare it with the hash that was noted when it was written.
+
+    Args:
+        stats: An open stats folder.
+
+    Raises:
+        StatsError: A sequence changed since.
+    """
+    content = _read(stats.folder / "stats.json", STATS_SCHEMA)
+    for file, entry in _entries(stats, content):
+        if _sha256(file) != entry["sha256"]:
+            raise StatsError(f"{file}: changed since it was written. {_remedy(file)}")
+
+
+def _entries(stats: Stats, content: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    entries: dict[str, dict[str, Any]] = content["files"]
+    for corpus in stats.plan.corpora:
+        for file in (*stats.sequence_files(corpus.name), *stats.gains_files(corpus.name)):
+            name = f"{corpus.name}/{file.name}"
+            if name not in entries:
+                raise StatsError(
+                    f"{stats.folder / 'stats.json'}: files: the entry {name!r} is missing. "
+                    f"Delete stats.json and run the same `mofq calibrate` again."
+                )
+            yield file, entries[name]
+
+
+def _remedy(file: Path) -> str:
+    return f"Delete {file} and run the same `mofq calibrate` again: it makes only this file."
+
+
+def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile]]]:
+    """Open every kept sequence of a stats folder.
+
+    Args:
+        stats: An open stats folder.
+
+    Returns:
+        What closes them all, and the sequences of each corpus, in order.
+
+    Raises:
+        StatsError: One is missing or damaged; none is left open then.
+    """
+    with ExitStack() as opening:
+        files = {
+            corpus.name: [
+                opening.enter_context(SequenceFile(file))
+                for file in stats.sequence_files(corpus.name)
+            ]
+            for corpus in stats.plan.corpora
+        }
+        return opening.pop_all(), files
+
+
+@contextmanager
+def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
+    """Hold a stats folder for writing; write its plan, or check that it has the same.
+
+    Args:
+        folder: Is created.
+        plan: Of this run.
+
+    Raises:
+        StatsError: The folder belongs to another plan or to something else, or another run
+            writes to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StatsError(
+                f"{folder}: another process calibrates into this folder. "
+                f"Wait for it, or name another one."
+            ) from None
+        path = folder / "plan.json"
+        if path.exists():
+            _check_same(plan, _plan(_read(path, PLAN_SCHEMA), path), folder)
+        elif other := next((p.name for p in folder.iterdir() if not p.name.startswith(".")), None):
+            raise StatsError(
+                f"{folder}: needed a new folder or one of statistics, found {other!r} in it and no "
+                f"plan.json. Name another folder."
+            )
+        else:
+            write_json(path, plan.to_json())
+        yield
+    finally:
+        os.close(file)  # releases the lock too
+
+
+def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
+    asked, found = plan.to_json(), begun.to_json()
+    unknown = {"weights_sha256": asked.get("weights_sha256")}  # may be the same
+    found = {**unknown, "scores": "not noted", "kv_cache": None, **found}
+    asked = {"kv_cache": None, **asked}
+    different = [key for key in asked if asked[key] != found[key]]
+    if different:
+        key = different[0]
+        raise StatsError(
+            f"{folder}: was begun with another {', '.join(different)} ({key} {found[key]!r}, "
+            f"asked for {asked[key]!r}). Calibrate into another folder, or delete this one."
+        )
+
+
+def finish_stats(folder: Path, plan: Plan) -> Stats:
+    """Write ``stats.json`` over complete sequences and open the folder."""
+    files: dict[str, Any] = {}
+    unseen: dict[str, list[str]] = {}
+    stats = Stats(folder, plan, "")
+    for corpus in plan.corpora:
+        inputs = []
+        kept = stats.sequence_files(corpus.name)
+        for file in (*kept, *stats.gains_files(corpus.name)):
+            entry = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            files[f"{corpus.name}/{file.name}"] = entry
+        for file in kept:
+            with SequenceFile(file) as sequence:
+                inputs.append(sequence.inputs)
+        missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
+        if missed:
+            unseen[corpus.name] = missed
+    content = {**plan.to_json(), "files": files, **({"unseen": unseen} if unseen else {})}
+    write_json(folder / "stats.json", content)
+    return read_stats(folder)
+
+
+def _read(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
+    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise StatsError(
+            f"{path}: has version {version!r}, and this mofq reads version {VERSION}. "
+            f"Calibrate again into another folder."
+        )
+    check_document(content, schema, str(path), StatsError)
+    assert isinstance(content, dict)
+    return content
+
+
+def _plan(content: dict[str, Any], path: Path) -> Plan:
+    fields = {
+        key: content[key] for key in content if key in _PLAN and key not in ("version", "corpora")
+    }
+    fields.setdefault("scores", None)
+    plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
+    for corpus in plan.corpora:
+        if corpus.kept is not None and corpus.kept >= corpus.sequences:
+            raise StatsError(
+                f"{path}: corpora: {corpus.name!r} keeps {corpus.kept} of {corpus.sequences} "
+                f"sequences. Calibrate again."
+            )
+    if len({corpus.name for corpus in plan.corpora}) < len(plan.corpora):
+        raise StatsError(f"{path}: corpora: a name stands twice. Calibrate again.")
+    return plan
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON beside the final name and rename it."""
+    write_beside_and_rename(path, json.dumps(content, indent=1) + "\n")

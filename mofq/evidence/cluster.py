@@ -1,0 +1,214 @@
+"""Sends units of work to a Ray cluster; scheduling, retries and resources are Ray's.
+
+A unit is a small tuple of plain values that names what to read on a file system that all
+machines share. What a unit gives comes back as it is finished, and is handed on in the
+order of the units, so that whatever is written from it does not depend on who was first.
+
+Source: https://docs.ray.io/en/latest/ray-core/fault_tolerance/tasks.html for retries.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import mofq
+from mofq.exceptions import ClusterError, MofqError
+from mofq.numbers.numerics import NUMERICS
+
+Tell = Callable[[str], None]
+_Unit = TypeVar("_Unit")
+_Result = TypeVar("_Result")
+
+#: How often a unit is begun again where its worker or its machine died.
+MAX_RETRIES = 3
+#: A cluster that does not take a connection in this time is not there [s].
+_REACH_SECONDS = 10.0
+#: Units that are under way or waiting, for each that can run at once.
+_QUEUED = 4
+#: What Ray says where a worker lacks a package.
+_NO_IMPORT = "failed to import on the worker"
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextmanager
+def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None]:
+    """Connect to a cluster; leave it, or end it if it was begun here, at the end.
+
+    Args:
+        address: ``ray``: the cluster that ``RAY_ADDRESS`` names, else one on this machine, for
+            as long as this process needs it. ``ray://HOST:PORT`` or ``HOST:PORT``: that one.
+        tell: Gets a line where a cluster is begun a second time.
+
+    Raises:
+        ClusterError: Ray is not installed, or there is no such cluster.
+    """
+    ray = _import_ray()
+    known = os.environ.get("RAY_ADDRESS") if address == "ray" else address
+    where = {"address": known} if known else _own_cluster()
+    problem = (known and _unreached(known)) or _connect(ray, where)
+    if problem is not None and not known:
+        # Ray gives a node 30 seconds to start, which on a busy machine are not enough.
+        tell(f"Ray did not start: {_first_line(problem)}. It is tried once more.")
+        problem = _connect(ray, where)
+    if problem is not None:
+        remedy = (
+            "Give 'ray' for one on this machine, or the ray://HOST:PORT of one that runs. Where "
+            "`ray start` says that it asks for a token, set RAY_AUTH_MODE=token here too."
+            if known
+            else "It was tried twice: run the command when the machine is less busy, or give the "
+            "ray://HOST:PORT of a cluster that runs."
+        )
+        raise ClusterError(f"--cluster {address}: {_first_line(problem)}. {remedy}") from problem
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _unreached(address: str) -> Exception | None:
+    """What is wrong with an address where nothing answers; Ray would try for many minutes."""
+    at = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if at.hostname is not None and at.port is not None:
+            socket.create_connection((at.hostname, at.port), _REACH_SECONDS).close()
+    except (OSError, ValueError) as error:
+        return error
+    return None
+
+
+def _connect(ray: Any, where: Mapping[str, Any]) -> Exception | None:
+    """What Ray says where the cluster cannot be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a connection that timed out, which it raises too
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:
+        ray.shutdown()
+        return error
+    return None
+
+
+def _own_cluster() -> dict[str, Any]:
+    return {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+
+
+def run_units(
+    function: Callable[[_Unit], _Result],
+    units: Iterable[_Unit],
+    *,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> Generator[_Result, None, None]:
+    """Run a function on every unit, on the cluster that is connected.
+
+    Units that were sent and are not finished when this ends early end with the connection: Ray
+    ends the workers of whoever leaves. They are not cancelled, because Ray aborts the process
+    that cancels a unit at the moment in which its result comes in ("Tried to complete task that
+    was not pending", up to Ray 2.60 at least).
+
+    Args:
+        function: Of a module, so that workers can import it.
+        units: Are sent a few at a time.
+        cpus: Of one unit; also how many threads its libraries use.
+        gpus: Of one unit.
+
+    Yields:
+        The results, in the order of the units.
+
+    Raises:
+        MofqError: The first that a unit raises.
+        ClusterError: A unit's workers died again and again, nothing can run it, or a worker has
+            no mofq or another one.
+    """
+    ray = _import_ray()
+    slots = _slots(ray.cluster_resources(), cpus, gpus)
+    run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_on_worker)
+    left = iter(units)
+    sent = deque(run.remote(function, _this_mofq(), u) for u in islice(left, _QUEUED * slots))
+    while sent:
+        result = _get(ray, sent[0])
+        sent.popleft()
+        sent.extend(run.remote(function, _this_mofq(), unit) for unit in islice(left, 1))
+        yield result
+
+
+def _this_mofq() -> str:
+    return f"mofq {mofq.__version__} with numerics {NUMERICS}"
+
+
+def _run_on_worker(function: Callable[[_Unit], _Result], sender: str, unit: _Unit) -> _Result:
+    """Run a function where its numbers are those that the sender would get."""
+    if sender != _this_mofq():
+        raise ClusterError(
+            f"a worker ({platform.node()}) has {_this_mofq()}, and this run is of {sender}. "
+            f"Install the same version on every machine of the cluster."
+        )
+    return function(unit)
+
+
+def _slots(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many units run at once."""
+    found = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
+    slots = min(found[name] // need for name, need in (("CPU", cpus), ("GPU", gpus)) if need)
+    if slots < 1:
+        raise ClusterError(
+            f"a unit needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {found['CPU']:g} "
+            f"and {found['GPU']:g}. Ask for less, or start a worker that has them."
+        )
+    return int(slots)
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MofqError):
+            raise error.cause from None
+        if _NO_IMPORT in str(error):
+            raise ClusterError(
+                f"a worker cannot import what it is to run: {str(error).strip().splitlines()[-1]}. "
+                f"Install {_this_mofq()} on every machine of the cluster."
+            ) from error
+        raise
+    except (ConnectionError, ray.exceptions.LocalRayletDiedError) as error:
+        raise ClusterError(
+            f"the cluster went away: {_first_line(error)}. What is finished is kept; run the same "
+            f"command again, without --cluster or on one that runs."
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"a unit was begun {MAX_RETRIES + 1} times and its worker died each time: "
+            f"{_first_line(error)}. What is finished is kept; look at the memory of the workers, "
+            f"and run the same command again."
+        ) from error
+
+
+def _import_ray() -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError(
+            "--cluster needs Ray, which is not installed. Run: pip install 'mofq[ray]'"
+        ) from error
+    return ray
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,191 @@
+"""What calibration says of a layer's inputs, for schemes whose codes follow from it.
+
+Two kinds of schemes are fitted to statistics. Both see a layer's inputs ``x_t`` and output
+gradients ``g_t`` over the sequences ``n`` of every corpus ``c`` of a stats folder, corpora
+counting alike whatever their length:
+
+``@nats``
+    The importance of column j, which its squared rounding errors are weighed by when a scale
+    is searched: ``sum_c mean_n sum_o (sum_t g_to x_tj)^2``. The predicted cost of a rounding
+    error is ``(sum_j dW_oj G_oj)^2`` for each row, ``G = sum_t g_t x_t^T`` over a sequence
+    (docs/sensitivity.md); errors of columns are taken for independent, and rows are averaged
+    over, because a row's own eight sequences say too little of it. Kept to 8 bits.
+``~gptq``
+    The Hessian ``sum_c mean_n sum_t |g_t|^2 x_t x_t^T``, factorised: see
+    ``mofq.numbers.quantize.gptq``. A token counts as much as the model's prediction depends on the
+    layer's output there. GPTQ itself counts all tokens alike, and in a model with massive
+    activations that makes it good at the few tokens that hold them and matter least.
+
+The same numbers come out of the same folder on any number of threads: sequences are summed in
+their order, each on one thread. An expert that no token reached has importance one and no
+feedback: it is rounded as ``@mse`` and to nearest.
+
+Codes that were fitted to a text look better on it than they are. ``part`` leaves half of the
+sequences of every corpus out of the fit, so that they can judge it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.calibration.sequence_file import LayerSamples
+from mofq.evidence.calibration.stats import Stats, open_sequences
+from mofq.exceptions import StatsError
+from mofq.model.layers import LinearLayer
+from mofq.numbers.quantize import Feedback, factorise_hessian, one_thread
+from mofq.numbers.schemes import TensorScheme
+
+#: Which sequences of each corpus a fit sees: all, or those of one half.
+Part = Literal["all", "first", "second"]
+
+
+class FitArguments(TypedDict):
+    """Arguments of ``quantize_weight``."""
+
+    importance: Tensor | None
+    feedback: Feedback | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFit:
+    """What the schemes of one layer are fitted to; None where none asks for it."""
+
+    importance_I: Tensor | None = None  #: float32
+    feedback: Feedback | None = None
+
+    def arguments(self, scheme: TensorScheme) -> FitArguments:
+        """What ``quantize_weight`` is to be given for a scheme."""
+        by_feedback = scheme.rounding == "gptq"
+        by_importance = scheme.scale_rule == "nats" and not by_feedback
+        return {
+            "importance": self.importance_I if by_importance else None,
+            "feedback": self.feedback if by_feedback else None,
+        }
+
+
+NO_FIT = LayerFit()
+NO_ARGUMENTS: FitArguments = {"importance": None, "feedback": None}
+
+
+def fit_arguments(
+    fits: Fits | None, layer: LinearLayer, weight: TensorScheme | None
+) -> FitArguments:
+    """What ``quantize_weight`` is to be given for one scheme of a layer.
+
+    Args:
+        fits: May be None where the scheme is not fitted.
+        layer: The layer.
+        weight: Its scheme.
+
+    Raises:
+        StatsError: The scheme is fitted and there are no statistics, or not of this layer.
+    """
+    if weight is None or not weight.is_fitted:
+        return NO_ARGUMENTS
+    if fits is None:
+        raise needs_stats(layer.name)
+    return fits.of(layer, [weight]).arguments(weight)
+
+
+def needs_stats(layer: str) -> StatsError:
+    """What to say where a fitted scheme is to be applied without its statistics."""
+    return StatsError(
+        f"{layer}: its codes are fitted to calibration statistics (@nats or ~gptq), and there are "
+        f"none here. Give the folder that was measured with, as --stats."
+    )
+
+
+class Fits:
+    """A stats folder that schemes are fitted to; use it in a ``with`` statement."""
+
+    def __init__(self, stats: Stats) -> None:
+        """Open every sequence.
+
+        Raises:
+            StatsError: One is missing or damaged.
+        """
+        self.stats = stats
+        self._stack, self._files = open_sequences(stats)
+
+    def __enter__(self) -> Fits:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def of(
+        self, layer: LinearLayer, weights: Iterable[TensorScheme | None], *, part: Part = "all"
+    ) -> LayerFit:
+        """Fit a layer.
+
+        Args:
+            layer: Any of the model's.
+            weights: The schemes that it will be quantized by.
+            part: The sequences to fit to.
+
+        Returns:
+            What those of the schemes need that are fitted at all.
+
+        Raises:
+            StatsError: The stats do not know the layer, or are damaged.
+            SchemeError: The Hessian cannot be factorised.
+        """
+        fitted = [weight for weight in weights if weight is not None and weight.is_fitted]
+        by_feedback = [weight for weight in fitted if weight.rounding == "gptq"]
+        with one_thread():
+            return LayerFit(
+                self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
+                self._feedback(layer, part) if by_feedback else None,
+            )
+
+    def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
+        total_I = torch.zeros(layer.in_features, dtype=torch.float64)
+        for samples, share in self._samples(layer, part):
+            # In float64: what processors round differently must not reach a code.
+            x_TI = samples.x_TI.double()
+            for grad_TO in samples.grad_DTO:
+                gradient_OI = grad_TO.double().T @ x_TI
+                total_I += share * gradient_OI.square().sum(0)
+        if not bool(total_I.any()):
+            return torch.ones(layer.in_features)
+        # Above 0, so that no column is free to be rounded anyhow; 8 bits, as x and g have.
+        relative_I = torch.clamp(total_I / total_I.max(), min=2.0**-40)
+        return relative_I.bfloat16().float()
+
+    def _feedback(self, layer: LinearLayer, part: Part) -> Feedback:
+        total_II = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+        for samples, share in self._samples(layer, part):
+            norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
+            weighted_TI = samples.x_TI.double() * norm_T[:, None]
+            total_II += share * (weighted_TI.T @ weighted_TI)
+        return factorise_hessian(total_II, name=layer.name)
+
+    def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
+        """The samples of the sequences that reached a layer, and what each sequence counts."""
+        for files in self._files.values():
+            chosen = files[part_of(len(files), part)]
+            for file in chosen:
+                samples = file.read(layer.name)
+                if samples is not None:
+                    yield samples, 1.0 / len(chosen)
+
+
+def part_of(sequences: int, part: Part) -> slice:
+    """Which of a corpus's sequences a part has; the first half has the odd one."""
+    middle = (sequences + 1) // 2
+    return {
+        "all": slice(0, sequences),
+        "first": slice(0, middle),
+        "second": slice(middle, sequences),
+    }[part]

@@ -1,0 +1,322 @@
+"""Fills the table: one fusion group after another, what is there already left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from mofq.evidence.calibration.stats import Stats, verify_sequences
+from mofq.evidence.fits import Fits
+from mofq.evidence.measure.batches import LayerPasses, layer_passes
+from mofq.evidence.measure.bf16_cast import written_schemes
+from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_in_all, prepare_parts
+from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
+from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
+from mofq.evidence.measure.magnitudes import group_profiles
+from mofq.evidence.measure.rows import group_rows
+from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
+from mofq.evidence.measure.schedule import score_layers
+from mofq.evidence.spaces import (
+    CacheLegality,
+    Legality,
+    Offer,
+    SearchSpace,
+    offer_caches,
+    offer_schemes,
+)
+from mofq.evidence.table import (
+    Profile,
+    Rejection,
+    Row,
+    TableSpace,
+    TableStats,
+    TableWriter,
+    header_of,
+    open_table,
+)
+from mofq.exceptions import StatsError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.numbers.schemes import Scheme
+
+#: Rows of a weight read at once to find its largest magnitude [bytes].
+_AMAX_BYTES = 16_000_000
+
+Progress = Callable[[int, int], None]
+Tell = Callable[[str], None]
+#: A fusion group and schemes that fit it.
+Work = tuple[FusionGroup, Sequence[Scheme]]
+#: The rows of a fusion group, and its profiles.
+Measured = tuple[list[Row], list[Profile]]
+#: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
+Remotely = Callable[..., Generator[Measured, None, None]]
+
+
+def measure(
+    checkpoint: Checkpoint,
+    model_layers: ModelLayers,
+    space: SearchSpace,
+    *,
+    table_path: Path,
+    stats: Stats | None = None,
+    engine: str | None = None,
+    legality: Legality | None = None,
+    cache_legality: CacheLegality | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    tell: Tell = lambda message: None,
+    remotely: Remotely | None = None,
+) -> None:
+    """Measure every offered (fusion group, scheme) that the table does not have yet.
+
+    Args:
+        checkpoint: The model.
+        model_layers: Its layers.
+        space: What may be chosen.
+        table_path: Where the rows go; an existing table of the same model and stats grows.
+        stats: Calibration, or None for calibration-free rows.
+        engine: Name of the serving engine that ``legality`` speaks for.
+        legality: What the engine refuses.
+        cache_legality: What it refuses of the KV cache.
+        device: Where the arithmetic runs.
+        progress: Called with fusion groups done and in all.
+        tell: Gets a line about what takes its time before the first group is done.
+        remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
+
+    Raises:
+        StatsError: The stats belong to another model, or are too few to fit a scheme to.
+        TableError: The table belongs to another model or other stats.
+        SearchSpaceError: No scheme fits some fusion group.
+        SchemeError: A weight is not finite.
+    """
+    weights = hash_weights(checkpoint)
+    if stats is not None:
+        _check_stats(stats, checkpoint, weights)
+    check_scales(checkpoint)
+    offers = offer_schemes(
+        space, model_layers.groups, legality=legality, has_stats=stats is not None
+    )
+    cache_offers = offer_caches(space, model_layers.caches, legality=cache_legality)
+    cached_stats = check_cache_stats(stats) if cache_offers else None
+    header = header_of(
+        model_layers,
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        weights_sha256=weights,
+        stats=None if stats is None else table_stats(stats),
+    )
+    with open_table(table_path, header) as table:
+        table.add_space(_table_space(space, engine))
+        here = partial(measure_groups, tell=tell)
+        measured = partial(remotely or here, checkpoint, stats=stats, device=device)
+        _fill(table, offers, measured, stats=stats, progress=progress)
+        if cached_stats is not None:
+            fill_caches(table, cache_offers, cached_stats, device=device)
+
+
+def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
+    return TableSpace(
+        name=space.name,
+        sha256=space.sha256,
+        schemes=tuple(
+            dict.fromkeys([s.name for s in space.schemes] + [s.name for s in space.kv_cache])
+        ),
+        base=space.base,
+        min_gain=space.min_gain,
+        engine=engine,
+    )
+
+
+def _check_stats(stats: Stats, checkpoint: Checkpoint, weights_sha256: str) -> None:
+    """Refuse the stats of another model, or of another training of the same."""
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, weights_sha256):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
+        )
+
+
+def _fill(
+    table: TableWriter,
+    offers: Sequence[Offer],
+    measure_all: Callable[[Sequence[Work]], Generator[Measured, None, None]],
+    *,
+    stats: Stats | None,
+    progress: Progress | None,
+) -> None:
+    missing = [
+        tuple(s for s in offer.schemes if not _is_measured(table, offer.group, s, stats))
+        for offer in offers
+    ]
+    work = [(offer.group, some) for offer, some in zip(offers, missing, strict=True) if some]
+    if stats is not None and work:
+        check_sequences(stats, [scheme for _, some in work for scheme in some])
+        verify_sequences(stats)
+    with closing(measure_all(work)) as measured:
+        for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
+            rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
+            rows, profiles = next(measured) if some else ([], [])
+            table.add_group(rows, rejected, profiles=profiles)
+            if progress is not None:
+                progress(done + 1, len(offers))
+
+
+def measure_groups(
+    checkpoint: Checkpoint,
+    work: Sequence[Work],
+    *,
+    stats: Stats | None = None,
+    device: str = "cpu",
+    tell: Tell = lambda message: None,
+    elements: int = 0,
+) -> Generator[Measured, None, None]:
+    """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
+
+    Args:
+        checkpoint: The model.
+        work: Its fusion groups, each with schemes that fit it.
+        stats: Calibration, or None.
+        device: Where the arithmetic runs.
+        tell: Gets a line about a compilation.
+        elements: Of all weights, where the work is a part of more.
+
+    Yields:
+        The rows of each fusion group and its profiles, in a fixed order. Which others are
+        measured with it changes no number.
+
+    Raises:
+        StatsError: The stats do not know a layer, or no token reached a layer or one like it.
+        SchemeError: A weight is not finite, or a scheme does not fit.
+    """
+    corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    written = [(group, written_schemes(group, schemes)) for group, schemes in work]
+    pass_of = layer_passes(written, device=device, tell=tell, elements=elements)
+    with ExitStack() as stack:
+        reader = None if stats is None else stack.enter_context(SampleReader(stats))
+        fits = None if stats is None else stack.enter_context(Fits(stats))
+        layers = _all_parts(
+            checkpoint, written, reader, fits, corpora=corpora, device=device, pass_of=pass_of
+        )
+        scores = stack.enter_context(closing(score_layers(layers, device=device)))
+        for (group, schemes), (_, measured) in zip(work, written, strict=True):
+            count = parts_in_all(measured)
+            by_name = {
+                layer.name: join_parts(measured, list(islice(scores, count)))
+                for layer in group.layers
+            }
+            profiles = group_profiles(
+                group,
+                {name: score.extent for name, score in by_name.items()},
+                {name: score.input_extents for name, score in by_name.items()},
+            )
+            yield group_rows(group, schemes, by_name, corpora=corpora), profiles
+
+
+def _all_parts(
+    checkpoint: Checkpoint,
+    work: Sequence[Work],
+    reader: SampleReader | None,
+    fits: Fits | None,
+    *,
+    corpora: Sequence[str],
+    device: str,
+    pass_of: LayerPasses,
+) -> Iterator[PreparedLayer]:
+    """What is scored, in order: every layer, in as many parts as its schemes need."""
+    for group, schemes in work:
+        for layer, prepare, samples in _group_layers(checkpoint, group, schemes, reader, corpora):
+            yield from prepare_parts(
+                partial(prepare, device=device, make_pass=partial(pass_of, layer)),
+                layer,
+                schemes,
+                samples=samples,
+                fits=fits,
+            )
+
+
+def _group_layers(
+    checkpoint: Checkpoint,
+    group: FusionGroup,
+    schemes: Sequence[Scheme],
+    reader: SampleReader | None,
+    corpora: Sequence[str],
+) -> Iterator[tuple[LinearLayer, Callable[..., PreparedLayer], dict[str, ChunkedSamples]]]:
+    """What prepares each layer, and its samples."""
+    weight_amax = _shared_amax(checkpoint, group, schemes)
+    for layer in group.layers:
+        samples = {}
+        for corpus in corpora:
+            assert reader is not None
+            found = reader.read(corpus, layer.name)
+            if found is not None:
+                samples[corpus] = found
+        prepare = partial(
+            prepare_layer,
+            partial(read_layer_rows, checkpoint, layer),
+            (layer.out_features, layer.in_features),
+            tensor_amax=weight_amax.get(layer.shares_scale),
+            name=layer.name,
+        )
+        yield layer, prepare, samples
+
+
+def table_stats(stats: Stats) -> TableStats:
+    """What a table says of the calibration that its rows rest on."""
+    first = stats.plan.corpora[0]
+    return TableStats(
+        sha256=stats.sha256,
+        seed=stats.plan.seed,
+        corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
+        samples=len(first.kept_indices) * stats.plan.draws,
+        tokens_per_projection=min(CHUNK_TOKENS, stats.plan.sequence_length),
+        sequence_length=stats.plan.sequence_length,
+    )
+
+
+def _is_measured(
+    table: TableWriter, group: FusionGroup, scheme: Scheme, stats: Stats | None
+) -> bool:
+    if not table.has(group.name, scheme.name, unit="relative_weight_error"):
+        return False
+    corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+    return all(
+        table.has(group.name, scheme.name, unit=unit, corpus=corpus)
+        for unit in ("output_mse", "kl_nats_per_token")
+        for corpus in corpora
+    )
+
+
+def _shared_amax(
+    checkpoint: Checkpoint, group: FusionGroup, schemes: Sequence[Scheme]
+) -> dict[str, float]:
+    """Largest magnitude of the layers that share a scale, where a scheme asks for it."""
+    if not any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes):
+        return {}
+    largest: dict[str, float] = {}
+    for layer in group.layers:
+        amax = max(largest.get(layer.shares_scale, 0.0), _layer_amax(checkpoint, layer))
+        largest[layer.shares_scale] = amax
+    return largest
+
+
+def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
+    step = max(1, _AMAX_BYTES // (4 * layer.in_features))
+    largest = 0.0
+    for start in range(0, layer.out_features, step):
+        rows_RI = read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
+        low, high = torch.aminmax(rows_RI)  # one pass, where abs() and max() are three
+        largest = max(largest, -float(low), float(high))
+    return largest

@@ -1,0 +1,204 @@
+"""What each format of the KV cache costs, in nats: of keys and values as attention caches them.
+
+The statistics hold the cached numbers and their gradient, so a format's rounding error is
+known exactly, and the second order of docs/sensitivity.md for activations applies with the
+gradient itself in the place of ``v = W^T g``: tokens are rounded one by one, within a token
+nothing is assumed. Keys and values are rounded apart, and their squares added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.measure.gains import corrected, not_negative, projection_factor
+from mofq.evidence.measure.rows import standard_error
+from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
+from mofq.evidence.spaces import CacheOffer
+from mofq.evidence.table import Rejection, Row, TableWriter
+from mofq.exceptions import StatsError
+from mofq.model.kv_schemes import (
+    CachedTensor,
+    CacheScheme,
+    cache_scale_bytes,
+    part_amax,
+    static_keys,
+)
+from mofq.model.layers import PARTS, CacheLayer
+from mofq.numbers.quantize import fake_quantize_cache
+
+#: Of each sequence under some scheme [N], and signed of each chunk of tokens [M]; float64.
+Costs = tuple[Tensor, Tensor]
+
+
+def check_cache_stats(stats: Stats | None) -> Stats:
+    """Refuse statistics that say nothing of the cache.
+
+    Raises:
+        StatsError: There are none, or they hold no keys and values.
+    """
+    if stats is None:
+        raise StatsError(
+            "formats of the KV cache are measured in nats alone: run `mofq calibrate --kv-cache`, "
+            "then measure with --stats; or drop `kv_cache` from the search space."
+        )
+    if not stats.plan.kv_cache:
+        raise StatsError(
+            f"{stats.folder}: holds no keys and values, which the formats of the KV cache are "
+            f"measured on. Run `mofq calibrate --kv-cache` into another folder, or drop `kv_cache` "
+            f"from the search space."
+        )
+    return stats
+
+
+def fill_caches(
+    table: TableWriter, offers: Sequence[CacheOffer], stats: Stats, *, device: str = "cpu"
+) -> None:
+    """Measure every offered format of every layer's cache that a table does not have yet.
+
+    Args:
+        table: Open for writing.
+        offers: What each layer's cache may be kept in.
+        stats: That hold the cache.
+        device: Where the arithmetic runs.
+    """
+    corpora = [corpus.name for corpus in stats.plan.corpora]
+    table.add_caches(offer.cache for offer in offers)
+    with SampleReader(stats) as reader:
+        for offer in offers:
+            missing = [
+                scheme
+                for scheme in offer.schemes
+                if not all(
+                    table.has(
+                        offer.cache.name, scheme.name, unit="kl_nats_per_token", corpus=corpus
+                    )
+                    for corpus in corpora
+                )
+            ]
+            rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
+            rows = cache_rows(reader, corpora, offer.cache, missing, device=device)
+            table.add_group(rows, rejected)
+
+
+def cache_rows(
+    reader: SampleReader,
+    corpora: Sequence[str],
+    cache: CacheLayer,
+    schemes: Iterable[CacheScheme],
+    *,
+    device: str = "cpu",
+) -> list[Row]:
+    """The rows of one attention layer's cache.
+
+    Args:
+        reader: Of statistics that hold the cache.
+        corpora: Names in them, in order.
+        cache: The layer.
+        schemes: That fit its shape.
+        device: Where the arithmetic runs.
+
+    Returns:
+        One row in nats for each scheme and corpus; its bytes are those of static scales.
+
+    Raises:
+        StatsError: The statistics do not know the layer.
+    """
+    samples = {corpus: _read(reader, corpus, cache) for corpus in corpora}
+    head_amax = _head_amax(samples, cache)
+    rows = []
+    for scheme in schemes:
+        amax = {key: _amax_of(key, head_amax) for key in static_keys(scheme, cache)}
+        for corpus, parts in samples.items():
+            error_N, projection_M = _costs(scheme, cache, parts, amax, device)
+            kept_N = not_negative(error_N).float().double()
+            rows.append(
+                Row(
+                    group=cache.name,
+                    scheme=scheme.name,
+                    unit="kl_nats_per_token",
+                    corpus=corpus,
+                    error=float(kept_N.mean()),
+                    stderr=standard_error(kept_N),
+                    bytes=cache_scale_bytes(scheme, cache),
+                    sqnr_db=None,
+                    sample_errors=tuple(kept_N.tolist()),
+                    projections=tuple(projection_M.tolist()),
+                    static_amax=amax or None,
+                )
+            )
+    return rows
+
+
+def _read(reader: SampleReader, corpus: str, cache: CacheLayer) -> dict[str, ChunkedSamples]:
+    found = {part: reader.read(corpus, cache.part(part)) for part in PARTS}
+    return {part: one for part, one in found.items() if one is not None}
+
+
+def _head_amax(
+    samples: Mapping[str, Mapping[str, ChunkedSamples]], cache: CacheLayer
+) -> dict[str, Tensor]:
+    """Largest magnitude of each head over all corpora, of keys and of values."""
+    return {
+        part: torch.stack(
+            [
+                by_part[part].x_MCI.unflatten(2, (-1, cache.head_size)).abs().amax((0, 1, 3))
+                for by_part in samples.values()
+            ]
+        )
+        .amax(0)
+        .float()
+        for part in PARTS
+    }
+
+
+def _amax_of(key: str, head_amax: Mapping[str, Tensor]) -> float:
+    part, dot, head = key.partition(".")
+    return float(head_amax[part][int(head)] if dot else head_amax[part].max())
+
+
+def _costs(
+    scheme: CacheScheme,
+    cache: CacheLayer,
+    parts: Mapping[str, ChunkedSamples],
+    amax: Mapping[str, float],
+    device: str,
+) -> Costs:
+    costs = [
+        _part_costs(how, cache, parts[part], part_amax(part, amax), device)
+        for part, how in scheme.parts.items()
+        if how is not None
+    ]
+    if not costs:
+        some = next(iter(parts.values()))
+        zeros = torch.zeros(some.sequences, dtype=torch.float64)
+        return zeros, zeros.new_zeros(len(some.x_MCI))
+    errors, projections = zip(*costs, strict=True)
+    return torch.stack(errors).sum(0), torch.stack(projections).sum(0)
+
+
+def _part_costs(
+    how: CachedTensor,
+    cache: CacheLayer,
+    samples: ChunkedSamples,
+    amax: Sequence[float],
+    device: str,
+) -> Costs:
+    x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
+    x_MCHD = x_MCI.unflatten(2, (-1, cache.head_size))
+    rounded_MCHD = fake_quantize_cache(
+        x_MCHD, how.scheme, by_head=how.by_head, static_amax=amax, name=cache.name
+    )
+    change_MCI = rounded_MCHD.flatten(2) - x_MCI
+    token_MC = (samples.grad_MCO.to(device).float() * change_MCI).sum(2, dtype=torch.float64)
+    chunks = len(token_MC) // samples.sequences
+    error_N1 = token_MC.square().unflatten(0, (samples.sequences, chunks)).sum((1, 2))[:, None]
+    gains = samples.gains.input if samples.gains else None
+    error_N = corrected(error_N1, gains)[:, 0] / (2 * samples.tokens)
+    full = chunks * min(CHUNK_TOKENS, samples.tokens)
+    factor = projection_factor(gains) * math.sqrt(full / samples.tokens)
+    return error_N.cpu(), (factor * token_MC.sum(1)).cpu()

@@ -1,0 +1,191 @@
+"""A linear layer made ready for scoring: its inputs under every scheme, its weight in blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.fits import NO_FIT, LayerFit
+from mofq.evidence.measure.gains import LayerGains
+from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
+from mofq.evidence.measure.samples import ChunkedSamples
+from mofq.numbers.quantize import fake_quantize_activation
+from mofq.numbers.quantize.candidates import Pass, is_candidate, tile_rows
+from mofq.numbers.quantize.compiled import Kind, eager_pass
+from mofq.numbers.schemes import Scheme, TensorScheme
+
+#: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
+_BLOCK_ELEMENTS = 2**18
+#: The same where a block's rounding errors themselves are not kept.
+_SUMS_BLOCK_ELEMENTS = 2**20
+#: The same on a GPU, which has less to do between two launches of a kernel.
+_GPU_BLOCK_ELEMENTS = 2**24
+_BLOCK_ROWS = 64
+#: At least, where rounding goes column by column: one step costs about the same for any rows.
+_FEEDBACK_ROWS = 1024
+#: Tokens that the output error is taken over, evenly spaced.
+_OUTPUT_TOKENS = 512
+
+RowReader = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One corpus's samples of a layer, the inputs as each activation scheme leaves them."""
+
+    x: Mapping[TensorScheme | None, Tensor]  #: [M, C, in_features], float32
+    grad_MCO: Tensor  #: bfloat16
+    sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
+    sequences: int  #: N
+    tokens: int  #: T of one sequence
+    source: str  #: the layer whose inputs these are
+    gains: LayerGains | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    """A layer, its inputs, and where its weight is read."""
+
+    name: str
+    read_rows: RowReader
+    blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
+    in_features: int
+    schemes: tuple[Scheme, ...]
+    weights: tuple[TensorScheme, ...]  #: the different weight schemes, W of them
+    activations: tuple[TensorScheme, ...]  #: the different activation schemes, A of them
+    needs_deltas: bool  #: whether rounding errors themselves are needed, and not just their squares
+    inputs: Mapping[str, Inputs]  #: corpus -> inputs
+    tensor_amax: float | None
+    static_amax: float | None  #: largest magnitude of all inputs; None where there are none
+    input_extents: Mapping[str, ExtentSums]  #: corpus -> of its inputs
+    device: str
+    block_pass: Pass  #: what rounds a block by all weight schemes that are candidates
+    fit: LayerFit = NO_FIT  #: for the others, which are fitted to statistics
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the inputs take [bytes]."""
+        tensors = [t for one in self.inputs.values() for t in (*one.x.values(), one.grad_MCO)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def prepare_layer(
+    read_rows: RowReader,
+    shape: tuple[int, int],
+    schemes: Sequence[Scheme],
+    *,
+    samples: Mapping[str, ChunkedSamples],
+    tensor_amax: float | None = None,
+    static_amax: float | None = None,
+    fit: LayerFit = NO_FIT,
+    device: str = "cpu",
+    name: str = "weight",
+    make_pass: Callable[[Kind, Sequence[TensorScheme]], Pass] = eager_pass,
+) -> PreparedLayer:
+    """Quantize a layer's inputs by every activation scheme and cut its rows into blocks.
+
+    Args:
+        read_rows: Gives rows ``start`` to ``stop`` of the weight, [rows, in_features].
+        shape: out_features and in_features.
+        schemes: Candidates; each fits the shape.
+        samples: Corpus name -> samples of this layer; may be empty.
+        tensor_amax: Largest magnitude of the weight and of all that share its scale.
+        static_amax: Largest magnitude of all inputs; by default that of the samples.
+        fit: What the schemes are fitted to, where some are.
+        device: Where the arithmetic runs.
+        name: Of the layer, for messages.
+        make_pass: Gives the pass of some schemes over a block, compiled or not.
+
+    Returns:
+        The layer. The blocks depend on the shape, the schemes, the kind of device and on
+        whether there are samples.
+
+    Raises:
+        SchemeError: A scheme does not fit the inputs.
+    """
+    extents = _extents(samples, device)
+    if static_amax is None:
+        static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
+    weights = tuple(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
+    candidates = [weight for weight in weights if is_candidate(weight)]
+    needs_deltas = bool(samples) or len(candidates) < len(weights)
+    return PreparedLayer(
+        name=name,
+        read_rows=read_rows,
+        blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
+        in_features=shape[1],
+        schemes=tuple(schemes),
+        weights=weights,
+        activations=tuple(dict.fromkeys(s.activation for s in schemes if s.activation is not None)),
+        needs_deltas=needs_deltas,
+        inputs={
+            corpus: _inputs(one, schemes, static_amax, device=device, name=name)
+            for corpus, one in samples.items()
+        },
+        tensor_amax=tensor_amax,
+        static_amax=static_amax,
+        input_extents=extents,
+        device=device,
+        block_pass=make_pass("deltas" if needs_deltas else "errors", candidates),
+        fit=fit,
+    )
+
+
+def _extents(samples: Mapping[str, ChunkedSamples], device: str) -> dict[str, ExtentSums]:
+    return {
+        corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
+        for corpus, one in samples.items()
+    }
+
+
+def _block_elements(device: str, *, needs_deltas: bool) -> int:
+    if device != "cpu":
+        return _GPU_BLOCK_ELEMENTS
+    return _BLOCK_ELEMENTS if needs_deltas else _SUMS_BLOCK_ELEMENTS
+
+
+def _blocks(
+    shape: tuple[int, int], weights: Sequence[TensorScheme], elements: int
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of rows of a fixed size, in whole tiles of every scheme."""
+    out_features, in_features = shape
+    rows = elements // in_features
+    if any(weight.rounding == "gptq" for weight in weights):
+        rows = max(rows, _FEEDBACK_ROWS)
+    unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
+    step = max(1, rows // unit) * unit
+    starts = range(0, out_features, step)
+    return tuple((start, min(start + step, out_features)) for start in starts)
+
+
+def _inputs(
+    samples: ChunkedSamples,
+    schemes: Sequence[Scheme],
+    static_amax: float | None,
+    *,
+    device: str,
+    name: str,
+) -> Inputs:
+    x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
+    # Sequence by sequence, as a model sees them.
+    x_NTI = x_MCI.reshape(samples.sequences, -1, x_MCI.shape[2])
+    x: dict[TensorScheme | None, Tensor] = {None: x_MCI}
+    for scheme in schemes:
+        if scheme.activation is not None and scheme.activation not in x:
+            x[scheme.activation] = fake_quantize_activation(
+                x_NTI, scheme.activation, static_amax=static_amax, name=name
+            ).reshape(x_MCI.shape)
+    token_T = samples.is_token_MC.flatten().nonzero()[:, 0]
+    return Inputs(
+        x=x,
+        grad_MCO=samples.grad_MCO.to(device=device),
+        sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
+        sequences=samples.sequences,
+        tokens=samples.tokens,
+        source=samples.source,
+        gains=samples.gains,
+    )

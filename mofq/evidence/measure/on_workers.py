@@ -1,0 +1,105 @@
+"""Measures fusion groups on the machines of a cluster, which read the files themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from mofq.evidence.calibration.stats import Stats, read_stats
+from mofq.evidence.cluster import run_units
+from mofq.evidence.measure.fill_table import Measured, Work, measure_groups
+from mofq.exceptions import ClusterError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.on_workers import open_shared
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import FusionGroup
+from mofq.numbers.schemes import parse_scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One fusion group and all its schemes."""
+
+    model: str  #: folder
+    index_sha256: str
+    weights_sha256: str
+    stats: str | None  #: folder
+    stats_sha256: str | None
+    group: FusionGroup
+    schemes: tuple[str, ...]
+    elements: int  #: of all groups in the work
+    device: str
+
+
+def measure_remotely(
+    checkpoint: Checkpoint,
+    work: Sequence[Work],
+    *,
+    stats: Stats | None = None,
+    device: str = "cpu",
+    cpus: float = 1,
+) -> Generator[Measured, None, None]:
+    """As `measure_groups`, on the cluster that is connected: the same rows in the same order.
+
+    Args:
+        checkpoint: The model; every machine sees its folder under the same path.
+        work: Its fusion groups, each with schemes that fit it.
+        stats: Calibration, in a folder that every machine sees, or None.
+        device: Where the arithmetic runs; other than the CPU, a unit has a GPU of its own.
+        cpus: Of one unit.
+
+    Yields:
+        The rows and profiles of each fusion group.
+
+    Raises:
+        MofqError: As `measure_groups`, or the cluster fails.
+    """
+    elements = sum(layer.weights for group, _ in work for layer in group.layers)
+    weights = hash_weights(checkpoint)
+    units = [
+        Unit(
+            model=str(checkpoint.folder.resolve()),
+            index_sha256=checkpoint.index_sha256,
+            weights_sha256=weights,
+            stats=None if stats is None else str(stats.folder.resolve()),
+            stats_sha256=None if stats is None else stats.sha256,
+            group=group,
+            schemes=tuple(scheme.name for scheme in schemes),
+            elements=elements,
+            device=device,
+        )
+        for group, schemes in work
+    ]
+    return run_units(measure_unit, units, cpus=cpus, gpus=0 if device == "cpu" else 1)
+
+
+def measure_unit(unit: Unit) -> Measured:
+    """Measure one unit, on a worker."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+    checkpoint = _open_model(unit.model, unit.index_sha256, unit.weights_sha256)
+    stats = None if unit.stats is None else _open_stats(unit.stats, unit.stats_sha256)
+    work = [(unit.group, [parse_scheme(name) for name in unit.schemes])]
+    [measured] = measure_groups(
+        checkpoint, work, stats=stats, device=unit.device, elements=unit.elements
+    )
+    return measured
+
+
+@lru_cache(maxsize=2)
+def _open_model(folder: str, index_sha256: str, weights_sha256: str) -> Checkpoint:
+    return open_shared(folder, index_sha256=index_sha256, weights_sha256=weights_sha256)
+
+
+@lru_cache(maxsize=2)
+def _open_stats(folder: str, sha256: str | None) -> Stats:
+    stats = read_stats(folder)
+    if stats.sha256 != sha256:
+        raise ClusterError(
+            f"{folder}: a worker finds other stats there ({stats.sha256[:8]}) than those of this "
+            f"run ({str(sha256)[:8]}). Put them on a shared file system."
+        )
+    return stats

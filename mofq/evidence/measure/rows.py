@@ -1,0 +1,163 @@
+"""From the scores of a fusion group's layers to the rows of the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.measure.gains import not_negative
+from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
+from mofq.evidence.table import Row
+from mofq.exceptions import StatsError
+from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.model.sizes import group_bytes
+from mofq.numbers.schemes import Scheme
+
+
+def group_rows(
+    group: FusionGroup,
+    schemes: Sequence[Scheme],
+    scores: Mapping[str, LayerScore],
+    *,
+    corpora: Sequence[str],
+) -> list[Row]:
+    """The rows of one fusion group: the sum over its layers in every unit.
+
+    Args:
+        group: The fusion group.
+        schemes: In the order of the scores.
+        scores: Layer name -> its score.
+        corpora: Names in the stats, in order; empty without stats.
+
+    Returns:
+        One row for each scheme and unit, and corpus where the unit has one.
+
+    Raises:
+        StatsError: No layer of the group saw a token of some corpus.
+    """
+    shared = with_shared_inputs(scores)
+    filled = {corpus: _fill_unseen(group, shared, corpus) for corpus in corpora}
+    rows = []
+    for i, scheme in enumerate(schemes):
+        common = _common(group, scheme, scores, i)
+        weights = sum(layer.weights for layer in group.layers)
+        relative = sum(
+            float(scores[layer.name].relative_weight_error_S[i]) * layer.weights
+            for layer in group.layers
+        )
+        rows.append(
+            Row(
+                unit="relative_weight_error",
+                corpus=None,
+                error=relative / weights,
+                stderr=None,
+                **common,
+            )
+        )
+        for corpus in corpora:
+            rows += _corpus_rows(corpus, list(filled[corpus].values()), i, common)
+    return rows
+
+
+def _common(
+    group: FusionGroup, scheme: Scheme, scores: Mapping[str, LayerScore], i: int
+) -> dict[str, Any]:
+    signal = math.fsum(scores[layer.name].weight_energy for layer in group.layers)
+    noise = math.fsum(float(scores[layer.name].error_energy_S[i]) for layer in group.layers)
+    is_static = scheme.activation is not None and scheme.activation.needs_tensor_amax
+    return {
+        "group": group.name,
+        "scheme": scheme.name,
+        "bytes": group_bytes(group, scheme),
+        "sqnr_db": 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
+        "static_amax": _static_amax(group, scores) if is_static else None,
+    }
+
+
+def _static_amax(group: FusionGroup, scores: Mapping[str, LayerScore]) -> dict[str, float]:
+    """Largest input of each layer; an expert that saw no token gets that of all of its kind."""
+    found = {layer.name: scores[layer.name].static_amax for layer in group.layers}
+    of_kind: dict[str, float] = {}
+    for layer in group.layers:
+        of_kind[layer.module] = max(of_kind.get(layer.module, 0.0), found[layer.name] or 0.0)
+    return {
+        layer.name: of_kind[layer.module] if (amax := found[layer.name]) is None else amax
+        for layer in group.layers
+    }
+
+
+def _corpus_rows(
+    corpus: str, parts: Sequence[CorpusScore], i: int, common: Mapping[str, Any]
+) -> list[Row]:
+    error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
+    projection_M = torch.stack([part.projection_MS[:, i] for part in parts]).sum(0)
+    # What the table keeps is float32, and the row's error is the mean of what it keeps.
+    kept_N = not_negative(error_N).float().double()
+    output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
+    return [
+        Row(unit="output_mse", corpus=corpus, error=output_mse, stderr=None, **common),
+        Row(
+            unit="kl_nats_per_token",
+            corpus=corpus,
+            error=float(kept_N.mean()),
+            stderr=standard_error(kept_N),
+            sample_errors=tuple(kept_N.tolist()),
+            projections=tuple(projection_M.tolist()),
+            **common,
+        ),
+    ]
+
+
+def standard_error(values_N: Tensor) -> float | None:
+    """Of the mean of some samples; None of one alone."""
+    if len(values_N) < 2:
+        return None
+    return float(values_N.std(correction=1) / math.sqrt(len(values_N)))
+
+
+def _fill_unseen(
+    group: FusionGroup, scores: Mapping[str, LayerScore], corpus: str
+) -> dict[str, CorpusScore]:
+    """Scores of every layer; experts that saw no token get those of their kind.
+
+    An expert without a token has no false zero: under each scheme it is given the mean
+    error of the experts of the same projection that did see tokens, scaled by its own
+    relative weight error against theirs. It is a bound more than an estimate, since an
+    expert that calibration never reached is rarely reached in use.
+    """
+    seen = {
+        layer.name: scores[layer.name].corpora[corpus]
+        for layer in group.layers
+        if corpus in scores[layer.name].corpora
+    }
+    filled = {}
+    for layer in group.layers:
+        if layer.name in seen:
+            filled[layer.name] = seen[layer.name]
+            continue
+        alike = [la for la in group.layers if la.name in seen and la.module == layer.module]
+        if not alike:
+            raise StatsError(
+                f"{group.name}: no token of corpus {corpus!r} reached {layer.name} or a layer "
+                f"like it. Calibrate on more text."
+            )
+        filled[layer.name] = _mean_score(layer, alike, scores, corpus)
+    return filled
+
+
+def _mean_score(
+    layer: LinearLayer, alike: Sequence[LinearLayer], scores: Mapping[str, LayerScore], corpus: str
+) -> CorpusScore:
+    own_S = scores[layer.name].relative_weight_error_S
+    theirs_S = torch.stack([scores[la.name].relative_weight_error_S for la in alike]).mean(0)
+    ratio_S = torch.where(theirs_S > 0, own_S / theirs_S.clamp(min=1e-300), 1.0)
+    parts = [scores[la.name].corpora[corpus] for la in alike]
+    return CorpusScore(
+        error_NS=torch.stack([p.error_NS for p in parts]).mean(0) * ratio_S,
+        projection_MS=torch.zeros_like(parts[0].projection_MS),
+        output_mse_S=torch.stack([p.output_mse_S for p in parts]).mean(0) * ratio_S,
+    )

@@ -1,0 +1,156 @@
+"""The samples of one layer, arranged for scoring: chunks of neighbouring tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.calibration.gains import read_gains
+from mofq.evidence.calibration.sequence_file import LayerSamples
+from mofq.evidence.calibration.stats import Stats, open_sequences
+from mofq.evidence.measure.gains import LayerGains, layer_gains
+
+#: Tokens of one signed projection; see `mofq.evidence.measure.score`.
+CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedSamples:
+    """Inputs and output gradients of one layer over one corpus.
+
+    M chunks of at most C tokens; a sequence with several draws counts once for each
+    draw. Chunks of fewer tokens end in zeros, which add nothing to any sum.
+    """
+
+    x_MCI: Tensor  #: inputs, bfloat16
+    grad_MCO: Tensor  #: output gradients, bfloat16
+    is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
+    sequences: int  #: N; chunks of one sequence follow one another, M // N of them
+    tokens: int  #: T, labelled positions of one sequence
+    source: str = ""  #: the layer whose inputs these are; see `calibration.sequence_file`
+    gains: LayerGains | None = None  #: None: all sequences that were run are here
+    draws: int = 1  #: of each sequence; so many samples of a sequence follow one another
+
+
+class SampleReader:
+    """The sequences of a stats folder, all open; use it in a ``with`` statement.
+
+    The headers of a mixture with thousands of experts are large, and are read once.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        """Open every sequence.
+
+        Raises:
+            StatsError: One is missing or damaged.
+        """
+        self._draws = stats.plan.draws
+        self._length = stats.plan.sequence_length
+        self._plans = {corpus.name: corpus for corpus in stats.plan.corpora}
+        self._gains = {
+            name: [read_gains(file) for file in stats.gains_files(name)] for name in self._plans
+        }
+        self._stack, self._files = open_sequences(stats)
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def read(self, corpus: str, layer: str) -> ChunkedSamples | None:
+        """Read one layer's samples of a corpus.
+
+        Args:
+            corpus: Its name in the stats.
+            layer: Module name.
+
+        Returns:
+            The samples; None where no token of the corpus reached the layer.
+
+        Raises:
+            StatsError: The stats do not know the layer.
+        """
+        sequences = [file.read(layer) for file in self._files[corpus]]
+        found = arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
+        if found is None or not self._gains[corpus]:
+            return found
+        gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
+        return replace(found, gains=gains)
+
+
+def arrange_samples(
+    sequences: Sequence[LayerSamples | None], *, draws: int, sequence_length: int
+) -> ChunkedSamples | None:
+    """Cut one layer's sequences into chunks.
+
+    Args:
+        sequences: In order; None where no token reached the layer.
+        draws: Of the output's gradient for each sequence, D.
+        sequence_length: Tokens of each sequence, T.
+
+    Returns:
+        Chunks of all draws of the first sequence, then of the second, and so on; None where
+        no sequence has a token.
+    """
+    seen = [one for one in sequences if one is not None]
+    if not seen:
+        return None
+    chunks = -(-sequence_length // CHUNK_TOKENS)
+    width = max(_longest_chunk(one) for one in seen)
+    parts = [
+        _chunk(one, draw, chunks, width) if one is not None else _nothing(seen[0], chunks, width)
+        for one in sequences
+        for draw in range(draws)
+    ]
+    x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ChunkedSamples(
+        x,
+        grad,
+        is_token,
+        sequences=len(parts),
+        tokens=sequence_length,
+        source=seen[0].source,
+        draws=draws,
+    )
+
+
+def _positions(samples: LayerSamples) -> Tensor:
+    if samples.token_T is not None:
+        return samples.token_T
+    return torch.arange(samples.x_TI.shape[0])
+
+
+def _longest_chunk(samples: LayerSamples) -> int:
+    return int(torch.bincount(_positions(samples) // CHUNK_TOKENS).max())
+
+
+def _chunk(
+    samples: LayerSamples, draw: int, chunks: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    chunk_T = _positions(samples) // CHUNK_TOKENS
+    # Tokens are in order, so a token's place in its chunk is its distance from the first.
+    first_M = torch.searchsorted(chunk_T, torch.arange(chunks))
+    slot_T = torch.arange(len(chunk_T)) - first_M[chunk_T]
+    x_MCI, grad_MCO, is_token_MC = _nothing(samples, chunks, width)
+    x_MCI[chunk_T, slot_T] = samples.x_TI
+    grad_MCO[chunk_T, slot_T] = samples.grad_DTO[draw]
+    is_token_MC[chunk_T, slot_T] = True
+    return x_MCI, grad_MCO, is_token_MC
+
+
+def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1])),
+        like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1])),
+        torch.zeros((chunks, width), dtype=torch.bool),
+    )

@@ -1,0 +1,391 @@
+"""Search spaces: which schemes may be chosen, and which of them fit a fusion group.
+
+A search space is a YAML file. ``schemes`` lists scheme names in order; a
+bracket such as ``int4.g[128,64,32]`` is one candidate whose group size is the
+first listed that fits every layer of the fusion group. ``SEARCH_SPACE_SCHEMA``
+specifies the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
+from mofq.files.documents import check_document, parse_yaml, read_text, strict_object
+from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
+from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+SEARCH_SPACE_VERSION = 1
+MAX_FILE_BYTES = 100_000
+
+#: Why a group cannot have a scheme, or None: what an engine adds to the rules of shapes.
+Legality = Callable[[Scheme, FusionGroup], str | None]
+
+#: The same of the name of a cache's scheme.
+CacheLegality = Callable[[str, CacheLayer], str | None]
+
+_BRACKET = re.compile(r"\[([^\[\]]*)\]")
+_NAMES = {
+    "type": "array",
+    "minItems": 1,
+    "uniqueItems": True,
+    "items": {"type": "string", "pattern": "."},
+}
+SEARCH_SPACE_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "A mofq search space (search_spaces/*.yaml)",
+    **strict_object(
+        {
+            "version": {"const": SEARCH_SPACE_VERSION},
+            "description": {
+                "type": "string",
+                "description": "what the space is for, in a sentence",
+            },
+            "schemes": {
+                **_NAMES,
+                "description": "scheme names; g[128,64,32] stands for the first size that fits",
+            },
+            "base": {
+                **_NAMES,
+                "description": "entries of schemes that count as plain; others are finer",
+            },
+            "min_gain": {
+                "type": "number",
+                "minimum": 0,
+                "description": "a finer scheme is offered where it removes this many times "
+                "the error that it removes in the median layer (default 10)",
+            },
+            "exclude": {
+                "type": "array",
+                "items": {"type": "string", "pattern": "."},
+                "description": "shell patterns of layer names that stay as they are",
+            },
+            "kv_cache": {
+                **_NAMES,
+                "description": "schemes of the KV cache, one for each attention layer, e.g. "
+                "kv:fp8_e4m3.tensor; it may always stay as it is",
+            },
+            "offer_unquantized": {
+                "type": "boolean",
+                "description": "whether a layer may be left as it is (default true)",
+            },
+        },
+        optional=("description", "base", "min_gain", "exclude", "kv_cache", "offer_unquantized"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One entry of ``schemes``: the first of its schemes that fits is offered."""
+
+    text: str  #: as the file writes it
+    schemes: tuple[Scheme, ...]  #: more than one where it has a bracket
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """What may be chosen, before any layer is known."""
+
+    name: str
+    description: str
+    candidates: tuple[Candidate, ...]
+    base: tuple[str, ...]  #: canonical scheme names, in file order
+    min_gain: float
+    exclude: tuple[str, ...]  #: shell patterns of layer names
+    sha256: str  #: of all that changes a number (not of comments and description)
+    kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that some group may get, in file order."""
+        return tuple(dict.fromkeys(scheme for one in self.candidates for scheme in one.schemes))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOffer:
+    """What the cache of one attention layer may be kept in."""
+
+    cache: CacheLayer
+    schemes: tuple[CacheScheme, ...]
+    rejected: dict[str, str]  #: scheme name -> why not
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one fusion group may get."""
+
+    group: FusionGroup
+    schemes: tuple[Scheme, ...]
+    rejected: dict[str, str]  #: scheme name -> why not
+
+
+def find_search_spaces() -> dict[str, Path]:
+    """The search spaces that come with mofq: name -> file."""
+    package = Path(__file__).resolve().parent.parent
+    # In the wheel they lie inside the package, in a source tree beside it.
+    for folder in (package / "search_spaces", package.parent / "search_spaces"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def load_search_space(name_or_path: str | Path) -> SearchSpace:
+    """Read and check a search space.
+
+    Args:
+        name_or_path: A name that `find_search_spaces` lists, or the path of a YAML file.
+
+    Returns:
+        The search space.
+
+    Raises:
+        SearchSpaceError: There is no such space, or the file is not valid; the
+            message names file and key and suggests the nearest known name.
+    """
+    shipped = find_search_spaces()
+    path = shipped.get(str(name_or_path), Path(name_or_path))
+    if not path.exists():
+        raise SearchSpaceError(
+            f"{name_or_path}: no such search space or file."
+            + nearest_name(str(name_or_path), shipped)
+        )
+    text = read_text(path, SearchSpaceError, MAX_FILE_BYTES)
+    return parse_search_space(text, name=path.stem, where=str(path))
+
+
+def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
+    """A search space from the text of its file; see `load_search_space`."""
+    value = parse_yaml(text, where, SearchSpaceError)
+    if isinstance(value, dict) and value.get("version", 1) != SEARCH_SPACE_VERSION:
+        raise SearchSpaceError(
+            f"{where}: has version {value['version']!r}, "
+            f"and this mofq reads version {SEARCH_SPACE_VERSION}."
+        )
+    check_document(value, SEARCH_SPACE_SCHEMA, where, SearchSpaceError)
+    candidates = [_candidate(entry, f"{where}: schemes") for entry in value["schemes"]]
+    if value.get("offer_unquantized", True):
+        candidates.append(_candidate("bf16", where))
+    elif any(scheme.is_unquantized for one in candidates for scheme in one.schemes):
+        raise SearchSpaceError(f"{where}: offer_unquantized is false, and yet schemes lists bf16.")
+    candidates = _without_repeats(candidates)
+    base = _base(value.get("base", []), candidates, f"{where}: base")
+    min_gain, exclude = float(value.get("min_gain", 10)), tuple(value.get("exclude", ()))
+    kv_cache = _cache_schemes(value.get("kv_cache", ()), f"{where}: kv_cache")
+    return SearchSpace(
+        name,
+        value.get("description", ""),
+        candidates=tuple(candidates),
+        base=base,
+        min_gain=min_gain,
+        exclude=exclude,
+        sha256=_digest(candidates, base, min_gain, exclude, kv_cache),
+        kv_cache=kv_cache,
+    )
+
+
+def _cache_schemes(entries: Sequence[str], where: str) -> tuple[CacheScheme, ...]:
+    try:
+        schemes = {parse_cache_scheme(entry).name: None for entry in entries}
+    except SchemeError as problem:
+        raise SearchSpaceError(f"{where}: {problem}") from problem
+    if not schemes:
+        return ()
+    return tuple(parse_cache_scheme(name) for name in dict.fromkeys([*schemes, "bf16"]))
+
+
+def _without_repeats(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Drop candidates that add no scheme (two spellings of one name)."""
+    first: dict[tuple[Scheme, ...], Candidate] = {}
+    for one in candidates:
+        first.setdefault(one.schemes, one)
+    return list(first.values())
+
+
+def _candidate(entry: str, where: str) -> Candidate:
+    brackets = _BRACKET.findall(entry)
+    if len(brackets) > 1 or ("[" in _BRACKET.sub("", entry)):
+        raise SearchSpaceError(
+            f"{where}: {entry!r} has more than one bracket; list the combinations one by one."
+        )
+    sizes = [size.strip() for size in brackets[0].split(",")] if brackets else [""]
+    if brackets and not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise SearchSpaceError(
+            f"{where}: {entry!r}: a bracket holds group sizes. Write e.g. g[128,64,32]."
+        )
+    try:
+        schemes = tuple(parse_scheme(_BRACKET.sub(size, entry)) for size in sizes)
+    except SchemeError as problem:
+        raise SearchSpaceError(f"{where}: {problem}") from problem
+    if len(set(schemes)) < len(schemes):
+        raise SearchSpaceError(f"{where}: {entry!r} lists a group size twice.")
+    return Candidate(entry, schemes)
+
+
+def _base(entries: Sequence[str], candidates: Sequence[Candidate], where: str) -> tuple[str, ...]:
+    offered = {scheme for one in candidates for scheme in one.schemes}
+    base = [scheme for entry in entries for scheme in _candidate(entry, where).schemes]
+    for scheme in base:
+        if scheme not in offered:
+            names = [one.name for one in offered]
+            raise SearchSpaceError(
+                f"{where}: {scheme.name!r} is not among the schemes."
+                + nearest_name(scheme.name, names)
+            )
+    return tuple(dict.fromkeys(scheme.name for scheme in base))
+
+
+def _digest(
+    candidates: Sequence[Candidate],
+    base: tuple[str, ...],
+    min_gain: float,
+    exclude: tuple[str, ...],
+    kv_cache: tuple[CacheScheme, ...],
+) -> str:
+    content: dict[str, Any] = {
+        "candidates": [[scheme.name for scheme in one.schemes] for one in candidates],
+        "base": base,
+        "min_gain": min_gain,
+        "exclude": exclude,
+    }
+    if kv_cache:  # spaces of before there was such a key keep their hash
+        content["kv_cache"] = [scheme.name for scheme in kv_cache]
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
+    """Why the shape of a layer does not take a scheme; None where it does."""
+    for what, operand in (("weights", scheme.weight), ("activations", scheme.activation)):
+        if operand is None or operand.granularity.kind not in ("group", "peg", "block"):
+            continue
+        rows, columns = operand.granularity.rows, operand.columns_multiple
+        if layer.in_features % columns:
+            return (
+                f"{layer.name}: {operand.granularity.name} of the {what} needs in_features "
+                f"divisible by {columns}, got {layer.in_features}"
+            )
+        if layer.out_features % rows:
+            return (
+                f"{layer.name}: {operand.granularity.name} of the {what} needs out_features "
+                f"divisible by {rows}, got {layer.out_features}"
+            )
+    return None
+
+
+def statistics_rejection(scheme: Scheme) -> str | None:
+    """Why a scheme cannot be had without calibration statistics; None where it can."""
+    weight, activation = scheme.weight, scheme.activation
+    remedy = "needs calibration statistics: run `mofq calibrate`, then measure with --stats"
+    if activation is not None and activation.needs_tensor_amax:
+        return f"a static scale of the activations {remedy}"
+    if weight is not None and weight.scale_rule == "nats":
+        return f"the scale rule nats {remedy}"
+    if weight is not None and weight.rounding == "gptq":
+        return f"gptq {remedy}"
+    return None
+
+
+def offer_schemes(
+    space: SearchSpace,
+    groups: Sequence[FusionGroup],
+    *,
+    legality: Legality | None = None,
+    has_stats: bool = False,
+) -> tuple[Offer, ...]:
+    """What each fusion group may get, and why it may not get the rest.
+
+    Args:
+        space: The search space.
+        groups: Of the model.
+        legality: What a serving engine refuses, if one was named.
+        has_stats: Whether calibration statistics are at hand.
+
+    Returns:
+        One offer for each group, in their order; schemes in the order of the file.
+
+    Raises:
+        SearchSpaceError: Nothing fits some group; the message names it and the reasons.
+    """
+    return tuple(_offer(space, group, legality, has_stats) for group in groups)
+
+
+def offer_caches(
+    space: SearchSpace,
+    caches: Sequence[CacheLayer],
+    *,
+    legality: CacheLegality | None = None,
+) -> tuple[CacheOffer, ...]:
+    """What the cache of each attention layer may be kept in; nothing where the space has none.
+
+    Args:
+        space: The search space.
+        caches: Of the model.
+        legality: What a serving engine refuses, if one was named.
+    """
+    if not space.kv_cache:
+        return ()
+    offers = []
+    for cache in caches:
+        reasons = {
+            scheme.name: cache_rejection(scheme, cache)
+            or (legality(scheme.name, cache) if legality is not None else None)
+            for scheme in space.kv_cache
+        }
+        rejected = {name: why for name, why in reasons.items() if why is not None}
+        offered = tuple(one for one in space.kv_cache if one.name not in rejected)
+        offers.append(CacheOffer(cache, offered, rejected))
+    return tuple(offers)
+
+
+def _offer(
+    space: SearchSpace, group: FusionGroup, legality: Legality | None, has_stats: bool
+) -> Offer:
+    unquantized = parse_scheme("bf16")
+    excluded = _exclusion(space, group)
+    if excluded is not None:
+        rejected = {scheme.name: excluded for scheme in space.schemes if scheme != unquantized}
+        return Offer(group, (unquantized,), rejected)
+    offered: dict[Scheme, None] = {}
+    rejected = {}
+    for candidate in space.candidates:
+        for scheme in candidate.schemes:
+            reason = _rejection(scheme, group, legality, has_stats)
+            if reason is None:
+                offered[scheme] = None
+                break
+            rejected[scheme.name] = reason
+    if not offered:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise SearchSpaceError(
+            f"search space {space.name}: no scheme fits {group.name} ({reasons}). "
+            f"Add one that does, list its layers under `exclude`, or offer bf16."
+        )
+    return Offer(group, tuple(offered), rejected)
+
+
+def _exclusion(space: SearchSpace, group: FusionGroup) -> str | None:
+    for pattern in space.exclude:
+        for layer in group.layers:
+            if fnmatchcase(layer.name, pattern):
+                return f"{layer.name}: excluded by {pattern!r}"
+    return None
+
+
+def _rejection(
+    scheme: Scheme, group: FusionGroup, legality: Legality | None, has_stats: bool
+) -> str | None:
+    reasons = (shape_rejection(scheme, layer) for layer in group.layers)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is None and not has_stats:
+        reason = statistics_rejection(scheme)
+    if reason is None and legality is not None:
+        reason = legality(scheme, group)
+    return reason

@@ -1,0 +1,54 @@
+"""The table: what every choice costs, measured once.
+
+``table.jsonl`` is JSON Lines and only ever grows. The first line is a header
+that names the model, the statistics and the fusion groups; every later line is
+a ``space`` (what was asked), a ``rejection`` (why a scheme was not measured), a
+``profile`` (how large the weights and inputs of a layer are), a ``cache`` (an attention
+layer whose cache's format was asked for) or a ``row`` (a measured choice).
+``TABLE_LINE_SCHEMA`` specifies each of them.
+"""
+
+from __future__ import annotations
+
+from mofq.evidence.table.lines import (
+    MOST_BINS,
+    UNITS,
+    Extent,
+    Profile,
+    Rejection,
+    Row,
+    RowKey,
+    Table,
+    TableGroup,
+    TableHeader,
+    TableLayer,
+    TableSpace,
+    TableStats,
+    bin_width,
+    header_of,
+)
+from mofq.evidence.table.reader import read_table
+from mofq.evidence.table.schema import TABLE_LINE_SCHEMA
+from mofq.evidence.table.writer import TableWriter, open_table
+
+__all__ = [
+    "MOST_BINS",
+    "TABLE_LINE_SCHEMA",
+    "UNITS",
+    "Extent",
+    "Profile",
+    "Rejection",
+    "Row",
+    "RowKey",
+    "Table",
+    "TableGroup",
+    "TableHeader",
+    "TableLayer",
+    "TableSpace",
+    "TableStats",
+    "TableWriter",
+    "bin_width",
+    "header_of",
+    "open_table",
+    "read_table",
+]

@@ -1,0 +1,1 @@
+"""Text files of the flow, read and written strictly, and locks on files and folders."""

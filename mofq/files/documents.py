@@ -1,0 +1,331 @@
+"""Reading and writing the small text files of the flow, strictly.
+
+A YAML or JSON document becomes plain dictionaries, lists and scalars, and is
+checked against a JSON Schema: the same literal that editors get. Nothing here
+constructs objects from a document, follows an alias, or guesses a type that
+YAML 1.2's core schema does not name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mofq.exceptions import MofqError, nearest_name
+from mofq.files.locks import check_replaceable, open_new_file
+
+Schema = Mapping[str, Any]
+
+#: A mixture-of-experts recipe with 20,000 layers is about 2 MB.
+MAX_YAML_BYTES = 16_000_000
+MAX_DEPTH = 16
+
+_QUOTE = "Quote a text that only begins with '*' or '&'."
+_NULLS = ("", "~", "null", "Null", "NULL")
+_BOOLEANS = {
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+#: What moves a terminal's cursor or turns the direction of text; lines and tabs do no harm.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@~+-]*")
+
+
+def read_text(path: Path, error: type[MofqError], max_bytes: int = MAX_YAML_BYTES) -> str:
+    """The text of a file of bounded size.
+
+    Raises:
+        error: The file is missing, unreadable, too large, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise error(f"{path}: larger than {max_bytes} bytes, which no file of this kind needs.")
+        return data.decode()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}. Check the path.") from problem
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: is not UTF-8 text (byte {problem.start}).") from problem
+
+
+def parse_yaml(text: str, where: str, error: type[MofqError]) -> Any:
+    """Parse one YAML document of plain values.
+
+    Scalars are typed by YAML 1.2's core schema (so ``no`` and ``2026-01-01``
+    are strings and ``1e-3`` is a number).
+
+    Args:
+        text: The document.
+        where: What messages call it, normally its path.
+        error: The exception to raise.
+
+    Raises:
+        error: The text is not YAML, has an anchor, alias or tag, a key twice,
+            a key that is not a string, more than one document, or nests too deeply.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        events = yaml.parse(text, Loader=loader)
+        next(events)
+        first = next(events)
+        if isinstance(first, yaml.StreamEndEvent):
+            raise error(f"{where}: is empty.")
+        value = _build(next(events), events, where, error, 0)
+        next(events)
+        if not isinstance(next(events), yaml.StreamEndEvent):
+            raise error(f"{where}: holds more than one YAML document; keep one.")
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise error(_yaml_problem(problem, where)) from problem
+    return value
+
+
+def _yaml_problem(problem: Exception, where: str) -> str:
+    if not isinstance(problem, yaml.MarkedYAMLError) or problem.problem_mark is None:
+        return f"{where}: is not valid YAML: {' '.join(str(problem).split())}."
+    words = ", ".join(word for word in (problem.context, problem.problem) if word)
+    hint = f" {_QUOTE}" if "alias" in words or "anchor" in words else ""
+    return f"{where}, line {problem.problem_mark.line + 1}: is not valid YAML: {words}.{hint}"
+
+
+def _build(
+    event: yaml.Event, events: Iterator[yaml.Event], where: str, error: type[MofqError], depth: int
+) -> Any:
+    line = _line(event, where)
+    if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+        raise error(f"{line}: anchors and aliases are not accepted. Write the value out. {_QUOTE}")
+    tag = getattr(event, "tag", None)
+    if tag is not None:
+        raise error(f"{line}: the tag {tag!r} is not accepted; write a plain value.")
+    if depth > MAX_DEPTH:
+        raise error(f"{line}: nests deeper than {MAX_DEPTH} levels.")
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event.value) if event.implicit[0] else event.value
+    if isinstance(event, yaml.SequenceStartEvent):
+        items = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            items.append(_build(item, events, where, error, depth + 1))
+        return items
+    mapping: dict[str, Any] = {}
+    while not isinstance(item := next(events), yaml.MappingEndEvent):
+        line = _line(item, where)
+        if not isinstance(item, yaml.ScalarEvent) or item.anchor or item.tag:
+            raise error(f"{line}: a key must be a plain word.")
+        if item.value in mapping:
+            raise error(f"{line}: the key {item.value!r} stands twice; keep one.")
+        mapping[item.value] = _build(next(events), events, where, error, depth + 1)
+    return mapping
+
+
+def _line(event: yaml.Event, where: str) -> str:
+    return f"{where}, line {event.start_mark.line + 1}" if event.start_mark else where
+
+
+def _scalar(text: str) -> Any:
+    if text in _NULLS:
+        return None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    return text
+
+
+def yaml_scalar(value: Any) -> str:
+    """A scalar as YAML 1.1 and 1.2 readers both read it back; strings plain where they can be."""
+    if not isinstance(value, str):
+        text = json.dumps(value, allow_nan=False)
+        # YAML 1.1 takes 1e-05 for a string.
+        return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+    # YAML 1.1, which most readers still follow, takes more words for something else.
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers.get(value[:1], [])
+    is_plain = _PLAIN.fullmatch(value) and not any(regexp.match(value) for _, regexp in resolvers)
+    if is_plain and isinstance(_scalar(value), str) and value.lower() not in ("y", "n"):
+        return value
+    return str(yaml.safe_dump(value, default_style='"', width=10**9)).rstrip("\n")
+
+
+def parse_json(text: str, where: str, error: type[MofqError]) -> Any:
+    """Parse one JSON value; NaN, infinities and repeated keys are refused.
+
+    Raises:
+        error: The text is not strict JSON.
+    """
+
+    def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise error(f"{where}: the key {twice!r} stands twice.")
+        return mapping
+
+    def no_constant(word: str) -> Any:
+        raise error(f"{where}: {word} is not a number that can be used.")
+
+    try:
+        return json.loads(text, object_pairs_hook=keys_once, parse_constant=no_constant)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where}: is not valid JSON: {problem}") from problem
+
+
+def check_document(value: Any, schema: Schema, where: str, error: type[MofqError]) -> None:
+    """Check plain values against the part of JSON Schema that mofq's schemas use.
+
+    ``type``, ``properties``, ``required``, ``additionalProperties``, ``items``,
+    ``minItems``, ``uniqueItems``, ``enum``, ``const``, ``minimum``,
+    ``exclusiveMinimum``, ``pattern``. Every number must be finite.
+
+    Args:
+        value: What ``parse_yaml`` or ``parse_json`` returned.
+        schema: A JSON Schema of these words.
+        where: The file, and the key within it, for messages.
+        error: The exception to raise.
+
+    Raises:
+        error: The value does not fit; the message names the key and suggests the nearest known.
+    """
+    kinds = schema.get("type")
+    if kinds is not None:
+        accepted = (kinds,) if isinstance(kinds, str) else kinds
+        kind = _kind(value)
+        if kind not in accepted and not (kind == "integer" and "number" in accepted):
+            raise error(f"{where}: must be {' or '.join(accepted)}, found {kind} {_shown(value)}.")
+    if isinstance(value, dict):
+        _check_mapping(value, schema, where, error)
+    elif isinstance(value, list):
+        _check_list(value, schema, where, error)
+    else:
+        _check_scalar(value, schema, where, error)
+
+
+def _check_mapping(
+    value: dict[str, Any], schema: Schema, where: str, error: type[MofqError]
+) -> None:
+    properties = schema.get("properties", {})
+    others = schema.get("additionalProperties", True)
+    for key, item in value.items():
+        if key in properties:
+            check_document(item, properties[key], f"{where}: {key}", error)
+        elif others is False:
+            raise error(f"{where}: unknown key {key!r}." + nearest_name(key, properties))
+        else:
+            _check_scalar(key, {}, where, error)
+            if others is not True:
+                check_document(item, others, f"{where}: {key}", error)
+    # After the unknown keys: one of those may be the missing one, misspelt.
+    for key in schema.get("required", ()):
+        if key not in value:
+            raise error(f"{where}: the key {key!r} is missing.")
+
+
+def _check_list(value: list[Any], schema: Schema, where: str, error: type[MofqError]) -> None:
+    if len(value) < schema.get("minItems", 0):
+        raise error(f"{where}: needs at least {schema['minItems']} entries, found {len(value)}.")
+    if "items" in schema:
+        for position, item in enumerate(value):
+            check_document(item, schema["items"], f"{where}[{position}]", error)
+    if schema.get("uniqueItems") and len(set(map(repr, value))) < len(value):
+        twice = next(item for item in value if value.count(item) > 1)
+        raise error(f"{where}: {_shown(twice)} stands twice; keep one.")
+
+
+def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise error(f"{where}: must be a finite number, found {value}.")
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise error(f"{where}: holds half of a surrogate pair, which is not text.")
+        if not value.isprintable() and (found := _CONTROL.search(value)):
+            raise error(
+                f"{where}: {_shown(value)} holds the control character {found[0]!r}, which could "
+                f"change what a terminal shows. Remove it."
+            )
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            raise error(f"{where}: {_shown(value)} does not match {schema['pattern']!r}.")
+    # JSON tells true from 1, and Python does not.
+    is_other = "const" in schema and isinstance(value, bool) != isinstance(schema["const"], bool)
+    if is_other or ("const" in schema and value != schema["const"]):
+        raise error(f"{where}: must be {schema['const']!r}, found {_shown(value)}.")
+    if "enum" in schema and value not in schema["enum"]:
+        known = [str(word) for word in schema["enum"]]
+        raise error(f"{where}: {_shown(value)} is not known." + nearest_name(str(value), known))
+    if isinstance(value, int | float):
+        if "minimum" in schema and value < schema["minimum"]:
+            raise error(f"{where}: must be at least {schema['minimum']}, found {value}.")
+        if "maximum" in schema and value > schema["maximum"]:
+            raise error(f"{where}: must be at most {schema['maximum']}, found {value}.")
+        if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+            raise error(f"{where}: must be more than {schema['exclusiveMinimum']}, found {value}.")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        str: "string",
+        list: "array",
+        dict: "object",
+    }
+    return names[type(value)]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def strict_object(properties: Mapping[str, Schema], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """A JSON Schema of an object with these keys and no others, required unless optional."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": [key for key in properties if key not in optional],
+        "additionalProperties": False,
+    }
+
+
+def write_beside_and_rename(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, so that its final name never shows a part of it.
+
+    Raises:
+        MofqError: The folder is missing, the name is that of something else than a file, or the
+            disk is full; nothing is left behind.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    check_replaceable(path)
+    try:
+        file = open_new_file(beside)
+        try:
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            os.fsync(file)
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(file)
+    except OSError as problem:
+        raise MofqError(
+            f"{path}: cannot be written: {problem.strerror}. Make room or name another place, and "
+            f"run the same command again."
+        ) from problem

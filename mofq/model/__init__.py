@@ -1,0 +1,1 @@
+"""A checkpoint and its structure: headers, tensors, linear layers, fusion groups, bytes."""

@@ -1,0 +1,271 @@
+"""Names, dtypes, shapes and byte ranges of a checkpoint's tensors. Reads no weight, needs no torch.
+
+Headers are input from strangers: whatever does not follow the format to the
+letter is refused before anything is read on its word.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
+from mofq.model.checkpoint.shards import (
+    AGAIN,
+    DTYPE_BITS,
+    MAX_JSON_BYTES,
+    TensorInfo,
+    read_header,
+    read_json,
+    shorten,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "DTYPE_BITS",
+    "INDEX_FILE",
+    "MAX_JSON_BYTES",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "TensorInfo",
+    "open_checkpoint",
+    "open_stored",
+    "read_header",
+    "read_json",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+_GGUF = (
+    "GGUF is what llama.cpp runs, quantized already or not. Give the Hugging Face folder that it"
+    " was converted from; `mofq export --to llama.cpp` makes types for llama-quantize of a recipe."
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model folder, known by its config and the headers of its shards."""
+
+    folder: Path
+    name: str  #: hub id, or the folder's own name
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    index_sha256: str  #: of every stored tensor's name, dtype and shape, and of the stored config
+    consumed: dict[str, TensorInfo] = field(default_factory=dict)  #: scales of an FP8 source
+    source_format: str | None = None  #: of an FP8 source; None: the weights are as they are
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Read the config and all headers of a model that is to be quantized.
+
+    The weights of an FP8 checkpoint know their scales, and are read as the float32 values
+    that they stand for; its scales are no tensors of the model, and its config says nothing
+    of a quantization.
+
+    Args:
+        model: A folder with ``config.json`` and safetensors weights (one file, or
+            shards and their index), or a hub id such as ``"Qwen/Qwen3-0.6B"``,
+            which is fetched into the hub's cache. An existing path wins.
+
+    Returns:
+        The checkpoint. Quantized ones of other kinds open too; ``find_layers`` refuses them.
+
+    Raises:
+        CheckpointError: No such folder, a file is missing or damaged, the shards
+            disagree with their index, or an FP8 weight has no scale that fits it.
+    """
+    stored = open_stored(model)
+    fp8 = read_fp8(stored.folder, stored.config, stored.tensors)
+    if fp8 is None:
+        return stored
+    return replace(
+        stored,
+        config=without_quantization(stored.config),
+        tensors=fp8.tensors,
+        consumed=fp8.consumed,
+        source_format=fp8.description,
+    )
+
+
+def open_stored(model: str) -> Checkpoint:
+    """Read the config and all headers of a checkpoint, every tensor as it is stored.
+
+    Args:
+        model: As for `open_checkpoint`.
+
+    Returns:
+        The checkpoint, whether it is quantized or not.
+
+    Raises:
+        CheckpointError: No such folder, a file is missing or damaged, or the
+            shards disagree with their index.
+    """
+    path = Path(model).expanduser()
+    if os.path.isdir(path):
+        folder, name = path, path.resolve().name
+    elif os.path.exists(path):
+        raise CheckpointError(
+            f"{model}: needed the folder of a model, found a file."
+            + (f" {_GGUF}" if path.suffix == ".gguf" else f" Give {str(path.parent)!r}.")
+        )
+    elif _HUB_ID.fullmatch(model):
+        folder, name = _fetch_from_hub(model), model
+    else:
+        raise CheckpointError(f"{model}: no such folder.{_nearest_folder(path)}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: needed {CONFIG_FILE}, found none.{_model_folder_inside(folder)}"
+            f" {_what_else(folder)}"
+        )
+    _check_links(folder)
+    config = read_json(folder / CONFIG_FILE)
+    tensors = _read_all_headers(folder)
+    return Checkpoint(folder, name, config, tensors, _hash_index(config, tensors))
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse files of a model that lie elsewhere, other than in the hub's cache."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink() or not any(path.match(each) for each in _HUB_PATTERNS):
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(real) and target.parent.name != "blobs":
+            raise CheckpointError(
+                f"{path}: is a link to {target}, outside of the model's folder, and what lies"
+                " there is not read. Put the file itself into the folder."
+            )
+
+
+def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{folder}: found both {SINGLE_FILE} and {INDEX_FILE}; engines differ in which they"
+            " load. Remove the one that is not meant."
+        )
+    if index.exists():
+        return _read_shards(index)
+    if single.exists():
+        return read_header(single)
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    raise CheckpointError(
+        f"{folder}: needed {SINGLE_FILE} or {INDEX_FILE}, found neither."
+        + (
+            f" {pickled[0]} is a pickle, which can run code and is never read here: have it"
+            " converted to safetensors first."
+            if pickled
+            else f" {AGAIN}"
+        )
+    )
+
+
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: needed a 'weight_map' of tensor names, found none. {AGAIN}"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted({_shard_name(index, key, file) for key, file in weight_map.items()}):
+        path = index.parent / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: {INDEX_FILE} needs this shard, and it is missing. Fetch it again."
+            )
+        for name, info in read_header(path).items():
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{path}: holds tensor {name!r}, which {INDEX_FILE} places in"
+                    f" {weight_map.get(name)!r}. {AGAIN}"
+                )
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is needed in {shard!r}, and is not there. {AGAIN}"
+            )
+    return tensors
+
+
+def _shard_name(index: Path, key: str, file: object) -> str:
+    """A plain file name: an index must not lead out of its folder."""
+    plain = isinstance(file, str) and file not in ("", ".", "..")
+    if not plain or re.search(r"[/\\:\x00]", str(file)):
+        raise CheckpointError(
+            f"{index}: tensor {key!r} is said to be in {shorten(file)}; needed the plain name of"
+            " a file in the same folder. Do not trust this checkpoint."
+        )
+    return str(file)
+
+
+def _hash_index(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str:
+    rows = [[info.name, info.dtype, info.shape] for _, info in sorted(tensors.items())]
+    text = json.dumps({"config": config, "tensors": rows}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fetch_from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights, config and tokenizer at the top level; no pickles, no second formats.
+        folder = snapshot_download(
+            model, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except Exception as error:  # whatever the client raises, the model cannot be had
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{model}: no such folder, and as a hub id it cannot be fetched: {reason[0]}"
+            f"{_nearest_folder(Path(model))} Check the spelling and the network, or give a folder."
+        ) from error
+    return Path(folder)
+
+
+def _nearest_folder(path: Path) -> str:
+    """``" Did you mean …?"`` for the first part of the path that does not exist."""
+    missing = path.absolute()
+    while not os.path.exists(missing.parent):
+        missing = missing.parent
+    try:
+        siblings = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
+    except OSError as error:
+        return f" {missing.parent}: {error.strerror}."
+    near = get_close_matches(missing.name, siblings, n=1, cutoff=0.5)
+    if near:
+        return f" Did you mean {str(missing.parent / near[0])!r}?"
+    return f" {missing.parent} has no folder {missing.name!r}."
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without config.json is, and what to give instead."""
+    if (folder / "adapter_config.json").is_file():
+        stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = shorten(stated) if isinstance(stated, str) else "its base model"
+        return (
+            f"It is an adapter of {base}: merge the two (peft: merge_and_unload, then"
+            " save_pretrained), and give the merged folder."
+        )
+    if any(folder.glob("*.gguf")):
+        return _GGUF
+    if (folder / "params.json").is_file():
+        return "It is in Meta's or Mistral's own layout. Give the version for transformers."
+    return "Give the folder that holds config.json and the safetensors files."
+
+
+def _model_folder_inside(folder: Path) -> str:
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return f" Did you mean {str(inside[0])!r}?" if inside else ""

@@ -1,0 +1,327 @@
+"""Weights read from safetensors files, a block of rows at a time; FP8 sources as float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from io import FileIO
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.model.checkpoint.shards import Scaling
+
+#: safetensors' dtype to torch's. The sub-byte dtypes have no torch dtype of the same shape.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+
+
+_E4M3_MAX = 448.0
+#: Elements of a tensor that are decoded at once on their way into an export.
+_KEPT_ELEMENTS = 2**22
+
+
+class StoredLayer(Protocol):
+    """What must be known of a linear layer to find its rows on disk."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def tensor(self) -> str:
+        """Name of the stored tensor."""
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the layer's weight."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the layer's weight."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [in_features, out_features]."""
+
+    @property
+    def expert(self) -> int | None:
+        """Index into the first of three dimensions, or None for two."""
+
+    @property
+    def row_start(self) -> int:
+        """The layer's first row in the stored matrix."""
+
+
+def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Read entries ``start`` to ``stop`` of a tensor's first dimension.
+
+    Args:
+        info: The tensor; it has at least one dimension.
+        start: First entry.
+        stop: One past the last entry.
+
+    Returns:
+        [stop - start, …] in the stored dtype, of an FP8 source in float32. Nothing else is
+        read but the scales of these rows.
+
+    Raises:
+        CheckpointError: The file got shorter, torch has no such dtype, or a scale is no
+            positive number.
+        ValueError: The range does not lie in the tensor.
+    """
+    if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        raise ValueError(f"{info.name}: rows {start} to {stop} of shape {list(info.shape)}")
+    row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
+    data = _read_strided(
+        info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
+    )
+    values = data.view(_torch_dtype(info)).reshape(stop - start, *info.shape[1:])
+    if not info.decoded:
+        return values
+    if len(info.shape) < 3:
+        return _decode(info, values, start=start)
+    experts = [_decode(info, one, expert=start + e) for e, one in enumerate(values)]
+    return torch.stack(experts) if experts else decode_codes(values)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read a whole tensor, in the stored dtype, of an FP8 source in float32.
+
+    Raises:
+        CheckpointError: As `read_rows`.
+    """
+    if info.decoded and info.shape:
+        return read_rows(info, 0, info.shape[0])
+    data = _read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
+    values = data.view(_torch_dtype(info)).reshape(info.shape)
+    return decode_codes(values) if info.decoded else values
+
+
+def read_layer_rows(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop: int) -> Tensor:
+    """Read output rows ``start`` to ``stop`` of a linear layer, however it is stored.
+
+    Args:
+        checkpoint: Holds the layer's tensor.
+        layer: Where the layer lies in its tensor.
+        start: First output row.
+        stop: One past the last output row.
+
+    Returns:
+        [stop - start, in_features], contiguous, in the stored dtype, of an FP8 source in
+        float32. At most twice its size is held in memory.
+
+    Raises:
+        CheckpointError: As `read_rows`.
+        ValueError: The range does not lie in the layer, or the layer not in the tensor.
+    """
+    info = checkpoint.tensors[layer.tensor]
+    if not 0 <= start <= stop <= layer.out_features:
+        raise ValueError(f"{layer.name}: rows {start} to {stop} of {layer.out_features}")
+    dtype = _torch_dtype(info)
+    rows, columns = _matrix_shape(info, layer)
+    matrix_at = (layer.expert or 0) * rows * columns
+    first, count = layer.row_start + start, stop - start
+    if layer.transposed:
+        data = _read_strided(
+            info,
+            offset=(matrix_at + first) * dtype.itemsize,
+            count=rows,
+            nbytes=count * dtype.itemsize,
+            stride=columns * dtype.itemsize,
+        )
+        return _decode(info, data.view(dtype).reshape(rows, count).T.contiguous())
+    data = _read_strided(
+        info,
+        offset=(matrix_at + first * columns) * dtype.itemsize,
+        count=1,
+        nbytes=count * columns * dtype.itemsize,
+        stride=0,
+    )
+    values = data.view(dtype).reshape(count, columns)
+    return _decode(info, values, expert=layer.expert or 0, start=first)
+
+
+def read_kept_rows(info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
+    """A tensor of an FP8 source as it is written where no scheme quantizes it: in bf16.
+
+    The float32 products are rounded to nearest, ties to even; exact where scales are powers
+    of two.
+
+    Yields:
+        First row and rows, [any number, …], in order, of a bounded size.
+
+    Raises:
+        CheckpointError: As `read_rows`.
+    """
+    row = max(1, math.prod(info.shape[1:]))
+    step = max(1, _KEPT_ELEMENTS // row)
+    for start in range(0, info.shape[0], step):
+        rows = read_rows(info, start, min(start + step, info.shape[0]))
+        yield start, rows.to(torch.bfloat16)
+
+
+def read_kept_layer(checkpoint: Checkpoint, layer: StoredLayer, start: int, stop: int) -> Tensor:
+    """As `read_layer_rows`, rounded as an export rounds a layer that stays unquantized."""
+    rows_RI = read_layer_rows(checkpoint, layer, start, stop)
+    return rows_RI.to(torch.bfloat16) if checkpoint.tensors[layer.tensor].decoded else rows_RI
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Read every scale of an FP8 source, before the long work.
+
+    Raises:
+        CheckpointError: One is no positive number, or a file got shorter.
+    """
+    for info in checkpoint.tensors.values():
+        scaling = info.scaling
+        if scaling is not None:
+            for expert in range(scaling.scale.shape[0] if len(info.shape) == 3 else 1):
+                _read_scales(scaling, expert, 0, scaling.rows)
+
+
+def decode_codes(codes: Tensor) -> Tensor:
+    """The values of FP8 codes, a dozen times faster than torch's own conversion on a CPU.
+
+    Either format is float16 with bits left out: E5M2 its upper byte, E4M3 the same with a
+    shorter exponent, whose bias is less by 8, and with a NaN where float16 has 480 / 256.
+
+    Args:
+        codes: float8_e4m3fn or float8_e5m2, contiguous, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign, extended, is where it belongs
+    if codes.dtype == torch.float8_e5m2:
+        return (bits << 8).view(torch.float16).float()
+    values = ((bits << 7) & ~0x4000).view(torch.float16).float().mul_(2.0**8)
+    if values.numel():
+        low, high = torch.aminmax(values)
+        if float(low) < -_E4M3_MAX or float(high) > _E4M3_MAX:
+            values[values.abs() > _E4M3_MAX] = torch.nan
+    return values
+
+
+def _decode(info: TensorInfo, values_RI: Tensor, *, expert: int = 0, start: int = 0) -> Tensor:
+    """Codes times scales: whole rows of a matrix from ``start`` on, float32.
+
+    A tensor that is not decoded comes back as it is. The product of a code of 4 bits and
+    a scale of 24 is rounded once, to float32.
+    """
+    if not info.decoded:
+        return values_RI
+    weight_RI = decode_codes(values_RI)
+    scaling = info.scaling
+    if scaling is None or not len(weight_RI):
+        return weight_RI
+    first = start // scaling.tile_rows
+    last = (start + len(weight_RI) - 1) // scaling.tile_rows
+    scale_GC = _read_scales(scaling, expert, first, last + 1)
+    row_R = torch.arange(start, start + len(weight_RI)) // scaling.tile_rows - first
+    scale_RC = scale_GC[row_R]
+    whole = weight_RI.shape[1] // scaling.tile_columns  # tiles that are not cut at the edge
+    edge = whole * scaling.tile_columns
+    if whole:
+        weight_RI[:, :edge].unflatten(1, (whole, -1)).mul_(scale_RC[:, :whole, None])
+    weight_RI[:, edge:].mul_(scale_RC[:, whole:])
+    return weight_RI
+
+
+def _read_scales(scaling: Scaling, expert: int, start: int, stop: int) -> Tensor:
+    """Rows of the matrix of scales of one expert, [stop - start, columns], float32."""
+    info = scaling.scale
+    dtype = _torch_dtype(info)
+    row_bytes = scaling.columns * dtype.itemsize
+    data = _read_strided(
+        info,
+        offset=(expert * scaling.rows + start) * row_bytes,
+        count=1,
+        nbytes=(stop - start) * row_bytes,
+        stride=0,
+    )
+    scale_GC = data.view(dtype).float().reshape(stop - start, scaling.columns)
+    is_scale_GC = torch.isfinite(scale_GC) & (scale_GC > 0)
+    if not bool(is_scale_GC.all()):
+        row, column = (~is_scale_GC).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} holds {float(scale_GC[row, column])} as the scale in row"
+            f" {start + row}, column {column}{f' of expert {expert}' if expert else ''}; needed"
+            " positive numbers. The file is damaged, or was written by a tool that failed:"
+            " fetch it again, or give the checkpoint before it was quantized."
+        )
+    return scale_GC
+
+
+def _matrix_shape(info: TensorInfo, layer: StoredLayer) -> tuple[int, int]:
+    """Shape of the stored matrix, as stored, once it is known to hold the layer."""
+    fits = len(info.shape) == (2 if layer.expert is None else 3)
+    if fits:
+        rows, columns = info.shape[-2:]
+        out_stored, in_stored = (columns, rows) if layer.transposed else (rows, columns)
+        fits = in_stored == layer.in_features
+        fits &= 0 <= layer.row_start <= out_stored - layer.out_features
+        fits &= layer.expert is None or 0 <= layer.expert < info.shape[0]
+    if not fits:
+        raise ValueError(
+            f"{layer.name}: [{layer.out_features}, {layer.in_features}] from row {layer.row_start}"
+            f" of expert {layer.expert} does not lie in {info.name!r} of {list(info.shape)}"
+        )
+    return rows, columns
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    if info.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, needed one of"
+            f" {', '.join(TORCH_DTYPES)}."
+        )
+    return TORCH_DTYPES[info.dtype]
+
+
+def _read_strided(info: TensorInfo, *, offset: int, count: int, nbytes: int, stride: int) -> Tensor:
+    """``count`` runs of ``nbytes`` bytes, ``stride`` apart, as one row of bytes, uint8."""
+    data = torch.empty(count * nbytes, dtype=torch.uint8)
+    memory = data.numpy().data
+    try:
+        # Unbuffered: a buffer would read ahead what the caller did not ask for.
+        with open(info.file, "rb", buffering=0) as file:
+            for run in range(count):
+                file.seek(info.start + offset + run * stride)
+                _fill(file, memory[run * nbytes : (run + 1) * nbytes], info)
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}.") from error
+    return data
+
+
+def _fill(file: FileIO, memory: memoryview, info: TensorInfo) -> None:
+    while memory:
+        read = file.readinto(memory)
+        if not read:
+            raise CheckpointError(
+                f"{info.file}: ends inside tensor {info.name!r}: needed {len(memory):,} more bytes."
+                " It changed while it was read. Fetch the file again and start over."
+            )
+        memory = memory[read:]

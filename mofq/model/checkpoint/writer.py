@@ -1,0 +1,296 @@
+"""Writes a checkpoint's safetensors shards tensor by tensor, or block of rows by block of rows.
+
+The safetensors library writes a file from tensors that are all in memory. Here
+the sizes are planned first, so every header is known before the first byte of
+data, and no more than what the caller hands over is ever held.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor, uint8
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorInfo
+from mofq.model.checkpoint.tensors import TORCH_DTYPES
+
+_COPY_BYTES = 16 * 2**20
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """Dtype, as safetensors calls it, and shape of a tensor that will be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk [bytes]."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class ShardWriter:
+    """Writes ``model.safetensors``, or shards with their index, into a folder.
+
+    A context manager. The tensors may come in any order, each whole or in
+    consecutive blocks of rows. The files get their final names, the index last,
+    when the block ends and everything planned has been written; after an
+    exception nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Mapping[str, PlannedTensor],
+        *,
+        shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Lay the shards out and create them.
+
+        Args:
+            folder: An existing folder that holds no weights yet.
+            plan: Every tensor that will be written. Shards are filled in this order.
+            shard_bytes: Largest amount of data in a shard [bytes]; a single larger
+                tensor gets a shard of its own.
+
+        Raises:
+            CheckpointError: The folder already holds weights, or the disk has no room.
+        """
+        self._folder = folder
+        self._plan = dict(plan)
+        self._shard_of = _assign_shards(self._plan, shard_bytes)
+        self._offsets: dict[str, int] = {}
+        self._written = dict.fromkeys(self._plan, 0)
+        _check_folder(folder, sum(tensor.nbytes for tensor in self._plan.values()))
+        try:
+            for shard in dict.fromkeys(self._shard_of.values()):
+                self._create(shard)
+        except BaseException:
+            self._remove()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give the files their final names, or remove them all after an exception."""
+        try:
+            if kind is None:
+                self._finish()
+                return
+        except BaseException:
+            self._remove()
+            raise
+        self._remove()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a whole tensor.
+
+        Args:
+            name: As planned.
+            tensor: Of the planned dtype and shape, on any device.
+
+        Raises:
+            CheckpointError: The disk is full.
+            ValueError: It was not planned so, or is there already.
+        """
+        planned = self._plan.get(name)
+        if planned is None or tuple(tensor.shape) != planned.shape:
+            raise ValueError(f"{name}: planned {planned}, got shape {list(tensor.shape)}")
+        self._append(name, tensor)
+
+    def add_rows(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a tensor.
+
+        Args:
+            name: As planned.
+            rows: [any number, …] of the planned dtype; the rows after those that were
+                written before.
+
+        Raises:
+            CheckpointError: The disk is full.
+            ValueError: It was not planned so, or there are more rows than planned.
+        """
+        planned = self._plan.get(name)
+        if planned is None or not planned.shape or tuple(rows.shape[1:]) != planned.shape[1:]:
+            raise ValueError(f"{name}: planned {planned}, got rows of shape {list(rows.shape)}")
+        self._append(name, rows)
+
+    def copy(self, name: str, source: TensorInfo) -> None:
+        """Copy a stored tensor byte for byte, without decoding it.
+
+        Args:
+            name: As planned.
+            source: A tensor of the planned dtype and shape.
+
+        Raises:
+            CheckpointError: The disk is full, or the source got shorter.
+            ValueError: It was not planned so, or is there already.
+        """
+        if self._plan.get(name) != PlannedTensor(source.dtype, source.shape):
+            raise ValueError(
+                f"{name}: planned {self._plan.get(name)}, got {source.dtype} {source.shape}"
+            )
+        try:
+            with source.file.open("rb") as file:
+                file.seek(source.start)
+                left = source.nbytes
+                while left:
+                    data = file.read(min(left, _COPY_BYTES))
+                    if not data:
+                        raise CheckpointError(
+                            f"{source.file}: ends inside tensor {source.name!r}. It changed while"
+                            " it was read. Fetch the file again and start over."
+                        )
+                    self._write(name, data)
+                    left -= len(data)
+        except OSError as error:
+            raise CheckpointError(f"{source.file}: cannot be read: {error.strerror}.") from error
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        dtype = TORCH_DTYPES[self._plan[name].dtype]
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: planned {dtype}, got {tensor.dtype}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._write(name, flat.view(uint8).numpy().data)
+
+    def _write(self, name: str, data: bytes | memoryview) -> None:
+        done, planned = self._written[name], self._plan[name].nbytes
+        if done + len(data) > planned:
+            raise ValueError(f"{name}: {planned} bytes planned, got {done + len(data)}")
+        path = self._partial(self._shard_of[name])
+        try:
+            with path.open("r+b") as file:
+                file.seek(self._offsets[name] + done)
+                file.write(data)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        self._written[name] = done + len(data)
+
+    def _partial(self, shard: str) -> Path:
+        return self._folder / f"{shard}.partial"
+
+    def _create(self, shard: str) -> None:
+        """Write the header of a shard and note where each of its tensors goes."""
+        names = [name for name, where in self._shard_of.items() if where == shard]
+        # Widest first keeps every tensor aligned to its own element.
+        names.sort(key=lambda name: (-_RANK[self._plan[name].dtype], name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in names:
+            planned = self._plan[name]
+            self._offsets[name] = position
+            stop = position + planned.nbytes
+            header[name] = {
+                "dtype": planned.dtype,
+                "shape": list(planned.shape),
+                "data_offsets": [position, stop],
+            }
+            position = stop
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        for name in names:
+            self._offsets[name] += 8 + len(raw)
+        path = self._partial(shard)
+        try:
+            path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def _finish(self) -> None:
+        for name, planned in self._plan.items():
+            if self._written[name] != planned.nbytes:
+                raise ValueError(
+                    f"{name}: {planned.nbytes} bytes planned, {self._written[name]} written"
+                )
+        shards = list(dict.fromkeys(self._shard_of.values()))
+        if shards != [SINGLE_FILE]:
+            self._write_index()
+            shards.append(INDEX_FILE)  # last: before it, the shards are not a checkpoint
+        for shard in shards:
+            path = self._partial(shard)
+            try:
+                _flush_to_disk(path)
+                os.replace(path, self._folder / shard)
+            except OSError as error:
+                raise _cannot_write(path, error) from error
+
+    def _write_index(self) -> None:
+        total = sum(tensor.nbytes for tensor in self._plan.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(self._shard_of.items())),
+        }
+        path = self._partial(INDEX_FILE)
+        try:
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def _remove(self) -> None:
+        # The folder held no weights before, so what has a final name by now is ours too.
+        for shard in [INDEX_FILE, *dict.fromkeys(self._shard_of.values())]:
+            self._partial(shard).unlink(missing_ok=True)
+            (self._folder / shard).unlink(missing_ok=True)
+
+
+def _assign_shards(plan: Mapping[str, PlannedTensor], shard_bytes: int) -> dict[str, str]:
+    """Tensor name to file name, filling one shard after the other."""
+    number, filled = 0, 0
+    numbers: dict[str, int] = {}
+    for name, tensor in plan.items():
+        if filled and filled + tensor.nbytes > shard_bytes:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += tensor.nbytes
+    if number == 0:
+        return dict.fromkeys(plan, SINGLE_FILE)
+    count = f"{number + 1:05}"
+    return {name: f"model-{shard + 1:05}-of-{count}.safetensors" for name, shard in numbers.items()}
+
+
+def _check_folder(folder: Path, needed_bytes: int) -> None:
+    present = sorted(
+        path.name for path in folder.glob("*.safetensors*") if path.suffix != ".partial"
+    )
+    if present:
+        raise CheckpointError(
+            f"{folder}: needed a folder without weights, found {present[0]}. Give another folder,"
+            " or remove it."
+        )
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise CheckpointError(
+            f"{folder}: needed {needed_bytes:,} bytes of disk space, found {free:,} free."
+            " Make room, or give a folder on another disk."
+        )
+
+
+def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written: {error.strerror}. Make room or give another folder, and run"
+        " again."
+    )
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,31 @@
+"""The linear layers of a model, joined into fusion groups. Needs headers only, no torch."""
+
+from __future__ import annotations
+
+from mofq.model.layers.families import FUSION_RULES, Experts, Family
+from mofq.model.layers.find import find_layers
+from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
+from mofq.model.layers.linear import (
+    FusionGroup,
+    LinearLayer,
+    LoadedWeight,
+    ModelLayers,
+    find_loaded_names,
+    find_loaded_weight,
+)
+
+__all__ = [
+    "FUSION_RULES",
+    "PARTS",
+    "CacheLayer",
+    "Experts",
+    "Family",
+    "FusionGroup",
+    "LinearLayer",
+    "LoadedWeight",
+    "ModelLayers",
+    "find_layers",
+    "find_loaded_module",
+    "find_loaded_names",
+    "find_loaded_weight",
+]

@@ -1,0 +1,50 @@
+"""The KV cache of a model: what each attention layer keeps of the tokens that it has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mofq.model.layers.families import FUSION_RULES
+
+#: The two tensors that a layer caches, in the order of schemes.
+PARTS = ("k", "v")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """Keys, after their norm and rotation, and values of one attention layer: one decision.
+
+    Engines hold both in one format. What is cached is a row of ``kv_heads`` heads for each
+    token, of keys and of values.
+    """
+
+    name: str  #: as fusion groups are named: "layers.0.attn.kv_cache"
+    module: str  #: the attention's module, as a checkpoint names it
+    kv_heads: int
+    head_size: int  #: channels of one head
+    decoder_layer: int
+
+    @property
+    def channels(self) -> int:
+        """Of the keys, or of the values, of one token."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def numbers(self) -> int:
+        """Cached for each token: keys and values."""
+        return 2 * self.channels
+
+    def part(self, part: str) -> str:
+        """What statistics call the keys or the values, one of `PARTS`."""
+        return f"{self.name}.{part}"
+
+
+def find_loaded_module(cache: CacheLayer, architecture: str) -> str:
+    """The path of a cache's attention in the model that transformers builds.
+
+    Args:
+        cache: From ``find_layers``.
+        architecture: ``ModelLayers.architecture``.
+    """
+    family = FUSION_RULES[architecture]
+    return family.loaded_body + cache.module.removeprefix(family.body)

@@ -1,0 +1,116 @@
+"""What a linear layer is to every later stage, and where a loaded model holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mofq.model.layers.families import FUSION_RULES
+from mofq.model.layers.kv_cache import CacheLayer
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """One linear layer: a matrix [out_features, in_features] somewhere in a checkpoint.
+
+    ``name`` is what a checkpoint with one tensor per layer calls the module, which
+    is what vLLM reads before it fuses; it is the same however this checkpoint is
+    stored. Mixtral's experts are therefore ``….block_sparse_moe.experts.3.w1``.
+    """
+
+    name: str
+    tensor: str  #: key in the checkpoint
+    out_features: int
+    in_features: int
+    dtype: str  #: as safetensors calls it
+    transposed: bool  #: stored as [in_features, out_features]
+    expert: int | None  #: index into a tensor [experts, out, in]
+    row_start: int  #: first row in the stored matrix; not 0 where layers are stored fused
+    decoder_layer: int | None
+    module: str  #: last words of the name: "q_proj", "experts.gate_proj"
+    shares_scale: str  #: layers of a fusion group with the same word share a global scale
+    scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, slots=True)
+class FusionGroup:
+    """Layers that an engine joins, and that therefore take one scheme."""
+
+    name: str  #: "layers.0.attn.qkv"
+    layers: tuple[LinearLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayers:
+    """Every linear layer of a language model, each exactly once."""
+
+    architecture: str  #: model_type, a key of FUSION_RULES
+    groups: tuple[FusionGroup, ...]
+    unquantized: tuple[LinearLayer, ...]  #: lm_head, routers, projections outside the decoder
+    tied_lm_head: bool  #: the lm_head is the embedding and no layer of its own
+    other_bytes: int  #: of all tensors but the weights in groups [bytes]
+    caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """Where the model that transformers builds in memory holds the weight of a layer.
+
+    The parameter ``name`` is [out, in], [in, out] where ``transposed``, or with one
+    more dimension in front that ``expert`` indexes; the layer's rows start at ``row_start``.
+    """
+
+    name: str
+    expert: int | None
+    row_start: int
+    transposed: bool
+
+
+def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
+    """Map a layer of the checkpoint to a parameter of the loaded model.
+
+    transformers 5 fuses experts into one three-dimensional parameter, whatever the
+    checkpoint looks like, and moves the prefix of some families.
+
+    Args:
+        layer: From ``find_layers``.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        The parameter, by its name in the model of ``AutoModelForCausalLM``.
+    """
+    family = FUSION_RULES[architecture]
+    if layer.name in family.lm_heads:
+        return LoadedWeight("lm_head.weight", None, 0, transposed=False)
+    name = family.loaded_body + layer.name.removeprefix(family.body)
+    if family.experts is None:
+        return LoadedWeight(f"{name}.weight", None, 0, layer.transposed)
+    name = name.replace(f".{family.experts.module}.", f".{family.experts.fused_module}.")
+    head, is_expert, tail = name.partition(".experts.")
+    if not is_expert:
+        return LoadedWeight(f"{name}.weight", None, 0, layer.transposed)
+    expert, word = tail.split(".")
+    fused = "down_proj" if word == family.experts.down else "gate_up_proj"
+    row_start = layer.out_features if word == family.experts.up else 0
+    return LoadedWeight(f"{head}.experts.{fused}", int(expert), row_start, transposed=False)
+
+
+def find_loaded_names(name: str, architecture: str) -> tuple[str, ...]:
+    """Under which names the loaded model may hold a tensor of the checkpoint.
+
+    Args:
+        name: Of a tensor that is no linear layer's weight.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        The first of them that the model has is the one; it may have none, of
+        another tower or of a buffer that its class computes.
+    """
+    family = FUSION_RULES[architecture]
+    bodies = (family.body, *family.other_bodies)
+    moved = (family.loaded_body + name.removeprefix(b) for b in bodies if name.startswith(b))
+    return (name, *moved)

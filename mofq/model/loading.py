@@ -1,0 +1,225 @@
+"""Loads the model and tokenizer of a checkpoint with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import (
+    CONFIG_FILE,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
+from mofq.model.checkpoint.tensors import read_tensor
+
+_GENERATION_FILE = "generation_config.json"
+_ADAPTER_FILE = "adapter_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    folder: Path, *, dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for inference: eval mode, no gradients, no key-value cache.
+
+    Args:
+        folder: A Hugging Face model folder.
+        dtype: Of the arithmetic: ``float32``, ``bfloat16`` or ``float16``.
+        device: Where it runs.
+        device_map: How accelerate spreads it over devices, for example ``auto``; replaces
+            ``device``.
+
+    Returns:
+        The model; of an FP8 checkpoint, with the decoded weights. Mixtures of experts run
+        their experts one by one, as ``F.linear`` calls.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder, a weight of the model is not
+            there, or the package that spreads it is not installed.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        _require_accelerate(device_map)
+        options["device_map"] = device_map
+    logging.disable_progress_bar()
+    _refuse_foreign_code(folder)
+    checkpoint = open_checkpoint(str(folder))
+    options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
+    model, missing = _load_quietly(checkpoint, options)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: needed {missing[0]!r} for a model of class {type(model).__name__}, found"
+            f" none ({len(missing)} missing in all), and would run with what it was initialised"
+            " to. A shard is missing, or config and weights are of different models."
+        )
+    _refuse_two_heads(model, folder)
+    if device_map is None:
+        model = model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def _load_quietly(
+    checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that the checkpoint does not have."""
+    options = {**options, "output_loading_info": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what is missing is an error of ours
+    try:
+        if checkpoint.source_format is None:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **options,
+            )
+        else:
+            model, loaded = _load_decoded(checkpoint, options)
+    except CheckpointError:
+        raise
+    except Exception as error:  # dozens of kinds, for configs that nobody meant
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot load the model: {_on_one_line(error)}"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, sorted(loaded["missing_keys"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Lazy:
+    """A tensor that is read when transformers takes it, as it takes safetensors' own slices."""
+
+    info: TensorInfo
+
+    def __getitem__(self, key: object) -> torch.Tensor:
+        return read_tensor(self.info)
+
+
+def _load_decoded(
+    checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model of an FP8 source, with the weights that are measured, and transformers' report.
+
+    transformers could dequantize some formats, each in its own way and most to bf16. It gets
+    the decoded tensors here, and a config that says nothing of a quantization.
+    """
+    config = AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=False
+    )
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    tensors = {name: _Lazy(info) for name, info in checkpoint.tensors.items()}
+    model: PreTrainedModel
+    model, loaded = kind.from_pretrained(
+        None, config=config, state_dict=tensors, trust_remote_code=False, **options
+    )
+    model.config.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / _GENERATION_FILE).is_file():
+        generation = read_json(checkpoint.folder / _GENERATION_FILE)
+        model.generation_config = GenerationConfig.from_dict(generation)
+    return model, loaded
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a damaged tokenizer.json is a bare one
+        reason = _on_one_line(error).rstrip(".")
+        if "trust_remote_code" in reason:
+            reason = "it needs code that comes with it, which is never run here"
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded: {reason}. "
+            f"Copy tokenizer.json and tokenizer_config.json into the folder."
+        ) from None
+    return tokenizer
+
+
+def _require_accelerate(device_map: str) -> None:
+    if find_spec("accelerate") is None:
+        raise CheckpointError(
+            f"a device map ({device_map!r}) needs the package accelerate, which is not installed."
+            f" Run `pip install mofq[accelerate]`, or name one device instead."
+        )
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Refuse what would make transformers load weights or code from elsewhere.
+
+    An ``adapter_config.json`` names a base model, which would be loaded in place of the
+    folder's own weights; an attention "implementation" with a slash is a hub repository of
+    kernels, which would be fetched and run.
+    """
+    if (folder / _ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds {_ADAPTER_FILE}, so that another model's weights would be loaded. "
+            f"Merge the adapter into its model first, or remove the file."
+        )
+    config = read_json(folder / CONFIG_FILE)
+    for key, value in _items_within(config):
+        if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: {key!r} names code of the hub, {value!r}, which is never "
+                f"run here. Remove the key."
+            )
+
+
+def _refuse_two_heads(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a tied lm_head that the checkpoint also has of its own, and different.
+
+    transformers would use the checkpoint's, engines tie it as the config says: what is
+    measured here would not be what they serve.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and head is not None and head.weight is not embedding.weight:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: 'tie_word_embeddings' is true, and the weights hold a head"
+            f" that differs from the embedding; engines differ in which they use. Set it to false,"
+            f" or remove the lm_head's tensor."
+        )
+
+
+def _items_within(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _items_within(inner)
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""What a scheme is, exactly: formats, names, rounding, scales."""

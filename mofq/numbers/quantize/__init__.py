@@ -1,0 +1,38 @@
+"""Quantizes: the reference definition of every scheme, in plain torch.
+
+``quantize_weight`` chooses scales and rounds, ``dequantize_weight`` undoes it,
+``fake_quantize_weight`` and ``fake_quantize_activation`` do both. Scales are
+multipliers. The formulas stand in ``scales`` (how a scale is found), ``search``
+(how the ``mse`` rule searches), ``rounding`` (how a number is rounded) and
+``feedback`` (how ``~gptq`` rounds a column after the others).
+"""
+
+from __future__ import annotations
+
+from mofq.numbers.quantize.activations import fake_quantize_activation
+from mofq.numbers.quantize.emulated_linear import FakeQuantLinear
+from mofq.numbers.quantize.gptq import Feedback, factorise_hessian, one_thread
+from mofq.numbers.quantize.kv_cache import fake_quantize_cache
+from mofq.numbers.quantize.rounding import round_to_format
+from mofq.numbers.quantize.weights import (
+    QuantizedWeight,
+    dequantize_weight,
+    fake_quantize_weight,
+    quantize_weight,
+    quantize_with_scales,
+)
+
+__all__ = [
+    "FakeQuantLinear",
+    "Feedback",
+    "QuantizedWeight",
+    "dequantize_weight",
+    "factorise_hessian",
+    "fake_quantize_activation",
+    "fake_quantize_cache",
+    "fake_quantize_weight",
+    "one_thread",
+    "quantize_weight",
+    "quantize_with_scales",
+    "round_to_format",
+]

@@ -1,0 +1,261 @@
+"""Compiles the passes of ``candidates``: C++ on the CPU, Triton on a GPU.
+
+On the CPU the program is made ahead of time, once for a set of schemes and for all shapes,
+and kept in a folder: the next process loads it in milliseconds, without the compiler's own
+modules, and it runs without Python's lock, so that blocks are worked on side by side. Many
+schemes are several programs, which take turns over a block that stays in the cache. On a GPU
+``torch.compile`` makes it when it is first called.
+
+Nothing is compiled that would change a bit: no contraction into fused multiply-adds, no
+approximate division, no flushing of subnormal numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from shutil import which
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mofq.numbers.quantize.candidates import (
+    Pass,
+    band_rows,
+    deltas_pass,
+    errors_pass,
+    strip_columns,
+)
+from mofq.numbers.schemes import TensorScheme
+
+Kind = Literal["errors", "deltas"]
+Tell = Callable[[str], None]
+
+#: Work that makes the compiler worth its while, on one thread without it [s].
+_WORTH_SECONDS = 90.0
+#: Without a compiler, one scheme over one element, and one of the search's candidates [s].
+_ELEMENT_SECONDS = 10e-9
+_SEARCH_FACTOR = 40
+
+#: Schemes of a program: what takes a compiler its time grows faster than they do.
+_PROGRAM_SCHEMES = 8
+
+_MAKERS: dict[Kind, Callable[[Sequence[TensorScheme]], Pass]] = {
+    "errors": errors_pass,
+    "deltas": deltas_pass,
+}
+_CPU_OPTIONS = {
+    "cpp.threads": 1,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+_GPU_OPTIONS = {
+    "emulate_precision_casts": True,  # no fused multiply-adds
+    "eager_numerics.division_rounding": True,
+    "eager_numerics.disable_ftz": True,
+}
+
+
+def eager_pass(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
+    """The pass as it is written, for blocks of any floating dtype."""
+    return _MAKERS[kind](schemes)
+
+
+#: Kind, schemes, dtype of the blocks, elements of all weights that it will see -> the pass.
+PassMaker = Callable[[Kind, Sequence[TensorScheme], torch.dtype, int], Pass]
+
+
+def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> PassMaker:
+    """What makes passes over blocks, compiled where that is possible and worth its while.
+
+    Whether one is changes no bit of what it gives. ``MOFQ_COMPILE=0`` in the environment
+    leaves all uncompiled, ``MOFQ_COMPILE=1`` compiles however little work there is.
+
+    Args:
+        device: Where the blocks are.
+        tell: Gets a line about a compilation, which takes its time, or cannot be.
+
+    Returns:
+        A function of what the pass gives (see ``candidates``), schemes that are all
+        candidates, the dtype of the blocks (bfloat16 or float32) and the elements of all
+        weights. On the CPU its passes may be called by several threads at once.
+    """
+    failed: list[str] = []  # tried once
+
+    def make(
+        kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype, elements: int
+    ) -> Pass:
+        wish = os.environ.get("MOFQ_COMPILE")
+        if not schemes or failed or wish == "0":
+            return eager_pass(kind, schemes)
+        is_worth = wish == "1" or eager_seconds(schemes, elements) > _WORTH_SECONDS
+        if torch.device(device).type != "cpu":
+            return _compiled_on_gpu(kind, schemes) if is_worth else eager_pass(kind, schemes)
+        programs = _programs(kind, schemes, dtype)
+        if is_worth and not all(program.path.is_file() for program in programs):
+            tell(
+                f"Compiling one pass for {len(schemes)} schemes; it is kept in {_kernel_folder()}."
+            )
+            try:
+                for program in programs:
+                    _build(program)
+            except Exception as error:  # the same numbers can be had without a compiler
+                failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+                tell(f"It cannot be compiled, and takes longer: {failed[0]}")
+        if not all(program.path.is_file() for program in programs):
+            return eager_pass(kind, schemes)
+        return partial(_run, tuple(str(program.path) for program in programs), dtype)
+
+    return make
+
+
+def eager_seconds(schemes: Sequence[TensorScheme], elements: int) -> float:
+    """About how long one thread takes without a compiler [s]."""
+    searched = sum(s.scale_rule in ("mse", "fouroversix") for s in schemes)
+    return (len(schemes) + _SEARCH_FACTOR * searched) * elements * _ELEMENT_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A compiled part of a pass: some of its schemes, laid out as all are."""
+
+    path: Path
+    of: Pass
+    rows: int  #: of a band
+    columns: int  #: of a strip
+    dtype: torch.dtype
+
+
+def _programs(
+    kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype
+) -> tuple[_Program, ...]:
+    rows, columns = band_rows(schemes), strip_columns(schemes)
+    programs = []
+    for start in range(0, len(schemes), _PROGRAM_SCHEMES):
+        stop = start + _PROGRAM_SCHEMES
+        some = schemes[start:stop]
+        is_last = stop >= len(schemes)
+        of = deltas_pass(some) if kind == "deltas" else errors_pass(some, with_weights=is_last)
+        key = _key(kind, *map(repr, some), rows, columns, dtype, is_last)
+        programs.append(_Program(_kernel_folder() / f"{key}.pt2", of, rows, columns, dtype))
+    return tuple(programs)
+
+
+def _run(paths: tuple[str, ...], dtype: torch.dtype, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+    if x_ARJK.dtype != dtype or not x_ARJK.is_contiguous():
+        raise ValueError(f"compiled for contiguous {dtype}, got {x_ARJK.dtype}")
+    thread = threading.get_ident()
+    # Not by the model's own call, which reads its signature again each time.
+    found = [_loaded(path, thread).loader.boxed_run([x_ARJK, tensor_amax])[0] for path in paths]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@lru_cache(maxsize=256)
+def _loaded(path: str, thread: int) -> Any:
+    """The program, for one thread: a second caller of the same one would wait for the first."""
+    return torch._inductor.aoti_load_package(path)
+
+
+def _build(program: _Program) -> None:
+    """Compile into the file, which appears when it is complete."""
+    compiler = os.environ.get("CXX", "g++")
+    if which(compiler) is None:
+        raise FileNotFoundError(f"found no C++ compiler {compiler!r}; install one, or set CXX.")
+    program.path.parent.mkdir(parents=True, exist_ok=True)
+    with program.path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a machine make it once
+        if not program.path.is_file():
+            _export(program)
+
+
+def _export(program: _Program) -> None:
+    unfinished = program.path.with_suffix(".partial.pt2")
+    x_ARJK = torch.zeros(3, program.rows, 5, program.columns, dtype=program.dtype)
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                _Module(program.of), (x_ARJK, torch.ones(())), dynamic_shapes=(free, None)
+            )
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
+            )
+        os.replace(unfinished, program.path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, of: Pass) -> None:
+        super().__init__()
+        self._of = of
+
+    def forward(self, x_ARJK: Tensor, amax: Tensor) -> Tensor:
+        return self._of(x_ARJK, amax)
+
+
+def _compiled_on_gpu(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
+    compiled: Pass = torch.compile(
+        eager_pass(kind, schemes), dynamic=True, fullgraph=True, options=_known(_GPU_OPTIONS)
+    )
+    return compiled
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that this release of torch has."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _kernel_folder() -> Path:
+    # Not $TORCHINDUCTOR_CACHE_DIR: torch sets it by itself, to a temporary folder, on its way.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mofq" / "kernels"
+
+
+def _key(kind: Kind, *of: object) -> str:
+    """Of all that the program follows from: code, schemes and layout, torch, processor."""
+    digest = hashlib.sha256(_source())
+    for part in (kind, *of, torch.__version__, _CPU_OPTIONS, _processor()):
+        digest.update(f"{part}\n".encode())
+    return f"{kind}-{digest.hexdigest()[:24]}"
+
+
+@lru_cache(maxsize=1)
+def _source() -> bytes:
+    import mofq.numbers.formats
+    import mofq.numbers.schemes
+
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return b"".join(
+        file.read_bytes()
+        for file in (
+            *files,
+            Path(mofq.numbers.formats.__file__),
+            Path(mofq.numbers.schemes.__file__),
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What the compiler may use of it; a folder of kernels may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"

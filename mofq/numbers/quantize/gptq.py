@@ -1,0 +1,186 @@
+"""Rounds column by column, each column making good what the ones before it did: ``~gptq``.
+
+A row ``w`` that is rounded to ``q`` changes the layer's outputs by ``(w - q) H (w - q)^T``,
+with a Hessian ``H = sum_t c_t x_t x_t^T`` over the inputs of calibration (``c_t``, what a token
+counts: ``mofq.evidence.fits``). Let ``H = N D N^T``, ``N`` upper triangular with ones on its
+diagonal, ``D`` diagonal. Columns are rounded from the first
+to the last, each after it has taken over the errors of those before it:
+
+    a_j = w_j + sum_{k<j} (w_k - q_k) N_kj        q_j = round(a_j)
+
+so that the change is ``sum_j D_j (a_j - q_j)^2``, and no column can make good more than that.
+This is GPTQ, with one factorisation and no inverse. 10 % of the mean of its diagonal is added
+to that of ``H`` (GPTQ: 1 %); columns stay in their order ("act-order" is not used).
+
+A scale is found when the first column of its tile is reached, from the tile as the errors
+have left it, by the scheme's own rule: groups lie in the checkpoint like any others, and every
+grid, granularity and rule can be had. The rule ``nats`` weighs the error of column j by
+``D_j``, which is what it costs here.
+
+The numbers do not depend on how many rows, threads or devices work on them. Feedback within a
+batch of columns is elementwise; what a batch sends to later columns is a sum of at most 128
+products of integers below 2**22 in float64, which is exact in any order; ``N`` is kept to 22
+bits. Only the factorisation itself is LAPACK's, in float64 on one thread.
+
+How tokens and damping were chosen is measured in docs/rounding-and-rewrites.md.
+
+Source: GPTQ, arXiv:2210.17323, and its repository's ``gptq.py`` (damping, lazy batches); the
+form without an inverse is LDLQ of QuIP, arXiv:2307.13304.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.exceptions import SchemeError
+from mofq.numbers.quantize.scale_rules import tile_scales
+from mofq.numbers.quantize.scales import Scales
+from mofq.numbers.quantize.tiles import decode_tiles, encode_tiles, from_tiles, to_tiles
+from mofq.numbers.schemes import TensorScheme
+
+#: Share of the mean of the Hessian's diagonal that is added to it.
+DAMPING = 0.1
+#: Most columns whose errors are sent on together, and fewest where groups are smaller.
+_BATCH, _SMALL_BATCH = 128, 64
+_INTEGER_BITS = 22
+_SMALLEST_UNIT = 2.0**-122
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A factorised Hessian."""
+
+    passed_II: Tensor  #: N: how much of a row's error each column takes over, float32
+    cost_I: Tensor  #: D relative to its largest, float32
+
+
+def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
+    """Factorise a Hessian for rounding with feedback.
+
+    Args:
+        hessian_II: ``sum c x x^T``, [in_features, in_features], float64; its scale
+            does not matter. All zeros (an expert that no token reached) give
+            rounding to nearest.
+        name: Of the layer, for messages.
+
+    Returns:
+        The factors, on the CPU.
+
+    Raises:
+        SchemeError: The matrix is not finite, or not positive definite even when damped.
+    """
+    damped_II = hessian_II.detach().to("cpu", torch.float64, copy=True)
+    damping = DAMPING * float(damped_II.diagonal().mean())
+    damped_II.diagonal().add_(damping if damping > 0 else 1.0)
+    with one_thread():
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    if int(failed) or not bool(torch.isfinite(lower_II).all()):
+        raise SchemeError(
+            f"{name}: the Hessian of its inputs is not positive definite, so ~gptq cannot round "
+            f"by it. Calibrate again, on more text."
+        )
+    upper_II = lower_II.flip(0, 1)
+    root_I = upper_II.diagonal()
+    cost_I = root_I.square()
+    return Feedback(_to_22_bits(upper_II / root_I, 0).float(), (cost_I / cost_I.max()).float())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A sum that is split over threads is rounded differently for each number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def round_with_feedback(
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    feedback: Feedback,
+    *,
+    tile: tuple[int, int],
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Scales | None]:
+    """Round rows of a weight, every column after it took over the errors of those before.
+
+    Args:
+        weight_OI: Whole tiles, float32, finite.
+        scheme: Whose grid, granularity and scale rule are used.
+        feedback: Of the layer.
+        tile: Rows and columns that share a scale.
+        amax: Of the whole tensor, float32 scalar; needed if ``scheme.needs_tensor_amax``.
+
+    Returns:
+        Codes as ``encode_tiles`` gives them, [out_features, in_features], and the
+        scales of all tiles, or None where the scheme is unscaled.
+    """
+    rows, columns = min(tile[0], len(weight_OI)), tile[1]
+    adjusted_OI = weight_OI.double()
+    passed_II = feedback.passed_II.to(weight_OI.device)
+    cost_I = feedback.cost_I.to(weight_OI.device) if scheme.scale_rule == "nats" else None
+    codes: list[Tensor] = []
+    found: list[Scales | None] = []
+    for start, stop in _batches(weight_OI.shape[1], columns):
+        errors = []
+        for column in range(start, stop):
+            if column % columns == 0:
+                whole = slice(column, column + columns)
+                x_ARGK = to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)
+                weigh = None if cost_I is None else cost_I[whole].reshape(1, 1, 1, -1)
+                found.append(tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=weigh))
+            x_AR11 = to_tiles(_as_float32(adjusted_OI[:, column, None]), rows, 1)
+            code_AR11 = encode_tiles(x_AR11, scheme, found[-1])
+            codes.append(from_tiles(code_AR11))
+            value_O1 = from_tiles(decode_tiles(code_AR11, scheme, found[-1]))
+            errors.append(weight_OI[:, column, None].double() - value_O1)
+            later = slice(column + 1, stop)
+            # Two operations and not a fused one, whose rounding is the machine's own affair.
+            adjusted_OI[:, later] += errors[-1] * passed_II[column, later].double()
+        sent_OB = _to_22_bits(torch.cat(errors, 1), 1)
+        adjusted_OI[:, stop:] += sent_OB @ passed_II[start:stop, stop:].double()
+    return torch.cat(codes, 1), _beside(found)
+
+
+def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of columns; each holds whole groups, or lies within one."""
+    step = columns * max(1, _SMALL_BATCH // columns)
+    for first in range(0, in_features, step):
+        last = min(first + step, in_features)
+        for start in range(first, last, _BATCH):
+            yield start, min(start + _BATCH, last)
+
+
+def _to_22_bits(x: Tensor, dim: int) -> Tensor:
+    """Round every line along a dimension to integers below 2**22 times a power of two."""
+    amax = torch.amax(torch.abs(x), dim=dim, keepdim=True)
+    mantissa, _ = torch.frexp(amax)
+    power = torch.where(amax > 0, amax / mantissa, 1.0)  # exactly a power of two
+    # Not below float32's normal numbers, in which factors are kept.
+    unit = torch.clamp(power * 2.0**-_INTEGER_BITS, min=_SMALLEST_UNIT)
+    return torch.round(x / unit) * unit
+
+
+def _as_float32(x: Tensor) -> Tensor:
+    return torch.clamp(x, -_LARGEST, _LARGEST).float()
+
+
+def _beside(scales: list[Scales | None]) -> Scales | None:
+    """Scales of tiles beside each other as those of all."""
+    known = [each for each in scales if each is not None]
+    if not known:
+        return None
+    points = [each.zero_point for each in known if each.zero_point is not None]
+    return Scales(
+        torch.cat([each.scale for each in known], 2),
+        torch.cat(points, 2) if points else None,
+        known[0].global_scale,
+    )

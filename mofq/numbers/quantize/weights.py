@@ -1,0 +1,309 @@
+"""Quantizes weights, the whole matrix or a block of its rows, to the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mofq.exceptions import SchemeError
+from mofq.numbers.formats import FloatFormat, IntFormat
+from mofq.numbers.quantize.gptq import Feedback, round_with_feedback
+from mofq.numbers.quantize.scale_rules import tile_scales
+from mofq.numbers.quantize.scales import Scales
+from mofq.numbers.quantize.tiles import (
+    check_shared_scales,
+    decode_tiles,
+    encode_tiles,
+    from_tiles,
+    tile_shape,
+    to_tiles,
+)
+from mofq.numbers.schemes import TensorScheme
+
+#: Elements worked on at a time: their float32 and float64 copies stay in the cache.
+_CHUNK_ELEMENTS = 2**17
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """Codes and scales of a weight, as they are stored.
+
+    ``weight = (code - zero_point) * (scale * global_scale)``, the products in
+    float32. ``A`` and ``G`` count the tiles down and across: [O, G] for groups,
+    [O, 1] for channels, [1, 1] for a tensor, [O/rows, I/columns] for blocks.
+    """
+
+    codes_OI: Tensor
+    """int8 where symmetric, uint8 where asymmetric or an index into a codebook; for
+    float formats the values on the element's grid, float32."""
+    scale: Tensor | None
+    """[A, G], multiplier; bfloat16, or float32 for the other scale formats."""
+    zero_point: Tensor | None
+    """[A, G], uint8; asymmetric only."""
+    global_scale: Tensor | None
+    """Multiplier, float32 scalar; scale formats with two levels only."""
+
+
+def quantize_weight(
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    *,
+    tensor_amax: float | Tensor | None = None,
+    importance: Tensor | None = None,
+    feedback: Feedback | None = None,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Quantize a weight, or a block of its rows.
+
+    A block of rows gets the very codes and scales that it has in the whole
+    matrix, if it starts and ends between tiles.
+
+    Args:
+        weight_OI: [out_features, in_features], any floating dtype; computed in
+            float32.
+        scheme: Of the weight.
+        tensor_amax: Largest magnitude of the whole tensor, or of all tensors
+            that share a global scale. Needed if ``scheme.needs_tensor_amax``,
+            else ignored.
+        importance: Weight of each element's squared error, [in_features] or
+            [out_features, in_features], float32, at least 0. Needed by the rule
+            ``nats`` where codes are rounded to nearest, and refused elsewhere.
+        feedback: The layer's factorised Hessian. Needed by ``~gptq``, where it
+            is the importance too, and refused elsewhere.
+        name: Of the tensor, for messages.
+
+    Returns:
+        Codes and scales.
+
+    Raises:
+        SchemeError: The weight is empty or not finite, tiles do not divide it,
+            or an argument is missing; the message names the tensor.
+    """
+    rows, columns = _check(weight_OI, scheme, tensor_amax, name=name)
+    _check_statistics(scheme, importance, feedback, name=name)
+    amax = _scalar(tensor_amax, weight_OI) if scheme.needs_tensor_amax else None
+    if feedback is not None:
+        codes_OI, found = round_with_feedback(
+            _finite(weight_OI, 0, name=name), scheme, feedback, tile=(rows, columns), amax=amax
+        )
+        return _joined([_stored_codes(codes_OI, scheme)], [found], scheme)
+    codes, scales = [], []
+    for start, stop in _chunks(weight_OI, scheme):
+        rows_OI = _finite(weight_OI[start:stop], start, name=name)
+        x_ARGK = to_tiles(rows_OI, min(rows, stop - start), columns)
+        importance_ARGK = _importance_tiles(importance, x_ARGK, start, stop)
+        chunk = tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=importance_ARGK)
+        codes.append(_stored_codes(from_tiles(encode_tiles(x_ARGK, scheme, chunk)), scheme))
+        scales.append(chunk)
+    return _joined(codes, scales, scheme)
+
+
+def dequantize_weight(quantized: QuantizedWeight, scheme: TensorScheme) -> Tensor:
+    """Codes and scales back to a weight.
+
+    Args:
+        quantized: Of ``quantize_weight``, or read from a checkpoint.
+        scheme: That it was quantized with.
+
+    Returns:
+        [out_features, in_features], float32.
+    """
+    codes_OI = quantized.codes_OI
+    rows, columns = tile_shape(_shape(codes_OI), scheme.granularity, name="codes")
+    scales = _tile_view(quantized.scale, quantized.zero_point, quantized.global_scale)
+    weight_OI = torch.empty(codes_OI.shape, dtype=torch.float32, device=codes_OI.device)
+    for start, stop in _chunks(codes_OI, scheme):
+        tiles = to_tiles(codes_OI[start:stop], min(rows, stop - start), columns)
+        part = _part(scales, start // rows, -(-stop // rows))
+        weight_OI[start:stop] = from_tiles(decode_tiles(tiles, scheme, part))
+    return weight_OI
+
+
+def fake_quantize_weight(
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    *,
+    tensor_amax: float | Tensor | None = None,
+    importance: Tensor | None = None,
+    feedback: Feedback | None = None,
+    name: str = "weight",
+) -> Tensor:
+    """Quantize and dequantize: what the layer computes with.
+
+    Args:
+        weight_OI: As for ``quantize_weight``, and so are all other arguments.
+        scheme: Of the weight.
+        tensor_amax: Largest magnitude of the whole tensor, where needed.
+        importance: For the rule ``nats``.
+        feedback: For ``~gptq``.
+        name: Of the tensor, for messages.
+
+    Returns:
+        [out_features, in_features], float32; equal to
+        ``dequantize_weight(quantize_weight(…), scheme)`` in every bit.
+
+    Raises:
+        SchemeError: As ``quantize_weight``.
+    """
+    quantized = quantize_weight(
+        weight_OI,
+        scheme,
+        tensor_amax=tensor_amax,
+        importance=importance,
+        feedback=feedback,
+        name=name,
+    )
+    return dequantize_weight(quantized, scheme)
+
+
+def quantize_with_scales(
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    *,
+    scale: Tensor | None,
+    zero_point: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """Round a weight to codes under scales that are already known.
+
+    Args:
+        weight_OI: [out_features, in_features], any floating dtype, finite.
+        scheme: Whose elements, granularity and code range are used.
+        scale: As in ``QuantizedWeight``; None where the scheme is unscaled.
+        zero_point: As in ``QuantizedWeight``.
+        global_scale: As in ``QuantizedWeight``.
+
+    Returns:
+        Codes, as in ``QuantizedWeight``. A weight that was dequantized under
+        the same scales gets the codes it was made from.
+
+    Raises:
+        SchemeError: Tiles do not divide the weight.
+    """
+    rows, columns = tile_shape(_shape(weight_OI), scheme.granularity, name="weight")
+    tiles = to_tiles(weight_OI.to(torch.float32), rows, columns)
+    codes_ARGK = encode_tiles(tiles, scheme, _tile_view(scale, zero_point, global_scale))
+    return _stored_codes(from_tiles(codes_ARGK), scheme)
+
+
+def _check(
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    tensor_amax: float | Tensor | None,
+    *,
+    name: str,
+) -> tuple[int, int]:
+    if weight_OI.ndim != 2 or not weight_OI.numel() or not weight_OI.is_floating_point():
+        raise SchemeError(
+            f"{name}: needed a floating-point matrix with at least one element, got "
+            f"{weight_OI.dtype} of shape {list(weight_OI.shape)}. List the layer under `exclude`."
+        )
+    if scheme.needs_tensor_amax and tensor_amax is None:
+        raise SchemeError(
+            f"{name}: this scheme has a scale for the whole tensor, and needs `tensor_amax`, its "
+            f"largest magnitude, before the first block of rows."
+        )
+    check_shared_scales(_shape(weight_OI), scheme, name=name)
+    return tile_shape(_shape(weight_OI), scheme.granularity, name=name)
+
+
+def _check_statistics(
+    scheme: TensorScheme, importance: Tensor | None, feedback: Feedback | None, *, name: str
+) -> None:
+    needs_feedback = scheme.rounding == "gptq"
+    needs_importance = scheme.scale_rule == "nats" and not needs_feedback
+    if (needs_importance, needs_feedback) == (importance is not None, feedback is not None):
+        return
+    raise SchemeError(
+        f"{name}: the rule 'nats' weighs errors by `importance`; rounding by 'gptq' needs "
+        f"calibration statistics as `feedback`; no other scheme takes either. Got "
+        f"{'no' if importance is None else 'an'} importance and "
+        f"{'no' if feedback is None else 'a'} feedback with rule {scheme.scale_rule!r} and "
+        f"rounding {scheme.rounding!r}. Run `mofq calibrate` first and give its folder as --stats."
+    )
+
+
+def _finite(rows_OI: Tensor, start: int, *, name: str) -> Tensor:
+    rows_OI = rows_OI.to(torch.float32)
+    finite_OI = torch.isfinite(rows_OI)
+    if not bool(finite_OI.all()):
+        row, column = (~finite_OI).nonzero()[0].tolist()
+        raise SchemeError(
+            f"{name}: needed finite weights, found {rows_OI[row, column].item()} at "
+            f"[{start + row}, {column}]. The checkpoint is damaged, or was saved after training "
+            f"diverged; nothing was quantized."
+        )
+    return rows_OI
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _scalar(value: float | Tensor | None, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(())
+
+
+def _chunks(matrix: Tensor, scheme: TensorScheme) -> list[tuple[int, int]]:
+    """Ranges of rows that fit the cache; whole tiles, but for a scale of the tensor's own."""
+    total, columns = _shape(matrix)
+    unit = scheme.granularity.rows or 1
+    step = max(1, _CHUNK_ELEMENTS // columns // unit) * unit
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _importance_tiles(
+    importance: Tensor | None, x_ARGK: Tensor, start: int, stop: int
+) -> Tensor | None:
+    if importance is None:
+        return None
+    _, rows, _, columns = x_ARGK.shape
+    if importance.ndim == 1:
+        return importance.to(torch.float32).reshape(1, 1, -1, columns)
+    return to_tiles(importance[start:stop].to(torch.float32), rows, columns)
+
+
+def _stored_codes(codes_OI: Tensor, scheme: TensorScheme) -> Tensor:
+    if isinstance(scheme.element, FloatFormat):
+        return codes_OI
+    signed = scheme.symmetric and isinstance(scheme.element, IntFormat)
+    return codes_OI.to(torch.int8 if signed else torch.uint8)
+
+
+def _joined(
+    codes: list[Tensor], scales: list[Scales | None], scheme: TensorScheme
+) -> QuantizedWeight:
+    codes_OI = torch.cat(codes)
+    known = [each for each in scales if each is not None]
+    if not known:
+        return QuantizedWeight(codes_OI, None, None, None)
+    if scheme.granularity.kind == "tensor":
+        known = known[:1]
+    dtype = torch.bfloat16 if scheme.scale.name == "bf16" else torch.float32
+    scale = torch.cat([each.scale[:, 0, :, 0] for each in known]).to(dtype)
+    points = [each.zero_point[:, 0, :, 0] for each in known if each.zero_point is not None]
+    zero_point = torch.cat(points).to(torch.uint8) if points else None
+    return QuantizedWeight(codes_OI, scale, zero_point, known[0].global_scale)
+
+
+def _tile_view(
+    scale: Tensor | None, zero_point: Tensor | None, global_scale: Tensor | None
+) -> Scales | None:
+    if scale is None:
+        return None
+    return Scales(
+        scale.to(torch.float32)[:, None, :, None],
+        None if zero_point is None else zero_point.to(torch.float32)[:, None, :, None],
+        global_scale,
+    )
+
+
+def _part(scales: Scales | None, start: int, stop: int) -> Scales | None:
+    if scales is None:
+        return None
+    point = scales.zero_point
+    return Scales(
+        scales.scale[start:stop], None if point is None else point[start:stop], scales.global_scale
+    )

@@ -1,0 +1,1 @@
+"""Everything beside the package: benchmarks, published results made again, checks, data."""

@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# Coverage-guided fuzzing of the parsers: `bash scripts/fuzz.sh [--seconds N]`, 10 s each by default.
-set -euo pipefail
-source "$(dirname "$0")/setup.sh" dev
-python -m pip install --quiet --disable-pip-version-check \
-    --constraint scripts/constraints.txt --editable ".[fuzz]"
-exec python scripts/fuzz.py --seconds 10 "$@"

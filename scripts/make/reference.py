@@ -1,0 +1,212 @@
+"""Write ``docs/reference`` from the code: commands, formats and schemes, engines, search spaces.
+
+A test says when a page is behind; `python scripts/make/reference.py` brings it up to date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+
+from mofq.cli.app import app
+from mofq.engines import ENGINES
+from mofq.engines.rules import Engine, Rule
+from mofq.evidence.spaces import find_search_spaces, load_search_space
+from mofq.numbers.formats import (
+    ELEMENT_FORMATS,
+    SCALE_FORMATS,
+    ElementFormat,
+    FloatFormat,
+    IntFormat,
+)
+from mofq.numbers.schemes import ALIASES, ScaleRule
+
+FOLDER = Path(__file__).parent.parent.parent / "docs" / "reference"
+_MADE = "<!-- Made by scripts/make/reference.py; a change here is lost. -->\n\n"
+
+#: What each rule for scales does; a test sees that none is missing.
+RULES = {
+    "absmax": "the largest magnitude becomes the largest code (not written in names)",
+    "fullrange": "INT only: as absmax, with the code -2^(b-1) for the side that has the maximum",
+    "mse": "the scale of least squared error of the values, searched",
+    "nats": "the scale of least squared error of the layer's outputs in nats, from calibration",
+    "fouroversix": "NVFP4: each scale group ends at 4 or at 6, whichever errs less",
+}
+
+_GRAMMAR = """\
+A scheme says how the weights of a layer are stored and, after a `+`, how its inputs are rounded:
+
+    element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]
+
+What is not written is symmetric, with bf16 scales (f32 for inputs), by the rule `absmax`, and
+rounded to the nearest value. `bf16` alone leaves a layer as it is.
+
+| part | says |
+| --- | --- |
+| `element` | the format of one value, see below |
+| granularity of weights | `unscaled`, `tensor`, `channel` (one scale for each output), `gN` (N \
+neighbours along the inputs), `blockN` or `blockRxC` (a tile) |
+| granularity of inputs | `unscaled`, `tensor` (fixed by calibration), `token`, `gN`, `pegK` \
+(K equal groups of the columns, sorted by the largest magnitude that the sequence has in each) |
+| `.asym` | INT with a zero point |
+| `.outN` | inputs only: columns that reach the magnitude N stay as they are |
+| `.s-SCALE` | how scales are stored, see below |
+| `@RULE` | how scales are chosen, see below |
+| `~gptq` | rounding that makes up for earlier columns' errors, as GPTQ does |
+
+`int8.channel+int8.token`, `fp4_e2m1.g32@mse`, `fp8_e4m3.block128+fp8_e4m3.g128`: the name is the
+identity, and there is one way to write a scheme.
+"""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def commands(command: Any, context: Any) -> Iterator[str]:
+    """The section of a command, and of those under it."""
+    for name, one in getattr(command, "commands", {}).items():
+        inner = type(context)(one, info_name=name, parent=context)
+        path = inner.command_path
+        if hasattr(one, "commands"):
+            yield from commands(one, inner)
+            continue
+        pieces = " ".join(one.collect_usage_pieces(inner))
+        usage = f"{path} {re.sub(r'[{](.*?)[}]', lambda word: word[1].upper(), pieces)}"
+        records = [param.get_help_record(inner) for param in one.params]
+        rows = [[f"`{what}`", _prose(text)] for what, text in filter(None, records)]
+        text = _prose(" ".join((one.help or "").split()))
+        yield f"## {path}\n\n{text}\n\n    {usage}\n\n{table(['argument or option', ''], rows)}\n"
+
+
+def _prose(text: str) -> str:
+    """Angle brackets are not markup."""
+    return text.replace("<", "&lt;")
+
+
+def command_page() -> str:
+    """Every command with its arguments and options."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("mofq", ["inspect"], resilient_parsing=True)
+    return f"{_MADE}# Commands\n\n{command.help}\n\n" + "\n".join(commands(command, context))
+
+
+def format_page() -> str:
+    """The grammar of scheme names and the formats that they are made of."""
+    elements = [
+        [f"`{name}`", str(one.bits), f"{one.max:g}", _values(one), one.source]
+        for name, one in ELEMENT_FORMATS.items()
+    ]
+    scales = [
+        [f"`{name}`", str(one.bits), _more_bits(one.global_scale_bits, one.shared_bits), one.source]
+        for name, one in SCALE_FORMATS.items()
+    ]
+    parts = [
+        f"{_MADE}# Schemes and formats\n\n{_GRAMMAR}",
+        "\n## Elements\n\n",
+        table(["name", "bits", "largest", "values", "source"], elements),
+        "\n## Scales\n\n",
+        table(["name", "bits", "and", "source"], scales),
+        "\n## Rules for scales\n\n",
+        table(
+            ["rule", "the scale is"], [[f"`@{name}`", RULES[name]] for name in get_args(ScaleRule)]
+        ),
+        "\n## Published names\n\n",
+        table(
+            ["name", "stands for"], [[f"`{name}`", f"`{full}`"] for name, full in ALIASES.items()]
+        ),
+    ]
+    return "".join(parts)
+
+
+def _values(one: ElementFormat) -> str:
+    if isinstance(one, IntFormat):
+        return f"-{one.max} to {one.max}"
+    if isinstance(one, FloatFormat):
+        return f"{one.exponent_bits} exponent, {one.mantissa_bits} mantissa bits, bias {one.bias}"
+    return f"{len(one.values)} of a table"
+
+
+def _more_bits(whole: int, shared: int) -> str:
+    parts = [f"{whole} bits for each tensor"] if whole else []
+    return ", ".join([*parts, *([f"{shared} bits that neighbours share"] if shared else [])])
+
+
+def engine_page() -> str:
+    """What each engine serves, and where that is known from."""
+    sections = []
+    for name, engine in ENGINES.items():
+        rows = [
+            [f"`{_readable(rule)}`", rule.kernel or f"refused: {rule.refused}", rule.source]
+            for rule in engine.applicable_rules
+        ]
+        rows += [
+            [f"`{_plain(one.schemes)}`", one.how, one.source] for one in engine.applicable_caches
+        ]
+        sections.append(
+            f"## {name}\n\n{_about(engine)}\n\n{table(['schemes', 'kernel', 'source'], rows)}"
+        )
+    first = (
+        "Rules are tried from top to bottom, and the first that fits a scheme and a kind of layer "
+        "holds; a scheme that none fits is refused. `mofq inspect MODEL --engine NAME` tells what "
+        "that means for a model. `N` is a number, `…` anything. `NAME:tp=4` is the engine on 4 "
+        "devices that share every layer ([what that refuses](../deploy.md#several-devices))."
+    )
+    return f"{_MADE}# Engines\n\n{first}\n\n" + "\n".join(sections)
+
+
+def _about(engine: Engine) -> str:
+    where = ""
+    if engine.capability is not None:
+        where = f" on compute capability {engine.capability[0]}.{engine.capability[1]}"
+    return f"Version {engine.version}{where}; loads what `mofq export --to {engine.reads}` writes."
+
+
+def _readable(rule: Rule) -> str:
+    plain = _plain(rule.schemes)
+    return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
+
+
+def _plain(schemes: str) -> str:
+    plain = re.sub(r"\\d\+", "N", schemes).replace("[a-z0-9]+", "…").replace(".*", "…")
+    return plain.replace("\\", "")
+
+
+def space_page() -> str:
+    """The search spaces that come with mofq."""
+    sections = []
+    for name in find_search_spaces():
+        space = load_search_space(name)
+        schemes = ", ".join(f"`{scheme.name}`" for scheme in space.schemes)
+        if space.kv_cache:
+            schemes += "; KV cache: " + ", ".join(f"`{one.name}`" for one in space.kv_cache)
+        sections.append(f"## {name}\n\n{space.description}.\n\n{schemes}.\n")
+    first = (
+        "`--space NAME` takes one of these, `--space FILE` one of your own "
+        "([how to write one](../specifications/search-space.md))."
+    )
+    return f"{_MADE}# Search spaces\n\n{first}\n\n" + "\n".join(sections)
+
+
+def reference_texts() -> dict[str, str]:
+    """File name -> text of every page."""
+    return {
+        "commands.md": command_page(),
+        "schemes.md": format_page(),
+        "engines.md": engine_page(),
+        "spaces.md": space_page(),
+    }
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in reference_texts().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

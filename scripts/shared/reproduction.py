@@ -1,0 +1,380 @@
+"""What the `reproduce_*.py` scripts share: recipes from a table, their measured KL, tables.
+
+Every measurement goes to a file of JSON lines as soon as it is known and is not made again
+for the same recipe, text and sizes. The original runs once for all recipes that are missing.
+Enforcement is not repeated here; `mofq validate` proves it for any recipe that is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.result import recipe_from_table
+from mofq.delivery.apply import emulate
+from mofq.delivery.apply.fitted import open_fits
+from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
+from mofq.delivery.validation.report import summarize
+from mofq.evidence.calibration.stats import read_stats
+from mofq.evidence.corpora import Corpus, load_text, tokenize
+from mofq.evidence.spaces import shape_rejection
+from mofq.evidence.table import Row, Table, read_table
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.numbers.schemes import parse_scheme
+
+SEQUENCE_LENGTH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A quantized model against the original on one text."""
+
+    bits_per_weight: float
+    kl: float  #: nats per token
+    kl_stderr: float | None  #: over windows
+    perplexity: float
+    perplexity_original: float
+    top1_agreement: float
+    windows: tuple[float, ...]  #: KL of each
+
+    @property
+    def recovery_percent(self) -> float:
+        """Of the original's perplexity: 100 where nothing is lost."""
+        return 100 * self.perplexity_original / self.perplexity
+
+
+def arguments(
+    documentation: str | None,
+    given: Sequence[str] | None,
+    *options: tuple[str, str],
+    optional: Sequence[tuple[str, str]] = (),
+) -> argparse.Namespace:
+    """The arguments that all scripts have, and further paths that must be given.
+
+    Args:
+        documentation: Of the script.
+        given: None for the command line's own.
+        options: Name and help of each path.
+        optional: Likewise, of what may be left out.
+    """
+    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+    parser.add_argument("model", help="folder")
+    for name, explanation in options:
+        parser.add_argument(name, required=True, help=explanation)
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a text, to measure KL on")
+    parser.add_argument("--begun", type=Path, nargs="*", default=(), help="tables with some rows")
+    for name, explanation in optional:
+        parser.add_argument(name, help=explanation)
+    found = parser.parse_args(given)
+    found.work.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def mofq(*words: str | Path) -> None:
+    """Run a command of mofq as a user would, and print it."""
+    print("$ mofq", *words, file=sys.stderr, flush=True)
+    subprocess.run(["mofq", *map(str, words)], check=True, stdout=sys.stderr)
+
+
+def table_of(
+    model: str, space: str | Path, *, stats: str | Path, path: Path, begun: Sequence[Path] = ()
+) -> Table:
+    """Measure a search space, what is there already left alone.
+
+    Args:
+        model: Folder.
+        space: Name or file.
+        stats: From `mofq calibrate`.
+        path: Of the table.
+        begun: Tables of the same model and stats whose rows it starts with.
+    """
+    if begun and not path.exists():
+        path.write_text(_joined(begun), encoding="utf-8")
+    mofq("measure", model, "--space", space, "--stats", stats, "-o", path)
+    return read_table(path)
+
+
+def _joined(paths: Sequence[Path]) -> str:
+    """The first table, and of the others the rows that it does not have yet."""
+    kept: dict[tuple[object, ...], str] = {}
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            content = json.loads(line)
+            kind = content["kind"]
+            if kind == "header":
+                key: tuple[object, ...] = ("header", str(content["model"]), str(content["stats"]))
+            elif kind == "space":
+                key = ("space", content["sha256"], content["engine"])
+            else:
+                key = (
+                    kind,
+                    *(
+                        content.get(part)
+                        for part in ("group", "scheme", "unit", "corpus", "module")
+                    ),
+                )
+            kept.setdefault(key, line)
+    headers = [key for key in kept if key[0] == "header"]
+    assert len(headers) == 1, "tables of different models or stats"
+    return "".join(line + "\n" for line in kept.values())
+
+
+def stats_of(
+    model: str, corpora: Mapping[str, str], folder: Path, *, sequences: int = 8, seed: int = 0
+) -> Path:
+    """Calibrate, unless that was done."""
+    if not (folder / "stats.json").exists():
+        named = [word for name, text in corpora.items() for word in ("--corpus", f"{name}={text}")]
+        mofq(
+            *("calibrate", model, *named, "--sequences", str(sequences)),
+            *("--seed", str(seed), "-o", folder),
+        )
+    return folder
+
+
+def rows_by_scheme(table: Table, unit: str, corpus: str | None = None) -> dict[str, dict[str, Row]]:
+    """Fusion group -> scheme -> row, in one unit."""
+    return {
+        group: {row.scheme: row for row in rows}
+        for group, rows in table.rows_of(unit, corpus).items()
+    }
+
+
+def recipe(table: Table, schemes: Mapping[str, str]) -> Recipe:
+    """A recipe of a table's model; fusion group -> scheme."""
+    return recipe_from_table(table, schemes, made_by={"solver": "script"}, budget={}, result={})
+
+
+def uniform(table: Table, *schemes: str) -> Recipe:
+    """For every fusion group the first of some schemes that it was measured in."""
+    names = [parse_scheme(name).name for name in schemes]
+    found = rows_by_scheme(table, "relative_weight_error")
+    return recipe(
+        table, {group: next(n for n in names if n in rows) for group, rows in found.items()}
+    )
+
+
+def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = None) -> Recipe:
+    """For every fusion group the first of some schemes that its shape takes, without a table.
+
+    Args:
+        model: Folder.
+        schemes: In order of preference.
+        amax: Layer -> largest input magnitude, where a scheme has static activations.
+    """
+    checkpoint = open_checkpoint(model)
+    layers = find_layers(checkpoint)
+    groups = []
+    for group in layers.groups:
+        scheme = next(
+            found
+            for found in map(parse_scheme, schemes)
+            if all(shape_rejection(found, layer) is None for layer in group.layers)
+        )
+        names = tuple(layer.name for layer in group.layers)
+        is_static = scheme.activation is not None and scheme.activation.needs_tensor_amax
+        assert not is_static or amax is not None
+        static = {name: amax[name] for name in names} if is_static and amax is not None else None
+        groups.append(RecipeGroup(group.name, scheme.name, names, static_amax=static))
+    return Recipe(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        groups=tuple(groups),
+        unquantized=tuple(layer.name for layer in layers.unquantized),
+    )
+
+
+def print_measured(done: Mapping[str, Measured]) -> None:
+    """One row for each recipe."""
+    rows = [
+        [
+            label,
+            f"{one.bits_per_weight:.3f}",
+            with_error(one.kl, one.kl_stderr),
+            f"{one.perplexity:.2f}",
+            f"{one.recovery_percent:.2f}",
+            f"{100 * one.top1_agreement:.1f} %",
+        ]
+        for label, one in done.items()
+    ]
+    columns = ["", "bits/weight", "KL [nats/token]", "perplexity", "recovery [%]", "top-1"]
+    print_markdown(columns, rows)
+    original = next(iter(done.values())).perplexity_original
+    print(f"Perplexity of the original: {original:.2f}.\n")
+
+
+def predicted(table: Table, of: Recipe, *, corpus: str | None = None) -> float:
+    """The sum of a recipe's rows in nats per token."""
+    corpus = corpus or next(c for unit, c in table.measures if unit == "kl_nats_per_token")
+    rows = rows_by_scheme(table, "kl_nats_per_token", corpus)
+    return sum(rows[group.name][group.scheme].error for group in of.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A way to change a model."""
+
+    identity: str  #: everything that its numbers depend on
+    bits_per_weight: float
+    apply: Callable[[PreTrainedModel], PreTrainedModel]  #: in place
+
+
+def measure_recipes(
+    model: str,
+    recipes: Mapping[str, Recipe],
+    text: Corpus | str,
+    *,
+    cache: Path,
+    tokens: int,
+    stats: str | Path | None = None,
+) -> dict[str, Measured]:
+    """What each recipe does to a text; see `measure_versions`.
+
+    Schemes that are fitted to statistics, such as those of GPTQ, need their folder.
+    """
+    checkpoint = open_checkpoint(model)
+    fitted_to = None if stats is None else read_stats(Path(stats)).sha256
+    versions = {
+        label: Version(
+            recipe_identity(one, fitted_to),
+            true_bits(checkpoint, one),
+            partial(_apply, recipe=one, checkpoint=checkpoint, stats=stats),
+        )
+        for label, one in recipes.items()
+    }
+    return measure_versions(model, versions, text, cache=cache, tokens=tokens)
+
+
+def _apply(
+    model: PreTrainedModel, recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None
+) -> PreTrainedModel:
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        return emulate.apply(model, recipe, checkpoint=checkpoint, fits=fits)
+
+
+def version_of_rewritten(folder: str, recipe: Recipe, stats: str | Path) -> Version:
+    """A recipe for a rewritten model, to be compared with the model that it was made of."""
+    checkpoint = open_checkpoint(folder)
+
+    def apply(_: PreTrainedModel) -> PreTrainedModel:
+        return _apply(_load(checkpoint), recipe, checkpoint, stats)
+
+    identity = recipe_identity(recipe, read_stats(Path(stats)).sha256)
+    return Version(f"{folder} {identity}", true_bits(checkpoint, recipe), apply)
+
+
+def recipe_identity(of: Recipe, fitted_to: str | None) -> str:
+    """Everything that a recipe's numbers depend on, besides model and text."""
+    schemes = sorted(of.schemes.items())
+    content: list[object] = [schemes, sorted(of.static_amax.items())]
+    weights = [parse_scheme(name).weight for _, name in schemes]
+    if any(weight is not None and weight.is_fitted for weight in weights):
+        content.append(fitted_to)
+    return json.dumps(content)
+
+
+def measure_versions(
+    model: str, versions: Mapping[str, Version], text: Corpus | str, *, cache: Path, tokens: int
+) -> dict[str, Measured]:
+    """What each version of a model does to a text.
+
+    Args:
+        model: Folder.
+        versions: Label -> version.
+        text: That nothing was calibrated on.
+        cache: JSON lines; read, and appended to.
+        tokens: Of the text.
+
+    Returns:
+        Label -> measurement.
+    """
+    corpus = load_text(text) if isinstance(text, str) else text
+    checkpoint = open_checkpoint(model)
+    known = {} if not cache.exists() else dict(map(_entry, cache.read_text("utf-8").splitlines()))
+    keys = {label: _key(one, corpus, tokens, checkpoint) for label, one in versions.items()}
+    missing = {keys[label]: label for label in versions if keys[label] not in known}
+    if missing:
+        with OriginalLogits() as logits:
+            windows_NT, entropies = _run_original(checkpoint, corpus, tokens, logits)
+            for key, label in missing.items():
+                changed = versions[label].apply(_load(checkpoint))
+                scores = compare(changed, windows_NT, original=logits)
+                found = summarize(scores, entropies, sequence_length=SEQUENCE_LENGTH)
+                known[key] = Measured(
+                    bits_per_weight=versions[label].bits_per_weight,
+                    kl=found.kl_nats_per_token,
+                    kl_stderr=found.kl_stderr,
+                    perplexity=found.perplexity,
+                    perplexity_original=found.perplexity_original,
+                    top1_agreement=found.top1_agreement,
+                    windows=found.windows,
+                )
+                with cache.open("a", encoding="utf-8") as file:
+                    print(json.dumps({"key": key, "label": label, **asdict(known[key])}), file=file)
+                print(f"{label}: {known[key].kl:.5f} nats/token", file=sys.stderr, flush=True)
+    return {label: known[key] for label, key in keys.items()}
+
+
+def _run_original(
+    checkpoint: Checkpoint, corpus: Corpus, tokens: int, logits: OriginalLogits
+) -> tuple[Tensor, tuple[float, ...]]:
+    windows_NT = tokenize(
+        corpus,
+        load_tokenizer(checkpoint.folder),
+        tokens=tokens,
+        sequence_length=SEQUENCE_LENGTH,
+    )
+    return windows_NT, run_original(_load(checkpoint), windows_NT, into=logits)
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    return load_model(checkpoint.folder, dtype="float32", device="cpu")
+
+
+def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
+    """Bits per weight, all that is stored."""
+    groups = find_layers(checkpoint).groups
+    size = sum(
+        group_bytes(group, parse_scheme(of.schemes[group.layers[0].name])) for group in groups
+    )
+    return bits_per_weight(size, weights_of(groups))
+
+
+def print_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, on stdout."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def with_error(value: float, stderr: float | None, *, digits: int = 4) -> str:
+    """A number and its standard error."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def _key(of: Version, corpus: Corpus, tokens: int, checkpoint: Checkpoint) -> str:
+    folder = str(checkpoint.folder.resolve())
+    content = [checkpoint.index_sha256, folder, corpus.sha256, tokens, of.identity]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _entry(line: str) -> tuple[str, Measured]:
+    content = json.loads(line)
+    key = content.pop("key")
+    del content["label"]
+    return key, Measured(**{**content, "windows": tuple(content["windows"])})

@@ -1,0 +1,275 @@
+"""The whole flow in one command, run twice, and stopped in the middle of its stages."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from command_line import DEMO, Measured, Ran, measured, mofq, ok, refused, tree
+
+import mofq as package
+from mofq.cli.terminal import Bars
+
+__all__ = ["measured"]  # a fixture, used by its name
+
+SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
+
+#: Runs mofq, and sends itself Ctrl-C when a stage has come so far.
+INTERRUPTED = """
+import os, signal, sys
+from mofq.cli import main, terminal
+# A shell starts what it runs in the background with Ctrl-C switched off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stage, at, *arguments = sys.argv[1:]
+def interrupt(self, name, done, total):
+    if name.startswith(stage) and done == int(at):
+        os.kill(os.getpid(), signal.SIGINT)
+terminal.Bars.stage = interrupt
+sys.argv = ["mofq", *arguments]
+main()
+"""
+
+
+def interrupt_process(stage: str, at: int, *arguments: str | Path) -> None:
+    """Run mofq in a process of its own, with Ctrl-C at some point of a stage."""
+    command = [sys.executable, "-c", INTERRUPTED, stage, str(at), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    check_interrupted(Ran(run.returncode, run.stdout, run.stderr))
+
+
+def interrupt(stage: str, at: int, *arguments: str | Path) -> None:
+    """The same in this process, without the signal."""
+
+    def show(bars: Bars, name: str, done: int, total: int) -> None:
+        if name.startswith(stage) and done == at:
+            raise KeyboardInterrupt
+
+    with patch.object(Bars, "stage", show):
+        check_interrupted(mofq(*arguments))
+
+
+def check_interrupted(ran: Ran) -> None:
+    assert ran.code == 128 + signal.SIGINT, ran.err
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    assert "run the same command again" in ran.err
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text("version: 1\nschemes: [int4.g64, int8.channel]\n")
+    return path
+
+
+def run_options(space: Path, folder: Path) -> tuple[str | Path, ...]:
+    return ("run", DEMO, "--space", space, "--max-bits", "6", *SMALL, "-o", folder)
+
+
+def test_run_ends_with_a_table_and_a_second_run_ends_the_same(space: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = ok(*run_options(space, folder))
+    for words in ("original", "recipe", "int4.g64", "bits/weight", "KL measured", "perplexity"):
+        assert words in first.out
+    assert "seconds: calibrate" in first.out
+    before = tree(folder)
+    assert {name for name in before if "/" not in name} == {
+        "recipe.yaml",
+        "table.jsonl",
+        "validation.json",
+    }
+    second = mofq(*run_options(space, folder), "--json")
+    assert second.err.count("there already") == 2
+    after = tree(folder)
+    assert {name for name in before if before[name] != after[name]} <= {"validation.json"}
+    content = second.json
+    validation = json.loads(after["validation.json"])
+    assert json.loads(before["validation.json"])["windows"] == validation["windows"]
+    assert content["kl_nats_per_token"] == validation["kl_nats_per_token"]
+    assert content["enforced"] is True
+    assert content["bits_per_weight"] <= 6
+    assert set(content["seconds"]) == {"calibrate", "measure", "search", "validate"}
+    assert package.load_recipe(folder / "recipe.yaml").bits_per_weight == content["bits_per_weight"]
+
+
+def test_run_without_a_budget_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    message = refused("run", DEMO, "-o", tmp_path / "run")
+    for words in ("needed a budget", "--max-bits", "--max-size", "--max-kl"):
+        assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    run = ("run", DEMO, "--max-bits", "5", "-o", tmp_path / "run")
+    assert "do not fill one window of 512" in refused(*run, "--tokens", "100")
+    assert "short" in refused(*run, "--text", tmp_path / "short.txt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_for_an_engine_that_reads_a_file_writes_that_file(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--space", "w8a8", "--max-bits", "9", "--engine", "torchao-cpu", *SMALL)
+    content = ok("run", DEMO, *arguments, "-o", folder, "--json").json
+    assert content["exported"] == str(folder / "torchao.json")
+    assert content["serve_command"] is None
+    assert json.loads((folder / "torchao.json").read_text("utf-8"))["quant_method"] == "torchao"
+    assert (
+        f"For torchao-cpu: {folder / 'torchao.json'}"
+        in ok("run", DEMO, *arguments, "-o", folder).out
+    )
+
+
+def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_comes_next(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = ok("run", DEMO, "--space", space, "--max-kl", "0.05", *SMALL)
+    assert "No --corpus: calibrating on demo-en-calibration" in ran.err
+    folder = tmp_path / "model-mofq"
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.budget == {"kl_nats_per_token": 0.05}
+    assert (recipe.kl_nats_per_token or 1) < 0.05
+    assert f"mofq export {DEMO} model-mofq/decision/recipe.yaml --to compressed-tensors" in ran.err
+    assert "mofq explore model-mofq/evidence/table.jsonl model-mofq/decision/recipe.yaml" in ran.err
+
+
+def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--space", "w8a8", "--max-bits", "8.2", "--engine", "vllm-cpu", *SMALL)
+    first = ok("run", DEMO, *arguments, "-o", folder)
+    exported = folder / "model"
+    assert f"Serve it with: {serve(exported)}" in first.out
+    assert f"--engine vllm-cpu -o {folder / 'explorer.html'}" in first.err
+    assert serve(exported) in (exported / "README.md").read_text("utf-8")
+    recipe = package.load_recipe(exported / "recipe.yaml")
+    assert recipe == package.load_recipe(folder / "recipe.yaml")
+    before = tree(exported)
+    # Proved byte for byte and kept, not written again.
+    assert ok("run", DEMO, *arguments, "-o", folder, "--json").json["exported"] == str(exported)
+    assert tree(exported) == before
+    # Another decision would need another folder.
+    other = ("--space", "w8a8", "--max-bits", "16", "--engine", "vllm-cpu", *SMALL)
+    assert "holds another export" in refused_after_work("run", DEMO, *other, "-o", folder)
+    assert tree(exported) == before
+
+
+def serve(folder: Path) -> str:
+    return f"python -m vllm.entrypoints.openai.api_server --model {folder}"
+
+
+def refused_after_work(*arguments: str | Path) -> str:
+    ran = mofq(*arguments)
+    assert ran.code == 1
+    return ran.err.splitlines()[-1]
+
+
+def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> None:
+    content = ok("demo", "-o", tmp_path / "demo", "--json").json
+    assert content["preferred"] == "recipe"
+    assert content["enforced"] is True
+    assert content["bits_per_weight"] <= 5
+    assert content["predicted_kl_nats_per_token"] == pytest.approx(
+        content["kl_nats_per_token"], rel=0.25
+    )
+    validations = content["validations"]
+    assert len(validations) >= 4
+    for name, one in validations.items():
+        if name != "recipe":
+            assert one["kl_nats_per_token"] > 1.5 * content["kl_nats_per_token"], name
+
+
+def test_a_run_with_another_space_decides_among_its_own_schemes(
+    space: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ok(*run_options(space, folder))
+    other = tmp_path / "other.yaml"
+    other.write_text("version: 1\nschemes: [fp4_e2m1.g32, int6.channel]\n")
+    ok(*run_options(other, folder))
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert set(recipe.schemes.values()) <= {"fp4_e2m1.g32", "int6.channel", "bf16"}
+    assert recipe.made_by["space"] == "other"
+
+
+def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
+    space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mofq.cli import run
+
+    def poor(options: run.RunOptions, candidates: dict[str, package.Recipe]) -> object:
+        """The measurement, with the mixture's recipe said to be no better than the uniform."""
+        from dataclasses import replace
+
+        found = measure(options, candidates)
+        worst = max(one.kl_nats_per_token for one in found.values())
+        found["recipe"] = replace(found["recipe"], kl_nats_per_token=worst)
+        return found
+
+    measure = run._validate
+    monkeypatch.setattr(run, "_validate", poor)
+    folder = tmp_path / "run"
+    ran = ok(*run_options(space, folder))
+    assert "int4.g64 for every layer is as small as the mixture" in ran.err
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert set(recipe.schemes.values()) == {"int4.g64"}
+    validation = json.loads((folder / "validation.json").read_text("utf-8"))
+    assert validation["bits_per_weight"] == recipe.bits_per_weight
+
+
+def test_ctrl_c_in_measure_keeps_whole_lines_and_a_second_run_makes_the_same_bytes(
+    measured: Measured, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.jsonl"
+    space = measured.folder / "space.yaml"
+    measure = ("measure", DEMO, "--space", space, "--stats", measured.stats, "-o", table)
+    interrupt_process("measure", 7, *measure)
+    kept = table.read_bytes()
+    whole = measured.table.read_bytes()
+    assert 0 < len(kept) < len(whole)
+    assert kept.endswith(b"\n")
+    assert whole.startswith(kept)
+    message = refused("search", table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
+    assert "Run the same `mofq measure` again" in message
+    ok(*measure)
+    assert table.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.jsonl"]
+
+
+def test_ctrl_c_in_calibrate_keeps_whole_sequences_and_a_second_run_makes_the_same_bytes(
+    measured: Measured, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats"
+    calibrate = ("calibrate", DEMO, "--corpus", "en=demo-en-calibration", *SMALL[:4], "-o", stats)
+    interrupt("calibrate", 2, *calibrate)
+    assert not (stats / "stats.json").exists()
+    kept = {name: data for name, data in tree(stats).items() if name.startswith("en/")}
+    assert sorted(kept) == ["en/sequence-00000.safetensors", "en/sequence-00001.safetensors"]
+    message = refused("measure", DEMO, "--space", "w8a8", "--stats", stats, "-o", tmp_path / "t")
+    assert "it continues where it stopped" in message
+    ok(*calibrate)
+    assert tree(stats) == tree(measured.stats)
+
+
+@pytest.mark.parametrize("stage", ["original", "enforce", "validate"])
+def test_ctrl_c_in_validate_leaves_nothing(stage: str, measured: Measured, tmp_path: Path) -> None:
+    output = tmp_path / "validation.json"
+    size = ("--tokens", "128", "--sequence-length", "64")
+    validate = ("validate", DEMO, measured.recipe, "--text", "demo-en", *size, "-o", output)
+    interrupt(stage, 1, *validate)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_export_leaves_nothing(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    ok("recipe", "uniform", DEMO, "int4.g32", "-o", recipe)
+    out.mkdir()
+    interrupt("export", 9, "export", DEMO, recipe, "--to", "compressed-tensors", "-o", out / "m")
+    assert list(out.iterdir()) == []

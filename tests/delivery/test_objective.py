@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import TinyCheckpoint
+from families import TINY_FAMILIES
+from test_emulate import recipe_of
+
+from mofq.delivery.validation import validate
+from mofq.delivery.validation.objective import MeasuredKl
+from mofq.demo import demo_model_folder
+from mofq.evidence.corpora import Corpus, load_text
+from mofq.exceptions import CorpusError, MofqError, RecipeError
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+
+MIXED = {"layers_0_attn_qkv": "bf16", "layers_3_mlp_down": "int8.channel+int8.token"}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return open_checkpoint(str(demo_model_folder()))
+
+
+@pytest.fixture(scope="module")
+def objective(demo: Checkpoint) -> Iterator[MeasuredKl]:
+    text = load_text("demo-en")
+    with MeasuredKl(str(demo.folder), text, tokens=512, sequence_length=128) as one:
+        yield one
+
+
+def tiny_text(folder: Path) -> Corpus:
+    path = folder / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and sleeps well. " * 3)
+    return load_text(str(path))
+
+
+def test_going_to_another_recipe_and_back_gives_the_bits_of_validate(
+    demo: Checkpoint, objective: MeasuredKl
+) -> None:
+    first = recipe_of(demo, "int4.g32", **MIXED)
+    second = recipe_of(demo, "fp4_e2m1.g32", layers_1_attn_o="bf16")
+    windows = list(objective.evaluate(first))
+    expected = validate(
+        str(demo.folder), first, load_text("demo-en"), tokens=512, sequence_length=128
+    )
+    assert expected.enforced
+    assert tuple(windows) == expected.windows
+    others = list(objective.evaluate(second))
+    assert others != windows
+    assert list(objective.evaluate(first)) == windows
+    assert list(objective.evaluate(second)) == others
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_comes_back_to_itself(
+    tiny: TinyCheckpoint, family: str, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(family)))
+    recipe, text = recipe_of(checkpoint, "int4.g32+int8.token"), tiny_text(tmp_path)
+    expected = validate(str(checkpoint.folder), recipe, text, tokens=32, sequence_length=16)
+    with MeasuredKl(
+        str(checkpoint.folder), text, tokens=32, sequence_length=16, cache_bytes=0
+    ) as one:
+        for scheme in ("int8.channel", "bf16"):
+            list(one.evaluate(recipe_of(checkpoint, scheme)))
+        assert set(one.evaluate(recipe_of(checkpoint, "bf16"))) == {0.0}
+        assert tuple(one.evaluate(recipe)) == expected.windows
+
+
+def test_static_scales_are_those_of_each_recipe(demo: Checkpoint, objective: MeasuredKl) -> None:
+    recipe = recipe_of(demo, "fp8_e4m3.tensor+fp8_e4m3.tensor")
+    kl = {}
+    for amax in (20.0, 0.5):
+        groups = tuple(
+            replace(group, static_amax=dict.fromkeys(group.layers, amax)) for group in recipe.groups
+        )
+        kl[amax] = sum(objective.evaluate(replace(recipe, groups=groups)))
+    assert kl[0.5] > 2 * kl[20.0]
+    with pytest.raises(RecipeError, match="static_amax"):
+        objective.evaluate(recipe)
+
+
+def test_a_caller_may_stop_early_but_not_go_on_after_another_began(
+    demo: Checkpoint, objective: MeasuredKl
+) -> None:
+    recipe = recipe_of(demo, "int4.g32")
+    expected = list(objective.evaluate(recipe))
+    begun = objective.evaluate(recipe)
+    assert next(begun) == expected[0]
+    assert list(objective.evaluate(recipe)) == expected
+    with pytest.raises(MofqError, match="another recipe was begun"):
+        next(begun)
+
+
+def test_a_recipe_of_another_model_is_refused_and_harms_nothing(
+    demo: Checkpoint, objective: MeasuredKl
+) -> None:
+    recipe = recipe_of(demo, "int4.g32")
+    expected = list(objective.evaluate(recipe))
+    with pytest.raises(RecipeError, match="index_sha256"):
+        objective.evaluate(replace(recipe, index_sha256="0" * 64))
+    assert list(objective.evaluate(recipe)) == expected
+
+
+def test_windows_longer_than_the_context_are_refused(demo: Checkpoint) -> None:
+    with pytest.raises(CorpusError, match="context"):
+        MeasuredKl(str(demo.folder), load_text("demo-en"), tokens=4096, sequence_length=1024)

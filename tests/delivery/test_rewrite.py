@@ -1,0 +1,219 @@
+"""Rewrites: the model computes what it did, and what is predicted is what is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import calibrate_folder, some_tokens, space_of
+from conftest import TinyCheckpoint
+from families import copy_with_tensors
+from torch import Tensor
+
+from mofq.delivery.rewriting.choose import Choice, choose_scales
+from mofq.delivery.rewriting.rewrite import rewrite
+from mofq.delivery.rewriting.scales import METHODS, InputRanges, propose_scales
+from mofq.delivery.rewriting.sites import NORMS, find_sites
+from mofq.delivery.rewriting.write import LINEAGE_FILE, check_rewritten
+from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.measure.fill_table import measure
+from mofq.evidence.table import read_table
+from mofq.exceptions import RewriteError, StatsError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import find_layers
+from mofq.model.loading import load_model
+from mofq.numbers.schemes import parse_scheme
+
+INT8 = "int8.channel+int8.token"
+TOKENS = some_tokens(1, 24, seed=5)
+
+
+def outlier_model(tiny: TinyCheckpoint, folder: Path, family: str = "llama") -> Path:
+    """A tiny model whose inputs have channels that stand out, as large models have."""
+
+    def stand_out(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[3::31] *= 40
+            if name.endswith("up_proj.weight") and tensor.ndim == 2:
+                tensor[5::67] *= 20
+
+    return copy_with_tensors(tiny(family, dtype=torch.float32), folder, stand_out)
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.inference_mode():
+        return load_model(folder)(TOKENS).logits.double()
+
+
+def rewritten(
+    model: Path, folder: Path, method: str, **options: object
+) -> tuple[Path, Stats, tuple[Choice, ...]]:
+    stats = calibrate_folder(model, folder / "stats", {"a": some_tokens(3, 24)})
+    out = folder / "out"
+    choices = rewrite(
+        open_checkpoint(str(model)),
+        stats,
+        out,
+        method=method,
+        **options,  # type: ignore[arg-type]
+    )
+    return out, stats, choices
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, "smoothquant") for family in NORMS]
+    + [(family, method) for family in ("llama", "phi3", "mixtral") for method in METHODS[1:]],
+)
+def test_a_rewritten_model_computes_what_it_did(
+    tiny: TinyCheckpoint, tmp_path: Path, family: str, method: str
+) -> None:
+    model = outlier_model(tiny, tmp_path / "model", family)
+    out, _, choices = rewritten(model, tmp_path, method, scheme="int4.g[32,16]+int8.token")
+    assert any(choice.strength is not None for choice in choices)
+    before, after = logits(model), logits(out)
+    assert float((after - before).abs().max()) < 2e-4 * float(before.abs().max())
+    if not NORMS[family]:
+        assert all(choice.site.producer is not None for choice in choices)
+
+
+def test_powers_of_two_change_no_bit(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = outlier_model(tiny, tmp_path / "model")
+    out, _, choices = rewritten(model, tmp_path, "smoothquant", powers_of_two=True)
+    moved = [choice for choice in choices if choice.strength is not None]
+    assert moved
+    for choice in moved:
+        log2_P = torch.log2(choice.scale_P)
+        assert torch.equal(log2_P, log2_P.round())
+    assert torch.equal(logits(model), logits(out))
+
+
+def test_shared_heads_share_their_scales(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    """The tiny Llama has twice as many query heads as key-value heads."""
+    checkpoint = open_checkpoint(str(tiny("llama")))
+    sites = {s.group: s for s in find_sites(checkpoint, find_layers(checkpoint))}
+    site = sites["layers.0.attn.o"]
+    assert site.producer is not None
+    heads = int(checkpoint.config["num_attention_heads"])
+    width = site.consumers[0].in_features // heads
+    shared = heads // int(checkpoint.config["num_key_value_heads"])
+    assert shared > 1
+    assert site.scales == site.producer.out_features
+    for i, scale in enumerate(site.scale_of_I):
+        assert scale == (i // width // shared) * width + i % width
+
+
+def test_outliers_that_move_are_predicted_and_measured_to_cost_less(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model = outlier_model(tiny, tmp_path / "model")
+    out, stats, choices = rewritten(model, tmp_path, "smoothquant")
+    again = calibrate_folder(out, tmp_path / "again", {"a": some_tokens(3, 24)})
+    for folder, of, predicted in (
+        (model, stats, [c.nats_before for c in choices]),
+        (out, again, [c.nats_after for c in choices]),
+    ):
+        checkpoint = open_checkpoint(str(folder))
+        path = tmp_path / f"{folder.name}.jsonl"
+        space = space_of(INT8)
+        measure(checkpoint, find_layers(checkpoint), space, table_path=path, stats=of)
+        rows = read_table(path).rows_of("kl_nats_per_token", "a")
+        found = [next(r.error for r in rows[c.site.group] if r.scheme == INT8) for c in choices]
+        assert sum(predicted) == pytest.approx(sum(found), rel=0.1)
+    assert sum(c.nats_after for c in choices) < 0.5 * sum(c.nats_before for c in choices)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_site_is_predicted_worse_than_it_was(
+    tiny: TinyCheckpoint, tmp_path: Path, method: str
+) -> None:
+    model = tiny("llama")
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(2, 16)})
+    checkpoint = open_checkpoint(str(model))
+    for site in find_sites(checkpoint, find_layers(checkpoint))[:4]:
+        for scheme in (INT8, "fp8_e4m3.tensor+fp8_e4m3.tensor", "int4.g32", "bf16"):
+            choice = choose_scales(
+                checkpoint, site, parse_scheme(scheme), stats=stats, method=method
+            )
+            assert choice.nats_after <= choice.nats_before
+            if choice.strength is None:
+                assert torch.equal(choice.scale_P, torch.ones_like(choice.scale_P))
+
+
+def test_smoothquant_at_one_half_makes_both_ranges_equal() -> None:
+    ranges = InputRanges(
+        amax_P=torch.tensor([1.0, 16.0, 0.25, 0.0]).double(),
+        mean_P=torch.tensor([1.0, 4.0, 0.125, 0.0]).double(),
+        weight_P=torch.tensor([1.0, 1.0, 4.0, 2.0]).double(),
+    )
+    proposals = {s.alpha: p for s, p in propose_scales("smoothquant", ranges, powers_of_two=False)}
+    scale_P = proposals[0.5]
+    ratio_P = (ranges.amax_P / scale_P) / (ranges.weight_P * scale_P)
+    assert torch.allclose(ratio_P[:3], ratio_P[0].expand(3))
+    assert scale_P[3] == 1
+    awq = {s.alpha: p for s, p in propose_scales("awq", ranges, powers_of_two=False)}
+    root = 0.125**0.5
+    middle = (2 * root) ** 0.5
+    assert awq[0.5][:3].tolist() == pytest.approx([1 / middle, 2 / middle, root / middle])
+
+
+def test_where_it_comes_from_is_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    out, stats, choices = rewritten(tiny_llama, tmp_path, "bismooth")
+    found = json.loads((out / LINEAGE_FILE).read_text())
+    original = open_checkpoint(str(tiny_llama))
+    assert found["model"]["index_sha256"] == original.index_sha256
+    assert found["model"]["weights_sha256"] == hash_weights(original)
+    assert found["model"]["weights_sha256"] != hash_weights(open_checkpoint(str(out)))
+    assert (found["stats_sha256"], found["method"]) == (stats.sha256, "bismooth")
+    assert list(found["sites"]) == [choice.site.group for choice in choices]
+    with pytest.raises(RewriteError, match="holds files already"):
+        rewrite(open_checkpoint(str(tiny_llama)), stats, out, method="bismooth")
+
+
+def test_a_rewritten_folder_that_is_not_one_is_found(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = outlier_model(tiny, tmp_path / "model")
+    out, _, choices = rewritten(model, tmp_path, "smoothquant")
+    name = choices[0].site.divided[0]
+    wrong = read_tensor(open_checkpoint(str(out)).tensors[name])
+    wrong[3] *= 1.01
+    damaged = copy_with_tensors(
+        out, tmp_path / "damaged", lambda tensors: tensors.update({name: wrong})
+    )
+    with pytest.raises(RewriteError, match="is not the original times its scales"):
+        check_rewritten(open_checkpoint(str(model)), open_checkpoint(str(damaged)), choices)
+
+
+def test_what_cannot_be_rewritten_is_refused(
+    tiny: TinyCheckpoint, tiny_llama: Path, tmp_path: Path
+) -> None:
+    stats = calibrate_folder(tiny_llama, tmp_path / "stats", {"a": some_tokens(2, 16)})
+    checkpoint = open_checkpoint(str(tiny_llama))
+    out = tmp_path / "out"
+    with pytest.raises(RewriteError, match="Did you mean 'smoothquant'"):
+        rewrite(checkpoint, stats, out, method="smoothqant")
+    with pytest.raises(RewriteError, match="fitted to a model after it was rewritten"):
+        rewrite(checkpoint, stats, out, method="awq", scheme="int4.g32~gptq")
+    with pytest.raises(StatsError, match="but the model is qwen3"):
+        rewrite(open_checkpoint(str(tiny("qwen3"))), stats, out, method="awq")
+    again = copy_with_tensors(
+        tiny_llama,
+        tmp_path / "again",
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 2}),
+    )
+    of_weights = calibrate_folder(
+        tiny_llama,
+        tmp_path / "of-weights",
+        {"a": some_tokens(2, 16)},
+        weights_sha256=hash_weights(checkpoint),
+    )
+    with pytest.raises(StatsError, match="other weights of the same shapes"):
+        rewrite(open_checkpoint(str(again)), of_weights, out, method="awq")
+    gpt2 = open_checkpoint(str(tiny("gpt2")))
+    with pytest.raises(RewriteError, match="where a scale can move in a 'gpt2' is not known"):
+        find_sites(gpt2, find_layers(gpt2))
+    assert not out.exists()

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyCheckpoint
+from test_emulate import recipe_of
+
+from mofq.decision.recipe import write_recipe
+from mofq.delivery.apply import emulate
+from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.validation import (
+    paired_difference,
+    validate,
+    validate_many,
+    write_validation,
+)
+from mofq.evidence.corpora import Corpus, load_text, tokenize
+from mofq.exceptions import (
+    BackendError,
+    CheckpointError,
+    CorpusError,
+    EnforcementError,
+    MofqError,
+    RecipeError,
+)
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.loading import load_model, load_tokenizer
+
+#: Tokens and sequence length of the tests: three windows of 16.
+PLAN: dict[str, Any] = {"tokens": 50, "sequence_length": 16}
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Corpus:
+    path = tmp_path / "held-out.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and sleeps well. " * 3)
+    return load_text(str(path))
+
+
+@pytest.fixture
+def recipe_file(tiny_llama: Path, tmp_path: Path) -> Path:
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "int4.g32+int8.token")
+    result = {"kl_nats_per_token": 0.125, "kl_stderr": 0.5}
+    path = tmp_path / "recipe.yaml"
+    write_recipe(replace(recipe, result=result, budget={"kl_nats_per_token": 1e-9}), path)
+    return path
+
+
+def test_the_numbers_are_the_definitions_over_all_windows(
+    tiny_llama: Path, recipe_file: Path, text: Corpus
+) -> None:
+    found = validate(str(tiny_llama), str(recipe_file), text, **PLAN)
+
+    original, quantized = load_model(tiny_llama), load_model(tiny_llama)
+    emulate.apply(quantized, recipe_of(open_checkpoint(str(tiny_llama)), "int4.g32+int8.token"))
+    windows_NT = tokenize(text, load_tokenizer(tiny_llama), **PLAN)
+    with torch.inference_mode():
+        log_p = original(windows_NT).logits.double().log_softmax(-1)
+        log_q = quantized(windows_NT).logits.double().log_softmax(-1)
+    kl_NT = (log_p.exp() * (log_p - log_q)).sum(-1)
+    targets = windows_NT[:, 1:, None]
+
+    assert found.tokens == 48
+    assert found.kl_nats_per_token == pytest.approx(kl_NT.mean().item(), rel=1e-3)
+    assert found.windows == pytest.approx(kl_NT.mean(-1).tolist(), rel=1e-3)
+    expected_stderr = kl_NT.mean(-1).std().item() / math.sqrt(3)
+    assert found.kl_stderr == pytest.approx(expected_stderr, rel=1e-2)
+    for log, perplexity in ((log_p, found.perplexity_original), (log_q, found.perplexity)):
+        expected = (-log[:, :-1].gather(-1, targets).mean()).exp().item()
+        assert perplexity == pytest.approx(expected, rel=1e-5)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
+    assert found.top1_agreement == pytest.approx(agreement)
+
+
+def test_the_report_says_what_was_predicted_and_whether_the_budget_was_met(
+    tiny_llama: Path, recipe_file: Path, text: Corpus
+) -> None:
+    found = validate(str(tiny_llama), str(recipe_file), text, **PLAN)
+    assert found.predicted_kl_nats_per_token == 0.125
+    assert found.predicted_kl_stderr == 0.5
+    assert found.within_kl_budget is False
+    # 4-bit codes, one 16-bit scale for 32 of them, and 16 bytes of shape for each matrix.
+    per_layer = {"128x128": 2, "64x128": 2, "256x128": 2, "128x256": 1}
+    weights = 2 * sum(n * math.prod(map(int, k.split("x"))) for k, n in per_layer.items())
+    stored_bytes = weights / 2 + weights / 32 * 2 + 14 * 16
+    assert found.bits_per_weight == pytest.approx(8 * stored_bytes / weights)
+    assert found.enforced is True
+    assert found.deviations == ()
+
+
+def test_a_recipe_that_quantizes_nothing_diverges_by_exactly_nothing(
+    tiny_llama: Path, text: Corpus
+) -> None:
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "bf16")
+    found = validate(str(tiny_llama), recipe, text, **PLAN)
+    assert (found.kl_nats_per_token, found.kl_stderr, found.top1_agreement) == (0.0, 0.0, 1.0)
+    assert found.perplexity == found.perplexity_original
+    assert found.predicted_kl_nats_per_token is None
+    assert found.within_kl_budget is None
+    assert found.bits_per_weight == 16.0
+    assert found.enforced is True
+
+
+def test_the_file_holds_every_promised_key_and_the_hashes_of_its_inputs(
+    tiny_llama: Path, recipe_file: Path, text: Corpus, tmp_path: Path
+) -> None:
+    found = validate(str(tiny_llama), recipe_file, text, **PLAN)
+    path = tmp_path / "validation.json"
+    write_validation(found, path)
+    content = json.loads(path.read_text())
+    assert next(iter(content)) == "version"
+    promised = {
+        "kl_nats_per_token",
+        "kl_stderr",
+        "perplexity",
+        "perplexity_original",
+        "top1_agreement",
+        "bits_per_weight",
+        "predicted_kl_nats_per_token",
+        "enforced",
+        "windows",
+    }
+    assert promised <= content.keys()
+    assert content["version"] == 1
+    assert content["index_sha256"] == open_checkpoint(str(tiny_llama)).index_sha256
+    assert content["text_sha256"] == text.sha256
+    assert len(content["recipe_sha256"]) == 64
+    assert (content["tokens"], content["sequence_length"]) == (48, 16)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_many_recipes_against_one_run_of_the_original_give_what_each_gives_alone(
+    tiny_llama: Path, text: Corpus
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipes = [recipe_of(checkpoint, name) for name in ("int4.channel", "bf16+fp8_e4m3.token")]
+    stages: list[str] = []
+    together = validate_many(
+        str(tiny_llama), recipes, text, **PLAN, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert stages.count("original") == 3
+    assert stages.count("validate") == 6
+    for recipe, found in zip(recipes, together, strict=True):
+        alone = validate(str(tiny_llama), recipe, text, **PLAN)
+        assert (found.windows, found.perplexity) == (alone.windows, alone.perplexity)
+
+
+def test_two_recipes_are_compared_window_by_window(tiny_llama: Path, text: Corpus) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipes = [recipe_of(checkpoint, name) for name in ("int4.channel", "int8.channel")]
+    first, second = validate_many(str(tiny_llama), recipes, text, **PLAN)
+    difference, stderr = paired_difference(
+        replace(first, windows=(0.3, 0.5, 0.7)), replace(second, windows=(0.1, 0.4, 0.6))
+    )
+    # Differences 0.2, 0.1, 0.1: mean 0.4/3, sample variance 1/300.
+    assert difference == pytest.approx(0.4 / 3)
+    assert stderr == pytest.approx(1 / 30)
+    assert paired_difference(first, first) == (0.0, 0.0)
+    other_text = replace(second, lineage=replace(second.lineage, text_sha256="0"))
+    with pytest.raises(MofqError, match="text_sha256 is"):
+        paired_difference(first, other_text)
+    with pytest.raises(MofqError, match="48 tokens and one of 32"):
+        paired_difference(first, replace(second, tokens=32))
+
+
+def test_an_unquantized_folder_is_compared_and_nothing_is_enforced(
+    tiny: TinyCheckpoint, tiny_llama: Path, text: Corpus
+) -> None:
+    same = validate(str(tiny_llama), str(tiny_llama), text, **PLAN)
+    assert (same.kl_nats_per_token, same.enforced, same.bits_per_weight) == (0.0, None, 16.0)
+    other = validate(str(tiny_llama), tiny("llama", seed=1), text, **PLAN)
+    assert other.kl_nats_per_token > 0
+
+
+def test_a_folder_of_another_vocabulary_is_an_error(
+    tiny: TinyCheckpoint, tiny_llama: Path, text: Corpus
+) -> None:
+    with pytest.raises(CheckpointError, match="predicts 256 tokens and the other model 512"):
+        validate(str(tiny_llama), tiny("llama", vocab_size=512), text, **PLAN)
+
+
+def test_a_sequence_longer_than_the_context_is_an_error(tiny_llama: Path, text: Corpus) -> None:
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "bf16")
+    with pytest.raises(CorpusError, match="129 is more than the model's context of 128"):
+        validate(str(tiny_llama), recipe, text, tokens=129, sequence_length=129)
+
+
+def test_a_recipe_of_another_model_is_refused_before_any_model_runs(
+    tiny: TinyCheckpoint, tiny_llama: Path, text: Corpus
+) -> None:
+    other = recipe_of(open_checkpoint(str(tiny("llama", dtype=torch.float32))), "bf16")
+    stages: list[str] = []
+    with pytest.raises(RecipeError, match="made for"):
+        validate(
+            str(tiny_llama), other, text, **PLAN, progress=lambda stage, *_: stages.append(stage)
+        )
+    assert stages == []
+
+
+def test_logits_that_are_not_finite_are_an_error(
+    tiny: TinyCheckpoint, text: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("llama")
+
+    def broken(*args: Any, **options: Any) -> Any:
+        model = load_model(*args, **options)
+        model.get_parameter("model.norm.weight").fill_(math.inf)
+        return model
+
+    monkeypatch.setattr("mofq.delivery.validation.validate.load_model", broken)
+    with pytest.raises(MofqError, match="the original model gives logits that are not finite"):
+        validate(str(folder), recipe_of(open_checkpoint(str(folder)), "bf16"), text, **PLAN)
+
+
+def test_a_full_disk_is_a_clear_error(
+    tiny_llama: Path, text: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "bf16")
+    # 3 windows of 16 positions, 256 tokens and 4 bytes.
+    with pytest.raises(MofqError, match=r"need 49,152 bytes here.*Set TMPDIR"):
+        validate(str(tiny_llama), recipe, text, **PLAN)
+
+
+def test_a_planted_deviation_makes_the_validation_say_so(
+    tiny_llama: Path, text: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = emulate.apply
+
+    def apply_and_edit(*args: Any, **options: Any) -> Any:
+        model = apply(*args, **options)
+        model.get_parameter(f"{UP}.weight")[200, 100] += 1e-3
+        return model
+
+    monkeypatch.setattr("mofq.delivery.apply.emulate.apply", apply_and_edit)
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "int4.g32")
+    found = validate(str(tiny_llama), recipe, text, **PLAN)
+    assert found.enforced is False
+    assert [deviation.layer for deviation in found.deviations] == [UP]
+
+
+def test_an_exported_folder_is_proved_byte_for_byte_and_validated_as_its_recipe(
+    tiny_llama: Path, text: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipe = recipe_of(checkpoint, "int4.g32", layers_0_attn_o="fp8_e4m3.channel+fp8_e4m3.token")
+    folder = tmp_path / "exported"
+    export_compressed_tensors(checkpoint, recipe, folder)
+    found = validate(str(tiny_llama), str(folder), text, **PLAN)
+    emulated = validate(str(tiny_llama), recipe, text, **PLAN)
+    assert found.enforced is True
+    assert (found.windows, found.bits_per_weight) == (emulated.windows, emulated.bits_per_weight)
+    assert found.lineage.folder_index_sha256 == open_checkpoint(str(folder)).index_sha256
+
+
+def test_an_exported_folder_with_an_edited_byte_is_refused_before_any_model_runs(
+    tiny_llama: Path, text: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    folder = tmp_path / "exported"
+    export_compressed_tensors(checkpoint, recipe_of(checkpoint, "int4.g32"), folder)
+    info = open_checkpoint(str(folder)).tensors[f"{UP}.weight_packed"]
+    with info.file.open("r+b") as file:
+        file.seek(info.start + 40)
+        byte = file.read(1)[0]
+        file.seek(info.start + 40)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(EnforcementError, match=UP):
+        validate(str(tiny_llama), str(folder), text, **PLAN)
+
+
+def test_a_folder_quantized_by_a_method_that_is_not_read_is_refused(
+    tiny_llama: Path, text: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    folder = tmp_path / "exported"
+    export_compressed_tensors(checkpoint, recipe_of(checkpoint, "int4.g32"), folder)
+    (folder / "recipe.yaml").unlink()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"]["quant_method"] = "gptq"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BackendError, match="found quant_method 'gptq'"):
+        validate(str(tiny_llama), str(folder), text, **PLAN)

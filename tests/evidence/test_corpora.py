@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from mofq.demo import demo_text
+from mofq.evidence import corpora
+from mofq.evidence.corpora import Corpus, load_text, spread_windows, tokenize
+from mofq.exceptions import CorpusError
+
+
+class CharacterTokenizer:
+    """One token a character, and a record of what it was asked."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+        assert options == {"add_special_tokens": False, "verbose": False}
+        self.lengths.append(len(text))
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def corpus_of(text: str) -> Corpus:
+    return Corpus("c", "c.txt", text, "0")
+
+
+def test_plain_text_is_read_to_the_byte(tmp_path: Path) -> None:
+    text = "\n\na\r\nb \t\n é 漢 🙂\n\n"
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text.encode())
+    corpus = load_text(str(path))
+    assert corpus == Corpus("notes", str(path), text, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_corpus_can_be_given_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("a")
+    assert load_text(str(path), name="pt").name == "pt"
+
+
+def test_rows_of_json_lines_follow_one_another_each_on_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": t, "body": "x"}) + "\n" for t in ("a\nb", "c\n", "é"))
+    )
+    assert load_text(str(path)).text == "a\nb\nc\né\n"
+    assert load_text(f"{path}:body").text == "x\nx\nx\n"
+
+
+def test_a_parquet_column_is_named_behind_a_colon(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"content": ["x", "y"], "n": [1, 2]}), path)
+    assert load_text(f"{path}:content").text == "x\ny\n"
+
+
+@pytest.mark.parametrize("column", ["", ":messages"])
+def test_chats_are_refused_with_what_makes_text_of_them(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(CorpusError, match="apply_chat_template"):
+        load_text(f"{path}{column}")
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"content": "a"}\n')
+    with pytest.raises(CorpusError, match=r"no column 'text'.*content"):
+        load_text(str(path))
+    with pytest.raises(CorpusError, match=r"no column 'contents'. Did you mean 'content'"):
+        load_text(f"{path}:contents")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": 5}\n', r"row 2 of column 'text' holds int"),
+        (b'{"text": "a"}\n{"text": null}\n', r"row 2 of column 'text' holds NoneType"),
+        (b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        (b'{"text": "a\xff"}\n', "cannot be read"),
+        (b"", "is empty"),
+        (b'{"text": "a\\ud800b"}\n', "cannot be read|half of a surrogate pair"),
+    ],
+)
+def test_broken_json_lines_are_an_error(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        load_text(str(path))
+
+
+def test_a_broken_parquet_file_is_an_error_and_prints_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"junk")
+    with pytest.raises(CorpusError, match="cannot be read"):
+        load_text(str(path))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_empty_text_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"empty\.txt' is empty"):
+        load_text(str(path))
+
+
+def test_bytes_that_are_not_utf8_are_an_error_that_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(b"caf\xe9 com leite")
+    with pytest.raises(CorpusError, match=r"latin1\.txt: byte 3 is not UTF-8"):
+        load_text(str(path))
+
+
+def test_a_missing_file_a_folder_and_a_column_of_plain_text_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(CorpusError, match="there is no such file"):
+        load_text(str(tmp_path / "b.txt"))
+    with pytest.raises(CorpusError, match="folder"):
+        load_text(str(tmp_path))
+    with pytest.raises(CorpusError, match="plain text has no column 'body'"):
+        load_text(f"{tmp_path / 'a.txt'}:body")
+
+
+@pytest.mark.parametrize(
+    ("source", "dataset", "options", "text"),
+    [
+        ("org/set", "org/set", {"name": None, "split": "train"}, "a\nb\n"),
+        ("org/set/en:test", "org/set", {"name": "en", "split": "test"}, "a\nb\n"),
+        ("org/set:test:body", "org/set", {"name": None, "split": "test"}, "x\ny\n"),
+    ],
+)
+def test_a_hub_source_names_configuration_split_and_column(
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    dataset: str,
+    options: dict[str, object],
+    text: str,
+) -> None:
+    calls = []
+
+    def load_dataset(path: str, **given: object) -> list[dict[str, str]]:
+        calls.append((path, given))
+        return [{"text": "a", "body": "x"}, {"text": "b", "body": "y"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_text(source).text == text
+    assert load_text(source).name == "set"
+    assert calls[0] == (dataset, {"streaming": True, **options})
+
+
+def test_a_hub_data_set_is_read_only_as_far_as_is_documented(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter([{"text": "ab"}] * 9))
+    monkeypatch.setattr(corpora, "HUB_CHARACTERS", 7)
+    assert load_text("org/set").text == "ab\n" * 3
+
+
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(
+        CorpusError, match=r"'org/set' cannot be read.*Couldn't reach the Hub.*network"
+    ):
+        load_text("org/set")
+
+
+def test_a_local_file_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "set").write_text("local")
+    monkeypatch.chdir(tmp_path)
+    assert load_text("org/set").text == "local"
+
+
+def test_a_misspelt_path_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a request"))
+    for source in ("texts/none.txt", "texts/pt/none.jsonl:body", "texts/none.parquet"):
+        with pytest.raises(CorpusError, match="there is no such file"):
+            load_text(source)
+
+
+def test_the_bundled_texts_are_the_files_of_the_demo() -> None:
+    expected = {
+        "demo-en": demo_text("en"),
+        "demo-pt": demo_text("pt"),
+        "demo-en-calibration": demo_text("en", "calibration"),
+        "demo-pt-calibration": demo_text("pt", "calibration"),
+    }
+    assert expected == corpora.BUNDLED_TEXT
+
+
+def test_windows_are_spread_over_the_whole_text_in_order_and_do_not_overlap() -> None:
+    text = "".join(map(chr, range(100)))
+    windows_NT = tokenize(corpus_of(text), CharacterTokenizer(), tokens=17, sequence_length=4)
+    assert windows_NT.tolist() == [
+        [0, 1, 2, 3],
+        [32, 33, 34, 35],
+        [64, 65, 66, 67],
+        [96, 97, 98, 99],
+    ]
+    windows_NT = tokenize(corpus_of(text[:12]), CharacterTokenizer(), tokens=12, sequence_length=4)
+    assert windows_NT.flatten().tolist() == list(range(12))
+
+
+def test_a_short_text_gives_the_whole_windows_it_has() -> None:
+    windows_NT = tokenize(
+        corpus_of("abcdefghij"), CharacterTokenizer(), tokens=99, sequence_length=3
+    )
+    assert windows_NT.shape == (3, 3)
+
+
+def test_a_short_text_gives_as_many_spread_windows_as_it_holds_where_that_is_allowed() -> None:
+    def spread(text: str, *, or_fewer: bool) -> torch.Tensor:
+        return spread_windows(
+            corpus_of(text), CharacterTokenizer(), sequences=4, sequence_length=3, or_fewer=or_fewer
+        )
+
+    whole_NT = tokenize(corpus_of("abcdefghij"), CharacterTokenizer(), tokens=10, sequence_length=5)
+    ids = whole_NT.flatten().tolist()
+    fewer_NT = spread("abcdefghij", or_fewer=True)
+    assert fewer_NT.shape == (3, 3)
+    assert fewer_NT[0].tolist() == ids[:3]
+    assert fewer_NT[-1].tolist() == ids[-3:]
+    assert spread("abcdefghijkl", or_fewer=True).shape == (4, 3)
+    with pytest.raises(
+        CorpusError, match="has 10 tokens, and windows of 3 tokens, 4 in number, need 12"
+    ):
+        spread("abcdefghij", or_fewer=False)
+    with pytest.raises(CorpusError, match="has 2 tokens"):
+        spread("ab", or_fewer=True)
+
+
+def test_less_than_one_window_is_an_error_that_says_found_and_needed() -> None:
+    with pytest.raises(
+        CorpusError, match=r"has 3 tokens, and windows of 4 tokens, 1 in number, need 4"
+    ):
+        tokenize(corpus_of("abc"), CharacterTokenizer(), tokens=8, sequence_length=4)
+    with pytest.raises(CorpusError, match=r"3 tokens do not fill one window of 4"):
+        tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=4)
+    with pytest.raises(CorpusError, match="sequence length of 1"):
+        tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=1)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error() -> None:
+    options = {"tokens": 4, "sequence_length": 4}
+    tokenize(corpus_of("abcd"), CharacterTokenizer(), **options, vocabulary_size=101)
+    with pytest.raises(CorpusError, match=r"token 100, but the model's vocabulary has 100"):
+        tokenize(corpus_of("abcd"), CharacterTokenizer(), **options, vocabulary_size=100)
+
+
+def test_of_a_long_text_only_the_excerpts_are_tokenized() -> None:
+    tokenizer = CharacterTokenizer()
+    windows_NT = tokenize(corpus_of("abcd" * 1000), tokenizer, tokens=8, sequence_length=4)
+    assert tokenizer.lengths == [4 * 64, 4 * 64]
+    assert windows_NT.tolist() == [[97, 98, 99, 100]] * 2
+
+
+def test_excerpts_of_a_long_text_are_spread_over_all_of_it() -> None:
+    text = "".join(chr(0x4E00 + place) for place in range(4000))  # every place has its own
+    windows_NT = tokenize(corpus_of(text), CharacterTokenizer(), tokens=16, sequence_length=4)
+    assert [token - 0x4E00 for token in windows_NT[:, 0].tolist()] == [0, 1000, 2000, 3000]
+    assert [token - 0x4E00 for token in windows_NT[3].tolist()] == [3000, 3001, 3002, 3003]
+
+
+def test_a_text_of_long_tokens_is_tokenized_whole() -> None:
+    class LineTokenizer(CharacterTokenizer):
+        def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+            super().__call__(text, **options)
+            return {"input_ids": list(range(text.count("\n")))}
+
+    tokenizer = LineTokenizer()
+    windows_NT = tokenize(
+        corpus_of(("x" * 99 + "\n") * 40), tokenizer, tokens=20, sequence_length=10
+    )
+    assert windows_NT.tolist() == [list(range(10)), list(range(30, 40))]
+    assert tokenizer.lengths == [10 * 64, 10 * 64, 4000]

@@ -1,0 +1,98 @@
+"""Fitted schemes of an expert that the kept sequences of one half alone reached."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from test_measure_score import LENGTH, WEIGHT, some_samples
+from torch import Tensor
+
+from mofq.evidence.fits import LayerFit
+from mofq.evidence.measure.crossfit import join_parts, prepare_parts
+from mofq.evidence.measure.gains import LayerGains, SampleGains
+from mofq.evidence.measure.layer_inputs import prepare_layer
+from mofq.evidence.measure.samples import ChunkedSamples, arrange_samples
+from mofq.evidence.measure.schedule import score_layers
+from mofq.evidence.measure.score import CorpusScore
+from mofq.numbers.schemes import parse_scheme
+
+#: With importance one of every column, ``@nats`` rounds as ``@mse``.
+SCHEMES = [
+    parse_scheme(name)
+    for name in (
+        *("int4.g32@mse", "int4.g32@nats"),
+        *("int4.channel@mse+int8.token", "int4.channel@nats+int8.token"),
+    )
+]
+#: Of the sequences with tokens, and of those without; what a cluster has follows neither.
+OWN = {"weight": (2.0, 3.0), "input": (1.0, 2.0)}
+CLUSTER = {True: {"weight": (1.0, 4.0), "input": (3.0, 5.0)}}
+CLUSTER[False] = {"weight": (2.5, 0.5), "input": (1.5, 4.5)}
+
+
+class ImportanceOne:
+    """Fits of a layer that says nothing of its columns."""
+
+    def of(self, layer: object, weights: object, *, part: str) -> LayerFit:
+        return LayerFit(importance_I=torch.ones(WEIGHT.shape[1]))
+
+
+def gains(kind: str, is_seen: tuple[bool, ...]) -> SampleGains:
+    own = [OWN[kind][n % 2] if seen else 0.0 for n, seen in enumerate(is_seen)]
+    cluster = [CLUSTER[seen][kind][n % 2] for n, seen in enumerate(is_seen)]
+    return SampleGains(torch.tensor(own).double(), torch.tensor(cluster).double())
+
+
+def samples(is_seen: tuple[bool, ...], *, has_gains: bool) -> ChunkedSamples:
+    sequences = [some_samples(seed=n) if seen else None for n, seen in enumerate(is_seen)]
+    found = arrange_samples(sequences, draws=1, sequence_length=LENGTH)
+    assert found is not None
+    if not has_gains:
+        return found
+    return replace(found, gains=LayerGains(gains("weight", is_seen), gains("input", is_seen)))
+
+
+def score(is_seen: tuple[bool, ...], *, has_gains: bool) -> CorpusScore:
+    prepare = partial(
+        prepare_layer,
+        lambda start, stop: WEIGHT[start:stop],
+        (WEIGHT.shape[0], WEIGHT.shape[1]),
+        name="expert",
+    )
+    parts = prepare_parts(
+        prepare,
+        None,  # type: ignore[arg-type]
+        SCHEMES,
+        samples={"a": samples(is_seen, has_gains=has_gains)},
+        fits=ImportanceOne(),  # type: ignore[arg-type]
+    )
+    return join_parts(SCHEMES, list(score_layers(parts))).corpora["a"]
+
+
+def mean_square(value_MS: Tensor) -> Tensor:
+    return value_MS.square().mean(0)
+
+
+@pytest.mark.parametrize("has_gains", [False, True])
+@pytest.mark.parametrize("is_seen", [(True, True, False, False), (False, False, True, True)])
+def test_the_unseen_half_costs_what_its_gains_say(
+    is_seen: tuple[bool, ...], has_gains: bool
+) -> None:
+    found = score(is_seen, has_gains=has_gains)
+    assert found.error_NS.shape[0] == len(is_seen)
+    mean_S = found.error_NS.mean(0)
+    torch.testing.assert_close(mean_S[[1, 3]], mean_S[[0, 2]])
+    square_S = mean_square(found.projection_MS)
+    torch.testing.assert_close(square_S[1], square_S[0])
+    # Of the fourth scheme all errors are scaled alike, of the third weights and inputs apart.
+    assert float(square_S[3]) == pytest.approx(float(square_S[2]), rel=0.3)
+    torch.testing.assert_close(found.output_mse_S[[1, 3]], found.output_mse_S[[0, 2]])
+
+
+def test_where_every_sequence_is_kept_the_unseen_half_costs_nothing() -> None:
+    error_NS = score((True, True, False, False), has_gains=False).error_NS
+    assert bool((error_NS[:2] > 0).all())
+    assert not bool(error_NS[2:].any())

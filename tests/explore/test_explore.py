@@ -1,0 +1,366 @@
+"""The explorer page, as far as it shows without a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
+from typer.testing import CliRunner
+
+from mofq.cli.app import app
+from mofq.decision import Request, decide
+from mofq.decision.recipe import write_recipe
+from mofq.decision.solvers import Budgets, problem_from_table, solve_frontier
+from mofq.evidence.table import Extent, Profile, Table, read_table
+from mofq.exceptions import MofqError, RecipeError
+from mofq.explore.content import page_content
+from mofq.explore.document import page_html, write_page
+from mofq.explore.frontier import spaced_points
+from mofq.explore.profiles import group_profiles_content
+from mofq.explore.recipe_parts import join_recipe
+
+HOSTILE = "<script>alert(1)</script>."
+HOSTILE_MODEL = '<img src=x onerror=alert(1)>&"{{script}} {{content}}'
+_FORBIDDEN = re.compile(r"https?:|//[a-z]|@import|url\(", re.IGNORECASE)
+
+
+class Page(HTMLParser):
+    """Tags and the texts of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[int, str] = {}
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            number = len(self.tags) - 1
+            self.texts[number] = self.texts.get(number, "") + data
+
+    def of(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+        return [
+            (attributes, self.texts.get(number, ""))
+            for number, (name, attributes) in enumerate(self.tags)
+            if name == tag
+        ]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_explore_table(tmp_path_factory.mktemp("explore") / "table.jsonl")
+
+
+@pytest.fixture(scope="module")
+def table(path: Path) -> Table:
+    return read_table(path)
+
+
+@pytest.fixture(scope="module")
+def content(table: Table, path: Path) -> dict[str, Any]:
+    return page_content(table, path)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("hostile") / "a b<b>.jsonl"
+    write_explore_table(path, decoder_layers=1, prefix=HOSTILE, model=HOSTILE_MODEL)
+    return page_content(read_table(path), path)
+
+
+def texts_of(content: dict[str, Any]) -> list[str]:
+    return [
+        join_recipe(content["recipe"], number, choice=point["choice"])
+        for number, point in enumerate(content["points"])
+    ]
+
+
+def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    for point, text in list(zip(content["points"], texts_of(content), strict=True))[::5]:
+        output = tmp_path / "recipe.yaml"
+        command = shlex.split(point["command"])
+        assert command[0] == "mofq"
+        assert command[-2:] == ["-o", "recipe.yaml"]
+        result = CliRunner().invoke(app, [*command[1:-1], str(output)])
+        assert result.exit_code == 0, result.output
+        assert output.read_bytes() == text.encode()
+
+
+def test_the_bits_of_a_command_are_the_size_of_its_recipe_to_the_last_digit(
+    content: dict[str, Any], table: Table
+) -> None:
+    for point in content["points"]:
+        command = shlex.split(point["command"])
+        bits = float(command[command.index("--max-bits") + 1])
+        assert bits == 8 * point["bytes"] / table.header.weights == point["bits_per_weight"]
+
+
+def test_recipes_with_static_activations_are_put_together_too(content: dict[str, Any]) -> None:
+    assert any("static_amax:" in text for text in texts_of(content))
+    assert any(STATIC in text for text in texts_of(content))
+
+
+def test_points_grow_in_size_and_each_is_the_optimum_of_its_size(
+    content: dict[str, Any], table: Table
+) -> None:
+    sizes = [point["bytes"] for point in content["points"]]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) > 10
+    for point in content["points"][::7]:
+        request = Request(Budgets(max_bits=point["bits_per_weight"]), ties=False)
+        assert decide(table, request).recipe.result["error"] == point["error"]
+
+
+def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
+    frontier = solve_frontier(problem_from_table(table))
+    points = spaced_points(frontier, 8)
+    assert len(points) <= 8
+    assert (points[0], points[-1]) == (0, len(frontier.bytes_K) - 1)
+    assert list(points) == sorted(set(points))
+
+
+def test_the_page_holds_all_groups_options_and_uniform_schemes(content: dict[str, Any]) -> None:
+    assert len(content["groups"]) == 12
+    assert all(len(group["options"]) == len(SCHEMES) for group in content["groups"])
+    uniforms = [one["label"] for one in content["named"] if one["kind"] == "uniform"]
+    assert set(uniforms) == set(SCHEMES)
+    assert content["groups"][5]["module"] == "attn.o"
+    assert content["groups"][5]["decoder_layer"] == 1
+    assert content["groups"][5]["rejected"] == [["int4.g512", "256 is not divisible by 512"]]
+    assert content["schemes"][-1] == {
+        "name": "bf16",
+        "element": "bf16",
+        "number": None,
+        "weight": None,
+        "activation": None,
+    }
+    numbers = {one["name"]: (one["number"], one["weight"]) for one in content["schemes"]}
+    assert numbers["fp4_e2m1.g32"] == ("FP", "g32")
+    assert numbers["int8.channel"] == ("INT", "channel")
+
+
+def test_what_greedy_chooses_at_the_size_of_a_uniform_scheme_is_a_point(
+    content: dict[str, Any], table: Table
+) -> None:
+    [greedy] = [one for one in content["named"] if one["kind"] == "greedy"]
+    recipe = decide(table, Request(Budgets(max_bits=4.5), solver="greedy", ties=False)).recipe
+    names = [content["schemes"][scheme]["name"] for scheme in greedy["schemes"]]
+    assert names == [group.scheme for group in recipe.groups]
+    assert greedy["bits_per_weight"] == recipe.bits_per_weight == 4.5
+    assert greedy["label"] == "greedy, 4.50 bits"
+
+
+def test_profiles_are_in_the_page_to_one_step_of_their_scale(
+    content: dict[str, Any], table: Table
+) -> None:
+    for group in content["groups"]:
+        profiles = [one for one in table.profiles if one.group == group["name"]]
+        assert [layer[0] for layer in group["profile"]["layers"]] == [
+            one.module for one in profiles
+        ]
+        for (_, channels, extent, number), profile in zip(
+            group["profile"]["layers"], profiles, strict=True
+        ):
+            assert channels == profile.channels == 256
+            assert magnitudes(extent, "amax") == pytest.approx(profile.weight.amax, rel=0.02)
+            assert magnitudes(extent, "rms") == pytest.approx(profile.weight.rms, rel=0.02)
+            inputs = group["profile"]["inputs"][number]["en"]
+            assert magnitudes(inputs, "amax") == pytest.approx(profile.inputs["en"].amax, rel=0.02)
+
+
+def magnitudes(extent: dict[str, Any], name: str) -> list[float]:
+    ratio = extent["most"] / extent["least"]
+    return [extent["least"] * ratio ** (step / 255) for step in base64.b64decode(extent[name])]
+
+
+def test_a_wall_is_a_channel_far_above_the_typical_one(content: dict[str, Any]) -> None:
+    walls = {g["name"]: g["profile"]["layers"][0][2]["wall"] for g in content["groups"]}
+    assert walls["layers.0.attn.qkv"] == pytest.approx(WALL_HEIGHT, rel=0.3)
+    assert max(wall for name, wall in walls.items() if name != "layers.0.attn.qkv") < 2
+
+
+def test_layers_that_read_the_same_inputs_share_them_in_the_page() -> None:
+    one = Extent((1.0, 0.0), (0.5, 0.0), {"g16": 2.0})
+    other = Extent((2.0, 1.0), (1.0, 1.0), {})
+    profiles = [
+        Profile("g", "q", 2, one, {"en": other}),
+        Profile("g", "k", 2, other, {"en": other}),
+        Profile("g", "o", 2, other, {"en": one}),
+    ]
+    found = group_profiles_content(profiles)
+    assert [layer[3] for layer in found["layers"]] == [0, 0, 1]
+    assert len(found["inputs"]) == 2
+    zeros = Extent((0.0,), (0.0,), {})
+    [[_, _, extent, _]] = group_profiles_content([Profile("g", "q", 1, zeros, {})])["layers"]
+    assert (extent["most"], extent["wall"]) == (0.0, 1.0)
+
+
+def test_several_corpora_say_what_each_alone_would_choose(tmp_path: Path) -> None:
+    path = write_explore_table(tmp_path / "t.jsonl", decoder_layers=1, corpora=("en", "pt"))
+    content = page_content(read_table(path), path)
+    assert set(content["corpus_best"]) == {"en", "pt"}
+
+    def error(choice: list[int], corpus: int) -> float:
+        pairs = zip(choice, content["groups"], strict=True)
+        return sum(group["options"][option][2][corpus] for option, group in pairs)
+
+    better = 0
+    for name, corpus in (("en", 0), ("pt", 1)):
+        for best, point in zip(content["corpus_best"][name], content["points"], strict=True):
+            assert error(best, corpus) <= error(point["choice"], corpus)
+            assert sum_of_bytes(content, best) <= sum_of_bytes(content, point["choice"])
+            better += error(best, corpus) < error(point["choice"], corpus)
+    assert better > 0
+
+
+def sum_of_bytes(content: dict[str, Any], choice: list[int]) -> int:
+    pairs = zip(choice, content["groups"], strict=True)
+    return sum(group["options"][option][1] for option, group in pairs)
+
+
+def test_no_name_of_a_table_becomes_markup(hostile: dict[str, Any]) -> None:
+    page = page_html(hostile)
+    assert HOSTILE not in page
+    assert "<img" not in page
+    parsed = Page(page)
+    assert [attributes.get("type") for attributes, _ in parsed.of("script")] == [
+        "application/json",
+        None,
+    ]
+    assert json.loads(parsed.of("script")[0][1]) == json.loads(json.dumps(hostile))
+    assert parsed.of("title")[0][1] == f"{HOSTILE_MODEL} · mofq"
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(
+    content: dict[str, Any],
+) -> None:
+    parsed = Page(page_html(content))
+    meta = next(a for a, _ in parsed.of("meta") if "http-equiv" in a)
+    policy = dict(part.split(" ", 1) for part in str(meta["content"]).split("; "))
+    assert policy["default-src"] == "'none'"
+    assert "unsafe" not in str(meta["content"])
+    for name, text in (("script-src", parsed.of("script")[1][1]), ("style-src", style(parsed))):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[name] == f"'sha256-{digest}'"
+
+
+def style(parsed: Page) -> str:
+    [(_, text)] = parsed.of("style")
+    return text
+
+
+def test_the_page_refers_to_nothing_outside_of_itself(content: dict[str, Any]) -> None:
+    parsed = Page(page_html(content))
+    links = [a for tag, a in parsed.tags for name in ("src", "href") if name in a]
+    assert links == [{"rel": "icon", "href": "data:,"}]
+    assert not _FORBIDDEN.search(style(parsed))
+    assert not [a for _, a in parsed.tags if any(name.startswith("on") for name in a)]
+
+
+def test_the_library_in_the_page_is_the_one_whose_licence_is_beside_it(
+    content: dict[str, Any],
+) -> None:
+    script = Page(page_html(content)).of("script")[1][1]
+    assert "uPlot (v1.6.32)" in script
+    vendor = Path(__file__).parent.parent.parent / "mofq/explore/page/vendor"
+    digest = hashlib.sha256((vendor / "uPlot.iife.min.js").read_bytes()).hexdigest()
+    assert digest == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+    assert "MIT" in (vendor / "uPlot-LICENSE.txt").read_text("utf-8")
+
+
+def test_a_recipe_to_compare_is_predicted_from_the_table(
+    table: Table, path: Path, tmp_path: Path
+) -> None:
+    recipe = decide(table, Request(Budgets(max_bits=5.0), ties=False)).recipe
+    write_recipe(recipe, tmp_path / "mine.yaml")
+    content = page_content(table, path, recipes=[tmp_path / "mine.yaml"])
+    point = content["named"][-1]
+    assert (point["kind"], point["label"]) == ("recipe", "mine.yaml")
+    assert point["bits_per_weight"] == recipe.result["bits_per_weight"]
+    names = [content["schemes"][scheme]["name"] for scheme in point["schemes"]]
+    assert names == [group.scheme for group in recipe.groups]
+
+
+def test_a_recipe_of_another_model_is_refused(table: Table, path: Path, tmp_path: Path) -> None:
+    recipe = decide(table, Request(Budgets(max_bits=5.0))).recipe
+    write_recipe(replace(recipe, index_sha256="e" * 64), tmp_path / "other.yaml")
+    with pytest.raises(RecipeError, match=r"other\.yaml: was made for .* e{64}.* a{64}"):
+        page_content(table, path, recipes=[tmp_path / "other.yaml"])
+    write_recipe(replace(recipe, groups=recipe.groups[:-1]), tmp_path / "less.yaml")
+    with pytest.raises(RecipeError, match=r"less\.yaml: has no fusion group .* layers\.2\.mlp"):
+        page_content(table, path, recipes=[tmp_path / "less.yaml"])
+
+
+VALIDATION = {
+    "version": 1,
+    "index_sha256": "a" * 64,
+    "candidate": "some/recipe.yaml",
+    "text": "demo-en",
+    "bits_per_weight": 5.0,
+    "kl_nats_per_token": 0.01,
+    "kl_stderr": 0.001,
+    "predicted_kl_nats_per_token": None,
+}
+
+
+def test_a_validation_gives_a_measured_point(table: Table, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "validation.json").write_text(json.dumps(VALIDATION))
+    [point] = page_content(table, path, validations=[tmp_path / "validation.json"])["measured"]
+    assert (point["label"], point["text"]) == ("recipe", "demo-en")
+    assert (point["kl_nats_per_token"], point["kl_stderr"]) == (0.01, 0.001)
+    assert point["predicted"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "no validation of version 1"),
+        ({"index_sha256": "f" * 64}, "f{64}.* a{64}"),
+        ({"kl_nats_per_token": None}, "has no kl_nats_per_token"),
+        ({"bits_per_weight": "many"}, "bits_per_weight must be a number"),
+    ],
+)
+def test_a_validation_that_does_not_belong_is_refused(
+    table: Table, path: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "validation.json").write_text(json.dumps(VALIDATION | change))
+    with pytest.raises(MofqError, match=message):
+        page_content(table, path, validations=[tmp_path / "validation.json"])
+
+
+def test_a_page_too_large_for_mail_is_refused_and_leaves_nothing(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(MofqError, match="more than 6,000,000"):
+        write_page(content | {"model": "x" * 6_000_000}, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_page(path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "explorer.html"
+    result = CliRunner().invoke(
+        app, ["explore", str(path), "--space", "test", "-o", str(output), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes"] == output.stat().st_size < 400_000
+    page = json.loads(Page(output.read_text("utf-8")).of("script")[0][1])
+    assert all(" --space test " in point["command"] for point in page["points"])

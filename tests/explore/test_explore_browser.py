@@ -1,0 +1,395 @@
+"""The explorer page in a real browser; run by scripts/quality/check_browser.sh."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
+from typer.testing import CliRunner
+
+from mofq.cli.app import app
+from mofq.decision import Request, decide
+from mofq.decision.recipe import load_recipe, write_recipe
+from mofq.decision.solvers import Budgets
+from mofq.evidence.table import read_table
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>."
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("browser")
+
+
+def program(variable: str, name: str) -> str:
+    path = os.environ.get(variable) or shutil.which(name)
+    assert path, f"{name} is not installed; install Debian's, or name one with {variable}"
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(folder: Path) -> Iterator[Chrome]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program("MOFQ_CHROMIUM", "chromium")
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    service = webdriver.ChromeService(program("MOFQ_CHROMEDRIVER", "chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Path:
+    """Two corpora, names that are markup, a recipe to compare and a measurement."""
+    path = write_explore_table(folder / "table.jsonl", corpora=("en", "pt"), prefix=HOSTILE)
+    recipe = decide(read_table(path), Request(Budgets(max_bits=5.0))).recipe
+    write_recipe(recipe, folder / "mine.yaml")
+    validation = {
+        "version": 1,
+        "index_sha256": "a" * 64,
+        "candidate": "mine.yaml",
+        "text": "demo-en",
+        "bits_per_weight": 5.0,
+        "kl_nats_per_token": 0.01,
+        "kl_stderr": 0.001,
+    }
+    (folder / "validation.json").write_text(json.dumps(validation))
+    return explore(path, folder / "mine.yaml", "--validation", folder / "validation.json")
+
+
+@pytest.fixture(scope="module")
+def cached_page(folder: Path) -> Path:
+    """The KV cache of 2000 tokens is part of the budget, and a recipe has one."""
+    path = write_explore_table(folder / "cached.jsonl", caches=True)
+    request = Request(Budgets(max_bits=5.0, max_kv_bits=7.0), kv_cache=True)
+    write_recipe(decide(read_table(path), request).recipe, folder / "cached.yaml")
+    return explore(path, folder / "cached.yaml", "--kv-tokens", "2000")
+
+
+@pytest.fixture(scope="module")
+def large_page(folder: Path) -> Path:
+    path = write_explore_table(
+        folder / "large.jsonl", decoder_layers=80, schemes=TWENTY_SCHEMES, size=8192
+    )
+    return explore(path)
+
+
+def explore(table: Path, *arguments: object) -> Path:
+    output = table.with_suffix(".html")
+    result = CliRunner().invoke(
+        app, ["explore", str(table), *map(str, arguments), "-o", str(output)]
+    )
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def open_page(browser: Chrome, page: Path, *, width: int = 1280, dark: bool = False) -> None:
+    browser.get_log("performance")
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 720}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.get(page.as_uri())
+
+
+def requests(browser: Chrome) -> list[str]:
+    messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    return [
+        one["params"]["request"]["url"]
+        for one in messages
+        if one["method"] == "Network.requestWillBeSent"
+    ]
+
+
+def run(browser: Chrome, script: str, *arguments: object) -> Any:
+    script = script.replace("texts)", "(one) => one.textContent)")
+    return browser.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+
+
+def text_of(browser: Chrome, selector: str) -> str:
+    return str(run(browser, "return document.querySelector(arguments[0]).textContent", selector))
+
+
+def colours(browser: Chrome) -> list[str]:
+    script = "return [...document.querySelectorAll('.cell')].map((one) => one.style.background)"
+    return list(run(browser, script))
+
+
+def slide(browser: Chrome, point: int) -> None:
+    script = (
+        "const slider = document.getElementById('slider'); slider.value = arguments[0];"
+        "slider.dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    run(browser, script, str(point))
+
+
+def download(browser: Chrome, folder: Path) -> bytes:
+    target = folder / "recipe.yaml"
+    target.unlink(missing_ok=True)
+    # A real click: a browser asks before a script saves several files.
+    browser.find_element("id", "download").click()
+    end = monotonic() + 60
+    while not target.exists():
+        assert monotonic() < end, "the browser saved no recipe.yaml"
+        sleep(0.05)
+    return target.read_bytes()
+
+
+def wait_for_nothing_on_the_console(browser: Chrome) -> None:
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
+    browser: Chrome, page: Path, width: int, dark: bool
+) -> None:
+    open_page(browser, page, width=width, dark=dark)
+    run(browser, "document.querySelectorAll('.cell')[4].click()")
+    sleep(0.2)
+    sent = [url for url in requests(browser) if not url.startswith("data:")]
+    assert sent == [page.as_uri()]
+    wait_for_nothing_on_the_console(browser)
+    assert run(browser, "return document.documentElement.scrollWidth") <= width
+    assert run(browser, "return document.querySelector('#chart canvas').width") > 250
+    light = run(browser, "return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, light[4:-1].split(","))) < 150) == dark
+
+
+def test_names_stay_text(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelectorAll('.cell')[0].click()")
+    assert HOSTILE in text_of(browser, "#panel-body")
+    assert browser.title == "Tiny/model · mofq"
+    assert run(browser, "return document.querySelectorAll('img').length") == 0
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_the_slider_changes_map_command_and_recipe(
+    browser: Chrome, page: Path, folder: Path
+) -> None:
+    open_page(browser, page)
+    last = int(run(browser, "return document.getElementById('slider').max"))
+    seen = []
+    for point in (0, last // 3, last // 2, last):
+        slide(browser, point)
+        run(browser, "document.getElementById('show').value = 'frontier'")
+        run(browser, "document.getElementById('show').dispatchEvent(new Event('change'))")
+        command = text_of(browser, "#command")
+        saved = download(browser, folder)
+        assert saved == written_by(command, folder)
+        assert len(load_recipe(folder / "recipe.yaml").groups) == 12
+        seen.append((tuple(colours(browser)), command, saved))
+    assert len({one[0] for one in seen}) == len({one[2] for one in seen}) == 4
+    wait_for_nothing_on_the_console(browser)
+
+
+def written_by(command: str, folder: Path) -> bytes:
+    """What the command that the page shows writes."""
+    words = command.split(" ")
+    output = folder / "by_command.yaml"
+    assert (words[0], words[-2:]) == ("mofq", ["-o", "recipe.yaml"])
+    result = CliRunner().invoke(app, [*words[1:-1], str(output)])
+    assert result.exit_code == 0, result.output
+    return output.read_bytes()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_slider_stays_where_it_is_while_it_moves_and_while_the_page_scrolls(
+    browser: Chrome, page: Path, width: int
+) -> None:
+    open_page(browser, page, width=width)
+    place = "return document.getElementById('slider').getBoundingClientRect().top"
+    tops = []
+    for point in (0, 9, 18, 27):
+        slide(browser, point)
+        sleep(0.1)
+        tops.append(run(browser, place))
+    assert len(set(tops)) == 1
+    run(browser, "scrollTo(0, 700)")
+    assert 0 <= run(browser, place) < 60
+
+
+def test_a_typed_budget_goes_to_the_last_point_that_fits(browser: Chrome, page: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, page)
+    bits = [one["bits_per_weight"] for one in run(browser, "return points")]
+    field = browser.find_element(By.ID, "bits")
+    for typed, expected in (("6", max(b for b in bits if b <= 6)), ("1", bits[0])):
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(typed, Keys.ENTER)
+        assert run(browser, "return points[state.point].bits_per_weight") == expected
+    assert "smallest" in text_of(browser, "#bits-note")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("many", Keys.ENTER)
+    assert "number" in text_of(browser, "#bits-note")
+
+
+def test_every_control_is_reached_and_the_map_is_walked_with_the_keyboard(
+    browser: Chrome, page: Path
+) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, page)
+    reached = set()
+    for _ in range(60):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        active = "const a = document.activeElement; return a.id || a.classList[0] || a.tagName"
+        reached.add(run(browser, active))
+        if "cell" in reached:
+            break
+    assert reached >= {"theme", "log", "whole", "slider", "bits", "download", "copy", "cell"}
+    keys = ActionChains(browser).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    keys.send_keys(Keys.ENTER).perform()
+    assert text_of(browser, "#panel-title") == "layers.1.attn.o"
+    assert not run(browser, "return document.getElementById('tip').hidden")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert run(browser, "return document.getElementById('tip').hidden")
+
+
+def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    named = run(browser, "return content.named[Number(state.show.split(':')[1])]")
+    assert (named["kind"], named["label"]) == ("recipe", "mine.yaml")
+    assert run(browser, "return state.compare") == "frontier"
+    slide(browser, 0)
+    marked = run(browser, "return document.querySelectorAll('.cell.differs').length")
+    rows = run(browser, "return document.querySelectorAll('#differences tbody tr').length")
+    assert marked == rows > 0
+    assert f"{marked} of 12 fusion groups differ" in text_of(browser, "#differences-summary")
+    assert "measured on demo-en" in text_of(browser, "#points")
+
+
+def test_the_panel_shows_the_walls_of_weights_and_inputs(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelectorAll('.cell')[0].click()")
+    titles = run(browser, "return [...document.querySelectorAll('.profile strong')].map(texts)")
+    inputs = "inputs of q_proj, k_proj, v_proj"
+    weights = [f"{name} weights" for name in ("q_proj", "k_proj", "v_proj")]
+    assert titles == [*weights, f"{inputs}, en", f"{inputs}, pt"]
+    walls = run(browser, "return [...document.querySelectorAll('.profile .walls')].map(texts)")
+    assert [text.startswith("highest channel 4") for text in walls] == [True] * 3
+    path = "document.querySelector('.profile path.amax')"
+    assert run(browser, f"return {path}.getAttribute('d').split('L').length") == 256 + 1
+    tops = run(browser, f"return {path}.getAttribute('d').match(/L[0-9]+ ([0-9.]+)/g)")
+    heights = {int(top.split(" ")[0][1:]): float(top.split(" ")[1]) for top in tops}
+    assert min(heights, key=lambda channel: heights[channel]) == WALL
+    find = "content.named.findIndex((one) => one.label === 'int4.g32')"
+    run(browser, f"state.show = 'named:' + {find}; paint()")
+    why = text_of(browser, "#panel-body")
+    assert "FP of the same size: fp4_e2m1.g32, " in why
+    assert "Crest factor 2.4 for the weights that share a scale. INT, with even steps," in why
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_coloured_by_walls_the_map_shows_where_they_are(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    choose = "const c = document.getElementById('colour'); c.value = 'weights';"
+    run(browser, f"{choose} c.dispatchEvent(new Event('change'))")
+    shares = [float(one.split("%")[0].split(" ")[-1]) for one in colours(browser)]
+    assert shares[0] == 100
+    assert max(shares[1:]) < 20
+    assert "weights are 4" in text_of(browser, "#map-note")
+
+
+def test_the_chart_has_a_scale_of_sizes_and_greedy_choices(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    ticks = run(browser, "return sizeTicks(chart).map((bits) => sizeAt(bits))")
+    assert len(ticks) > 2
+    assert all(round(size) % 100_000 == 0 for size in ticks)
+    shown = run(browser, "return marks().map((one) => one.kind)")
+    assert set(shown) == {"uniform", "greedy", "recipe", "measured"}
+    ends = "return [points[0], points.at(-1)]"
+    for point in run(browser, ends):
+        size = run(browser, "return sizeAt(arguments[0])", point["bits_per_weight"])
+        assert abs(size - point["checkpoint_bytes"]) < 1
+
+
+def test_each_corpus_shows_what_it_alone_would_choose(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    run(browser, "document.querySelector('#corpora button').click()")
+    assert run(browser, "return [state.show, state.compare]") == ["frontier", "corpus:en"]
+    differ = text_of(browser, "#corpora button").split(" ")[0]
+    assert int(differ) == run(browser, "return document.querySelectorAll('.cell.differs').length")
+
+
+def test_the_theme_button_switches_and_repaints(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    before = colours(browser)
+    run(browser, "document.getElementById('theme').click()")
+    assert run(browser, "return document.documentElement.dataset.theme") == "dark"
+    assert colours(browser) != before
+
+
+def test_a_70b_shaped_page_opens_in_two_seconds(
+    browser: Chrome, large_page: Path, folder: Path
+) -> None:
+    assert large_page.stat().st_size < 6_000_000
+    open_page(browser, large_page)
+    timing = "const t = performance.timing; return t.loadEventEnd - t.navigationStart"
+    assert run(browser, timing) < 2000
+    assert len(colours(browser)) == 320
+    slide(browser, 40)
+    assert download(browser, folder) == written_by(text_of(browser, "#command"), folder)
+    wait_for_nothing_on_the_console(browser)
+
+
+def test_a_context_makes_the_cache_part_of_budget_map_and_recipe(
+    browser: Chrome, cached_page: Path, folder: Path
+) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, cached_page)
+    assert text_of(browser, "#axis") == "MB of checkpoint and KV cache of 2,000 tokens"
+    field = browser.find_element(By.ID, "bits")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("5", Keys.ENTER)
+    places = run(browser, "return points.map((one) => one.at)")
+    assert run(browser, "return points[state.point].at") == max(p for p in places if p <= 5e6)
+    assert "a token" in text_of(browser, "#figures")
+    assert "layer" in text_of(browser, "#cache-list")
+    saved = download(browser, folder)
+    assert saved == written_by(text_of(browser, "#command"), folder)
+    assert len(load_recipe(folder / "recipe.yaml").kv_cache) == 3
+    run(browser, "openPanel(groups.findIndex((one) => one.name === 'layers.1.attn.kv_cache'))")
+    panel = text_of(browser, "#panel-body")
+    assert (
+        "model.layers.1.self_attn: keys and values of 4 heads of 64 channels; 512 numbers" in panel
+    )
+    assert "bits per number" in panel
+    assert "kv:fp8_e4m3.tensor" in panel
+    names = run(browser, "return [...document.querySelectorAll('#map .name')].map(texts)")
+    assert names[-1] == "attn.kv_cache"
+    assert " of 3 KV caches differ" in text_of(browser, "#differences-summary")
+    wait_for_nothing_on_the_console(browser)

@@ -1,0 +1,188 @@
+"""The parts of the bench scripts that a number rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import calibrate_folder, some_tokens
+from conftest import TinyCheckpoint
+
+from mofq.delivery.backends import apply_recipe
+from mofq.demo import demo_model_folder
+from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.corpora import load_text
+from mofq.evidence.metrics import kl_divergence
+from mofq.evidence.spaces import offer_schemes, parse_search_space
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.layers import ModelLayers, find_layers
+from mofq.model.loading import load_model, load_tokenizer
+from scripts.bench.prediction_recipes import choose_pairs
+from scripts.bench.sample_plan import BASE, PARTS, SamplePlan, part_of
+from scripts.make.split_articles import article_halves
+from scripts.shared.kl_truth import (
+    Version,
+    measure_truths,
+    open_truths,
+    recipe_of,
+    run_original,
+    spread_order,
+    true_kl,
+    windows_between,
+)
+from scripts.shared.prediction_scores import fit, rank_correlation
+
+SPACE = (
+    "version: 1\nschemes: [int8.channel, int4.channel, bf16+int8.token, int8.channel+int8.token]\n"
+)
+
+
+@pytest.fixture
+def model(tiny: TinyCheckpoint) -> tuple[Checkpoint, ModelLayers]:
+    checkpoint = open_checkpoint(str(tiny("llama")))
+    return checkpoint, find_layers(checkpoint)
+
+
+def windows(checkpoint: Checkpoint, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(checkpoint.config["vocab_size"])
+    return torch.randint(vocabulary, (count, 16), generator=generator)
+
+
+def last_group(layers: ModelLayers, scheme: str) -> Version:
+    return Version("last", {layers.groups[-1].name: scheme})
+
+
+@pytest.mark.parametrize("scheme", ["int4.channel", "bf16+int8.token", "int4.channel+int8.token"])
+def test_a_run_from_the_middle_is_a_run_of_the_whole_recipe(
+    model: tuple[Checkpoint, ModelLayers], scheme: str
+) -> None:
+    checkpoint, layers = model
+    version = last_group(layers, scheme)
+    windows_NT = windows(checkpoint)
+    found = true_kl(
+        run_original(load_model(checkpoint.folder), layers=layers, windows_NT=windows_NT),
+        version,
+        [0, 1],
+    )
+    original, whole = load_model(checkpoint.folder), load_model(checkpoint.folder)
+    apply_recipe(whole, recipe_of(layers, version))
+    with torch.inference_mode():
+        expected = [
+            float(kl_divergence(original(w[None]).logits[0], whole(w[None]).logits[0]).mean())
+            for w in windows_NT
+        ]
+    assert layers.groups[-1].layers[0].decoder_layer != 0
+    assert found == expected
+    assert min(expected) > 0
+
+
+def test_a_measured_model_is_the_original_again(model: tuple[Checkpoint, ModelLayers]) -> None:
+    checkpoint, layers = model
+    original = run_original(
+        load_model(checkpoint.folder), layers=layers, windows_NT=windows(checkpoint)
+    )
+    true_kl(original, Version("all", {group.name: "int4.channel" for group in layers.groups}), [0])
+    assert true_kl(original, Version("none", {}), [0, 1]) == [0.0, 0.0]
+
+
+def test_a_killed_measurement_continues_with_what_is_missing(
+    model: tuple[Checkpoint, ModelLayers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, layers = model
+    path = tmp_path / "truth.jsonl"
+    version = last_group(layers, "int4.channel")
+
+    def measure(count: int) -> list[float]:
+        truths = open_truths(
+            path, index_sha256=checkpoint.index_sha256, windows_NT=windows(checkpoint)[:count]
+        )
+        measure_truths(truths, [version], checkpoint=checkpoint, layers=layers, path=path)
+        return truths.of(version)
+
+    both = measure(2)
+    first = path.read_bytes().index(b"\n") + 1
+    path.write_bytes(path.read_bytes()[: first + 9])
+    assert measure(2) == both
+    lines = path.read_text("utf-8").splitlines()
+    assert [json.loads(line)["window"] for line in lines] == [0, 1]
+    monkeypatch.setattr("kl_truth.load_model", None)  # nothing is left to run
+    assert measure(2) == both
+    assert measure(1) == both[:1]
+
+
+def test_windows_are_taken_in_van_der_corputs_order() -> None:
+    assert spread_order(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert sorted(spread_order(11)) == list(range(11))
+
+
+def test_more_pairs_begin_with_the_same_and_none_stands_twice(
+    model: tuple[Checkpoint, ModelLayers],
+) -> None:
+    space = parse_search_space(SPACE, name="s", where="s")
+    offers = offer_schemes(space, model[1].groups, has_stats=True)
+    few, all_pairs = choose_pairs(offers, 5, seed=3), choose_pairs(offers, 10_000, seed=3)
+    assert all_pairs[:5] == few
+    assert len(set(all_pairs)) == len(all_pairs) == 4 * len(model[1].groups)
+    assert [pair.kind for pair in few] == ["W", "A", "W", "both", "W"]
+
+
+def test_a_fit_is_that_of_logarithms() -> None:
+    found = fit([1.0, 2.0, 8.0], [1.0, 1.0, 4.0])
+    assert found.median_ratio == pytest.approx(2.0)
+    assert found.median_error == pytest.approx(1.0)
+    assert found.worst_error == pytest.approx(1.0)
+    # Log ratios are 0, ln 2, ln 2: standard deviation ln 2 / sqrt(3).
+    assert found.spread == pytest.approx(2 ** (1 / math.sqrt(3)))
+    # Deviations from the mean in units of ln 2 are -4/3, -1/3, 5/3 and -2/3, -2/3, 4/3.
+    assert found.log_correlation == pytest.approx((10 / 3) / math.sqrt(14 / 3 * 8 / 3))
+
+
+def test_ranks_that_agree_correlate_fully_and_equal_scores_not_at_all() -> None:
+    assert rank_correlation([1e-6, 3.0, 2.0], [1.0, 9.0, 8.0]) == pytest.approx(1.0)
+    assert rank_correlation([0.0, 0.0, 0.0], [1.0, 9.0, 8.0]) is None
+
+
+@pytest.mark.parametrize("plan", [*PARTS, BASE], ids=lambda plan: plan.name)
+def test_a_part_of_the_stats_is_that_of_a_smaller_plan(
+    plan: SamplePlan, base: Stats, tmp_path: Path
+) -> None:
+    part = part_of(base, plan, tmp_path / "part")
+    kept, all_kept = part.sequence_files("a"), base.sequence_files("a")
+    assert len(kept) == plan.keep
+    found = [next(n for n, other in enumerate(all_kept) if other.samefile(one)) for one in kept]
+    assert found == sorted(set(found))
+    gains = [file.stat().st_ino for file in part.gains_files("a")]
+    assert len(set(gains)) == (0 if plan.keep == plan.sequences else plan.sequences)
+    if gains:  # a kept sequence's own gains stand at its place
+        for n, place in zip(found, part.plan.corpora[0].kept_indices, strict=True):
+            own = base.gains_files("a")[base.plan.corpora[0].kept_indices[n]]
+            assert gains[place] == own.stat().st_ino
+
+
+@pytest.fixture(scope="module")
+def base(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    folder = tmp_path_factory.mktemp("base") / "stats"
+    return calibrate_folder(tiny("llama"), folder, {"a": some_tokens(32, 4)}, kept=8)
+
+
+def test_windows_between_lie_in_the_middle_of_the_gaps() -> None:
+    checkpoint = open_checkpoint(str(demo_model_folder()))
+    text = load_text("demo-en")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+    found = windows_between(checkpoint, text, sequences=9, windows=2, sequence_length=128)
+    spacing = (len(ids) - 128) / 8
+    starts = [round(2.5 * spacing), round(6.5 * spacing)]
+    assert found.tolist() == [ids[start : start + 128] for start in starts]
+
+
+def test_articles_go_to_the_halves_in_turn() -> None:
+    text = "left out\n = A = \na\n = = Part = = \nb\n = B = \nc\n = C = \nd\n"
+    assert article_halves(text) == (
+        " = A = \na\n = = Part = = \nb\n = C = \nd\n",
+        " = B = \nc\n",
+    )
