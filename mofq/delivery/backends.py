@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
 from mofq.exceptions import BackendError, nearest_name
+from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +47,7 @@ def apply_recipe(
     checkpoint: Checkpoint | None = None,
     stats: str | Path | None = None,
     emulate: Collection[str] = (),
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Module:
     """Quantize a loaded model in memory.
 

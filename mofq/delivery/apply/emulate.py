@@ -29,12 +29,12 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError, RecipeError
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
 
-Progress = Callable[[str, int, int], None]
 _Number = TypeVar("_Number", float, Tensor)
 
 

@@ -15,7 +15,7 @@ scale belongs to a row. Proposals compete with leaving the site alone, which win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -255,6 +255,3 @@ def _blocks(layer: LinearLayer, tile_rows: int, copies: int) -> Iterator[tuple[i
     step = max(1, elements // layer.in_features // unit) * unit
     for start in range(0, layer.out_features, step):
         yield start, min(start + step, layer.out_features)
-
-
-Progress = Callable[[str, int, int], None]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mofq.delivery.rewriting.choose import Choice, Progress, choose_scales
+from mofq.delivery.rewriting.choose import Choice, choose_scales
 from mofq.delivery.rewriting.scales import METHODS
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import check_target, write_rewritten
 from mofq.evidence.calibration.stats import Stats, verify_sequences
 from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.exceptions import RewriteError, StatsError, nearest_name
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, find_layers

@@ -14,10 +14,11 @@ from torch import Tensor
 
 import mofq
 from mofq.delivery.export.compressed_tensors.folder import copy_other_files
-from mofq.delivery.rewriting.choose import Choice, Progress
+from mofq.delivery.rewriting.choose import Choice
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import RewriteError
 from mofq.files.locks import hold_new_folder
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
 from mofq.model.checkpoint.weights_hash import hash_weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mofq.delivery.export.compressed_tensors import (
     recipe_from_compressed_tensors,
 )
 from mofq.exceptions import BackendError, nearest_name
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_stored
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
@@ -27,8 +28,6 @@ from mofq.numbers.schemes import parse_scheme
 
 #: What ``mofq export`` calls the recipe in the folder that it writes.
 RECIPE_FILE = "recipe.yaml"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

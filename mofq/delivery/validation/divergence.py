@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO
@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from mofq.evidence.metrics import cross_entropy, kl_divergence, top1_agreement
 from mofq.exceptions import CheckpointError, MofqError
-
-Progress = Callable[[str, int, int], None]
+from mofq.files.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ says of itself is trusted but the rounding of inputs, whose scheme is compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import find_recipe_layers
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_kept_layer, read_layer_rows, read_tensor
 from mofq.model.layers import (
@@ -33,8 +34,6 @@ from mofq.model.layers import (
 )
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
-
-Progress = Callable[[str, int, int], None]
 
 #: Elements of a weight that are compared at once.
 _BLOCK_ELEMENTS = 2**23

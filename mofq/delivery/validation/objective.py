@@ -26,7 +26,6 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
-    Progress,
     compare_windows,
     run_original,
 )
@@ -34,6 +33,7 @@ from mofq.delivery.validation.validate import check_context
 from mofq.evidence.corpora import Corpus, tokenize
 from mofq.evidence.fits import Fits
 from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_kept_layer
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers

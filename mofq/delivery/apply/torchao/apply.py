@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -19,12 +19,11 @@ from mofq.delivery.apply.torchao.weights import Target, make_weight
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup
 from mofq.numbers.quantize import quantize_weight
 from mofq.numbers.schemes import Scheme
-
-Progress = Callable[[str, int, int], None]
 
 
 def apply(

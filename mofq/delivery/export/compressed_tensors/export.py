@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from mofq.engines import cache_legality, check_devices, find_engine, legality, s
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError
 from mofq.files.locks import hold_new_folder
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.checkpoint.tensors import read_kept_rows
 from mofq.model.checkpoint.writer import ShardWriter
 from mofq.numbers.quantize.block_memory import keep_freed_memory
 
 RECIPE_FILE = "recipe.yaml"
-Progress = Callable[[str, int, int], None]
 
 #: Beginning of an engine's name -> how its server is told that devices share each layer.
 _DEVICES = {"sglang": "--tp", "": "--tensor-parallel-size"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +15,12 @@ from mofq.delivery.apply.loaded_model import find_loaded_layers, loaded_weight
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
 from mofq.delivery.export.compressed_tensors.reading import find_stored_layers
 from mofq.exceptions import BackendError
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
 from mofq.model.layers import FusionGroup, ModelLayers, find_loaded_names
 from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.schemes import Scheme
-
-Progress = Callable[[str, int, int], None]
 
 
 def load_compressed_tensors(
