@@ -28,7 +28,7 @@ from typing import Protocol
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.model.checkpoint.headers import DTYPE_BITS
 from mofq.model.checkpoint.shards import kept_dtype
-from mofq.model.layers import FusionGroup
+from mofq.model.layers import FusionGroup, layers_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -114,7 +114,7 @@ def group_bytes(group: FusionGroup, scheme: Scheme) -> int:
 
 def weights_of(groups: Iterable[_Group]) -> int:
     """Number of weights of all layers of some fusion groups."""
-    return sum(layer.weights for group in groups for layer in group.layers)
+    return sum(layer.weights for layer in layers_of(groups))
 
 
 def bits_per_weight(total_bytes: int, weights: int) -> float:

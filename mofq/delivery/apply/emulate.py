@@ -31,7 +31,7 @@ from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError, RecipeError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -124,7 +124,7 @@ def apply_groups(
     stored: dict[str, LinearLayer] = {}
     if checkpoint is not None:
         on_disk = find_recipe_layers(checkpoint, recipe)
-        stored = _layers_by_name(on_disk)
+        stored = {layer.name: layer for layer in on_disk.grouped_layers}
         round_kept(model, layers, checkpoint=checkpoint, on_disk=on_disk)
     for done, group in enumerate(quantized):
         if progress is not None:
@@ -177,10 +177,6 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
                 f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
             )
     return share_amax(group, known)
-
-
-def _layers_by_name(layers: ModelLayers) -> dict[str, LinearLayer]:
-    return {layer.name: layer for group in layers.groups for layer in group.layers}
 
 
 def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:

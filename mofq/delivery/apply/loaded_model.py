@@ -15,7 +15,14 @@ from mofq.model.checkpoint.tensors import (
     read_layer_rows,
     read_tensor,
 )
-from mofq.model.layers import FUSION_RULES, LinearLayer, ModelLayers, find_layers, find_loaded_names
+from mofq.model.layers import (
+    FUSION_RULES,
+    LinearLayer,
+    ModelLayers,
+    find_layers,
+    find_loaded_names,
+    layers_of,
+)
 from mofq.numbers.schemes import Scheme
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -61,7 +68,7 @@ def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
         CheckpointError: As ``find_layers``.
     """
     family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
-    grouped = {layer for group in recipe.groups for layer in group.layers}
+    grouped = set(layers_of(recipe.groups))
     return find_layers(
         checkpoint,
         include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
@@ -108,8 +115,8 @@ def round_kept(
     """
     if checkpoint.source_format is None:
         return
-    stored = {layer.name: layer for layer in _all_layers(on_disk)}
-    for layer in _all_layers(loaded):
+    stored = {layer.name: layer for layer in on_disk.linear_layers}
+    for layer in loaded.linear_layers:
         source = stored[layer.name]
         if checkpoint.tensors[source.tensor].decoded:
             kept_OI = read_kept_layer(checkpoint, source, 0, source.out_features)
@@ -127,7 +134,3 @@ def round_kept(
         )
         if info.decoded and name not in taken and target is not None:
             target.copy_(read_tensor(info).bfloat16())
-
-
-def _all_layers(layers: ModelLayers) -> list[LinearLayer]:
-    return [layer for group in layers.groups for layer in group.layers] + [*layers.unquantized]

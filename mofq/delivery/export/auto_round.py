@@ -39,10 +39,10 @@ def export_auto_round(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
-    every = [layer for group in layers.groups for layer in group.layers]
+    schemes = recipe.schemes
     config = {
-        layer.name: _layer_config(parse_scheme(recipe.schemes[layer.name]), layer.name)
-        for layer in [*every, *layers.unquantized]
+        layer.name: _layer_config(parse_scheme(schemes[layer.name]), layer.name)
+        for layer in layers.linear_layers
     }
     path = Path(out)
     write_beside_and_rename(path, json.dumps(config, indent=2) + "\n")

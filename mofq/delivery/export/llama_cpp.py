@@ -91,11 +91,11 @@ def export_llama_cpp(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) ->
     layers = find_recipe_layers(checkpoint, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
+    schemes = recipe.schemes
     lines: dict[str, tuple[str, str]] = {}
-    for group in layers.groups:
-        for layer in group.layers:
-            scheme = parse_scheme(recipe.schemes[layer.name])
-            lines.setdefault(_tensor_name(layer), nearest_type(scheme, layer))
+    for layer in layers.grouped_layers:
+        scheme = parse_scheme(schemes[layer.name])
+        lines.setdefault(_tensor_name(layer), nearest_type(scheme, layer))
     text = [f"# {recipe.model_name}: the nearest llama.cpp types, and what each loses."]
     for name, (kind, loss) in lines.items():
         escaped = name.replace(".", r"\.")

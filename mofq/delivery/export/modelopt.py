@@ -60,19 +60,18 @@ def export_modelopt(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> 
     schemes = recipe.schemes
     quantized: dict[str, dict[str, Any]] = {}
     excluded = [layer.name for layer in layers.unquantized]
-    for group in layers.groups:
-        for layer in group.layers:
-            scheme = parse_scheme(schemes[layer.name])
-            if scheme.is_unquantized:
-                excluded.append(layer.name)
-                continue
-            name = format_name(scheme)
-            if name not in ALGORITHMS:
-                raise BackendError(
-                    f"{layer.name}: ModelOpt has no algorithm for {scheme.name}. It has: "
-                    f"{', '.join(ALGORITHMS)}."
-                )
-            quantized[layer.name] = ALGORITHMS[name]
+    for layer in layers.grouped_layers:
+        scheme = parse_scheme(schemes[layer.name])
+        if scheme.is_unquantized:
+            excluded.append(layer.name)
+            continue
+        name = format_name(scheme)
+        if name not in ALGORITHMS:
+            raise BackendError(
+                f"{layer.name}: ModelOpt has no algorithm for {scheme.name}. It has: "
+                f"{', '.join(ALGORITHMS)}."
+            )
+        quantized[layer.name] = ALGORITHMS[name]
     document = {
         "producer": {"name": "modelopt", "version": f"mofq {__version__}"},
         "quantization": {

@@ -99,7 +99,7 @@ def find_sites(checkpoint: Checkpoint, layers: ModelLayers) -> tuple[Site, ...]:
             f"{checkpoint.folder}: where a scale can move in a {layers.architecture!r} is not "
             f"known; it is for {', '.join(NORMS)}."
         )
-    by_name = {layer.name: layer for group in layers.groups for layer in group.layers}
+    by_name = {layer.name: layer for layer in layers.grouped_layers}
     sites = []
     for group in layers.groups:
         first = group.layers[0]

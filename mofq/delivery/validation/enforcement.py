@@ -270,8 +270,7 @@ def _check_others(
     model: PreTrainedModel, checkpoint: Checkpoint, layers: ModelLayers
 ) -> Iterator[Deviation]:
     """Tensors that are no linear layer's weight: biases, norms, embeddings."""
-    skipped = {layer.tensor for group in layers.groups for layer in group.layers}
-    skipped |= {layer.tensor for layer in layers.unquantized}
+    skipped = {layer.tensor for layer in layers.linear_layers}
     family = FUSION_RULES[layers.architecture]
     if layers.tied_lm_head:  # a copy on disk that is never loaded
         skipped |= {f"{name}.weight" for name in family.lm_heads}

@@ -180,7 +180,7 @@ class MeasuredKl:
         layers = find_recipe_layers(self.checkpoint, recipe)
         check_recipe(recipe, layers, index_sha256=self.checkpoint.index_sha256)
         check_weights(recipe, self.checkpoint)
-        stored = {layer.name: layer for group in layers.groups for layer in group.layers}
+        stored = {layer.name: layer for layer in layers.grouped_layers}
         if layers != self._stored:  # the first recipe, or another opinion on the lm_head
             for group in self._loaded:
                 self._restore(group, stored)

@@ -12,6 +12,7 @@ from mofq.model.layers.linear import (
     ModelLayers,
     find_loaded_names,
     find_loaded_weight,
+    layers_of,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "find_loaded_module",
     "find_loaded_names",
     "find_loaded_weight",
+    "layers_of",
 ]

@@ -22,7 +22,7 @@ from mofq.model.layers.declared import (
 )
 from mofq.model.layers.families import Experts, Rules
 from mofq.model.layers.kv_cache import CacheLayer
-from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, layers_of
 
 
 def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
@@ -68,7 +68,7 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
             f" {model.body + model.family.embedding!r} and has no weight of its own to quantize."
             " Leave it out."
         )
-    grouped = {layer.tensor for group in groups for layer in group.layers}
+    grouped = {layer.tensor for layer in layers_of(groups)}
     _refuse_uncovered(model, grouped | {layer.tensor for layer in unquantized})
     return ModelLayers(
         architecture=model.architecture,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
+
+_Layer_co = TypeVar("_Layer_co", covariant=True)
+_Layer = TypeVar("_Layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,26 @@ class ModelLayers:
     tied_lm_head: bool  #: the lm_head is the embedding and no layer of its own
     other_bytes: int  #: of all tensors but the weights in groups [bytes]
     caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
+
+    @property
+    def grouped_layers(self) -> tuple[LinearLayer, ...]:
+        """The layers of all fusion groups."""
+        return tuple(layers_of(self.groups))
+
+    @property
+    def linear_layers(self) -> tuple[LinearLayer, ...]:
+        """Every linear layer: those of the fusion groups, then those that stay unquantized."""
+        return (*self.grouped_layers, *self.unquantized)
+
+
+class _Group(Protocol[_Layer_co]):
+    @property
+    def layers(self) -> Sequence[_Layer_co]: ...
+
+
+def layers_of(groups: Iterable[_Group[_Layer]]) -> Iterator[_Layer]:
+    """The layers of some fusion groups, of a model, a table or a recipe, in order."""
+    return (layer for group in groups for layer in group.layers)
 
 
 @dataclass(frozen=True, slots=True)

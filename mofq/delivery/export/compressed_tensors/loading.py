@@ -81,10 +81,8 @@ def _copy_linear_layers(
     model: nn.Module, loaded: ModelLayers, on_disk: ModelLayers, stored: Checkpoint
 ) -> set[str]:
     """Linear layers that are not quantized; the names of all tensors of linear layers."""
-    sources = {layer.name: layer for group in on_disk.groups for layer in group.layers}
-    sources |= {layer.name: layer for layer in on_disk.unquantized}
-    layers = [layer for group in loaded.groups for layer in group.layers]
-    for layer in [*layers, *loaded.unquantized]:
+    sources = {layer.name: layer for layer in on_disk.linear_layers}
+    for layer in loaded.linear_layers:
         source = sources.get(layer.name)
         if source is None or f"{layer.name}.weight_scale" in stored.tensors:
             continue

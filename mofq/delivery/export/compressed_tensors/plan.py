@@ -118,7 +118,7 @@ def _order_tensors(
 ) -> dict[str, PlannedTensor]:
     """All tensors in the checkpoint's order, each layer's own where its weight was."""
     made: dict[str, dict[str, PlannedTensor]] = {}
-    for layer in (layer for group in layers.groups for layer in group.layers):
+    for layer in layers.grouped_layers:
         for word, tensor in parts.get(layer.name, {}).items():
             made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
     tensors: dict[str, PlannedTensor] = {}
@@ -130,8 +130,7 @@ def _order_tensors(
 def _group_bytes(
     checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
 ) -> int:
-    every = [layer for group in layers.groups for layer in group.layers]
-    copied = {layer.tensor for layer in every if layer.name not in parts}
+    copied = {layer.tensor for layer in layers.grouped_layers if layer.name not in parts}
     total = sum(checkpoint.tensors[name].kept_bytes for name in copied)
     return total + sum(tensor.nbytes for part in parts.values() for tensor in part.values())
 
