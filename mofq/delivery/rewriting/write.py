@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoi
 from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter
+from mofq.numbers.quantize.tiles import row_blocks
 
 #: What the folder is and where it comes from, beside its weights.
 LINEAGE_FILE = "rewrite.json"
@@ -166,9 +168,9 @@ def _moved_tensors(choices: Sequence[Choice]) -> dict[str, _Moved]:
 def _scaled_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Tensor]:
     """Blocks of rows of a tensor times its scales, float64."""
     info = checkpoint.tensors[name]
-    step = max(1, _BLOCK_ELEMENTS // max(1, *info.shape[1:], 1))
-    for start in range(0, info.shape[0], step):
-        stop = min(start + step, info.shape[0])
+    for start, stop in row_blocks(
+        info.shape[0], math.prod(info.shape[1:]), elements=_BLOCK_ELEMENTS
+    ):
         rows = read_rows(info, start, stop).double()
         if moved.columns_I is not None:
             rows = rows * moved.columns_I

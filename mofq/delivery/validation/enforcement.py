@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.emulate import share_amax, static_amax
+from mofq.delivery.apply.emulate import static_amax
 from mofq.delivery.apply.experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import find_recipe_layers
@@ -23,7 +23,12 @@ from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import read_kept_layer, read_layer_rows, read_tensor
+from mofq.model.checkpoint.tensors import (
+    read_kept_layer,
+    read_layer_rows,
+    read_shared_amax,
+    read_tensor,
+)
 from mofq.model.layers import (
     FUSION_RULES,
     FusionGroup,
@@ -33,6 +38,7 @@ from mofq.model.layers import (
     find_loaded_weight,
 )
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Elements of a weight that are compared at once.
@@ -119,34 +125,18 @@ def _expect_group(
 ) -> Iterator[_Expected]:
     scheme = parse_scheme(recipe.schemes[group.layers[0].name])
     inputs = static_amax(group, scheme, recipe)
-    weights = None
+    weights: dict[str, float] = {}
     if scheme.weight is not None and scheme.weight.needs_tensor_amax:
-        weights = share_amax(group, {la.name: _stored_amax(checkpoint, la) for la in group.layers})
+        weights = read_shared_amax(checkpoint, group)
     for layer in group.layers:
         yield _Expected(
             layer,
             group,
             scheme,
-            tensor_amax=None if weights is None else weights[layer.name],
-            static_amax=None if inputs is None else inputs[layer.name],
+            tensor_amax=weights.get(layer.name),
+            static_amax=inputs.get(layer.name),
             fit=fit_arguments(fits, layer, scheme.weight),
         )
-
-
-def _stored_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
-    return max(
-        float(read_layer_rows(checkpoint, layer, start, stop).abs().max())
-        for start, stop in _row_blocks(layer, _UNQUANTIZED)
-    )
-
-
-def _row_blocks(layer: LinearLayer, scheme: Scheme) -> Iterator[tuple[int, int]]:
-    rows = max(1, _BLOCK_ELEMENTS // layer.in_features)
-    if scheme.weight is not None and scheme.weight.granularity.kind == "block":
-        tile = scheme.weight.granularity.rows
-        rows = max(1, rows // tile) * tile
-    for start in range(0, layer.out_features, rows):
-        yield start, min(start + rows, layer.out_features)
 
 
 def _check_layer(
@@ -230,7 +220,8 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     if tuple(weight_OI.shape) != shape:
         return f"needed a weight of shape {list(shape)}, found {list(weight_OI.shape)}"
     different, first, is_source = 0, "", True
-    for start, stop in _row_blocks(layer, scheme):
+    tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
+    for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
         source = read_layer_rows(checkpoint, layer, start, stop)
         needed = read_kept_layer(checkpoint, layer, start, stop)
         if scheme.weight is not None:

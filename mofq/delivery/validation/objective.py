@@ -255,7 +255,7 @@ def _choice(group: FusionGroup, recipe: Recipe) -> _Choice:
     scheme = parse_scheme(recipe.schemes[name])
     if scheme.is_unquantized:
         return _UNQUANTIZED
-    amax = emulate.static_amax(group, scheme, recipe) or {}
+    amax = emulate.static_amax(group, scheme, recipe)
     return scheme.name, tuple(sorted(amax.items()))
 
 

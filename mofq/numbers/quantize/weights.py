@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from mofq.numbers.quantize.tiles import (
     decode_tiles,
     encode_tiles,
     from_tiles,
+    row_blocks,
     tile_shape,
     to_tiles,
 )
@@ -246,12 +248,9 @@ def _scalar(value: float | Tensor | None, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(())
 
 
-def _chunks(matrix: Tensor, scheme: TensorScheme) -> list[tuple[int, int]]:
-    """Ranges of rows that fit the cache; whole tiles, but for a scale of the tensor's own."""
-    total, columns = _shape(matrix)
-    unit = scheme.granularity.rows or 1
-    step = max(1, _CHUNK_ELEMENTS // columns // unit) * unit
-    return [(start, min(start + step, total)) for start in range(0, total, step)]
+def _chunks(matrix: Tensor, scheme: TensorScheme) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit the processor's cache."""
+    return row_blocks(*_shape(matrix), elements=_CHUNK_ELEMENTS, tile_rows=scheme.granularity.rows)
 
 
 def _importance_tiles(

@@ -175,23 +175,21 @@ def _apply_group(
         return
     weight = scheme.weight
     assert weight is not None
-    amax = None
-    if weight.needs_tensor_amax:
-        largest = {name: source.abs().amax() for name, source in sources.items()}
-        amax = emulation.share_amax(group, largest)
+    amax = emulation.weight_amax(group, scheme, sources)
     inputs = emulation.static_amax(group, scheme, recipe)
     for layer in group.layers:
         path = module_path(layer)
         linear = model.get_submodule(path)
-        static = None if inputs is None else inputs[layer.name]
         quantized = quantize_weight(
             sources[layer.name].to(linear.get_parameter("weight").device),
             weight,
-            tensor_amax=None if amax is None else amax[layer.name],
+            tensor_amax=amax.get(layer.name),
             name=layer.name,
             **fit_arguments(fits, layer, weight),
         )
-        target = make_target(scheme, group, engine=engine, dtype=dtype, static_amax=static)
+        target = make_target(
+            scheme, group, engine=engine, dtype=dtype, static_amax=inputs.get(layer.name)
+        )
         made = make_weight(quantized, scheme, target)
         layer_made = TorchaoLinear.from_linear(
             linear, scheme, weight_OI=made, target=target, name=layer.name

@@ -65,7 +65,7 @@ def encode_once(
     in_features: int,
     scheme: Scheme,
     *,
-    weight_amax: Tensor | None,
+    weight_amax: float | None,
     input_amax: float | None,
     zero_point_AG: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def encode_once(
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         scheme: Of the layer.
-        weight_amax: What ``quantize_weight`` was given, float32 scalar.
+        weight_amax: What ``quantize_weight`` was given as ``tensor_amax``.
         input_amax: Largest magnitude of the layer's inputs, for a static scale.
         zero_point_AG: Of all rows, uint8; asymmetric schemes only.
 
@@ -95,11 +95,10 @@ def encode_once(
     if _has_static_scale(scheme):
         assert scheme.activation is not None
         assert input_amax is not None
-        amax = torch.tensor(input_amax, dtype=torch.float32)
         tensors[_static_name(scheme)] = (
-            _divisor(scheme.activation, amax)
+            _divisor(scheme.activation, input_amax)
             if scheme.activation.scale.global_scale_bits
-            else symmetric_scale(amax, scheme.activation).reshape(1)
+            else symmetric_scale(_float32(input_amax), scheme.activation).reshape(1)
         )
     return tensors
 
@@ -188,11 +187,15 @@ def _encode_zero_point(zero_point_AG: Tensor, scheme: Scheme) -> Tensor:
     return (zero_point_AG.to(torch.int16) - (1 << (weight.element.bits - 1))).to(torch.int8)
 
 
-def _divisor(operand: TensorScheme, amax: Tensor) -> Tensor:
-    multiplier = global_scale_of(operand, amax)
+def _divisor(operand: TensorScheme, amax: float) -> Tensor:
+    multiplier = global_scale_of(operand, _float32(amax))
     assert multiplier is not None
     divisor: Tensor = 1.0 / multiplier
     return divisor.reshape(1)
+
+
+def _float32(amax: float) -> Tensor:
+    return torch.tensor(amax, dtype=torch.float32)
 
 
 def _plan_codes(out_features: int, in_features: int, scheme: Scheme) -> dict[str, PlannedTensor]:
