@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply, static_amax
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax, read_tensor

@@ -15,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
 from mofq.delivery.apply.experts import FakeQuantExperts
-from mofq.delivery.apply.fitted import check_fits
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
-    find_recipe_layers,
     loaded_weight,
     module_path,
     replace_module,
     round_kept,
     scheme_source,
 )
+from mofq.delivery.recipe_fits import check_fits
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError, RecipeError
 from mofq.files.progress import Progress

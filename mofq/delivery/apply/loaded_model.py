@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.tensors import (
     TORCH_DTYPES,
@@ -15,14 +16,7 @@ from mofq.model.checkpoint.tensors import (
     read_layer_rows,
     read_tensor,
 )
-from mofq.model.layers import (
-    FUSION_RULES,
-    LinearLayer,
-    ModelLayers,
-    find_layers,
-    find_loaded_names,
-    layers_of,
-)
+from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_names
 from mofq.numbers.schemes import Scheme
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -52,27 +46,6 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
     }
     loaded = Checkpoint(Path(name), name, model.config.to_dict(), tensors, index_sha256="")
     return find_recipe_layers(loaded, recipe)
-
-
-def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
-    """The linear layers of a checkpoint as a recipe divides them.
-
-    Args:
-        checkpoint: Of the model.
-        recipe: Where a fusion group of it holds the lm_head, the lm_head is one.
-
-    Returns:
-        What ``find_layers`` finds.
-
-    Raises:
-        CheckpointError: As ``find_layers``.
-    """
-    family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
-    grouped = set(layers_of(recipe.groups))
-    return find_layers(
-        checkpoint,
-        include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
-    )
 
 
 def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
 from mofq.delivery.apply.experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
-from mofq.delivery.apply.loaded_model import find_recipe_layers
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
@@ -97,9 +97,7 @@ def find_deviations(
         RecipeError: The recipe is not for the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     total = len(layers.groups) + 1
     found: list[Deviation] = []
     for done, group in enumerate(layers.groups):

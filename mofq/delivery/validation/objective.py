@@ -11,19 +11,19 @@ from types import TracebackType
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
-    find_recipe_layers,
     loaded_weight,
     module_path,
     replace_module,
     round_kept,
     scheme_source,
 )
+from mofq.delivery.recipe_fits import open_fits
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
     compare_windows,
@@ -177,9 +177,7 @@ class MeasuredKl:
             yield score.kl_nats / length
 
     def _apply(self, recipe: Recipe) -> None:
-        layers = find_recipe_layers(self.checkpoint, recipe)
-        check_recipe(recipe, layers, index_sha256=self.checkpoint.index_sha256)
-        check_weights(recipe, self.checkpoint)
+        layers = checked_layers(self.checkpoint, recipe)
         stored = {layer.name: layer for layer in layers.grouped_layers}
         if layers != self._stored:  # the first recipe, or another opinion on the lm_head
             for group in self._loaded:

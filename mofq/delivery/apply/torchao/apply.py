@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate as emulation
-from mofq.delivery.apply.fitted import check_fits
 from mofq.delivery.apply.loaded_model import module_path, replace_module
 from mofq.delivery.apply.torchao.linear import TorchaoLinear
 from mofq.delivery.apply.torchao.weights import Target, make_weight
+from mofq.delivery.recipe_fits import check_fits
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe, write_recipe
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.export.compressed_tensors.config import quantization_config
 from mofq.delivery.export.compressed_tensors.folder import copy_other_files, model_card
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.delivery.recipe_fits import open_fits
 from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError

@@ -11,9 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
-from mofq.delivery.apply.loaded_model import find_recipe_layers
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.export.compressed_tensors.packing import (
     encode_once,
@@ -21,6 +20,7 @@ from mofq.delivery.export.compressed_tensors.packing import (
     plan_layer,
 )
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
@@ -82,9 +82,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         RecipeError: The recipe is not for this model, splits a fusion group, or
             lacks a static scale.
     """
-    model_layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    model_layers = checked_layers(checkpoint, recipe)
     check_scales(checkpoint)
     schemes = recipe.schemes
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
