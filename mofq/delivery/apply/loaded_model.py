@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -58,6 +59,22 @@ def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
     return weight[layer.row_start : layer.row_start + layer.out_features]
 
 
+def loaded_tensor(tensors: Mapping[str, Tensor], name: str, architecture: str) -> Tensor | None:
+    """What a model in memory holds of a checkpoint's tensor that is no linear layer's weight.
+
+    Args:
+        tensors: The model's ``state_dict()``.
+        name: Of the tensor in the checkpoint.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        The tensor, or None for one of another tower, or of a buffer that the model's class
+        computes.
+    """
+    names = find_loaded_names(name, architecture)
+    return next((tensors[key] for key in names if key in tensors), None)
+
+
 def module_path(layer: LinearLayer) -> str:
     """Where a model in memory has the module of a layer that ``find_loaded_layers`` found."""
     return layer.tensor.rpartition(".")[0]
@@ -97,13 +114,6 @@ def round_kept(
     taken = {layer.tensor for layer in stored.values()}
     parameters = model.state_dict()
     for name, info in checkpoint.tensors.items():
-        target = next(
-            (
-                parameters[n]
-                for n in find_loaded_names(name, loaded.architecture)
-                if n in parameters
-            ),
-            None,
-        )
+        target = loaded_tensor(parameters, name, loaded.architecture)
         if info.decoded and name not in taken and target is not None:
             target.copy_(read_tensor(info).bfloat16())

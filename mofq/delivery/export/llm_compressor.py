@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.export.compressed_tensors.config import quantization_config
 from mofq.delivery.export.compressed_tensors.plan import plan_export
+from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 

@@ -18,6 +18,7 @@ from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
 from mofq.delivery.apply.experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
+from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
@@ -34,7 +35,6 @@ from mofq.model.layers import (
     FusionGroup,
     LinearLayer,
     ModelLayers,
-    find_loaded_names,
     find_loaded_weight,
 )
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
@@ -265,9 +265,7 @@ def _check_others(
         skipped |= {f"{name}.weight" for name in family.lm_heads}
     loaded = model.state_dict()
     for name, info in checkpoint.tensors.items():
-        names = find_loaded_names(name, layers.architecture)
-        # None: another tower of the model, or a buffer that its class computes.
-        found = next((loaded[key] for key in names if key in loaded), None)
+        found = loaded_tensor(loaded, name, layers.architecture)
         if name in skipped or found is None or not found.is_floating_point():
             continue
         needed = read_tensor(info)

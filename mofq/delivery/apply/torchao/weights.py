@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mofq.delivery.export.compressed_tensors.packing import encode_scale, pack_fp4
+from mofq.delivery.export.compressed_tensors.encoding import encode_scale, pack_fp4
 from mofq.numbers.formats import FP4_E2M1
 from mofq.numbers.quantize import QuantizedWeight
 from mofq.numbers.quantize.scales import global_scale_of

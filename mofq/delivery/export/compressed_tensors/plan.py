@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
-from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
-from mofq.delivery.export.compressed_tensors.packing import (
+from mofq.delivery.export.compressed_tensors.encoding import (
     encode_once,
     encode_rows,
     plan_layer,
 )
+from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
