@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mofq.model.layers import FusionGroup, LinearLayer
-from mofq.numbers.quantize.candidates import Pass, is_candidate
 from mofq.numbers.quantize.compiled import Kind, Tell, pass_maker
+from mofq.numbers.quantize.rounding_errors import Pass, is_candidate
 from mofq.numbers.schemes import Scheme, TensorScheme
 
 #: Layer, what the pass gives, schemes that are all candidates -> the pass.

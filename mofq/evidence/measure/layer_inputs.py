@@ -14,8 +14,8 @@ from mofq.evidence.measure.gains import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.numbers.quantize import fake_quantize_activation
-from mofq.numbers.quantize.candidates import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.compiled import Kind, eager_pass
+from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.

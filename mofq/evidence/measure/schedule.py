@@ -20,7 +20,7 @@ from torch import Tensor
 from mofq.evidence.measure.block import BlockSums, score_rows
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.score import LayerScore, add_blocks
-from mofq.numbers.quantize.block_memory import keep_freed_memory
+from mofq.model.checkpoint.tensors import keep_freed_memory
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
 _WAITING_BYTES = 200_000_000

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.numbers.quantize import fake_quantize_weight
-from mofq.numbers.quantize.candidates import is_candidate, sum_squares, to_bands
+from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
 from mofq.numbers.schemes import TensorScheme
 
 

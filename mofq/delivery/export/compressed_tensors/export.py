@@ -17,8 +17,8 @@ from mofq.exceptions import BackendError
 from mofq.files.locks import check_new_folder, new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
+from mofq.model.checkpoint.tensors import keep_freed_memory
 from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
-from mofq.numbers.quantize.block_memory import keep_freed_memory
 
 RECIPE_FILE = "recipe.yaml"
 
