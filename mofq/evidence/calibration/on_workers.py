@@ -16,7 +16,7 @@ from mofq.evidence.calibration.passes import check_model, check_windows, is_done
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.evidence.cluster import run_units
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.on_workers import open_shared
+from mofq.model.checkpoint.weights_hash import open_shared
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from mofq.model.checkpoint.shards import FP8_DTYPES
+from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
 from mofq.model.layers import FusionGroup
 from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
 from mofq.numbers.schemes import Granularity, Scheme, TensorScheme

@@ -31,7 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.shards import AGAIN, FP8_DTYPES, Scaling, TensorInfo, read_json, shorten
+from mofq.model.checkpoint.safetensors_header import (
+    AGAIN,
+    FP8_DTYPES,
+    Scaling,
+    TensorInfo,
+    read_json,
+    shorten,
+)
 
 #: What a source may be quantized as, for messages.
 SUPPORTED = (

@@ -19,7 +19,7 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
-from mofq.model.checkpoint.shards import (
+from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
     MAX_JSON_BYTES,

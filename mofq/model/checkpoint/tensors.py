@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
-from mofq.model.checkpoint.shards import Scaling
+from mofq.model.checkpoint.safetensors_header import Scaling
 from mofq.model.layers import FusionGroup, LinearLayer, share_amax
 from mofq.numbers.quantize.tiles import row_blocks
 

@@ -31,12 +31,12 @@ class LinearLayer:
     out_features: int
     in_features: int
     dtype: str  #: as safetensors calls it
-    transposed: bool  #: stored as [in_features, out_features]
-    expert: int | None  #: index into a tensor [experts, out, in]
-    row_start: int  #: first row in the stored matrix; not 0 where layers are stored fused
-    decoder_layer: int | None
     module: str  #: last words of the name: "q_proj", "experts.gate_proj"
     shares_scale: str  #: layers of a fusion group with the same word share a global scale
+    decoder_layer: int | None = None
+    transposed: bool = False  #: stored as [in_features, out_features]
+    expert: int | None = None  #: index into a tensor [experts, out, in]
+    row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
 
     @property
