@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.loaded_model import find_loaded_layers
 from mofq.exceptions import BackendError, RecipeError
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint

@@ -287,7 +287,7 @@ def test_a_lone_fp8_tensor_without_a_scale_is_refused(tiny_llama: Path, tmp_path
     folder = copy_with_tensors(tiny_llama, tmp_path / "one", cast(Q_PROJ))
     message = refused("measure", folder, "--space", "w8a8", "-o", tmp_path / "table.jsonl")
     assert f"model.safetensors: {Q_PROJ!r} is F8_E4M3 without a scale, and" in message
-    assert f"{Q_PROJ.replace('.0.', '.1.')!r} is BF16: needed tensors of a kind alike" in message
+    assert f"{Q_PROJ.replace('.0.', '.1.')!r} is BF16: needed one dtype in all layers" in message
     assert "before it was quantized" in message
     both = copy_with_tensors(
         tiny_llama, tmp_path / "both", cast(Q_PROJ, Q_PROJ.replace(".0.", ".1."))

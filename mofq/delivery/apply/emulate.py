@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
@@ -265,8 +265,7 @@ def _replace_experts(
     experts = FakeQuantExperts(
         model.get_submodule(path),
         scheme,
-        gate_up_amax=amax.get("gate_up_proj"),
-        down_amax=amax.get("down_proj"),
+        static_amax=amax,
         name=path,
     )
     replace_module(model, path, experts)

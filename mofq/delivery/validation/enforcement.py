@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
-from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
@@ -34,6 +34,7 @@ from mofq.model.layers import (
     FUSION_RULES,
     FusionGroup,
     LinearLayer,
+    LoadedWeight,
     ModelLayers,
     find_loaded_weight,
 )
@@ -149,7 +150,7 @@ def _check_layer(
     except AttributeError:
         yield Deviation(layer.name, f"the model has no weight {at.name!r}")
         return
-    reason = _module_deviation(module, expected, at.expert)
+    reason = _module_deviation(module, expected, at)
     if reason is not None:
         yield Deviation(layer.name, reason)
     if isinstance(module, TorchaoLinear):
@@ -168,7 +169,7 @@ def _check_layer(
         yield Deviation(layer.name, reason)
 
 
-def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None) -> str | None:
+def _module_deviation(module: nn.Module, expected: _Expected, at: LoadedWeight) -> str | None:
     """How the module's type, scheme or input scale differs, if it does."""
     wanted = expected.scheme
     if not isinstance(module, FakeQuantLinear | FakeQuantExperts | TorchaoLinear):
@@ -182,9 +183,8 @@ def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None
     if isinstance(module, FakeQuantLinear | TorchaoLinear):
         found = module.static_amax
     else:
-        name = expected.layer.shares_scale
-        amax = module.down_amax if name.endswith(".down") else module.gate_up_amax
-        found = None if amax is None or expert is None else amax[expert]
+        amax = module.static_amax.get(at.name.rpartition(".")[2], {})
+        found = None if at.expert is None else amax.get(at.expert)
     if found != expected.static_amax:
         return f"needed the static input maximum {expected.static_amax}, found {found}"
     return None

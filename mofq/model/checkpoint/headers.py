@@ -1,7 +1,7 @@
 """Names, dtypes, shapes and byte ranges of a checkpoint's tensors. Reads no weight, needs no torch.
 
-Headers are input from strangers: whatever does not follow the format to the
-letter is refused before anything is read on its word.
+A checkpoint is untrusted input: files, shards and links that do not fit its index are refused.
+The hub's client fetches a model, and does not check a folder's shards against their index.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """

@@ -1,4 +1,8 @@
-"""Weights read from safetensors files, a block of rows at a time; FP8 sources as float32."""
+"""Weights read from safetensors files, a block of rows at a time; FP8 sources as float32.
+
+The safetensors library slices a tensor through a memory map, whose pages count as the process's
+memory: here rows are read into memory of their own size, one expert or transposed rows included.
+"""
 
 from __future__ import annotations
 

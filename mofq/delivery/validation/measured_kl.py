@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -116,18 +115,13 @@ class MeasuredKl:
     def __enter__(self) -> MeasuredKl:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Drop the original's logits, and close the statistics."""
         self._stack.close()
-        self._logits.__exit__(None, None, None)
+        self._logits.close()
 
     @property
     def windows(self) -> int:
