@@ -128,8 +128,7 @@ def nearest_type(scheme: Scheme, layer: LinearLayer) -> tuple[str, str]:
 
 
 def _loss(scheme: Scheme, kind: str) -> str:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     written = f"{weight.element.name}.{weight.granularity.name} with {weight.scale.name} scales"
     if kind.endswith("_k"):
         return f"{written} becomes blocks of {_K_BLOCK} with two levels of scales"

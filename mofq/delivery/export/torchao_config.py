@@ -116,11 +116,12 @@ def _integer_weights(scheme: Scheme) -> Any:
     import torch
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis
 
-    assert scheme.weight is not None
     return IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{scheme.weight.element.bits}"),
+        weight_dtype=getattr(torch, f"int{scheme.quantized_weight.element.bits}"),
         granularity=_granularity(scheme, PerAxis(0)),
-        mapping_type=MappingType.SYMMETRIC if scheme.weight.symmetric else MappingType.ASYMMETRIC,
+        mapping_type=MappingType.SYMMETRIC
+        if scheme.quantized_weight.symmetric
+        else MappingType.ASYMMETRIC,
     )
 
 
@@ -135,8 +136,7 @@ def _microscaling(scheme: Scheme) -> Any:
     from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
 
-    assert scheme.weight is not None
-    is_fp4 = scheme.weight.element is FP4_E2M1
+    is_fp4 = scheme.quantized_weight.element is FP4_E2M1
     element = torch.float4_e2m1fn_x2 if is_fp4 else torch.float8_e4m3fn
     return MXDynamicActivationMXWeightConfig(
         activation_dtype=element, weight_dtype=element, scaling_mode=ScaleCalculationMode.FLOOR
@@ -158,8 +158,7 @@ _CONFIGS: dict[str, Callable[[Scheme], Any]] = {
 def _granularity(scheme: Scheme, whole_row: Any) -> Any:
     from torchao.quantization import PerGroup
 
-    assert scheme.weight is not None
-    tiles = scheme.weight.granularity
+    tiles = scheme.quantized_weight.granularity
     return PerGroup(tiles.columns) if tiles.kind == "group" else whole_row
 
 

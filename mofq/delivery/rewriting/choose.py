@@ -220,11 +220,12 @@ def _weight_nats(
     amax: Sequence[float | None],
     name: str,
 ) -> Tensor:
-    assert scheme.weight is not None
     found = []
     for scale_I, largest in zip(scales, amax, strict=True):
         moved_RI = (weight_RI.double() * scale_I).to(weight_RI.dtype).float()
-        delta_RI = fake_quantize_weight(moved_RI, scheme.weight, tensor_amax=largest, name=name)
+        delta_RI = fake_quantize_weight(
+            moved_RI, scheme.quantized_weight, tensor_amax=largest, name=name
+        )
         delta_RI = (delta_RI - moved_RI) / scale_I.float()
         row_NR = torch.einsum("ri,nri->nr", delta_RI, gradient_NRI)
         found.append(row_NR.square().sum(dtype=torch.float64))

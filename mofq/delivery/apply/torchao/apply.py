@@ -173,8 +173,7 @@ def _apply_group(
     if kernel_refusal(scheme, group, engine=engine, dtype=dtype) is not None:
         emulation.apply_group(model, group, scheme, sources=sources, recipe=recipe, fits=fits)
         return
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     amax = emulation.weight_amax(group, scheme, sources)
     inputs = emulation.static_amax(group, scheme, recipe)
     for layer in group.layers:

@@ -65,8 +65,7 @@ def _decode_group(
     recipe: Recipe,
     stored: Checkpoint,
 ) -> None:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     decoded = {
         name: dequantize_weight(read_quantized(stored, name, weight), weight) for name in sources
     }

@@ -166,8 +166,7 @@ def encoded_parts(
         SchemeError: A weight is not finite; the message names the layer.
         StatsError: The scheme is fitted to statistics, and there are none.
     """
-    weight = planned.scheme.weight
-    assert weight is not None
+    weight = planned.scheme.quantized_weight
     amax = read_shared_amax(checkpoint, planned.group) if weight.needs_tensor_amax else {}
     for layer in planned.group.layers:
         fit = fit_arguments(fits, layer, weight)
@@ -182,8 +181,7 @@ def _encoded_layer(
     *,
     fit: FitArguments,
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
-    weight = planned.scheme.weight
-    assert weight is not None
+    weight = planned.scheme.quantized_weight
     zero_points = []
     done: dict[str, int] = {}
 
