@@ -40,7 +40,7 @@ def test_llm_compressor_gets_the_config_groups(tiny_llama: Path) -> None:
         QuantizationScheme.model_validate(group)
     targets = [name for group in modifier["config_groups"].values() for name in group["targets"]]
     layers = find_layers(checkpoint)
-    every = {layer.name for group in layers.groups for layer in group.layers}
+    every = {layer.name for layer in layers.grouped_layers}
     assert set(targets) | set(modifier["ignore"]) == every | {"lm_head"}
     assert len(targets) == len(set(targets))
 

@@ -85,7 +85,7 @@ def test_every_code_has_the_value_that_ml_dtypes_gives_it(
 def test_a_weight_is_its_codes_times_its_scales(convention: str, made: dict[str, Path]) -> None:
     folder = made[convention]
     checkpoint, tensors = open_checkpoint(str(folder)), read_all(folder)
-    layers = [layer for group in find_layers(checkpoint).groups for layer in group.layers]
+    layers = list(find_layers(checkpoint).grouped_layers)
     assert len(layers) == 14
     for layer in layers:
         needed = torch.from_numpy(by_hand(tensors, layer.tensor))
