@@ -1,4 +1,4 @@
-"""Opens the statistics that a recipe's schemes are fitted to, and no others."""
+"""Opens the statistics that a recipe's schemes are fitted to, once they are known to be the right ones."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def open_fits(
     if recorded is not None and not opened.sha256.startswith(str(recorded)):
         raise RecipeError(
             f"{stats}: the recipe of {recipe.model_name} is fitted to stats_sha256 "
-            f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would be "
-            f"others than those that were measured; give the folder that was measured with."
+            f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would "
+            f"differ from those that were measured; give the folder that was measured with."
         )
     if index_sha256 is not None and opened.plan.index_sha256 != index_sha256:
         raise StatsError(

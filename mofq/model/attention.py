@@ -1,8 +1,8 @@
-"""What attention reads back from its cache, given to a function on its way.
+"""Lets a function see and change what the attention of a model caches.
 
-transformers hands keys, after their norm and rotation, and values to a cache's ``update``,
-and attention reads what that returns, prompt tokens included: whatever stands there in place
-of the cache sees and decides what is cached, under every implementation of attention.
+transformers passes keys (after their norm and rotation) and values to the ``update`` of a cache,
+and attention reads what that returns, prompt tokens included. So an object in the place of the
+cache sees and decides what is cached, whatever implementation of attention is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ARGUMENT = "past_key_values"
 
 
 class PassedCache:
-    """Stands in the place of a layer's cache, or of none."""
+    """Takes the place of a layer's cache; there may be none."""
 
     def __init__(self, through: Through, cache: Any | None) -> None:
         self._through = through
@@ -29,7 +29,7 @@ class PassedCache:
     def update(
         self, keys: Tensor, values: Tensor, *more: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        """What attention reads; the model's own cache, where it has one, keeps the same."""
+        """Return what attention reads; the model's own cache, where it has one, keeps the same."""
         keys, values = self._through(keys, values)
         if self._cache is None:
             return keys, values
@@ -41,7 +41,7 @@ class PassedCache:
 
 
 class _Passage:
-    """A hook that puts a `PassedCache` before an attention layer."""
+    """A hook that gives a `PassedCache` to an attention layer."""
 
     def __init__(self, through: Through) -> None:
         self.through = through

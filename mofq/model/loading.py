@@ -100,7 +100,7 @@ def _load_quietly(
             model, loaded = _load_decoded(checkpoint, options)
     except CheckpointError:
         raise
-    except Exception as error:  # dozens of kinds, for configs that nobody meant
+    except Exception as error:  # transformers raises many kinds for invalid configs
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot load the model: {_on_one_line(error)}"
         ) from None

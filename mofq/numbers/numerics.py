@@ -1,12 +1,12 @@
-"""Which definition the numbers follow that mofq measures."""
+"""The version of the definitions by which mofq measures and fits."""
 
 from __future__ import annotations
 
 #: Of the errors in a table, and of the codes of schemes that are fitted to statistics; raised with
 #: every change of how they are computed. Rows and codes of two numbers are not mixed.
 #:
-#: 1  Labels sampled from the model; layers that read one input taken for independent; the kept
-#:    sequences alone. It was not noted: tables and recipes without a number are of before 2.
+#: 1  Labels sampled from the model; layers that read one input treated as independent; the kept
+#:    sequences alone. Tables and recipes without a number were written before 2, under this one.
 #: 2  Random signs in the place of labels; what layers of one input lose together; the gains of all
 #:    sequences that were run; GPTQ's Hessian weighs tokens by the norm of their gradients, and is
 #:    damped by a tenth.

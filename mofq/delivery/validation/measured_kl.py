@@ -1,4 +1,4 @@
-"""The measured truth as an objective: the KL of one recipe after another, window by window."""
+"""Measures the KL of one recipe after another in one loaded model, window by window."""
 
 from __future__ import annotations
 

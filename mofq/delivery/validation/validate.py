@@ -1,4 +1,4 @@
-"""The whole validation of one or several candidates."""
+"""Validates one or several quantized models against one run of the original."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
-
-#: Called with the name of a stage, what is done of it, and all of it.
 
 
 def validate(

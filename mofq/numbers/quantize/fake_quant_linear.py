@@ -1,4 +1,4 @@
-"""The one module that emulates a scheme inside a model."""
+"""The module that emulates a scheme in the place of a linear layer."""
 
 from __future__ import annotations
 

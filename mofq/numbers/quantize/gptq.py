@@ -1,4 +1,4 @@
-"""Rounds column by column, each column making good what the ones before it did: ``~gptq``.
+"""Rounds column by column, each column compensating the errors of those before it: ``~gptq``.
 
 A row ``w`` that is rounded to ``q`` changes the layer's outputs by ``(w - q) H (w - q)^T``,
 with a Hessian ``H = sum_t c_t x_t x_t^T`` over the inputs of calibration (``c_t``, what a token
@@ -8,7 +8,7 @@ to the last, each after it has taken over the errors of those before it:
 
     a_j = w_j + sum_{k<j} (w_k - q_k) N_kj        q_j = round(a_j)
 
-so that the change is ``sum_j D_j (a_j - q_j)^2``, and no column can make good more than that.
+so that the change is ``sum_j D_j (a_j - q_j)^2``, and no column can compensate more than that.
 This is GPTQ, with one factorisation and no inverse. 10 % of the mean of its diagonal is added
 to that of ``H`` (GPTQ: 1 %); columns stay in their order ("act-order" is not used).
 

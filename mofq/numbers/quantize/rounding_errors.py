@@ -1,4 +1,4 @@
-"""Every candidate of a block of rows in one pass: plain torch, written to be compiled.
+"""The rounding errors of many schemes on a block of rows in one pass, written to be compiled.
 
 A block is seen as ``[A, R, J, K]``: ``A`` bands of ``R`` rows, ``J`` strips of ``K``
 columns. ``R`` and ``K`` hold whole tiles of every scheme and follow from the schemes

@@ -1,4 +1,4 @@
-"""From tiles to codes and back, with the scales given."""
+"""Tiles of a matrix, and from tiles to codes and back under given scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantizes weights, the whole matrix or a block of its rows, to the same numbers."""
+"""Quantizes weights: a block of rows gets the numbers that it has in the whole matrix."""
 
 from __future__ import annotations
 

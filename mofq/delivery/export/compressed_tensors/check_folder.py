@@ -1,4 +1,4 @@
-"""Proves that an exported folder holds what its recipe says, bit for bit."""
+"""Checks that an exported folder holds what its recipe says, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compressed-tensors checkpoint in memory, its own codes and scales, whoever chose them."""
+"""Loads the codes and scales of a compressed-tensors checkpoint into a model in memory."""
 
 from __future__ import annotations
 

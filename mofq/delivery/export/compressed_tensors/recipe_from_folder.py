@@ -1,4 +1,4 @@
-"""Reads anybody's compressed-tensors checkpoint back into a recipe.
+"""Makes a recipe from a compressed-tensors checkpoint, whichever tool wrote it.
 
 The scheme of each layer is what its config group and the stored scales say.
 How its scales were chosen and its codes rounded is not on record: every scheme
@@ -41,8 +41,8 @@ _NAMED: dict[tuple[Any, ...], str] = {
 _CONFIG_KEY = "quantization_config"
 
 
-def _like_it(config: object) -> str:
-    """What makes a recipe of the scheme of a GPTQ or AWQ checkpoint, whose codes are not read."""
+def _equivalent_recipe(config: object) -> str:
+    """A hint: the recipe with the scheme of a GPTQ or AWQ checkpoint, whose codes are not read."""
     if not isinstance(config, dict) or config.get("quant_method") not in ("gptq", "awq"):
         return ""
     bits, size = config.get("bits"), config.get("group_size")
@@ -51,7 +51,9 @@ def _like_it(config: object) -> str:
         return ""
     granularity = "channel" if size <= 0 else f"g{size}"
     scheme = f"int{bits}.{granularity}{'' if symmetric else '.asym'}"
-    return f" Its scheme, with codes of mofq: `mofq recipe uniform MODEL {scheme} -o recipe.yaml`."
+    return (
+        f" For its scheme with mofq's codes: `mofq recipe uniform MODEL {scheme} -o recipe.yaml`."
+    )
 
 
 def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
@@ -76,7 +78,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         raise BackendError(
             f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
             f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
-            f"{_like_it(config)}"
+            f"{_equivalent_recipe(config)}"
         )
     for key in ("transform_config", "sparsity_config"):
         if config.get(key):
