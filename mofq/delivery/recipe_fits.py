@@ -1,4 +1,4 @@
-"""Opens the statistics that a recipe's schemes are fitted to, once they are known to be the right ones."""
+"""Opens the statistics that a recipe's schemes are fitted to, and refuses others."""
 
 from __future__ import annotations
 

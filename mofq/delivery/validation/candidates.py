@@ -16,6 +16,7 @@ from mofq.delivery.export.compressed_tensors import (
     load_compressed_tensors,
     recipe_from_compressed_tensors,
 )
+from mofq.delivery.export.compressed_tensors.export import RECIPE_FILE as RECIPE_FILE
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError, nearest_name
@@ -25,9 +26,6 @@ from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
-
-#: What ``mofq export`` calls the recipe in the folder that it writes.
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +89,12 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))
     path = Path(source)
     if not path.is_dir():
-        recipe = load_recipe(path)
-        return _open_recipe(recipe, checkpoint, source=str(source), text=path.read_text("utf-8"))
+        return _open_recipe_file(path, checkpoint, source=str(source))
     folder = open_stored(str(path))
     if holds_recipe(path / RECIPE_FILE):
-        return _open_exported(folder, checkpoint)
+        recipe_file = path / RECIPE_FILE
+        candidate = _open_recipe_file(recipe_file, checkpoint, source=str(folder.folder))
+        return replace(candidate, folder=folder)
     if "quantization_config" in folder.config:
         recipe = recipe_from_compressed_tensors(path)
         text = recipe_text(recipe)
@@ -164,6 +163,11 @@ def load_candidate(
     return load_model(candidate.folder.folder, dtype=dtype, device=device)
 
 
+def _open_recipe_file(path: Path, checkpoint: Checkpoint, *, source: str) -> Candidate:
+    recipe = load_recipe(path)
+    return _open_recipe(recipe, checkpoint, source=source, text=path.read_text("utf-8"))
+
+
 def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
     layers = checked_layers(checkpoint, recipe)
     return Candidate(
@@ -173,15 +177,6 @@ def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: s
         folder=None,
         bits_per_weight=_bits(layers, recipe.schemes),
     )
-
-
-def _open_exported(folder: Checkpoint, checkpoint: Checkpoint) -> Candidate:
-    path = folder.folder / RECIPE_FILE
-    recipe = load_recipe(path)
-    candidate = _open_recipe(
-        recipe, checkpoint, source=str(folder.folder), text=path.read_text("utf-8")
-    )
-    return replace(candidate, folder=folder)
 
 
 def _bits(layers: ModelLayers, schemes: Mapping[str, str]) -> float:
