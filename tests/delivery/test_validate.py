@@ -215,7 +215,7 @@ def test_logits_that_are_not_finite_are_an_error(
         model.get_parameter("model.norm.weight").fill_(math.inf)
         return model
 
-    monkeypatch.setattr("mofq.delivery.validation.validate.load_model", broken)
+    monkeypatch.setattr("mofq.delivery.validation.against_original.load_model", broken)
     with pytest.raises(MofqError, match="the original model gives logits that are not finite"):
         validate(str(folder), recipe_of(open_checkpoint(str(folder)), "bf16"), text, **PLAN)
 

@@ -2,16 +2,16 @@
 
 ``enforcement`` reads every layer back and compares it with the recipe,
 ``divergence`` runs both models over a text, ``tasks`` lets lm-eval score both,
-``candidates`` opens what is to be validated, ``validate`` joins them, ``report`` is the result;
+``candidates`` opens what is to be validated, ``against_original`` joins them, ``report`` is the result;
 ``measured_kl`` measures one recipe after another in one model, for the search.
 """
 
 from __future__ import annotations
 
+from mofq.delivery.validation.against_original import validate, validate_many
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
 from mofq.delivery.validation.report import Validation, paired_difference, write_validation
 from mofq.delivery.validation.tasks import TaskResult, Tasks
-from mofq.delivery.validation.validate import validate, validate_many
 
 __all__ = [
     "Deviation",
