@@ -2,8 +2,9 @@
 
 ``enforcement`` reads every layer back and compares it with the recipe,
 ``divergence`` runs both models over a text, ``tasks`` lets lm-eval score both,
-``candidates`` opens what is to be validated, ``against_original`` joins them, ``report`` is the result;
-``measured_kl`` measures one recipe after another in one model, for the search.
+``candidates`` opens what is to be validated, ``against_original`` joins them, and
+``report`` is the result. ``measured_kl`` measures one recipe after another in one
+loaded model, for the search.
 """
 
 from __future__ import annotations
