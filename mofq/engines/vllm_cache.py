@@ -1,4 +1,4 @@
-"""What serving engines hold of the KV cache, as data with a source.
+"""What vLLM holds of the KV cache.
 
 Lines are of vLLM 0.32.0. An engine keeps one quantized format for the whole model; layers may be
 left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
@@ -6,10 +6,7 @@ left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/atten
 
 from __future__ import annotations
 
-import re
-
-from mofq.engines.rules import CacheRule, Engine
-from mofq.model.layers import CacheLayer
+from mofq.engines.rules import CacheRule
 
 _CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
 
@@ -77,29 +74,3 @@ VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
     ),
     *_VLLM_LAST,
 )
-
-
-def matching_cache_rule(engine: Engine, scheme: str) -> CacheRule | None:
-    """The first rule of the engine for a format of the cache, on its hardware."""
-    fitting = (one for one in engine.applicable_caches if re.fullmatch(one.schemes, scheme))
-    return next(fitting, None)
-
-
-def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
-    """Why an engine cannot hold a layer's cache in a format as it was measured, or None."""
-    if scheme == "bf16":
-        return None
-    where = engine.title
-    if not engine.caches:
-        return f"{where}: mofq knows no way to hand it a format of the KV cache; leave it bf16"
-    rule = matching_cache_rule(engine, scheme)
-    if rule is None:
-        return f"{where} holds no cache in {scheme}"
-    if rule.refused:
-        return f"{where}: {rule.refused} ({rule.source})"
-    if cache.head_size % rule.head_multiple:
-        return (
-            f"{where}: needs heads of a multiple of {rule.head_multiple} channels; {cache.name} "
-            f"has {cache.head_size} ({rule.source})"
-        )
-    return None
