@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
+from mofq.engines import ENGINES
 from mofq.exceptions import BackendError, nearest_name
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
@@ -87,16 +88,8 @@ def apply_recipe(
     return applied
 
 
-#: What people call what they export for -> the format that it reads.
-_READS = {
-    "vllm": "compressed-tensors",
-    "sglang": "compressed-tensors",
-    "transformers": "compressed-tensors",
-    "llmcompressor": "llm-compressor",
-    "tensorrt": "modelopt",
-    "trtllm": "modelopt",
-    "gguf": "llama.cpp",
-}
+#: What people call other tools that they export for -> the format that it reads.
+_READS = {"llmcompressor": "llm-compressor", "trtllm": "modelopt", "gguf": "llama.cpp"}
 
 
 def find_exporter(name: str) -> Any:
@@ -114,7 +107,8 @@ def find_exporter(name: str) -> Any:
     """
     known = EXPORTERS | RECIPE_EXPORTERS
     if name not in known:
-        read = _READS.get(name.partition("-")[0].lower())
+        reads = {key.partition("-")[0]: one.reads for key, one in ENGINES.items()} | _READS
+        read = reads.get(name.partition("-")[0].lower())
         near = nearest_name(name, known) if read is None else f" For it, export --to {read}."
         raise BackendError(f"unknown export format {name!r}.{near}")
     module, function = known[name]

@@ -8,31 +8,29 @@ the engine, a GPU or torch: legality is known before anything is measured.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
-from mofq.engines.kv_cache import (
-    VLLM_CPU_CACHE,
-    VLLM_GPU_CACHE,
-    cache_refusal,
-    matching_cache_rule,
-)
-from mofq.engines.others import TENSORRT_LLM, TRANSFORMERS
+from mofq.engines.groups import ServedGroup
 from mofq.engines.rules import (
     CacheRule,
     Engine,
     Rule,
+    cache_refusal,
     format_name,
     matching_rule,
     refusal,
 )
 from mofq.engines.sglang import SGLANG
 from mofq.engines.tensor_parallel import check_devices
+from mofq.engines.tensorrt_llm import TENSORRT_LLM
 from mofq.engines.torchao import TORCHAO_CPU, TORCHAO_GPU
+from mofq.engines.transformers import TRANSFORMERS
 from mofq.engines.vllm_cpu import VLLM_CPU
 from mofq.engines.vllm_gpu import VLLM_GPU
 from mofq.exceptions import EngineError, nearest_name
-from mofq.model.layers import CacheLayer, FusionGroup
+from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import Scheme
 
 __all__ = [
@@ -45,48 +43,32 @@ __all__ = [
     "find_engine",
     "format_name",
     "legality",
-    "matching_cache_rule",
     "matching_rule",
     "serving_environment",
 ]
 
-#: Every known engine by name. A GPU engine is one generation: the oldest chip of it.
+#: A generation of GPUs -> CUDA compute capability of its oldest chip for servers.
+_GENERATIONS = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
+
+
+def _on(engine: Engine, *generations: str) -> dict[str, Engine]:
+    """An engine for GPUs on each of some generations."""
+    return {
+        name: replace(engine, name=name, capability=_GENERATIONS[generation])
+        for generation in generations
+        for name in [f"{engine.name}-{generation}"]
+    }
+
+
+#: Every known engine by name.
 ENGINES: dict[str, Engine] = {
-    "vllm-cpu": Engine("vllm-cpu", "0.32.0", None, "compressed-tensors", VLLM_CPU, VLLM_CPU_CACHE),
-    "vllm-ampere": Engine(
-        "vllm-ampere", "0.32.0", (8, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
-    ),
-    "vllm-ada": Engine(
-        "vllm-ada", "0.32.0", (8, 9), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
-    ),
-    "vllm-hopper": Engine(
-        "vllm-hopper", "0.32.0", (9, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
-    ),
-    "vllm-blackwell": Engine(
-        "vllm-blackwell", "0.32.0", (10, 0), "compressed-tensors", VLLM_GPU, VLLM_GPU_CACHE
-    ),
-    "sglang-ampere": Engine("sglang-ampere", "0.5.23", (8, 0), "compressed-tensors", SGLANG),
-    "sglang-ada": Engine("sglang-ada", "0.5.23", (8, 9), "compressed-tensors", SGLANG),
-    "sglang-hopper": Engine("sglang-hopper", "0.5.23", (9, 0), "compressed-tensors", SGLANG),
-    "sglang-blackwell": Engine("sglang-blackwell", "0.5.23", (10, 0), "compressed-tensors", SGLANG),
-    "tensorrt-llm-hopper": Engine("tensorrt-llm-hopper", "1.2.0", (9, 0), "modelopt", TENSORRT_LLM),
-    "tensorrt-llm-blackwell": Engine(
-        "tensorrt-llm-blackwell", "1.2.0", (10, 0), "modelopt", TENSORRT_LLM
-    ),
-    "transformers": Engine(
-        "transformers", "5.23.0", None, "compressed-tensors", TRANSFORMERS, can_cut=False
-    ),
-    "torchao-cpu": Engine("torchao-cpu", "0.18.0", None, "torchao", TORCHAO_CPU, can_cut=False),
-    "torchao-ampere": Engine(
-        "torchao-ampere", "0.18.0", (8, 0), "torchao", TORCHAO_GPU, can_cut=False
-    ),
-    "torchao-ada": Engine("torchao-ada", "0.18.0", (8, 9), "torchao", TORCHAO_GPU, can_cut=False),
-    "torchao-hopper": Engine(
-        "torchao-hopper", "0.18.0", (9, 0), "torchao", TORCHAO_GPU, can_cut=False
-    ),
-    "torchao-blackwell": Engine(
-        "torchao-blackwell", "0.18.0", (10, 0), "torchao", TORCHAO_GPU, can_cut=False
-    ),
+    "vllm-cpu": VLLM_CPU,
+    **_on(VLLM_GPU, "ampere", "ada", "hopper", "blackwell"),
+    **_on(SGLANG, "ampere", "ada", "hopper", "blackwell"),
+    **_on(TENSORRT_LLM, "hopper", "blackwell"),
+    "transformers": TRANSFORMERS,
+    "torchao-cpu": TORCHAO_CPU,
+    **_on(TORCHAO_GPU, "ampere", "ada", "hopper", "blackwell"),
 }
 
 _DEVICES = re.compile(r"tp=([1-9][0-9]{0,3})")
@@ -121,7 +103,7 @@ def find_engine(name: str) -> Engine:
     return replace(engine, name=name, devices=int(devices[1]))
 
 
-def legality(engine_name: str) -> Callable[[Scheme, FusionGroup], str | None]:
+def legality(engine_name: str) -> Callable[[Scheme, ServedGroup], str | None]:
     """What an engine can serve, as a function.
 
     Args:
@@ -135,12 +117,7 @@ def legality(engine_name: str) -> Callable[[Scheme, FusionGroup], str | None]:
     Raises:
         EngineError: No engine has that name.
     """
-    engine = find_engine(engine_name)
-
-    def check(scheme: Scheme, group: FusionGroup) -> str | None:
-        return refusal(engine, scheme, group)
-
-    return check
+    return partial(refusal, find_engine(engine_name))
 
 
 def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
@@ -156,16 +133,11 @@ def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
     Raises:
         EngineError: No engine has that name.
     """
-    engine = find_engine(engine_name)
-
-    def check(scheme: str, cache: CacheLayer) -> str | None:
-        return cache_refusal(engine, scheme, cache)
-
-    return check
+    return partial(cache_refusal, find_engine(engine_name))
 
 
 def serving_environment(
-    engine_name: str, choices: list[tuple[Scheme, FusionGroup]]
+    engine_name: str, choices: Iterable[tuple[Scheme, ServedGroup]]
 ) -> tuple[str, ...]:
     """Environment variables and flags under which the engine serves what was measured.
 
@@ -180,10 +152,9 @@ def serving_environment(
         EngineError: No engine has that name.
     """
     engine = find_engine(engine_name)
-    needed = {
-        setting
-        for scheme, group in choices
-        if (rule := matching_rule(engine, scheme, group)) is not None
-        for setting in rule.settings
-    }
-    return tuple(dict.fromkeys(s for rule in engine.rules for s in rule.settings if s in needed))
+    rules = {matching_rule(engine, scheme, group) for scheme, group in choices}
+    return tuple(
+        dict.fromkeys(
+            setting for rule in engine.rules if rule in rules for setting in rule.settings
+        )
+    )

@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from mofq.engines.devices import DeviceModel
+from mofq.engines.groups import ServedGroup, is_experts
 from mofq.exceptions import BudgetError, nearest_name
 from mofq.model.layers import FUSION_RULES
-from mofq.model.sizes import Matrix, layer_bytes
+from mofq.model.sizes import layer_bytes
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme
 
@@ -38,20 +39,6 @@ _KEYS: dict[str, dict[str, int | None]] = {
 _UP_MODULES = frozenset(f"experts.{f.experts.up}" for f in FUSION_RULES.values() if f.experts)
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _EXAMPLE = "Write e.g. decode:batch=8,context=1024 or prefill:prompt=2048."
-
-
-class _Layer(Matrix, Protocol):
-    @property
-    def module(self) -> str: ...
-    @property
-    def weights(self) -> int: ...
-
-
-class _Group(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def layers(self) -> Sequence[_Layer]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +126,9 @@ def arithmetic(scheme: Scheme, device: DeviceModel) -> str:
     return wanted if wanted in device.operations_per_second else "bf16"
 
 
-def group_seconds(group: _Group, scheme: Scheme, device: DeviceModel, workload: Workload) -> float:
+def group_seconds(
+    group: ServedGroup, scheme: Scheme, device: DeviceModel, workload: Workload
+) -> float:
     """The least time that one fusion group of a model takes under a scheme [s].
 
     Args:
@@ -153,10 +142,9 @@ def group_seconds(group: _Group, scheme: Scheme, device: DeviceModel, workload: 
         BudgetError: The group has experts, and the workload does not say how many a token takes.
     """
     layers = group.layers
-    is_experts = layers[0].module.startswith("experts.")
     tokens, touched = float(workload.positions), 1.0
     inputs: float = tokens * layers[0].in_features
-    if is_experts:
+    if is_experts(group):
         share = _share_of_experts(group, workload)
         touched = 1 - (1 - share) ** workload.positions  # a weight that no token needs stays put
         tokens *= share
@@ -173,7 +161,7 @@ def group_seconds(group: _Group, scheme: Scheme, device: DeviceModel, workload: 
     return max(moving, computing) / workload.tp
 
 
-def _share_of_experts(group: _Group, workload: Workload) -> float:
+def _share_of_experts(group: ServedGroup, workload: Workload) -> float:
     experts = sum(layer.module == group.layers[0].module for layer in group.layers)
     if not workload.experts_per_token:
         raise BudgetError(
@@ -185,7 +173,7 @@ def _share_of_experts(group: _Group, workload: Workload) -> float:
 
 
 def other_seconds(
-    groups: Sequence[_Group],
+    groups: Sequence[ServedGroup],
     device: DeviceModel,
     workload: Workload,
     *,
@@ -213,7 +201,7 @@ def other_seconds(
 
 
 def attention_seconds(
-    groups: Sequence[_Group],
+    groups: Sequence[ServedGroup],
     device: DeviceModel,
     workload: Workload,
     *,
@@ -239,7 +227,7 @@ def attention_seconds(
 
 
 def _attention(
-    groups: Sequence[_Group],
+    groups: Sequence[ServedGroup],
     device: DeviceModel,
     workload: Workload,
     cache_bits: Mapping[str, int],

@@ -1,14 +1,15 @@
-"""Engines and their rules: the types, and how a scheme and a fusion group meet them."""
+"""Engines and their rules: the types, and how schemes, fusion groups and caches meet them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+from mofq.engines.groups import ServedGroup, is_experts
 from mofq.engines.tensor_parallel import cut_problems, device_parts
-from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 Capability = tuple[int, int]
@@ -29,7 +30,8 @@ class Rule:
     """
 
     schemes: str  #: regular expression, full match on ``format_name``
-    kernel: str  #: what runs it; empty where nothing does
+    _: KW_ONLY
+    kernel: str = ""  #: what runs it; empty where nothing does
     source: str  #: project, version, file and line; "run" where it was run
     refused: str = ""  #: why it is not served as measured, and what to take instead
     layers: Layers = "any"  #: dense linear layers, experts, keys and values from latent vectors
@@ -42,16 +44,20 @@ class Rule:
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
     note: str = ""
 
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, self.max_capability)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheRule:
-    """One claim: these formats of the cache are held so, or not at all; first match wins."""
+    """One claim: these formats of the KV cache are held so, or not at all."""
 
     schemes: str  #: regular expression, full match on the name
+    _: KW_ONLY
     source: str
     refused: str = ""  #: why it is not held as measured, and what to take instead
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
-    head_multiple: int = 1  #: channels of a head
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
     note: str = ""
 
@@ -63,6 +69,18 @@ class CacheRule:
         held = f"KV cache, asked for by {self.flag}" if self.flag else "KV cache"
         return f"{held}; {self.note}" if self.note else held
 
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, None)
+
+
+def _is_between(
+    least: Capability | None, capability: Capability | None, most: Capability | None
+) -> bool:
+    if capability is None:
+        return least is None and most is None
+    return (least is None or least <= capability) and (most is None or capability <= most)
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -70,12 +88,15 @@ class Engine:
 
     name: str
     version: str
-    capability: Capability | None  #: CUDA compute capability; None: not a CUDA engine
+    capability: Capability | None = None  #: CUDA compute capability; None: not a CUDA engine
+    _: KW_ONLY
     reads: str  #: the backend whose output it loads
-    rules: tuple[Rule, ...]
-    caches: tuple[CacheRule, ...] = ()  #: of the KV cache
+    rules: tuple[Rule, ...]  #: of which the first that fits counts
+    caches: tuple[CacheRule, ...] = ()  #: of the KV cache, likewise; empty: it takes no format
     can_cut: bool = True  #: whether devices can share a layer (tensor parallelism)
     devices: int = 1  #: that share every layer
+    serve: str = ""  #: command before an exported folder; empty: mofq writes it none
+    devices_flag: str = ""  #: of that command, before the number of devices
 
     @property
     def title(self) -> str:
@@ -86,17 +107,12 @@ class Engine:
     @property
     def applicable_rules(self) -> tuple[Rule, ...]:
         """The rules that hold on this hardware, in order."""
-        return tuple(rule for rule in self.rules if _holds_on(rule, self.capability))
+        return tuple(rule for rule in self.rules if rule.holds_on(self.capability))
 
     @property
     def applicable_caches(self) -> tuple[CacheRule, ...]:
         """The rules for formats of the KV cache that hold on this hardware, in order."""
-        return tuple(
-            rule
-            for rule in self.caches
-            if rule.min_capability is None
-            or (self.capability is not None and self.capability >= rule.min_capability)
-        )
+        return tuple(rule for rule in self.caches if rule.holds_on(self.capability))
 
 
 def format_name(scheme: Scheme) -> str:
@@ -106,12 +122,12 @@ def format_name(scheme: Scheme) -> str:
     return parse_scheme(weight).name + plus + activation
 
 
-def matching_rule(engine: Engine, scheme: Scheme, group: FusionGroup) -> Rule | None:
+def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | None:
     """The first rule of the engine for that scheme and that kind of layer, shapes aside."""
     if scheme.is_unquantized:
         return None
     name = format_name(scheme)
-    kinds = {"any", "experts" if _is_expert(group.layers[0]) else "dense"}
+    kinds = {"any", "experts" if is_experts(group) else "dense"}
     if group.name.endswith(_LATENT):
         kinds.add("latent")
     for rule in engine.applicable_rules:
@@ -120,58 +136,60 @@ def matching_rule(engine: Engine, scheme: Scheme, group: FusionGroup) -> Rule | 
     return None
 
 
-def refusal(engine: Engine, scheme: Scheme, group: FusionGroup) -> str | None:
+def refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
     """Why the engine cannot serve a fusion group in a scheme as it was measured, or None."""
     if scheme.is_unquantized:
         return None
     rule = matching_rule(engine, scheme, group)
     where = engine.title
     if rule is None:
-        what = "experts" if _is_expert(group.layers[0]) else "linear layers"
+        what = "experts" if is_experts(group) else "linear layers"
         return f"{where} has no kernel for {what} in {format_name(scheme)}"
     if rule.refused:
         return f"{where}: {rule.refused} ({rule.source})"
     for problem in cut_problems(scheme, group, engine.devices):
         return f"{where}: {problem}"
     for problem in _shape_problems(rule, group, engine.devices):
-        return f"{where}: {problem} ({rule.source})"
+        return f"{where}: {rule.kernel} needs {problem} ({rule.source})"
     return None
 
 
-def _holds_on(rule: Rule, capability: Capability | None) -> bool:
-    if capability is None:
-        return rule.min_capability is None and rule.max_capability is None
-    above = rule.min_capability is None or capability >= rule.min_capability
-    return above and (rule.max_capability is None or capability <= rule.max_capability)
+def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
+    """Why an engine cannot hold a layer's cache in a format as it was measured, or None."""
+    if scheme == "bf16":
+        return None
+    where = engine.title
+    if not engine.caches:
+        return f"{where}: mofq knows no way to hand it a format of the KV cache; leave it bf16"
+    for rule in engine.applicable_caches:
+        if re.fullmatch(rule.schemes, scheme):
+            return f"{where}: {rule.refused} ({rule.source})" if rule.refused else None
+    return f"{where} holds no cache in {scheme}"
 
 
-def _is_expert(layer: LinearLayer) -> bool:
-    return layer.module.startswith("experts.")
-
-
-def _shape_problems(rule: Rule, group: FusionGroup, devices: int) -> Iterator[str]:
+def _shape_problems(rule: Rule, group: ServedGroup, devices: int) -> Iterator[str]:
+    """What a kernel needs of the part of one device, and what that has."""
     parts = device_parts(group, devices)
-    experts = _is_expert(group.layers[0])
+    experts = is_experts(group)
     share = "" if devices == 1 else f" on one of {devices} devices"
     for part in parts:
         if part.columns % rule.in_features_multiple:
             yield (
-                f"{rule.kernel} needs in_features % {rule.in_features_multiple} == 0; "
+                f"in_features % {rule.in_features_multiple} == 0; "
                 f"{part.layer.name} has {part.columns}{share}"
             )
     hidden = group.layers[0].in_features  # of the gate
     if experts and hidden % rule.hidden_multiple:
-        yield f"{rule.kernel} needs a hidden size % {rule.hidden_multiple} == 0; it is {hidden}"
+        yield f"a hidden size % {rule.hidden_multiple} == 0; it is {hidden}"
     rows = [part.rows for part in parts] if experts else [sum(part.rows for part in parts)]
     for count in rows:
         if count % rule.out_features_multiple:
             yield (
-                f"{rule.kernel} needs out_features % {rule.out_features_multiple} == 0; "
-                f"{group.name} has {count}{share}"
+                f"out_features % {rule.out_features_multiple} == 0; {group.name} has {count}{share}"
             )
     for part in parts if experts else parts[:-1]:
         if part.rows % rule.shard_rows_multiple:
             yield (
-                f"{rule.kernel} needs out_features % {rule.shard_rows_multiple} == 0 of every "
-                f"layer that it concatenates; {part.layer.name} has {part.rows}{share}"
+                f"out_features % {rule.shard_rows_multiple} == 0 of every layer that it "
+                f"concatenates; {part.layer.name} has {part.rows}{share}"
             )

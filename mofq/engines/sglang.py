@@ -5,11 +5,11 @@ Lines are of ``sglang/srt/layers/quantization/``; ``ct`` is ``compressed_tensors
 
 from __future__ import annotations
 
-from mofq.engines.rules import Rule
+from mofq.engines.rules import Engine, Rule
 
 _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
-SGLANG: tuple[Rule, ...] = (
+_RULES: tuple[Rule, ...] = (
     Rule(
         r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
         kernel="CompressedTensorsW8A8Int8, int8_scaled_mm",
@@ -22,7 +22,6 @@ SGLANG: tuple[Rule, ...] = (
     ),
     Rule(
         r"int8\..*\+int8\..*",
-        kernel="",
         layers="dense",
         min_capability=(10, 0),
         refused="int8_scaled_mm stops at compute capability 9.0; take FP8",
@@ -30,14 +29,12 @@ SGLANG: tuple[Rule, ...] = (
     ),
     Rule(
         r"int8\..*\+int8\..*",
-        kernel="",
         layers="experts",
         refused="INT8 experts are served on NPUs alone; take FP8 or int8.gN",
         source=f"{_CT}:979-987",
     ),
     Rule(
         r"int8\.g\d+.*\+int8\..*",
-        kernel="",
         refused="no kernel multiplies INT8 group weights with INT8 activations; take int8.gN",
         source=f"{_CT}:862",
     ),
@@ -78,7 +75,6 @@ SGLANG: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
-        kernel="",
         refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
         "take the scheme without .s-f32",
         source="sglang 0.5.23 ct/schemes/compressed_tensors_wNa16.py:140-152",
@@ -100,7 +96,6 @@ SGLANG: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\..*\+fp8_e4m3\..*",
-        kernel="",
         max_capability=(8, 8),
         refused="below compute capability 8.9 activations stay as they are; take fp8_e4m3.channel",
         source=f"{_CT}:819-824",
@@ -129,15 +124,22 @@ SGLANG: tuple[Rule, ...] = (
     ),
     Rule(
         r"nvfp4\+nvfp4",
-        kernel="",
         max_capability=(9, 9),
         refused="before 10.0 activations stay as they are; take nvfp4",
         source=f"{_CT}:778-783",
     ),
     Rule(
         r"(mxfp4|mxfp8|fp4_e2m1\..*)(\+.*)?",
-        kernel="",
         refused="of FP4 and microscaling formats only NVFP4 is served; take nvfp4",
         source=f"{_CT}:789-802",
     ),
+)
+
+SGLANG = Engine(
+    "sglang",
+    "0.5.23",
+    reads="compressed-tensors",
+    rules=_RULES,
+    serve="python -m sglang.launch_server --model-path",
+    devices_flag="--tp",
 )

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mofq.engines.groups import ServedGroup, ServedLayer
 from mofq.exceptions import EngineError
-from mofq.model.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers import FUSION_RULES, ModelLayers
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -33,30 +34,33 @@ _WORD_BITS = 32
 class Part:
     """What one device holds of a layer."""
 
-    layer: LinearLayer
+    layer: ServedLayer
     rows: int  #: outputs
     columns: int  #: inputs
     cuts_inputs: bool
 
 
-def device_parts(group: FusionGroup, devices: int) -> list[Part]:
+def device_parts(group: ServedGroup, devices: int) -> list[Part]:
     """The part of each layer of a fusion group that one of several devices holds.
 
     Keys and values of fewer heads than devices are repeated by engines; here they are taken to
     be cut, which is never too small.
     """
-    shared = 1 if group.name.endswith(_WHOLE) else devices
-    return [_part(group, layer, shared) for layer in group.layers]
+    if group.name.endswith(_WHOLE):
+        devices = 1
+    parts = []
+    for layer in group.layers:
+        rows, columns = layer.out_features, layer.in_features
+        cuts_inputs = group.name.endswith(_CUT_INPUTS) or layer.module in _EXPERTS_DOWN
+        if cuts_inputs:
+            columns = -(-columns // devices)
+        else:
+            rows = -(-rows // devices)
+        parts.append(Part(layer, rows, columns, cuts_inputs))
+    return parts
 
 
-def _part(group: FusionGroup, layer: LinearLayer, devices: int) -> Part:
-    if group.name.endswith(_CUT_INPUTS) or layer.module in _EXPERTS_DOWN:
-        return Part(layer, layer.out_features, -(-layer.in_features // devices), cuts_inputs=True)
-    rows = -(-layer.out_features // devices)
-    return Part(layer, rows, layer.in_features, cuts_inputs=False)
-
-
-def cut_problems(scheme: Scheme, group: FusionGroup, devices: int) -> Iterator[str]:
+def cut_problems(scheme: Scheme, group: ServedGroup, devices: int) -> Iterator[str]:
     """Why a scheme cannot be cut over devices: each reason, nothing where it can."""
     if devices == 1 or group.name.endswith(_WHOLE):
         return

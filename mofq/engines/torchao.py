@@ -8,12 +8,11 @@ nothing: sizes are of each layer.
 
 from __future__ import annotations
 
-from mofq.engines.rules import Rule
+from mofq.engines.rules import Engine, Rule
 
 _AO = "torchao 0.18.0"
 _EXPERTS = Rule(
     r".*",
-    kernel="",
     layers="experts",
     refused="experts are one tensor in transformers and not nn.Linear modules; take bf16",
     source=f"{_AO} quantization/quant_api.py:168-182",
@@ -51,14 +50,12 @@ _NVFP4_WEIGHTS = Rule(
 )
 _GROUP_W8A8 = Rule(
     r"int8\.(g|block)\d+.*\+int8\..*",
-    kernel="",
     refused="no kernel multiplies INT8 group weights with INT8 activations; take int8.gN, "
     "int8.channel+int8.token or bf16",
     source=f"{_AO} quantization/quant_api.py:808-831",
 )
 _MX_WEIGHTS = Rule(
     r"(mxfp4|mxfp8)",
-    kernel="",
     refused="microscaling weights are multiplied with microscaling inputs alone; take "
     "mxfp4+mxfp4 or mxfp8+mxfp8",
     source=f"{_AO} mx/mx_tensor.py:770; run on CPU",
@@ -67,7 +64,7 @@ _INT8_PRODUCT = r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)"
 _FP8_PRODUCT = r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token"
 _MX_PRODUCT = r"(mxfp8\+mxfp8|mxfp4\+mxfp4)"
 
-TORCHAO_CPU: tuple[Rule, ...] = (
+_CPU_RULES: tuple[Rule, ...] = (
     _EXPERTS,
     Rule(
         _INT8_PRODUCT,
@@ -96,7 +93,6 @@ TORCHAO_CPU: tuple[Rule, ...] = (
     _NVFP4_WEIGHTS,
     Rule(
         r"nvfp4\+nvfp4",
-        kernel="",
         refused="the product of two NVFP4 matrices needs a GPU of compute capability 10.0; "
         "take nvfp4",
         source=f"{_AO} mx/inference_workflow.py:301-303",
@@ -111,7 +107,7 @@ TORCHAO_CPU: tuple[Rule, ...] = (
     _MX_WEIGHTS,
 )
 
-TORCHAO_GPU: tuple[Rule, ...] = (
+_GPU_RULES: tuple[Rule, ...] = (
     _EXPERTS,
     Rule(
         _INT8_PRODUCT,
@@ -137,7 +133,6 @@ TORCHAO_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\..*\+fp8_e4m3\..*",
-        kernel="",
         max_capability=(8, 8),
         refused="FP8 products need compute capability 8.9; take fp8_e4m3.channel",
         source=f"{_AO} quantization/quant_api.py:1334-1337",
@@ -162,7 +157,6 @@ TORCHAO_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"(nvfp4|mxfp4|mxfp8)\+.*",
-        kernel="",
         max_capability=(9, 9),
         refused="FP4 and microscaling products need compute capability 10.0; take nvfp4 or "
         "fp8_e4m3.channel+fp8_e4m3.token",
@@ -170,3 +164,6 @@ TORCHAO_GPU: tuple[Rule, ...] = (
     ),
     _MX_WEIGHTS,
 )
+
+TORCHAO_CPU = Engine("torchao-cpu", "0.18.0", reads="torchao", rules=_CPU_RULES, can_cut=False)
+TORCHAO_GPU = Engine("torchao", "0.18.0", reads="torchao", rules=_GPU_RULES, can_cut=False)

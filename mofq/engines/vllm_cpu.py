@@ -6,14 +6,14 @@ Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compresse
 
 from __future__ import annotations
 
-from mofq.engines.rules import Rule
+from mofq.engines.rules import Engine, Rule
+from mofq.engines.vllm_cache import VLLM_CPU_CACHE
 
 _MOE = "experts on CPU need AMX tiles, or an Arm or POWER CPU; take bf16"
 
-VLLM_CPU: tuple[Rule, ...] = (
+_RULES: tuple[Rule, ...] = (
     Rule(
         r".*",
-        kernel="",
         layers="latent",
         refused="attention takes its weight apart after a kernel has packed it, and stops; "
         "take bf16",
@@ -21,7 +21,6 @@ VLLM_CPU: tuple[Rule, ...] = (
     ),
     Rule(
         r".*",
-        kernel="",
         layers="experts",
         refused=_MOE,
         source="vllm 0.32.0 layers/fused_moe/experts/cpu_moe.py:326-330, 999-1003",
@@ -35,14 +34,12 @@ VLLM_CPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"int8\.g\d+.*\+int8\..*",
-        kernel="",
         refused="no kernel multiplies INT8 group weights with INT8 activations; "
         "take int4 groups, int8.channel+int8.token or bf16",
         source="vllm 0.32.0 ct/compressed_tensors.py:946; run",
     ),
     Rule(
         r"int8\.[a-z0-9]+(\.asym)?(\.s-f32)?",
-        kernel="",
         refused="the CPU weight-only kernel takes 4-bit codes alone; "
         "take int4.gN, int8.channel+int8.token or bf16",
         source="vllm 0.32.0 kernels/mixed_precision/cpu.py:18; run",
@@ -58,14 +55,12 @@ VLLM_CPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"int4\.(channel|g\d+)(\.asym)?\.s-f32",
-        kernel="",
         refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
         "take the scheme without .s-f32",
         source="vllm 0.32.0 ct/schemes/compressed_tensors_wNa16.py:190-197",
     ),
     Rule(
         r"int4\..*\+int8\.token",
-        kernel="",
         refused="its W4A8 kernel quantizes activations with a zero point, which is not what "
         "was measured; take the weight-only scheme",
         source="vllm 0.32.0 kernels/mixed_precision/dynamic_4bit.py:16-27",
@@ -80,33 +75,39 @@ VLLM_CPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.tensor.*",
-        kernel="",
         refused="FP8 weights under one scale stop in the kernel; "
         "take fp8_e4m3.channel+fp8_e4m3.token",
         source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:82-125",
     ),
     Rule(
         r"fp8_e4m3\.block.*",
-        kernel="",
         refused="FP8 block weights need AMX tiles; take fp8_e4m3.channel+fp8_e4m3.token",
         source="vllm 0.32.0 kernels/scaled_mm/cpu.py:223-262",
     ),
     Rule(
         r"fp8_e4m3\.[a-z0-9]+(\.s-f32)?",
-        kernel="",
         refused="there is no FP8 weight-only kernel on CPU; take fp8_e4m3.channel+fp8_e4m3.token",
         source="vllm 0.32.0 kernels/__init__.py:511-513",
     ),
     Rule(
         r"(nvfp4|mxfp4|mxfp8)(\+.*)?",
-        kernel="",
         refused="microscaling formats have no CPU kernel; take int4.gN",
         source="vllm 0.32.0 kernels/__init__.py:556-640",
     ),
     Rule(
         r"fp4_e2m1\..*",
-        kernel="",
         refused="FP4 outside NVFP4 and MXFP4 would be read as INT4 codes; take int4.gN",
         source="vllm 0.32.0 ct/compressed_tensors.py:865-873; run",
     ),
+)
+
+VLLM_CPU = Engine(
+    "vllm-cpu",
+    "0.32.0",
+    reads="compressed-tensors",
+    rules=_RULES,
+    caches=VLLM_CPU_CACHE,
+    # `vllm serve` of the package vllm-cpu 0.32.0 looks for the metadata of "vllm" and stops.
+    serve="python -m vllm.entrypoints.openai.api_server --model",
+    devices_flag="--tensor-parallel-size",
 )

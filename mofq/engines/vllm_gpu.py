@@ -1,13 +1,15 @@
 """vLLM on NVIDIA GPUs, version 0.32.0, through compressed-tensors checkpoints: read, not run.
 
 Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
-``kernels`` is ``kernels/linear/``. What devices that share a layer need is in ``parallel.py``.
-Marlin pads shapes that are no multiple of its tiles (``marlin_utils.py:171-197``).
+``kernels`` is ``kernels/linear/``. What devices that share a layer need is in
+``tensor_parallel.py``. Marlin pads shapes that are no multiple of its tiles
+(``marlin_utils.py:171-197``).
 """
 
 from __future__ import annotations
 
-from mofq.engines.rules import Rule
+from mofq.engines.rules import Engine, Rule
+from mofq.engines.vllm_cache import VLLM_GPU_CACHE
 
 _CT = "vllm 0.32.0 ct/compressed_tensors.py"
 _KERNELS = "vllm 0.32.0 kernels/"
@@ -17,10 +19,9 @@ _MOE = "vllm 0.32.0 ct/compressed_tensors_moe/"
 #: Weight scales are ue8m0-rounded and codes rounded again unless DeepGEMM is off.
 _NO_DEEP_GEMM = ("VLLM_USE_DEEP_GEMM=0",)
 
-VLLM_GPU: tuple[Rule, ...] = (
+_RULES: tuple[Rule, ...] = (
     Rule(
         r".*\+.*",
-        kernel="",
         layers="latent",
         refused="decoding multiplies by its dequantized weight, so its inputs stay as they are; "
         "take a weight-only scheme",
@@ -55,7 +56,6 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"int8\.g\d+.*\+int8\..*",
-        kernel="",
         refused="no kernel multiplies INT8 group weights with INT8 activations: packed it is "
         "served as W8A16; take int8.gN, fp8_e4m3.block128.s-f32+fp8_e4m3.g128 or bf16",
         source=f"{_CT}:838-850, 946",
@@ -79,7 +79,6 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.(channel|g64|g128)\.asym",
-        kernel="",
         layers="dense",
         min_capability=(9, 0),
         max_capability=(9, 9),
@@ -106,40 +105,34 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
-        kernel="",
         refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
         "take the scheme without .s-f32",
         source="vllm 0.32.0 ct/schemes/compressed_tensors_wNa16.py:190-197",
     ),
     Rule(
         r"int8\..*\.asym",
-        kernel="",
         refused="Marlin takes zero points with 4-bit codes alone; take the symmetric scheme",
         source=f"{_UTILS}marlin_utils.py:81-83",
     ),
     Rule(
         r"int(4|8)\.g\d+(\.asym)?",
-        kernel="",
         refused="Marlin takes scales per channel or per 32, 64 or 128 inputs; take one of these",
         source=f"{_UTILS}marlin_utils.py:37; kernels/mixed_precision/marlin.py:45-51",
     ),
     Rule(
         r"int[23567]\.(channel|g\d+)(\.asym)?(\.s-f32)?",
-        kernel="",
         refused="only the optional Humming kernels take such codes; take int4 or int8",
         source=f"{_KERNELS}mixed_precision/humming.py:31-39; "
         "ct/schemes/compressed_tensors_wNa16.py:38-56",
     ),
     Rule(
         r"int4\.g128\+fp8_e4m3\.token",
-        kernel="",
         refused="its W4A8 kernel rounds the group scales to FP8, which is not what was "
         "measured; take int4.g128 or FP8",
         source=f"{_KERNELS}mixed_precision/cutlass.py:85-99; {_UTILS}quant_utils.py:929-952",
     ),
     Rule(
         r"int\d\..*\+int8\.token",
-        kernel="",
         refused="packed it is served weight-only, with activations as they are; "
         "take the weight-only scheme",
         source=f"{_CT}:838-850",
@@ -152,7 +145,6 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.(channel|tensor|block128)(\.s-f32)?\+fp8_e4m3\..*",
-        kernel="",
         max_capability=(8, 8),
         refused="below compute capability 8.9 activations stay as they are; "
         "take the weight-only scheme, fp8_e4m3.channel",
@@ -160,7 +152,6 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
-        kernel="",
         min_capability=(8, 9),
         max_capability=(8, 9),
         refused="before 9.0 the block kernel is Marlin's, with activations as they are; "
@@ -187,20 +178,17 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.(channel|tensor|block128)\.s-f32",
-        kernel="",
         refused="Marlin rounds weight scales to the model's dtype; take the scheme without .s-f32",
         source=f"{_UTILS}marlin_utils_fp8.py:146-148",
     ),
     Rule(
         r"fp8_e4m3\.channel.*\+fp8_e4m3\.g\d+",
-        kernel="",
         refused="channel weights are served with activations per token, not per group; "
         "take fp8_e4m3.channel+fp8_e4m3.token",
         source="vllm 0.32.0 ct/schemes/compressed_tensors_w8a8_fp8.py:62-75",
     ),
     Rule(
         r"fp8_e4m3\.(g\d+|block).*",
-        kernel="",
         refused="FP8 weights are served per channel or in 128 by 128 blocks; take one of these",
         source=f"{_CT}:621-650; ct/utils.py:35-39",
     ),
@@ -254,14 +242,12 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"(nvfp4|mxfp4|mxfp8)\+.*",
-        kernel="",
         max_capability=(9, 9),
         refused="before 10.0 activations stay as they are; take the weight-only scheme",
         source=f"{_KERNELS}nvfp4/marlin.py:33-38; mxfp4/marlin.py:40-45; mxfp8/marlin.py:15-16",
     ),
     Rule(
         r"(mxfp4|mxfp8)",
-        kernel="",
         min_capability=(10, 0),
         refused="from 10.0 activations are quantized with the weights; take mxfp4+mxfp4 or "
         "mxfp8+mxfp8",
@@ -269,8 +255,17 @@ VLLM_GPU: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp4_e2m1\..*",
-        kernel="",
         refused="FP4 outside NVFP4 and MXFP4 would be read as INT4 codes; take nvfp4 or mxfp4",
         source=f"{_CT}:865-873",
     ),
+)
+
+VLLM_GPU = Engine(
+    "vllm",
+    "0.32.0",
+    reads="compressed-tensors",
+    rules=_RULES,
+    caches=VLLM_GPU_CACHE,
+    serve="vllm serve",
+    devices_flag="--tensor-parallel-size",
 )

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mofq.decision import Request
-from mofq.decision.measured import recipe_choice
+from mofq.decision import KL_UNIT, Budgets, Problem, Request, request_problem
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
 from mofq.decision.recipe import recipe_text
-from mofq.decision.request import request_flags, request_problem
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import IntArray
+from mofq.decision.request import request_flags
 from mofq.evidence.table import Table, TableGroup
 from mofq.explore.frontier import (
     FrontierRecipe,
@@ -52,8 +50,6 @@ _POINT_KEYS = (
     "checkpoint_bytes",
     "kl_nats_per_token",
     "kl_stderr",
-    "kl_joint",
-    "kl_joint_stderr",
     "error",
 )
 
@@ -269,7 +265,7 @@ def _points(
 
 
 def _choice_of(point: FrontierRecipe, problem: Problem) -> IntArray:
-    return recipe_choice(problem, point.recipe)
+    return problem.choice_of(point.recipe.scheme_of_group)
 
 
 def _choice(point: FrontierRecipe, problem: Problem) -> list[int]:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mofq.decision import Request
-from mofq.decision.request import request_problem
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem
+from mofq.decision import KL_UNIT, Budgets, Problem, Request, request_problem
 from mofq.evidence.table import Table
 from mofq.explore.frontier import shown_request
 from mofq.explore.named_points import (

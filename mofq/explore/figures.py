@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.decision.measured import recipe_choice
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import FloatArray
+from mofq.decision import KL_UNIT, Budgets, Problem
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import FloatArray
 from mofq.exceptions import MofqError, nearest_name
 from mofq.explore.content import element_name, map_places, scheme_order
 from mofq.explore.figure_inputs import FigureInputs
@@ -88,7 +87,7 @@ def _frontier(figure: Figure, inputs: FigureInputs) -> None:
     axes = figure.subplots()
     points = frontier_recipes(inputs.table, inputs.problem, request=inputs.request, most=_POINTS)
     key = "kl_nats_per_token" if inputs.problem.unit == KL_UNIT else "error"
-    choices = [recipe_choice(inputs.problem, point.recipe) for point in points]
+    choices = [inputs.problem.choice_of(point.recipe.scheme_of_group) for point in points]
     at_K = np.array([inputs.place(axis_value(inputs.problem, one)) for one in choices])
     value_K, stderr_K = _results(points, key), _results(points, "kl_stderr")
     axes.plot(at_K, value_K, color="#0b62d6", label="frontier, predicted")

@@ -7,12 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision import Request, decide
+from mofq.decision import (
+    KL_UNIT,
+    Budgets,
+    Frontier,
+    Problem,
+    Request,
+    decide,
+    request_problem,
+    solve_frontier,
+)
+from mofq.decision.frontier import sized
+from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe
-from mofq.decision.request import request_problem
-from mofq.decision.solvers import KL_UNIT, Budgets, Frontier, Problem, solve_frontier
-from mofq.decision.solvers.frontier import sized
-from mofq.decision.solvers.problem import FloatArray, IntArray
 from mofq.evidence.table import Table
 
 #: Bits of a cached number that nobody quantizes.
@@ -135,7 +142,6 @@ def best_for_corpus(
         error_PC=problem.error_PC[:, [corpus]],
         stderr_PC=None,
         sample_errors=None,
-        projections=None,
     )
     frontier = solve_frontier(alone, budgets)
     best = []

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mofq.decision import Request, uniform_recipes
+from mofq.decision import (
+    KL_UNIT,
+    Budgets,
+    Problem,
+    Request,
+    predict,
+    solve_greedy,
+    uniform_recipes,
+    usage,
+)
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import IntArray
 from mofq.evidence.table import Table, TableHeader
 from mofq.exceptions import BudgetError, MofqError, RecipeError
 from mofq.files.documents import parse_json, read_text
@@ -234,7 +242,7 @@ def _figure(recipe: Recipe, key: str) -> float | None:
 
 
 def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> NamedPoint:
-    used, predicted = usage(problem, choice_F), predict(problem, choice_F).additive
+    used, predicted = usage(problem, choice_F), predict(problem, choice_F)
     value, stderr = predicted.value, predicted.stderr
     if problem.unit != KL_UNIT:
         value, stderr = problem.error_of(choice_F), None

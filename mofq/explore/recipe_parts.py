@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mofq.decision.recipe import Recipe, RecipeGroup, recipe_text
-from mofq.decision.recipe_kv_cache import RecipeCache, cache_lines
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup, cache_lines, recipe_text
 from mofq.evidence.table import Table
 
 _UNQUANTIZED = "bf16"

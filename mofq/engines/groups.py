@@ -1,0 +1,44 @@
+"""What a rule or a time depends on of a fusion group: names and shapes, and no weights.
+
+`FusionGroup`, of a model's headers, and `TableGroup`, of a table, both are such groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mofq.model.sizes import Matrix
+
+
+class ServedLayer(Matrix, Protocol):
+    """A linear layer."""
+
+    @property
+    def module(self) -> str:
+        """Last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``."""
+        ...
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        ...
+
+
+class ServedGroup(Protocol):
+    """Layers that are multiplied by one kernel."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``"layers.0.attn.qkv"``."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[ServedLayer]:
+        """In the order in which an engine concatenates them."""
+        ...
+
+
+def is_experts(group: ServedGroup) -> bool:
+    """Whether the layers are the experts of a mixture."""
+    return group.layers[0].module.startswith("experts.")

@@ -1,0 +1,65 @@
+"""TensorRT-LLM 1.2.0, through ModelOpt's mixed-precision config: its PyTorch backend, not run."""
+
+from __future__ import annotations
+
+from mofq.engines.rules import Engine, Rule
+
+_LINEAR = "TensorRT-LLM 1.2.0 tensorrt_llm/_torch/modules/linear.py, get_quant_method"
+
+_RULES: tuple[Rule, ...] = (
+    Rule(
+        r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
+        kernel="FP8QDQLinearMethod",
+        min_capability=(8, 9),
+        source=f"{_LINEAR}; quantization/mode.py, QuantAlgo.FP8",
+    ),
+    Rule(
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        kernel="FP8RowwiseLinearMethod",
+        layers="dense",
+        min_capability=(9, 0),
+        source=f"{_LINEAR}; QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128\.s-f32\+fp8_e4m3\.g128",
+        kernel="FP8BlockScalesLinearMethod",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        source=f"{_LINEAR}; QuantAlgo.FP8_BLOCK_SCALES",
+    ),
+    Rule(
+        r"nvfp4\+nvfp4",
+        kernel="NVFP4LinearMethod",
+        min_capability=(10, 0),
+        in_features_multiple=16,
+        source=f"{_LINEAR}; QuantAlgo.NVFP4",
+    ),
+    Rule(
+        r"int(4|8)\.channel",
+        kernel="WeightOnlyQuantLinearMethod",
+        layers="dense",
+        min_capability=(8, 0),
+        max_capability=(9, 9),
+        in_features_multiple=64,
+        out_features_multiple=64,
+        source=f"{_LINEAR}; QuantAlgo.W4A16, W8A16",
+    ),
+    Rule(
+        r"int4\.g128",
+        kernel="W4A16_AWQ_LinearMethod",
+        layers="dense",
+        min_capability=(8, 0),
+        in_features_multiple=128,
+        out_features_multiple=64,
+        source=f"{_LINEAR}; QuantAlgo.W4A16_AWQ",
+    ),
+    Rule(
+        r"int8\..*\+int8\..*",
+        refused="the PyTorch backend has no INT8 W8A8 method; take FP8",
+        source=_LINEAR,
+    ),
+)
+
+TENSORRT_LLM = Engine("tensorrt-llm", "1.2.0", reads="modelopt", rules=_RULES)

@@ -1,0 +1,66 @@
+"""Transformers 5.23.0, through compressed-tensors checkpoints.
+
+It decompresses to the model's dtype and emulates the activations: right numbers, no low-precision
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from mofq.engines.rules import Engine, Rule
+
+_CT = "compressed_tensors 0.20.0 compressors/"
+
+_RULES: tuple[Rule, ...] = (
+    Rule(
+        r".*",
+        layers="experts",
+        refused="experts are one tensor in transformers 5 and per-expert quantized ones are not "
+        "loaded into it; take bf16",
+        source="transformers 5.23.0 integrations/compressed_tensors.py",
+    ),
+    Rule(
+        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.token",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}naive_quantized/base.py; run",
+    ),
+    Rule(
+        r"int8\.channel(\.s-f32)?\+int8\.tensor",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}naive_quantized/base.py",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g\d+)(\.s-f32)?",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}pack_quantized/base.py; run",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g\d+)\.asym(\.s-f32)?",
+        refused="packed zero points are refused as a size mismatch; take the symmetric scheme",
+        source=f"{_CT}pack_quantized/base.py:83-91; run",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)(\.s-f32)?(\+fp8_e4m3\.token)?",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}naive_quantized/base.py; run",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?(\+fp8_e4m3\.g128)?",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}naive_quantized/base.py",
+    ),
+    Rule(
+        r"nvfp4|mxfp4",
+        kernel="CompressedLinear, decompressed",
+        source=f"{_CT}nvfp4/base.py, compressors/mxfp4/base.py",
+    ),
+)
+
+TRANSFORMERS = Engine(
+    "transformers",
+    "5.23.0",
+    reads="compressed-tensors",
+    rules=_RULES,
+    # It has no server of its own for a folder: vLLM's is what an export's card names.
+    serve="vllm serve",
+    can_cut=False,
+)

@@ -1,0 +1,76 @@
+"""What vLLM holds of the KV cache.
+
+Lines are of vLLM 0.32.0. An engine keeps one quantized format for the whole model; layers may be
+left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
+"""
+
+from __future__ import annotations
+
+from mofq.engines.rules import CacheRule
+
+_CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
+
+
+_VLLM_LAST = (
+    CacheRule(
+        r"kv:.*/.*",
+        refused="keys and values have one format; take one for both",
+        source="vllm 0.32.0 config/cache.py:39-60",
+    ),
+    CacheRule(
+        r".*",
+        refused="no such format of the cache; take kv:fp8_e4m3.tensor, or leave it bf16",
+        source="vllm 0.32.0 config/cache.py:39-60",
+    ),
+)
+#: attention.py:469-486: where the cache is FP8 under static scales, in every CUDA backend.
+_QUERIES = "queries are rounded to FP8 too, which is not in what was measured (docs/kv-cache.md)"
+_TENSOR = r"kv:fp8_e4m3\.(tensor|unscaled)"
+
+VLLM_CPU_CACHE: tuple[CacheRule, ...] = (
+    CacheRule(
+        _TENSOR,
+        refused="its kernel cuts codes off towards zero, with 3.4 times the squared error of "
+        "rounding to nearest, which is what was measured; leave the cache bf16",
+        source="vllm 0.32.0 _custom_ops.cpu_attn_reshape_and_cache; run",
+    ),
+    CacheRule(
+        r"kv:fp8_e4m3\.head",
+        refused="its attention takes one scale for all heads; leave the cache bf16",
+        source="vllm 0.32.0 v1/attention/backend.py:183, 323; cpu_attn.py:425-458",
+    ),
+    CacheRule(
+        r"kv:(int8|int4|fp8_e4m3)\.token_head",
+        refused="scales of token and head are for the Triton backend; leave the cache bf16",
+        source="vllm 0.32.0 v1/attention/backends/cpu_attn.py:57-62",
+    ),
+    *_VLLM_LAST,
+)
+VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
+    CacheRule(
+        _TENSOR,
+        source=f"{_CT}:1103-1145; v1/attention/backends/flash_attn.py:289-296, triton_attn.py:301",
+        min_capability=(8, 9),
+        note=_QUERIES,
+    ),
+    CacheRule(
+        r"kv:fp8_e4m3\.head",
+        source=f"{_CT}:1126-1130, 1157; v1/attention/backends/flash_attn.py:410-412",
+        min_capability=(9, 0),
+        note=f"FlashAttention 3 alone; {_QUERIES}",
+    ),
+    CacheRule(
+        r"kv:(int8|fp8_e4m3)\.token_head",
+        source="vllm 0.32.0 v1/attention/backends/triton_attn.py:284-297, 309-311; "
+        "ops/triton_reshape_and_cache_flash.py:266-270",
+        min_capability=(8, 9),
+        flag="--kv-cache-dtype",
+        note="the Triton backend; a checkpoint cannot ask for it",
+    ),
+    CacheRule(
+        r"kv:int4\.token_head.*",
+        refused="its INT4 cache is rotated and has zero points, which is not what was measured",
+        source="vllm 0.32.0 v1/kv_cache_interface.py:51",
+    ),
+    *_VLLM_LAST,
+)
