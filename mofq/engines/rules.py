@@ -122,8 +122,9 @@ def readable(rule: Rule | CacheRule) -> str:
     text = rule.schemes
     for regular, plain in words.items():
         text = text.replace(regular, plain)
-    is_some = isinstance(rule, Rule) and rule.layers != "any"
-    return f"{text} ({rule.layers})" if is_some else text
+    if isinstance(rule, Rule) and rule.layers != "any":
+        text += f" ({rule.layers})"
+    return text
 
 
 def format_name(scheme: Scheme) -> str:
