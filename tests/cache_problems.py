@@ -7,8 +7,8 @@ from itertools import product
 
 import numpy as np
 
-from mofq.decision.solvers import Option, Problem, ProblemGroup, build_problem
-from mofq.decision.solvers.problem import IntArray
+from mofq.decision import Option, Problem, ProblemGroup, build_problem
+from mofq.decision.problem import IntArray
 
 #: Numbers that the cache of each layer keeps of a token.
 NUMBERS = 64

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe import RecipeGroup, parse_recipe, recipe_text
-from mofq.decision.recipe_kv_cache import RecipeCache
+from mofq.decision.recipe import RecipeCache, RecipeGroup, parse_recipe, recipe_text
 from mofq.evidence.table import Table
 from mofq.explore.drawing import read_drawing
 from mofq.explore.page_data import page_data

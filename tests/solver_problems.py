@@ -8,16 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from mofq.decision.solvers import (
+from mofq.decision import (
     Budgets,
     LinearBudget,
+    Objective,
     Option,
     Problem,
     ProblemGroup,
     build_problem,
 )
-from mofq.decision.solvers.budgets import budget_rows, max_kl_rows, offered
-from mofq.decision.solvers.problem import FloatArray, IntArray, Objective
+from mofq.decision.budgets import budget_constraints, max_kl_constraints, offered
+from mofq.decision.problem import FloatArray, IntArray
 
 SCHEMES = (
     "int8.channel",
@@ -126,9 +127,9 @@ def all_choices(problem: Problem, budgets: Budgets) -> IntArray:
 
 def exhaustive(problem: Problem, budgets: Budgets) -> tuple[float, ...] | None:
     """What the best combination reaches: its error, or its size and error; None: there is none."""
-    rows = budget_rows(problem, budgets)
+    rows = budget_constraints(problem, budgets)
     if budgets.max_kl is not None:
-        rows += max_kl_rows(problem, budgets.max_kl)
+        rows += max_kl_constraints(problem, budgets.max_kl)
     choices = all_choices(problem, budgets)
     for row in rows:
         sums = row.cost_P[choices].sum(axis=1)

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mofq.decision.solvers import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
-from mofq.decision.solvers.optuna import enqueue, open_study, run_trials
-from mofq.decision.solvers.sampler import START
+from mofq.decision import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
+from mofq.decision.measured.sampler import START
+from mofq.decision.measured.storage import open_study
+from mofq.decision.measured.trials import enqueue, run_trials
 
 BUDGETS = Budgets(max_bits=6.0)
 WINDOWS = 8

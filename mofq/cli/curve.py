@@ -34,8 +34,7 @@ def curve_request(options: CurveOptions) -> Request:
     Raises:
         MofqError: Formats of the cache are named, and no budget.
     """
-    from mofq.decision import Request
-    from mofq.decision.solvers import Budgets
+    from mofq.decision import Budgets, Request
 
     check_cache_formats(options.kv_formats, options.decides_cache)
     return Request(

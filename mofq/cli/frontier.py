@@ -10,9 +10,9 @@ from typing import Any
 from mofq.cli.curve import CurveOptions, curve_request
 from mofq.cli.tables import open_for_reading
 from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.decision.request import request_flags, request_problem
+from mofq.decision import Frontier, Problem, predict, request_problem, solve_frontier
+from mofq.decision.request import request_flags
 from mofq.decision.result import size_figures
-from mofq.decision.solvers import Frontier, Problem, predict, solve_frontier
 
 #: Points that a person is shown; ``--json`` has all.
 _SHOWN = 24

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mofq.cli.calibrate import load_named
 from mofq.cli.search_options import SearchOptions, search_request
@@ -47,7 +47,7 @@ def search_measured(options: SearchOptions, table: Table, request: Request) -> D
 def _refined(
     options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
 ) -> Decision:
-    from mofq.decision.measured import decide_refined
+    from mofq.decision.measured.refine import decide_refined
 
     return decide_refined(
         table,
@@ -62,8 +62,7 @@ def _refined(
 def _in_study(
     options: SearchOptions, table: Table, request: Request, *, objective: MeasuredKl, bars: Bars
 ) -> Decision:
-    from mofq.decision.front import decide_on_front
-    from mofq.decision.study import StudyPlan, decide_in_study
+    from mofq.decision.measured.study import StudyPlan, decide_in_study
 
     plan = StudyPlan(
         storage=options.storage or str(options.output.with_suffix(".optuna.db")),
@@ -73,23 +72,23 @@ def _in_study(
         device=options.device,
         trials=options.trials,
         seed=options.seed,
+        with_size=options.multi_objective,
     )
-    keys: dict[str, Any] = {
-        "evaluate": objective.evaluate,
-        "plan": plan,
-        "progress": lambda done, total: bars.stage("trials", done, total),
-    }
     with _other_workers(options):
-        if not options.multi_objective:
-            return decide_in_study(table, request, **keys)
-        decision, front = decide_on_front(table, request, **keys)
-    for point in front:
+        found = decide_in_study(
+            table,
+            request,
+            evaluate=objective.evaluate,
+            plan=plan,
+            progress=lambda done, total: bars.stage("trials", done, total),
+        )
+    for point in found.frontier:
         kl = with_error(point.measured.kl.value, point.measured.kl.stderr)
         size = f"{point.size:.4f} bits"
         if options.kv_tokens:
             size = f"{short_bytes(round(point.size))} with the cache"
         note(f"trial {point.trial}: {size}, {kl} nats per token")
-    return decision
+    return found.decision
 
 
 @contextmanager

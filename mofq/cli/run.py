@@ -221,8 +221,7 @@ def _source_bits(table_path: Path) -> float:
 
 def _uniform_recipes(options: RunOptions, space: SearchSpace, recipe: Recipe) -> dict[str, Recipe]:
     """The best uniform schemes of about the recipe's size, or the smallest where all are larger."""
-    from mofq.decision import Request, uniform_recipes
-    from mofq.decision.solvers import Budgets
+    from mofq.decision import Budgets, Request, uniform_recipes
     from mofq.evidence.table import read_table
 
     request = Request(Budgets(), space=space.name, engine=options.engine)

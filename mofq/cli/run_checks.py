@@ -12,8 +12,8 @@ from mofq.exceptions import BackendError, BudgetError, CorpusError
 
 if TYPE_CHECKING:
     from mofq.cli.run import RunOptions
+    from mofq.decision import Budgets
     from mofq.decision.recipe import Recipe
-    from mofq.decision.solvers import Budgets
     from mofq.evidence.spaces import SearchSpace
     from mofq.model.checkpoint.headers import Checkpoint
 
@@ -25,8 +25,7 @@ def check_run(options: RunOptions) -> tuple[SearchSpace, RunOptions]:
         The search space, and the options with corpora and a sequence length that the
         model can take.
     """
-    from mofq.decision import check_budget
-    from mofq.decision.solvers import Budgets
+    from mofq.decision import Budgets, check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
     from mofq.evidence.spaces import load_search_space, offer_schemes

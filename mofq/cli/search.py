@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mofq.decision import Decision, Request
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
-    from mofq.decision.refused import Refused
+    from mofq.decision.serving import Refused
     from mofq.evidence.table import Table
 
 
@@ -69,7 +69,7 @@ def run_search(options: SearchOptions, *, as_json: bool) -> None:
 
 
 def _served_by(path: Path, recipe: Recipe) -> tuple[str, ...]:
-    from mofq.decision.refused import serving_engines
+    from mofq.decision.serving import serving_engines
     from mofq.evidence.table import read_table
 
     return serving_engines(read_table(path), recipe)
@@ -116,7 +116,7 @@ def _explain(options: SearchOptions, decision: Decision) -> list[Explanation]:
 def _refused(options: SearchOptions) -> tuple[Refused, ...]:
     if options.engine is None:
         return ()
-    from mofq.decision.refused import engine_refusals
+    from mofq.decision.serving import engine_refusals
     from mofq.evidence.table import read_table
 
     return engine_refusals(read_table(options.table), search_request(options))
@@ -130,7 +130,7 @@ def _decide(options: SearchOptions, table: Table, request: Request) -> Decision:
 
 def print_decision(decision: Decision, *, title: str) -> None:
     """A table of figures, a histogram of schemes, and notes."""
-    from mofq.decision.solvers import KL_UNIT
+    from mofq.decision import KL_UNIT
 
     recipe, result = decision.recipe, decision.recipe.result
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mofq.decision.request import TimeRequest
 
 _OBJECTIVES = ("mean", "worst-corpus")
-#: Those of `mofq.decision.solvers`, and the one that measures.
+#: Those of `mofq.decision`, and the one that measures.
 _SOLVERS = ("exact", "greedy", "optuna")
 
 
@@ -122,8 +122,7 @@ def search_request(options: SearchOptions) -> Request:
     Raises:
         BudgetError: A size, a time, a device or a workload cannot be read.
     """
-    from mofq.decision import Request
-    from mofq.decision.solvers import Budgets, Objective
+    from mofq.decision import Budgets, Objective, Request
     from mofq.model.sizes import parse_size
 
     return Request(

@@ -1,23 +1,65 @@
-"""From a table and budgets to a recipe: what `mofq search` decides, and nothing it prints."""
+"""From a table and budgets to a recipe.
+
+`decide` is the way through: `request_problem` makes a problem of the table's rows, `choose` takes
+one option of each fusion group (`solve_exact` or `solve_greedy`, then ties), `predict` says what
+it will cost, and `recipe_from_table` writes it down. `mofq.decision.measured` adds what running
+the model tells; nothing else here does.
+"""
 
 from __future__ import annotations
 
-from mofq.decision.choice import Decision, decide
-from mofq.decision.curve import Curve, CurvePoint, accuracy_curve
+from mofq.decision.budgets import Budgets, Constraint, LinearBudget, finer_is_offered
+from mofq.decision.choice import SOLVERS, choose
+from mofq.decision.decision import Decision, decide
+from mofq.decision.exact import Solution, least_bytes, solve_exact
+from mofq.decision.from_table import CacheRequest, problem_from_table, request_problem
+from mofq.decision.frontier import Frontier, solve_frontier
+from mofq.decision.greedy import solve_greedy
+from mofq.decision.prediction import Estimate, predict
+from mofq.decision.problem import (
+    KL_UNIT,
+    Objective,
+    Option,
+    Problem,
+    ProblemGroup,
+    build_problem,
+    usage,
+)
 from mofq.decision.request import Request, check_budget
 from mofq.decision.result import recipe_from_table
 from mofq.decision.uniform import best_uniform, uniform_recipe, uniform_recipes
 
 __all__ = [
-    "Curve",
-    "CurvePoint",
+    "KL_UNIT",
+    "SOLVERS",
+    "Budgets",
+    "CacheRequest",
+    "Constraint",
     "Decision",
+    "Estimate",
+    "Frontier",
+    "LinearBudget",
+    "Objective",
+    "Option",
+    "Problem",
+    "ProblemGroup",
     "Request",
-    "accuracy_curve",
+    "Solution",
     "best_uniform",
+    "build_problem",
     "check_budget",
+    "choose",
     "decide",
+    "finer_is_offered",
+    "least_bytes",
+    "predict",
+    "problem_from_table",
     "recipe_from_table",
+    "request_problem",
+    "solve_exact",
+    "solve_frontier",
+    "solve_greedy",
     "uniform_recipe",
     "uniform_recipes",
+    "usage",
 ]

@@ -1,127 +1,209 @@
-"""From a table and a request to a recipe."""
+"""From a problem and budgets to a choice: the solver, the ties, and what may be promised of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numpy as np
+from mofq.decision.budgets import Budgets, check_kl_unit
+from mofq.decision.exact import Solution, least_bytes, solve_exact
+from mofq.decision.greedy import solve_greedy
+from mofq.decision.prediction import Estimate, crossfit, predict
+from mofq.decision.problem import IntArray, Problem
+from mofq.decision.ties import Ties, move_ties
+from mofq.exceptions import BudgetError, MofqError, nearest_name
 
-from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request, request_problem
-from mofq.decision.result import (
-    budget_figures,
-    chosen_figures,
-    made_by_request,
-    recipe_from_table,
-    uniform_figures,
-)
-from mofq.decision.solvers import KL_UNIT, Budgets, Chosen, Problem, choose, predict, usage
-from mofq.decision.solvers.budgets import budget_rows, offered
-from mofq.decision.timing import (
-    request_budgets,
-    time_budget_figures,
-    time_figures,
-    unquantized_seconds,
-)
-from mofq.decision.uniform import best_uniform
-from mofq.evidence.table import Table
+Solver = Callable[[Problem, Budgets], Solution]
 
-#: Below so many samples of a corpus, error bars say little.
-_FEW_SAMPLES = 4
+SOLVERS: dict[str, Solver] = {
+    "exact": solve_exact,
+    "greedy": solve_greedy,
+}
+
+#: The size is found to this share of itself.
+_SIZE_TOLERANCE = 1e-4
+_MOST_STEPS = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A recipe and what is worth knowing of how it came about."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """A choice and what is known of it."""
 
-    recipe: Recipe
-    finer_layers: tuple[str, ...]  #: linear layers whose scheme is not among the space's base
-    tied_layers: int  #: linear layers that had a simpler scheme within noise
-    moved_layers: int  #: those of them that took it
-    uniform_error: float | None  #: of the best uniform scheme of no more bytes, in the unit
-    notes: tuple[str, ...]  #: what the user should know
-    #: Error that one more byte, layer, ms … of a budget would save; None: the solver has none.
-    prices: Mapping[str, float] | None = None
-    unquantized_seconds: float | None = None  #: of the time's workload, where one was named
+    choice_F: IntArray  #: one option of each fusion group, ties moved
+    solution: Solution  #: of the solver, before ties
+    ties: Ties | None  #: None: they were not asked for
+    prediction: Estimate  #: on the samples that it was chosen on
+    crossfit: Estimate | None  #: without their optimism; None: too few samples, or none
+
+    @property
+    def reported(self) -> Estimate:
+        """The prediction that budgets and reports use."""
+        return self.prediction if self.crossfit is None else self.crossfit
 
 
-def decide(table: Table, request: Request, *, problem: Problem | None = None) -> Decision:
-    """Choose one scheme for each fusion group of a table.
+def choose(
+    problem: Problem, budgets: Budgets, *, solver: str = "exact", ties: bool = True
+) -> Chosen:
+    """Choose one option of each fusion group under budgets.
+
+    ``max_kl`` is held against the cross-fitted prediction plus two standard errors
+    where samples are kept: with a budget of size too, it is checked; without one the size
+    is lowered until it is just met (see `solve_smallest`).
 
     Args:
-        table: From `mofq measure`.
-        request: Budgets and how to meet them.
-        problem: What `request_problem` makes of the two, where it is known already.
+        problem: What may be chosen.
+        budgets: Any number at once.
+        solver: A key of `SOLVERS`.
+        ties: Whether choices within noise move to simpler schemes.
 
     Returns:
-        The recipe, with predictions where the table is in nats.
+        The choice with both predictions.
 
     Raises:
-        BudgetError: No recipe meets the budgets; the message names the tightest possible.
-        TableError: The table is not complete, or has no rows in the unit.
-        EngineError: There is no such engine.
+        BudgetError: No recipe keeps the budgets.
+        MofqError: There is no such solver.
     """
-    problem = request_problem(table, request) if problem is None else problem
-    budgets = request_budgets(table, problem, request)
-    chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
-    used = usage(problem, chosen.choice_F)
-    uniform = best_uniform(problem, used.bytes, chosen.choice_F)
-    schemes = problem.schemes_of(chosen.choice_F)
-    result = chosen_figures(problem, chosen) | time_figures(table, schemes, request)
-    if uniform is not None:
-        result |= uniform_figures(problem, *uniform)
-    recipe = recipe_from_table(
-        table,
-        schemes,
-        made_by=made_by_request(table, problem, request),
-        budget=budget_figures(request) | time_budget_figures(request),
-        result=result,
+    if solver not in SOLVERS:
+        raise MofqError(f"no solver is called {solver!r}." + nearest_name(solver, SOLVERS))
+    if budgets.max_kl is not None:
+        check_kl_unit(problem)
+        if problem.sample_errors is not None and problem.sample_errors[0].shape[1] >= 4:
+            if budgets.minimises_bytes:
+                return solve_smallest(problem, budgets, solver=solver, ties=ties)
+            return _checked(problem, budgets, solver=solver, ties=ties)
+    return _choose_once(problem, budgets, SOLVERS[solver], ties)
+
+
+def _choose_once(problem: Problem, budgets: Budgets, solve: Solver, with_ties: bool) -> Chosen:
+    def chosen_on(part: Problem) -> IntArray:
+        choice_F = solve(part, budgets).choice_F
+        return move_ties(part, budgets, choice_F).choice_F if with_ties else choice_F
+
+    solution = solve(problem, budgets)
+    ties = move_ties(problem, budgets, solution.choice_F) if with_ties else None
+    choice_F = solution.choice_F if ties is None else ties.choice_F
+    return Chosen(
+        choice_F,
+        solution,
+        ties=ties,
+        prediction=predict(problem, choice_F),
+        crossfit=_crossfit_or_none(problem, chosen_on),
     )
-    ties = chosen.ties
-    return Decision(
-        recipe,
-        finer_layers=used.finer_layers,
-        tied_layers=0 if ties is None else ties.tied_layers,
-        moved_layers=0 if ties is None else ties.moved_layers,
-        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
-        notes=_notes(table, problem, chosen, uniform, budgets=budgets),
-        prices=chosen.solution.prices,
-        unquantized_seconds=unquantized_seconds(table, request),
-    )
 
 
-def _keeps(problem: Problem, budgets: Budgets, choice_F: np.ndarray) -> bool:
-    """Whether a choice is within every budget but that in nats."""
-    rows = budget_rows(problem, budgets)
-    is_offered = bool(offered(problem, budgets)[choice_F].all())
-    return is_offered and all(row.holds(choice_F) for row in rows)
+def _crossfit_or_none(
+    problem: Problem, chosen_on: Callable[[Problem], IntArray]
+) -> Estimate | None:
+    try:
+        return crossfit(problem, chosen_on)
+    except BudgetError:
+        # A finer scheme may be on offer with all samples and not with half of them.
+        return None
 
 
-def _notes(
-    table: Table,
+def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> Chosen:
+    """Least error under the budgets of size; then its prediction must be within ``max_kl``."""
+    assert budgets.max_kl is not None
+    found = _choose_once(problem, replace(budgets, max_kl=None), SOLVERS[solver], ties)
+    upper = found.reported.upper
+    if upper > budgets.max_kl:
+        raise BudgetError(
+            f"max_kl: asked for {budgets.max_kl:.4g} nats per token; the least under the other "
+            f"budgets is {upper:.4g}, two standard errors included. Allow more, or a larger size."
+        )
+    return found
+
+
+def solve_smallest(
+    problem: Problem, budgets: Budgets, *, solver: str = "exact", ties: bool = True
+) -> Chosen:
+    """The smallest recipe whose cross-fitted KL plus two standard errors is within ``max_kl``.
+
+    The figure falls as the size grows, so the size is searched: at each, the recipes of
+    least error that two halves of the samples choose are predicted on the other halves.
+
+    Args:
+        problem: In nats, with sample errors.
+        budgets: ``max_kl``, and any that are not of size.
+        solver: A key of `SOLVERS`.
+        ties: Whether choices within noise move to simpler schemes.
+
+    Returns:
+        The choice, its size found to one part in ten thousand.
+
+    Raises:
+        BudgetError: Not even the best recipe is within ``max_kl``; the message says how far it is.
+    """
+    assert budgets.max_kl is not None
+    limit = budgets.max_kl
+    free = replace(budgets, max_kl=None)
+    solve = SOLVERS[solver]
+    best = _choose_once(problem, free, solve, ties)
+    if best.reported.upper > limit:
+        raise BudgetError(
+            f"max_kl: asked for {limit:.4g} nats per token; the smallest possible is "
+            f"{best.reported.upper:.4g}, two standard errors included. "
+            f"Offer finer schemes, or calibrate with more samples."
+        )
+
+    def at(size: int) -> Chosen | None:
+        sized = replace(free, max_bytes=size + problem.other_bytes)
+        try:
+            return _choose_once(problem, sized, solve, ties)
+        except BudgetError:
+            return None
+
+    return _search_size(problem, at, limit, low=_naive_size(problem, free, limit), best=best)
+
+
+def _naive_size(problem: Problem, budgets: Budgets, limit: float) -> int:
+    """A size from which to start: where the error itself meets the limit."""
+    without_error_bars = replace(problem, stderr_PC=problem.error_PC * 0)
+    try:
+        return least_bytes(without_error_bars, replace(budgets, max_kl=limit))
+    except BudgetError:
+        return least_bytes(problem, budgets)
+
+
+def _search_size(
     problem: Problem,
-    chosen: Chosen,
-    uniform: tuple[str, np.ndarray] | None,
+    at: Callable[[int], Chosen | None],
+    limit: float,
     *,
-    budgets: Budgets,
-) -> tuple[str, ...]:
-    """What a user should know of a choice before trusting it."""
-    notes = []
-    if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
-        notes.append(
-            "Without a budget nothing is better than leaving every layer as it is. "
-            "Give --max-bits, --max-size or --max-kl."
-        )
-    elif uniform is not None and (uniform[1] != chosen.choice_F).any():
-        error = predict(problem, uniform[1]).value
-        is_as_good = error <= chosen.prediction.value
-        if is_as_good and _keeps(problem, budgets, uniform[1]):
-            notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
-    stats = table.header.stats
-    if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
-        notes.append(
-            f"{stats.samples} calibration sequences are too few for error bars that mean "
-            f"anything; calibrate with at least {_FEW_SAMPLES}."
-        )
-    return tuple(notes)
+    low: int,
+    best: Chosen,
+) -> Chosen:
+    """Between a size that fails and one that holds, by the logarithm of the figure."""
+    first = at(low)
+    if first is not None and first.reported.upper <= limit:
+        return first
+    high, high_figure = problem.size_of(best.choice_F), best.reported.upper
+    low_figure = math.inf if first is None else first.reported.upper
+    step = problem.weights // 16  # half a bit
+    for _ in range(_MOST_STEPS):
+        if high - low <= max(_SIZE_TOLERANCE * high, 1):
+            break
+        size = _next_size(low, high, (low_figure, high_figure), limit, step)
+        found = at(size)
+        figure = math.inf if found is None else found.reported.upper
+        if found is not None and figure <= limit:
+            best, high_figure = found, figure
+            high = min(size, problem.size_of(found.solution.choice_F))
+        else:
+            low, low_figure = size, figure
+        step //= 2
+    return best
+
+
+def _next_size(low: int, high: int, figures: tuple[float, float], limit: float, step: int) -> int:
+    """Where the figure, exponential in the size, would meet the limit; a bisection at worst."""
+    low_figure, high_figure = figures
+    size = (low + high) // 2
+    if high_figure > 0 and math.isfinite(low_figure) and low_figure > limit:
+        share = math.log(low_figure / limit) / math.log(low_figure / high_figure)
+        size = low + math.ceil(share * (high - low))
+    elif high_figure == 0:
+        size = min(size, low + step)
+    margin = max((high - low) // 16, 1)
+    return min(max(size, low + margin), high - margin, high - 1) if high - low > 2 else low + 1

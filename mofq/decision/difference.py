@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mofq.decision.budgets import Budgets
+from mofq.decision.from_table import request_problem
+from mofq.decision.prediction import Estimate, paired_loss
+from mofq.decision.problem import IntArray, Problem
 from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request, request_problem
-from mofq.decision.solvers import Budgets, Estimate, paired_loss
-from mofq.decision.solvers.problem import IntArray, Problem
+from mofq.decision.request import Request
 from mofq.evidence.table import Table, TableHeader
 from mofq.exceptions import RecipeError
 
@@ -49,7 +51,7 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
         TableError: A scheme of a recipe was not measured.
     """
     _check_same_model(first, second, table)
-    ours, theirs = _schemes(first), _schemes(second)
+    ours, theirs = first.scheme_of_group, second.scheme_of_group
     caches = {cache.name for cache in (*first.kv_cache, *second.kv_cache)}
     for name in [*ours, *theirs]:
         if name in caches:
@@ -82,12 +84,6 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     priced.sort(key=lambda one: -abs(one.error.value) if one.error is not None else 0.0)
     total = _loss(problem, first_F, second_F)
     return Difference(tuple(priced), unit=problem.unit, total=total)
-
-
-def _schemes(recipe: Recipe) -> dict[str, str]:
-    """Fusion group, or cache -> scheme."""
-    schemes = {group.name: group.scheme for group in recipe.groups}
-    return schemes | {cache.name: cache.scheme for cache in recipe.kv_cache}
 
 
 def _loss(problem: Problem, before_F: IntArray, after_F: IntArray) -> Estimate:

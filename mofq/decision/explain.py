@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mofq.decision.choice import Decision
-from mofq.decision.measured import recipe_choice
-from mofq.decision.request import Request, fusion_group, request_problem
-from mofq.decision.solvers import Budgets, Estimate, Problem, paired_loss
-from mofq.decision.solvers.budgets import finer_layers_P, max_kl_rows, offered
-from mofq.decision.solvers.problem import FloatArray
-from mofq.decision.timing import request_budgets
-from mofq.engines import cache_legality, legality
+from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
+from mofq.decision.decision import Decision
+from mofq.decision.prediction import Estimate, paired_loss
+from mofq.decision.problem import FloatArray, Problem
+from mofq.decision.request import Request
+from mofq.decision.serving import refusals_by
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, nearest_name
-from mofq.numbers.schemes import parse_scheme
 
 #: A difference below so many standard errors is noise.
 _NOISE_STDERRS = 2.0
@@ -70,11 +67,9 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
     Raises:
         MofqError: There is no such layer.
     """
-    problem = request_problem(table, request)
-    budgets = request_budgets(table, problem, request)
+    problem, budgets, chosen_F = decision.problem, decision.budgets, decision.choice_F
     check_layers(table, [layer])
     number = _find_group(problem, layer)
-    chosen_F = recipe_choice(problem, decision.recipe)
     prices = {name: price for name, price in (decision.prices or {}).items() if price > 0}
     priced_P = None if decision.prices is None else _priced(problem, budgets, prices)
     offered_P, beside_P = offered(problem, budgets), problem.beside(chosen_F)
@@ -96,7 +91,7 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
         why=_why(chosen, alternatives, prices, was_measured=_was_measured(decision)),
         prices=prices,
         alternatives=tuple(alternatives),
-        rejected=_rejected(table, request, group.name) | apart,
+        rejected=_rejected(table, request.engine, group.name) | apart,
     )
 
 
@@ -134,7 +129,7 @@ def _priced(problem: Problem, budgets: Budgets, prices: Mapping[str, float]) -> 
         "max_kv_bits": problem.cache_bits_P,
     }
     if "max_kl" in prices:  # where no samples are kept
-        costs["max_kl"] = np.max([row.cost_P for row in max_kl_rows(problem, 0.0)], axis=0)
+        costs["max_kl"] = np.max([one.cost_P for one in max_kl_constraints(problem, 0.0)], axis=0)
     total_P = problem.cost_PK.max(axis=1)
     for name, price in prices.items():
         total_P = total_P + price * costs[name]
@@ -217,21 +212,13 @@ def _why(
     )
 
 
-def _rejected(table: Table, request: Request, group_name: str) -> dict[str, str]:
+def _rejected(table: Table, engine: str | None, group: str) -> dict[str, str]:
     """What the space refused to the group, and what the engine of the request refuses."""
-    rejected = {one.scheme: one.reason for one in table.rejections if one.group == group_name}
-    if request.engine is not None:
-        measured = {row.scheme for row in table.rows if row.group == group_name}
-        for scheme in sorted(measured):
-            reason = _engine_reason(table, request.engine, group_name, scheme)
+    rejected = {one.scheme: one.reason for one in table.rejections if one.group == group}
+    if engine is not None:
+        refuses = refusals_by(engine, table)
+        for scheme in sorted({row.scheme for row in table.rows if row.group == group}):
+            reason = refuses(group, scheme)
             if reason is not None:
                 rejected[scheme] = reason
     return rejected
-
-
-def _engine_reason(table: Table, engine: str, group_name: str, scheme: str) -> str | None:
-    for cache in table.caches:
-        if cache.name == group_name:
-            return cache_legality(engine)(scheme, cache)
-    group = next(one for one in table.header.groups if one.name == group_name)
-    return legality(engine)(parse_scheme(scheme), fusion_group(group))

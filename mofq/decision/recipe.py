@@ -7,18 +7,11 @@ checked in full when it is read, and against the model before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe_kv_cache import (
-    CACHE_SCHEMA,
-    RecipeCache,
-    cache_lines,
-    check_caches,
-    parse_caches,
-)
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.files.documents import (
@@ -31,7 +24,14 @@ from mofq.files.documents import (
 )
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import FusionGroup, ModelLayers
+from mofq.model.kv_schemes import (
+    CacheScheme,
+    cache_bits,
+    cache_rejection,
+    parse_cache_scheme,
+    static_keys,
+)
+from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers
 from mofq.numbers.schemes import parse_scheme
 
 RECIPE_VERSION = 1
@@ -114,6 +114,22 @@ _GROUP_SCHEMA = strict_object(
     },
     optional=("static_amax",),
 )
+_CACHE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "attention layer -> how its keys and values are kept; all of them, or none",
+    "additionalProperties": strict_object(
+        {
+            "scheme": {"type": "string", "pattern": "."},
+            "static_amax": {
+                "type": "object",
+                "additionalProperties": {"type": "number", "minimum": 0},
+                "description": "k, v, or each head's k.0, k.1 … -> largest magnitude cached, "
+                "where a scale is static",
+            },
+        },
+        optional=("static_amax",),
+    ),
+}
 RECIPE_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "A mofq recipe (recipe.yaml)",
@@ -129,7 +145,7 @@ RECIPE_SCHEMA: dict[str, Any] = {
             "result": strict_object(RESULT_KEYS, optional=tuple(RESULT_KEYS)),
             "groups": {"type": "object", "additionalProperties": _GROUP_SCHEMA},
             "unquantized": {"type": "array", "items": _NAME},
-            "kv_cache": CACHE_SCHEMA,
+            "kv_cache": _CACHE_SCHEMA,
         },
         optional=("made_by", "budget", "result", "unquantized", "kv_cache"),
     ),
@@ -147,13 +163,26 @@ class RecipeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class RecipeCache:
+    """The scheme of one attention layer's cache."""
+
+    name: str  #: of the `CacheLayer`
+    scheme: str  #: canonical
+    static_amax: dict[str, float] | None = None
+
+    @property
+    def parsed(self) -> CacheScheme:
+        """The scheme itself."""
+        return parse_cache_scheme(self.scheme)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """One scheme for every linear layer of a model."""
 
     model_name: str
-    index_sha256: (
-        str | None
-    )  #: of the checkpoint; None: written by hand for any model of this shape
+    #: Of the checkpoint; None: written by hand for any model of this shape.
+    index_sha256: str | None
     groups: tuple[RecipeGroup, ...]
     unquantized: tuple[str, ...] = ()  #: linear layers outside of the fusion groups
     made_by: Mapping[str, Scalar] = field(default_factory=dict)  #: see `MADE_BY_KEYS`
@@ -169,6 +198,12 @@ class Recipe:
         """Layer name -> scheme name, the unquantized layers included (``"bf16"``)."""
         chosen = {layer: group.scheme for group in self.groups for layer in group.layers}
         return chosen | dict.fromkeys(self.unquantized, "bf16")
+
+    @property
+    def scheme_of_group(self) -> dict[str, str]:
+        """Fusion group, or attention layer whose cache is spoken of -> scheme name."""
+        schemes = {group.name: group.scheme for group in self.groups}
+        return schemes | {cache.name: cache.scheme for cache in self.kv_cache}
 
     @property
     def static_amax(self) -> dict[str, float]:
@@ -230,7 +265,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         budget=value.get("budget", {}),
         result=value.get("result", {}),
         weights_sha256=value["model"].get("weights_sha256"),
-        kv_cache=parse_caches(value.get("kv_cache", {}), where),
+        kv_cache=_caches(value.get("kv_cache", {}), where),
     )
     _check_layers_once(recipe, where)
     return recipe
@@ -251,6 +286,19 @@ def _group(name: str, value: dict[str, Any], where: str) -> RecipeGroup:
         )
     amax = {layer: float(static_amax[layer]) for layer in layers} if static_amax else None
     return RecipeGroup(name, scheme.name, layers=layers, static_amax=amax)
+
+
+def _caches(value: Mapping[str, Any], where: str) -> tuple[RecipeCache, ...]:
+    caches = []
+    for name, one in value.items():
+        try:
+            scheme = parse_cache_scheme(one["scheme"])
+        except SchemeError as problem:
+            raise RecipeError(f"{where}: kv_cache: {name}: {problem}") from problem
+        amax = one.get("static_amax")
+        amax = None if amax is None else {key: float(number) for key, number in amax.items()}
+        caches.append(RecipeCache(name, scheme.name, amax))
+    return tuple(caches)
 
 
 def _check_layers_once(recipe: Recipe, where: str) -> None:
@@ -307,6 +355,19 @@ def recipe_text(recipe: Recipe) -> str:
     return "\n".join(lines + cache_lines(recipe.kv_cache)) + "\n"
 
 
+def cache_lines(caches: Sequence[RecipeCache]) -> list[str]:
+    """The YAML of the section; nothing where the recipe says nothing of the cache."""
+    if not caches:
+        return []
+    lines = ["kv_cache:  # how each attention layer keeps its keys and values"]
+    for cache in caches:
+        lines.append(f"  {yaml_scalar(cache.name)}:")
+        lines.append(f"    scheme: {yaml_scalar(cache.scheme)}")
+        if cache.static_amax is not None:
+            lines.append(f"    static_amax: {_flow(cache.static_amax)}")
+    return lines
+
+
 def _flow(values: Mapping[str, Scalar]) -> str:
     return (
         "{"
@@ -350,7 +411,7 @@ def check_recipe(
             f"recipe of {recipe.model_name}: the linear layer {missing[0]!r} is missing "
             f"({len(missing)} in all). Give it a scheme, or list it under `unquantized`."
         )
-    check_caches(recipe.kv_cache, model_layers.caches, model=recipe.model_name)
+    _check_caches(recipe.kv_cache, model_layers.caches, model=recipe.model_name)
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
     for layer in (layer for group in model_layers.groups for layer in group.layers):
@@ -358,6 +419,35 @@ def check_recipe(
         if reason is not None:
             raise RecipeError(
                 f"recipe of {recipe.model_name}: {reason}. Give its fusion group another scheme."
+            )
+
+
+def _check_caches(
+    recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer], *, model: str
+) -> None:
+    """Every attention layer once with a scheme that fits it, or none."""
+    if not recipe_caches:
+        return
+    known = {cache.name: cache for cache in caches}
+    chosen = {cache.name: cache for cache in recipe_caches}
+    where = f"recipe of {model}: kv_cache"
+    for name in chosen:
+        if name not in known:
+            raise RecipeError(
+                f"{where}: the model has no attention layer {name!r}." + nearest_name(name, known)
+            )
+    for name, cache in known.items():
+        if name not in chosen:
+            raise RecipeError(f"{where}: {name!r} is missing. Give it a scheme, e.g. bf16.")
+        scheme = chosen[name].parsed
+        reason = cache_rejection(scheme, cache)
+        if reason is not None:
+            raise RecipeError(f"{where}: {reason}. Give it another scheme.")
+        needed, found = static_keys(scheme, cache), chosen[name].static_amax or {}
+        if set(needed) != set(found):
+            raise RecipeError(
+                f"{where}: {name}: static_amax must name exactly {', '.join(needed) or 'nothing'} "
+                f"under {scheme.name}, found {', '.join(found) or 'nothing'}."
             )
 
 
@@ -399,3 +489,10 @@ def _check_group(recipe: Recipe, group: FusionGroup, schemes: Mapping[str, str])
                 f"recipe of {recipe.model_name}: {group.name} is served as one matrix "
                 f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}."
             )
+
+
+def bits_per_number(recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer]) -> float:
+    """True bits of a cached number, over all layers of a model."""
+    chosen = {cache.name: cache.parsed for cache in recipe_caches}
+    bits = sum(cache_bits(chosen[cache.name], cache) for cache in caches)
+    return bits / sum(cache.numbers for cache in caches)

@@ -1,4 +1,4 @@
-"""What is asked for, and the problem that it makes of a table."""
+"""What a recipe is asked to be."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mofq.decision.solvers import Budgets, CacheRequest, Objective, Problem, problem_from_table
-from mofq.engines import cache_legality, legality
+from mofq.decision.budgets import Budgets
+from mofq.decision.problem import Objective
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import Workload
 from mofq.evidence.spaces import Offer
-from mofq.evidence.table import Table, TableGroup
 from mofq.exceptions import BudgetError
-from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.model.sizes import group_bytes, weights_of
-from mofq.numbers.schemes import parse_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +42,6 @@ class Request:
     kv_formats: tuple[str, ...] | None = None  #: of the cache, beside bf16; None: all
 
 
-def request_problem(table: Table, request: Request) -> Problem:
-    """The rows of a table that a request may choose from; see `problem_from_table`."""
-    is_legal = None
-    if request.engine is not None:
-        refuses = legality(request.engine)
-
-        def is_legal(group: TableGroup, scheme: str) -> bool:
-            return refuses(parse_scheme(scheme), fusion_group(group)) is None
-
-    return problem_from_table(
-        table,
-        unit=request.unit,
-        objective=request.objective,
-        space=request.space,
-        is_legal=is_legal,
-        caches=_cache_request(request) if request.kv_cache else None,
-    )
-
-
 def request_flags(request: Request) -> str:
     """What may be chosen, as options of `mofq search`, each after a space; no size."""
     bits = request.budgets.max_kv_bits
@@ -76,42 +54,6 @@ def request_flags(request: Request) -> str:
         *(("--kv-cache", name) for name in request.kv_formats or ()),
     ]
     return "".join(f" {flag} {shlex.quote(text)}" for flag, text in named if text is not None)
-
-
-def _cache_request(request: Request) -> CacheRequest:
-    refuses = None if request.engine is None else cache_legality(request.engine)
-
-    def is_legal(scheme: str, cache: CacheLayer) -> bool:
-        formats = request.kv_formats
-        if formats is not None and scheme != "bf16" and scheme not in formats:
-            return False
-        return refuses is None or refuses(scheme, cache) is None
-
-    # An engine keeps one format for the whole model, and leaves single layers as they are.
-    return CacheRequest(request.kv_tokens, is_legal, one_format=request.engine is not None)
-
-
-def fusion_group(group: TableGroup) -> FusionGroup:
-    """A fusion group as far as an engine's rules look at it: names and shapes."""
-    return FusionGroup(
-        group.name,
-        tuple(
-            LinearLayer(
-                name=layer.name,
-                tensor=f"{layer.name}.weight",
-                out_features=layer.out_features,
-                in_features=layer.in_features,
-                dtype=layer.dtype,
-                transposed=False,
-                expert=None,
-                row_start=0,
-                decoder_layer=layer.decoder_layer,
-                module=layer.module,
-                shares_scale="",
-            )
-            for layer in group.layers
-        ),
-    )
 
 
 def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from mofq import __version__
-from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.decision.recipe_kv_cache import RecipeCache
+from mofq.decision.choice import Chosen
+from mofq.decision.prediction import Estimate, predict
+from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.decision.request import Request
-from mofq.decision.solvers import KL_UNIT, Chosen, Estimate, Problem, predict, usage
 from mofq.evidence.table import Table
 
 #: Keys of `mofq.decision.recipe.RESULT_KEYS`.
@@ -111,7 +110,7 @@ def chosen_figures(problem: Problem, chosen: Chosen) -> Figures:
     return result
 
 
-def uniform_figures(problem: Problem, name: str, choice_F: np.ndarray) -> Figures:
+def uniform_figures(problem: Problem, name: str, choice_F: IntArray) -> Figures:
     """What the best uniform scheme of no more bytes would be, beside the recipe."""
     result: Figures = {
         "uniform_scheme": name,
@@ -122,7 +121,7 @@ def uniform_figures(problem: Problem, name: str, choice_F: np.ndarray) -> Figure
     return result
 
 
-def size_figures(problem: Problem, choice_F: np.ndarray) -> Figures:
+def size_figures(problem: Problem, choice_F: IntArray) -> Figures:
     """Sizes and shares; no prediction yet."""
     used = usage(problem, choice_F)
     cached: Figures = {}

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from mofq.decision.budgets import Budgets, LinearBudget
+from mofq.decision.problem import Problem
 from mofq.decision.request import Request, TimeRequest
-from mofq.decision.solvers import Budgets, LinearBudget, Problem
 from mofq.engines import ENGINES, find_engine
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import attention_seconds, group_seconds, other_seconds

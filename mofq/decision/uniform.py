@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from mofq import __version__
+from mofq.decision.budgets import Budgets
+from mofq.decision.exact import solve_exact
+from mofq.decision.from_table import request_problem
+from mofq.decision.prediction import predict
+from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.decision.request import Request, request_problem
+from mofq.decision.request import Request
 from mofq.decision.result import MadeBy, predicted_figures, recipe_from_table, size_figures
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem, predict, solve_exact, usage
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
 from mofq.exceptions import SchemeError
@@ -112,7 +116,7 @@ def uniform_recipes(
     rests_on = {"table_sha256": table.sha256, "stats_sha256": stats.sha256 if stats else None}
     made_by = _made_by(table.header.numerics, rests_on)
     for name in dict.fromkeys(problem.schemes):
-        choice_F = _uniform_choice(problem, name, cached_F, cache=cache or "bf16")
+        choice_F = uniform_choice(problem, name, cached_F, cache=cache or "bf16")
         if choice_F is not None:
             result = size_figures(problem, choice_F)
             if problem.unit == KL_UNIT:
@@ -128,15 +132,15 @@ def uniform_recipes(
 
 
 def best_uniform(
-    problem: Problem, most_bytes: int, choice_F: np.ndarray
-) -> tuple[str, np.ndarray] | None:
+    problem: Problem, most_bytes: int, choice_F: IntArray
+) -> tuple[str, IntArray] | None:
     """The uniform scheme of least error among those of at most so many bytes.
 
     The KV cache, where it is decided too, is as in ``choice_F``.
     """
     found = []
     for name in dict.fromkeys(problem.schemes):
-        uniform_F = _uniform_choice(problem, name, choice_F)
+        uniform_F = uniform_choice(problem, name, choice_F)
         if uniform_F is not None and usage(problem, uniform_F).bytes <= most_bytes:
             found.append((problem.error_of(uniform_F), name, uniform_F))
     if not found:
@@ -145,15 +149,35 @@ def best_uniform(
     return name, choice_F
 
 
-def _uniform_choice(
-    problem: Problem, scheme: str, choice_F: np.ndarray | None = None, *, cache: str = "bf16"
-) -> np.ndarray | None:
-    """One scheme for every layer; caches as in a choice, or all in one format."""
+def uniform_choice(
+    problem: Problem,
+    scheme: str,
+    choice_F: IntArray | None = None,
+    *,
+    cache: str = "bf16",
+    keeps_single: bool = False,
+) -> IntArray | None:
+    """One scheme for every layer.
+
+    Args:
+        problem: What may be chosen.
+        scheme: Of the layers.
+        choice_F: Whose formats of the KV cache are taken.
+        cache: The format of all caches, where there is no such choice.
+        keeps_single: Whether a fusion group with a single option keeps that.
+
+    Returns:
+        One option of each group; None: a group does not have the scheme.
+    """
     chosen = []
     for number, group in enumerate(problem.groups):
         if group.cached and choice_F is not None:
             chosen.append(int(choice_F[number]))
             continue
+        options = problem.options_of(number)
         wanted = cache if group.cached else scheme
-        chosen += [p for p in problem.options_of(number) if problem.schemes[p] == wanted]
-    return np.array(chosen, dtype=np.int64) if len(chosen) == len(problem.groups) else None
+        same = [p for p in options if problem.schemes[p] == wanted]
+        if not same and not (keeps_single and len(options) == 1):
+            return None
+        chosen.append(same[0] if same else options[0])
+    return np.array(chosen, dtype=np.int64)

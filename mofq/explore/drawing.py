@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mofq.decision import Request
-from mofq.decision.request import request_problem
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem
+from mofq.decision import KL_UNIT, Budgets, Problem, Request, request_problem
 from mofq.evidence.table import Table
 from mofq.explore.measured_points import MeasuredPoint, measured_point
 from mofq.explore.reference_points import ReferencePoint, recipe_point

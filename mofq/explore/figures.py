@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.decision.solvers import KL_UNIT, Problem
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import FloatArray
+from mofq.decision import KL_UNIT, Problem
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import FloatArray
 from mofq.exceptions import MofqError, nearest_name
 from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights

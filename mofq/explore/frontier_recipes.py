@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision import decide
-from mofq.decision.measured import recipe_choice
+from mofq.decision import Budgets, Frontier, Problem, decide, solve_frontier
+from mofq.decision.frontier import sized
+from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import request_flags
-from mofq.decision.solvers import Budgets, Frontier, Problem, solve_frontier
-from mofq.decision.solvers.frontier import sized
-from mofq.decision.solvers.problem import FloatArray, IntArray
 from mofq.explore.drawing import Drawing
 
 #: As many points as a slider can tell apart, and deciding them takes seconds.
@@ -54,7 +52,7 @@ def frontier_recipes(
         budgets, flags = _budget(problem, others, int(frontier.bytes_K[k]))
         request = replace(drawing.request, budgets=budgets, ties=False)
         recipe = decide(drawing.table, request, problem=problem).recipe
-        choice_F = recipe_choice(problem, recipe)
+        choice_F = problem.choice_of(recipe.scheme_of_group)
         if not found or (choice_F != found[-1].choice_F).any():
             flags += f" --ties off{request_flags(drawing.request)}"
             found.append(FrontierRecipe(recipe, choice_F, flags))

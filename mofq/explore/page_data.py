@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mofq.decision import KL_UNIT, Problem
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
 from mofq.decision.recipe import recipe_text
-from mofq.decision.solvers import KL_UNIT, Problem
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import IntArray
 from mofq.evidence.table import Table
 from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing

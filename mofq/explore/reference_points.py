@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mofq.decision import Request, uniform_recipes
+from mofq.decision import (
+    KL_UNIT,
+    Budgets,
+    Problem,
+    Request,
+    predict,
+    solve_greedy,
+    uniform_recipes,
+    usage,
+)
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
-from mofq.decision.solvers import KL_UNIT, Budgets, Problem, predict, solve_greedy, usage
-from mofq.decision.solvers.frontier import axis_value
-from mofq.decision.solvers.problem import IntArray
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, RecipeError
 from mofq.model.kv_schemes import is_cache_scheme

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mofq.decision.solvers import (
-    Budgets,
-    Estimate,
-    Problem,
-    choose,
-    predict,
-    problem_from_table,
-    usage,
-)
+from mofq.decision import Budgets, Estimate, Problem, choose, predict, problem_from_table, usage
 from mofq.evidence.spaces import Offer
 from mofq.evidence.table import Table
 from mofq.numbers.schemes import parse_scheme

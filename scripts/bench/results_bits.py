@@ -21,12 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mofq.decision import Request, recipe_from_table
+from mofq.decision import Budgets, Problem, Request, recipe_from_table, request_problem
+from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
-from mofq.decision.request import request_problem
 from mofq.decision.result import MadeBy
-from mofq.decision.solvers import Budgets, Problem
-from mofq.decision.solvers.problem import FloatArray, IntArray
 from mofq.decision.uniform import uniform_recipes
 from mofq.delivery.validation.objective import MeasuredKl
 from mofq.evidence.corpora import load_text

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mofq.decision.solvers import (
+from mofq.decision import (
     Budgets,
     LinearBudget,
     Objective,

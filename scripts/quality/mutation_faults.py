@@ -166,11 +166,11 @@ _NUMBERS = (
     ),
     Fault(
         "budget off by one",
-        "solvers/budgets.py",
+        "decision/budgets.py",
         "return n + 1 if times * (n + 1) / over <= limit else n",
         "return n + 1",
-        "solvers::test_budgets_that_contradict_each_other_are_told_apart "
-        "solvers::test_the_tightest_possible_bits_are_rounded_so_that_they_can_be_met",
+        "exact::test_budgets_that_contradict_each_other_are_told_apart "
+        "exact::test_the_tightest_possible_bits_are_rounded_so_that_they_can_be_met",
     ),
     Fault(
         "a layer left out of its fusion group",
@@ -342,14 +342,14 @@ _NUMBERS = (
     ),
     Fault(
         "Optuna: a trial that died moves those after it",
-        "solvers/sampler.py",
+        "measured/sampler.py",
         "number = trial.number - sum(one.number < trial.number for one in failed)",
         "number = trial.number",
         "optuna::test_trials_that_died_do_not_move_those_after_them",
     ),
     Fault(
         "Optuna: a recipe is measured again",
-        "solvers/sampler.py",
+        "measured/sampler.py",
         "if choice_F.tobytes() not in tried:",
         "if True:",
         "optuna::test_a_recipe_that_was_measured_is_not_proposed_while_there_is_another",

@@ -42,7 +42,7 @@ CACHE_AND_SOURCES = (
     ),
     Fault(
         "KV cache: context takes no memory",
-        "solvers/problem.py",
+        "decision/problem.py",
         "size_P=bytes_P + -(-kv_tokens * cache_bits_P // 8),",
         "size_P=bytes_P + 0 * cache_bits_P,",
         "kv_cache_flow::test_a_size_counts_the_cache_of_a_context",

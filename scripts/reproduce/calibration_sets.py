@@ -27,9 +27,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from mofq.decision import Request, decide
+from mofq.decision import KL_UNIT, Budgets, Request, decide
 from mofq.decision.recipe import Recipe
-from mofq.decision.solvers import KL_UNIT, Budgets
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import open_checkpoint

@@ -22,11 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mofq.decision import Request, decide
+from mofq.decision import KL_UNIT, Budgets, Request, decide
+from mofq.decision.from_table import TENSOR_MSE
 from mofq.decision.recipe import Recipe
 from mofq.decision.result import recipe_from_table
-from mofq.decision.solvers import KL_UNIT, Budgets
-from mofq.decision.solvers.from_table import TENSOR_MSE
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError

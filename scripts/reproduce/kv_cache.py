@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mofq.decision import Request, decide
-from mofq.decision.recipe import Recipe, recipe_text
-from mofq.decision.recipe_kv_cache import bits_per_number
+from mofq.decision import Budgets, Request, decide
+from mofq.decision.recipe import Recipe, bits_per_number, recipe_text
 from mofq.decision.result import recipe_from_table
-from mofq.decision.solvers import Budgets
 from mofq.delivery.backends import apply_recipe
 from mofq.evidence.table import Table, read_table
 from mofq.numbers.quantize import fake_quantize_activation

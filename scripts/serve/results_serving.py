@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mofq.decision import Budgets
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import Request
-from mofq.decision.solvers import Budgets
 from mofq.decision.uniform import uniform_recipe, uniform_recipes
 from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.export.compressed_tensors import (

@@ -12,7 +12,7 @@ from explore_tables import CACHE_FORMATS, write_explore_table
 
 from mofq.decision import recipe_from_table
 from mofq.decision.recipe import load_recipe
-from mofq.decision.refused import serving_engines
+from mofq.decision.serving import serving_engines
 from mofq.evidence.table import read_table
 
 TOKENS = 2000

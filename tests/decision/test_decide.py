@@ -9,9 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mofq.decision import Request, check_budget, decide, uniform_recipe, uniform_recipes
+from mofq.decision import (
+    SOLVERS,
+    Budgets,
+    Problem,
+    Request,
+    Solution,
+    check_budget,
+    decide,
+    solve_exact,
+    uniform_recipe,
+    uniform_recipes,
+)
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
-from mofq.decision.solvers import SOLVERS, Budgets, Problem, Solution, solve_exact
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.evidence.table import (

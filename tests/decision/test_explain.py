@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 from test_decide import space, table_of
 
-from mofq.decision import Decision, Request, decide
+from mofq.decision import Budgets, Decision, Request, decide
 from mofq.decision.advice import Situation, advise
 from mofq.decision.difference import compare_recipes
 from mofq.decision.explain import explain
 from mofq.decision.recipe import RecipeGroup, load_recipe, write_recipe
 from mofq.decision.request import TimeRequest
-from mofq.decision.solvers import Budgets
 from mofq.decision.timing import recipe_seconds
 from mofq.engines.devices import DEVICE_MODELS, DeviceModel
 from mofq.engines.latency import parse_workload

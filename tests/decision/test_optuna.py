@@ -18,20 +18,13 @@ from optuna.study import Study
 from optuna.trial import TrialState
 from study_worker import BUDGETS, WINDOWS, problem, true_costs, truth
 
-from mofq.decision import Request
-from mofq.decision.front import front_starts
-from mofq.decision.solvers import Budgets, Estimate, solve_exact
-from mofq.decision.solvers.optuna import (
-    enqueue,
-    open_study,
-    run_trials,
-    search_result,
-    uniform_starts,
-)
-from mofq.decision.solvers.refine import uniform_candidates
-from mofq.decision.solvers.sampler import START, Sampler, propose_new, study_space
-from mofq.decision.solvers.thompson import Observation, draw_costs
-from mofq.decision.study import StudyPlan, study_name, study_starts
+from mofq.decision import Budgets, Estimate, Request, solve_exact
+from mofq.decision.measured.measurement import uniform_candidates
+from mofq.decision.measured.sampler import START, Sampler, propose_new, study_space
+from mofq.decision.measured.storage import open_study
+from mofq.decision.measured.study import StudyPlan, study_name, study_starts
+from mofq.decision.measured.thompson import Observation, draw_costs
+from mofq.decision.measured.trials import UNIFORM, enqueue, run_trials, search_result
 from mofq.evidence.table import read_table
 from mofq.exceptions import MofqError
 
@@ -45,7 +38,8 @@ def run(storage: str, trials: int, *, groups: int = 10, seed: int = 0) -> Study:
     one = problem(groups)
     start_F = solve_exact(one, BUDGETS).choice_F
     study = open_study(storage, "test")
-    starts = {START: start_F, **uniform_starts(uniform_candidates(one, BUDGETS, start_F))}
+    candidates = uniform_candidates(one, BUDGETS, start_F)
+    starts = {START: start_F} | {f"{UNIFORM}{name}": one_F for name, one_F in candidates.items()}
     enqueue(study, one, starts)
     run_trials(study, one, BUDGETS, start_F, measure=truth, trials=trials, seed=seed)
     return study
@@ -100,9 +94,9 @@ def test_a_recipe_that_was_measured_is_not_proposed_while_there_is_another(
         tried=tried,
         seed=(0, 1),
     )
-    monkeypatch.setattr("mofq.decision.solvers.sampler.propose", lambda *_, **__: next(drawn))
+    monkeypatch.setattr("mofq.decision.measured.sampler.propose", lambda *_, **__: next(drawn))
     assert (propose_one() == other_F).all()
-    monkeypatch.setattr("mofq.decision.solvers.sampler.propose", lambda *_, **__: start_F)
+    monkeypatch.setattr("mofq.decision.measured.sampler.propose", lambda *_, **__: start_F)
     assert (propose_one() == start_F).all()
 
 
@@ -188,8 +182,8 @@ def test_a_better_uniform_scheme_is_returned_by_name(tmp_path: Path) -> None:
         yield from ((0.1 if uniform else 0.5) + 0.01 * n for n in range(WINDOWS))
 
     study = open_study(str(tmp_path / "study.journal"), "test")
-    candidates = uniform_candidates(one, BUDGETS, start_F)
-    enqueue(study, one, {START: start_F, **uniform_starts(candidates)})
+    uniform_F = uniform_candidates(one, BUDGETS, start_F)["int6.g32"]
+    enqueue(study, one, {START: start_F, f"{UNIFORM}int6.g32": uniform_F})
     run_trials(study, one, BUDGETS, start_F, measure=measure, trials=3)
     found = search_result(study, one)
     assert found.uniform == "int6.g32"
@@ -240,7 +234,7 @@ def test_studies_of_tables_without_caches_are_called_as_they_were(tmp_path: Path
     assert list(study_starts(one, BUDGETS, start_F)) == [
         *("start", "frontier 5.8000 bits", "frontier 5.6000 bits", "uniform int6.g32")
     ]
-    assert list(front_starts(one, BUDGETS, start_F)) == [
+    assert list(study_starts(one, BUDGETS, start_F, along_frontier=True)) == [
         *("start", "frontier 4.0000 bits", "frontier 4.4000 bits", "frontier 4.8000 bits"),
         *("frontier 5.2000 bits", "frontier 5.6000 bits", "uniform int6.g32"),
     ]

@@ -13,10 +13,11 @@ from optuna.storages import RDBStorage
 from optuna_dashboard import wsgi
 from study_worker import BUDGETS, problem, truth
 
-from mofq.decision.solvers import solve_exact
-from mofq.decision.solvers.optuna import enqueue, open_study, quiet, run_trials
-from mofq.decision.solvers.sampler import START
-from mofq.decision.study import dashboard_url
+from mofq.decision import solve_exact
+from mofq.decision.measured.sampler import START
+from mofq.decision.measured.storage import open_study, quiet
+from mofq.decision.measured.study import dashboard_url
+from mofq.decision.measured.trials import enqueue, run_trials
 
 
 def get(application: Any, path: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import study_worker
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mofq.decision.solvers.optuna import open_study, search_result
+from mofq.decision.measured.storage import open_study
+from mofq.decision.measured.trials import search_result
 from mofq.exceptions import MofqError
 
 pytestmark = pytest.mark.postgres

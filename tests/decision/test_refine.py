@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from mofq.decision.solvers import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
-from mofq.decision.solvers.refine import Refined, refine
+from mofq.decision import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
+from mofq.decision.measured.refine import Refined, refine
 from mofq.exceptions import MofqError
 
 SCHEMES = {"int4.g32": 20, "int8.channel": 40}

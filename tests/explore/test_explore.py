@@ -18,9 +18,8 @@ from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.app import app
-from mofq.decision import Request, decide
+from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
 from mofq.decision.recipe import write_recipe
-from mofq.decision.solvers import Budgets, problem_from_table, solve_frontier
 from mofq.evidence.table import Extent, Profile, Table, read_table
 from mofq.exceptions import MofqError, RecipeError
 from mofq.explore.channel_profiles import profile_data

@@ -16,9 +16,8 @@ from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.app import app
-from mofq.decision import Request, decide
+from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import load_recipe, write_recipe
-from mofq.decision.solvers import Budgets
 from mofq.evidence.table import read_table
 
 if TYPE_CHECKING:

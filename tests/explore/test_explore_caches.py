@@ -10,10 +10,8 @@ from command_line import ok
 from explore_pages import data_of, recipe_texts
 from explore_tables import CACHE_FORMATS, write_explore_table
 
-from mofq.decision import Request, decide
+from mofq.decision import Budgets, Request, decide, request_problem
 from mofq.decision.recipe import load_recipe, parse_recipe, write_recipe
-from mofq.decision.request import request_problem
-from mofq.decision.solvers import Budgets
 from mofq.evidence.table import Table, read_table
 from mofq.explore.drawing import read_drawing
 from mofq.explore.figures import draw_figure

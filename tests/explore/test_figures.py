@@ -12,9 +12,8 @@ from explore_tables import write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.app import app
-from mofq.decision import Request, decide
+from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import write_recipe
-from mofq.decision.solvers import Budgets
 from mofq.evidence.table import read_table
 from mofq.exceptions import MofqError
 from mofq.explore.drawing import read_drawing

@@ -18,8 +18,7 @@ from unittest.mock import patch
 import pytest
 from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
 
-from mofq.decision import Decision
-from mofq.decision.study import decide_in_study
+from mofq.decision.measured.study import StudyDecision, decide_in_study
 from mofq.evidence.calibration.stats import open_plan, read_stats
 from mofq.evidence.table import open_table, read_table
 from mofq.exceptions import MofqError
@@ -146,12 +145,12 @@ def test_a_study_on_a_full_disk_goes_on_as_if_nothing_had_been(
         model = ("--solver", "optuna", "--trials", "8", "--model", DEMO, *TEXT)
         return ("search", measured.table, "--max-bits", "5", *model, *where)
 
-    def in_little_space(*arguments: Any, **options: Any) -> Decision:
+    def in_little_space(*arguments: Any, **options: Any) -> StudyDecision:
         with files_of_at_most(size):
             return decide_in_study(*arguments, **options)
 
     # Not before: the original's logits are kept on a disk too.
-    with patch("mofq.decision.study.decide_in_study", in_little_space):
+    with patch("mofq.decision.measured.study.decide_in_study", in_little_space):
         message = refused(*search(tmp_path / "full"))
     assert f"{storage}: cannot be" in message
     assert not (tmp_path / "full" / "recipe.yaml").exists()

@@ -10,8 +10,7 @@ from conftest import TinyCheckpoint
 from families import TINY_FAMILIES
 from transformers import DynamicCache
 
-from mofq.decision.recipe import Recipe
-from mofq.decision.recipe_kv_cache import RecipeCache
+from mofq.decision.recipe import Recipe, RecipeCache
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.evidence.calibration.capture import capture_layers
 from mofq.evidence.measure.kv_cache import _head_amax

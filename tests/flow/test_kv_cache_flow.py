@@ -15,17 +15,18 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from optuna.study import get_all_study_summaries
 from safetensors.torch import load_file, save_file
 
+from mofq.decision import Budgets, CacheRequest, choose, problem_from_table
 from mofq.decision.recipe import (
     Recipe,
+    RecipeCache,
+    bits_per_number,
     check_recipe,
     load_recipe,
     parse_recipe,
     recipe_text,
     write_recipe,
 )
-from mofq.decision.recipe_kv_cache import RecipeCache, bits_per_number
 from mofq.decision.result import recipe_from_table
-from mofq.decision.solvers import Budgets, CacheRequest, choose, problem_from_table
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.reading import recipe_from_compressed_tensors
 from mofq.delivery.validation import find_deviations

@@ -16,9 +16,8 @@ import torch
 from command_line import DEMO, ok
 from exported import Exported, make_recipe
 
-from mofq.decision import Request, uniform_recipe, uniform_recipes
+from mofq.decision import Budgets, Request, uniform_recipe, uniform_recipes
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
-from mofq.decision.solvers import Budgets
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.validation import Validation, find_deviations, paired_difference, validate_many
 from mofq.evidence.corpora import load_text

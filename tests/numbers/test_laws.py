@@ -35,8 +35,8 @@ from number_cases import (
 from safetensors.torch import load_file, save_file
 from solver_problems import exhaustive, small_problems, some_budgets
 
-from mofq.decision.solvers import SOLVERS, choose, solve_exact, solve_greedy, usage
-from mofq.decision.solvers.budgets import budget_rows
+from mofq.decision import SOLVERS, choose, solve_exact, solve_greedy, usage
+from mofq.decision.budgets import budget_constraints
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.fill_table import measure, measure_groups
@@ -148,7 +148,7 @@ def test_law_4_no_solver_exceeds_a_budget(data: st.DataObject) -> None:
                 choice_F = choose(problem, budgets, solver=solver, ties=ties).choice_F
             except BudgetError:
                 continue
-            assert all(row.holds(choice_F) for row in budget_rows(problem, budgets))
+            assert all(row.holds(choice_F) for row in budget_constraints(problem, budgets))
             used = usage(problem, choice_F)
             assert used.bits_per_weight <= (budgets.max_bits or math.inf)
             assert used.checkpoint_bytes <= (budgets.max_bytes or math.inf)

@@ -61,7 +61,7 @@ def module_name(path: Path) -> str:
 
 
 def component(module: str) -> str:
-    """The room a module belongs to: ``mofq.decision.solvers.exact`` is in ``decision``."""
+    """The room a module belongs to: ``mofq.decision.measured.study`` is in ``decision``."""
     return module.split(".")[1] if "." in module else ""
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofq.decision.recipe import Recipe
-from mofq.decision.recipe_kv_cache import RecipeCache
+from mofq.decision.recipe import Recipe, RecipeCache
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor

@@ -1,0 +1,134 @@
+"""From a table and a request to a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
+from mofq.decision.choice import Chosen, choose
+from mofq.decision.from_table import request_problem
+from mofq.decision.prediction import predict
+from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
+from mofq.decision.recipe import Recipe
+from mofq.decision.request import Request
+from mofq.decision.result import (
+    budget_figures,
+    chosen_figures,
+    made_by_request,
+    recipe_from_table,
+    uniform_figures,
+)
+from mofq.decision.timing import (
+    request_budgets,
+    time_budget_figures,
+    time_figures,
+    unquantized_seconds,
+)
+from mofq.decision.uniform import best_uniform
+from mofq.evidence.table import Table
+
+#: Below so many samples of a corpus, error bars say little.
+_FEW_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """A recipe and what is worth knowing of how it came about."""
+
+    recipe: Recipe
+    problem: Problem  #: what might be chosen
+    budgets: Budgets  #: with that of time, in costs of the problem's options
+    choice_F: IntArray  #: an option of each fusion group, which the recipe has
+    finer_layers: tuple[str, ...]  #: linear layers whose scheme is not among the space's base
+    tied_layers: int  #: linear layers that had a simpler scheme within noise
+    moved_layers: int  #: those of them that took it
+    uniform_error: float | None  #: of the best uniform scheme of no more bytes, in the unit
+    notes: tuple[str, ...]  #: what the user should know
+    #: Error that one more byte, layer, ms … of a budget would save; None: the solver has none.
+    prices: Mapping[str, float] | None = None
+    unquantized_seconds: float | None = None  #: of the time's workload, where one was named
+
+
+def decide(table: Table, request: Request, *, problem: Problem | None = None) -> Decision:
+    """Choose one scheme for each fusion group of a table.
+
+    Args:
+        table: From `mofq measure`.
+        request: Budgets and how to meet them.
+        problem: What `request_problem` makes of the two, where it is known already.
+
+    Returns:
+        The recipe, with predictions where the table is in nats.
+
+    Raises:
+        BudgetError: No recipe meets the budgets; the message names the tightest possible.
+        TableError: The table is not complete, or has no rows in the unit.
+        EngineError: There is no such engine.
+    """
+    problem = request_problem(table, request) if problem is None else problem
+    budgets = request_budgets(table, problem, request)
+    chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
+    used = usage(problem, chosen.choice_F)
+    uniform = best_uniform(problem, used.bytes, chosen.choice_F)
+    schemes = problem.schemes_of(chosen.choice_F)
+    result = chosen_figures(problem, chosen) | time_figures(table, schemes, request)
+    if uniform is not None:
+        result |= uniform_figures(problem, *uniform)
+    recipe = recipe_from_table(
+        table,
+        schemes,
+        made_by=made_by_request(table, problem, request),
+        budget=budget_figures(request) | time_budget_figures(request),
+        result=result,
+    )
+    ties = chosen.ties
+    return Decision(
+        recipe,
+        problem,
+        budgets,
+        choice_F=chosen.choice_F,
+        finer_layers=used.finer_layers,
+        tied_layers=0 if ties is None else ties.tied_layers,
+        moved_layers=0 if ties is None else ties.moved_layers,
+        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+        notes=_notes(table, problem, chosen, uniform, budgets=budgets),
+        prices=chosen.solution.prices,
+        unquantized_seconds=unquantized_seconds(table, request),
+    )
+
+
+def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:
+    """Whether a choice is within every budget but that in nats."""
+    constraints = budget_constraints(problem, budgets)
+    is_offered = bool(offered(problem, budgets)[choice_F].all())
+    return is_offered and keeps_all(constraints, choice_F)
+
+
+def _notes(
+    table: Table,
+    problem: Problem,
+    chosen: Chosen,
+    uniform: tuple[str, IntArray] | None,
+    *,
+    budgets: Budgets,
+) -> tuple[str, ...]:
+    """What a user should know of a choice before trusting it."""
+    notes = []
+    if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
+        notes.append(
+            "Without a budget nothing is better than leaving every layer as it is. "
+            "Give --max-bits, --max-size or --max-kl."
+        )
+    elif uniform is not None and (uniform[1] != chosen.choice_F).any():
+        error = predict(problem, uniform[1]).value
+        is_as_good = error <= chosen.prediction.value
+        if is_as_good and _keeps(problem, budgets, uniform[1]):
+            notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
+    stats = table.header.stats
+    if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
+        notes.append(
+            f"{stats.samples} calibration sequences are too few for error bars that mean "
+            f"anything; calibrate with at least {_FEW_SAMPLES}."
+        )
+    return tuple(notes)

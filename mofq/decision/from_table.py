@@ -1,0 +1,277 @@
+"""From a table and a request to a problem: the rows that may be chosen, as options of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mofq.decision.problem import (
+    KL_UNIT,
+    Objective,
+    Option,
+    Problem,
+    ProblemGroup,
+    build_problem,
+)
+from mofq.decision.request import Request
+from mofq.engines import cache_legality, legality
+from mofq.evidence.table import UNITS, Row, Table, TableGroup, TableSpace
+from mofq.exceptions import TableError, nearest_name
+from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
+from mofq.model.layers import CacheLayer
+from mofq.numbers.schemes import parse_scheme
+
+_UNQUANTIZED = "bf16"
+#: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
+#: MoFQ's tensor error (arXiv:2305.12356), of the weights alone.
+TENSOR_MSE = "tensor_mse"
+#: The most telling first.
+_PREFERRED_UNITS = (KL_UNIT, "output_mse", "relative_weight_error")
+
+#: Whether a fusion group may have a scheme: what an engine adds.
+Legal = Callable[[TableGroup, str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRequest:
+    """How the format of the KV cache is decided with the layers."""
+
+    tokens: int = 0  #: of context, whose cache counts as size
+    is_legal: Callable[[str, CacheLayer], bool] | None = None  #: what an engine adds
+    one_format: bool = False  #: for all layers but those that are left as they are
+
+
+def request_problem(table: Table, request: Request) -> Problem:
+    """The rows of a table that a request may choose from; see `problem_from_table`."""
+    is_legal = None
+    if request.engine is not None:
+        refuses = legality(request.engine)
+
+        def is_legal(group: TableGroup, scheme: str) -> bool:
+            return refuses(parse_scheme(scheme), group) is None
+
+    return problem_from_table(
+        table,
+        unit=request.unit,
+        objective=request.objective,
+        space=request.space,
+        is_legal=is_legal,
+        caches=_cache_request(request) if request.kv_cache else None,
+    )
+
+
+def _cache_request(request: Request) -> CacheRequest:
+    refuses = None if request.engine is None else cache_legality(request.engine)
+
+    def is_legal(scheme: str, cache: CacheLayer) -> bool:
+        formats = request.kv_formats
+        if formats is not None and scheme != _UNQUANTIZED and scheme not in formats:
+            return False
+        return refuses is None or refuses(scheme, cache) is None
+
+    # An engine keeps one format for the whole model, and leaves single layers as they are.
+    return CacheRequest(request.kv_tokens, is_legal, one_format=request.engine is not None)
+
+
+def problem_from_table(
+    table: Table,
+    *,
+    unit: str | None = None,
+    corpora: Sequence[str] | None = None,
+    objective: Objective = "mean",
+    space: str | None = None,
+    is_legal: Legal | None = None,
+    caches: CacheRequest | None = None,
+) -> Problem:
+    """What a table offers, as a problem for the solvers.
+
+    Args:
+        table: With rows of every fusion group.
+        unit: Of the errors; by default nats where every group has them, else the output
+            error, else the relative weight error. Or ``tensor_mse``.
+        corpora: Names; by default all that have rows in the unit.
+        objective: What several corpora add up to.
+        space: Only the schemes, base and min_gain of this search space; by default those of
+            all spaces of the table together, with the largest min_gain.
+        is_legal: Which schemes a fusion group may have; by default all that are measured.
+        caches: How the format of the KV cache is decided too; by default it is not.
+
+    Returns:
+        The problem; within each group the simplest scheme first.
+
+    Raises:
+        TableError: The unit, corpus or space is not in the table, or a group has no row; or
+            the cache is asked for, and the table has no formats of it in nats.
+    """
+    unit = _unit(table, unit)
+    unit_of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
+    names = _corpora(table, unit_of_rows, corpora)
+    spaces = _spaces(table, space)
+    if caches is not None:
+        _check_caches(table, unit)
+    offered = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
+    by_corpus = [table.rows_of(unit_of_rows, name) for name in names]
+    rows_of = partial(_complete, unit_of_rows, names, by_corpus)
+
+    def is_offered(rows: Sequence[Row]) -> bool:
+        return not spaces or rows[0].scheme in offered
+
+    groups = []
+    for group in table.header.groups:
+        rows = rows_of(group.name)
+        legal = [
+            one
+            for one in rows
+            if is_offered(one) and (is_legal is None or is_legal(group, one[0].scheme))
+        ]
+        groups.append(_layer_group(group, unit, legal, rows))
+    if caches is not None:
+        for cache in table.caches:
+            legal = [
+                one
+                for one in rows_of(cache.name)
+                if is_offered(one)
+                and (caches.is_legal is None or caches.is_legal(one[0].scheme, cache))
+            ]
+            groups.append(_cache_group(cache, legal))
+    return build_problem(
+        groups,
+        unit=unit,
+        corpora=tuple(names),
+        objective=objective,
+        base=tuple(dict.fromkeys(name for one in spaces for name in one.base)),
+        other_bytes=table.header.other_bytes,
+        min_gain=max((one.min_gain for one in spaces), default=10.0),
+        kv_tokens=0 if caches is None else caches.tokens,
+        one_format=caches is not None and caches.one_format,
+    )
+
+
+def _unit(table: Table, unit: str | None) -> str:
+    if unit is not None:
+        known = (*UNITS, TENSOR_MSE)
+        if unit not in known:
+            raise TableError(f"no errors are in {unit!r}." + nearest_name(unit, known))
+        return unit
+    groups = {group.name for group in table.header.groups}
+    for one in _PREFERRED_UNITS:
+        if {row.group for row in table.rows if row.unit == one} >= groups:
+            return one
+    measured = {row.group for row in table.rows} & groups
+    missing = next(group.name for group in table.header.groups if group.name not in measured)
+    raise TableError(
+        f"The table has no row of {missing} ({len(measured)} of {len(groups)} fusion groups are "
+        f"measured). Run the same `mofq measure` again; it resumes."
+    )
+
+
+def _corpora(table: Table, unit: str, corpora: Sequence[str] | None) -> list[str | None]:
+    known = [corpus for one, corpus in table.measures if one == unit]
+    named = [name for name in known if name is not None]
+    if corpora is None:
+        return list(named or known or [None])
+    for name in corpora:
+        if name not in named:
+            raise TableError(
+                f"no rows in {unit} are of the corpus {name!r}."
+                + (nearest_name(name, named) if named else " This unit rests on no corpus.")
+            )
+    return list(dict.fromkeys(corpora))
+
+
+def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:
+    if name is None:
+        return table.spaces
+    found = [one for one in table.spaces if one.name == name]
+    if not found:
+        names = [one.name for one in table.spaces]
+        raise TableError(f"the search space {name!r} was not measured." + nearest_name(name, names))
+    return found[-1:]
+
+
+def _check_caches(table: Table, unit: str) -> None:
+    if not table.caches:
+        raise TableError(
+            "the format of the KV cache is decided in nats, on rows of it, and the table has none. "
+            "Measure a search space with the key `kv_cache`, on stats of `mofq calibrate "
+            "--kv-cache`."
+        )
+    if unit != KL_UNIT:
+        raise TableError(
+            f"the format of the KV cache is decided in nats, and errors are in {unit}: leave "
+            f"--unit out."
+        )
+
+
+def _complete(
+    unit: str,
+    corpora: Sequence[str | None],
+    by_corpus: Sequence[Mapping[str, Sequence[Row]]],
+    name: str,
+) -> list[list[Row]]:
+    """For each scheme of a fusion group, or cache, its row of every corpus."""
+    by_scheme: dict[str, list[Row]] = {}
+    for found in by_corpus:
+        for row in found[name]:
+            by_scheme.setdefault(row.scheme, []).append(row)
+    again = "Run the same `mofq measure` again."
+    if not by_scheme:
+        raise TableError(f"{name}: has no row in {unit}. {again}")
+    for scheme, rows in by_scheme.items():
+        if len(rows) < len(corpora):
+            missing = {str(one) for one in corpora} - {str(row.corpus) for row in rows}
+            raise TableError(
+                f"{name}: {scheme} has no row of the corpus {min(missing)!r}, and the others "
+                f"have. {again}"
+            )
+    return list(by_scheme.values())
+
+
+def _layer_group(
+    group: TableGroup, unit: str, legal: Sequence[list[Row]], rows: Sequence[list[Row]]
+) -> tuple[ProblemGroup, list[Option]]:
+    """A fusion group with its options, of all rows those that it may have."""
+    if not legal:
+        raise TableError(
+            f"{group.name}: none of its measured schemes may be chosen"
+            f" ({', '.join(one[0].scheme for one in rows)}). Measure a space that offers one."
+        )
+    to_option = _tensor_option if unit == TENSOR_MSE else _option
+    problem_group = ProblemGroup(
+        name=group.name,
+        layers=tuple(layer.name for layer in group.layers),
+        weights=group.weights,
+        counted=any(one[0].scheme != _UNQUANTIZED for one in legal),
+    )
+    return problem_group, list(map(to_option, legal))
+
+
+def _cache_group(
+    cache: CacheLayer, legal: Sequence[list[Row]]
+) -> tuple[ProblemGroup, list[Option]]:
+    """An attention layer's cache as a group with its options."""
+    options = [
+        replace(_option(one), cache_bits=cache_bits(parse_cache_scheme(one[0].scheme), cache))
+        for one in legal
+    ]
+    group = ProblemGroup(cache.name, (cache.name,), weights=0, counted=False, cached=cache.numbers)
+    return group, options
+
+
+def _option(rows: Sequence[Row]) -> Option:
+    """The option of one scheme, from its row of every corpus."""
+    stderrs = [row.stderr for row in rows if row.stderr is not None]
+    samples = [row.sample_errors for row in rows if row.sample_errors is not None]
+    return Option(
+        rows[0].scheme,
+        bytes=rows[0].bytes,
+        errors=tuple(row.error for row in rows),
+        stderrs=tuple(stderrs) if len(stderrs) == len(rows) else None,
+        sample_errors=tuple(samples) if len(samples) == len(rows) else None,
+    )
+
+
+def _tensor_option(rows: Sequence[Row]) -> Option:
+    error = 0.0 if rows[0].sqnr_db is None else 10 ** (-rows[0].sqnr_db / 10)
+    return Option(rows[0].scheme, bytes=rows[0].bytes, errors=(error,) * len(rows))

@@ -1,0 +1,119 @@
+"""What a recipe is predicted to cost, with its error bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mofq.decision.problem import (
+    FloatArray,
+    IntArray,
+    Problem,
+    standard_error,
+    with_samples,
+)
+
+#: Fewer samples than this in each half, and a choice made on one says nothing.
+_LEAST_IN_HALF = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and its standard error, in the problem's unit (nats per token)."""
+
+    value: float
+    stderr: float | None  #: None: not known
+
+    @property
+    def upper(self) -> float:
+        """Two standard errors above: what a budget in nats is held against."""
+        return math.inf if self.stderr is None else self.value + 2 * self.stderr
+
+
+def estimate(values: Sequence[float] | FloatArray) -> Estimate:
+    """Mean of some values, and its standard error."""
+    stderr = float(standard_error(np.asarray(values)))
+    mean = math.fsum(values) / len(values)
+    return Estimate(mean, stderr if math.isfinite(stderr) else None)
+
+
+def predict(problem: Problem, choice_F: IntArray) -> Estimate:
+    """The error of a recipe on the samples of the table.
+
+    Args:
+        problem: Errors, and samples where the table has them.
+        choice_F: One option of each fusion group.
+
+    Returns:
+        The sum of the errors of its choices; its standard error is that of the sums of
+        each sample, since all groups share their samples. A recipe that was chosen on
+        these very samples looks better here than it is; `crossfit` corrects that.
+    """
+    if problem.sample_errors is None:
+        return Estimate(problem.error_of(choice_F), stderr=None)
+    return _combine(problem, _sample_sums(problem, choice_F))
+
+
+def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Estimate | None:
+    """The error of a recipe that is chosen as ``choose`` does, without the optimism of choosing.
+
+    The samples are cut into a first and a second half (neighbours are alike, and stay
+    together); a recipe is chosen on one half and predicted on the other, and the
+    reverse. An optimum over noisy estimates is partly the luck of its samples,
+    which the other half does not share.
+
+    Args:
+        problem: With sample errors.
+        choose: From a problem with half of the samples to one option of each group,
+            under the budgets of the recipe.
+
+    Returns:
+        The prediction; None where there are no samples, or fewer than four.
+    """
+    if problem.sample_errors is None:
+        return None
+    counts = [e_PN.shape[1] for e_PN in problem.sample_errors]
+    if min(counts) < 2 * _LEAST_IN_HALF:
+        return None
+    halves = [[np.arange(n // 2) for n in counts], [np.arange(n // 2, n) for n in counts]]
+    folds = []
+    for half, other in (halves, halves[::-1]):
+        choice_F = choose(with_samples(problem, half))
+        folds.append(_sample_sums(with_samples(problem, other), choice_F))
+    return _combine(problem, [np.concatenate(pair) for pair in zip(*folds, strict=True)])
+
+
+def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Estimate:
+    """How much more a second recipe costs than a first, sample by sample.
+
+    Args:
+        problem: With sample errors.
+        choice_F: The first.
+        other_F: The second; its groups that choose the same cancel.
+
+    Returns:
+        The mean of the differences, positive where the second is worse.
+    """
+    assert problem.sample_errors is not None
+    return _combine(
+        problem, [(e[other_F] - e[choice_F]).sum(axis=0) for e in problem.sample_errors]
+    )
+
+
+def _sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
+    """For each corpus the error of every sample, [N]."""
+    assert problem.sample_errors is not None
+    return [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
+
+
+def _combine(problem: Problem, samples: Sequence[FloatArray]) -> Estimate:
+    """Over corpora: their mean, or the one with the largest upper end."""
+    each = [estimate(values_N) for values_N in samples]
+    if problem.objective == "worst-corpus":
+        return max(each, key=lambda one: (one.upper, one.value))
+    stderrs = [one.stderr for one in each if one.stderr is not None]
+    stderr = math.hypot(*stderrs) / len(each) if len(stderrs) == len(each) else None
+    return Estimate(math.fsum(one.value for one in each) / len(each), stderr)

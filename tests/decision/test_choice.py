@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from solver_problems import option, problem_of, sampled, sampled_problem
+
+from mofq.decision import Budgets, Option, Problem, choose, predict, solve_exact, usage
+from mofq.decision.prediction import crossfit
+from mofq.decision.problem import IntArray, with_samples
+from mofq.exceptions import BudgetError, MofqError
+
+
+def best_of(problem: Problem) -> IntArray:
+    return solve_exact(problem, Budgets()).choice_F
+
+
+def test_the_prediction_sums_the_samples_before_it_judges_their_spread() -> None:
+    up = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0])
+    down = sampled("int8.channel", 100, [4.0, 3.0, 2.0, 1.0])
+    apart = predict(problem_of([[up], [down]]), np.array([0, 1]))
+    together = predict(problem_of([[up], [up]]), np.array([0, 1]))
+    assert (apart.value, apart.stderr) == (5.0, 0.0)
+    # 2, 4, 6, 8: variance 20/3, over four samples.
+    assert together.value == 5.0
+    assert together.stderr == pytest.approx(math.sqrt(20 / 3 / 4))
+
+
+def test_without_samples_there_is_a_sum_and_no_error_bar() -> None:
+    problem = problem_of([[option("int8.channel", 100, 3.0)]], unit="relative_weight_error")
+    found = predict(problem, np.array([0]))
+    assert (found.value, found.stderr) == (3.0, None)
+    assert crossfit(problem, best_of) is None
+
+
+def test_the_unquantized_scheme_needs_no_samples() -> None:
+    options = [option("bf16", 200, 0.0), sampled("int8.channel", 100, [1.0, 2.0])]
+    found = predict(problem_of([options]), np.array([0]))
+    assert (found.value, found.stderr) == (0.0, 0.0)
+
+
+def test_several_corpora_give_their_mean_or_the_worst() -> None:
+    two = Option(
+        "int8.channel",
+        100,
+        (1.5, 5.0),
+        stderrs=(0.5, 1.0),
+        sample_errors=((1.0, 2.0), (4.0, 6.0)),
+    )
+    mean = predict(problem_of([[two]], corpora=("en", "pt")), np.array([0]))
+    assert (mean.value, mean.stderr) == (3.25, pytest.approx(math.hypot(0.5, 1.0) / 2))
+    problem = problem_of([[two]], corpora=("en", "pt"), objective="worst-corpus")
+    worst = predict(problem, np.array([0]))
+    assert (worst.value, worst.stderr) == (5.0, 1.0)
+
+
+def test_half_of_the_samples_have_their_own_mean() -> None:
+    one = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0])
+    half = with_samples(problem_of([[one]]), [np.array([1, 2])])
+    assert half.error_PC.tolist() == [[2.5]]
+
+
+def noisy_problem(seed: int) -> tuple[Problem, np.ndarray]:
+    """Eight equally good formats for each of 40 groups, told apart by noise alone; the truth."""
+    rng = np.random.default_rng(seed)
+    names = [
+        *("int8.channel", "fp8_e4m3.channel", "int8.g128", "int8.g64"),
+        *("int8.g32", "fp8_e4m3.g128", "fp8_e4m3.g64", "fp8_e4m3.g32"),
+    ]
+    groups = [
+        [sampled(name, 100, rng.gamma(2.0, 0.5, size=16).tolist()) for name in names]
+        for _ in range(40)
+    ]
+    problem = problem_of(groups)
+    return problem, np.ones(len(problem.schemes))
+
+
+def test_cross_fitting_is_nearly_unbiased_where_the_naive_figure_is_optimistic() -> None:
+    naive, honest, stderrs = [], [], []
+    for seed in range(30):
+        problem, truth_P = noisy_problem(seed)
+        choice_F = best_of(problem)
+        truth = truth_P[choice_F].sum()
+        fitted = crossfit(problem, best_of)
+        assert fitted is not None
+        assert fitted.stderr is not None
+        naive.append(predict(problem, choice_F).value / truth)
+        honest.append(fitted.value / truth)
+        stderrs.append(fitted.stderr / truth)
+    # The least of eight means of 16 draws with spread 0.7 is about 1.4 * 0.18 too low.
+    assert np.mean(naive) < 0.8
+    assert np.mean(honest) == pytest.approx(1.0, abs=0.015)
+    # Its error bar is of the size of the scatter over repetitions.
+    assert np.mean(stderrs) == pytest.approx(np.std(honest), rel=0.35)
+
+
+def test_too_few_samples_cannot_be_cross_fitted() -> None:
+    problem = problem_of([[sampled("int8.channel", 100, [1.0, 2.0, 3.0])]])
+    assert crossfit(problem, best_of) is None
+    assert choose(problem, Budgets()).reported == choose(problem, Budgets()).prediction
+
+
+@pytest.mark.parametrize(
+    ("solver", "limits"), [("exact", (3e-5, 3e-4, 1e-3)), ("greedy", (3e-4, 1e-2))]
+)
+def test_an_accuracy_budget_is_kept_by_the_cross_fitted_figure(
+    solver: str, limits: tuple[float, ...]
+) -> None:
+    problem = sampled_problem(0)
+    for limit in limits:
+        found = choose(problem, Budgets(max_kl=limit), solver=solver)
+        assert found.crossfit is not None
+        assert found.reported.upper <= limit
+        assert usage(problem, found.choice_F).bits_per_weight < 16
+
+
+def test_the_recipe_under_an_accuracy_budget_is_hardly_larger_than_it_must_be() -> None:
+    problem = sampled_problem(1, decoder_layers=10)
+    limit = 5e-4
+    found = choose(problem, Budgets(max_kl=limit), ties=False)
+    size = problem.bytes_of(found.choice_F)
+    smaller = choose(problem, Budgets(max_bytes=int(size * 0.998)), ties=False)
+    assert smaller.reported.upper > limit
+    # And a tighter budget takes a larger recipe.
+    tighter = choose(problem, Budgets(max_kl=limit / 2), ties=False)
+    assert problem.bytes_of(tighter.choice_F) > size
+
+
+def test_an_accuracy_budget_beside_one_of_size_is_checked() -> None:
+    problem = sampled_problem(2)
+    at_five = choose(problem, Budgets(max_bits=5.0))
+    upper = at_five.reported.upper
+    both = choose(problem, Budgets(max_bits=5.0, max_kl=upper * 1.01))
+    assert both.choice_F.tolist() == at_five.choice_F.tolist()
+    with pytest.raises(BudgetError, match="the least under the other budgets is"):
+        choose(problem, Budgets(max_bits=5.0, max_kl=upper * 0.99))
+
+
+def test_an_accuracy_budget_that_no_recipe_meets_names_the_least() -> None:
+    problem = problem_of([[sampled("int8.channel", 100, [1.0, 2.0, 1.0, 2.0])]])
+    with pytest.raises(BudgetError, match=r"max_kl: asked for 1 nats.*smallest possible is 2\.077"):
+        choose(problem, Budgets(max_kl=1.0))
+    with pytest.raises(BudgetError, match="says nothing about nats"):
+        choose(replace(problem, unit="output_mse"), Budgets(max_kl=1.0))
+
+
+def test_ties_can_be_switched_off() -> None:
+    problem = sampled_problem(3, samples=8)
+    without = choose(problem, Budgets(max_bits=5.0), ties=False)
+    assert without.ties is None
+    assert without.choice_F.tolist() == without.solution.choice_F.tolist()
+    with_ties = choose(problem, Budgets(max_bits=5.0))
+    assert with_ties.ties is not None
+    assert with_ties.solution.choice_F.tolist() == without.choice_F.tolist()
+
+
+def test_an_unknown_solver_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(MofqError, match="Did you mean 'greedy'"):
+        choose(sampled_problem(0), Budgets(), solver="gredy")
