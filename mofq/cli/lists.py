@@ -9,7 +9,8 @@ from pathlib import Path
 from mofq.cli.checks import check_output
 from mofq.cli.terminal import note, print_json, print_table
 from mofq.decision.recipe import check_recipe, write_recipe
-from mofq.engines import ENGINES, Rule
+from mofq.engines import ENGINES
+from mofq.engines.rules import readable
 from mofq.evidence.spaces import find_search_spaces, load_search_space
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -66,25 +67,13 @@ def run_engines(*, as_json: bool) -> None:
             "" if capability is None else f", compute capability {capability[0]}.{capability[1]}"
         )
         rows = [
-            [_readable(rule), rule.kernel or f"refused: {rule.refused}", rule.source]
+            [readable(rule), rule.kernel or f"refused: {rule.refused}", rule.source]
             for rule in engine.applicable_rules
         ]
-        rows += [[readable(one.schemes), one.how, one.source] for one in engine.applicable_caches]
+        rows += [[readable(one), one.how, one.source] for one in engine.applicable_caches]
         title = f"{name} {engine.version}{where}, reads {engine.reads}"
         print_table(title, ["schemes", "kernel", "source"], rows)
     note("Where devices share every layer, NAME:tp=4 checks what one of them holds.")
-
-
-def _readable(rule: Rule) -> str:
-    """A rule's regular expression with the signs left out that only a parser needs."""
-    plain = readable(rule.schemes)
-    return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
-
-
-def readable(schemes: str) -> str:
-    """A regular expression as people write it."""
-    plain = schemes.replace(r"\d+", "N").replace(".*", "…").replace("[a-z0-9]+", "…")
-    return plain.replace("\\", "")
 
 
 def run_uniform(

@@ -97,6 +97,7 @@ class Engine:
     devices: int = 1  #: that share every layer
     serve: str = ""  #: command before an exported folder; empty: mofq writes it none
     devices_flag: str = ""  #: of that command, before the number of devices
+    paths: str = ""  #: what short paths in the rules' sources stand for, and what was run
 
     @property
     def title(self) -> str:
@@ -113,6 +114,17 @@ class Engine:
     def applicable_caches(self) -> tuple[CacheRule, ...]:
         """The rules for formats of the KV cache that hold on this hardware, in order."""
         return tuple(rule for rule in self.caches if rule.holds_on(self.capability))
+
+
+def readable(rule: Rule | CacheRule) -> str:
+    """What a rule is for, as people write it: ``N`` is a number, ``…`` anything."""
+    words = {r"\d+": "N", r"\d": "N", ".*": "…", "[a-z0-9]+": "…", "\\": ""}
+    text = rule.schemes
+    for regular, plain in words.items():
+        text = text.replace(regular, plain)
+    if isinstance(rule, Rule) and rule.layers != "any":
+        text += f" ({rule.layers})"
+    return text
 
 
 def format_name(scheme: Scheme) -> str:

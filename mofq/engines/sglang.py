@@ -1,7 +1,4 @@
-"""SGLang 0.5.23 on NVIDIA GPUs, through compressed-tensors checkpoints: read, not run.
-
-Lines are of ``sglang/srt/layers/quantization/``; ``ct`` is ``compressed_tensors/``.
-"""
+"""SGLang 0.5.23 on NVIDIA GPUs, through compressed-tensors checkpoints: read, not run."""
 
 from __future__ import annotations
 
@@ -142,4 +139,6 @@ SGLANG = Engine(
     rules=_RULES,
     serve="python -m sglang.launch_server --model-path",
     devices_flag="--tp",
+    paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. Read, "
+    "not run.",
 )

@@ -62,4 +62,6 @@ _RULES: tuple[Rule, ...] = (
     ),
 )
 
-TENSORRT_LLM = Engine("tensorrt-llm", "1.2.0", reads="modelopt", rules=_RULES)
+TENSORRT_LLM = Engine(
+    "tensorrt-llm", "1.2.0", reads="modelopt", rules=_RULES, paths="Read, not run."
+)

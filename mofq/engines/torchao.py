@@ -1,12 +1,12 @@
 """TorchAO's tensors and kernels, version 0.18.0: what the backend ``torchao`` builds.
 
 The first word of a rule's kernel is the tensor class that ``mofq.delivery.apply.torchao``
-makes from measured codes and scales. ``w`` is ``quantization/quantize_/workflows/``, ``mx`` is
-``prototype/mx_formats/``. CPU rules were run; GPU rules were read. TorchAO concatenates
-nothing: sizes are of each layer.
+makes from measured codes and scales. TorchAO concatenates nothing: sizes are of each layer.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from mofq.engines.rules import Engine, Rule
 
@@ -165,5 +165,13 @@ _GPU_RULES: tuple[Rule, ...] = (
     _MX_WEIGHTS,
 )
 
-TORCHAO_CPU = Engine("torchao-cpu", "0.18.0", reads="torchao", rules=_CPU_RULES, can_cut=False)
-TORCHAO_GPU = Engine("torchao", "0.18.0", reads="torchao", rules=_GPU_RULES, can_cut=False)
+TORCHAO_GPU = Engine(
+    "torchao",
+    "0.18.0",
+    reads="torchao",
+    rules=_GPU_RULES,
+    can_cut=False,
+    paths="Paths are below `torchao/`; `w` is `quantization/quantize_/workflows/`, `mx` is "
+    "`prototype/mx_formats/`. CPU: run; GPUs: read, not run.",
+)
+TORCHAO_CPU = replace(TORCHAO_GPU, name="torchao-cpu", rules=_CPU_RULES)

@@ -63,4 +63,5 @@ TRANSFORMERS = Engine(
     # It has no server of its own for a folder: vLLM's is what an export's card names.
     serve="vllm serve",
     can_cut=False,
+    paths="`run` marks what was run.",
 )

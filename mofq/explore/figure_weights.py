@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.evidence.table import Extent, Profile, Table
+from mofq.evidence.table import Extent, Profile
 from mofq.exceptions import MofqError
+from mofq.explore.drawing import Drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _Layers = Mapping[int, Extent]
 
 
-def draw_weights(figure: Figure, table: Table) -> None:
+def draw_weights(figure: Figure, drawing: Drawing) -> None:
     """Largest magnitude of every input channel over the layer's median one.
 
     One panel for each module, a row for each decoder layer: weights on the left; the inputs of
@@ -27,6 +28,7 @@ def draw_weights(figure: Figure, table: Table) -> None:
     Raises:
         MofqError: The table has no profiles.
     """
+    table = drawing.table
     if not table.profiles:
         raise MofqError(
             "the table says nothing of the size of weights: it is of an earlier mofq. Measure "

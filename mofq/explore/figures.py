@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mofq.decision import KL_UNIT, Budgets, Problem
+from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import FloatArray
 from mofq.exceptions import MofqError, nearest_name
-from mofq.explore.content import element_name, map_places, scheme_order
-from mofq.explore.figure_inputs import FigureInputs
+from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights
-from mofq.explore.frontier import frontier_recipes
-from mofq.explore.named_points import (
-    NamedPoint,
-    greedy_points,
-    uniform_points,
-)
+from mofq.explore.frontier_recipes import FrontierRecipe, frontier_recipes
+from mofq.explore.page_data import element_name, map_places, scheme_order
+from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
 from mofq.files.documents import write_beside_and_rename
 
 if TYPE_CHECKING:
@@ -47,12 +43,12 @@ _STYLE: Any = {  # names that only matplotlib knows
 }
 
 
-def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
+def draw_figure(kind: str, drawing: Drawing, *, path: Path) -> None:
     """Draw one figure; the same inputs give the same bytes.
 
     Args:
         kind: A key of `FIGURES`.
-        inputs: From `mofq.explore.figure_inputs`.
+        drawing: From `read_drawing`.
         path: Ends in ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
@@ -73,52 +69,69 @@ def draw_figure(kind: str, inputs: FigureInputs, *, path: Path) -> None:
     # A seed of our own for the names in an SVG: the same figure, the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "mofq", **_STYLE}):
         figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
-        FIGURES[kind](figure, inputs)
+        FIGURES[kind](figure, drawing)
         metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
         image = BytesIO()
         figure.savefig(image, format=path.suffix[1:], metadata=metadata)
     write_beside_and_rename(path, image.getvalue())
 
 
-def _frontier(figure: Figure, inputs: FigureInputs) -> None:
+def _frontier(figure: Figure, drawing: Drawing) -> None:
     """Error against size: the frontier, uniform schemes, greedy and other recipes, measurements."""
     from matplotlib.ticker import FuncFormatter
 
     axes = figure.subplots()
-    points = frontier_recipes(inputs.table, inputs.problem, request=inputs.request, most=_POINTS)
-    key = "kl_nats_per_token" if inputs.problem.unit == KL_UNIT else "error"
-    choices = [inputs.problem.choice_of(point.recipe.scheme_of_group) for point in points]
-    at_K = np.array([inputs.place(axis_value(inputs.problem, one)) for one in choices])
-    value_K, stderr_K = _results(points, key), _results(points, "kl_stderr")
+    problem = drawing.problem
+    points = frontier_recipes(drawing, most=_POINTS)
+    at_K = np.array([_place(problem, axis_value(problem, one.choice_F)) for one in points])
+    value_K = _results(points, "kl_nats_per_token" if problem.unit == KL_UNIT else "error")
     axes.plot(at_K, value_K, color="#0b62d6", label="frontier, predicted")
-    if inputs.problem.unit == KL_UNIT:
+    if problem.unit == KL_UNIT:
+        stderr_K = _results(points, "kl_stderr")
         low_K, high_K = value_K - 2 * stderr_K, value_K + 2 * stderr_K
         axes.fill_between(at_K, low_K, high_K, color="#0b62d6", alpha=0.18, lw=0)
     uniforms = [
         one
-        for one in uniform_points(inputs.table, inputs.problem, inputs.request)
+        for one in uniform_points(drawing.table, problem, drawing.request)
         if one.label != "bf16"
     ]
-    greedy = greedy_points(
-        inputs.problem, uniforms, Budgets(max_kv_bits=inputs.request.budgets.max_kv_bits)
+    greedy = greedy_points(problem, uniforms, drawing.other_budgets)
+    names = _measurements(axes, drawing)
+    names += _mark(
+        axes, problem, drawing.recipes, style=("^", "#b3420a"), label="recipe, predicted"
     )
-    named = _measurements(axes, inputs)
-    named += _mark(axes, inputs, inputs.recipes, style=("^", "#b3420a"), label="recipe, predicted")
     plain = _mark(
-        axes, inputs, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer"
+        axes, problem, uniforms, style=("D", "#1c1c1e"), label="one scheme for every layer"
     )
     # Drawn over the uniform ones, and named before them.
-    named += _mark(axes, inputs, greedy, style=("s", "#7a3fb8"), label="greedy, predicted") + plain
+    names += _mark(axes, problem, greedy, style=("s", "#7a3fb8"), label="greedy, predicted") + plain
     axes.set_yscale("log")
     if uniforms:
-        most = max(inputs.place(one.at or 0.0) for one in uniforms)
-        margin = 0.02 * (most - min(at_K)) if inputs.problem.kv_tokens else 0.15
+        most = max(_place(problem, one.at or 0.0) for one in uniforms)
+        margin = 0.02 * (most - min(at_K)) if problem.kv_tokens else 0.15
         _limit(axes, at_K, value_K, most, margin)
-    _write_names(axes, named)
+    _write_names(axes, names)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(xlabel=inputs.axis, ylabel=inputs.quantity)
-    axes.set_title(inputs.table.header.model_name, parse_math=False)
+    axes.set(xlabel=_axis(problem), ylabel=_quantity(problem))
+    axes.set_title(drawing.table.header.model_name, parse_math=False)
     axes.legend(frameon=False)
+
+
+def _quantity(problem: Problem) -> str:
+    """Of the errors, with their unit."""
+    return "KL [nats per token]" if problem.unit == KL_UNIT else problem.unit.replace("_", " ")
+
+
+def _axis(problem: Problem) -> str:
+    """Of the frontier, with its unit."""
+    if problem.kv_tokens:
+        return f"checkpoint and KV cache of {problem.kv_tokens:,} tokens [MB]"
+    return "true bits per weight"
+
+
+def _place(problem: Problem, at: float) -> float:
+    """A place on the axis in its unit."""
+    return at / 1e6 if problem.kv_tokens else at
 
 
 def _limit(axes: Axes, at_K: FloatArray, value_K: FloatArray, most: float, margin: float) -> None:
@@ -129,13 +142,14 @@ def _limit(axes: Axes, at_K: FloatArray, value_K: FloatArray, most: float, margi
     axes.set_ylim(bottom=0.7 * min(visible))
 
 
-def _results(points: Sequence[Any], key: str) -> np.ndarray:
+def _results(points: Sequence[FrontierRecipe], key: str) -> np.ndarray:
     values = [point.recipe.result.get(key) for point in points]
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 
-def _measurements(axes: Axes, inputs: FigureInputs) -> list[_Name]:
-    drawn = [(inputs.place(one.at), one) for one in inputs.measured if one.at is not None]
+def _measurements(axes: Axes, drawing: Drawing) -> list[_Name]:
+    problem = drawing.problem
+    drawn = [(_place(problem, one.at), one) for one in drawing.measured if one.at is not None]
     for number, (at, one) in enumerate(drawn):
         axes.errorbar(
             at,
@@ -151,20 +165,21 @@ def _measurements(axes: Axes, inputs: FigureInputs) -> list[_Name]:
 
 def _mark(
     axes: Axes,
-    inputs: FigureInputs,
-    points: Sequence[NamedPoint],
+    problem: Problem,
+    points: Sequence[ReferencePoint],
     *,
     style: tuple[str, str],
     label: str,
 ) -> list[_Name]:
     marker, colour = style
-    names: list[_Name] = []
-    for one in points:
-        if one.value is not None and one.at is not None:
-            names.append((one.label, inputs.place(one.at), one.value, colour))
-    bits, values = [name[1] for name in names], [name[2] for name in names]
+    names = [
+        (one.label, _place(problem, one.at), one.value, colour)
+        for one in points
+        if one.value is not None and one.at is not None
+    ]
     if names:
-        axes.plot(bits, values, marker, color=colour, ms=4, label=label)
+        _, at, values, _ = zip(*names, strict=True)
+        axes.plot(at, values, marker, color=colour, ms=4, label=label)
     return names
 
 
@@ -188,21 +203,21 @@ def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
         )
 
 
-def _map(figure: Figure, inputs: FigureInputs) -> None:
+def _map(figure: Figure, drawing: Drawing) -> None:
     """Decoder layer by module, one panel for each recipe, coloured by scheme."""
-    if not inputs.recipes:
+    if not drawing.recipes:
         raise MofqError("a map shows recipes; name one after the table.")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    places = [(layer or 0, module) for layer, module in _places(inputs)]
+    places = [(layer or 0, module) for layer, module in _places(drawing)]
     modules = list(dict.fromkeys(module for _, module in places))
     layers = sorted({layer for layer, _ in places})
-    order = scheme_order(inputs.problem, inputs.recipes)
+    order = scheme_order(drawing.problem, drawing.recipes)
     colours = _colours(order)
-    figure.set_size_inches(7.2, (0.32 * len(modules) + 0.6) * len(inputs.recipes) + 0.7)
-    rows = figure.subplots(len(inputs.recipes), squeeze=False)
-    for axes, recipe in zip(rows[:, 0], inputs.recipes, strict=True):
+    figure.set_size_inches(7.2, (0.32 * len(modules) + 0.6) * len(drawing.recipes) + 0.7)
+    rows = figure.subplots(len(drawing.recipes), squeeze=False)
+    for axes, recipe in zip(rows[:, 0], drawing.recipes, strict=True):
         picture = np.full((len(modules), len(layers)), np.nan)
         for (layer, module), scheme in zip(places, recipe.schemes, strict=False):
             picture[modules.index(module), layers.index(layer)] = order.index(scheme)
@@ -222,7 +237,7 @@ def _map(figure: Figure, inputs: FigureInputs) -> None:
         bits = "" if recipe.bits_per_weight is None else f", {recipe.bits_per_weight:.3f} bits"
         axes.set_title(f"{recipe.label}{bits}", fontsize=9, loc="left", parse_math=False)
     rows[-1, 0].set_xlabel("decoder layer")
-    used = [name for name in order if any(name in recipe.schemes for recipe in inputs.recipes)]
+    used = [name for name in order if any(name in recipe.schemes for recipe in drawing.recipes)]
     patches = [Patch(color=colours[order.index(name)], label=name) for name in used]
     columns = 4 if max(map(len, used)) <= _LONG_NAME else 2
     figure.legend(
@@ -230,11 +245,11 @@ def _map(figure: Figure, inputs: FigureInputs) -> None:
     )
 
 
-def _places(inputs: FigureInputs) -> list[tuple[int | None, str]]:
+def _places(drawing: Drawing) -> list[tuple[int | None, str]]:
     """The groups of the map; caches, which come last, where a recipe quantizes any."""
-    places = map_places(inputs.table, inputs.problem)
-    layers = len(inputs.table.header.groups)
-    quantized = any(set(recipe.schemes[layers:]) - {"bf16"} for recipe in inputs.recipes)
+    places = map_places(drawing.table, drawing.problem)
+    layers = len(drawing.table.header.groups)
+    quantized = any(set(recipe.schemes[layers:]) - {"bf16"} for recipe in drawing.recipes)
     return places if quantized else places[:layers]
 
 
@@ -254,14 +269,14 @@ def _colours(schemes: Sequence[str]) -> list[tuple[float, float, float]]:
     return colours
 
 
-def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
+def _sensitivity(figure: Figure, drawing: Drawing) -> None:
     """The error that each scheme makes in each decoder layer, summed over its fusion groups.
 
     Of many schemes the best of each element format stands for the others.
     """
     axes = figure.subplots()
-    problem = inputs.problem
-    places = [layer or 0 for layer, _ in map_places(inputs.table, problem)]
+    problem = drawing.problem
+    places = [layer or 0 for layer, _ in map_places(drawing.table, problem)]
     layers = sorted(set(places))
     order = [name for name in scheme_order(problem, ()) if name != "bf16"]
     cost_P = problem.cost_PK.max(axis=1)
@@ -276,8 +291,8 @@ def _sensitivity(figure: Figure, inputs: FigureInputs) -> None:
         drawn = [layer for layer in layers if total.get(layer, 0.0) > 0]
         axes.plot(drawn, [total[n] for n in drawn], "-o", ms=2.5, lw=1.2, color=colour, label=name)
     axes.set_yscale("log")
-    axes.set(xlabel="decoder layer", ylabel=inputs.quantity)
-    axes.set_title(inputs.table.header.model_name, parse_math=False)
+    axes.set(xlabel="decoder layer", ylabel=_quantity(drawing.problem))
+    axes.set_title(drawing.table.header.model_name, parse_math=False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7)
 
 
@@ -292,9 +307,9 @@ def _best_of_each_element(problem: Problem, cost_P: FloatArray, names: list[str]
     return [min(some, key=lambda name: float(mean[name])) for some in by_element.values()]
 
 
-def _prediction(figure: Figure, inputs: FigureInputs) -> None:
+def _prediction(figure: Figure, drawing: Drawing) -> None:
     """Measured against predicted."""
-    known = [one for one in inputs.measured if one.predicted is not None]
+    known = [one for one in drawing.measured if one.predicted is not None]
     if not known:
         raise MofqError("a figure of predictions needs --validation files that have one.")
     figure.set_size_inches(4.6, 4.4)
@@ -318,12 +333,7 @@ def _prediction(figure: Figure, inputs: FigureInputs) -> None:
     _write_names(
         axes, [(p.label, p.predicted or 0.0, p.kl_nats_per_token, "#1c1c1e") for p in known]
     )
-    axes.set_title(inputs.table.header.model_name, parse_math=False)
-
-
-def _weights(figure: Figure, inputs: FigureInputs) -> None:
-    """How large weights and inputs are, by decoder layer and input channel."""
-    draw_weights(figure, inputs.table)
+    axes.set_title(drawing.table.header.model_name, parse_math=False)
 
 
 FIGURES = {
@@ -331,5 +341,5 @@ FIGURES = {
     "map": _map,
     "sensitivity": _sensitivity,
     "prediction": _prediction,
-    "weights": _weights,
+    "weights": draw_weights,
 }

@@ -14,7 +14,7 @@ import typer
 
 from mofq.cli.app import app
 from mofq.engines import ENGINES
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import CacheRule, Engine, Rule, readable
 from mofq.evidence.spaces import find_search_spaces, load_search_space
 from mofq.numbers.formats import (
     ELEMENT_FORMATS,
@@ -142,42 +142,57 @@ def _more_bits(whole: int, shared: int) -> str:
 
 def engine_page() -> str:
     """What each engine serves, and where that is known from."""
-    sections = []
+    families: dict[str, list[Engine]] = {}
     for name, engine in ENGINES.items():
-        rows = [
-            [f"`{_readable(rule)}`", rule.kernel or f"refused: {rule.refused}", rule.source]
-            for rule in engine.applicable_rules
-        ]
-        rows += [
-            [f"`{_plain(one.schemes)}`", one.how, one.source] for one in engine.applicable_caches
-        ]
-        sections.append(
-            f"## {name}\n\n{_about(engine)}\n\n{table(['schemes', 'kernel', 'source'], rows)}"
-        )
+        chip = name.rpartition("-")[2] if "-" in name else ""
+        families.setdefault(name.removesuffix(f"-{chip}"), []).append(engine)
     first = (
-        "Rules are tried from top to bottom, and the first that fits a scheme and a kind of layer "
-        "holds; a scheme that none fits is refused. `mofq inspect MODEL --engine NAME` tells what "
-        "that means for a model. `N` is a number, `…` anything. `NAME:tp=4` is the engine on 4 "
-        "devices that share every layer ([what that refuses](../deploy.md#several-devices))."
+        "An engine is named after the chip that it runs on: `vllm-hopper`. Rules are tried from "
+        "top to bottom, and the first that fits a scheme, a kind of layer and the chip holds; a "
+        "scheme that none fits is refused. ✓ is served, ✗ refused; an empty cell says that the "
+        "rule is for other chips. `N` is a number, `…` anything. `mofq inspect MODEL --engine "
+        "NAME` tells what that means for a model. `NAME:tp=4` is the engine on 4 devices that "
+        "share every layer ([what that refuses](../deploy.md#several-devices))."
     )
+    sections = [_engine_section(name, engines) for name, engines in families.items()]
     return f"{_MADE}# Engines\n\n{first}\n\n" + "\n".join(sections)
 
 
-def _about(engine: Engine) -> str:
-    where = ""
-    if engine.capability is not None:
-        where = f" on compute capability {engine.capability[0]}.{engine.capability[1]}"
-    return f"Version {engine.version}{where}; loads what `mofq export --to {engine.reads}` writes."
+def _engine_section(name: str, engines: Sequence[Engine]) -> str:
+    """One engine on several chips, which are the columns of its table."""
+    one = engines[0]
+    chips = [engine.name.removeprefix(name).removeprefix("-") or "served" for engine in engines]
+    capabilities = ", ".join(
+        f"{engine.capability[0]}.{engine.capability[1]} ({chip})"
+        for engine, chip in zip(engines, chips, strict=True)
+        if engine.capability is not None
+    )
+    about = f"Version {one.version}; loads what `mofq export --to {one.reads}` writes."
+    if capabilities:
+        about += f" Compute capability: {capabilities}."
+    rows = []
+    held = [{*engine.applicable_rules, *engine.applicable_caches} for engine in engines]
+    for rule in _merged([(*engine.rules, *engine.caches) for engine in engines]):
+        mark = "✗" if rule.refused else "✓"
+        marks = [mark if rule in rules else "" for rules in held]
+        how = rule.refused or (rule.kernel if isinstance(rule, Rule) else rule.how)
+        # The version stands above the table.
+        source = re.sub(rf"(?<!\S)[\w-]+ {re.escape(one.version)} ", "", rule.source)
+        rows.append([f"`{readable(rule)}`", *marks, how, source])
+    columns = ["schemes", *chips, "kernel, or why refused", "source"]
+    return f"## {name}\n\n{about} {one.paths}\n\n{table(columns, rows)}"
 
 
-def _readable(rule: Rule) -> str:
-    plain = _plain(rule.schemes)
-    return plain if rule.layers == "any" else f"{plain} ({rule.layers})"
-
-
-def _plain(schemes: str) -> str:
-    plain = re.sub(r"\\d\+", "N", schemes).replace("[a-z0-9]+", "…").replace(".*", "…")
-    return plain.replace("\\", "")
+def _merged(lists: Sequence[Sequence[Rule | CacheRule]]) -> list[Rule | CacheRule]:
+    """The rules of all lists, each once, in an order that keeps that of every list."""
+    merged: list[Rule | CacheRule] = []
+    for rules in lists:
+        place = 0
+        for rule in rules:
+            if rule not in merged:
+                merged.insert(place, rule)
+            place = merged.index(rule) + 1
+    return merged
 
 
 def space_page() -> str:

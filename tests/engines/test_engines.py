@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from mofq.engines import (
     matching_rule,
     serving_environment,
 )
+from mofq.engines.rules import readable
 from mofq.exceptions import EngineError
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.numbers.schemes import parse_scheme
@@ -244,9 +247,25 @@ def test_every_rule_is_sourced_and_either_served_or_refused(name: str) -> None:
         assert bool(rule.kernel) != bool(rule.refused), rule
 
 
-def test_every_refusal_suggests_schemes_that_exist() -> None:
-    import re
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_the_reference_has_the_rules_of_every_engine_in_their_order(name: str) -> None:
+    pages = Path(__file__).parent.parent.parent / "docs/reference/engines.md"
+    sections = re.split(r"\n## ", pages.read_text("utf-8"))[1:]
+    [section] = [one for one in sections if re.match(rf"{one.split()[0]}(-\w+)?$", name)]
+    cells = [
+        re.split(r" (?<!\\)\| ", line[2:-2]) for line in section.splitlines() if line[:1] == "|"
+    ]
+    columns, _, *rows = cells
+    chip = name.removeprefix(section.split()[0]).removeprefix("-") or "served"
+    engine, column = ENGINES[name], columns.index(chip)
+    held = [(row[0].strip("`").replace("\\|", "|"), row[column]) for row in rows if row[column]]
+    assert held == [
+        (readable(rule), "✗" if rule.refused else "✓")
+        for rule in (*engine.applicable_rules, *engine.applicable_caches)
+    ]
 
+
+def test_every_refusal_suggests_schemes_that_exist() -> None:
     named = re.compile(r"\b(?:int\d|fp8_e4m3)\.[\w.+-]*[\w]|\bnvfp4\b|\bmxfp[48](?:\+mxfp[48])?\b")
     for engine in ENGINES.values():
         for rule in engine.rules:

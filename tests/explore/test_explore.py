@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from explore_pages import data_of, recipe_texts
 from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
 from typer.testing import CliRunner
 
@@ -21,14 +22,12 @@ from mofq.decision import Budgets, Request, decide, problem_from_table, solve_fr
 from mofq.decision.recipe import write_recipe
 from mofq.evidence.table import Extent, Profile, Table, read_table
 from mofq.exceptions import MofqError, RecipeError
-from mofq.explore.content import page_content
-from mofq.explore.document import page_html, write_page
-from mofq.explore.frontier import spaced_points
-from mofq.explore.profiles import group_profiles_content
-from mofq.explore.recipe_parts import join_recipe
+from mofq.explore.channel_profiles import profile_data
+from mofq.explore.frontier_recipes import spaced_points
+from mofq.explore.html_page import page_html, write_page
 
 HOSTILE = "<script>alert(1)</script>."
-HOSTILE_MODEL = '<img src=x onerror=alert(1)>&"{{script}} {{content}}'
+HOSTILE_MODEL = '<img src=x onerror=alert(1)>&"{{script}} {{data}}'
 _FORBIDDEN = re.compile(r"https?:|//[a-z]|@import|url\(", re.IGNORECASE)
 
 
@@ -73,28 +72,21 @@ def table(path: Path) -> Table:
 
 
 @pytest.fixture(scope="module")
-def content(table: Table, path: Path) -> dict[str, Any]:
-    return page_content(table, path)
+def data(table: Table, path: Path) -> dict[str, Any]:
+    return data_of(table, path)
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("hostile") / "a b<b>.jsonl"
     write_explore_table(path, decoder_layers=1, prefix=HOSTILE, model=HOSTILE_MODEL)
-    return page_content(read_table(path), path)
-
-
-def texts_of(content: dict[str, Any]) -> list[str]:
-    return [
-        join_recipe(content["recipe"], number, choice=point["choice"])
-        for number, point in enumerate(content["points"])
-    ]
+    return data_of(read_table(path), path)
 
 
 def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
-    content: dict[str, Any], tmp_path: Path
+    data: dict[str, Any], tmp_path: Path
 ) -> None:
-    for point, text in list(zip(content["points"], texts_of(content), strict=True))[::5]:
+    for point, text in list(zip(data["points"], recipe_texts(data), strict=True))[::5]:
         output = tmp_path / "recipe.yaml"
         command = shlex.split(point["command"])
         assert command[0] == "mofq"
@@ -105,26 +97,26 @@ def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
 
 
 def test_the_bits_of_a_command_are_the_size_of_its_recipe_to_the_last_digit(
-    content: dict[str, Any], table: Table
+    data: dict[str, Any], table: Table
 ) -> None:
-    for point in content["points"]:
+    for point in data["points"]:
         command = shlex.split(point["command"])
         bits = float(command[command.index("--max-bits") + 1])
         assert bits == 8 * point["bytes"] / table.header.weights == point["bits_per_weight"]
 
 
-def test_recipes_with_static_activations_are_put_together_too(content: dict[str, Any]) -> None:
-    assert any("static_amax:" in text for text in texts_of(content))
-    assert any(STATIC in text for text in texts_of(content))
+def test_recipes_with_static_activations_are_put_together_too(data: dict[str, Any]) -> None:
+    assert any("static_amax:" in text for text in recipe_texts(data))
+    assert any(STATIC in text for text in recipe_texts(data))
 
 
 def test_points_grow_in_size_and_each_is_the_optimum_of_its_size(
-    content: dict[str, Any], table: Table
+    data: dict[str, Any], table: Table
 ) -> None:
-    sizes = [point["bytes"] for point in content["points"]]
+    sizes = [point["bytes"] for point in data["points"]]
     assert sizes == sorted(set(sizes))
     assert len(sizes) > 10
-    for point in content["points"][::7]:
+    for point in data["points"][::7]:
         request = Request(Budgets(max_bits=point["bits_per_weight"]), ties=False)
         assert decide(table, request).recipe.result["error"] == point["error"]
 
@@ -137,41 +129,41 @@ def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
     assert list(points) == sorted(set(points))
 
 
-def test_the_page_holds_all_groups_options_and_uniform_schemes(content: dict[str, Any]) -> None:
-    assert len(content["groups"]) == 12
-    assert all(len(group["options"]) == len(SCHEMES) for group in content["groups"])
-    uniforms = [one["label"] for one in content["named"] if one["kind"] == "uniform"]
+def test_the_page_holds_all_groups_options_and_uniform_schemes(data: dict[str, Any]) -> None:
+    assert len(data["groups"]) == 12
+    assert all(len(group["options"]) == len(SCHEMES) for group in data["groups"])
+    uniforms = [one["label"] for one in data["references"] if one["kind"] == "uniform"]
     assert set(uniforms) == set(SCHEMES)
-    assert content["groups"][5]["module"] == "attn.o"
-    assert content["groups"][5]["decoder_layer"] == 1
-    assert content["groups"][5]["rejected"] == [["int4.g512", "256 is not divisible by 512"]]
-    assert content["schemes"][-1] == {
+    assert data["groups"][5]["module"] == "attn.o"
+    assert data["groups"][5]["decoder_layer"] == 1
+    assert data["groups"][5]["rejected"] == [["int4.g512", "256 is not divisible by 512"]]
+    assert data["schemes"][-1] == {
         "name": "bf16",
         "element": "bf16",
         "number": None,
         "weight": None,
         "activation": None,
     }
-    numbers = {one["name"]: (one["number"], one["weight"]) for one in content["schemes"]}
+    numbers = {one["name"]: (one["number"], one["weight"]) for one in data["schemes"]}
     assert numbers["fp4_e2m1.g32"] == ("FP", "g32")
     assert numbers["int8.channel"] == ("INT", "channel")
 
 
 def test_what_greedy_chooses_at_the_size_of_a_uniform_scheme_is_a_point(
-    content: dict[str, Any], table: Table
+    data: dict[str, Any], table: Table
 ) -> None:
-    [greedy] = [one for one in content["named"] if one["kind"] == "greedy"]
+    [greedy] = [one for one in data["references"] if one["kind"] == "greedy"]
     recipe = decide(table, Request(Budgets(max_bits=4.5), solver="greedy", ties=False)).recipe
-    names = [content["schemes"][scheme]["name"] for scheme in greedy["schemes"]]
+    names = [data["schemes"][scheme]["name"] for scheme in greedy["schemes"]]
     assert names == [group.scheme for group in recipe.groups]
     assert greedy["bits_per_weight"] == recipe.bits_per_weight == 4.5
     assert greedy["label"] == "greedy, 4.50 bits"
 
 
 def test_profiles_are_in_the_page_to_one_step_of_their_scale(
-    content: dict[str, Any], table: Table
+    data: dict[str, Any], table: Table
 ) -> None:
-    for group in content["groups"]:
+    for group in data["groups"]:
         profiles = [one for one in table.profiles if one.group == group["name"]]
         assert [layer[0] for layer in group["profile"]["layers"]] == [
             one.module for one in profiles
@@ -191,8 +183,8 @@ def magnitudes(extent: dict[str, Any], name: str) -> list[float]:
     return [extent["least"] * ratio ** (step / 255) for step in base64.b64decode(extent[name])]
 
 
-def test_a_wall_is_a_channel_far_above_the_typical_one(content: dict[str, Any]) -> None:
-    walls = {g["name"]: g["profile"]["layers"][0][2]["wall"] for g in content["groups"]}
+def test_a_wall_is_a_channel_far_above_the_typical_one(data: dict[str, Any]) -> None:
+    walls = {g["name"]: g["profile"]["layers"][0][2]["wall"] for g in data["groups"]}
     assert walls["layers.0.attn.qkv"] == pytest.approx(WALL_HEIGHT, rel=0.3)
     assert max(wall for name, wall in walls.items() if name != "layers.0.attn.qkv") < 2
 
@@ -205,34 +197,34 @@ def test_layers_that_read_the_same_inputs_share_them_in_the_page() -> None:
         Profile("g", "k", 2, other, {"en": other}),
         Profile("g", "o", 2, other, {"en": one}),
     ]
-    found = group_profiles_content(profiles)
+    found = profile_data(profiles)
     assert [layer[3] for layer in found["layers"]] == [0, 0, 1]
     assert len(found["inputs"]) == 2
     zeros = Extent((0.0,), (0.0,), {})
-    [[_, _, extent, _]] = group_profiles_content([Profile("g", "q", 1, zeros, {})])["layers"]
+    [[_, _, extent, _]] = profile_data([Profile("g", "q", 1, zeros, {})])["layers"]
     assert (extent["most"], extent["wall"]) == (0.0, 1.0)
 
 
 def test_several_corpora_say_what_each_alone_would_choose(tmp_path: Path) -> None:
     path = write_explore_table(tmp_path / "t.jsonl", decoder_layers=1, corpora=("en", "pt"))
-    content = page_content(read_table(path), path)
-    assert set(content["corpus_best"]) == {"en", "pt"}
+    data = data_of(read_table(path), path)
+    assert set(data["corpus_best"]) == {"en", "pt"}
 
     def error(choice: list[int], corpus: int) -> float:
-        pairs = zip(choice, content["groups"], strict=True)
+        pairs = zip(choice, data["groups"], strict=True)
         return sum(group["options"][option][2][corpus] for option, group in pairs)
 
     better = 0
     for name, corpus in (("en", 0), ("pt", 1)):
-        for best, point in zip(content["corpus_best"][name], content["points"], strict=True):
+        for best, point in zip(data["corpus_best"][name], data["points"], strict=True):
             assert error(best, corpus) <= error(point["choice"], corpus)
-            assert sum_of_bytes(content, best) <= sum_of_bytes(content, point["choice"])
+            assert sum_of_bytes(data, best) <= sum_of_bytes(data, point["choice"])
             better += error(best, corpus) < error(point["choice"], corpus)
     assert better > 0
 
 
-def sum_of_bytes(content: dict[str, Any], choice: list[int]) -> int:
-    pairs = zip(choice, content["groups"], strict=True)
+def sum_of_bytes(data: dict[str, Any], choice: list[int]) -> int:
+    pairs = zip(choice, data["groups"], strict=True)
     return sum(group["options"][option][1] for option, group in pairs)
 
 
@@ -250,9 +242,9 @@ def test_no_name_of_a_table_becomes_markup(hostile: dict[str, Any]) -> None:
 
 
 def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(
-    content: dict[str, Any],
+    data: dict[str, Any],
 ) -> None:
-    parsed = Page(page_html(content))
+    parsed = Page(page_html(data))
     meta = next(a for a, _ in parsed.of("meta") if "http-equiv" in a)
     policy = dict(part.split(" ", 1) for part in str(meta["content"]).split("; "))
     assert policy["default-src"] == "'none'"
@@ -267,8 +259,8 @@ def style(parsed: Page) -> str:
     return text
 
 
-def test_the_page_refers_to_nothing_outside_of_itself(content: dict[str, Any]) -> None:
-    parsed = Page(page_html(content))
+def test_the_page_refers_to_nothing_outside_of_itself(data: dict[str, Any]) -> None:
+    parsed = Page(page_html(data))
     links = [a for tag, a in parsed.tags for name in ("src", "href") if name in a]
     assert links == [{"rel": "icon", "href": "data:,"}]
     assert not _FORBIDDEN.search(style(parsed))
@@ -276,9 +268,9 @@ def test_the_page_refers_to_nothing_outside_of_itself(content: dict[str, Any]) -
 
 
 def test_the_library_in_the_page_is_the_one_whose_licence_is_beside_it(
-    content: dict[str, Any],
+    data: dict[str, Any],
 ) -> None:
-    script = Page(page_html(content)).of("script")[1][1]
+    script = Page(page_html(data)).of("script")[1][1]
     assert "uPlot (v1.6.32)" in script
     vendor = Path(__file__).parent.parent.parent / "mofq/explore/page/vendor"
     digest = hashlib.sha256((vendor / "uPlot.iife.min.js").read_bytes()).hexdigest()
@@ -291,11 +283,11 @@ def test_a_recipe_to_compare_is_predicted_from_the_table(
 ) -> None:
     recipe = decide(table, Request(Budgets(max_bits=5.0), ties=False)).recipe
     write_recipe(recipe, tmp_path / "mine.yaml")
-    content = page_content(table, path, recipes=[tmp_path / "mine.yaml"])
-    point = content["named"][-1]
+    data = data_of(table, path, recipes=[tmp_path / "mine.yaml"])
+    point = data["references"][-1]
     assert (point["kind"], point["label"]) == ("recipe", "mine.yaml")
     assert point["bits_per_weight"] == recipe.result["bits_per_weight"]
-    names = [content["schemes"][scheme]["name"] for scheme in point["schemes"]]
+    names = [data["schemes"][scheme]["name"] for scheme in point["schemes"]]
     assert names == [group.scheme for group in recipe.groups]
 
 
@@ -303,10 +295,10 @@ def test_a_recipe_of_another_model_is_refused(table: Table, path: Path, tmp_path
     recipe = decide(table, Request(Budgets(max_bits=5.0))).recipe
     write_recipe(replace(recipe, index_sha256="e" * 64), tmp_path / "other.yaml")
     with pytest.raises(RecipeError, match=r"other\.yaml: was made for .* e{64}.* a{64}"):
-        page_content(table, path, recipes=[tmp_path / "other.yaml"])
+        data_of(table, path, recipes=[tmp_path / "other.yaml"])
     write_recipe(replace(recipe, groups=recipe.groups[:-1]), tmp_path / "less.yaml")
     with pytest.raises(RecipeError, match=r"less\.yaml: has no fusion group .* layers\.2\.mlp"):
-        page_content(table, path, recipes=[tmp_path / "less.yaml"])
+        data_of(table, path, recipes=[tmp_path / "less.yaml"])
 
 
 VALIDATION = {
@@ -323,7 +315,7 @@ VALIDATION = {
 
 def test_a_validation_gives_a_measured_point(table: Table, path: Path, tmp_path: Path) -> None:
     (tmp_path / "validation.json").write_text(json.dumps(VALIDATION))
-    [point] = page_content(table, path, validations=[tmp_path / "validation.json"])["measured"]
+    [point] = data_of(table, path, validations=[tmp_path / "validation.json"])["measured"]
     assert (point["label"], point["text"]) == ("recipe", "demo-en")
     assert (point["kl_nats_per_token"], point["kl_stderr"]) == (0.01, 0.001)
     assert point["predicted"] is None
@@ -343,14 +335,14 @@ def test_a_validation_that_does_not_belong_is_refused(
 ) -> None:
     (tmp_path / "validation.json").write_text(json.dumps(VALIDATION | change))
     with pytest.raises(MofqError, match=message):
-        page_content(table, path, validations=[tmp_path / "validation.json"])
+        data_of(table, path, validations=[tmp_path / "validation.json"])
 
 
 def test_a_page_too_large_for_mail_is_refused_and_leaves_nothing(
-    content: dict[str, Any], tmp_path: Path
+    data: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(MofqError, match="more than 6,000,000"):
-        write_page(content | {"model": "x" * 6_000_000}, tmp_path / "page.html")
+        write_page(data | {"model": "x" * 6_000_000}, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 

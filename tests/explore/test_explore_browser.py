@@ -11,6 +11,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from explore_pages import recipe_texts
 from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
 from typer.testing import CliRunner
 
@@ -210,6 +211,17 @@ def test_the_slider_changes_map_command_and_recipe(
     wait_for_nothing_on_the_console(browser)
 
 
+@pytest.mark.parametrize("name", ["page", "cached_page"])
+def test_the_script_writes_recipes_as_mofq_search_does(
+    browser: Chrome, name: str, request: pytest.FixtureRequest
+) -> None:
+    open_page(browser, request.getfixturevalue(name))
+    texts = run(browser, "return points.map((_, number) => recipeText(number))")
+    assert len(texts) > 20
+    data = json.loads(run(browser, "return JSON.stringify(data)"))
+    assert texts == list(recipe_texts(data))
+
+
 def written_by(command: str, folder: Path) -> bytes:
     """What the command that the page shows writes."""
     words = command.split(" ")
@@ -278,7 +290,7 @@ def test_every_control_is_reached_and_the_map_is_walked_with_the_keyboard(
 
 def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -> None:
     open_page(browser, page)
-    named = run(browser, "return content.named[Number(state.show.split(':')[1])]")
+    named = run(browser, "return data.references[Number(state.show.split(':')[1])]")
     assert (named["kind"], named["label"]) == ("recipe", "mine.yaml")
     assert run(browser, "return state.compare") == "frontier"
     slide(browser, 0)
@@ -303,8 +315,8 @@ def test_the_panel_shows_the_walls_of_weights_and_inputs(browser: Chrome, page: 
     tops = run(browser, f"return {path}.getAttribute('d').match(/L[0-9]+ ([0-9.]+)/g)")
     heights = {int(top.split(" ")[0][1:]): float(top.split(" ")[1]) for top in tops}
     assert min(heights, key=lambda channel: heights[channel]) == WALL
-    find = "content.named.findIndex((one) => one.label === 'int4.g32')"
-    run(browser, f"state.show = 'named:' + {find}; paint()")
+    find = "data.references.findIndex((one) => one.label === 'int4.g32')"
+    run(browser, f"state.show = 'reference:' + {find}; paint()")
     why = text_of(browser, "#panel-body")
     assert "FP of the same size: fp4_e2m1.g32, " in why
     assert "Crest factor 2.4 for the weights that share a scale. INT, with even steps," in why

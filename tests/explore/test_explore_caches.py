@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import ok
+from explore_pages import data_of, recipe_texts
 from explore_tables import CACHE_FORMATS, write_explore_table
 
 from mofq.decision import Budgets, Request, decide, request_problem
 from mofq.decision.recipe import load_recipe, parse_recipe, write_recipe
 from mofq.evidence.table import Table, read_table
-from mofq.explore.content import map_places, page_content
-from mofq.explore.figure_inputs import figure_inputs
+from mofq.explore.drawing import read_drawing
 from mofq.explore.figures import draw_figure
-from mofq.explore.recipe_parts import join_recipe
+from mofq.explore.page_data import map_places
 
 TOKENS = 2000
 CONTEXT = Request(Budgets(), ties=False, kv_cache=True, kv_tokens=TOKENS)
@@ -39,25 +38,18 @@ def table(path: Path) -> Table:
     return read_table(path)
 
 
-def texts_of(content: dict[str, Any]) -> list[str]:
-    return [
-        join_recipe(content["recipe"], number, choice=point["choice"])
-        for number, point in enumerate(content["points"])
-    ]
-
-
 @pytest.mark.parametrize("request_", [PLAIN, BITS, FORMATS, CONTEXT, FOR_ENGINE])
 def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
     path: Path, table: Table, request_: Request, tmp_path: Path
 ) -> None:
-    content = page_content(table, path, request=request_)
+    data = data_of(table, path, request=request_)
     output = tmp_path / "recipe.yaml"
-    for point, text in list(zip(content["points"], texts_of(content), strict=True))[::8]:
+    for point, text in list(zip(data["points"], recipe_texts(data), strict=True))[::8]:
         command = shlex.split(point["command"])
         assert command[0] == "mofq"
         ok(*command[1:-1], output)
         assert output.read_text() == text
-    recipes = [parse_recipe(text) for text in texts_of(content)]
+    recipes = [parse_recipe(text) for text in recipe_texts(data)]
     assert all(recipe.kv_cache for recipe in recipes) == (request_ in (BITS, FORMATS))
     formats = [{one.scheme for one in recipe.kv_cache} - {"bf16"} for recipe in recipes]
     if request_ is FOR_ENGINE:
@@ -68,24 +60,24 @@ def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
 
 
 def test_a_point_stands_where_its_checkpoint_and_its_cache_say(path: Path, table: Table) -> None:
-    content = page_content(table, path, request=CONTEXT)
-    assert content["kv_tokens"] == TOKENS
-    for point in content["points"]:
+    data = data_of(table, path, request=CONTEXT)
+    assert data["kv_tokens"] == TOKENS
+    for point in data["points"]:
         size = point["checkpoint_bytes"] + TOKENS * point["kv_bytes_per_token"]
-        assert point["at"] == size == point["size"] + content["other_bytes"]
-    places = [point["at"] for point in content["points"]]
+        assert point["at"] == size == point["size"] + data["other_bytes"]
+    places = [point["at"] for point in data["points"]]
     assert places == sorted(set(places))
-    plain = page_content(table, path)
+    plain = data_of(table, path)
     assert all(point["at"] == point["bits_per_weight"] for point in plain["points"])
 
 
 def test_the_caches_are_groups_of_the_page_with_every_format(path: Path, table: Table) -> None:
-    content = page_content(table, path)  # shown though nobody asked for them
-    cached = [one for one in content["groups"] if one["cached"]]
+    data = data_of(table, path)  # shown though nobody asked for them
+    cached = [one for one in data["groups"] if one["cached"]]
     assert [one["name"] for one in cached] == [f"layers.{n}.attn.kv_cache" for n in range(3)]
     assert {one["module"] for one in cached} == {"attn.kv_cache"}
     assert [one["cached"] for one in cached] == [512] * 3
-    schemes = [one["name"] for one in content["schemes"]]
+    schemes = [one["name"] for one in data["schemes"]]
     for group in cached:
         names = {schemes[option[0]] for option in group["options"]}
         assert names == {*CACHE_FORMATS, "bf16"}
@@ -94,7 +86,7 @@ def test_the_caches_are_groups_of_the_page_with_every_format(path: Path, table: 
         assert bits["kv:int8.token_head"] == 8.5
         assert bits["bf16"] == 16
         assert {option[1] for option in group["options"]} == {0}  # nothing of bits per weight
-    with_context = page_content(table, path, request=CONTEXT)
+    with_context = data_of(table, path, request=CONTEXT)
     (first, *_) = [one for one in with_context["groups"] if one["cached"]]
     names = [one["name"] for one in with_context["schemes"]]
     sizes = {names[option[0]]: option[1] for option in first["options"]}
@@ -107,9 +99,9 @@ def test_recipes_are_compared_with_their_caches(path: Path, table: Table, tmp_pa
     recipe = decide(table, request).recipe
     write_recipe(recipe, tmp_path / "mine.yaml")
     for asked in (PLAIN, CONTEXT):
-        content = page_content(table, path, recipes=[tmp_path / "mine.yaml"], request=asked)
-        (mine,) = [one for one in content["named"] if one["kind"] == "recipe"]
-        schemes = [content["schemes"][number]["name"] for number in mine["schemes"]]
+        data = data_of(table, path, recipes=[tmp_path / "mine.yaml"], request=asked)
+        (mine,) = [one for one in data["references"] if one["kind"] == "recipe"]
+        schemes = [data["schemes"][number]["name"] for number in mine["schemes"]]
         assert schemes[-3:] == [one.scheme for one in recipe.kv_cache]
         assert mine["kv_bits"] == recipe.result["kv_bits"]
         size = float(recipe.result["checkpoint_bytes"] or 0)
@@ -117,16 +109,16 @@ def test_recipes_are_compared_with_their_caches(path: Path, table: Table, tmp_pa
         assert mine["at"] == (recipe.bits_per_weight if asked is PLAIN else size)
     # A table that knows no cache does not predict one: what the recipe says of itself stays.
     bare = write_explore_table(tmp_path / "bare.jsonl", corpora=("en", "pt"))
-    content = page_content(read_table(bare), bare, recipes=[tmp_path / "mine.yaml"])
-    (mine,) = [one for one in content["named"] if one["kind"] == "recipe"]
+    data = data_of(read_table(bare), bare, recipes=[tmp_path / "mine.yaml"])
+    (mine,) = [one for one in data["references"] if one["kind"] == "recipe"]
     assert mine["value"] == recipe.kl_nats_per_token
 
 
 def test_uniform_points_beside_a_context_are_pairs_that_none_beats(
     path: Path, table: Table
 ) -> None:
-    content = page_content(table, path, request=CONTEXT)
-    uniform = [one for one in content["named"] if one["kind"] == "uniform"]
+    data = data_of(table, path, request=CONTEXT)
+    uniform = [one for one in data["references"] if one["kind"] == "uniform"]
     pairs = [one for one in uniform if ", kv:" in one["label"]]
     assert len(pairs) > 3
     assert all(one["kv_bits"] == 16 for one in uniform if one not in pairs)
@@ -134,7 +126,7 @@ def test_uniform_points_beside_a_context_are_pairs_that_none_beats(
         assert not any(
             other["at"] <= one["at"] and other["value"] < one["value"] for other in uniform
         )
-    greedy = [one for one in content["named"] if one["kind"] == "greedy"]
+    greedy = [one for one in data["references"] if one["kind"] == "greedy"]
     assert all(one["label"].endswith("MB") for one in greedy)
 
 
@@ -161,7 +153,7 @@ def test_a_map_of_recipes_that_leave_the_cache_shows_the_layers_alone(
     path: Path, table: Table, tmp_path: Path
 ) -> None:
     write_recipe(decide(table, Request(Budgets(max_bits=5.0))).recipe, tmp_path / "mine.yaml")
-    inputs = figure_inputs(table, recipes=[tmp_path / "mine.yaml"])
+    inputs = read_drawing(table, recipes=[tmp_path / "mine.yaml"])
     draw_figure("map", inputs, path=tmp_path / "map.svg")
     assert "kv_cache" not in (tmp_path / "map.svg").read_text()
     problem = request_problem(table, CONTEXT)

@@ -16,8 +16,8 @@ from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import write_recipe
 from mofq.evidence.table import read_table
 from mofq.exceptions import MofqError
-from mofq.explore.figure_inputs import figure_inputs
-from mofq.explore.figures import FIGURES, FigureInputs, draw_figure
+from mofq.explore.drawing import read_drawing
+from mofq.explore.figures import FIGURES, Drawing, draw_figure
 
 #: A model's name is text, not a formula or markup.
 MODEL = "a $b_c$ <model> & co"
@@ -43,8 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inputs(folder: Path) -> FigureInputs:
-    return figure_inputs(
+def inputs(folder: Path) -> Drawing:
+    return read_drawing(
         read_table(folder / "table.jsonl"),
         recipes=[folder / "mine.yaml"],
         validations=[folder / "validation.json"],
@@ -53,7 +53,7 @@ def inputs(folder: Path) -> FigureInputs:
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_each_kind_is_drawn_and_drawn_again_gives_the_same_bytes(
-    inputs: FigureInputs, tmp_path: Path, kind: str
+    inputs: Drawing, tmp_path: Path, kind: str
 ) -> None:
     for name in ("first.svg", "second.svg"):
         draw_figure(kind, inputs, path=tmp_path / name)
@@ -82,9 +82,7 @@ def test_the_command_says_what_it_drew_to_a_machine(folder: Path, tmp_path: Path
     assert said == {"figure": str(output), "kind": "map", "bytes": output.stat().st_size}
 
 
-def test_a_table_without_profiles_says_how_to_get_them(
-    inputs: FigureInputs, tmp_path: Path
-) -> None:
+def test_a_table_without_profiles_says_how_to_get_them(inputs: Drawing, tmp_path: Path) -> None:
     old = replace(inputs, table=replace(inputs.table, profiles=()))
     with pytest.raises(MofqError, match=r"says nothing of the size of weights.*into a new table"):
         draw_figure("weights", old, path=tmp_path / "f.png")
@@ -102,7 +100,7 @@ def test_a_table_without_profiles_says_how_to_get_them(
 def test_what_cannot_be_drawn_is_said_and_nothing_is_left(
     folder: Path, tmp_path: Path, kind: str, name: str, message: str
 ) -> None:
-    alone = figure_inputs(read_table(folder / "table.jsonl"))
+    alone = read_drawing(read_table(folder / "table.jsonl"))
     with pytest.raises(MofqError, match=message):
         draw_figure(kind, alone, path=tmp_path / name)
     assert list(tmp_path.iterdir()) == []

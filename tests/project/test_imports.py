@@ -143,7 +143,7 @@ def test_a_forbidden_import_is_seen_wherever_it_hides(
         "from ...delivery.validation import kl\n"
         "def f():\n"
         "    from mofq import delivery, model, __version__\n"
-        "    import mofq.explore.content\n"
+        "    import mofq.explore.page_data\n"
         "    importlib.import_module('mofq.cli.main')\n"
         "from .greedy import solve\n"
         "from mofq.nowhere import x\n"
@@ -156,7 +156,7 @@ def test_a_forbidden_import_is_seen_wherever_it_hides(
         "mofq.cli.main",
         "mofq.delivery.validation",
         "mofq.delivery",
-        "mofq.explore.content",
+        "mofq.explore.page_data",
         "mofq.nowhere",
     ]
 

@@ -8,17 +8,8 @@ function cssColour(name) {
 
 // Every point beside the frontier: {kind, label, at, value, stderr, from?}.
 function marks() {
-  const named = content.named
-    .filter((one) => one.at !== null && one.value !== null)
-    .map((one, number) => ({
-      kind: one.kind,
-      label: one.label,
-      at: one.at,
-      value: one.value,
-      stderr: one.stderr,
-      number,
-    }));
-  const measured = !content.is_kl ? [] : placedMeasurements().map((one) => ({
+  const references = data.references.filter((one) => one.at !== null && one.value !== null);
+  const measured = !data.is_kl ? [] : placedMeasurements().map((one) => ({
     kind: "measured",
     label: one.label,
     at: one.at,
@@ -27,12 +18,12 @@ function marks() {
     from: one.predicted,
     text: one.text,
   }));
-  return [...named, ...measured];
+  return [...references, ...measured];
 }
 
 // A validation says nothing of a context; without the recipe of its name it has no place.
 function placedMeasurements() {
-  return content.measured.filter((one) => one.at !== null);
+  return data.measured.filter((one) => one.at !== null);
 }
 
 function isLog() {
@@ -41,7 +32,7 @@ function isLog() {
 
 // The part of the axis that is drawn: all of it, or as far as something but bf16 is to be compared.
 function axisRange() {
-  const others = content.named
+  const others = data.references
     .filter((one) => one.label !== "bf16" && one.at !== null)
     .map((one) => one.at)
     .concat(placedMeasurements().map((one) => one.at));
@@ -69,7 +60,7 @@ function valueRange() {
 function chartData() {
   const floor = isLog() ? valueRange()[0] / 10 : 0;
   const shown = (value) => (isLog() && !(value > 0) ? null : value);
-  const stderr = (one) => (content.is_kl ? one.kl_stderr || 0 : 0);
+  const stderr = (one) => (data.is_kl ? one.kl_stderr || 0 : 0);
   return [
     points.map((one) => one.at),
     points.map((one) => shown(pointValue(one) + 2 * stderr(one))),
@@ -100,7 +91,7 @@ function axis(label, more) {
 
 // Bytes of the checkpoint at some bits per weight: what is not a weight of the groups is always there.
 function sizeAt(bits) {
-  return points[0].checkpoint_bytes + ((bits - points[0].bits_per_weight) * content.weights) / 8;
+  return points[0].checkpoint_bytes + ((bits - points[0].bits_per_weight) * data.weights) / 8;
 }
 
 // Round sizes that are far enough from each other, as bits per weight.
@@ -110,7 +101,7 @@ function sizeTicks(u) {
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
   const ticks = [];
   for (let size = Math.ceil(least / step) * step; size <= most; size += step) {
-    ticks.push(points[0].bits_per_weight + (8 * (size - points[0].checkpoint_bytes)) / content.weights);
+    ticks.push(points[0].bits_per_weight + (8 * (size - points[0].checkpoint_bytes)) / data.weights);
   }
   return ticks;
 }
@@ -312,15 +303,15 @@ function frontierLines(point) {
     ["frontier", "click to take"],
     [axisName(true), axisText(point.at)],
     ...(HAS_CONTEXT ? [["bits per weight", bitsText(point.bits_per_weight)]] : []),
-    ...(content.cached ? [["bits per cached number", bitsText(point.kv_bits)]] : []),
-    [QUANTITY, withError(pointValue(point), content.is_kl ? point.kl_stderr : null)],
+    ...(data.cached ? [["bits per cached number", bitsText(point.kv_bits)]] : []),
+    [QUANTITY, withError(pointValue(point), data.is_kl ? point.kl_stderr : null)],
   ];
 }
 
 function makeKey() {
   const kinds = new Set(marks().map((one) => one.kind));
   const all = [
-    ["line", content.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
+    ["line", data.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
     ...(kinds.has("uniform") ? [["uniform", "one scheme for every layer"]] : []),
     ...(kinds.has("greedy") ? [["greedy", "greedy, at the size of a uniform scheme"]] : []),
     ...(kinds.has("recipe") ? [["recipe", "compared recipe"]] : []),

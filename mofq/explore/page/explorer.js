@@ -18,7 +18,7 @@ function paint() {
     + `${QUANTITY} ${numberText(pointValue(point))}`);
   if (document.activeElement !== byId("bits")) byId("bits").value = axisUp(point);
   byId("now").textContent = `${QUANTITY} ${withError(pointValue(point),
-    content.is_kl ? point.kl_stderr : null)} · ${HAS_CONTEXT
+    data.is_kl ? point.kl_stderr : null)} · ${HAS_CONTEXT
     ? `${bitsText(point.bits_per_weight)} + ${bitsText(point.kv_bits)} bits` : bytesText(point.checkpoint_bytes)}`;
   paintCard(point);
   paintMap();
@@ -45,11 +45,11 @@ function paintCard(point) {
   const figures = [
     ...(HAS_CONTEXT ? [pair(axisName(false), axisText(point.at))] : []),
     pair("true bits per weight", bitsText(point.bits_per_weight)),
-    ...(content.cached ? [pair("KV cache, true bits per number",
+    ...(data.cached ? [pair("KV cache, true bits per number",
       `${bitsText(point.kv_bits)}, ${bytesText(point.kv_bytes_per_token)} a token`)] : []),
     pair("checkpoint", bytesText(point.checkpoint_bytes)),
     pair(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY,
-      withError(pointValue(point), content.is_kl ? point.kl_stderr : null)),
+      withError(pointValue(point), data.is_kl ? point.kl_stderr : null)),
   ];
   byId("figures").replaceChildren(...figures);
   byId("command").replaceChildren(...point.command.split(/(?<= )/).map((word) =>
@@ -67,7 +67,7 @@ function paintShares(point) {
     weights.set(scheme, (weights.get(scheme) || 0) + groups[group].weights);
   });
   const parts = [...weights].sort((a, b) => a[0] - b[0]);
-  const percent = (count) => `${numberText((100 * count) / content.weights, 3)} %`;
+  const percent = (count) => `${numberText((100 * count) / data.weights, 3)} %`;
   byId("shares").replaceChildren(...parts.map(([scheme, count]) => {
     const part = element("span");
     part.style.background = colours[scheme];
@@ -85,7 +85,7 @@ function paintShares(point) {
 
 // How many attention layers keep their keys and values in each format.
 function paintCaches(point) {
-  byId("caches").hidden = !content.cached;
+  byId("caches").hidden = !data.cached;
   const layers = new Map();
   schemesOfChoice(point.choice).forEach((scheme, group) => {
     if (groups[group].cached) layers.set(scheme, (layers.get(scheme) || 0) + 1);
@@ -103,12 +103,12 @@ function brokenName(scheme) {
 
 // Per corpus: what this recipe costs, and what a recipe made for that corpus alone would.
 function paintCorpora(point) {
-  const names = Object.keys(content.corpus_best);
+  const names = Object.keys(data.corpus_best);
   if (!names.length) return;
   const total = (choice, corpus) => choice.reduce(
     (sum, option, group) => sum + groups[group].options[option][ERRORS][corpus], 0);
   const rows = names.map((name) => {
-    const corpus = content.corpora.indexOf(name), best = content.corpus_best[name][state.point];
+    const corpus = data.corpora.indexOf(name), best = data.corpus_best[name][state.point];
     const differ = best.filter((option, group) => option !== point.choice[group]).length;
     return element("tr", {},
       element("th", { scope: "row", text: name }),
@@ -157,7 +157,7 @@ function paintDifferences() {
   byId("differences-summary").textContent = found.length === 0
     ? `${shown.label} and ${other.label} choose the same everywhere.`
     : `${found.length - cached} of ${countText(layerGroups, "fusion group")}`
-      + (content.cached ? ` and ${cached} of ${countText(groups.length - layerGroups, "KV cache")}` : "")
+      + (data.cached ? ` and ${cached} of ${countText(groups.length - layerGroups, "KV cache")}` : "")
       + ` differ. Against ${other.label}, `
       + `${shown.label} costs ${amount(signedText(sum("error"), numberText))} and `
       + `${signedText(sum("bytes", joined), bytesText)}`
@@ -181,17 +181,17 @@ function paintDifferences() {
 function paintPoints() {
   const kinds = { uniform: () => "uniform", greedy: () => "MoFQ's rule",
     recipe: (one) => (one.solver ? `compared, made by ${one.solver}` : "compared") };
-  const sizes = (one) => [one.bits_per_weight, ...(content.cached ? [one.kv_bits] : [])]
+  const sizes = (one) => [one.bits_per_weight, ...(data.cached ? [one.kv_bits] : [])]
     .map((bits) => (bits === null || bits === undefined ? "–" : bitsText(bits)))
     .concat(HAS_CONTEXT ? [one.at === null ? "–" : axisText(one.at)] : []);
-  const rows = content.named.map((one) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
+  const rows = data.references.map((one) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
     withError(one.value, one.stderr), "–"]);
-  content.measured.forEach((one) => rows.push([one.at, one.label, `measured on ${one.text}`,
+  data.measured.forEach((one) => rows.push([one.at, one.label, `measured on ${one.text}`,
     ...sizes(one), withError(one.predicted, one.predicted_stderr),
     withError(one.kl_nats_per_token, one.kl_stderr)]));
   rows.sort((a, b) => (a[0] || 0) - (b[0] || 0));
-  const columns = ["", "", "bits", ...(content.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
-    `${QUANTITY}, predicted`].concat(content.measured.length ? ["measured"] : []);
+  const columns = ["", "", "bits", ...(data.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
+    `${QUANTITY}, predicted`].concat(data.measured.length ? ["measured"] : []);
   byId("points").replaceChildren(element("table", {},
     element("thead", {}, element("tr", {}, ...columns.map((text) => element("th", { scope: "col", text })))),
     element("tbody", {}, ...rows.map(([, label, ...values]) => element("tr", {},
@@ -200,15 +200,14 @@ function paintPoints() {
 }
 
 function fillMenus() {
-  const named = content.named.map((one, number) => [`named:${number}`, one.label]);
-  const own = named.filter((_, number) => content.named[number].kind === "recipe");
-  const greedy = named.filter((_, number) => content.named[number].kind === "greedy");
-  const uniform = named.filter((_, number) => content.named[number].kind === "uniform");
-  const corpora = Object.keys(content.corpus_best).map((name) => [`corpus:${name}`, `best for ${name} alone`]);
+  const ofKind = (kind) => data.references.map((one, number) => [`reference:${number}`, one.label])
+    .filter((_, number) => data.references[number].kind === kind);
+  const own = ofKind("recipe");
+  const corpora = Object.keys(data.corpus_best).map((name) => [`corpus:${name}`, `best for ${name} alone`]);
   const options = (list) => list.map(([value, text]) => element("option", { value, text }));
   const part = (label, list) => (list.length ? [element("optgroup", { label }, ...options(list))] : []);
   const all = () => [...options([["frontier", "the recipe at this budget"]]),
-    ...part("Recipes", own), ...part("Greedy", greedy), ...part("Uniform", uniform), ...part("Corpora", corpora)];
+    ...part("Recipes", own), ...part("Greedy", ofKind("greedy")), ...part("Uniform", ofKind("uniform")), ...part("Corpora", corpora)];
   byId("show").replaceChildren(...all());
   byId("compare").replaceChildren(...options([["none", "nothing"]]), ...all());
   if (own.length) {
@@ -288,21 +287,21 @@ function listen() {
 }
 
 function start() {
-  const corpora = content.corpora.filter((name) => name !== null);
-  byId("model").textContent = content.model;
+  const corpora = data.corpora.filter((name) => name !== null);
+  byId("model").textContent = data.model;
   byId("lineage").textContent = [
-    content.table,
+    data.table,
     countText(layerGroups, "fusion group"),
-    ...(content.cached ? [countText(groups.length - layerGroups, "KV cache")] : []),
-    countText(content.schemes.length, "scheme"),
-    corpora.length ? `${QUANTITY} from ${countText(content.samples, "sample")} of ${corpora.join(", ")}`
+    ...(data.cached ? [countText(groups.length - layerGroups, "KV cache")] : []),
+    countText(data.schemes.length, "scheme"),
+    corpora.length ? `${QUANTITY} from ${countText(data.samples, "sample")} of ${corpora.join(", ")}`
       : `${QUANTITY}, without calibration`,
   ].join(" · ");
-  byId("footer").textContent = `Table ${content.table_sha256} · frontier of ${countText(points.length, "recipe")}`;
+  byId("footer").textContent = `Table ${data.table_sha256} · frontier of ${countText(points.length, "recipe")}`;
   if (HAS_CONTEXT) byId("axis").textContent = `${SCALE[0]} of ${axisName(false)}`;
   byId("slider").max = String(points.length - 1);
   byId("theme").textContent = isDark() ? "Light" : "Dark";
-  const compared = content.named.find((one) => one.kind === "recipe" && one.at !== null);
+  const compared = data.references.find((one) => one.kind === "recipe" && one.at !== null);
   const drawn = points.filter((one) => one.at <= axisRange()[1]).length;
   state.point = compared ? pointAt(compared.at) : Math.floor(drawn / 2);
   fillMenus();

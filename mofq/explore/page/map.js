@@ -163,11 +163,11 @@ function mapNote(largest, highest) {
 const FEW = 4; // unused schemes that the legend lists unasked
 
 function makeLegend(shown) {
-  const counts = content.schemes.map(() => 0);
+  const counts = data.schemes.map(() => 0);
   shown.schemes.forEach((scheme) => { counts[scheme] += 1; });
   const focused = document.activeElement && document.activeElement.dataset.scheme;
   const unused = counts.filter((count) => !count).length;
-  const listed = content.schemes.map((_, scheme) => scheme).filter((scheme) =>
+  const listed = data.schemes.map((_, scheme) => scheme).filter((scheme) =>
     counts[scheme] || unused <= FEW || state.allSchemes || state.scheme === scheme);
   const more = unused > FEW ? [element("button", {
     type: "button", class: "scheme unused", "data-scheme": "more", "aria-expanded": String(state.allSchemes),
@@ -300,7 +300,7 @@ function errorTable(one, chosen) {
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
     ...option[ERRORS].map((error, corpus) => element("td", {
       text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));
-  const corpora = content.corpora.length > 1 ? content.corpora : [];
+  const corpora = data.corpora.length > 1 ? data.corpora : [];
   const heads = corpora.length ? corpora.map((name, corpus) => element("th", { scope: "col" },
     element("span", { class: `dot corpus-${corpus % 4}`, "aria-hidden": "true" }), name))
     : [element("th", { scope: "col", text: QUANTITY })];

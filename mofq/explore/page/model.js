@@ -3,9 +3,9 @@
 // What the page holds, and what follows from it. Nothing here touches the document but
 // the helpers that make elements; every name from a table becomes text, never markup.
 
-const content = JSON.parse(document.getElementById("content").textContent);
-const groups = content.groups;
-const points = content.points;
+const data = JSON.parse(document.getElementById("data").textContent);
+const groups = data.groups;
+const points = data.points;
 const NARROW = window.matchMedia("(max-width: 719px)");
 
 const state = {
@@ -35,11 +35,11 @@ function byId(id) {
 }
 
 // Of one option: [scheme, bytes on the axis, error of each corpus, standard error of each corpus
-// or null, bits per weight or per cached number].
-const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3, BITS = 4;
+// or null, bits per weight or per cached number, static maxima by name where it has them].
+const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3, BITS = 4, AMAX = 5;
 
 // The axis: bits per weight; or bytes, where the KV cache of some tokens counts as size.
-const HAS_CONTEXT = content.kv_tokens > 0;
+const HAS_CONTEXT = data.kv_tokens > 0;
 const SCALE = points[points.length - 1].at >= 1e9 ? ["GB", 1e9] : ["MB", 1e6];
 
 function axisText(at) {
@@ -48,7 +48,7 @@ function axisText(at) {
 
 function axisName(short) {
   if (!HAS_CONTEXT) return short ? "bits per weight" : "true bits per weight";
-  return short ? "size" : `checkpoint and KV cache of ${countText(content.kv_tokens, "token")}`;
+  return short ? "size" : `checkpoint and KV cache of ${countText(data.kv_tokens, "token")}`;
 }
 
 // Of a group's option: its part of the axis; of a cache beside it, what a token takes.
@@ -84,14 +84,14 @@ function optionOf(group, scheme) {
 
 // What a point of the frontier predicts, in the unit of the page.
 function pointValue(point) {
-  return content.is_kl ? point.kl_nats_per_token : point.error;
+  return data.is_kl ? point.kl_nats_per_token : point.error;
 }
 
 function schemesOfChoice(choice) {
   return choice.map((option, group) => groups[group].options[option][SCHEME]);
 }
 
-// A selection by the name that the menus use: "frontier", "named:2", "corpus:en".
+// A selection by the name that the menus use: "frontier", "reference:2", "corpus:en".
 function selection(name) {
   const [kind, rest] = [name.split(":")[0], name.slice(name.indexOf(":") + 1)];
   if (kind === "frontier") {
@@ -101,19 +101,18 @@ function selection(name) {
       schemes: schemesOfChoice(point.choice),
     };
   }
-  if (kind === "named") {
-    const named = content.named[Number(rest)];
-    return { label: named.label, schemes: named.schemes };
+  if (kind === "reference") {
+    return data.references[Number(rest)];
   }
   if (kind === "corpus") {
-    const choice = content.corpus_best[rest][state.point];
+    const choice = data.corpus_best[rest][state.point];
     return { label: `the best for ${rest} alone`, schemes: schemesOfChoice(choice) };
   }
   return null;
 }
 
 function schemeName(scheme) {
-  return content.schemes[scheme].name;
+  return data.schemes[scheme].name;
 }
 
 // The last point that fits; the first where none does.
@@ -125,21 +124,39 @@ function pointAt(at) {
   return found;
 }
 
+// A recipe as `recipe_text` of mofq.decision.recipe writes it; a test compares the bytes.
+
+const QUOTED = new Map(data.recipe.quoted);
+
+function yamlName(name) {
+  return QUOTED.get(name) ?? name;
+}
+
+function recipeLines(group, option) {
+  const { name, layers, cached } = groups[group], lines = [`  ${yamlName(name)}:`];
+  lines.push(`    scheme: ${yamlName(schemeName(option[SCHEME]))}`);
+  if (!cached) lines.push(`    layers: [${layers.map(([layer]) => yamlName(layer)).join(", ")}]`);
+  if (option[AMAX]) {
+    const amax = Object.entries(option[AMAX]).map(([key, value]) => `${yamlName(key)}: ${value}`);
+    lines.push(`    static_amax: {${amax.join(", ")}}`);
+  }
+  return lines;
+}
+
 function recipeText(number) {
-  const parts = content.recipe, count = parts.groups.length, choice = points[number].choice;
-  let text = parts.top + parts.heads[number];
-  parts.groups.forEach((part, group) => {
-    const option = choice[group];
-    text += `${part.name}\n${part.schemes[option]}\n${part.layers}\n${part.amax[option] || ""}`;
+  const { header, choice } = points[number], layers = [], caches = [];
+  choice.forEach((place, group) => {
+    const lines = recipeLines(group, groups[group].options[place]);
+    (groups[group].cached ? caches : layers).push(...lines);
   });
-  text += parts.tail;
+  let text = `${data.recipe.header}${header}groups:  # one scheme per fusion group\n`
+    + `${layers.join("\n")}\n${data.recipe.footer}`;
   // A cache that stays as it is everywhere is not spoken of.
-  if (!parts.caches.some((part, cache) => choice[count + cache] !== part.plain)) return text;
-  text += `${parts.cache_head}\n`;
-  parts.caches.forEach((part, cache) => {
-    const option = choice[count + cache];
-    text += `${part.name}\n${part.schemes[option]}\n${part.amax[option] || ""}`;
-  });
+  const isQuantized = schemesOfChoice(choice).some((scheme, group) =>
+    groups[group].cached && schemeName(scheme) !== "bf16");
+  if (isQuantized) {
+    text += `kv_cache:  # how each attention layer keeps its keys and values\n${caches.join("\n")}\n`;
+  }
   return text;
 }
 
@@ -203,11 +220,11 @@ const UNITS = {
   output_mse: ["Output error", "squared output units"],
   relative_weight_error: ["Weight error", "relative"],
 };
-const [QUANTITY, UNIT] = UNITS[content.unit] || [content.unit, ""];
+const [QUANTITY, UNIT] = UNITS[data.unit] || [data.unit, ""];
 
 // An error with its unit, where the unit is a word that can follow a number.
 function amount(text) {
-  return content.is_kl ? `${text} ${UNIT}` : text;
+  return data.is_kl ? `${text} ${UNIT}` : text;
 }
 
 // Colours: a hue for each element format, a lightness for each of its schemes.
@@ -221,15 +238,15 @@ function isDark() {
 
 function schemeColours() {
   const dark = isDark();
-  const elements = [...new Set(content.schemes.map((one) => one.element))].filter(
+  const elements = [...new Set(data.schemes.map((one) => one.element))].filter(
     (name) => name !== "bf16",
   );
   const family = new Map();
-  content.schemes.forEach((one, scheme) => {
+  data.schemes.forEach((one, scheme) => {
     if (!family.has(one.element)) family.set(one.element, []);
     family.get(one.element).push(scheme);
   });
-  return content.schemes.map((one, scheme) => {
+  return data.schemes.map((one, scheme) => {
     if (one.name === "bf16") return dark ? "oklch(0.86 0 0)" : "oklch(0.32 0 0)";
     const members = family.get(one.element);
     const place = members.length === 1 ? 0.5 : members.indexOf(scheme) / (members.length - 1);

@@ -10,7 +10,7 @@ function svg(tag, attributes, ...children) {
   return made;
 }
 
-// Magnitudes of every range of channels; see `mofq.explore.profiles`.
+// Magnitudes of every range of channels; see `mofq.explore.channel_profiles`.
 function magnitudes(extent, name) {
   const steps = Uint8Array.from(atob(extent[name]), (character) => character.charCodeAt(0));
   if (extent.most === 0) return Array.from(steps, () => 0);
@@ -78,7 +78,7 @@ function profileSection(one) {
     const later = one.profile.layers.slice(place + 1).some((other) => other[3] === number);
     if (later) return; // layers that read the same inputs are followed by them once
     for (const [corpus, extent] of Object.entries(one.profile.inputs[number])) {
-      const several = content.corpora.length > 1 ? `, ${corpus}` : "";
+      const several = data.corpora.length > 1 ? `, ${corpus}` : "";
       const readers = one.profile.layers.filter((other) => other[3] === number).map((other) => other[0]);
       charts.push(profileChart(`inputs of ${readers.join(", ")}${several}`, extent, channels, "token"));
     }
@@ -105,15 +105,15 @@ function hasWalls(kind) {
 
 // Why INT or FP: the other one of the same size, and how the values lie in their scale groups.
 function numberSentence(group, chosen) {
-  const here = optionOf(group, chosen), kind = content.schemes[chosen].number;
-  const others = groups[group].options.filter((option) => content.schemes[option[SCHEME]].number
-    && content.schemes[option[SCHEME]].number !== kind
+  const here = optionOf(group, chosen), kind = data.schemes[chosen].number;
+  const others = groups[group].options.filter((option) => data.schemes[option[SCHEME]].number
+    && data.schemes[option[SCHEME]].number !== kind
     && Math.abs(option[BYTES] / here[BYTES] - 1) < 0.02);
   if (!kind || !others.length || !(optionError(here) > 0)) return null;
   const best = others.reduce((a, b) => (optionError(b) < optionError(a) ? b : a));
   const ratio = optionError(best) / optionError(here);
-  const crest = crestOf(groups[group], content.schemes[chosen]);
-  return `${content.schemes[best[SCHEME]].number} of the same size: ${schemeName(best[SCHEME])}, `
+  const crest = crestOf(groups[group], data.schemes[chosen]);
+  return `${data.schemes[best[SCHEME]].number} of the same size: ${schemeName(best[SCHEME])}, `
     + `${numberText(ratio, 2)}× this error.`
     + (crest ? ` ${crest}. INT, with even steps, loses by the square of a crest factor, FP hardly.` : "");
 }

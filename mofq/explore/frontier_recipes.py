@@ -7,23 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision import (
-    KL_UNIT,
-    Budgets,
-    Frontier,
-    Problem,
-    Request,
-    decide,
-    request_problem,
-    solve_frontier,
-)
+from mofq.decision import Budgets, Frontier, Problem, decide, solve_frontier
 from mofq.decision.frontier import sized
 from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe
-from mofq.evidence.table import Table
+from mofq.decision.request import request_flags
+from mofq.explore.drawing import Drawing
 
-#: Bits of a cached number that nobody quantizes.
-_AS_IT_IS = 16.0
 #: As many points as a slider can tell apart, and deciding them takes seconds.
 MOST_POINTS = 160
 
@@ -31,69 +21,54 @@ MOST_POINTS = 160
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FrontierRecipe:
     """One point of the frontier."""
 
-    flags: tuple[str, str]  #: the budget under which `mofq search` finds it: its own size
     recipe: Recipe
+    choice_F: IntArray  #: its option of each fusion group, and each cache
+    flags: str  #: of `mofq search`, which find it: its own size as the budget
 
 
 def frontier_recipes(
-    table: Table,
-    problem: Problem,
-    *,
-    request: Request,
-    most: int = MOST_POINTS,
-    progress: Progress | None = None,
-) -> tuple[FrontierRecipe, ...]:
+    drawing: Drawing, *, most: int = MOST_POINTS, progress: Progress | None = None
+) -> list[FrontierRecipe]:
     """Recipes from the smallest to the best, decided as ``mofq search --ties off`` does.
 
     Args:
-        table: From `mofq measure`.
-        problem: What the request may choose from in the table.
-        request: What may be chosen; its rule for ties does not count, and of its budgets that
-            on the cache alone.
+        drawing: Its request says what may be chosen; the rule for ties does not count, and of
+            the budgets that on the cache alone.
         most: Keep at most so many points; see `spaced_points`.
         progress: Told after each point.
 
     Returns:
         Recipes in the order of their size, each different from the one before.
     """
-    others = Budgets(max_kv_bits=request.budgets.max_kv_bits)
+    problem, others = drawing.problem, drawing.other_budgets
     frontier = solve_frontier(problem, others)
     found: list[FrontierRecipe] = []
     points = spaced_points(frontier, most)
     for number, k in enumerate(points):
         budgets, flags = _budget(problem, others, int(frontier.bytes_K[k]))
-        one = replace(request, budgets=budgets, ties=False)
-        recipe = decide(table, one, problem=problem).recipe
-        last = found[-1].recipe if found else None
-        if last is None or (recipe.groups, recipe.kv_cache) != (last.groups, last.kv_cache):
-            found.append(FrontierRecipe(flags, recipe))
+        request = replace(drawing.request, budgets=budgets, ties=False)
+        recipe = decide(drawing.table, request, problem=problem).recipe
+        choice_F = problem.choice_of(recipe.scheme_of_group)
+        if not found or (choice_F != found[-1].choice_F).any():
+            flags += f" --ties off{request_flags(drawing.request)}"
+            found.append(FrontierRecipe(recipe, choice_F, flags))
         if progress is not None:
             progress("frontier", number + 1, len(points))
-    return tuple(found)
+    return found
 
 
-def _budget(problem: Problem, others: Budgets, size: int) -> tuple[Budgets, tuple[str, str]]:
+def _budget(problem: Problem, others: Budgets, size: int) -> tuple[Budgets, str]:
     """A size on the frontier's axis as a budget, and as `mofq search` takes it."""
     if problem.kv_tokens:
         budgets = sized(problem, others, size)
-        return budgets, ("--max-size", f"{budgets.max_bytes}")
+        return budgets, f"--max-size {budgets.max_bytes}"
     # The digits of repr are enough to give the very same number back.
     max_bits = 8 * size / problem.weights
-    return replace(others, max_bits=max_bits), ("--max-bits", repr(max_bits))
-
-
-def shown_request(table: Table, request: Request) -> Request:
-    """The request with the KV cache as it is, where nobody asked for it and the table has it.
-
-    So a page or a figure shows what every format of it would cost.
-    """
-    if request.kv_cache or not table.caches or request_problem(table, request).unit != KL_UNIT:
-        return request
-    return replace(request, kv_cache=True, budgets=Budgets(max_kv_bits=_AS_IT_IS))
+    return replace(others, max_bits=max_bits), f"--max-bits {max_bits!r}"
 
 
 def spaced_points(frontier: Frontier, most: int) -> IntArray:

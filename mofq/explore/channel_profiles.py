@@ -1,4 +1,4 @@
-"""The profiles of a table as a page or a figure shows them."""
+"""How large weights and inputs are along the input channels, as a page holds it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mofq.evidence.table import Extent, Profile, Table
+from mofq.evidence.table import Extent, Profile
 
 #: Magnitudes are drawn on a logarithmic scale; less than this share of the largest is its foot.
 _LEAST_SHARE = 1e-6
 _STEPS = 255
-
-
-def profiles_of(table: Table) -> dict[str, list[Profile]]:
-    """The profiles of each fusion group that has some."""
-    found: dict[str, list[Profile]] = {}
-    for profile in table.profiles:
-        found.setdefault(profile.group, []).append(profile)
-    return found
 
 
 def wall(extent: Extent) -> float:
@@ -33,7 +25,7 @@ def wall(extent: Extent) -> float:
     return max(extent.rms) / typical if typical > 0 else 1.0
 
 
-def group_profiles_content(profiles: list[Profile]) -> dict[str, Any]:
+def profile_data(profiles: list[Profile]) -> dict[str, Any]:
     """What a page holds of the profiles of one fusion group.
 
     Args:

@@ -29,8 +29,8 @@ _SCRIPTS = (
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
-def page_html(content: dict[str, Any]) -> str:
-    """The page of some content.
+def page_html(data: dict[str, Any]) -> str:
+    """The page of some data.
 
     No name of a table or recipe becomes part of the markup: all of them stand in
     one JSON block, in which ``<``, ``>`` and ``&`` are escaped, and the script
@@ -38,7 +38,7 @@ def page_html(content: dict[str, Any]) -> str:
     hashes, and no request at all.
 
     Args:
-        content: From `page_content`.
+        data: From `page_data`.
 
     Returns:
         HTML.
@@ -57,16 +57,16 @@ def page_html(content: dict[str, Any]) -> str:
     )
     parts = {
         "policy": html.escape(policy, quote=False),
-        "title": html.escape(f"{content['model']} · mofq"),
+        "title": html.escape(f"{data['model']} · mofq"),
         "style": style,
-        "content": _json(content),
+        "data": _json(data),
         "script": script,
     }
     # In one pass: a name that looks like a place is not taken for one.
     return _PLACE.sub(lambda found: parts[found[1]], _read("explorer.html"))
 
 
-def write_page(content: dict[str, Any], path: Path) -> int:
+def write_page(data: dict[str, Any], path: Path) -> int:
     """Write a page.
 
     Returns:
@@ -75,7 +75,7 @@ def write_page(content: dict[str, Any], path: Path) -> int:
     Raises:
         MofqError: It would be larger than `MOST_BYTES`, or cannot be written.
     """
-    page = page_html(content)
+    page = page_html(data)
     size = len(page.encode())
     if size > MOST_BYTES:
         raise MofqError(
@@ -86,8 +86,8 @@ def write_page(content: dict[str, Any], path: Path) -> int:
     return size
 
 
-def _json(content: dict[str, Any]) -> str:
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _json(data: dict[str, Any]) -> str:
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -1,0 +1,88 @@
+"""Measurements beside the frontier: what `mofq validate` found of quantized models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mofq.evidence.table import TableHeader
+from mofq.exceptions import MofqError
+from mofq.files.documents import parse_json, read_text
+
+#: Of validation.json; what else it holds is not drawn.
+_VALIDATION_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """The KL of a quantized model as `mofq validate` measured it."""
+
+    label: str
+    text: str
+    bits_per_weight: float
+    at: float | None  #: on the axis of the frontier; None: the file does not say
+    kl_nats_per_token: float
+    kl_stderr: float | None
+    predicted: float | None
+    predicted_stderr: float | None
+
+
+def measured_point(path: Path, header: TableHeader) -> MeasuredPoint:
+    """What is drawn of a ``validation.json``.
+
+    Args:
+        path: From `mofq validate -o`.
+        header: Of the table that it is drawn with.
+
+    Returns:
+        The point, at its bits per weight.
+
+    Raises:
+        MofqError: The file is not such a file, or of another model, or another training of it.
+    """
+    content = parse_json(read_text(path, MofqError), str(path), MofqError)
+    if not isinstance(content, dict) or content.get("version") != _VALIDATION_VERSION:
+        raise MofqError(
+            f"{path}: is no validation of version {_VALIDATION_VERSION}. Take the file that "
+            f"`mofq validate -o` wrote."
+        )
+    for key, ours in (
+        ("index_sha256", header.index_sha256),
+        ("weights_sha256", header.weights_sha256),
+    ):
+        found = content.get(key)
+        is_older = key == "weights_sha256" and None in (found, ours)  # before it was noted
+        if found != ours and not is_older:
+            raise MofqError(
+                f"{path}: is of a model with {key} {found}, and the table of one with {ours}. "
+                f"Take validations of the table's model."
+            )
+    bits_per_weight = _needed(content, "bits_per_weight", path)
+    return MeasuredPoint(
+        label=Path(str(content.get("candidate", path.stem))).stem,
+        text=Path(str(content.get("text", ""))).name,
+        bits_per_weight=bits_per_weight,
+        at=bits_per_weight,
+        kl_nats_per_token=_needed(content, "kl_nats_per_token", path),
+        kl_stderr=_number(content, "kl_stderr", path),
+        predicted=_number(content, "predicted_kl_nats_per_token", path),
+        predicted_stderr=_number(content, "predicted_kl_stderr", path),
+    )
+
+
+def _needed(content: Mapping[str, Any], key: str, path: Path) -> float:
+    value = _number(content, key, path)
+    if value is None:
+        raise MofqError(f"{path}: has no {key}. Take the file that `mofq validate -o` wrote.")
+    return value
+
+
+def _number(content: Mapping[str, Any], key: str, path: Path) -> float | None:
+    value = content.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MofqError(f"{path}: {key} must be a number, found {value!r}.")
+    return float(value)

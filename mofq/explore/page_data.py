@@ -1,0 +1,270 @@
+"""What a page holds, as one JSON value."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mofq.decision import KL_UNIT, Problem
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
+from mofq.decision.recipe import recipe_text
+from mofq.evidence.table import Table
+from mofq.explore.channel_profiles import profile_data
+from mofq.explore.drawing import Drawing
+from mofq.explore.frontier_recipes import (
+    FrontierRecipe,
+    Progress,
+    best_for_corpus,
+    frontier_recipes,
+)
+from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
+from mofq.files.documents import yaml_scalar
+from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
+from mofq.numbers.formats import FloatFormat, IntFormat
+from mofq.numbers.schemes import parse_scheme
+
+#: End of what stands before a module's name in its decoder layer.
+_DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
+#: Formats that are named as the two sides of a choice.
+_NUMBERS = {IntFormat: "INT", FloatFormat: "FP"}
+_CACHE_KEYS = ("kv_bits", "kv_bytes_per_token")
+_POINT_KEYS = (
+    "bits_per_weight",
+    "bytes",
+    "checkpoint_bytes",
+    "kl_nats_per_token",
+    "kl_stderr",
+    "error",
+)
+#: How `recipe_text` writes that there are no groups.
+_NO_GROUPS = "groups: {}\n"
+
+
+def page_data(
+    drawing: Drawing, table_path: Path, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """All that the page shows.
+
+    Args:
+        drawing: From `read_drawing`.
+        table_path: The table's file, for the commands that the page shows.
+        progress: Told how far the frontier is.
+
+    Returns:
+        Plain dictionaries, lists and scalars; numbers of rows to six digits.
+
+    Raises:
+        BudgetError: No recipe keeps the budget on the cache.
+    """
+    table, problem = drawing.table, drawing.problem
+    points = frontier_recipes(drawing, progress=progress)
+    uniforms = uniform_points(table, problem, drawing.request)
+    greedy = greedy_points(problem, uniforms, drawing.other_budgets)
+    references = [*uniforms, *greedy, *drawing.recipes]
+    schemes = scheme_order(problem, references)
+    return {
+        "model": table.header.model_name,
+        "table": table_path.name,
+        "table_sha256": table.sha256,
+        "unit": problem.unit,
+        "is_kl": problem.unit == KL_UNIT,
+        "corpora": list(problem.corpora),
+        "samples": None if table.header.stats is None else table.header.stats.samples,
+        "weights": problem.weights,
+        "cached": problem.cached,
+        "kv_tokens": problem.kv_tokens,
+        "other_bytes": problem.other_bytes,
+        "schemes": [_scheme_data(name) for name in schemes],
+        "groups": _groups(table, problem, schemes),
+        **_points(table, problem, points, table_path),
+        "references": [
+            asdict(one) | {"schemes": [schemes.index(name) for name in one.schemes]}
+            for one in references
+        ],
+        "measured": [asdict(one) for one in drawing.measured],
+        "corpus_best": _corpus_best(drawing, points),
+    }
+
+
+def scheme_order(problem: Problem, references: Sequence[ReferencePoint]) -> list[str]:
+    """All schemes of the options and of some recipes, few bits first."""
+    bits: dict[str, float] = {}
+    for p, name in enumerate(problem.schemes):
+        bits[name] = max(bits.get(name, 0.0), _option_bits(problem, p))
+    for one in references:
+        for name in one.schemes:
+            bits.setdefault(name, 99.0)
+    return sorted(
+        bits,
+        key=lambda name: (is_cache_scheme(name), name == "bf16", round(bits[name], 2), name),
+    )
+
+
+def _option_bits(problem: Problem, p: int) -> float:
+    """True bits of an option, per weight or per cached number."""
+    group = problem.groups[int(problem.group_P[p])]
+    if group.cached:
+        return int(problem.cache_bits_P[p]) / group.cached
+    return 8 * int(problem.bytes_P[p]) / group.weights
+
+
+def _scheme_data(name: str) -> dict[str, Any]:
+    data = {"name": name, "element": element_name(name)}
+    if is_cache_scheme(name):
+        return data | dict.fromkeys(("number", "weight", "activation"))
+    scheme = parse_scheme(name)
+    weight, activation = scheme.weight, scheme.activation
+    return data | {
+        "number": None if weight is None else _NUMBERS.get(type(weight.element)),
+        "weight": None if weight is None else weight.granularity.name,
+        "activation": None if activation is None else activation.granularity.name,
+    }
+
+
+def element_name(name: str) -> str:
+    """The element format of a scheme's weights, or keys; ``bf16`` where not quantized."""
+    if is_cache_scheme(name):
+        keys, values = parse_cache_scheme(name).parts.values()
+        part = keys or values
+        return "bf16" if part is None else f"kv:{part.scheme.element.name}"
+    weight = parse_scheme(name).weight
+    return "bf16" if weight is None else weight.element.name
+
+
+def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict[str, Any]]:
+    """Fusion groups, then the caches of attention layers: no weights, some numbers a token."""
+    layers: dict[str, list[list[Any]]] = {
+        group.name: [[one.name, one.out_features, one.in_features] for one in group.layers]
+        for group in table.header.groups
+    }
+    layers |= {one.name: [[one.module, one.kv_heads, one.head_size]] for one in table.caches}
+    rejected: dict[str, list[list[str]]] = {}
+    for one in table.rejections:
+        rejected.setdefault(one.group, []).append([one.scheme, one.reason])
+    amax = {(row.group, row.scheme): row.static_amax for row in table.rows if row.static_amax}
+    groups = []
+    places = map_places(table, problem)
+    for number, (group, (decoder_layer, module)) in enumerate(
+        zip(problem.groups, places, strict=True)
+    ):
+        options = [
+            _option(problem, p, schemes, amax.get((group.name, problem.schemes[p])))
+            for p in problem.options_of(number)
+        ]
+        groups.append(
+            {
+                "name": group.name,
+                "decoder_layer": decoder_layer,
+                "module": module,
+                "weights": group.weights,
+                "layers": layers[group.name],
+                "options": options,
+                "rejected": rejected.get(group.name, []),
+                "profile": profile_data([p for p in table.profiles if p.group == group.name]),
+                "cached": group.cached,
+            }
+        )
+    return groups
+
+
+def map_places(table: Table, problem: Problem) -> list[tuple[int | None, str]]:
+    """Decoder layer and row of the map, of each group of a problem."""
+    layers = {one.name: one.layers[0].decoder_layer for one in table.header.groups}
+    layers |= {one.name: one.decoder_layer for one in table.caches}
+    return [(layers[one.name], _map_row(one.name, layers[one.name])) for one in problem.groups]
+
+
+def _map_row(name: str, decoder_layer: int | None) -> str:
+    """A group's name without its decoder layer."""
+    if decoder_layer is None:
+        return name
+    return _DECODER_LAYER.sub(lambda found: "." if found[0][0] == "." else "", name, count=1)
+
+
+def _option(
+    problem: Problem, p: int, schemes: Sequence[str], static_amax: Mapping[str, float] | None
+) -> list[Any]:
+    """Scheme, size on the axis, errors, standard errors, bits; static maxima as a recipe has."""
+    stderr_PC = problem.stderr_PC
+    stderrs = None if stderr_PC is None else [_short(value) for value in stderr_PC[p]]
+    errors = [_short(value) for value in problem.error_PC[p]]
+    size = int(problem.axis_P[p])
+    bits = float(f"{_option_bits(problem, p):.6g}")
+    option = [schemes.index(problem.schemes[p]), size, errors, stderrs, bits]
+    if static_amax is not None:
+        # As text: a script would write some numbers differently.
+        option.append({name: yaml_scalar(value) for name, value in static_amax.items()})
+    return option
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def _points(
+    table: Table, problem: Problem, points: Sequence[FrontierRecipe], table_path: Path
+) -> dict[str, Any]:
+    """The points of the frontier, and what the page's script needs to write their recipes.
+
+    It writes the groups itself, from the choices. Before them stands what all recipes share, and
+    then every point's own ``header``: budget and result.
+    """
+    without_groups = [replace(one.recipe, groups=(), kv_cache=()) for one in points]
+    shared, _, footer = recipe_text(replace(without_groups[0], budget={}, result={})).partition(
+        _NO_GROUPS
+    )
+    headers = [recipe_text(one).partition(_NO_GROUPS)[0] for one in without_groups]
+    assert all(header.startswith(shared) for header in headers)
+    names = {*problem.schemes, *(group.name for group in problem.groups)}
+    names |= {layer.name for group in table.header.groups for layer in group.layers}
+    keys = (*_POINT_KEYS, *_CACHE_KEYS) if problem.cached else _POINT_KEYS
+    command = f"mofq search {shlex.quote(str(table_path))}"
+    return {
+        "points": [
+            {key: one.recipe.result.get(key) for key in keys}
+            | {
+                "command": f"{command} {one.flags} -o recipe.yaml",
+                "at": axis_value(problem, one.choice_F),
+                "size": problem.axis_of(one.choice_F),
+                "choice": _indices(problem, one.choice_F),
+                "header": header.removeprefix(shared),
+            }
+            for one, header in zip(points, headers, strict=True)
+        ],
+        "recipe": {
+            "header": shared,
+            "footer": footer,
+            #: Names that YAML cannot have plain, and how they are written.
+            "quoted": sorted(
+                [name, quoted] for name in names if (quoted := yaml_scalar(name)) != name
+            ),
+        },
+    }
+
+
+def _indices(problem: Problem, choice_F: IntArray) -> list[int]:
+    """A choice as the place of each group's option among its own."""
+    return [int(p) for p in choice_F - problem.start_F[:-1]]
+
+
+def _corpus_best(drawing: Drawing, points: Sequence[FrontierRecipe]) -> dict[str, list[list[int]]]:
+    """For each of several corpora, what every point would choose if only that one counted."""
+    problem = drawing.problem
+    names = [name for name in problem.corpora if name is not None]
+    if len(names) < 2:
+        return {}
+    choices = [one.choice_F for one in points]
+    return {
+        name: [
+            _indices(problem, choice_F)
+            for choice_F in best_for_corpus(problem, drawing.other_budgets, corpus, choices=choices)
+        ]
+        for corpus, name in enumerate(names)
+    }

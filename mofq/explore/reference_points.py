@@ -1,0 +1,204 @@
+"""Recipes beside the frontier: one scheme for every layer, MoFQ's rule, and recipes to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mofq.decision import (
+    KL_UNIT,
+    Budgets,
+    Problem,
+    Request,
+    predict,
+    solve_greedy,
+    uniform_recipes,
+    usage,
+)
+from mofq.decision.frontier import axis_value
+from mofq.decision.problem import IntArray
+from mofq.decision.recipe import Recipe, load_recipe
+from mofq.evidence.table import Table
+from mofq.exceptions import BudgetError, RecipeError
+from mofq.model.kv_schemes import is_cache_scheme
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePoint:
+    """A recipe that the frontier is compared with."""
+
+    kind: str  #: "uniform", "greedy" or "recipe"
+    label: str
+    solver: str | None  #: that made it, as far as its file says
+    bits_per_weight: float | None
+    kv_bits: float | None  #: per cached number; None: not known, or not decided
+    at: float | None  #: on the axis of the frontier, see `axis_value`
+    value: float | None  #: predicted, in the unit of the drawing
+    stderr: float | None
+    schemes: tuple[str, ...]  #: of each fusion group of the table, and each cache
+
+
+def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[ReferencePoint, ...]:
+    """Every scheme that all fusion groups may get.
+
+    Where a context's KV cache counts as size, each beside the cache as it is, and with one
+    format for all of that too, as far as none of these is both smaller and better.
+    """
+    points = [
+        _point(recipe, problem, kind="uniform", label=name)
+        for name, recipe in uniform_recipes(table, request).items()
+    ]
+    if not problem.kv_tokens:
+        return tuple(points)
+    formats = [name for name in dict.fromkeys(problem.schemes) if is_cache_scheme(name)]
+    pairs = [
+        _point(recipe, problem, kind="uniform", label=f"{name}, {cache}")
+        for cache in formats
+        for name, recipe in uniform_recipes(table, request, cache=cache).items()
+    ]
+    best: list[ReferencePoint] = []
+    for one in sorted([*points, *pairs], key=lambda one: (one.at or 0.0, one.value or 0.0)):
+        if not best or (one.value or 0.0) < (best[-1].value or 0.0):
+            best.append(one)
+    return (*points, *(one for one in best if one not in points))
+
+
+def greedy_points(
+    problem: Problem, uniforms: Sequence[ReferencePoint], budgets: Budgets
+) -> tuple[ReferencePoint, ...]:
+    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes."""
+    found: dict[tuple[str, ...], ReferencePoint] = {}
+    for size in sorted({one.at for one in uniforms if one.at is not None}):
+        limit = replace(budgets, max_bits=size)
+        if problem.kv_tokens:
+            limit = replace(budgets, max_bytes=int(size))
+        try:
+            choice_F = solve_greedy(problem, limit).choice_F
+        except BudgetError:
+            continue  # no width is as small for every fusion group
+        schemes = tuple(problem.schemes[int(p)] for p in choice_F)
+        if _is_mixed(problem, schemes) and schemes not in found:
+            at = axis_value(problem, choice_F)
+            shown = f"{at / 1e6:.4g} MB" if problem.kv_tokens else f"{at:.2f} bits"
+            found[schemes] = _predicted(
+                problem, choice_F, kind="greedy", label=f"greedy, {shown}", solver="greedy"
+            )
+    return tuple(found.values())
+
+
+def _is_mixed(problem: Problem, schemes: Sequence[str]) -> bool:
+    """Whether layers have several schemes, or caches several formats."""
+    kinds: dict[bool, set[str]] = {}
+    for group, scheme in zip(problem.groups, schemes, strict=True):
+        kinds.setdefault(group.cached > 0, set()).add(scheme)
+    return any(len(names) > 1 for names in kinds.values())
+
+
+def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
+    """A recipe from a file.
+
+    Raises:
+        RecipeError: The recipe is not valid, or is for another model than the table.
+    """
+    recipe = load_recipe(path)
+    ours = table.header.index_sha256
+    if recipe.index_sha256 is not None and not ours.startswith(recipe.index_sha256):
+        raise RecipeError(
+            f"{path}: was made for {recipe.model_name} with index_sha256 {recipe.index_sha256}, "
+            f"and the table for {table.header.model_name} with {ours}. "
+            f"Compare recipes of one model."
+        )
+    weights = table.header.weights_sha256
+    if recipe.weights_sha256 and weights and not weights.startswith(recipe.weights_sha256):
+        raise RecipeError(
+            f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
+            f"table ({weights}). Compare recipes of one model."
+        )
+    point = _point(recipe, problem, kind="recipe", label=path.name)
+    own = recipe.kl_nats_per_token
+    made_of_table = recipe.made_by.get("table_sha256") == table.sha256
+    if problem.unit == KL_UNIT and made_of_table and own is not None:
+        # As the frontier, without the optimism of choosing on these very samples.
+        return replace(point, value=own, stderr=_figure(recipe, "kl_stderr"))
+    return point
+
+
+def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> ReferencePoint:
+    """Predicted where the table knows all that the recipe chooses; else what the recipe says."""
+    schemes = _schemes_of(recipe, problem, label=label)
+    solver = recipe.made_by.get("solver")
+    solver = solver if isinstance(solver, str) else None
+    knows_cache = problem.cached > 0 or all(one.parsed.is_unquantized for one in recipe.kv_cache)
+    if knows_cache and all(
+        scheme in [problem.schemes[p] for p in problem.options_of(number)]
+        for number, scheme in enumerate(schemes)
+    ):
+        names = [group.name for group in problem.groups]
+        choice_F = problem.choice_of(dict(zip(names, schemes, strict=True)))
+        return _predicted(problem, choice_F, kind=kind, label=label, solver=solver)
+    return ReferencePoint(
+        kind,
+        label,
+        solver,
+        recipe.bits_per_weight,
+        kv_bits=_figure(recipe, "kv_bits"),
+        at=_at(recipe, problem),
+        value=recipe.kl_nats_per_token if problem.unit == KL_UNIT else None,
+        stderr=None,
+        schemes=schemes,
+    )
+
+
+def _at(recipe: Recipe, problem: Problem) -> float | None:
+    """On the axis, as far as the recipe's file says."""
+    if not problem.kv_tokens:
+        return recipe.bits_per_weight
+    size, cached = _figure(recipe, "checkpoint_bytes"), _figure(recipe, "kv_bytes_per_token")
+    if cached is None and not recipe.kv_cache:
+        cached = 2.0 * problem.cached  # as it is
+    return None if size is None or cached is None else size + problem.kv_tokens * cached
+
+
+def _figure(recipe: Recipe, key: str) -> float | None:
+    value = recipe.result.get(key)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _predicted(
+    problem: Problem, choice_F: IntArray, *, kind: str, label: str, solver: str | None
+) -> ReferencePoint:
+    value, stderr = problem.error_of(choice_F), None
+    if problem.unit == KL_UNIT:
+        predicted = predict(problem, choice_F)
+        value, stderr = predicted.value, predicted.stderr
+    kv_bits = None
+    if problem.cached:
+        kv_bits = int(problem.cache_bits_P[choice_F].sum()) / problem.cached
+    return ReferencePoint(
+        kind,
+        label,
+        solver,
+        usage(problem, choice_F).bits_per_weight,
+        kv_bits=kv_bits,
+        at=axis_value(problem, choice_F),
+        value=value,
+        stderr=stderr,
+        schemes=tuple(problem.schemes[int(p)] for p in choice_F),
+    )
+
+
+def _schemes_of(recipe: Recipe, problem: Problem, *, label: str) -> tuple[str, ...]:
+    by_layers = {frozenset(group.layers): group.scheme for group in recipe.groups}
+    layers = [group for group in problem.groups if not group.cached]
+    missing = next((g for g in layers if frozenset(g.layers) not in by_layers), None)
+    if missing is not None:
+        raise RecipeError(
+            f"{label}: has no fusion group of the layers of {missing.name}, and the table has. "
+            f"Compare recipes of one model."
+        )
+    caches = {one.name: one.scheme for one in recipe.kv_cache}
+    return tuple(
+        caches.get(group.name, "bf16") if group.cached else by_layers[frozenset(group.layers)]
+        for group in problem.groups
+    )
