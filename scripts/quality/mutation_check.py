@@ -10,7 +10,6 @@ where a fault survives, or where the source no longer has the words that a fault
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import resource
@@ -26,6 +25,7 @@ import pytest
 
 from scripts.quality.mutation_fault import Fault, find_fault, find_tests, read_sources
 from scripts.quality.mutation_faults import FAULTS
+from scripts.shared.command import script_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COPIED = ("mofq", "tests", "search_spaces", "scripts", "docs", "pyproject.toml", "README.md")
@@ -81,7 +81,7 @@ def load_libraries() -> None:
 
 def main() -> int:
     """Plant every fault; 1 where one survives."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="*", help="faults whose name has one of these in it")
     options = parser.parse_args()
     words = options.only or [""]

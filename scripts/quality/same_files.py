@@ -23,7 +23,6 @@ Exit code 1 where an artifact differs or is there on one side alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -36,6 +35,8 @@ from fnmatch import fnmatch
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
+
+from scripts.shared.command import script_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -380,7 +381,7 @@ def _around(ours: str, theirs: str) -> str:
 
 def main() -> None:
     """Run both sides and print the verdicts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("old", type=Path, help="a checkout")
     parser.add_argument("new", type=Path, help="another checkout")
     parser.add_argument("--model", type=Path, required=True, help="a model folder")
@@ -388,12 +389,15 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="for a model of some size")
     parser.add_argument("--ignore", action="append", help=f"a key; by default {IGNORED}")
     parser.add_argument("--time", action="append", help=f"a key of a time; by default {TIMES}")
+    parser.add_argument("--baseline", action="store_true", help="only run OLD, for later")
     parser.add_argument("--only-compare", action="store_true", help="what was written before")
     options = parser.parse_args()
     steps = flow(str(options.model.resolve()), is_small=options.small)
     old_folder, new_folder = options.work.resolve() / "old", options.work.resolve() / "new"
     if not options.only_compare:
         run_once(options.old.resolve(), steps, old_folder)
+        if options.baseline:
+            return
         run(options.new.resolve(), steps, new_folder)
     ignored = (*(options.ignore or IGNORED), *(options.time or TIMES))
     old, new = (
