@@ -35,7 +35,7 @@ from mofq.model.layers import LinearLayer, ModelLayers, find_layers
 from mofq.model.loading import load_model, load_tokenizer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
-from scripts.bench.prediction_report import markdown_table
+from scripts.shared.command import markdown_table, script_parser
 
 FloatArray = NDArray[np.float64]
 
@@ -85,7 +85,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="folder of a model without experts")
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, default=8)

@@ -39,6 +39,7 @@ from scripts.bench.calibration import (
 )
 from scripts.bench.prediction_recipes import Pair, choose_pairs, mixed_recipes, uniform_recipes
 from scripts.bench.prediction_report import ANOTHER, SAME, Result, report_lines, report_values
+from scripts.shared.command import script_parser
 from scripts.shared.kl_truth import (
     Truths,
     Version,
@@ -119,7 +120,7 @@ def _windows_between(checkpoint: Checkpoint, stats: Stats, options: argparse.Nam
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", required=True, help="text to measure the KL divergence on")

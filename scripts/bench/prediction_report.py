@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from mofq.evidence.table import Row, Table
 from scripts.bench.calibration import CalibrationTime, MeasureTime
 from scripts.bench.prediction_recipes import KINDS, Pair, PredictedRecipe
+from scripts.shared.command import markdown_table, optional
 from scripts.shared.kl_truth import Truths
 from scripts.shared.prediction_scores import Fit, OtherScores, fit, rank_correlation
 
@@ -211,7 +212,7 @@ def _text_lines(result: Result, text: str) -> list[str]:
         *markdown_table(
             ["Spearman with measured KL", "all", *KINDS],
             [
-                [name, *(_optional(value, ".3f") for value in row.values())]
+                [name, *(optional(value, ".3f") for value in row.values())]
                 for name, row in rankings(pairs).items()
             ],
         ),
@@ -268,23 +269,3 @@ def _time_lines(result: Result) -> list[str]:
             f"({time.threads} threads, load {time.load:.1f})"
         )
     return [*lines, f"stats: {result.stats_bytes / 1e9:.2f} GB"]
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown whose source is aligned too; numbers to the right."""
-    lines = [heads, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-
-    def text(cells: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return [text(heads), text(rule), *(text(line) for line in lines[1:])]

@@ -12,9 +12,6 @@ apart: the weights of SmolLM2 were once on such a grid, which flatters them.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +23,16 @@ from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.decision.result import MadeBy
 from mofq.decision.uniform import uniform_recipes
-from mofq.delivery.validation.measured_kl import MeasuredKl
-from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Table, read_table
+from scripts.shared.command import (
+    calibrate,
+    model_parser,
+    mofq,
+    optional,
+    parse_into_work,
+    print_markdown,
+)
+from scripts.shared.reproduction import measure_recipes, reference_of
 
 ASYMMETRIC = Path(__file__).with_name("results_bits_asymmetric.yaml")
 SPACES = (
@@ -82,12 +86,6 @@ SEARCHED = {
 }
 
 
-def mofq(*arguments: str) -> None:
-    """Run a command of mofq as a user would, and print it."""
-    print("$ mofq", *arguments, flush=True)
-    subprocess.run(["mofq", *arguments], check=True)
-
-
 def random_recipe(table: Table, problem: Problem, bits: float, *, seed: int) -> Recipe:
     """Schemes drawn at random that fill a budget: what a choice without knowledge costs.
 
@@ -118,12 +116,11 @@ def random_recipe(table: Table, problem: Problem, bits: float, *, seed: int) -> 
 
 def make_table(options: argparse.Namespace) -> Path:
     """Calibrate and measure, as far as that is not done."""
-    table, stats = Path(options.work / "table.jsonl"), options.stats
-    if not (stats / "stats.json").exists():
-        mofq("calibrate", options.model, "--corpus", f"en={options.calibration}", "-o", str(stats))
+    table = Path(options.work / "table.jsonl")
+    calibrate(options.model, [f"en={options.calibration}"], options.stats)
     for space in SPACES:
-        arguments = ("--space", space, "--stats", str(stats))
-        mofq("measure", options.model, *arguments, "-o", str(table))
+        arguments = ("--space", space, "--stats", options.stats)
+        mofq("measure", options.model, *arguments, "-o", table)
     return table
 
 
@@ -132,7 +129,7 @@ def search_all(options: argparse.Namespace, table: Path, bits: float) -> dict[st
     found = {}
     for name, one in SEARCHED.items():
         path = options.work / f"{name}-{bits}.yaml"
-        mofq("search", str(table), "--max-bits", str(bits), *one.options, "-o", str(path))
+        mofq("search", table, "--max-bits", bits, *one.options, "-o", path)
         found[one.label] = path
     content = read_table(table)
     request = Request(Budgets(), space="w4w8_mixed")
@@ -158,21 +155,22 @@ def search_optuna(options: argparse.Namespace, table: Path, bits: float) -> dict
     path = options.work / f"optuna-{bits}.yaml"
     if not path.exists():
         text = ("--model", options.model, "--text", options.calibration, *OPTUNA_TEXT)
-        how = ("--solver", "optuna", "--trials", str(options.trials), *text)
-        limit = ("--space", "w4w8_mixed", "--max-bits", str(bits))
-        mofq("search", str(table), *limit, *how, "-o", str(path))
+        how = ("--solver", "optuna", "--trials", options.trials, *text)
+        limit = ("--space", "w4w8_mixed", "--max-bits", bits)
+        mofq("search", table, *limit, *how, "-o", path)
     return {f"optuna, {options.trials} trials, `w4w8_mixed`": path}
 
 
-def row(label: str, recipe: Recipe, windows: Sequence[float], best: Sequence[float]) -> str:
+def row(label: str, recipe: Recipe, windows: Sequence[float], best: Sequence[float]) -> list[str]:
     """One line of the table: the KL, and how much more it is than the best one's, paired."""
-    predicted, size = recipe.kl_nats_per_token, recipe.bits_per_weight
     more = np.subtract(windows, best)
-    against = f"{more.mean():+.4f} ± {stderr(more):.4f}" if more.any() else ""
-    return (
-        f"| {label} | {size or 0:.3f} | {'–' if predicted is None else f'{predicted:.4f}'} "
-        f"| {np.mean(windows):.4f} ± {stderr(windows):.4f} | {against} |"
-    )
+    return [
+        label,
+        f"{recipe.bits_per_weight or 0:.3f}",
+        optional(recipe.kl_nats_per_token),
+        f"{np.mean(windows):.4f} ± {stderr(windows):.4f}",
+        f"{more.mean():+.4f} ± {stderr(more):.4f}" if more.any() else "",
+    ]
 
 
 def stderr(values: Sequence[float] | FloatArray) -> float:
@@ -180,65 +178,41 @@ def stderr(values: Sequence[float] | FloatArray) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def measure_missing(
-    options: argparse.Namespace, recipes: Sequence[Recipe]
-) -> dict[str, list[float]]:
-    """Hash of a recipe -> the KL of each window; what an earlier run measured is kept."""
-    text = load_text(options.text)
-    path = options.work / f"measured-{text.sha256[:8]}-{options.tokens}.json"
-    known: dict[str, list[float]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    missing = {digest(one): one for one in recipes if digest(one) not in known}
-    if missing:
-        where = {"tokens": options.tokens, "stats": options.stats}
-        with MeasuredKl(options.model, text, **where) as objective:
-            for key, recipe in missing.items():
-                known[key] = list(objective.evaluate(recipe))
-                path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-                print(f"measured {np.mean(known[key]):.4f} nats per token", flush=True)
-    return known
-
-
-def digest(recipe: Recipe) -> str:
-    """What a measurement depends on: the scheme of every layer."""
-    return hashlib.sha256(json.dumps(recipe.schemes, sort_keys=True).encode()).hexdigest()
-
-
 def print_tables(options: argparse.Namespace, paths: Sequence[tuple[float, str, Path]]) -> None:
     """Measure what is not measured yet, and print a table for each budget."""
-    recipes = {path: load_recipe(path) for _, _, path in paths}
-    known = measure_missing(options, list(recipes.values()))
+    recipes = {str(path): load_recipe(path) for _, _, path in paths}
+    done = measure_recipes(reference_of(options), recipes, stats=options.stats)
+    columns = ["bits/weight", "KL predicted", "KL measured", "against exact"]
     for bits in BUDGETS:
-        print(
-            f"\n| at most {bits} bits | bits/weight | KL predicted | KL measured | against exact |"
-        )
-        print("| --- | --- | --- | --- | --- |")
-        best = known[digest(recipes[options.work / f"exact-{bits}.yaml"])]
-        for _, label, path in (one for one in paths if one[0] == bits):
-            print(row(label, recipes[path], known[digest(recipes[path])], best))
+        best = done[str(options.work / f"exact-{bits}.yaml")].windows
+        rows = [
+            row(label, recipes[str(path)], done[str(path)].windows, best)
+            for limit, label, path in paths
+            if limit == bits
+        ]
+        print_markdown([f"at most {bits} bits", *columns], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the recipes, measure them, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text file; for Optuna's trials too")
-    parser.add_argument("--text", required=True, help="text file to measure on")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    paths = (
+        ("--calibration", "text file; for Optuna's trials too"),
+        ("--text", "text file to measure on"),
+    )
+    parser = model_parser(__doc__, *paths, tokens=8192)
     parser.add_argument("--stats", type=Path, help="of `mofq calibrate`, if they are there")
-    parser.add_argument("--tokens", type=int, default=8192, help="to measure on")
     parser.add_argument("--trials", type=int, default=60, help="of Optuna; 0: none")
     parser.add_argument("--random", type=int, default=3, help="random recipes")
-    options = parser.parse_args(arguments)
+    options = parse_into_work(parser, arguments)
     options.stats = options.stats or options.work / "stats"
-    options.work.mkdir(parents=True, exist_ok=True)
     table = make_table(options)
-    paths: list[tuple[float, str, Path]] = []
+    made: list[tuple[float, str, Path]] = []
     for bits in BUDGETS:
         found = search_all(options, table, bits)
         if options.trials:
             found |= search_optuna(options, table, bits)
-        paths += [(bits, label, path) for label, path in found.items()]
-    print_tables(options, paths)
+        made += [(bits, label, path) for label, path in found.items()]
+    print_tables(options, made)
 
 
 if __name__ == "__main__":

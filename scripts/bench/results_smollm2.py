@@ -9,8 +9,6 @@ What is in the work folder already is not made again.
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,15 @@ from pathlib import Path
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.delivery.validation import Validation, validate_many
 from mofq.evidence.corpora import load_text
+from scripts.shared.command import (
+    calibrate,
+    model_parser,
+    mofq,
+    optional,
+    parse_into_work,
+    print_markdown,
+    with_error,
+)
 
 UNIFORM = (
     "int8.channel+int8.token",
@@ -64,69 +71,60 @@ SEARCHED = (
 )
 
 
-def mofq(*arguments: str) -> None:
-    """Run a command of mofq as a user would, and print it."""
-    print("$ mofq", *arguments, flush=True)
-    subprocess.run(["mofq", *arguments], check=True)
-
-
 def make_recipes(model: str, calibration: str, work: Path) -> dict[str, Path]:
     """Every candidate's recipe: its label and file."""
-    stats = work / "stats"
-    if not (stats / "stats.json").exists():
-        mofq("calibrate", model, "--corpus", f"en={calibration}", "-o", str(stats))
+    stats = calibrate(model, [f"en={calibration}"], work / "stats")
     recipes = {}
     for scheme in UNIFORM:
         path = work / f"uniform-{scheme}.yaml"
         if not path.exists():
-            mofq("recipe", "uniform", model, scheme, "-o", str(path))
+            mofq("recipe", "uniform", model, scheme, "-o", path)
         recipes[f"uniform `{scheme}`"] = path
     for space in dict.fromkeys(one.space for one in SEARCHED):
         table = work / f"{space}.jsonl"
-        mofq("measure", model, "--space", space, "--stats", str(stats), "-o", str(table))
+        mofq("measure", model, "--space", space, "--stats", stats, "-o", table)
     for number, one in enumerate(SEARCHED):
         path = work / f"searched-{number}.yaml"
-        mofq("search", str(work / f"{one.space}.jsonl"), *one.options, "-o", str(path))
+        mofq("search", work / f"{one.space}.jsonl", *one.options, "-o", path)
         recipes[f"**{one.name}**, `--space {one.space} {' '.join(one.options)}`"] = path
     return recipes
 
 
-def row(label: str, validation: Validation, recipe: Recipe) -> str:
+def row(label: str, validation: Validation, recipe: Recipe) -> list[str]:
     """One line of the table."""
-    predicted = recipe.kl_nats_per_token
-    return (
-        f"| {label} | {validation.bits_per_weight:.3f} "
-        f"| {'–' if predicted is None else f'{predicted:.4f}'} "
-        f"| {validation.kl_nats_per_token:.4f} ± {validation.kl_stderr or 0:.4f} "
-        f"| {validation.perplexity:.2f} | {100 * validation.top1_agreement:.1f} % |"
-    )
+    return [
+        label,
+        f"{validation.bits_per_weight:.3f}",
+        optional(recipe.kl_nats_per_token),
+        with_error(validation.kl_nats_per_token, validation.kl_stderr or 0),
+        f"{validation.perplexity:.2f}",
+        f"{100 * validation.top1_agreement:.1f} %",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the recipes, validate them, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text file")
-    parser.add_argument("--text", required=True, help="text file that nothing was calibrated on")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
-    parser.add_argument("--tokens", type=int, default=8192)
-    options = parser.parse_args(arguments)
-    options.work.mkdir(parents=True, exist_ok=True)
-    paths = make_recipes(options.model, options.calibration, options.work)
-    recipes = {label: load_recipe(path) for label, path in paths.items()}
+    paths = (
+        ("--calibration", "text file"),
+        ("--text", "text file that nothing was calibrated on"),
+    )
+    options = parse_into_work(model_parser(__doc__, *paths, tokens=8192), arguments)
+    made = make_recipes(options.model, options.calibration, options.work)
+    recipes = {label: load_recipe(path) for label, path in made.items()}
     done = validate_many(
         options.model, list(recipes.values()), load_text(options.text), tokens=options.tokens
     )
-    print("\n| | bits/weight | KL predicted | KL measured [nats/token] | perplexity | top-1 |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for (label, recipe), validation in zip(recipes.items(), done, strict=True):
         assert validation.enforced, f"{label} is not enforced"
-        print(row(label, validation, recipe))
-    print(f"\nperplexity of the original: {done[0].perplexity_original:.2f}")
+        rows.append(row(label, validation, recipe))
+    columns = ["bits/weight", "KL predicted", "KL measured [nats/token]", "perplexity", "top-1"]
+    print_markdown(["", *columns], rows)
+    print(f"perplexity of the original: {done[0].perplexity_original:.2f}")
     w8a8, w4a16 = options.work / "w8a8.jsonl", options.work / "w4a16.jsonl"
     exact = options.work / "searched-2.yaml"
-    mofq("plot", str(w8a8), str(exact), "--kind", "map", "-o", str(options.work / "map.png"))
-    mofq("plot", str(w4a16), "--kind", "frontier", "-o", str(options.work / "frontier.png"))
+    mofq("plot", w8a8, exact, "--kind", "map", "-o", options.work / "map.png")
+    mofq("plot", w4a16, "--kind", "frontier", "-o", options.work / "frontier.png")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import ModelLayers, find_layers
 from scripts.bench.calibration import SPACE, fill_table, run_calibration
 from scripts.bench.prediction_recipes import Pair, choose_pairs, uniform_recipes
-from scripts.bench.prediction_report import ANOTHER, SAME, SMALL_KL, markdown_table
+from scripts.bench.prediction_report import ANOTHER, SAME, SMALL_KL
+from scripts.shared.command import markdown_table, script_parser
 from scripts.shared.kl_truth import (
     Truths,
     Version,
@@ -131,7 +132,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", required=True, help="text to measure the KL divergence on")

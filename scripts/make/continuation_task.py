@@ -11,7 +11,6 @@ format and the items as JSON lines; the items depend on the text, the sizes and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from mofq.evidence.corpora import load_text
+from scripts.shared.command import script_parser
 
 CHOICES = 4
 
@@ -85,7 +85,7 @@ def write_task(items: Sequence[dict[str, object]], folder: Path, name: str) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the items and write them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = script_parser(__doc__)
     parser.add_argument("--text", required=True, help="bundled text, file or hub data set")
     parser.add_argument("--name", required=True, help="of the task")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder")

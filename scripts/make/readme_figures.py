@@ -8,11 +8,11 @@ made again.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from scripts.shared.command import calibrate, model_parser, mofq, parse_into_work
 
 BITS = ("5.0", "6.0")
 UNIFORM = ("int4.g32@mse", "nvfp4@mse")
@@ -20,18 +20,9 @@ UNIFORM = ("int4.g32@mse", "nvfp4@mse")
 WIDTH, HEIGHT = 1280, 1130
 
 
-def mofq(*arguments: object, folder: Path | None = None) -> None:
-    """Run a command of mofq as a user would, in a folder, and print it."""
-    words = [str(word) for word in arguments]
-    print("$ mofq", *words, flush=True)
-    subprocess.run(["mofq", *words], check=True, cwd=folder)
-
-
 def make_tables(model: str, calibration: str, work: Path) -> dict[str, Path]:
     """Stats and the table of each search space."""
-    stats = work / "stats"
-    if not (stats / "stats.json").exists():
-        mofq("calibrate", model, "--corpus", f"en={calibration}", "-o", stats)
+    stats = calibrate(model, [f"en={calibration}"], work / "stats")
     tables = {space: work / f"{space}.jsonl" for space in ("w8a8", "w4w8_mixed")}
     for space, table in tables.items():
         if not table.exists():
@@ -104,15 +95,13 @@ def photograph(page: Path, output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is missing and draw everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text file")
-    parser.add_argument("--text", required=True, help="text file that nothing was chosen on")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    parser = model_parser(
+        __doc__,
+        ("--calibration", "text file"),
+        ("--text", "text file that nothing was chosen on"),
+    )
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="of the figures")
-    parser.add_argument("--tokens", type=int, default=4096)
-    options = parser.parse_args(arguments)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = parse_into_work(parser, arguments)
     options.images.mkdir(parents=True, exist_ok=True)
     tables = make_tables(options.model, options.calibration, options.work)
     recipes = make_recipes(options.model, tables, options.work)

@@ -11,9 +11,10 @@ An article begins with a heading of the first level, ``= Title =``. Writes
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
+
+from scripts.shared.command import script_parser
 
 _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
@@ -36,7 +37,7 @@ def article_halves(text: str) -> tuple[str, str]:
 
 def main() -> None:
     """Write both halves."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
     options = parser.parse_args()

@@ -27,6 +27,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scripts.shared.command import script_parser
+
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
 RUN_OF_PARAGRAPHS = 6
@@ -321,7 +323,7 @@ def excerpt(paragraphs: list[str], wanted_bytes: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--text", action="append", required=True, metavar="LANGUAGE=FILE")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, e.g. mofq/demo")
     parser.add_argument("--seed", type=int, default=0)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts.shared.command import script_parser
+
 PARSERS = ("recipe", "space", "table", "stats", "header")
 #: Longest input that is tried [bytes].
 _LONGEST = 4096
@@ -195,7 +197,7 @@ def _folders(keep: str | None) -> Iterator[tuple[Path, Path]]:
 
 def main() -> int:
     """Fuzz every parser; 1 where a fault was found."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--seconds", type=int, default=20, help="for each parser")
     parser.add_argument("--only", choices=PARSERS)
     parser.add_argument("--keep", help="folder for what causes a fault")

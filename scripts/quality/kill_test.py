@@ -14,7 +14,6 @@ Exit code 1 where one does not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from scripts.shared.command import script_parser
 
 SPACE = "version: 1\nschemes: [int4.g64, int4.g32, int8.channel]\n"
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "32")
@@ -289,7 +290,7 @@ def make_cases(inputs: Path, out: Path) -> tuple[list[Sequence[str]], list[Case]
 
 def main() -> int:
     """Check every case; 1 where something was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--moments", type=int, default=40, help="kills of each command")
     parser.add_argument("--only", nargs="*", help="cases, by name")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,13 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mofq.evidence.calibration.stats import read_stats
+from scripts.shared.command import (
+    mofq,
+)
 from scripts.shared.reproduction import (
     Measured,
     arguments,
     measure_recipes,
     measure_versions,
-    mofq,
     print_measured,
+    reference_of,
     stats_of,
     uniform_of,
     version_of_rewritten,
@@ -61,14 +64,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"{label} `{names[0]}`": uniform_of(options.model, *names)
         for label, names in SCHEMES.items()
     }
-    done = measure_recipes(
-        options.model,
-        recipes,
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-        stats=options.stats,
-    )
+    done = measure_recipes(reference_of(options), recipes, stats=options.stats)
     if options.calibration:
         done |= smoothed(options)
     print_measured(done)
@@ -90,13 +86,7 @@ def smoothed(options: argparse.Namespace) -> dict[str, Measured]:
         )
         for label in ("W8A8-INT, nearest", "W8A8-INT")
     }
-    return measure_versions(
-        options.model,
-        versions,
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-    )
+    return measure_versions(reference_of(options), versions)
 
 
 if __name__ == "__main__":

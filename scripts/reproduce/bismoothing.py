@@ -21,14 +21,17 @@ from mofq.decision.recipe import Recipe, load_recipe
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from scripts.reproduce.walls import INT8, plan_walls, write_walled
+from scripts.shared.command import (
+    mofq,
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,
-    mofq,
-    print_markdown,
+    reference_of,
     stats_of,
     uniform_of,
-    with_error,
 )
 
 SEEDS = range(3)
@@ -74,13 +77,7 @@ def seed_row(options: argparse.Namespace, seed: int) -> list[str]:
 
 def kl(options: argparse.Namespace, folder: str | Path, recipe: Recipe) -> str:
     """Of a recipe against the model that it is applied to, on the text."""
-    done = measure_recipes(
-        str(folder),
-        {"": recipe},
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-    )[""]
+    done = measure_recipes(reference_of(options, model=folder), {"": recipe})[""]
     return with_error(done.kl, done.kl_stderr)
 
 

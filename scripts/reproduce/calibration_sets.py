@@ -17,7 +17,6 @@ The source, for GPTQ, AWQ and SmoothQuant: "newer models like Llama-2 7B, Llama-
 
 from __future__ import annotations
 
-import argparse
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,13 +32,18 @@ from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.loading import load_tokenizer
+from scripts.shared.command import (
+    model_parser,
+    mofq,
+    parse_into_work,
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     Measured,
     measure_recipes,
-    mofq,
-    print_markdown,
+    reference_of,
     stats_of,
-    with_error,
 )
 
 matplotlib.use("agg")
@@ -182,15 +186,11 @@ def print_costs(
 
 def main(given: Sequence[str] | None = None) -> None:
     """The table and the figure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model")
+    parser = model_parser(__doc__)
     parser.add_argument("--calibration", action="append", required=True, help="NAME=FILE")
     parser.add_argument("--text", action="append", required=True, help="NAME=FILE, held out")
     parser.add_argument("--sequences", type=int, default=4, help="of each calibration text")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args(given)
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = parse_into_work(parser, given)
     corpora = dict(one.split("=", 1) for one in options.calibration)
     corpora["code"] = str(write_code(options.work / "code.txt"))
     corpora["random"] = str(write_random(options.model, options.work / "random.txt"))
@@ -202,13 +202,8 @@ def main(given: Sequence[str] | None = None) -> None:
     done = {}
     for one in options.text:
         name, _, source = one.partition("=")
-        done[name] = measure_recipes(
-            options.model,
-            recipes,
-            load_text(source),
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
+        reference = reference_of(options, text=load_text(source))
+        done[name] = measure_recipes(reference, recipes)
     shares = draw(recipes, table, options.work / "overlap.png")
     print_costs(recipes, done, shares)
 

@@ -30,19 +30,22 @@ from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
+from scripts.shared.command import (
+    mofq,
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     Measured,
     arguments,
     measure_recipes,
     measure_versions,
-    mofq,
     predicted,
-    print_markdown,
+    reference_of,
     rows_by_scheme,
     stats_of,
     table_of,
     version_of_rewritten,
-    with_error,
 )
 
 SPACE = Path(__file__).with_name("every_system.yaml")
@@ -248,17 +251,16 @@ def measure(
     """The KL of every recipe to the original model."""
     # The search first: should the time run out, the rest is what it is compared with.
     order = sorted(chosen, key=lambda key: key[0] != SYSTEMS[-1].name)
-    where = {"cache": options.work / "measured.jsonl", "tokens": options.tokens}
+    reference = reference_of(options)
     plain = {", ".join(key): chosen[key][1] for key in order if not chosen[key][0]}
-    done = measure_recipes(options.model, plain, options.text, stats=places[""].stats, **where)
+    done = measure_recipes(reference, plain, stats=places[""].stats)
     versions = {
         ", ".join(key): version_of_rewritten(places[name].model, recipe, places[name].stats)
         for key in order
         for name, recipe in [chosen[key]]
         if name
     }
-    done |= measure_versions(options.model, versions, options.text, **where)
-    return done
+    return done | measure_versions(reference, versions)
 
 
 def main(given: Sequence[str] | None = None) -> None:

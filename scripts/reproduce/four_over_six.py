@@ -16,8 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.shared.reproduction import arguments, measure_recipes, print_measured, uniform_of
-from scripts.shared.reproduction_inputs import input_amax
+from scripts.shared.reproduction import (
+    arguments,
+    input_amax,
+    measure_recipes,
+    print_measured,
+    reference_of,
+    uniform_of,
+)
 
 SCHEMES = (
     "nvfp4",
@@ -36,15 +42,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     amax = input_amax(options.model, options.stats)
     recipes = {f"`{name}`": uniform_of(options.model, name, amax=amax) for name in SCHEMES}
-    print_measured(
-        measure_recipes(
-            options.model,
-            recipes,
-            options.text,
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
-    )
+    print_measured(measure_recipes(reference_of(options), recipes))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.shared.reproduction import arguments, measure_recipes, print_measured, uniform_of
-from scripts.shared.reproduction_inputs import input_amax
+from scripts.shared.reproduction import (
+    arguments,
+    input_amax,
+    measure_recipes,
+    print_measured,
+    reference_of,
+    uniform_of,
+)
 
 #: Of the inputs; FP8-LM's threshold.
 SATURATED = 1e-5
@@ -52,15 +58,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for scheme in AUTOMATIC:
         label = f"automatic scaling `{scheme}`"
         recipes[label] = uniform_of(options.model, scheme, amax=halved)
-    print_measured(
-        measure_recipes(
-            options.model,
-            recipes,
-            options.text,
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
-    )
+    print_measured(measure_recipes(reference_of(options), recipes))
     changed = sum(halved[layer] < amax[layer] for layer in amax)
     print(f"Automatic scaling makes the scale of {changed} of {len(amax)} layers smaller.")
 

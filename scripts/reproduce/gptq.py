@@ -16,17 +16,20 @@ from collections.abc import Mapping, Sequence
 
 from mofq.decision.recipe import Recipe
 from mofq.evidence.table import Table
+from scripts.shared.command import (
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     Measured,
     arguments,
     measure_recipes,
     predicted,
-    print_markdown,
     recipe,
+    reference_of,
     rows_by_scheme,
     table_of,
     uniform,
-    with_error,
 )
 
 ROUNDINGS = ("", "@mse", "@nats", "~gptq", "@mse~gptq", "@nats~gptq")
@@ -89,14 +92,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     alone = uniform_recipes(table)
     mixed = {f"MoFQ{rounding}": mofq_recipe(table, rounding) for rounding in ("@mse", "@mse~gptq")}
-    done = measure_recipes(
-        options.model,
-        {**alone, **mixed},
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-        stats=options.stats,
-    )
+    done = measure_recipes(reference_of(options), {**alone, **mixed}, stats=options.stats)
     columns = ["", "bits/weight", "KL predicted", "KL measured [nats/token]", "perplexity"]
     print_markdown(columns, lines(table, alone, done))
     both = {f"{one}@mse~gptq": alone[f"{one}@mse~gptq"] for one in (INT, FP)}

@@ -26,13 +26,16 @@ from mofq.delivery.backends import apply_recipe
 from mofq.evidence.table import Table, read_table
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import parse_scheme
+from scripts.shared.command import (
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     Measured,
     Version,
     arguments,
     measure_versions,
-    print_markdown,
-    with_error,
+    reference_of,
 )
 
 QUERIES = "queries alone in FP8"
@@ -136,13 +139,7 @@ def main(given: Sequence[str] | None = None) -> None:
     }
     if re.search(options.only or "", QUERIES):
         versions[QUERIES] = Version("queries", 16.0, round_queries)
-    done = measure_versions(
-        options.model,
-        versions,
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-    )
+    done = measure_versions(reference_of(options), versions)
     print_results(recipes, bits, done)
 
 

@@ -20,11 +20,14 @@ from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.samples import SampleReader
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
+from scripts.shared.command import (
+    print_markdown,
+)
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,
-    print_markdown,
     print_measured,
+    reference_of,
     uniform_of,
 )
 
@@ -63,15 +66,7 @@ def main(given: Sequence[str] | None = None) -> None:
     names = ["int8.channel", "int8.channel+int8.token"]
     names += [f"int8.channel+int8.token.out{threshold}" for threshold in THRESHOLDS]
     recipes = {f"`{name}`": uniform_of(options.model, name) for name in names}
-    print_measured(
-        measure_recipes(
-            options.model,
-            recipes,
-            options.text,
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
-    )
+    print_measured(measure_recipes(reference_of(options), recipes))
 
 
 if __name__ == "__main__":

@@ -24,30 +24,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.decision.recipe import load_recipe
 from mofq.delivery.apply import emulate
 from mofq.delivery.apply.loaded_model import find_loaded_layers, loaded_weight
-from mofq.evidence.corpora import Corpus, load_text, tokenize
+from mofq.evidence.corpora import Corpus, load_text
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.loading import load_model, load_tokenizer
 from mofq.numbers.formats import FP8_E4M3, FloatFormat
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
+from scripts.shared.command import (
+    mofq,
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
-    SEQUENCE_LENGTH,
     Measured,
     Version,
     arguments,
+    load_original,
     measure_recipes,
     measure_versions,
-    mofq,
-    print_markdown,
+    reference_of,
+    run_over,
     stats_of,
     uniform_of,
-    with_error,
+    windows_of,
 )
 
 UNIFORM = {
@@ -105,22 +108,14 @@ def halves(source: str, work: Path) -> tuple[str, Path, Path]:
 def find_spikes(model: str, text: Corpus, tokens: int) -> Spikes:
     """Run the original over a text and look at what enters its linear layers."""
     checkpoint = open_checkpoint(model)
-    original = load_model(checkpoint.folder, dtype="float32", device="cpu")
-    windows_NT = tokenize(
-        text,
-        load_tokenizer(checkpoint.folder),
-        tokens=tokens,
-        sequence_length=SEQUENCE_LENGTH,
-    )
+    original = load_original(checkpoint)
     spikes = Spikes()
     for name, module in original.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: spikes.see(name, inputs[0])
             )
-    with torch.inference_mode():
-        for window_T in windows_NT:
-            original(window_T[None])
+    run_over(original, windows_of(checkpoint, text, tokens=tokens))
     return spikes
 
 
@@ -225,9 +220,9 @@ def main(given: Sequence[str] | None = None) -> None:
     variants = {e.name: endless(e) for e in (NOTHING_SATURATES, NOTHING_UNDERFLOWS, NEITHER)}
     done, parts = {}, {}
     for name, text in held_out.items():
-        where = {"cache": options.work / "measured.jsonl", "tokens": options.tokens}
-        done[name] = measure_recipes(options.model, recipes, text, **where)
-        parts[name] = measure_versions(options.model, variants, text, **where)
+        reference = reference_of(options, text=text)
+        done[name] = measure_recipes(reference, recipes)
+        parts[name] = measure_versions(reference, variants)
     print_costs(done)
     print_parts({name: of["FP8, naive"] for name, of in done.items()}, parts)
 

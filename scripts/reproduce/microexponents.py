@@ -16,7 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.shared.reproduction import arguments, measure_recipes, print_measured, uniform_of
+from scripts.shared.reproduction import (
+    arguments,
+    measure_recipes,
+    print_measured,
+    reference_of,
+    uniform_of,
+)
 
 CEILING = {8: "fp8_e4m3.g32.s-e8m0ceil", 4: "fp4_e2m1.g32.s-e8m0ceil"}
 BOTH = {
@@ -47,15 +53,7 @@ def main(given: Sequence[str] | None = None) -> None:
         f"{label} `{scheme}`": uniform_of(options.model, scheme)
         for label, scheme in (BOTH | WEIGHTS).items()
     }
-    print_measured(
-        measure_recipes(
-            options.model,
-            recipes,
-            options.text,
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
-    )
+    print_measured(measure_recipes(reference_of(options), recipes))
 
 
 if __name__ == "__main__":

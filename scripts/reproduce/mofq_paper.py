@@ -35,14 +35,17 @@ from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import find_layers
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import TensorScheme, parse_scheme
+from scripts.shared.command import (
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,
-    print_markdown,
     recipe,
+    reference_of,
     rows_by_scheme,
     table_of,
-    with_error,
 )
 
 matplotlib.use("agg")
@@ -312,13 +315,7 @@ def main(given: Sequence[str] | None = None) -> None:
     print_shares(table, errors)
     print_reallocation(errors)
     draw(crests(open_checkpoint(options.model), options.stats, table), options.work / "crest.png")
-    done = measure_recipes(
-        options.model,
-        mixtures(table, errors),
-        options.text,
-        cache=options.work / "measured.jsonl",
-        tokens=options.tokens,
-    )
+    done = measure_recipes(reference_of(options), mixtures(table, errors))
     rows = [
         [
             label,

@@ -29,17 +29,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.delivery.apply import emulate
-from mofq.evidence.corpora import load_text, tokenize
+from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.loading import load_model, load_tokenizer
 from scripts.shared.reproduction import (
-    SEQUENCE_LENGTH,
     Version,
     arguments,
+    load_original,
     measure_versions,
     print_measured,
+    reference_of,
+    run_over,
     true_bits,
     uniform_of,
+    windows_of,
 )
 
 CALIBRATION_TOKENS = 2048
@@ -99,13 +101,7 @@ def attach(module: nn.Module, is_input: bool, change: Callable[[Tensor], Tensor]
 def calibrate(model_folder: str, text: str) -> Ranges:
     """The largest magnitude of every channel of every tensor."""
     checkpoint = open_checkpoint(model_folder)
-    model = load_model(checkpoint.folder, dtype="float32", device="cpu")
-    windows_NT = tokenize(
-        load_text(text),
-        load_tokenizer(checkpoint.folder),
-        tokens=CALIBRATION_TOKENS,
-        sequence_length=SEQUENCE_LENGTH,
-    )
+    model = load_original(checkpoint)
     ranges: Ranges = {}
 
     def see(name: str, x: Tensor) -> Tensor:
@@ -115,9 +111,7 @@ def calibrate(model_folder: str, text: str) -> Ranges:
 
     for name, (module, is_input) in tensors_of(model).items():
         attach(module, is_input, partial(see, name))
-    with torch.inference_mode():
-        for window_T in windows_NT:
-            model(window_T[None])
+    run_over(model, windows_of(checkpoint, load_text(text), tokens=CALIBRATION_TOKENS))
     return ranges
 
 
@@ -186,15 +180,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """One table."""
     options = arguments(__doc__, given, ("--calibration", "text file"), ("--text", "held-out text"))
     ranges = calibrate(options.model, options.calibration)
-    print_measured(
-        measure_versions(
-            options.model,
-            versions(options.model, ranges),
-            options.text,
-            cache=options.work / "measured.jsonl",
-            tokens=options.tokens,
-        )
-    )
+    print_measured(measure_versions(reference_of(options), versions(options.model, ranges)))
 
 
 if __name__ == "__main__":

@@ -21,17 +21,20 @@ from pathlib import Path
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.evidence.calibration.stats import read_stats
 from mofq.model.loading import load_model
+from scripts.shared.command import (
+    mofq,
+    print_markdown,
+    with_error,
+)
 from scripts.shared.reproduction import (
     Measured,
     Version,
     arguments,
     measure_recipes,
     measure_versions,
-    mofq,
-    print_markdown,
+    reference_of,
     stats_of,
     uniform_of,
-    with_error,
 )
 
 INT8 = ("int8.channel+int8.token",)
@@ -122,19 +125,14 @@ def rewritten(options: argparse.Namespace, label: str) -> str:
 def rewriting_cost(options: argparse.Namespace, folder: str) -> Measured:
     """The rewritten model against the original, nothing quantized."""
     version = Version(folder, 16.0, lambda _model: load_model(Path(folder)))
-    cache = options.work / "measured.jsonl"
-    done = measure_versions(
-        options.model, {folder: version}, options.text, cache=cache, tokens=options.tokens
-    )
-    return done[folder]
+    return measure_versions(reference_of(options), {folder: version})[folder]
 
 
 def measured(
     options: argparse.Namespace, folder: str, recipes: Mapping[str, Recipe]
 ) -> dict[str, Measured]:
     """What recipes do to a model, on the text."""
-    cache = options.work / "measured.jsonl"
-    return measure_recipes(folder, recipes, options.text, cache=cache, tokens=options.tokens)
+    return measure_recipes(reference_of(options, model=folder), recipes)
 
 
 def file_name(label: str) -> str:

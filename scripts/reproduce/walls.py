@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,12 @@ from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, find_layers
+from scripts.shared.command import (
+    model_parser,
+    mofq,
+    parse_into_work,
+    print_markdown,
+)
 
 #: Fusion group after a norm -> the norm; of families whose norm multiplies by its weight.
 NORMS = {"attn.qkv": "input_layernorm", "mlp.gate_up": "post_attention_layernorm"}
@@ -142,7 +147,7 @@ def candidates(uniform: Recipe, found: Recipe, planted: Sequence[str]) -> dict[s
 
 
 def measured(
-    model: Path, recipes: Mapping[str, Recipe], text: str, tokens: int
+    model: str | Path, recipes: Mapping[str, Recipe], text: str, tokens: int
 ) -> dict[str, float]:
     """The KL of each recipe against the model without it [nats per token]."""
     with MeasuredKl(str(model), load_text(text), tokens=tokens) as objective:
@@ -155,10 +160,12 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, object]:
     walls = plan_walls(groups, seed=seed, share=options.max_finer)
     folder = options.work / f"seed-{seed}"
     walled = folder / "model"
-    write_walled(options.model, walled, walls)
+    write_walled(Path(options.model), walled, walls)
     ids = torch.arange(128) * 7 % 1000  # any tokens do: equality is asked for, not sense
     differences = {
-        str(dtype).removeprefix("torch."): largest_difference(options.model, walled, ids, dtype)
+        str(dtype).removeprefix("torch."): largest_difference(
+            Path(options.model), walled, ids, dtype
+        )
         for dtype in (torch.float32, torch.bfloat16)
     }
     table, recipe = str(folder / "table.jsonl"), folder / "recipe.yaml"
@@ -187,53 +194,45 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, object]:
     }
 
 
-def mofq(*arguments: str) -> None:
-    """Run a command of mofq as a user would, and print it."""
-    print("$ mofq", *arguments, flush=True)
-    subprocess.run(["mofq", *arguments], check=True)
-
-
 def print_results(results: Sequence[dict[str, object]], plain: Mapping[str, float]) -> None:
     """Two Markdown tables: what was found, and the KL."""
-    print("\n| seed | walls | channels | planted layers | found | others | logits differ by |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    found = []
     for one in results:
         missed, others = list(one["missed"]), list(one["others"])  # type: ignore[call-overload]
         planted = list(one["planted"])  # type: ignore[call-overload]
         by = ", ".join(f"{v:g} ({k})" for k, v in one["logits_differ_by"].items())  # type: ignore[attr-defined]
-        print(
-            f"| {one['seed']} | 2^{one['log2']} | {one['channels']} | {one['layers']} in "
-            f"{len(planted)} groups | {len(planted) - len(missed)} of {len(planted)} groups "
-            f"| {len(others)} | {by} |"
+        found.append(
+            [
+                *(f"{one['seed']}", f"2^{one['log2']}", f"{one['channels']}"),
+                f"{one['layers']} in {len(planted)} groups",
+                f"{len(planted) - len(missed)} of {len(planted)} groups",
+                *(f"{len(others)}", by),
+            ]
         )
+    heads = ["seed", "walls", "channels", "planted layers", "found", "others", "logits differ by"]
+    print_markdown(heads, found)
     names = list(plain)
-    print(f"\n| seed | {' | '.join(names)} | recovered, weights |")
-    print("| --- |" + " --- |" * (len(names) + 1))
-    print("| no walls | " + " | ".join(f"{plain[name]:.4f}" for name in names) + " | |")
+    costs = [["no walls", *(f"{plain[name]:.4f}" for name in names), ""]]
     for one in results:
         kl: dict[str, float] = one["kl"]  # type: ignore[assignment]
         lost = kl["weights, uniform"] - plain["weights, uniform"]
         recovered = (kl["weights, uniform"] - kl["weights, found"]) / lost
-        values = " | ".join(f"{kl[name]:.4f}" for name in names)
-        print(f"| {one['seed']} | {values} | {100 * recovered:.1f} % |")
+        values = [f"{kl[name]:.4f}" for name in names]
+        costs.append([f"{one['seed']}", *values, f"{100 * recovered:.1f} %"])
+    print_markdown(["seed", *names, "recovered, weights"], costs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all seeds, print the tables, keep the figures in results.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path, help="folder of a bf16 checkpoint")
-    parser.add_argument("--text", required=True, help="text file to measure on")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    parser = model_parser(__doc__, ("--text", "text file to measure on"), tokens=2048)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--max-finer", type=float, default=0.03)
     parser.add_argument("--keep", action="store_true", help="keep the walled checkpoints")
-    options = parser.parse_args(arguments)
+    options = parse_into_work(parser, arguments)
     checkpoint = open_checkpoint(options.model)
     layers = find_layers(checkpoint)
     if layers.architecture not in FAMILIES:
         parser.error(f"{layers.architecture}: its norm is not known to multiply by its weight")
-    options.work.mkdir(parents=True, exist_ok=True)
     uniform = uniform_recipe(checkpoint, layers, INT8)
     every = candidates(uniform, uniform, ())
     plain = measured(options.model, every, options.text, options.tokens)

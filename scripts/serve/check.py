@@ -51,13 +51,14 @@ from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from scripts.serve.ask_http import ask_server
 from scripts.serve.compare import compare_layers, compare_logprobs, window_tokens
+from scripts.shared.command import script_parser
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="the original model folder")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the exported folder")
     parser.add_argument("--recipe", required=True, help="the recipe that was exported")

@@ -14,7 +14,6 @@ some repeats.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint, open_stor
 from mofq.model.layers import find_layers
 from scripts.serve.check import make_venv, run_vllm
 from scripts.serve.compare import binned_kl, emulated_logprobs, window_tokens
+from scripts.shared.command import optional, print_markdown, script_parser
 
 UNIFORM = ("int8.channel+int8.token", "fp8_e4m3.channel+fp8_e4m3.token")
 
@@ -59,7 +59,7 @@ class Served:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export, serve, compare, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--table", required=True, help="measured, with the uniform schemes")
     parser.add_argument("--recipe", action="append", default=[], metavar="NAME=FILE")
@@ -164,14 +164,14 @@ def layer_bytes(checkpoint: Checkpoint, folder: Path) -> int:
 
 def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
     """Markdown."""
-    print(
-        "| served | KL predicted | KL emulated | **KL in vLLM** | perplexity emulated | in vLLM "
-        "| bytes of the layers, recipe | in the folder | load | prefill | decode |"
-    )
-    print("|" + " --- |" * 11)
+    columns = [
+        *("served", "KL predicted", "KL emulated", "**KL in vLLM**", "perplexity emulated"),
+        *("in vLLM", "bytes of the layers, recipe", "in the folder", "load", "prefill", "decode"),
+    ]
+    rows = []
     first = lines[0].figures
     for line in lines:
-        predicted, size = line.recipe.kl_nats_per_token, line.recipe.result["bytes"]
+        size = line.recipe.result["bytes"]
         ratios = [
             line.figures[key] / first[key]
             for key in (
@@ -182,7 +182,7 @@ def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
         ]
         cells = [
             line.name,
-            "–" if predicted is None else f"{predicted:.4f}",
+            optional(line.recipe.kl_nats_per_token),
             f"{line.kl_emulated:.4f}",
             f"**{line.kl_served:.4f}**",
             *(f"{torch.tensor(nll).exp():.2f}" for nll in (line.nll_emulated, line.nll_served)),
@@ -190,9 +190,10 @@ def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
             f"{layer_bytes(checkpoint, line.folder):,}",
             *(f"{ratio:.2f}" for ratio in ratios),
         ]
-        print("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    print_markdown(columns, rows)
     print(
-        f"\nThe original: loaded in {first['load_cpu_seconds']:.1f} s of one thread, "
+        f"The original: loaded in {first['load_cpu_seconds']:.1f} s of one thread, "
         f"{first['prefill_tokens_per_second']:.0f} tokens/s of prefill, "
         f"{first['decode_tokens_per_second']:.1f} of decode."
     )

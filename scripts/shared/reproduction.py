@@ -1,4 +1,4 @@
-"""What the `reproduce_*.py` scripts share: recipes from a table, their measured KL, tables.
+"""What the reproductions share: recipes from a table, their measured KL.
 
 Every measurement goes to a file of JSON lines as soon as it is known and is not made again
 for the same recipe, text and sizes. The original runs once for all recipes that are missing.
@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +28,7 @@ from mofq.delivery.validation.divergence import OriginalLogits, compare, run_ori
 from mofq.delivery.validation.report import summarize
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.corpora import Corpus, load_text, tokenize
+from mofq.evidence.measure.samples import SampleReader
 from mofq.evidence.spaces import shape_rejection
 from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -35,6 +36,15 @@ from mofq.model.layers import find_layers
 from mofq.model.loading import load_model, load_tokenizer
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
+from scripts.shared.command import (
+    Argument,
+    calibrate,
+    model_parser,
+    mofq,
+    parse_into_work,
+    print_markdown,
+    with_error,
+)
 
 SEQUENCE_LENGTH = 512
 
@@ -60,35 +70,22 @@ class Measured:
 def arguments(
     documentation: str | None,
     given: Sequence[str] | None,
-    *options: tuple[str, str],
-    optional: Sequence[tuple[str, str]] = (),
+    *required: Argument,
+    optional: Sequence[Argument] = (),
 ) -> argparse.Namespace:
     """The arguments that all scripts have, and further paths that must be given.
 
     Args:
         documentation: Of the script.
         given: None for the command line's own.
-        options: Name and help of each path.
-        optional: Likewise, of what may be left out.
+        required: Options that must be given.
+        optional: Options that may be left out.
     """
-    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
-    parser.add_argument("model", help="folder")
-    for name, explanation in options:
-        parser.add_argument(name, required=True, help=explanation)
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a text, to measure KL on")
+    parser = model_parser(documentation, *required)
     parser.add_argument("--begun", type=Path, nargs="*", default=(), help="tables with some rows")
     for name, explanation in optional:
         parser.add_argument(name, help=explanation)
-    found = parser.parse_args(given)
-    found.work.mkdir(parents=True, exist_ok=True)
-    return found
-
-
-def mofq(*words: str | Path) -> None:
-    """Run a command of mofq as a user would, and print it."""
-    print("$ mofq", *words, file=sys.stderr, flush=True)
-    subprocess.run(["mofq", *map(str, words)], check=True, stdout=sys.stderr)
+    return parse_into_work(parser, given)
 
 
 def table_of(
@@ -137,14 +134,9 @@ def _joined(paths: Sequence[Path]) -> str:
 def stats_of(
     model: str, corpora: Mapping[str, str], folder: Path, *, sequences: int = 8, seed: int = 0
 ) -> Path:
-    """Calibrate, unless that was done."""
-    if not (folder / "stats.json").exists():
-        named = [word for name, text in corpora.items() for word in ("--corpus", f"{name}={text}")]
-        mofq(
-            *("calibrate", model, *named, "--sequences", str(sequences)),
-            *("--seed", str(seed), "-o", folder),
-        )
-    return folder
+    """Calibrate, unless that was done; corpus name -> text."""
+    named = [f"{name}={text}" for name, text in corpora.items()]
+    return calibrate(model, named, folder, "--sequences", sequences, "--seed", seed)
 
 
 def rows_by_scheme(table: Table, unit: str, corpus: str | None = None) -> dict[str, dict[str, Row]]:
@@ -225,6 +217,57 @@ def predicted(table: Table, of: Recipe, *, corpus: str | None = None) -> float:
     return sum(rows[group.name][group.scheme].error for group in of.groups)
 
 
+def input_amax(model: str, stats: str | Path, *, saturated: float = 0.0) -> dict[str, float]:
+    """Static scales of every layer from its calibration inputs.
+
+    Args:
+        model: Folder.
+        stats: From `mofq calibrate`.
+        saturated: Share of the inputs that may saturate. Where it is not 0, the largest
+            magnitude is halved for as long as no larger share exceeds it.
+
+    Returns:
+        Layer -> the magnitude that the largest code stands for.
+    """
+    found = read_stats(Path(stats))
+    groups = find_layers(open_checkpoint(model)).groups
+    layers = [layer.name for group in groups for layer in group.layers]
+    amax = {}
+    with SampleReader(found) as reader:
+        for layer in layers:
+            samples = [reader.read(corpus.name, layer) for corpus in found.plan.corpora]
+            inputs = [one.x_MCI.abs() for one in samples if one is not None]
+            limit = float(max(x.max() for x in inputs))
+            count = sum(one.is_token_MC.sum().item() * one.x_MCI.shape[2] for one in samples if one)
+            while saturated and limit > 0:
+                if sum(int((x > limit / 2).sum()) for x in inputs) > saturated * count:
+                    break
+                limit /= 2
+            amax[layer] = limit
+    return amax
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model and a text that versions of the model are compared with it on."""
+
+    model: str  #: folder
+    text: Corpus | str  #: that nothing was calibrated on
+    cache: Path  #: JSON lines of what was measured; read, and appended to
+    tokens: int  #: of the text
+
+
+def reference_of(
+    options: argparse.Namespace,
+    *,
+    model: str | Path | None = None,
+    text: Corpus | None = None,
+) -> Reference:
+    """The model and the text that a script was given, or others."""
+    cache = options.work / "measured.jsonl"
+    return Reference(str(model or options.model), text or options.text, cache, options.tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Version:
     """A way to change a model."""
@@ -235,19 +278,13 @@ class Version:
 
 
 def measure_recipes(
-    model: str,
-    recipes: Mapping[str, Recipe],
-    text: Corpus | str,
-    *,
-    cache: Path,
-    tokens: int,
-    stats: str | Path | None = None,
+    reference: Reference, recipes: Mapping[str, Recipe], *, stats: str | Path | None = None
 ) -> dict[str, Measured]:
     """What each recipe does to a text; see `measure_versions`.
 
     Schemes that are fitted to statistics, such as those of GPTQ, need their folder.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(reference.model)
     fitted_to = None if stats is None else read_stats(Path(stats)).sha256
     versions = {
         label: Version(
@@ -257,7 +294,7 @@ def measure_recipes(
         )
         for label, one in recipes.items()
     }
-    return measure_versions(model, versions, text, cache=cache, tokens=tokens)
+    return measure_versions(reference, versions)
 
 
 def _apply(
@@ -272,7 +309,7 @@ def version_of_rewritten(folder: str, recipe: Recipe, stats: str | Path) -> Vers
     checkpoint = open_checkpoint(folder)
 
     def apply(_: PreTrainedModel) -> PreTrainedModel:
-        return _apply(_load(checkpoint), recipe, checkpoint, stats)
+        return _apply(load_original(checkpoint), recipe, checkpoint, stats)
 
     identity = recipe_identity(recipe, read_stats(Path(stats)).sha256)
     return Version(f"{folder} {identity}", true_bits(checkpoint, recipe), apply)
@@ -288,31 +325,20 @@ def recipe_identity(of: Recipe, fitted_to: str | None) -> str:
     return json.dumps(content)
 
 
-def measure_versions(
-    model: str, versions: Mapping[str, Version], text: Corpus | str, *, cache: Path, tokens: int
-) -> dict[str, Measured]:
-    """What each version of a model does to a text.
-
-    Args:
-        model: Folder.
-        versions: Label -> version.
-        text: That nothing was calibrated on.
-        cache: JSON lines; read, and appended to.
-        tokens: Of the text.
-
-    Returns:
-        Label -> measurement.
-    """
+def measure_versions(reference: Reference, versions: Mapping[str, Version]) -> dict[str, Measured]:
+    """What each version of a model does to a text, by its label."""
+    text, tokens, cache = reference.text, reference.tokens, reference.cache
     corpus = load_text(text) if isinstance(text, str) else text
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(reference.model)
     known = {} if not cache.exists() else dict(map(_entry, cache.read_text("utf-8").splitlines()))
     keys = {label: _key(one, corpus, tokens, checkpoint) for label, one in versions.items()}
     missing = {keys[label]: label for label in versions if keys[label] not in known}
     if missing:
         with OriginalLogits() as logits:
-            windows_NT, entropies = _run_original(checkpoint, corpus, tokens, logits)
+            windows_NT = windows_of(checkpoint, corpus, tokens=tokens)
+            entropies = run_original(load_original(checkpoint), windows_NT, into=logits)
             for key, label in missing.items():
-                changed = versions[label].apply(_load(checkpoint))
+                changed = versions[label].apply(load_original(checkpoint))
                 scores = compare(changed, windows_NT, original=logits)
                 found = summarize(scores, entropies, sequence_length=SEQUENCE_LENGTH)
                 known[key] = Measured(
@@ -330,20 +356,22 @@ def measure_versions(
     return {label: known[key] for label, key in keys.items()}
 
 
-def _run_original(
-    checkpoint: Checkpoint, corpus: Corpus, tokens: int, logits: OriginalLogits
-) -> tuple[Tensor, tuple[float, ...]]:
-    windows_NT = tokenize(
-        corpus,
-        load_tokenizer(checkpoint.folder),
-        tokens=tokens,
-        sequence_length=SEQUENCE_LENGTH,
-    )
-    return windows_NT, run_original(_load(checkpoint), windows_NT, into=logits)
+def windows_of(checkpoint: Checkpoint, text: Corpus, *, tokens: int) -> Tensor:
+    """The first tokens of a text in windows, [windows, `SEQUENCE_LENGTH`]."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return tokenize(text, tokenizer, tokens=tokens, sequence_length=SEQUENCE_LENGTH)
 
 
-def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+def load_original(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model as it is, in float32 on the CPU."""
     return load_model(checkpoint.folder, dtype="float32", device="cpu")
+
+
+def run_over(model: PreTrainedModel, windows_NT: Tensor) -> None:
+    """Run a model whose hooks look at what passes."""
+    with torch.inference_mode():
+        for window_T in windows_NT:
+            model(window_T[None])
 
 
 def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
@@ -353,18 +381,6 @@ def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
         group_bytes(group, parse_scheme(of.schemes[group.layers[0].name])) for group in groups
     )
     return bits_per_weight(size, weights_of(groups))
-
-
-def print_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, on stdout."""
-    for row in (columns, ["---"] * len(columns), *rows):
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)
-
-
-def with_error(value: float, stderr: float | None, *, digits: int = 4) -> str:
-    """A number and its standard error."""
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 
 def _key(of: Version, corpus: Corpus, tokens: int, checkpoint: Checkpoint) -> str:

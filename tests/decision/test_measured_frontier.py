@@ -34,6 +34,7 @@ def run(storage: str, trials: int) -> tuple[FrontierTrial, ...]:
         return measured_frontier(study, one)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["study.db", "study.journal"])
 def test_the_frontier_falls_keeps_the_budget_and_beats_what_was_predicted(
     tmp_path: Path, name: str

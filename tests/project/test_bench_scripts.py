@@ -109,7 +109,7 @@ def test_a_killed_measurement_continues_with_what_is_missing(
     assert measure(2) == both
     lines = path.read_text("utf-8").splitlines()
     assert [json.loads(line)["window"] for line in lines] == [0, 1]
-    monkeypatch.setattr("kl_truth.load_model", None)  # nothing is left to run
+    monkeypatch.setattr("scripts.shared.kl_truth.load_model", None)  # nothing is left to run
     assert measure(2) == both
     assert measure(1) == both[:1]
 

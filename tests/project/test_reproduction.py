@@ -24,13 +24,14 @@ from scripts.reproduce.every_system import SPACE as ALL
 from scripts.reproduce.lost_in_quantization import NEITHER, NOTHING_SATURATES, NOTHING_UNDERFLOWS
 from scripts.reproduce.mofq_paper import Crest, crossing
 from scripts.shared.reproduction import (
+    Reference,
+    input_amax,
     measure_recipes,
     predicted,
     table_of,
     true_bits,
     uniform_of,
 )
-from scripts.shared.reproduction_inputs import input_amax
 
 SPACE = (
     "version: 1\nschemes: [int4.channel, fp4_e2m1.channel, int8.channel, "
@@ -63,8 +64,8 @@ def test_a_measured_recipe_is_what_validate_measures_and_is_not_measured_again(
 ) -> None:
     monkeypatch.setattr(reproduction, "SEQUENCE_LENGTH", 64)
     recipes = {"a": uniform_of(DEMO, "int4.g32"), "b": uniform_of(DEMO, "int8.channel+int8.token")}
-    cache = tmp_path / "cache.jsonl"
-    done = measure_recipes(DEMO, recipes, "demo-en", cache=cache, tokens=128)
+    reference = Reference(DEMO, "demo-en", tmp_path / "cache.jsonl", tokens=128)
+    done = measure_recipes(reference, recipes)
     ok("recipe", "uniform", DEMO, "int4.g32", "-o", tmp_path / "recipe.yaml")
     content = ok(
         *("validate", DEMO, tmp_path / "recipe.yaml", "--text", "demo-en", "--tokens", "128"),
@@ -79,10 +80,10 @@ def test_a_measured_recipe_is_what_validate_measures_and_is_not_measured_again(
         ("bits_per_weight", "bits_per_weight"),
     ):
         assert getattr(done["a"], ours) == content[theirs], ours
-    lines = cache.read_text()
+    lines = reference.cache.read_text()
     monkeypatch.setattr(reproduction, "load_model", None)  # nothing is run any more
-    assert measure_recipes(DEMO, recipes, "demo-en", cache=cache, tokens=128) == done
-    assert cache.read_text() == lines
+    assert measure_recipes(reference, recipes) == done
+    assert reference.cache.read_text() == lines
 
 
 def test_a_group_size_that_does_not_fit_gives_way_to_the_next() -> None:
