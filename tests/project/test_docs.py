@@ -95,7 +95,7 @@ def test_the_commands_of_the_readme_and_how_tos_run_on_the_bundled_model(sandbox
             if words is not None:
                 run(command, words)
                 ran[document] = ran.get(document, 0) + 1
-    assert ran["README.md"] >= 3
+    assert ran["README.md"] >= 2
     left = {document: len(commands_of(document)) - count for document, count in ran.items()}
     assert all(left[document] <= 3 for document in IN_ORDER[:-1]), left
 
