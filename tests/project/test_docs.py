@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from itertools import pairwise
@@ -98,7 +97,7 @@ def test_the_commands_of_the_readme_and_how_tos_run_on_the_bundled_model(sandbox
             if words is not None:
                 run(command, words)
                 ran[document] = ran.get(document, 0) + 1
-    assert ran["README.md"] >= 3
+    assert ran["README.md"] >= 2
     left = {document: len(commands_of(document)) - count for document, count in ran.items()}
     assert all(left[document] <= 3 for document in IN_ORDER[:-1]), left
 
@@ -113,9 +112,8 @@ def test_the_commands_of_the_mathematics_run(sandbox: Path) -> None:
 
 
 def test_the_reference_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    script = import_module("write_reference")
-    monkeypatch.delitem(sys.modules, "write_reference")
+    monkeypatch.syspath_prepend(ROOT)
+    script = import_module("scripts.make.reference")
     texts: dict[str, str] = script.reference_texts()
     folder = DOCS / "reference"
     assert {path.name for path in folder.iterdir()} == set(texts)
@@ -163,9 +161,9 @@ def test_the_examples_of_the_specifications_are_valid() -> None:
 def test_the_example_of_a_format_is_the_format_of_that_name() -> None:
     import ml_dtypes
 
-    code = next(blocks(DOCS / "how-to" / "extend.md", "python"))[1]
+    code = next(blocks(DOCS / "architecture.md", "python"))[1]
     names: dict[str, Any] = {}
-    exec(compile(code, "extend.md", "exec"), names)
+    exec(compile(code, "architecture.md", "exec"), names)
     made = names["FP8_E3M4"]
     assert isinstance(made, FloatFormat)
     assert made.max == float(ml_dtypes.finfo(ml_dtypes.float8_e3m4).max)
