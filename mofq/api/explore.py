@@ -1,0 +1,145 @@
+"""The trade-off of accuracy and size as a page to click through, and as figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+from mofq.api.frontier import frontier_request
+from mofq.api.inputs import open_table
+from mofq.api.options import Choices, Option, Recipes, TableFile, Tell, Validations
+from mofq.api.preconditions import check_output
+from mofq.files.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ExploreResult:
+    """A page."""
+
+    output: Path
+    recipes: int  #: of the frontier
+    bytes: int  #: of the page
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        return {
+            "page": str(self.output),
+            "bytes": self.bytes,
+            "recipes": self.recipes,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlotResult:
+    """A figure."""
+
+    output: Path
+    kind: str
+    source: Path  #: the table
+    bytes: int  #: of the figure
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        return {
+            "figure": str(self.output),
+            "kind": self.kind,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def explore(
+    table: TableFile,
+    recipes: Recipes = (),
+    *,
+    validations: Validations = (),
+    choices: Choices = Choices(),
+    output: Annotated[
+        str | Path, Option(help="The page.", short="-o", written_as=Path)
+    ] = "explorer.html",
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> ExploreResult:
+    """The accuracy-budget trade-off as one HTML page.
+
+    Args:
+        table: The file from `measure`.
+        recipes: Files of recipes to show beside the frontier.
+        validations: Files that `validate` wrote, to show what was measured.
+        choices: What may be chosen along the frontier.
+        output: The page.
+        progress: Told how far it is.
+        tell: Told what a user should know.
+
+    Returns:
+        Where the page is, and how many recipes it holds.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.explore.content import page_content
+    from mofq.explore.document import write_page
+
+    start = monotonic()
+    path = Path(output)
+    check_output(path, table, *recipes, *validations)
+    content = page_content(
+        open_table(table, tell),
+        Path(table),
+        recipes=tuple(map(Path, recipes)),
+        validations=tuple(map(Path, validations)),
+        request=frontier_request(choices),
+        progress=progress,
+    )
+    size = write_page(content, path)
+    return ExploreResult(path, len(content["points"]), size, monotonic() - start)
+
+
+def plot(
+    table: TableFile,
+    output: Annotated[
+        str | Path, Option(help="A .png, .svg or .pdf.", short="-o", written_as=Path)
+    ],
+    *,
+    kind: Annotated[str, Option(help="frontier, map, sensitivity, prediction or weights.")],
+    recipes: Recipes = (),
+    validations: Validations = (),
+    choices: Choices = Choices(),
+    tell: Tell | None = None,
+) -> PlotResult:
+    """A figure of a table, for papers and READMEs.
+
+    Args:
+        table: The file from `measure`.
+        output: A .png, .svg or .pdf.
+        kind: ``"frontier"``, ``"map"``, ``"sensitivity"``, ``"prediction"`` or ``"weights"``.
+        recipes: Files of recipes: for a map, or as points.
+        validations: Files that `validate` wrote.
+        choices: What may be chosen along the frontier.
+        tell: Told what a user should know.
+
+    Returns:
+        Where the figure is.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.explore.figure_inputs import figure_inputs
+    from mofq.explore.figures import draw_figure
+
+    start = monotonic()
+    path = Path(output)
+    check_output(path, table, *recipes, *validations)
+    inputs = figure_inputs(
+        open_table(table, tell),
+        recipes=tuple(map(Path, recipes)),
+        validations=tuple(map(Path, validations)),
+        request=frontier_request(choices),
+    )
+    draw_figure(kind, inputs, path=path)
+    return PlotResult(path, kind, Path(table), path.stat().st_size, monotonic() - start)

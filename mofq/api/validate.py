@@ -1,0 +1,167 @@
+"""Proves that a recipe is applied, and measures what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.inputs import load_corpora
+from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows
+from mofq.api.preconditions import check_device, check_dtype, check_output
+from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.validation import Tasks, Validation
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateResult:
+    """A quantized model against the original, on one text or several."""
+
+    model: str  #: as it was given
+    candidate: Recipe | str | Path  #: as it was given
+    recipe: Recipe | None  #: None: a folder that holds none
+    validations: Mapping[str, Validation]  #: text's name -> result
+
+    @property
+    def worst(self) -> Validation:
+        """The result on the text with the largest KL."""
+        return self.validations[self.worst_text]
+
+    @property
+    def worst_text(self) -> str:
+        """The name of that text."""
+        return max(self.validations, key=lambda name: self.validations[name].kl_nats_per_token)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``validation.json``; of several texts, by name."""
+        content = {name: one.to_json() for name, one in self.validations.items()}
+        return content if len(content) > 1 else next(iter(content.values()))
+
+
+def validate(
+    model: Model,
+    recipe_or_folder: Annotated[
+        "Recipe | str | Path",
+        Option(
+            help="A recipe, or a compressed-tensors folder.", positional=True, written_as=str
+        ),
+    ],
+    text: Annotated[
+        str | Sequence[str],
+        Option(
+            help="[NAME=]text file, hub data set or bundled text; repeatable.",
+            written_as=list[str],
+        ),
+    ],
+    *,
+    windows: Windows = Windows(),
+    dtype: Annotated[str, Option(help="Of both models' arithmetic.")] = "float32",
+    device: Device = "cpu",
+    stats: Stats = None,
+    backend: Annotated[
+        str, Option(help="What applies the recipe: emulate or torchao.")
+    ] = "emulate",
+    emulate: Annotated[
+        Sequence[str],
+        Option(
+            help="Layers, e.g. '*', to emulate where torchao has no kernel; repeatable.",
+            written_as=list[str],
+        ),
+    ] = (),
+    lm_eval: LmEval = LmEval(),
+    output: Annotated[
+        str | Path | None, Option(help="Write validation.json.", short="-o", written_as=Path)
+    ] = None,
+    progress: Progress | None = None,
+) -> ValidateResult:
+    """Prove that a recipe is applied; measure what it does.
+
+    Args:
+        model: The original, a folder or a hub id.
+        recipe_or_folder: A recipe, its file, or a compressed-tensors folder.
+        text: Files, hub data sets or bundled texts; not what was calibrated on.
+        windows: How much of each text.
+        dtype: Of both models' arithmetic.
+        device: Where the arithmetic runs.
+        stats: Needed where schemes are fitted (``@nats``, ``~gptq``).
+        backend: What applies the recipe, ``"emulate"`` or ``"torchao"``.
+        emulate: Layers, or patterns, that ``"torchao"`` emulates where it has no kernel.
+        lm_eval: Tasks that score both models too.
+        output: Where ``validation.json`` is written; with several texts, the text's name is
+            put before the suffix.
+        progress: Told how far it is.
+
+    Returns:
+        KL, perplexity and agreement beside the prediction, and whether the recipe is enforced.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.delivery.validation import validate as validate_one
+    from mofq.delivery.validation import write_validation
+
+    check_dtype(dtype)
+    check_device(device)
+    corpora = load_corpora([text] if isinstance(text, str) else text)
+    outputs = _outputs(output, [corpus.name for corpus in corpora])
+    for path in outputs.values():
+        check_output(path, recipe_or_folder, *(corpus.source for corpus in corpora))
+    tasks = _tasks(lm_eval)
+    validations: dict[str, Validation] = {}
+    for corpus in corpora:
+        validations[corpus.name] = validate_one(
+            str(model),
+            recipe_or_folder,
+            corpus,
+            tokens=windows.tokens,
+            sequence_length=windows.sequence_length,
+            dtype=dtype,
+            device=device,
+            # Tasks have texts of their own, and are run with the first corpus.
+            tasks=None if validations else tasks,
+            backend=backend,
+            emulated=emulate,
+            stats=stats,
+            progress=progress,
+        )
+        if corpus.name in outputs:
+            write_validation(validations[corpus.name], outputs[corpus.name])
+    return ValidateResult(str(model), recipe_or_folder, _recipe_of(recipe_or_folder), validations)
+
+
+def _tasks(lm_eval: LmEval) -> Tasks | None:
+    from mofq.delivery.validation import Tasks
+
+    folder, limit = lm_eval.task_folder, lm_eval.task_limit
+    names = tuple(name for one in lm_eval.tasks for name in one.split(",") if name)
+    if not names and (folder is not None or limit is not None):
+        raise MofqError("--task-folder and --task-limit need --tasks. Name the tasks to run.")
+    return Tasks(names, None if folder is None else Path(folder), limit) if names else None
+
+
+def _outputs(output: str | Path | None, names: Sequence[str]) -> dict[str, Path]:
+    """Where each text's validation goes: with several, the name before the suffix."""
+    if output is None:
+        return {}
+    path = Path(output)
+    if len(names) == 1:
+        return {names[0]: path}
+    return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
+
+
+def _recipe_of(recipe_or_folder: Recipe | str | Path) -> Recipe | None:
+    """The recipe of a file, or of a folder that `export` wrote; None where there is none."""
+    from mofq.decision.recipe import Recipe, load_recipe
+    from mofq.delivery.validation.candidates import RECIPE_FILE, holds_recipe
+
+    if isinstance(recipe_or_folder, Recipe):
+        return recipe_or_folder
+    path = Path(recipe_or_folder)
+    if path.is_dir():
+        return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
+    return load_recipe(path) if path.is_file() else None
