@@ -84,16 +84,12 @@ def calibrate(
             written_as=list[str],
         ),
     ],
-    output: Annotated[
-        str | Path, Option(help="The stats folder.", short="-o", written_as=Path)
-    ],
+    output: Annotated[str | Path, Option(help="The stats folder.", short="-o", written_as=Path)],
     *,
     samples: Samples = Samples(),
     dtype: Annotated[str, Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
     where: Where = Where(),
-    device_map: Annotated[
-        str | None, Option(help="Spread over devices, e.g. auto.")
-    ] = None,
+    device_map: Annotated[str | None, Option(help="Spread over devices, e.g. auto.")] = None,
     activation_checkpointing: Annotated[
         bool, Option(help="Recompute decoder layers instead of keeping activations.")
     ] = False,

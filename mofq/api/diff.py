@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.evidence.table import Table
 
+FirstRecipe = Annotated[
+    "Recipe | str | Path", Option(help="A recipe.", positional=True, written_as=Path)
+]
+SecondRecipe = Annotated[
+    "Recipe | str | Path",
+    Option(help="Another recipe of the same model.", positional=True, written_as=Path),
+]
+PricingTable = Annotated[
+    "Table | str | Path | None",
+    Option(help="From `mofq measure`: what each change costs.", written_as=Path),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class DiffResult:
@@ -66,18 +78,10 @@ class DiffResult:
 
 
 def diff(
-    first: Annotated[
-        "Recipe | str | Path", Option(help="A recipe.", positional=True, written_as=Path)
-    ],
-    second: Annotated[
-        "Recipe | str | Path",
-        Option(help="Another recipe of the same model.", positional=True, written_as=Path),
-    ],
+    first: FirstRecipe,
+    second: SecondRecipe,
     *,
-    table: Annotated[
-        "Table | str | Path | None",
-        Option(help="From `mofq measure`: what each change costs.", written_as=Path),
-    ] = None,
+    table: PricingTable = None,
     tell: Tell | None = None,
 ) -> DiffResult:
     """What changed between two recipes, and what it costs.

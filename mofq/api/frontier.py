@@ -30,7 +30,7 @@ class FrontierPoint:
     kv_bits: float | None = None  #: per cached number; None: the cache is not decided
     kv_bytes_per_token: float | None = None
     kv_cache: dict[str, int] | None = None  #: format -> layers
-    size_bytes: float | None = None  #: with the cache of the context; None: no context was named
+    size_bytes: int | None = None  #: with the cache of the context; None: no context was named
 
     def to_json(self) -> dict[str, Any]:
         """What is known of the point, for machines."""

@@ -80,9 +80,7 @@ Recipes = Annotated[
 ]
 Validations = Annotated[
     Sequence[str | Path],
-    Option(
-        help="From `mofq validate -o`; repeatable.", flag="--validation", written_as=list[Path]
-    ),
+    Option(help="From `mofq validate -o`; repeatable.", flag="--validation", written_as=list[Path]),
 ]
 #: ``NAME=SOURCE`` each, or sources that name themselves, or names with their sources.
 Corpora = Mapping[str, str] | Sequence[str]
@@ -168,18 +166,16 @@ class Method:
         Literal["on", "off"],
         Option(help="on: choices within noise go to the simpler scheme."),
     ] = "on"
-    refine: Annotated[
-        int, Option(help="Measure this many swaps on the real model.", least=0)
-    ] = 0
+    refine: Annotated[int, Option(help="Measure this many swaps on the real model.", least=0)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnModel:
     """What measures a recipe on the model itself."""
 
-    model: Annotated[
-        str | Path | None, Option(help="For --refine and optuna.", written_as=str)
-    ] = None
+    model: Annotated[str | Path | None, Option(help="For --refine and optuna.", written_as=str)] = (
+        None
+    )
     text: Annotated[str | None, Option(help="For --refine and optuna.")] = None
     tokens: Annotated[int, Option(help="Of the text, for --refine and optuna.", least=2)] = 4096
     sequence_length: WindowLength = 512
@@ -192,9 +188,9 @@ class Study:
     """The trials of ``solver="optuna"``."""
 
     trials: Annotated[int, Option(help="Of optuna; earlier ones count.", least=1)] = 60
-    multi_objective: Annotated[
-        bool, Option(help="Of optuna: true bits as a second objective.")
-    ] = False
+    multi_objective: Annotated[bool, Option(help="Of optuna: true bits as a second objective.")] = (
+        False
+    )
     storage: Annotated[
         str | None,
         Option(help="Of optuna: a URL, an SQLite or journal file; beside -o by default."),

@@ -49,9 +49,7 @@ class RewriteResult:
 
 def rewrite(
     model: Model,
-    output: Annotated[
-        str | Path, Option(help="The folder to write.", short="-o", written_as=Path)
-    ],
+    output: Annotated[str | Path, Option(help="The folder to write.", short="-o", written_as=Path)],
     *,
     stats: Annotated[str | Path, Option(help="From `mofq calibrate`.", written_as=Path)],
     method: Annotated[str, Option(help="smoothquant, awq or bismooth.")],
@@ -59,9 +57,7 @@ def rewrite(
         str | None,
         Option(help="That it is to be quantized by, e.g. int8.channel+int8.token."),
     ] = None,
-    powers_of_two: Annotated[
-        bool, Option(help="Move powers of two alone: exact in bf16.")
-    ] = False,
+    powers_of_two: Annotated[bool, Option(help="Move powers of two alone: exact in bf16.")] = False,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Move scales between tensors so that the model computes the same and quantizes better.

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Tasks, Validation
 
+Candidate = Annotated[
+    "Recipe | str | Path",
+    Option(help="A recipe, or a compressed-tensors folder.", positional=True, written_as=str),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class ValidateResult:
@@ -45,12 +50,7 @@ class ValidateResult:
 
 def validate(
     model: Model,
-    recipe_or_folder: Annotated[
-        "Recipe | str | Path",
-        Option(
-            help="A recipe, or a compressed-tensors folder.", positional=True, written_as=str
-        ),
-    ],
+    recipe_or_folder: Candidate,
     text: Annotated[
         str | Sequence[str],
         Option(

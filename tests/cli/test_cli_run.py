@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import pytest
 from command_line import DEMO, Measured, Ran, measured, mofq, ok, refused, tree
+from mofq.cli.terminal import Bars
 
 import mofq as package
-from mofq.cli.terminal import Bars
 
 __all__ = ["measured"]  # a fixture, used by its name
 

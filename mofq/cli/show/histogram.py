@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.cli.terminal import say
+from mofq.cli.show.terminal import say
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
@@ -46,14 +45,3 @@ def histogram(schemes: Counter[str], *, columns: int, of: str = "fusion groups")
         if len(line) <= columns:
             return line
     return line
-
-
-def recipe_of(recipe_or_folder: str) -> Recipe | None:
-    """The recipe of a file, or of a folder that `mofq export` wrote; None where there is none."""
-    from mofq.decision.recipe import load_recipe
-    from mofq.delivery.validation.candidates import RECIPE_FILE, holds_recipe
-
-    path = Path(recipe_or_folder)
-    if path.is_dir():
-        return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
-    return load_recipe(path) if path.is_file() else None

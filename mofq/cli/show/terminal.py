@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from mofq.numbers.schemes import parse_scheme
-
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from mofq.decision.recipe import Recipe
 
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
@@ -89,35 +83,37 @@ def next_step(*words: str | Path) -> None:
     note("Next: mofq " + " ".join(quote(str(word)) for word in words))
 
 
-def stats_for(recipe: Recipe, stats: str | Path = "STATS") -> tuple[str | Path, ...]:
-    """What a command needs too where codes or scales of a recipe are fitted."""
-    schemes = [parse_scheme(name) for name in set(recipe.schemes.values())]
-    fitted = any(one.weight is not None and one.weight.is_fitted for one in schemes)
-    return ("--stats", stats) if fitted else ()
-
-
 def say(message: str) -> None:
     """Print a line of the result, on stdout."""
     sys.stdout.write(message + "\n")
 
 
 class Bars:
-    """Progress bars, one for each stage; callable as the stages' progress functions."""
+    """Progress bars on a terminal, one for each stage; silence elsewhere."""
 
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
+    def __init__(self) -> None:
+        self._progress: Any = None
         self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are finished."""
+        if not console().is_terminal:
+            return
+        if self._progress is None:
+            self._progress = _start_progress()
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done, total=total)
 
 
-@contextmanager
-def progress_bars() -> Iterator[Bars]:
-    """Bars on a terminal; silence elsewhere."""
+def _start_progress() -> Any:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -127,34 +123,14 @@ def progress_bars() -> Iterator[Bars]:
         TimeRemainingColumn,
     )
 
-    with Progress(
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(),
-        disable=not console().is_terminal,
         transient=True,
-    ) as progress:
-        yield Bars(progress)
-
-
-def short_bytes(count: int) -> str:
-    """``269.1 MB``: decimal units, four digits."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count} B"
-
-
-def with_error(value: float | None, stderr: float | None) -> str:
-    """``0.0412 ± 0.0031``, two digits of the error; or a dash."""
-    if value is None:
-        return "–"
-    if not stderr:
-        return f"{value:.3g}"
-    if abs(value) < 1e-4:
-        return f"{value:.2g} ± {stderr:.1g}"
-    decimals = max(0, 1 - math.floor(math.log10(stderr)))
-    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+    )
+    progress.start()
+    return progress

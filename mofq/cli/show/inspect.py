@@ -1,77 +1,34 @@
-"""``mofq inspect``."""
+"""What `mofq inspect` shows: fusion groups, and what an engine serves of a search space."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mofq.cli.checks import check_engine
-from mofq.cli.terminal import note, print_json, print_table, short_bytes
-from mofq.engines import legality
-from mofq.evidence.spaces import Offer, load_search_space, offer_schemes
-from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.model.layers import FusionGroup, ModelLayers, find_layers
-from mofq.model.sizes import group_bytes, source_bytes, weights_of
-from mofq.numbers.schemes import parse_scheme
+from mofq.api.figures import short_bytes
+from mofq.cli.show.terminal import next_step, note, print_table
 
-
-def run_inspect(
-    model: str, *, engine: str | None, space: str | None, include_lm_head: bool, as_json: bool
-) -> None:
-    """Print layers and fusion groups, and what an engine can serve of a search space."""
-    checkpoint = open_checkpoint(model)
-    layers = find_layers(checkpoint, include_lm_head=include_lm_head)
-    check_engine(engine, layers)
-    check = None if engine is None else legality(engine)
-    offers = None
-    if space is not None or engine is not None:
-        loaded = load_search_space(space or "w8a8")
-        offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
-    if as_json:
-        content = _json(checkpoint, layers)
-        if offers is not None:
-            content["offers"] = {
-                o.group.name: {"schemes": [s.name for s in o.schemes], "rejected": o.rejected}
-                for o in offers
-            }
-        print_json(content)
-        return
-    _print_groups(checkpoint, layers)
-    if offers is not None:
-        _print_offers(f"search space {space or 'w8a8'}{f' on {engine}' if engine else ''}", offers)
+if TYPE_CHECKING:
+    from mofq.api import InspectResult
+    from mofq.evidence.spaces import Offer
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 
 
-def _json(checkpoint: Checkpoint, layers: ModelLayers) -> dict[str, Any]:
-    def one(layer: Any) -> dict[str, Any]:
-        return {
-            "name": layer.name,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "dtype": layer.dtype,
-            "decoder_layer": layer.decoder_layer,
-            "module": layer.module,
-        }
-
-    return {
-        "model": checkpoint.name,
-        "index_sha256": checkpoint.index_sha256,
-        "architecture": layers.architecture,
-        "linear_layers": sum(len(group.layers) for group in layers.groups),
-        "weights": weights_of(layers.groups),
-        "tied_lm_head": layers.tied_lm_head,
-        "other_bytes": layers.other_bytes,
-        "source_format": checkpoint.source_format,
-        "source_bytes": sum(map(source_bytes, layers.groups)),
-        "groups": [
-            {"name": group.name, "layers": [one(layer) for layer in group.layers]}
-            for group in layers.groups
-        ],
-        "unquantized": [one(layer) for layer in layers.unquantized],
-    }
+def show_inspection(result: InspectResult) -> None:
+    """Groups of one kind in one row, then what each scheme is offered to."""
+    _print_groups(result.checkpoint, result.layers)
+    if result.offers is not None:
+        engine = f" on {result.engine}" if result.engine else ""
+        _print_offers(f"search space {result.space}{engine}", result.offers)
+    next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", "-o", "stats")
 
 
 def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
+    from mofq.model.sizes import group_bytes, source_bytes, weights_of
+    from mofq.numbers.schemes import parse_scheme
+
     kinds: dict[tuple[str, str], list[FusionGroup]] = {}
     for group in layers.groups:
         kinds.setdefault(_kind(group), []).append(group)
@@ -136,5 +93,5 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _shape(layer: Any) -> str:
+def _shape(layer: LinearLayer) -> str:
     return f"[{layer.out_features}, {layer.in_features}]"
