@@ -103,7 +103,7 @@ class Runner:
                 "transformers",
                 "optuna",
                 "sqlalchemy",
-                "mofq.cli.app",
+                "mofq.cli.commands",
                 "mofq.delivery.validation",
             ]
         )

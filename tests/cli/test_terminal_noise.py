@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mofq.cli.terminal import quiet_noise
+
+from mofq.cli.show.terminal import quiet_noise
 
 
 def test_a_command_that_loads_a_model_writes_nothing_of_libraries(

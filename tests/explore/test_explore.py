@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
-from mofq.cli.app import app
 from typer.testing import CliRunner
 
+from mofq.cli.commands import app
 from mofq.decision import Request, decide
 from mofq.decision.recipe import write_recipe
 from mofq.decision.solvers import Budgets, problem_from_table, solve_frontier

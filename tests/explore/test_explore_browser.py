@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
-from mofq.cli.app import app
 from typer.testing import CliRunner
 
+from mofq.cli.commands import app
 from mofq.decision import Request, decide
 from mofq.decision.recipe import load_recipe, write_recipe
 from mofq.decision.solvers import Budgets

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 from explore_tables import write_explore_table
-from mofq.cli.app import app
 from typer.testing import CliRunner
 
+from mofq.cli.commands import app
 from mofq.decision import Request, decide
 from mofq.decision.recipe import write_recipe
 from mofq.decision.solvers import Budgets

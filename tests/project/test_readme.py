@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from mofq.cli.app import app
 
 import mofq as package
+from mofq.cli.commands import app
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
