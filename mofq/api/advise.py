@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Option
+from mofq.api.options import Option, documented
 
 if TYPE_CHECKING:
     from mofq.decision.advice import Advice
@@ -33,30 +33,21 @@ class AdviseResult:
         }
 
 
+@documented
 def advise(
     model: Annotated[
         str | Path | None,
-        Option(help="A model folder or hub id, for its size.", positional=True, written_as=str),
+        Option("A model folder or hub id, for its size.", positional=True, read_as=str),
     ] = None,
     *,
-    device_model: Annotated[str, Option(help="h100 … of `mofq devices`, or a YAML file.")],
+    device_model: Annotated[str, Option("h100 … of `mofq devices`, or a YAML file.")],
     deployment: Annotated[
-        str,
-        Option(help="synchronous: one request at a time, latency; asynchronous: many at once."),
+        str, Option("synchronous: one request at a time, latency; asynchronous: many at once.")
     ],
-    recovery: Annotated[
-        float | None, Option(help="Share of the accuracy to keep, e.g. 0.99.")
-    ] = None,
-    tp: Annotated[int, Option(help="Devices that share the model.", least=1)] = 1,
+    recovery: Annotated[float | None, Option("Share of the accuracy to keep, e.g. 0.99.")] = None,
+    tp: Annotated[int, Option("Devices that share the model.", least=1)] = 1,
 ) -> AdviseResult:
     """Which space, engine and budget to start from, by published findings.
-
-    Args:
-        model: A model folder or hub id, for its size; None: the advice is for any size.
-        device_model: A name of `mofq devices`, or a YAML file.
-        deployment: ``"synchronous"`` or ``"asynchronous"``.
-        recovery: Share of the accuracy to keep.
-        tp: Devices that share the model.
 
     Returns:
         The advice with its sources.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, sources_of
-from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, silent
+from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
 from mofq.api.preconditions import check_device, check_dtype, check_folder
 from mofq.exceptions import ClusterError, StatsError
 from mofq.files.progress import Progress
@@ -74,46 +74,28 @@ def unseen_experts(stats: Stats) -> list[str]:
     ]
 
 
+@documented
 def calibrate(
     model: Model,
     corpora: Annotated[
-        Corpora,
-        Option(
-            help="NAME=FILE, or a hub data set; repeatable.",
-            flag="--corpus",
-            written_as=list[str],
-        ),
+        Corpora, Option("NAME=FILE, or a hub data set; repeatable.", flag="--corpus")
     ],
-    output: Annotated[str | Path, Option(help="The stats folder.", short="-o", written_as=Path)],
+    output: Annotated[str | Path, Option("The stats folder.", short="-o")],
     *,
     samples: Samples = Samples(),
-    dtype: Annotated[str, Option(help="Of the arithmetic: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, Option("Of the arithmetic: float32 or bfloat16.")] = "float32",
     where: Where = Where(),
-    device_map: Annotated[str | None, Option(help="Spread over devices, e.g. auto.")] = None,
+    device_map: Annotated[str | None, Option("Spread over devices, e.g. auto.")] = None,
     activation_checkpointing: Annotated[
-        bool, Option(help="Recompute decoder layers instead of keeping activations.")
+        bool, Option("Recompute decoder layers instead of keeping activations.")
     ] = False,
-    kv_cache: Annotated[
-        bool, Option(help="Keep cached keys and values too, for their format.")
-    ] = False,
+    kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CalibrateResult:
     """Run the model once over some text and keep what scoring needs.
 
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        corpora: Name -> file, hub data set or bundled text; or ``NAME=SOURCE`` each.
-        output: The stats folder. One that is complete already is kept, and one that was
-            stopped is continued.
-        samples: What is drawn from the text, and kept.
-        dtype: Of the arithmetic.
-        where: On this machine, or on a cluster.
-        device_map: How transformers spreads the model over devices; None: on one.
-        activation_checkpointing: Recompute decoder layers instead of keeping activations.
-        kv_cache: Whether keys and values are kept too, as they are cached.
-        progress: Told how far it is.
-        tell: Told what a user should know.
+    A stats folder that is complete already is kept; one that was stopped is continued.
 
     Returns:
         The folder and its content.

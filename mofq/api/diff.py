@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_recipe, open_table
-from mofq.api.options import Option, Tell
+from mofq.api.options import Option, Tell, documented
 
 if TYPE_CHECKING:
     from mofq.decision.difference import Difference
     from mofq.decision.recipe import Recipe
     from mofq.evidence.table import Table
 
-FirstRecipe = Annotated[
-    "Recipe | str | Path", Option(help="A recipe.", positional=True, written_as=Path)
-]
+FirstRecipe = Annotated["Recipe | str | Path", Option("A recipe.", positional=True)]
 SecondRecipe = Annotated[
-    "Recipe | str | Path",
-    Option(help="Another recipe of the same model.", positional=True, written_as=Path),
+    "Recipe | str | Path", Option("Another recipe of the same model.", positional=True)
 ]
 PricingTable = Annotated[
-    "Table | str | Path | None",
-    Option(help="From `mofq measure`: what each change costs.", written_as=Path),
+    "Table | str | Path | None", Option("From `mofq measure`: what each change costs.")
 ]
 
 
@@ -77,6 +73,7 @@ class DiffResult:
         return content
 
 
+@documented
 def diff(
     first: FirstRecipe,
     second: SecondRecipe,
@@ -85,12 +82,6 @@ def diff(
     tell: Tell | None = None,
 ) -> DiffResult:
     """What changed between two recipes, and what it costs.
-
-    Args:
-        first: A recipe, or its file.
-        second: Another recipe of the same model, or its file.
-        table: From `measure`; None: the change is not priced.
-        tell: Told what a user should know.
 
     Returns:
         The fusion groups that differ.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from mofq.api.frontier import frontier_request
 from mofq.api.inputs import open_table
-from mofq.api.options import Choices, Option, Recipes, TableFile, Tell, Validations
+from mofq.api.options import Choices, Option, Recipes, TableFile, Tell, Validations, documented
 from mofq.api.preconditions import check_output
 from mofq.files.progress import Progress
 
@@ -53,28 +53,18 @@ class PlotResult:
         }
 
 
+@documented
 def explore(
     table: TableFile,
     recipes: Recipes = (),
     *,
     validations: Validations = (),
     choices: Choices = Choices(),
-    output: Annotated[
-        str | Path, Option(help="The page.", short="-o", written_as=Path)
-    ] = "explorer.html",
+    output: Annotated[str | Path, Option("The page.", short="-o")] = "explorer.html",
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> ExploreResult:
     """The accuracy-budget trade-off as one HTML page.
-
-    Args:
-        table: The file from `measure`.
-        recipes: Files of recipes to show beside the frontier.
-        validations: Files that `validate` wrote, to show what was measured.
-        choices: What may be chosen along the frontier.
-        output: The page.
-        progress: Told how far it is.
-        tell: Told what a user should know.
 
     Returns:
         Where the page is, and how many recipes it holds.
@@ -100,28 +90,18 @@ def explore(
     return ExploreResult(path, len(content["points"]), size, monotonic() - start)
 
 
+@documented
 def plot(
     table: TableFile,
-    output: Annotated[
-        str | Path, Option(help="A .png, .svg or .pdf.", short="-o", written_as=Path)
-    ],
+    output: Annotated[str | Path, Option("A .png, .svg or .pdf.", short="-o")],
     *,
-    kind: Annotated[str, Option(help="frontier, map, sensitivity, prediction or weights.")],
+    kind: Annotated[str, Option("frontier, map, sensitivity, prediction or weights.")],
     recipes: Recipes = (),
     validations: Validations = (),
     choices: Choices = Choices(),
     tell: Tell | None = None,
 ) -> PlotResult:
     """A figure of a table, for papers and READMEs.
-
-    Args:
-        table: The file from `measure`.
-        output: A .png, .svg or .pdf.
-        kind: ``"frontier"``, ``"map"``, ``"sensitivity"``, ``"prediction"`` or ``"weights"``.
-        recipes: Files of recipes: for a map, or as points.
-        validations: Files that `validate` wrote.
-        choices: What may be chosen along the frontier.
-        tell: Told what a user should know.
 
     Returns:
         Where the figure is.

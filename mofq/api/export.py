@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_recipe
-from mofq.api.options import AnyRecipe, Model, Option, Stats
+from mofq.api.options import AnyRecipe, Model, Option, Stats, documented
 from mofq.api.preconditions import check_folder, check_output
 from mofq.exceptions import EngineError
 from mofq.files.progress import Progress
@@ -50,22 +50,21 @@ class ExportResult:
         }
 
 
+@documented
 def export(
     model: Model,
     recipe: AnyRecipe,
-    output: Annotated[
-        str | Path, Option(help="The folder, or file, to write.", short="-o", written_as=Path)
-    ],
+    output: Annotated[str | Path, Option("The folder, or file, to write.", short="-o")],
     *,
     to: Annotated[
         str | None,
         Option(
-            help="compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp. "
+            "compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp. "
             "What the engine reads by default."
         ),
     ] = None,
     engine: Annotated[
-        str | None, Option(help="Refuse what it cannot serve; the recipe's by default.")
+        str | None, Option("Refuse what it cannot serve; the recipe's by default.")
     ] = None,
     stats: Stats = None,
     model_card: str = "",
@@ -73,15 +72,8 @@ def export(
 ) -> ExportResult:
     """Write a quantized checkpoint that a serving engine loads.
 
-    Args:
-        model: The original, a folder or a hub id.
-        recipe: A recipe, or its file.
-        output: A folder that does not exist yet or is empty; a file, for another tool.
-        to: The format; None: what the engine loads, the recipe's where none is named.
-        engine: Refuse what it cannot serve; None: the engine that the recipe was searched for.
-        stats: Needed where schemes are fitted (``@nats``, ``~gptq``).
-        model_card: What the model card of a checkpoint says of its accuracy.
-        progress: Told how far it is.
+    A folder must be new or empty. For tools other than engines, ``output`` is a file. The model
+    card of a checkpoint says ``model_card`` of its accuracy.
 
     Returns:
         Folder, sizes, and the command that serves it.

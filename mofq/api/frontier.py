@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_table
-from mofq.api.options import AnyTable, Choices, Method, Option, Tell
+from mofq.api.options import AnyTable, Choices, Method, Option, Tell, documented
 from mofq.api.request import make_request
 
 if TYPE_CHECKING:
@@ -99,22 +99,17 @@ def frontier_request(choices: Choices) -> Request:
     return make_request(choices, method=Method(ties="off"))
 
 
+@documented
 def frontier(
     table: AnyTable,
     *,
     choices: Choices = Choices(),
     polish: Annotated[
-        int | None, Option(help="Solve exactly at this many sizes between the points too.")
+        int | None, Option("Solve exactly at this many sizes between the points too.")
     ] = None,
     tell: Tell | None = None,
 ) -> FrontierResult:
     """The whole curve of accuracy against size.
-
-    Args:
-        table: From `measure`, or its file.
-        choices: What may be chosen at every point: engine, space, unit, and the KV cache.
-        polish: Solve exactly at this many sizes between the points of the hull too.
-        tell: Told what a user should know.
 
     Returns:
         Every recipe that no other one beats in size and error at once.

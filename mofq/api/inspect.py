@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Engine, Model, Option
+from mofq.api.options import Engine, Model, Option, documented
 from mofq.api.preconditions import check_engine
 
 if TYPE_CHECKING:
@@ -61,23 +61,17 @@ class InspectResult:
         return content
 
 
+@documented
 def inspect(
     model: Model,
     *,
     engine: Engine = None,
     space: Annotated[
-        str | Path | None,
-        Option(help="What of this search space fits (w8a8).", written_as=str),
+        str | Path | None, Option("What of this search space fits (w8a8).", read_as=str)
     ] = None,
-    lm_head: Annotated[bool, Option(help="Count the lm_head too.")] = False,
+    lm_head: Annotated[bool, Option("Count the lm_head too.")] = False,
 ) -> InspectResult:
     """List linear layers and fusion groups, from headers alone.
-
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        engine: A serving engine; what it refuses of the search space is told with the reason.
-        space: A search space, by name or file; None: `DEFAULT_SPACE` where an engine is named.
-        lm_head: Whether the lm_head is a layer that may be quantized.
 
     Returns:
         Layers, groups and offers.

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import unseen_experts
-from mofq.api.options import Engine, Model, Option, Space, Tell, Where, silent
+from mofq.api.options import Engine, Model, Option, Space, Tell, Where, documented, silent
 from mofq.api.preconditions import check_device, check_engine, check_output
 from mofq.files.progress import Progress
 
@@ -77,16 +77,13 @@ def _rejections(table: Table) -> list[str]:
     ]
 
 
+@documented
 def measure(
     model: Model,
     space: Space,
-    output: Annotated[
-        str | Path, Option(help="The table, table.jsonl.", short="-o", written_as=Path)
-    ],
+    output: Annotated[str | Path, Option("The table, table.jsonl.", short="-o")],
     *,
-    stats: Annotated[
-        str | Path | None, Option(help="From `mofq calibrate`.", written_as=Path)
-    ] = None,
+    stats: Annotated[str | Path | None, Option("From `mofq calibrate`.")] = None,
     engine: Engine = None,
     where: Where = Where(),
     progress: Progress | None = None,
@@ -94,15 +91,7 @@ def measure(
 ) -> MeasureResult:
     """Measure every scheme of a search space on the weights.
 
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        space: A name of `mofq spaces`, or a file.
-        output: The table, ``table.jsonl``; rows that it has already are kept.
-        stats: The folder from `calibrate`; None: errors are relative weight errors.
-        engine: A serving engine, ``"vllm-hopper"`` or ``"vllm-hopper:tp=4"``.
-        where: On this machine, or on a cluster.
-        progress: Told how far it is.
-        tell: Told what a user should know.
+    Rows that the table has already are kept. Without ``stats``, errors are relative weight errors.
 
     Returns:
         The table.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Model, Option, RecipeOutput, Stats
+from mofq.api.options import Model, Option, RecipeOutput, Stats, documented
 from mofq.api.preconditions import check_output
 
 if TYPE_CHECKING:
@@ -48,22 +48,15 @@ class RecipeFromResult:
         }
 
 
+@documented
 def uniform(
     model: Model,
-    scheme: Annotated[
-        str, Option(help="For every linear layer, e.g. int4.g32@mse.", positional=True)
-    ],
+    scheme: Annotated[str, Option("For every linear layer, e.g. int4.g32@mse.", positional=True)],
     output: RecipeOutput = None,
     *,
     stats: Stats = None,
 ) -> UniformResult:
     """One scheme for every linear layer of a model.
-
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        scheme: For every linear layer.
-        output: Where the recipe is written; None: nowhere.
-        stats: Needed where the scheme is fitted (``@nats``, ``~gptq``).
 
     Returns:
         The recipe, without predictions.
@@ -86,28 +79,18 @@ def uniform(
     return UniformResult(_written(recipe, path), path)
 
 
+@documented
 def recipe_from(
     folder: Annotated[
-        str | Path,
-        Option(
-            help="A compressed-tensors checkpoint, whoever wrote it.",
-            positional=True,
-            written_as=Path,
-        ),
+        str | Path, Option("A compressed-tensors checkpoint, whoever wrote it.", positional=True)
     ],
     output: RecipeOutput = None,
     *,
     model: Annotated[
-        str | Path | None,
-        Option(help="The original; the recipe is checked to fit it.", written_as=str),
+        str | Path | None, Option("The original; the recipe is checked to fit it.", read_as=str)
     ] = None,
 ) -> RecipeFromResult:
     """The schemes of a quantized checkpoint, to validate, compare or export again.
-
-    Args:
-        folder: A compressed-tensors checkpoint, whoever wrote it.
-        output: Where the recipe is written; None: nowhere.
-        model: The original; the recipe is checked to fit it, and names it.
 
     Returns:
         The recipe.

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Model, Option
+from mofq.api.options import Model, Option, documented
 from mofq.api.preconditions import check_folder
 from mofq.files.progress import Progress
 
@@ -47,29 +47,20 @@ class RewriteResult:
         }
 
 
+@documented
 def rewrite(
     model: Model,
-    output: Annotated[str | Path, Option(help="The folder to write.", short="-o", written_as=Path)],
+    output: Annotated[str | Path, Option("The folder to write.", short="-o")],
     *,
-    stats: Annotated[str | Path, Option(help="From `mofq calibrate`.", written_as=Path)],
-    method: Annotated[str, Option(help="smoothquant, awq or bismooth.")],
+    stats: Annotated[str | Path, Option("From `mofq calibrate`.")],
+    method: Annotated[str, Option("smoothquant, awq or bismooth.")],
     scheme: Annotated[
-        str | None,
-        Option(help="That it is to be quantized by, e.g. int8.channel+int8.token."),
+        str | None, Option("That it is to be quantized by, e.g. int8.channel+int8.token.")
     ] = None,
-    powers_of_two: Annotated[bool, Option(help="Move powers of two alone: exact in bf16.")] = False,
+    powers_of_two: Annotated[bool, Option("Move powers of two alone: exact in bf16.")] = False,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Move scales between tensors so that the model computes the same and quantizes better.
-
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        output: The folder to write.
-        stats: The folder from `calibrate`.
-        method: ``"smoothquant"``, ``"awq"`` or ``"bismooth"``.
-        scheme: The scheme that the model is to be quantized by; None: the method's.
-        powers_of_two: Move powers of two alone, which is exact in bfloat16.
-        progress: Told how far it is.
 
     Returns:
         What was moved, with the predicted KL before and after.

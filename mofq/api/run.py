@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from mofq.api.options import (
     Tell,
     Where,
     Windows,
+    documented,
     silent,
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 
 #: The recipe that was searched for, among the candidates that are validated.
 SEARCHED = "recipe"
+#: What is calibrated on where no corpus is named.
+_BUNDLED_TEXT = "demo-en-calibration"
+#: The folder of the checkpoint for an engine, in the folder of a run.
+_EXPORTED = "model"
 #: Uniform schemes that the recipe is compared with on the real model.
 _MOST_UNIFORM = 4
 #: What another tool's recipe is called in the folder of a run.
@@ -103,63 +108,21 @@ class RunResult:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """What was asked for, checked, and where each stage writes."""
-
-    model: str
-    folder: Path
-    space: SearchSpace
-    space_source: str | Path  #: as it was given
-    budget: Budget
-    corpora: Corpora
-    text: str
-    engine: str | None
-    windows: Windows
-    sequences: int | None
-    device: str
-    progress: Progress | None
-    tell: Tell
-
-    @property
-    def stats(self) -> Path:
-        return self.folder / "stats"
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
-
-    @property
-    def validation(self) -> Path:
-        return self.folder / "validation.json"
-
-    @property
-    def exported(self) -> Path:
-        return self.folder / "model"
-
-
+@documented
 def run(
     model: Model,
     output: Annotated[
         str | Path | None,
-        Option(
-            help="A folder for everything; by default NAME-mofq, here.",
-            short="-o",
-            written_as=Path,
-        ),
+        Option("A folder for everything; by default NAME-mofq, here.", short="-o"),
     ] = None,
     *,
     space: Space = "serving",
     budget: Budget = Budget(),
     corpora: Annotated[
         Corpora,
-        Option(
-            help="NAME=FILE for calibration; repeatable. Bundled text by default.",
-            flag="--corpus",
-            written_as=list[str],
-        ),
+        Option("NAME=FILE for calibration; repeatable. Bundled text by default.", flag="--corpus"),
     ] = (),
-    text: Annotated[str, Option(help="To validate on; not a corpus.")] = "demo-en",
+    text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
     windows: Windows = Windows(),
     sequences: Sequences = None,
@@ -169,21 +132,8 @@ def run(
 ) -> RunResult:
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
-    What a former run into the folder finished is kept and not done again.
-
-    Args:
-        model: A Hugging Face model folder, or a hub id.
-        output: The folder; None: ``NAME-mofq`` in the current folder.
-        space: A search space, by name or file.
-        budget: What the recipe may cost.
-        corpora: Text to calibrate on; none: a bundled one.
-        text: To validate on.
-        engine: A serving engine; None: nothing is exported.
-        windows: How much of the text to validate on; calibration takes sequences as long.
-        sequences: Of each corpus.
-        device: Where the arithmetic runs.
-        progress: Told how far each stage is.
-        tell: Told what a user should know.
+    What a former run into the folder finished is kept and not done again. Calibration takes
+    sequences as long as the windows.
 
     Returns:
         The recipe, what it measures beside uniform schemes, and what was exported.
@@ -191,50 +141,104 @@ def run(
     Raises:
         MofqError: An input is not valid, which is found before anything runs, or a stage fails.
     """
-    asked = _check(
-        str(model),
-        Path(f"{Path(model).resolve().name}-mofq" if output is None else output),
-        space=space,
-        budget=budget,
-        corpora=corpora,
-        text=text,
-        engine=engine,
-        windows=windows,
-        sequences=sequences,
-        device=device,
-        progress=progress,
-        tell=tell or silent,
-    )
-    asked.folder.mkdir(parents=True, exist_ok=True)
+    model, tell = str(model), tell or silent
+    folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
+    sources = sources_of(corpora) or (_BUNDLED_TEXT,)
+    check_folder(folder)
+    loaded, checkpoint = _check_budget(model, space, budget, engine)
+    _check_texts(sources, text)
+    check_device(device)
+    windows = _checked_windows(checkpoint, text, windows)
+    folder.mkdir(parents=True, exist_ok=True)
     busy = MofqError(
-        f"{asked.folder}: another process runs into this folder. Wait for it, or name another."
+        f"{folder}: another process runs into this folder. Wait for it, or name another."
     )
-    with hold_folder(asked.folder, busy):
+    with hold_folder(folder, busy):
         if not corpora:
-            asked.tell(
-                "No --corpus: calibrating on demo-en-calibration, a little English text on "
-                "administering Debian. Errors differ between texts: give text like what the model "
-                "will see, --corpus NAME=FILE, and other text of the kind to validate on, "
-                "--text FILE."
+            tell(
+                f"No --corpus: calibrating on {_BUNDLED_TEXT}, a little English text on "
+                f"administering Debian. Errors differ between texts: give text like what the model "
+                f"will see, --corpus NAME=FILE, and other text of the kind to validate on, "
+                f"--text FILE."
             )
-        return _run_stages(asked)
+        seconds: dict[str, float] = {}
+        stats, recipe = folder / "stats", folder / "recipe.yaml"
+        with _timed(seconds, "calibrate"):
+            calibrated = calibrate(
+                model,
+                sources,
+                stats,
+                samples=Samples(sequences=sequences, sequence_length=windows.sequence_length),
+                where=Where(device=device),
+                kv_cache=bool(loaded.kv_cache),
+                progress=progress,
+                tell=tell,
+            )
+            _tell_all(calibrated.summary(), tell)
+        with _timed(seconds, "measure"):
+            measured = measure(
+                model,
+                space,
+                folder / "table.jsonl",
+                stats=stats,
+                engine=engine,
+                where=Where(device=device),
+                progress=progress,
+                tell=tell,
+            )
+            _tell_all(measured.summary(), tell)
+        table, choices = measured.table, Choices(engine=engine, space=loaded.name)
+        with _timed(seconds, "search"):
+            found = search(table, recipe, budget=budget, choices=choices, tell=tell)
+            _tell_all(found.decision.notes, tell)
+            candidates = {SEARCHED: found.recipe, **_uniform_recipes(table, choices, found.recipe)}
+        if engine is not None:
+            _check_exported(folder / _EXPORTED, candidates)
+        with _timed(seconds, "validate"):
+            validations = _validate(
+                model,
+                candidates,
+                text,
+                folder=folder,
+                windows=windows,
+                device=device,
+                progress=progress,
+            )
+        name = _preferred(folder, candidates, validations, tell)
+        exported = None
+        if engine is not None:
+            with _timed(seconds, "export"):
+                exported = _export(
+                    model,
+                    candidates[name],
+                    folder,
+                    engine=engine,
+                    model_card=_card_text(validations[name]),
+                    progress=progress,
+                )
+    return RunResult(
+        folder=folder,
+        model=model,
+        title=f"{loaded.name}, {validations[name].tokens} tokens of {text}",
+        recipe=candidates[name],
+        preferred=name,
+        validations=validations,
+        table=table,
+        seconds=seconds,
+        export=exported,
+    )
 
 
+@documented
 def demo(
     output: Annotated[
-        str | Path | None,
-        Option(help="A folder to keep everything in.", short="-o", written_as=Path),
+        str | Path | None, Option("A folder to keep everything in.", short="-o")
     ] = None,
     *,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
     """`mofq run` on the small bundled model.
-
-    Args:
-        output: A folder to keep everything in; None: nothing is kept.
-        progress: Told how far each stage is.
-        tell: Told what a user should know.
 
     Returns:
         As `run`.
@@ -272,69 +276,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_stages(asked: _Run) -> RunResult:
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "calibrate"):
-        calibrated = calibrate(
-            asked.model,
-            asked.corpora,
-            asked.stats,
-            samples=Samples(
-                sequences=asked.sequences, sequence_length=asked.windows.sequence_length
-            ),
-            where=Where(device=asked.device),
-            kv_cache=bool(asked.space.kv_cache),
-            progress=asked.progress,
-            tell=asked.tell,
-        )
-        for line in calibrated.summary():
-            asked.tell(line)
-    with _timed(seconds, "measure"):
-        measured = measure(
-            asked.model,
-            asked.space_source,
-            asked.folder / "table.jsonl",
-            stats=asked.stats,
-            engine=asked.engine,
-            where=Where(device=asked.device),
-            progress=asked.progress,
-            tell=asked.tell,
-        )
-        for line in measured.summary():
-            asked.tell(line)
-    table = measured.table
-    with _timed(seconds, "search"):
-        choices = Choices(engine=asked.engine, space=asked.space.name)
-        found = search(table, asked.recipe, budget=asked.budget, choices=choices, tell=asked.tell)
-        for line in found.decision.notes:
-            asked.tell(line)
-        candidates = {SEARCHED: found.recipe, **_uniform_recipes(table, choices, found.recipe)}
-    _check_exported(asked, candidates)
-    with _timed(seconds, "validate"):
-        validations = _validate(asked, candidates)
-    name = _preferred(asked, candidates, validations)
-    exported = None
-    if asked.engine is not None:
-        with _timed(seconds, "export"):
-            exported = _export(asked, asked.engine, candidates[name], validations[name])
-    return RunResult(
-        folder=asked.folder,
-        model=asked.model,
-        title=f"{asked.space.name}, {validations[name].tokens} tokens of {asked.text}",
-        recipe=candidates[name],
-        preferred=name,
-        validations=validations,
-        table=table,
-        seconds=seconds,
-        export=exported,
-    )
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = monotonic()
     yield
     seconds[stage] = monotonic() - start
+
+
+def _tell_all(lines: Iterable[str], tell: Tell) -> None:
+    for line in lines:
+        tell(line)
 
 
 def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str, Recipe]:
@@ -350,32 +301,45 @@ def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str
     return {name: others[name] for name in (fitting or smallest)[:_MOST_UNIFORM]}
 
 
-def _validate(asked: _Run, candidates: Mapping[str, Recipe]) -> dict[str, Validation]:
+def _validate(
+    model: str,
+    candidates: Mapping[str, Recipe],
+    text: str,
+    *,
+    folder: Path,
+    windows: Windows,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original."""
     from mofq.delivery.validation import validate_many, write_validation
 
     done = validate_many(
-        asked.model,
+        model,
         list(candidates.values()),
-        load_named(asked.text),
-        tokens=asked.windows.tokens,
-        sequence_length=asked.windows.sequence_length,
-        device=asked.device,
-        stats=asked.stats,
-        progress=asked.progress,
+        load_named(text),
+        tokens=windows.tokens,
+        sequence_length=windows.sequence_length,
+        device=device,
+        stats=folder / "stats",
+        progress=progress,
     )
     validations = dict(zip(candidates, done, strict=True))
-    write_validation(validations[SEARCHED], asked.validation)
-    if not validations[SEARCHED].enforced:
+    searched = validations[SEARCHED]
+    write_validation(searched, folder / "validation.json")
+    if not searched.enforced:
         raise MofqError(
-            f"{asked.recipe}: not enforced: {validations[SEARCHED].deviations[0]}. "
+            f"{folder / 'recipe.yaml'}: not enforced: {searched.deviations[0]}. "
             f"This is a fault of mofq; please report it."
         )
     return validations
 
 
 def _preferred(
-    asked: _Run, candidates: Mapping[str, Recipe], validations: Mapping[str, Validation]
+    folder: Path,
+    candidates: Mapping[str, Recipe],
+    validations: Mapping[str, Validation],
+    tell: Tell,
 ) -> str:
     """The searched recipe's name, or that of a uniform one no larger and measured no worse.
 
@@ -390,40 +354,50 @@ def _preferred(
         is_smaller = one.bits_per_weight <= searched.bits_per_weight
         is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
         if name != SEARCHED and is_smaller and is_better:
-            write_recipe(candidates[name], asked.recipe)
-            write_validation(one, asked.validation)
-            asked.tell(
+            write_recipe(candidates[name], folder / "recipe.yaml")
+            write_validation(one, folder / "validation.json")
+            tell(
                 f"{name} for every layer is as small as the mixture and measured as good: "
-                f"{asked.recipe} is this uniform recipe."
+                f"{folder / 'recipe.yaml'} is this uniform recipe."
             )
             return name
     return SEARCHED
 
 
-def _export(asked: _Run, engine: str, recipe: Recipe, validation: Validation) -> ExportResult:
+def _export(
+    model: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    engine: str,
+    model_card: str,
+    progress: Progress | None,
+) -> ExportResult:
+    """What the engine reads; a checkpoint that a former run wrote is proved and kept."""
     from mofq.delivery.backends import RECIPE_EXPORTERS
     from mofq.engines import find_engine
 
     reads = find_engine(engine).reads
     if reads in RECIPE_EXPORTERS:
-        return export(
-            asked.model, recipe, asked.folder / _FILES.get(reads, f"{reads}.txt"), to=reads
-        )
-    if asked.exported.exists() and any(asked.exported.iterdir()):
-        return _read_export(asked, engine, recipe, to=reads)
+        return export(model, recipe, folder / _FILES.get(reads, f"{reads}.txt"), to=reads)
+    exported = folder / _EXPORTED
+    if exported.exists() and any(exported.iterdir()):
+        return _read_export(model, recipe, exported, engine=engine, to=reads)
     return export(
-        asked.model,
+        model,
         recipe,
-        asked.exported,
+        exported,
         to=reads,
         engine=engine,
-        stats=asked.stats,
-        model_card=_card_text(validation),
-        progress=asked.progress,
+        stats=folder / "stats",
+        model_card=model_card,
+        progress=progress,
     )
 
 
-def _read_export(asked: _Run, engine: str, recipe: Recipe, *, to: str) -> ExportResult:
+def _read_export(
+    model: str, recipe: Recipe, exported: Path, *, engine: str, to: str
+) -> ExportResult:
     """What a former run exported, proved byte for byte.
 
     Raises:
@@ -436,14 +410,13 @@ def _read_export(asked: _Run, engine: str, recipe: Recipe, *, to: str) -> Export
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
-    folder = asked.exported
-    checkpoint = open_checkpoint(asked.model)
-    with open_fits(recipe, asked.stats, index_sha256=checkpoint.index_sha256) as fits:
-        check_compressed_tensors(checkpoint, recipe, folder, fits=fits)
+    checkpoint, stats = open_checkpoint(model), exported.parent / "stats"
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
-    done = Export(folder, plan.group_bytes, size, serve_command(plan, folder, engine=engine))
-    return ExportResult(asked.model, recipe, folder, to, engine, done, monotonic() - start)
+    done = Export(exported, plan.group_bytes, size, serve_command(plan, exported, engine=engine))
+    return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
 
 
 def _card_text(validation: Validation) -> str:
@@ -457,22 +430,13 @@ def _card_text(validation: Validation) -> str:
     )
 
 
-def _check(
-    model: str,
-    folder: Path,
-    *,
-    space: str | Path,
-    budget: Budget,
-    corpora: Corpora,
-    text: str,
-    engine: str | None,
-    windows: Windows,
-    **others: Any,
-) -> _Run:
-    """Refuse now what would fail after minutes; fill in what the model decides.
+def _check_budget(
+    model: str, space: str | Path, budget: Budget, engine: str | None
+) -> tuple[SearchSpace, Checkpoint]:
+    """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        What was asked, with corpora and a sequence length that the model can take.
+        The search space and the model, opened.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
@@ -481,9 +445,7 @@ def _check(
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
-    check_folder(folder)
-    loaded = load_search_space(space)
-    budgets = make_budgets(budget)
+    loaded, budgets = load_search_space(space), make_budgets(budget)
     check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
@@ -500,32 +462,15 @@ def _check(
             f"is finer. Add the key `base`, or drop the budget."
         )
     check_budget(offers, budgets, other_bytes=layers.other_bytes)
-    sources = sources_of(corpora) or ("demo-en-calibration",)
-    _check_texts(sources, text)
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    check_device(others["device"])
-    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
-    length = min(windows.sequence_length, int(limit or windows.sequence_length))
-    windows = replace(windows, sequence_length=length)
-    _check_windows(text, checkpoint, windows)
-    return _Run(
-        model=model,
-        folder=folder,
-        space=loaded,
-        space_source=space,
-        budget=budget,
-        corpora=sources,
-        text=text,
-        engine=engine,
-        windows=windows,
-        **others,
-    )
+    return loaded, checkpoint
 
 
-def _check_texts(corpora: Corpora, source: str) -> None:
+def _check_texts(corpora: Sequence[str], source: str) -> None:
+    """Refuse to validate on a text that was calibrated on."""
     text = load_named(source)
-    for corpus in load_corpora(sources_of(corpora)):
+    for corpus in load_corpora(corpora):
         if corpus.sha256 == text.sha256:
             raise CorpusError(
                 f"{source}: is the calibration corpus {corpus.name!r} too, and would flatter the "
@@ -533,29 +478,27 @@ def _check_texts(corpora: Corpora, source: str) -> None:
             )
 
 
-def _check_windows(source: str, checkpoint: Checkpoint, windows: Windows) -> None:
-    """Refuse a text, or a number of tokens, that fills no window to validate on."""
+def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> Windows:
+    """Windows no longer than the model's context, of which the text fills at least one."""
     from mofq.evidence.corpora import tokenize
     from mofq.model.loading import load_tokenizer
 
-    tokenize(
-        load_named(source),
-        load_tokenizer(checkpoint.folder),
-        tokens=windows.tokens,
-        sequence_length=windows.sequence_length,
-    )
+    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    length = min(windows.sequence_length, int(limit or windows.sequence_length))
+    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenize(load_named(source), tokenizer, tokens=windows.tokens, sequence_length=length)
+    return replace(windows, sequence_length=length)
 
 
-def _check_exported(asked: _Run, candidates: Mapping[str, Recipe]) -> None:
+def _check_exported(exported: Path, candidates: Mapping[str, Recipe]) -> None:
     """Refuse to export into a folder that holds something else, before the long validation."""
     from mofq.decision.recipe import load_recipe
 
-    folder = asked.exported
-    if asked.engine is None or not folder.exists() or not any(folder.iterdir()):
+    if not exported.exists() or not any(exported.iterdir()):
         return
-    inside = folder / "recipe.yaml"
+    inside = exported / "recipe.yaml"
     if not inside.is_file() or load_recipe(inside) not in candidates.values():
         raise BackendError(
-            f"{folder}: holds another export than this run would write. Remove it, or run "
+            f"{exported}: holds another export than this run would write. Remove it, or run "
             f"with another -o."
         )

@@ -24,6 +24,7 @@ from mofq.api.options import (
     Study,
     Tell,
     Timing,
+    documented,
     silent,
 )
 from mofq.api.preconditions import check_output
@@ -84,6 +85,7 @@ class SearchResult:
         }
 
 
+@documented
 def search(
     table: AnyTable,
     output: RecipeOutput = None,
@@ -92,10 +94,7 @@ def search(
     choices: Choices = Choices(),
     timing: Timing = Timing(),
     method: Method = Method(),
-    explain: Annotated[
-        Sequence[str],
-        Option(help="Why this layer has its scheme; repeatable.", written_as=list[str]),
-    ] = (),
+    explain: Annotated[Sequence[str], Option("Why this layer has its scheme; repeatable.")] = (),
     on_model: OnModel = OnModel(),
     study: Study = Study(),
     progress: Progress | None = None,
@@ -105,19 +104,6 @@ def search(
 
     Needs neither the model nor torch, unless the method measures recipes on the model
     (``Method(refine=…)`` and ``Method(solver="optuna")``).
-
-    Args:
-        table: From `measure`, or its file.
-        output: Where the recipe is written; None: nowhere.
-        budget: Bits, size, nats and finer layers, at most.
-        choices: What may be chosen: engine, space, unit, and the KV cache.
-        timing: The time of a workload on a device, to be told or kept.
-        method: Solver, objective, ties and measured swaps.
-        explain: Layers, or fusion groups, whose schemes are to be explained.
-        on_model: Model, text and device of what measures.
-        study: Trials of Optuna.
-        progress: Told how far it is, where the model is run.
-        tell: Told what a user should know.
 
     Returns:
         The recipe, what the engine refused, and explanations.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import load_corpora
-from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows
+from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
 from mofq.api.preconditions import check_device, check_dtype, check_output
 from mofq.exceptions import MofqError
 from mofq.files.progress import Progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Candidate = Annotated[
     "Recipe | str | Path",
-    Option(help="A recipe, or a compressed-tensors folder.", positional=True, written_as=str),
+    Option("A recipe, or a compressed-tensors folder.", positional=True, read_as=str),
 ]
 
 
@@ -48,53 +48,31 @@ class ValidateResult:
         return content if len(content) > 1 else next(iter(content.values()))
 
 
+@documented
 def validate(
     model: Model,
     recipe_or_folder: Candidate,
     text: Annotated[
-        str | Sequence[str],
-        Option(
-            help="[NAME=]text file, hub data set or bundled text; repeatable.",
-            written_as=list[str],
-        ),
+        str | Sequence[str], Option("[NAME=]text file, hub data set or bundled text; repeatable.")
     ],
     *,
     windows: Windows = Windows(),
-    dtype: Annotated[str, Option(help="Of both models' arithmetic.")] = "float32",
+    dtype: Annotated[str, Option("Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
     stats: Stats = None,
-    backend: Annotated[
-        str, Option(help="What applies the recipe: emulate or torchao.")
-    ] = "emulate",
+    backend: Annotated[str, Option("What applies the recipe: emulate or torchao.")] = "emulate",
     emulate: Annotated[
         Sequence[str],
-        Option(
-            help="Layers, e.g. '*', to emulate where torchao has no kernel; repeatable.",
-            written_as=list[str],
-        ),
+        Option("Layers, e.g. '*', to emulate where torchao has no kernel; repeatable."),
     ] = (),
     lm_eval: LmEval = LmEval(),
-    output: Annotated[
-        str | Path | None, Option(help="Write validation.json.", short="-o", written_as=Path)
-    ] = None,
+    output: Annotated[str | Path | None, Option("Write validation.json.", short="-o")] = None,
     progress: Progress | None = None,
 ) -> ValidateResult:
     """Prove that a recipe is applied; measure what it does.
 
-    Args:
-        model: The original, a folder or a hub id.
-        recipe_or_folder: A recipe, its file, or a compressed-tensors folder.
-        text: Files, hub data sets or bundled texts; not what was calibrated on.
-        windows: How much of each text.
-        dtype: Of both models' arithmetic.
-        device: Where the arithmetic runs.
-        stats: Needed where schemes are fitted (``@nats``, ``~gptq``).
-        backend: What applies the recipe, ``"emulate"`` or ``"torchao"``.
-        emulate: Layers, or patterns, that ``"torchao"`` emulates where it has no kernel.
-        lm_eval: Tasks that score both models too.
-        output: Where ``validation.json`` is written; with several texts, the text's name is
-            put before the suffix.
-        progress: Told how far it is.
+    The text should not be one that was calibrated on. With several texts, the name of each is
+    put before the suffix of ``output``.
 
     Returns:
         KL, perplexity and agreement beside the prediction, and whether the recipe is enforced.

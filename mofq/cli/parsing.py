@@ -1,78 +1,19 @@
-"""Makes a command out of a function of `mofq.api`: its parameters become arguments and flags."""
+"""Makes a command out of a function of `mofq.api`: its options become arguments and flags."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
 
 import typer
 
-from mofq.api.options import Option
+from mofq.api.options import Parameter, parameters_of
 from mofq.cli.show.terminal import Bars, note, print_json
 
-#: What a function may take beside its options: how far it is, and what a user should know.
-_REPORTS = ("progress", "tell")
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One argument or flag of a command."""
-
-    name: str
-    group: str | None  #: parameter of the function that it is a field of; None: of none
-    option: Option
-    type: Any  #: of what the command line reads
-    default: Any  #: `inspect.Parameter.empty` where the command line has none
-
-    def as_typer(self) -> inspect.Parameter:
-        """The same as typer takes it."""
-        if self.option.positional:
-            info: Any = typer.Argument(help=self.option.help)
-        else:
-            flag = self.option.flag or "--" + self.name.replace("_", "-")
-            names = [flag] if self.option.short is None else [flag, self.option.short]
-            info = typer.Option(*names, help=self.option.help, min=self.option.least)
-        return inspect.Parameter(
-            self.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=self.default,
-            annotation=Annotated[self.type, info],
-        )
-
-
-def parameters_of(function: Callable[..., Any]) -> Iterator[Parameter]:
-    """The options of a function, those of a group one by one.
-
-    Args:
-        function: Its parameters are annotated with an `Option`, or are groups of such fields.
-            What is neither is no option of the command line.
-    """
-    annotations = inspect.get_annotations(function, eval_str=True)
-    for name, parameter in inspect.signature(function).parameters.items():
-        annotation = annotations[name]
-        if isinstance(annotation, type) and is_dataclass(annotation):
-            types = inspect.get_annotations(annotation, eval_str=True)
-            for field in fields(annotation):
-                default = getattr(parameter.default, field.name)
-                yield _parameter(field.name, types[field.name], default, group=name)
-        elif hasattr(annotation, "__metadata__"):
-            yield _parameter(name, annotation, parameter.default)
-
-
-def _parameter(name: str, annotation: Any, default: Any, *, group: str | None = None) -> Parameter:
-    (option,) = annotation.__metadata__
-    written = option.written_as or get_args(annotation)[0]
-    if get_origin(written) is Literal:
-        written = str  # The function refuses an unknown word, and names the nearest one.
-    if option.required:
-        default = inspect.Parameter.empty
-    return Parameter(
-        name, group, option, written if default is not None else written | None, default
-    )
 
 
 def as_command(
@@ -92,13 +33,13 @@ def as_command(
         The command; its help is the first sentence of the function's docstring.
     """
     parameters = tuple(parameters_of(function))
-    reports = [name for name in _REPORTS if name in inspect.signature(function).parameters]
 
     def command(*, json: bool, **values: Any) -> None:
         with Bars() as bars:
-            sinks = {"progress": bars.stage, "tell": note}
-            told = {name: sinks[name] for name in reports}
-            result = function(**_arguments(function, parameters, values), **told)
+            reports = {"progress": bars.stage, "tell": note}
+            taken = reports.keys() & inspect.signature(function).parameters.keys()
+            arguments = _arguments(function, parameters, values)
+            result = function(**arguments, **{name: reports[name] for name in taken})
         if json:
             print_json(result.to_json())
         else:
@@ -110,10 +51,43 @@ def as_command(
     json = inspect.Parameter(
         "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON
     )
-    typed = [one.as_typer() for one in parameters]
-    command.__signature__ = inspect.Signature([*typed, json])  # type: ignore[attr-defined]
+    typed = [*map(_as_typer, parameters), json]
+    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
     command.__doc__ = (inspect.getdoc(function) or "").partition("\n\n")[0]
     return command
+
+
+def _as_typer(parameter: Parameter) -> inspect.Parameter:
+    option, default = parameter.option, parameter.default
+    if option.positional:
+        info: Any = typer.Argument(help=option.help)
+    else:
+        flag = option.flag or "--" + parameter.name.replace("_", "-")
+        names = [flag] if option.short is None else [flag, option.short]
+        info = typer.Option(*names, help=option.help, min=option.least)
+    read_as = option.read_as or _read_as(parameter.annotation)
+    if option.required:
+        default = inspect.Parameter.empty
+    if default is None:
+        read_as = read_as | None
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[read_as, info],
+    )
+
+
+def _read_as(annotation: Any) -> Any:
+    """The type that a text is read as, for a parameter that Python gives other types too."""
+    members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return str  # The function refuses an unknown word, and names the nearest one.
+    for one in (annotation, *members):
+        if get_origin(one) is Sequence:
+            return list[_read_as(get_args(one)[0])]  # type: ignore[misc]
+    # What Python may hold in memory, and names by a forward reference, is a file to the shell.
+    return Path if Path in members or isinstance(annotation, ForwardRef) else annotation
 
 
 def _arguments(

@@ -206,11 +206,11 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
 ) -> None:
     run = import_module("mofq.api.run")  # the package's name for it is the function
 
-    def poor(asked: object, candidates: dict[str, package.Recipe]) -> object:
+    def poor(*arguments: object, **options: object) -> object:
         """The measurement, with the mixture's recipe said to be no better than the uniform."""
         from dataclasses import replace
 
-        found = measure(asked, candidates)
+        found = measure(*arguments, **options)
         worst = max(one.kl_nats_per_token for one in found.values())
         found["recipe"] = replace(found["recipe"], kl_nats_per_token=worst)
         return found
