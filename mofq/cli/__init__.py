@@ -12,8 +12,8 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage."""
-    from mofq.cli.app import app
-    from mofq.cli.terminal import quiet_noise
+    from mofq.cli.commands import app
+    from mofq.cli.show.terminal import quiet_noise
 
     quiet_noise()
     try:
@@ -39,7 +39,7 @@ def _interrupted() -> None:
 
 
 def _complain(message: str) -> None:
-    from mofq.cli.terminal import console
+    from mofq.cli.show.terminal import console
 
     console().print("[bold red]Error:[/] ", end="")
     console().print(message, markup=False, highlight=False, soft_wrap=True)

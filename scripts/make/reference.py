@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typer
 
-from mofq.cli.app import app
+from mofq.cli.commands import app
 from mofq.engines import ENGINES
 from mofq.engines.rules import CacheRule, Engine, Rule, readable
 from mofq.evidence.spaces import find_search_spaces, load_search_space

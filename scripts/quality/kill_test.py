@@ -104,7 +104,7 @@ class Runner:
                 "transformers",
                 "optuna",
                 "sqlalchemy",
-                "mofq.cli.app",
+                "mofq.cli.commands",
                 "mofq.delivery.validation",
             ]
         )

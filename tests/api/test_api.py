@@ -2,67 +2,141 @@
 
 from __future__ import annotations
 
-import inspect
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import DEMO, Measured, ok
 
+import mofq as package
 from mofq import api
+from mofq.api import Budget, Choices, Method, Samples, Windows
 from mofq.decision.recipe import load_recipe
-from mofq.exceptions import BudgetError
+from mofq.demo import demo_text
+from mofq.exceptions import BudgetError, MofqError
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs/how-to/python.md"
 
 
 def test_the_flow_from_python_writes_what_the_commands_write(
-    measured: Measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measured: Measured, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    corpora = {"en": "demo-en-calibration"}
-    stats = api.calibrate(DEMO, corpora, tmp_path / "stats", sequences=4, sequence_length=64)
-    table = api.measure(DEMO, measured.folder / "space.yaml", tmp_path / "table.jsonl", stats=stats)
-    assert (tmp_path / "table.jsonl").read_bytes() == measured.table.read_bytes()
-    recipe = api.search(table, max_bits=5, output=tmp_path / "recipe.yaml")
-    assert recipe == load_recipe(measured.recipe)
-    assert (tmp_path / "recipe.yaml").read_bytes() == measured.recipe.read_bytes()
-    done = api.validate(DEMO, recipe, "demo-en", tokens=128, sequence_length=64)
-    assert done.enforced is True
-    exported = api.export(DEMO, recipe, tmp_path / "folder", engine=None)
-    assert exported.group_bytes == recipe.result["bytes"]
-    assert exported.serve_command.startswith("vllm serve ")
-    assert capsys.readouterr().out == ""
+    stages: list[str] = []
+    reports: dict[str, Any] = {"progress": lambda stage, done, total: stages.append(stage)}
+    stats = api.calibrate(
+        DEMO,
+        {"en": "demo-en-calibration"},
+        tmp_path / "stats",
+        samples=Samples(sequences=4, sequence_length=64),
+        **reports,
+    )
+    space, table = measured.folder / "space.yaml", tmp_path / "table.jsonl"
+    found = api.measure(DEMO, space, table, stats=stats.folder, **reports)
+    assert table.read_bytes() == measured.table.read_bytes()
+    recipe = tmp_path / "recipe.yaml"
+    decided = api.search(found.table, recipe, budget=Budget(max_bits=5))
+    assert decided.recipe == load_recipe(measured.recipe)
+    assert recipe.read_bytes() == measured.recipe.read_bytes()
+    windows = Windows(tokens=128, sequence_length=64)
+    done = api.validate(DEMO, decided.recipe, "demo-en", windows=windows, **reports)
+    assert done.worst.enforced is True
+    exported = api.export(DEMO, decided.recipe, tmp_path / "folder", **reports)
+    assert exported.checkpoint is not None
+    assert exported.checkpoint.group_bytes == decided.recipe.result["bytes"]
+    assert (exported.serve_command or "").startswith("vllm serve ")
+    assert {"calibrate en", "measure", "original", "export"} <= set(stages)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_the_curve_is_that_of_frontier_and_knows_the_engine(measured: Measured) -> None:
-    whole = ok("frontier", measured.table, "--json").json["points"]
-    curve = api.curve(measured.table)
-    assert curve.unit == "kl_nats_per_token"
-    assert [point.error for point in curve.points] == [point["error"] for point in whole]
-    served = api.curve(measured.table, engine="vllm-cpu")
-    named = ok("frontier", measured.table, "--engine", "vllm-cpu", "--json").json["points"]
-    assert [point.bytes for point in served.points] == [point["bytes"] for point in named]
+def test_a_stage_tells_what_a_user_should_know_and_prints_nothing(
+    measured: Measured, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    older = tmp_path / "older.jsonl"
+    older.write_bytes(re.sub(rb'"numerics":\d+,', b"", measured.table.read_bytes()))
+    api.search(older, budget=Budget(max_bits=6), tell=told.append)
+    assert len(told) == 1
+    assert "measured before numerics were noted" in told[0]
+    api.search(older, budget=Budget(max_bits=6))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_result_is_what_the_command_prints_as_json(measured: Measured, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    printed = ok("search", measured.table, "--max-bits", "5", "-o", recipe, "--json").json
+    content = api.search(measured.table, recipe, budget=Budget(max_bits=5)).to_json()
+    assert content | {"elapsed_seconds": 0} == printed | {"elapsed_seconds": 0}
+    printed = ok("frontier", measured.table, "--json").json
+    assert api.frontier(measured.table).to_json() | {"seconds": 0} == printed | {"seconds": 0}
+    printed = ok("inspect", DEMO, "--engine", "vllm-cpu", "--json").json
+    assert api.inspect(DEMO, engine="vllm-cpu").to_json() == printed
+
+
+def test_the_frontier_knows_the_engine(measured: Measured) -> None:
+    every = api.frontier(measured.table).points
+    served = api.frontier(measured.table, choices=Choices(engine="vllm-cpu")).points
     # INT8 alone is no kernel of the CPU.
-    assert [point.bytes for point in served.points] != [point.bytes for point in curve.points]
+    assert [point.bytes for point in served] != [point.bytes for point in every]
 
 
-def test_the_page_on_python_calls_what_there_is() -> None:
-    page = (Path(__file__).parent.parent.parent / "docs/how-to/python.md").read_text("utf-8")
-    called = re.findall(r"\bapi\.(\w+)\(([^)]*)\)", page)
-    assert {name for name, _ in called} == set(api.__all__)
-    for name, arguments in called:
-        known = inspect.signature(getattr(api, name)).parameters
-        assert set(re.findall(r"(\w+)=", arguments)) <= set(known), name
+def test_a_size_is_a_number_or_a_text(measured: Measured) -> None:
+    text = api.search(measured.table, budget=Budget(max_size="1.1MB"))
+    number = api.search(measured.table, budget=Budget(max_size=1_100_000))
+    assert text.recipe == number.recipe
+
+
+def test_the_blocks_of_the_page_on_python_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, split in (("calibration", "calibration"), ("heldout", "heldout")):
+        shutil.copy(demo_text("en", split), f"{name}.txt")
+    plotted: list[str] = []
+    names: dict[str, Any] = {"plot": lambda *axes, label: plotted.append(label)}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    for block in blocks:
+        here = block.replace('"Qwen/Qwen3-0.6B"', repr(DEMO)).replace('"serving"', '"w8a8"')
+        exec(compile(here, str(PAGE), "exec"), names)
+    assert Path("model-quantized/config.json").exists()
+    assert plotted
+
+
+def test_the_page_on_python_names_every_function_and_group() -> None:
+    page = PAGE.read_text("utf-8")
+    for name in api.__all__:
+        if not name.endswith(("Result", "Point")):
+            assert f"`{name}(" in page or f"`{name}`" in page, name
+        value = getattr(api, name)
+        if is_dataclass(value) and not name.endswith(("Result", "Point")):
+            for field in fields(value):
+                assert f"`{field.name}`" in page, f"{name}.{field.name}"
+
+
+def test_the_stages_of_the_flow_are_names_of_the_package() -> None:
+    for name in ("inspect", "calibrate", "measure", "search", "frontier", "validate", "export"):
+        assert getattr(package, name) is getattr(api, name)
 
 
 def test_an_impossible_budget_is_the_error_that_the_command_prints(measured: Measured) -> None:
     with pytest.raises(BudgetError, match="the smallest possible is"):
-        api.search(measured.table, max_bits=2)
+        api.search(measured.table, budget=Budget(max_bits=2))
+
+
+def test_a_study_needs_a_place_for_its_trials(measured: Measured) -> None:
+    on_model = api.OnModel(model=DEMO, text="demo-en")
+    with pytest.raises(MofqError, match="give an output"):
+        api.search(measured.table, method=Method(solver="optuna"), on_model=on_model)
 
 
 def test_searching_from_python_needs_no_torch(measured: Measured) -> None:
     code = (
-        f"from mofq import api; api.search({str(measured.table)!r}, max_bits=5); "
+        f"import mofq; mofq.search({str(measured.table)!r}, budget=mofq.Budget(max_bits=5)); "
         "import sys; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

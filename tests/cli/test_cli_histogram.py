@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from mofq.cli.histogram import histogram
+from mofq.cli.show.histogram import histogram
 
 MANY = Counter({"nvfp4@mse": 50, "int5.g64@mse": 30, "int8.g128": 19, "bf16": 1})
 

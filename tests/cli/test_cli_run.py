@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,14 +14,15 @@ import pytest
 from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 
 import mofq as package
-from mofq.cli.terminal import Bars
+from mofq.cli.show.terminal import Bars
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
 
 #: Runs mofq, and sends itself Ctrl-C when a stage has come so far.
 INTERRUPTED = """
 import os, signal, sys
-from mofq.cli import main, terminal
+from mofq.cli import main
+from mofq.cli.show import terminal
 # A shell starts what it runs in the background with Ctrl-C switched off.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stage, at, *arguments = sys.argv[1:]
@@ -133,8 +135,8 @@ def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_come
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert recipe.budget == {"kl_nats_per_token": 0.05}
     assert (recipe.kl_nats_per_token or 1) < 0.05
-    assert f"mofq export {DEMO} model-mofq/decision/recipe.yaml --to compressed-tensors" in ran.err
-    assert "mofq explore model-mofq/evidence/table.jsonl model-mofq/decision/recipe.yaml" in ran.err
+    assert f"mofq export {DEMO} model-mofq/recipe.yaml --to compressed-tensors" in ran.err
+    assert "mofq explore model-mofq/table.jsonl model-mofq/recipe.yaml" in ran.err
 
 
 def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
@@ -201,13 +203,13 @@ def test_a_run_with_another_space_decides_among_its_own_schemes(
 def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mofq.cli import run
+    run = import_module("mofq.api.run")  # the package's name for it is the function
 
-    def poor(options: run.RunOptions, candidates: dict[str, package.Recipe]) -> object:
+    def poor(*arguments: object, **options: object) -> object:
         """The measurement, with the mixture's recipe said to be no better than the uniform."""
         from dataclasses import replace
 
-        found = measure(options, candidates)
+        found = measure(*arguments, **options)
         worst = max(one.kl_nats_per_token for one in found.values())
         found["recipe"] = replace(found["recipe"], kl_nats_per_token=worst)
         return found

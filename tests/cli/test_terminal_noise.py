@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mofq.cli.terminal import quiet_noise
+from mofq.cli.show.terminal import quiet_noise
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from explore_pages import data_of, recipe_texts
 from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
 from typer.testing import CliRunner
 
-from mofq.cli.app import app
+from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
 from mofq.decision.recipe import write_recipe
 from mofq.evidence.table import Extent, Profile, Table, read_table

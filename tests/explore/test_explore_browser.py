@@ -15,7 +15,7 @@ from explore_pages import recipe_texts
 from explore_tables import TWENTY_SCHEMES, WALL, write_explore_table
 from typer.testing import CliRunner
 
-from mofq.cli.app import app
+from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import load_recipe, write_recipe
 from mofq.evidence.table import read_table

@@ -11,7 +11,7 @@ import pytest
 from explore_tables import write_explore_table
 from typer.testing import CliRunner
 
-from mofq.cli.app import app
+from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import write_recipe
 from mofq.evidence.table import read_table

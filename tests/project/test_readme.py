@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import mofq as package
-from mofq.cli.app import app
+from mofq.cli.commands import app
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

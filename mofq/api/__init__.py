@@ -1,0 +1,97 @@
+"""The flow from Python: one function for each stage, with the checks and figures of its command.
+
+Every function reads finished files and writes new ones, and returns a typed result. None prints;
+what a user should know goes to ``tell``, and how far a long stage is to ``progress``. Errors are
+`mofq.exceptions.MofqError`. Importing this package imports neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+from mofq.api.advise import AdviseResult, advise
+from mofq.api.calibrate import CalibrateResult, calibrate
+from mofq.api.catalog import (
+    DevicesResult,
+    EnginesResult,
+    FormatsResult,
+    SpacesResult,
+    devices,
+    engines,
+    formats,
+    spaces,
+)
+from mofq.api.diff import DiffResult, diff
+from mofq.api.explore import ExploreResult, PlotResult, explore, plot
+from mofq.api.export import ExportResult, export
+from mofq.api.frontier import FrontierPoint, FrontierResult, frontier
+from mofq.api.inspect import InspectResult, inspect
+from mofq.api.measure import MeasureResult, measure
+from mofq.api.options import (
+    Budget,
+    Choices,
+    LmEval,
+    Method,
+    OnModel,
+    Samples,
+    Study,
+    Timing,
+    Where,
+    Windows,
+)
+from mofq.api.recipe import RecipeFromResult, UniformResult, recipe_from, uniform
+from mofq.api.rewrite import RewriteResult, rewrite
+from mofq.api.run import RunResult, demo, run
+from mofq.api.search import SearchResult, search
+from mofq.api.validate import ValidateResult, validate
+
+__all__ = [
+    "AdviseResult",
+    "Budget",
+    "CalibrateResult",
+    "Choices",
+    "DevicesResult",
+    "DiffResult",
+    "EnginesResult",
+    "ExploreResult",
+    "ExportResult",
+    "FormatsResult",
+    "FrontierPoint",
+    "FrontierResult",
+    "InspectResult",
+    "LmEval",
+    "MeasureResult",
+    "Method",
+    "OnModel",
+    "PlotResult",
+    "RecipeFromResult",
+    "RewriteResult",
+    "RunResult",
+    "Samples",
+    "SearchResult",
+    "SpacesResult",
+    "Study",
+    "Timing",
+    "UniformResult",
+    "ValidateResult",
+    "Where",
+    "Windows",
+    "advise",
+    "calibrate",
+    "demo",
+    "devices",
+    "diff",
+    "engines",
+    "explore",
+    "export",
+    "formats",
+    "frontier",
+    "inspect",
+    "measure",
+    "plot",
+    "recipe_from",
+    "rewrite",
+    "run",
+    "search",
+    "spaces",
+    "uniform",
+    "validate",
+]

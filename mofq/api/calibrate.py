@@ -1,0 +1,220 @@
+"""Runs the model over some text and keeps what scoring needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.figures import short_bytes
+from mofq.api.inputs import load_corpora, sources_of
+from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
+from mofq.api.preconditions import check_device, check_dtype, check_folder
+from mofq.exceptions import ClusterError, StatsError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mofq.evidence.calibration.stats import Plan, Stats
+    from mofq.evidence.corpora import Corpus
+    from mofq.model.checkpoint.headers import Checkpoint
+
+#: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
+SEQUENCES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """A stats folder."""
+
+    model: str  #: as it was given
+    folder: Path
+    stats: Stats
+    was_there: bool  #: whether the folder was complete already
+    bytes: int  #: of the folder
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        plan = self.stats.plan
+        return {
+            "stats": str(self.folder),
+            "sha256": self.stats.sha256,
+            "bytes": self.bytes,
+            "corpora": {one.name: one.sequences for one in plan.corpora},
+            "kept": {one.name: len(one.kept_indices) for one in plan.corpora},
+            "sequence_length": plan.sequence_length,
+            "unseen": {corpus: list(names) for corpus, names in self.stats.unseen.items()},
+            "seconds": round(self.seconds, 2),
+        }
+
+    def summary(self) -> list[str]:
+        """What was written, for people."""
+        plan = self.stats.plan
+        count = sum(corpus.sequences for corpus in plan.corpora)
+        kept = sum(len(corpus.kept_indices) for corpus in plan.corpora)
+        first = (
+            f"{self.folder}: {count} sequences of {plan.sequence_length} tokens, "
+            f"{kept} of them kept, {short_bytes(self.bytes)}, {self.seconds:.1f} s"
+        )
+        end = "; they were there already." if self.was_there else "."
+        return [first + end, *unseen_experts(self.stats)]
+
+
+def unseen_experts(stats: Stats) -> list[str]:
+    """Sentences on the experts that no token of a corpus reached."""
+    return [
+        f"  corpus {corpus}: no token reached {len(names)} layers of experts, e.g. {names[0]}. "
+        f"They are scored like the experts of their kind; longer text reaches more."
+        for corpus, names in stats.unseen.items()
+    ]
+
+
+@documented
+def calibrate(
+    model: Model,
+    corpora: Annotated[
+        Corpora, Option("NAME=FILE, or a hub data set; repeatable.", flag="--corpus")
+    ],
+    output: Annotated[str | Path, Option("The stats folder.", short="-o")],
+    *,
+    samples: Samples = Samples(),
+    dtype: Annotated[str, Option("Of the arithmetic: float32 or bfloat16.")] = "float32",
+    where: Where = Where(),
+    device_map: Annotated[str | None, Option("Spread over devices, e.g. auto.")] = None,
+    activation_checkpointing: Annotated[
+        bool, Option("Recompute decoder layers instead of keeping activations.")
+    ] = False,
+    kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> CalibrateResult:
+    """Run the model once over some text and keep what scoring needs.
+
+    A stats folder that is complete already is kept; one that was stopped is continued.
+
+    Returns:
+        The folder and its content.
+
+    Raises:
+        MofqError: An input is not valid; the message says which and what to do.
+    """
+    start = monotonic()
+    folder = Path(output)
+    texts = load_corpora(sources_of(corpora))
+    if dtype == "float16":
+        raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
+    check_dtype(dtype)
+    if where.cluster is None:
+        check_device(where.device)
+    elif device_map is not None:
+        raise ClusterError("--device-map spreads a model over one machine. Drop it or --cluster.")
+    check_folder(folder)
+    was_there = (folder / "stats.json").exists()
+
+    from mofq.evidence.calibration.stats import open_plan, read_stats
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    checkpoint = open_checkpoint(str(model))
+    layers = find_layers(checkpoint)  # refuses what it does not know
+    if kv_cache and not layers.caches:
+        raise StatsError(
+            f"{model}: --kv-cache watches keys and values by head, and attention in a "
+            f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
+        )
+    windows = _windows(checkpoint, texts, samples)
+    plan = _plan(checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache)
+    stats = None
+    if was_there:
+        # Refuses the stats of another plan; a sequence that was lost is made again below.
+        with open_plan(folder, plan), suppress(StatsError):
+            stats = read_stats(folder)
+    if stats is None:
+        what: dict[str, Any] = {
+            "plan": plan,
+            "windows": windows,
+            "folder": folder,
+            "activation_checkpointing": activation_checkpointing,
+            "progress": progress and _named(progress),
+        }
+        if where.cluster is None:
+            from mofq.evidence.calibration.passes import calibrate as calibrate_here
+            from mofq.model.loading import load_model
+
+            loaded = load_model(
+                checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map
+            )
+            stats = calibrate_here(loaded, layers, **what)
+        else:
+            from mofq.evidence.calibration.on_workers import calibrate_remotely
+            from mofq.evidence.cluster import cluster
+
+            with cluster(where.cluster, tell=tell or silent):
+                stats = calibrate_remotely(
+                    checkpoint, device=where.device, cpus=where.cluster_cpus, **what
+                )
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
+
+
+def _named(progress: Progress) -> Progress:
+    return lambda corpus, done, total: progress(f"calibrate {corpus}", done, total)
+
+
+def _windows(
+    checkpoint: Checkpoint, texts: Sequence[Corpus], samples: Samples
+) -> dict[str, Tensor]:
+    """Corpus name -> token ids, [sequences, sequence_length]."""
+    from mofq.evidence.corpora import spread_windows
+    from mofq.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return {
+        text.name: spread_windows(
+            text,
+            tokenizer,
+            sequences=samples.sequences or SEQUENCES,
+            sequence_length=samples.sequence_length,
+            or_fewer=samples.sequences is None,
+        )
+        for text in texts
+    }
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    texts: Sequence[Corpus],
+    windows: Mapping[str, Tensor],
+    *,
+    samples: Samples,
+    dtype: str,
+    kv_cache: bool,
+) -> Plan:
+    from mofq.evidence.calibration.stats import CorpusPlan, Plan
+    from mofq.model.checkpoint.weights_hash import hash_weights
+
+    return Plan(
+        model_name=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
+        seed=samples.seed,
+        sequence_length=samples.sequence_length,
+        draws=samples.draws,
+        dtype=dtype,
+        kv_cache=kv_cache or None,
+        corpora=tuple(
+            CorpusPlan(
+                text.name,
+                text.source,
+                text.sha256,
+                sequences=len(windows[text.name]),
+                kept=samples.keep if samples.keep < len(windows[text.name]) else None,
+            )
+            for text in texts
+        ),
+    )

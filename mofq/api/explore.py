@@ -1,0 +1,125 @@
+"""The trade-off of accuracy and size as a page to click through, and as figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+from mofq.api.frontier import frontier_request
+from mofq.api.inputs import open_table
+from mofq.api.options import Choices, Option, Recipes, TableFile, Tell, Validations, documented
+from mofq.api.preconditions import check_output
+from mofq.files.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ExploreResult:
+    """A page."""
+
+    output: Path
+    recipes: int  #: of the frontier
+    bytes: int  #: of the page
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        return {
+            "page": str(self.output),
+            "bytes": self.bytes,
+            "recipes": self.recipes,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PlotResult:
+    """A figure."""
+
+    output: Path
+    kind: str
+    source: Path  #: the table
+    bytes: int  #: of the figure
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What was written, for machines."""
+        return {
+            "figure": str(self.output),
+            "kind": self.kind,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@documented
+def explore(
+    table: TableFile,
+    recipes: Recipes = (),
+    *,
+    validations: Validations = (),
+    choices: Choices = Choices(),
+    output: Annotated[str | Path, Option("The page.", short="-o")] = "explorer.html",
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> ExploreResult:
+    """The accuracy-budget trade-off as one HTML page.
+
+    Returns:
+        Where the page is, and how many recipes it holds.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.explore.drawing import read_drawing
+    from mofq.explore.html_page import write_page
+    from mofq.explore.page_data import page_data
+
+    start = monotonic()
+    path = Path(output)
+    check_output(path, table, *recipes, *validations)
+    drawing = read_drawing(
+        open_table(table, tell),
+        recipes=tuple(map(Path, recipes)),
+        validations=tuple(map(Path, validations)),
+        request=frontier_request(choices),
+    )
+    data = page_data(drawing, Path(table), progress=progress)
+    size = write_page(data, path)
+    return ExploreResult(path, len(data["points"]), size, monotonic() - start)
+
+
+@documented
+def plot(
+    table: TableFile,
+    output: Annotated[str | Path, Option("A .png, .svg or .pdf.", short="-o")],
+    *,
+    kind: Annotated[str, Option("frontier, map, sensitivity, prediction or weights.")],
+    recipes: Recipes = (),
+    validations: Validations = (),
+    choices: Choices = Choices(),
+    tell: Tell | None = None,
+) -> PlotResult:
+    """A figure of a table, for papers and READMEs.
+
+    Returns:
+        Where the figure is.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.explore.drawing import read_drawing
+    from mofq.explore.figures import draw_figure
+
+    start = monotonic()
+    path = Path(output)
+    check_output(path, table, *recipes, *validations)
+    drawing = read_drawing(
+        open_table(table, tell),
+        recipes=tuple(map(Path, recipes)),
+        validations=tuple(map(Path, validations)),
+        request=frontier_request(choices),
+    )
+    draw_figure(kind, drawing, path=path)
+    return PlotResult(path, kind, Path(table), path.stat().st_size, monotonic() - start)

@@ -1,0 +1,25 @@
+"""Figures as people read them: sizes, and values with their standard errors."""
+
+from __future__ import annotations
+
+import math
+
+
+def short_bytes(count: int) -> str:
+    """``269.1 MB``: decimal units, four digits."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """``0.0412 ± 0.0031``, two digits of the error; or a dash."""
+    if value is None:
+        return "–"
+    if not stderr:
+        return f"{value:.3g}"
+    if abs(value) < 1e-4:
+        return f"{value:.2g} ± {stderr:.1g}"
+    decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"

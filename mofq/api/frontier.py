@@ -1,0 +1,126 @@
+"""The whole curve of accuracy against size of a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.inputs import open_table
+from mofq.api.options import AnyTable, Choices, Method, Option, Tell, documented
+from mofq.api.request import make_request
+
+if TYPE_CHECKING:
+    from mofq.decision import Frontier, Problem, Request
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """A recipe that no other one beats in size and in error at once."""
+
+    bits_per_weight: float  #: true bits, over all fusion groups
+    bytes: int  #: of the fusion groups
+    checkpoint_bytes: int  #: of all tensors
+    error: float  #: predicted, in the unit of the frontier
+    stderr: float | None  #: where the table has samples
+    bound: float  #: no recipe of this size has a smaller error
+    kv_bits: float | None = None  #: per cached number; None: the cache is not decided
+    kv_bytes_per_token: float | None = None
+    kv_cache: dict[str, int] | None = None  #: format -> layers
+    size_bytes: int | None = None  #: with the cache of the context; None: no context was named
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of the point, for machines."""
+        cache = ("kv_bits", "kv_bytes_per_token", "kv_cache", "size_bytes")
+        content = {name: getattr(self, name) for name in self.__slots__}
+        return {k: v for k, v in content.items() if v is not None or k not in cache}
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierResult:
+    """The recipes that no other one beats, smallest first."""
+
+    source: str  #: of the table, as it was given
+    request: Request
+    problem: Problem
+    frontier: Frontier
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.frontier.bytes_K)
+
+    @property
+    def points(self) -> tuple[FrontierPoint, ...]:
+        """All of them."""
+        return tuple(map(self.point, range(len(self))))
+
+    def point(self, k: int) -> FrontierPoint:
+        """One of them, counted from the smallest."""
+        from mofq.decision import predict
+        from mofq.decision.result import size_figures
+
+        problem, choice_F = self.problem, self.frontier.choice_KF[k]
+        figures: dict[str, Any] = size_figures(problem, choice_F)
+        cache: dict[str, Any] = {}
+        if problem.cached:
+            schemes = problem.schemes_of(choice_F)
+            formats = Counter(schemes[group.name] for group in problem.groups if group.cached)
+            cache = {name: figures[name] for name in ("kv_bits", "kv_bytes_per_token")}
+            cache["kv_cache"] = dict(formats)
+        if problem.kv_tokens:
+            cache["size_bytes"] = problem.size_of(choice_F) + problem.other_bytes
+        has_samples = problem.sample_errors is not None
+        return FrontierPoint(
+            bits_per_weight=figures["bits_per_weight"],
+            bytes=figures["bytes"],
+            checkpoint_bytes=figures["checkpoint_bytes"],
+            error=float(self.frontier.error_K[k]),
+            stderr=predict(problem, choice_F).stderr if has_samples else None,
+            bound=float(self.frontier.bound_K[k]),
+            **cache,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every point, for machines."""
+        return {
+            "unit": self.problem.unit,
+            "axis": "size_bytes" if self.problem.kv_tokens else "bits_per_weight",
+            "gap": self.frontier.gap,
+            "points": [point.to_json() for point in self.points],
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def frontier_request(choices: Choices) -> Request:
+    """What is asked of every point of a frontier."""
+    return make_request(choices, method=Method(ties="off"))
+
+
+@documented
+def frontier(
+    table: AnyTable,
+    *,
+    choices: Choices = Choices(),
+    polish: Annotated[
+        int | None, Option("Solve exactly at this many sizes between the points too.")
+    ] = None,
+    tell: Tell | None = None,
+) -> FrontierResult:
+    """The whole curve of accuracy against size.
+
+    Returns:
+        Every recipe that no other one beats in size and error at once.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.decision import request_problem, solve_frontier
+
+    request = frontier_request(choices)
+    problem = request_problem(open_table(table, tell), request)
+    start = monotonic()
+    found = solve_frontier(problem, request.budgets, sizes=polish)
+    source = str(table) if isinstance(table, str | Path) else "TABLE"
+    return FrontierResult(source, request, problem, found, monotonic() - start)

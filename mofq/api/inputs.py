@@ -1,0 +1,95 @@
+"""Opens what the stages are given: tables, recipes and texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.api.options import Corpora, Tell
+from mofq.exceptions import CorpusError
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.evidence.corpora import Corpus
+    from mofq.evidence.table import Table
+
+
+def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
+    """Read a table; tell where its errors are not what this mofq would measure.
+
+    Raises:
+        TableError: It is missing or damaged.
+    """
+    from mofq.evidence.table import Table, read_table
+    from mofq.numbers.numerics import NUMERICS
+
+    if isinstance(table, Table):
+        return table
+    opened = read_table(Path(table))
+    found = opened.header.numerics
+    if found != NUMERICS and tell is not None:
+        when = f"by numerics {found}" if found else "before numerics were noted"
+        tell(
+            f"{table}: measured {when}, and this mofq has numerics {NUMERICS}: do not compare its "
+            f"errors with those of newer tables."
+        )
+    return opened
+
+
+def open_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Read a recipe that is not in memory yet.
+
+    Raises:
+        RecipeError: It is missing or not valid.
+    """
+    from mofq.decision.recipe import Recipe, load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+
+
+def needs_stats(recipe: Recipe) -> bool:
+    """Whether codes or scales of a recipe are fitted to statistics of `mofq calibrate`."""
+    from mofq.numbers.schemes import parse_scheme
+
+    schemes = [parse_scheme(name) for name in set(recipe.schemes.values())]
+    return any(one.weight is not None and one.weight.is_fitted for one in schemes)
+
+
+def load_named(source: str) -> Corpus:
+    """A corpus from ``NAME=SOURCE``, or from a source that names itself."""
+    from mofq.evidence.corpora import load_text
+
+    name, equals, rest = source.partition("=")
+    is_named = bool(equals) and not Path(source).exists()
+    return load_text(rest, name=name) if is_named else load_text(source)
+
+
+def sources_of(corpora: Corpora) -> Sequence[str]:
+    """Corpora as the command line writes them, ``NAME=SOURCE``."""
+    if isinstance(corpora, Mapping):
+        return [f"{name}={source}" for name, source in corpora.items()]
+    return corpora
+
+
+def load_corpora(sources: Sequence[str]) -> list[Corpus]:
+    """Corpora of different names, each fit to be a folder's.
+
+    Raises:
+        CorpusError: One cannot be read, or its name is no folder's, or two have one name.
+    """
+    from mofq.evidence.calibration.stats import CORPUS_NAME
+
+    texts = [load_named(one) for one in sources]
+    for text in texts:
+        if not re.match(CORPUS_NAME, text.name):
+            raise CorpusError(
+                f"corpus {text.name!r}: the name is that of a folder in the stats, so it has no "
+                f"slash and does not begin with a dot. Write NAME={text.source}."
+            )
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise CorpusError(f"two corpora have the name {name!r}. Write NAME=FILE for each.")
+    return texts

@@ -1,0 +1,111 @@
+"""What a model is made of, from headers alone, and what an engine serves of a search space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.options import Engine, Model, Option, documented
+from mofq.api.preconditions import check_engine
+
+if TYPE_CHECKING:
+    from mofq.evidence.spaces import Offer
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import LinearLayer, ModelLayers
+
+#: The search space whose schemes are looked at where only an engine is named.
+DEFAULT_SPACE = "w8a8"
+
+
+@dataclass(frozen=True, slots=True)
+class InspectResult:
+    """A model's layers and fusion groups."""
+
+    model: str  #: as it was given
+    checkpoint: Checkpoint
+    layers: ModelLayers
+    engine: str | None
+    space: str | Path
+    offers: tuple[Offer, ...] | None  #: what each group may have; None: nothing was asked for
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        from mofq.model.sizes import source_bytes, weights_of
+
+        layers, groups = self.layers, self.layers.groups
+        content = {
+            "model": self.checkpoint.name,
+            "index_sha256": self.checkpoint.index_sha256,
+            "architecture": layers.architecture,
+            "linear_layers": sum(len(group.layers) for group in groups),
+            "weights": weights_of(groups),
+            "tied_lm_head": layers.tied_lm_head,
+            "other_bytes": layers.other_bytes,
+            "source_format": self.checkpoint.source_format,
+            "source_bytes": sum(map(source_bytes, groups)),
+            "groups": [
+                {"name": group.name, "layers": list(map(_layer_json, group.layers))}
+                for group in groups
+            ],
+            "unquantized": list(map(_layer_json, layers.unquantized)),
+        }
+        if self.offers is not None:
+            content["offers"] = {
+                one.group.name: {
+                    "schemes": [scheme.name for scheme in one.schemes],
+                    "rejected": one.rejected,
+                }
+                for one in self.offers
+            }
+        return content
+
+
+@documented
+def inspect(
+    model: Model,
+    *,
+    engine: Engine = None,
+    space: Annotated[
+        str | Path | None, Option("What of this search space fits (w8a8).", read_as=str)
+    ] = None,
+    lm_head: Annotated[bool, Option("Count the lm_head too.")] = False,
+) -> InspectResult:
+    """List linear layers and fusion groups, from headers alone.
+
+    Returns:
+        Layers, groups and offers.
+
+    Raises:
+        MofqError: The model, the engine or the search space is not valid.
+    """
+    from mofq.engines import legality
+    from mofq.evidence.spaces import load_search_space, offer_schemes
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    checkpoint = open_checkpoint(str(model))
+    layers = find_layers(checkpoint, include_lm_head=lm_head)
+    check_engine(engine, layers)
+    offers = None
+    if space is not None or engine is not None:
+        offers = tuple(
+            offer_schemes(
+                load_search_space(space or DEFAULT_SPACE),
+                layers.groups,
+                legality=None if engine is None else legality(engine),
+                has_stats=True,
+            )
+        )
+    return InspectResult(str(model), checkpoint, layers, engine, space or DEFAULT_SPACE, offers)
+
+
+def _layer_json(layer: LinearLayer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "dtype": layer.dtype,
+        "decoder_layer": layer.decoder_layer,
+        "module": layer.module,
+    }

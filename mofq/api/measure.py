@@ -1,0 +1,166 @@
+"""Measures every scheme of a search space into a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.calibrate import unseen_experts
+from mofq.api.options import Engine, Model, Option, Space, Tell, Where, documented, silent
+from mofq.api.preconditions import check_device, check_engine, check_output
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.evidence.calibration.stats import Stats
+    from mofq.evidence.measure.fill_table import Remotely
+    from mofq.evidence.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureResult:
+    """A table of measurements."""
+
+    output: Path
+    table: Table
+    model: str  #: as it was given
+    engine: str | None
+    stats: Stats | None
+    is_new: bool  #: whether anything was measured that the table did not have
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What the table holds, for machines."""
+        unseen = {} if self.stats is None else self.stats.unseen
+        return {
+            "sha256": self.table.sha256,
+            "rows": len(self.table.rows),
+            "groups": len(self.table.header.groups),
+            "schemes": sorted({row.scheme for row in self.table.rows}),
+            "units": sorted({row.unit for row in self.table.rows}),
+            "rejections": len(self.table.rejections),
+            "table": str(self.output),
+            "seconds": round(self.seconds, 2),
+            "unseen": {corpus: list(names) for corpus, names in unseen.items()},
+        }
+
+    def summary(self) -> list[str]:
+        """What the table holds, for people."""
+        content = self.to_json()
+        lines = [
+            f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
+            f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
+            + ("." if self.is_new else "; everything was there already."),
+            *_rejections(self.table),
+        ]
+        if self.stats is not None:
+            lines += unseen_experts(self.stats)
+        elif any("+" in name for name in content["schemes"]):
+            lines.append("  Without --stats, what rounding activations costs is not in the errors.")
+        return lines
+
+
+def _rejections(table: Table) -> list[str]:
+    """Schemes that were not offered; those with one reason in one line."""
+    named: dict[tuple[int, str], list[str]] = {}
+    for name in sorted({one.scheme for one in table.rejections}):
+        reasons = [one.reason for one in table.rejections if one.scheme == name]
+        reason = reasons[0] if len(set(reasons)) == 1 else f"e.g. {reasons[0]}"
+        named.setdefault((len(reasons), reason), []).append(name)
+    return [
+        f"  not offered to {count} fusion groups: {', '.join(names)}: {reason}"
+        for (count, reason), names in named.items()
+    ]
+
+
+@documented
+def measure(
+    model: Model,
+    space: Space,
+    output: Annotated[str | Path, Option("The table, table.jsonl.", short="-o")],
+    *,
+    stats: Annotated[str | Path | None, Option("From `mofq calibrate`.")] = None,
+    engine: Engine = None,
+    where: Where = Where(),
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> MeasureResult:
+    """Measure every scheme of a search space on the weights.
+
+    Rows that the table has already are kept. Without ``stats``, errors are relative weight errors.
+
+    Returns:
+        The table.
+
+    Raises:
+        MofqError: An input is not valid; the message says which and what to do.
+    """
+    from mofq.engines import cache_legality, legality
+    from mofq.evidence.spaces import load_search_space
+    from mofq.evidence.table import read_table
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    start = monotonic()
+    path = Path(output)
+    check_output(path, space)
+    rows_before = _count_lines(path)
+    loaded_space = load_search_space(space)
+    checkpoint = open_checkpoint(str(model))
+    layers = find_layers(checkpoint)
+    check_engine(engine, layers)
+
+    from mofq.evidence.calibration.stats import read_stats
+    from mofq.evidence.measure.fill_table import measure as fill_table
+
+    if where.cluster is None:
+        check_device(where.device)
+    opened = None if stats is None else read_stats(stats)
+    with _connected(where, tell or silent) as remotely:
+        fill_table(
+            checkpoint,
+            layers,
+            loaded_space,
+            table_path=path,
+            stats=opened,
+            engine=engine,
+            legality=None if engine is None else legality(engine),
+            cache_legality=None if engine is None else cache_legality(engine),
+            device=where.device,
+            progress=None if progress is None else partial(progress, "measure"),
+            tell=tell or silent,
+            remotely=remotely,
+        )
+    return MeasureResult(
+        path,
+        read_table(path),
+        model=str(model),
+        engine=engine,
+        stats=opened,
+        is_new=_count_lines(path) > rows_before,
+        seconds=monotonic() - start,
+    )
+
+
+@contextmanager
+def _connected(where: Where, tell: Tell) -> Iterator[Remotely | None]:
+    """What measures on the cluster, while it is connected; None where there is none."""
+    if where.cluster is None:
+        yield None
+        return
+    from mofq.evidence.cluster import cluster
+    from mofq.evidence.measure.on_workers import measure_remotely
+
+    with cluster(where.cluster, tell=tell):
+        yield partial(measure_remotely, cpus=where.cluster_cpus)
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

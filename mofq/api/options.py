@@ -1,0 +1,265 @@
+"""The options of the stages: each one's name, type, default and help text, written once.
+
+The command line and the reference pages are derived from them (`mofq.cli.parsing`). An option
+that several stages share is a type here; options that belong together are a group: a frozen
+dataclass, which Python passes whole and the command line as one flag for each field.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.evidence.table import Table
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+#: Called with remarks of one line, which a user should read.
+Tell = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Tell nobody: where the caller of a stage wants no remarks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a parameter is given on the command line."""
+
+    help: str
+    _: KW_ONLY
+    positional: bool = False
+    flag: str | None = None  #: None: the parameter's name, ``max_bits`` as ``--max-bits``
+    short: str | None = None
+    least: int | None = None  #: smallest value of a number
+    required: bool = False  #: although Python has a default
+    read_as: Any = None  #: type of the text; None: that of the parameter
+
+
+#: What a stage takes beside its options.
+_REPORTS = {
+    "progress": "Called with the name of a long stage, the steps done and all steps.",
+    "tell": "Called with each remark of one line that a user should read.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """An option of a function: a parameter of its own, or a field of a group."""
+
+    name: str
+    group: str | None  #: the parameter that is the group; None: it is no field
+    annotation: Any  #: what Python gives
+    option: Option
+    default: Any  #: `inspect.Parameter.empty` where there is none
+
+
+def parameters_of(function: Callable[..., Any]) -> Iterator[Parameter]:
+    """The options of a function, those of a group one by one; what has no `Option` is none."""
+    annotations = inspect.get_annotations(function, eval_str=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        annotation = annotations[name]
+        if isinstance(annotation, type) and is_dataclass(annotation):
+            types = inspect.get_annotations(annotation, eval_str=True)
+            for field in fields(annotation):
+                default = getattr(parameter.default, field.name)
+                yield _parameter(field.name, types[field.name], default, group=name)
+        elif hasattr(annotation, "__metadata__"):
+            yield _parameter(name, annotation, parameter.default)
+
+
+def _parameter(name: str, annotation: Any, default: Any, *, group: str | None = None) -> Parameter:
+    python, option = get_args(annotation)
+    return Parameter(name, group, python, option, default)
+
+
+def documented(function: Function) -> Function:
+    """Add to a docstring, before what is returned, the help texts of the function's options."""
+    groups = inspect.get_annotations(function, eval_str=True)
+    texts: dict[str, str] = {}
+    for one in parameters_of(function):
+        if one.group is None:
+            texts[one.name] = one.option.help
+        else:
+            texts[one.group] = (groups[one.group].__doc__ or "").partition("\n")[0]
+    texts |= {name: text for name, text in _REPORTS.items() if name in groups}
+    lines = "".join(f"    {name}: {texts[name]}\n" for name in groups if name in texts)
+    text = inspect.getdoc(function) or ""
+    function.__doc__ = text.replace("Returns:\n", f"Args:\n{lines}\nReturns:\n", 1)
+    return function
+
+
+Model = Annotated[
+    str | Path, Option("A Hugging Face model folder, or a hub id.", positional=True, read_as=str)
+]
+TableFile = Annotated[str | Path, Option("From `mofq measure`.", positional=True)]
+AnyTable = Annotated["Table | str | Path", Option("From `mofq measure`.", positional=True)]
+RecipeOutput = Annotated[
+    str | Path | None, Option("The recipe, recipe.yaml.", short="-o", required=True)
+]
+Engine = Annotated[
+    str | None, Option("A serving engine, of `mofq engines`; NAME:tp=4 on 4 devices.")
+]
+Space = Annotated[
+    str | Path, Option("A search space: a name of `mofq spaces`, or a file.", read_as=str)
+]
+Device = Annotated[str, Option("Where the arithmetic runs: cpu, cuda, cuda:1 …")]
+DeviceModel = Annotated[
+    str | None, Option("Whose figures give times: h100 … of `mofq devices`, or a YAML file.")
+]
+Stats = Annotated[
+    str | Path | None,
+    Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq)."),
+]
+Sequences = Annotated[
+    int | None, Option("Of each corpus; 32 by default, or what a text holds.", least=1)
+]
+WindowLength = Annotated[int, Option("Tokens of a window.", least=2)]
+Recipes = Annotated[Sequence[str | Path], Option("Recipes to show or compare.", positional=True)]
+Validations = Annotated[
+    Sequence[str | Path], Option("From `mofq validate -o`; repeatable.", flag="--validation")
+]
+#: ``NAME=SOURCE`` each, or sources that name themselves, or names with their sources.
+Corpora = Mapping[str, str] | Sequence[str]
+AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", positional=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a recipe may cost."""
+
+    max_bits: Annotated[float | None, Option("True bits per weight, at most.")] = None
+    max_size: Annotated[
+        str | int | None, Option("Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str)
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        Option("Predicted nats per token, at most; alone: the smallest model within it."),
+    ] = None
+    max_finer: Annotated[
+        float | None, Option("Share of linear layers that leave the base schemes.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What a recipe may be made of: the rows of a table that count, and the KV cache."""
+
+    engine: Engine = None
+    space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
+        None
+    )
+    unit: Annotated[str | None, Option("Of the rows to use; nats where there are.")] = None
+    max_kv_bits: Annotated[
+        float | None, Option("Bits per cached number: the KV cache is decided too.")
+    ] = None
+    kv_tokens: Annotated[
+        int, Option("Of context, whose KV cache counts as size: decided too.", least=0)
+    ] = 0
+    kv_formats: Annotated[
+        Sequence[str], Option("Formats it may have, beside bf16; repeatable.", flag="--kv-cache")
+    ] = ()
+
+    @property
+    def decides_cache(self) -> bool:
+        """Whether the format of the KV cache is decided with the layers."""
+        return self.max_kv_bits is not None or self.kv_tokens > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The time of a forward pass: to be told, or kept."""
+
+    max_time: Annotated[
+        str | None, Option("Least time of the workload on the device, e.g. 12ms.")
+    ] = None
+    device_model: DeviceModel = None
+    workload: Annotated[
+        str | None, Option("decode:batch=8,context=1024 or prefill:prompt=2048, with tp=N.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How a recipe is looked for."""
+
+    solver: Annotated[Literal["exact", "greedy", "optuna"], Option("exact, greedy or optuna.")] = (
+        "exact"
+    )
+    objective: Annotated[
+        Literal["mean", "worst-corpus"], Option("Over corpora: mean or worst-corpus.")
+    ] = "mean"
+    ties: Annotated[
+        Literal["on", "off"], Option("on: choices within noise go to the simpler scheme.")
+    ] = "on"
+    refine: Annotated[int, Option("Measure this many swaps on the real model.", least=0)] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnModel:
+    """What measures a recipe on the model itself."""
+
+    model: Annotated[str | Path | None, Option("For --refine and optuna.", read_as=str)] = None
+    text: Annotated[str | None, Option("For --refine and optuna.")] = None
+    tokens: Annotated[int, Option("Of the text, for --refine and optuna.", least=2)] = 4096
+    sequence_length: WindowLength = 512
+    device: Device = "cpu"
+    stats: Stats = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """The trials of ``solver="optuna"``."""
+
+    trials: Annotated[int, Option("Of optuna; earlier ones count.", least=1)] = 60
+    multi_objective: Annotated[bool, Option("Of optuna: true bits as a second objective.")] = False
+    storage: Annotated[
+        str | None, Option("Of optuna: a URL, an SQLite or journal file; beside -o by default.")
+    ] = None
+    workers: Annotated[int, Option("Processes of optuna.", least=1)] = 1
+    seed: Annotated[int, Option("Of optuna's proposals.")] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Where the work is done: this machine, or a Ray cluster."""
+
+    device: Device = "cpu"
+    cluster: Annotated[
+        str | None, Option("Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT.")
+    ] = None
+    cluster_cpus: Annotated[int, Option("CPUs of each worker of --cluster.", least=1)] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What is drawn from the calibration text, and kept of it."""
+
+    sequences: Sequences = None
+    keep: Annotated[int, Option("Of how many the samples are kept.", least=1)] = 8
+    sequence_length: Annotated[int, Option("Tokens of a sequence.", least=2)] = 512
+    draws: Annotated[int, Option("Random draws for each sequence.", least=1)] = 1
+    seed: Annotated[int, Option("Of the random draws.")] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """The part of a text that models are compared on."""
+
+    tokens: Annotated[
+        int, Option("How many tokens of the text, at most, in windows spread over it.", least=2)
+    ] = 8192
+    sequence_length: WindowLength = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmEval:
+    """Tasks by which lm-eval scores both models, beside the text."""
+
+    tasks: Annotated[Sequence[str], Option("lm-eval tasks, by commas or repeated.")] = ()
+    task_folder: Annotated[str | Path | None, Option("With task files of lm-eval's format.")] = None
+    task_limit: Annotated[int | None, Option("Items of each task.", least=1)] = None

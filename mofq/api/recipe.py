@@ -1,0 +1,127 @@
+"""Recipes without a search: one scheme for all layers, and those of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.options import Model, Option, RecipeOutput, Stats, documented
+from mofq.api.preconditions import check_output
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class UniformResult:
+    """A recipe of one scheme."""
+
+    recipe: Recipe
+    output: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe's figures, for machines."""
+        return {"recipe": None if self.output is None else str(self.output), **self.recipe.result}
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFromResult:
+    """The recipe that a quantized checkpoint follows."""
+
+    recipe: Recipe
+    output: Path | None
+    folder: Path  #: of the checkpoint
+
+    @property
+    def fusion_groups(self) -> Counter[str]:
+        """Scheme -> fusion groups that have it."""
+        return Counter(group.scheme for group in self.recipe.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe's schemes and figures, for machines."""
+        return {
+            "recipe": None if self.output is None else str(self.output),
+            "fusion_groups": dict(self.fusion_groups),
+            **self.recipe.result,
+        }
+
+
+@documented
+def uniform(
+    model: Model,
+    scheme: Annotated[str, Option("For every linear layer, e.g. int4.g32@mse.", positional=True)],
+    output: RecipeOutput = None,
+    *,
+    stats: Stats = None,
+) -> UniformResult:
+    """One scheme for every linear layer of a model.
+
+    Returns:
+        The recipe, without predictions.
+
+    Raises:
+        MofqError: The scheme does not fit a layer, or an input is not valid.
+    """
+    from mofq.decision import uniform_recipe
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    path = _checked(output)
+    checkpoint = open_checkpoint(str(model))
+    sha256 = None
+    if stats is not None:
+        from mofq.evidence.calibration.stats import read_stats
+
+        sha256 = read_stats(stats).sha256
+    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, stats_sha256=sha256)
+    return UniformResult(_written(recipe, path), path)
+
+
+@documented
+def recipe_from(
+    folder: Annotated[
+        str | Path, Option("A compressed-tensors checkpoint, whoever wrote it.", positional=True)
+    ],
+    output: RecipeOutput = None,
+    *,
+    model: Annotated[
+        str | Path | None, Option("The original; the recipe is checked to fit it.", read_as=str)
+    ] = None,
+) -> RecipeFromResult:
+    """The schemes of a quantized checkpoint, to validate, compare or export again.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        MofqError: The checkpoint says what no recipe can, or an input is not valid.
+    """
+    from mofq.decision.recipe import check_recipe
+    from mofq.delivery.export.compressed_tensors import recipe_from_compressed_tensors
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    path = _checked(output)
+    recipe = recipe_from_compressed_tensors(Path(folder))
+    if model is not None:
+        checkpoint = open_checkpoint(str(model))
+        check_recipe(recipe, find_layers(checkpoint))
+        recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
+    return RecipeFromResult(_written(recipe, path), path, Path(folder))
+
+
+def _checked(output: str | Path | None) -> Path | None:
+    if output is None:
+        return None
+    check_output(Path(output))
+    return Path(output)
+
+
+def _written(recipe: Recipe, output: Path | None) -> Recipe:
+    from mofq.decision.recipe import write_recipe
+
+    if output is not None:
+        write_recipe(recipe, output)
+    return recipe

@@ -1,0 +1,115 @@
+"""From the options of a search or a frontier to what `mofq.decision` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args, get_type_hints
+
+from mofq.api.options import Budget, Choices, Method, Timing
+from mofq.exceptions import MofqError, nearest_name
+
+if TYPE_CHECKING:
+    from mofq.decision import Budgets, Request
+    from mofq.decision.request import TimeRequest
+
+
+def make_request(
+    choices: Choices,
+    *,
+    budget: Budget = Budget(),
+    timing: Timing = Timing(),
+    method: Method = Method(),
+) -> Request:
+    """What is asked of the decision.
+
+    Raises:
+        MofqError: A word is none of those known, a size, a time, a device or a workload cannot
+            be read, or an option needs another one that is missing.
+    """
+    from mofq.decision import Request
+
+    _check_words(method)
+    if choices.kv_formats and not choices.decides_cache:
+        raise MofqError(
+            "--kv-cache says in what the cache may be kept; give --max-kv-bits, or --kv-tokens "
+            "with --max-size, too: without a budget it stays as it is."
+        )
+    return Request(
+        budgets=make_budgets(budget, max_kv_bits=choices.max_kv_bits),
+        solver=method.solver,
+        unit=choices.unit,
+        space=choices.space,
+        objective=method.objective,
+        engine=choices.engine,
+        ties=method.ties == "on",
+        time=_time_request(timing),
+        kv_cache=choices.decides_cache,
+        kv_tokens=choices.kv_tokens,
+        kv_formats=_cache_formats(choices.kv_formats),
+    )
+
+
+def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets:
+    """The budgets as numbers.
+
+    Raises:
+        BudgetError: ``max_size`` is no size.
+    """
+    from mofq.decision import Budgets
+    from mofq.model.sizes import parse_size
+
+    size = budget.max_size
+    return Budgets(
+        max_bits=_number(budget.max_bits),
+        max_bytes=parse_size(size) if isinstance(size, str) else size,
+        max_kl=_number(budget.max_kl),
+        max_finer=_number(budget.max_finer),
+        max_kv_bits=_number(max_kv_bits),
+    )
+
+
+def _number(limit: float | None) -> float | None:
+    """5 and 5.0 are one budget, and one text in a recipe."""
+    return None if limit is None else float(limit)
+
+
+def _check_words(method: Method) -> None:
+    solvers, objectives = (
+        get_args(get_type_hints(Method)[name]) for name in ("solver", "objective")
+    )
+    if method.solver not in solvers:
+        raise MofqError(
+            f"no solver is called {method.solver!r}." + nearest_name(method.solver, solvers)
+        )
+    if method.ties not in ("on", "off"):
+        raise MofqError(f"--ties is on or off, not {method.ties!r}.")
+    if method.objective not in objectives:
+        raise MofqError(
+            f"unknown objective {method.objective!r}." + nearest_name(method.objective, objectives)
+        )
+
+
+def _cache_formats(names: Sequence[str]) -> tuple[str, ...] | None:
+    """The canonical names of formats of the cache; None where none is named."""
+    from mofq.model.kv_schemes import parse_cache_scheme
+
+    return tuple(parse_cache_scheme(name).name for name in names) or None
+
+
+def _time_request(timing: Timing) -> TimeRequest | None:
+    from mofq.decision.request import TimeRequest
+    from mofq.engines.devices import load_device_model
+    from mofq.engines.latency import parse_seconds, parse_workload
+
+    if timing == Timing():
+        return None
+    if timing.device_model is None or timing.workload is None:
+        raise MofqError(
+            "a time is that of a workload on a device: give --device-model, e.g. h100, and "
+            "--workload, e.g. decode:batch=8,context=1024, together."
+        )
+    return TimeRequest(
+        load_device_model(timing.device_model),
+        parse_workload(timing.workload),
+        None if timing.max_time is None else parse_seconds(timing.max_time),
+    )

@@ -1,0 +1,504 @@
+"""The whole flow into one folder: calibrate, measure, search, validate, export."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.calibrate import calibrate
+from mofq.api.export import ExportResult, export
+from mofq.api.figures import with_error
+from mofq.api.inputs import load_corpora, load_named, sources_of
+from mofq.api.measure import measure
+from mofq.api.options import (
+    Budget,
+    Choices,
+    Corpora,
+    Device,
+    Engine,
+    Model,
+    Option,
+    Samples,
+    Sequences,
+    Space,
+    Tell,
+    Where,
+    Windows,
+    documented,
+    silent,
+)
+from mofq.api.preconditions import check_device, check_engine, check_folder
+from mofq.api.request import make_budgets, make_request
+from mofq.api.search import search
+from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError
+from mofq.files.locks import hold_folder
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.validation import Validation
+    from mofq.evidence.spaces import SearchSpace
+    from mofq.evidence.table import Table
+    from mofq.model.checkpoint.headers import Checkpoint
+
+#: The recipe that was searched for, among the candidates that are validated.
+SEARCHED = "recipe"
+#: What is calibrated on where no corpus is named.
+_BUNDLED_TEXT = "demo-en-calibration"
+#: The folder of the checkpoint for an engine, in the folder of a run.
+_EXPORTED = "model"
+#: Uniform schemes that the recipe is compared with on the real model.
+_MOST_UNIFORM = 4
+#: What another tool's recipe is called in the folder of a run.
+_FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The outcome of a run."""
+
+    folder: Path
+    model: str  #: as it was given
+    title: str
+    recipe: Recipe  #: as it stands in the folder
+    preferred: str  #: its key in ``validations``
+    validations: Mapping[str, Validation]  #: of the searched recipe and of uniform schemes
+    table: Table
+    seconds: Mapping[str, float]  #: of each stage
+    export: ExportResult | None  #: None: no engine was named
+    is_kept: bool = True  #: False: the folder was a temporary one
+
+    @property
+    def original_bits(self) -> float:
+        """Bits per weight of the original."""
+        from mofq.model.sizes import bits_per_weight
+
+        header = self.table.header
+        return bits_per_weight(header.source_bytes_of_groups, header.weights)
+
+    def served_by(self) -> tuple[str, ...]:
+        """The engines that serve the recipe as it was measured."""
+        from mofq.decision.serving import serving_engines
+
+        return serving_engines(self.table, self.recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome, for machines."""
+        chosen = self.validations[self.preferred]
+        return {
+            "folder": str(self.folder),
+            "recipe": str(self.folder / "recipe.yaml"),
+            "table": str(self.folder / "table.jsonl"),
+            "bits_per_weight": chosen.bits_per_weight,
+            "kl_nats_per_token": chosen.kl_nats_per_token,
+            "predicted_kl_nats_per_token": chosen.predicted_kl_nats_per_token,
+            "enforced": chosen.enforced,
+            "preferred": self.preferred,
+            "schemes": dict(Counter(group.scheme for group in self.recipe.groups)),
+            "validations": {name: one.to_json() for name, one in self.validations.items()},
+            "exported": None if self.export is None else str(self.export.output),
+            "serve_command": None if self.export is None else self.export.serve_command,
+            "seconds": {stage: round(time, 2) for stage, time in self.seconds.items()},
+        }
+
+
+@documented
+def run(
+    model: Model,
+    output: Annotated[
+        str | Path | None,
+        Option("A folder for everything; by default NAME-mofq, here.", short="-o"),
+    ] = None,
+    *,
+    space: Space = "serving",
+    budget: Budget = Budget(),
+    corpora: Annotated[
+        Corpora,
+        Option("NAME=FILE for calibration; repeatable. Bundled text by default.", flag="--corpus"),
+    ] = (),
+    text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
+    engine: Engine = None,
+    windows: Windows = Windows(),
+    sequences: Sequences = None,
+    device: Device = "cpu",
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> RunResult:
+    """The whole flow into one folder, ready to serve: give a budget, and the engine.
+
+    What a former run into the folder finished is kept and not done again. Calibration takes
+    sequences as long as the windows.
+
+    Returns:
+        The recipe, what it measures beside uniform schemes, and what was exported.
+
+    Raises:
+        MofqError: An input is not valid, which is found before anything runs, or a stage fails.
+    """
+    model, tell = str(model), tell or silent
+    folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
+    sources = sources_of(corpora) or (_BUNDLED_TEXT,)
+    check_folder(folder)
+    loaded, checkpoint = _check_budget(model, space, budget, engine)
+    _check_texts(sources, text)
+    check_device(device)
+    windows = _checked_windows(checkpoint, text, windows)
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = MofqError(
+        f"{folder}: another process runs into this folder. Wait for it, or name another."
+    )
+    with hold_folder(folder, busy):
+        if not corpora:
+            tell(
+                f"No --corpus: calibrating on {_BUNDLED_TEXT}, a little English text on "
+                f"administering Debian. Errors differ between texts: give text like what the model "
+                f"will see, --corpus NAME=FILE, and other text of the kind to validate on, "
+                f"--text FILE."
+            )
+        seconds: dict[str, float] = {}
+        stats, recipe = folder / "stats", folder / "recipe.yaml"
+        with _timed(seconds, "calibrate"):
+            calibrated = calibrate(
+                model,
+                sources,
+                stats,
+                samples=Samples(sequences=sequences, sequence_length=windows.sequence_length),
+                where=Where(device=device),
+                kv_cache=bool(loaded.kv_cache),
+                progress=progress,
+                tell=tell,
+            )
+            _tell_all(calibrated.summary(), tell)
+        with _timed(seconds, "measure"):
+            measured = measure(
+                model,
+                space,
+                folder / "table.jsonl",
+                stats=stats,
+                engine=engine,
+                where=Where(device=device),
+                progress=progress,
+                tell=tell,
+            )
+            _tell_all(measured.summary(), tell)
+        table, choices = measured.table, Choices(engine=engine, space=loaded.name)
+        with _timed(seconds, "search"):
+            found = search(table, recipe, budget=budget, choices=choices, tell=tell)
+            _tell_all(found.decision.notes, tell)
+            candidates = {SEARCHED: found.recipe, **_uniform_recipes(table, choices, found.recipe)}
+        if engine is not None:
+            _check_exported(folder / _EXPORTED, candidates)
+        with _timed(seconds, "validate"):
+            validations = _validate(
+                model,
+                candidates,
+                text,
+                folder=folder,
+                windows=windows,
+                device=device,
+                progress=progress,
+            )
+        name = _preferred(folder, candidates, validations, tell)
+        exported = None
+        if engine is not None:
+            with _timed(seconds, "export"):
+                exported = _export(
+                    model,
+                    candidates[name],
+                    folder,
+                    engine=engine,
+                    model_card=_card_text(validations[name]),
+                    progress=progress,
+                )
+    return RunResult(
+        folder=folder,
+        model=model,
+        title=f"{loaded.name}, {validations[name].tokens} tokens of {text}",
+        recipe=candidates[name],
+        preferred=name,
+        validations=validations,
+        table=table,
+        seconds=seconds,
+        export=exported,
+    )
+
+
+@documented
+def demo(
+    output: Annotated[
+        str | Path | None, Option("A folder to keep everything in.", short="-o")
+    ] = None,
+    *,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> RunResult:
+    """`mofq run` on the small bundled model.
+
+    Returns:
+        As `run`.
+
+    Raises:
+        MofqError: The folder holds something else.
+    """
+    from mofq.demo import demo_model_folder
+
+    with TemporaryDirectory(prefix="mofq-demo-") as temporary, _one_thread():
+        result = run(
+            demo_model_folder(),
+            temporary if output is None else output,
+            space="w4w8_mixed",
+            budget=Budget(max_bits=5.0),
+            corpora={"en": "demo-en-calibration", "pt": "demo-pt-calibration"},
+            windows=Windows(sequence_length=256),
+            sequences=16,
+            progress=progress,
+            tell=tell,
+        )
+    return replace(result, is_kept=output is not None)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The demo's matrices are small: threads would wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = monotonic()
+    yield
+    seconds[stage] = monotonic() - start
+
+
+def _tell_all(lines: Iterable[str], tell: Tell) -> None:
+    for line in lines:
+        tell(line)
+
+
+def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str, Recipe]:
+    """The best uniform schemes of about the recipe's size, or the smallest where all are larger."""
+    from mofq.decision import uniform_recipes
+
+    every = uniform_recipes(table, make_request(choices))
+    others = {name: one for name, one in every.items() if one.schemes != recipe.schemes}
+    most = 1.02 * (recipe.bits_per_weight or 0.0)
+    fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= most]
+    fitting.sort(key=lambda name: others[name].kl_nats_per_token or 0.0)
+    smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
+    return {name: others[name] for name in (fitting or smallest)[:_MOST_UNIFORM]}
+
+
+def _validate(
+    model: str,
+    candidates: Mapping[str, Recipe],
+    text: str,
+    *,
+    folder: Path,
+    windows: Windows,
+    device: str,
+    progress: Progress | None,
+) -> dict[str, Validation]:
+    """Every candidate on the real model, against one run of the original."""
+    from mofq.delivery.validation import validate_many, write_validation
+
+    done = validate_many(
+        model,
+        list(candidates.values()),
+        load_named(text),
+        tokens=windows.tokens,
+        sequence_length=windows.sequence_length,
+        device=device,
+        stats=folder / "stats",
+        progress=progress,
+    )
+    validations = dict(zip(candidates, done, strict=True))
+    searched = validations[SEARCHED]
+    write_validation(searched, folder / "validation.json")
+    if not searched.enforced:
+        raise MofqError(
+            f"{folder / 'recipe.yaml'}: not enforced: {searched.deviations[0]}. "
+            f"This is a fault of mofq; please report it."
+        )
+    return validations
+
+
+def _preferred(
+    folder: Path,
+    candidates: Mapping[str, Recipe],
+    validations: Mapping[str, Validation],
+    tell: Tell,
+) -> str:
+    """The searched recipe's name, or that of a uniform one no larger and measured no worse.
+
+    A mixture that does not pay is not worth its complexity; what is preferred becomes
+    ``recipe.yaml``.
+    """
+    from mofq.decision.recipe import write_recipe
+    from mofq.delivery.validation import write_validation
+
+    searched = validations[SEARCHED]
+    for name, one in validations.items():
+        is_smaller = one.bits_per_weight <= searched.bits_per_weight
+        is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
+        if name != SEARCHED and is_smaller and is_better:
+            write_recipe(candidates[name], folder / "recipe.yaml")
+            write_validation(one, folder / "validation.json")
+            tell(
+                f"{name} for every layer is as small as the mixture and measured as good: "
+                f"{folder / 'recipe.yaml'} is this uniform recipe."
+            )
+            return name
+    return SEARCHED
+
+
+def _export(
+    model: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    engine: str,
+    model_card: str,
+    progress: Progress | None,
+) -> ExportResult:
+    """What the engine reads; a checkpoint that a former run wrote is proved and kept."""
+    from mofq.delivery.backends import RECIPE_EXPORTERS
+    from mofq.engines import find_engine
+
+    reads = find_engine(engine).reads
+    if reads in RECIPE_EXPORTERS:
+        return export(model, recipe, folder / _FILES.get(reads, f"{reads}.txt"), to=reads)
+    exported = folder / _EXPORTED
+    if exported.exists() and any(exported.iterdir()):
+        return _read_export(model, recipe, exported, engine=engine, to=reads)
+    return export(
+        model,
+        recipe,
+        exported,
+        to=reads,
+        engine=engine,
+        stats=folder / "stats",
+        model_card=model_card,
+        progress=progress,
+    )
+
+
+def _read_export(
+    model: str, recipe: Recipe, exported: Path, *, engine: str, to: str
+) -> ExportResult:
+    """What a former run exported, proved byte for byte.
+
+    Raises:
+        EnforcementError: The folder is not what the recipe makes of the model.
+    """
+    from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
+    from mofq.delivery.export.compressed_tensors.export import serve_command
+    from mofq.delivery.export.compressed_tensors.plan import plan_export
+    from mofq.delivery.recipe_fits import open_fits
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    start = monotonic()
+    checkpoint, stats = open_checkpoint(model), exported.parent / "stats"
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
+    plan = plan_export(checkpoint, recipe)
+    size = sum(tensor.nbytes for tensor in plan.tensors.values())
+    done = Export(exported, plan.group_bytes, size, serve_command(plan, exported, engine=engine))
+    return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
+
+
+def _card_text(validation: Validation) -> str:
+    """What the model card says of accuracy."""
+    kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
+    return (
+        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`: KL divergence "
+        f"from the original {kl} nats per token, perplexity {validation.perplexity:.4g} "
+        f"(original {validation.perplexity_original:.4g}), the same most probable token at "
+        f"{100 * validation.top1_agreement:.2f} % of positions."
+    )
+
+
+def _check_budget(
+    model: str, space: str | Path, budget: Budget, engine: str | None
+) -> tuple[SearchSpace, Checkpoint]:
+    """Refuse what no recipe can meet, or no engine serves, from headers alone.
+
+    Returns:
+        The search space and the model, opened.
+    """
+    from mofq.decision import check_budget
+    from mofq.delivery.backends import find_exporter
+    from mofq.engines import find_engine, legality
+    from mofq.evidence.spaces import load_search_space, offer_schemes
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
+
+    loaded, budgets = load_search_space(space), make_budgets(budget)
+    check = None if engine is None else legality(engine)
+    checkpoint = open_checkpoint(model)
+    layers = find_layers(checkpoint)
+    check_engine(engine, layers)
+    offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
+    if not budgets.any_given and any(one.is_unquantized for one in loaded.schemes):
+        raise BudgetError(
+            "mofq run: needed a budget, found none; without one every layer stays as it is. "
+            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
+        )
+    if budget.max_finer is not None and not loaded.base:
+        raise BudgetError(
+            f"max_finer: the search space {loaded.name} names no `base` schemes, so that nothing "
+            f"is finer. Add the key `base`, or drop the budget."
+        )
+    check_budget(offers, budgets, other_bytes=layers.other_bytes)
+    if engine is not None:
+        find_exporter(find_engine(engine).reads)
+    return loaded, checkpoint
+
+
+def _check_texts(corpora: Sequence[str], source: str) -> None:
+    """Refuse to validate on a text that was calibrated on."""
+    text = load_named(source)
+    for corpus in load_corpora(corpora):
+        if corpus.sha256 == text.sha256:
+            raise CorpusError(
+                f"{source}: is the calibration corpus {corpus.name!r} too, and would flatter the "
+                f"recipe. Validate on another text."
+            )
+
+
+def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> Windows:
+    """Windows no longer than the model's context, of which the text fills at least one."""
+    from mofq.evidence.corpora import tokenize
+    from mofq.model.loading import load_tokenizer
+
+    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    length = min(windows.sequence_length, int(limit or windows.sequence_length))
+    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenize(load_named(source), tokenizer, tokens=windows.tokens, sequence_length=length)
+    return replace(windows, sequence_length=length)
+
+
+def _check_exported(exported: Path, candidates: Mapping[str, Recipe]) -> None:
+    """Refuse to export into a folder that holds something else, before the long validation."""
+    from mofq.decision.recipe import load_recipe
+
+    if not exported.exists() or not any(exported.iterdir()):
+        return
+    inside = exported / "recipe.yaml"
+    if not inside.is_file() or load_recipe(inside) not in candidates.values():
+        raise BackendError(
+            f"{exported}: holds another export than this run would write. Remove it, or run "
+            f"with another -o."
+        )

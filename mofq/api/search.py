@@ -1,0 +1,298 @@
+"""Chooses one scheme for each fusion group of a table under budgets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.figures import short_bytes, with_error
+from mofq.api.inputs import load_named, open_table
+from mofq.api.options import (
+    AnyTable,
+    Budget,
+    Choices,
+    Method,
+    OnModel,
+    Option,
+    RecipeOutput,
+    Study,
+    Tell,
+    Timing,
+    documented,
+    silent,
+)
+from mofq.api.preconditions import check_output
+from mofq.api.request import make_request
+from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision import Decision, Request
+    from mofq.decision.explain import Explanation
+    from mofq.decision.recipe import Recipe
+    from mofq.decision.serving import Refused
+    from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.table import Table
+    from mofq.model.checkpoint.headers import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """A recipe, and how it came about."""
+
+    output: Path | None
+    decision: Decision
+    table: Table
+    engine: str | None  #: that the recipe was searched for
+    refused: tuple[Refused, ...]  #: what the engine keeps from the search
+    explained: tuple[Explanation, ...]  #: of the layers that were asked for
+    seconds: float
+
+    @property
+    def recipe(self) -> Recipe:
+        """The decision alone: which layer has which scheme."""
+        return self.decision.recipe
+
+    def served_by(self) -> tuple[str, ...]:
+        """The engines that serve the recipe as it was measured."""
+        from mofq.decision.serving import serving_engines
+
+        return serving_engines(self.table, self.recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        """What was decided, for machines."""
+        decision, recipe = self.decision, self.recipe
+        return {
+            "recipe": None if self.output is None else str(self.output),
+            **recipe.result,
+            "finer_layers": list(decision.finer_layers),
+            "tied_layers": decision.tied_layers,
+            "moved_layers": decision.moved_layers,
+            "prices": None if decision.prices is None else dict(decision.prices),
+            "notes": list(decision.notes),
+            "schemes": dict(Counter(recipe.schemes.values())),
+            "kv_cache": dict(Counter(one.scheme for one in recipe.kv_cache)),
+            "refused": [asdict(one) for one in self.refused],
+            "served_by": list(self.served_by()),
+            "explained": [asdict(one) for one in self.explained],
+            "elapsed_seconds": round(self.seconds, 3),
+        }
+
+
+@documented
+def search(
+    table: AnyTable,
+    output: RecipeOutput = None,
+    *,
+    budget: Budget = Budget(),
+    choices: Choices = Choices(),
+    timing: Timing = Timing(),
+    method: Method = Method(),
+    explain: Annotated[Sequence[str], Option("Why this layer has its scheme; repeatable.")] = (),
+    on_model: OnModel = OnModel(),
+    study: Study = Study(),
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> SearchResult:
+    """Choose one scheme for each fusion group under a budget.
+
+    Needs neither the model nor torch, unless the method measures recipes on the model
+    (``Method(refine=…)`` and ``Method(solver="optuna")``).
+
+    Returns:
+        The recipe, what the engine refused, and explanations.
+
+    Raises:
+        MofqError: No recipe meets the budgets, or an input is not valid.
+    """
+    from mofq.decision import decide
+    from mofq.decision.explain import check_layers
+    from mofq.decision.explain import explain as explain_layer
+    from mofq.decision.recipe import write_recipe
+    from mofq.decision.serving import engine_refusals
+
+    start = monotonic()
+    path = None if output is None else Path(output)
+    request = make_request(choices, budget=budget, timing=timing, method=method)
+    if choices.kv_tokens and budget.max_size is None and budget.max_kl is None:
+        raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
+    measures = _measures(method, study, on_model)
+    if path is not None:
+        check_output(path, table, choices.space, on_model.text)
+    opened = open_table(table, tell)
+    check_layers(opened, explain)
+    if measures:
+        if method.solver == "optuna":
+            study = replace(study, storage=study.storage or _beside(path))
+        decision = _decide_on_model(
+            opened, request, method.refine, on_model, study, progress=progress, tell=tell or silent
+        )
+    else:
+        decision = decide(opened, request)
+    if path is not None:
+        write_recipe(decision.recipe, path)
+    return SearchResult(
+        path,
+        decision,
+        table=opened,
+        engine=choices.engine,
+        refused=engine_refusals(opened, request),
+        explained=tuple(explain_layer(opened, request, decision, layer) for layer in explain),
+        seconds=monotonic() - start,
+    )
+
+
+def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
+    """Whether the model itself is run.
+
+    Raises:
+        MofqError: Options contradict each other, or what measures is not named.
+    """
+    is_study = method.solver == "optuna"
+    if study.multi_objective and not is_study:
+        raise MofqError("--multi-objective is for --solver optuna.")
+    if is_study and method.refine:
+        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
+    if not is_study and not method.refine:
+        return False
+    asked = "--solver optuna" if is_study else f"--refine {method.refine}"
+    for name, value in (("--model", on_model.model), ("--text", on_model.text)):
+        if value is None:
+            raise MofqError(
+                f"{asked} measures recipes on the model itself and needs {name}; the text should "
+                f"be neither what was calibrated on nor what will validate."
+            )
+    return True
+
+
+def _beside(output: Path | None) -> str:
+    """The file of trials beside a recipe."""
+    if output is None:
+        raise MofqError("optuna keeps its trials in a file: give an output, or Study(storage=…).")
+    return str(output.with_suffix(".optuna.db"))
+
+
+def _decide_on_model(
+    table: Table,
+    request: Request,
+    refine: int,
+    on_model: OnModel,
+    study: Study,
+    *,
+    progress: Progress | None,
+    tell: Tell,
+) -> Decision:
+    """Decide, and let measurements have the last word."""
+    from mofq.decision.measured.refine import decide_refined
+    from mofq.delivery.validation.measured_kl import MeasuredKl
+
+    assert on_model.text is not None
+    with MeasuredKl(
+        str(on_model.model),
+        load_named(on_model.text),
+        tokens=on_model.tokens,
+        sequence_length=on_model.sequence_length,
+        device=on_model.device,
+        stats=on_model.stats,
+        progress=progress,
+    ) as objective:
+        check_model(table, objective.checkpoint)
+        if not refine:
+            with _other_workers(table, request, on_model, study, tell=tell):
+                return _decide_in_study(
+                    table, request, on_model, study, objective, progress=progress, tell=tell
+                )
+        return decide_refined(
+            table,
+            request,
+            evaluate=objective.evaluate,
+            swaps=refine,
+            text_sha256=objective.text.sha256,
+            progress=progress and partial(progress, "refine"),
+        ).decision
+
+
+def _decide_in_study(
+    table: Table,
+    request: Request,
+    on_model: OnModel,
+    study: Study,
+    objective: MeasuredKl,
+    *,
+    progress: Progress | None,
+    tell: Tell,
+) -> Decision:
+    from mofq.decision.measured.study import StudyPlan, decide_in_study
+
+    assert study.storage is not None
+    found = decide_in_study(
+        table,
+        request,
+        evaluate=objective.evaluate,
+        plan=StudyPlan(
+            storage=study.storage,
+            text_sha256=objective.text.sha256,
+            tokens=objective.tokens,
+            sequence_length=on_model.sequence_length,
+            device=on_model.device,
+            trials=study.trials,
+            seed=study.seed,
+            with_size=study.multi_objective,
+        ),
+        progress=progress and partial(progress, "trials"),
+    )
+    for point in found.frontier:
+        kl = with_error(point.measured.kl.value, point.measured.kl.stderr)
+        size = f"{point.size:.4f} bits"
+        if request.kv_tokens:
+            size = f"{short_bytes(round(point.size))} with the cache"
+        tell(f"trial {point.trial}: {size}, {kl} nats per token")
+    return found.decision
+
+
+@contextmanager
+def _other_workers(
+    table: Table, request: Request, on_model: OnModel, study: Study, *, tell: Tell
+) -> Iterator[None]:
+    """Processes that work on the same study, until it has its trials."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")  # a fork of a process that uses torch hangs
+    arguments = (table, request, 0, on_model, replace(study, workers=1))
+    silence = {"progress": None, "tell": silent}
+    processes = [
+        context.Process(target=_decide_on_model, args=arguments, kwargs=silence, daemon=True)
+        for _ in range(study.workers - 1)
+    ]
+    for process in processes:
+        process.start()
+    yield
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            tell(f"A worker ended with exit code {process.exitcode}; the others did its part.")
+
+
+def check_model(table: Table, checkpoint: Checkpoint) -> None:
+    """Refuse to measure another model than the table's.
+
+    Raises:
+        MofqError: It is another.
+    """
+    from mofq.model.checkpoint.weights_hash import hash_weights
+
+    for key, ours, theirs in (
+        ("index_sha256", table.header.index_sha256, checkpoint.index_sha256),
+        ("weights_sha256", table.header.weights_sha256, hash_weights(checkpoint)),
+    ):
+        if ours not in (None, theirs):
+            raise MofqError(
+                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and --model "
+                f"has {theirs[:8]}. Give the model that was measured."
+            )

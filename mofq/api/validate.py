@@ -1,0 +1,145 @@
+"""Proves that a recipe is applied, and measures what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.inputs import load_corpora
+from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
+from mofq.api.preconditions import check_device, check_dtype, check_output
+from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.validation import Tasks, Validation
+
+Candidate = Annotated[
+    "Recipe | str | Path",
+    Option("A recipe, or a compressed-tensors folder.", positional=True, read_as=str),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateResult:
+    """A quantized model against the original, on one text or several."""
+
+    model: str  #: as it was given
+    candidate: Recipe | str | Path  #: as it was given
+    recipe: Recipe | None  #: None: a folder that holds none
+    validations: Mapping[str, Validation]  #: text's name -> result
+
+    @property
+    def worst(self) -> Validation:
+        """The result on the text with the largest KL."""
+        return self.validations[self.worst_text]
+
+    @property
+    def worst_text(self) -> str:
+        """The name of that text."""
+        return max(self.validations, key=lambda name: self.validations[name].kl_nats_per_token)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``validation.json``; of several texts, by name."""
+        content = {name: one.to_json() for name, one in self.validations.items()}
+        return content if len(content) > 1 else next(iter(content.values()))
+
+
+@documented
+def validate(
+    model: Model,
+    recipe_or_folder: Candidate,
+    text: Annotated[
+        str | Sequence[str], Option("[NAME=]text file, hub data set or bundled text; repeatable.")
+    ],
+    *,
+    windows: Windows = Windows(),
+    dtype: Annotated[str, Option("Of both models' arithmetic.")] = "float32",
+    device: Device = "cpu",
+    stats: Stats = None,
+    backend: Annotated[str, Option("What applies the recipe: emulate or torchao.")] = "emulate",
+    emulate: Annotated[
+        Sequence[str],
+        Option("Layers, e.g. '*', to emulate where torchao has no kernel; repeatable."),
+    ] = (),
+    lm_eval: LmEval = LmEval(),
+    output: Annotated[str | Path | None, Option("Write validation.json.", short="-o")] = None,
+    progress: Progress | None = None,
+) -> ValidateResult:
+    """Prove that a recipe is applied; measure what it does.
+
+    The text should not be one that was calibrated on. With several texts, the name of each is
+    put before the suffix of ``output``.
+
+    Returns:
+        KL, perplexity and agreement beside the prediction, and whether the recipe is enforced.
+
+    Raises:
+        MofqError: An input is not valid.
+    """
+    from mofq.delivery.validation import validate as validate_one
+    from mofq.delivery.validation import write_validation
+
+    check_dtype(dtype)
+    check_device(device)
+    corpora = load_corpora([text] if isinstance(text, str) else text)
+    outputs = _outputs(output, [corpus.name for corpus in corpora])
+    for path in outputs.values():
+        check_output(path, recipe_or_folder, *(corpus.source for corpus in corpora))
+    tasks = _tasks(lm_eval)
+    validations: dict[str, Validation] = {}
+    for corpus in corpora:
+        validations[corpus.name] = validate_one(
+            str(model),
+            recipe_or_folder,
+            corpus,
+            tokens=windows.tokens,
+            sequence_length=windows.sequence_length,
+            dtype=dtype,
+            device=device,
+            # Tasks have texts of their own, and are run with the first corpus.
+            tasks=None if validations else tasks,
+            backend=backend,
+            emulated=emulate,
+            stats=stats,
+            progress=progress,
+        )
+        if corpus.name in outputs:
+            write_validation(validations[corpus.name], outputs[corpus.name])
+    return ValidateResult(str(model), recipe_or_folder, _recipe_of(recipe_or_folder), validations)
+
+
+def _tasks(lm_eval: LmEval) -> Tasks | None:
+    from mofq.delivery.validation import Tasks
+
+    folder, limit = lm_eval.task_folder, lm_eval.task_limit
+    names = tuple(name for one in lm_eval.tasks for name in one.split(",") if name)
+    if not names and (folder is not None or limit is not None):
+        raise MofqError("--task-folder and --task-limit need --tasks. Name the tasks to run.")
+    return Tasks(names, None if folder is None else Path(folder), limit) if names else None
+
+
+def _outputs(output: str | Path | None, names: Sequence[str]) -> dict[str, Path]:
+    """Where each text's validation goes: with several, the name before the suffix."""
+    if output is None:
+        return {}
+    path = Path(output)
+    if len(names) == 1:
+        return {names[0]: path}
+    return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
+
+
+def _recipe_of(recipe_or_folder: Recipe | str | Path) -> Recipe | None:
+    """The recipe of a file, or of a folder that `export` wrote; None where there is none."""
+    from mofq.decision.recipe import Recipe, load_recipe
+    from mofq.delivery.validation.candidates import RECIPE_FILE, holds_recipe
+
+    if isinstance(recipe_or_folder, Recipe):
+        return recipe_or_folder
+    path = Path(recipe_or_folder)
+    if path.is_dir():
+        return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
+    return load_recipe(path) if path.is_file() else None

@@ -1,0 +1,104 @@
+"""Makes a command out of a function of `mofq.api`: its options become arguments and flags."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
+
+import typer
+
+from mofq.api.options import Parameter, parameters_of
+from mofq.cli.show.terminal import Bars, note, print_json
+
+_JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def as_command(
+    function: Callable[..., Any],
+    show: Callable[[Any], None],
+    *,
+    ending: Callable[[Any], int] | None = None,
+) -> Callable[..., None]:
+    """A function that typer makes a command of.
+
+    Args:
+        function: Of `mofq.api`; its result has ``to_json``, which ``--json`` prints.
+        show: Prints the result for people.
+        ending: Has the last word after either, and gives the exit code.
+
+    Returns:
+        The command; its help is the first sentence of the function's docstring.
+    """
+    parameters = tuple(parameters_of(function))
+
+    def command(*, json: bool, **values: Any) -> None:
+        with Bars() as bars:
+            reports = {"progress": bars.stage, "tell": note}
+            taken = reports.keys() & inspect.signature(function).parameters.keys()
+            arguments = _arguments(function, parameters, values)
+            result = function(**arguments, **{name: reports[name] for name in taken})
+        if json:
+            print_json(result.to_json())
+        else:
+            show(result)
+        code = 0 if ending is None else ending(result)
+        if code:
+            sys.exit(code)
+
+    json = inspect.Parameter(
+        "json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON
+    )
+    typed = [*map(_as_typer, parameters), json]
+    command.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    command.__doc__ = (inspect.getdoc(function) or "").partition("\n\n")[0]
+    return command
+
+
+def _as_typer(parameter: Parameter) -> inspect.Parameter:
+    option, default = parameter.option, parameter.default
+    if option.positional:
+        info: Any = typer.Argument(help=option.help)
+    else:
+        flag = option.flag or "--" + parameter.name.replace("_", "-")
+        names = [flag] if option.short is None else [flag, option.short]
+        info = typer.Option(*names, help=option.help, min=option.least)
+    read_as = option.read_as or _read_as(parameter.annotation)
+    if option.required:
+        default = inspect.Parameter.empty
+    if default is None:
+        read_as = read_as | None
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[read_as, info],
+    )
+
+
+def _read_as(annotation: Any) -> Any:
+    """The type that a text is read as, for a parameter that Python gives other types too."""
+    members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return str  # The function refuses an unknown word, and names the nearest one.
+    for one in (annotation, *members):
+        if get_origin(one) is Sequence:
+            return list[_read_as(get_args(one)[0])]  # type: ignore[misc]
+    # What Python may hold in memory, and names by a forward reference, is a file to the shell.
+    return Path if Path in members or isinstance(annotation, ForwardRef) else annotation
+
+
+def _arguments(
+    function: Callable[..., Any], parameters: Iterable[Parameter], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was read, as the function takes it: groups whole, lists as tuples."""
+    arguments: dict[str, Any] = {}
+    grouped: dict[str, dict[str, Any]] = {}
+    for one in parameters:
+        value = values[one.name]
+        into = arguments if one.group is None else grouped.setdefault(one.group, {})
+        into[one.name] = tuple(value) if isinstance(value, list) else value
+    types = inspect.get_annotations(function, eval_str=True)
+    return arguments | {name: types[name](**fields) for name, fields in grouped.items()}

@@ -1,0 +1,55 @@
+"""What `mofq diff` shows: the fusion groups in which two recipes differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mofq.api.figures import with_error
+from mofq.cli.show.terminal import print_table
+
+if TYPE_CHECKING:
+    from mofq.api import DiffResult
+    from mofq.decision.difference import GroupDifference
+
+
+def show_diff(result: DiffResult) -> None:
+    """One row for each group that differs, priced where a table was given."""
+    found, (a, b) = result.difference, result.recipes
+    rows = [_row(one, priced=found.total is not None) for one in found.groups]
+    figures = [["bits per weight", *(_figure(one.bits_per_weight, ".4f") for one in (a, b))]]
+    if result.with_cache:
+        bits = (_figure(one, ".4f") for one in result.kv_bits)
+        figures.append(["KV cache, bits per number", *bits])
+    kl = (_figure(one.kl_nats_per_token, ".4g") for one in (a, b))
+    figures.append(["KL, predicted [nats/token]", *kl])
+    columns = ["", *result.names]
+    if found.total is not None:
+        rows += [[*line, "", ""] for line in figures]
+        rows.append(["all together", "", "", "", _signed(found.total.value, found.total.stderr)])
+        columns += ["bytes", f"{found.unit}, paired"]
+    else:
+        rows += figures
+    caches = sum(one.is_cache for one in found.groups)
+    title = f"{len(found.groups) - caches} of {len(a.groups)} fusion groups differ"
+    if result.with_cache:
+        title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
+    print_table(title, columns, rows)
+
+
+def _row(one: GroupDifference, *, priced: bool) -> list[str]:
+    row = [one.group, one.before or "–", one.after or "–"]
+    if not priced:
+        return row
+    error = "–" if one.error is None else _signed(one.error.value, one.error.stderr)
+    size = "–" if one.bytes is None else f"{one.bytes:+,}"
+    if one.cache_bytes is not None:
+        size = f"{one.cache_bytes:+,g} a token"
+    return [*row, size, error]
+
+
+def _signed(value: float, stderr: float | None) -> str:
+    return ("+" if value >= 0 else "") + with_error(value, stderr)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

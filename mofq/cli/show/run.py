@@ -1,0 +1,75 @@
+"""What `mofq run` and `mofq demo` show: every candidate measured on the real model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from mofq.api.figures import with_error
+from mofq.api.inputs import needs_stats
+from mofq.cli.show.search import note_engines
+from mofq.cli.show.terminal import next_step, note, print_table, say
+
+if TYPE_CHECKING:
+    from mofq.api import RunResult
+    from mofq.delivery.validation import Validation
+
+
+def show_run(result: RunResult) -> None:
+    """Candidates in order of measured KL, the schemes of the recipe, seconds of each stage."""
+    original = result.validations[result.preferred].perplexity_original
+    rows = [["original", f"{result.original_bits:.4f}", "", "", f"{original:.4g}", ""]]
+    ranked = sorted(result.validations.items(), key=lambda item: item[1].kl_nats_per_token)
+    rows += [_row(_label(result, name), one) for name, one in ranked]
+    columns = ["", "bits/weight", "KL predicted", "KL measured", "perplexity", "top-1"]
+    print_table(f"{result.title}, KL in nats per token", columns, rows)
+    schemes = Counter(group.scheme for group in result.recipe.groups)
+    counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
+    say(f"recipe, fusion groups: {counts}")
+    times = ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items())
+    say(f"seconds: {times}")
+    if result.export is not None and result.export.serve_command is None:
+        say(f"For {result.recipe.made_by['engine']}: {result.export.output}")
+    elif result.export is not None:
+        say(f"Serve it with: {result.export.serve_command}")
+    _suggest(result)
+
+
+def _suggest(result: RunResult) -> None:
+    """What to do with the folder."""
+    recipe, table = result.folder / "recipe.yaml", result.folder / "table.jsonl"
+    if result.export is None:
+        note_engines(result)
+        stats = ("--stats", result.folder / "stats") if needs_stats(result.recipe) else ()
+        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
+        next_step("export", result.model, recipe, *to)
+    engine = result.recipe.made_by.get("engine")
+    named = () if engine is None else ("--engine", str(engine))
+    validation = ("--validation", result.folder / "validation.json")
+    page = result.folder / "explorer.html"
+    next_step("explore", table, recipe, *validation, *named, "-o", page)
+
+
+def _label(result: RunResult, name: str) -> str:
+    if name != result.preferred:
+        return "the mixture searched" if name == "recipe" else name
+    schemes = {group.scheme for group in result.recipe.groups}
+    return f"recipe: {schemes.pop()} everywhere" if len(schemes) == 1 else "recipe"
+
+
+def _row(name: str, one: Validation) -> list[str]:
+    return [
+        name,
+        f"{one.bits_per_weight:.4f}",
+        with_error(one.predicted_kl_nats_per_token, one.predicted_kl_stderr),
+        with_error(one.kl_nats_per_token, one.kl_stderr),
+        f"{one.perplexity:.4g}",
+        f"{100 * one.top1_agreement:.2f} %",
+    ]
+
+
+def end_run(result: RunResult) -> int:
+    """Say so where nothing was kept."""
+    if not result.is_kept:
+        note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validation.")
+    return 0

@@ -1,0 +1,143 @@
+"""What `mofq search` shows: the recipe's figures, refusals, and why a layer has its scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mofq.api.figures import short_bytes, with_error
+from mofq.api.inputs import needs_stats
+from mofq.cli.show.histogram import print_histogram
+from mofq.cli.show.terminal import next_step, note, print_table, say
+
+if TYPE_CHECKING:
+    from mofq.api import RunResult, SearchResult
+    from mofq.decision import Decision
+    from mofq.decision.explain import Alternative, Explanation
+
+#: Budget -> what its price is of, and how many of its units that is.
+_PRICED = {
+    "max_time": ("0.1 ms", 0.1),
+    "max_finer": ("one finer layer", 1.0),
+    "max_kv_bits": ("1 kB a token", 8e3),
+    "max_kl": ("0.001 nats", 1e-3),
+    "": ("1 MB", 1e6),
+}
+
+
+def show_search(result: SearchResult) -> None:
+    """Figures and a histogram of schemes, refusals, explanations, and what comes next."""
+    _print_decision(result.decision, title=str(result.output))
+    for each in result.refused:
+        names = ", ".join(each.schemes)
+        note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
+    for one in result.explained:
+        _print_explanation(one)
+    if result.engine is None:
+        note_engines(result)
+    stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
+    next_step("validate", "MODEL", str(result.output), *stats, "--text", "FILE")
+
+
+def note_engines(result: SearchResult | RunResult) -> None:
+    """Say which engines serve a recipe that was decided for none in particular."""
+    recipe = result.recipe
+    if set(recipe.schemes.values()) == {"bf16"} and not recipe.kv_cache:
+        return
+    names = result.served_by()
+    if names:
+        note(f"Served as measured by: {', '.join(names)}.")
+    else:
+        note(
+            "No engine serves all of these schemes as measured. Search with --engine and the name "
+            "of yours (`mofq engines`), which is then offered nothing else."
+        )
+
+
+def _print_decision(decision: Decision, *, title: str) -> None:
+    from mofq.decision import KL_UNIT
+
+    recipe, result = decision.recipe, decision.recipe.result
+
+    def number(key: str) -> float | None:
+        value = result.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    rows = [
+        ["bits per weight", f"{number('bits_per_weight') or 0:.4f}"],
+        ["checkpoint", short_bytes(int(number("checkpoint_bytes") or 0))],
+    ]
+    if number("kv_bits") is not None:
+        per_token = f"{short_bytes(round(number('kv_bytes_per_token') or 0))} a token"
+        rows.append(["KV cache, bits per number", f"{number('kv_bits'):.4f}, {per_token}"])
+    if recipe.made_by.get("unit") == KL_UNIT:
+        predicted = with_error(number("kl_nats_per_token"), number("kl_stderr"))
+        rows.append(["KL, predicted [nats/token]", predicted])
+    else:
+        rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
+    if number("kl_measured") is not None:
+        measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
+        rows.append(["KL, measured on the text of the search", measured])
+    if decision.uniform_error is not None:
+        name = f"best uniform of no more bytes: {result['uniform_scheme']}"
+        rows.append([name, f"{decision.uniform_error:.3g}"])
+    rows += [] if number("seconds") is None else [_time_row(decision)]
+    if decision.finer_layers:
+        layers, weights = number("finer_fraction") or 0, number("finer_weight_fraction") or 0
+        shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
+        rows.append(["finer than base", shares])
+    if decision.tied_layers:
+        moved = f"{decision.tied_layers}, of which {decision.moved_layers} take it"
+        rows.append(["layers within noise of a simpler scheme", moved])
+    print_table(title, ["", ""], rows)
+    print_histogram(recipe)
+    for line in decision.notes:
+        note(line)
+
+
+def _time_row(decision: Decision) -> list[str]:
+    from mofq.engines.latency import shown_seconds
+
+    budget, result = decision.recipe.budget, decision.recipe.result
+    seconds, before = result["seconds"], decision.unquantized_seconds
+    assert isinstance(seconds, float)
+    assert before is not None
+    what = f"{budget['workload']} on {budget['device']}, at least"
+    times = f"{shown_seconds(seconds)}; unquantized {shown_seconds(before)}"
+    return [what, f"{times} ({before / seconds:.2f}×)"]
+
+
+def _print_explanation(explanation: Explanation) -> None:
+    chosen = next(one for one in explanation.alternatives if one.difference is None)
+    rows = [_alternative(one, chosen) for one in explanation.alternatives]
+    columns = ["scheme", "bits", "bytes", "error", "against the chosen", "with bytes priced", ""]
+    members = ", ".join(layer.rsplit(".", 1)[-1] for layer in explanation.layers)
+    title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
+    print_table(title, columns, rows)
+    say(explanation.why)
+    for budget, price in explanation.prices.items():
+        what, times = _PRICED.get(budget, _PRICED[""])
+        say(f"{budget}: {what} more would save {price * times:.3g} {explanation.unit}.")
+    by_reason: dict[str, list[str]] = {}
+    for scheme, reason in explanation.rejected.items():
+        by_reason.setdefault(reason, []).append(scheme)
+    for reason, schemes in by_reason.items():
+        note(f"not to be had: {', '.join(schemes)}: {reason}")
+
+
+def _alternative(one: Alternative, chosen: Alternative) -> list[str]:
+    difference = "–"
+    if one.difference is not None:
+        sign = "+" if one.difference.value >= 0 else ""
+        difference = sign + with_error(one.difference.value, one.difference.stderr)
+    remark = "◀ chosen" if one.difference is None else ""
+    if not one.is_offered:
+        remark = "gains too little (min_gain)"
+    return [
+        one.scheme,
+        f"{one.bits_per_weight:.3f}",
+        f"{one.bytes - chosen.bytes:+,}" if one is not chosen else f"{one.bytes:,}",
+        with_error(one.error, one.stderr),
+        difference,
+        "–" if one.priced_difference is None else f"{one.priced_difference:+.2g}",
+        remark,
+    ]

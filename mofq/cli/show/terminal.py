@@ -1,0 +1,136 @@
+"""What people see: progress, tables and messages on stderr; one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: A number, whatever follows it, or nothing.
+_FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
+
+
+#: Logger -> beginning of a message that says nothing to a user of mofq: transformers imports
+#: torchao where it is installed, whatever the model.
+_NOISE = {
+    "torch.utils._pytree": ("<enum 'KernelPreference'>", "<enum 'ScaleCalculationMode'>"),
+    "torchao": ("Failed to load",),  # its CUDA extensions; kept where there is a GPU
+}
+
+
+def quiet_noise() -> None:
+    """Leave out log lines of libraries that are known to be of no use here, and no others."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    if not record.getMessage().startswith(_NOISE[record.name]):
+        return True
+    torch = sys.modules.get("torch")
+    return record.name == "torchao" and torch is not None and bool(torch.cuda.is_available())
+
+
+@lru_cache(maxsize=1)
+def console() -> Console:
+    """The terminal's stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Write one JSON object to stdout."""
+    json.dump(content, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; columns of figures are aligned on the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for number, column in enumerate(columns):
+        is_figures = any(columns) and all(_FIGURE.match(row[number]) for row in rows)
+        table.add_column(column, justify="right" if is_figures else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 120
+    terminal = Console(width=width)
+    # Not the table's own title, which is folded to the width of the table.
+    terminal.print(Text(title, style="bold"))
+    terminal.print(table)
+
+
+def note(message: str) -> None:
+    """Tell the user something, on stderr."""
+    console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_step(*words: str | Path) -> None:
+    """Tell the user which command comes next, on stderr; capitals stand for what they choose."""
+    note("Next: mofq " + " ".join(quote(str(word)) for word in words))
+
+
+def say(message: str) -> None:
+    """Print a line of the result, on stdout."""
+    sys.stdout.write(message + "\n")
+
+
+class Bars:
+    """Progress bars on a terminal, one for each stage; silence elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` are finished."""
+        if not console().is_terminal:
+            return
+        if self._progress is None:
+            self._progress = _start_progress()
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+
+
+def _start_progress() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console(),
+        transient=True,
+    )
+    progress.start()
+    return progress

@@ -1,0 +1,101 @@
+"""What `mofq validate` shows: predicted beside measured, on every text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.api.figures import with_error
+from mofq.api.inputs import needs_stats
+from mofq.cli.show.histogram import print_histogram
+from mofq.cli.show.terminal import next_step, note, print_table, say
+
+if TYPE_CHECKING:
+    from mofq.api import ValidateResult
+    from mofq.delivery.validation import Validation
+
+#: Layers that are not what the recipe says, of which so many are named.
+_MOST_DEVIATIONS = 20
+
+
+def show_validation(result: ValidateResult) -> None:
+    """Every text's result, of several the worst, and the recipe's schemes."""
+    for one in result.validations.values():
+        _print_validation(one)
+    if result.recipe is not None:
+        print_histogram(result.recipe)
+    if len(result.validations) > 1:
+        value = with_error(result.worst.kl_nats_per_token, result.worst.kl_stderr)
+        say(f"worst text: {result.worst_text}, {value} nats/token")
+    if all(one.enforced is not False for one in result.validations.values()):
+        _suggest_export(result)
+
+
+def _suggest_export(result: ValidateResult) -> None:
+    """Say how a recipe becomes a checkpoint; of a folder, nothing: it was exported already."""
+    recipe, candidate = result.recipe, result.candidate
+    if recipe is not None and isinstance(candidate, str) and not Path(candidate).is_dir():
+        stats = ("--stats", "STATS") if needs_stats(recipe) else ()
+        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats)
+        next_step("export", result.model, candidate, *to, "-o", "FOLDER")
+
+
+def end_validation(result: ValidateResult) -> int:
+    """Name the layers that are not what the recipe says; exit code 1 where there are any."""
+    for name, one in result.validations.items():
+        if one.enforced is False:
+            for deviation in one.deviations[:_MOST_DEVIATIONS]:
+                note(f"{name}: {deviation.layer}: {deviation.reason}")
+            return 1
+    return 0
+
+
+def _print_validation(validation: Validation) -> None:
+    predicted = with_error(validation.predicted_kl_nats_per_token, validation.predicted_kl_stderr)
+    rows = [
+        [
+            "KL, measured [nats/token]",
+            with_error(validation.kl_nats_per_token, validation.kl_stderr),
+        ],
+        ["KL, predicted [nats/token]", predicted],
+        *_budget_rows(validation),
+        ["perplexity", f"{validation.perplexity:.4g}"],
+        ["perplexity of the original", f"{validation.perplexity_original:.4g}"],
+        ["top-1 agreement", f"{100 * validation.top1_agreement:.2f} %"],
+        ["bits per weight", f"{validation.bits_per_weight:.4f}"],
+        ["enforced", {True: "yes", False: "NO", None: "nothing to enforce"}[validation.enforced]],
+    ]
+    lineage = validation.lineage
+    windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"
+    print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
+    if validation.tasks:
+        _print_tasks(validation)
+    say(
+        f"seconds: original {validation.seconds_original:.1f}, "
+        f"apply, enforce and run {validation.seconds:.1f}"
+    )
+
+
+def _print_tasks(validation: Validation) -> None:
+    columns = ["task", "metric", "items", "quantized", "original", "difference", "recovery [%]"]
+    rows = [
+        [
+            one.task,
+            one.metric,
+            str(one.items or "–"),
+            with_error(one.value, one.stderr),
+            with_error(one.original, one.original_stderr),
+            with_error(one.difference, one.difference_stderr),
+            "–" if one.recovery_percent is None else f"{one.recovery_percent:.1f}",
+        ]
+        for one in validation.tasks
+    ]
+    print_table("tasks, by lm-eval", columns, rows)
+
+
+def _budget_rows(validation: Validation) -> list[list[str]]:
+    budget = validation.kl_budget_nats_per_token
+    if budget is None:
+        return []
+    kept = "kept" if validation.within_kl_budget else "NOT kept"
+    return [["KL, budget [nats/token]", f"{budget:.4g}, {kept}"]]
