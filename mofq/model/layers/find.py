@@ -324,7 +324,7 @@ def _read_model(checkpoint: Checkpoint) -> _Declared:
         raise CheckpointError(
             f"{where}: no rules for model_type {architecture!r}; known are"
             f" {', '.join(FUSION_RULES)}. A new family is a row of FUSION_RULES:"
-            " docs/how-to/extend.md."
+            " docs/architecture.md."
         )
     _refuse_quantized(checkpoint)
     family = FUSION_RULES[architecture]
