@@ -226,8 +226,9 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
     for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
         source = read_layer_rows(checkpoint, layer, start, stop)
-        needed = read_kept_layer(checkpoint, layer, start, stop)
-        if scheme.weight is not None:
+        if scheme.weight is None:
+            needed = read_kept_layer(checkpoint, layer, start, stop)
+        else:
             needed = fake_quantize_weight(
                 source,
                 scheme.weight,
