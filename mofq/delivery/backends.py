@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
@@ -14,8 +15,6 @@ from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch.nn import Module
 
     from mofq.model.checkpoint.headers import Checkpoint
@@ -121,7 +120,7 @@ def _write_file(
     text_of: Callable[[Checkpoint, Recipe], str],
     checkpoint: Checkpoint,
     recipe: Recipe,
-    file: Path,
+    file: str | Path,
 ) -> Path:
     """Write another tool's file, unless the recipe says what no such file would."""
     if recipe.kv_cache:
@@ -129,5 +128,6 @@ def _write_file(
             f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
             f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."
         )
-    write_beside_and_rename(file, text_of(checkpoint, recipe))
-    return file
+    path = Path(file)
+    write_beside_and_rename(path, text_of(checkpoint, recipe))
+    return path

@@ -1,10 +1,11 @@
-"""The linear layers of a checkpoint as a recipe divides them."""
+"""The linear layers of a checkpoint as a recipe divides them, and the schemes it gives them."""
 
 from __future__ import annotations
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FUSION_RULES, ModelLayers, find_layers, layers_of
+from mofq.numbers.schemes import Scheme, parse_scheme
 
 
 def checked_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
@@ -23,6 +24,17 @@ def checked_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
     return layers
+
+
+def group_schemes(layers: ModelLayers, recipe: Recipe) -> dict[str, Scheme]:
+    """Fusion group -> the scheme that a recipe gives it.
+
+    Args:
+        layers: Of the model.
+        recipe: That was checked against them, so that a group has one scheme.
+    """
+    schemes = recipe.schemes
+    return {group.name: parse_scheme(schemes[group.layers[0].name]) for group in layers.groups}
 
 
 def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:

@@ -25,14 +25,14 @@ from mofq.delivery.apply.loaded_model import (
     scheme_source,
 )
 from mofq.delivery.recipe_fits import check_fits
-from mofq.delivery.recipe_layers import find_recipe_layers
+from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError, RecipeError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, share_amax
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import Scheme
 
 
 def apply(
@@ -112,7 +112,7 @@ def apply_groups(
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
     if checkpoint is not None:
         check_weights(recipe, checkpoint)
-    schemes = {group.name: _scheme_of(group, recipe) for group in layers.groups}
+    schemes = group_schemes(layers, recipe)
     quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
     for group in quantized:
         _check_modules(model, group, schemes[group.name], recipe)
@@ -174,10 +174,6 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
                 f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
             )
     return share_amax(group, known)
-
-
-def _scheme_of(group: FusionGroup, recipe: Recipe) -> Scheme:
-    return parse_scheme(recipe.schemes[group.layers[0].name])
 
 
 def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:

@@ -23,13 +23,13 @@ from collections.abc import Callable
 from typing import Any
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.engines import format_name
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, find_loaded_weight
 from mofq.numbers.formats import FP4_E2M1
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import Scheme
 
 #: Last word of a fusion group's name -> what vLLM calls the fused layer.
 _FUSED = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
@@ -60,9 +60,9 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
         ) from None
     layers = checked_layers(checkpoint, recipe)
     configs: OrderedDict[str, Any] = OrderedDict()
-    schemes = recipe.schemes
+    schemes = group_schemes(layers, recipe)
     for group in layers.groups:
-        scheme = parse_scheme(schemes[group.layers[0].name])
+        scheme = schemes[group.name]
         if not scheme.is_unquantized:
             configs[_pattern(group, layers.architecture)] = _config(
                 scheme, where=group.layers[0].name

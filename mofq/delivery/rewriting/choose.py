@@ -151,11 +151,7 @@ def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
             amax.append(magnitude_TI.amax(0))
             mean.append(magnitude_TI.mean(0))
     amax_I, mean_I = torch.stack(amax).amax(0), torch.stack(mean).mean(0)
-    weight_I = torch.zeros_like(amax_I)
-    for layer in site.consumers:
-        for start, stop in _blocks(layer):
-            rows_RI = read_layer_rows(checkpoint, layer, start, stop).float()
-            weight_I = torch.maximum(weight_I, rows_RI.abs().amax(0))
+    weight_I = _channel_amax(checkpoint, site)
     index_I = torch.tensor(site.scale_of_I)
 
     def shared(value_I: Tensor) -> Tensor:
@@ -204,12 +200,18 @@ def _scaled_amax(
     """Largest magnitude of the scaled weights, where the scheme has a scale for the tensor."""
     if scheme.weight is None or not scheme.weight.needs_tensor_amax:
         return [None] * len(scales)
-    amax_I = torch.zeros(site.consumers[0].in_features, dtype=torch.float64)
+    amax_I = _channel_amax(checkpoint, site).double()
+    return [float((amax_I * scale_I).max()) for scale_I in scales]
+
+
+def _channel_amax(checkpoint: Checkpoint, site: Site) -> Tensor:
+    """Largest magnitude of the weights that read each input channel, float32."""
+    amax_I = torch.zeros(site.consumers[0].in_features)
     for layer in site.consumers:
         for start, stop in _blocks(layer):
-            rows_RI = read_layer_rows(checkpoint, layer, start, stop).double()
+            rows_RI = read_layer_rows(checkpoint, layer, start, stop).float()
             amax_I = torch.maximum(amax_I, rows_RI.abs().amax(0))
-    return [float((amax_I * scale_I).max()) for scale_I in scales]
+    return amax_I
 
 
 def _weight_nats(

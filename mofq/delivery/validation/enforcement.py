@@ -20,7 +20,7 @@ from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
@@ -99,12 +99,13 @@ def find_deviations(
         CheckpointError: The checkpoint cannot be read.
     """
     layers = checked_layers(checkpoint, recipe)
+    schemes = group_schemes(layers, recipe)
     total = len(layers.groups) + 1
     found: list[Deviation] = []
     for done, group in enumerate(layers.groups):
         if progress is not None:
             progress("enforce", done, total)
-        for expected in _expect_group(group, recipe, checkpoint, fits):
+        for expected in _expect_group(group, schemes[group.name], recipe, checkpoint, fits=fits):
             found += _check_layer(model, expected, checkpoint, layers.architecture)
     if progress is not None:
         progress("enforce", total - 1, total)
@@ -120,9 +121,13 @@ def find_deviations(
 
 
 def _expect_group(
-    group: FusionGroup, recipe: Recipe, checkpoint: Checkpoint, fits: Fits | None
+    group: FusionGroup,
+    scheme: Scheme,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    *,
+    fits: Fits | None,
 ) -> Iterator[_Expected]:
-    scheme = parse_scheme(recipe.schemes[group.layers[0].name])
     inputs = static_amax(group, scheme, recipe)
     weights: dict[str, float] = {}
     if scheme.weight is not None and scheme.weight.needs_tensor_amax:
@@ -221,8 +226,9 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
     for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
         source = read_layer_rows(checkpoint, layer, start, stop)
-        needed = read_kept_layer(checkpoint, layer, start, stop)
-        if scheme.weight is not None:
+        if scheme.weight is None:
+            needed = read_kept_layer(checkpoint, layer, start, stop)
+        else:
             needed = fake_quantize_weight(
                 source,
                 scheme.weight,

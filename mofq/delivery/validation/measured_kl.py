@@ -22,7 +22,7 @@ from mofq.delivery.apply.loaded_model import (
     scheme_source,
 )
 from mofq.delivery.recipe_fits import open_fits
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.delivery.validation.against_original import check_context
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
@@ -37,7 +37,7 @@ from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_kept_layer
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.model.loading import load_model, load_tokenizer
-from mofq.numbers.schemes import parse_scheme
+from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Quantized weights that are kept for when a scheme comes back [bytes].
 CACHE_BYTES = 2**30
@@ -181,7 +181,8 @@ class MeasuredKl:
             loaded = find_loaded_layers(self._model, recipe)
             round_kept(self._model, loaded, checkpoint=self.checkpoint, on_disk=layers)
             self._loaded = loaded.groups
-        choices = {group.name: _choice(group, recipe) for group in self._loaded}
+        schemes = group_schemes(layers, recipe)
+        choices = {g.name: _choice(g, schemes[g.name], recipe) for g in self._loaded}
         for group in self._loaded:
             choice = choices[group.name]
             if self._applied.get(group.name, _UNQUANTIZED) != choice:
@@ -242,9 +243,7 @@ _UNQUANTIZED: _Choice = ("bf16", ())
 _UNKNOWN: _Choice = ("", ())
 
 
-def _choice(group: FusionGroup, recipe: Recipe) -> _Choice:
-    name = group.layers[0].name
-    scheme = parse_scheme(recipe.schemes[name])
+def _choice(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> _Choice:
     if scheme.is_unquantized:
         return _UNQUANTIZED
     amax = emulate.static_amax(group, scheme, recipe)

@@ -25,7 +25,7 @@ def plan_layer(out_features: int, in_features: int, scheme: Scheme) -> dict[str,
 
     Returns:
         Last word of the tensor's name (``weight_scale``) to what it will be. The
-        sizes add up to ``cost.layer_bytes``.
+        sizes add up to ``sizes.layer_bytes``.
     """
     weight = scheme.quantized_weight
     plan = _plan_codes(out_features, in_features, scheme)

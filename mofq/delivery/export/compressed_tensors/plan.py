@@ -20,7 +20,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
@@ -30,7 +30,7 @@ from mofq.model.checkpoint.writer import PlannedTensor
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.quantize.weights import quantize_weight
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import Scheme
 
 #: Elements of a weight that are worked on at a time, unless one tile has more.
 _BLOCK_ELEMENTS = 2**20
@@ -84,10 +84,10 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
     """
     model_layers = checked_layers(checkpoint, recipe)
     check_scales(checkpoint)
-    schemes = recipe.schemes
+    schemes = group_schemes(model_layers, recipe)
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
     for group in model_layers.groups:
-        scheme = parse_scheme(schemes[group.layers[0].name])
+        scheme = schemes[group.name]
         if scheme.is_unquantized:
             ignored += [layer.name for layer in group.layers]
         else:
