@@ -47,7 +47,7 @@ __all__ = [
     "serving_environment",
 ]
 
-#: A generation of GPUs -> CUDA compute capability of its oldest chip for servers.
+#: A generation of GPUs -> CUDA compute capability of its oldest chip.
 _GENERATIONS = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
 
 

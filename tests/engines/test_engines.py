@@ -238,6 +238,31 @@ def test_settings_are_given_once_and_only_where_needed() -> None:
     assert serving_environment("vllm-blackwell", [(int8, group)]) == ("--linear-backend triton",)
 
 
+@pytest.mark.parametrize(
+    ("name", "serve", "devices_flag"),
+    [
+        (
+            "vllm-cpu",
+            "python -m vllm.entrypoints.openai.api_server --model",
+            "--tensor-parallel-size",
+        ),
+        ("vllm-ada", "vllm serve", "--tensor-parallel-size"),
+        ("sglang-hopper", "python -m sglang.launch_server --model-path", "--tp"),
+        ("transformers", "vllm serve", ""),
+        ("torchao-ada", "", ""),
+    ],
+)
+def test_an_engine_says_how_its_server_is_started(name: str, serve: str, devices_flag: str) -> None:
+    engine = find_engine(name)
+    assert (engine.serve, engine.devices_flag) == (serve, devices_flag)
+
+
+def test_every_engine_that_loads_exported_folders_can_be_served() -> None:
+    for engine in ENGINES.values():
+        assert bool(engine.serve) == (engine.reads == "compressed-tensors"), engine.name
+        assert bool(engine.devices_flag) == bool(engine.serve and engine.can_cut), engine.name
+
+
 @pytest.mark.parametrize("name", sorted(ENGINES))
 def test_every_rule_is_sourced_and_either_served_or_refused(name: str) -> None:
     engine = ENGINES[name]
