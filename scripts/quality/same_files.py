@@ -5,7 +5,7 @@
 
 For a change that must change no figure. Both checkouts run the whole flow on the model, from
 `calibrate` to `export` and `run`: some sixty commands on a small model; `--small` has a search
-space of six schemes and leaves out what runs the model many times. What OLD wrote is kept in the
+space of nine schemes and leaves out what runs the model many times. What OLD wrote is kept in the
 work folder, and only NEW runs again the next time.
 
 One line for each artifact says `same`, `same but …` or `differs`, with the first difference.
@@ -78,8 +78,9 @@ def flow(model: str, *, is_small: bool) -> list[Step]:
 
 
 def _measuring(model: str, is_small: bool) -> Iterator[Step]:
-    corpora = ("--corpus", "en=demo-en-calibration", "--corpus", "pt=demo-pt-calibration")
-    windows = ("--sequences", "1" if is_small else "4", "--sequence-length", "64")
+    corpora = ("--corpus", "en=demo-en-calibration")
+    corpora += () if is_small else ("--corpus", "pt=demo-pt-calibration")
+    windows = ("--sequences", "2" if is_small else "4", "--sequence-length", "64")
     yield Step("inspect", ("inspect", model, "--json"))
     yield Step("calibrate", ("calibrate", model, *corpora, *windows, "--kv-cache", "-o", "stats"))
     spaces: list[tuple[str, tuple[str, ...]]] = [
@@ -256,6 +257,8 @@ def _run_step(checkout: Path, step: Step, folder: Path) -> None:
     errors = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
     if ended.returncode and not errors:
         raise SystemExit(f"{checkout}: {step.name} ended by itself:\n{ended.stderr}")
+    for error in errors:
+        print(f"  refused: {error}", file=sys.stderr, flush=True)
     # What is said of progress is no artifact, a refusal is.
     said = ended.stdout if "--json" in step.arguments else ""
     said += "".join(f"{error}\n" for error in errors)
