@@ -78,7 +78,7 @@ def flow(model: str, *, is_small: bool) -> list[Step]:
 
 
 def _measuring(model: str, is_small: bool) -> Iterator[Step]:
-    corpora = ("--corpus", "en=demo-en-calibration")
+    corpora: tuple[str, ...] = ("--corpus", "en=demo-en-calibration")
     corpora += () if is_small else ("--corpus", "pt=demo-pt-calibration")
     windows = ("--sequences", "2" if is_small else "4", "--sequence-length", "64")
     yield Step("inspect", ("inspect", model, "--json"))
