@@ -5,7 +5,7 @@
 
 For a change that must change no figure. Both checkouts run the whole flow on the model, from
 `calibrate` to `export` and `run`: some sixty commands on a small model; `--small` has a search
-space of six schemes and leaves out what runs the model many times. What OLD wrote is kept in the
+space of nine schemes and leaves out what runs the model many times. What OLD wrote is kept in the
 work folder, and only NEW runs again the next time.
 
 One line for each artifact says `same`, `same but …` or `differs`, with the first difference.
@@ -64,6 +64,12 @@ class Step:
     name: str  #: what it prints becomes the artifact NAME.out
     arguments: Sequence[str]
 
+    @property
+    def output(self) -> str | None:
+        """The file or folder that it writes."""
+        words = list(self.arguments)
+        return words[words.index("-o") + 1] if "-o" in words else None
+
 
 def flow(model: str, *, is_small: bool) -> list[Step]:
     """The commands, each of which may read what those before it wrote."""
@@ -72,8 +78,9 @@ def flow(model: str, *, is_small: bool) -> list[Step]:
 
 
 def _measuring(model: str, is_small: bool) -> Iterator[Step]:
-    corpora = ("--corpus", "en=demo-en-calibration", "--corpus", "pt=demo-pt-calibration")
-    windows = ("--sequences", "1" if is_small else "4", "--sequence-length", "64")
+    corpora: tuple[str, ...] = ("--corpus", "en=demo-en-calibration")
+    corpora += () if is_small else ("--corpus", "pt=demo-pt-calibration")
+    windows = ("--sequences", "2" if is_small else "4", "--sequence-length", "64")
     yield Step("inspect", ("inspect", model, "--json"))
     yield Step("calibrate", ("calibrate", model, *corpora, *windows, "--kv-cache", "-o", "stats"))
     spaces: list[tuple[str, tuple[str, ...]]] = [
@@ -104,8 +111,7 @@ def _deciding() -> Iterator[Step]:
         "greedy": ("--max-bits", "5", "--solver", "greedy"),
         "worst": ("--max-bits", "5", "--objective", "worst-corpus"),
         "mse": ("--max-bits", "5", "--unit", "output_mse"),
-        "finer": ("--max-bits", "5", "--max-finer", "0.5"),
-        "explained": ("--max-bits", "5", "--explain", "model.layers.0."),
+        "explained": ("--max-bits", "5", "--explain", "layers.0.mlp.down"),
         "time": (*("--max-bits", "6", "--max-time", "1s", "--device-model", "h100"),
                  *("--workload", "decode:batch=8,context=1024")),
     }  # fmt: skip
@@ -154,13 +160,14 @@ def _delivering(model: str, is_small: bool) -> Iterator[Step]:
 
 def _running_the_model(model: str) -> Iterator[Step]:
     """What is left out of a small comparison, or what `fitted` has not."""
-    on_model = ("--model", model, "--text", "demo-en", "--tokens", "256")
-    on_model += ("--sequence-length", "64")
+    text = ("--text", "demo-en", "--tokens", "256", "--sequence-length", "64")
+    on_model = ("--model", model, *text)
     yield _search("mixed", "mixed", "--max-bits", "5.25")
     yield _search("mixed", "size", "--max-size", "1.2MB")
     yield _search("serving", "hopper", "--max-bits", "6", "--engine", "vllm-hopper")
     yield _search("weights", "relative", "--max-bits", "5")
     yield _search("kv", "context", "--max-size", "2.5MB", "--kv-tokens", "1024")
+    yield _search("kv", "finer", "--max-finer", "0.5")
     yield _search("kv", "cached", "--max-bits", "9", "--max-kv-bits", "6")
     yield _search(
         "kv", "formats", "--max-bits", "9", "--max-kv-bits", "9", "--kv-cache", "fp8_e4m3.tensor"
@@ -181,13 +188,10 @@ def _running_the_model(model: str) -> Iterator[Step]:
     yield Step("explore with cache", ("explore", "kv.jsonl", *kv, "-o", "page-kv.html"))
     yield Step(
         "validate cached",
-        ("validate", model, "cached.yaml", "--text", "demo-en", "--tokens", "256",
-         "--stats", "stats", "-o", "cached.validation.json"),
+        ("validate", model, "cached.yaml", *text, "--stats", "stats",
+         "-o", "cached.validation.json"),
     )  # fmt: skip
-    yield Step(
-        "validate export",
-        ("validate", model, "exported-int4", "--text", "demo-en", "--tokens", "256", "--json"),
-    )
+    yield Step("validate export", ("validate", model, "exported-int4", *text, "--json"))
     yield Step(
         "export cached",
         ("export", model, "cached.yaml", "--stats", "stats", "-o", "exported-cached"),
@@ -209,23 +213,60 @@ def _search(table: str, recipe: str, *options: str) -> Step:
     )
 
 
-def run(checkout: Path, steps: Sequence[Step], folder: Path) -> None:
-    """Run the steps with one checkout's code, each in a process of its own, in the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def run(checkout: Path, steps: Sequence[Step], folder: Path, *, model: str) -> None:
+    """Run steps with one checkout's code, each in a process of its own, in a folder.
+
+    Steps that the folder holds already are left out, unless they read what runs again.
+
+    Args:
+        checkout: The code.
+        steps: In their order.
+        folder: Where they write; ``steps.json`` there says what it holds.
+        model: That stands in the steps. Wherever it lies, its name and its size say which it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "space.yaml").write_text(SMALL_SPACE, "utf-8")
+    record = folder / "steps.json"
+    known: dict[str, Any] = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    size = sum(file.stat().st_size for file in Path(model).iterdir() if file.is_file())
+    identity = f"{Path(model).name}, {size} bytes"
+    changed: set[str] = set()
     for number, step in enumerate(steps, 1):
+        wanted = [str(checkout), *(identity if one == model else one for one in step.arguments)]
+        if known.get(step.name) == wanted and not changed & set(step.arguments):
+            continue
         print(f"{folder.name} {number}/{len(steps)}: {step.name}", file=sys.stderr, flush=True)
-        ended = _run_command(checkout, step.arguments, folder)
-        errors = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
-        if ended.returncode and not errors:
-            raise SystemExit(f"{checkout}: {step.name} ended by itself:\n{ended.stderr}")
-        # What is said of progress is no artifact, a refusal is.
-        said = ended.stdout if "--json" in step.arguments else ""
-        said += "".join(f"{error}\n" for error in errors)
-        if said:
-            kind = "json" if said.startswith("{") else "txt"
-            (folder / f"{step.name.replace(' ', '-')}.out.{kind}").write_text(said, "utf-8")
+        if step.output is not None:
+            changed.add(step.output)
+            _remove(folder / step.output)
+        _run_step(checkout, step, folder)
+        known[step.name] = wanted
+        record.write_text(json.dumps(known, indent=1), "utf-8")
+
+
+def _remove(output: Path) -> None:
+    """A former output, and the study of a measured search beside it."""
+    output.with_suffix(".optuna.db").unlink(missing_ok=True)
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+
+
+def _run_step(checkout: Path, step: Step, folder: Path) -> None:
+    ended = _run_command(checkout, step.arguments, folder)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
+    if ended.returncode and not errors:
+        raise SystemExit(f"{checkout}: {step.name} ended by itself:\n{ended.stderr}")
+    for error in errors:
+        print(f"  refused: {error}", file=sys.stderr, flush=True)
+    # What is said of progress is no artifact, a refusal is.
+    said = ended.stdout if "--json" in step.arguments else ""
+    said += "".join(f"{error}\n" for error in errors)
+    for kind in ("json", "txt"):
+        _remove(folder / f"{step.name.replace(' ', '-')}.out.{kind}")
+    if said:
+        kind = "json" if said.startswith("{") else "txt"
+        (folder / f"{step.name.replace(' ', '-')}.out.{kind}").write_text(said, "utf-8")
 
 
 def _run_command(
@@ -245,17 +286,6 @@ def _run_command(
         text=True,
         check=False,
     )
-
-
-def run_once(checkout: Path, steps: Sequence[Step], folder: Path) -> None:
-    """Run the steps, unless the folder holds what this checkout wrote for these very steps."""
-    record = folder / "steps.json"
-    wanted = json.dumps([str(checkout), [[step.name, *step.arguments] for step in steps]])
-    if record.exists() and record.read_text("utf-8") == wanted:
-        print(f"{folder.name}: kept from a run before", file=sys.stderr)
-        return
-    run(checkout, steps, folder)
-    record.write_text(wanted, "utf-8")
 
 
 def artifacts(folder: Path) -> dict[str, Path]:
@@ -392,13 +422,15 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="only run OLD, for later")
     parser.add_argument("--only-compare", action="store_true", help="what was written before")
     options = parser.parse_args()
-    steps = flow(str(options.model.resolve()), is_small=options.small)
+    model = str(options.model.resolve())
+    steps = flow(model, is_small=options.small)
     old_folder, new_folder = options.work.resolve() / "old", options.work.resolve() / "new"
     if not options.only_compare:
-        run_once(options.old.resolve(), steps, old_folder)
+        run(options.old.resolve(), steps, old_folder, model=model)
         if options.baseline:
             return
-        run(options.new.resolve(), steps, new_folder)
+        shutil.rmtree(new_folder, ignore_errors=True)
+        run(options.new.resolve(), steps, new_folder, model=model)
     ignored = (*(options.ignore or IGNORED), *(options.time or TIMES))
     old, new = (
         Reader(files, digests(files), ignored)

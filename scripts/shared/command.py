@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+#: The descriptor, which a process inherits whatever `sys.stderr` is.
+_STDERR = 2
 #: Name and help of an argument.
 Argument = tuple[str, str]
 
@@ -52,7 +54,7 @@ def mofq(*words: object, folder: Path | None = None) -> None:
     """Run a command of mofq as a user would, in a folder, and print it; stdout is the script's."""
     command = ["mofq", *map(str, words)]
     print("$", *command, file=sys.stderr, flush=True)
-    subprocess.run(command, check=True, stdout=sys.stderr, cwd=folder)
+    subprocess.run(command, check=True, stdout=_STDERR, cwd=folder)
 
 
 def calibrate(model: str | Path, corpora: Iterable[str], folder: Path, *options: object) -> Path:

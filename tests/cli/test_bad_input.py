@@ -121,6 +121,7 @@ def test_damaged_weights_are_refused(
     refused_by_all(model, tmp_path / "out", str(weights), *words)
 
 
+@pytest.mark.long
 def test_a_flipped_bit_is_refused_or_harmless(model: Path, tmp_path: Path) -> None:
     weights = model / "model.safetensors"
     good = weights.read_bytes()
@@ -203,6 +204,7 @@ def test_a_weight_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path
         assert "needs dtype BF16, F16, F32, found" in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_every_reader(
     value: float, tmp_path: Path
@@ -227,6 +229,7 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(
     assert not (out / "validation.json").exists()
 
 
+@pytest.mark.long
 def test_rows_of_zeros_are_measured_exported_and_stay_zeros(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.o_proj.weight"
 

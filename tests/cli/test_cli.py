@@ -136,6 +136,7 @@ def test_a_size_is_a_budget_of_the_whole_checkpoint(measured: Measured, tmp_path
     assert content["checkpoint_bytes"] == content["bytes"] + other <= 1_100_000
 
 
+@pytest.mark.long
 def test_predictions_are_null_where_the_table_is_not_in_nats(
     measured: Measured, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def assert_ends_in_histogram(shown: str, recipe: Path) -> None:
     assert re.match(rf"fusion groups: {re.escape(name)} █+ {count}\b", last)
 
 
+@pytest.mark.long
 def test_an_exported_folder_validates_as_its_recipe(measured: Measured, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     ok("search", measured.table, "--max-bits", "4.6", "--engine", "vllm-cpu", "-o", path)
@@ -336,6 +338,7 @@ def test_a_table_of_other_numerics_is_searched_with_a_warning(
     assert f"numerics: {NUMERICS}" in recipe.read_text("utf-8")
 
 
+@pytest.mark.long
 def test_measure_says_once_why_several_schemes_are_not_offered(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     shown = ok("measure", DEMO, "--space", "w4a16", "--engine", "vllm-cpu", "-o", table).err

@@ -62,6 +62,7 @@ def test_a_second_run_of_a_study_measures_nothing_that_is_there(
     assert "recipe.optuna.db" in str(first["notes"])
 
 
+@pytest.mark.long
 def test_a_measured_search_says_what_it_lacks(measured: Measured, tmp_path: Path) -> None:
     search = ("search", measured.table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
     assert "needs --model" in refused(*search, "--refine", "2")

@@ -64,6 +64,7 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(measured: Measured, out
     assert tree(out) == {"file": b"keep"}
 
 
+@pytest.mark.long
 def test_a_layer_that_is_not_what_the_recipe_says_ends_validate_with_1(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_run_for_an_engine_that_reads_a_file_writes_that_file(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ("--space", "w8a8", "--max-bits", "9", "--engine", "torchao-cpu", *SMALL)
@@ -187,6 +188,7 @@ def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> 
             assert one["kl_nats_per_token"] > 1.5 * content["kl_nats_per_token"], name
 
 
+@pytest.mark.long
 def test_a_run_with_another_space_decides_among_its_own_schemes(
     space: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_the_true_continuation_is_one_of_four_of_equal_length() -> None:
     assert {item["answer"] for item in items} == {0, 1, 2, 3}
 
 
+@pytest.mark.long
 def test_validate_reports_tasks_with_errors_and_recovery(folder: Path, tmp_path: Path) -> None:
     ok("recipe", "uniform", DEMO, "int2.g32", "-o", tmp_path / "recipe.yaml")
     arguments = ("--tasks", "going_on,going_on_too", "--task-folder", folder)

@@ -219,6 +219,7 @@ def uniform(checkpoint: Checkpoint, scheme: str, stats: Stats) -> Recipe:
     return uniform_recipe(checkpoint, layers, scheme, stats_sha256=stats.sha256)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", FITTED)
 def test_what_was_fitted_is_applied_and_enforced_bit_for_bit(
     checkpoint: Checkpoint, stats: Stats, scheme: str
@@ -246,6 +247,7 @@ def test_codes_rounded_to_nearest_are_not_those_of_gptq(
     assert len(found) == len([n for n, s in recipe.schemes.items() if s != "bf16"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["int4.g32@nats", "int4.g32@mse~gptq", "nvfp4@nats~gptq"])
 def test_fitted_codes_are_exported_and_read_back(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path, scheme: str

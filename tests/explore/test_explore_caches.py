@@ -72,6 +72,7 @@ def test_a_point_stands_where_its_checkpoint_and_its_cache_say(path: Path, table
     assert all(point["at"] == point["bits_per_weight"] for point in plain["points"])
 
 
+@pytest.mark.long
 def test_the_caches_are_groups_of_the_page_with_every_format(path: Path, table: Table) -> None:
     data = data_of(table, path)  # shown though nobody asked for them
     cached = [one for one in data["groups"] if one["cached"]]
@@ -95,6 +96,7 @@ def test_the_caches_are_groups_of_the_page_with_every_format(path: Path, table: 
     assert sizes["bf16"] == TOKENS * 512 * 2
 
 
+@pytest.mark.long
 def test_recipes_are_compared_with_their_caches(path: Path, table: Table, tmp_path: Path) -> None:
     request = Request(Budgets(max_bits=5.0, max_kv_bits=7.0), kv_cache=True)
     recipe = decide(table, request).recipe

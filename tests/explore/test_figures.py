@@ -51,6 +51,7 @@ def inputs(folder: Path) -> Drawing:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FIGURES)
 def test_each_kind_is_drawn_and_drawn_again_gives_the_same_bytes(
     inputs: Drawing, tmp_path: Path, kind: str

@@ -37,6 +37,7 @@ def test_table_and_recipe_have_the_same_bytes_on_any_number_of_threads(
     assert recipe.read_bytes() == measured.recipe.read_bytes()
 
 
+@pytest.mark.long
 def test_calibrate_gives_the_same_bytes_on_as_many_threads_and_else_the_same_numbers(
     tmp_path: Path,
 ) -> None:

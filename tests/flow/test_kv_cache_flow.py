@@ -352,6 +352,7 @@ def test_what_a_search_says_of_the_cache(flow: Flow, tmp_path: Path) -> None:
     assert "layers.3.attn.kv_cache" in ran.out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("front", [(), ("--multi-objective",)])
 def test_a_study_measures_caches_as_parameters(
     flow: Flow, tmp_path: Path, front: tuple[str, ...]

@@ -81,6 +81,7 @@ def nats(table: Table, scheme: str) -> dict[str, Row]:
     return {name: row for name, of in rows.items() for row in of if row.scheme == scheme}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_rows_of_a_uniform_recipe_add_up_to_its_measured_divergence(
     scheme: str, table: Table, true_kl: Callable[..., float]

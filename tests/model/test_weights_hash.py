@@ -66,6 +66,7 @@ def test_a_terabyte_of_weights_is_sampled_and_not_read(tmp_path: Path) -> None:
     assert len(hash_weights(open_checkpoint(str(folder)))) == 64
 
 
+@pytest.mark.long
 def test_a_fine_tune_does_not_pass_as_its_base(
     measured: Measured, tuned: Path, tmp_path: Path
 ) -> None:

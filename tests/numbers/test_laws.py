@@ -137,6 +137,7 @@ def test_law_3_cost_equals_the_bytes_of_the_exported_tensors(
     assert written.group_bytes == sum(group_bytes(group, scheme) for group in groups)
 
 
+@pytest.mark.long
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_law_4_no_solver_exceeds_a_budget(data: st.DataObject) -> None:
@@ -156,6 +157,7 @@ def test_law_4_no_solver_exceeds_a_budget(data: st.DataObject) -> None:
                 assert used.finer_fraction <= budgets.max_finer
 
 
+@pytest.mark.long
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_law_4_more_budget_never_means_more_predicted_error(data: st.DataObject) -> None:
@@ -238,6 +240,7 @@ def fill_table(folder: Path, stats: Path, path: Path, *, threads: int = 1, kill:
     return path.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_law_7_shards_threads_and_kills_change_no_byte_of_the_table(
     family: str, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

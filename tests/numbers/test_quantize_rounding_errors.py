@@ -127,6 +127,7 @@ def test_some_schemes_compiled_are_the_reference_in_every_bit(own_cache: Path) -
     check_compiled("errors", [weight_scheme(name) for name in COMPILED], own_cache)
 
 
+@pytest.mark.long
 def test_the_fence_kills_who_reads_past_an_end() -> None:
     read = "import ctypes, torch; from fenced_memory import fenced; "
     for number, past in ((0, 8), (1, -1)):

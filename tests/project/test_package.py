@@ -64,6 +64,7 @@ def paragraphs(path: Path) -> list[str]:
     return path.read_text("utf-8").strip().split("\n\n")
 
 
+@pytest.mark.long
 def test_the_wheel_has_the_search_spaces_the_demo_and_the_type_marker(
     wheel: zipfile.ZipFile,
 ) -> None:

@@ -116,6 +116,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_the_whole_flow_asks_nothing_of_a_network(tmp_path: Path) -> None:
     space, log = tmp_path / "space.yaml", tmp_path / "asked"
     space.write_text("version: 1\nschemes: [int4.g64, int8.channel]\n")
