@@ -32,9 +32,9 @@ _MADE = "<!-- Made by scripts/make/reference.py; a change here is lost. -->\n\n"
 RULES = {
     "absmax": "the largest magnitude becomes the largest code (not written in names)",
     "fullrange": "INT only: as absmax, with the code -2^(b-1) for the side that has the maximum",
-    "mse": "the scale of least squared error of the values, searched",
-    "nats": "the scale of least squared error of the layer's outputs in nats, from calibration",
-    "fouroversix": "NVFP4: each scale group ends at 4 or at 6, whichever errs less",
+    "mse": "searched: the scale with the least squared error of the values",
+    "nats": "searched: the scale with the least cost in nats, by the calibration",
+    "fouroversix": "NVFP4: the largest value of each group becomes 4 or 6, by the lower error",
 }
 
 _GRAMMAR = """\
@@ -42,24 +42,26 @@ A scheme says how the weights of a layer are stored and, after a `+`, how its in
 
     element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]
 
-What is not written is symmetric, with bf16 scales (f32 for inputs), by the rule `absmax`, and
-rounded to the nearest value. `bf16` alone leaves a layer as it is.
+Parts in brackets are optional. Without them codes are symmetric, scales are bf16 (f32 for inputs)
+and chosen by the rule `absmax`, and values are rounded to nearest. `bf16` alone means that a layer
+is not quantized.
 
-| part | says |
+| part | meaning |
 | --- | --- |
 | `element` | the format of one value, see below |
-| granularity of weights | `unscaled`, `tensor`, `channel` (one scale for each output), `gN` (N \
-neighbours along the inputs), `blockN` or `blockRxC` (a tile) |
-| granularity of inputs | `unscaled`, `tensor` (fixed by calibration), `token`, `gN`, `pegK` \
-(K equal groups of the columns, sorted by the largest magnitude that the sequence has in each) |
+| granularity of weights | one scale for: `tensor`, `channel` (each output), `gN` (N neighbouring \
+inputs of one output), `blockN` or `blockRxC` (a tile); `unscaled`: no scale |
+| granularity of inputs | one scale for: `tensor` (static, from calibration), `token`, `gN`, \
+`pegK` (K equal groups of the columns, sorted by their largest magnitude in the sequence); \
+`unscaled`: no scale |
 | `.asym` | INT with a zero point |
-| `.outN` | inputs only: columns that reach the magnitude N stay as they are |
+| `.outN` | inputs only: columns with a magnitude of N or more are not quantized |
 | `.s-SCALE` | how scales are stored, see below |
 | `@RULE` | how scales are chosen, see below |
-| `~gptq` | rounding that makes up for earlier columns' errors, as GPTQ does |
+| `~gptq` | rounding that compensates the errors of earlier columns, as GPTQ does |
 
-`int8.channel+int8.token`, `fp4_e2m1.g32@mse`, `fp8_e4m3.block128+fp8_e4m3.g128`: the name is the
-identity, and there is one way to write a scheme.
+Examples are `int8.channel+int8.token`, `fp4_e2m1.g32@mse` and `fp8_e4m3.block128+fp8_e4m3.g128`.
+A name defines a scheme completely, and each scheme has one name.
 """
 
 
