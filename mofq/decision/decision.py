@@ -15,6 +15,7 @@ from mofq.decision.request import Request
 from mofq.decision.result import (
     budget_figures,
     chosen_figures,
+    gap_figures,
     made_by_request,
     recipe_from_table,
     uniform_figures,
@@ -72,7 +73,11 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)
-    result = chosen_figures(problem, chosen) | time_figures(table, schemes, request)
+    result = (
+        chosen_figures(problem, chosen.choice_F, chosen.reported)
+        | gap_figures(problem, chosen.solution)
+        | time_figures(table, schemes, request)
+    )
     if uniform is not None:
         result |= uniform_figures(problem, *uniform)
     recipe = recipe_from_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mofq import __version__
-from mofq.decision.choice import Chosen
+from mofq.decision.exact import Solution
 from mofq.decision.prediction import Estimate, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
@@ -99,15 +99,20 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def chosen_figures(problem: Problem, chosen: Chosen) -> Figures:
-    """Sizes, error, predictions and the gap to the optimum."""
-    result = size_figures(problem, chosen.choice_F)
-    result["error"] = problem.error_of(chosen.choice_F)
+def chosen_figures(problem: Problem, choice_F: IntArray, prediction: Estimate) -> Figures:
+    """Sizes, error and, in nats, the prediction."""
+    result = size_figures(problem, choice_F)
+    result["error"] = problem.error_of(choice_F)
     if problem.unit == KL_UNIT:
-        result |= predicted_figures(chosen.reported)
-    if chosen.solution.bound is not None:
-        result["gap"] = max(0.0, problem.error_of(chosen.solution.choice_F) - chosen.solution.bound)
+        result |= predicted_figures(prediction)
     return result
+
+
+def gap_figures(problem: Problem, solution: Solution) -> Figures:
+    """How far the solver's choice is from its bound, where it knows one."""
+    if solution.bound is None:
+        return {}
+    return {"gap": max(0.0, problem.error_of(solution.choice_F) - solution.bound)}
 
 
 def uniform_figures(problem: Problem, name: str, choice_F: IntArray) -> Figures:

@@ -215,6 +215,14 @@ def test_ties_and_swaps_leave_one_format(seed: int) -> None:
     assert problem.goes_together(choose(problem, budgets).choice_F)
 
 
+def test_a_cache_that_no_scheme_is_named_for_stays_as_it_is() -> None:
+    problem = cached_problem()
+    layers = {group.name: "int8.channel" for group in problem.groups if not group.cached}
+    assert formats_of(problem, problem.choice_of(layers)) == set()
+    with pytest.raises(TableError, match="no error for None here"):
+        problem.choice_of({})
+
+
 def truth_of(problem: Problem) -> tuple[np.ndarray, int]:
     wrong = np.random.default_rng(1).normal(0.0, 0.3, len(problem.schemes))
     return problem.error_PC[:, 0] * np.exp(wrong), 6

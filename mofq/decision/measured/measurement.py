@@ -11,7 +11,7 @@ from mofq.decision.prediction import Estimate, estimate, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.decision.result import Figures, predicted_figures, recipe_from_table, size_figures
+from mofq.decision.result import chosen_figures, recipe_from_table
 from mofq.decision.ties import RECIPE_STDERRS
 from mofq.decision.timing import time_figures
 from mofq.decision.uniform import uniform_choice
@@ -159,9 +159,7 @@ def decide_again(
     if (choice_F == decision.choice_F).all():
         return decision
     problem, before = decision.problem, decision.recipe
-    result: Figures = size_figures(problem, choice_F) | {"error": problem.error_of(choice_F)}
-    if problem.unit == KL_UNIT:
-        result |= predicted_figures(predict(problem, choice_F))
+    result = chosen_figures(problem, choice_F, predict(problem, choice_F))
     result |= {key: value for key, value in before.result.items() if key.startswith("uniform_")}
     schemes = problem.schemes_of(choice_F)
     result |= time_figures(table, schemes, request)
