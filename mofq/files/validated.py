@@ -1,0 +1,108 @@
+"""Plain values, as a file holds them, into the dataclass that declares what the file may hold."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+
+from mofq.exceptions import MofqError, nearest_name
+
+_Value = TypeVar("_Value")
+
+#: What moves a terminal's cursor or turns the direction of text; lines and tabs do no harm.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _check_text(text: str) -> str:
+    if text.isprintable():
+        return text
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair, which is not text")
+    if found := _CONTROL.search(text):
+        raise ValueError(
+            f"holds the control character {found[0]!r}, which could change what a terminal "
+            f"shows. Remove it"
+        )
+    return text
+
+
+def _check_unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"{twice!r} stands twice; keep one")
+    return values
+
+
+#: Types of the keys of a file. All are strict: ``"1"`` is no number, and ``true`` is no 1.
+Text = Annotated[str, Strict(), AfterValidator(_check_text)]
+Name = Annotated[Text, Field(min_length=1)]
+Names = Annotated[
+    tuple[Name, ...], AfterValidator(_check_unique), Field(json_schema_extra={"uniqueItems": True})
+]
+Sha256 = Annotated[str, Strict(), Field(pattern="^[0-9a-f]{64}$")]
+Integer = Annotated[int, Strict()]
+Index = Annotated[Integer, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1)]
+#: Sums of them stay far below 2**63.
+Bytes = Annotated[Integer, Field(ge=0, le=2**50)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+NotNegative = Annotated[Number, Field(ge=0)]
+
+
+def validate(
+    adapter: TypeAdapter[_Value], value: object, where: str, error: type[MofqError]
+) -> _Value:
+    """A dataclass from the plain values of a file.
+
+    Args:
+        adapter: Of the dataclass.
+        value: What a parser of JSON or YAML returned.
+        where: The file and the place in it, for messages.
+        error: The exception to raise.
+
+    Raises:
+        error: The value does not fit; the message names the key, what it needs and what it has.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as problem:
+        raise error(_message(problem, where)) from None
+
+
+def _message(problem: ValidationError, where: str) -> str:
+    errors = problem.errors(include_url=False)
+    # An unknown key first: it may be the missing one, misspelt.
+    first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
+    *parents, key = first["loc"] or ("",)
+    at = where + "".join(_step(step) for step in parents)
+    match first["type"]:
+        case "unexpected_keyword_argument":
+            missing = [one["loc"][-1] for one in errors if one["type"] == "missing"]
+            hint = nearest_name(str(key), map(str, missing)) if missing else ""
+            return f"{at}: unknown key {key!r}.{hint}"
+        case "missing":
+            return f"{at}: the key {key!r} is missing."
+        case "value_error":
+            return f"{at}{_step(key)}: {first['ctx']['error']}."
+    found = first["input"]
+    shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+    hint = ""
+    if first["type"] == "literal_error":
+        hint = nearest_name(str(found), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    needed = first["msg"].removeprefix("Input ")
+    return f"{at}{_step(key)}: {needed}, found {shown}.{hint}"
+
+
+def _step(key: int | str) -> str:
+    return f"[{key}]" if isinstance(key, int) else f": {key}" if key else ""
+
+
+class UntitledSchema(GenerateJsonSchema):
+    """A JSON Schema without the titles that pydantic makes from names of keys."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        """Never."""
+        return False
