@@ -74,7 +74,7 @@ def _point(problem: Problem, frontier: Frontier, k: int) -> dict[str, Any]:
     figures = size_figures(problem, choice_F)
     stderr = None
     if problem.sample_errors is not None:
-        stderr = predict(problem, choice_F).additive.stderr
+        stderr = predict(problem, choice_F).stderr
     point: dict[str, Any] = {
         "bits_per_weight": figures["bits_per_weight"],
         "bytes": figures["bytes"],

@@ -147,8 +147,7 @@ def print_decision(decision: Decision, *, title: str) -> None:
         rows.append(["KV cache, bits per number", f"{number('kv_bits'):.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
         predicted = with_error(number("kl_nats_per_token"), number("kl_stderr"))
-        joint = with_error(number("kl_joint"), number("kl_joint_stderr"))
-        rows += [["KL, predicted [nats/token]", predicted], ["KL, with interactions", joint]]
+        rows.append(["KL, predicted [nats/token]", predicted])
     else:
         rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
     if number("kl_measured") is not None:

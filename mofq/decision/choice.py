@@ -114,8 +114,8 @@ def _notes(
             "Give --max-bits, --max-size or --max-kl."
         )
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
-        error = predict(problem, uniform[1]).additive.value
-        is_as_good = error <= chosen.prediction.additive.value
+        error = predict(problem, uniform[1]).value
+        is_as_good = error <= chosen.prediction.value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
             notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
     stats = table.header.stats

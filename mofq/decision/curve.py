@@ -56,7 +56,7 @@ def _point(problem: Problem, frontier: Frontier, k: int) -> CurvePoint:
     used = usage(problem, choice_F)
     stderr = None
     if problem.sample_errors is not None:
-        stderr = predict(problem, choice_F).additive.stderr
+        stderr = predict(problem, choice_F).stderr
     return CurvePoint(
         bits_per_weight=used.bits_per_weight,
         bytes=used.bytes,

@@ -87,7 +87,8 @@ RESULT_KEYS: dict[str, dict[str, Any]] = {
     "error": _NUMBER,  # summed, in the unit of made_by
     "kl_nats_per_token": _NUMBER,
     "kl_stderr": _NUMBER,
-    "kl_joint": _NUMBER,  # predicted from summed projections, so with the layers' interaction
+    # Read from older recipes and no longer written: the prediction with interactions of layers.
+    "kl_joint": _NUMBER,
     "kl_joint_stderr": _NUMBER,
     "kl_measured": _NUMBER,  # where the objective was measured
     "kl_measured_stderr": _NUMBER,

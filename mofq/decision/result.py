@@ -10,7 +10,7 @@ from mofq import __version__
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.decision.recipe_kv_cache import RecipeCache
 from mofq.decision.request import Request
-from mofq.decision.solvers import KL_UNIT, Chosen, Prediction, Problem, predict, usage
+from mofq.decision.solvers import KL_UNIT, Chosen, Estimate, Problem, predict, usage
 from mofq.evidence.table import Table
 
 #: Keys of `mofq.decision.recipe.RESULT_KEYS`.
@@ -118,7 +118,7 @@ def uniform_figures(problem: Problem, name: str, choice_F: np.ndarray) -> Figure
         "uniform_bits_per_weight": usage(problem, choice_F).bits_per_weight,
     }
     if problem.unit == KL_UNIT:
-        result["uniform_kl_nats_per_token"] = predict(problem, choice_F).additive.value
+        result["uniform_kl_nats_per_token"] = predict(problem, choice_F).value
     return result
 
 
@@ -139,13 +139,9 @@ def size_figures(problem: Problem, choice_F: np.ndarray) -> Figures:
     }
 
 
-def predicted_figures(prediction: Prediction) -> Figures:
-    """The predicted KL: the sum over fusion groups, and jointly where samples are kept."""
-    predicted: Figures = {"kl_nats_per_token": prediction.additive.value}
-    if prediction.additive.stderr is not None:
-        predicted["kl_stderr"] = prediction.additive.stderr
-    if prediction.joint is not None:
-        predicted["kl_joint"] = max(0.0, prediction.joint.value)
-        if prediction.joint.stderr is not None:
-            predicted["kl_joint_stderr"] = prediction.joint.stderr
+def predicted_figures(prediction: Estimate) -> Figures:
+    """The predicted KL, and its standard error where samples are kept."""
+    predicted: Figures = {"kl_nats_per_token": prediction.value}
+    if prediction.stderr is not None:
+        predicted["kl_stderr"] = prediction.stderr
     return predicted

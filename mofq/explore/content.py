@@ -52,8 +52,6 @@ _POINT_KEYS = (
     "checkpoint_bytes",
     "kl_nats_per_token",
     "kl_stderr",
-    "kl_joint",
-    "kl_joint_stderr",
     "error",
 )
 

@@ -135,7 +135,6 @@ def best_for_corpus(
         error_PC=problem.error_PC[:, [corpus]],
         stderr_PC=None,
         sample_errors=None,
-        projections=None,
     )
     frontier = solve_frontier(alone, budgets)
     best = []

@@ -234,7 +234,7 @@ def _figure(recipe: Recipe, key: str) -> float | None:
 
 
 def _predicted(point: NamedPoint, problem: Problem, choice_F: IntArray) -> NamedPoint:
-    used, predicted = usage(problem, choice_F), predict(problem, choice_F).additive
+    used, predicted = usage(problem, choice_F), predict(problem, choice_F)
     value, stderr = predicted.value, predicted.stderr
     if problem.unit != KL_UNIT:
         value, stderr = problem.error_of(choice_F), None

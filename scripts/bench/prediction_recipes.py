@@ -11,7 +11,6 @@ import numpy as np
 from mofq.decision.solvers import (
     Budgets,
     Estimate,
-    Prediction,
     Problem,
     choose,
     predict,
@@ -59,8 +58,7 @@ class PredictedRecipe:
     version: Version
     is_uniform: bool
     bits_per_weight: float
-    additive: Estimate  #: the sum of the errors of its choices
-    joint: Estimate | None  #: with their interactions
+    predicted: Estimate  #: the sum of the errors of its choices
 
 
 def kind_of(scheme: str) -> str:
@@ -193,13 +191,12 @@ def _predicted(
     choice_F: np.ndarray,
     *,
     is_uniform: bool = False,
-    prediction: Prediction | None = None,
+    prediction: Estimate | None = None,
 ) -> PredictedRecipe:
     prediction = predict(problem, choice_F) if prediction is None else prediction
     return PredictedRecipe(
         Version(label, problem.schemes_of(choice_F)),
         is_uniform,
         bits_per_weight=usage(problem, choice_F).bits_per_weight,
-        additive=prediction.additive,
-        joint=prediction.joint,
+        predicted=prediction,
     )

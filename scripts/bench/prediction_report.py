@@ -64,7 +64,6 @@ class RecipeResult:
     measured_stderr: float
     predicted: float
     predicted_stderr: float
-    joint: float | None
 
 
 def pair_results(result: Result, text: str) -> list[PairResult]:
@@ -109,9 +108,8 @@ def recipe_results(result: Result, text: str) -> list[RecipeResult]:
                 one.bits_per_weight,
                 measured=measured,
                 measured_stderr=stderr,
-                predicted=one.additive.value,
-                predicted_stderr=one.additive.stderr or 0.0,
-                joint=None if one.joint is None else one.joint.value,
+                predicted=one.predicted.value,
+                predicted_stderr=one.predicted.stderr or 0.0,
             )
         )
     return results
@@ -158,17 +156,14 @@ def rankings(pairs: Sequence[PairResult]) -> dict[str, dict[str, float | None]]:
 
 
 def recipe_fits(recipes: Sequence[RecipeResult]) -> dict[str, Fit]:
-    """Additive and joint predictions of the uniform and mixed recipes of small KL."""
+    """Predictions of the uniform and mixed recipes of small KL."""
     small = [one for one in recipes if one.measured < SMALL_KL]
     found = {}
     for name, wanted in {"uniform": [True], "mixed": [False], "all": [True, False]}.items():
         some = [one for one in small if one.is_uniform in wanted]
         if len(some) > 2:
             measured = [one.measured for one in some]
-            found[f"{name}, additive"] = fit([one.predicted for one in some], measured)
-            joint = [max(one.joint or 0.0, 1e-12) for one in some]
-            if all(one.joint is not None for one in some):
-                found[f"{name}, joint"] = fit(joint, measured)
+            found[name] = fit([one.predicted for one in some], measured)
     return found
 
 
@@ -233,7 +228,7 @@ def _text_lines(result: Result, text: str) -> list[str]:
 
 
 _FIT_HEADS = ["", "number", "log-correlation", "median ratio", "spread", "median off", "worst off"]
-_RECIPE_HEADS = ["recipe", "bits", "measured", "predicted", "ratio", "joint", "ratio"]
+_RECIPE_HEADS = ["recipe", "bits", "measured", "predicted", "ratio"]
 
 
 def _fit_row(name: str, one: Fit) -> list[str]:
@@ -249,15 +244,12 @@ def _fit_row(name: str, one: Fit) -> list[str]:
 
 
 def _recipe_row(one: RecipeResult) -> list[str]:
-    joint = one.joint
     return [
         one.label,
         f"{one.bits_per_weight:.2f}",
         f"{one.measured:.5f} ± {one.measured_stderr:.5f}",
         f"{one.predicted:.5f} ± {one.predicted_stderr:.5f}",
         f"{one.predicted / one.measured:.3f}",
-        _optional(joint, ".5f"),
-        _optional(None if joint is None else joint / one.measured, ".3f"),
     ]
 
 

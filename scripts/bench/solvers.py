@@ -124,7 +124,7 @@ def bench(seed: int, samples: int) -> Table:
     moved = chosen.ties.moved_layers if chosen.ties else 0
     note = f"{moved} layers moved"
     shown.add_row("exact, ties and cross-fitting, 5 bits", f"{seconds:.2f}", "", note)
-    kl = 1.2 * chosen.reported.additive.upper
+    kl = 1.2 * chosen.reported.upper
     seconds, _ = timed(lambda: choose(problem, Budgets(max_kl=kl)))
     shown.add_row(f"smallest within {kl:.3g} nats", f"{seconds:.2f}", "", "")
     two = make_problem(seed, samples=samples, corpora=2)

@@ -76,7 +76,6 @@ def row(group: str, scheme: str, error: float, size: int, samples: int | None) -
         size,
         None,
         sample_errors=errors,
-        projections=tuple((2 * 64 * one) ** 0.5 for one in errors),
     )
 
 

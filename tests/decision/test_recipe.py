@@ -106,6 +106,14 @@ def test_a_recipe_is_written_and_read_as_documented(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+def test_an_older_recipe_with_a_prediction_of_interactions_is_read_and_kept() -> None:
+    text = TEXT.replace("kl_stderr: null", "kl_stderr: null, kl_joint: 2.0e-05")
+    assert text != TEXT
+    recipe = parse_recipe(text)
+    assert recipe.result["kl_joint"] == 2e-5
+    assert recipe_text(recipe) == text
+
+
 def test_another_yaml_reader_sees_the_same_values() -> None:
     value = yaml.safe_load(TEXT)
     assert value["model"]["index_sha256"] == "12345678"

@@ -26,42 +26,28 @@ def best_of(problem: Problem) -> IntArray:
     return solve_exact(problem, Budgets()).choice_F
 
 
-def test_the_additive_prediction_sums_the_samples_before_it_judges_their_spread() -> None:
+def test_the_prediction_sums_the_samples_before_it_judges_their_spread() -> None:
     up = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0])
     down = sampled("int8.channel", 100, [4.0, 3.0, 2.0, 1.0])
-    apart = predict(problem_of([[up], [down]]), np.array([0, 1])).additive
-    together = predict(problem_of([[up], [up]]), np.array([0, 1])).additive
+    apart = predict(problem_of([[up], [down]]), np.array([0, 1]))
+    together = predict(problem_of([[up], [up]]), np.array([0, 1]))
     assert (apart.value, apart.stderr) == (5.0, 0.0)
     # 2, 4, 6, 8: variance 20/3, over four samples.
     assert together.value == 5.0
     assert together.stderr == pytest.approx(math.sqrt(20 / 3 / 4))
 
 
-def test_the_joint_prediction_adds_the_cross_terms_of_the_chunks() -> None:
-    # Two chunks a sample, of 2 tokens: (d1 + d2)^2 - d1^2 - d2^2 = 2 d1 d2, over 2T = 4.
-    options = [
-        sampled("int8.channel", 100, [1.0, 3.0], projections=((2.0, 0.0, 1.0, 1.0),)),
-        sampled("int8.channel", 100, [0.5, 0.5], projections=((3.0, 9.0, -1.0, 5.0),)),
-    ]
-    problem = problem_of([[one] for one in options], tokens_per_projection=2)
-    found = predict(problem, np.array([0, 1]))
-    assert found.additive.value == 2.5
-    cross = [(2 * 2 * 3 + 0) / 2 / 4, (-2 + 10) / 2 / 4]
-    assert found.joint is not None
-    assert found.joint.value == pytest.approx(2.5 + sum(cross) / 2)
-
-
 def test_without_samples_there_is_a_sum_and_no_error_bar() -> None:
     problem = problem_of([[option("int8.channel", 100, 3.0)]], unit="relative_weight_error")
     found = predict(problem, np.array([0]))
-    assert (found.additive.value, found.additive.stderr, found.joint) == (3.0, None, None)
+    assert (found.value, found.stderr) == (3.0, None)
     assert crossfit(problem, best_of) is None
 
 
 def test_the_unquantized_scheme_needs_no_samples() -> None:
     options = [option("bf16", 200, 0.0), sampled("int8.channel", 100, [1.0, 2.0])]
     found = predict(problem_of([options]), np.array([0]))
-    assert (found.additive.value, found.additive.stderr) == (0.0, 0.0)
+    assert (found.value, found.stderr) == (0.0, 0.0)
 
 
 def test_several_corpora_give_their_mean_or_the_worst() -> None:
@@ -72,19 +58,17 @@ def test_several_corpora_give_their_mean_or_the_worst() -> None:
         stderrs=(0.5, 1.0),
         sample_errors=((1.0, 2.0), (4.0, 6.0)),
     )
-    mean = predict(problem_of([[two]], corpora=("en", "pt")), np.array([0])).additive
+    mean = predict(problem_of([[two]], corpora=("en", "pt")), np.array([0]))
     assert (mean.value, mean.stderr) == (3.25, pytest.approx(math.hypot(0.5, 1.0) / 2))
     problem = problem_of([[two]], corpora=("en", "pt"), objective="worst-corpus")
-    worst = predict(problem, np.array([0])).additive
+    worst = predict(problem, np.array([0]))
     assert (worst.value, worst.stderr) == (5.0, 1.0)
 
 
-def test_a_half_of_the_samples_keeps_their_chunks() -> None:
-    one = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0], projections=(tuple(range(8)),))
+def test_half_of_the_samples_have_their_own_mean() -> None:
+    one = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0])
     half = with_samples(problem_of([[one]]), [np.array([1, 2])])
     assert half.error_PC.tolist() == [[2.5]]
-    assert half.projections is not None
-    assert half.projections[0].tolist() == [[2, 3, 4, 5]]
 
 
 def noisy_problem(seed: int) -> tuple[Problem, np.ndarray]:
@@ -110,10 +94,10 @@ def test_cross_fitting_is_nearly_unbiased_where_the_naive_figure_is_optimistic()
         truth = truth_P[choice_F].sum()
         fitted = crossfit(problem, best_of)
         assert fitted is not None
-        assert fitted.additive.stderr is not None
-        naive.append(predict(problem, choice_F).additive.value / truth)
-        honest.append(fitted.additive.value / truth)
-        stderrs.append(fitted.additive.stderr / truth)
+        assert fitted.stderr is not None
+        naive.append(predict(problem, choice_F).value / truth)
+        honest.append(fitted.value / truth)
+        stderrs.append(fitted.stderr / truth)
     # The least of eight means of 16 draws with spread 0.7 is about 1.4 * 0.18 too low.
     assert np.mean(naive) < 0.8
     assert np.mean(honest) == pytest.approx(1.0, abs=0.015)
@@ -137,7 +121,7 @@ def test_an_accuracy_budget_is_kept_by_the_cross_fitted_figure(
     for limit in limits:
         found = choose(problem, Budgets(max_kl=limit), solver=solver)
         assert found.crossfit is not None
-        assert found.reported.additive.upper <= limit
+        assert found.reported.upper <= limit
         assert usage(problem, found.choice_F).bits_per_weight < 16
 
 
@@ -147,7 +131,7 @@ def test_the_recipe_under_an_accuracy_budget_is_hardly_larger_than_it_must_be() 
     found = choose(problem, Budgets(max_kl=limit), ties=False)
     size = problem.bytes_of(found.choice_F)
     smaller = choose(problem, Budgets(max_bytes=int(size * 0.998)), ties=False)
-    assert smaller.reported.additive.upper > limit
+    assert smaller.reported.upper > limit
     # And a tighter budget takes a larger recipe.
     tighter = choose(problem, Budgets(max_kl=limit / 2), ties=False)
     assert problem.bytes_of(tighter.choice_F) > size
@@ -156,7 +140,7 @@ def test_the_recipe_under_an_accuracy_budget_is_hardly_larger_than_it_must_be() 
 def test_an_accuracy_budget_beside_one_of_size_is_checked() -> None:
     problem = sampled_problem(2)
     at_five = choose(problem, Budgets(max_bits=5.0))
-    upper = at_five.reported.additive.upper
+    upper = at_five.reported.upper
     both = choose(problem, Budgets(max_bits=5.0, max_kl=upper * 1.01))
     assert both.choice_F.tolist() == at_five.choice_F.tolist()
     with pytest.raises(BudgetError, match="the least under the other budgets is"):

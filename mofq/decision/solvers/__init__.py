@@ -9,7 +9,7 @@ from mofq.decision.solvers.frontier import Frontier, solve_frontier
 from mofq.decision.solvers.greedy import solve_greedy
 from mofq.decision.solvers.kv_cache import CacheRequest
 from mofq.decision.solvers.pipeline import SOLVERS, Chosen, Solver, choose, solve_smallest
-from mofq.decision.solvers.prediction import Estimate, Prediction, crossfit, paired_loss, predict
+from mofq.decision.solvers.prediction import Estimate, crossfit, paired_loss, predict
 from mofq.decision.solvers.problem import (
     KL_UNIT,
     Objective,
@@ -35,7 +35,6 @@ __all__ = [
     "LinearBudget",
     "Objective",
     "Option",
-    "Prediction",
     "Problem",
     "ProblemGroup",
     "Solution",

@@ -66,14 +66,12 @@ def problem_from_table(
         groups += cache_groups(
             table, unit, names, schemes=schemes if spaces else None, asked=caches
         )
-    stats = table.header.stats
     return build_problem(
         groups,
         unit=unit,
         corpora=tuple(names),
         objective=objective,
         base=tuple(dict.fromkeys(name for one in spaces for name in one.base)),
-        tokens_per_projection=1 if stats is None else stats.tokens_per_projection,
         other_bytes=table.header.other_bytes,
         min_gain=max((one.min_gain for one in spaces), default=10.0),
         kv_tokens=0 if caches is None else caches.tokens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mofq.decision.solvers.budgets import Budgets, check_kl_unit
 from mofq.decision.solvers.exact import Solution, least_bytes, solve_exact
 from mofq.decision.solvers.greedy import solve_greedy
-from mofq.decision.solvers.prediction import Prediction, crossfit, predict
+from mofq.decision.solvers.prediction import Estimate, crossfit, predict
 from mofq.decision.solvers.problem import IntArray, Problem
 from mofq.decision.solvers.ties import Ties, move_ties
 from mofq.exceptions import BudgetError, MofqError, nearest_name
@@ -33,11 +33,11 @@ class Chosen:
     choice_F: IntArray  #: one option of each fusion group, ties moved
     solution: Solution  #: of the solver, before ties
     ties: Ties | None  #: None: they were not asked for
-    prediction: Prediction  #: on the samples that it was chosen on
-    crossfit: Prediction | None  #: without their optimism; None: too few samples, or none
+    prediction: Estimate  #: on the samples that it was chosen on
+    crossfit: Estimate | None  #: without their optimism; None: too few samples, or none
 
     @property
-    def reported(self) -> Prediction:
+    def reported(self) -> Estimate:
         """The prediction that budgets and reports use."""
         return self.prediction if self.crossfit is None else self.crossfit
 
@@ -94,7 +94,7 @@ def _choose_once(problem: Problem, budgets: Budgets, solve: Solver, with_ties: b
 
 def _crossfit_or_none(
     problem: Problem, chosen_on: Callable[[Problem], IntArray]
-) -> Prediction | None:
+) -> Estimate | None:
     try:
         return crossfit(problem, chosen_on)
     except BudgetError:
@@ -106,7 +106,7 @@ def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> 
     """Least error under the budgets of size; then its prediction must be within ``max_kl``."""
     assert budgets.max_kl is not None
     found = _choose_once(problem, replace(budgets, max_kl=None), SOLVERS[solver], ties)
-    upper = found.reported.additive.upper
+    upper = found.reported.upper
     if upper > budgets.max_kl:
         raise BudgetError(
             f"max_kl: asked for {budgets.max_kl:.4g} nats per token; the least under the other "
@@ -140,10 +140,10 @@ def solve_smallest(
     free = replace(budgets, max_kl=None)
     solve = SOLVERS[solver]
     best = _choose_once(problem, free, solve, ties)
-    if best.reported.additive.upper > limit:
+    if best.reported.upper > limit:
         raise BudgetError(
             f"max_kl: asked for {limit:.4g} nats per token; the smallest possible is "
-            f"{best.reported.additive.upper:.4g}, two standard errors included. "
+            f"{best.reported.upper:.4g}, two standard errors included. "
             f"Offer finer schemes, or calibrate with more samples."
         )
 
@@ -176,17 +176,17 @@ def _search_size(
 ) -> Chosen:
     """Between a size that fails and one that holds, by the logarithm of the figure."""
     first = at(low)
-    if first is not None and first.reported.additive.upper <= limit:
+    if first is not None and first.reported.upper <= limit:
         return first
-    high, high_figure = problem.size_of(best.choice_F), best.reported.additive.upper
-    low_figure = math.inf if first is None else first.reported.additive.upper
+    high, high_figure = problem.size_of(best.choice_F), best.reported.upper
+    low_figure = math.inf if first is None else first.reported.upper
     step = problem.weights // 16  # half a bit
     for _ in range(_MOST_STEPS):
         if high - low <= max(_SIZE_TOLERANCE * high, 1):
             break
         size = _next_size(low, high, (low_figure, high_figure), limit, step)
         found = at(size)
-        figure = math.inf if found is None else found.reported.additive.upper
+        figure = math.inf if found is None else found.reported.upper
         if found is not None and figure <= limit:
             best, high_figure = found, figure
             high = min(size, problem.size_of(found.solution.choice_F))

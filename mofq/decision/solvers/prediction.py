@@ -33,15 +33,7 @@ class Estimate:
         return math.inf if self.stderr is None else self.value + 2 * self.stderr
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Two predictions of the same recipe."""
-
-    additive: Estimate  #: the sum of the errors of its choices
-    joint: Estimate | None  #: with their interactions; None: no projections are kept
-
-
-def predict(problem: Problem, choice_F: IntArray) -> Prediction:
+def predict(problem: Problem, choice_F: IntArray) -> Estimate:
     """The error of a recipe on the samples of the table.
 
     Args:
@@ -49,20 +41,16 @@ def predict(problem: Problem, choice_F: IntArray) -> Prediction:
         choice_F: One option of each fusion group.
 
     Returns:
-        Additive: the sum of the errors; its standard error is that of the sums of
-        each sample, since all groups share their samples. Joint: beside these the
-        cross terms ``((sum_g d_g)^2 - sum_g d_g^2) / 2T`` of the projections d
-        of each chunk of T tokens. A recipe that was chosen on these very samples
-        looks better here than it is; `crossfit` does not.
+        The sum of the errors of its choices; its standard error is that of the sums of
+        each sample, since all groups share their samples. A recipe that was chosen on
+        these very samples looks better here than it is; `crossfit` corrects that.
     """
     if problem.sample_errors is None:
-        return Prediction(Estimate(problem.error_of(choice_F), stderr=None), joint=None)
-    additive, crossed = _sample_sums(problem, choice_F)
-    joint = None if crossed is None else _combine(problem, crossed)
-    return Prediction(_combine(problem, additive), joint)
+        return Estimate(problem.error_of(choice_F), stderr=None)
+    return _combine(problem, _sample_sums(problem, choice_F))
 
 
-def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Prediction | None:
+def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Estimate | None:
     """The error of a recipe that is chosen as ``choose`` does, without the optimism of choosing.
 
     The samples are cut into a first and a second half (neighbours are alike, and stay
@@ -88,11 +76,7 @@ def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Predict
     for half, other in (halves, halves[::-1]):
         choice_F = choose(with_samples(problem, half))
         folds.append(_sample_sums(with_samples(problem, other), choice_F))
-    (additive, crossed), (additive_2, crossed_2) = folds
-    joint = None
-    if crossed is not None and crossed_2 is not None:
-        joint = _combine(problem, _joined(crossed, crossed_2))
-    return Prediction(_combine(problem, _joined(additive, additive_2)), joint)
+    return _combine(problem, [np.concatenate(pair) for pair in zip(*folds, strict=True)])
 
 
 def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Estimate:
@@ -112,25 +96,10 @@ def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Esti
     )
 
 
-def _sample_sums(
-    problem: Problem, choice_F: IntArray
-) -> tuple[list[FloatArray], list[FloatArray] | None]:
-    """For each corpus the error of every sample, additive and with cross terms, [N]."""
+def _sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
+    """For each corpus the error of every sample, [N]."""
     assert problem.sample_errors is not None
-    additive = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
-    if problem.projections is None:
-        return additive, None
-    crossed = []
-    for sums_N, d_PM in zip(additive, problem.projections, strict=True):
-        d_FM = d_PM[choice_F]
-        cross_M = np.square(d_FM.sum(axis=0)) - np.square(d_FM).sum(axis=0)
-        cross_N = cross_M.reshape(len(sums_N), -1).mean(axis=1)
-        crossed.append(sums_N + cross_N / (2 * problem.tokens_per_projection))
-    return additive, crossed
-
-
-def _joined(first: Sequence[FloatArray], second: Sequence[FloatArray]) -> list[FloatArray]:
-    return [np.concatenate(pair) for pair in zip(first, second, strict=True)]
+    return [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
 
 
 def _combine(problem: Problem, samples: Sequence[FloatArray]) -> Estimate:

@@ -1,7 +1,7 @@
 """The decision as arrays: what each fusion group may get, what it costs, what it saves.
 
 Array suffixes: P options (all fusion groups one after another), F fusion
-groups, C corpora, N samples, M chunks of tokens (M / N of them in each sample).
+groups, C corpora, N samples.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Option:
     errors: tuple[float, ...]  #: in the problem's unit
     stderrs: tuple[float, ...] | None = None
     sample_errors: tuple[Sequence[float], ...] | None = None  #: their mean is the error
-    projections: tuple[Sequence[float], ...] | None = None  #: signed, of each chunk of tokens
     cache_bits: int = 0  #: of one token in the KV cache; 0 where the decision is on layers
 
 
@@ -66,9 +65,7 @@ class Problem:
     error_PC: FloatArray
     stderr_PC: FloatArray | None  #: None: the unit has no error bars
     sample_errors: tuple[FloatArray, ...] | None  #: of each corpus [P, N]; None: not kept
-    projections: tuple[FloatArray, ...] | None  #: of each corpus [P, M]; None: not kept
     is_base_P: BoolArray  #: of layers; formats of a KV cache are neither base nor finer
-    tokens_per_projection: int
     other_bytes: int  #: tensors of the checkpoint that are in no group
     min_gain: float
     cache_bits_P: IntArray  #: of one token in the KV cache
@@ -198,7 +195,6 @@ def build_problem(
     corpora: tuple[str | None, ...] = (None,),
     objective: Objective = "mean",
     base: Sequence[str] = (),
-    tokens_per_projection: int = 1,
     other_bytes: int = 0,
     min_gain: float = 10.0,
     kv_tokens: int = 0,
@@ -212,7 +208,6 @@ def build_problem(
         corpora: Names, in the order of each option's tuples.
         objective: What several corpora add up to.
         base: Schemes that are not finer.
-        tokens_per_projection: Tokens of one chunk.
         other_bytes: Tensors of the checkpoint that are in no group.
         min_gain: See `finer_is_offered`.
         kv_tokens: Of context, whose cache counts as size.
@@ -237,10 +232,8 @@ def build_problem(
         bytes_P=bytes_P,
         error_PC=np.array([one.errors for one in ordered], dtype=np.float64),
         stderr_PC=_stderrs(ordered),
-        sample_errors=_per_corpus(ordered, [one.sample_errors for one in ordered]),
-        projections=_per_corpus(ordered, [one.projections for one in ordered]),
+        sample_errors=_sample_errors(ordered),
         is_base_P=_is_base(groups, ordered, group_P, base),
-        tokens_per_projection=tokens_per_projection,
         other_bytes=other_bytes,
         min_gain=min_gain,
         cache_bits_P=cache_bits_P,
@@ -303,20 +296,16 @@ def _stderrs(options: Sequence[Option]) -> FloatArray | None:
     return np.array([one.stderrs or zeros for one in options], dtype=np.float64)
 
 
-def _per_corpus(
-    options: Sequence[Option], values: Sequence[tuple[Sequence[float], ...] | None]
-) -> tuple[FloatArray, ...] | None:
+def _sample_errors(options: Sequence[Option]) -> tuple[FloatArray, ...] | None:
     """Arrays [P, N] of each corpus, all or none; an exact option (error 0) has zeros."""
-    known = next((one for one in values if one is not None), None)
-    pairs = list(zip(options, values, strict=True))
-    if known is None or any(value is None and any(one.errors) for one, value in pairs):
+    known = next((one.sample_errors for one in options if one.sample_errors is not None), None)
+    if known is None or any(one.sample_errors is None and any(one.errors) for one in options):
         return None
-    arrays = []
-    for c, like in enumerate(known):
-        zeros = np.zeros(len(like))
-        rows = [zeros if value is None else value[c] for value in values]
-        arrays.append(np.array(rows, dtype=np.float64))
-    return tuple(arrays)
+    zeros = [np.zeros(len(of_corpus)) for of_corpus in known]
+    return tuple(
+        np.array([(one.sample_errors or zeros)[c] for one in options], dtype=np.float64)
+        for c in range(len(known))
+    )
 
 
 def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:
@@ -327,27 +316,16 @@ def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:
         samples: For each corpus, which of its samples.
 
     Returns:
-        Errors, error bars and projections from these samples alone.
+        Errors and error bars from these samples alone.
     """
     assert problem.sample_errors is not None
     kept = tuple(e_PN[:, n] for e_PN, n in zip(problem.sample_errors, samples, strict=True))
-    projections = None
-    if problem.projections is not None:
-        both = zip(problem.projections, problem.sample_errors, samples, strict=True)
-        projections = tuple(d_PM[:, _chunks(n, d_PM, e_PN)] for d_PM, e_PN, n in both)
     return replace(
         problem,
         sample_errors=kept,
-        projections=projections,
         error_PC=np.stack([one.mean(axis=1) for one in kept], axis=1),
         stderr_PC=np.stack([standard_error(one) for one in kept], axis=1),
     )
-
-
-def _chunks(samples: IntArray, projection_PM: FloatArray, error_PN: FloatArray) -> IntArray:
-    """The chunks of some samples; those of one sample follow one another."""
-    count = projection_PM.shape[1] // error_PN.shape[1]
-    return np.asarray((samples[:, None] * count + np.arange(count)).ravel())
 
 
 def standard_error(values_PN: FloatArray) -> FloatArray:

@@ -33,12 +33,10 @@ def option_of(rows: Sequence[Row]) -> Option:
     """The option of one scheme, from its row of every corpus."""
     stderrs = [row.stderr for row in rows if row.stderr is not None]
     samples = [row.sample_errors for row in rows if row.sample_errors is not None]
-    projections = [row.projections for row in rows if row.projections is not None]
     return Option(
         rows[0].scheme,
         bytes=rows[0].bytes,
         errors=tuple(row.error for row in rows),
         stderrs=tuple(stderrs) if len(stderrs) == len(rows) else None,
         sample_errors=tuple(samples) if len(samples) == len(rows) else None,
-        projections=tuple(projections) if len(projections) == len(rows) else None,
     )

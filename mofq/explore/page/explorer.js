@@ -51,9 +51,6 @@ function paintCard(point) {
     pair(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY,
       withError(pointValue(point), content.is_kl ? point.kl_stderr : null)),
   ];
-  if (point.kl_joint !== null && point.kl_joint !== undefined) {
-    figures.push(pair("with interactions", withError(point.kl_joint, point.kl_joint_stderr)));
-  }
   byId("figures").replaceChildren(...figures);
   byId("command").replaceChildren(...point.command.split(/(?<= )/).map((word) =>
     element("span", { text: word, class: word.startsWith("-") ? "word" : null })));
