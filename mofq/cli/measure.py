@@ -120,7 +120,7 @@ def _measure(
             legality=None if engine is None else legality(engine),
             cache_legality=None if engine is None else cache_legality(engine),
             device=where.device,
-            progress=partial(bars.stage, "measure"),
+            progress=bars.stage,
             tell=note,
             remotely=remotely,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
@@ -69,10 +70,11 @@ def validate(
     try:
         return adapter.validate_python(value)
     except ValidationError as problem:
-        raise error(_message(problem, where)) from None
+        known = _keys_of(adapter.json_schema())
+        raise error(_message(problem, where, known)) from None
 
 
-def _message(problem: ValidationError, where: str) -> str:
+def _message(problem: ValidationError, where: str, known_keys: Iterable[str]) -> str:
     errors = problem.errors(include_url=False)
     # An unknown key first: it may be the missing one, misspelt.
     first = next((one for one in errors if one["type"] == "unexpected_keyword_argument"), errors[0])
@@ -80,9 +82,7 @@ def _message(problem: ValidationError, where: str) -> str:
     at = where + "".join(_step(step) for step in parents)
     match first["type"]:
         case "unexpected_keyword_argument":
-            missing = [one["loc"][-1] for one in errors if one["type"] == "missing"]
-            hint = nearest_name(str(key), map(str, missing)) if missing else ""
-            return f"{at}: unknown key {key!r}.{hint}"
+            return f"{at}: unknown key {key!r}." + nearest_name(str(key), known_keys)
         case "missing":
             return f"{at}: the key {key!r} is missing."
         case "value_error":
@@ -94,6 +94,14 @@ def _message(problem: ValidationError, where: str) -> str:
         hint = nearest_name(str(found), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
     needed = first["msg"].removeprefix("Input ")
     return f"{at}{_step(key)}: {needed}, found {shown}.{hint}"
+
+
+def _keys_of(schema: Any) -> Iterator[str]:
+    """Every key that a file may have, at any depth."""
+    if isinstance(schema, dict):
+        yield from schema.get("properties", ())
+        for part in schema.values():
+            yield from _keys_of(part)
 
 
 def _step(key: int | str) -> str:

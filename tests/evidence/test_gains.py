@@ -20,7 +20,6 @@ from mofq.evidence.measure.gains import (
     corrected,
     layer_gains,
     not_negative,
-    projection_factor,
 )
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import StatsError
@@ -149,7 +148,6 @@ def test_errors_are_moved_by_what_their_clusters_have_more() -> None:
     error_NS = torch.tensor([[2.0, 10.0], [6.0, 30.0]]).double()
     # R is 4 / 2 and 20 / 2; the first sample's cluster has 3 more, the second's 1 less.
     assert corrected(error_NS, gains).tolist() == [[8.0, 40.0], [4.0, 20.0]]
-    assert projection_factor(gains) == 1.5**0.5
     assert corrected(error_NS, None) is error_NS
     nothing = SampleGains(torch.zeros(2).double(), torch.ones(2).double())
     assert corrected(error_NS, nothing) is error_NS

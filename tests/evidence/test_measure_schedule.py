@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mofq.evidence.measure import layer_inputs as prepared
 from mofq.evidence.measure import schedule
-from mofq.evidence.measure.block import BlockSums, score_rows
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.schedule import score_layers
+from mofq.evidence.measure.score import BlockSums, score_rows
 from mofq.exceptions import CheckpointError
 from mofq.numbers.schemes import parse_scheme
 

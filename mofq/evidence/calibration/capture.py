@@ -52,8 +52,8 @@ def capture_layers(
     last_input: list[tuple[Tensor, str]] = []
     handles = [_start_gradient_at_embeddings(model)]
     restore: list[Callable[[], None]] = []
-    experts: dict[str, dict[tuple[int, str], list[LinearLayer]]] = {}
-    for layer in (layer for group in layers.groups for layer in group.layers):
+    experts: dict[str, dict[tuple[int, str], list[tuple[LinearLayer, int]]]] = {}
+    for layer in layers.grouped_layers:
         loaded = find_loaded_weight(layer, layers.architecture)
         path, _, parameter = loaded.name.rpartition(".")
         module = _module(model, path, layer)
@@ -62,7 +62,8 @@ def capture_layers(
             handles.append(module.register_forward_hook(hook))
         else:
             parts = experts.setdefault(path, {})
-            parts.setdefault((loaded.expert, parameter), []).append(layer)
+            rows = parts.setdefault((loaded.expert, parameter), [])
+            rows.append((layer, loaded.row_start))
     for cache in layers.caches if kv_cache else ():
         path = find_loaded_module(cache, layers.architecture)
         see = partial(_see_cache, captured, cache)

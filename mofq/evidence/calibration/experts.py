@@ -13,8 +13,8 @@ from torch.nn import functional
 from mofq.evidence.calibration.sequence_record import Captured
 from mofq.model.layers import LinearLayer
 
-#: (expert, parameter) -> the layers whose rows the parameter holds, in order.
-ExpertLayers = Mapping[tuple[int, str], Sequence[LinearLayer]]
+#: (expert, parameter) -> the layers whose rows the parameter holds, and the first row of each.
+ExpertLayers = Mapping[tuple[int, str], Sequence[tuple[LinearLayer, int]]]
 
 
 def watch_experts(
@@ -78,25 +78,26 @@ def _run_experts(
 
 
 def _see(
-    captured: Captured, layers: Sequence[LinearLayer], x: Tensor, y: Tensor, token: Tensor
+    captured: Captured,
+    layers: Sequence[tuple[LinearLayer, int]],
+    x: Tensor,
+    y: Tensor,
+    token: Tensor,
 ) -> None:
     """Note one expert; its tokens come by rank and are kept in their order in the text."""
-    if layers[0].name in captured.source or not y.requires_grad:
+    source = layers[0][0].name
+    if source in captured.source or not y.requires_grad:
         return
     order = token.argsort()
-    row = 0
-    for layer in layers:
+    captured.x[source] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
+    captured.answer(source, x)
+    for layer, start in layers:
         captured.tokens[layer.name] = token[order].to("cpu")
-        if layer is layers[0]:
-            captured.x[layer.name] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
-            captured.answer(layer.name, x)
-        captured.source[layer.name] = layers[0].name
-        y.register_hook(partial(_keep, captured, layer, (row, row + layer.out_features), order))
-        row += layer.out_features
+        captured.source[layer.name] = source
+        rows = slice(start, start + layer.out_features)
+        y.register_hook(partial(_keep, captured, layer.name, rows, order))
 
 
-def _keep(
-    captured: Captured, layer: LinearLayer, rows: tuple[int, int], order: Tensor, grad: Tensor
-) -> None:
-    part_TO = grad[order, rows[0] : rows[1]].to(device="cpu", dtype=torch.bfloat16)
-    captured.grads.setdefault(layer.name, []).append(part_TO)
+def _keep(captured: Captured, layer: str, rows: slice, order: Tensor, grad: Tensor) -> None:
+    part_TO = grad[order, rows].to(device="cpu", dtype=torch.bfloat16)
+    captured.grads.setdefault(layer, []).append(part_TO)

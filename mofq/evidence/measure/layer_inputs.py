@@ -51,6 +51,7 @@ class PreparedLayer:
     """A layer, its inputs, and where its weight is read."""
 
     name: str
+    part: str  #: which of the layer's schemes and samples: see `mofq.evidence.measure.crossfit`
     read_rows: RowReader
     blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
     in_features: int
@@ -79,6 +80,7 @@ def prepare_layer(
     schemes: Sequence[Scheme],
     *,
     samples: Mapping[str, ChunkedSamples],
+    part: str = "",
     tensor_amax: float | None = None,
     static_amax: float | None = None,
     fit: LayerFit = NO_FIT,
@@ -93,6 +95,7 @@ def prepare_layer(
         shape: out_features and in_features.
         schemes: Candidates; each fits the shape.
         samples: Corpus name -> samples of this layer; may be empty.
+        part: What the layer's score is found by, where it is scored in parts.
         tensor_amax: Largest magnitude of the weight and of all that share its scale.
         static_amax: Largest magnitude of all inputs; by default that of the samples.
         fit: What the schemes are fitted to, where some are.
@@ -115,6 +118,7 @@ def prepare_layer(
     needs_deltas = bool(samples) or len(candidates) < len(weights)
     return PreparedLayer(
         name=name,
+        part=part,
         read_rows=read_rows,
         blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
         in_features=shape[1],

@@ -17,9 +17,8 @@ from threading import Condition, Lock
 import torch
 from torch import Tensor
 
-from mofq.evidence.measure.block import BlockSums, score_rows
 from mofq.evidence.measure.layer_inputs import PreparedLayer
-from mofq.evidence.measure.score import LayerScore, add_blocks
+from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
 from mofq.numbers.quantize.block_memory import keep_freed_memory
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
@@ -188,7 +187,7 @@ def _finish(
     for layer in parcel:
         if error is not None and not sums.is_whole(layer):
             raise error
-        yield add_blocks(layer, [sums.total(layer)])
+        yield layer_score(layer, sums.total(layer))
 
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
