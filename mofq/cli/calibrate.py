@@ -176,7 +176,7 @@ def _check_caches(options: CalibrateOptions, layers: ModelLayers) -> None:
 
 
 def _run_here(options: CalibrateOptions, checkpoint: Checkpoint, **what: Any) -> Stats:
-    from mofq.evidence.calibration.passes import calibrate
+    from mofq.evidence.calibration.calibrate import calibrate
     from mofq.model.layers import find_layers
     from mofq.model.loading import load_model
 

@@ -227,7 +227,7 @@ def test_a_run_killed_after_any_group_is_resumed_to_the_same_bytes(
 ) -> None:
     fill(tiny_llama, tmp_path / "whole.jsonl", stats)
 
-    def kill(done: int, _: int) -> None:
+    def kill(stage: str, done: int, _: int) -> None:
         if done > groups:
             raise Killed
 
@@ -236,10 +236,10 @@ def test_a_run_killed_after_any_group_is_resumed_to_the_same_bytes(
         fill(tiny_llama, path, stats, progress=kill)
     with path.open("ab") as file:
         file.write(b'{"kind":"row","group":"layers.1.mlp')  # what a killed write leaves
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     fill(tiny_llama, path, stats, progress=lambda *at: progress.append(at))
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert progress == [(done, 8) for done in range(1, 9)]
+    assert progress == [("measure", done, 8) for done in range(1, 9)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.45, 0.7, 0.95])

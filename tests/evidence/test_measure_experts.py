@@ -10,7 +10,7 @@ from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
 from torch import Tensor, nn
 
-from mofq.evidence.calibration.passes import sample_scores, score_seed
+from mofq.evidence.calibration.calibrate import sample_scores, score_seed
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.fill_table import measure

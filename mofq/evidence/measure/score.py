@@ -3,7 +3,7 @@
 For a perturbation ``e_t`` of the layer's output at token ``t`` of a sequence of ``T``
 tokens, the KL divergence is to second order ``E[(sum_t g_t . e_t)^2] / 2`` nats, ``g_t``
 the gradient of ``-sum log p(y)`` under labels ``y`` sampled from the model itself, or any
-random vector of the same covariance (`mofq.evidence.calibration.passes.sample_scores`).
+random vector of the same covariance (`mofq.evidence.calibration.calibrate.sample_scores`).
 
 Its plain estimate, one square for each sequence, is unbiased and needs hundreds of
 sequences. What rounding does has more structure, and this module uses it:
@@ -205,7 +205,7 @@ def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences
         gradient_MRI = part_MRC[:, start : start + step] @ x_MCI
         parts.append(torch.bmm(gradient_MRI.transpose(0, 1), delta_RIS[start : start + step]))
     projection_RMS = torch.cat(parts)
-    whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
+    whole_RNS: Tensor = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
     return whole_RNS.square().sum(0, dtype=torch.float64)
 
 

@@ -369,8 +369,8 @@ def describe(line: Line) -> str:
 def decode_line(text: str, where: str) -> Line:
     """The dataclass of one line.
 
-    Tables of before 0.3 have signed sums, by which interactions of layers were predicted; they
-    are left out.
+    What earlier versions kept to predict interactions of layers, ``projections`` and
+    ``tokens_per_projection``, is left out.
 
     Args:
         text: The line.
