@@ -136,10 +136,10 @@ def read_export(
     Raises:
         EnforcementError: The folder is not what the recipe makes of the model.
     """
-    from mofq.delivery.apply.fitted import open_fits
     from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
     from mofq.delivery.export.compressed_tensors.export import serve_command
     from mofq.delivery.export.compressed_tensors.plan import plan_export
+    from mofq.delivery.recipe_fits import open_fits
     from mofq.model.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(model)

@@ -15,14 +15,14 @@ from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
     from mofq.decision import Decision, Request
-    from mofq.delivery.validation.objective import MeasuredKl
+    from mofq.delivery.validation.measured_kl import MeasuredKl
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
 
 
 def search_measured(options: SearchOptions, table: Table, request: Request) -> Decision:
     """Decide, and let measurements have the last word."""
-    from mofq.delivery.validation.objective import MeasuredKl
+    from mofq.delivery.validation.measured_kl import MeasuredKl
 
     assert options.model is not None
     assert options.text is not None

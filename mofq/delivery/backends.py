@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
 from mofq.exceptions import BackendError, nearest_name
+from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ EXPORTERS: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("mofq.delivery.export.compressed_tensors", "export_compressed_tensors"),
 }
 
-#: Name of another tool -> module and function ``(checkpoint, recipe, file) -> file``.
+#: Name of another tool -> module and function ``(checkpoint, recipe)`` to the text of its file.
 RECIPE_EXPORTERS: dict[str, tuple[str, str]] = {
-    "llm-compressor": ("mofq.delivery.export.llm_compressor", "export_llm_compressor"),
-    "modelopt": ("mofq.delivery.export.modelopt", "export_modelopt"),
-    "auto-round": ("mofq.delivery.export.auto_round", "export_auto_round"),
-    "torchao": ("mofq.delivery.export.torchao_config", "export_torchao_config"),
-    "llama.cpp": ("mofq.delivery.export.llama_cpp", "export_llama_cpp"),
+    "llm-compressor": ("mofq.delivery.export.llm_compressor", "llm_compressor_recipe"),
+    "modelopt": ("mofq.delivery.export.modelopt", "modelopt_config"),
+    "auto-round": ("mofq.delivery.export.auto_round", "auto_round_config"),
+    "torchao": ("mofq.delivery.export.torchao_config", "torchao_config"),
+    "llama.cpp": ("mofq.delivery.export.llama_cpp", "llama_cpp_arguments"),
 }
 
 
@@ -76,7 +77,7 @@ def apply_recipe(
         raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
     apply = import_module(APPLIERS[backend]).apply
     options = {} if backend == "emulate" else {"emulate": emulate}
-    from mofq.delivery.apply.fitted import open_fits
+    from mofq.delivery.recipe_fits import open_fits
 
     index_sha256 = None if checkpoint is None else checkpoint.index_sha256
     with open_fits(recipe, stats, index_sha256=index_sha256) as fits:
@@ -114,15 +115,19 @@ def find_exporter(name: str) -> Any:
     known = EXPORTERS | RECIPE_EXPORTERS
     if name not in known:
         read = _READS.get(name.partition("-")[0].lower())
-        near = nearest_name(name, known) if read is None else f" It reads {read}: --to {read}."
+        near = nearest_name(name, known) if read is None else f" For it, export --to {read}."
         raise BackendError(f"unknown export format {name!r}.{near}")
     module, function = known[name]
     found = getattr(import_module(module), function)
-    return partial(_export_layers, name, found) if name in RECIPE_EXPORTERS else found
+    return partial(_write_file, name, found) if name in RECIPE_EXPORTERS else found
 
 
-def _export_layers(
-    name: str, export: Callable[..., Path], checkpoint: Checkpoint, recipe: Recipe, file: Path
+def _write_file(
+    name: str,
+    text_of: Callable[[Checkpoint, Recipe], str],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    file: Path,
 ) -> Path:
     """Write another tool's file, unless the recipe says what no such file would."""
     if recipe.kv_cache:
@@ -130,4 +135,5 @@ def _export_layers(
             f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
             f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."
         )
-    return export(checkpoint, recipe, file)
+    write_beside_and_rename(file, text_of(checkpoint, recipe))
+    return file

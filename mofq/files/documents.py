@@ -4,6 +4,9 @@ A YAML or JSON document becomes plain dictionaries, lists and scalars, and is
 checked against a JSON Schema: the same literal that editors get. Nothing here
 constructs objects from a document, follows an alias, or guesses a type that
 YAML 1.2's core schema does not name.
+
+PyYAML and ``json`` parse; what is added are the checks that they leave out (keys that occur
+twice, aliases, NaN, YAML 1.1's ``no`` for false), with the file and line in the message.
 """
 
 from __future__ import annotations

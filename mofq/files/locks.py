@@ -1,7 +1,8 @@
-"""One process at a time at a file or a folder.
+"""One process at a time at a file or a folder, and folders that appear when they are complete.
 
-The kernel's locks: a killed process leaves none behind, and what it left half-done
-is begun anew by the next one, under the same name.
+The locks are the kernel's (``fcntl.flock``): a killed process leaves none behind, and what it left
+half-done is begun anew by the next one, under the same name. The library ``filelock`` locks a file
+beside the one that is meant, which would stay in users' folders, and cannot lock a folder.
 """
 
 from __future__ import annotations
@@ -52,6 +53,54 @@ def hold_new_folder(folder: Path, busy: MofqError) -> Iterator[None]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def new_folder(target: Path, error: type[MofqError]) -> Iterator[Path]:
+    """Fill a folder that gets its name when the block ends well; else nothing is left of it.
+
+    Args:
+        target: See `check_new_folder`.
+        error: What is raised.
+
+    Yields:
+        The empty folder to fill, beside the target.
+
+    Raises:
+        error: The target holds something, another process fills it, or it cannot be written.
+    """
+    check_new_folder(target, error)
+    partial = target.with_name(f".{target.name}.partial")
+    busy = error(
+        f"{target}: another process writes to this folder. Wait for it, or give another folder."
+    )
+    try:
+        with hold_new_folder(partial, busy):
+            check_new_folder(target, error)  # again: the other process may have finished
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+    except OSError as problem:
+        raise error(
+            f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
+            f"left of it; make room or give another folder, and run again."
+        ) from problem
+
+
+def check_new_folder(target: Path, error: type[MofqError]) -> None:
+    """Refuse a place that has something already: it must not exist, or be an empty folder.
+
+    Raises:
+        error: As said.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise error(f"{target}: needed a new folder, found a file or link. Give another.")
+    if target.is_dir() and any(target.iterdir()):
+        raise error(
+            f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
+            f"or remove it."
+        )
 
 
 def open_new_file(path: Path) -> int:

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.model.checkpoint.headers import DTYPE_BITS
-from mofq.model.checkpoint.shards import kept_dtype
+from mofq.model.checkpoint.safetensors_header import kept_dtype
 from mofq.model.layers import FusionGroup, layers_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme

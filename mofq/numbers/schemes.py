@@ -109,6 +109,12 @@ class Scheme:
         return hash(self.name)
 
     @property
+    def quantized_weight(self) -> TensorScheme:
+        """How the weight is quantized, for callers that know that it is."""
+        assert self.weight is not None, self.name
+        return self.weight
+
+    @property
     def is_unquantized(self) -> bool:
         """Whether the layer is left as it is."""
         return self.weight is None and self.activation is None

@@ -28,7 +28,7 @@ from mofq.decision.result import MadeBy
 from mofq.decision.solvers import Budgets, Problem
 from mofq.decision.solvers.problem import FloatArray, IntArray
 from mofq.decision.uniform import uniform_recipes
-from mofq.delivery.validation.objective import MeasuredKl
+from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Table, read_table
 

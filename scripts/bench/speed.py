@@ -45,8 +45,8 @@ from mofq.model.checkpoint.tensors import read_layer_rows, read_rows
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter
 from mofq.model.layers import find_layers
 from mofq.numbers.quantize import fake_quantize_weight
-from mofq.numbers.quantize.candidates import Pass
 from mofq.numbers.quantize.compiled import pass_maker
+from mofq.numbers.quantize.rounding_errors import Pass
 from mofq.numbers.schemes import parse_scheme
 
 CHANNEL = ("int8.channel", "fp8_e4m3.channel", "int4.channel", "fp4_e2m1.channel")

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from mofq.decision import uniform_recipe
 from mofq.decision.recipe import Recipe, load_recipe
-from mofq.delivery.validation.objective import MeasuredKl
+from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, find_layers

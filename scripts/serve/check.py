@@ -45,8 +45,8 @@ import torch
 
 import mofq.delivery.apply.kv_cache
 from mofq.decision.recipe import Recipe, load_recipe
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
+from mofq.delivery.recipe_fits import open_fits
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from scripts.serve.ask_http import ask_server

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.emulate import apply, share_amax, static_amax
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.apply.emulate import apply, static_amax
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
+from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax, read_tensor
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.model.loading import load_model, load_tokenizer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
@@ -153,7 +153,7 @@ def _emulate(
         if scheme.activation is not None:
             amax = static_amax(group, scheme, recipe)
             inputs_TI = fake_quantize_activation(
-                x_TI, scheme.activation, static_amax=None if amax is None else amax[layer.name]
+                x_TI, scheme.activation, static_amax=amax.get(layer.name)
             )
         y_TO = inputs_TI @ weight_OI.T
         bias = checkpoint.tensors.get(f"{layer.name}.bias")
@@ -175,13 +175,11 @@ def _weight(
 
     if scheme.weight is None:
         return read(layer)
-    amax = None
-    if scheme.weight.needs_tensor_amax:
-        amax = share_amax(group, {e.name: float(read(e).abs().max()) for e in group.layers})
+    amax = read_shared_amax(checkpoint, group) if scheme.weight.needs_tensor_amax else {}
     return fake_quantize_weight(
         read(layer),
         scheme.weight,
-        tensor_amax=None if amax is None else amax[layer.name],
+        tensor_amax=amax.get(layer.name),
         name=layer.name,
         **fit_arguments(fits, layer, scheme.weight),
     )

@@ -28,11 +28,11 @@ from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import Request
 from mofq.decision.solvers import Budgets
 from mofq.decision.uniform import uniform_recipe, uniform_recipes
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.export.compressed_tensors import (
     check_compressed_tensors,
     export_compressed_tensors,
 )
+from mofq.delivery.recipe_fits import open_fits
 from mofq.evidence.fits import Fits
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint, open_stored

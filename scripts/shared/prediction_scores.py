@@ -14,12 +14,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from mofq.delivery.apply.emulate import share_amax
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.samples import SampleReader
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
-from mofq.model.layers import FusionGroup
+from mofq.model.layers import FusionGroup, share_amax
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import Scheme
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.decision.result import recipe_from_table
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.fitted import open_fits
+from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
 from mofq.delivery.validation.report import summarize
 from mofq.evidence.calibration.stats import read_stats

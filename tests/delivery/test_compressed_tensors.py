@@ -47,7 +47,7 @@ def test_every_linear_layer_is_named_once_in_full(tiny_llama: Path, tmp_path: Pa
     config = exported.config["quantization_config"]
     targets = [name for group in config["config_groups"].values() for name in group["targets"]]
     layers = find_layers(open_checkpoint(str(tiny_llama)))
-    every = [layer.name for group in layers.groups for layer in group.layers]
+    every = [layer.name for layer in layers.grouped_layers]
     every += [layer.name for layer in layers.unquantized]
     assert sorted(targets + config["ignore"]) == sorted(every)
     assert not any(name.startswith("re:") or "." not in name for name in targets)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.loaded_model import find_loaded_layers
 from mofq.exceptions import BackendError, RecipeError
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -53,10 +53,9 @@ def expected_weights(checkpoint: Checkpoint, scheme: str) -> dict[str, Tensor]:
     operand = parse_scheme(scheme).weight
     assert operand is not None
     weights = {}
-    for group in find_layers(checkpoint).groups:
-        for layer in group.layers:
-            source = read_layer_rows(checkpoint, layer, 0, layer.out_features)
-            weights[layer.name] = fake_quantize_weight(source, operand)
+    for layer in find_layers(checkpoint).grouped_layers:
+        source = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+        weights[layer.name] = fake_quantize_weight(source, operand)
     return weights
 
 
@@ -67,7 +66,7 @@ def test_every_layer_of_every_family_gets_the_fake_quantized_weight_of_its_check
     checkpoint = open_checkpoint(str(tiny(family)))
     model = emulate.apply(load_model(checkpoint.folder), recipe_of(checkpoint, "int4.g32"))
     layers = find_layers(checkpoint)
-    by_name = {layer.name: layer for group in layers.groups for layer in group.layers}
+    by_name = {layer.name: layer for layer in layers.grouped_layers}
     for name, expected_OI in expected_weights(checkpoint, "int4.g32").items():
         at = find_loaded_weight(by_name[name], layers.architecture)
         found = model.get_parameter(at.name)

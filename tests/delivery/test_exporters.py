@@ -13,10 +13,10 @@ from conftest import TinyCheckpoint
 from exported import make_recipe, mixed_recipe, uniform_recipe
 
 from mofq.delivery.backends import RECIPE_EXPORTERS, find_exporter
-from mofq.delivery.export.auto_round import export_auto_round
-from mofq.delivery.export.llama_cpp import export_llama_cpp
-from mofq.delivery.export.llm_compressor import export_llm_compressor
-from mofq.delivery.export.modelopt import export_modelopt
+from mofq.delivery.export.auto_round import auto_round_config
+from mofq.delivery.export.llama_cpp import llama_cpp_arguments
+from mofq.delivery.export.llm_compressor import llm_compressor_recipe
+from mofq.delivery.export.modelopt import modelopt_config
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -31,32 +31,32 @@ def test_every_exporter_is_found_and_writes(tiny_llama: Path, tmp_path: Path) ->
         assert path.is_file()
 
 
-def test_llm_compressor_gets_the_config_groups(tiny_llama: Path, tmp_path: Path) -> None:
+def test_llm_compressor_gets_the_config_groups(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
-    path = export_llm_compressor(checkpoint, mixed_recipe(tiny_llama), tmp_path / "recipe.yaml")
-    document = yaml.safe_load(path.read_text("utf-8"))
+    text = llm_compressor_recipe(checkpoint, mixed_recipe(tiny_llama))
+    document = yaml.safe_load(text)
     modifier = document["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
     for group in modifier["config_groups"].values():
         QuantizationScheme.model_validate(group)
     targets = [name for group in modifier["config_groups"].values() for name in group["targets"]]
     layers = find_layers(checkpoint)
-    every = {layer.name for group in layers.groups for layer in group.layers}
+    every = {layer.name for layer in layers.grouped_layers}
     assert set(targets) | set(modifier["ignore"]) == every | {"lm_head"}
     assert len(targets) == len(set(targets))
 
 
-def test_llm_compressor_is_not_asked_to_do_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+def test_llm_compressor_is_not_asked_to_do_nothing(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     with pytest.raises(BackendError, match="quantizes nothing"):
-        export_llm_compressor(checkpoint, uniform_recipe(checkpoint, "bf16"), tmp_path / "r.yaml")
+        llm_compressor_recipe(checkpoint, uniform_recipe(checkpoint, "bf16"))
 
 
-def test_modelopt_gets_one_algorithm_a_layer(tiny_llama: Path, tmp_path: Path) -> None:
+def test_modelopt_gets_one_algorithm_a_layer(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     choices = ("fp8_e4m3.channel@mse+fp8_e4m3.token", "nvfp4+nvfp4", "bf16", "int4.g128@fullrange")
     recipe = make_recipe(checkpoint, lambda number, group: choices[number % 4])
-    path = export_modelopt(checkpoint, recipe, tmp_path / "hf_quant_config.json")
-    quantization = json.loads(path.read_text("utf-8"))["quantization"]
+    text = modelopt_config(checkpoint, recipe)
+    quantization = json.loads(text)["quantization"]
     assert quantization["quant_algo"] == "MIXED_PRECISION"
     algorithms = {
         name: each["quant_algo"] for name, each in quantization["quantized_layers"].items()
@@ -74,16 +74,16 @@ def test_modelopt_has_no_integers(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     recipe = uniform_recipe(checkpoint, "int8.channel+int8.token")
     with pytest.raises(BackendError, match=r"layers\.0\.self_attn\.q_proj: ModelOpt has no"):
-        export_modelopt(checkpoint, recipe, tmp_path / "config.json")
+        modelopt_config(checkpoint, recipe)
     assert not (tmp_path / "config.json").exists()
 
 
-def test_auto_round_gets_bits_and_groups(tiny_llama: Path, tmp_path: Path) -> None:
+def test_auto_round_gets_bits_and_groups(tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     choices = ("int8.channel+int8.token", "int4.g64.asym", "mxfp4", "nvfp4+nvfp4")
     recipe = make_recipe(checkpoint, lambda number, group: choices[number % 4])
-    path = export_auto_round(checkpoint, recipe, tmp_path / "layer_config.json")
-    config = json.loads(path.read_text("utf-8"))
+    text = auto_round_config(checkpoint, recipe)
+    config = json.loads(text)
     assert config["model.layers.0.self_attn.q_proj"] == {
         "bits": 8,
         "group_size": -1,
@@ -101,7 +101,7 @@ def test_auto_round_gets_bits_and_groups(tiny_llama: Path, tmp_path: Path) -> No
     assert config["model.layers.0.mlp.down_proj"]["act_data_type"] == "nv_fp4_with_static_gs"
     assert config["lm_head"]["bits"] == 16
     with pytest.raises(BackendError, match="no words for nf4"):
-        export_auto_round(checkpoint, uniform_recipe(checkpoint, "nf4.g64"), tmp_path / "x.json")
+        auto_round_config(checkpoint, uniform_recipe(checkpoint, "nf4.g64"))
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_auto_round_gets_bits_and_groups(tiny_llama: Path, tmp_path: Path) -> No
     ],
 )
 def test_llama_cpp_gets_the_nearest_type_and_the_loss(
-    tiny_llama: Path, tmp_path: Path, scheme: str, kind: str, words: str
+    tiny_llama: Path, scheme: str, kind: str, words: str
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
-    path = export_llama_cpp(checkpoint, uniform_recipe(checkpoint, scheme), tmp_path / "types.txt")
-    lines = path.read_text("utf-8").splitlines()
+    text = llama_cpp_arguments(checkpoint, uniform_recipe(checkpoint, scheme))
+    lines = text.splitlines()
     assert rf"--tensor-type blk\.0\.attn_q\.weight={kind}" in lines
     assert any("blk.0.attn_q.weight" in line and words in line for line in lines)
     arguments = [line for line in lines if not line.startswith("#")]
@@ -128,18 +128,16 @@ def test_llama_cpp_gets_the_nearest_type_and_the_loss(
     assert all(re.fullmatch(r"--tensor-type [\w\\.]+=\w+", line) for line in arguments)
 
 
-def test_llama_cpp_names_the_experts_together(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_llama_cpp_names_the_experts_together(tiny: TinyCheckpoint) -> None:
     checkpoint = open_checkpoint(str(tiny("mixtral")))
     recipe = uniform_recipe(checkpoint, "int4.g32")
-    path = export_llama_cpp(checkpoint, recipe, tmp_path / "types.txt")
-    arguments = [line for line in path.read_text("utf-8").splitlines() if line[0] == "-"]
+    text = llama_cpp_arguments(checkpoint, recipe)
+    arguments = [line for line in text.splitlines() if line[0] == "-"]
     assert r"--tensor-type blk\.1\.ffn_down_exps\.weight=q4_0" in arguments
     assert len(arguments) == 2 * 7
 
 
-def test_llama_cpp_refuses_a_layer_that_it_cannot_name(
-    tiny: TinyCheckpoint, tmp_path: Path
-) -> None:
+def test_llama_cpp_refuses_a_layer_that_it_cannot_name(tiny: TinyCheckpoint) -> None:
     checkpoint = open_checkpoint(str(tiny("gpt2")))
     with pytest.raises(BackendError, match="no name in GGUF"):
-        export_llama_cpp(checkpoint, uniform_recipe(checkpoint, "int4.g32"), tmp_path / "types.txt")
+        llama_cpp_arguments(checkpoint, uniform_recipe(checkpoint, "int4.g32"))

@@ -171,7 +171,7 @@ def test_where_it_comes_from_is_beside_the_weights(tiny_llama: Path, tmp_path: P
     assert found["model"]["weights_sha256"] != hash_weights(open_checkpoint(str(out)))
     assert (found["stats_sha256"], found["method"]) == (stats.sha256, "bismooth")
     assert list(found["sites"]) == [choice.site.group for choice in choices]
-    with pytest.raises(RewriteError, match="holds files already"):
+    with pytest.raises(RewriteError, match="found files in it"):
         rewrite(open_checkpoint(str(tiny_llama)), stats, out, method="bismooth")
 
 

@@ -15,7 +15,7 @@ from test_emulate import recipe_of
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from mofq.delivery.export.torchao_config import export_torchao_config
+from mofq.delivery.export.torchao_config import torchao_config
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.numbers.schemes import parse_scheme
@@ -49,8 +49,8 @@ def test_transformers_loads_quantizes_saves_and_loads_again(
     checkpoint = open_checkpoint(str(tiny_llama))
     recipe = recipe_of(checkpoint, scheme, layers_1_mlp_gate_up="bf16", layers_1_mlp_down="bf16",
                        layers_0_mlp_down="bf16")  # fmt: skip
-    file = export_torchao_config(checkpoint, recipe, tmp_path / "torchao.json")
-    config = TorchAoConfig.from_dict(json.loads(file.read_text("utf-8")))
+    text = torchao_config(checkpoint, recipe)
+    config = TorchAoConfig.from_dict(json.loads(text))
     model = AutoModelForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.bfloat16, quantization_config=config
     )
@@ -72,7 +72,7 @@ def test_transformers_loads_quantizes_saves_and_loads_again(
 
 
 def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_into(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path,
 ) -> None:
     from torchao.core.config import config_from_dict
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
@@ -80,8 +80,8 @@ def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_i
     checkpoint = open_checkpoint(str(tiny_llama))
     choices = ("fp8_e4m3.channel@mse+fp8_e4m3.token", "bf16")
     recipe = make_recipe(checkpoint, lambda number, group: choices[number % 2])
-    file = export_torchao_config(checkpoint, recipe, tmp_path / "torchao.json")
-    document = json.loads(file.read_text("utf-8"))
+    text = torchao_config(checkpoint, recipe)
+    document = json.loads(text)
     configs = config_from_dict(document["quant_type"]["default"]).fqn_to_config
     assert all(
         isinstance(each, Float8DynamicActivationFloat8WeightConfig) for each in configs.values()
@@ -95,16 +95,14 @@ def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_i
     assert not any(re.fullmatch(key, "model.layers.11.self_attn.q_proj") for key in keys)
 
 
-def test_what_torchao_has_no_config_for_is_refused(
-    tiny: TinyCheckpoint, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_what_torchao_has_no_config_for_is_refused(tiny: TinyCheckpoint, tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     for scheme in ("fp4_e2m1.g32", "int8.g32+int8.token", "fp8_e4m3.block64"):
         assert parse_scheme(scheme).name == scheme
         with pytest.raises(BackendError, match=rf"q_proj: TorchAO has no config for {scheme[:8]}"):
-            export_torchao_config(checkpoint, uniform_recipe(checkpoint, scheme), tmp_path / "a")
+            torchao_config(checkpoint, uniform_recipe(checkpoint, scheme))
     with pytest.raises(BackendError, match="quantizes nothing"):
-        export_torchao_config(checkpoint, uniform_recipe(checkpoint, "bf16"), tmp_path / "a")
+        torchao_config(checkpoint, uniform_recipe(checkpoint, "bf16"))
     experts = open_checkpoint(str(tiny("mixtral")))
     with pytest.raises(BackendError, match="keeps experts as one tensor"):
-        export_torchao_config(experts, uniform_recipe(experts, "int8.channel"), tmp_path / "a")
+        torchao_config(experts, uniform_recipe(experts, "int8.channel"))

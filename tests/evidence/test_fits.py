@@ -15,12 +15,12 @@ from torch import Tensor
 from mofq.decision import uniform_recipe
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import (
     check_compressed_tensors,
     export_compressed_tensors,
 )
+from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation import find_deviations
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.fits import Fits, LayerFit

@@ -22,7 +22,7 @@ from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
 from mofq.delivery.validation import validate
 from mofq.delivery.validation.enforcement import find_deviations
-from mofq.delivery.validation.objective import MeasuredKl
+from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import read_table
 from mofq.exceptions import EnforcementError

@@ -175,7 +175,7 @@ def test_the_second_of_two_commands_on_one_place_says_so(
         assert "another process writes to this table" in refused(*measure)
     export = ("export", DEMO, measured.recipe, "--to", "compressed-tensors", "-o", model)
     with hold_new_folder(tmp_path / ".model.partial", MofqError("never raised")):
-        assert "another process exports to this folder" in refused(*export)
+        assert "another process writes to this folder" in refused(*export)
     run = tmp_path / "run"
     run.mkdir()
     with hold_folder(run, MofqError("never raised")):

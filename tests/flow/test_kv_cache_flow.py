@@ -27,9 +27,11 @@ from mofq.decision.recipe_kv_cache import RecipeCache, bits_per_number
 from mofq.decision.result import recipe_from_table
 from mofq.decision.solvers import Budgets, CacheRequest, choose, problem_from_table
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
-from mofq.delivery.export.compressed_tensors.reading import recipe_from_compressed_tensors
+from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
+    recipe_from_compressed_tensors,
+)
 from mofq.delivery.validation import find_deviations
-from mofq.delivery.validation.objective import MeasuredKl
+from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.corpora import load_text
 from mofq.evidence.measure.kv_cache import cache_rows

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,27 @@ from safetensors.torch import load_file, save_file
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import DTYPE_BITS, Checkpoint, TensorInfo, read_header
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_layer_rows, read_rows, read_tensor
+from mofq.model.checkpoint.tensors import (
+    TORCH_DTYPES,
+    read_layer_rows,
+    read_rows,
+    read_shared_amax,
+    read_tensor,
+)
+from mofq.model.layers import FusionGroup, LinearLayer
 
 
-@dataclass(frozen=True)
-class Layer:
-    tensor: str
-    out_features: int
-    in_features: int
-    name: str = "layer"
-    transposed: bool = False
-    expert: int | None = None
-    row_start: int = 0
+def layer_of(tensor: str, out_features: int, in_features: int, **place: Any) -> LinearLayer:
+    return LinearLayer(
+        name="layer",
+        tensor=tensor,
+        out_features=out_features,
+        in_features=in_features,
+        dtype="F32",
+        module="layer",
+        shares_scale=place.pop("shares_scale", "layer"),
+        **place,
+    )
 
 
 def checkpoint_of(tensors: dict[str, torch.Tensor], folder: Path) -> Checkpoint:
@@ -92,12 +102,12 @@ def test_rows_of_a_layer_are_the_same_however_it_is_stored(
     }
     checkpoint = checkpoint_of(tensors, tmp_path)
     for layer in (
-        Layer("plain", 6, 4),
-        Layer("transposed", 6, 4, transposed=True),
-        Layer("rows", 6, 4, row_start=6),
-        Layer("experts", 6, 4, expert=1),
-        Layer("fused", 6, 4, expert=1, row_start=6),
-        Layer("fused_transposed", 6, 4, expert=1, row_start=6, transposed=True),
+        layer_of("plain", 6, 4),
+        layer_of("transposed", 6, 4, transposed=True),
+        layer_of("rows", 6, 4, row_start=6),
+        layer_of("experts", 6, 4, expert=1),
+        layer_of("fused", 6, 4, expert=1, row_start=6),
+        layer_of("fused_transposed", 6, 4, expert=1, row_start=6, transposed=True),
     ):
         rows = read_layer_rows(checkpoint, layer, start, stop)
         assert same_bytes(rows, weight_OI[start:stop]), layer.tensor
@@ -107,18 +117,20 @@ def test_rows_of_a_layer_are_the_same_however_it_is_stored(
 @pytest.mark.parametrize(
     "layer",
     [
-        Layer("plain", 6, 5),
-        Layer("plain", 7, 4),
-        Layer("plain", 6, 4, row_start=1),
-        Layer("plain", 6, 4, row_start=-1),
-        Layer("plain", 6, 4, transposed=True),
-        Layer("plain", 6, 4, expert=0),
-        Layer("experts", 6, 4),
-        Layer("experts", 6, 4, expert=2),
-        Layer("experts", 6, 4, expert=-1),
+        layer_of("plain", 6, 5),
+        layer_of("plain", 7, 4),
+        layer_of("plain", 6, 4, row_start=1),
+        layer_of("plain", 6, 4, row_start=-1),
+        layer_of("plain", 6, 4, transposed=True),
+        layer_of("plain", 6, 4, expert=0),
+        layer_of("experts", 6, 4),
+        layer_of("experts", 6, 4, expert=2),
+        layer_of("experts", 6, 4, expert=-1),
     ],
 )
-def test_a_layer_that_does_not_lie_in_its_tensor_is_refused(tmp_path: Path, layer: Layer) -> None:
+def test_a_layer_that_does_not_lie_in_its_tensor_is_refused(
+    tmp_path: Path, layer: LinearLayer
+) -> None:
     tensors = {"plain": torch.zeros(6, 4), "experts": torch.zeros(2, 6, 4)}
     with pytest.raises(ValueError, match=rf"layer: .* does not lie in '{layer.tensor}'"):
         read_layer_rows(checkpoint_of(tensors, tmp_path), layer, 0, 1)
@@ -130,7 +142,7 @@ def test_rows_outside_are_refused(tmp_path: Path, start: int, stop: int) -> None
     with pytest.raises(ValueError, match=rf"rows {start} to {stop}"):
         read_rows(checkpoint.tensors["plain"], start, stop)
     with pytest.raises(ValueError, match=rf"rows {start} to {stop} of 6"):
-        read_layer_rows(checkpoint, Layer("plain", 6, 4), start, stop)
+        read_layer_rows(checkpoint, layer_of("plain", 6, 4), start, stop)
 
 
 def test_rows_of_a_tensor_far_larger_than_memory_are_read(tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_rows_of_a_tensor_far_larger_than_memory_are_read(tmp_path: Path) -> Non
     info = read_header(path)["x"]
     assert read_rows(info, rows - 2, rows).sum() == 1.0
     checkpoint = Checkpoint(tmp_path, "model", {}, {"x": info}, "")
-    assert read_layer_rows(checkpoint, Layer("x", rows, columns), rows - 2, rows).sum() == 1.0
+    assert read_layer_rows(checkpoint, layer_of("x", rows, columns), rows - 2, rows).sum() == 1.0
 
 
 def test_a_file_cut_short_after_its_header_was_read_is_named(tmp_path: Path) -> None:
@@ -175,3 +187,13 @@ def test_a_dtype_narrower_than_a_byte_is_refused(tmp_path: Path) -> None:
     packed: TensorInfo = replace(info, dtype="F4", shape=(8,))
     with pytest.raises(CheckpointError, match=r"tensor 'x' has dtype F4, needed one of BOOL, U8"):
         read_tensor(packed)
+
+
+def test_layers_that_share_a_scale_share_the_largest_magnitude(tmp_path: Path) -> None:
+    rows = {"q": [1.0, -3.0], "k": [2.0, 0.5], "v": [-0.25, 0.125]}
+    checkpoint = checkpoint_of({name: torch.tensor([row]) for name, row in rows.items()}, tmp_path)
+    layers = {"q": "qk", "k": "qk", "v": "v"}
+    group = FusionGroup(
+        "qkv", tuple(replace(layer_of(n, 1, 2, shares_scale=s), name=n) for n, s in layers.items())
+    )
+    assert read_shared_amax(checkpoint, group) == {"q": 3.0, "k": 3.0, "v": 0.25}

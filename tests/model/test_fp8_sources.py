@@ -85,7 +85,7 @@ def test_every_code_has_the_value_that_ml_dtypes_gives_it(
 def test_a_weight_is_its_codes_times_its_scales(convention: str, made: dict[str, Path]) -> None:
     folder = made[convention]
     checkpoint, tensors = open_checkpoint(str(folder)), read_all(folder)
-    layers = [layer for group in find_layers(checkpoint).groups for layer in group.layers]
+    layers = list(find_layers(checkpoint).grouped_layers)
     assert len(layers) == 14
     for layer in layers:
         needed = torch.from_numpy(by_hand(tensors, layer.tensor))
@@ -287,7 +287,7 @@ def test_a_lone_fp8_tensor_without_a_scale_is_refused(tiny_llama: Path, tmp_path
     folder = copy_with_tensors(tiny_llama, tmp_path / "one", cast(Q_PROJ))
     message = refused("measure", folder, "--space", "w8a8", "-o", tmp_path / "table.jsonl")
     assert f"model.safetensors: {Q_PROJ!r} is F8_E4M3 without a scale, and" in message
-    assert f"{Q_PROJ.replace('.0.', '.1.')!r} is BF16: needed tensors of a kind alike" in message
+    assert f"{Q_PROJ.replace('.0.', '.1.')!r} is BF16: needed one dtype in all layers" in message
     assert "before it was quantized" in message
     both = copy_with_tensors(
         tiny_llama, tmp_path / "both", cast(Q_PROJ, Q_PROJ.replace(".0.", ".1."))

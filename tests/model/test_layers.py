@@ -18,8 +18,6 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import (
     FUSION_RULES,
-    LinearLayer,
-    ModelLayers,
     find_layers,
     find_loaded_weight,
 )
@@ -152,11 +150,6 @@ EVERY_FAMILY = pytest.mark.parametrize("family", list(TINY_FAMILIES))
 HUB_OR_FUSED = pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
 
 
-def every_layer(layers: ModelLayers) -> list[LinearLayer]:
-    grouped = [layer for group in layers.groups for layer in group.layers]
-    return [*grouped, *layers.unquantized]
-
-
 def test_every_family_with_rules_has_a_tiny_checkpoint_and_a_table_of_groups() -> None:
     assert set(FUSION_RULES) == set(TINY_FAMILIES) == set(GROUPS)
 
@@ -203,7 +196,7 @@ def test_every_weight_of_the_loaded_model_is_a_layer_once_and_reads_back_the_sam
         and "multi_modal" not in name
     }
     parameters = dict(model.named_parameters())
-    for layer in every_layer(find_layers(checkpoint)):
+    for layer in find_layers(checkpoint).linear_layers:
         loaded = find_loaded_weight(layer, family)
         expert = ... if loaded.expert is None else loaded.expert
         weight, unseen = parameters[loaded.name][expert], left[loaded.name][expert]
@@ -231,9 +224,7 @@ def test_grouped_layers_are_the_linear_modules_of_the_decoder(
         if ".layers." in name or ".h." in name
     }
     layers = find_layers(open_checkpoint(str(tiny(family))))
-    loaded = {
-        find_loaded_weight(layer, family).name for group in layers.groups for layer in group.layers
-    }
+    loaded = {find_loaded_weight(layer, family).name for layer in layers.grouped_layers}
     gates = {f"{layer.name}.weight" for layer in layers.unquantized}
     assert {name for name in loaded if ".experts." not in name} == modules - gates
 
@@ -244,7 +235,7 @@ def test_bytes_of_groups_and_of_the_rest_are_the_bytes_of_all_tensors(
 ) -> None:
     folder = tiny(family)
     layers = find_layers(open_checkpoint(str(folder)))
-    grouped = sum(2 * layer.weights for group in layers.groups for layer in group.layers)
+    grouped = sum(2 * layer.weights for layer in layers.grouped_layers)
     tensors = load_file(folder / "model.safetensors").values()
     assert grouped + layers.other_bytes == sum(t.numel() * t.element_size() for t in tensors)
 
@@ -265,7 +256,7 @@ def test_experts_have_the_same_names_and_weights_in_both_layouts(
 ) -> None:
     one_by_one = open_checkpoint(str(tiny(family)))
     fused = open_checkpoint(str(tiny(family, fused=True)))
-    left, right = every_layer(find_layers(one_by_one)), every_layer(find_layers(fused))
+    left, right = find_layers(one_by_one).linear_layers, find_layers(fused).linear_layers
     assert [(x.name, x.module, x.shares_scale) for x in left] == [
         (x.name, x.module, x.shares_scale) for x in right
     ]
@@ -312,7 +303,7 @@ def test_every_second_decoder_layer_can_be_a_mixture(tiny: TinyCheckpoint) -> No
 
 def test_members_of_a_group_share_a_scale_as_engines_concatenate_them(tiny: TinyCheckpoint) -> None:
     layers = find_layers(open_checkpoint(str(tiny("qwen3_moe"))))
-    words = {layer.name: (layer.module, layer.shares_scale) for layer in every_layer(layers)}
+    words = {layer.name: (layer.module, layer.shares_scale) for layer in layers.linear_layers}
     assert words["model.layers.0.self_attn.k_proj"] == ("k_proj", "qkv")
     assert words["model.layers.0.self_attn.o_proj"] == ("o_proj", "o")
     assert words["model.layers.1.mlp.up_proj"] == ("up_proj", "gate_up")
@@ -365,7 +356,7 @@ def test_a_tied_lm_head_is_no_layer_and_cannot_be_asked_for(
     checkpoint = open_checkpoint(str(tiny(family, tie_word_embeddings=True)))
     layers = find_layers(checkpoint)
     assert layers.tied_lm_head
-    assert "lm_head" not in [layer.module for layer in every_layer(layers)]
+    assert "lm_head" not in [layer.module for layer in layers.linear_layers]
     with pytest.raises(CheckpointError, match=r"tied to the embedding .*embed_tokens"):
         find_layers(checkpoint, include_lm_head=True)
 
@@ -374,7 +365,7 @@ def test_a_tied_lm_head_is_no_layer_and_cannot_be_asked_for(
 def test_layers_carry_the_dtype_of_the_header(tiny: TinyCheckpoint, dtype: torch.dtype) -> None:
     layers = find_layers(open_checkpoint(str(tiny("llama", dtype=dtype))))
     name = {torch.float16: "F16", torch.float32: "F32"}[dtype]
-    assert {layer.dtype for layer in every_layer(layers)} == {name}
+    assert {layer.dtype for layer in layers.linear_layers} == {name}
 
 
 def test_shards_make_no_difference_to_the_layers(tiny: TinyCheckpoint) -> None:

@@ -27,6 +27,7 @@ from mofq.numbers.quantize import (
     fake_quantize_weight,
     quantize_weight,
 )
+from mofq.numbers.quantize.tiles import row_blocks
 
 WEIGHTS = {"trained-like": trained_like_weight(), "adversarial": adversarial_weight()}
 
@@ -252,3 +253,20 @@ def test_any_finite_weight_stays_finite_and_never_changes_sign(name: str, data: 
     fake_OI = fake_quantize_weight(weight_OI, scheme, tensor_amax=amax)
     assert fake_OI.isfinite().all()
     assert (fake_OI.double() * weight_OI.double() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("elements", "tile_rows", "expected"),
+    [
+        (12, 1, [(0, 3), (3, 6), (6, 9), (9, 10)]),
+        (12, 2, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+        (1, 1, [(row, row + 1) for row in range(10)]),
+        (1, 8, [(0, 8), (8, 10)]),
+        (28, 0, [(0, 7), (7, 10)]),
+        (1000, 4, [(0, 10)]),
+    ],
+)
+def test_blocks_of_rows_are_bounded_and_cut_no_tile(
+    elements: int, tile_rows: int, expected: list[tuple[int, int]]
+) -> None:
+    assert list(row_blocks(10, 4, elements=elements, tile_rows=tile_rows)) == expected

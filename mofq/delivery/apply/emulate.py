@@ -8,34 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.experts import FakeQuantExperts
-from mofq.delivery.apply.fitted import check_fits
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
-    find_recipe_layers,
     loaded_weight,
     module_path,
     replace_module,
     round_kept,
     scheme_source,
 )
+from mofq.delivery.recipe_fits import check_fits
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError, RecipeError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.model.layers import FusionGroup, LinearLayer, share_amax
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
-
-_Number = TypeVar("_Number", float, Tensor)
 
 
 def apply(
@@ -143,32 +140,32 @@ def apply_groups(
     return model
 
 
-def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Number]:
-    """The largest magnitude that each layer's global scale is made from.
+def weight_amax(
+    group: FusionGroup, scheme: Scheme, sources: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The largest magnitude behind the global scale of each weight of a fusion group.
 
     Args:
         group: Whose layers engines concatenate.
-        amax: Layer name -> its own largest magnitude.
+        scheme: Of the group.
+        sources: Layer name -> its weight.
 
     Returns:
-        Layer name -> the largest among the layers it is concatenated with.
+        Layer name -> float scalar; empty where the scheme needs none.
     """
-    return {
-        layer.name: max(
-            amax[other.name] for other in group.layers if other.shares_scale == layer.shares_scale
-        )
-        for layer in group.layers
-    }
+    if scheme.weight is None or not scheme.weight.needs_tensor_amax:
+        return {}
+    return share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
 
 
-def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float] | None:
-    """Largest input magnitude of each layer, where the scheme of a fusion group needs one.
+def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float]:
+    """Largest input magnitude of each layer, empty where the scheme of the group needs none.
 
     Raises:
         RecipeError: The recipe has none for a layer.
     """
     if scheme.activation is None or not scheme.activation.needs_tensor_amax:
-        return None
+        return {}
     known = recipe.static_amax
     for layer in group.layers:
         if layer.name not in known:
@@ -224,9 +221,7 @@ def apply_group(
         fits: As for ``apply``.
     """
     # Before anything is rounded: experts are rounded in place, where the source lies.
-    amax = None
-    if scheme.weight is not None and scheme.weight.needs_tensor_amax:
-        amax = share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
+    amax = weight_amax(group, scheme, sources)
     inputs = static_amax(group, scheme, recipe)
     if any(layer.expert is not None for layer in group.layers):
         _replace_experts(model, group.layers, scheme, inputs)
@@ -236,7 +231,7 @@ def apply_group(
             weight_OI = fake_quantize_weight(
                 weight_OI,
                 scheme.weight,
-                tensor_amax=None if amax is None else amax[layer.name],
+                tensor_amax=amax.get(layer.name),
                 name=layer.name,
                 **fit_arguments(fits, layer, scheme.weight),
             )
@@ -248,7 +243,7 @@ def apply_group(
             model.get_submodule(path),
             scheme,
             weight_OI=weight_OI.contiguous(),
-            static_amax=None if inputs is None else inputs[layer.name],
+            static_amax=inputs.get(layer.name),
             name=layer.name,
         )
         replace_module(model, path, linear)
@@ -258,20 +253,19 @@ def _replace_experts(
     model: nn.Module,
     layers: Iterable[LinearLayer],
     scheme: Scheme,
-    inputs: Mapping[str, float] | None,
+    inputs: Mapping[str, float],
 ) -> None:
     """Put a module that quantizes inputs in the place of the experts of one decoder layer."""
     amax: dict[str, dict[int, float]] = {}
     path = ""
     for layer in layers:
         path, _, parameter = layer.tensor.rpartition(".")
-        if inputs is not None and layer.expert is not None:
+        if layer.name in inputs and layer.expert is not None:
             amax.setdefault(parameter, {})[layer.expert] = inputs[layer.name]
     experts = FakeQuantExperts(
         model.get_submodule(path),
         scheme,
-        gate_up_amax=amax.get("gate_up_proj"),
-        down_amax=amax.get("down_proj"),
+        static_amax=amax,
         name=path,
     )
     replace_module(model, path, experts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.tensors import (
     TORCH_DTYPES,
@@ -15,14 +17,7 @@ from mofq.model.checkpoint.tensors import (
     read_layer_rows,
     read_tensor,
 )
-from mofq.model.layers import (
-    FUSION_RULES,
-    LinearLayer,
-    ModelLayers,
-    find_layers,
-    find_loaded_names,
-    layers_of,
-)
+from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_names
 from mofq.numbers.schemes import Scheme
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -54,27 +49,6 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
     return find_recipe_layers(loaded, recipe)
 
 
-def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
-    """The linear layers of a checkpoint as a recipe divides them.
-
-    Args:
-        checkpoint: Of the model.
-        recipe: Where a fusion group of it holds the lm_head, the lm_head is one.
-
-    Returns:
-        What ``find_layers`` finds.
-
-    Raises:
-        CheckpointError: As ``find_layers``.
-    """
-    family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
-    grouped = set(layers_of(recipe.groups))
-    return find_layers(
-        checkpoint,
-        include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
-    )
-
-
 def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
     """A view of the model's own weight, [out_features, in_features]."""
     weight = model.get_parameter(layer.tensor).detach()
@@ -83,6 +57,22 @@ def loaded_weight(model: nn.Module, layer: LinearLayer) -> Tensor:
     if layer.transposed:
         weight = weight.T
     return weight[layer.row_start : layer.row_start + layer.out_features]
+
+
+def loaded_tensor(tensors: Mapping[str, Tensor], name: str, architecture: str) -> Tensor | None:
+    """What a model in memory holds of a checkpoint's tensor that is no linear layer's weight.
+
+    Args:
+        tensors: The model's ``state_dict()``.
+        name: Of the tensor in the checkpoint.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        The tensor, or None for one of another tower, or of a buffer that the model's class
+        computes.
+    """
+    names = find_loaded_names(name, architecture)
+    return next((tensors[key] for key in names if key in tensors), None)
 
 
 def module_path(layer: LinearLayer) -> str:
@@ -124,13 +114,6 @@ def round_kept(
     taken = {layer.tensor for layer in stored.values()}
     parameters = model.state_dict()
     for name, info in checkpoint.tensors.items():
-        target = next(
-            (
-                parameters[n]
-                for n in find_loaded_names(name, loaded.architecture)
-                if n in parameters
-            ),
-            None,
-        )
+        target = loaded_tensor(parameters, name, loaded.architecture)
         if info.decoded and name not in taken and target is not None:
             target.copy_(read_tensor(info).bfloat16())

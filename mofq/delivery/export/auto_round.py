@@ -6,13 +6,11 @@ Source: AutoRound 0.15.1, ``schemes.py``; ``AutoRound(model, â€¦, layer_config=â
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError
-from mofq.files.documents import write_beside_and_rename
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, FloatFormat, IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
@@ -21,32 +19,27 @@ _STATIC_NVFP4 = "nv_fp4_with_static_gs"
 _UNQUANTIZED = {"bits": 16, "act_bits": 16, "data_type": "float", "act_data_type": "float"}
 
 
-def export_auto_round(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
-    """Write the layer config as JSON: ``AutoRound(model, layer_config=json.load(file))``.
+def auto_round_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """The layer config as JSON: ``AutoRound(model, layer_config=json.load(file))``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
-        out: The file to write.
 
     Returns:
-        The file.
+        The text of the file.
 
     Raises:
         BackendError: AutoRound has no words for a scheme; the message names the layer.
         RecipeError: The recipe is not for this model.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     schemes = recipe.schemes
     config = {
         layer.name: _layer_config(parse_scheme(schemes[layer.name]), layer.name)
         for layer in layers.linear_layers
     }
-    path = Path(out)
-    write_beside_and_rename(path, json.dumps(config, indent=2) + "\n")
-    return path
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _layer_config(scheme: Scheme, where: str) -> dict[str, Any]:

@@ -13,12 +13,10 @@ K types: 256 codes in two levels); ``gguf-py/gguf/tensor_mapping.py`` for names.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError
-from mofq.files.documents import write_beside_and_rename
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import LinearLayer
 from mofq.numbers.formats import IntFormat
@@ -73,24 +71,21 @@ _FLOATS = {
 }
 
 
-def export_llama_cpp(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
-    """Write the arguments, one tensor a line.
+def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """The arguments, one tensor a line.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
-        out: The file to write.
 
     Returns:
-        The file.
+        The text of the file.
 
     Raises:
         BackendError: A layer has no name in GGUF that is known here.
         RecipeError: The recipe is not for this model.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     schemes = recipe.schemes
     lines: dict[str, tuple[str, str]] = {}
     for layer in layers.grouped_layers:
@@ -100,9 +95,7 @@ def export_llama_cpp(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) ->
     for name, (kind, loss) in lines.items():
         escaped = name.replace(".", r"\.")
         text += [f"# {name}: {loss}", f"--tensor-type {escaped}={kind}"]
-    path = Path(out)
-    write_beside_and_rename(path, "\n".join(text) + "\n")
-    return path
+    return "\n".join(text) + "\n"
 
 
 def nearest_type(scheme: Scheme, layer: LinearLayer) -> tuple[str, str]:
@@ -135,8 +128,7 @@ def nearest_type(scheme: Scheme, layer: LinearLayer) -> tuple[str, str]:
 
 
 def _loss(scheme: Scheme, kind: str) -> str:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     written = f"{weight.element.name}.{weight.granularity.name} with {weight.scale.name} scales"
     if kind.endswith("_k"):
         return f"{written} becomes blocks of {_K_BLOCK} with two levels of scales"

@@ -10,16 +10,14 @@ Source: llm-compressor 0.14.0.1, ``modifiers/quantization/quantization``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.export.compressed_tensors.config import quantization_config
 from mofq.delivery.export.compressed_tensors.plan import plan_export
+from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.exceptions import BackendError
-from mofq.files.documents import write_beside_and_rename
 from mofq.model.checkpoint.headers import Checkpoint
 
 _HEADER = (
@@ -28,16 +26,15 @@ _HEADER = (
 )
 
 
-def export_llm_compressor(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
-    """Write ``recipe.yaml`` for ``llmcompressor.oneshot``.
+def llm_compressor_recipe(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """``recipe.yaml`` for ``llmcompressor.oneshot``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
-        out: The file to write.
 
     Returns:
-        The file.
+        The text of the file.
 
     Raises:
         BackendError: A scheme is not in compressed-tensors, or nothing is quantized.
@@ -52,10 +49,7 @@ def export_llm_compressor(checkpoint: Checkpoint, recipe: Recipe, out: str | Pat
     groups = {name: _scheme(group) for name, group in config["config_groups"].items()}
     modifier = {"config_groups": groups, "ignore": config["ignore"]}
     document = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
-    path = Path(out)
-    text = yaml.safe_dump(document, sort_keys=False, width=100)
-    write_beside_and_rename(path, _HEADER + text)
-    return path
+    return _HEADER + yaml.safe_dump(document, sort_keys=False, width=100)
 
 
 def _scheme(group: dict[str, Any]) -> dict[str, Any]:

@@ -11,15 +11,13 @@ Source: ModelOpt's unified checkpoints as vLLM 0.32.0
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from mofq import __version__
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.engines import format_name
 from mofq.exceptions import BackendError
-from mofq.files.documents import write_beside_and_rename
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.numbers.schemes import parse_scheme
 
@@ -39,24 +37,21 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-def export_modelopt(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
-    """Write ``hf_quant_config.json``.
+def modelopt_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """``hf_quant_config.json``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
-        out: The file to write.
 
     Returns:
-        The file.
+        The text of the file.
 
     Raises:
         BackendError: ModelOpt has no algorithm for a scheme; the message names the layer.
         RecipeError: The recipe is not for this model.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     schemes = recipe.schemes
     quantized: dict[str, dict[str, Any]] = {}
     excluded = [layer.name for layer in layers.unquantized]
@@ -81,6 +76,4 @@ def export_modelopt(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> 
             "exclude_modules": excluded,
         },
     }
-    path = Path(out)
-    write_beside_and_rename(path, json.dumps(document, indent=2) + "\n")
-    return path
+    return json.dumps(document, indent=2) + "\n"

@@ -20,14 +20,12 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.decision.recipe import Recipe
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.engines import format_name
 from mofq.exceptions import BackendError
-from mofq.files.documents import write_beside_and_rename
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, find_loaded_weight
 from mofq.numbers.formats import FP4_E2M1
@@ -37,16 +35,15 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 _FUSED = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
 
 
-def export_torchao_config(checkpoint: Checkpoint, recipe: Recipe, out: str | Path) -> Path:
-    """Write ``FqnToConfig`` as JSON, inside of transformers' ``TorchAoConfig``.
+def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """``FqnToConfig`` as JSON, inside of transformers' ``TorchAoConfig``.
 
     Args:
         checkpoint: The model.
         recipe: Of that model.
-        out: The file to write.
 
     Returns:
-        The file.
+        The text of the file.
 
     Raises:
         BackendError: TorchAO is not installed, or has no config for a scheme or a kind of
@@ -61,14 +58,13 @@ def export_torchao_config(checkpoint: Checkpoint, recipe: Recipe, out: str | Pat
             "exporting to torchao needs the package torchao, which is not installed. "
             "Run `pip install mofq[torchao]`."
         ) from None
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     configs: OrderedDict[str, Any] = OrderedDict()
+    schemes = recipe.schemes
     for group in layers.groups:
-        scheme = parse_scheme(recipe.schemes[group.layers[0].name])
+        scheme = parse_scheme(schemes[group.layers[0].name])
         if not scheme.is_unquantized:
-            configs[_pattern(group, layers.architecture)] = torchao_config(
+            configs[_pattern(group, layers.architecture)] = _config(
                 scheme, where=group.layers[0].name
             )
     if not configs:
@@ -76,24 +72,11 @@ def export_torchao_config(checkpoint: Checkpoint, recipe: Recipe, out: str | Pat
             f"{recipe.model_name}: the recipe quantizes nothing, so there is nothing to export."
         )
     document = TorchAoConfig(quant_type=FqnToConfig(configs)).to_dict()
-    path = Path(out)
-    write_beside_and_rename(path, json.dumps(document, indent=1) + "\n")
-    return path
+    return json.dumps(document, indent=1) + "\n"
 
 
-def torchao_config(scheme: Scheme, *, where: str) -> Any:
-    """TorchAO's config for a scheme.
-
-    Args:
-        scheme: Not the unquantized one.
-        where: The layer, for messages.
-
-    Returns:
-        An ``AOBaseConfig``.
-
-    Raises:
-        BackendError: There is none.
-    """
+def _config(scheme: Scheme, *, where: str) -> Any:
+    """TorchAO's ``AOBaseConfig`` for a scheme; ``where`` names the layer in the message."""
     name = format_name(scheme).replace(".s-f32", "")
     for pattern, make in _CONFIGS.items():
         if re.fullmatch(pattern, name):
@@ -133,11 +116,12 @@ def _integer_weights(scheme: Scheme) -> Any:
     import torch
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerAxis
 
-    assert scheme.weight is not None
     return IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{scheme.weight.element.bits}"),
+        weight_dtype=getattr(torch, f"int{scheme.quantized_weight.element.bits}"),
         granularity=_granularity(scheme, PerAxis(0)),
-        mapping_type=MappingType.SYMMETRIC if scheme.weight.symmetric else MappingType.ASYMMETRIC,
+        mapping_type=MappingType.SYMMETRIC
+        if scheme.quantized_weight.symmetric
+        else MappingType.ASYMMETRIC,
     )
 
 
@@ -152,8 +136,7 @@ def _microscaling(scheme: Scheme) -> Any:
     from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
 
-    assert scheme.weight is not None
-    is_fp4 = scheme.weight.element is FP4_E2M1
+    is_fp4 = scheme.quantized_weight.element is FP4_E2M1
     element = torch.float4_e2m1fn_x2 if is_fp4 else torch.float8_e4m3fn
     return MXDynamicActivationMXWeightConfig(
         activation_dtype=element, weight_dtype=element, scaling_mode=ScaleCalculationMode.FLOOR
@@ -175,8 +158,7 @@ _CONFIGS: dict[str, Callable[[Scheme], Any]] = {
 def _granularity(scheme: Scheme, whole_row: Any) -> Any:
     from torchao.quantization import PerGroup
 
-    assert scheme.weight is not None
-    tiles = scheme.weight.granularity
+    tiles = scheme.quantized_weight.granularity
     return PerGroup(tiles.columns) if tiles.kind == "group" else whole_row
 
 

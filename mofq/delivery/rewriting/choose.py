@@ -30,6 +30,7 @@ from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_layer_rows, read_tensor
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight, one_thread
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme
 
 #: Sequences of a corpus that proposals are predicted on; ranges are taken over all.
@@ -152,7 +153,7 @@ def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
     amax_I, mean_I = torch.stack(amax).amax(0), torch.stack(mean).mean(0)
     weight_I = torch.zeros_like(amax_I)
     for layer in site.consumers:
-        for start, stop in _blocks(layer, 1, 1):
+        for start, stop in _blocks(layer):
             rows_RI = read_layer_rows(checkpoint, layer, start, stop).float()
             weight_I = torch.maximum(weight_I, rows_RI.abs().amax(0))
     index_I = torch.tensor(site.scale_of_I)
@@ -178,7 +179,7 @@ def _predict(
     amax = _scaled_amax(checkpoint, site, scheme, scales)
     for layer in site.consumers:
         tile = scheme.weight.granularity.rows if scheme.weight is not None else 1
-        for start, stop in _blocks(layer, tile, len(sequences)):
+        for start, stop in _blocks(layer, tile_rows=tile, copies=len(sequences)):
             weight_RI = read_layer_rows(checkpoint, layer, start, stop)
             grads = [one.grads[layer.name][:, start:stop] for one in sequences]
             if scheme.activation is not None:
@@ -205,7 +206,7 @@ def _scaled_amax(
         return [None] * len(scales)
     amax_I = torch.zeros(site.consumers[0].in_features, dtype=torch.float64)
     for layer in site.consumers:
-        for start, stop in _blocks(layer, 1, 1):
+        for start, stop in _blocks(layer):
             rows_RI = read_layer_rows(checkpoint, layer, start, stop).double()
             amax_I = torch.maximum(amax_I, rows_RI.abs().amax(0))
     return [float((amax_I * scale_I).max()) for scale_I in scales]
@@ -219,11 +220,12 @@ def _weight_nats(
     amax: Sequence[float | None],
     name: str,
 ) -> Tensor:
-    assert scheme.weight is not None
     found = []
     for scale_I, largest in zip(scales, amax, strict=True):
         moved_RI = (weight_RI.double() * scale_I).to(weight_RI.dtype).float()
-        delta_RI = fake_quantize_weight(moved_RI, scheme.weight, tensor_amax=largest, name=name)
+        delta_RI = fake_quantize_weight(
+            moved_RI, scheme.quantized_weight, tensor_amax=largest, name=name
+        )
         delta_RI = (delta_RI - moved_RI) / scale_I.float()
         row_NR = torch.einsum("ri,nri->nr", delta_RI, gradient_NRI)
         found.append(row_NR.square().sum(dtype=torch.float64))
@@ -248,10 +250,13 @@ def _input_nats(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _blocks(layer: LinearLayer, tile_rows: int, copies: int) -> Iterator[tuple[int, int]]:
+def _blocks(
+    layer: LinearLayer, *, tile_rows: int = 1, copies: int = 1
+) -> Iterator[tuple[int, int]]:
     """Ranges of rows, in whole tiles, of which so many copies fit the memory."""
-    elements = min(_BLOCK_ELEMENTS, _GRADIENT_ELEMENTS // copies)
-    unit = tile_rows or layer.out_features
-    step = max(1, elements // layer.in_features // unit) * unit
-    for start in range(0, layer.out_features, step):
-        yield start, min(start + step, layer.out_features)
+    return row_blocks(
+        layer.out_features,
+        layer.in_features,
+        elements=min(_BLOCK_ELEMENTS, _GRADIENT_ELEMENTS // copies),
+        tile_rows=tile_rows or layer.out_features,
+    )

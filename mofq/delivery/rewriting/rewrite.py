@@ -7,10 +7,11 @@ from pathlib import Path
 from mofq.delivery.rewriting.choose import Choice, choose_scales
 from mofq.delivery.rewriting.scales import METHODS
 from mofq.delivery.rewriting.sites import find_sites
-from mofq.delivery.rewriting.write import check_target, write_rewritten
+from mofq.delivery.rewriting.write import write_rewritten
 from mofq.evidence.calibration.stats import Stats, verify_sequences
 from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.exceptions import RewriteError, StatsError, nearest_name
+from mofq.files.locks import check_new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -94,7 +95,7 @@ def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method
             f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
             f"has, as a rewritten model has them. Calibrate this model."
         )
-    check_target(out_folder)
+    check_new_folder(out_folder, RewriteError)
 
 
 def _target(text: str, group: FusionGroup) -> Scheme:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import mofq
-from mofq.delivery.export.compressed_tensors.folder import copy_other_files
 from mofq.delivery.rewriting.choose import Choice
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import RewriteError
-from mofq.files.locks import hold_new_folder
+from mofq.files.locks import new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows, read_rows
+from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter
+from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter, copy_other_files
+from mofq.numbers.quantize.tiles import row_blocks
 
 #: What the folder is and where it comes from, beside its weights.
 LINEAGE_FILE = "rewrite.json"
@@ -76,17 +76,14 @@ def write_rewritten(
                 f"{checkpoint.folder}: {name!r} is stored as {plan[name].dtype}, which cannot be "
                 f"scaled. Rewrite the unquantized model."
             )
-    with _new_folder(target) as folder:
+    with new_folder(target, RewriteError) as folder:
         with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
             for done, name in enumerate(plan, start=1):
                 if name in moved:
                     for rows in _moved_rows(checkpoint, name, moved[name]):
                         writer.add_rows(name, rows)
-                elif checkpoint.tensors[name].decoded:
-                    for _, rows in read_kept_rows(checkpoint.tensors[name]):
-                        writer.add_rows(name, rows)
                 else:
-                    writer.copy(name, checkpoint.tensors[name])
+                    writer.keep(checkpoint.tensors[name])
                 if progress is not None:
                     progress("write", done, len(plan))
         copy_other_files(checkpoint.folder, folder)
@@ -166,9 +163,9 @@ def _moved_tensors(choices: Sequence[Choice]) -> dict[str, _Moved]:
 def _scaled_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Tensor]:
     """Blocks of rows of a tensor times its scales, float64."""
     info = checkpoint.tensors[name]
-    step = max(1, _BLOCK_ELEMENTS // max(1, *info.shape[1:], 1))
-    for start in range(0, info.shape[0], step):
-        stop = min(start + step, info.shape[0])
+    for start, stop in row_blocks(
+        info.shape[0], math.prod(info.shape[1:]), elements=_BLOCK_ELEMENTS
+    ):
         rows = read_rows(info, start, stop).double()
         if moved.columns_I is not None:
             rows = rows * moved.columns_I
@@ -188,31 +185,6 @@ def _moved_rows(checkpoint: Checkpoint, name: str, moved: _Moved) -> Iterator[Te
                 f"another method, or a model in bfloat16."
             )
         yield stored
-
-
-def check_target(target: Path) -> None:
-    """Refuse a place that has something already.
-
-    Raises:
-        RewriteError: As said.
-    """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise RewriteError(f"{target}: needed a new folder, found a file or link. Give another.")
-    if target.is_dir() and any(target.iterdir()):
-        raise RewriteError(f"{target}: holds files already. Give another folder, or remove it.")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder, which gets the target's name when the block ends well."""
-    check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
-    busy = RewriteError(f"{target}: another process writes this folder. Wait, or give another.")
-    with hold_new_folder(partial, busy):
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 ``enforcement`` reads every layer back and compares it with the recipe,
 ``divergence`` runs both models over a text, ``tasks`` lets lm-eval score both,
-``candidates`` opens what is to be validated, ``run`` joins them, and ``report`` is the result.
+``candidates`` opens what is to be validated, ``validate`` joins them, ``report`` is the result;
+``measured_kl`` measures one recipe after another in one model, for the search.
 """
 
 from __future__ import annotations

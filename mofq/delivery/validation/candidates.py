@@ -9,15 +9,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights, load_recipe, recipe_text
-from mofq.delivery.apply.fitted import open_fits
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.decision.recipe import Recipe, load_recipe, recipe_text
 from mofq.delivery.backends import APPLIERS, apply_recipe
 from mofq.delivery.export.compressed_tensors import (
     check_compressed_tensors,
     load_compressed_tensors,
     recipe_from_compressed_tensors,
 )
+from mofq.delivery.recipe_fits import open_fits
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError, nearest_name
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_stored
@@ -165,9 +165,7 @@ def load_candidate(
 
 
 def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     return Candidate(
         source=source,
         recipe=recipe,

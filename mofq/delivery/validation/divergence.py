@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import IO
 
 import numpy as np
@@ -43,12 +42,11 @@ class OriginalLogits:
     def __enter__(self) -> OriginalLogits:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the logits."""
         self._file.close()
 
     def append(self, logits_TV: Tensor, *, windows_left: int) -> None:

@@ -14,25 +14,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
-from mofq.delivery.apply.emulate import share_amax, static_amax
-from mofq.delivery.apply.experts import FakeQuantExperts
+from mofq.decision.recipe import Recipe
+from mofq.delivery.apply.emulate import static_amax
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
-from mofq.delivery.apply.loaded_model import find_recipe_layers
+from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import read_kept_layer, read_layer_rows, read_tensor
+from mofq.model.checkpoint.tensors import (
+    read_kept_layer,
+    read_layer_rows,
+    read_shared_amax,
+    read_tensor,
+)
 from mofq.model.layers import (
     FUSION_RULES,
     FusionGroup,
     LinearLayer,
+    LoadedWeight,
     ModelLayers,
-    find_loaded_names,
     find_loaded_weight,
 )
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Elements of a weight that are compared at once.
@@ -91,9 +98,7 @@ def find_deviations(
         RecipeError: The recipe is not for the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    layers = checked_layers(checkpoint, recipe)
     total = len(layers.groups) + 1
     found: list[Deviation] = []
     for done, group in enumerate(layers.groups):
@@ -119,34 +124,18 @@ def _expect_group(
 ) -> Iterator[_Expected]:
     scheme = parse_scheme(recipe.schemes[group.layers[0].name])
     inputs = static_amax(group, scheme, recipe)
-    weights = None
+    weights: dict[str, float] = {}
     if scheme.weight is not None and scheme.weight.needs_tensor_amax:
-        weights = share_amax(group, {la.name: _stored_amax(checkpoint, la) for la in group.layers})
+        weights = read_shared_amax(checkpoint, group)
     for layer in group.layers:
         yield _Expected(
             layer,
             group,
             scheme,
-            tensor_amax=None if weights is None else weights[layer.name],
-            static_amax=None if inputs is None else inputs[layer.name],
+            tensor_amax=weights.get(layer.name),
+            static_amax=inputs.get(layer.name),
             fit=fit_arguments(fits, layer, scheme.weight),
         )
-
-
-def _stored_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
-    return max(
-        float(read_layer_rows(checkpoint, layer, start, stop).abs().max())
-        for start, stop in _row_blocks(layer, _UNQUANTIZED)
-    )
-
-
-def _row_blocks(layer: LinearLayer, scheme: Scheme) -> Iterator[tuple[int, int]]:
-    rows = max(1, _BLOCK_ELEMENTS // layer.in_features)
-    if scheme.weight is not None and scheme.weight.granularity.kind == "block":
-        tile = scheme.weight.granularity.rows
-        rows = max(1, rows // tile) * tile
-    for start in range(0, layer.out_features, rows):
-        yield start, min(start + rows, layer.out_features)
 
 
 def _check_layer(
@@ -161,7 +150,7 @@ def _check_layer(
     except AttributeError:
         yield Deviation(layer.name, f"the model has no weight {at.name!r}")
         return
-    reason = _module_deviation(module, expected, at.expert)
+    reason = _module_deviation(module, expected, at)
     if reason is not None:
         yield Deviation(layer.name, reason)
     if isinstance(module, TorchaoLinear):
@@ -180,7 +169,7 @@ def _check_layer(
         yield Deviation(layer.name, reason)
 
 
-def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None) -> str | None:
+def _module_deviation(module: nn.Module, expected: _Expected, at: LoadedWeight) -> str | None:
     """How the module's type, scheme or input scale differs, if it does."""
     wanted = expected.scheme
     if not isinstance(module, FakeQuantLinear | FakeQuantExperts | TorchaoLinear):
@@ -194,9 +183,8 @@ def _module_deviation(module: nn.Module, expected: _Expected, expert: int | None
     if isinstance(module, FakeQuantLinear | TorchaoLinear):
         found = module.static_amax
     else:
-        name = expected.layer.shares_scale
-        amax = module.down_amax if name.endswith(".down") else module.gate_up_amax
-        found = None if amax is None or expert is None else amax[expert]
+        amax = module.static_amax.get(at.name.rpartition(".")[2], {})
+        found = None if at.expert is None else amax.get(at.expert)
     if found != expected.static_amax:
         return f"needed the static input maximum {expected.static_amax}, found {found}"
     return None
@@ -230,7 +218,8 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     if tuple(weight_OI.shape) != shape:
         return f"needed a weight of shape {list(shape)}, found {list(weight_OI.shape)}"
     different, first, is_source = 0, "", True
-    for start, stop in _row_blocks(layer, scheme):
+    tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
+    for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
         source = read_layer_rows(checkpoint, layer, start, stop)
         needed = read_kept_layer(checkpoint, layer, start, stop)
         if scheme.weight is not None:
@@ -276,9 +265,7 @@ def _check_others(
         skipped |= {f"{name}.weight" for name in family.lm_heads}
     loaded = model.state_dict()
     for name, info in checkpoint.tensors.items():
-        names = find_loaded_names(name, layers.architecture)
-        # None: another tower of the model, or a buffer that its class computes.
-        found = next((loaded[key] for key in names if key in loaded), None)
+        found = loaded_tensor(loaded, name, layers.architecture)
         if name in skipped or found is None or not found.is_floating_point():
             continue
         needed = read_tensor(info)

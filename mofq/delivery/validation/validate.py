@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import mofq
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.fitted import open_fits
+from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation.candidates import Candidate, load_candidate, open_candidate
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
 from mofq.delivery.validation.enforcement import Deviation, find_deviations

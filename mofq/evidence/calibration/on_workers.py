@@ -17,7 +17,7 @@ from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats, finish_stat
 from mofq.evidence.cluster import run_units
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.on_workers import open_shared
+from mofq.model.checkpoint.weights_hash import open_shared
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
 

@@ -43,17 +43,14 @@ from mofq.evidence.table import (
 from mofq.exceptions import StatsError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.shards import FP8_DTYPES
-from mofq.model.checkpoint.tensors import check_scales, read_layer_rows
+from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_shared_amax
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
-from mofq.numbers.quantize.candidates import Pass, is_candidate
 from mofq.numbers.quantize.compiled import Kind, pass_maker
+from mofq.numbers.quantize.rounding_errors import Pass, is_candidate
 from mofq.numbers.schemes import Granularity, Scheme, TensorScheme
-
-#: Rows of a weight read at once to find its largest magnitude [bytes].
-_AMAX_BYTES = 16_000_000
 
 #: The weight of an FP8 source where it is left unquantized: written in bf16, which rounds it.
 #: No scheme may be named with it.
@@ -304,13 +301,14 @@ def _prepare_all(
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
     for group, schemes in work:
-        weight_amax = _shared_amax(checkpoint, group, schemes)
+        is_asked = any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes)
+        weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
         for layer in group.layers:
             prepare = partial(
                 prepare_layer,
                 partial(read_layer_rows, checkpoint, layer),
                 (layer.out_features, layer.in_features),
-                tensor_amax=weight_amax.get(layer.shares_scale),
+                tensor_amax=weight_amax.get(layer.name),
                 device=device,
                 name=layer.name,
                 make_pass=partial(pass_of, layer),
@@ -342,26 +340,3 @@ def _is_measured(
         for unit in ("output_mse", "kl_nats_per_token")
         for corpus in corpora
     )
-
-
-def _shared_amax(
-    checkpoint: Checkpoint, group: FusionGroup, schemes: Sequence[Scheme]
-) -> dict[str, float]:
-    """Largest magnitude of the layers that share a scale, where a scheme asks for it."""
-    if not any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes):
-        return {}
-    largest: dict[str, float] = {}
-    for layer in group.layers:
-        amax = max(largest.get(layer.shares_scale, 0.0), _layer_amax(checkpoint, layer))
-        largest[layer.shares_scale] = amax
-    return largest
-
-
-def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
-    step = max(1, _AMAX_BYTES // (4 * layer.in_features))
-    largest = 0.0
-    for start in range(0, layer.out_features, step):
-        rows_RI = read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
-        low, high = torch.aminmax(rows_RI)  # one pass, where abs() and max() are three
-        largest = max(largest, -float(low), float(high))
-    return largest

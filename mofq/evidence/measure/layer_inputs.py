@@ -14,8 +14,9 @@ from mofq.evidence.measure.gains import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.numbers.quantize import fake_quantize_activation
-from mofq.numbers.quantize.candidates import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.compiled import Kind, eager_pass
+from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
@@ -157,13 +158,10 @@ def _blocks(
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    rows = elements // in_features
     if any(weight.rounding == "gptq" for weight in weights):
-        rows = max(rows, _FEEDBACK_ROWS)
+        elements = max(elements, _FEEDBACK_ROWS * in_features)
     unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
-    step = max(1, rows // unit) * unit
-    starts = range(0, out_features, step)
-    return tuple((start, min(start + step, out_features)) for start in starts)
+    return tuple(row_blocks(out_features, in_features, elements=elements, tile_rows=unit))
 
 
 def _inputs(

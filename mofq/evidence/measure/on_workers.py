@@ -14,8 +14,7 @@ from mofq.evidence.cluster import run_units
 from mofq.evidence.measure.fill_table import Measured, Work, measure_groups
 from mofq.exceptions import ClusterError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.on_workers import open_shared
-from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.checkpoint.weights_hash import hash_weights, open_shared
 from mofq.model.layers import FusionGroup
 from mofq.numbers.schemes import parse_scheme
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
-from mofq.numbers.quantize.block_memory import keep_freed_memory
+from mofq.model.checkpoint.tensors import keep_freed_memory
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
 _WAITING_BYTES = 200_000_000

@@ -46,7 +46,7 @@ from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
 from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
 from mofq.exceptions import SchemeError
 from mofq.numbers.quantize import fake_quantize_weight
-from mofq.numbers.quantize.candidates import is_candidate, sum_squares, to_bands
+from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
 from mofq.numbers.schemes import TensorScheme
 
 #: Outer products of gradients and inputs held at once [bytes].

@@ -31,7 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.shards import AGAIN, FP8_DTYPES, Scaling, TensorInfo, read_json, shorten
+from mofq.model.checkpoint.safetensors_header import (
+    AGAIN,
+    FP8_DTYPES,
+    Scaling,
+    TensorInfo,
+    read_json,
+    shorten,
+)
 
 #: What a source may be quantized as, for messages.
 SUPPORTED = (
@@ -102,7 +109,7 @@ def read_fp8(
     if not convention.kinds and any(_looks_scaled(info, tensors) for info in codes):
         return None
     if not convention.kinds:
-        _check_alike(codes, tensors)
+        _check_one_dtype(codes, tensors)
     read: dict[str, TensorInfo] = {}
     for info in codes:
         scaling = _find_scaling(folder, info, tensors, convention) if convention.kinds else None
@@ -224,8 +231,8 @@ def _looks_scaled(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     return any(name in tensors for name in _scale_names(info))
 
 
-def _check_alike(codes: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse FP8 without scales where tensors of other layers are none: they may be lost."""
+def _check_one_dtype(codes: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse FP8 without scales where the same tensor of another layer is not FP8."""
     others: dict[str, TensorInfo] = {}
     for info in tensors.values():
         if info.dtype not in FP8_DTYPES:
@@ -235,8 +242,8 @@ def _check_alike(codes: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> 
         if other is not None:
             raise CheckpointError(
                 f"{info.file}: {info.name!r} is {info.dtype} without a scale, and {other.name!r} is"
-                f" {other.dtype}: needed tensors of a kind alike, because nothing says whether its"
-                " codes are its values or a scale is lost. Fetch the shards again, or give the"
+                f" {other.dtype}: needed one dtype in all layers, because nothing says whether its"
+                " codes are its values or a scale is missing. Fetch the shards again, or give the"
                 " checkpoint before it was quantized."
             )
 

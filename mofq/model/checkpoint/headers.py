@@ -1,7 +1,7 @@
 """Names, dtypes, shapes and byte ranges of a checkpoint's tensors. Reads no weight, needs no torch.
 
-Headers are input from strangers: whatever does not follow the format to the
-letter is refused before anything is read on its word.
+A checkpoint is untrusted input: files, shards and links that do not fit its index are refused.
+The hub's client fetches a model, and does not check a folder's shards against their index.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
-from mofq.model.checkpoint.shards import (
+from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
     MAX_JSON_BYTES,

@@ -11,8 +11,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.exceptions import CheckpointError, ClusterError
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
 
 #: Read from the middle of each tensor [bytes].
 _SAMPLE_BYTES = 4096
@@ -46,6 +46,30 @@ def hash_weights(checkpoint: Checkpoint) -> str:
         total.update(hashlib.sha256(name.encode()).digest())
         total.update(hashlib.sha256(samples[name]).digest())
     return total.hexdigest()
+
+
+def open_shared(folder: str, *, index_sha256: str, weights_sha256: str | None) -> Checkpoint:
+    """Open the checkpoint that a unit of work is of, on a worker.
+
+    Args:
+        folder: As the machine that sent the unit has it.
+        index_sha256: That it has there.
+        weights_sha256: That its weights have there; None where it is not known.
+
+    Raises:
+        ClusterError: The worker finds another one.
+        CheckpointError: It finds none.
+    """
+    checkpoint = open_checkpoint(folder)
+    found, needed = checkpoint.index_sha256, index_sha256
+    if found == needed and weights_sha256 is not None:
+        found, needed = hash_weights(checkpoint), weights_sha256
+    if found != needed:
+        raise ClusterError(
+            f"{folder}: a worker finds another model there ({found[:8]}) than the one that this "
+            f"run is of ({needed[:8]}). Put it on a shared file system."
+        )
+    return checkpoint
 
 
 def _middle(file: int, info: TensorInfo) -> bytes:

@@ -1,8 +1,8 @@
-"""Writes a checkpoint's safetensors shards tensor by tensor, or block of rows by block of rows.
+"""Writes a checkpoint: its shards, block of rows by block of rows, and what lies beside them.
 
 The safetensors library writes a file from tensors that are all in memory. Here
 the sizes are planned first, so every header is known before the first byte of
-data, and no more than what the caller hands over is ever held.
+data, and no more is held than the block that the caller hands over.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -16,16 +16,24 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor, uint8
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import BackendError, CheckpointError
 from mofq.model.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorInfo
-from mofq.model.checkpoint.tensors import TORCH_DTYPES
+from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows
 
 _COPY_BYTES = 16 * 2**20
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+#: The original weights in any format, and what the export writes itself.
+_LEFT_OUT = (
+    *("*.safetensors", "*.safetensors.index.json", "*.partial"),
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.gguf", "*.npz", "*.tflite"),
+    *("config.json", "recipe.yaml", "hf_quant_config.json", "quantize_config.json"),
+)
+_CARD = "README.md"
+_ORIGINAL_CARD = "README.original.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +93,7 @@ class ShardWriter:
         """Return the writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give the files their final names, or remove them all after an exception."""
         try:
             if kind is None:
@@ -164,6 +167,21 @@ class ShardWriter:
                     left -= len(data)
         except OSError as error:
             raise CheckpointError(f"{source.file}: cannot be read: {error.strerror}.") from error
+
+    def keep(self, source: TensorInfo) -> None:
+        """Write a tensor that nothing changes: byte for byte, but FP8 of a source as its values.
+
+        Args:
+            source: A tensor that is planned under its name, in its ``kept_dtype``.
+
+        Raises:
+            CheckpointError: As `copy` and `read_kept_rows`.
+        """
+        if not source.decoded:
+            self.copy(source.name, source)
+            return
+        for _, rows in read_kept_rows(source):
+            self.add_rows(source.name, rows)
 
     def _append(self, name: str, tensor: Tensor) -> None:
         dtype = TORCH_DTYPES[self._plan[name].dtype]
@@ -250,6 +268,38 @@ class ShardWriter:
         for shard in [INDEX_FILE, *dict.fromkeys(self._shard_of.values())]:
             self._partial(shard).unlink(missing_ok=True)
             (self._folder / shard).unlink(missing_ok=True)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and every other file beside the weights.
+
+    Links are followed as far as the folder itself, or the blobs of the hub's cache
+    that it is a snapshot of; what is copied is always a file. Folders are not
+    entered: hub repositories keep other formats of the same weights there.
+
+    Args:
+        source: The original model folder.
+        target: An existing folder.
+
+    Raises:
+        BackendError: A link leads elsewhere; a checkpoint from a stranger could
+            publish a private file that way.
+    """
+    allowed = [source.resolve()]
+    if source.parent.name == "snapshots":
+        allowed.append((source.parent.parent / "blobs").resolve())
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or any(path.match(pattern) for pattern in _LEFT_OUT):
+            continue
+        real = path.resolve()
+        if path.is_symlink() and not any(real.is_relative_to(folder) for folder in allowed):
+            raise BackendError(
+                f"{path}: is a link to {real}, outside of the model's folder, and would be copied "
+                f"into the export. Replace it by a file, or remove it."
+            )
+        if real.is_file():
+            name = _ORIGINAL_CARD if path.name == _CARD else path.name
+            shutil.copyfile(real, target / name)
 
 
 def _assign_shards(plan: Mapping[str, PlannedTensor], shard_bytes: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ from mofq.model.layers.linear import (
     find_loaded_names,
     find_loaded_weight,
     layers_of,
+    share_amax,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "find_loaded_names",
     "find_loaded_weight",
     "layers_of",
+    "share_amax",
 ]

@@ -5,24 +5,36 @@ Coverage is total: a matrix in a decoder layer that no rule knows is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers.declared import (
-    Promised,
-    check_decoder_layers,
-    config_path,
-    decoder_tensors,
-    few,
-    find_layer,
-    read_model,
-    require_tensor,
-    scale_bytes,
-)
-from mofq.model.layers.families import Experts, Rules
+from mofq.model.checkpoint.fp8 import SUPPORTED
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
+from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, read_sizes
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, layers_of
+
+_SOURCE_DTYPES = ("BF16", "F16", "F32")
+_QUANTIZED_SUFFIXES = (
+    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"),
+    *(".weight_scale_2", ".weight_zero_point", ".pre_quant_scale"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """A checkpoint, and what its config says that it holds."""
+
+    checkpoint: Checkpoint
+    architecture: str
+    family: Family
+    config: Mapping[str, Any]  #: of the language model
+    sizes: Mapping[str, int]
+    body: str  #: prefix on disk
 
 
 def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
@@ -42,8 +54,8 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
             no FP8 source), config and tensors disagree, a matrix is covered by no rule, or
             the lm_head is asked for and is tied.
     """
-    model = read_model(checkpoint)
-    check_decoder_layers(model)
+    model = _read_model(checkpoint)
+    _check_decoder_layers(model)
     groups: list[FusionGroup] = []
     unquantized: list[LinearLayer] = []
     for index in range(model.sizes["decoder_layers"]):
@@ -82,7 +94,7 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
     )
 
 
-def _find_caches(model: Promised, groups: Iterable[FusionGroup]) -> tuple[CacheLayer, ...]:
+def _find_caches(model: _Declared, groups: Iterable[FusionGroup]) -> tuple[CacheLayer, ...]:
     """What the attention of every decoder layer caches."""
     found = []
     for group in groups:
@@ -101,7 +113,7 @@ def _find_caches(model: Promised, groups: Iterable[FusionGroup]) -> tuple[CacheL
     return tuple(found)
 
 
-def _join_rules(model: Promised, index: int, rules: Rules) -> list[FusionGroup]:
+def _join_rules(model: _Declared, index: int, rules: Rules) -> list[FusionGroup]:
     """The fusion groups that have one tensor per layer, of one decoder layer."""
     family = model.family
     words = [path.rpartition(".")[2] for rule in family.rules.values() for path in rule]
@@ -109,7 +121,7 @@ def _join_rules(model: Promised, index: int, rules: Rules) -> list[FusionGroup]:
     for rule_name, rule in rules.items():
         layers = []
         for path, (out_size, in_size) in rule.items():
-            layer = find_layer(
+            layer = _find_layer(
                 model,
                 f"{family.decoder}.{index}.{path}",
                 (model.sizes[out_size], model.sizes[in_size]),
@@ -131,20 +143,20 @@ def _short_name(path: str, words: list[str]) -> str:
     return path if words.count(word) > 1 else word
 
 
-def _expects_experts(model: Promised, index: int) -> bool:
+def _expects_experts(model: _Declared, index: int) -> bool:
     """Whether this decoder layer of a mixture is one, by the config, as transformers decides."""
     if index < model.sizes.get("dense_first", 0):
         return False
     dense, step = model.config.get("mlp_only_layers"), model.config.get("decoder_sparse_step")
     if not isinstance(dense, list | None) or type(step) not in (int, type(None)) or step == 0:
         raise CheckpointError(
-            f"{config_path(model.checkpoint)}: needed 'mlp_only_layers' as a list and"
+            f"{_config_path(model.checkpoint)}: needed 'mlp_only_layers' as a list and"
             f" 'decoder_sparse_step' as a positive integer, found {dense!r} and {step!r}."
         )
     return index not in (dense or []) and (index + 1) % (step or 1) == 0
 
 
-def _join_experts(model: Promised, experts: Experts, index: int) -> FusionGroup:
+def _join_experts(model: _Declared, experts: Experts, index: int) -> FusionGroup:
     """All experts of one decoder layer, stored one by one or fused."""
     at = f"{model.family.decoder}.{index}"
     fused = f"{model.body}{at}.{experts.fused_module}.experts"
@@ -161,29 +173,25 @@ def _join_experts(model: Promised, experts: Experts, index: int) -> FusionGroup:
         for word, (half, shape) in shapes.items():
             path = f"{at}.{experts.module}.experts.{expert}.{word}"
             key = f"{fused}.{half}_proj" if is_fused else f"{model.body}{path}.weight"
-            info = require_tensor(model, key, stored[half] if is_fused else shape)
-            layer = LinearLayer(
-                name=model.family.body + path,
-                tensor=key,
-                out_features=shape[0],
-                in_features=shape[1],
-                dtype=info.dtype,
-                transposed=False,
-                expert=expert if is_fused else None,
-                row_start=out if is_fused and word == experts.up else 0,
-                decoder_layer=index,
+            info = _require_tensor(model, key, stored[half] if is_fused else shape)
+            layer = _linear_layer(
+                info,
+                model.family.body + path,
+                shape=shape,
                 module=f"experts.{word}",
                 shares_scale=f"experts.{expert}.{half}",
-                scale_bytes=scale_bytes(info, shape),
+                decoder_layer=index,
+                expert=expert if is_fused else None,
+                row_start=out if is_fused and word == experts.up else 0,
             )
             layers.append(layer)
     return FusionGroup(f"layers.{index}.moe.experts", tuple(layers))
 
 
-def _find_router(model: Promised, experts: Experts, index: int) -> LinearLayer:
+def _find_router(model: _Declared, experts: Experts, index: int) -> LinearLayer:
     at = f"{model.family.decoder}.{index}"
     other = f"{model.body}{at}.{experts.fused_module}.gate.weight"
-    return find_layer(
+    return _find_layer(
         model,
         f"{at}.{experts.module}.gate",
         (model.sizes["experts"], model.sizes["hidden"]),
@@ -194,10 +202,10 @@ def _find_router(model: Promised, experts: Experts, index: int) -> LinearLayer:
     )
 
 
-def _find_gates(model: Promised, index: int) -> list[LinearLayer]:
+def _find_gates(model: _Declared, index: int) -> list[LinearLayer]:
     """What a decoder layer with experts has besides the router, and stays unquantized."""
     return [
-        find_layer(
+        _find_layer(
             model,
             f"{model.family.decoder}.{index}.{path}",
             (model.sizes[out_size], model.sizes[in_size]),
@@ -209,10 +217,10 @@ def _find_gates(model: Promised, index: int) -> list[LinearLayer]:
     ]
 
 
-def _find_outside(model: Promised) -> list[LinearLayer]:
+def _find_outside(model: _Declared) -> list[LinearLayer]:
     """Projections between embedding and decoder, which only some sizes of a family have."""
     return [
-        find_layer(
+        _find_layer(
             model,
             path,
             (model.sizes[out_size], model.sizes[in_size]),
@@ -224,48 +232,207 @@ def _find_outside(model: Promised) -> list[LinearLayer]:
     ]
 
 
-def _find_lm_head(model: Promised) -> LinearLayer | None:
+def _find_lm_head(model: _Declared) -> LinearLayer | None:
     """The lm_head, or None where it is tied to the embedding."""
     tensors, family = model.checkpoint.tensors, model.family
     embedding = f"{model.body}{family.embedding}.weight"
     # Composite configs may leave the size of the vocabulary to transformers' defaults.
     rows = tensors[embedding].shape[0] if embedding in tensors and tensors[embedding].shape else 0
     shape = (model.sizes.get("vocabulary", rows), model.sizes["embedding"])
-    require_tensor(model, embedding, shape)
+    _require_tensor(model, embedding, shape)
     stated = [
         config.get("tie_word_embeddings") for config in (model.checkpoint.config, model.config)
     ]
     if next((bool(value) for value in stated if value is not None), family.tied):
         return None
     names = [name for name in family.lm_heads if f"{name}.weight" in tensors]
-    info = require_tensor(model, f"{(names or family.lm_heads)[0]}.weight", shape)
+    info = _require_tensor(model, f"{(names or family.lm_heads)[0]}.weight", shape)
+    return _linear_layer(
+        info, family.lm_heads[0], shape=shape, module="lm_head", shares_scale="lm_head"
+    )
+
+
+def _find_layer(
+    model: _Declared,
+    path: str,
+    shape: tuple[int, int],
+    *,
+    module: str,
+    shares_scale: str,
+    decoder_layer: int | None = None,
+    transposed: bool = False,
+    tensor: str | None = None,
+) -> LinearLayer:
+    """The layer at ``path`` below the body, [out, in] = ``shape``, with a tensor of its own."""
+    key = tensor or f"{model.body}{path}.weight"
+    info = _require_tensor(model, key, shape[::-1] if transposed else shape)
+    if transposed and info.scaling is not None:
+        raise CheckpointError(
+            f"{info.file}: {key!r} is stored transposed and has FP8 scales, for which there is no"
+            " convention. Give the checkpoint before it was quantized."
+        )
+    return _linear_layer(
+        info,
+        model.family.body + path,
+        shape=shape,
+        module=module,
+        shares_scale=shares_scale,
+        decoder_layer=decoder_layer,
+        transposed=transposed,
+    )
+
+
+def _linear_layer(
+    info: TensorInfo,
+    name: str,
+    *,
+    shape: tuple[int, int],
+    module: str,
+    shares_scale: str,
+    decoder_layer: int | None = None,
+    transposed: bool = False,
+    expert: int | None = None,
+    row_start: int = 0,
+) -> LinearLayer:
+    """The layer [out, in] = ``shape`` that lies in a tensor."""
     return LinearLayer(
-        name=family.lm_heads[0],
+        name=name,
         tensor=info.name,
         out_features=shape[0],
         in_features=shape[1],
         dtype=info.dtype,
-        transposed=False,
-        expert=None,
-        row_start=0,
-        decoder_layer=None,
-        module="lm_head",
-        shares_scale="lm_head",
-        scale_bytes=scale_bytes(info, shape),
+        module=module,
+        shares_scale=shares_scale,
+        decoder_layer=decoder_layer,
+        transposed=transposed,
+        expert=expert,
+        row_start=row_start,
+        # Its share of the scales of the tensor.
+        scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
     )
 
 
-def _refuse_uncovered(model: Promised, covered: set[str]) -> None:
+def _read_model(checkpoint: Checkpoint) -> _Declared:
+    """Read what the config declares, and find where the decoder's tensors are.
+
+    Raises:
+        CheckpointError: The family is unknown, or the checkpoint is quantized already.
+    """
+    where = _config_path(checkpoint)
+    architecture = checkpoint.config.get("model_type")
+    if not isinstance(architecture, str) or architecture not in FUSION_RULES:
+        raise CheckpointError(
+            f"{where}: no rules for model_type {architecture!r}; known are"
+            f" {', '.join(FUSION_RULES)}. A new family is a row of FUSION_RULES:"
+            " docs/how-to/extend.md."
+        )
+    _refuse_quantized(checkpoint)
+    family = FUSION_RULES[architecture]
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: 'text_config' needs an object, found {config!r}.")
+    sizes = read_sizes(config, family, where=where)
+    bodies = (family.body, *family.other_bodies)
+    for body in bodies:
+        if any(name.startswith(f"{body}{family.decoder}.") for name in checkpoint.tensors):
+            return _Declared(checkpoint, architecture, family, config, sizes, body)
+    raise CheckpointError(
+        f"{checkpoint.folder}: model_type {architecture!r} needs tensors named"
+        f" {' or '.join(f'{body}{family.decoder}.0.…' for body in bodies)}, found"
+        f" {_few(checkpoint.tensors)}. Config and weights are of different models."
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config.get("quantization_config")
+    scales = [name for name in checkpoint.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
+    if config is None and not scales:
+        return
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    found = repr(scales[0]) if config is None else f"quantization_config {method!r}"
+    own = (
+        " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
+    )
+    raise CheckpointError(
+        f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
+        f" against the model before that. Give the original, in {', '.join(_SOURCE_DTYPES)}, or"
+        f" {SUPPORTED}.{own}"
+    )
+
+
+def _check_decoder_layers(model: _Declared) -> None:
+    """See that the tensors have as many decoder layers as the config.
+
+    Layers that predict further tokens may follow them; transformers leaves those out.
+
+    Raises:
+        CheckpointError: There are others.
+    """
+    found = {index for index, _ in _decoder_tensors(model)}
+    needed = model.sizes["decoder_layers"]
+    ahead = range(needed, needed + model.sizes.get("ahead", 0))
+    decoder = [index for index in found if index not in ahead]
+    if len(decoder) != needed or max(decoder) != needed - 1:
+        raise CheckpointError(
+            f"{_config_path(model.checkpoint)}: needed {needed} decoder layers as the config says,"
+            f" found {len(found)} in the tensors (highest index {max(found, default=None)})."
+            " Config and weights are of different models, or a shard is missing."
+        )
+
+
+def _decoder_tensors(model: _Declared) -> Iterator[tuple[int, TensorInfo]]:
+    """Every tensor of a decoder layer, with the layer's index."""
+    prefix = f"{model.body}{model.family.decoder}."
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})\..+", re.DOTALL)
+    for name, info in model.checkpoint.tensors.items():
+        if match := pattern.fullmatch(name):
+            yield int(match[1]), info
+
+
+def _require_tensor(model: _Declared, key: str, shape: tuple[int, ...]) -> TensorInfo:
+    """The tensor, once it is there as the config promises."""
+    info = model.checkpoint.tensors.get(key)
+    needed = f"needed tensor {key!r} of shape {list(shape)} by {CONFIG_FILE}"
+    if info is None:
+        raise CheckpointError(
+            f"{model.checkpoint.folder}: {needed}, found none. Config and weights are of different"
+            " models, or a shard is missing."
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
+            " models."
+        )
+    if info.dtype not in _SOURCE_DTYPES and not info.decoded:
+        raise CheckpointError(
+            f"{info.file}: tensor {key!r} needs dtype {', '.join(_SOURCE_DTYPES)}, found"
+            f" {info.dtype}. Give the original checkpoint, or convert it."
+        )
+    return info
+
+
+def _refuse_uncovered(model: _Declared, covered: set[str]) -> None:
     uncovered = [
         info.name
-        for index, info in decoder_tensors(model)
+        for index, info in _decoder_tensors(model)
         if index < model.sizes["decoder_layers"]
         and len(info.shape) in (2, 3)
         and info.name not in covered
     ]
     if uncovered:
         raise CheckpointError(
-            f"{model.checkpoint.folder}: {few(uncovered)}: no rule of family"
+            f"{model.checkpoint.folder}: {_few(uncovered)}: no rule of family"
             f" {model.architecture!r} covers it, so it would be left out silently. Its config is"
             " of another model, or the family needs another row in FUSION_RULES."
         )
+
+
+def _config_path(checkpoint: Checkpoint) -> str:
+    """For messages."""
+    return str(checkpoint.folder / CONFIG_FILE)
+
+
+def _few(names: Mapping[str, Any] | list[str]) -> str:
+    """Some of many names, for messages."""
+    first = [repr(name) for name in list(names)[:3]]
+    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

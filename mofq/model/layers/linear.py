@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _Layer_co = TypeVar("_Layer_co", covariant=True)
 _Layer = TypeVar("_Layer")
+_Number = TypeVar("_Number", float, "Tensor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +31,12 @@ class LinearLayer:
     out_features: int
     in_features: int
     dtype: str  #: as safetensors calls it
-    transposed: bool  #: stored as [in_features, out_features]
-    expert: int | None  #: index into a tensor [experts, out, in]
-    row_start: int  #: first row in the stored matrix; not 0 where layers are stored fused
-    decoder_layer: int | None
     module: str  #: last words of the name: "q_proj", "experts.gate_proj"
     shares_scale: str  #: layers of a fusion group with the same word share a global scale
+    decoder_layer: int | None = None
+    transposed: bool = False  #: stored as [in_features, out_features]
+    expert: int | None = None  #: index into a tensor [experts, out, in]
+    row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
 
     @property
@@ -47,6 +51,23 @@ class FusionGroup:
 
     name: str  #: "layers.0.attn.qkv"
     layers: tuple[LinearLayer, ...]
+
+
+def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Number]:
+    """The largest magnitude that each layer's global scale is made from.
+
+    Args:
+        group: Whose layers engines concatenate.
+        amax: Layer name -> its own largest magnitude.
+
+    Returns:
+        Layer name -> the largest among the layers it is concatenated with.
+    """
+    largest: dict[str, _Number] = {}
+    for layer in group.layers:
+        known = largest.get(layer.shares_scale, amax[layer.name])
+        largest[layer.shares_scale] = max(known, amax[layer.name])
+    return {layer.name: largest[layer.shares_scale] for layer in group.layers}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,16 @@
 
 ``quantize_weight`` chooses scales and rounds, ``dequantize_weight`` undoes it,
 ``fake_quantize_weight`` and ``fake_quantize_activation`` do both. Scales are
-multipliers. The formulas stand in ``scales`` (how a scale is found), ``search``
+multipliers. The formulas are in ``scales`` (how a scale is found), ``scale_rules``
 (how the ``mse`` rule searches), ``rounding`` (how a number is rounded) and
-``feedback`` (how ``~gptq`` rounds a column after the others).
+``gptq`` (how ``~gptq`` rounds a column after the others).
 """
 
 from __future__ import annotations
 
-from mofq.numbers.quantize.activations import fake_quantize_activation
-from mofq.numbers.quantize.emulated_linear import FakeQuantLinear
+from mofq.numbers.quantize.activations import fake_quantize_activation, fake_quantize_cache
+from mofq.numbers.quantize.fake_quant_linear import FakeQuantLinear
 from mofq.numbers.quantize.gptq import Feedback, factorise_hessian, one_thread
-from mofq.numbers.quantize.kv_cache import fake_quantize_cache
 from mofq.numbers.quantize.rounding import round_to_format
 from mofq.numbers.quantize.weights import (
     QuantizedWeight,

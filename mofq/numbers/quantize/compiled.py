@@ -1,4 +1,4 @@
-"""Compiles the passes of ``candidates``: C++ on the CPU, Triton on a GPU.
+"""Compiles the passes of ``rounding_errors``: C++ on the CPU, Triton on a GPU.
 
 On the CPU the program is made ahead of time, once for a set of schemes and for all shapes,
 and kept in a folder: the next process loads it in milliseconds, without the compiler's own
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mofq.numbers.quantize.candidates import (
+from mofq.numbers.quantize.rounding_errors import (
     Pass,
     band_rows,
     deltas_pass,
@@ -86,7 +86,7 @@ def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> Pas
         tell: Gets a line about a compilation, which takes its time, or cannot be.
 
     Returns:
-        A function of what the pass gives (see ``candidates``), schemes that are all
+        A function of what the pass gives (see ``rounding_errors``), schemes that are all
         candidates, the dtype of the blocks (bfloat16 or float32) and the elements of all
         weights. On the CPU its passes may be called by several threads at once.
     """

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mofq.exceptions import SchemeError
 from mofq.numbers.quantize.scale_rules import tile_scales
-from mofq.numbers.quantize.scales import Scales
+from mofq.numbers.quantize.scales import Scales, join_scales
 from mofq.numbers.quantize.tiles import decode_tiles, encode_tiles, from_tiles, to_tiles
 from mofq.numbers.schemes import TensorScheme
 
@@ -128,7 +128,8 @@ def round_with_feedback(
     passed_II = feedback.passed_II.to(weight_OI.device)
     cost_I = feedback.cost_I.to(weight_OI.device) if scheme.scale_rule == "nats" else None
     codes: list[Tensor] = []
-    found: list[Scales | None] = []
+    found: list[Scales] = []
+    scales: Scales | None = None
     for start, stop in _batches(weight_OI.shape[1], columns):
         errors = []
         for column in range(start, stop):
@@ -136,18 +137,19 @@ def round_with_feedback(
                 whole = slice(column, column + columns)
                 x_ARGK = to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)
                 weigh = None if cost_I is None else cost_I[whole].reshape(1, 1, 1, -1)
-                found.append(tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=weigh))
+                scales = tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=weigh)
+                found += [] if scales is None else [scales]
             x_AR11 = to_tiles(_as_float32(adjusted_OI[:, column, None]), rows, 1)
-            code_AR11 = encode_tiles(x_AR11, scheme, found[-1])
+            code_AR11 = encode_tiles(x_AR11, scheme, scales)
             codes.append(from_tiles(code_AR11))
-            value_O1 = from_tiles(decode_tiles(code_AR11, scheme, found[-1]))
+            value_O1 = from_tiles(decode_tiles(code_AR11, scheme, scales))
             errors.append(weight_OI[:, column, None].double() - value_O1)
             later = slice(column + 1, stop)
             # Two operations and not a fused one, whose rounding is the machine's own affair.
             adjusted_OI[:, later] += errors[-1] * passed_II[column, later].double()
         sent_OB = _to_22_bits(torch.cat(errors, 1), 1)
         adjusted_OI[:, stop:] += sent_OB @ passed_II[start:stop, stop:].double()
-    return torch.cat(codes, 1), _beside(found)
+    return torch.cat(codes, 1), join_scales(found, 2) if found else None
 
 
 def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -171,16 +173,3 @@ def _to_22_bits(x: Tensor, dim: int) -> Tensor:
 
 def _as_float32(x: Tensor) -> Tensor:
     return torch.clamp(x, -_LARGEST, _LARGEST).float()
-
-
-def _beside(scales: list[Scales | None]) -> Scales | None:
-    """Scales of tiles beside each other as those of all."""
-    known = [each for each in scales if each is not None]
-    if not known:
-        return None
-    points = [each.zero_point for each in known if each.zero_point is not None]
-    return Scales(
-        torch.cat([each.scale for each in known], 2),
-        torch.cat(points, 2) if points else None,
-        known[0].global_scale,
-    )

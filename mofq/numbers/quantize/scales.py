@@ -61,6 +61,7 @@ arXiv:2512.02010 and its repository for 256.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +97,27 @@ class Scales:
     zero_point: Tensor | None  #: [A, 1, G, 1], integers held as float32; asymmetric only
     global_scale: Tensor | None  #: scalar; scale formats with two levels only
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Scales:
+        """The scales with a change made to the numbers of all tiles, not to the global scale."""
+        point = self.zero_point
+        return Scales(
+            change(self.scale), None if point is None else change(point), self.global_scale
+        )
+
     @property
     def multiplier(self) -> Tensor:
         """What a code is multiplied by, [A, 1, G, 1]."""
         return self.scale if self.global_scale is None else self.scale * self.global_scale
+
+
+def join_scales(parts: Sequence[Scales], dim: int) -> Scales:
+    """Scales of tiles below each other (dim 0) or beside each other (dim 2) as those of all."""
+    points = [part.zero_point for part in parts if part.zero_point is not None]
+    return Scales(
+        torch.cat([part.scale for part in parts], dim),
+        torch.cat(points, dim) if points else None,
+        parts[0].global_scale,
+    )
 
 
 def code_range(scheme: TensorScheme) -> tuple[int, int]:
@@ -149,9 +167,7 @@ def choose_scales(
         One scale, and where asymmetric one zero point, for each tile.
     """
     if not scheme.symmetric:
-        low = torch.clamp(torch.amin(x_ARGK, dim=TILE_DIMS, keepdim=True), max=0.0)
-        high = torch.clamp(torch.amax(x_ARGK, dim=TILE_DIMS, keepdim=True), min=0.0)
-        return asymmetric_scales(low, high, scheme)
+        return asymmetric_scales(*tile_range(x_ARGK), scheme)
     amax = tile_amax(x_ARGK)
     scale = symmetric_scale(amax, scheme, global_scale=global_scale)
     if scheme.scale_rule == "fullrange":
@@ -162,6 +178,13 @@ def choose_scales(
 def tile_amax(x_ARGK: Tensor) -> Tensor:
     """Largest magnitude of each tile, [A, 1, G, 1]."""
     return torch.amax(torch.abs(x_ARGK), dim=TILE_DIMS, keepdim=True)
+
+
+def tile_range(x_ARGK: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number of each tile and 0, both [A, 1, G, 1]."""
+    low = torch.clamp(torch.amin(x_ARGK, dim=TILE_DIMS, keepdim=True), max=0.0)
+    high = torch.clamp(torch.amax(x_ARGK, dim=TILE_DIMS, keepdim=True), min=0.0)
+    return low, high
 
 
 def symmetric_scale(

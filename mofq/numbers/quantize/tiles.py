@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,27 @@ def check_shared_scales(shape: tuple[int, int], scheme: TensorScheme, *, name: s
             f"{shape[1]}. Offer it another scheme in the search space, or list the layer under "
             f"`exclude`."
         )
+
+
+def row_blocks(
+    rows: int, columns: int, *, elements: int, tile_rows: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a matrix into blocks of a bounded size, between tiles.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        elements: Of a block, at most, unless one row of tiles has more.
+        tile_rows: Rows of a tile, which no block cuts; 0 where one scale holds for all rows, so
+            that they may be cut anywhere.
+
+    Yields:
+        First row, and one past the last.
+    """
+    unit = tile_rows or 1
+    step = max(1, elements // max(1, columns) // unit) * unit
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def to_tiles(x: Tensor, rows: int, columns: int) -> Tensor:

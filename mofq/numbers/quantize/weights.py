@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,13 @@ from mofq.exceptions import SchemeError
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.quantize.gptq import Feedback, round_with_feedback
 from mofq.numbers.quantize.scale_rules import tile_scales
-from mofq.numbers.quantize.scales import Scales
+from mofq.numbers.quantize.scales import Scales, join_scales
 from mofq.numbers.quantize.tiles import (
     check_shared_scales,
     decode_tiles,
     encode_tiles,
     from_tiles,
+    row_blocks,
     tile_shape,
     to_tiles,
 )
@@ -88,7 +90,7 @@ def quantize_weight(
         codes_OI, found = round_with_feedback(
             _finite(weight_OI, 0, name=name), scheme, feedback, tile=(rows, columns), amax=amax
         )
-        return _joined([_stored_codes(codes_OI, scheme)], [found], scheme)
+        return _joined([_stored_codes(codes_OI, scheme)], [] if found is None else [found], scheme)
     codes, scales = [], []
     for start, stop in _chunks(weight_OI, scheme):
         rows_OI = _finite(weight_OI[start:stop], start, name=name)
@@ -96,7 +98,7 @@ def quantize_weight(
         importance_ARGK = _importance_tiles(importance, x_ARGK, start, stop)
         chunk = tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=importance_ARGK)
         codes.append(_stored_codes(from_tiles(encode_tiles(x_ARGK, scheme, chunk)), scheme))
-        scales.append(chunk)
+        scales += [] if chunk is None else [chunk]
     return _joined(codes, scales, scheme)
 
 
@@ -246,12 +248,9 @@ def _scalar(value: float | Tensor | None, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(())
 
 
-def _chunks(matrix: Tensor, scheme: TensorScheme) -> list[tuple[int, int]]:
-    """Ranges of rows that fit the cache; whole tiles, but for a scale of the tensor's own."""
-    total, columns = _shape(matrix)
-    unit = scheme.granularity.rows or 1
-    step = max(1, _CHUNK_ELEMENTS // columns // unit) * unit
-    return [(start, min(start + step, total)) for start in range(0, total, step)]
+def _chunks(matrix: Tensor, scheme: TensorScheme) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that fit the processor's cache."""
+    return row_blocks(*_shape(matrix), elements=_CHUNK_ELEMENTS, tile_rows=scheme.granularity.rows)
 
 
 def _importance_tiles(
@@ -272,20 +271,15 @@ def _stored_codes(codes_OI: Tensor, scheme: TensorScheme) -> Tensor:
     return codes_OI.to(torch.int8 if signed else torch.uint8)
 
 
-def _joined(
-    codes: list[Tensor], scales: list[Scales | None], scheme: TensorScheme
-) -> QuantizedWeight:
+def _joined(codes: list[Tensor], scales: list[Scales], scheme: TensorScheme) -> QuantizedWeight:
     codes_OI = torch.cat(codes)
-    known = [each for each in scales if each is not None]
-    if not known:
+    if not scales:
         return QuantizedWeight(codes_OI, None, None, None)
-    if scheme.granularity.kind == "tensor":
-        known = known[:1]
+    joined = join_scales(scales[:1] if scheme.granularity.kind == "tensor" else scales, 0)
+    joined = joined.map(lambda value_A1G1: value_A1G1[:, 0, :, 0])
     dtype = torch.bfloat16 if scheme.scale.name == "bf16" else torch.float32
-    scale = torch.cat([each.scale[:, 0, :, 0] for each in known]).to(dtype)
-    points = [each.zero_point[:, 0, :, 0] for each in known if each.zero_point is not None]
-    zero_point = torch.cat(points).to(torch.uint8) if points else None
-    return QuantizedWeight(codes_OI, scale, zero_point, known[0].global_scale)
+    point = None if joined.zero_point is None else joined.zero_point.to(torch.uint8)
+    return QuantizedWeight(codes_OI, joined.scale.to(dtype), point, joined.global_scale)
 
 
 def _tile_view(
@@ -293,17 +287,9 @@ def _tile_view(
 ) -> Scales | None:
     if scale is None:
         return None
-    return Scales(
-        scale.to(torch.float32)[:, None, :, None],
-        None if zero_point is None else zero_point.to(torch.float32)[:, None, :, None],
-        global_scale,
-    )
+    scales = Scales(scale, zero_point, global_scale)
+    return scales.map(lambda value_AG: value_AG.to(torch.float32)[:, None, :, None])
 
 
 def _part(scales: Scales | None, start: int, stop: int) -> Scales | None:
-    if scales is None:
-        return None
-    point = scales.zero_point
-    return Scales(
-        scales.scale[start:stop], None if point is None else point[start:stop], scales.global_scale
-    )
+    return None if scales is None else scales.map(lambda value_A1G1: value_A1G1[start:stop])

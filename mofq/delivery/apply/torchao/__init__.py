@@ -9,7 +9,7 @@ multiply them; where a class rounds them itself (microscaling), its rounding is 
 from __future__ import annotations
 
 from mofq.delivery.apply.torchao.apply import apply
+from mofq.delivery.apply.torchao.deviation import weight_deviation
 from mofq.delivery.apply.torchao.linear import TorchaoLinear
-from mofq.delivery.apply.torchao.reading import weight_deviation
 
 __all__ = ["TorchaoLinear", "apply", "weight_deviation"]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate as emulation
-from mofq.delivery.apply.fitted import check_fits
 from mofq.delivery.apply.loaded_model import module_path, replace_module
 from mofq.delivery.apply.torchao.linear import TorchaoLinear
 from mofq.delivery.apply.torchao.weights import Target, make_weight
+from mofq.delivery.recipe_fits import check_fits
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError
@@ -173,25 +173,22 @@ def _apply_group(
     if kernel_refusal(scheme, group, engine=engine, dtype=dtype) is not None:
         emulation.apply_group(model, group, scheme, sources=sources, recipe=recipe, fits=fits)
         return
-    weight = scheme.weight
-    assert weight is not None
-    amax = None
-    if weight.needs_tensor_amax:
-        largest = {name: source.abs().amax() for name, source in sources.items()}
-        amax = emulation.share_amax(group, largest)
+    weight = scheme.quantized_weight
+    amax = emulation.weight_amax(group, scheme, sources)
     inputs = emulation.static_amax(group, scheme, recipe)
     for layer in group.layers:
         path = module_path(layer)
         linear = model.get_submodule(path)
-        static = None if inputs is None else inputs[layer.name]
         quantized = quantize_weight(
             sources[layer.name].to(linear.get_parameter("weight").device),
             weight,
-            tensor_amax=None if amax is None else amax[layer.name],
+            tensor_amax=amax.get(layer.name),
             name=layer.name,
             **fit_arguments(fits, layer, weight),
         )
-        target = make_target(scheme, group, engine=engine, dtype=dtype, static_amax=static)
+        target = make_target(
+            scheme, group, engine=engine, dtype=dtype, static_amax=inputs.get(layer.name)
+        )
         made = make_weight(quantized, scheme, target)
         layer_made = TorchaoLinear.from_linear(
             linear, scheme, weight_OI=made, target=target, name=layer.name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mofq.delivery.apply.torchao.weights import Target
-from mofq.delivery.export.compressed_tensors.packing import encode_scale, pack_fp4
+from mofq.delivery.export.compressed_tensors.encoding import encode_scale, pack_fp4
 from mofq.numbers.formats import FP4_E2M1
 from mofq.numbers.quantize.activations import quantize_activation
 from mofq.numbers.quantize.scales import Scales

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mofq.delivery.export.compressed_tensors.packing import encode_scale, pack_fp4
+from mofq.delivery.export.compressed_tensors.encoding import encode_scale, pack_fp4
 from mofq.numbers.formats import FP4_E2M1
 from mofq.numbers.quantize import QuantizedWeight
 from mofq.numbers.quantize.scales import global_scale_of
@@ -43,12 +43,11 @@ def make_weight(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> T
 def _int8(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Tensor:
     from torchao.quantization import Int8Tensor
 
-    assert scheme.weight is not None
     scale = _scale(quantized)
     tensor: Tensor = Int8Tensor(
         quantized.codes_OI,
         scale,
-        _block(quantized, scheme.weight),
+        _block(quantized, scheme.quantized_weight),
         target.dtype,
         zero_point=torch.zeros_like(scale, dtype=torch.int8),
     )
@@ -58,8 +57,7 @@ def _int8(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Tensor:
 def _intx(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     scale = _scale(quantized)
     codes, zero_point = quantized.codes_OI, torch.zeros_like(scale, dtype=torch.int8)
     if quantized.zero_point is not None:
@@ -83,14 +81,13 @@ def _int4_cpu(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Ten
     from torchao.prototype.quantization.int4 import Int4OpaqueTensor
     from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
 
-    assert scheme.weight is not None
     unsigned_OI = quantized.codes_OI.to(torch.int32) + 8
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned_OI, 1)
     scale = _scale(quantized).to(target.dtype)  # exact: bf16 numbers
     tensor: Tensor = Int4OpaqueTensor(
         packed,
         pack_tinygemm_scales_and_zeros(scale, torch.zeros_like(scale), target.dtype),
-        _block(quantized, scheme.weight),
+        _block(quantized, scheme.quantized_weight),
         quantized.codes_OI.shape,
     )
     return tensor
@@ -100,11 +97,10 @@ def _float8(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Tenso
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor
 
-    assert scheme.weight is not None
     tensor: Tensor = Float8Tensor(
         quantized.codes_OI.to(torch.float8_e4m3fn),
         _scale(quantized),
-        block_size=_block(quantized, scheme.weight),
+        block_size=_block(quantized, scheme.quantized_weight),
         mm_config=Float8MMConfig(use_fast_accum=False),
         dtype=target.dtype,
     )
@@ -142,8 +138,7 @@ def _mx(quantized: QuantizedWeight, scheme: Scheme, target: Target) -> Tensor:
     from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
     from torchao.quantization.quantize_.common import KernelPreference
 
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     assert quantized.scale is not None
     is_fp4 = weight.element is FP4_E2M1
     element = torch.float4_e2m1fn_x2 if is_fp4 else torch.float8_e4m3fn

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from mofq.delivery.export.compressed_tensors.check import check_compressed_tensors
+from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
-from mofq.delivery.export.compressed_tensors.loading import load_compressed_tensors
-from mofq.delivery.export.compressed_tensors.reading import recipe_from_compressed_tensors
+from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
+from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
+    recipe_from_compressed_tensors,
+)
 
 __all__ = [
     "Export",

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe, write_recipe
-from mofq.delivery.apply.fitted import open_fits
-from mofq.delivery.export.compressed_tensors.config import quantization_config
-from mofq.delivery.export.compressed_tensors.folder import copy_other_files, model_card
+from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
+from mofq.delivery.recipe_fits import open_fits
 from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError
-from mofq.files.locks import hold_new_folder
+from mofq.files.locks import check_new_folder, new_folder
 from mofq.files.progress import Progress
-from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
-from mofq.model.checkpoint.tensors import read_kept_rows
-from mofq.model.checkpoint.writer import ShardWriter
-from mofq.numbers.quantize.block_memory import keep_freed_memory
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
+from mofq.model.checkpoint.tensors import keep_freed_memory
+from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -92,12 +89,12 @@ def export_compressed_tensors(
         check_devices(plan.model_layers, find_engine(engine).devices)
         _check_engine_cache(plan, recipe, engine)
     target = Path(out_folder)
-    _check_target(target)
+    check_new_folder(target, BackendError)
     command = serve_command(plan, target, engine=engine)
     card = model_card(plan, recipe, target.name, command, validation)
     with (
         open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
-        _export_folder(target) as folder,
+        new_folder(target, BackendError) as folder,
     ):
         _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
@@ -162,37 +159,6 @@ def _check_engine_cache(plan: ExportPlan, recipe: Recipe, engine: str) -> None:
             )
 
 
-def _check_target(target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise BackendError(f"{target}: needed a new folder, found a file or link. Give another.")
-    if target.is_dir() and any(target.iterdir()):
-        raise BackendError(
-            f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
-            f"or remove it."
-        )
-
-
-@contextmanager
-def _export_folder(target: Path) -> Iterator[Path]:
-    """An empty folder, which gets the target's name when the block ends well."""
-    partial = target.with_name(f".{target.name}.partial")
-    busy = BackendError(
-        f"{target}: another process exports to this folder. Wait for it, or give another folder."
-    )
-    try:
-        with hold_new_folder(partial, busy):
-            _check_target(target)  # again: the other process may have finished
-            yield partial
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
-    except OSError as problem:
-        raise BackendError(
-            f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
-            f"left of it; make room or give another folder, and run again."
-        ) from problem
-
-
 def _write_weights(
     plan: ExportPlan,
     folder: Path,
@@ -212,16 +178,7 @@ def _write_weights(
             writer.add_rows(name, scale)
         for name, info in plan.checkpoint.tensors.items():
             if name not in plan.replaced:
-                _write_kept(writer, info)
-
-
-def _write_kept(writer: ShardWriter, info: TensorInfo) -> None:
-    """A tensor that no scheme changes: byte for byte, or the values of an FP8 source in bf16."""
-    if not info.decoded:
-        writer.copy(info.name, info)
-        return
-    for _, rows in read_kept_rows(info):
-        writer.add_rows(info.name, rows)
+                writer.keep(info)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,23 +11,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import static_amax
-from mofq.delivery.apply.loaded_model import find_recipe_layers
-from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
-from mofq.delivery.export.compressed_tensors.packing import (
+from mofq.delivery.export.compressed_tensors.encoding import (
     encode_once,
     encode_rows,
     plan_layer,
 )
+from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import check_scales, read_layer_rows
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_shared_amax
 from mofq.model.checkpoint.writer import PlannedTensor
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.quantize.weights import quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -81,9 +82,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         RecipeError: The recipe is not for this model, splits a fusion group, or
             lacks a static scale.
     """
-    model_layers = find_recipe_layers(checkpoint, recipe)
-    check_recipe(recipe, model_layers, index_sha256=checkpoint.index_sha256)
-    check_weights(recipe, checkpoint)
+    model_layers = checked_layers(checkpoint, recipe)
     check_scales(checkpoint)
     schemes = recipe.schemes
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
@@ -146,7 +145,7 @@ def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGr
             )
         if reason := shape_rejection(scheme, layer):
             raise BackendError(f"{reason}. Take a size that divides, or bf16.")
-    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe) or {})
+    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe))
 
 
 def encoded_parts(
@@ -167,22 +166,22 @@ def encoded_parts(
         SchemeError: A weight is not finite; the message names the layer.
         StatsError: The scheme is fitted to statistics, and there are none.
     """
-    amax = _shared_amax(checkpoint, planned)
+    weight = planned.scheme.quantized_weight
+    amax = read_shared_amax(checkpoint, planned.group) if weight.needs_tensor_amax else {}
     for layer in planned.group.layers:
-        fit = fit_arguments(fits, layer, planned.scheme.weight)
-        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.shares_scale), fit=fit)
+        fit = fit_arguments(fits, layer, weight)
+        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.name), fit=fit)
 
 
 def _encoded_layer(
     checkpoint: Checkpoint,
     planned: PlannedGroup,
     layer: LinearLayer,
-    amax: Tensor | None,
+    amax: float | None,
     *,
     fit: FitArguments,
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
-    weight = planned.scheme.weight
-    assert weight is not None
+    weight = planned.scheme.quantized_weight
     zero_points = []
     done: dict[str, int] = {}
 
@@ -191,7 +190,13 @@ def _encoded_layer(
         quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name, **fit)
         return block[0], quantized.zero_point, encode_rows(quantized, planned.scheme)
 
-    for start, zero_point, parts in _ahead(encode, _blocks(layer, weight.granularity.rows)):
+    blocks = row_blocks(
+        layer.out_features,
+        layer.in_features,
+        elements=_BLOCK_ELEMENTS,
+        tile_rows=weight.granularity.rows,
+    )
+    for start, zero_point, parts in _ahead(encode, blocks):
         if zero_point is not None:
             zero_points.append(zero_point)
         for word, part in parts.items():
@@ -211,23 +216,6 @@ def _encoded_layer(
         yield layer, word, 0, part
 
 
-def _shared_amax(checkpoint: Checkpoint, planned: PlannedGroup) -> dict[str, Tensor]:
-    """Largest magnitude of all layers that share a scale, where the scheme needs it."""
-    weight = planned.scheme.weight
-    assert weight is not None
-    amax: dict[str, Tensor] = {}
-    if not weight.needs_tensor_amax:
-        return amax
-    for layer in planned.group.layers:
-        for start, stop in _blocks(layer, 1):
-            rows_OI = read_layer_rows(checkpoint, layer, start, stop)
-            low, high = torch.aminmax(rows_OI)
-            largest = torch.maximum(-low, high).to(torch.float32)
-            so_far = amax.get(layer.shares_scale, largest)
-            amax[layer.shares_scale] = torch.maximum(so_far, largest)
-    return amax
-
-
 def _ahead(encode: Callable[[_Block], _Encoded], blocks: Iterable[_Block]) -> Iterator[_Encoded]:
     """What is made of each block, in order, by as many threads as torch may use.
 
@@ -245,10 +233,3 @@ def _ahead(encode: Callable[[_Block], _Encoded], blocks: Iterable[_Block]) -> It
                 yield coming.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _blocks(layer: LinearLayer, tile_rows: int) -> Iterator[tuple[int, int]]:
-    unit = tile_rows or 1
-    step = max(1, _BLOCK_ELEMENTS // layer.in_features // unit) * unit
-    for start in range(0, layer.out_features, step):
-        yield start, min(start + step, layer.out_features)

@@ -24,6 +24,7 @@ the same in 0.17.0, which vLLM 0.32.0 pins, for what is written here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,10 @@ class Storage:
     input_activations: Arguments | None  #: likewise
 
 
+class _CannotHoldError(Exception):
+    """Why compressed-tensors cannot hold a scheme, and what to take instead."""
+
+
 def storage_of(scheme: Scheme, *, where: str) -> Storage:
     """The storage of a quantized scheme.
 
@@ -60,34 +65,47 @@ def storage_of(scheme: Scheme, *, where: str) -> Storage:
         BackendError: compressed-tensors has no words for the scheme, or no engine
             reads them; the message says what to take instead.
     """
-    weight = scheme.weight
+    try:
+        return _storage(scheme)
+    except _CannotHoldError as reason:
+        raise BackendError(
+            f"{where}: compressed-tensors cannot hold {scheme.name}: {reason}."
+        ) from None
+
+
+def _storage(scheme: Scheme) -> Storage:
+    weight, activation = scheme.weight, scheme.activation
     if weight is None:
-        raise _cannot(where, scheme, "weights must be quantized where activations are", "bf16")
-    if scheme.activation is not None and _has_own_rule(scheme.activation):
-        raise _cannot(
-            where, scheme, "engines round inputs by the plain rule alone", "plain activations"
-        )
-    microscaling = _microscaling(scheme, weight, where)
+        raise _cannot("weights must be quantized where activations are", "bf16")
+    if activation is not None and _has_own_rule(activation):
+        raise _cannot("engines round inputs by the plain rule alone", "plain activations")
+    microscaling = _microscaling(weight)
     if microscaling is not None:
-        return microscaling
+        name, arguments, dynamic = microscaling
+        if activation is None:
+            return Storage(name, arguments, None)
+        _require_same_format(weight, activation)
+        return Storage(name, arguments, {**arguments, "dynamic": dynamic})
     if weight.scale.name not in ("bf16", "f32"):
-        raise _cannot(
-            where, scheme, f"it has no {weight.scale.name} scales for this format", "bf16 scales"
-        )
+        raise _cannot(f"it has no {weight.scale.name} scales for this format", "bf16 scales")
     if isinstance(weight.element, IntFormat):
-        return _integer(scheme, weight, weight.element, where)
+        weights, inputs = _plain_arguments(scheme, weight)
+        return Storage(_integer_format(weight, has_inputs=inputs is not None), weights, inputs)
+    if weight.element is FP8_E4M3 and weight.granularity.kind == "group":
+        raise _cannot("no engine reads FP8 group weights", "fp8_e4m3.channel or .block128")
     if weight.element is FP8_E4M3:
-        return _float8(scheme, weight, where)
+        return Storage("float-quantized", *_plain_arguments(scheme, weight))
     if weight.element is FP4_E2M1:
         raise _cannot(
-            where,
-            scheme,
             "FP4 exists there as NVFP4 and MXFP4 alone, and engines read anything else as INT4",
             "nvfp4, mxfp4 or int4.gN",
         )
-    raise _cannot(
-        where, scheme, f"it has no element {weight.element.name}", "int4, int8 or fp8_e4m3"
-    )
+    raise _cannot(f"it has no element {weight.element.name}", "int4, int8 or fp8_e4m3")
+
+
+def _plain_arguments(scheme: Scheme, weight: TensorScheme) -> tuple[Arguments, Arguments | None]:
+    weights = _arguments(weight, _tiles(weight), dynamic=False)
+    return weights, None if scheme.activation is None else _activations(scheme.activation)
 
 
 def _has_own_rule(activation: TensorScheme) -> bool:
@@ -98,99 +116,40 @@ def _has_own_rule(activation: TensorScheme) -> bool:
     )
 
 
-def _integer(scheme: Scheme, weight: TensorScheme, element: IntFormat, where: str) -> Storage:
-    arguments = {
-        "num_bits": element.bits,
-        "type": "int",
-        "symmetric": weight.symmetric,
-        **_tiles(scheme, weight, where),
-        "dynamic": False,
-    }
-    activations = _activations(scheme, where)
-    if element.bits == 8 and activations is not None:
-        if weight.granularity.kind not in ("channel", "tensor"):
+def _integer_format(weight: TensorScheme, *, has_inputs: bool) -> str:
+    bits, kind = weight.element.bits, weight.granularity.kind
+    if bits == 8 and has_inputs:
+        if kind not in ("channel", "tensor"):
             raise _cannot(
-                where,
-                scheme,
                 "no engine multiplies INT8 group weights with quantized activations",
                 "int8.channel+int8.token, int8.gN (weight only) or FP8",
             )
-        return Storage("int-quantized", arguments, activations)
-    if element.bits not in _PACKED_BITS:
-        raise _cannot(
-            where,
-            scheme,
-            f"its releases disagree on how {element.bits}-bit codes are packed",
-            "int4 or int8",
-        )
-    if weight.granularity.kind not in ("channel", "group"):
-        raise _cannot(
-            where, scheme, "packed codes have scales per channel or group", "channel or gN"
-        )
-    return Storage("pack-quantized", arguments, activations)
+        return "int-quantized"
+    if bits not in _PACKED_BITS:
+        raise _cannot(f"its releases disagree on how {bits}-bit codes are packed", "int4 or int8")
+    if kind not in ("channel", "group"):
+        raise _cannot("packed codes have scales per channel or group", "channel or gN")
+    return "pack-quantized"
 
 
-def _float8(scheme: Scheme, weight: TensorScheme, where: str) -> Storage:
-    if weight.granularity.kind == "group":
-        raise _cannot(
-            where, scheme, "no engine reads FP8 group weights", "fp8_e4m3.channel or .block128"
-        )
-    arguments = {
-        "num_bits": 8,
-        "type": "float",
-        "symmetric": True,
-        **_tiles(scheme, weight, where),
-        "dynamic": False,
-    }
-    return Storage("float-quantized", arguments, _activations(scheme, where))
-
-
-def _microscaling(scheme: Scheme, weight: TensorScheme, where: str) -> Storage | None:
+def _microscaling(weight: TensorScheme) -> tuple[str, Arguments, bool | str] | None:
+    """Format, arguments, and how inputs are scaled on the fly, of NVFP4 and the MX formats."""
     element, scale, size = weight.element, weight.scale.name, weight.granularity.columns
     if weight.granularity.kind != "group":
         return None
     if element is FP4_E2M1 and scale == "e4m3" and size == 16:
-        arguments = _nvfp4_arguments()
-        activations = None
-        if scheme.activation is not None:
-            _require_same_format(scheme, where)
-            activations = {**arguments, "dynamic": "local"}
-        return Storage("nvfp4-pack-quantized", arguments, activations)
+        tiles = {"strategy": "tensor_group", "group_size": 16}
+        arguments = _arguments(weight, tiles, dynamic=False)
+        arguments["scale_dtype"] = "torch.float8_e4m3fn"
+        return "nvfp4-pack-quantized", arguments, "local"
     if scale not in ("e8m0", "e8m0ceil") or size != 32 or element not in (FP4_E2M1, FP8_E4M3):
         return None
-    arguments = {
-        "num_bits": element.bits,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": 32,
-        "dynamic": False,
-        "scale_dtype": "torch.uint8",
-    }
-    activations = None
-    if scheme.activation is not None:
-        _require_same_format(scheme, where)
-        activations = {**arguments, "dynamic": True}
-    name = "mxfp4-pack-quantized" if element is FP4_E2M1 else "mxfp8-quantized"
-    return Storage(name, arguments, activations)
+    arguments = _arguments(weight, _tiles(weight), dynamic=False)
+    arguments["scale_dtype"] = "torch.uint8"
+    return "mxfp4-pack-quantized" if element is FP4_E2M1 else "mxfp8-quantized", arguments, True
 
 
-def _nvfp4_arguments() -> Arguments:
-    return {
-        "num_bits": 4,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "tensor_group",
-        "group_size": 16,
-        "dynamic": False,
-        "scale_dtype": "torch.float8_e4m3fn",
-    }
-
-
-def _require_same_format(scheme: Scheme, where: str) -> None:
-    weight, activation = scheme.weight, scheme.activation
-    assert weight is not None
-    assert activation is not None
+def _require_same_format(weight: TensorScheme, activation: TensorScheme) -> None:
     same = (weight.element, weight.granularity, weight.scale) == (
         activation.element,
         activation.granularity,
@@ -198,19 +157,27 @@ def _require_same_format(scheme: Scheme, where: str) -> None:
     )
     if not same:
         raise _cannot(
-            where,
-            scheme,
             "microscaling weights go with activations of the same format",
             "the same words on both sides of the '+', or none after it",
         )
 
 
-def _tiles(scheme: Scheme, operand: TensorScheme, where: str) -> Arguments:
+def _arguments(operand: TensorScheme, tiles: Mapping[str, Any], *, dynamic: bool) -> Arguments:
+    return {
+        "num_bits": operand.element.bits,
+        "type": "int" if isinstance(operand.element, IntFormat) else "float",
+        "symmetric": operand.symmetric,
+        **tiles,
+        "dynamic": dynamic,
+    }
+
+
+def _tiles(operand: TensorScheme) -> Arguments:
     granularity = operand.granularity
     if granularity.kind == "unscaled":
-        raise _cannot(where, scheme, "every format there has a scale", "fp8_e4m3.tensor")
+        raise _cannot("every format there has a scale", "fp8_e4m3.tensor")
     if granularity.kind == "tensor" and not operand.symmetric:
-        raise _cannot(where, scheme, "zero points come per channel or group", "a symmetric scheme")
+        raise _cannot("zero points come per channel or group", "a symmetric scheme")
     if granularity.kind == "group":
         return {"strategy": "group", "group_size": granularity.columns}
     if granularity.kind == "block":
@@ -218,37 +185,17 @@ def _tiles(scheme: Scheme, operand: TensorScheme, where: str) -> Arguments:
     return {"strategy": granularity.kind}
 
 
-def _activations(scheme: Scheme, where: str) -> Arguments | None:
-    activation = scheme.activation
-    if activation is None:
-        return None
+def _activations(activation: TensorScheme) -> Arguments:
     if activation.scale.name != "f32":
-        raise _cannot(
-            where, scheme, "scales of activations are f32 in every engine", "no scale after the '+'"
-        )
-    is_int = isinstance(activation.element, IntFormat)
-    if activation.element.bits != 8 or not (is_int or activation.element is FP8_E4M3):
-        raise _cannot(
-            where,
-            scheme,
-            f"no engine has {activation.element.name} activations",
-            "int8 or fp8_e4m3",
-        )
+        raise _cannot("scales of activations are f32 in every engine", "no scale after the '+'")
+    element = activation.element
+    if element.bits != 8 or not (isinstance(element, IntFormat) or element is FP8_E4M3):
+        raise _cannot(f"no engine has {element.name} activations", "int8 or fp8_e4m3")
     is_static = activation.granularity.kind == "tensor"
     if is_static and not activation.symmetric:
-        raise _cannot(
-            where, scheme, "a static zero point needs more than a maximum", "a symmetric scheme"
-        )
-    return {
-        "num_bits": 8,
-        "type": "int" if is_int else "float",
-        "symmetric": activation.symmetric,
-        **_tiles(scheme, activation, where),
-        "dynamic": not is_static,
-    }
+        raise _cannot("a static zero point needs more than a maximum", "a symmetric scheme")
+    return _arguments(activation, _tiles(activation), dynamic=not is_static)
 
 
-def _cannot(where: str, scheme: Scheme, why: str, instead: str) -> BackendError:
-    return BackendError(
-        f"{where}: compressed-tensors cannot hold {scheme.name}: {why}. Take {instead}."
-    )
+def _cannot(why: str, instead: str) -> _CannotHoldError:
+    return _CannotHoldError(f"{why}. Take {instead}")

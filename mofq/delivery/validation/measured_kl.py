@@ -6,24 +6,23 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate
-from mofq.delivery.apply.fitted import open_fits
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
-    find_recipe_layers,
     loaded_weight,
     module_path,
     replace_module,
     round_kept,
     scheme_source,
 )
+from mofq.delivery.recipe_fits import open_fits
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
     compare_windows,
@@ -116,18 +115,13 @@ class MeasuredKl:
     def __enter__(self) -> MeasuredKl:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Drop the original's logits, and close the statistics."""
         self._stack.close()
-        self._logits.__exit__(None, None, None)
+        self._logits.close()
 
     @property
     def windows(self) -> int:
@@ -177,9 +171,7 @@ class MeasuredKl:
             yield score.kl_nats / length
 
     def _apply(self, recipe: Recipe) -> None:
-        layers = find_recipe_layers(self.checkpoint, recipe)
-        check_recipe(recipe, layers, index_sha256=self.checkpoint.index_sha256)
-        check_weights(recipe, self.checkpoint)
+        layers = checked_layers(self.checkpoint, recipe)
         stored = {layer.name: layer for layer in layers.grouped_layers}
         if layers != self._stored:  # the first recipe, or another opinion on the lm_head
             for group in self._loaded:
@@ -255,7 +247,7 @@ def _choice(group: FusionGroup, recipe: Recipe) -> _Choice:
     scheme = parse_scheme(recipe.schemes[name])
     if scheme.is_unquantized:
         return _UNQUANTIZED
-    amax = emulate.static_amax(group, scheme, recipe) or {}
+    amax = emulate.static_amax(group, scheme, recipe)
     return scheme.name, tuple(sorted(amax.items()))
 
 

@@ -1,7 +1,8 @@
-"""One safetensors file, by its header, and JSON from strangers. Reads no weight, needs no torch.
+"""The header of one safetensors file, and JSON files of a checkpoint. Reads no weight, no torch.
 
-Headers are input from strangers: whatever does not follow the format to the
-letter is refused before anything is read on its word.
+Headers are untrusted input: whatever does not follow the format exactly is refused before
+anything is read by it. The safetensors library does not give the byte range of a tensor, by
+which rows, samples and copies are read here, and it names neither tensor nor offsets in errors.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -161,8 +162,8 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
     where = f"{path}: tensor {name!r}"
     if not name.isprintable():
         raise CheckpointError(
-            f"{where}: its name holds characters that a terminal would obey and not show."
-            " Do not trust this checkpoint."
+            f"{where}: its name holds control characters, which would change what a"
+            " terminal shows. Do not trust this checkpoint."
         )
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from mofq.numbers.formats import ELEMENT_FORMATS, CodebookFormat, FloatFormat
 from mofq.numbers.quantize import compiled, fake_quantize_weight, round_to_format
-from mofq.numbers.quantize.candidates import (
+from mofq.numbers.quantize.compiled import Kind, pass_maker
+from mofq.numbers.quantize.rounding import codebook_values, divide, nearest_code
+from mofq.numbers.quantize.rounding_errors import (
     band_rows,
     deltas_pass,
     errors_pass,
@@ -30,8 +32,6 @@ from mofq.numbers.quantize.candidates import (
     sum_squares,
     to_bands,
 )
-from mofq.numbers.quantize.compiled import Kind, pass_maker
-from mofq.numbers.quantize.rounding import codebook_values, divide, nearest_code
 from mofq.numbers.schemes import TensorScheme
 
 #: What a compiler could get wrong: rounding, a division, a zero point, two levels of scales.

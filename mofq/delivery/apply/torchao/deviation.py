@@ -50,8 +50,7 @@ def weight_deviation(
     Returns:
         One sentence, or None.
     """
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     found: Any = module.weight.data
     engine = device_engine(found.device)
     if reason := kernel_refusal(scheme, group, engine=engine, dtype=found.dtype):

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply_group, apply_groups
-from mofq.delivery.apply.loaded_model import find_loaded_layers, loaded_weight
+from mofq.delivery.apply.loaded_model import find_loaded_layers, loaded_tensor, loaded_weight
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
-from mofq.delivery.export.compressed_tensors.reading import find_stored_layers
+from mofq.delivery.export.compressed_tensors.recipe_from_folder import find_stored_layers
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
-from mofq.model.layers import FusionGroup, ModelLayers, find_loaded_names
+from mofq.model.layers import FusionGroup, ModelLayers
 from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.schemes import Scheme
 
@@ -65,8 +65,7 @@ def _decode_group(
     recipe: Recipe,
     stored: Checkpoint,
 ) -> None:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     decoded = {
         name: dequantize_weight(read_quantized(stored, name, weight), weight) for name in sources
     }
@@ -102,8 +101,7 @@ def _copy_others(
         is_quantized = f"{name.rpartition('.')[0]}.weight_scale" in stored.tensors
         if name in taken or (is_quantized and not name.endswith(".bias")):
             continue
-        names = find_loaded_names(name, on_disk.architecture)
-        target = next((loaded[key] for key in names if key in loaded), None)
+        target = loaded_tensor(loaded, name, on_disk.architecture)
         if target is None or not target.is_floating_point():
             continue
         value = read_tensor(info)

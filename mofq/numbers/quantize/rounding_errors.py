@@ -9,7 +9,7 @@ Squared errors are summed over sixty-four rows in float32, one row after the oth
 compiled loop does and torch does not by itself: both give the same bits.
 
 Compiled for bfloat16 weights on the CPU, most schemes are done in a shorter way that gives
-the same errors (`nearest`).
+the same errors (`bfloat16_distances`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from mofq.numbers.quantize.nearest import distances, has_short_form, row_amaxes, stored
+from mofq.numbers.quantize.bfloat16_distances import distances, has_short_form, row_amaxes, stored
 from mofq.numbers.quantize.scale_rules import tile_scales
-from mofq.numbers.quantize.scales import Scales, tile_amax
+from mofq.numbers.quantize.scales import tile_amax
 from mofq.numbers.quantize.tiles import round_tiles
 from mofq.numbers.schemes import TensorScheme
 
@@ -172,11 +172,7 @@ def _rounded(x_ARJK: Tensor, scheme: TensorScheme, tensor_amax: Tensor) -> Tenso
     scales = tile_scales(x_tiles, scheme, tensor_amax=amax)
     if scales is None:
         return round_tiles(x_tiles, scheme, None).reshape(x_ARJK.shape)
-    scales = Scales(
-        stored(scales.scale),
-        None if scales.zero_point is None else stored(scales.zero_point),
-        scales.global_scale,
-    )
+    scales = scales.map(stored)
     rounded = round_tiles(x_tiles, scheme, scales) * scales.multiplier
     return rounded.reshape(x_ARJK.shape)
 

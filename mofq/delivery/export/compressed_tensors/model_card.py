@@ -1,58 +1,13 @@
-"""Everything in a model folder but its weights: files to copy, and the model card."""
+"""The README of an exported checkpoint."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from pathlib import Path
 
 from mofq import __version__
 from mofq.decision.recipe import Recipe
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan
-from mofq.exceptions import BackendError
 from mofq.model.sizes import bits_per_weight, weights_of
-
-#: The original weights in any format, and what the export writes itself.
-_LEFT_OUT = (
-    *("*.safetensors", "*.safetensors.index.json", "*.partial"),
-    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.gguf", "*.npz", "*.tflite"),
-    *("config.json", "recipe.yaml", "hf_quant_config.json", "quantize_config.json"),
-)
-_CARD = "README.md"
-_ORIGINAL_CARD = "README.original.md"
-
-
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and every other file beside the weights.
-
-    Links are followed as far as the folder itself, or the blobs of the hub's cache
-    that it is a snapshot of; what is copied is always a file. Folders are not
-    entered: hub repositories keep other formats of the same weights there.
-
-    Args:
-        source: The original model folder.
-        target: An existing folder.
-
-    Raises:
-        BackendError: A link leads elsewhere; a checkpoint from a stranger could
-            publish a private file that way.
-    """
-    allowed = [source.resolve()]
-    if source.parent.name == "snapshots":
-        allowed.append((source.parent.parent / "blobs").resolve())
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or any(path.match(pattern) for pattern in _LEFT_OUT):
-            continue
-        real = path.resolve()
-        if path.is_symlink() and not any(real.is_relative_to(folder) for folder in allowed):
-            raise BackendError(
-                f"{path}: is a link to {real}, outside of the model's folder, and would be copied "
-                f"into the export. Replace it by a file, or remove it."
-            )
-        if real.is_file():
-            name = _ORIGINAL_CARD if path.name == _CARD else path.name
-            shutil.copyfile(real, target / name)
 
 
 def model_card(

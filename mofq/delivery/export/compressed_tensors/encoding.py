@@ -27,8 +27,7 @@ def plan_layer(out_features: int, in_features: int, scheme: Scheme) -> dict[str,
         Last word of the tensor's name (``weight_scale``) to what it will be. The
         sizes add up to ``cost.layer_bytes``.
     """
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     plan = _plan_codes(out_features, in_features, scheme)
     scale_shape = _scale_shape(out_features, in_features, weight)
     plan["weight_scale"] = PlannedTensor(_SCALE_DTYPES[weight.scale.name], scale_shape)
@@ -52,8 +51,7 @@ def encode_rows(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]
         Codes and scales under the names of ``plan_layer``; of a scale for the
         whole tensor, that scale.
     """
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     assert quantized.scale is not None
     name, codes = _encode_codes(quantized.codes_OI, scheme)
     scale = encode_scale(quantized.scale, weight)
@@ -65,7 +63,7 @@ def encode_once(
     in_features: int,
     scheme: Scheme,
     *,
-    weight_amax: Tensor | None,
+    weight_amax: float | None,
     input_amax: float | None,
     zero_point_AG: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -75,15 +73,14 @@ def encode_once(
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         scheme: Of the layer.
-        weight_amax: What ``quantize_weight`` was given, float32 scalar.
+        weight_amax: What ``quantize_weight`` was given as ``tensor_amax``.
         input_amax: Largest magnitude of the layer's inputs, for a static scale.
         zero_point_AG: Of all rows, uint8; asymmetric schemes only.
 
     Returns:
         Under the names of ``plan_layer``, those not in ``encode_rows``.
     """
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     tensors: dict[str, Tensor] = {}
     if _is_packed_int(scheme):
         tensors["weight_shape"] = torch.tensor([out_features, in_features], dtype=torch.int64)
@@ -95,11 +92,10 @@ def encode_once(
     if _has_static_scale(scheme):
         assert scheme.activation is not None
         assert input_amax is not None
-        amax = torch.tensor(input_amax, dtype=torch.float32)
         tensors[_static_name(scheme)] = (
-            _divisor(scheme.activation, amax)
+            _divisor(scheme.activation, input_amax)
             if scheme.activation.scale.global_scale_bits
-            else symmetric_scale(amax, scheme.activation).reshape(1)
+            else symmetric_scale(_float32(input_amax), scheme.activation).reshape(1)
         )
     return tensors
 
@@ -164,8 +160,7 @@ def encode_scale(scale: Tensor, operand: TensorScheme) -> Tensor:
 
 
 def _encode_codes(codes_OI: Tensor, scheme: Scheme) -> tuple[str, Tensor]:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     element = weight.element
     if element is FP4_E2M1:
         return "weight_packed", pack_fp4(codes_OI)
@@ -181,23 +176,25 @@ def _encode_codes(codes_OI: Tensor, scheme: Scheme) -> tuple[str, Tensor]:
 
 
 def _encode_zero_point(zero_point_AG: Tensor, scheme: Scheme) -> Tensor:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     if _is_packed_int(scheme):
         return pack_words(zero_point_AG.T, weight.element.bits).T.contiguous()
     return (zero_point_AG.to(torch.int16) - (1 << (weight.element.bits - 1))).to(torch.int8)
 
 
-def _divisor(operand: TensorScheme, amax: Tensor) -> Tensor:
-    multiplier = global_scale_of(operand, amax)
+def _divisor(operand: TensorScheme, amax: float) -> Tensor:
+    multiplier = global_scale_of(operand, _float32(amax))
     assert multiplier is not None
     divisor: Tensor = 1.0 / multiplier
     return divisor.reshape(1)
 
 
+def _float32(amax: float) -> Tensor:
+    return torch.tensor(amax, dtype=torch.float32)
+
+
 def _plan_codes(out_features: int, in_features: int, scheme: Scheme) -> dict[str, PlannedTensor]:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     bits = weight.element.bits
     if _is_packed_int(scheme):
         words = -(-in_features * bits // _WORD_BITS)
@@ -212,11 +209,12 @@ def _plan_codes(out_features: int, in_features: int, scheme: Scheme) -> dict[str
 
 
 def _plan_zero_point(scale_shape: tuple[int, ...], scheme: Scheme) -> PlannedTensor:
-    assert scheme.weight is not None
     if not _is_packed_int(scheme):
         return PlannedTensor("I8", scale_shape)
     rows, columns = scale_shape
-    return PlannedTensor("I32", (-(-rows * scheme.weight.element.bits // _WORD_BITS), columns))
+    return PlannedTensor(
+        "I32", (-(-rows * scheme.quantized_weight.element.bits // _WORD_BITS), columns)
+    )
 
 
 def _scale_shape(out_features: int, in_features: int, weight: TensorScheme) -> tuple[int, ...]:
@@ -232,8 +230,7 @@ def _is_tensor(operand: TensorScheme) -> bool:
 
 
 def _is_packed_int(scheme: Scheme) -> bool:
-    weight = scheme.weight
-    assert weight is not None
+    weight = scheme.quantized_weight
     if not isinstance(weight.element, IntFormat):
         return False
     return weight.element.bits != 8 or scheme.activation is None

@@ -26,8 +26,7 @@ class FakeQuantExperts(nn.Module):
         experts: nn.Module,
         scheme: Scheme,
         *,
-        gate_up_amax: Mapping[int, float] | None = None,
-        down_amax: Mapping[int, float] | None = None,
+        static_amax: Mapping[str, Mapping[int, float]] | None = None,
         name: str = "experts",
     ) -> None:
         """Take the place of transformers' module.
@@ -35,9 +34,8 @@ class FakeQuantExperts(nn.Module):
         Args:
             experts: With gates, without biases, not transposed.
             scheme: Of every expert.
-            gate_up_amax: Expert -> largest input magnitude in calibration; for
-                static activations.
-            down_amax: Likewise, of the second matrix.
+            static_amax: Parameter (``gate_up_proj``, ``down_proj``) -> expert -> largest
+                magnitude of its input in calibration; for static activations.
             name: For messages.
 
         Raises:
@@ -59,8 +57,7 @@ class FakeQuantExperts(nn.Module):
                 )
         self.scheme = scheme
         self.layer_name = name
-        self.gate_up_amax = gate_up_amax
-        self.down_amax = down_amax
+        self.static_amax = static_amax or {}
         self.gate_up_proj = experts.get_parameter("gate_up_proj")
         self.down_proj = experts.get_parameter("down_proj")
         self.num_experts = self.gate_up_proj.shape[0]
@@ -84,21 +81,21 @@ class FakeQuantExperts(nn.Module):
         for expert in torch.unique(top_k_index).tolist():
             # By rank among the token's experts, then by token, as in transformers.
             rank, token = torch.where((top_k_index == expert).T)
-            x = self._quantize(hidden_TI[token], self.gate_up_amax, expert)
+            x = self._quantize(hidden_TI[token], "gate_up_proj", expert)
             gate, up = functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            x = self._quantize(self.act_fn(gate) * up, self.down_amax, expert)
+            x = self._quantize(self.act_fn(gate) * up, "down_proj", expert)
             y = functional.linear(x, self.down_proj[expert])
             y = y * top_k_weights[token, rank, None]
             output_TI.index_add_(0, token, y.to(output_TI.dtype))
         return output_TI
 
-    def _quantize(self, x_TI: Tensor, amax: Mapping[int, float] | None, expert: int) -> Tensor:
+    def _quantize(self, x_TI: Tensor, parameter: str, expert: int) -> Tensor:
         if self.scheme.activation is None:
             return x_TI
         return fake_quantize_activation(
             x_TI,
             self.scheme.activation,
-            static_amax=None if amax is None else amax[expert],
+            static_amax=self.static_amax.get(parameter, {}).get(expert),
             name=f"{self.layer_name}.{expert}",
         )
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.export.compressed_tensors.config import quantization_config
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.evidence.fits import Fits
 from mofq.exceptions import EnforcementError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo, open_stored

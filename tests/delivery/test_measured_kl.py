@@ -10,7 +10,7 @@ from families import TINY_FAMILIES
 from test_emulate import recipe_of
 
 from mofq.delivery.validation import validate
-from mofq.delivery.validation.objective import MeasuredKl
+from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.demo import demo_model_folder
 from mofq.evidence.corpora import Corpus, load_text
 from mofq.exceptions import CorpusError, MofqError, RecipeError
