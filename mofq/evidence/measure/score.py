@@ -205,8 +205,9 @@ def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences
         gradient_MRI = part_MRC[:, start : start + step] @ x_MCI
         parts.append(torch.bmm(gradient_MRI.transpose(0, 1), delta_RIS[start : start + step]))
     projection_RMS = torch.cat(parts)
-    whole_RNS: Tensor = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
-    return whole_RNS.square().sum(0, dtype=torch.float64)
+    whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
+    error_NS: Tensor = whole_RNS.square().sum(0, dtype=torch.float64)
+    return error_NS
 
 
 def _output_errors(
