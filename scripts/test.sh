@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# The default tests: `bash scripts/test.sh [pytest arguments]`. Needs no network after set-up.
+# The tests of every change, in at most three minutes: `bash scripts/test.sh [pytest arguments]`.
+# With --all, first, those that are marked long too. Needs no network after set-up.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" dev
+others="not real and not postgres and not slow and not browser"
+if [ "${1:-}" = --all ]; then
+    shift
+    chosen=$others
+else
+    chosen="$others and not long"
+fi
 # One thread per worker: two workers fill two cores better than one with two threads.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-exec python -m pytest -n "${MOFQ_TEST_WORKERS:-2}" "$@"
+exec python -m pytest -n "${MOFQ_TEST_WORKERS:-2}" -m "$chosen" "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import DEMO, Measured, ok
 from families import write_family
 
 #: Writes a variant of a tiny checkpoint once per session: ``tiny("llama", shard_size="100KB")``.
@@ -36,3 +37,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 def tiny_llama(tiny: TinyCheckpoint) -> Path:
     """The plainest of the tiny checkpoints: bf16, one file, untied."""
     return tiny("llama")
+
+
+#: Small enough to be measured in a second, wide enough to choose from.
+SPACE = """
+version: 1
+description: for the tests
+schemes: [int4.g64, "int4.g32@mse", fp4_e2m1.g32, int8.channel]
+base: [int4.g64]
+min_gain: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """One small run of the commands up to a recipe. Not to be changed in place."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "space.yaml").write_text(SPACE)
+    stats, table, recipe = folder / "stats", folder / "table.jsonl", folder / "recipe.yaml"
+    calibrate = ("--corpus", "en=demo-en-calibration", "--sequences", "4")
+    ok("calibrate", DEMO, *calibrate, "--sequence-length", "64", "-o", stats)
+    ok("measure", DEMO, "--space", folder / "space.yaml", "--stats", stats, "-o", table)
+    ok("search", table, "--max-bits", "5", "-o", recipe)
+    return Measured(folder, stats, table, recipe)

@@ -24,22 +24,13 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from scripts.quality.mutation_faults import FAULTS, Fault
+from scripts.quality.mutation_fault import Fault, find_fault, find_tests, read_sources
+from scripts.quality.mutation_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COPIED = ("mofq", "tests", "search_spaces", "scripts", "docs", "pyproject.toml", "README.md")
 #: Of processor time, for the tests of one fault.
 LIMIT_SECONDS = 600
-
-
-def plant(fault: Fault, copy: Path) -> str | None:
-    """Make the edit; the file's text before, or None where the words are not there once."""
-    path = copy / "mofq" / fault.file
-    text = path.read_text("utf-8")
-    if text.count(fault.old) != 1:
-        return None
-    path.write_text(text.replace(fault.old, fault.new), "utf-8")
-    return text
 
 
 def is_caught(fault: Fault, copy: Path, log: Path) -> bool:
@@ -73,8 +64,7 @@ def _run_tests(fault: Fault, copy: Path, log: Path) -> int:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS + 5))
-    named = [name.partition("::") for name in fault.tests.split()]
-    tests = [f"tests/test_{file}.py{mark}{test}" for file, mark, test in named]
+    tests = find_tests(fault, copy)
     return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
@@ -108,20 +98,22 @@ def main() -> int:
                 shutil.copytree(source, copy / name, ignore=ignored)
             else:
                 shutil.copyfile(source, copy / name)
+        sources = read_sources(copy)
         for fault in chosen:
             start = time.monotonic()
-            before = plant(fault, copy)
+            path = find_fault(fault, sources)
             sys.stdout.flush()
-            if before is None:
-                bad.append(f"{fault.name}: mofq/{fault.file} has changed; mend the fault")
+            if path is None:
+                bad.append(f"{fault.name}: its words stand not once in mofq/; mend the fault")
                 continue
+            path.write_text(sources[path].replace(fault.old, fault.new), "utf-8")
             if is_caught(fault, copy, Path(made) / "log"):
                 caught += 1
                 word = "caught"
             else:
                 word = "SURVIVED"
                 bad.append(f"{fault.name}: survived {fault.tests}")
-            (copy / "mofq" / fault.file).write_text(before, "utf-8")
+            path.write_text(sources[path], "utf-8")
             print(f"{word:8} {time.monotonic() - start:5.0f} s  {fault.name}", flush=True)
     print(f"{caught} of {len(chosen)} faults caught")
     print("\n".join(bad))

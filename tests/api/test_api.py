@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, Measured, measured, ok
+from command_line import DEMO, Measured, ok
 
 from mofq import api
 from mofq.decision.recipe import load_recipe
 from mofq.exceptions import BudgetError
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 
 def test_the_flow_from_python_writes_what_the_commands_write(

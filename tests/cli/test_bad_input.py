@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
+from command_line import DEMO, Measured, mofq, ok, refused, tree
 from families import copy_with_tensors
 from safetensors.torch import load_file
 
 from mofq.model.checkpoint.headers import read_header
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 TESTS = Path(__file__).parent.parent
 
@@ -261,6 +259,7 @@ def test_a_tensor_without_elements_is_refused(shape: tuple[int, ...], tmp_path: 
         assert f"found {list(shape)}" in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("edit", "words"),
     [

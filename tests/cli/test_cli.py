@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, ok
+from command_line import DEMO, Measured, ok
 from transformers import AutoModelForCausalLM
 
 import mofq as package
@@ -21,8 +21,6 @@ from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.numbers.numerics import NUMERICS
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 WINDOWS = ("--tokens", "256", "--sequence-length", "64")
 

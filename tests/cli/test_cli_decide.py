@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, Measured, measured, ok, refused
+from command_line import DEMO, Measured, ok, refused
 
 from mofq.decision.recipe import load_recipe
 from mofq.engines.devices import DEVICE_MODELS
-
-__all__ = ["measured"]
 
 GROUP, LAYER = "layers.0.mlp.down", "model.layers.0.mlp.down_proj"
 TIMED = ("--device-model", "h100", "--workload", "decode:batch=8,context=128")

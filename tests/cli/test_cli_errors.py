@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, ok, refused, tree
+from command_line import DEMO, Measured, ok, refused, tree
 from safetensors.torch import load_file, save_file
 
 import mofq as package
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 SHORT = ("--sequences", "2", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, Measured, measured, mofq, ok, refused
+from command_line import DEMO, Measured, mofq, ok, refused
 
 import mofq as package
 from mofq.evidence.corpora import load_text
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 TEXT = ("--text", "demo-en", "--tokens", "512", "--sequence-length", "64")
 
@@ -20,6 +18,7 @@ def search(table: Path, out: Path, *more: str) -> dict[str, object]:
     return ok(*arguments, "-o", out, *more, "--json").json
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [("--refine", "4"), ("--solver", "optuna", "--trials", "8")])
 def test_what_the_search_measured_is_what_validate_measures(
     measured: Measured, tmp_path: Path, how: tuple[str, ...]
@@ -50,6 +49,7 @@ def test_people_are_shown_what_was_measured(measured: Measured, tmp_path: Path) 
     assert "for every layer" in shown.err
 
 
+@pytest.mark.long
 def test_a_second_run_of_a_study_measures_nothing_that_is_there(
     measured: Measured, tmp_path: Path
 ) -> None:

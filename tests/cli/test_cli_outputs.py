@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
-
-__all__ = ["measured"]  # a fixture, used by its name
+from command_line import DEMO, Measured, mofq, ok, refused, tree
 
 SHORT = ("--sequences", "2", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")

@@ -10,12 +10,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from command_line import DEMO, Measured, Ran, measured, mofq, ok, refused, tree
+from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 
 import mofq as package
 from mofq.cli.terminal import Bars
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
 
@@ -171,6 +169,7 @@ def refused_after_work(*arguments: str | Path) -> str:
     return ran.err.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> None:
     content = ok("demo", "-o", tmp_path / "demo", "--json").json
     assert content["preferred"] == "recipe"
@@ -224,6 +223,7 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     assert validation["bits_per_weight"] == recipe.bits_per_weight
 
 
+@pytest.mark.long
 def test_ctrl_c_in_measure_keeps_whole_lines_and_a_second_run_makes_the_same_bytes(
     measured: Measured, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mofq.cli.terminal import quiet_noise
 
 
+@pytest.mark.long
 def test_a_command_that_loads_a_model_writes_nothing_of_libraries(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def run(storage: str, trials: int, *, groups: int = 10, seed: int = 0) -> Study:
     return study
 
 
+@pytest.mark.long
 def test_a_study_finds_what_the_predictions_got_wrong_and_keeps_the_budget(storage: str) -> None:
     one = problem()
     study = run(storage, 24)
@@ -148,6 +149,7 @@ def test_one_process_with_one_seed_measures_the_same_recipes(tmp_path: Path) -> 
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.long
 def test_a_killed_process_loses_at_most_its_running_trial(storage: str) -> None:
     command = [sys.executable, study_worker.__file__, storage, "8", "0.02"]
     killed, other = (subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2))

@@ -35,6 +35,7 @@ def run(storage: str, trials: int) -> tuple[FrontPoint, ...]:
         return measured_front(study, one)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["study.db", "study.journal"])
 def test_the_front_falls_keeps_the_budget_and_beats_what_was_predicted(
     tmp_path: Path, name: str

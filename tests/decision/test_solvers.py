@@ -64,6 +64,7 @@ def test_exact_equals_exhaustive_search_in_ten_thousand_problems(data: st.DataOb
     check_against_exhaustive(problem, data.draw(some_budgets(problem)))
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_the_integer_program_equals_exhaustive_search_too(data: st.DataObject) -> None:

@@ -22,6 +22,7 @@ def non_dominated(problem: Problem) -> list[tuple[int, float]]:
     return points
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(small_problems())
 def test_every_point_of_the_frontier_is_non_dominated_and_exact_at_its_size(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
-from families import copy_with_tensors
+from families import copy_with_tensors, long_but
 from torch import Tensor
 
 from mofq.delivery.rewriting.choose import Choice, choose_scales
@@ -67,7 +67,10 @@ def rewritten(
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [(family, "smoothquant") for family in NORMS]
+    [
+        pytest.param(*family.values, "smoothquant", marks=family.marks)
+        for family in long_but(NORMS, "llama", "phi3", "olmo2")
+    ]
     + [(family, method) for family in ("llama", "phi3", "mixtral") for method in METHODS[1:]],
 )
 def test_a_rewritten_model_computes_what_it_did(

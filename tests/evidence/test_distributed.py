@@ -48,8 +48,7 @@ def stats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stats:
 def two_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Workers import cluster_units.
-        paths = [str(Path(__file__).parent.parent), *(path for path in sys.path if path)]
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_worker_niceness", "0")  # Ray gives its workers 15
         own = distributed._own_cluster()
@@ -64,6 +63,7 @@ def fill(folder: Path, path: Path, stats: Stats | None, **options: Any) -> bytes
     return path.read_bytes()
 
 
+@pytest.mark.long
 def test_two_workers_give_the_table_that_one_process_gives(
     folder: Path, stats: Stats, two_workers: None, tmp_path: Path
 ) -> None:
@@ -73,6 +73,7 @@ def test_two_workers_give_the_table_that_one_process_gives(
         assert there == here
 
 
+@pytest.mark.long
 def test_a_worker_killed_in_the_middle_changes_no_byte(
     folder: Path,
     stats: Stats,
@@ -86,6 +87,7 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(
     assert there == fill(folder, tmp_path / "here.jsonl", stats)
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on_on_the_cluster_or_without(
     folder: Path, stats: Stats, two_workers: None, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_run_that_is_stopped_goes_on_on_the_cluster_or_without(
         assert fill(folder, path, stats, remotely=second) == expected
 
 
+@pytest.mark.long
 def test_workers_calibrate_to_the_files_that_one_process_writes(
     folder: Path, stats: Stats, two_workers: None, tmp_path: Path
 ) -> None:
@@ -120,6 +123,7 @@ def test_workers_calibrate_to_the_files_that_one_process_writes(
         assert other.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.long
 def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None) -> None:
     assert list(run_units(refuse, range(3))) == [0, 1, 2]
     found: list[int] = []
@@ -136,6 +140,7 @@ def test_a_unit_of_another_mofq_is_not_run() -> None:
             distributed._run_on_worker(refuse, other, 1)
 
 
+@pytest.mark.long
 def test_a_worker_with_another_mofq_or_none_is_refused(
     two_workers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -152,6 +157,7 @@ def test_a_worker_with_another_mofq_or_none_is_refused(
         list(run_units(refuse, range(2)))
 
 
+@pytest.mark.long
 def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
     two_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +166,7 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
         list(run_units(die, range(4)))
 
 
+@pytest.mark.long
 def test_a_unit_that_fits_nowhere_is_refused_at_once(two_workers: None) -> None:
     with pytest.raises(ClusterError, match="needs 1 CPUs and 1 GPUs, and the cluster has 2 and 0"):
         list(run_units(die, range(4), gpus=1))
@@ -247,6 +254,7 @@ def test_an_address_where_nothing_answers_is_refused_before_ray_tries_for_minute
             pass
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_cancels_nothing(two_workers: None) -> None:
     # Ray aborts the whole process where a unit ends while it is cancelled.
     import ray
@@ -270,6 +278,7 @@ def test_without_ray_the_message_says_how_to_get_it(
     assert not table.exists()
 
 
+@pytest.mark.long
 def test_the_command_line_measures_on_a_cluster_of_its_own_without_noise(tmp_path: Path) -> None:
     tables = [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
     command = [sys.executable, "-c", "from mofq.cli import main; main()", "measure", DEMO]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens, space_of
 from conftest import TinyCheckpoint
+from families import long_but
 from test_emulate import recipe_of
 from torch import Tensor
 
@@ -128,6 +129,7 @@ def _tensors(fit: LayerFit) -> tuple[Tensor, ...]:
     return fit.importance_I, fit.feedback.passed_II, fit.feedback.cost_I
 
 
+@pytest.mark.long
 def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
     assert row.sample_errors == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.long
 def test_the_weight_error_is_that_of_what_is_shipped(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path
 ) -> None:
@@ -187,7 +190,9 @@ def test_other_schemes_have_the_rows_that_they_have_alone(
     assert all(kept[row.key] == row for row in alone.rows)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", long_but(("mixtral", "qwen3_moe", "gpt2", "gemma3_text"), "gpt2")
+)
 def test_every_family_is_fitted_applied_and_enforced(
     tiny: TinyCheckpoint, tmp_path: Path, family: str
 ) -> None:

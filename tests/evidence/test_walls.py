@@ -68,6 +68,7 @@ def test_a_wall_that_leaves_the_range_of_bf16_is_refused() -> None:
         walls_experiment.scaled(torch.full((2, 4), 3e38, dtype=torch.bfloat16), [1], 6)
 
 
+@pytest.mark.long
 def test_the_experiment_finds_its_walls_in_the_bundled_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

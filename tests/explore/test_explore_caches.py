@@ -48,6 +48,7 @@ def texts_of(content: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("request_", [PLAIN, BITS, FORMATS, CONTEXT, FOR_ENGINE])
 def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
     path: Path, table: Table, request_: Request, tmp_path: Path
@@ -140,6 +141,7 @@ def test_uniform_points_beside_a_context_are_pairs_that_none_beats(
     assert all(one["label"].endswith("MB") for one in greedy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["frontier", "map", "sensitivity"])
 @pytest.mark.parametrize("flags", [(), ("--kv-tokens", "2000"), ("--max-kv-bits", "8")])
 def test_figures_of_a_table_with_caches_are_drawn(

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, ok, tree
+from command_line import DEMO, Measured, ok, tree
 from safetensors.torch import load_file
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 

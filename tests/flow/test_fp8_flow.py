@@ -54,6 +54,7 @@ def calibrate_and_measure(model: Path, folder: Path) -> Path:
     return table
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "convention", "options"),
     [

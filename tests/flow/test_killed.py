@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from command_line import DEMO, Measured, measured, mofq, ok, refused, tree
+from command_line import DEMO, Measured, mofq, ok, refused, tree
 
 from mofq.decision import Decision
 from mofq.decision.study import decide_in_study
@@ -26,13 +26,12 @@ from mofq.exceptions import MofqError
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.locks import hold_folder, hold_new_folder, open_new_file
 
-__all__ = ["measured"]  # a fixture, used by its name
-
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "32")
 
 
+@pytest.mark.long
 def test_every_command_killed_at_three_moments_resumes_to_the_same_bytes() -> None:
     # `python scripts/quality/kill_test.py` takes forty moments of each.
     command = [sys.executable, SCRIPTS / "quality/kill_test.py", "--moments", "3"]
@@ -136,6 +135,7 @@ def test_a_full_disk_leaves_nothing_of_an_export_or_a_recipe(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("storage", "size"), [("s.db", 100_000), ("s.journal", 20_000)])
 def test_a_study_on_a_full_disk_goes_on_as_if_nothing_had_been(
     storage: str, size: int, measured: Measured, tmp_path: Path

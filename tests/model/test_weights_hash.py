@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, measured, ok, refused
+from command_line import DEMO, Measured, ok, refused
 from conftest import TinyCheckpoint
 from safetensors.torch import load_file, save_file
 
@@ -18,8 +18,6 @@ from mofq.delivery.backends import EXPORTERS, RECIPE_EXPORTERS
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
 SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")

@@ -35,7 +35,6 @@ from mofq.numbers.quantize.rounding_errors import (
 from mofq.numbers.schemes import TensorScheme
 
 #: What a compiler could get wrong: rounding, a division, a zero point, two levels of scales.
-TESTS = Path(__file__).parent.parent
 COMPILED = ("int8.channel", "fp4_e2m1.g32", "int4.g32.asym", "nvfp4")
 #: Elements that are rounded in a shorter way where they are compiled.
 SCALED_ELEMENTS = [
@@ -123,6 +122,7 @@ def test_every_scheme_compiled_is_the_reference_in_every_bit(kind: Kind, own_cac
     check_compiled(kind, list(dict.fromkeys(schemes)), own_cache)
 
 
+@pytest.mark.long
 def test_some_schemes_compiled_are_the_reference_in_every_bit(own_cache: Path) -> None:
     check_compiled("errors", [weight_scheme(name) for name in COMPILED], own_cache)
 
@@ -134,12 +134,13 @@ def test_the_fence_kills_who_reads_past_an_end() -> None:
         code += f"x.data_ptr() + {past} * 4).value"
         ran = subprocess.run(
             [sys.executable, "-c", read + code],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[1] / "support",
             capture_output=True,
         )
         assert ran.returncode == -signal.SIGSEGV
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 )
@@ -153,6 +154,7 @@ def test_no_compiled_pass_reads_past_an_odd_block(dtype: torch.dtype, own_cache:
             check("errors", schemes, block_RI, compiled_pass(x_ARJK, torch.ones(())))
 
 
+@pytest.mark.long
 def test_every_quotient_of_a_bfloat16_and_its_scale_has_the_references_error(
     own_cache: Path,
 ) -> None:

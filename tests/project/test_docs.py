@@ -74,6 +74,7 @@ def run(command: Command, words: tuple[str, ...]) -> None:
     assert done.code == 0, f"{command.where}: {' '.join(command.words)}: {done.err}"
 
 
+@pytest.mark.long
 def test_every_command_of_the_tutorial_runs_as_it_stands(sandbox: Path) -> None:
     for command in commands_of(TUTORIAL):
         words = runnable(command, sandbox)
@@ -88,6 +89,7 @@ def test_every_command_of_the_tutorial_runs_as_it_stands(sandbox: Path) -> None:
     assert mixed < uniform / 2
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme_and_how_tos_run_on_the_bundled_model(sandbox: Path) -> None:
     ran: dict[str, int] = {}
     for document in IN_ORDER:

@@ -14,10 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, Measured, measured, mofq, ok, refused
+from command_line import DEMO, Measured, mofq, ok, refused
 from safetensors.torch import load_file, save_file
-
-__all__ = ["measured"]  # a fixture, used by its name
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
@@ -194,6 +192,7 @@ def test_names_that_a_terminal_obeys_are_refused(
 SCRIPT = "<script>alert(1)</script>"
 
 
+@pytest.mark.long
 def test_a_layer_called_script_is_text_in_the_explorer(measured: Measured, tmp_path: Path) -> None:
     class Tags(HTMLParser):
         found: list[str] = []  # noqa: RUF012
@@ -226,6 +225,7 @@ def test_a_layer_called_script_is_text_in_the_explorer(measured: Measured, tmp_p
     assert pages[0] == pages[1]
 
 
+@pytest.mark.long
 def test_every_output_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -253,3 +254,15 @@ def copy_with_tensors(source: Path, target: Path, edit: Callable[[dict[str, Any]
     edit(tensors)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def long_but(names: Iterable[str], *short: str) -> list[Any]:
+    """Parameters of a test that goes through many families: all but some are marked long.
+
+    Args:
+        names: Of the families, or of variants of them.
+        short: Those that the fast tests have too; each must be one of the names.
+    """
+    every = list(names)
+    assert set(short) <= set(every)
+    return [pytest.param(n, marks=() if n in short else pytest.mark.long) for n in every]
