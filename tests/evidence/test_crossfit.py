@@ -11,7 +11,7 @@ from test_measure_score import LENGTH, WEIGHT, some_samples
 
 from mofq.evidence.fits import LayerFit
 from mofq.evidence.measure.crossfit import join_parts, prepare_parts
-from mofq.evidence.measure.gains import LayerGains, SampleGains
+from mofq.evidence.measure.gain_correction import LayerGains, SampleGains
 from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, arrange_samples
 from mofq.evidence.measure.schedule import score_layers

@@ -15,7 +15,7 @@ from mofq.evidence.calibration.gains import Gains, gains_path, read_gains
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import CorpusPlan, Stats, read_stats, verify_sequences
 from mofq.evidence.measure.fill_table import measure
-from mofq.evidence.measure.gains import (
+from mofq.evidence.measure.gain_correction import (
     SampleGains,
     corrected,
     layer_gains,

@@ -49,29 +49,29 @@ class Captured:
         for part in (self.x, self.source, self.grads, self.tokens, self.input_gains):
             part.clear()
 
-    def see(self, layer: str, x: Tensor, y: Tensor) -> None:
-        """Keep a layer's input, and the gradients of its output and input when they come."""
+    def keep_input(self, layer: str, x: Tensor, y: Tensor) -> None:
+        """Keep a layer's input, its gain, and the gradient of its output."""
         x_TI = x.detach().reshape(-1, x.shape[-1])
         self.x[layer] = x_TI.to(device="cpu", dtype=torch.bfloat16)
-        self.answer(layer, x)
-        self.share(layer, layer, y)
+        self.keep_input_gain(layer, x)
+        self.keep_gradient(layer, layer, y)
 
-    def answer(self, layer: str, x: Tensor) -> None:
-        """Note what noise in a layer's input would do, when the gradient comes."""
+    def keep_input_gain(self, layer: str, x: Tensor) -> None:
+        """Keep the input gain of a layer, when the gradient of its input comes."""
         amax_T = x.detach().abs().amax(-1).float()
-        x.register_hook(partial(self._keep_gain, layer, amax_T))
+        x.register_hook(partial(self._on_input_gradient, layer, amax_T))
 
-    def share(self, layer: str, source: str, y_TO: Tensor) -> None:
-        """Keep only the gradient of a layer that reads the same input as another."""
+    def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:
+        """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""
         self.source[layer] = source
-        y_TO.register_hook(partial(self._keep_gradient, layer))
+        y_TO.register_hook(partial(self._on_output_gradient, layer))
 
-    def _keep_gain(self, layer: str, amax_T: Tensor, grad: Tensor) -> None:
+    def _on_input_gradient(self, layer: str, amax_T: Tensor, grad: Tensor) -> None:
         square_T = grad.float().square().sum(-1, dtype=torch.float64)
         gain = float((square_T * amax_T.square()).sum())
         self.input_gains.setdefault(layer, []).append(gain)
 
-    def _keep_gradient(self, layer: str, grad: Tensor) -> None:
+    def _on_output_gradient(self, layer: str, grad: Tensor) -> None:
         grad_TO = grad.reshape(-1, grad.shape[-1]).to(device="cpu", dtype=torch.bfloat16)
         self.grads.setdefault(layer, []).append(grad_TO)
 
@@ -154,10 +154,10 @@ def _on_forward(
         return  # the second run of an activation-checkpointed decoder layer
     x = inputs[0]
     if last_input and last_input[0][0] is x and last_input[0][1] in captured.x:
-        captured.share(name, last_input[0][1], output)
+        captured.keep_gradient(name, last_input[0][1], output)
         return
     last_input[:] = [(x, name)]
-    captured.see(name, x, output)
+    captured.keep_input(name, x, output)
 
 
 def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[
         state_BTI = state_BHTD.transpose(1, 2).flatten(2)
         name = cache.part(part)
         if state_BTI.requires_grad and name not in captured.source:
-            captured.see(name, state_BTI, state_BTI)
+            captured.keep_input(name, state_BTI, state_BTI)
         seen.append(state_BTI.unflatten(2, (-1, cache.head_size)).transpose(1, 2))
     return seen[0], seen[1]
 
@@ -272,7 +272,7 @@ def _see(
         return
     order = token.argsort()
     captured.x[source] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
-    captured.answer(source, x)
+    captured.keep_input_gain(source, x)
     for layer, start in layers:
         captured.tokens[layer.name] = token[order].to("cpu")
         captured.source[layer.name] = source

@@ -10,7 +10,7 @@ follow both closely and take no space, and are kept of every sequence that is ru
     ``sum_t |W^T g_t|^2 max|x_t|^2``: what noise in proportion to each token's largest
     magnitude would cost in the inputs.
 
-`mofq.evidence.measure.gains` corrects the few by the many. One file for each sequence,
+`mofq.evidence.measure.gain_correction` corrects the few by the many. One file for each sequence,
 ``gains-00000.json``: for each layer a list over draws; a layer without a token has zeros.
 
 Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniques", 3rd ed.,

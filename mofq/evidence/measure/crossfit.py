@@ -12,7 +12,7 @@ is in docs/rounding-and-rewrites.md.
 An expert that the kept sequences of one half alone reached is judged there, by codes that no
 sequence was fitted to; in the other half it loses in proportion to its gains.
 
-Parts are layers of their own to everything else: nothing else knows of fitting.
+To the rest of the code a part is a layer like any other; only this file knows of fitting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.fits import Fits, Part, part_of
-from mofq.evidence.measure.gains import cluster_shares, corrected
+from mofq.evidence.measure.gain_correction import cluster_shares, corrected
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.evidence.measure.score import CorpusScore, LayerScore

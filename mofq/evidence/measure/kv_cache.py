@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
-from mofq.evidence.measure.gains import corrected, not_negative
+from mofq.evidence.measure.gain_correction import corrected, not_negative
 from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
 from mofq.evidence.metrics import standard_error
 from mofq.evidence.spaces import CacheOffer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.fits import NO_FIT, LayerFit
-from mofq.evidence.measure.gains import LayerGains
+from mofq.evidence.measure.gain_correction import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.numbers.quantize import fake_quantize_activation

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mofq.evidence.measure.gains import not_negative
+from mofq.evidence.measure.gain_correction import not_negative
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
 from mofq.evidence.metrics import standard_error
 from mofq.evidence.table import Row
@@ -130,23 +130,26 @@ def _fill_unseen(
         if layer.name in seen:
             filled[layer.name] = seen[layer.name]
             continue
-        alike = [la for la in group.layers if la.name in seen and la.module == layer.module]
-        if not alike:
+        same_kind = [la for la in group.layers if la.name in seen and la.module == layer.module]
+        if not same_kind:
             raise StatsError(
                 f"{group.name}: no token of corpus {corpus!r} reached {layer.name} or a layer "
                 f"like it. Calibrate on more text."
             )
-        filled[layer.name] = _mean_score(layer, alike, scores, corpus)
+        filled[layer.name] = _mean_score(layer, same_kind, scores, corpus)
     return filled
 
 
 def _mean_score(
-    layer: LinearLayer, alike: Sequence[LinearLayer], scores: Mapping[str, LayerScore], corpus: str
+    layer: LinearLayer,
+    same_kind: Sequence[LinearLayer],
+    scores: Mapping[str, LayerScore],
+    corpus: str,
 ) -> CorpusScore:
     own_S = scores[layer.name].relative_weight_error_S
-    theirs_S = torch.stack([scores[la.name].relative_weight_error_S for la in alike]).mean(0)
+    theirs_S = torch.stack([scores[la.name].relative_weight_error_S for la in same_kind]).mean(0)
     ratio_S = torch.where(theirs_S > 0, own_S / theirs_S.clamp(min=1e-300), 1.0)
-    parts = [scores[la.name].corpora[corpus] for la in alike]
+    parts = [scores[la.name].corpora[corpus] for la in same_kind]
     return CorpusScore(
         error_NS=torch.stack([p.error_NS for p in parts]).mean(0) * ratio_S,
         output_mse_S=torch.stack([p.output_mse_S for p in parts]).mean(0) * ratio_S,

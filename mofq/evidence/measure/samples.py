@@ -12,7 +12,7 @@ from torch import Tensor
 from mofq.evidence.calibration.gains import read_gains
 from mofq.evidence.calibration.sequence_file import LayerSamples
 from mofq.evidence.calibration.stats import Stats, open_sequences
-from mofq.evidence.measure.gains import LayerGains, layer_gains
+from mofq.evidence.measure.gain_correction import LayerGains, layer_gains
 
 #: Neighbouring tokens that are multiplied together. A constant of the numerics: other chunks
 #: give other last digits.

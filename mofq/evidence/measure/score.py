@@ -21,7 +21,7 @@ sequences. What rounding does has more structure, and this module uses it:
   ``G`` taken with the quantized inputs.
 
 Where the stats keep the inputs and gradients of a few of the sequences that were run, the sums
-are corrected by what is known of all of them: ``mofq.evidence.measure.gains``.
+are corrected by what is known of all of them: ``mofq.evidence.measure.gain_correction``.
 
 How these were chosen is measured in ``scripts/bench/prediction.py``.
 
@@ -41,7 +41,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mofq.evidence.measure.gains import SampleGains, corrected
+from mofq.evidence.measure.gain_correction import SampleGains, corrected
 from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
 from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
 from mofq.exceptions import SchemeError
