@@ -53,6 +53,24 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 NotNegative = Annotated[Number, Field(ge=0)]
 
 
+#: What pydantic says, and what our messages say, which speak of files and not of Python.
+_WORDS = {
+    "Input should": "must",
+    "String should": "must",
+    "Value should": "must",
+    " after validation, not 0": "",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "a dictionary or an instance of": "a mapping of the keys of",
+    "a valid string": "text",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+}
+
+
 def validate(
     adapter: TypeAdapter[_Value], value: object, where: str, error: type[MofqError]
 ) -> _Value:
@@ -92,7 +110,9 @@ def _message(problem: ValidationError, where: str, known_keys: Iterable[str]) ->
     hint = ""
     if first["type"] == "literal_error":
         hint = nearest_name(str(found), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
-    needed = first["msg"].removeprefix("Input ")
+    needed = first["msg"]
+    for theirs, ours in _WORDS.items():
+        needed = needed.replace(theirs, ours)
     return f"{at}{_step(key)}: {needed}, found {shown}.{hint}"
 
 

@@ -231,7 +231,7 @@ def test_a_file_that_is_no_sequence_is_refused(tmp_path: Path) -> None:
         (lambda c: c.update(version=2), "has version 2, and this mofq reads version 1"),
         (lambda c: c.update(speed=1), "unknown key 'speed'"),
         (lambda c: c.pop("draws"), "the key 'draws' is missing"),
-        (lambda c: c.update(sequence_length="16"), "sequence_length: should be a valid integer"),
+        (lambda c: c.update(sequence_length="16"), "sequence_length: must be an integer"),
         (
             lambda c: c["corpora"][0].update(name="../../etc"),
             "name: .* match pattern",
@@ -240,7 +240,7 @@ def test_a_file_that_is_no_sequence_is_refused(tmp_path: Path) -> None:
         (lambda c: c["corpora"][1].update(name="a"), "corpora: a name stands twice"),
         (
             lambda c: c["corpora"][0].update(sequences=0),
-            "sequences: should be greater than",
+            "sequences: must be at least 1",
         ),
     ],
 )

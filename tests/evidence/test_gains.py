@@ -107,9 +107,9 @@ def test_a_lost_file_of_gains_is_made_again(tiny_llama: Path, tmp_path: Path) ->
         ('{"layer": {"weight": [1.0]}}', "layer: .*input"),
         (
             '{"layer": {"weight": [-1.0], "input": [1.0]}}',
-            "or equal to 0, found -1",
+            "must be at least 0, found -1",
         ),
-        ('{"layer": {"weight": [1e999], "input": [1.0]}}', "should be a finite number, found inf"),
+        ('{"layer": {"weight": [1e999], "input": [1.0]}}', "must be a finite number, found inf"),
         ("[", "is not valid JSON"),
     ],
 )
