@@ -26,7 +26,7 @@ from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_sche
 from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
 
-SEARCH_SPACE_VERSION = 1
+SEARCH_SPACE_VERSION: Literal[1] = 1
 MAX_FILE_BYTES = 100_000
 
 #: Why a group cannot have a scheme, or None: what an engine adds to the rules of shapes.

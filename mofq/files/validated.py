@@ -10,23 +10,14 @@ from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from mofq.exceptions import MofqError, nearest_name
+from mofq.files.documents import shown, text_problem
 
 _Value = TypeVar("_Value")
 
-#: What moves a terminal's cursor or turns the direction of text; lines and tabs do no harm.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
 
 def _check_text(text: str) -> str:
-    if text.isprintable():
-        return text
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds half of a surrogate pair, which is not text")
-    if found := _CONTROL.search(text):
-        raise ValueError(
-            f"holds the control character {found[0]!r}, which could change what a terminal "
-            f"shows. Remove it"
-        )
+    if problem := text_problem(text):
+        raise ValueError(problem)
     return text
 
 
@@ -39,7 +30,7 @@ def _check_unique(values: tuple[str, ...]) -> tuple[str, ...]:
 
 #: Types of the keys of a file. All are strict: ``"1"`` is no number, and ``true`` is no 1.
 Text = Annotated[str, Strict(), AfterValidator(_check_text)]
-Name = Annotated[Text, Field(min_length=1)]
+Name = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_check_text)]
 Names = Annotated[
     tuple[Name, ...], AfterValidator(_check_unique), Field(json_schema_extra={"uniqueItems": True})
 ]
@@ -106,14 +97,13 @@ def _message(problem: ValidationError, where: str, known_keys: Iterable[str]) ->
         case "value_error":
             return f"{at}{_step(key)}: {first['ctx']['error']}."
     found = first["input"]
-    shown = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
     hint = ""
     if first["type"] == "literal_error":
         hint = nearest_name(str(found), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
     needed = first["msg"]
     for theirs, ours in _WORDS.items():
         needed = needed.replace(theirs, ours)
-    return f"{at}{_step(key)}: {needed}, found {shown}.{hint}"
+    return f"{at}{_step(key)}: {needed}, found {shown(found)}.{hint}"
 
 
 def _keys_of(schema: Any) -> Iterator[str]:
