@@ -54,7 +54,6 @@ _WORDS = {
     "less than or equal to": "at most",
     "a valid tuple": "a list",
     "a valid dictionary": "a mapping",
-    "a dictionary or an instance of": "a mapping of the keys of",
     "a valid string": "text",
     "a valid integer": "an integer",
     "a valid number": "a number",
@@ -94,6 +93,8 @@ def _message(problem: ValidationError, where: str, known_keys: Iterable[str]) ->
             return f"{at}: unknown key {key!r}." + nearest_name(str(key), known_keys)
         case "missing":
             return f"{at}: the key {key!r} is missing."
+        case "dataclass_type":
+            return f"{at}{_step(key)}: must be a mapping, found {shown(first['input'])}."
         case "value_error":
             return f"{at}{_step(key)}: {first['ctx']['error']}."
     found = first["input"]

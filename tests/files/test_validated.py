@@ -49,7 +49,7 @@ def test_lists_become_tuples_and_whole_numbers_become_floats() -> None:
         ),
         ({"parts": [{"size": 0}]}, "file: parts[0]: size: must be at least 1, found 0."),
         ({"parts": {}}, "file: parts: must be a list, found {}."),
-        ({"parts": [3]}, "file: parts[0]: must be a mapping of the keys of Part, found 3."),
+        ({"parts": [3]}, "file: parts[0]: must be a mapping, found 3."),
         ({"names": ["b", "c", "b"]}, "file: names: 'b' stands twice; keep one."),
         ({"names": [""]}, "file: names[0]: must have at least 1 character, found ''."),
         ({"errors": {"c": "1"}}, "file: errors: c: must be a number, found '1'."),

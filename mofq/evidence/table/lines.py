@@ -363,6 +363,8 @@ def describe(line: Line) -> str:
             return f"profile of {line.module} in {line.group}"
         case Rejection():
             return f"rejection of {line.scheme} for {line.group}"
+        case TableCache():
+            return f"cache {line.name}"
     return next(kind for kind, of in _KINDS.items() if isinstance(line, of))
 
 

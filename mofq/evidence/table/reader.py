@@ -21,6 +21,7 @@ from mofq.evidence.table.lines import (
     TableSpace,
     bin_width,
     decode_line,
+    describe,
 )
 from mofq.exceptions import SchemeError, TableError, nearest_name
 from mofq.model.kv_schemes import parse_cache_scheme, static_keys
@@ -87,11 +88,10 @@ class TableLines:
         Raises:
             TableError: It names what the header does not have, or contradicts another line.
         """
+        if isinstance(line, TableHeader):
+            raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
+        where = f"{where}: {describe(line)}"
         match line:
-            case TableHeader():
-                raise TableError(
-                    f"{where}: a second header. Tables are not joined by concatenation."
-                )
             case TableSpace():
                 return _add(self._spaces, line, None, where)
             case Rejection():
@@ -99,7 +99,7 @@ class TableLines:
                 return _add(self._rejections, line, None, where)
             case TableCache():
                 if line.name in self._layers:
-                    raise TableError(f"{where}: the cache {line.name!r} is named as a group is.")
+                    raise TableError(f"{where}: a fusion group has the same name.")
                 return _add(self._caches, line.name, CacheLayer(**asdict(line)), where)
             case Profile():
                 self._check_profile(line, where)
@@ -199,15 +199,10 @@ def _add(known: dict[_Key, _Value], key: _Key, value: _Value, where: str) -> boo
         return True
     if known[key] != value:
         raise TableError(
-            f"{where}: {_key_text(key)} stands twice with different numbers. The checkpoint or the "
-            f"statistics have changed under the same hashes: measure into another table."
+            f"{where} stands twice with different numbers. The checkpoint or the statistics have "
+            f"changed under the same hashes: measure into another table."
         )
     return False
-
-
-def _key_text(key: object) -> str:
-    """What messages call a line: its group, scheme, unit and corpus, as far as it has them."""
-    return " ".join(filter(None, key)) if isinstance(key, tuple) else str(key)
 
 
 def read_lines(data: bytes, path: Path) -> TableLines:

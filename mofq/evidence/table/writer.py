@@ -92,11 +92,22 @@ class TableWriter:
         new = []
         for line in lines:
             text = encode_line(line)
-            where = f"{self.path}: {describe(line)}"
-            if self._lines.add(decode_line(text, where), where):
+            if self._lines.add(self._read_back(line, text), str(self.path)):
                 new.append(text)
         if new:
             _write(self._file, "".join(new).encode(), self.path)
+
+    def _read_back(self, line: Line, text: str) -> Line:
+        """A line as a reader will find it, so that nothing is written that cannot be read."""
+        try:
+            return decode_line(text, f"{self.path}: {describe(line)}")
+        except TableError as problem:
+            if not isinstance(line, Profile):
+                raise
+            raise TableError(
+                f"{problem} Its weight or its inputs are damaged, or too large for their squares "
+                f"in float32."
+            ) from None
 
 
 def open_table(path: str | Path, header: TableHeader) -> TableWriter:
