@@ -143,7 +143,7 @@ def calibrate(
             "progress": progress and _named(progress),
         }
         if where.cluster is None:
-            from mofq.evidence.calibration.passes import calibrate as calibrate_here
+            from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
             from mofq.model.loading import load_model
 
             loaded = load_model(

@@ -131,7 +131,7 @@ def measure(
             legality=None if engine is None else legality(engine),
             cache_legality=None if engine is None else cache_legality(engine),
             device=where.device,
-            progress=None if progress is None else partial(progress, "measure"),
+            progress=progress,
             tell=tell or silent,
             remotely=remotely,
         )

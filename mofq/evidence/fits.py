@@ -1,8 +1,8 @@
 """What calibration says of a layer's inputs, for schemes whose codes follow from it.
 
 Two kinds of schemes are fitted to statistics. Both see a layer's inputs ``x_t`` and output
-gradients ``g_t`` over the sequences ``n`` of every corpus ``c`` of a stats folder, corpora
-counting alike whatever their length:
+gradients ``g_t`` over the sequences ``n`` of every corpus ``c`` of a stats folder; each
+corpus has the same weight, whatever its length:
 
 ``@nats``
     The importance of column j, which its squared rounding errors are weighed by when a scale
@@ -13,7 +13,7 @@ counting alike whatever their length:
 ``~gptq``
     The Hessian ``sum_c mean_n sum_t |g_t|^2 x_t x_t^T``, factorised: see
     ``mofq.numbers.quantize.gptq``. A token counts as much as the model's prediction depends on the
-    layer's output there. GPTQ itself counts all tokens alike, and in a model with massive
+    layer's output there. GPTQ itself gives all tokens the same weight, and in a model with massive
     activations that makes it good at the few tokens that hold them and matter least.
 
 The same numbers come out of the same folder on any number of threads: sequences are summed in

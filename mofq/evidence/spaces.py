@@ -2,7 +2,7 @@
 
 A search space is a YAML file. ``schemes`` lists scheme names in order; a
 bracket such as ``int4.g[128,64,32]`` is one candidate whose group size is the
-first listed that fits every layer of the fusion group. ``SEARCH_SPACE_SCHEMA``
+first listed that fits every layer of the fusion group. ``SearchSpaceFile``
 specifies the keys.
 """
 
@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, with_config
 
 from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
-from mofq.files.documents import check_document, parse_yaml, read_text, strict_object
+from mofq.files.documents import parse_yaml, read_text
+from mofq.files.validated import Name, Names, NotNegative, Text, UntitledSchema, validate
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
 from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
 
-SEARCH_SPACE_VERSION = 1
+SEARCH_SPACE_VERSION: Literal[1] = 1
 MAX_FILE_BYTES = 100_000
 
 #: Why a group cannot have a scheme, or None: what an engine adds to the rules of shapes.
@@ -33,53 +36,54 @@ Legality = Callable[[Scheme, FusionGroup], str | None]
 CacheLegality = Callable[[str, CacheLayer], str | None]
 
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
-_NAMES = {
-    "type": "array",
-    "minItems": 1,
-    "uniqueItems": True,
-    "items": {"type": "string", "pattern": "."},
-}
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpaceFile:
+    """What may be chosen for each layer."""
+
+    version: Literal[1] = SEARCH_SPACE_VERSION
+    description: Annotated[Text, Field(description="what the space is for, in a sentence")] = ""
+    schemes: Annotated[
+        Names,
+        Field(
+            min_length=1,
+            description="scheme names; g[128,64,32] stands for the first size that fits",
+        ),
+    ]
+    base: Annotated[
+        Names,
+        Field(min_length=1, description="entries of schemes that count as plain; others are finer"),
+    ] = ()
+    min_gain: Annotated[
+        NotNegative,
+        Field(
+            description="a finer scheme is offered where it removes this many times "
+            "the error that it removes in the median layer"
+        ),
+    ] = 10.0
+    exclude: Annotated[
+        tuple[Name, ...], Field(description="shell patterns of layer names that stay as they are")
+    ] = ()
+    kv_cache: Annotated[
+        Names,
+        Field(
+            min_length=1,
+            description="schemes of the KV cache, one for each attention layer, e.g. "
+            "kv:fp8_e4m3.tensor; it may always stay as it is",
+        ),
+    ] = ()
+    offer_unquantized: Annotated[
+        bool, Strict(), Field(description="whether a layer may be left as it is")
+    ] = True
+
+
+_SPACE_FILE = TypeAdapter(SearchSpaceFile)
 SEARCH_SPACE_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
+    **_SPACE_FILE.json_schema(schema_generator=UntitledSchema),
     "title": "A mofq search space (search_spaces/*.yaml)",
-    **strict_object(
-        {
-            "version": {"const": SEARCH_SPACE_VERSION},
-            "description": {
-                "type": "string",
-                "description": "what the space is for, in a sentence",
-            },
-            "schemes": {
-                **_NAMES,
-                "description": "scheme names; g[128,64,32] stands for the first size that fits",
-            },
-            "base": {
-                **_NAMES,
-                "description": "entries of schemes that count as plain; others are finer",
-            },
-            "min_gain": {
-                "type": "number",
-                "minimum": 0,
-                "description": "a finer scheme is offered where it removes this many times "
-                "the error that it removes in the median layer (default 10)",
-            },
-            "exclude": {
-                "type": "array",
-                "items": {"type": "string", "pattern": "."},
-                "description": "shell patterns of layer names that stay as they are",
-            },
-            "kv_cache": {
-                **_NAMES,
-                "description": "schemes of the KV cache, one for each attention layer, e.g. "
-                "kv:fp8_e4m3.tensor; it may always stay as it is",
-            },
-            "offer_unquantized": {
-                "type": "boolean",
-                "description": "whether a layer may be left as it is (default true)",
-            },
-        },
-        optional=("description", "base", "min_gain", "exclude", "kv_cache", "offer_unquantized"),
-    ),
 }
 
 
@@ -170,24 +174,23 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
             f"{where}: has version {value['version']!r}, "
             f"and this mofq reads version {SEARCH_SPACE_VERSION}."
         )
-    check_document(value, SEARCH_SPACE_SCHEMA, where, SearchSpaceError)
-    candidates = [_candidate(entry, f"{where}: schemes") for entry in value["schemes"]]
-    if value.get("offer_unquantized", True):
+    file = validate(_SPACE_FILE, value, where, SearchSpaceError)
+    candidates = [_candidate(entry, f"{where}: schemes") for entry in file.schemes]
+    if file.offer_unquantized:
         candidates.append(_candidate("bf16", where))
     elif any(scheme.is_unquantized for one in candidates for scheme in one.schemes):
         raise SearchSpaceError(f"{where}: offer_unquantized is false, and yet schemes lists bf16.")
     candidates = _without_repeats(candidates)
-    base = _base(value.get("base", []), candidates, f"{where}: base")
-    min_gain, exclude = float(value.get("min_gain", 10)), tuple(value.get("exclude", ()))
-    kv_cache = _cache_schemes(value.get("kv_cache", ()), f"{where}: kv_cache")
+    base = _base(file.base, candidates, f"{where}: base")
+    kv_cache = _cache_schemes(file.kv_cache, f"{where}: kv_cache")
     return SearchSpace(
         name,
-        value.get("description", ""),
+        file.description,
         candidates=tuple(candidates),
         base=base,
-        min_gain=min_gain,
-        exclude=exclude,
-        sha256=_digest(candidates, base, min_gain, exclude, kv_cache),
+        min_gain=file.min_gain,
+        exclude=file.exclude,
+        sha256=_digest(candidates, base, file.min_gain, file.exclude, kv_cache),
         kv_cache=kv_cache,
     )
 

@@ -208,7 +208,7 @@ def check_document(value: Any, schema: Schema, where: str, error: type[MofqError
         accepted = (kinds,) if isinstance(kinds, str) else kinds
         kind = _kind(value)
         if kind not in accepted and not (kind == "integer" and "number" in accepted):
-            raise error(f"{where}: must be {' or '.join(accepted)}, found {kind} {_shown(value)}.")
+            raise error(f"{where}: must be {' or '.join(accepted)}, found {kind} {shown(value)}.")
     if isinstance(value, dict):
         _check_mapping(value, schema, where, error)
     elif isinstance(value, list):
@@ -245,29 +245,38 @@ def _check_list(value: list[Any], schema: Schema, where: str, error: type[MofqEr
             check_document(item, schema["items"], f"{where}[{position}]", error)
     if schema.get("uniqueItems") and len(set(map(repr, value))) < len(value):
         twice = next(item for item in value if value.count(item) > 1)
-        raise error(f"{where}: {_shown(twice)} stands twice; keep one.")
+        raise error(f"{where}: {shown(twice)} stands twice; keep one.")
+
+
+def text_problem(text: str) -> str | None:
+    """Why a string in a file is refused; None where it is not."""
+    if text.isprintable():
+        return None
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds half of a surrogate pair, which is not text"
+    if found := _CONTROL.search(text):
+        return (
+            f"{shown(text)} holds the control character {found[0]!r}, which could change what a "
+            f"terminal shows. Remove it"
+        )
+    return None
 
 
 def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise error(f"{where}: must be a finite number, found {value}.")
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise error(f"{where}: holds half of a surrogate pair, which is not text.")
-        if not value.isprintable() and (found := _CONTROL.search(value)):
-            raise error(
-                f"{where}: {_shown(value)} holds the control character {found[0]!r}, which could "
-                f"change what a terminal shows. Remove it."
-            )
+        if problem := text_problem(value):
+            raise error(f"{where}: {problem}.")
         if "pattern" in schema and not re.search(schema["pattern"], value):
-            raise error(f"{where}: {_shown(value)} does not match {schema['pattern']!r}.")
+            raise error(f"{where}: {shown(value)} does not match {schema['pattern']!r}.")
     # JSON tells true from 1, and Python does not.
     is_other = "const" in schema and isinstance(value, bool) != isinstance(schema["const"], bool)
     if is_other or ("const" in schema and value != schema["const"]):
-        raise error(f"{where}: must be {schema['const']!r}, found {_shown(value)}.")
+        raise error(f"{where}: must be {schema['const']!r}, found {shown(value)}.")
     if "enum" in schema and value not in schema["enum"]:
         known = [str(word) for word in schema["enum"]]
-        raise error(f"{where}: {_shown(value)} is not known." + nearest_name(str(value), known))
+        raise error(f"{where}: {shown(value)} is not known." + nearest_name(str(value), known))
     if isinstance(value, int | float):
         if "minimum" in schema and value < schema["minimum"]:
             raise error(f"{where}: must be at least {schema['minimum']}, found {value}.")
@@ -291,7 +300,8 @@ def _kind(value: Any) -> str:
     return names[type(value)]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as messages show it: the beginning of a long one."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -13,7 +13,7 @@ from time import monotonic, process_time
 import torch
 from torch import Tensor
 
-from mofq.evidence.calibration.passes import calibrate, run_sequence
+from mofq.evidence.calibration.calibrate import calibrate, run_sequence
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats, read_stats, write_json
 from mofq.evidence.corpora import Corpus, spread_windows
 from mofq.evidence.measure.fill_table import measure
@@ -118,7 +118,7 @@ def fill_table(
         space,
         table_path=path,
         stats=stats,
-        progress=lambda done, total: note(f"measure {path.name}", done, total),
+        progress=lambda stage, done, total: note(f"{stage} {path.name}", done, total),
     )
     if is_new:
         time = MeasureTime(

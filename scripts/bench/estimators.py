@@ -3,7 +3,7 @@
     python scripts/bench/estimators.py MODEL --text FILE [--windows 8] [--sequence-length 512]
 
 Runs windows of a text forward, and backward with two draws of sampled labels and two of random
-signs (`mofq.evidence.calibration.passes.sample_scores`), and prints for a few schemes, summed
+signs (`mofq.evidence.calibration.calibrate.sample_scores`), and prints for a few schemes, summed
 over all layers:
 
 - the noise of one draw of labels, and of one draw of signs, and how much windows differ;
@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.capture import capture_layers
-from mofq.evidence.calibration.passes import sample_scores
-from mofq.evidence.calibration.sequence_record import Captured
+from mofq.evidence.calibration.calibrate import sample_scores
+from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.corpora import load_text, spread_windows
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows

@@ -69,7 +69,7 @@ def _space(_: Path) -> Callable[[bytes], object]:
 
 
 def _table(_: Path) -> Callable[[bytes], object]:
-    from mofq.evidence.table.codec import decode_line, encode_line
+    from mofq.evidence.table.lines import decode_line, encode_line
     from mofq.evidence.table.reader import parse_table
 
     def one(data: bytes) -> None:

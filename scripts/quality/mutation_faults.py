@@ -169,8 +169,8 @@ _NUMBERS = (
     ),
     Fault(
         "a half last line kept",
-        "        os.ftruncate(file, len(complete))\n    return table",
-        "        pass\n    return table",
+        "        os.ftruncate(file, len(complete))\n    return lines",
+        "        pass\n    return lines",
         "table laws",
     ),
     Fault(
@@ -217,8 +217,8 @@ _NUMBERS = (
     ),
     Fault(
         "cross-fitting: judged by the half that was fitted to",
-        '(("first", "second"), ("second", "first"))',
-        '(("first", "first"), ("second", "second"))',
+        '{"first": "second", "second": "first"}',
+        '{"first": "first", "second": "second"}',
         "fits",
     ),
     Fault(

@@ -98,17 +98,9 @@ def of_sequences(table: Table, corpus: str, chosen: slice) -> Table:
 
 def _some(row: Row, chosen: slice) -> Row:
     assert row.sample_errors is not None
-    assert row.projections is not None
     errors = row.sample_errors[chosen]
-    projections = np.reshape(row.projections, (len(row.sample_errors), -1))[chosen]
     stderr = float(np.std(errors, ddof=1) / np.sqrt(len(errors)))
-    return replace(
-        row,
-        error=float(np.mean(errors)),
-        stderr=stderr,
-        sample_errors=errors,
-        projections=tuple(projections.ravel().tolist()),
-    )
+    return replace(row, error=float(np.mean(errors)), stderr=stderr, sample_errors=errors)
 
 
 def recipes_of(table: Table) -> dict[str, Recipe]:

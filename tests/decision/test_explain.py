@@ -17,6 +17,7 @@ from mofq.decision.timing import recipe_seconds
 from mofq.engines.devices import DEVICE_MODELS, DeviceModel
 from mofq.engines.latency import parse_workload
 from mofq.evidence.spaces import find_search_spaces
+from mofq.evidence.table import TableModel
 from mofq.exceptions import BudgetError, MofqError, RecipeError
 
 #: Only bytes take time: 1 us for each.
@@ -164,7 +165,7 @@ def test_a_difference_of_recipes_is_priced_group_by_group_and_together() -> None
     with_head = (*second.groups, RecipeGroup("lm_head", "int8.channel", ("lm_head",)))
     with pytest.raises(RecipeError, match="lm_head: the table has no fusion group"):
         compare_recipes(first, replace(second, groups=with_head), table)
-    other = replace(table, header=replace(table.header, index_sha256="c" * 64))
+    other = replace(table, header=replace(table.header, model=TableModel("model", "c" * 64)))
     with pytest.raises(RecipeError, match="Compare two recipes of one model"):
         compare_recipes(first, second, other)
 

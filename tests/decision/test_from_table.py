@@ -11,13 +11,14 @@ from mofq.evidence.table import (
     TableGroup,
     TableHeader,
     TableLayer,
+    TableModel,
     TableSpace,
     TableStats,
 )
 from mofq.exceptions import TableError
 
 SCHEMES = ("int8.channel", "int4.g32")
-STATS = TableStats("5" * 64, 0, {"en": "6" * 64, "pt": "7" * 64}, 2, 64, 512)
+STATS = TableStats("5" * 64, 0, {"en": "6" * 64, "pt": "7" * 64}, 2, 512)
 
 
 def group(name: str, layers: int = 1) -> TableGroup:
@@ -47,14 +48,21 @@ def table_of(
     *rows: Row, spaces: tuple[TableSpace, ...] = (), stats: TableStats | None = None
 ) -> Table:
     names = dict.fromkeys(one.group for one in rows)
-    header = TableHeader("0.1.0", "m", "a" * 64, stats, tuple(map(group, names)), (), 1000)
+    header = TableHeader(
+        mofq="0.1.0",
+        model=TableModel("m", "a" * 64),
+        stats=stats,
+        groups=tuple(map(group, names)),
+        unquantized=(),
+        other_bytes=1000,
+    )
     return Table(header, spaces, (), rows, "b" * 64)
 
 
 def space(
     name: str, schemes: tuple[str, ...], base: tuple[str, ...] = (), gain: float = 10.0
 ) -> TableSpace:
-    return TableSpace(name, "8" * 64, schemes, base, gain, None)
+    return TableSpace(name, "8" * 64, schemes, base, gain, None, "0.1.0")
 
 
 WEIGHT_ROWS = [

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.passes import sample_scores, score_seed
+from mofq.evidence.calibration.calibrate import sample_scores, score_seed
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mofq.evidence.calibration import sequence_file as sequences
-from mofq.evidence.calibration.passes import calibrate
+from mofq.evidence.calibration.calibrate import calibrate
 from mofq.evidence.calibration.stats import Stats, open_plan, read_stats, verify_sequences
 from mofq.exceptions import CorpusError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -127,7 +127,7 @@ def test_a_run_killed_before_any_file_gets_its_name_is_continued_to_the_same_byt
 def test_a_finished_folder_is_left_as_it_is(
     tiny_llama: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mofq.evidence.calibration.passes.run_sequence", None)
+    monkeypatch.setattr("mofq.evidence.calibration.calibrate.run_sequence", None)
     before = contents(copy)
     calibrate_folder(tiny_llama, copy, CORPORA)
     assert contents(copy) == before
@@ -231,11 +231,17 @@ def test_a_file_that_is_no_sequence_is_refused(tmp_path: Path) -> None:
         (lambda c: c.update(version=2), "has version 2, and this mofq reads version 1"),
         (lambda c: c.update(speed=1), "unknown key 'speed'"),
         (lambda c: c.pop("draws"), "the key 'draws' is missing"),
-        (lambda c: c.update(sequence_length="16"), "sequence_length: must be integer"),
-        (lambda c: c["corpora"][0].update(name="../../etc"), r"'\.\./\.\./etc' does not match"),
-        (lambda c: c["corpora"][0].update(name="/etc"), "'/etc' does not match"),
+        (lambda c: c.update(sequence_length="16"), "sequence_length: must be an integer"),
+        (
+            lambda c: c["corpora"][0].update(name="../../etc"),
+            "name: .* match pattern",
+        ),
+        (lambda c: c["corpora"][0].update(name="/etc"), "name: .* match pattern .*found '/etc'"),
         (lambda c: c["corpora"][1].update(name="a"), "corpora: a name stands twice"),
-        (lambda c: c["corpora"][0].update(sequences=0), "must be at least 1"),
+        (
+            lambda c: c["corpora"][0].update(sequences=0),
+            "sequences: must be at least 1",
+        ),
     ],
 )
 def test_a_plan_that_is_not_one_is_refused(

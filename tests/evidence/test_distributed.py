@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_goes_on_on_the_cluster_or_without(
     class Stopped(Exception):
         pass
 
-    def stop(done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
         if done == 2:
             raise Stopped
 

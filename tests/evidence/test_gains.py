@@ -15,12 +15,11 @@ from mofq.evidence.calibration.gains import Gains, gains_path, read_gains
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import CorpusPlan, Stats, read_stats, verify_sequences
 from mofq.evidence.measure.fill_table import measure
-from mofq.evidence.measure.gains import (
+from mofq.evidence.measure.gain_correction import (
     SampleGains,
     corrected,
     layer_gains,
     not_negative,
-    projection_factor,
 )
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import StatsError
@@ -106,7 +105,10 @@ def test_a_lost_file_of_gains_is_made_again(tiny_llama: Path, tmp_path: Path) ->
     ("content", "why"),
     [
         ('{"layer": {"weight": [1.0]}}', "layer: .*input"),
-        ('{"layer": {"weight": [-1.0], "input": [1.0]}}', "must be at least 0, found -1"),
+        (
+            '{"layer": {"weight": [-1.0], "input": [1.0]}}',
+            "must be at least 0, found -1",
+        ),
         ('{"layer": {"weight": [1e999], "input": [1.0]}}', "must be a finite number, found inf"),
         ("[", "is not valid JSON"),
     ],
@@ -149,7 +151,6 @@ def test_errors_are_moved_by_what_their_clusters_have_more() -> None:
     error_NS = torch.tensor([[2.0, 10.0], [6.0, 30.0]]).double()
     # R is 4 / 2 and 20 / 2; the first sample's cluster has 3 more, the second's 1 less.
     assert corrected(error_NS, gains).tolist() == [[8.0, 40.0], [4.0, 20.0]]
-    assert projection_factor(gains) == 1.5**0.5
     assert corrected(error_NS, None) is error_NS
     nothing = SampleGains(torch.zeros(2).double(), torch.ones(2).double())
     assert corrected(error_NS, nothing) is error_NS

@@ -16,7 +16,7 @@ from families import TINY_FAMILIES, copy_with_tensors, long_but
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats, read_stats
-from mofq.evidence.measure import weight_errors as rounded
+from mofq.evidence.measure import score as rounded
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.spaces import SearchSpace
@@ -74,7 +74,7 @@ def test_every_group_scheme_unit_and_corpus_has_one_row(
     found = table.header.stats
     assert found is not None
     assert (found.sha256, found.seed, found.samples) == (stats.sha256, 0, 2)
-    assert (found.tokens_per_projection, found.sequence_length) == (16, 16)
+    assert found.sequence_length == 16
     assert table.spaces[0].sha256 == SPACE.sha256
 
 
@@ -96,25 +96,22 @@ def test_a_row_is_the_sum_over_the_layers_of_its_group(
     group = groups_of(tiny_llama)[0]
     scheme = parse_scheme("int4.g32")
     assert row.bytes == group_bytes(group, scheme)
-    samples, projections = expected_errors(tiny_llama, group, stats, "a")
+    samples = expected_errors(tiny_llama, group, stats, "a")
     assert row.sample_errors == pytest.approx(samples, rel=1e-4)
     assert row.error == pytest.approx(sum(samples) / 2, rel=1e-4)
     # Of two numbers, the standard deviation is their distance over the root of two.
     assert row.stderr == pytest.approx(abs(samples[0] - samples[1]) / 2, rel=1e-3)
-    assert row.projections == pytest.approx(projections, rel=1e-3)
 
 
-def expected_errors(
-    model: Path, group: FusionGroup, stats: Stats, corpus: str
-) -> tuple[list[float], list[float]]:
-    """int4.g32: sums over layers and rows of squared inner products, per token; signed sums."""
+def expected_errors(model: Path, group: FusionGroup, stats: Stats, corpus: str) -> list[float]:
+    """int4.g32: sums over layers and rows of squared inner products, per token."""
     scheme = parse_scheme("int4.g32")
     assert scheme.weight is not None
     checkpoint = open_checkpoint(str(model))
-    samples, projections = [], []
+    samples = []
     for index in range(2):
         tensors = read_sequence(stats, index, corpus)
-        squares = signed = 0.0
+        squares = 0.0
         for layer in group.layers:
             quantized = quantize_layer(checkpoint, group, layer, scheme)
             delta_OI = dequantize_weight(quantized, scheme.weight) - whole_weight(checkpoint, layer)
@@ -124,10 +121,8 @@ def expected_errors(
                 tensors[f"grad/{layer.name}"][0].double() * (x_TI @ delta_OI.double().T)
             ).sum(0)
             squares += float(per_row_O.square().sum())
-            signed += float(per_row_O.sum())
         samples.append(squares / (2 * 16))
-        projections.append(signed)
-    return samples, projections
+    return samples
 
 
 def test_the_relative_error_and_the_noise_weigh_layers_by_what_they_hold(
@@ -232,7 +227,7 @@ def test_a_run_killed_after_any_group_is_resumed_to_the_same_bytes(
 ) -> None:
     fill(tiny_llama, tmp_path / "whole.jsonl", stats)
 
-    def kill(done: int, _: int) -> None:
+    def kill(stage: str, done: int, _: int) -> None:
         if done > groups:
             raise Killed
 
@@ -241,10 +236,10 @@ def test_a_run_killed_after_any_group_is_resumed_to_the_same_bytes(
         fill(tiny_llama, path, stats, progress=kill)
     with path.open("ab") as file:
         file.write(b'{"kind":"row","group":"layers.1.mlp')  # what a killed write leaves
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     fill(tiny_llama, path, stats, progress=lambda *at: progress.append(at))
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert progress == [(done, 8) for done in range(1, 9)]
+    assert progress == [("measure", done, 8) for done in range(1, 9)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.45, 0.7, 0.95])

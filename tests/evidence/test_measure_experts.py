@@ -10,7 +10,7 @@ from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
 from torch import Tensor, nn
 
-from mofq.evidence.calibration.passes import sample_scores, score_seed
+from mofq.evidence.calibration.calibrate import sample_scores, score_seed
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.fill_table import measure
@@ -142,12 +142,20 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
     if errors is not None:
         error_NS = torch.tensor([[error] for error in errors], dtype=torch.float64)
         mse_S = torch.tensor([mse], dtype=torch.float64)
-        corpora["a"] = CorpusScore(error_NS, torch.ones(2, 1, dtype=torch.float64), mse_S)
+        corpora["a"] = CorpusScore(error_NS, mse_S)
     relative_S = torch.tensor([relative], dtype=torch.float64)
     amax = None if errors is None else 2.0
     extent = extent_sums(torch.ones(1, 1))
     return LayerScore(
-        relative_S, 100.0, torch.ones(1).double(), corpora, amax, extent=extent, input_extents={}
+        name="experts",
+        part="plain",
+        relative_weight_error_S=relative_S,
+        weight_energy=100.0,
+        error_energy_S=torch.ones(1).double(),
+        corpora=corpora,
+        static_amax=amax,
+        extent=extent,
+        input_extents={},
     )
 
 
@@ -165,7 +173,6 @@ def test_an_unseen_expert_gets_the_mean_of_its_kind_scaled_by_its_own_weight_err
     # The mean of the two that are seen is 3, 3 and 6; its weight error is twice their mean.
     assert nats.sample_errors == (1 + 5 + 2 * 3 + 0.5, 3 + 3 + 2 * 3 + 0.25)
     assert nats.error == 12.375
-    assert nats.projections == (3.0, 3.0)
     assert mse.error == 5 + 7 + 2 * 6 + 1
 
 

@@ -166,8 +166,8 @@ PROFILE = Profile("layers.0.attn.o", "o", 16, ONES, {"wiki": ONES})
         ({"channels": 8}, "has no 'o' of 8 input channels"),
         ({"inputs": {"wikki": ONES}}, "no corpus 'wikki'. Did you mean 'wiki'"),
         ({"weight": replace(ONES, amax=(1.0,) * 15)}, "need 16 numbers .* found 15 and 16"),
-        ({"weight": replace(ONES, rms=(math.nan,) * 16)}, "negative or not finite"),
-        ({"weight": replace(ONES, crest={"g16": -1.0})}, "negative or not finite"),
+        ({"weight": replace(ONES, rms=(math.nan,) * 16)}, r"rms\[0\]: .*finite.* too large for"),
+        ({"weight": replace(ONES, crest={"g16": -1.0})}, "g16: must be at least 0.* damaged"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused(
@@ -191,5 +191,5 @@ def test_a_profile_is_read_back_as_it_was_written_and_none_contradicts_it(tmp_pa
     assert read_table(path).profiles == (PROFILE,)
     with path.open("a") as file:
         file.write(line.replace('"channel":1.0', '"channel":2.0'))
-    with pytest.raises(TableError, match=r"the profile of o in layers\.0\.attn\.o stands twice"):
+    with pytest.raises(TableError, match=r"profile of o in layers\.0\.attn\.o stands twice"):
         read_table(path)

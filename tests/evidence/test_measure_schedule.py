@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mofq.evidence.measure import layer_inputs as prepared
 from mofq.evidence.measure import schedule
-from mofq.evidence.measure.block import BlockSums, score_rows
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.schedule import score_layers
+from mofq.evidence.measure.score import BlockSums, score_rows
 from mofq.exceptions import CheckpointError
 from mofq.numbers.schemes import parse_scheme
 
@@ -60,7 +60,7 @@ def test_rows_are_read_in_order_and_only_so_far_ahead(monkeypatch: pytest.Monkey
     assert 2 <= max(ahead) <= 4 + torch.get_num_threads()
 
 
-def test_small_layers_are_handed_over_together_and_scored_alone(
+def test_small_layers_share_a_task_and_are_scored_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[int] = []
@@ -77,7 +77,7 @@ def test_small_layers_are_handed_over_together_and_scored_alone(
     several = [layer_of(partial(rows, i)) for i in range(3)]  # of five blocks each
     monkeypatch.setattr(prepared, "_SUMS_BLOCK_ELEMENTS", 80 * 64)
     small = [layer_of(partial(rows, i)) for i in range(3, 10)]
-    monkeypatch.setattr(schedule, "_PARCEL_ELEMENTS", 3 * 80 * 64)
+    monkeypatch.setattr(schedule, "_BATCH_ELEMENTS", 3 * 80 * 64)
     layers = [*several[:1], *small[:5], *several[1:], *small[5:]]
     together = list(score_layers(layers))
     assert sorted(taken) == [1] * 15 + [2, 2, 3]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from number_cases import trained_like_weight
 from torch import Tensor
 
 from mofq.evidence.calibration.sequence_file import LayerSamples
-from mofq.evidence.measure import block, schedule
 from mofq.evidence.measure import layer_inputs as prepared
-from mofq.evidence.measure.block import BlockSums, score_rows
+from mofq.evidence.measure import schedule
+from mofq.evidence.measure import score as scoring
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.samples import arrange_samples
 from mofq.evidence.measure.schedule import score_layers
-from mofq.evidence.measure.score import LayerScore, add_blocks
+from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
 from mofq.exceptions import SchemeError
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import Scheme, parse_scheme
@@ -64,20 +65,18 @@ def routed(samples: LayerSamples, token_T: Sequence[int]) -> LayerSamples:
 @dataclass(frozen=True)
 class Expected:
     error_NS: list[list[float]]
-    projection_MS: list[list[float]]
     output_mse_S: list[float]
 
 
-def samples_of(sequences: Sequence[LayerSamples | None]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs, gradients and positions of every sequence and draw, float64."""
+def samples_of(sequences: Sequence[LayerSamples | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and gradients of every sequence and draw, float64."""
     seen = next(one for one in sequences if one is not None)
     for one in sequences:
         for draw in range(len(seen.grad_DTO)):
             if one is None:
-                yield torch.zeros(0, IN).double(), torch.zeros(0, OUT).double(), torch.zeros(0)
+                yield torch.zeros(0, IN).double(), torch.zeros(0, OUT).double()
             else:
-                position_T = torch.arange(len(one.x_TI)) if one.token_T is None else one.token_T
-                yield one.x_TI.double(), one.grad_DTO[draw].double(), position_T
+                yield one.x_TI.double(), one.grad_DTO[draw].double()
 
 
 def expected_score(
@@ -89,31 +88,23 @@ def expected_score(
     length: int = LENGTH,
 ) -> Expected:
     """The definitions, written out: rows for weights, tokens for inputs."""
-    errors, projections, outputs = [], [], []
-    chunks = math.ceil(length / 64)
-    scale = math.sqrt(chunks * 64 / length)
-    for x_TI, grad_TO, position_T in samples_of(sequences):
-        of_schemes = [
-            _sample(weight_OI, x_TI, grad_TO, position_T, scheme, static_amax, chunks)
-            for scheme in schemes
-        ]
-        errors.append([(rows + tokens) / (2 * length) for rows, tokens, _, _ in of_schemes])
-        projections += [[scale * sums[m] for _, _, sums, _ in of_schemes] for m in range(chunks)]
-        outputs.append([squares for _, _, _, squares in of_schemes])
-    tokens = sum(len(x_TI) for x_TI, _, _ in samples_of(sequences))
+    errors, outputs = [], []
+    for x_TI, grad_TO in samples_of(sequences):
+        of_schemes = [_sample(weight_OI, x_TI, grad_TO, scheme, static_amax) for scheme in schemes]
+        errors.append([(rows + tokens) / (2 * length) for rows, tokens, _ in of_schemes])
+        outputs.append([squares for _, _, squares in of_schemes])
+    tokens = sum(len(x_TI) for x_TI, _ in samples_of(sequences))
     mse = [sum(one[s] for one in outputs) / tokens for s in range(len(schemes))]
-    return Expected(errors, projections, mse)
+    return Expected(errors, mse)
 
 
 def _sample(
     weight_OI: Tensor,
     x_TI: Tensor,
     grad_TO: Tensor,
-    position_T: Tensor,
     scheme: Scheme,
     static_amax: float,
-    chunks: int,
-) -> tuple[float, float, list[float], float]:
+) -> tuple[float, float, float]:
     delta_OI = torch.zeros_like(weight_OI).double()
     if scheme.weight is not None:
         quantized = fake_quantize_weight(
@@ -126,16 +117,15 @@ def _sample(
             x_TI.float(), scheme.activation, static_amax=static_amax
         ).double()
     row_O = torch.zeros(OUT).double()
-    tokens, squares, chunk_sums = 0.0, 0.0, [0.0] * chunks
-    for x_I, changed_I, grad_O, position in zip(x_TI, changed_TI, grad_TO, position_T, strict=True):
+    tokens = squares = 0.0
+    for x_I, changed_I, grad_O in zip(x_TI, changed_TI, grad_TO, strict=True):
         from_weight_O = grad_O * (delta_OI @ changed_I)
         from_input = float(grad_O @ (weight_OI.double() @ (changed_I - x_I)))
         row_O += from_weight_O
         tokens += from_input**2
-        chunk_sums[int(position) // 64] += float(from_weight_O.sum()) + from_input
         moved_O = (weight_OI.double() + delta_OI) @ changed_I - weight_OI.double() @ x_I
         squares += float(moved_O @ moved_O)
-    return float(row_O @ row_O), tokens, chunk_sums, squares
+    return float(row_O @ row_O), tokens, squares
 
 
 def prepare(
@@ -165,7 +155,7 @@ def score_layer(layer: PreparedLayer) -> LayerScore:
     blocks = [
         score_rows(layer, layer.read_rows(start, stop), start=start) for start, stop in layer.blocks
     ]
-    return add_blocks(layer, blocks)
+    return layer_score(layer, reduce(add, blocks))
 
 
 def assert_scores(found: LayerScore, corpus: str, expected: Expected) -> None:
@@ -174,10 +164,6 @@ def assert_scores(found: LayerScore, corpus: str, expected: Expected) -> None:
     torch.testing.assert_close(score.error_NS, error_NS, rtol=2e-4, atol=0)
     output_S = torch.tensor(expected.output_mse_S, dtype=torch.float64)
     torch.testing.assert_close(score.output_mse_S, output_S, rtol=2e-4, atol=0)
-    projection_MS = torch.tensor(expected.projection_MS, dtype=torch.float64)
-    # Signed sums may nearly cancel: relative to their own typical size.
-    typical_S = projection_MS.square().mean(0).sqrt()
-    assert ((score.projection_MS - projection_MS).abs() <= 2e-4 * typical_S).all()
 
 
 @pytest.fixture
@@ -185,7 +171,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, the last one of 8, and outer products of 3 rows at a time."""
     monkeypatch.setattr(prepared, "_BLOCK_ELEMENTS", 16 * IN)
     monkeypatch.setattr(prepared, "_BLOCK_ROWS", 8)
-    monkeypatch.setattr(block, "_GRADIENT_BYTES", 3 * 4 * 4 * IN)
+    monkeypatch.setattr(scoring, "_GRADIENT_BYTES", 3 * 4 * 4 * IN)
 
 
 WEIGHT = trained_like_weight(OUT, IN)
@@ -236,10 +222,6 @@ def test_sequences_of_any_length_are_per_token(length: int) -> None:
     sequences = [some_samples(length, seed=1)]
     amax = largest_input(*sequences)
     found = score_layer(prepare(WEIGHT, {"a": sequences}, length=length))
-    projection_MS = found.corpora["a"].projection_MS
-    assert len(projection_MS) == max(1, length // 64)
-    if length < 64:  # one projection over all tokens, normalised by their number
-        projection_MS *= math.sqrt(64 / length)
     assert_scores(
         found, "a", expected_score(WEIGHT, sequences, SCHEMES, static_amax=amax, length=length)
     )
@@ -263,7 +245,6 @@ def test_a_layer_whose_inputs_are_all_zero_loses_nothing() -> None:
     score = score_layer(prepare(WEIGHT, {"a": [dead]})).corpora["a"]
     assert (score.error_NS == 0).all()
     assert (score.output_mse_S == 0).all()
-    assert (score.projection_MS == 0).all()
 
 
 def test_the_output_error_is_taken_over_evenly_spaced_tokens(
@@ -285,7 +266,6 @@ def test_the_unquantized_scheme_has_no_error_at_all() -> None:
     assert found.relative_weight_error_S[0] == 0
     assert found.error_energy_S[0] == 0
     assert (score.error_NS[:, 0] == 0).all()
-    assert (score.projection_MS[:, 0] == 0).all()
     assert score.output_mse_S[0] == 0
 
 
@@ -352,7 +332,6 @@ def test_the_number_of_threads_changes_no_bit(
     assert seen == {1}  # an operation that is split over threads rounds its sums differently
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.corpora["a"].error_NS, other.corpora["a"].error_NS)
-        assert torch.equal(one.corpora["a"].projection_MS, other.corpora["a"].projection_MS)
         assert torch.equal(one.relative_weight_error_S, other.relative_weight_error_S)
 
 

@@ -168,5 +168,6 @@ def test_the_published_schemas_use_only_words_that_the_checker_knows() -> None:
         below += [schema.get("items"), schema.get("additionalProperties")]
         return set(schema).union(*map(words, below))
 
-    for path in (ROOT / "docs" / "schemas").iterdir():
+    for name in ("recipe", "device_model"):
+        path = ROOT / "docs" / "schemas" / f"{name}.schema.json"
         assert words(json.loads(path.read_text("utf-8"))) <= checked | said

@@ -108,17 +108,6 @@ def test_the_row_of_one_choice_is_its_measured_divergence(
     assert nats(table, scheme)[group].error == pytest.approx(measured, rel=0.3)
 
 
-def test_signed_projections_added_over_groups_predict_the_same_divergence(table: Table) -> None:
-    # One square for each chunk of 64 tokens: unbiased, and much noisier than the sum of rows.
-    ratios = []
-    for scheme in SCHEMES:
-        rows = nats(table, scheme).values()
-        signed_FM = torch.tensor([row.projections for row in rows], dtype=torch.float64)
-        joint = float(signed_FM.sum(0).square().mean()) / (2 * 64)
-        ratios.append(joint / sum(row.error for row in rows))
-    assert torch.tensor(ratios).log().mean().exp() == pytest.approx(1, abs=0.25)
-
-
 def test_the_standard_error_covers_what_another_seed_would_say(
     table: Table, windows_NT: Tensor, tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ def test_static_scales_may_saturate_a_share_of_the_calibrations_inputs(stats: Pa
             assert (limit / some[layer]).is_integer()
 
 
-def test_a_table_of_some_sequences_has_their_mean_and_their_projections(table: Table) -> None:
+def test_a_table_of_some_sequences_has_their_mean(table: Table) -> None:
     half = of_sequences(table, "pt", slice(2, 4))
     assert half.header.stats is not None
     assert (list(half.header.stats.corpora), half.header.stats.samples) == (["pt"], 2)
@@ -116,10 +116,8 @@ def test_a_table_of_some_sequences_has_their_mean_and_their_projections(table: T
     for row in half.rows:
         of = whole[row.key]
         assert of.sample_errors is not None
-        assert of.projections is not None
         assert row.sample_errors == of.sample_errors[2:]
         assert row.error == pytest.approx(sum(of.sample_errors[2:]) / 2)
-        assert row.projections == of.projections[len(of.projections) // 2 :]
 
 
 def test_recipes_overlap_by_the_weights_of_the_groups_that_agree(table: Table) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.passes import calibrate, sample_scores, score_seed
+from mofq.evidence.calibration.calibrate import calibrate, sample_scores, score_seed
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats
 from mofq.evidence.spaces import SearchSpace, parse_search_space
 from mofq.model.checkpoint.headers import open_checkpoint

@@ -15,6 +15,7 @@ from mofq.evidence.table import (
     TableGroup,
     TableHeader,
     TableLayer,
+    TableModel,
     TableSpace,
     TableStats,
     TableWriter,
@@ -59,9 +60,8 @@ def write_explore_table(
     groups = tuple(_groups(decoder_layers, prefix, size))
     header = TableHeader(
         mofq="0.1.0",
-        model_name=model,
-        index_sha256="a" * 64,
-        stats=TableStats("b" * 64, 0, dict.fromkeys(corpora, "c" * 64), samples, 4, 4),
+        model=TableModel(model, "a" * 64),
+        stats=TableStats("b" * 64, 0, dict.fromkeys(corpora, "c" * 64), samples, 4),
         groups=groups,
         unquantized=("lm_head",),
         other_bytes=1_000_000,
@@ -70,7 +70,7 @@ def write_explore_table(
     rng = np.random.default_rng(0)
     with open_table(path, header) as table:
         names = (*schemes, *(CACHE_FORMATS if caches else ()))
-        table.add_space(TableSpace("test", "d" * 64, names, ("int4.g128",), 0.0, None))
+        table.add_space(TableSpace("test", "d" * 64, names, ("int4.g128",), 0.0, None, "0.1.0"))
         for group in groups:
             rows = [
                 _row(group, scheme, corpus, schemes[scheme], rng, samples)
@@ -214,7 +214,6 @@ def _drawn(
         bytes=size,
         sqnr_db=None,
         sample_errors=tuple(map(float, drawn)),
-        projections=None,
         static_amax=static,
     )
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
-from mofq.evidence.calibration.experts import put_forward_back, watch_experts
-from mofq.evidence.calibration.sequence_record import Captured
 from mofq.exceptions import StatsError
 from mofq.model.attention import pass_cache
 from mofq.model.layers import (
@@ -23,6 +24,56 @@ from mofq.model.layers import (
     find_loaded_module,
     find_loaded_weight,
 )
+
+#: (expert, parameter) -> the layers whose rows the parameter holds, and the first row of each.
+ExpertLayers = Mapping[tuple[int, str], Sequence[tuple[LinearLayer, int]]]
+
+
+@dataclass(slots=True)
+class Captured:
+    """What one sequence left behind; filled by hooks, emptied by `clear`.
+
+    Everything is moved to the CPU as bfloat16 when it is seen, so that a device holds the
+    activations of autograd and no more.
+    """
+
+    x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
+    source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
+    grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
+    tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
+    #: Layer with inputs of its own -> a number a draw; see `mofq.evidence.calibration.gains`.
+    input_gains: dict[str, list[float]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        for part in (self.x, self.source, self.grads, self.tokens, self.input_gains):
+            part.clear()
+
+    def keep_input(self, layer: str, x: Tensor, y: Tensor) -> None:
+        """Keep a layer's input, its gain, and the gradient of its output."""
+        x_TI = x.detach().reshape(-1, x.shape[-1])
+        self.x[layer] = x_TI.to(device="cpu", dtype=torch.bfloat16)
+        self.keep_input_gain(layer, x)
+        self.keep_gradient(layer, layer, y)
+
+    def keep_input_gain(self, layer: str, x: Tensor) -> None:
+        """Keep the input gain of a layer, when the gradient of its input comes."""
+        amax_T = x.detach().abs().amax(-1).float()
+        x.register_hook(partial(self._on_input_gradient, layer, amax_T))
+
+    def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:
+        """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""
+        self.source[layer] = source
+        y_TO.register_hook(partial(self._on_output_gradient, layer))
+
+    def _on_input_gradient(self, layer: str, amax_T: Tensor, grad: Tensor) -> None:
+        square_T = grad.float().square().sum(-1, dtype=torch.float64)
+        gain = float((square_T * amax_T.square()).sum())
+        self.input_gains.setdefault(layer, []).append(gain)
+
+    def _on_output_gradient(self, layer: str, grad: Tensor) -> None:
+        grad_TO = grad.reshape(-1, grad.shape[-1]).to(device="cpu", dtype=torch.bfloat16)
+        self.grads.setdefault(layer, []).append(grad_TO)
 
 
 @contextmanager
@@ -52,8 +103,8 @@ def capture_layers(
     last_input: list[tuple[Tensor, str]] = []
     handles = [_start_gradient_at_embeddings(model)]
     restore: list[Callable[[], None]] = []
-    experts: dict[str, dict[tuple[int, str], list[LinearLayer]]] = {}
-    for layer in (layer for group in layers.groups for layer in group.layers):
+    experts: dict[str, dict[tuple[int, str], list[tuple[LinearLayer, int]]]] = {}
+    for layer in layers.grouped_layers:
         loaded = find_loaded_weight(layer, layers.architecture)
         path, _, parameter = loaded.name.rpartition(".")
         module = _module(model, path, layer)
@@ -62,13 +113,14 @@ def capture_layers(
             handles.append(module.register_forward_hook(hook))
         else:
             parts = experts.setdefault(path, {})
-            parts.setdefault((loaded.expert, parameter), []).append(layer)
+            rows = parts.setdefault((loaded.expert, parameter), [])
+            rows.append((layer, loaded.row_start))
     for cache in layers.caches if kv_cache else ():
         path = find_loaded_module(cache, layers.architecture)
         see = partial(_see_cache, captured, cache)
         handles.append(pass_cache(_module(model, path, cache), see))
     for path, parts in experts.items():
-        restore.append(watch_experts(model.get_submodule(path), parts, captured))
+        restore.append(_watch_experts(model.get_submodule(path), parts, captured))
     if activation_checkpointing:
         restore.append(_recompute_decoder_layers(model))
     try:
@@ -102,10 +154,10 @@ def _on_forward(
         return  # the second run of an activation-checkpointed decoder layer
     x = inputs[0]
     if last_input and last_input[0][0] is x and last_input[0][1] in captured.x:
-        captured.share(name, last_input[0][1], output)
+        captured.keep_gradient(name, last_input[0][1], output)
         return
     last_input[:] = [(x, name)]
-    captured.see(name, x, output)
+    captured.keep_input(name, x, output)
 
 
 def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +167,7 @@ def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[
         state_BTI = state_BHTD.transpose(1, 2).flatten(2)
         name = cache.part(part)
         if state_BTI.requires_grad and name not in captured.source:
-            captured.see(name, state_BTI, state_BTI)
+            captured.keep_input(name, state_BTI, state_BTI)
         seen.append(state_BTI.unflatten(2, (-1, cache.head_size)).transpose(1, 2))
     return seen[0], seen[1]
 
@@ -142,6 +194,92 @@ def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         for layer, forward in wrapped:
-            put_forward_back(layer, forward)
+            _put_forward_back(layer, forward)
 
     return restore
+
+
+def _put_forward_back(module: nn.Module, forward: Any) -> None:
+    """Undo an assignment to ``module.forward``.
+
+    Args:
+        module: Any.
+        forward: What stood in the module's own dictionary before; None where its class's
+            method was in force, which a bound copy would keep alive in a cycle.
+    """
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _watch_experts(
+    experts: nn.Module, layers: ExpertLayers, captured: Captured
+) -> Callable[[], None]:
+    """Replace the forward of an experts module by one that shows each expert's layers.
+
+    Args:
+        experts: With parameters ``gate_up_proj`` and ``down_proj`` of three dimensions.
+        layers: The linear layers that they hold.
+        captured: Where inputs and gradients go.
+
+    Returns:
+        A function that puts the module's own forward back.
+    """
+    module: Any = experts
+    forward = vars(module).get("forward")
+    module.forward = partial(_run_experts, module, layers, captured)
+    return partial(_put_forward_back, module, forward)
+
+
+def _run_experts(
+    module: Any,
+    layers: ExpertLayers,
+    captured: Captured,
+    hidden_TI: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """The eager forward of transformers' experts, in the same order of operations.
+
+    Source: ``MixtralExperts.forward`` in transformers 5.
+    """
+    output_TI = torch.zeros_like(hidden_TI)
+    for expert in torch.unique(top_k_index).tolist():
+        rank, token = torch.where((top_k_index == expert).T)
+        x = hidden_TI[token]
+        y = functional.linear(x, module.gate_up_proj[expert])
+        _see(captured, layers[expert, "gate_up_proj"], x, y, token)
+        gate, up = y.chunk(2, dim=-1)
+        x = module.act_fn(gate) * up
+        y = functional.linear(x, module.down_proj[expert])
+        _see(captured, layers[expert, "down_proj"], x, y, token)
+        y = y * top_k_weights[token, rank, None]
+        output_TI.index_add_(0, token, y.to(output_TI.dtype))
+    return output_TI
+
+
+def _see(
+    captured: Captured,
+    layers: Sequence[tuple[LinearLayer, int]],
+    x: Tensor,
+    y: Tensor,
+    token: Tensor,
+) -> None:
+    """Note one expert; its tokens come by rank and are kept in their order in the text."""
+    source = layers[0][0].name
+    if source in captured.source or not y.requires_grad:
+        return
+    order = token.argsort()
+    captured.x[source] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
+    captured.keep_input_gain(source, x)
+    for layer, start in layers:
+        captured.tokens[layer.name] = token[order].to("cpu")
+        captured.source[layer.name] = source
+        rows = slice(start, start + layer.out_features)
+        y.register_hook(partial(_keep, captured, layer.name, rows, order))
+
+
+def _keep(captured: Captured, layer: str, rows: slice, order: Tensor, grad: Tensor) -> None:
+    part_TO = grad[order, rows].to(device="cpu", dtype=torch.bfloat16)
+    captured.grads.setdefault(layer, []).append(part_TO)

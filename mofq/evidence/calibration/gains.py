@@ -10,7 +10,7 @@ follow both closely and take no space, and are kept of every sequence that is ru
     ``sum_t |W^T g_t|^2 max|x_t|^2``: what noise in proportion to each token's largest
     magnitude would cost in the inputs.
 
-`mofq.evidence.measure.gains` corrects the few by the many. One file for each sequence,
+`mofq.evidence.measure.gain_correction` corrects the few by the many. One file for each sequence,
 ``gains-00000.json``: for each layer a list over draws; a layer without a token has zeros.
 
 Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniques", 3rd ed.,
@@ -20,35 +20,36 @@ Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniqu
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from torch import Tensor
 
-from mofq.evidence.calibration.sequence_file import layer_gradients
-from mofq.evidence.calibration.sequence_record import Captured
+from mofq.evidence.calibration.capture import Captured
+from mofq.evidence.calibration.sequence_file import layer_gradients, renamed_when_written
 from mofq.exceptions import StatsError
-from mofq.files.documents import check_document, parse_json, read_text, strict_object
+from mofq.files.documents import parse_json, read_text
+from mofq.files.validated import NotNegative, Text, validate
 
-_NUMBERS = {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1}
-_SCHEMA = {
-    "type": "object",
-    "additionalProperties": strict_object({"weight": _NUMBERS, "input": _NUMBERS}),
-}
+_Numbers = Annotated[tuple[NotNegative, ...], Field(min_length=1)]
 #: Two numbers for each of 100,000 layers and 32 draws.
 _MAX_BYTES = 256_000_000
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class Gains:
     """Of one layer in one sequence, a number for each draw."""
 
-    weight: tuple[float, ...]
-    input: tuple[float, ...]
+    weight: _Numbers
+    input: _Numbers
+
+
+_GAINS = TypeAdapter(dict[Text, Gains])
 
 
 def gains_path(folder: Path, corpus: str, index: int) -> Path:
@@ -76,16 +77,8 @@ def write_gains(path: Path, captured: Captured, layer_names: Sequence[str]) -> N
         }
         for name in layer_names
     }
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with renamed_when_written(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise StatsError(
-            f"{path}: cannot be written: {problem.strerror}. The sequences before it are kept; "
-            f"free some space and run the same command again."
-        ) from None
 
 
 def _weight_gains(
@@ -119,12 +112,4 @@ def read_gains(path: Path) -> dict[str, Gains]:
         StatsError: The file is missing, damaged, or holds a number that is not finite.
     """
     content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
-    check_document(content, _SCHEMA, str(path), StatsError)
-    assert isinstance(content, Mapping)
-    gains = {
-        name: Gains(tuple(one["weight"]), tuple(one["input"])) for name, one in content.items()
-    }
-    for name, one in gains.items():
-        if not all(map(math.isfinite, (*one.weight, *one.input))):
-            raise StatsError(f"{path}: {name}: a gain is not finite. Calibrate again.")
-    return gains
+    return validate(_GAINS, content, str(path), StatsError)

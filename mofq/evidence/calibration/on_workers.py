@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.passes import check_model, check_windows, is_done, run_and_write
+from mofq.evidence.calibration.calibrate import check_model, check_windows, is_done, run_and_write
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats, finish_stats, open_plan
 from mofq.evidence.cluster import run_units
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import open_shared
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ def calibrate_remotely(
     activation_checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> Stats:
-    """As `mofq.evidence.calibration.passes.calibrate`, on the cluster that is connected.
+    """As `mofq.evidence.calibration.calibrate.calibrate`, on the cluster that is connected.
 
     Args:
         checkpoint: The model; every machine sees its folder under the same path.

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mofq.evidence.calibration.sequence_record import Captured
+from mofq.evidence.calibration.capture import Captured
 from mofq.exceptions import StatsError
-from mofq.files.documents import check_document, parse_json
+from mofq.files.documents import parse_json
+from mofq.files.validated import Text, validate
 
 _DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64"}
-_INPUTS_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
+_INPUTS = TypeAdapter(dict[Text, Text | None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,8 @@ class SequenceFile:
         except (OSError, SafetensorError) as problem:
             raise _unreadable(path, problem) from None
         inputs = parse_json(metadata.get("inputs", ""), f"{path}: inputs", StatsError)
-        check_document(inputs, _INPUTS_SCHEMA, f"{path}: inputs", StatsError)
         #: Layer -> the layer whose ``x`` it reads; None where no token reached it.
-        self.inputs: Mapping[str, str | None] = inputs
+        self.inputs = validate(_INPUTS, inputs, f"{path}: inputs", StatsError)
         self._keys = frozenset(self._file.keys())
 
     def __enter__(self) -> SequenceFile:
@@ -148,9 +150,20 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
         if name in captured.tokens:
             tensors[f"tokens/{name}"] = captured.tokens[name]
     inputs = {name: captured.source.get(name) for name in layer_names}
+    with renamed_when_written(path) as temporary:
+        _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
+
+
+@contextmanager
+def renamed_when_written(path: Path) -> Iterator[Path]:
+    """Yield a name beside that of a file of a sequence, and give it its own when it is whole.
+
+    Raises:
+        StatsError: The file cannot be written; nothing of it is left.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
-        _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
+        yield temporary
         os.replace(temporary, path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@
     Written first: model, seed, corpora with their hashes, sequence length. A second
     run continues a folder only where its own plan is the same.
 ``CORPUS/sequence-00000.safetensors``
-    One sequence each, complete when it has this name; see ``sequences``. Where fewer
+    One sequence each, complete when it has this name; see ``sequence_file``. Where fewer
     sequences are kept than are run, one out of each range of neighbours.
 ``CORPUS/gains-00000.json``
     Then, two numbers for each layer of every sequence; see ``gains``.
@@ -23,21 +23,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
 from mofq.exceptions import StatsError
-from mofq.files.documents import (
-    check_document,
-    parse_json,
-    read_text,
-    strict_object,
-    write_beside_and_rename,
-)
+from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.validated import Count, Integer, Name, Sha256, Text, validate
 
 VERSION = 1
 
@@ -46,65 +43,22 @@ CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 
 #: Entries for 100,000 sequences are about 15 MB.
 _MAX_BYTES = 64_000_000
-_NAME = {"type": "string", "pattern": "."}
-_COUNT = {"type": "integer", "minimum": 1}
-_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 #: What runs backward from the logits; see ``sample_scores``.
-SCORES = "signs"
-_PLAN: dict[str, Any] = {
-    "version": {"const": VERSION},
-    "model_name": _NAME,
-    "index_sha256": _SHA256,
-    "weights_sha256": _SHA256,
-    "seed": {"type": "integer"},
-    "sequence_length": {"type": "integer", "minimum": 2},
-    "draws": _COUNT,
-    "dtype": _NAME,
-    "scores": {"const": SCORES},
-    "kv_cache": {"const": True},
-    "corpora": {
-        "type": "array",
-        "minItems": 1,
-        "items": strict_object(
-            {
-                "name": {"type": "string", "pattern": CORPUS_NAME},
-                "source": _NAME,
-                "text_sha256": _SHA256,
-                "sequences": _COUNT,
-                "kept": _COUNT,
-            },
-            optional=("kept",),
-        ),
-    },
-}
-#: Keys that folders of earlier versions lack.
-_OPTIONAL = ("weights_sha256", "scores", "kv_cache")
-PLAN_SCHEMA = strict_object(_PLAN, optional=_OPTIONAL)
-STATS_SCHEMA = strict_object(
-    {
-        **_PLAN,
-        "files": {
-            "type": "object",
-            "additionalProperties": strict_object({"bytes": _COUNT, "sha256": _SHA256}),
-        },
-        "unseen": {
-            "type": "object",
-            "additionalProperties": {"type": "array", "minItems": 1, "items": _NAME},
-        },
-    },
-    optional=(*_OPTIONAL, "unseen"),
-)
+SCORES: Literal["signs"] = "signs"
+
+_only_these_keys = with_config(ConfigDict(extra="forbid"))
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class CorpusPlan:
     """One corpus of a calibration run."""
 
-    name: str
-    source: str
-    text_sha256: str
-    sequences: int  #: how many sequences are run
-    kept: int | None = None  #: of how many the samples are kept, fewer than those; None: all
+    name: Annotated[Name, Field(pattern=CORPUS_NAME)]
+    source: Name
+    text_sha256: Sha256
+    sequences: Count  #: how many sequences are run
+    kept: Count | None = None  #: of how many the samples are kept, fewer than those; None: all
 
     @property
     def clusters(self) -> tuple[range, ...]:
@@ -118,25 +72,23 @@ class CorpusPlan:
         """Which sequences are kept: the middle one of each cluster."""
         return tuple(cluster[(len(cluster) - 1) // 2] for cluster in self.clusters)
 
-    def to_json(self) -> dict[str, Any]:
-        """The corpus as it stands in ``plan.json``."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
-
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides what a calibration run computes."""
 
-    model_name: str
-    index_sha256: str
-    seed: int
-    sequence_length: int  #: tokens in each sequence
-    draws: int  #: of the output's gradient, for each sequence
-    dtype: str  #: of the model's arithmetic
-    corpora: tuple[CorpusPlan, ...]
-    weights_sha256: str | None = None  #: of samples of the weights; None before 0.2
-    scores: str | None = SCORES  #: what ran backward; None before it was noted: labels or signs
-    kv_cache: bool | None = None  #: True: what attention caches is kept too
+    model_name: Name
+    index_sha256: Sha256
+    seed: Integer
+    sequence_length: Annotated[Integer, Field(ge=2)]  #: tokens in each sequence
+    draws: Count  #: of the output's gradient, for each sequence
+    dtype: Name  #: of the model's arithmetic
+    corpora: Annotated[tuple[CorpusPlan, ...], Field(min_length=1)]
+    weights_sha256: Sha256 | None = None  #: of samples of the weights; None before 0.2
+    #: What ran backward; None before it was noted: labels or signs.
+    scores: Literal["signs"] | None = SCORES
+    kv_cache: Literal[True] | None = None  #: True: what attention caches is kept too
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -144,12 +96,21 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands in ``plan.json``."""
-        content = {
-            "version": VERSION,
-            **asdict(self),
-            "corpora": [c.to_json() for c in self.corpora],
-        }
-        return {key: value for key, value in content.items() if value is not None}
+        return {"version": VERSION, **_PLAN.dump_python(self, mode="json", exclude_none=True)}
+
+
+@_only_these_keys
+@dataclass(frozen=True, slots=True)
+class _FileEntry:
+    """A file as it was written."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+_PLAN = TypeAdapter(Plan)
+_FILES = TypeAdapter(dict[Text, _FileEntry])
+_UNSEEN = TypeAdapter(dict[Text, Annotated[tuple[Name, ...], Field(min_length=1)]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,21 +150,23 @@ def read_stats(folder: str | Path) -> Stats:
             f"{path}: not found. {folder} is not a finished stats folder: "
             f"run `mofq calibrate` with -o {folder} (it continues where it stopped)."
         )
-    content = _read(path, STATS_SCHEMA)
-    stats = Stats(
-        Path(folder),
-        _plan(content, path),
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-        unseen={corpus: tuple(names) for corpus, names in content.get("unseen", {}).items()},
-    )
-    for file, entry in _entries(stats, content):
+    stats, files = _read_stats(path)
+    for file, entry in _entries(stats, files):
         found = file.stat().st_size if file.is_file() else None
-        if found != entry["bytes"]:
+        if found != entry.bytes:
             raise StatsError(
-                f"{file}: needed {entry['bytes']} bytes, "
+                f"{file}: needed {entry.bytes} bytes, "
                 f"found {'no file' if found is None else found}. {_remedy(file)}"
             )
     return stats
+
+
+def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
+    content = _read(path)
+    files = validate(_FILES, content.pop("files", None), f"{path}: files", StatsError)
+    unseen = validate(_UNSEEN, content.pop("unseen", {}), f"{path}: unseen", StatsError)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
 
 
 def verify_sequences(stats: Stats) -> None:
@@ -215,14 +178,12 @@ def verify_sequences(stats: Stats) -> None:
     Raises:
         StatsError: A sequence changed since.
     """
-    content = _read(stats.folder / "stats.json", STATS_SCHEMA)
-    for file, entry in _entries(stats, content):
-        if _sha256(file) != entry["sha256"]:
+    for file, entry in _entries(*_read_stats(stats.folder / "stats.json")):
+        if _sha256(file) != entry.sha256:
             raise StatsError(f"{file}: changed since it was written. {_remedy(file)}")
 
 
-def _entries(stats: Stats, content: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    entries: dict[str, dict[str, Any]] = content["files"]
+def _entries(stats: Stats, entries: Mapping[str, _FileEntry]) -> Iterator[tuple[Path, _FileEntry]]:
     for corpus in stats.plan.corpora:
         for file in (*stats.sequence_files(corpus.name), *stats.gains_files(corpus.name)):
             name = f"{corpus.name}/{file.name}"
@@ -285,7 +246,7 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
             ) from None
         path = folder / "plan.json"
         if path.exists():
-            _check_same(plan, _plan(_read(path, PLAN_SCHEMA), path), folder)
+            _check_same(plan, _plan(_read(path), path), folder)
         elif other := next((p.name for p in folder.iterdir() if not p.name.startswith(".")), None):
             raise StatsError(
                 f"{folder}: needed a new folder or one of statistics, found {other!r} in it and no "
@@ -334,25 +295,21 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
     return read_stats(folder)
 
 
-def _read(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a file of this version, but for the version."""
     content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
-    version = content.get("version") if isinstance(content, dict) else None
+    version = content.pop("version", None) if isinstance(content, dict) else None
     if version != VERSION:
         raise StatsError(
             f"{path}: has version {version!r}, and this mofq reads version {VERSION}. "
             f"Calibrate again into another folder."
         )
-    check_document(content, schema, str(path), StatsError)
     assert isinstance(content, dict)
     return content
 
 
 def _plan(content: dict[str, Any], path: Path) -> Plan:
-    fields = {
-        key: content[key] for key in content if key in _PLAN and key not in ("version", "corpora")
-    }
-    fields.setdefault("scores", None)
-    plan = Plan(**fields, corpora=tuple(CorpusPlan(**one) for one in content["corpora"]))
+    plan = validate(_PLAN, {"scores": None, **content}, str(path), StatsError)
     for corpus in plan.corpora:
         if corpus.kept is not None and corpus.kept >= corpus.sequences:
             raise StatsError(

@@ -12,21 +12,21 @@ is in docs/rounding-and-rewrites.md.
 An expert that the kept sequences of one half alone reached is judged there, by codes that no
 sequence was fitted to; in the other half it loses in proportion to its gains.
 
-Parts are layers of their own to everything else: nothing else knows of fitting.
+To the rest of the code a part is a layer like any other; only this file knows of fitting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.fits import Fits, Part, part_of
-from mofq.evidence.measure.gains import cluster_shares, corrected
+from mofq.evidence.measure.gain_correction import cluster_shares, corrected
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.evidence.measure.score import CorpusScore, LayerScore
@@ -34,8 +34,10 @@ from mofq.exceptions import StatsError
 from mofq.model.layers import LinearLayer
 from mofq.numbers.schemes import Scheme
 
-#: The half that judges, and the half that is fitted to.
-_HALVES: tuple[tuple[Part, Part], ...] = (("first", "second"), ("second", "first"))
+#: The parts of a layer: schemes that are not fitted; those that are, as they are shipped; and
+#: as each half judges them, fitted to the other half.
+PLAIN, SHIPPED = "plain", "shipped"
+_HALVES: dict[Part, Part] = {"first": "second", "second": "first"}
 
 
 def check_sequences(stats: Stats, schemes: Sequence[Scheme]) -> None:
@@ -66,59 +68,64 @@ def prepare_parts(
     """A layer as the parts that it is measured in.
 
     Args:
-        prepare: ``prepare_layer`` but for schemes, samples, static_amax and fit.
+        prepare: ``prepare_layer`` but for part, schemes, samples, static_amax and fit.
         layer: The layer.
         schemes: All of its candidates.
         samples: Corpus name -> samples of this layer.
         fits: Of the same stats; needed if a scheme is fitted.
 
     Yields:
-        ``parts_in_all(schemes)`` layers, for ``join_parts``.
+        A layer for each of ``parts_of(schemes)``, for ``join_parts``.
     """
     plain, fitted = _divide(schemes)
-    first = prepare(schemes=plain, samples=samples)
+    first = prepare(part=PLAIN, schemes=plain, samples=samples)
     yield first
     if not fitted:
         return
     assert fits is not None
     weights = [scheme.weight for scheme in fitted]
-    views: list[tuple[Mapping[str, ChunkedSamples], Part]] = [({}, "all")]
-    views += [(_half(samples, judge), fitting) for judge, fitting in _HALVES]
-    for judging, part in views:
-        fit = fits.of(layer, weights, part=part)
-        yield prepare(schemes=fitted, samples=judging, static_amax=first.static_amax, fit=fit)
+    of_fitted = partial(prepare, schemes=fitted, static_amax=first.static_amax)
+    yield of_fitted(part=SHIPPED, samples={}, fit=fits.of(layer, weights))
+    for judge, fitting in _HALVES.items():
+        fit = fits.of(layer, weights, part=fitting)
+        yield of_fitted(part=judge, samples=_half(samples, judge), fit=fit)
 
 
-def parts_in_all(schemes: Sequence[Scheme]) -> int:
-    """How many parts a layer has under some schemes."""
-    return 1 + (1 + len(_HALVES)) * any(_is_fitted(scheme) for scheme in schemes)
+def parts_of(schemes: Sequence[Scheme]) -> tuple[str, ...]:
+    """The parts that a layer is measured in under some schemes."""
+    return (PLAIN, SHIPPED, *_HALVES) if any(map(_is_fitted, schemes)) else (PLAIN,)
 
 
-def join_parts(schemes: Sequence[Scheme], parts: Sequence[LayerScore]) -> LayerScore:
+def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> LayerScore:
     """The score of a layer from those of its parts.
 
     Args:
         schemes: As given to ``prepare_parts``.
-        parts: The scores of what it yielded.
+        parts: Part -> its score, of all ``parts_of(schemes)``.
 
     Returns:
         As if all schemes had been measured at once.
     """
     plain, fitted = _divide(schemes)
+    first = parts[PLAIN]
     if not fitted:
-        return parts[0]
-    first, whole, *halves = parts
+        return first
+    shipped = parts[SHIPPED]
     order = [*plain, *fitted]
     column_S = [order.index(scheme) for scheme in schemes]
     return replace(
         first,
         relative_weight_error_S=_join(
-            first.relative_weight_error_S, whole.relative_weight_error_S, column_S
+            first.relative_weight_error_S, shipped.relative_weight_error_S, column_S
         ),
-        error_energy_S=_join(first.error_energy_S, whole.error_energy_S, column_S),
+        error_energy_S=_join(first.error_energy_S, shipped.error_energy_S, column_S),
         corpora={
             corpus: _join_schemes(
-                ours, _join_halves([half.corpora.get(corpus) for half in halves], ours), column_S
+                ours,
+                _join_halves(
+                    parts["first"].corpora.get(corpus), parts["second"].corpora.get(corpus), ours
+                ),
+                column_S,
             )
             for corpus, ours in first.corpora.items()
         },
@@ -140,7 +147,6 @@ def _join_schemes(first: CorpusScore, second: CorpusScore, column_S: list[int]) 
     return replace(
         first,
         error_NS=_join(first.error_NS, second.error_NS, column_S),
-        projection_MS=_join(first.projection_MS, second.projection_MS, column_S),
         output_mse_S=_join(first.output_mse_S, second.output_mse_S, column_S),
         inputs=replace(
             ours,
@@ -184,33 +190,29 @@ def _half_of(samples: ChunkedSamples, sequences: slice) -> ChunkedSamples:
     )
 
 
-def _join_halves(halves: Sequence[CorpusScore | None], whole: CorpusScore) -> CorpusScore:
+def _join_halves(
+    first: CorpusScore | None, second: CorpusScore | None, whole: CorpusScore
+) -> CorpusScore:
     """Sequences one after another; the output error over the tokens of both halves.
 
     Args:
-        halves: None where no kept token of the half reached the layer.
+        first: None where no kept token of the half reached the layer.
+        second: The same of the other half; one of them is there.
         whole: Of other schemes, with as many sequences as both halves.
     """
-    seen = [half for half in halves if half is not None]
     samples = len(whole.error_NS)
-    ends = [0, len(halves[0].error_NS) if halves[0] else samples - len(seen[0].error_NS), samples]
-    first, second = (
-        half or _unseen_half(seen[0], whole, slice(*own))
-        for half, own in zip(halves, pairwise(ends), strict=True)
-    )
-    error_NS = torch.cat([first.error_NS, second.error_NS])
-    projection_MS = torch.cat([first.projection_MS, second.projection_MS])
-    if len(seen) < len(halves):
-        # Its chunks stand for those of the unseen half too: they square to the same error.
-        more_S = error_NS.sum(0) / seen[0].error_NS.sum(0)
-        projection_MS *= more_S.nan_to_num(1.0).clamp(min=0).sqrt()
-    tokens = sum(half.sampled_tokens for half in seen)
-    output_S = torch.stack([half.output_mse_S * half.sampled_tokens for half in seen]).sum(0)
+    if first is None:
+        assert second is not None
+        first = _unseen_half(second, whole, slice(0, samples - len(second.error_NS)))
+    elif second is None:
+        second = _unseen_half(first, whole, slice(len(first.error_NS), samples))
+    halves = (first, second)
+    tokens = sum(half.sampled_tokens for half in halves)
+    output_S = torch.stack([half.output_mse_S * half.sampled_tokens for half in halves]).sum(0)
     assert first.inputs is not None
     assert second.inputs is not None
     return CorpusScore(
-        error_NS=error_NS,
-        projection_MS=projection_MS,
+        error_NS=torch.cat([first.error_NS, second.error_NS]),
         output_mse_S=output_S / tokens,
         inputs=replace(
             first.inputs,
@@ -242,12 +244,12 @@ def _unseen_half(half: CorpusScore, whole: CorpusScore, own: slice) -> CorpusSco
         input_S[list(some)] = value
     of_weight = cluster_shares(half.weight_gains, whole.weight_gains, own)
     of_input = cluster_shares(inputs.gains, whole.inputs.gains, own)
-    chunks = len(whole.projection_MS) - len(half.projection_MS)
+    chunks = whole.inputs.token_AMC.shape[1] - activations.shape[1]
     return replace(
         half,
         error_NS=of_weight[:, None] * (half.error_NS.mean(0) - input_S)
         + of_input[:, None] * input_S,
-        projection_MS=half.projection_MS.new_zeros(chunks, schemes),
+        sampled_tokens=0,
         inputs=replace(
             inputs, token_AMC=activations.new_zeros(len(activations), chunks, activations.shape[2])
         ),

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
+from mofq import __version__
 from mofq.evidence.calibration.stats import Stats, verify_sequences
 from mofq.evidence.fits import Fits
-from mofq.evidence.measure.batches import LayerPasses, layer_passes
-from mofq.evidence.measure.bf16_cast import written_schemes
-from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_in_all, prepare_parts
+from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
 from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.magnitudes import group_profiles
 from mofq.evidence.measure.rows import group_rows
-from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
+from mofq.evidence.measure.samples import SampleReader
 from mofq.evidence.measure.schedule import score_layers
+from mofq.evidence.measure.score import LayerScore
 from mofq.evidence.spaces import (
     CacheLegality,
     Legality,
@@ -40,16 +41,36 @@ from mofq.evidence.table import (
     open_table,
 )
 from mofq.exceptions import StatsError
+from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import check_scales, read_layer_rows
+from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_shared_amax
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
-from mofq.numbers.schemes import Scheme
+from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
+from mofq.numbers.quantize.compiled import Kind, pass_maker
+from mofq.numbers.quantize.rounding_errors import Pass, is_candidate
+from mofq.numbers.schemes import Granularity, Scheme, TensorScheme
 
-#: Rows of a weight read at once to find its largest magnitude [bytes].
-_AMAX_BYTES = 16_000_000
+#: The weight of an FP8 source where it is left unquantized: written in bf16, which rounds it.
+#: No scheme may be named with it.
+_BF16 = FloatFormat(
+    "bf16",
+    8,
+    7,
+    bias=127,
+    max=torch.finfo(torch.bfloat16).max,
+    source="Intel, BFLOAT16 Hardware Numerics Definition, 2018",
+)
+_IN_BF16 = TensorScheme(
+    element=_BF16,
+    granularity=Granularity("unscaled", 0, 0),
+    symmetric=True,
+    scale=SCALE_FORMATS["bf16"],
+    scale_rule="absmax",
+    rounding="nearest",
+)
 
-Progress = Callable[[int, int], None]
 Tell = Callable[[str], None]
 #: A fusion group and schemes that fit it.
 Work = tuple[FusionGroup, Sequence[Scheme]]
@@ -57,6 +78,8 @@ Work = tuple[FusionGroup, Sequence[Scheme]]
 Measured = tuple[list[Row], list[Profile]]
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
 Remotely = Callable[..., Generator[Measured, None, None]]
+#: Layer, what the pass gives, schemes that are all candidates -> the pass.
+LayerPasses = Callable[[LinearLayer, Kind, Sequence[TensorScheme]], Pass]
 
 
 def measure(
@@ -86,7 +109,7 @@ def measure(
         legality: What the engine refuses.
         cache_legality: What it refuses of the KV cache.
         device: Where the arithmetic runs.
-        progress: Called with fusion groups done and in all.
+        progress: Called with ``"measure"``, fusion groups done and in all.
         tell: Gets a line about what takes its time before the first group is done.
         remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
 
@@ -131,6 +154,7 @@ def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
         base=space.base,
         min_gain=space.min_gain,
         engine=engine,
+        mofq=__version__,
     )
 
 
@@ -171,7 +195,7 @@ def _fill(
             rows, profiles = next(measured) if some else ([], [])
             table.add_group(rows, rejected, profiles=profiles)
             if progress is not None:
-                progress(done + 1, len(offers))
+                progress("measure", done + 1, len(offers))
 
 
 def measure_groups(
@@ -202,21 +226,26 @@ def measure_groups(
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
-    written = [(group, written_schemes(group, schemes)) for group, schemes in work]
-    pass_of = layer_passes(written, device=device, tell=tell, elements=elements)
+    written = [(group, _written_schemes(group, schemes)) for group, schemes in work]
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         fits = None if stats is None else stack.enter_context(Fits(stats))
-        layers = _all_parts(
-            checkpoint, written, reader, fits, corpora=corpora, device=device, pass_of=pass_of
+        prepared = _prepare_all(
+            checkpoint,
+            written,
+            reader,
+            fits,
+            device=device,
+            pass_of=_layer_passes(written, device=device, tell=tell, elements=elements),
         )
-        scores = stack.enter_context(closing(score_layers(layers, device=device)))
+        scores = stack.enter_context(closing(score_layers(prepared, device=device)))
         for (group, schemes), (_, measured) in zip(work, written, strict=True):
-            count = parts_in_all(measured)
-            by_name = {
-                layer.name: join_parts(measured, list(islice(scores, count)))
-                for layer in group.layers
-            }
+            parts = parts_of(measured)
+            found: dict[str, dict[str, LayerScore]] = {layer.name: {} for layer in group.layers}
+            for _ in range(len(parts) * len(group.layers)):
+                score = next(scores)
+                found[score.name][score.part] = score
+            by_name = {name: join_parts(measured, one) for name, one in found.items()}
             profiles = group_profiles(
                 group,
                 {name: score.extent for name, score in by_name.items()},
@@ -225,52 +254,67 @@ def measure_groups(
             yield group_rows(group, schemes, by_name, corpora=corpora), profiles
 
 
-def _all_parts(
+def _written_schemes(group: FusionGroup, schemes: Sequence[Scheme]) -> list[Scheme]:
+    """The schemes of a fusion group as they are measured, in the same order.
+
+    In an FP8 source, those without a weight scheme round the weight to bf16.
+    """
+    if not any(layer.dtype in FP8_DTYPES for layer in group.layers):
+        return list(schemes)
+    return [replace(s, weight=_IN_BF16) if s.weight is None else s for s in schemes]
+
+
+def _layer_passes(
+    work: Sequence[Work], *, device: str, tell: Tell, elements: int = 0
+) -> LayerPasses:
+    """What gives each layer its pass over a block; layers with the same schemes share one.
+
+    It compiles when it is first asked for a set of schemes, and where there is enough to do for
+    that pass: ``elements`` of all weights, where the work is a part of more.
+    """
+    counts: Counter[frozenset[TensorScheme]] = Counter()
+    for group, schemes in work:
+        weights = (scheme.weight for scheme in schemes)
+        candidates = frozenset(w for w in weights if w is not None and is_candidate(w))
+        counts[candidates] += sum(layer.weights for layer in group.layers)
+    make = pass_maker(device=device, tell=tell)
+    made: dict[tuple[Kind, tuple[TensorScheme, ...], torch.dtype], Pass] = {}
+
+    def pass_of(layer: LinearLayer, kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
+        dtype = torch.bfloat16 if layer.dtype == "BF16" else torch.float32
+        key = (kind, tuple(schemes), dtype)
+        if key not in made:
+            made[key] = make(kind, schemes, dtype, max(elements, counts[frozenset(schemes)]))
+        return made[key]
+
+    return pass_of
+
+
+def _prepare_all(
     checkpoint: Checkpoint,
     work: Sequence[Work],
     reader: SampleReader | None,
     fits: Fits | None,
     *,
-    corpora: Sequence[str],
     device: str,
     pass_of: LayerPasses,
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
     for group, schemes in work:
-        for layer, prepare, samples in _group_layers(checkpoint, group, schemes, reader, corpora):
-            yield from prepare_parts(
-                partial(prepare, device=device, make_pass=partial(pass_of, layer)),
-                layer,
-                schemes,
-                samples=samples,
-                fits=fits,
+        is_asked = any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes)
+        weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
+        for layer in group.layers:
+            prepare = partial(
+                prepare_layer,
+                partial(read_layer_rows, checkpoint, layer),
+                (layer.out_features, layer.in_features),
+                tensor_amax=weight_amax.get(layer.name),
+                device=device,
+                name=layer.name,
+                make_pass=partial(pass_of, layer),
             )
-
-
-def _group_layers(
-    checkpoint: Checkpoint,
-    group: FusionGroup,
-    schemes: Sequence[Scheme],
-    reader: SampleReader | None,
-    corpora: Sequence[str],
-) -> Iterator[tuple[LinearLayer, Callable[..., PreparedLayer], dict[str, ChunkedSamples]]]:
-    """What prepares each layer, and its samples."""
-    weight_amax = _shared_amax(checkpoint, group, schemes)
-    for layer in group.layers:
-        samples = {}
-        for corpus in corpora:
-            assert reader is not None
-            found = reader.read(corpus, layer.name)
-            if found is not None:
-                samples[corpus] = found
-        prepare = partial(
-            prepare_layer,
-            partial(read_layer_rows, checkpoint, layer),
-            (layer.out_features, layer.in_features),
-            tensor_amax=weight_amax.get(layer.shares_scale),
-            name=layer.name,
-        )
-        yield layer, prepare, samples
+            samples = {} if reader is None else reader.read_all(layer.name)
+            yield from prepare_parts(prepare, layer, schemes, samples=samples, fits=fits)
 
 
 def table_stats(stats: Stats) -> TableStats:
@@ -281,7 +325,6 @@ def table_stats(stats: Stats) -> TableStats:
         seed=stats.plan.seed,
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
         samples=len(first.kept_indices) * stats.plan.draws,
-        tokens_per_projection=min(CHUNK_TOKENS, stats.plan.sequence_length),
         sequence_length=stats.plan.sequence_length,
     )
 
@@ -297,26 +340,3 @@ def _is_measured(
         for unit in ("output_mse", "kl_nats_per_token")
         for corpus in corpora
     )
-
-
-def _shared_amax(
-    checkpoint: Checkpoint, group: FusionGroup, schemes: Sequence[Scheme]
-) -> dict[str, float]:
-    """Largest magnitude of the layers that share a scale, where a scheme asks for it."""
-    if not any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes):
-        return {}
-    largest: dict[str, float] = {}
-    for layer in group.layers:
-        amax = max(largest.get(layer.shares_scale, 0.0), _layer_amax(checkpoint, layer))
-        largest[layer.shares_scale] = amax
-    return largest
-
-
-def _layer_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
-    step = max(1, _AMAX_BYTES // (4 * layer.in_features))
-    largest = 0.0
-    for start in range(0, layer.out_features, step):
-        rows_RI = read_layer_rows(checkpoint, layer, start, min(start + step, layer.out_features))
-        low, high = torch.aminmax(rows_RI)  # one pass, where abs() and max() are three
-        largest = max(largest, -float(low), float(high))
-    return largest

@@ -8,16 +8,15 @@ nothing is assumed. Keys and values are rounded apart, and their squares added.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
-from mofq.evidence.measure.gains import corrected, not_negative, projection_factor
-from mofq.evidence.measure.rows import standard_error
-from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, SampleReader
+from mofq.evidence.measure.gain_correction import corrected, not_negative
+from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
+from mofq.evidence.metrics import standard_error
 from mofq.evidence.spaces import CacheOffer
 from mofq.evidence.table import Rejection, Row, TableWriter
 from mofq.exceptions import StatsError
@@ -30,9 +29,6 @@ from mofq.model.kv_schemes import (
 )
 from mofq.model.layers import PARTS, CacheLayer
 from mofq.numbers.quantize import fake_quantize_cache
-
-#: Of each sequence under some scheme [N], and signed of each chunk of tokens [M]; float64.
-Costs = tuple[Tensor, Tensor]
 
 
 def check_cache_stats(stats: Stats | None) -> Stats:
@@ -114,7 +110,7 @@ def cache_rows(
     for scheme in schemes:
         amax = {key: _amax_of(key, head_amax) for key in static_keys(scheme, cache)}
         for corpus, parts in samples.items():
-            error_N, projection_M = _costs(scheme, cache, parts, amax, device)
+            error_N = _errors(scheme, cache, parts, amax, device)
             kept_N = not_negative(error_N).float().double()
             rows.append(
                 Row(
@@ -127,7 +123,6 @@ def cache_rows(
                     bytes=cache_scale_bytes(scheme, cache),
                     sqnr_db=None,
                     sample_errors=tuple(kept_N.tolist()),
-                    projections=tuple(projection_M.tolist()),
                     static_amax=amax or None,
                 )
             )
@@ -161,33 +156,31 @@ def _amax_of(key: str, head_amax: Mapping[str, Tensor]) -> float:
     return float(head_amax[part][int(head)] if dot else head_amax[part].max())
 
 
-def _costs(
+def _errors(
     scheme: CacheScheme,
     cache: CacheLayer,
     parts: Mapping[str, ChunkedSamples],
     amax: Mapping[str, float],
     device: str,
-) -> Costs:
-    costs = [
-        _part_costs(how, cache, parts[part], part_amax(part, amax), device)
+) -> Tensor:
+    """Nats per token of each sequence, [N], float64: of keys and of values, added."""
+    errors = [
+        _part_errors(how, cache, parts[part], part_amax(part, amax), device)
         for part, how in scheme.parts.items()
         if how is not None
     ]
-    if not costs:
-        some = next(iter(parts.values()))
-        zeros = torch.zeros(some.sequences, dtype=torch.float64)
-        return zeros, zeros.new_zeros(len(some.x_MCI))
-    errors, projections = zip(*costs, strict=True)
-    return torch.stack(errors).sum(0), torch.stack(projections).sum(0)
+    if not errors:
+        return torch.zeros(next(iter(parts.values())).sequences, dtype=torch.float64)
+    return torch.stack(errors).sum(0)
 
 
-def _part_costs(
+def _part_errors(
     how: CachedTensor,
     cache: CacheLayer,
     samples: ChunkedSamples,
     amax: Sequence[float],
     device: str,
-) -> Costs:
+) -> Tensor:
     x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
     x_MCHD = x_MCI.unflatten(2, (-1, cache.head_size))
     rounded_MCHD = fake_quantize_cache(
@@ -198,7 +191,4 @@ def _part_costs(
     chunks = len(token_MC) // samples.sequences
     error_N1 = token_MC.square().unflatten(0, (samples.sequences, chunks)).sum((1, 2))[:, None]
     gains = samples.gains.input if samples.gains else None
-    error_N = corrected(error_N1, gains)[:, 0] / (2 * samples.tokens)
-    full = chunks * min(CHUNK_TOKENS, samples.tokens)
-    factor = projection_factor(gains) * math.sqrt(full / samples.tokens)
-    return error_N.cpu(), (factor * token_MC.sum(1)).cpu()
+    return (corrected(error_N1, gains)[:, 0] / (2 * samples.tokens)).cpu()

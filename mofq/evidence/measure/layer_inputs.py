@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.fits import NO_FIT, LayerFit
-from mofq.evidence.measure.gains import LayerGains
+from mofq.evidence.measure.gain_correction import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.quantize.compiled import Kind, eager_pass
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
+from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, TensorScheme
 
 #: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
@@ -51,6 +52,7 @@ class PreparedLayer:
     """A layer, its inputs, and where its weight is read."""
 
     name: str
+    part: str  #: which of the layer's schemes and samples: see `mofq.evidence.measure.crossfit`
     read_rows: RowReader
     blocks: tuple[tuple[int, int], ...]  #: first row and one past the last
     in_features: int
@@ -79,6 +81,7 @@ def prepare_layer(
     schemes: Sequence[Scheme],
     *,
     samples: Mapping[str, ChunkedSamples],
+    part: str = "",
     tensor_amax: float | None = None,
     static_amax: float | None = None,
     fit: LayerFit = NO_FIT,
@@ -93,6 +96,7 @@ def prepare_layer(
         shape: out_features and in_features.
         schemes: Candidates; each fits the shape.
         samples: Corpus name -> samples of this layer; may be empty.
+        part: What the layer's score is found by, where it is scored in parts.
         tensor_amax: Largest magnitude of the weight and of all that share its scale.
         static_amax: Largest magnitude of all inputs; by default that of the samples.
         fit: What the schemes are fitted to, where some are.
@@ -115,6 +119,7 @@ def prepare_layer(
     needs_deltas = bool(samples) or len(candidates) < len(weights)
     return PreparedLayer(
         name=name,
+        part=part,
         read_rows=read_rows,
         blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
         in_features=shape[1],
@@ -153,13 +158,10 @@ def _blocks(
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    rows = elements // in_features
     if any(weight.rounding == "gptq" for weight in weights):
-        rows = max(rows, _FEEDBACK_ROWS)
+        elements = max(elements, _FEEDBACK_ROWS * in_features)
     unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
-    step = max(1, rows // unit) * unit
-    starts = range(0, out_features, step)
-    return tuple((start, min(start + step, out_features)) for start in starts)
+    return tuple(row_blocks(out_features, in_features, elements=elements, tile_rows=unit))
 
 
 def _inputs(

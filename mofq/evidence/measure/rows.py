@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mofq.evidence.measure.gains import not_negative
+from mofq.evidence.measure.gain_correction import not_negative
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
+from mofq.evidence.metrics import standard_error
 from mofq.evidence.table import Row
 from mofq.exceptions import StatsError
 from mofq.model.layers import FusionGroup, LinearLayer
@@ -94,7 +94,6 @@ def _corpus_rows(
     corpus: str, parts: Sequence[CorpusScore], i: int, common: Mapping[str, Any]
 ) -> list[Row]:
     error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
-    projection_M = torch.stack([part.projection_MS[:, i] for part in parts]).sum(0)
     # What the table keeps is float32, and the row's error is the mean of what it keeps.
     kept_N = not_negative(error_N).float().double()
     output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
@@ -106,17 +105,9 @@ def _corpus_rows(
             error=float(kept_N.mean()),
             stderr=standard_error(kept_N),
             sample_errors=tuple(kept_N.tolist()),
-            projections=tuple(projection_M.tolist()),
             **common,
         ),
     ]
-
-
-def standard_error(values_N: Tensor) -> float | None:
-    """Of the mean of some samples; None of one alone."""
-    if len(values_N) < 2:
-        return None
-    return float(values_N.std(correction=1) / math.sqrt(len(values_N)))
 
 
 def _fill_unseen(
@@ -139,25 +130,27 @@ def _fill_unseen(
         if layer.name in seen:
             filled[layer.name] = seen[layer.name]
             continue
-        alike = [la for la in group.layers if la.name in seen and la.module == layer.module]
-        if not alike:
+        same_kind = [la for la in group.layers if la.name in seen and la.module == layer.module]
+        if not same_kind:
             raise StatsError(
                 f"{group.name}: no token of corpus {corpus!r} reached {layer.name} or a layer "
                 f"like it. Calibrate on more text."
             )
-        filled[layer.name] = _mean_score(layer, alike, scores, corpus)
+        filled[layer.name] = _mean_score(layer, same_kind, scores, corpus)
     return filled
 
 
 def _mean_score(
-    layer: LinearLayer, alike: Sequence[LinearLayer], scores: Mapping[str, LayerScore], corpus: str
+    layer: LinearLayer,
+    same_kind: Sequence[LinearLayer],
+    scores: Mapping[str, LayerScore],
+    corpus: str,
 ) -> CorpusScore:
     own_S = scores[layer.name].relative_weight_error_S
-    theirs_S = torch.stack([scores[la.name].relative_weight_error_S for la in alike]).mean(0)
+    theirs_S = torch.stack([scores[la.name].relative_weight_error_S for la in same_kind]).mean(0)
     ratio_S = torch.where(theirs_S > 0, own_S / theirs_S.clamp(min=1e-300), 1.0)
-    parts = [scores[la.name].corpora[corpus] for la in alike]
+    parts = [scores[la.name].corpora[corpus] for la in same_kind]
     return CorpusScore(
         error_NS=torch.stack([p.error_NS for p in parts]).mean(0) * ratio_S,
-        projection_MS=torch.zeros_like(parts[0].projection_MS),
         output_mse_S=torch.stack([p.output_mse_S for p in parts]).mean(0) * ratio_S,
     )

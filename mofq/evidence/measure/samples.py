@@ -12,9 +12,10 @@ from torch import Tensor
 from mofq.evidence.calibration.gains import read_gains
 from mofq.evidence.calibration.sequence_file import LayerSamples
 from mofq.evidence.calibration.stats import Stats, open_sequences
-from mofq.evidence.measure.gains import LayerGains, layer_gains
+from mofq.evidence.measure.gain_correction import LayerGains, layer_gains
 
-#: Tokens of one signed projection; see `mofq.evidence.measure.score`.
+#: Neighbouring tokens that are multiplied together. A constant of the numerics: other chunks
+#: give other last digits.
 CHUNK_TOKENS = 64
 
 
@@ -66,6 +67,11 @@ class SampleReader:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    def read_all(self, layer: str) -> dict[str, ChunkedSamples]:
+        """Read one layer's samples of every corpus of which a token reached it."""
+        found = {corpus: self.read(corpus, layer) for corpus in self._files}
+        return {corpus: one for corpus, one in found.items() if one is not None}
 
     def read(self, corpus: str, layer: str) -> ChunkedSamples | None:
         """Read one layer's samples of a corpus.

@@ -1,4 +1,4 @@
-"""Keeps every core busy with blocks of rows, without a say in any number.
+"""Scores blocks of rows on all cores; the results are the same on any number of them.
 
 torch would split each operation over its threads: most are too small for that, and a sum
 that is split is rounded differently. Here every operation runs on one thread, whole blocks
@@ -17,9 +17,8 @@ from threading import Condition, Lock
 import torch
 from torch import Tensor
 
-from mofq.evidence.measure.block import BlockSums, score_rows
 from mofq.evidence.measure.layer_inputs import PreparedLayer
-from mofq.evidence.measure.score import LayerScore, add_blocks
+from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
 from mofq.model.checkpoint.tensors import keep_freed_memory
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
@@ -28,8 +27,8 @@ _WAITING_BYTES = 200_000_000
 #: Blocks that are read and not yet scored [bytes].
 _AHEAD_BYTES = 32_000_000
 
-#: Weights of small layers that are handed over together, where nothing but sums is wanted.
-_PARCEL_ELEMENTS = 2**21
+#: Weights of small layers that are scored in one task, where nothing but sums is wanted.
+_BATCH_ELEMENTS = 2**21
 
 #: A layer and some of its rows: the first, and one past the last.
 _Block = tuple[PreparedLayer, int, int]
@@ -58,16 +57,16 @@ def score_layers(
         pool = ThreadPoolExecutor(threads)
         waiting: deque[_Work] = deque()
         try:
-            for parcel in _parcels(layers):
-                blocks = [(layer, *rows) for layer in parcel for rows in layer.blocks]
-                jobs = [blocks] if len(parcel) > 1 else [[block] for block in blocks]
+            for batch in _batches(layers):
+                blocks = [(layer, *rows) for layer in batch for rows in layer.blocks]
+                jobs = [blocks] if len(batch) > 1 else [[block] for block in blocks]
                 reading = [reader.read(job) for job in jobs]  # ahead of what takes the processors
                 sums = _InOrder(blocks)
                 jobs_done = [
                     pool.submit(_score, *each, reader, sums)
                     for each in zip(jobs, reading, strict=True)
                 ]
-                waiting.append((parcel, jobs_done, sums))
+                waiting.append((batch, jobs_done, sums))
                 while len(waiting) > 2 * threads or _waiting_bytes(waiting) > _WAITING_BYTES:
                     yield from _finish(*waiting.popleft())
             while waiting:
@@ -115,22 +114,22 @@ class _ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _parcels(layers: Iterable[PreparedLayer]) -> Iterator[list[PreparedLayer]]:
-    """One layer each, or several that are small: handing one over takes as long as scoring it."""
-    parcel: list[PreparedLayer] = []
+def _batches(layers: Iterable[PreparedLayer]) -> Iterator[list[PreparedLayer]]:
+    """One layer each, or several that are small: starting a task takes as long as scoring one."""
+    batch: list[PreparedLayer] = []
     elements = 0
     for layer in layers:
         is_small = len(layer.blocks) == 1 and not layer.needs_deltas
-        if parcel and not (is_small and elements + _elements(layer) <= _PARCEL_ELEMENTS):
-            yield parcel
-            parcel, elements = [], 0
-        parcel.append(layer)
+        if batch and not (is_small and elements + _elements(layer) <= _BATCH_ELEMENTS):
+            yield batch
+            batch, elements = [], 0
+        batch.append(layer)
         elements += _elements(layer)
         if not is_small:
-            yield parcel
-            parcel, elements = [], 0
-    if parcel:
-        yield parcel
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch
 
 
 def _elements(layer: PreparedLayer) -> int:
@@ -182,17 +181,17 @@ def _score(
 
 
 def _finish(
-    parcel: Sequence[PreparedLayer], jobs: Sequence[Future[None]], sums: _InOrder
+    batch: Sequence[PreparedLayer], jobs: Sequence[Future[None]], sums: _InOrder
 ) -> Iterator[LayerScore]:
     error = next((error for job in jobs if (error := job.exception()) is not None), None)
-    for layer in parcel:
+    for layer in batch:
         if error is not None and not sums.is_whole(layer):
             raise error
-        yield add_blocks(layer, [sums.total(layer)])
+        yield layer_score(layer, sums.total(layer))
 
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
-    return sum(layer.nbytes for parcel, *_ in waiting for layer in parcel)
+    return sum(layer.nbytes for batch, *_ in waiting for layer in batch)
 
 
 @contextmanager

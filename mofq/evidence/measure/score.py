@@ -3,7 +3,7 @@
 For a perturbation ``e_t`` of the layer's output at token ``t`` of a sequence of ``T``
 tokens, the KL divergence is to second order ``E[(sum_t g_t . e_t)^2] / 2`` nats, ``g_t``
 the gradient of ``-sum log p(y)`` under labels ``y`` sampled from the model itself, or any
-random vector of the same covariance (`mofq.evidence.calibration.passes.sample_scores`).
+random vector of the same covariance (`mofq.evidence.calibration.calibrate.sample_scores`).
 
 Its plain estimate, one square for each sequence, is unbiased and needs hundreds of
 sequences. What rounding does has more structure, and this module uses it:
@@ -21,12 +21,9 @@ sequences. What rounding does has more structure, and this module uses it:
   ``G`` taken with the quantized inputs.
 
 Where the stats keep the inputs and gradients of a few of the sequences that were run, the sums
-are corrected by what is known of all of them: ``mofq.evidence.measure.gains``.
+are corrected by what is known of all of them: ``mofq.evidence.measure.gain_correction``.
 
-How these were chosen is measured in ``scripts/bench/prediction.py``. Beside them the signed
-sums over chunks of 64 tokens are kept: with them errors of different layers can be added
-before they are squared. Where 64 does not divide a sequence they are scaled, all alike, so
-that their mean square over twice 64 is in nats per token.
+How these were chosen is measured in ``scripts/bench/prediction.py``.
 
 The weight goes by in blocks of rows of a fixed size, each scored by itself, and their sums
 are added in the order of the rows: how many blocks are scored at once changes no number.
@@ -37,20 +34,55 @@ learning", 1998, section 3.
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor
 
-from mofq.evidence.measure.block import BlockSums, CorpusSums
-from mofq.evidence.measure.gains import SampleGains, corrected, projection_factor
-from mofq.evidence.measure.layer_inputs import PreparedLayer
-from mofq.evidence.measure.magnitudes import ExtentSums
-from mofq.evidence.measure.samples import CHUNK_TOKENS
+from mofq.evidence.measure.gain_correction import SampleGains, corrected
+from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
+from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
+from mofq.exceptions import SchemeError
+from mofq.numbers.quantize import fake_quantize_weight
+from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
+from mofq.numbers.schemes import TensorScheme
+
+#: Outer products of gradients and inputs held at once [bytes].
+_GRADIENT_BYTES = 32_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSums:
+    """What a block of rows adds to the score of a corpus, float64."""
+
+    row_NS: Tensor  #: sum over rows of squares
+    token_AMC: Tensor  #: of each activation scheme's rounding errors, signed
+    output_S: Tensor
+
+    def __add__(self, other: CorpusSums) -> CorpusSums:
+        return CorpusSums(
+            self.row_NS + other.row_NS,
+            self.token_AMC + other.token_AMC,
+            self.output_S + other.output_S,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """What a block of rows adds to the score of its layer, float64."""
+
+    extent: ExtentSums  #: of the weights, their squares among it
+    error_WI: Tensor  #: squares of each weight scheme's rounding errors
+    corpora: Mapping[str, CorpusSums]
+
+    def __add__(self, other: BlockSums) -> BlockSums:
+        return BlockSums(
+            self.extent + other.extent,
+            self.error_WI + other.error_WI,
+            {corpus: sums + other.corpora[corpus] for corpus, sums in self.corpora.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +101,6 @@ class CorpusScore:
     """What one corpus says of one layer under each of S schemes."""
 
     error_NS: Tensor  #: nats per token of each sequence, float64
-    projection_MS: Tensor  #: signed sum over each chunk, float64
     output_mse_S: Tensor  #: summed over outputs, averaged over tokens, float64
     inputs: InputErrors | None = None
     sampled_tokens: int = 0  #: that ``output_mse_S`` is averaged over
@@ -78,8 +109,10 @@ class CorpusScore:
 
 @dataclass(frozen=True, slots=True)
 class LayerScore:
-    """All that is measured of one layer under each of S schemes."""
+    """All that is measured of one layer, or of one part of it, under each of S schemes."""
 
+    name: str  #: of the layer
+    part: str  #: see `mofq.evidence.measure.crossfit`
     relative_weight_error_S: Tensor  #: float64
     weight_energy: float  #: sum of squares
     error_energy_S: Tensor  #: sum of squares of the rounding error, float64
@@ -89,19 +122,204 @@ class LayerScore:
     input_extents: Mapping[str, ExtentSums]  #: corpus -> of the inputs
 
 
-def add_blocks(layer: PreparedLayer, blocks: Sequence[BlockSums]) -> LayerScore:
-    """The score of a layer from the sums of its blocks.
+def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSums:
+    """Quantize a block of rows by every scheme, and add up what that does.
 
     Args:
         layer: The layer.
-        blocks: One for each of its blocks, in their order.
+        rows_RI: Rows ``start`` and following, on the CPU.
+        start: The first of them.
+
+    Returns:
+        Sums over the block.
+
+    Raises:
+        SchemeError: A weight is not finite, or a scheme does not fit.
     """
-    sums = reduce(add, blocks)
+    dtype = torch.bfloat16 if rows_RI.dtype == torch.bfloat16 else torch.float32
+    block_RI = rows_RI.to(device=layer.device, dtype=dtype)
+    rounded = round_block(layer, block_RI)
+    if not bool(torch.isfinite(rounded.square_I).all()):
+        _check_finite(layer, block_RI, start)
+    corpora = {}
+    if layer.inputs:
+        assert rounded.delta_WRI is not None
+        weight_RI, stop = block_RI.float(), start + len(block_RI)
+        for corpus, inputs in layer.inputs.items():
+            grad_MCR = inputs.grad_MCO[:, :, start:stop].float()
+            corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
+    number = start // layer.blocks[0][1]
+    extent = rows_extent(block_RI, number=number, amax_I=rounded.amax_I, square_I=rounded.square_I)
+    return BlockSums(extent=extent, error_WI=rounded.error_WI, corpora=corpora)
+
+
+def _check_finite(layer: PreparedLayer, block_RI: Tensor, start: int) -> None:
+    finite_RI = torch.isfinite(block_RI)
+    if not bool(finite_RI.all()):
+        row, column = (~finite_RI).nonzero()[0].tolist()
+        raise SchemeError(
+            f"{layer.name}: needed finite weights, found {block_RI[row, column].item()} at "
+            f"[{start + row}, {column}]. The checkpoint is damaged, or was saved after training "
+            f"diverged; nothing was measured of this layer."
+        )
+
+
+def _corpus_sums(
+    layer: PreparedLayer, inputs: Inputs, grad_MCR: Tensor, weight_RI: Tensor, delta_WRI: Tensor
+) -> CorpusSums:
+    schemes = layer.schemes
+    row_NS = weight_RI.new_zeros((inputs.sequences, len(schemes)), dtype=torch.float64)
+    output_S = row_NS.new_zeros(len(schemes))
+    token_AMC = row_NS.new_zeros((len(layer.activations), *grad_MCR.shape[:2]))
+    for activation, x_MCI in inputs.x.items():
+        change_MCR = None
+        if activation is not None:
+            change_MCR = (x_MCI - inputs.x[None]) @ weight_RI.T
+            token_MC = (grad_MCR * change_MCR).sum(2, dtype=torch.float64)
+            token_AMC[layer.activations.index(activation)] = token_MC
+        columns = [i for i, s in enumerate(schemes) if s.activation == activation]
+        weighted = [i for i in columns if schemes[i].weight is not None]
+        delta_SRI = delta_WRI[[layer.weights.index(schemes[i].weight) for i in weighted]]
+        if weighted:
+            row_NS[:, weighted] = _row_errors(
+                x_MCI, grad_MCR, delta_SRI, sequences=inputs.sequences
+            )
+            output_S[weighted] = _output_errors(inputs, x_MCI, delta_SRI, change_MCR)
+        if change_MCR is not None:
+            alone = [i for i in columns if schemes[i].weight is None]
+            output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
+    return CorpusSums(row_NS, token_AMC, output_S)
+
+
+def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences: int) -> Tensor:
+    """Rounding errors times the outer products of gradients and inputs, row by row.
+
+    Returns:
+        Squared over whole sequences and summed over rows, [sequences, schemes], float64.
+    """
+    part_MRC = grad_MCR.transpose(1, 2)
+    delta_RIS = delta_SRI.permute(1, 2, 0)
+    step = max(1, _GRADIENT_BYTES // (4 * len(x_MCI) * x_MCI.shape[2]))
+    parts = []
+    for start in range(0, len(delta_RIS), step):
+        gradient_MRI = part_MRC[:, start : start + step] @ x_MCI
+        parts.append(torch.bmm(gradient_MRI.transpose(0, 1), delta_RIS[start : start + step]))
+    projection_RMS = torch.cat(parts)
+    whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
+    error_NS: Tensor = whole_RNS.square().sum(0, dtype=torch.float64)
+    return error_NS
+
+
+def _output_errors(
+    inputs: Inputs, x_MCI: Tensor, delta_SRI: Tensor, change_MCR: Tensor | None
+) -> Tensor:
+    """Mean squared error of the outputs of some tokens, summed over the rows, [schemes]."""
+    x_TI = x_MCI.flatten(0, 1)[inputs.sample_T]
+    error_TSR = (x_TI @ delta_SRI.flatten(0, 1).T).unflatten(1, delta_SRI.shape[:2])
+    if change_MCR is not None:
+        error_TSR += change_MCR.flatten(0, 1)[inputs.sample_T, None]
+    return _mean_squares(error_TSR)
+
+
+def _mean_squares(error_TSR: Tensor) -> Tensor:
+    return error_TSR.square().sum(2).mean(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedBlock:
+    """Sums over the rows of a block, and the rounding errors where they are needed."""
+
+    amax_I: Tensor  #: largest magnitude of each column, float32
+    square_I: Tensor  #: squares of the weights, float64
+    error_WI: Tensor  #: squares of each weight scheme's rounding errors, float64
+    delta_WRI: Tensor | None  #: the rounding errors, where the layer has inputs, float32
+
+
+def round_block(layer: PreparedLayer, block_RI: Tensor) -> RoundedBlock:
+    """Round a block of rows by every weight scheme of its layer.
+
+    Args:
+        layer: The layer.
+        block_RI: Some of its rows, bfloat16 or float32.
+
+    Returns:
+        The sums; not finite where a weight is not, or where its square is not.
+
+    Raises:
+        SchemeError: A scheme does not fit.
+    """
+    columns = block_RI.shape[1]
+    if not layer.needs_deltas:
+        found = layer.block_pass(to_bands(block_RI, layer.weights), _amax(layer, block_RI))
+        sums_WRI = found.reshape(len(found), -1, columns)
+        amax_I, delta_WRI = sums_WRI[-1].amax(0), None
+        sums_WRI = sums_WRI[:-1]
+    else:
+        weight_RI = block_RI.float()
+        delta_WRI = quantize_block(layer, block_RI)
+        amax_I = weight_RI.abs().amax(0)
+        sums_WRI = torch.cat([sum_squares(delta_WRI), sum_squares(weight_RI[None])])
+    sums_WI = sums_WRI.sum(1).double()
+    return RoundedBlock(amax_I, sums_WI[-1], sums_WI[:-1], delta_WRI)
+
+
+def quantize_block(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
+    """Rounding errors of a block of rows under every weight scheme of its layer.
+
+    Args:
+        layer: The layer.
+        block_RI: Some of its rows, bfloat16 or float32, finite.
+
+    Returns:
+        Quantized minus original weight, [W, R, I], float32, in the order of
+        ``layer.weights``.
+
+    Raises:
+        SchemeError: A scheme does not fit.
+    """
+    candidates = [weight for weight in layer.weights if is_candidate(weight)]
+    delta_WRI = _candidate_deltas(layer, candidates, block_RI)
+    if len(candidates) == len(layer.weights):
+        return delta_WRI
+    weight_RI = block_RI.float()
+    deltas = dict(zip(candidates, delta_WRI, strict=True))
+    for weight in layer.weights:
+        if weight not in deltas:
+            quantized_RI = fake_quantize_weight(
+                weight_RI,
+                weight,
+                tensor_amax=layer.tensor_amax,
+                name=layer.name,
+                **layer.fit.arguments(weight),
+            )
+            deltas[weight] = quantized_RI - weight_RI
+    return torch.stack([deltas[weight] for weight in layer.weights])
+
+
+def _candidate_deltas(
+    layer: PreparedLayer, candidates: list[TensorScheme], block_RI: Tensor
+) -> Tensor:
+    rows, columns = block_RI.shape
+    if not candidates:
+        return torch.empty((0, rows, columns), dtype=torch.float32, device=block_RI.device)
+    found = layer.block_pass(to_bands(block_RI, candidates), _amax(layer, block_RI))
+    return found.reshape(len(found), -1, columns)[:, :rows]
+
+
+def _amax(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
+    amax = 0.0 if layer.tensor_amax is None else layer.tensor_amax
+    return torch.tensor(amax, dtype=torch.float32, device=block_RI.device)
+
+
+def layer_score(layer: PreparedLayer, sums: BlockSums) -> LayerScore:
+    """The score of a layer from the sums of all its blocks, added in their order."""
     weight_I = sums.extent.square_I
     is_zero_I = weight_I == 0
     ratio_WI = sums.error_WI / torch.where(is_zero_I, 1.0, weight_I)
     relative_W = torch.where(is_zero_I, 0.0, ratio_WI).mean(1)
     return LayerScore(
+        name=layer.name,
+        part=layer.part,
         relative_weight_error_S=_of_schemes(layer, relative_W),
         weight_energy=float(weight_I.sum()),
         error_energy_S=_of_schemes(layer, sums.error_WI.sum(1)),
@@ -121,23 +339,17 @@ def _of_schemes(layer: PreparedLayer, value_W: Tensor) -> Tensor:
 
 def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> CorpusScore:
     inputs = layer.inputs[corpus]
-    chunks = len(sums.projection_MS) // inputs.sequences
     token_NA = sums.token_AMC.square().sum(2).unflatten(1, (inputs.sequences, -1)).sum(2).T
     of_weight, of_input = (
         (inputs.gains.weight, inputs.gains.input) if inputs.gains else (None, None)
     )
     error_NS = corrected(sums.row_NS, of_weight).clone()
-    projection_MS = sums.projection_MS * projection_factor(of_weight)
-    token_NA, factor = corrected(token_NA, of_input), projection_factor(of_input)
+    token_NA = corrected(token_NA, of_input)
     for i, scheme in enumerate(layer.schemes):
         if scheme.activation is not None:
-            column = layer.activations.index(scheme.activation)
-            error_NS[:, i] += token_NA[:, column]
-            projection_MS[:, i] += factor * sums.token_AMC[column].sum(1)
-    full = chunks * min(CHUNK_TOKENS, inputs.tokens)
+            error_NS[:, i] += token_NA[:, layer.activations.index(scheme.activation)]
     return CorpusScore(
         error_NS=(error_NS / (2 * inputs.tokens)).cpu(),
-        projection_MS=(projection_MS * math.sqrt(full / inputs.tokens)).cpu(),
         output_mse_S=sums.output_S.cpu(),
         inputs=InputErrors(
             inputs.source,
@@ -166,11 +378,18 @@ def with_shared_inputs(scores: Mapping[str, LayerScore]) -> dict[str, LayerScore
     Returns:
         The scores; those of layers that share no inputs are the same.
     """
+    sharing: dict[tuple[str, str], list[InputErrors]] = defaultdict(list)
+    for score in scores.values():
+        for corpus, one in score.corpora.items():
+            if one.inputs is not None and one.inputs.source:
+                sharing[corpus, one.inputs.source].append(one.inputs)
     return {
         name: replace(
             score,
             corpora={
-                corpus: _with_cross_terms(one, _sharing(scores, corpus, one))
+                corpus: _with_cross_terms(one, sharing[corpus, one.inputs.source])
+                if one.inputs is not None
+                else one
                 for corpus, one in score.corpora.items()
             },
         )
@@ -178,24 +397,13 @@ def with_shared_inputs(scores: Mapping[str, LayerScore]) -> dict[str, LayerScore
     }
 
 
-def _sharing(scores: Mapping[str, LayerScore], corpus: str, one: CorpusScore) -> list[InputErrors]:
-    """The input errors of the other layers that read the same inputs."""
-    if one.inputs is None or not one.inputs.source:
-        return []
-    others = [s.corpora[corpus].inputs for s in scores.values() if corpus in s.corpora]
-    return [
-        other
-        for other in others
-        if other is not None and other is not one.inputs and other.source == one.inputs.source
-    ]
-
-
-def _with_cross_terms(one: CorpusScore, others: Sequence[InputErrors]) -> CorpusScore:
+def _with_cross_terms(one: CorpusScore, sharing: Sequence[InputErrors]) -> CorpusScore:
+    """Add the products with the errors of the other layers that read the same inputs."""
     own = one.inputs
+    others = [other.token_AMC for other in sharing if other is not own]
     if own is None or not others:
         return one
-    together_AMC = sum((other.token_AMC for other in others), torch.zeros(()))
-    cross_AM = (own.token_AMC * together_AMC).sum(2)
+    cross_AM = (own.token_AMC * sum(others, torch.zeros(()))).sum(2)
     cross_NA = cross_AM.unflatten(1, (len(one.error_NS), -1)).sum(2).T / (2 * own.tokens)
     cross_NA = corrected(cross_NA, own.gains)
     error_NS = one.error_NS.clone()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from mofq.evidence.table.lines import (
     MOST_BINS,
+    TABLE_LINE_SCHEMA,
     UNITS,
     Extent,
     Profile,
@@ -22,13 +23,13 @@ from mofq.evidence.table.lines import (
     TableGroup,
     TableHeader,
     TableLayer,
+    TableModel,
     TableSpace,
     TableStats,
     bin_width,
     header_of,
 )
 from mofq.evidence.table.reader import read_table
-from mofq.evidence.table.schema import TABLE_LINE_SCHEMA
 from mofq.evidence.table.writer import TableWriter, open_table
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "TableGroup",
     "TableHeader",
     "TableLayer",
+    "TableModel",
     "TableSpace",
     "TableStats",
     "TableWriter",

@@ -1,14 +1,49 @@
-"""The lines of a table as frozen data."""
+"""The kinds of lines of a table: one dataclass each declares, checks, writes and documents it.
+
+The text of a line is canonical: its keys in the order of the dataclass, those left out that have
+their default None, many numbers as base64 of float32. Equal data gives equal text.
+"""
 
 from __future__ import annotations
 
+import json
+import struct
+from base64 import b64decode, b64encode
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    WithJsonSchema,
+    with_config,
+)
 
 from mofq import __version__
+from mofq.exceptions import TableError, nearest_name
+from mofq.files.documents import parse_json
+from mofq.files.validated import (
+    Bytes,
+    Count,
+    Index,
+    Integer,
+    Name,
+    Names,
+    NotNegative,
+    Number,
+    Sha256,
+    Text,
+    UntitledSchema,
+    validate,
+)
 from mofq.model.layers import CacheLayer, ModelLayers
 from mofq.model.sizes import source_bytes
 from mofq.numbers.numerics import NUMERICS
+
+TABLE_VERSION = 1
 
 Unit = Literal["relative_weight_error", "output_mse", "kl_nats_per_token"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -20,16 +55,43 @@ MOST_BINS = 256
 RowKey = tuple[str, str, str, str | None]
 
 
+def _unpack(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        data = b64decode(value, validate=True)
+        return struct.unpack(f"<{len(data) // 4}f", data)
+    except (ValueError, struct.error) as problem:
+        raise ValueError(f"not base64 of float32 numbers: {problem}") from None
+
+
+def _pack(numbers: tuple[float, ...]) -> str:
+    return b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+
+
+#: Many numbers in one string: little-endian IEEE binary32, one after another, in base64.
+_Floats = Annotated[
+    tuple[NotNegative, ...],
+    Field(min_length=1),
+    BeforeValidator(_unpack),
+    PlainSerializer(_pack),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+
+_only_these_keys = with_config(ConfigDict(extra="forbid"))
+
+
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableLayer:
     """A linear layer, as far as a decision needs it."""
 
-    name: str
-    out_features: int
-    in_features: int
-    dtype: str  #: of the checkpoint, as its header writes it
-    decoder_layer: int | None
-    module: str  #: last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``
+    name: Name
+    out_features: Count
+    in_features: Count
+    dtype: Name  #: of the checkpoint, as its header writes it
+    decoder_layer: Index | None
+    module: Name  #: last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``
 
     @property
     def weights(self) -> int:
@@ -37,13 +99,14 @@ class TableLayer:
         return self.out_features * self.in_features
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableGroup:
     """A fusion group: layers that get one scheme."""
 
-    name: str
-    layers: tuple[TableLayer, ...]
-    source_bytes: int  #: in the checkpoint as it is [bytes]
+    name: Name
+    layers: Annotated[tuple[TableLayer, ...], Field(min_length=1)]
+    source_bytes: Bytes  #: in the checkpoint as it is [bytes]
 
     @property
     def weights(self) -> int:
@@ -51,33 +114,59 @@ class TableGroup:
         return sum(layer.weights for layer in self.layers)
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableStats:
     """Which calibration the rows rest on."""
 
-    sha256: str
-    seed: int
-    corpora: dict[str, str]  #: name -> SHA-256 of its text
-    samples: int  #: of each corpus
-    tokens_per_projection: int  #: labelled positions that one projection sums over
-    sequence_length: int
+    sha256: Sha256
+    seed: Integer
+    corpora: dict[Text, Sha256]  #: name -> SHA-256 of its text
+    samples: Count  #: of each corpus
+    sequence_length: Count
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
+class TableModel:
+    """Which model the rows are of."""
+
+    name: Name
+    index_sha256: Sha256  #: of the checkpoint's names, shapes, dtypes and config
+    #: Of samples of the weights; None in tables of before 0.2.
+    weights_sha256: Sha256 | None = None
+
+
+@_only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableHeader:
     """What all rows of a table have in common."""
 
-    mofq: str  #: version that began the table
-    model_name: str
-    index_sha256: str  #: of the checkpoint's names, shapes, dtypes and config
+    mofq: Name  #: version that began the table
+    #: See `mofq.numbers.numerics`; None in tables of before they were noted.
+    numerics: Annotated[
+        Count | None, Field(description="of the errors; only equal ones are compared")
+    ] = None
+    model: TableModel
     stats: TableStats | None  #: None: calibration-free
-    groups: tuple[TableGroup, ...]
-    unquantized: tuple[str, ...]  #: linear layers outside of every group
-    other_bytes: int  #: all tensors that are not weights of the groups [bytes]
-    #: Of samples of the weights; None in tables of before 0.2.
-    weights_sha256: str | None = None
-    #: Of its errors, see `mofq.numbers.numerics`; None in tables of before they were noted.
-    numerics: int | None = None
+    groups: Annotated[tuple[TableGroup, ...], Field(min_length=1)]
+    unquantized: Names  #: linear layers outside of every group
+    other_bytes: Bytes  #: all tensors that are not weights of the groups [bytes]
+
+    @property
+    def model_name(self) -> str:
+        """As the checkpoint calls itself."""
+        return self.model.name
+
+    @property
+    def index_sha256(self) -> str:
+        """Of the checkpoint's names, shapes, dtypes and config."""
+        return self.model.index_sha256
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Of samples of the weights."""
+        return self.model.weights_sha256
 
     @property
     def source_bytes_of_groups(self) -> int:
@@ -90,54 +179,66 @@ class TableHeader:
         return sum(group.weights for group in self.groups)
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableSpace:
     """What one run of ``measure`` was asked for."""
 
-    name: str
-    sha256: str
-    schemes: tuple[str, ...]
-    base: tuple[str, ...]
-    min_gain: float
-    engine: str | None
-    mofq: str = __version__
+    name: Name
+    sha256: Sha256
+    schemes: Names
+    base: Names
+    min_gain: NotNegative
+    engine: Text | None
+    mofq: Name  #: version that measured
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a scheme was not offered to a fusion group."""
 
-    group: str
-    scheme: str
-    reason: str
+    group: Name
+    scheme: Name
+    reason: Name
 
 
+@_only_these_keys
+@dataclass(frozen=True, slots=True)
+class TableCache:
+    """A `CacheLayer` whose format was asked for; rows of its name may follow."""
+
+    name: Name
+    module: Name
+    kv_heads: Count
+    head_size: Count
+    decoder_layer: Index
+
+
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class Row:
     """One measured choice.
 
-    Rows of a unit and corpus rest on the same samples in the same order, so
-    two rows are compared sample by sample, and the projections of rows of
-    different groups are added before they are squared: the joint prediction is
-    ``mean((sum over groups)**2) / (2 * tokens_per_projection)`` nats per token.
+    Rows of a unit and corpus rest on the same samples in the same order, so two rows are
+    compared sample by sample.
     """
 
-    group: str
-    scheme: str
+    group: Name
+    scheme: Name
     unit: Unit
-    corpus: str | None  #: None: no corpus was used, or all of them together
-    error: float  #: in ``unit``, >= 0
-    stderr: float | None  #: of ``error``, from the samples
-    bytes: int  #: of the group under the scheme, as exported
-    sqnr_db: float | None  #: of the weights [dB]; None where they are exact
-    #: Nats per token of each sample; error is their mean. In float32, nats only.
-    sample_errors: tuple[float, ...] | None = None
-    #: Signed sum of gradient times perturbation over each chunk of
-    #: tokens_per_projection tokens. In float32, nats only.
-    projections: tuple[float, ...] | None = None
-    static_amax: dict[str, float] | None = (
-        None  #: layer -> largest |input|, static activations only
-    )
+    corpus: Text | None  #: None: no corpus was used, or all of them together
+    error: NotNegative  #: in ``unit``
+    stderr: NotNegative | None  #: of ``error``, from the samples
+    bytes: Bytes  #: of the group under the scheme, as exported
+    sqnr_db: Number | None  #: of the weights [dB]; None where they are exact
+    #: In float32, nats only.
+    sample_errors: Annotated[
+        _Floats | None,
+        Field(description="nats per token of each sequence; error is their mean"),
+    ] = None
+    #: Layer -> largest |input|, static activations only.
+    static_amax: dict[Text, NotNegative] | None = None
 
     @property
     def key(self) -> RowKey:
@@ -145,24 +246,26 @@ class Row:
         return (self.group, self.scheme, self.unit, self.corpus)
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class Extent:
     """How large the values are that a layer multiplies: along its inputs, and beside each other.
 
     The crest factor of some values is the largest magnitude over the root mean square. A format
     with even steps (INT) loses by its square, one with a step for each power of two (FP) hardly.
+    Channels are taken in at most `MOST_BINS` ranges of neighbours, all equally wide but the last.
     """
 
-    #: Largest magnitude in each of at most `MOST_BINS` ranges of neighbouring input channels,
-    #: all equally wide but the last. In float32.
-    amax: tuple[float, ...]
-    #: Largest root mean square of one channel in each of these ranges. In float32.
-    rms: tuple[float, ...]
+    amax: Annotated[_Floats, Field(description="largest magnitude in each range of channels")]
+    rms: Annotated[
+        _Floats, Field(description="largest root mean square of one channel in each range")
+    ]
     #: What shares a scale (``"g32"``: 32 neighbours along the inputs; ``"channel"`` or
     #: ``"token"``: all of them) -> mean crest factor; of those that are not all zero.
-    crest: dict[str, float]
+    crest: dict[Text, NotNegative]
 
 
+@_only_these_keys
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The weights and inputs of one kind of layer of a fusion group, as they are.
@@ -171,11 +274,11 @@ class Profile:
     is there to be looked at.
     """
 
-    group: str
-    module: str  #: of its layers
-    channels: int  #: input channels
+    group: Name
+    module: Name  #: of its layers
+    channels: Count  #: input channels
     weight: Extent
-    inputs: dict[str, Extent]  #: corpus -> of the calibration's tokens
+    inputs: dict[Text, Extent]  #: corpus -> of the calibration's tokens
 
     @property
     def key(self) -> tuple[str, str]:
@@ -215,6 +318,114 @@ def bin_width(channels: int) -> int:
     return -(-channels // MOST_BINS)
 
 
+Line = TableHeader | TableSpace | Rejection | Profile | TableCache | Row
+
+_KINDS: dict[str, type[Line]] = {
+    "header": TableHeader,
+    "space": TableSpace,
+    "rejection": Rejection,
+    "profile": Profile,
+    "cache": TableCache,
+    "row": Row,
+}
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(line) for kind, line in _KINDS.items()}
+#: Kind -> the keys that come before those of its dataclass.
+_FIRST_KEYS: dict[str, dict[str, Any]] = {
+    kind: {"kind": kind} | ({"version": TABLE_VERSION} if kind == "header" else {})
+    for kind in _KINDS
+}
+
+
+def encode_line(line: Line) -> str:
+    """One line of JSON with its newline; equal data gives equal text.
+
+    Raises:
+        TableError: A number is not finite or does not fit float32, or a name is not text.
+    """
+    kind = next(kind for kind, of in _KINDS.items() if isinstance(line, of))
+    try:
+        value = _FIRST_KEYS[kind] | _ADAPTERS[kind].dump_python(
+            line, exclude_defaults=True, warnings=False
+        )
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except ValueError as problem:
+        raise TableError(f"{describe(line)}: cannot be written: {problem}.") from problem
+    return text + "\n"
+
+
+def describe(line: Line) -> str:
+    """What messages call a line."""
+    match line:
+        case Row():
+            return f"row of {line.group} under {line.scheme} in {line.unit}"
+        case Profile():
+            return f"profile of {line.module} in {line.group}"
+        case Rejection():
+            return f"rejection of {line.scheme} for {line.group}"
+        case TableCache():
+            return f"cache {line.name}"
+    return next(kind for kind, of in _KINDS.items() if isinstance(line, of))
+
+
+def decode_line(text: str, where: str) -> Line:
+    """The dataclass of one line.
+
+    What earlier versions kept to predict interactions of layers, ``projections`` and
+    ``tokens_per_projection``, is left out.
+
+    Args:
+        text: The line.
+        where: File and line number, for messages.
+
+    Raises:
+        TableError: The line is not JSON, of an unknown kind or version, or has
+            an unknown key, a missing key or a value out of its range.
+    """
+    value = parse_json(text, where, TableError)
+    kind = value.pop("kind", None) if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _ADAPTERS:
+        raise TableError(
+            f"{where}: unknown kind of line {kind!r}." + nearest_name(str(kind), _ADAPTERS)
+        )
+    if kind == "row":
+        value.pop("projections", None)
+    if kind == "header":
+        version = value.pop("version", None)
+        if version != TABLE_VERSION or isinstance(version, bool):
+            raise TableError(
+                f"{where}: the table has version {version!r}, "
+                f"and this mofq reads version {TABLE_VERSION}. "
+                f"Use the mofq that wrote it, or measure again."
+            )
+        if isinstance(value.get("stats"), dict):
+            value["stats"].pop("tokens_per_projection", None)
+    line: Line = validate(_ADAPTERS[kind], value, where, TableError)
+    return line
+
+
+def _line_schema() -> dict[str, Any]:
+    """Of any line, from the dataclasses and what stands before their keys."""
+    _, schema = TypeAdapter.json_schemas(
+        [(kind, "validation", adapter) for kind, adapter in _ADAPTERS.items()],
+        schema_generator=UntitledSchema,
+    )
+    for kind, line in _KINDS.items():
+        of_line = schema["$defs"][line.__name__]
+        first = {key: {"const": value} for key, value in _FIRST_KEYS[kind].items()}
+        of_line["properties"] = first | of_line["properties"]
+        of_line["required"] = [*first, *of_line["required"]]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "One line of a mofq table (table.jsonl)",
+        "oneOf": [{"$ref": f"#/$defs/{line.__name__}"} for line in _KINDS.values()],
+        **schema,
+    }
+
+
+TABLE_LINE_SCHEMA = _line_schema()
+
+
 def header_of(
     model_layers: ModelLayers,
     *,
@@ -252,12 +463,10 @@ def header_of(
     )
     return TableHeader(
         mofq=__version__,
-        model_name=model_name,
-        index_sha256=index_sha256,
+        numerics=NUMERICS,
+        model=TableModel(model_name, index_sha256, weights_sha256),
         stats=stats,
         groups=groups,
         unquantized=tuple(layer.name for layer in model_layers.unquantized),
         other_bytes=model_layers.other_bytes,
-        weights_sha256=weights_sha256,
-        numerics=NUMERICS,
     )

@@ -2,248 +2,239 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import asdict
 from hashlib import sha256
-from math import isclose, isfinite
+from math import isclose
 from pathlib import Path
+from typing import TypeVar
 
-from mofq.evidence.table.codec import decode_line
 from mofq.evidence.table.lines import (
-    Extent,
+    Line,
     Profile,
     Rejection,
     Row,
     RowKey,
     Table,
+    TableCache,
     TableHeader,
+    TableLayer,
     TableSpace,
     bin_width,
+    decode_line,
+    describe,
 )
 from mofq.exceptions import SchemeError, TableError, nearest_name
 from mofq.model.kv_schemes import parse_cache_scheme, static_keys
-from mofq.model.layers import CacheLayer
+from mofq.model.layers import CacheLayer, layers_of
 from mofq.numbers.schemes import parse_scheme
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 #: ``sample_errors`` are kept in float32.
 _TOLERANCE = 1e-5
 
 
-class RowCheck:
-    """Whether rows fit a header and each other; fed line by line."""
+class TableLines:
+    """The lines of a table as they come, each checked against the header and those before it."""
 
-    def __init__(self, header: TableHeader) -> None:
-        self._header = header
-        self._layers = {
-            group.name: {layer.name for layer in group.layers} for group in header.groups
-        }
-        self._modules = {
-            group.name: {layer.module: layer.in_features for layer in group.layers}
-            for group in header.groups
-        }
+    def __init__(self, header: TableHeader, where: str) -> None:
+        """Begin with the header.
+
+        Raises:
+            TableError: A fusion group or a layer stands twice in it.
+        """
+        self.header = header
+        self.rows: dict[RowKey, Row] = {}
+        self.profiles: dict[tuple[str, str], Profile] = {}
+        self._spaces: dict[TableSpace, None] = {}
+        self._rejections: dict[Rejection, None] = {}
         self._caches: dict[str, CacheLayer] = {}
-        self._counts: dict[tuple[str, str | None], int] = {}
+        self._samples: dict[str | None, int] = {}  # corpus -> samples of each row
+        self._layers = {
+            group.name: {layer.name: layer for layer in group.layers} for group in header.groups
+        }
+        layers = [layer.name for layer in layers_of(header.groups)]
+        for kind, names in (
+            ("fusion group", [group.name for group in header.groups]),
+            ("layer", [*layers, *header.unquantized]),
+        ):
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise TableError(f"{where}: the {kind} {twice!r} stands twice in the header.")
 
-    def check_names(self, line: Row | Rejection, where: str) -> None:
+    def table(self, sha256: str) -> Table:
+        """All lines, as decisions take them."""
+        return Table(
+            self.header,
+            tuple(self._spaces),
+            tuple(self._rejections),
+            rows=tuple(self.rows.values()),
+            sha256=sha256,
+            profiles=tuple(self.profiles.values()),
+            caches=tuple(self._caches.values()),
+        )
+
+    def add(self, line: Line, where: str) -> bool:
+        """Add a line.
+
+        Args:
+            line: Anything but a header.
+            where: File and line, for messages.
+
+        Returns:
+            Whether it says something that no line before it says.
+
+        Raises:
+            TableError: It names what the header does not have, or contradicts another line.
+        """
+        if isinstance(line, TableHeader):
+            raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
+        where = f"{where}: {describe(line)}"
+        match line:
+            case TableSpace():
+                return _add(self._spaces, line, None, where)
+            case Rejection():
+                self._check_names(line, where)
+                return _add(self._rejections, line, None, where)
+            case TableCache():
+                if line.name in self._layers:
+                    raise TableError(f"{where}: a fusion group has the same name.")
+                return _add(self._caches, line.name, CacheLayer(**asdict(line)), where)
+            case Profile():
+                self._check_profile(line, where)
+                return _add(self.profiles, line.key, line, where)
+            case Row():
+                self._check_row(line, where)
+                return _add(self.rows, line.key, line, where)
+
+    def _check_names(self, line: Row | Rejection, where: str) -> None:
         """Refuse a fusion group or scheme that does not exist."""
-        if line.group not in self._caches:
-            self._check_group(line.group, where)
         is_cache = line.group in self._caches
+        if not is_cache:
+            self._layers_of(line.group, where)
         try:
-            parsed = parse_cache_scheme if is_cache else parse_scheme
-            name = parsed(line.scheme).name
+            name = (parse_cache_scheme if is_cache else parse_scheme)(line.scheme).name
         except SchemeError as problem:
             raise TableError(f"{where}: {problem}") from problem
         if name != line.scheme:
             raise TableError(f"{where}: the scheme {line.scheme!r} is written {name!r}.")
 
-    def _check_group(self, group: str, where: str) -> None:
+    def _layers_of(self, group: str, where: str) -> dict[str, TableLayer]:
         if group not in self._layers:
             raise TableError(
                 f"{where}: the header has no fusion group {group!r}."
                 + nearest_name(group, self._layers)
             )
+        return self._layers[group]
 
-    @property
-    def caches(self) -> tuple[CacheLayer, ...]:
-        """All that `add_cache` was given."""
-        return tuple(self._caches.values())
-
-    def add_cache(self, cache: CacheLayer, where: str) -> None:
-        """Know a cache, whose rows may follow."""
-        if cache.name in self._layers or self._caches.setdefault(cache.name, cache) != cache:
-            raise TableError(
-                f"{where}: the cache {cache.name!r} is named twice, or as a fusion group is. "
-                f"Measure into another table."
-            )
-
-    def check_profile(self, profile: Profile, where: str) -> None:
+    def _check_profile(self, profile: Profile, where: str) -> None:
         """Refuse a profile of a layer that does not exist, or of another size or corpus."""
-        self._check_group(profile.group, where)
-        modules = self._modules[profile.group]
+        layers = self._layers_of(profile.group, where).values()
+        modules = {layer.module: layer.in_features for layer in layers}
         if profile.channels != modules.get(profile.module):
             raise TableError(
                 f"{where}: the header has no {profile.module!r} of {profile.channels} input "
                 f"channels in {profile.group}; it has {modules}."
             )
+        bins = -(-profile.channels // bin_width(profile.channels))
         for corpus, one in [(None, profile.weight), *profile.inputs.items()]:
             self._check_corpus(corpus, where)
-            _check_extent(one, profile.channels, where)
+            if not len(one.amax) == len(one.rms) == bins:
+                raise TableError(
+                    f"{where}: {profile.channels} input channels need {bins} numbers in amax and "
+                    f"rms, found {len(one.amax)} and {len(one.rms)}."
+                )
 
-    def check_row(self, row: Row, where: str) -> None:
-        """Refuse a row whose numbers or corpus cannot be."""
-        self.check_names(row, where)
-        numbers = [
-            row.error,
-            row.stderr or 0.0,
-            row.sqnr_db or 0.0,
-            *(row.static_amax or {}).values(),
-        ]
-        if not all(map(isfinite, numbers)):
-            raise TableError(f"{where}: an error, stderr, sqnr_db or static_amax is not finite.")
-        if min(row.error, row.stderr or 0.0, row.bytes, *(row.static_amax or {}).values()) < 0:
-            raise TableError(f"{where}: an error, stderr, static_amax or byte count is negative.")
-        known = self._amax_names(row)
-        unknown = sorted(set(row.static_amax or ()) - known)
-        if unknown:
-            raise TableError(
-                f"{where}: static_amax names {unknown[0]!r}, which is not in {row.group}."
-                + nearest_name(unknown[0], known)
-            )
-        if row.group in self._caches and row.unit != "kl_nats_per_token":
+    def _check_row(self, row: Row, where: str) -> None:
+        """Refuse a row whose corpus, layers or samples are not those of the header."""
+        self._check_names(row, where)
+        cache = self._caches.get(row.group)
+        if cache is not None and row.unit != "kl_nats_per_token":
             raise TableError(f"{where}: formats of the KV cache have rows in nats, not {row.unit}.")
-        if row.unit != "relative_weight_error" and self._header.stats is None:
+        if row.unit != "relative_weight_error" and self.header.stats is None:
             raise TableError(f"{where}: {row.unit} needs statistics, and the header has none.")
+        if row.static_amax is not None:
+            known = (
+                static_keys(parse_cache_scheme(row.scheme), cache)
+                if cache is not None
+                else self._layers[row.group]
+            )
+            unknown = sorted(set(row.static_amax) - set(known))
+            if unknown:
+                raise TableError(
+                    f"{where}: static_amax names {unknown[0]!r}, which is not in {row.group}."
+                    + nearest_name(unknown[0], known)
+                )
         self._check_corpus(row.corpus, where)
-        self._check_samples(row, where)
-
-    def _amax_names(self, row: Row) -> set[str]:
-        if row.group in self._caches:
-            scheme = parse_cache_scheme(row.scheme)
-            return set(static_keys(scheme, self._caches[row.group]))
-        return self._layers[row.group]
+        if row.sample_errors is not None:
+            self._check_samples(row, row.sample_errors, where)
 
     def _check_corpus(self, corpus: str | None, where: str) -> None:
-        corpora = {} if self._header.stats is None else self._header.stats.corpora
+        corpora = {} if self.header.stats is None else self.header.stats.corpora
         if corpus is not None and corpus not in corpora:
             raise TableError(
                 f"{where}: the header has no corpus {corpus!r}." + nearest_name(corpus, corpora)
             )
 
-    def _check_samples(self, row: Row, where: str) -> None:
-        for name in ("sample_errors", "projections"):
-            numbers: tuple[float, ...] | None = getattr(row, name)
-            if numbers is None:
-                continue
-            if row.unit != "kl_nats_per_token" or not numbers or not all(map(isfinite, numbers)):
-                raise TableError(f"{where}: {name} must be finite numbers, in nats only.")
-            known = self._counts.setdefault((name, row.corpus), len(numbers))
-            if len(numbers) != known:
-                raise TableError(
-                    f"{where}: has {len(numbers)} {name} where earlier rows of corpus "
-                    f"{row.corpus!r} have {known}; rows are compared sample by sample."
-                )
-        if row.sample_errors is not None:
-            mean = sum(row.sample_errors) / len(row.sample_errors)
-            if min(row.sample_errors) < 0 or not isclose(mean, row.error, rel_tol=_TOLERANCE):
-                raise TableError(
-                    f"{where}: error is {row.error}, but its sample_errors, none of which "
-                    f"may be negative, have the mean {mean}."
-                )
+    def _check_samples(self, row: Row, samples: tuple[float, ...], where: str) -> None:
+        if row.unit != "kl_nats_per_token":
+            raise TableError(f"{where}: sample_errors are in nats, and the row in {row.unit}.")
+        known = self._samples.setdefault(row.corpus, len(samples))
+        if len(samples) != known:
+            raise TableError(
+                f"{where}: has {len(samples)} sample_errors where earlier rows of corpus "
+                f"{row.corpus!r} have {known}; rows are compared sample by sample."
+            )
+        mean = sum(samples) / len(samples)
+        if not isclose(mean, row.error, rel_tol=_TOLERANCE):
+            raise TableError(
+                f"{where}: error is {row.error}, but its sample_errors have the mean {mean}."
+            )
 
 
-def _check_extent(extent: Extent, channels: int, where: str) -> None:
-    bins = -(-channels // bin_width(channels))
-    if not len(extent.amax) == len(extent.rms) == bins:
+def _add(known: dict[_Key, _Value], key: _Key, value: _Value, where: str) -> bool:
+    if key not in known:
+        known[key] = value
+        return True
+    if known[key] != value:
         raise TableError(
-            f"{where}: {channels} input channels need {bins} numbers in amax and rms, found "
-            f"{len(extent.amax)} and {len(extent.rms)}."
+            f"{where} stands twice with different numbers. The checkpoint or the statistics have "
+            f"changed under the same hashes: measure into another table."
         )
-    numbers = [*extent.amax, *extent.rms, *extent.crest.values()]
-    if not all(isfinite(number) and number >= 0 for number in numbers):
-        raise TableError(
-            f"{where}: an amax, rms or crest factor is negative or not finite. Its weight or its"
-            " inputs are damaged, or too large for their squares in float32."
-        )
+    return False
 
 
-def complete_lines(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
-    """Each line that ends in a newline, with what messages call it; not a half last line."""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+def read_lines(data: bytes, path: Path) -> TableLines:
+    """The lines of a table from the bytes of its file, without a half last one.
+
+    Raises:
+        TableError: As `read_table`.
+    """
+    lines: TableLines | None = None
+    for number, raw in enumerate(data.split(b"\n")[:-1], start=1):
         where = f"{path}, line {number}"
         try:
-            yield line.decode(), where
+            line = decode_line(raw.decode(), where)
         except UnicodeDecodeError as problem:
             raise TableError(f"{where}: is not UTF-8 text.") from problem
+        if lines is not None:
+            lines.add(line, where)
+        elif isinstance(line, TableHeader):
+            lines = TableLines(line, where)
+        else:
+            break
+    if lines is None:
+        raise TableError(
+            f"{path}: has no complete header line. Is it a table? Run `mofq measure` again."
+        )
+    return lines
 
 
 def parse_table(data: bytes, path: Path) -> Table:
     """A table from the bytes of its file; see `read_table`."""
-    lines = complete_lines(data, path)
-    header = _first_line(lines, path)
-    check = RowCheck(header)
-    spaces: list[TableSpace] = []
-    rejections: list[Rejection] = []
-    profiles: dict[tuple[str, str], Profile] = {}
-    rows: dict[RowKey, Row] = {}
-    for text, where in lines:
-        line = decode_line(text, where)
-        if isinstance(line, TableSpace):
-            spaces.append(line)
-        elif isinstance(line, Rejection):
-            check.check_names(line, where)
-            rejections.append(line)
-        elif isinstance(line, CacheLayer):
-            check.add_cache(line, where)
-        elif isinstance(line, Profile):
-            check.check_profile(line, where)
-            if profiles.setdefault(line.key, line) != line:
-                raise TableError(f"{where}: {_twice(line)}")
-        elif isinstance(line, Row):
-            check.check_row(line, where)
-            if rows.setdefault(line.key, line) != line:
-                raise TableError(f"{where}: {_twice(line)}")
-        else:
-            raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
-    digest = sha256(data[: data.rfind(b"\n") + 1]).hexdigest()
-    return Table(
-        header,
-        tuple(spaces),
-        tuple(rejections),
-        rows=tuple(rows.values()),
-        sha256=digest,
-        profiles=tuple(profiles.values()),
-        caches=check.caches,
-    )
-
-
-def _first_line(lines: Iterator[tuple[str, str]], path: Path) -> TableHeader:
-    text, where = next(lines, ("", ""))
-    header = decode_line(text, where) if where else None
-    if not isinstance(header, TableHeader):
-        raise TableError(
-            f"{path}: has no complete header line. Is it a table? Run `mofq measure` again."
-        )
-    _check_header(header, where)
-    return header
-
-
-def _twice(line: Row | Profile) -> str:
-    what = f"the profile of {line.key[1]} in {line.group}"
-    if isinstance(line, Row):
-        what = f"{line.group} under {line.scheme} in {line.unit}"
-    return (
-        f"{what} stands twice with different numbers. "
-        f"Which one is right cannot be known; measure again."
-    )
-
-
-def _check_header(header: TableHeader, where: str) -> None:
-    groups = [group.name for group in header.groups]
-    layers = [layer.name for group in header.groups for layer in group.layers]
-    for kind, names in (("fusion group", groups), ("layer", [*layers, *header.unquantized])):
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise TableError(f"{where}: the {kind} {twice!r} stands twice in the header.")
+    complete = data[: data.rfind(b"\n") + 1]
+    return read_lines(complete, path).table(sha256(complete).hexdigest())
 
 
 def read_table(path: str | Path) -> Table:

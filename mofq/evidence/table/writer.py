@@ -6,26 +6,26 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from mofq.evidence.table.codec import decode_line, encode_line
 from mofq.evidence.table.lines import (
+    Line,
     Profile,
     Rejection,
     Row,
-    RowKey,
-    Table,
+    TableCache,
     TableHeader,
     TableSpace,
+    decode_line,
+    describe,
+    encode_line,
 )
-from mofq.evidence.table.reader import RowCheck, parse_table
+from mofq.evidence.table.reader import TableLines, read_lines
 from mofq.exceptions import TableError
 from mofq.model.layers import CacheLayer
 
-#: Lines that stand once, whatever is measured with them.
-_Other = TableSpace | Rejection | CacheLayer
 _BEGINNING = b'{"kind":"header",'
 
 
@@ -36,20 +36,15 @@ class TableWriter:
     that walks in the same order ends with the same bytes as an undisturbed one.
     """
 
-    def __init__(self, path: Path, file: int, table: Table) -> None:
+    def __init__(self, path: Path, file: int, lines: TableLines) -> None:
         self.path = path
-        self.header = table.header
         self._file = file
-        self._check = RowCheck(table.header)
-        for cache in table.caches:
-            self._check.add_cache(cache, str(path))
-        self._rows: dict[RowKey, str] = {}
-        for row in table.rows:
-            self._check.check_row(row, str(path))
-            self._rows[row.key] = encode_line(row)
-        self._profiled = {profile.key for profile in table.profiles}
-        others: list[_Other] = [*table.spaces, *table.rejections, *table.caches]
-        self._others = {encode_line(line) for line in others}
+        self._lines = lines
+
+    @property
+    def header(self) -> TableHeader:
+        """Of the table that was there, else the one that was asked for."""
+        return self._lines.header
 
     def __enter__(self) -> TableWriter:
         return self
@@ -64,18 +59,15 @@ class TableWriter:
 
     def has(self, group: str, scheme: str, *, unit: str, corpus: str | None = None) -> bool:
         """Whether this choice is measured already."""
-        return (group, scheme, unit, corpus) in self._rows
+        return (group, scheme, unit, corpus) in self._lines.rows
 
     def add_space(self, space: TableSpace) -> None:
         """Note what this run was asked for."""
-        self._append(self._new_others([space]))
+        self._append([space])
 
     def add_caches(self, caches: Iterable[CacheLayer]) -> None:
         """Note the caches whose rows will follow."""
-        caches = list(caches)
-        for cache in caches:
-            self._check.add_cache(cache, str(self.path))
-        self._append(self._new_others(caches))
+        self._append([TableCache(**asdict(cache)) for cache in caches])
 
     def add_group(
         self,
@@ -93,39 +85,29 @@ class TableWriter:
             TableError: A line is not valid, or a row contradicts one that is there; then
                 none is written. Or the disk is full; then earlier lines are kept.
         """
-        rejections = list(rejections)
-        for rejection in rejections:
-            self._check.check_names(rejection, str(self.path))
-        fresh = [one for one in profiles if one.key not in self._profiled]
-        for one in fresh:
-            self._check.check_profile(one, str(self.path))
-        new: dict[RowKey, str] = {}
-        for row in rows:
-            where = f"{self.path}: row of {row.group} under {row.scheme}"
-            self._check.check_row(row, where)
-            text = encode_line(row)
-            decode_line(text, where)
-            known = self._rows.get(row.key) or new.get(row.key)
-            if known is None:
-                new[row.key] = text
-            elif known != text:
-                raise TableError(
-                    f"{where}: {row.unit} was measured before with another result. Checkpoint or "
-                    f"statistics have changed under the same hashes; write to another table."
-                )
-        lines = [*self._new_others(rejections), *map(encode_line, fresh), *new.values()]
-        self._append(lines)
-        self._profiled.update(one.key for one in fresh)
-        self._rows.update(new)
+        fresh = [one for one in profiles if one.key not in self._lines.profiles]
+        self._append([*rejections, *fresh, *rows])
 
-    def _new_others(self, lines: Sequence[_Other]) -> list[str]:
-        texts = dict.fromkeys(encode_line(line) for line in lines)
-        return [text for text in texts if text not in self._others]
+    def _append(self, lines: Sequence[Line]) -> None:
+        new = []
+        for line in lines:
+            text = encode_line(line)
+            if self._lines.add(self._read_back(line, text), str(self.path)):
+                new.append(text)
+        if new:
+            _write(self._file, "".join(new).encode(), self.path)
 
-    def _append(self, texts: list[str]) -> None:
-        if texts:
-            _write(self._file, "".join(texts).encode(), self.path)
-            self._others.update(texts)
+    def _read_back(self, line: Line, text: str) -> Line:
+        """A line as a reader will find it, so that nothing is written that cannot be read."""
+        try:
+            return decode_line(text, f"{self.path}: {describe(line)}")
+        except TableError as problem:
+            if not isinstance(line, Profile):
+                raise
+            raise TableError(
+                f"{problem} Its weight or its inputs are damaged, or too large for their squares "
+                f"in float32."
+            ) from None
 
 
 def open_table(path: str | Path, header: TableHeader) -> TableWriter:
@@ -152,9 +134,9 @@ def open_table(path: str | Path, header: TableHeader) -> TableWriter:
         ) from problem
     try:
         _lock(file, path)
-        table = _resume(file, path) or _begin(file, path, header)
-        _check_same(header, table.header, path)
-        return TableWriter(path, file, table)
+        lines = _resume(file, path) or _begin(file, path, header)
+        _check_same(header, lines.header, path)
+        return TableWriter(path, file, lines)
     except BaseException:
         os.close(file)
         raise
@@ -169,7 +151,7 @@ def _lock(file: int, path: Path) -> None:
         ) from problem
 
 
-def _resume(file: int, path: Path) -> Table | None:
+def _resume(file: int, path: Path) -> TableLines | None:
     """The table that is there, its half last line cut off; None if there is not even a header."""
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
@@ -178,10 +160,10 @@ def _resume(file: int, path: Path) -> Table | None:
         raise TableError(f"{path}: exists and is not a table. Name another file.")
     if len(complete) < len(data):
         complete = _whole_groups(complete)
-    table = parse_table(complete, path) if complete else None
+    lines = read_lines(complete, path) if complete else None
     if len(complete) < len(data):
         os.ftruncate(file, len(complete))
-    return table
+    return lines
 
 
 def _whole_groups(complete: bytes) -> bytes:
@@ -204,11 +186,11 @@ def _group_of(line: bytes) -> object:
         return None
 
 
-def _begin(file: int, path: Path, header: TableHeader) -> Table:
+def _begin(file: int, path: Path, header: TableHeader) -> TableLines:
     text = encode_line(header).encode()
-    table = parse_table(text, path)
+    lines = read_lines(text, path)
     _write(file, text, path)
-    return table
+    return lines
 
 
 def _write(file: int, data: bytes, path: Path) -> None:
@@ -233,8 +215,7 @@ def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
             f"{asked.numerics} of this mofq, whose errors cannot be compared. It can be searched "
             f"and explored as it is; to measure, write to another table."
         )
-    free = ("mofq", "model_name", "numerics")
-    for name in (field.name for field in fields(TableHeader) if field.name not in free):
+    for name in ("index_sha256", "weights_sha256", "stats", "groups", "unquantized", "other_bytes"):
         here, there = getattr(asked, name), getattr(found, name)
         if here == there or (name == "weights_sha256" and there is None):
             continue  # a table of a version that did not note it

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.capture import capture_layers
+from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
 from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
-from mofq.evidence.calibration.sequence_record import Captured
 from mofq.evidence.calibration.stats import (
     CORPUS_NAME,
     CorpusPlan,
@@ -25,12 +24,11 @@ from mofq.evidence.calibration.stats import (
     open_plan,
 )
 from mofq.exceptions import CorpusError, StatsError
+from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
 
 #: Positions whose scores are drawn at once.
 _SCORE_ROWS = 64
-
-Progress = Callable[[str, int, int], None]
 
 
 def calibrate(
@@ -112,7 +110,7 @@ def run_and_write(
         activation_checkpointing: Trade time for memory in the backward pass.
         progress: Called with corpus, sequences done, sequences in all.
     """
-    layer_names = [layer.name for group in layers.groups for layer in group.layers]
+    layer_names = [layer.name for layer in layers.grouped_layers]
     if plan.kv_cache:
         layer_names += [cache.part(part) for cache in layers.caches for part in PARTS]
     with capture_layers(

@@ -15,7 +15,6 @@ Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniqu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +31,6 @@ class SampleGains:
 
     own_N: Tensor
     cluster_N: Tensor  #: of the cluster that each stands for; their mean is that of all
-
-    @property
-    def ratio(self) -> float:
-        """How much more all sequences answer than those that are kept."""
-        own = float(self.own_N.mean())
-        return float(self.cluster_N.mean()) / own if own > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +115,3 @@ def not_negative(error_N: Tensor) -> Tensor:
     if low >= 0:
         return error_N
     return ((error_N - low) * (mean / (mean - low))).clamp(min=0)
-
-
-def projection_factor(gains: SampleGains | None) -> float:
-    """What signed sums are multiplied with, so that their squares are those of all sequences."""
-    return 1.0 if gains is None else math.sqrt(gains.ratio)
