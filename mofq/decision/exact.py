@@ -225,7 +225,7 @@ def _search(
         most = _LABELS_OF_TWO_SUMS if few_sums else _LABELS_OF_MORE
         choice_F = search_labels(core, prices, cost_PK, tightest, most_labels=most)
     except TooManyLabelsError:
-        choice_F = search_program(core, tightest)
+        choice_F = search_program(core, prices, cost_PK, tightest)
     if choice_F is None:
         return None
     value = max(math.fsum(column) for column in cost_PK[choice_F].T)

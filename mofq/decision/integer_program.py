@@ -6,28 +6,53 @@ by a cut, and the program is solved again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from mofq.decision.budgets import Constraint
 from mofq.decision.problem import FloatArray, IntArray
-from mofq.decision.relaxation import Core, LinearProgram, linear_program, row_scales, silent
+from mofq.decision.relaxation import Core, LinearProgram, Prices, linear_program, row_scales, silent
 
 #: Scaled so that HiGHS's absolute tolerance of 1e-6 is 1e-12 of the largest coefficient.
 _LARGEST = 1e6
+_CORE = 100  #: options beside the best of each group, to begin with
 
 
-def search_program(core: Core, constraints: Sequence[Constraint]) -> IntArray | None:
-    """The best option of each group.
+def search_program(
+    core: Core, prices: Prices, cost_PK: FloatArray, constraints: Sequence[Constraint]
+) -> IntArray | None:
+    """Solve growing parts of the core until one is proven to hold the optimum.
 
     Args:
         core: The options.
+        prices: Their reduced costs.
+        cost_PK: Of the problem's options: the largest column sum is minimised.
         constraints: Of the problem, checked without tolerance.
 
     Returns:
-        Options of the problem; None: no choice keeps all constraints.
+        The best option of each group; None: no choice keeps all constraints.
     """
+    ascending = np.sort(prices.reduced_P)
+    count = min(len(core.start_F) + _CORE, len(ascending))
+    while True:
+        part = core.part(prices.reduced_P <= ascending[count - 1])
+        choice_F = _solve_exactly(part, constraints)
+        if choice_F is None:
+            if len(part.option_P) == len(ascending):
+                return None
+            count = min(4 * count, len(ascending))
+            continue
+        # An option that costs more than this beyond the bound is in no better solution.
+        gap = max(math.fsum(column) for column in cost_PK[choice_F].T) - prices.bound
+        count = int(np.searchsorted(ascending, gap, side="right"))
+        if count <= len(part.option_P):
+            return choice_F
+
+
+def _solve_exactly(core: Core, constraints: Sequence[Constraint]) -> IntArray | None:
+    """The optimum over the options of a core, constraints checked without tolerance."""
     program = linear_program(core, _whole_scales(core), _LARGEST)
     cuts: list[tuple[FloatArray, int]] = []
     while True:

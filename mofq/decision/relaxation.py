@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,18 @@ class Core:
     row_PR: FloatArray  #: from the group's minimum; integers divided by their divisor
     limit_R: FloatArray  #: of floats no less than the constraint's own, whatever sums round to
     divisor_R: FloatArray
+
+    def part(self, kept_P: BoolArray) -> Core:
+        """Some of the options, at least one of each group."""
+        group_P = self.group_P[kept_P]
+        return replace(
+            self,
+            option_P=self.option_P[kept_P],
+            group_P=group_P,
+            start_F=np.flatnonzero(np.diff(group_P, prepend=-1)),
+            cost_PK=self.cost_PK[kept_P],
+            row_PR=self.row_PR[kept_P],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
