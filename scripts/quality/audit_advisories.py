@@ -12,6 +12,7 @@ Source: https://ossf.github.io/osv-schema/, "affected[].ranges[].events" and the
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,6 @@ from typing import Any
 import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
-
-from scripts.shared.command import script_parser
 
 PINS = ("constraints.txt", "serve/requirements.txt")
 #: Builds of a package under another name, of which no advisory speaks.
@@ -79,7 +78,7 @@ def _version(text: object) -> Version | None:
 
 def main() -> int:
     """Print every pin that an advisory names; 1 where there is one."""
-    parser = script_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     pins = {name: read_pins(Path(__file__).parent.parent / name) for name in PINS}
