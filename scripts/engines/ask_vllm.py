@@ -94,11 +94,13 @@ class CompiledFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.names = {*names, *(name.removesuffix("_extension") for name in names)}
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        """A compiled module of the wheel, or what Python imports from within one."""
         if name in self.names or name.rpartition(".")[0] in self.names:
             return importlib.machinery.ModuleSpec(name, self)
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """Its substitute."""
         return Compiled(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -218,7 +220,7 @@ def build_layer(case: dict[str, Any], device: str) -> Any:
                 size,
                 outputs,
                 bias=False,
-                params_dtype=torch.bfloat16,
+                params_dtype=served_dtype(),
                 quant_config=config,
                 prefix=case["prefix"],
             )
@@ -229,7 +231,7 @@ def build_layer(case: dict[str, Any], device: str) -> Any:
             top_k=1,
             hidden_size=size,
             intermediate_size=outputs[0],
-            params_dtype=torch.bfloat16,
+            params_dtype=served_dtype(),
             quant_config=config,
             prefix=case["prefix"],
         )
@@ -271,8 +273,12 @@ def scale_dtype(layer: Any) -> str:
 
 
 def humming_inputs(layer: Any) -> str:
-    """The element type that Humming gives to the inputs of a layer; ``none`` where it is left."""
+    """The element type that Humming gives to the inputs of a layer; ``none`` where it is left.
+
+    Loading stops where that is decided. Weights are not converted, which needs a GPU.
+    """
     import torch
+    from humming.schema import BaseWeightSchema
     from vllm.model_executor.layers.quantization.utils.humming import schema
 
     for parameter in layer.parameters():
@@ -290,6 +296,11 @@ def humming_inputs(layer: Any) -> str:
         found.append(decide(*arguments, **options))
         raise StopLoading
 
+    def keep_tensors(weight_schema: Any, tensors: Any, param_dtype: Any, **_: Any) -> Any:
+        return weight_schema.to_humming_schema(param_dtype), tensors
+
+    convert = BaseWeightSchema.convert_humming
+    BaseWeightSchema.convert_humming = keep_tensors
     for module in users:
         setattr(module, decide.__name__, record)
     try:
@@ -297,22 +308,30 @@ def humming_inputs(layer: Any) -> str:
     except StopLoading:
         pass
     finally:
+        BaseWeightSchema.convert_humming = convert
         for module in users:
             setattr(module, decide.__name__, decide)
     element = found[0].a_dtype
     return "none" if element is None or element.num_bits == 16 else str(element)
 
 
+def served_dtype() -> Any:
+    """The dtype of the model: GPUs before 8.0 have no bfloat16."""
+    import torch
+
+    before = Device.capability is not None and Device.capability < (8, 0)
+    return torch.float16 if before else torch.bfloat16
+
+
 def answers(cases: list[dict[str, Any]], backend: str) -> Iterator[dict[str, Any]]:
     """One answer for each case, in order."""
-    import torch
     from vllm.config import CompilationConfig, KernelConfig, VllmConfig, set_current_vllm_config
 
     kernels = KernelConfig(linear_backend=backend) if backend else KernelConfig()
     config = VllmConfig(kernel_config=kernels, compilation_config=CompilationConfig())
     model = types.SimpleNamespace(model_type="llama")
     config.model_config = types.SimpleNamespace(
-        dtype=torch.bfloat16,
+        dtype=served_dtype(),
         quantization_config=None,
         enforce_eager=False,
         hf_config=model,
@@ -324,9 +343,9 @@ def answers(cases: list[dict[str, Any]], backend: str) -> Iterator[dict[str, Any
             try:
                 yield answer(case, config)
             except Exception as error:  # whatever stops the engine is the answer
-                if "ASK_TRACE" in os.environ:
-                    traceback.print_exc(limit=-4)
-                text = " ".join(str(error).split()) or traceback.format_tb(error.__traceback__)[-1]
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(last.filename).name}, {last.line}"
+                text = " ".join(str(error).split()) or place
                 yield {"error": f"{type(error).__name__}: {text}"}
 
 
@@ -336,9 +355,9 @@ def become(platform: dict[str, Any]) -> None:
     Device.capability = platform["capability"] and tuple(platform["capability"])
     Device.amx = platform["amx"]
     for value in gc.get_objects():
-        if isinstance(value, functools._lru_cache_wrapper):
-            if str(value.__module__).startswith(("vllm.", "humming.")):
-                value.cache_clear()
+        is_cache = isinstance(value, functools._lru_cache_wrapper)
+        if is_cache and str(value.__module__).startswith(("vllm.", "humming.")):
+            value.cache_clear()
     for name, (constant, function) in KEPT.items():
         if (module := sys.modules.get(name)) is not None:
             new = getattr(module, function)()
@@ -359,7 +378,7 @@ def main() -> None:
     Device.capability = first["capability"] and tuple(first["capability"])
     fake_cuda() if first["capability"] else fake_cpu()
     start_groups()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(served_dtype())
     list(answers(request["cases"], ""))
     if unknown := Device.asked_by - set(KEPT) - OTHERS:
         sys.exit(f"these modules ask for the device when imported; add them to KEPT: {unknown}")
@@ -367,7 +386,13 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             become(platform)
-            found = list(answers(request["cases"], platform["linear_backend"]))
+            torch.set_default_dtype(served_dtype())
+            found = list(
+                answers(
+                    [request["cases"][index] for index in platform["cases"]],
+                    platform["linear_backend"],
+                )
+            )
             Path(f"{sys.argv[2]}.{number}").write_text(json.dumps(found), encoding="utf-8")
             os._exit(0)
         if os.waitpid(child, 0)[1]:

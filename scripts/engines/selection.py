@@ -38,8 +38,13 @@ from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
 
 HERE = Path(__file__).parent
 FACTS = HERE.parents[1] / "mofq" / "engines" / "facts"
-#: Beside the engine's own wheel: what it requires on CUDA and asks when it selects.
-COMPANIONS = {"vllm": ("humming-kernels", "flashinfer-python")}
+#: Beside an engine's own wheel: what it requires on CUDA and uses when it selects.
+COMPANIONS = {
+    "vllm": ("humming-kernels", "flashinfer-python"),
+    "sglang": ("compressed-tensors",),
+}
+#: Engines that run on CPUs as well.
+ON_CPU = {"vllm"}
 #: Longest error text that is kept.
 ERROR_LENGTH = 160
 
@@ -56,7 +61,7 @@ def main() -> None:
         parser.error(f"write one of {', '.join(COMPANIONS)}, '==' and a version")
     wheels = [fetch_wheel(requirement)]
     wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
-    answers = ask_vllm(make_venv(), wheels)
+    answers = ask_engine(name, make_venv(), wheels)
     facts = {
         "engine": name,
         "version": version,
@@ -130,17 +135,25 @@ def make_venv() -> Path:
     return python
 
 
-def settings_of(device: str) -> list[str]:
-    """What our rules set on a device: ``NAME=VALUE`` or ``--flag value``; first, nothing."""
+def settings_of(name: str, device: str) -> dict[str, str]:
+    """What our rules set on a device: ``NAME=VALUE`` or ``--flag value``, and for which schemes.
+
+    Args:
+        name: Of the engine.
+        device: Of the matrix.
+
+    Returns:
+        Setting -> regular expression of schemes. Without a setting, all.
+    """
     capability = None if device in CPUS else tuple(map(int, device.split(".")))
-    rules = [
-        rule
-        for engine in ENGINES.values()
-        if engine.name.startswith("vllm") and (engine.capability is None) == (capability is None)
-        for rule in engine.rules
-        if capability is None or rule.min_capability is None or capability >= rule.min_capability
-    ]
-    return ["", *sorted({setting for rule in rules for setting in rule.settings})]
+    settings: dict[str, str] = {"": ".*"}
+    for engine in ENGINES.values():
+        if not engine.name.startswith(name) or (engine.capability is None) != (device in CPUS):
+            continue
+        for rule in engine.rules:
+            if rule.min_capability is None or (capability and capability >= rule.min_capability):
+                settings.update(dict.fromkeys(rule.settings, rule.schemes))
+    return settings
 
 
 def platform_of(device: str, setting: str) -> dict[str, Any]:
@@ -155,28 +168,38 @@ def platform_of(device: str, setting: str) -> dict[str, Any]:
     }
 
 
-def ask_vllm(python: Path, wheels: list[Path]) -> dict[Case, dict[str, Any]]:
-    """What vLLM answers for every scheme, layer and device, under the settings of our rules."""
+def ask_engine(name: str, python: Path, wheels: list[Path]) -> dict[Case, dict[str, Any]]:
+    """What an engine answers for every scheme, layer and device, under our rules' settings."""
     cases = {(scheme, layer): case_of(scheme, layer) for scheme in SCHEMES for layer in LAYERS}
     asked = {key: case for key, case in cases.items() if "config" in case}
     gpus = [f"{major}.{minor}" for major, minor in GPUS]
     answers: dict[Case, dict[str, Any]] = {}
-    for devices in (gpus, list(CPUS)):
-        platforms = [(device, setting) for device in devices for setting in settings_of(device)]
+    for devices in (gpus, list(CPUS)) if name in ON_CPU else (gpus,):
+        platforms = [
+            (device, setting, [key for key in asked if re.fullmatch(schemes, key[0])])
+            for device in devices
+            for setting, schemes in settings_of(name, device).items()
+        ]
         request = {
             "compiled": json.loads((wheels[0] / "compiled.json").read_text("utf-8")),
-            "platforms": [platform_of(*platform) for platform in platforms],
+            "platforms": [
+                {**platform_of(device, setting), "cases": [list(asked).index(key) for key in keys]}
+                for device, setting, keys in platforms
+            ],
             "cases": list(asked.values()),
         }
-        for (device, setting), found in zip(platforms, run(python, wheels, request), strict=True):
-            for (scheme, layer), answer in zip(asked, found, strict=True):
+        found_by_platform = run(HERE / f"ask_{name}.py", python, wheels, request)
+        for (device, setting, keys), found in zip(platforms, found_by_platform, strict=True):
+            for (scheme, layer), answer in zip(keys, found, strict=True):
                 key = (scheme, layer, f"{device} {setting}".strip())
                 answers[key] = outcome(parse_scheme(scheme), answer)
     return answers
 
 
-def run(python: Path, wheels: list[Path], request: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Run `ask_vllm.py`: for each platform, an answer for each case."""
+def run(
+    script: Path, python: Path, wheels: list[Path], request: Mapping[str, Any]
+) -> list[list[dict[str, Any]]]:
+    """Run a script that asks an engine: for each platform, an answer for each case."""
     variables = {
         **{name: value for name, value in os.environ.items() if not name.startswith("VLLM_")},
         "PYTHONPATH": os.pathsep.join(map(str, wheels)),
@@ -189,7 +212,7 @@ def run(python: Path, wheels: list[Path], request: Mapping[str, Any]) -> list[li
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(python), str(HERE / "ask_vllm.py"), str(path), f"{scratch}/result"]
+        command = [str(python), str(script), str(path), f"{scratch}/result"]
         subprocess.run(command, check=True, env=variables, stdout=sys.stderr)
         count = len(request["platforms"])
         return [json.loads(Path(f"{scratch}/result.{n}").read_text("utf-8")) for n in range(count)]
@@ -236,12 +259,12 @@ def storage_to_ask(scheme: Scheme) -> Storage | None:
 
 #: Kernels that leave activations as they are. Read: a kernel's name or docstring says so.
 WEIGHT_ONLY = re.compile(
-    r"Marlin|Machete|Conch|Exllama|W4A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)|CPUExperts"
+    r"Marlin|Machete|Conch|Exllama|W4A16|W8A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)|CPUExperts"
 )
 #: Kernels that quantize activations as the checkpoint says. Read.
 QUANTIZING = re.compile(
     r"Cutlass|Triton|FlashInfer|DeepGemm|Torch|CPUInt8|CPUFP8W8A8|Emulation|TrtLlm|B12x|CuteDSL"
-    r"|CuteDsl|Dynamic4bit|Aiter|Flashinfer"
+    r"|CuteDsl|Dynamic4bit|Aiter|Flashinfer|W8A8|W4A4"
 )
 #: Element types of Humming, by ours.
 HUMMING = {"int8": "int8", "fp8_e4m3": "float8e4m3"}
@@ -257,7 +280,7 @@ def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``error``, or ``scheme_class``, ``kernel``, and what is done to ``activations``:
         ``kept``, ``quantized`` (as the checkpoint says), ``to TYPE`` (another type), or
-        ``unknown kernel``; ``scales`` where the weight's are rounded while they are loaded.
+        ``unknown kernel``; ``scales`` and ``weights`` where loading changes them.
     """
     if "error" in answer:
         return {"error": shorten(answer["error"])}
@@ -273,15 +296,20 @@ def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
     else:
         found["activations"] = "quantized" if QUANTIZING.search(kernel) else "unknown kernel"
     scales = answer["scales"]
-    if scheme.weight is not None and scheme.weight.scale.name == "f32" and scales == "bfloat16":
-        found["scales"] = "rounded to bfloat16"
+    if (
+        scheme.weight is not None
+        and scheme.weight.scale.name == "f32"
+        and scales in ("bfloat16", "float16")
+    ):
+        found["scales"] = f"rounded to {scales}"
+    if answer.get("weights"):
+        found["weights"] = answer["weights"]
     return found
 
 
 def shorten(error: str) -> str:
     """An error without addresses and paths, cut where it is long."""
-    text = re.sub(r'File "[^"]*/(\w+\.py)"', r"\1", error)
-    text = " ".join(text.split())
+    text = re.sub(r"/\S*/(?=\w+\.py)", "", error)
     return text if len(text) <= ERROR_LENGTH else text[:ERROR_LENGTH] + "…"
 
 

@@ -1,9 +1,9 @@
 """The rules of engines against what the engines' own code selects: ``mofq/engines/facts``.
 
-Python of the engines made the facts (`scripts/engines/selection.py`); nothing here is transcribed.
-A rule that serves a scheme must be met by a kernel that quantizes its activations if, and only if,
-the scheme does; a rule that refuses one must refuse what the engine cannot serve as measured, or
-name a reason that selection does not show (``NOT_SHOWN``).
+The facts were made by executing the engines (`scripts/engines/README.md`); nothing in them is
+transcribed. A rule that serves a scheme must meet a kernel that quantizes activations if, and only
+if, the scheme does. A rule that refuses one must refuse what the engine would not serve as measured,
+or rest on something that selection does not show (``NOT_SHOWN``).
 """
 
 from __future__ import annotations
@@ -11,40 +11,50 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import mofq.engines
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.numbers.schemes import Scheme, parse_scheme
-from scripts.engines.schemes import LAYERS, SCHEMES, fusion_group
+from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
+from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, storage_to_ask
 
 FACTS = sorted((Path(mofq.engines.__file__).parent / "facts").glob("*.json"))
-#: Words of a rule's kernel, and what names of kernels in the engine hold.
+LARGEST_BYTES = 100_000
+#: What names of kernels begin or go on with, and rules say.
 FAMILIES = ("Marlin", "Machete", "Humming", "Cutlass", "Triton", "FlashInfer", "DeepGemm")
 
+Facts = dict[tuple[str, str, str], dict[str, Any]]
 
-@dataclass(frozen=True)
-class Exception_:
-    """Contradictions with a reason: each pattern matches a whole word of the contradiction."""
 
-    version: str  #: of the facts, "vllm 0.33.0"
+class Case(NamedTuple):
+    """Where a rule and an engine meet."""
+
+    facts: str  #: engine and version
+    engine: str  #: key of ENGINES
+    scheme: str
+    layer: str
+
+
+class Excuse(NamedTuple):
+    """Contradictions that are known: a regular expression for each word of a case."""
+
+    facts: str
     engine: str
-    schemes: str
-    layers: str
+    scheme: str
+    layer: str
     reason: str
 
-    def matches(self, version: str, engine: str, scheme: str, layer: str) -> bool:
-        """Whether it excuses that case."""
-        words = ((self.version, version), (self.engine, engine), (self.schemes, scheme))
-        return all(re.fullmatch(*word) for word in (*words, (self.layers, layer)))
+    def covers(self, case: Case) -> bool:
+        """Whether every word of the case matches in full."""
+        return all(map(re.fullmatch, self[:4], case))
 
 
-def read_facts(path: Path) -> tuple[str, dict[tuple[str, str, str], dict[str, Any]]]:
-    """Engine and version; and the answer for each scheme, layer and device."""
+def read_facts(path: Path) -> tuple[str, Facts]:
+    """Engine and version, and the answer for each scheme, layer and device."""
     facts = json.loads(path.read_text("utf-8"))
     answers = {
         (scheme, layer, device): {
@@ -60,65 +70,116 @@ def read_facts(path: Path) -> tuple[str, dict[tuple[str, str, str], dict[str, An
 
 def devices_of(engine: Engine, settings: tuple[str, ...]) -> list[str]:
     """The devices of the facts that an engine stands for, under the settings of a rule."""
-    if engine.capability is None:
-        names = ["cpu", "cpu-amx"]
-    else:
-        names = ["{}.{}".format(*engine.capability)]
-    return [" ".join([name, *settings]) for name in names]
+    chips = list(CPUS) if engine.capability is None else ["{}.{}".format(*engine.capability)]
+    return [" ".join([chip, *settings]) for chip in chips]
 
 
 def is_as_measured(scheme: Scheme, answer: Mapping[str, Any]) -> bool:
     """Whether the selected kernel computes what the scheme's name says."""
     wanted = "kept" if scheme.activation is None else "quantized"
-    return answer.get("activations") == wanted and "scales" not in answer
+    is_changed = "scales" in answer or "weights" in answer
+    return answer.get("activations") == wanted and not is_changed
 
 
-def describe(answer: Mapping[str, Any]) -> str:
-    """An answer in a few words."""
-    if "error" in answer:
-        return str(answer["error"])
-    words = f"{answer['scheme_class']}, {answer['kernel']}, activations {answer['activations']}"
-    return f"{words}, scales {answer['scales']}" if "scales" in answer else words
-
-
-def contradictions(path: Path) -> Iterator[tuple[tuple[str, str, str, str], str]]:
-    """Where rules and engine disagree: version, engine, scheme, layer; and both sides."""
-    version, answers = read_facts(path)
+def compare(facts: Path) -> Iterator[tuple[Case, str, list[dict[str, Any]]]]:
+    """For each rule that a scheme and a layer meet: the case, our reason or "", and the answers."""
+    version, answers = read_facts(facts)
     family = version.partition(" ")[0]
-    for engine in (e for e in ENGINES.values() if e.name.startswith(family)):
-        for scheme, layer in ((parse_scheme(s), layer) for s in SCHEMES for layer in LAYERS):
-            group = fusion_group(layer)
-            rule = matching_rule(engine, scheme, group)
-            devices = devices_of(engine, rule.settings if rule else ())
-            found = [answers[key] for d in devices if (key := (scheme.name, layer, d)) in answers]
-            refused = legality(engine.name)(scheme, group)
-            if refused is None:
-                wrong = [a for a in found if not is_as_measured(scheme, a)] or [
-                    {"error": "was not asked"} for _ in range(not found)
-                ]
-                ours = f"is served by {rule.kernel}" if rule else ""
-            else:
-                is_served = bool(found) and all(is_as_measured(scheme, a) for a in found)
-                wrong = found if is_served else []
-                ours = f"is refused ({refused})"
-            if wrong:
-                case = (version, engine.name, scheme.name, layer)
-                yield case, f"{' '.join(case)}: {ours}; selected: {describe(wrong[0])}"
+    for engine in (engine for engine in ENGINES.values() if engine.name.startswith(family)):
+        for name in SCHEMES:
+            for layer in LAYERS:
+                scheme, group = parse_scheme(name), fusion_group(layer)
+                rule = matching_rule(engine, scheme, group)
+                keys = [(name, layer, d) for d in devices_of(engine, rule.settings if rule else ())]
+                found = [answers[key] for key in keys if key in answers]
+                reason = legality(engine.name)(scheme, group) or ""
+                yield Case(version, engine.name, name, layer), reason, found
 
 
-#: Refused for what selection does not show. Read in the engine's source, as each rule's own says.
-NOT_SHOWN: tuple[Exception_, ...] = ()
+def contradictions(facts: Path) -> Iterator[tuple[Case, str]]:
+    """Where rules and engine disagree about what is served, with both sides."""
+    for case, reason, found in compare(facts):
+        scheme = parse_scheme(case.scheme)
+        if reason:
+            wrong = found[:1] if found and all(is_as_measured(scheme, a) for a in found) else []
+        else:
+            wrong = [answer for answer in found if not is_as_measured(scheme, answer)]
+        if wrong:
+            ours = f"refused ({reason})" if reason else "served"
+            yield case, f"{' '.join(case)}: by our rule {ours}; the engine: {wrong[0]}"
 
-#: Rules that an engine contradicts. To be empty.
-KNOWN_STALE: tuple[Exception_, ...] = ()
+
+#: Refused for what selection does not show; each rule names its source.
+NOT_SHOWN: tuple[Excuse, ...] = ()
+
+#: Rules that an engine contradicts. To be emptied by mending them.
+KNOWN_STALE: tuple[Excuse, ...] = ()
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
 def test_no_rule_contradicts_what_the_engine_selects(path: Path) -> None:
-    excused = (*NOT_SHOWN, *KNOWN_STALE)
+    excuses = (*NOT_SHOWN, *KNOWN_STALE)
     wrong = [
-        text
-        for case, text in contradictions(path)
-        if not any(one.matches(*case) for one in excused)
+        text for case, text in contradictions(path) if not any(e.covers(case) for e in excuses)
     ]
     assert wrong == [], "\n".join(wrong)
+
+
+def test_every_excuse_is_still_needed() -> None:
+    cases = [case for path in FACTS for case, _ in contradictions(path)]
+    unneeded = [e for e in (*NOT_SHOWN, *KNOWN_STALE) if not any(e.covers(case) for case in cases)]
+    assert unneeded == []
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_the_facts_answer_for_every_scheme_layer_and_device(path: Path) -> None:
+    version, answers = read_facts(path)
+    gpus = {"{}.{}".format(*capability) for capability in GPUS}
+    on_cpu = version.partition(" ")[0] in ON_CPU
+    devices = gpus | set(CPUS) if on_cpu else gpus
+    asked = [name for name in SCHEMES if storage_to_ask(parse_scheme(name)) is not None]
+    missing = [
+        (scheme, layer, device)
+        for scheme in asked
+        for layer in LAYERS
+        for device in devices
+        if (scheme, layer, device) not in answers
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_every_selected_kernel_is_known(path: Path) -> None:
+    _, answers = read_facts(path)
+    unknown = {a["kernel"] for a in answers.values() if a.get("activations") == "unknown kernel"}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_facts_are_small_and_name_what_they_were_made_from(path: Path) -> None:
+    facts = json.loads(path.read_text("utf-8"))
+    assert path.stem == f"{facts['engine']}-{facts['version']}"
+    assert len(facts["with"]) == len(COMPANIONS[facts["engine"]])
+    assert path.stat().st_size < LARGEST_BYTES
+
+
+def test_rows_hold_every_answer_once() -> None:
+    answers = {
+        ("int4.g32", "4096x4096", "8.0"): {"kernel": "A"},
+        ("int4.g32", "4096x4096", "9.0"): {"kernel": "A"},
+        ("int4.g32", "576x576", "8.0"): {"kernel": "A"},
+        ("int4.g32", "576x576", "9.0"): {"kernel": "B"},
+        ("int4.g64", "4096x4096", "8.0"): {"kernel": "A"},
+        ("int4.g64", "4096x4096", "9.0"): {"kernel": "A"},
+    }
+    rows = group_rows(answers)
+    assert rows == [
+        {
+            "schemes": ["int4.g32", "int4.g64"],
+            "layers": ["4096x4096"],
+            "devices": ["8.0", "9.0"],
+            "kernel": "A",
+        },
+        {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["8.0"], "kernel": "A"},
+        {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["9.0"], "kernel": "B"},
+    ]
