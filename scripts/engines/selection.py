@@ -259,12 +259,13 @@ def storage_to_ask(scheme: Scheme) -> Storage | None:
 
 #: Kernels that leave activations as they are. Read: a kernel's name or docstring says so.
 WEIGHT_ONLY = re.compile(
-    r"Marlin|Machete|Conch|Exllama|W4A16|W8A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)|CPUExperts"
+    r"Marlin|Machete|Conch|Exllama|W4A16|W8A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)"
+    r"|CPUExperts(Int4|Fp8)"
 )
 #: Kernels that quantize activations as the checkpoint says. Read.
 QUANTIZING = re.compile(
     r"Cutlass|Triton|FlashInfer|DeepGemm|Torch|CPUInt8|CPUFP8W8A8|Emulation|TrtLlm|B12x|CuteDSL"
-    r"|CuteDsl|Dynamic4bit|Aiter|Flashinfer|W8A8|W4A4"
+    r"|CuteDsl|Dynamic4bit|CPUExpertsInt8|W8A8|W4A4"
 )
 #: Element types of Humming, by ours.
 HUMMING = {"int8": "int8", "fp8_e4m3": "float8e4m3"}
@@ -284,6 +285,8 @@ def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "error" in answer:
         return {"error": shorten(answer["error"])}
+    if not answer["kernel"]:
+        return {"error": f"{answer['scheme']} has no kernel"}
     kernel = answer["kernel"]
     found = {"scheme_class": answer["scheme"], "kernel": kernel}
     if "Humming" in kernel:

@@ -20,12 +20,10 @@ import mofq.engines
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.numbers.schemes import Scheme, parse_scheme
 from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
-from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, storage_to_ask
+from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, outcome, storage_to_ask
 
 FACTS = sorted((Path(mofq.engines.__file__).parent / "facts").glob("*.json"))
 LARGEST_BYTES = 100_000
-#: What names of kernels begin or go on with, and rules say.
-FAMILIES = ("Marlin", "Machete", "Humming", "Cutlass", "Triton", "FlashInfer", "DeepGemm")
 
 Facts = dict[tuple[str, str, str], dict[str, Any]]
 
@@ -46,11 +44,13 @@ class Excuse(NamedTuple):
     engine: str
     scheme: str
     layer: str
-    reason: str
+    why: str
+    refusal: str = ""  #: found in the reason that our rule gives; "" where the rule serves
 
-    def covers(self, case: Case) -> bool:
-        """Whether every word of the case matches in full."""
-        return all(map(re.fullmatch, self[:4], case))
+    def covers(self, case: Case, reason: str) -> bool:
+        """Whether every word of the case matches in full, and the reason is that one."""
+        same = bool(re.search(self.refusal, reason)) if self.refusal else not reason
+        return same and all(map(re.fullmatch, self[:4], case))
 
 
 def read_facts(path: Path) -> tuple[str, Facts]:
@@ -96,8 +96,8 @@ def compare(facts: Path) -> Iterator[tuple[Case, str, list[dict[str, Any]]]]:
                 yield Case(version, engine.name, name, layer), reason, found
 
 
-def contradictions(facts: Path) -> Iterator[tuple[Case, str]]:
-    """Where rules and engine disagree about what is served, with both sides."""
+def contradictions(facts: Path) -> Iterator[tuple[Case, str, str]]:
+    """Where rules and engine disagree about what is served: case, our reason or "", both sides."""
     for case, reason, found in compare(facts):
         scheme = parse_scheme(case.scheme)
         if reason:
@@ -106,7 +106,7 @@ def contradictions(facts: Path) -> Iterator[tuple[Case, str]]:
             wrong = [answer for answer in found if not is_as_measured(scheme, answer)]
         if wrong:
             ours = f"refused ({reason})" if reason else "served"
-            yield case, f"{' '.join(case)}: by our rule {ours}; the engine: {wrong[0]}"
+            yield case, reason, f"{' '.join(case)}: by our rule {ours}; the engine: {wrong[0]}"
 
 
 #: Refused for what selection does not show; each rule names its source.
@@ -120,14 +120,20 @@ KNOWN_STALE: tuple[Excuse, ...] = ()
 def test_no_rule_contradicts_what_the_engine_selects(path: Path) -> None:
     excuses = (*NOT_SHOWN, *KNOWN_STALE)
     wrong = [
-        text for case, text in contradictions(path) if not any(e.covers(case) for e in excuses)
+        text
+        for case, reason, text in contradictions(path)
+        if not any(excuse.covers(case, reason) for excuse in excuses)
     ]
     assert wrong == [], "\n".join(wrong)
 
 
 def test_every_excuse_is_still_needed() -> None:
-    cases = [case for path in FACTS for case, _ in contradictions(path)]
-    unneeded = [e for e in (*NOT_SHOWN, *KNOWN_STALE) if not any(e.covers(case) for case in cases)]
+    cases = [(case, reason) for path in FACTS for case, reason, _ in contradictions(path)]
+    unneeded = [
+        excuse
+        for excuse in (*NOT_SHOWN, *KNOWN_STALE)
+        if not any(excuse.covers(*case) for case in cases)
+    ]
     assert unneeded == []
 
 
@@ -183,3 +189,35 @@ def test_rows_hold_every_answer_once() -> None:
         {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["8.0"], "kernel": "A"},
         {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["9.0"], "kernel": "B"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "inputs", "activations"),
+    [
+        ("mxfp4", "HummingMxFp4LinearKernel", "float8e4m3", "to float8e4m3"),
+        ("int5.g32", "HummingLinearKernel", "none", "kept"),
+        ("int4.g128+fp8_e4m3.token", "HummingIndexedExperts", "float8e4m3", "quantized"),
+        ("int4.g128+int8.token", "MarlinLinearKernel", None, "kept"),
+        ("int8.channel+int8.token", "CutlassInt8ScaledMMLinearKernel", None, "quantized"),
+        ("fp8_e4m3.channel+fp8_e4m3.token", "CPUFp8ChannelWiseScaledMMLinearKernel", None, "kept"),
+        ("int4.g32", "KernelOfNextYear", None, "unknown kernel"),
+    ],
+)
+def test_a_kernel_and_its_inputs_tell_what_is_done_to_activations(
+    scheme: str, kernel: str, inputs: str | None, activations: str
+) -> None:
+    answer = {"scheme": "Scheme", "kernel": kernel, "inputs": inputs, "scales": ""}
+    assert outcome(parse_scheme(scheme), answer)["activations"] == activations
+
+
+def test_float32_scales_that_are_loaded_in_the_models_dtype_are_said_to_be_rounded() -> None:
+    answer = {"scheme": "Scheme", "kernel": "MarlinLinearKernel", "scales": "bfloat16"}
+    assert outcome(parse_scheme("int4.g128.s-f32"), answer)["scales"] == "rounded to bfloat16"
+    assert "scales" not in outcome(parse_scheme("int4.g128"), answer)
+
+
+def test_errors_keep_no_paths_and_are_cut() -> None:
+    error = "AssertionError: /home/user/.cache/vllm/linear.py, assert a == b " + "x" * 200
+    kept = outcome(parse_scheme("int4.g128"), {"error": error})["error"]
+    assert kept.startswith("AssertionError: linear.py, assert a == b xxx")
+    assert len(kept) <= 161
