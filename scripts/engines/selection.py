@@ -193,7 +193,19 @@ def ask_engine(name: str, python: Path, wheels: list[Path]) -> dict[Case, dict[s
             for (scheme, layer), answer in zip(keys, found, strict=True):
                 key = (scheme, layer, f"{device} {setting}".strip())
                 answers[key] = outcome(parse_scheme(scheme), answer)
-    return answers
+    return by_scheme(answers)
+
+
+def by_scheme(answers: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
+    """Answers in the order of `schemes`, and of the devices as they were asked."""
+    devices = list(dict.fromkeys(device for _, _, device in answers))
+    layers = list(LAYERS)
+
+    def place(case: Case) -> tuple[int, int, int]:
+        scheme, layer, device = case
+        return SCHEMES.index(scheme), layers.index(layer), devices.index(device)
+
+    return {case: answers[case] for case in sorted(answers, key=place)}
 
 
 def run(
@@ -260,13 +272,15 @@ def storage_to_ask(scheme: Scheme) -> Storage | None:
 #: Kernels that leave activations as they are. Read: a kernel's name or docstring says so.
 WEIGHT_ONLY = re.compile(
     r"Marlin|Machete|Conch|Exllama|W4A16|W8A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)"
-    r"|CPUExperts(Int4|Fp8)"
+    r"|CPUExpertsFp8"
 )
 #: Kernels that quantize activations as the checkpoint says. Read.
 QUANTIZING = re.compile(
     r"Cutlass|Triton|FlashInfer|DeepGemm|Torch|CPUInt8|CPUFP8W8A8|Emulation|TrtLlm|B12x|CuteDSL"
     r"|CuteDsl|Dynamic4bit|CPUExpertsInt8|W8A8|W4A4"
 )
+#: Kernels that quantize activations to a type of their own. Read.
+CONVERTING = {"CPUExpertsInt4": "int8"}
 #: Element types of Humming, by ours.
 HUMMING = {"int8": "int8", "fp8_e4m3": "float8e4m3"}
 
@@ -294,6 +308,8 @@ def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
         inputs = answer["inputs"]
         same = "quantized" if inputs == asked else f"to {inputs}"
         found["activations"] = "kept" if inputs == "none" else same
+    elif kernel in CONVERTING:
+        found["activations"] = f"to {CONVERTING[kernel]}"
     elif WEIGHT_ONLY.search(kernel):
         found["activations"] = "kept"
     else:

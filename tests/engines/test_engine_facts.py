@@ -2,8 +2,8 @@
 
 The facts were made by executing the engines (`scripts/engines/README.md`); nothing in them is
 transcribed. A rule that serves a scheme must meet a kernel that quantizes activations if, and only
-if, the scheme does. A rule that refuses one must refuse what the engine would not serve as measured,
-or rest on something that selection does not show (``NOT_SHOWN``).
+if, the scheme does. A rule that refuses one must refuse what the engine would not serve as
+measured, or rest on something that selection does not show (``NOT_SHOWN``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 
 import mofq.engines
 from mofq.engines import ENGINES, Engine, legality, matching_rule
+from mofq.evidence.spaces import shape_rejection
 from mofq.numbers.schemes import Scheme, parse_scheme
 from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
 from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, outcome, storage_to_ask
@@ -89,6 +90,8 @@ def compare(facts: Path) -> Iterator[tuple[Case, str, list[dict[str, Any]]]]:
         for name in SCHEMES:
             for layer in LAYERS:
                 scheme, group = parse_scheme(name), fusion_group(layer)
+                if any(shape_rejection(scheme, one) for one in group.layers):
+                    continue  # refused for every engine
                 rule = matching_rule(engine, scheme, group)
                 keys = [(name, layer, d) for d in devices_of(engine, rule.settings if rule else ())]
                 found = [answers[key] for key in keys if key in answers]
@@ -109,11 +112,238 @@ def contradictions(facts: Path) -> Iterator[tuple[Case, str, str]]:
             yield case, reason, f"{' '.join(case)}: by our rule {ours}; the engine: {wrong[0]}"
 
 
-#: Refused for what selection does not show; each rule names its source.
-NOT_SHOWN: tuple[Excuse, ...] = ()
+#: Refused for what selection does not show; each rule names where that was read or run.
+NOT_SHOWN = (
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\..*\.asym",
+        r"\d.*",
+        "Machete's own arithmetic with zero points",
+        refusal="Machete rounds scale times zero point",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int4\.g128\+fp8_e4m3\.token",
+        r".*",
+        "Cutlass's scales, made when it packs the weights",
+        refusal="rounds the group scales to FP8",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.g128",
+        r"\d.*",
+        "activations are quantized, per token",
+        refusal="activations per token, not per group",
+    ),
+    Excuse(
+        r"(vllm|sglang) .*",
+        r"vllm-cpu|sglang-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.g128",
+        r"\d.*",
+        "activations are quantized, per token",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-cpu",
+        r"fp8_e4m3\.tensor\+fp8_e4m3\.t.*",
+        r"\d.*",
+        "the product stops at the first forward",
+        refusal="stop in the kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-cpu",
+        r"mxfp4|mxfp8\+mxfp8",
+        r"experts",
+        "the choice for experts does not ask for the platform: Marlin and Triton need a GPU",
+        refusal="experts on CPU need AMX tiles",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-blackwell",
+        r"int8\.channel(\.s-f32)?\+int8\..*",
+        r"\d.*",
+        "the compiled product",
+        refusal="int8_scaled_mm stops at compute capability 9.0",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int[48]\..*|nvfp4",
+        r"\d.*",
+        "SGLang chooses no kernel: Marlin checks shapes when it packs the weights",
+        refusal="Marlin needs in_features",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int[48]\..*",
+        r".*",
+        "SGLang chooses no kernel: Marlin checks sizes of groups when it packs the weights",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int4\.g128\.s-f32",
+        r"experts",
+        "the experts' scheme is chosen and creates no scales here",
+        refusal="rounds f32 scales",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-ampere",
+        r"fp8_e4m3\..*",
+        r"experts",
+        "the experts' scheme is chosen without asking for the device",
+        refusal="below compute capability 8.9",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"fp8_e4m3\.channel\.s-f32",
+        r"\d.*",
+        "Marlin rounds the scales when it packs the weights",
+        refusal="has no kernel",
+    ),
+)
 
 #: Rules that an engine contradicts. To be emptied by mending them.
-KNOWN_STALE: tuple[Excuse, ...] = ()
+KNOWN_STALE = (
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int[23567]\.(channel|g\d+)(\.asym)?",
+        r".*",
+        "Humming serves 2 to 8 bits",
+        refusal="only the optional Humming kernels",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int[48]\.g(16|96|256)",
+        r".*",
+        "Humming and Triton take other sizes of groups",
+        refusal="Marlin takes scales per channel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|blackwell)",
+        r"int8\.(channel|g64)\.asym",
+        r"\d.*",
+        "Humming serves zero points with 8 bits",
+        refusal="Marlin takes zero points with 4-bit codes alone",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int4\.g\d+\.asym",
+        r"experts",
+        "Marlin, or Humming on 9.0, serves experts with zero points",
+        refusal="Marlin takes scales per channel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int4\.channel\.asym",
+        r"experts",
+        "Marlin serves experts with zero points",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\.s-f32",
+        r"\d.*",
+        "Humming, before Marlin, keeps float32 scales",
+        refusal="Marlin rounds weight scales",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"fp8_e4m3\.block128",
+        r"\d.*",
+        "W8A16Fp8 asserts that the input scheme is False, and it is None",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.(channel\+fp8_e4m3\.tensor|tensor\+fp8_e4m3\.token)",
+        r"experts",
+        "experts take FP8 channel with token, or tensor with tensor",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|blackwell)",
+        r"int4\.g128\+fp8_e4m3\.token",
+        r"experts",
+        "Humming serves it",
+        refusal="rounds the group scales to FP8",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-ada",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        r"experts",
+        "Triton serves experts",
+        refusal="before 9.0 the block kernel is Marlin's",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\.channel",
+        r"experts",
+        "Humming comes before Marlin, and then a group size is asserted",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"mxfp4",
+        r"\d.*",
+        "Humming quantizes the activations to FP8 per token",
+    ),
+    Excuse(
+        r"vllm 0\.33\.0",
+        r"vllm-cpu",
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        r"\d.*",
+        "with AMX tiles activations stay in bfloat16",
+    ),
+    Excuse(
+        r"vllm 0\.32\.0",
+        r"vllm-cpu",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.tensor",
+        r"\d.*",
+        "the kernel for tokens takes a static scale too",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-(ampere|ada|hopper)",
+        r"int8\.tensor\+int8\.(token|tensor)",
+        r"\d.*",
+        "codes are quantized again as FP8 while they are loaded",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.(channel\+fp8_e4m3\.tensor|tensor\+fp8_e4m3\.token)",
+        r"experts",
+        "experts take FP8 channel with token, or tensor with tensor",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-ada",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        r".*",
+        "the scheme is selected from 8.9",
+        refusal="has no kernel",
+    ),
+)
 
 
 @pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
