@@ -3,10 +3,9 @@
     python -m scripts.engines.selection vllm==0.33.0
 
 The wheel comes from the package index and is unpacked into the user's cache, without its compiled
-modules. A venv beside it has what its Python needs, with a torch for CPUs. Then `ask_vllm.py`
-builds, for each scheme and layer of `schemes`, the layer that the engine would build from the
-``quantization_config`` that mofq exports, on each device, and tells what was selected. See
-``README.md`` here for what that executes and what it cannot.
+modules. A venv beside it has what its Python needs, with a torch for CPUs. There `ask_vllm.py` or
+`ask_sglang.py` asks, for each scheme and layer of `schemes` and each device, what the engine makes
+of the ``quantization_config`` that mofq exports. ``README.md`` here says what that executes.
 """
 
 from __future__ import annotations
