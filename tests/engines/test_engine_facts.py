@@ -1,0 +1,553 @@
+"""The rules of engines against what the engines' own code selects: ``mofq/engines/facts``.
+
+The facts were made by executing the engines (`scripts/engines/README.md`); nothing in them is
+transcribed. A rule that serves a scheme must meet a kernel that quantizes activations if, and only
+if, the scheme does. A rule that refuses one must refuse what the engine would not serve as
+measured, or rest on something that selection does not show (``NOT_SHOWN``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import mofq.engines
+from mofq.engines import ENGINES, Engine, legality, matching_rule
+from mofq.evidence.spaces import shape_rejection
+from mofq.numbers.schemes import Scheme, parse_scheme
+from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
+from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, outcome, storage_to_ask
+
+FACTS = sorted((Path(mofq.engines.__file__).parent / "facts").glob("*.json"))
+LARGEST_BYTES = 100_000
+
+#: Makers of kernels, as their class names and our rules have them.
+FAMILIES = (
+    "CPU",
+    "Cutlass",
+    "FlashInfer",
+    "Humming",
+    "Machete",
+    "Marlin",
+    "Torch",
+    "Triton",
+    "TrtLlm",
+)
+
+Facts = dict[tuple[str, str, str], dict[str, Any]]
+
+
+class Case(NamedTuple):
+    """Where a rule and an engine meet."""
+
+    facts: str  #: engine and version
+    engine: str  #: key of ENGINES
+    scheme: str
+    layer: str
+
+
+class Excuse(NamedTuple):
+    """Contradictions that are known: a regular expression for each word of a case."""
+
+    facts: str
+    engine: str
+    scheme: str
+    layer: str
+    why: str
+    refusal: str = ""  #: found in the reason that our rule gives; "" where the rule serves
+
+    def covers(self, case: Case, reason: str) -> bool:
+        """Whether every word of the case matches in full, and the reason is that one."""
+        same = bool(re.search(self.refusal, reason)) if self.refusal else not reason
+        return same and all(map(re.fullmatch, self[:4], case))
+
+
+def read_facts(path: Path) -> tuple[str, Facts]:
+    """Engine and version, and the answer for each scheme, layer and device."""
+    facts = json.loads(path.read_text("utf-8"))
+    answers = {
+        (scheme, layer, device): {
+            key: value for key, value in row.items() if key not in ("schemes", "layers", "devices")
+        }
+        for row in facts["rows"]
+        for scheme in row["schemes"]
+        for layer in row["layers"]
+        for device in row["devices"]
+    }
+    return f"{facts['engine']} {facts['version']}", answers
+
+
+def devices_of(engine: Engine, settings: tuple[str, ...]) -> list[str]:
+    """The devices of the facts that an engine stands for, under the settings of a rule."""
+    chips = list(CPUS) if engine.capability is None else ["{}.{}".format(*engine.capability)]
+    return [" ".join([chip, *settings]) for chip in chips]
+
+
+def is_as_measured(scheme: Scheme, answer: Mapping[str, Any]) -> bool:
+    """Whether the selected kernel computes what the scheme's name says."""
+    wanted = "kept" if scheme.activation is None else "quantized"
+    is_changed = "scales" in answer or "weights" in answer
+    return answer.get("activations") == wanted and not is_changed
+
+
+def compare(facts: Path) -> Iterator[tuple[Case, str, list[dict[str, Any]]]]:
+    """For each rule that a scheme and a layer meet: the case, our reason or "", and the answers."""
+    version, answers = read_facts(facts)
+    family = version.partition(" ")[0]
+    for engine in (engine for engine in ENGINES.values() if engine.name.startswith(family)):
+        for name in SCHEMES:
+            for layer in LAYERS:
+                scheme, group = parse_scheme(name), fusion_group(layer)
+                if any(shape_rejection(scheme, one) for one in group.layers):
+                    continue  # refused for every engine
+                rule = matching_rule(engine, scheme, group)
+                keys = [(name, layer, d) for d in devices_of(engine, rule.settings if rule else ())]
+                found = [answers[key] for key in keys if key in answers]
+                reason = legality(engine.name)(scheme, group) or ""
+                yield Case(version, engine.name, name, layer), reason, found
+
+
+def contradictions(facts: Path) -> Iterator[tuple[Case, str, str]]:
+    """Where rules and engine disagree about what is served: case, our reason or "", both sides."""
+    for case, reason, found in compare(facts):
+        scheme = parse_scheme(case.scheme)
+        if reason:
+            wrong = found[:1] if found and all(is_as_measured(scheme, a) for a in found) else []
+        else:
+            wrong = [answer for answer in found if not is_as_measured(scheme, answer)]
+        if wrong:
+            ours = f"refused ({reason})" if reason else "served"
+            yield case, reason, f"{' '.join(case)}: by our rule {ours}; the engine: {wrong[0]}"
+
+
+#: Refused for what selection does not show; each rule names where that was read or run.
+NOT_SHOWN = (
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\..*\.asym",
+        r"\d.*",
+        "Machete's own arithmetic with zero points",
+        refusal="Machete rounds scale times zero point",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int4\.g128\+fp8_e4m3\.token",
+        r".*",
+        "Cutlass's scales, made when it packs the weights",
+        refusal="rounds the group scales to FP8",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.g128",
+        r"\d.*",
+        "activations are quantized, per token",
+        refusal="activations per token, not per group",
+    ),
+    Excuse(
+        r"(vllm|sglang) .*",
+        r"vllm-cpu|sglang-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.g128",
+        r"\d.*",
+        "activations are quantized, per token",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-cpu",
+        r"fp8_e4m3\.tensor\+fp8_e4m3\.t.*",
+        r"\d.*",
+        "the product stops at the first forward",
+        refusal="stop in the kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-cpu",
+        r"mxfp4|mxfp8\+mxfp8",
+        r"experts",
+        "the choice for experts does not ask for the platform: Marlin and Triton need a GPU",
+        refusal="experts on CPU need AMX tiles",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-blackwell",
+        r"int8\.channel(\.s-f32)?\+int8\..*",
+        r"\d.*",
+        "the compiled product",
+        refusal="int8_scaled_mm stops at compute capability 9.0",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int[48]\..*|nvfp4",
+        r"\d.*",
+        "SGLang chooses no kernel: Marlin checks shapes when it packs the weights",
+        refusal="Marlin needs in_features",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int[48]\..*",
+        r".*",
+        "SGLang chooses no kernel: Marlin checks sizes of groups when it packs the weights",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"int4\.g128\.s-f32",
+        r"experts",
+        "the experts' scheme is chosen and creates no scales here",
+        refusal="rounds f32 scales",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-ampere",
+        r"fp8_e4m3\..*",
+        r"experts",
+        "the experts' scheme is chosen without asking for the device",
+        refusal="below compute capability 8.9",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-.*",
+        r"fp8_e4m3\.channel\.s-f32",
+        r"\d.*",
+        "Marlin rounds the scales when it packs the weights",
+        refusal="has no kernel",
+    ),
+)
+
+#: Rules that an engine contradicts. To be emptied by mending them.
+KNOWN_STALE = (
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int[23567]\.(channel|g\d+)(\.asym)?",
+        r".*",
+        "Humming serves 2 to 8 bits",
+        refusal="only the optional Humming kernels",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int[48]\.g(16|96|256)",
+        r".*",
+        "Humming and Triton take other sizes of groups",
+        refusal="Marlin takes scales per channel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|blackwell)",
+        r"int8\.(channel|g64)\.asym",
+        r"\d.*",
+        "Humming serves zero points with 8 bits",
+        refusal="Marlin takes zero points with 4-bit codes alone",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int4\.g\d+\.asym",
+        r"experts",
+        "Marlin, or Humming on 9.0, serves experts with zero points",
+        refusal="Marlin takes scales per channel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"int4\.channel\.asym",
+        r"experts",
+        "Marlin serves experts with zero points",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"fp8_e4m3\.channel\.s-f32",
+        r"\d.*",
+        "Humming, before Marlin, keeps float32 scales",
+        refusal="Marlin rounds weight scales",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"fp8_e4m3\.block128",
+        r"\d.*",
+        "W8A16Fp8 asserts that the input scheme is False, and it is None",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.(channel\+fp8_e4m3\.tensor|tensor\+fp8_e4m3\.token)",
+        r"experts",
+        "experts take FP8 channel with token, or tensor with tensor",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ada|blackwell)",
+        r"int4\.g128\+fp8_e4m3\.token",
+        r"experts",
+        "Humming serves it",
+        refusal="rounds the group scales to FP8",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-ada",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        r"experts",
+        "Triton serves experts",
+        refusal="before 9.0 the block kernel is Marlin's",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\.channel",
+        r"experts",
+        "Humming comes before Marlin, and then a group size is asserted",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"mxfp4",
+        r"\d.*",
+        "Humming quantizes the activations to FP8 per token",
+    ),
+    Excuse(
+        r"vllm 0\.33\.0",
+        r"vllm-cpu",
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        r"\d.*",
+        "with AMX tiles activations stay in bfloat16",
+    ),
+    Excuse(
+        r"vllm 0\.32\.0",
+        r"vllm-cpu",
+        r"fp8_e4m3\.channel\+fp8_e4m3\.tensor",
+        r"\d.*",
+        "the kernel for tokens takes a static scale too",
+        refusal="has no kernel",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-(ampere|ada|hopper)",
+        r"int8\.tensor\+int8\.(token|tensor)",
+        r"\d.*",
+        "codes are quantized again as FP8 while they are loaded",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-(ada|hopper|blackwell)",
+        r"fp8_e4m3\.(channel\+fp8_e4m3\.tensor|tensor\+fp8_e4m3\.token)",
+        r"experts",
+        "experts take FP8 channel with token, or tensor with tensor",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-ada",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        r".*",
+        "the scheme is selected from 8.9",
+        refusal="has no kernel",
+    ),
+)
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_no_rule_contradicts_what_the_engine_selects(path: Path) -> None:
+    excuses = (*NOT_SHOWN, *KNOWN_STALE)
+    wrong = [
+        text
+        for case, reason, text in contradictions(path)
+        if not any(excuse.covers(case, reason) for excuse in excuses)
+    ]
+    assert wrong == [], "\n".join(wrong)
+
+
+def names_of_kernels(facts: Path) -> Iterator[tuple[Case, str, str]]:
+    """Where a served rule names another kernel: case, the rule's words, the engine's class."""
+    for case, reason, found in compare(facts):
+        scheme = parse_scheme(case.scheme)
+        rule = matching_rule(ENGINES[case.engine], scheme, fusion_group(case.layer))
+        if reason or rule is None:
+            continue
+        for answer in (one for one in found if is_as_measured(scheme, one)):
+            kernel = answer["kernel"]
+            named = any(word in kernel and word in rule.kernel for word in FAMILIES)
+            if not named and answer["scheme_class"] != kernel:
+                yield case, rule.kernel, kernel
+
+
+#: Rules that name another kernel than is selected. To be emptied by mending them.
+STALE_NAMES = (
+    Excuse(
+        r"vllm .*",
+        r"vllm-(ampere|ada|hopper|blackwell)",
+        r"fp8_e4m3\.(channel|tensor)",
+        r"\d.*",
+        "Humming comes before Marlin for weight-only FP8",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\.g32(\.asym)?|nvfp4|mxfp8",
+        r".*",
+        "Humming comes before Marlin on 9.0, and Machete has no groups of 32",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"int[48]\.g(64|128)",
+        r"experts",
+        "Humming comes before Marlin on 9.0",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-ada",
+        r"fp8_e4m3\.(channel(\.s-f32)?\+fp8_e4m3\.token|tensor\+fp8_e4m3\.tensor)",
+        r"experts",
+        "TritonExperts",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-hopper",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        r"experts",
+        "TritonExperts",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-(hopper|blackwell)",
+        r"fp8_e4m3\.tensor\+fp8_e4m3\.tensor",
+        r".*",
+        "FlashInfer; TensorRT-LLM for experts on 10.0",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-blackwell",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128|nvfp4\+nvfp4|mxfp8\+mxfp8",
+        r"experts",
+        "TensorRT-LLM's experts",
+    ),
+    Excuse(
+        r"vllm .*",
+        r"vllm-blackwell",
+        r"mxfp4\+mxfp4",
+        r"experts",
+        "CutlassExpertsMxfp4",
+    ),
+)
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_a_rule_names_the_kernel_that_the_engine_selects(path: Path) -> None:
+    wrong = [
+        f"{' '.join(case)}: our rule names {ours!r}; the engine selects {kernel}"
+        for case, ours, kernel in names_of_kernels(path)
+        if not any(excuse.covers(case, "") for excuse in STALE_NAMES)
+    ]
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_every_excuse_is_still_needed() -> None:
+    cases = [(case, reason) for path in FACTS for case, reason, _ in contradictions(path)]
+    unneeded = [
+        excuse
+        for excuse in (*NOT_SHOWN, *KNOWN_STALE)
+        if not any(excuse.covers(*case) for case in cases)
+    ]
+    assert unneeded == []
+    named = [case for path in FACTS for case, _, _ in names_of_kernels(path)]
+    assert [e for e in STALE_NAMES if not any(e.covers(case, "") for case in named)] == []
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_the_facts_answer_for_every_scheme_layer_and_device(path: Path) -> None:
+    version, answers = read_facts(path)
+    gpus = {"{}.{}".format(*capability) for capability in GPUS}
+    on_cpu = version.partition(" ")[0] in ON_CPU
+    devices = gpus | set(CPUS) if on_cpu else gpus
+    asked = [name for name in SCHEMES if storage_to_ask(parse_scheme(name)) is not None]
+    missing = [
+        (scheme, layer, device)
+        for scheme in asked
+        for layer in LAYERS
+        for device in devices
+        if (scheme, layer, device) not in answers
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_every_selected_kernel_is_known(path: Path) -> None:
+    _, answers = read_facts(path)
+    unknown = {a["kernel"] for a in answers.values() if a.get("activations") == "unknown kernel"}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_facts_are_small_and_name_what_they_were_made_from(path: Path) -> None:
+    facts = json.loads(path.read_text("utf-8"))
+    assert path.stem == f"{facts['engine']}-{facts['version']}"
+    assert len(facts["with"]) == len(COMPANIONS[facts["engine"]])
+    assert path.stat().st_size < LARGEST_BYTES
+
+
+def test_rows_hold_every_answer_once() -> None:
+    answers = {
+        ("int4.g32", "4096x4096", "8.0"): {"kernel": "A"},
+        ("int4.g32", "4096x4096", "9.0"): {"kernel": "A"},
+        ("int4.g32", "576x576", "8.0"): {"kernel": "A"},
+        ("int4.g32", "576x576", "9.0"): {"kernel": "B"},
+        ("int4.g64", "4096x4096", "8.0"): {"kernel": "A"},
+        ("int4.g64", "4096x4096", "9.0"): {"kernel": "A"},
+    }
+    rows = group_rows(answers)
+    assert rows == [
+        {
+            "schemes": ["int4.g32", "int4.g64"],
+            "layers": ["4096x4096"],
+            "devices": ["8.0", "9.0"],
+            "kernel": "A",
+        },
+        {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["8.0"], "kernel": "A"},
+        {"schemes": ["int4.g32"], "layers": ["576x576"], "devices": ["9.0"], "kernel": "B"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "inputs", "activations"),
+    [
+        ("mxfp4", "HummingMxFp4LinearKernel", "float8e4m3", "to float8e4m3"),
+        ("int5.g32", "HummingLinearKernel", "none", "kept"),
+        ("int4.g128+fp8_e4m3.token", "HummingIndexedExperts", "float8e4m3", "quantized"),
+        ("int4.g128+int8.token", "MarlinLinearKernel", None, "kept"),
+        ("int8.channel+int8.token", "CutlassInt8ScaledMMLinearKernel", None, "quantized"),
+        ("fp8_e4m3.channel+fp8_e4m3.token", "CPUFp8ChannelWiseScaledMMLinearKernel", None, "kept"),
+        ("int4.g32", "KernelOfNextYear", None, "unknown kernel"),
+    ],
+)
+def test_a_kernel_and_its_inputs_tell_what_is_done_to_activations(
+    scheme: str, kernel: str, inputs: str | None, activations: str
+) -> None:
+    answer = {"scheme": "Scheme", "kernel": kernel, "inputs": inputs, "scales": ""}
+    assert outcome(parse_scheme(scheme), answer)["activations"] == activations
+
+
+def test_float32_scales_that_are_loaded_in_the_models_dtype_are_said_to_be_rounded() -> None:
+    answer = {"scheme": "Scheme", "kernel": "MarlinLinearKernel", "scales": "bfloat16"}
+    assert outcome(parse_scheme("int4.g128.s-f32"), answer)["scales"] == "rounded to bfloat16"
+    assert "scales" not in outcome(parse_scheme("int4.g128"), answer)
+
+
+def test_errors_keep_no_paths_and_are_cut() -> None:
+    error = "AssertionError: /home/user/.cache/vllm/linear.py, assert a == b " + "x" * 200
+    kept = outcome(parse_scheme("int4.g128"), {"error": error})["error"]
+    assert kept.startswith("AssertionError: linear.py, assert a == b xxx")
+    assert len(kept) <= 161
