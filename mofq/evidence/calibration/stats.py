@@ -28,13 +28,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
-from mofq.files.validated import Count, Integer, Name, Sha256, Text, validate
+from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
 
 VERSION = 1
 
@@ -46,10 +46,8 @@ _MAX_BYTES = 64_000_000
 #: What runs backward from the logits; see ``sample_scores``.
 SCORES: Literal["signs"] = "signs"
 
-_only_these_keys = with_config(ConfigDict(extra="forbid"))
 
-
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class CorpusPlan:
     """One corpus of a calibration run."""
@@ -73,7 +71,7 @@ class CorpusPlan:
         return tuple(cluster[(len(cluster) - 1) // 2] for cluster in self.clusters)
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides what a calibration run computes."""
@@ -99,7 +97,7 @@ class Plan:
         return {"version": VERSION, **_PLAN.dump_python(self, mode="json", exclude_none=True)}
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class _FileEntry:
     """A file as it was written."""
