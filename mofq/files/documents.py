@@ -159,8 +159,16 @@ def yaml_scalar(value: Any) -> str:
     return str(yaml.safe_dump(value, default_style='"', width=10**9)).rstrip("\n")
 
 
-def parse_json(text: str, where: str, error: type[MofqError]) -> Any:
-    """Parse one JSON value; NaN, infinities and repeated keys are refused.
+def parse_json(
+    text: str | bytes, where: str, error: type[MofqError], *, finite: bool = True
+) -> Any:
+    """Parse one JSON value; repeated keys and keys that are not text are refused.
+
+    Args:
+        text: The value; of bytes, in UTF-8.
+        where: The file and the place in it, for messages.
+        error: The exception to raise.
+        finite: Refuse NaN and infinities too, which JSON does not have and transformers writes.
 
     Raises:
         error: The text is not strict JSON.
@@ -172,13 +180,18 @@ def parse_json(text: str, where: str, error: type[MofqError]) -> Any:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise error(f"{where}: the key {twice!r} stands twice.")
+        for key in mapping:
+            key.encode()  # half of a surrogate pair is no name that anything else could write
         return mapping
 
     def no_constant(word: str) -> Any:
         raise error(f"{where}: {word} is not a number that can be used.")
 
     try:
-        return json.loads(text, object_pairs_hook=keys_once, parse_constant=no_constant)
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(
+            text, object_pairs_hook=keys_once, parse_constant=no_constant if finite else None
+        )
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: is not valid JSON: {problem}") from problem
 
