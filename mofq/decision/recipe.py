@@ -306,7 +306,7 @@ def _group(name: str, entry: GroupEntry, where: str) -> RecipeGroup:
     except SchemeError as problem:
         raise RecipeError(f"{where}: groups: {name}: {problem}") from problem
     static_amax, layers = entry.static_amax, entry.layers
-    needs_amax = scheme.activation is not None and scheme.activation.needs_tensor_amax
+    needs_amax = scheme.has_static_inputs
     if (static_amax is not None) != needs_amax or set(static_amax or layers) != set(layers):
         raise RecipeError(
             f"{where}: groups: {name}: static_amax must name exactly the layers of the group "

@@ -282,9 +282,9 @@ def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
 
 def statistics_rejection(scheme: Scheme) -> str | None:
     """Why a scheme cannot be had without calibration statistics; None where it can."""
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
     remedy = "needs calibration statistics: run `mofq calibrate`, then measure with --stats"
-    if activation is not None and activation.needs_tensor_amax:
+    if scheme.has_static_inputs:
         return f"a static scale of the activations {remedy}"
     if weight is not None and weight.scale_rule == "nats":
         return f"the scale rule nats {remedy}"

@@ -104,7 +104,7 @@ def _target(text: str, group: FusionGroup) -> Scheme:
         f"version: 1\nschemes: ['{text}']", name="--scheme", where="--scheme"
     )
     for scheme in space.schemes:
-        if scheme.weight is not None and scheme.weight.is_fitted:
+        if scheme.is_fitted:
             raise RewriteError(
                 f"--scheme {text}: codes are fitted to a model after it was rewritten. Give the "
                 f"scheme without @nats and ~gptq here, and let the search choose those."

@@ -301,7 +301,7 @@ def _prepare_all(
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
     for group, schemes in work:
-        is_asked = any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes)
+        is_asked = any(scheme.needs_weight_amax for scheme in schemes)
         weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
         for layer in group.layers:
             prepare = partial(
