@@ -249,17 +249,17 @@ class Recipe:
     @property
     def bits_per_weight(self) -> float | None:
         """As ``result`` says; None where it does not."""
-        return _number(self.result, "bits_per_weight")
+        return self.figure("bits_per_weight")
 
     @property
     def kl_nats_per_token(self) -> float | None:
         """Predicted; None where the recipe does not rest on a table in nats."""
-        return _number(self.result, "kl_nats_per_token")
+        return self.figure("kl_nats_per_token")
 
-
-def _number(values: Mapping[str, Scalar], key: str) -> float | None:
-    value = values.get(key)
-    return float(value) if isinstance(value, int | float) else None
+    def figure(self, key: str) -> float | None:
+        """A number of ``result``; None where it does not have it."""
+        value = self.result.get(key)
+        return float(value) if isinstance(value, int | float) else None
 
 
 def load_recipe(path: str | Path) -> Recipe:

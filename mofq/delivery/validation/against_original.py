@@ -188,14 +188,15 @@ def _validate_one(
     task_scores: tuple[TaskScore, ...] = ()
     if original.runner is not None:
         task_scores = original.runner.run(model, load_tokenizer(checkpoint.folder))
-    budget = _number(recipe, "budget", "kl_nats_per_token")
+    asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
+    budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
         lineage=_lineage(candidate, original),
         tokens=original.windows_NT.numel(),
         kl_nats_per_token=agreement.kl_nats_per_token,
         kl_stderr=agreement.kl_stderr,
-        predicted_kl_nats_per_token=_number(recipe, "result", "kl_nats_per_token"),
-        predicted_kl_stderr=_number(recipe, "result", "kl_stderr"),
+        predicted_kl_nats_per_token=None if recipe is None else recipe.kl_nats_per_token,
+        predicted_kl_stderr=None if recipe is None else recipe.figure("kl_stderr"),
         kl_budget_nats_per_token=budget,
         within_kl_budget=None if budget is None else agreement.kl_nats_per_token <= budget,
         perplexity=agreement.perplexity,
@@ -244,11 +245,6 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
     )
-
-
-def _number(recipe: Recipe | None, part: str, key: str) -> float | None:
-    value = None if recipe is None else getattr(recipe, part).get(key)
-    return None if value is None else float(value)
 
 
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:
