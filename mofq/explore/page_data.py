@@ -20,12 +20,12 @@ from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing
 from mofq.explore.frontier_recipes import (
     FrontierRecipe,
-    Progress,
     best_for_corpus,
     frontier_recipes,
 )
 from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
 from mofq.files.documents import yaml_scalar
+from mofq.files.progress import Progress
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.schemes import parse_scheme
