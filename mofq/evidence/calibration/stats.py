@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.locks import try_lock
 from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
 
 VERSION = 1
@@ -235,13 +235,11 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             raise StatsError(
                 f"{folder}: another process calibrates into this folder. "
                 f"Wait for it, or name another one."
-            ) from None
+            )
         path = folder / "plan.json"
         if path.exists():
             _check_same(plan, _plan(_read(path), path), folder)
