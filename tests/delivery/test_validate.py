@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from test_emulate import recipe_of
+from emulated import recipe_of, validate
 
 from mofq.decision.recipe import write_recipe
 from mofq.delivery.apply import emulate
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import (
     paired_difference,
-    validate,
     validate_many,
     write_validation,
 )

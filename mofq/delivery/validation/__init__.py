@@ -9,7 +9,7 @@ loaded model, for the search.
 
 from __future__ import annotations
 
-from mofq.delivery.validation.against_original import validate, validate_many
+from mofq.delivery.validation.against_original import validate_many
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
 from mofq.delivery.validation.report import Validation, paired_difference, write_validation
 from mofq.delivery.validation.tasks import TaskResult, Tasks
@@ -21,7 +21,6 @@ __all__ = [
     "Validation",
     "find_deviations",
     "paired_difference",
-    "validate",
     "validate_many",
     "write_validation",
 ]

@@ -26,39 +26,6 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
 
 
-def validate(
-    model_source: str,
-    recipe_or_folder: str | Path | Recipe,
-    text: Corpus,
-    *,
-    tokens: int = 8192,
-    sequence_length: int = 512,
-    dtype: str = "float32",
-    device: str = "cpu",
-    tasks: Tasks | None = None,
-    backend: str = "emulate",
-    emulated: Sequence[str] = (),
-    stats: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Validation:
-    """Validate one candidate; see ``validate_many``."""
-    (validation,) = validate_many(
-        model_source,
-        [recipe_or_folder],
-        text,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        device=device,
-        tasks=tasks,
-        backend=backend,
-        emulated=emulated,
-        stats=stats,
-        progress=progress,
-    )
-    return validation
-
-
 def validate_many(
     model_source: str,
     candidates: Sequence[str | Path | Recipe],
