@@ -18,8 +18,7 @@ from mofq.delivery.validation.divergence import OriginalLogits, compare, run_ori
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
 from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
-from mofq.evidence.corpora import Corpus, tokenize
-from mofq.exceptions import CorpusError
+from mofq.evidence.corpora import Corpus, check_context, tokenize
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -212,17 +211,3 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
     )
-
-
-def check_context(model: PreTrainedModel, sequence_length: int) -> None:
-    """Refuse windows longer than what the model was made for.
-
-    Raises:
-        CorpusError: They are.
-    """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise CorpusError(
-            f"a sequence length of {sequence_length} is more than the model's context of "
-            f"{longest}. Give a shorter one."
-        )

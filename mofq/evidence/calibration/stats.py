@@ -35,6 +35,7 @@ from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import try_lock
 from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
+from mofq.model.checkpoint.headers import Checkpoint
 
 VERSION = 1
 
@@ -165,6 +166,30 @@ def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
     unseen = validate(_UNSEEN, content.pop("unseen", {}), f"{path}: unseen", StatsError)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
+
+
+def check_same_model(stats: Stats, checkpoint: Checkpoint, *, weights_sha256: str) -> None:
+    """Refuse the stats of another model, or of another training of the same.
+
+    Args:
+        stats: An open stats folder.
+        checkpoint: The model.
+        weights_sha256: Of its weights, from `hash_weights`.
+
+    Raises:
+        StatsError: They are.
+    """
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, weights_sha256):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
+        )
 
 
 def verify_sequences(stats: Stats) -> None:
