@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from mofq.delivery.validation.against_original import validate_many
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
-from mofq.delivery.validation.report import Validation, paired_difference, write_validation
+from mofq.delivery.validation.report import Validation, write_validation
 from mofq.delivery.validation.tasks import TaskResult, Tasks
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Tasks",
     "Validation",
     "find_deviations",
-    "paired_difference",
     "validate_many",
     "write_validation",
 ]
