@@ -23,7 +23,6 @@ from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
 from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
-    MAX_JSON_BYTES,
     TensorInfo,
     read_header,
     read_json,
@@ -33,7 +32,6 @@ __all__ = [
     "CONFIG_FILE",
     "DTYPE_BITS",
     "INDEX_FILE",
-    "MAX_JSON_BYTES",
     "SINGLE_FILE",
     "Checkpoint",
     "TensorInfo",
