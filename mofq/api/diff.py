@@ -41,10 +41,8 @@ class DiffResult:
         """Bits per cached number: as the result says; 16 where the cache is left as it is."""
 
         def of(recipe: Recipe) -> float | None:
-            bits = recipe.result.get("kv_bits")
-            if isinstance(bits, int | float):
-                return float(bits)
-            return None if recipe.kv_cache else 16.0
+            bits = recipe.figure("kv_bits")
+            return 16.0 if bits is None and not recipe.kv_cache else bits
 
         return [of(one) for one in self.recipes]
 

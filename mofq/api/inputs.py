@@ -53,8 +53,7 @@ def needs_stats(recipe: Recipe) -> bool:
     """Whether codes or scales of a recipe are fitted to statistics of `mofq calibrate`."""
     from mofq.numbers.schemes import parse_scheme
 
-    schemes = [parse_scheme(name) for name in set(recipe.schemes.values())]
-    return any(one.weight is not None and one.weight.is_fitted for one in schemes)
+    return any(parse_scheme(name).is_fitted for name in recipe.schemes.values())
 
 
 def load_named(source: str) -> Corpus:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,8 +213,8 @@ def _decide_on_model(
             evaluate=objective.evaluate,
             swaps=refine,
             text_sha256=objective.text.sha256,
-            progress=progress and partial(progress, "refine"),
-        ).decision
+            progress=progress,
+        )
 
 
 def _decide_in_study(
@@ -245,7 +244,7 @@ def _decide_in_study(
             seed=study.seed,
             with_size=study.multi_objective,
         ),
-        progress=progress and partial(progress, "trials"),
+        progress=progress,
     )
     for point in found.frontier:
         kl = with_error(point.measured.kl.value, point.measured.kl.stderr)

@@ -80,8 +80,7 @@ def validate(
     Raises:
         MofqError: An input is not valid.
     """
-    from mofq.delivery.validation import validate as validate_one
-    from mofq.delivery.validation import write_validation
+    from mofq.delivery.validation import validate_many, write_validation
 
     check_dtype(dtype)
     check_device(device)
@@ -92,9 +91,9 @@ def validate(
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:
-        validations[corpus.name] = validate_one(
+        (validations[corpus.name],) = validate_many(
             str(model),
-            recipe_or_folder,
+            [recipe_or_folder],
             corpus,
             tokens=windows.tokens,
             sequence_length=windows.sequence_length,

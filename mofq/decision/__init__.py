@@ -8,7 +8,7 @@ the model tells; nothing else here does.
 
 from __future__ import annotations
 
-from mofq.decision.budgets import Budgets, Constraint, LinearBudget, finer_is_offered
+from mofq.decision.budgets import Budgets, LinearBudget, finer_is_offered
 from mofq.decision.choice import SOLVERS, choose
 from mofq.decision.decision import Decision, decide
 from mofq.decision.exact import Solution, least_bytes, solve_exact
@@ -27,14 +27,13 @@ from mofq.decision.problem import (
 )
 from mofq.decision.request import Request, check_budget
 from mofq.decision.result import recipe_from_table
-from mofq.decision.uniform import best_uniform, uniform_recipe, uniform_recipes
+from mofq.decision.uniform import uniform_recipe, uniform_recipes
 
 __all__ = [
     "KL_UNIT",
     "SOLVERS",
     "Budgets",
     "CacheRequest",
-    "Constraint",
     "Decision",
     "Estimate",
     "Frontier",
@@ -45,7 +44,6 @@ __all__ = [
     "ProblemGroup",
     "Request",
     "Solution",
-    "best_uniform",
     "build_problem",
     "check_budget",
     "choose",

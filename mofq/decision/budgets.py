@@ -212,22 +212,20 @@ def _finer_constraint(problem: Problem, max_finer: float) -> Constraint:
     )
 
 
-def finer_is_offered(problem: Problem, min_gain: float | None = None) -> BoolArray:
+def finer_is_offered(problem: Problem) -> BoolArray:
     """Which options remain under a budget of finer layers.
 
-    A finer scheme stays only where the error that it removes, per layer, is
-    at least ``min_gain`` times what it removes in the median layer, of those layers where
+    A finer scheme stays only where the error that it removes, per layer, is at least
+    ``problem.min_gain`` times what it removes in the median layer, of those layers where
     it makes a difference. What it removes is the difference to the best base scheme of the
     same group. A group without any base scheme keeps all.
 
     Args:
         problem: With base schemes.
-        min_gain: The problem's own by default.
 
     Returns:
         [P]: base schemes, and the finer ones that stay.
     """
-    min_gain = problem.min_gain if min_gain is None else min_gain
     error_P = problem.cost_PK.max(axis=1) if problem.cost_PK.shape[1] > 1 else problem.cost_PK[:, 0]
     best_F = np.full(len(problem.groups), np.inf)
     np.minimum.at(best_F, problem.group_P[problem.is_base_P], error_P[problem.is_base_P])
@@ -242,7 +240,7 @@ def finer_is_offered(problem: Problem, min_gain: float | None = None) -> BoolArr
             # Groups as long as a layer's inputs are its channels: nothing to compare with.
             differ = finer[gain_P[finer] != 0]
             median = _weighted_median(gain_P[differ], count_P[differ]) if len(differ) else 0.0
-            enough = gain_P[finer] >= max(min_gain * median, 0.0)
+            enough = gain_P[finer] >= max(problem.min_gain * median, 0.0)
             keep_P[finer[enough & (gain_P[finer] > 0)]] = True
     return np.asarray(keep_P)
 

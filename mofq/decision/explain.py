@@ -10,7 +10,7 @@ import numpy as np
 from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
 from mofq.decision.decision import Decision
 from mofq.decision.prediction import Estimate, paired_loss
-from mofq.decision.problem import FloatArray, Problem
+from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
 from mofq.decision.serving import refusals_by
 from mofq.evidence.table import Table
@@ -156,7 +156,7 @@ def _alternative(
         difference = Estimate(error - float(problem.cost_PK[chosen].max()), stderr=None)
     return Alternative(
         problem.schemes[option],
-        bits_per_weight=_bits(problem, option),
+        bits_per_weight=option_bits(problem, option),
         bytes=size,
         error=error,
         stderr=stderr,
@@ -166,14 +166,6 @@ def _alternative(
         ),
         is_offered=is_offered,
     )
-
-
-def _bits(problem: Problem, option: int) -> float:
-    """Per weight, or per number of a cache."""
-    group = problem.groups[int(problem.group_P[option])]
-    if group.cached:
-        return int(problem.cache_bits_P[option]) / group.cached
-    return 8 * int(problem.bytes_P[option]) / group.weights
 
 
 def _was_measured(decision: Decision) -> bool:

@@ -78,7 +78,6 @@ def problem_from_table(
     table: Table,
     *,
     unit: str | None = None,
-    corpora: Sequence[str] | None = None,
     objective: Objective = "mean",
     space: str | None = None,
     is_legal: Legal | None = None,
@@ -90,7 +89,6 @@ def problem_from_table(
         table: With rows of every fusion group.
         unit: Of the errors; by default nats where every group has them, else the output
             error, else the relative weight error. Or ``tensor_mse``.
-        corpora: Names; by default all that have rows in the unit.
         objective: What several corpora add up to.
         space: Only the schemes, base and min_gain of this search space; by default those of
             all spaces of the table together, with the largest min_gain.
@@ -101,12 +99,12 @@ def problem_from_table(
         The problem; within each group the simplest scheme first.
 
     Raises:
-        TableError: The unit, corpus or space is not in the table, or a group has no row; or
+        TableError: The unit or space is not in the table, or a group has no row; or
             the cache is asked for, and the table has no formats of it in nats.
     """
     unit = _unit(table, unit)
     unit_of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
-    names = _corpora(table, unit_of_rows, corpora)
+    names = _corpora(table, unit_of_rows)
     spaces = _spaces(table, space)
     if caches is not None:
         _check_caches(table, unit)
@@ -166,18 +164,10 @@ def _unit(table: Table, unit: str | None) -> str:
     )
 
 
-def _corpora(table: Table, unit: str, corpora: Sequence[str] | None) -> list[str | None]:
+def _corpora(table: Table, unit: str) -> list[str | None]:
+    """All that have rows in a unit; None where it rests on no corpus."""
     known = [corpus for one, corpus in table.measures if one == unit]
-    named = [name for name in known if name is not None]
-    if corpora is None:
-        return list(named or known or [None])
-    for name in corpora:
-        if name not in named:
-            raise TableError(
-                f"no rows in {unit} are of the corpus {name!r}."
-                + (nearest_name(name, named) if named else " This unit rests on no corpus.")
-            )
-    return list(dict.fromkeys(corpora))
+    return [name for name in known if name is not None] or known or [None]
 
 
 def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:

@@ -344,6 +344,7 @@ class Usage:
     finer_layers: tuple[str, ...]  #: whose scheme is not a base scheme, of those that have an offer
     finer_fraction: float  #: of the layers that have an offer
     finer_weight_fraction: float  #: of their weights
+    kv_bits: float | None  #: per cached number; None: the format of the cache is not decided
 
 
 def usage(problem: Problem, choice_F: IntArray) -> Usage:
@@ -366,4 +367,15 @@ def usage(problem: Problem, choice_F: IntArray) -> Usage:
         finer_layers=layers,
         finer_fraction=len(layers) / all_layers if all_layers else 0.0,
         finer_weight_fraction=sum(g.weights for g in finer) / all_weights if all_weights else 0.0,
+        kv_bits=int(problem.cache_bits_P[choice_F].sum()) / problem.cached
+        if problem.cached
+        else None,
     )
+
+
+def option_bits(problem: Problem, option: int) -> float:
+    """True bits of an option, per weight or per cached number."""
+    group = problem.groups[int(problem.group_P[option])]
+    if group.cached:
+        return int(problem.cache_bits_P[option]) / group.cached
+    return 8 * int(problem.bytes_P[option]) / group.weights

@@ -2,7 +2,7 @@
 
 ``recipe.yaml`` is written by ``mofq search`` and may be edited by hand; it is
 checked in full when it is read, and against the model before it is used.
-``RECIPE_SCHEMA`` specifies the keys.
+``RecipeFile`` specifies the keys.
 """
 
 from __future__ import annotations
@@ -10,17 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, TypeAdapter
 
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.files.documents import (
-    check_document,
     parse_yaml,
     read_text,
-    strict_object,
     write_beside_and_rename,
     yaml_scalar,
+)
+from mofq.files.validated import (
+    Count,
+    Index,
+    Integer,
+    Name,
+    NotNegative,
+    Text,
+    check_version,
+    only_these_keys,
+    published_schema,
+    validate,
 )
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -34,122 +46,142 @@ from mofq.model.kv_schemes import (
 from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers
 from mofq.numbers.schemes import parse_scheme
 
-RECIPE_VERSION = 1
+RECIPE_VERSION: Literal[1] = 1
 #: A hash may be shortened by hand, but not to nothing.
 _SHORTEST_HASH = 8
 
 Scalar = str | int | float | bool | None
 
-_NAME = {"type": "string", "pattern": "."}
-_TEXT = {"type": ["string", "null"]}
-_HASH = {"type": "string", "pattern": f"^[0-9a-f]{{{_SHORTEST_HASH},64}}$"}
-_NUMBER = {"type": ["number", "null"], "minimum": 0}
-_COUNT = {"type": ["integer", "null"], "minimum": 0}
-_SHARE = {**_NUMBER, "description": "0 to 1"}
+_Hash = Annotated[str, Strict(), Field(pattern=f"^[0-9a-f]{{{_SHORTEST_HASH},64}}$")]
+_Share = Annotated[NotNegative | None, Field(description="0 to 1")]
 
-#: What may be said of how a recipe came about. Nothing of it is needed to apply it.
-MADE_BY_KEYS: dict[str, dict[str, Any]] = {
-    "mofq": _NAME,
-    # of the table's errors and of fitted codes, see mofq.numbers.numerics
-    "numerics": {"type": ["integer", "null"], "minimum": 1},
-    "solver": _NAME,
-    "seed": {"type": ["integer", "null"]},
-    "objective": _TEXT,  # what was minimised
-    "unit": _TEXT,  # of the table's rows
-    "corpus": _TEXT,
-    "tie_rule": _TEXT,
-    "engine": _TEXT,
-    "space": _TEXT,
-    "space_sha256": _HASH,
-    "table_sha256": _HASH,
-    "stats_sha256": _HASH,
-    "text_sha256": _HASH,  # of the text that a measured objective used
-    "trials": _COUNT,
-    "note": _TEXT,
-}
-#: Limits that the recipe was asked to keep.
-BUDGET_KEYS: dict[str, dict[str, Any]] = {
-    "bits_per_weight": _NUMBER,
-    "checkpoint_bytes": _COUNT,  # of all tensors, not of the quantized layers alone
-    "kl_nats_per_token": _NUMBER,
-    "finer_fraction": _SHARE,
-    "seconds": _NUMBER,
-    "device": _TEXT,
-    "workload": _TEXT,
-    "kv_bits": _NUMBER,
-    "kv_tokens": _COUNT,  # of context, counted into the size
-}
-#: What the recipe costs and is predicted to do; null where the table is not in nats.
-RESULT_KEYS: dict[str, dict[str, Any]] = {
-    "bits_per_weight": _NUMBER,
-    "bytes": _COUNT,  # of the fusion groups' tensors
-    "checkpoint_bytes": _COUNT,
-    "error": _NUMBER,  # summed, in the unit of made_by
-    "kl_nats_per_token": _NUMBER,
-    "kl_stderr": _NUMBER,
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeByKeys:
+    """What may be said of how a recipe came about. Nothing of it is needed to apply it."""
+
+    mofq: Name | None = None
+    numerics: Count | None = None  #: of the errors and fitted codes, see `mofq.numbers.numerics`
+    solver: Name | None = None
+    seed: Integer | None = None
+    objective: Text | None = None  #: what was minimised
+    unit: Text | None = None  #: of the table's rows
+    corpus: Text | None = None
+    tie_rule: Text | None = None
+    engine: Text | None = None
+    space: Text | None = None
+    space_sha256: _Hash | None = None
+    table_sha256: _Hash | None = None
+    stats_sha256: _Hash | None = None
+    text_sha256: _Hash | None = None  #: of the text that a measured objective used
+    trials: Index | None = None
+    note: Text | None = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetKeys:
+    """What the recipe was asked to keep."""
+
+    bits_per_weight: NotNegative | None = None
+    checkpoint_bytes: Index | None = None  #: of all tensors, not of the quantized layers alone
+    kl_nats_per_token: NotNegative | None = None
+    finer_fraction: _Share = None
+    seconds: NotNegative | None = None
+    device: Text | None = None
+    workload: Text | None = None
+    kv_bits: NotNegative | None = None
+    kv_tokens: Index | None = None  #: of context, counted into the size
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultKeys:
+    """What the recipe costs and is predicted to do; null where the table is not in nats."""
+
+    bits_per_weight: NotNegative | None = None
+    bytes: Index | None = None  #: of the fusion groups' tensors
+    checkpoint_bytes: Index | None = None
+    error: NotNegative | None = None  #: summed, in the unit of made_by
+    kl_nats_per_token: NotNegative | None = None
+    kl_stderr: NotNegative | None = None
     # Read from older recipes and no longer written: the prediction with interactions of layers.
-    "kl_joint": _NUMBER,
-    "kl_joint_stderr": _NUMBER,
-    "kl_measured": _NUMBER,  # where the objective was measured
-    "kl_measured_stderr": _NUMBER,
-    "finer_fraction": _SHARE,  # of linear layers
-    "finer_weight_fraction": _SHARE,  # of weights
-    "gap": _NUMBER,  # to the bound, in the unit of the objective
-    "seconds": _NUMBER,  # predicted time on the budget's device
-    "kv_bits": _NUMBER,  # per cached number, dynamic scales among them
-    "kv_bytes_per_token": _NUMBER,  # of all layers
-    "uniform_scheme": _TEXT,  # the best uniform scheme of at most these bits
-    "uniform_bits_per_weight": _NUMBER,
-    "uniform_kl_nats_per_token": _NUMBER,
-}
-_GROUP_SCHEMA = strict_object(
-    {
-        "scheme": _NAME,
-        "layers": {"type": "array", "minItems": 1, "items": _NAME},
-        "static_amax": {
-            "type": "object",
-            "additionalProperties": {"type": "number", "minimum": 0},
-            "description": "layer -> largest |input|, where activations have a static scale",
-        },
-    },
-    optional=("static_amax",),
-)
-_CACHE_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "description": "attention layer -> how its keys and values are kept; all of them, or none",
-    "additionalProperties": strict_object(
-        {
-            "scheme": {"type": "string", "pattern": "."},
-            "static_amax": {
-                "type": "object",
-                "additionalProperties": {"type": "number", "minimum": 0},
-                "description": "k, v, or each head's k.0, k.1 … -> largest magnitude cached, "
-                "where a scale is static",
-            },
-        },
-        optional=("static_amax",),
-    ),
-}
-RECIPE_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "A mofq recipe (recipe.yaml)",
-    **strict_object(
-        {
-            "version": {"const": RECIPE_VERSION},
-            "model": strict_object(
-                {"name": _NAME, "index_sha256": _HASH, "weights_sha256": _HASH},
-                optional=("index_sha256", "weights_sha256"),
-            ),
-            "made_by": strict_object(MADE_BY_KEYS, optional=tuple(MADE_BY_KEYS)),
-            "budget": strict_object(BUDGET_KEYS, optional=tuple(BUDGET_KEYS)),
-            "result": strict_object(RESULT_KEYS, optional=tuple(RESULT_KEYS)),
-            "groups": {"type": "object", "additionalProperties": _GROUP_SCHEMA},
-            "unquantized": {"type": "array", "items": _NAME},
-            "kv_cache": _CACHE_SCHEMA,
-        },
-        optional=("made_by", "budget", "result", "unquantized", "kv_cache"),
-    ),
-}
+    kl_joint: NotNegative | None = None
+    kl_joint_stderr: NotNegative | None = None
+    kl_measured: NotNegative | None = None  #: where the objective was measured
+    kl_measured_stderr: NotNegative | None = None
+    finer_fraction: _Share = None  #: of linear layers
+    finer_weight_fraction: _Share = None  #: of weights
+    gap: NotNegative | None = None  #: to the bound, in the unit of the objective
+    seconds: NotNegative | None = None  #: predicted time on the budget's device
+    kv_bits: NotNegative | None = None  #: per cached number, dynamic scales among them
+    kv_bytes_per_token: NotNegative | None = None  #: of all layers
+    uniform_scheme: Text | None = None  #: the best uniform scheme of at most these bits
+    uniform_bits_per_weight: NotNegative | None = None
+    uniform_kl_nats_per_token: NotNegative | None = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class RecipeModel:
+    """Which model a recipe is for; without hashes, any of this shape."""
+
+    name: Name
+    index_sha256: _Hash | None = None
+    weights_sha256: _Hash | None = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class GroupEntry:
+    """The scheme of one fusion group, as the file has it under the group's name."""
+
+    scheme: Name
+    layers: Annotated[tuple[Name, ...], Field(min_length=1)]
+    static_amax: Annotated[
+        dict[Text, NotNegative] | None,
+        Field(description="layer -> largest |input|, where activations have a static scale"),
+    ] = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """The scheme of one attention layer's cache, as the file has it under the layer's name."""
+
+    scheme: Name
+    static_amax: Annotated[
+        dict[Text, NotNegative] | None,
+        Field(
+            description="k, v, or each head's k.0, k.1 … -> largest magnitude cached, "
+            "where a scale is static"
+        ),
+    ] = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeFile:
+    """One scheme for every linear layer of a model."""
+
+    version: Literal[1]
+    model: RecipeModel
+    made_by: MadeByKeys = field(default_factory=MadeByKeys)
+    budget: BudgetKeys = field(default_factory=BudgetKeys)
+    result: ResultKeys = field(default_factory=ResultKeys)
+    groups: dict[Text, GroupEntry]
+    unquantized: tuple[Name, ...] = ()
+    kv_cache: Annotated[
+        dict[Text, CacheEntry],
+        Field(
+            description="attention layer -> how its keys and values are kept; all of them, or none"
+        ),
+    ] = field(default_factory=dict)
+
+
+_RECIPE_FILE = TypeAdapter(RecipeFile)
+RECIPE_SCHEMA = published_schema(_RECIPE_FILE, "A mofq recipe (recipe.yaml)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +217,9 @@ class Recipe:
     index_sha256: str | None
     groups: tuple[RecipeGroup, ...]
     unquantized: tuple[str, ...] = ()  #: linear layers outside of the fusion groups
-    made_by: Mapping[str, Scalar] = field(default_factory=dict)  #: see `MADE_BY_KEYS`
-    budget: Mapping[str, Scalar] = field(default_factory=dict)  #: see `BUDGET_KEYS`
-    result: Mapping[str, Scalar] = field(default_factory=dict)  #: see `RESULT_KEYS`
+    made_by: Mapping[str, Scalar] = field(default_factory=dict)  #: see `MadeByKeys`
+    budget: Mapping[str, Scalar] = field(default_factory=dict)  #: see `BudgetKeys`
+    result: Mapping[str, Scalar] = field(default_factory=dict)  #: see `ResultKeys`
     version: int = RECIPE_VERSION
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
@@ -217,17 +249,17 @@ class Recipe:
     @property
     def bits_per_weight(self) -> float | None:
         """As ``result`` says; None where it does not."""
-        return _number(self.result, "bits_per_weight")
+        return self.figure("bits_per_weight")
 
     @property
     def kl_nats_per_token(self) -> float | None:
         """Predicted; None where the recipe does not rest on a table in nats."""
-        return _number(self.result, "kl_nats_per_token")
+        return self.figure("kl_nats_per_token")
 
-
-def _number(values: Mapping[str, Scalar], key: str) -> float | None:
-    value = values.get(key)
-    return float(value) if isinstance(value, int | float) else None
+    def figure(self, key: str) -> float | None:
+        """A number of ``result``; None where it does not have it."""
+        value = self.result.get(key)
+        return float(value) if isinstance(value, int | float) else None
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -250,55 +282,47 @@ def load_recipe(path: str | Path) -> Recipe:
 def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
     """A recipe from the text of its file; see `load_recipe`."""
     value = parse_yaml(text, where, RecipeError)
-    if isinstance(value, dict) and value.get("version", RECIPE_VERSION) != RECIPE_VERSION:
-        raise RecipeError(
-            f"{where}: has version {value['version']!r}, "
-            f"and this mofq reads version {RECIPE_VERSION}."
-        )
-    check_document(value, RECIPE_SCHEMA, where, RecipeError)
+    check_version(value, RECIPE_VERSION, where, RecipeError)
+    file = validate(_RECIPE_FILE, value, where, RecipeError)
     recipe = Recipe(
-        value["model"]["name"],
-        value["model"].get("index_sha256"),
-        groups=tuple(_group(name, group, where) for name, group in value["groups"].items()),
-        unquantized=tuple(value.get("unquantized", ())),
+        file.model.name,
+        file.model.index_sha256,
+        groups=tuple(_group(name, group, where) for name, group in file.groups.items()),
+        unquantized=file.unquantized,
+        # As they stand in the file: what it leaves out, a written recipe leaves out too.
         made_by=value.get("made_by", {}),
         budget=value.get("budget", {}),
         result=value.get("result", {}),
-        weights_sha256=value["model"].get("weights_sha256"),
-        kv_cache=_caches(value.get("kv_cache", {}), where),
+        weights_sha256=file.model.weights_sha256,
+        kv_cache=tuple(_cache(name, cache, where) for name, cache in file.kv_cache.items()),
     )
     _check_layers_once(recipe, where)
     return recipe
 
 
-def _group(name: str, value: dict[str, Any], where: str) -> RecipeGroup:
+def _group(name: str, entry: GroupEntry, where: str) -> RecipeGroup:
     try:
-        scheme = parse_scheme(value["scheme"])
+        scheme = parse_scheme(entry.scheme)
     except SchemeError as problem:
         raise RecipeError(f"{where}: groups: {name}: {problem}") from problem
-    static_amax, layers = value.get("static_amax"), tuple(value["layers"])
-    needs_amax = scheme.activation is not None and scheme.activation.needs_tensor_amax
+    static_amax, layers = entry.static_amax, entry.layers
+    needs_amax = scheme.has_static_inputs
     if (static_amax is not None) != needs_amax or set(static_amax or layers) != set(layers):
         raise RecipeError(
             f"{where}: groups: {name}: static_amax must name exactly the layers of the group "
             f"where the activations have a static scale, and be absent elsewhere; "
             f"the scheme is {scheme.name}."
         )
-    amax = {layer: float(static_amax[layer]) for layer in layers} if static_amax else None
+    amax = {layer: static_amax[layer] for layer in layers} if static_amax else None
     return RecipeGroup(name, scheme.name, layers=layers, static_amax=amax)
 
 
-def _caches(value: Mapping[str, Any], where: str) -> tuple[RecipeCache, ...]:
-    caches = []
-    for name, one in value.items():
-        try:
-            scheme = parse_cache_scheme(one["scheme"])
-        except SchemeError as problem:
-            raise RecipeError(f"{where}: kv_cache: {name}: {problem}") from problem
-        amax = one.get("static_amax")
-        amax = None if amax is None else {key: float(number) for key, number in amax.items()}
-        caches.append(RecipeCache(name, scheme.name, amax))
-    return tuple(caches)
+def _cache(name: str, entry: CacheEntry, where: str) -> RecipeCache:
+    try:
+        scheme = parse_cache_scheme(entry.scheme)
+    except SchemeError as problem:
+        raise RecipeError(f"{where}: kv_cache: {name}: {problem}") from problem
+    return RecipeCache(name, scheme.name, entry.static_amax)
 
 
 def _check_layers_once(recipe: Recipe, where: str) -> None:

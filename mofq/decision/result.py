@@ -12,9 +12,9 @@ from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
 
-#: Keys of `mofq.decision.recipe.RESULT_KEYS`.
+#: Keys of `mofq.decision.recipe.ResultKeys`.
 Figures = dict[str, float | int | str | None]
-#: Keys of `mofq.decision.recipe.MADE_BY_KEYS`.
+#: Keys of `mofq.decision.recipe.MadeByKeys`.
 MadeBy = dict[str, str | int | None]
 
 

@@ -23,7 +23,7 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.numerics import NUMERICS
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import parse_scheme
 
 
 def uniform_recipe(
@@ -49,7 +49,7 @@ def uniform_recipe(
     """
     scheme = parse_scheme(scheme_name)
     needs = statistics_rejection(scheme)
-    if needs is not None and (stats_sha256 is None or _is_static(scheme)):
+    if needs is not None and (stats_sha256 is None or scheme.has_static_inputs):
         raise SchemeError(f"scheme {scheme.name!r}: {needs}; then `mofq search`.")
     reasons = [
         reason
@@ -85,10 +85,6 @@ def _made_by(numerics: int | None, rests_on: Mapping[str, str | None]) -> MadeBy
     """Where a uniform recipe comes from; what is not known is left out."""
     made: MadeBy = {"mofq": __version__, "numerics": numerics, "solver": "uniform", **rests_on}
     return {key: value for key, value in made.items() if value is not None}
-
-
-def _is_static(scheme: Scheme) -> bool:
-    return scheme.activation is not None and scheme.activation.needs_tensor_amax
 
 
 def uniform_recipes(

@@ -36,7 +36,7 @@ def open_fits(
         RecipeError: The recipe rests on other statistics, or on fits as this mofq does not make
             them.
     """
-    fitted = next((group for group in recipe.groups if _is_fitted(group.scheme)), None)
+    fitted = next((group for group in recipe.groups if parse_scheme(group.scheme).is_fitted), None)
     if fitted is None:
         yield None
         return
@@ -82,10 +82,5 @@ def check_fits(fits: Fits | None, group: FusionGroup, scheme: Scheme) -> None:
     Raises:
         StatsError: As said.
     """
-    if fits is None and _is_fitted(scheme.name):
+    if fits is None and scheme.is_fitted:
         raise needs_stats(group.layers[0].name)
-
-
-def _is_fitted(scheme_name: str) -> bool:
-    weight = parse_scheme(scheme_name).weight
-    return weight is not None and weight.is_fitted

@@ -14,9 +14,7 @@ from functools import partial
 
 from mofq.engines.groups import ServedGroup
 from mofq.engines.rules import (
-    CacheRule,
     Engine,
-    Rule,
     cache_refusal,
     format_name,
     matching_rule,
@@ -35,9 +33,7 @@ from mofq.numbers.schemes import Scheme
 
 __all__ = [
     "ENGINES",
-    "CacheRule",
     "Engine",
-    "Rule",
     "cache_legality",
     "check_devices",
     "find_engine",

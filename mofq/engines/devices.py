@@ -2,24 +2,32 @@
 
 The figures are the vendors' peaks without sparsity, so times that follow from them are lower
 bounds (rooflines). For figures that you measured yourself, give a YAML file;
-``DEVICE_MODEL_SCHEMA`` specifies its keys.
+``DeviceModelFile`` specifies its keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, TypeAdapter
 
 from mofq.exceptions import BudgetError, nearest_name
-from mofq.files.documents import check_document, parse_yaml, read_text, strict_object
+from mofq.files.documents import parse_yaml, read_text
+from mofq.files.validated import (
+    Count,
+    Name,
+    Positive,
+    check_version,
+    only_these_keys,
+    published_schema,
+    validate,
+)
 
-DEVICE_MODEL_VERSION = 1
+DEVICE_MODEL_VERSION: Literal[1] = 1
 MAX_FILE_BYTES = 100_000
-
-#: What a matrix instruction multiplies.
-ARITHMETICS = ("bf16", "int8", "fp8", "fp4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +114,43 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
     ),
 }
 
-DEVICE_MODEL_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "A device model for mofq search --device-model",
-    **strict_object(
-        {
-            "version": {"const": DEVICE_MODEL_VERSION},
-            "memory_bytes": {"type": "integer", "minimum": 1},
-            "bytes_per_second": {"type": "number", "exclusiveMinimum": 0},
-            "operations_per_second": {
-                **strict_object(
-                    {name: {"type": "number", "exclusiveMinimum": 0} for name in ARITHMETICS},
-                    optional=ARITHMETICS[1:],
-                ),
-                "description": "dense; what is not listed has no instruction",
-            },
-            "capability": {
-                "type": "string",
-                "pattern": r"^\d+\.\d+$",
-                "description": "CUDA compute capability, quoted: '9.0'",
-            },
-            "source": {"type": "string", "pattern": "."},
-        },
-        optional=("capability",),
-    ),
-}
+
+Capability = Annotated[str, Strict(), Field(pattern=r"^[0-9]+\.[0-9]+$")]
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePeaks:
+    """Multiplications and additions per second of each arithmetic; None: no instruction."""
+
+    bf16: Positive
+    int8: Positive | None = None
+    fp8: Positive | None = None
+    fp4: Positive | None = None
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceModelFile:
+    """A device model for ``mofq search --device-model``; see `DeviceModel`."""
+
+    version: Literal[1]
+    memory_bytes: Count
+    bytes_per_second: Positive
+    operations_per_second: Annotated[
+        DevicePeaks, Field(description="dense; what is not listed has no instruction")
+    ]
+    capability: Annotated[
+        Capability | None,
+        Field(description="CUDA compute capability, quoted: '9.0'"),
+    ] = None
+    source: Name
+
+
+_DEVICE_FILE = TypeAdapter(DeviceModelFile)
+DEVICE_MODEL_SCHEMA = published_schema(
+    _DEVICE_FILE, "A device model for mofq search --device-model"
+)
 
 
 def load_device_model(name_or_path: str) -> DeviceModel:
@@ -155,14 +175,14 @@ def load_device_model(name_or_path: str) -> DeviceModel:
         )
     where = str(path)
     value = parse_yaml(read_text(path, BudgetError, MAX_FILE_BYTES), where, BudgetError)
-    check_document(value, DEVICE_MODEL_SCHEMA, where, BudgetError)
-    capability = value.get("capability")
-    major, _, minor = (capability or "").partition(".")
+    check_version(value, DEVICE_MODEL_VERSION, where, BudgetError)
+    file = validate(_DEVICE_FILE, value, where, BudgetError)
+    major, _, minor = (file.capability or "").partition(".")
     return DeviceModel(
         path.stem,
-        value["memory_bytes"],
-        float(value["bytes_per_second"]),
-        {name: float(peak) for name, peak in value["operations_per_second"].items()},
-        capability=(int(major), int(minor)) if capability else None,
-        source=value["source"],
+        file.memory_bytes,
+        file.bytes_per_second,
+        {name: peak for name, peak in asdict(file.operations_per_second).items() if peak},
+        capability=(int(major), int(minor)) if file.capability else None,
+        source=file.source,
     )

@@ -15,6 +15,7 @@ from mofq.exceptions import CorpusError, nearest_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 _TEXTS = Path(__file__).parent.parent / "demo" / "texts"
 
@@ -200,6 +201,20 @@ def spread_windows(
         )
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
     return torch.tensor([ids[start : start + sequence_length] for start in starts])
+
+
+def check_context(model: PreTrainedModel, sequence_length: int) -> None:
+    """Refuse windows longer than what a model was made for.
+
+    Raises:
+        CorpusError: They are.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise CorpusError(
+            f"a sequence length of {sequence_length} is more than the model's context of "
+            f"{longest}. Give a shorter one."
+        )
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:

@@ -17,11 +17,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, with_config
+from pydantic import Field, Strict, TypeAdapter
 
 from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
 from mofq.files.documents import parse_yaml, read_text
-from mofq.files.validated import Name, Names, NotNegative, Text, UntitledSchema, validate
+from mofq.files.validated import (
+    Name,
+    NotNegative,
+    SomeNames,
+    Text,
+    check_version,
+    only_these_keys,
+    published_schema,
+    validate,
+)
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
 from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
@@ -38,7 +47,7 @@ CacheLegality = Callable[[str, CacheLayer], str | None]
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 
 
-@with_config(ConfigDict(extra="forbid"))
+@only_these_keys
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpaceFile:
     """What may be chosen for each layer."""
@@ -46,15 +55,12 @@ class SearchSpaceFile:
     version: Literal[1] = SEARCH_SPACE_VERSION
     description: Annotated[Text, Field(description="what the space is for, in a sentence")] = ""
     schemes: Annotated[
-        Names,
-        Field(
-            min_length=1,
-            description="scheme names; g[128,64,32] stands for the first size that fits",
-        ),
+        SomeNames,
+        Field(description="scheme names; g[128,64,32] stands for the first size that fits"),
     ]
     base: Annotated[
-        Names,
-        Field(min_length=1, description="entries of schemes that count as plain; others are finer"),
+        SomeNames,
+        Field(description="entries of schemes that count as plain; others are finer"),
     ] = ()
     min_gain: Annotated[
         NotNegative,
@@ -67,9 +73,8 @@ class SearchSpaceFile:
         tuple[Name, ...], Field(description="shell patterns of layer names that stay as they are")
     ] = ()
     kv_cache: Annotated[
-        Names,
+        SomeNames,
         Field(
-            min_length=1,
             description="schemes of the KV cache, one for each attention layer, e.g. "
             "kv:fp8_e4m3.tensor; it may always stay as it is",
         ),
@@ -80,11 +85,7 @@ class SearchSpaceFile:
 
 
 _SPACE_FILE = TypeAdapter(SearchSpaceFile)
-SEARCH_SPACE_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    **_SPACE_FILE.json_schema(schema_generator=UntitledSchema),
-    "title": "A mofq search space (search_spaces/*.yaml)",
-}
+SEARCH_SPACE_SCHEMA = published_schema(_SPACE_FILE, "A mofq search space (search_spaces/*.yaml)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +170,7 @@ def load_search_space(name_or_path: str | Path) -> SearchSpace:
 def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     """A search space from the text of its file; see `load_search_space`."""
     value = parse_yaml(text, where, SearchSpaceError)
-    if isinstance(value, dict) and value.get("version", 1) != SEARCH_SPACE_VERSION:
-        raise SearchSpaceError(
-            f"{where}: has version {value['version']!r}, "
-            f"and this mofq reads version {SEARCH_SPACE_VERSION}."
-        )
+    check_version(value, SEARCH_SPACE_VERSION, where, SearchSpaceError)
     file = validate(_SPACE_FILE, value, where, SearchSpaceError)
     candidates = [_candidate(entry, f"{where}: schemes") for entry in file.schemes]
     if file.offer_unquantized:
@@ -285,9 +282,9 @@ def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
 
 def statistics_rejection(scheme: Scheme) -> str | None:
     """Why a scheme cannot be had without calibration statistics; None where it can."""
-    weight, activation = scheme.weight, scheme.activation
+    weight = scheme.weight
     remedy = "needs calibration statistics: run `mofq calibrate`, then measure with --stats"
-    if activation is not None and activation.needs_tensor_amax:
+    if scheme.has_static_inputs:
         return f"a static scale of the activations {remedy}"
     if weight is not None and weight.scale_rule == "nats":
         return f"the scale rule nats {remedy}"

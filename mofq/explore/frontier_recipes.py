@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,12 +13,10 @@ from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import request_flags
 from mofq.explore.drawing import Drawing
+from mofq.files.progress import Progress
 
 #: As many points as a slider can tell apart, and deciding them takes seconds.
 MOST_POINTS = 160
-
-#: Called with what is done, how much of it, and how much there is.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +37,7 @@ def frontier_recipes(
         drawing: Its request says what may be chosen; the rule for ties does not count, and of
             the budgets that on the cache alone.
         most: Keep at most so many points; see `spaced_points`.
-        progress: Told after each point.
+        progress: Called after each point with ``"frontier"``, points done, and all of them.
 
     Returns:
         Recipes in the order of their size, each different from the one before.

@@ -13,19 +13,19 @@ import numpy as np
 
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
-from mofq.decision.problem import IntArray
+from mofq.decision.problem import IntArray, option_bits
 from mofq.decision.recipe import recipe_text
 from mofq.evidence.table import Table
 from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing
 from mofq.explore.frontier_recipes import (
     FrontierRecipe,
-    Progress,
     best_for_corpus,
     frontier_recipes,
 )
 from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
 from mofq.files.documents import yaml_scalar
+from mofq.files.progress import Progress
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.schemes import parse_scheme
@@ -97,7 +97,7 @@ def scheme_order(problem: Problem, references: Sequence[ReferencePoint]) -> list
     """All schemes of the options and of some recipes, few bits first."""
     bits: dict[str, float] = {}
     for p, name in enumerate(problem.schemes):
-        bits[name] = max(bits.get(name, 0.0), _option_bits(problem, p))
+        bits[name] = max(bits.get(name, 0.0), option_bits(problem, p))
     for one in references:
         for name in one.schemes:
             bits.setdefault(name, 99.0)
@@ -105,14 +105,6 @@ def scheme_order(problem: Problem, references: Sequence[ReferencePoint]) -> list
         bits,
         key=lambda name: (is_cache_scheme(name), name == "bf16", round(bits[name], 2), name),
     )
-
-
-def _option_bits(problem: Problem, p: int) -> float:
-    """True bits of an option, per weight or per cached number."""
-    group = problem.groups[int(problem.group_P[p])]
-    if group.cached:
-        return int(problem.cache_bits_P[p]) / group.cached
-    return 8 * int(problem.bytes_P[p]) / group.weights
 
 
 def _scheme_data(name: str) -> dict[str, Any]:
@@ -196,7 +188,7 @@ def _option(
     stderrs = None if stderr_PC is None else [_short(value) for value in stderr_PC[p]]
     errors = [_short(value) for value in problem.error_PC[p]]
     size = int(problem.axis_P[p])
-    bits = float(f"{_option_bits(problem, p):.6g}")
+    bits = float(f"{option_bits(problem, p):.6g}")
     option = [schemes.index(problem.schemes[p]), size, errors, stderrs, bits]
     if static_amax is not None:
         # As text: a script would write some numbers differently.

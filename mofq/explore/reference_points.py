@@ -120,7 +120,7 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
     made_of_table = recipe.made_by.get("table_sha256") == table.sha256
     if problem.unit == KL_UNIT and made_of_table and own is not None:
         # As the frontier, without the optimism of choosing on these very samples.
-        return replace(point, value=own, stderr=_figure(recipe, "kl_stderr"))
+        return replace(point, value=own, stderr=recipe.figure("kl_stderr"))
     return point
 
 
@@ -142,7 +142,7 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
         label,
         solver,
         recipe.bits_per_weight,
-        kv_bits=_figure(recipe, "kv_bits"),
+        kv_bits=recipe.figure("kv_bits"),
         at=_at(recipe, problem),
         value=recipe.kl_nats_per_token if problem.unit == KL_UNIT else None,
         stderr=None,
@@ -154,15 +154,10 @@ def _at(recipe: Recipe, problem: Problem) -> float | None:
     """On the axis, as far as the recipe's file says."""
     if not problem.kv_tokens:
         return recipe.bits_per_weight
-    size, cached = _figure(recipe, "checkpoint_bytes"), _figure(recipe, "kv_bytes_per_token")
+    size, cached = recipe.figure("checkpoint_bytes"), recipe.figure("kv_bytes_per_token")
     if cached is None and not recipe.kv_cache:
         cached = 2.0 * problem.cached  # as it is
     return None if size is None or cached is None else size + problem.kv_tokens * cached
-
-
-def _figure(recipe: Recipe, key: str) -> float | None:
-    value = recipe.result.get(key)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _predicted(
@@ -172,15 +167,13 @@ def _predicted(
     if problem.unit == KL_UNIT:
         predicted = predict(problem, choice_F)
         value, stderr = predicted.value, predicted.stderr
-    kv_bits = None
-    if problem.cached:
-        kv_bits = int(problem.cache_bits_P[choice_F].sum()) / problem.cached
+    used = usage(problem, choice_F)
     return ReferencePoint(
         kind,
         label,
         solver,
-        usage(problem, choice_F).bits_per_weight,
-        kv_bits=kv_bits,
+        used.bits_per_weight,
+        kv_bits=used.kv_bits,
         at=axis_value(problem, choice_F),
         value=value,
         stderr=stderr,

@@ -1,8 +1,7 @@
 """Reading and writing the small text files of the flow, strictly.
 
-A YAML or JSON document becomes plain dictionaries, lists and scalars, and is
-checked against a JSON Schema: the same literal that editors get. Nothing here
-constructs objects from a document, follows an alias, or guesses a type that
+A YAML or JSON document becomes plain dictionaries, lists and scalars, which `mofq.files.validated`
+checks. Nothing here constructs objects from a document, follows an alias, or guesses a type that
 YAML 1.2's core schema does not name.
 
 PyYAML and ``json`` parse; what is added are the checks that they leave out (keys that occur
@@ -12,19 +11,16 @@ twice, aliases, NaN, YAML 1.1's ``no`` for false), with the file and line in the
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError
 from mofq.files.locks import check_replaceable, open_new_file
-
-Schema = Mapping[str, Any]
 
 #: A mixture-of-experts recipe with 20,000 layers is about 2 MB.
 MAX_YAML_BYTES = 16_000_000
@@ -163,8 +159,16 @@ def yaml_scalar(value: Any) -> str:
     return str(yaml.safe_dump(value, default_style='"', width=10**9)).rstrip("\n")
 
 
-def parse_json(text: str, where: str, error: type[MofqError]) -> Any:
-    """Parse one JSON value; NaN, infinities and repeated keys are refused.
+def parse_json(
+    text: str | bytes, where: str, error: type[MofqError], *, finite: bool = True
+) -> Any:
+    """Parse one JSON value; repeated keys and keys that are not text are refused.
+
+    Args:
+        text: The value; of bytes, in UTF-8.
+        where: The file and the place in it, for messages.
+        error: The exception to raise.
+        finite: Refuse NaN and infinities too, which JSON does not have and transformers writes.
 
     Raises:
         error: The text is not strict JSON.
@@ -176,76 +180,20 @@ def parse_json(text: str, where: str, error: type[MofqError]) -> Any:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise error(f"{where}: the key {twice!r} stands twice.")
+        for key in mapping:
+            key.encode()  # half of a surrogate pair is no name that anything else could write
         return mapping
 
     def no_constant(word: str) -> Any:
         raise error(f"{where}: {word} is not a number that can be used.")
 
     try:
-        return json.loads(text, object_pairs_hook=keys_once, parse_constant=no_constant)
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(
+            text, object_pairs_hook=keys_once, parse_constant=no_constant if finite else None
+        )
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: is not valid JSON: {problem}") from problem
-
-
-def check_document(value: Any, schema: Schema, where: str, error: type[MofqError]) -> None:
-    """Check plain values against the part of JSON Schema that mofq's schemas use.
-
-    ``type``, ``properties``, ``required``, ``additionalProperties``, ``items``,
-    ``minItems``, ``uniqueItems``, ``enum``, ``const``, ``minimum``,
-    ``exclusiveMinimum``, ``pattern``. Every number must be finite.
-
-    Args:
-        value: What ``parse_yaml`` or ``parse_json`` returned.
-        schema: A JSON Schema of these words.
-        where: The file, and the key within it, for messages.
-        error: The exception to raise.
-
-    Raises:
-        error: The value does not fit; the message names the key and suggests the nearest known.
-    """
-    kinds = schema.get("type")
-    if kinds is not None:
-        accepted = (kinds,) if isinstance(kinds, str) else kinds
-        kind = _kind(value)
-        if kind not in accepted and not (kind == "integer" and "number" in accepted):
-            raise error(f"{where}: must be {' or '.join(accepted)}, found {kind} {shown(value)}.")
-    if isinstance(value, dict):
-        _check_mapping(value, schema, where, error)
-    elif isinstance(value, list):
-        _check_list(value, schema, where, error)
-    else:
-        _check_scalar(value, schema, where, error)
-
-
-def _check_mapping(
-    value: dict[str, Any], schema: Schema, where: str, error: type[MofqError]
-) -> None:
-    properties = schema.get("properties", {})
-    others = schema.get("additionalProperties", True)
-    for key, item in value.items():
-        if key in properties:
-            check_document(item, properties[key], f"{where}: {key}", error)
-        elif others is False:
-            raise error(f"{where}: unknown key {key!r}." + nearest_name(key, properties))
-        else:
-            _check_scalar(key, {}, where, error)
-            if others is not True:
-                check_document(item, others, f"{where}: {key}", error)
-    # After the unknown keys: one of those may be the missing one, misspelt.
-    for key in schema.get("required", ()):
-        if key not in value:
-            raise error(f"{where}: the key {key!r} is missing.")
-
-
-def _check_list(value: list[Any], schema: Schema, where: str, error: type[MofqError]) -> None:
-    if len(value) < schema.get("minItems", 0):
-        raise error(f"{where}: needs at least {schema['minItems']} entries, found {len(value)}.")
-    if "items" in schema:
-        for position, item in enumerate(value):
-            check_document(item, schema["items"], f"{where}[{position}]", error)
-    if schema.get("uniqueItems") and len(set(map(repr, value))) < len(value):
-        twice = next(item for item in value if value.count(item) > 1)
-        raise error(f"{where}: {shown(twice)} stands twice; keep one.")
 
 
 def text_problem(text: str) -> str | None:
@@ -262,58 +210,10 @@ def text_problem(text: str) -> str | None:
     return None
 
 
-def _check_scalar(value: Any, schema: Schema, where: str, error: type[MofqError]) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise error(f"{where}: must be a finite number, found {value}.")
-    if isinstance(value, str):
-        if problem := text_problem(value):
-            raise error(f"{where}: {problem}.")
-        if "pattern" in schema and not re.search(schema["pattern"], value):
-            raise error(f"{where}: {shown(value)} does not match {schema['pattern']!r}.")
-    # JSON tells true from 1, and Python does not.
-    is_other = "const" in schema and isinstance(value, bool) != isinstance(schema["const"], bool)
-    if is_other or ("const" in schema and value != schema["const"]):
-        raise error(f"{where}: must be {schema['const']!r}, found {shown(value)}.")
-    if "enum" in schema and value not in schema["enum"]:
-        known = [str(word) for word in schema["enum"]]
-        raise error(f"{where}: {shown(value)} is not known." + nearest_name(str(value), known))
-    if isinstance(value, int | float):
-        if "minimum" in schema and value < schema["minimum"]:
-            raise error(f"{where}: must be at least {schema['minimum']}, found {value}.")
-        if "maximum" in schema and value > schema["maximum"]:
-            raise error(f"{where}: must be at most {schema['maximum']}, found {value}.")
-        if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
-            raise error(f"{where}: must be more than {schema['exclusiveMinimum']}, found {value}.")
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "boolean",
-        int: "integer",
-        float: "number",
-        str: "string",
-        list: "array",
-        dict: "object",
-    }
-    return names[type(value)]
-
-
 def shown(value: Any) -> str:
     """A value as messages show it: the beginning of a long one."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def strict_object(properties: Mapping[str, Schema], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON Schema of an object with these keys and no others, required unless optional."""
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": [key for key in properties if key not in optional],
-        "additionalProperties": False,
-    }
 
 
 def write_beside_and_rename(path: Path, content: str | bytes) -> None:

@@ -140,11 +140,10 @@ def check_replaceable(path: Path, label: str = "") -> None:
         )
 
 
-def try_lock(file: int, *, shared: bool = False) -> bool:
-    """Lock an open file or folder; False where another process has a lock that excludes it."""
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+def try_lock(file: int) -> bool:
+    """Lock an open file or folder for this process alone; False where another has a lock on it."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -119,6 +119,21 @@ class Scheme:
         """Whether the layer is left as it is."""
         return self.weight is None and self.activation is None
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether scales or codes of the weight follow from calibration statistics."""
+        return self.weight is not None and self.weight.is_fitted
+
+    @property
+    def needs_weight_amax(self) -> bool:
+        """Whether the largest weight must be known before the first row is rounded."""
+        return self.weight is not None and self.weight.needs_tensor_amax
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether the inputs have a scale from calibration."""
+        return self.activation is not None and self.activation.needs_tensor_amax
+
 
 #: Published formats that have a name of their own.
 ALIASES = {

@@ -179,9 +179,10 @@ def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = Non
             if all(shape_rejection(found, layer) is None for layer in group.layers)
         )
         names = tuple(layer.name for layer in group.layers)
-        is_static = scheme.activation is not None and scheme.activation.needs_tensor_amax
-        assert not is_static or amax is not None
-        static = {name: amax[name] for name in names} if is_static and amax is not None else None
+        static = None
+        if scheme.has_static_inputs:
+            assert amax is not None
+            static = {name: amax[name] for name in names}
         groups.append(RecipeGroup(group.name, scheme.name, names, static_amax=static))
     return Recipe(
         model_name=checkpoint.name,

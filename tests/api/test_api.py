@@ -17,7 +17,7 @@ import mofq as package
 from mofq import api
 from mofq.api import Budget, Choices, Method, Samples, Windows
 from mofq.decision.recipe import load_recipe
-from mofq.demo import demo_text
+from mofq.evidence.corpora import BUNDLED_TEXT
 from mofq.exceptions import BudgetError, MofqError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -95,8 +95,8 @@ def test_the_blocks_of_the_page_on_python_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, split in (("calibration", "calibration"), ("heldout", "heldout")):
-        shutil.copy(demo_text("en", split), f"{name}.txt")
+    shutil.copy(BUNDLED_TEXT["demo-en-calibration"], "calibration.txt")
+    shutil.copy(BUNDLED_TEXT["demo-en"], "heldout.txt")
     plotted: list[str] = []
     names: dict[str, Any] = {"plot": lambda *axes, label: plotted.append(label)}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)

@@ -173,11 +173,11 @@ def test_a_repeated_key_is_refused_wherever_it_stands(
     length = header_length(weights)
     header = data[8:length].rstrip().replace(b"{", b'{"__metadata__":{},', 1)
     weights.write_bytes(len(header).to_bytes(8, "little") + header + data[length:])
-    assert "key '__metadata__' stands twice in the header" in refused("inspect", model)
+    assert "the header: the key '__metadata__' stands twice" in refused("inspect", model)
     weights.write_bytes(data)
     config.write_text(text.replace("{", '{"model_type": "opt",', 1))
     message = refused("inspect", model)
-    assert f"{config}: key 'model_type' stands twice" in message
+    assert f"{config}: the key 'model_type' stands twice" in message
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(measured.recipe.read_text() + "version: 1\n")
     export = ("--to", "compressed-tensors", "-o", tmp_path / "exported")

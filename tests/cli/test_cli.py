@@ -16,7 +16,7 @@ from command_line import DEMO, Measured, ok
 from transformers import AutoModelForCausalLM
 
 import mofq as package
-from mofq.demo import demo_text
+from mofq.evidence.corpora import BUNDLED_TEXT
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -81,7 +81,7 @@ def test_calibrate_says_what_it_wrote(measured: Measured) -> None:
 
 def test_calibrate_keeps_some_of_the_sequences_that_a_text_holds(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
-    text.write_text(demo_text("en").read_text("utf-8")[:1000], "utf-8")
+    text.write_text(BUNDLED_TEXT["demo-en"].read_text("utf-8")[:1000], "utf-8")
     arguments = ("--corpus", f"en={text}", "--sequence-length", "64", "--keep", "2")
     content = ok("calibrate", DEMO, *arguments, "-o", tmp_path / "stats", "--json").json
     assert 2 < content["corpora"]["en"] < 32

@@ -124,8 +124,6 @@ def test_samples_of_every_corpus_come_along() -> None:
     assert problem.sample_errors is not None
     assert problem.sample_errors[1].tolist() == [[0.0, 0.0], [1.5, 4.5], [3.0, 9.0]]
     assert problem.error_PC.tolist() == [[0.0, 0.0], [1.0, 3.0], [2.0, 6.0]]
-    only = problem_from_table(table_of(*rows, stats=STATS), corpora=["pt"])
-    assert only.error_PC.tolist() == [[0.0], [3.0], [6.0]]
 
 
 CORPORA = [(1.0, "en"), (3.0, "pt")]
@@ -165,16 +163,6 @@ def test_what_is_not_legal_is_not_offered_and_a_group_without_an_offer_does_not_
     [
         (WEIGHT_ROWS, {"unit": "kl"}, "no errors are in 'kl'"),
         (WEIGHT_ROWS, {"unit": "output_mse"}, "a: has no row in output_mse"),
-        (
-            WEIGHT_ROWS,
-            {"corpora": ["en"]},
-            "no rows in relative_weight_error .* rests on no corpus",
-        ),
-        (
-            [in_nats("a", "int8.channel", 1.0, 136, "en")],
-            {"corpora": ["e"]},
-            "corpus 'e'. Did you mean 'en'",
-        ),
         (
             [
                 in_nats("a", "int8.channel", 1.0, 136, "en"),

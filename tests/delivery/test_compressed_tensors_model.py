@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import mofq
 from conftest import TinyCheckpoint
+from emulated import logits_of, validate
 from exported import (
     MIXED,
     STORABLE,
@@ -19,7 +20,6 @@ from exported import (
     uniform_recipe,
 )
 from safetensors.torch import load_file, save_file
-from test_emulate import logits_of
 
 from mofq.decision.recipe import load_recipe
 from mofq.delivery.apply import emulate
@@ -28,7 +28,6 @@ from mofq.delivery.export.compressed_tensors import (
     recipe_from_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
-from mofq.delivery.validation import validate
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored

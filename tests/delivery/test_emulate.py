@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from emulated import logits_of, recipe_of
 from families import TINY_FAMILIES
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.apply import emulate
@@ -21,31 +21,6 @@ from mofq.model.layers import FusionGroup, find_layers, find_loaded_weight
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
-
-TOKENS = torch.arange(40).reshape(2, 20) * 5 % 256
-
-
-def recipe_of(checkpoint: Checkpoint, scheme: str, **others: str) -> Recipe:
-    """A recipe with one scheme, and others for the fusion groups named (dots as underscores)."""
-    layers = find_layers(checkpoint)
-    return Recipe(
-        checkpoint.name,
-        checkpoint.index_sha256,
-        groups=tuple(
-            RecipeGroup(
-                group.name,
-                others.get(group.name.replace(".", "_"), scheme),
-                tuple(layer.name for layer in group.layers),
-            )
-            for group in layers.groups
-        ),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-    )
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
 
 
 def expected_weights(checkpoint: Checkpoint, scheme: str) -> dict[str, Tensor]:

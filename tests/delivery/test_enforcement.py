@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from emulated import recipe_of
 from families import TINY_FAMILIES
-from test_emulate import recipe_of
 from torch import nn
 
 from mofq.decision.recipe import Recipe, RecipeGroup

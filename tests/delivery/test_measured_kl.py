@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyCheckpoint
+from emulated import recipe_of, validate
 from families import TINY_FAMILIES, long_but
-from test_emulate import recipe_of
 
-from mofq.delivery.validation import validate
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.demo import demo_model_folder
 from mofq.evidence.corpora import Corpus, load_text

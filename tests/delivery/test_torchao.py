@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from emulated import logits_of, recipe_of
 from exported import uniform_recipe
-from test_emulate import logits_of, recipe_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

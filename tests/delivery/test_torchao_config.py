@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from emulated import recipe_of
 from exported import make_recipe, uniform_recipe
-from test_emulate import recipe_of
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 

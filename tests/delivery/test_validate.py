@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from test_emulate import recipe_of
+from emulated import recipe_of, validate
 
 from mofq.decision.recipe import write_recipe
 from mofq.delivery.apply import emulate
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import (
-    paired_difference,
-    validate,
     validate_many,
     write_validation,
 )
@@ -151,24 +149,6 @@ def test_many_recipes_against_one_run_of_the_original_give_what_each_gives_alone
     for recipe, found in zip(recipes, together, strict=True):
         alone = validate(str(tiny_llama), recipe, text, **PLAN)
         assert (found.windows, found.perplexity) == (alone.windows, alone.perplexity)
-
-
-def test_two_recipes_are_compared_window_by_window(tiny_llama: Path, text: Corpus) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    recipes = [recipe_of(checkpoint, name) for name in ("int4.channel", "int8.channel")]
-    first, second = validate_many(str(tiny_llama), recipes, text, **PLAN)
-    difference, stderr = paired_difference(
-        replace(first, windows=(0.3, 0.5, 0.7)), replace(second, windows=(0.1, 0.4, 0.6))
-    )
-    # Differences 0.2, 0.1, 0.1: mean 0.4/3, sample variance 1/300.
-    assert difference == pytest.approx(0.4 / 3)
-    assert stderr == pytest.approx(1 / 30)
-    assert paired_difference(first, first) == (0.0, 0.0)
-    other_text = replace(second, lineage=replace(second.lineage, text_sha256="0"))
-    with pytest.raises(MofqError, match="text_sha256 is"):
-        paired_difference(first, other_text)
-    with pytest.raises(MofqError, match="48 tokens and one of 32"):
-        paired_difference(first, replace(second, tokens=32))
 
 
 def test_an_unquantized_folder_is_compared_and_nothing_is_enforced(

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from command_line import DEMO
 
-from mofq.demo import demo_text
+from mofq.evidence.corpora import BUNDLED_TEXT
 
 pytestmark = pytest.mark.slow
 
-TEXT = f"en={demo_text('en', 'calibration')}"
+TEXT = f"en={BUNDLED_TEXT['demo-en-calibration']}"
 TESTS = Path(__file__).parent.parent
 MOFQ = ("-c", "from mofq.cli import main; main()")
 LEAVE = """

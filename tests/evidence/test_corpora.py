@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from mofq.demo import demo_text
+from mofq import demo
 from mofq.evidence import corpora
 from mofq.evidence.corpora import Corpus, load_text, spread_windows, tokenize
 from mofq.exceptions import CorpusError
@@ -191,13 +191,9 @@ def test_a_misspelt_path_never_reaches_for_the_network(monkeypatch: pytest.Monke
 
 
 def test_the_bundled_texts_are_the_files_of_the_demo() -> None:
-    expected = {
-        "demo-en": demo_text("en"),
-        "demo-pt": demo_text("pt"),
-        "demo-en-calibration": demo_text("en", "calibration"),
-        "demo-pt-calibration": demo_text("pt", "calibration"),
-    }
-    assert expected == corpora.BUNDLED_TEXT
+    folder = Path(demo.__file__).parent / "texts"
+    assert sorted(corpora.BUNDLED_TEXT.values()) == sorted(folder.glob("*.txt"))
+    assert all(load_text(name).text for name in corpora.BUNDLED_TEXT)
 
 
 def test_windows_are_spread_over_the_whole_text_in_order_and_do_not_overlap() -> None:

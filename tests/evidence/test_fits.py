@@ -9,8 +9,8 @@ import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens, space_of
 from conftest import TinyCheckpoint
+from emulated import recipe_of
 from families import long_but
-from test_emulate import recipe_of
 from torch import Tensor
 
 from mofq.decision import uniform_recipe

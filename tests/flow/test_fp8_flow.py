@@ -12,6 +12,7 @@ import pytest
 import torch
 from command_line import ok, refused
 from conftest import TinyCheckpoint
+from emulated import validate
 from exported import export, make_recipe, uniform_recipe
 from families import copy_with_tensors
 from fp8_sources import read_all, write_fp8
@@ -20,7 +21,6 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from mofq.decision.recipe import load_recipe
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
-from mofq.delivery.validation import validate
 from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, scored_loss, scores_of, space_of
-from test_emulate import recipe_of
+from emulated import recipe_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.delivery.apply import emulate
-from mofq.demo import demo_model_folder, demo_text
+from mofq.demo import demo_model_folder
 from mofq.evidence.calibration.stats import Stats
-from mofq.evidence.corpora import load_text, spread_windows
+from mofq.evidence.corpora import BUNDLED_TEXT, load_text, spread_windows
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.metrics import kl_divergence
 from mofq.evidence.table import Row, Table, read_table
@@ -39,7 +39,7 @@ TOLERANCE = 0.15
 @pytest.fixture(scope="module")
 def windows_NT() -> Tensor:
     tokenizer = load_tokenizer(demo_model_folder())
-    text = load_text(str(demo_text("en")))
+    text = load_text(str(BUNDLED_TEXT["demo-en"]))
     return spread_windows(text, tokenizer, sequences=16, sequence_length=LENGTH)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from calibrated import calibrate_folder, some_tokens
 from conftest import TinyCheckpoint
-from test_emulate import recipe_of
+from emulated import recipe_of
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel

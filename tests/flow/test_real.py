@@ -17,9 +17,10 @@ from command_line import DEMO, ok
 from exported import Exported, make_recipe
 
 from mofq.decision import Budgets, Request, uniform_recipe, uniform_recipes
+from mofq.decision.measured.measurement import paired
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.delivery.backends import apply_recipe
-from mofq.delivery.validation import Validation, find_deviations, paired_difference, validate_many
+from mofq.delivery.validation import Validation, find_deviations, validate_many
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -105,9 +106,9 @@ def test_the_prediction_is_within_a_quarter_of_the_truth(flow: Flow, name: str) 
 def test_int8_and_fp8_side_by_side_beat_both(flow: Flow) -> None:
     assert set(flow.recipes["exact"].schemes.values()) == {INT8, FP8}
     for uniform in (INT8, FP8):
-        gain, stderr = paired_difference(flow.validations[uniform], flow.validations["exact"])
-        assert stderr is not None
-        assert gain > 3 * stderr
+        gain = paired(flow.validations["exact"].windows, flow.validations[uniform].windows)
+        assert gain.stderr is not None
+        assert gain.value > 3 * gain.stderr
         assert flow.kl("exact") < 0.9 * flow.kl(uniform)
 
 

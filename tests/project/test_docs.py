@@ -16,7 +16,7 @@ from command_line import mofq
 from test_readme import MOFQ, ROOT, Command, blocks
 
 from mofq.decision.recipe import RECIPE_SCHEMA, parse_recipe
-from mofq.demo import demo_text
+from mofq.evidence.corpora import BUNDLED_TEXT
 from mofq.evidence.spaces import SEARCH_SPACE_SCHEMA, parse_search_space
 from mofq.evidence.table import TABLE_LINE_SCHEMA
 from mofq.numbers.formats import FloatFormat
@@ -43,9 +43,12 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a checkout, with three texts of a reader's own."""
     for name in ("mofq", "search_spaces"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name, split in (("calibration", "calibration"), ("heldout", "heldout")):
-        (tmp_path / f"{name}.txt").write_text(demo_text("en", split).read_text("utf-8"))
-    (tmp_path / "other.txt").write_text(demo_text("pt").read_text("utf-8"))
+    for file, text in (
+        ("calibration.txt", "demo-en-calibration"),
+        ("heldout.txt", "demo-en"),
+        ("other.txt", "demo-pt"),
+    ):
+        (tmp_path / file).write_text(BUNDLED_TEXT[text].read_text("utf-8"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

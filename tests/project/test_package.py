@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import mofq
-from mofq.demo import demo_model_folder, demo_text
-from mofq.exceptions import CorpusError
+from mofq.demo import demo_model_folder
+from mofq.evidence.corpora import BUNDLED_TEXT
 
 ROOT = Path(__file__).parent.parent.parent
 LANGUAGES = ["en", "pt"]
@@ -134,12 +134,12 @@ def test_the_bundled_model_is_as_good_as_its_card_says(language: str) -> None:
     card = (demo_model_folder() / "README.md").read_text("utf-8")
     match = re.search(rf"^\| {language} \| ([\d.]+) \|$", card, re.MULTILINE)
     assert match is not None
-    text = demo_text(language).read_text("utf-8")
+    text = BUNDLED_TEXT[f"demo-{language}"].read_text("utf-8")
     assert bits_per_byte(loaded_model(), text) == pytest.approx(float(match[1]), abs=0.002)
 
 
 def test_rounding_the_bundled_model_to_fewer_bits_costs_more_bits_per_byte() -> None:
-    text = "\n\n".join(paragraphs(demo_text("en"))[:24])
+    text = "\n\n".join(paragraphs(BUNDLED_TEXT["demo-en"])[:24])
     costs = [bits_per_byte(loaded_model(), text)]
     for largest_code in (7, 3, 1):
         model = loaded_model()
@@ -155,7 +155,7 @@ def test_rounding_the_bundled_model_to_fewer_bits_costs_more_bits_per_byte() -> 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_bundled_tokenizer_gives_a_text_back(language: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
-    text = demo_text(language).read_text("utf-8")
+    text = BUNDLED_TEXT[f"demo-{language}"].read_text("utf-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(text.encode()) / len(ids) > 2.5
@@ -163,15 +163,8 @@ def test_the_bundled_tokenizer_gives_a_text_back(language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_held_out_and_calibration_text_share_no_paragraph(language: str) -> None:
-    held_out = paragraphs(demo_text(language))
-    calibration = paragraphs(demo_text(language, "calibration"))
-    assert 28_000 <= demo_text(language).stat().st_size <= 34_000
-    assert demo_text(language, "calibration").stat().st_size >= 35_000
+    held_out = paragraphs(BUNDLED_TEXT[f"demo-{language}"])
+    calibration = paragraphs(BUNDLED_TEXT[f"demo-{language}-calibration"])
+    assert 28_000 <= BUNDLED_TEXT[f"demo-{language}"].stat().st_size <= 34_000
+    assert BUNDLED_TEXT[f"demo-{language}-calibration"].stat().st_size >= 35_000
     assert set(held_out) & set(calibration) == set()
-
-
-def test_an_unknown_language_or_split_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(CorpusError, match=r"no language 'pt-br'.*'pt'"):
-        demo_text("pt-br")
-    with pytest.raises(CorpusError, match=r"no split 'held_out'.*'heldout'"):
-        demo_text("en", "held_out")

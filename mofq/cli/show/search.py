@@ -56,12 +56,7 @@ def note_engines(result: SearchResult | RunResult) -> None:
 def _print_decision(decision: Decision, *, title: str) -> None:
     from mofq.decision import KL_UNIT
 
-    recipe, result = decision.recipe, decision.recipe.result
-
-    def number(key: str) -> float | None:
-        value = result.get(key)
-        return float(value) if isinstance(value, int | float) else None
-
+    recipe, number = decision.recipe, decision.recipe.figure
     rows = [
         ["bits per weight", f"{number('bits_per_weight') or 0:.4f}"],
         ["checkpoint", short_bytes(int(number("checkpoint_bytes") or 0))],
@@ -78,7 +73,7 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
         rows.append(["KL, measured on the text of the search", measured])
     if decision.uniform_error is not None:
-        name = f"best uniform of no more bytes: {result['uniform_scheme']}"
+        name = f"best uniform of no more bytes: {recipe.result['uniform_scheme']}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
     rows += [] if number("seconds") is None else [_time_row(decision)]
     if decision.finer_layers:

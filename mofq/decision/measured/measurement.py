@@ -22,8 +22,6 @@ from mofq.exceptions import MofqError
 Evaluate = Callable[[Recipe], Iterator[float]]
 #: From fusion group -> scheme to the same.
 Measure = Callable[[Mapping[str, str]], Iterator[float]]
-#: Called with recipes measured, and all that may be.
-Progress = Callable[[int, int], None]
 
 #: A uniform scheme predicted so many times worse than the recipe is not measured.
 _HOPELESS = 1.5

@@ -12,7 +12,6 @@ from mofq.decision.measured.measurement import (
     Evaluate,
     Measure,
     Measured,
-    Progress,
     decide_again,
     fixed_budgets,
     is_less,
@@ -32,6 +31,7 @@ from mofq.decision.problem import IntArray, Problem
 from mofq.decision.request import Request
 from mofq.decision.ties import TIE_STDERRS
 from mofq.evidence.table import Table
+from mofq.files.progress import Progress
 
 #: Swaps among which those of different layers are found.
 _SWAPS = 5000
@@ -59,16 +59,6 @@ class Refined:
     uniform: str | None  #: the uniform scheme that is as good or better, and is `best` then
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredDecision:
-    """A decision and the measurements that it rests on."""
-
-    decision: Decision
-    kl: Estimate  #: measured [nats per token]
-    start_kl: Estimate  #: of the solver's recipe, before anything was changed
-    refined: Refined
-
-
 def decide_refined(
     table: Table,
     request: Request,
@@ -77,7 +67,7 @@ def decide_refined(
     swaps: int,
     text_sha256: str,
     progress: Progress | None = None,
-) -> MeasuredDecision:
+) -> Decision:
     """Decide, then measure the recipe, uniform ones and promising swaps, and keep the best.
 
     Args:
@@ -86,7 +76,7 @@ def decide_refined(
         evaluate: The objective, of the table's model.
         swaps: How many to measure.
         text_sha256: Of the objective's text, for the recipe.
-        progress: Called with recipes measured, and all that may be.
+        progress: Called with ``"refine"``, recipes measured, and all that may be.
 
     Returns:
         The decision; where a uniform scheme is as good, that one, and a note says so.
@@ -110,8 +100,7 @@ def decide_refined(
         text_sha256=text_sha256,
         trials=1 + len(refined.uniforms) + len(refined.swaps),
     )
-    decision = replace(decision, notes=(*decision.notes, *_notes(request, refined)))
-    return MeasuredDecision(decision, refined.best.kl, start_kl=refined.start.kl, refined=refined)
+    return replace(decision, notes=(*decision.notes, *_notes(request, refined)))
 
 
 def refine(
@@ -139,7 +128,7 @@ def refine(
         measure: The objective.
         swaps: How many to measure.
         ties: Whether a uniform scheme within noise is preferred; else only a better one.
-        progress: Called after each recipe.
+        progress: Called after each recipe, as `decide_refined` says.
 
     Returns:
         The best with all that was measured on the way.
@@ -156,7 +145,7 @@ def refine(
         windows = measure_against(measure(problem.schemes_of(choice)), rival)
         done += 1
         if progress is not None:
-            progress(done, total)
+            progress("refine", done, total)
         return Measured(choice, windows)
 
     start = run(choice_F, None)

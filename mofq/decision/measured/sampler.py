@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mofq.decision.budgets import Budgets, Constraint, keeps_all, offered
 from mofq.decision.measured.thompson import Observation, propose
-from mofq.decision.problem import IntArray, Problem
+from mofq.decision.problem import IntArray, Problem, usage
 
 #: Name of the first recipe, which all others are compared with.
 START = "start"
@@ -50,11 +50,10 @@ def is_allowed(problem: Problem, constraints: Sequence[Constraint], choice_F: In
 
 def set_sizes(trial: Trial, problem: Problem, choice_F: IntArray) -> None:
     """Note the true bits of a recipe in its trial."""
-    size = int(problem.layer_bytes_P[choice_F].sum())
-    trial.set_user_attr("bits_per_weight", 8 * size / problem.weights)
-    if problem.cached:
-        bits = int(problem.cache_bits_P[choice_F].sum())
-        trial.set_user_attr("kv_bits", bits / problem.cached)
+    used = usage(problem, choice_F)
+    trial.set_user_attr("bits_per_weight", used.bits_per_weight)
+    if used.kv_bits is not None:
+        trial.set_user_attr("kv_bits", used.kv_bits)
 
 
 class Sampler(optuna.samplers.BaseSampler):

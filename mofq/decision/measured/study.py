@@ -15,7 +15,6 @@ from mofq.decision.decision import Decision, decide
 from mofq.decision.frontier import solve_frontier
 from mofq.decision.measured.measurement import (
     Evaluate,
-    Progress,
     decide_again,
     fixed_budgets,
     measured_by,
@@ -38,6 +37,7 @@ from mofq.decision.measured.trials import (
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
+from mofq.files.progress import Progress
 
 #: Points of the frontier that a study of the KL alone starts from, beside the recipe.
 _LARGEST_STARTS = 3
@@ -106,7 +106,7 @@ def decide_in_study(
         evaluate: The objective, of the table's model.
         plan: The study; with size as a second objective, recipes of many sizes are measured,
             from the smallest to the budget's.
-        progress: Called with trials finished, and wanted.
+        progress: Called with ``"trials"``, those finished, and wanted.
 
     Returns:
         The best recipe that was measured; the exact solver's where none is better beyond noise.

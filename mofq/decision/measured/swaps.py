@@ -32,9 +32,8 @@ def promising_swaps(
         At most so many choices, the most promising first.
     """
     constraints = budget_constraints(problem, budgets)
-    moves = _best_moves(
-        problem, constraints, solution, allowed_P=_allowed(problem, budgets, solution)
-    )
+    allowed_P = offered(problem, budgets) & problem.beside(solution.choice_F)
+    moves = _best_moves(problem, constraints, solution, allowed_P=allowed_P)
     if not len(moves):
         return []
     chosen = solution.choice_F[problem.group_P[moves]]
@@ -54,10 +53,6 @@ def promising_swaps(
         if keeps_all(constraints, swapped_F) and problem.goes_together(swapped_F):
             swaps.append(swapped_F)
     return swaps
-
-
-def _allowed(problem: Problem, budgets: Budgets, solution: Solution) -> BoolArray:
-    return np.asarray(offered(problem, budgets) & problem.beside(solution.choice_F))
 
 
 def _best_moves(

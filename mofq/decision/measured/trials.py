@@ -26,7 +26,6 @@ from mofq.decision.frontier import axis_value, sized
 from mofq.decision.measured.measurement import (
     Measure,
     Measured,
-    Progress,
     is_less,
     paired,
     preferred_uniform,
@@ -46,6 +45,7 @@ from mofq.decision.measured.thompson import Observation
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import TIE_STDERRS
 from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
 
 #: What the origins of uniform recipes begin with.
 UNIFORM = "uniform "
@@ -117,7 +117,7 @@ def run_trials(
         sizes: Of ``Problem.axis_of``, where size is the second objective: each proposal keeps
             one of them [bytes].
         seed: Of the proposals, beside the number of the trial.
-        progress: Called after each trial with those finished, and wanted.
+        progress: Called after each trial with ``"trials"``, those finished, and wanted.
 
     Raises:
         MofqError: The objective has one window only, which has no error bar.
@@ -158,7 +158,7 @@ def run_trials(
                 _queue_lost_start(study, problem, start_F)
             study.optimize(objective, n_trials=1)
             if progress is not None:
-                progress(min(_finished(study), trials), trials)
+                progress("trials", min(_finished(study), trials), trials)
 
 
 def search_result(study: Study, problem: Problem, *, ties: bool = True) -> Searched:

@@ -153,7 +153,7 @@ def weight_amax(
     Returns:
         Layer name -> float scalar; empty where the scheme needs none.
     """
-    if scheme.weight is None or not scheme.weight.needs_tensor_amax:
+    if not scheme.needs_weight_amax:
         return {}
     return share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
 
@@ -164,7 +164,7 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
     Raises:
         RecipeError: The recipe has none for a layer.
     """
-    if scheme.activation is None or not scheme.activation.needs_tensor_amax:
+    if not scheme.has_static_inputs:
         return {}
     known = recipe.static_amax
     for layer in group.layers:

@@ -198,7 +198,7 @@ def _scaled_amax(
     checkpoint: Checkpoint, site: Site, scheme: Scheme, scales: Sequence[Tensor]
 ) -> list[float | None]:
     """Largest magnitude of the scaled weights, where the scheme has a scale for the tensor."""
-    if scheme.weight is None or not scheme.weight.needs_tensor_amax:
+    if not scheme.needs_weight_amax:
         return [None] * len(scales)
     amax_I = _channel_amax(checkpoint, site).double()
     return [float((amax_I * scale_I).max()) for scale_I in scales]

@@ -8,9 +8,9 @@ from mofq.delivery.rewriting.choose import Choice, choose_scales
 from mofq.delivery.rewriting.scales import METHODS
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
-from mofq.evidence.calibration.stats import Stats, verify_sequences
+from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequences
 from mofq.evidence.spaces import offer_schemes, parse_search_space
-from mofq.exceptions import RewriteError, StatsError, nearest_name
+from mofq.exceptions import RewriteError, nearest_name
 from mofq.files.locks import check_new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
@@ -84,17 +84,7 @@ def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method
     """Refuse what would only be found after the long work."""
     if method not in METHODS:
         raise RewriteError(f"unknown method {method!r}." + nearest_name(method, METHODS))
-    if stats.plan.index_sha256 != checkpoint.index_sha256:
-        raise StatsError(
-            f"{stats.folder}: calibrated on {stats.plan.model_name} "
-            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
-            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
-        )
-    if stats.plan.weights_sha256 not in (None, hash_weights(checkpoint)):
-        raise StatsError(
-            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
-            f"has, as a rewritten model has them. Calibrate this model."
-        )
+    check_same_model(stats, checkpoint, weights_sha256=hash_weights(checkpoint))
     check_new_folder(out_folder, RewriteError)
 
 
@@ -104,7 +94,7 @@ def _target(text: str, group: FusionGroup) -> Scheme:
         f"version: 1\nschemes: ['{text}']", name="--scheme", where="--scheme"
     )
     for scheme in space.schemes:
-        if scheme.weight is not None and scheme.weight.is_fitted:
+        if scheme.is_fitted:
             raise RewriteError(
                 f"--scheme {text}: codes are fitted to a model after it was rewritten. Give the "
                 f"scheme without @nats and ~gptq here, and let the search choose those."

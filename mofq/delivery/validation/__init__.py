@@ -9,19 +9,15 @@ loaded model, for the search.
 
 from __future__ import annotations
 
-from mofq.delivery.validation.against_original import validate, validate_many
-from mofq.delivery.validation.enforcement import Deviation, find_deviations
-from mofq.delivery.validation.report import Validation, paired_difference, write_validation
-from mofq.delivery.validation.tasks import TaskResult, Tasks
+from mofq.delivery.validation.against_original import validate_many
+from mofq.delivery.validation.enforcement import find_deviations
+from mofq.delivery.validation.report import Validation, write_validation
+from mofq.delivery.validation.tasks import Tasks
 
 __all__ = [
-    "Deviation",
-    "TaskResult",
     "Tasks",
     "Validation",
     "find_deviations",
-    "paired_difference",
-    "validate",
     "validate_many",
     "write_validation",
 ]

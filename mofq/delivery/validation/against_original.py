@@ -18,45 +18,11 @@ from mofq.delivery.validation.divergence import OriginalLogits, compare, run_ori
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
 from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
-from mofq.evidence.corpora import Corpus, tokenize
-from mofq.exceptions import CorpusError
+from mofq.evidence.corpora import Corpus, check_context, tokenize
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
-
-
-def validate(
-    model_source: str,
-    recipe_or_folder: str | Path | Recipe,
-    text: Corpus,
-    *,
-    tokens: int = 8192,
-    sequence_length: int = 512,
-    dtype: str = "float32",
-    device: str = "cpu",
-    tasks: Tasks | None = None,
-    backend: str = "emulate",
-    emulated: Sequence[str] = (),
-    stats: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Validation:
-    """Validate one candidate; see ``validate_many``."""
-    (validation,) = validate_many(
-        model_source,
-        [recipe_or_folder],
-        text,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        device=device,
-        tasks=tasks,
-        backend=backend,
-        emulated=emulated,
-        stats=stats,
-        progress=progress,
-    )
-    return validation
 
 
 def validate_many(
@@ -188,14 +154,15 @@ def _validate_one(
     task_scores: tuple[TaskScore, ...] = ()
     if original.runner is not None:
         task_scores = original.runner.run(model, load_tokenizer(checkpoint.folder))
-    budget = _number(recipe, "budget", "kl_nats_per_token")
+    asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
+    budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
         lineage=_lineage(candidate, original),
         tokens=original.windows_NT.numel(),
         kl_nats_per_token=agreement.kl_nats_per_token,
         kl_stderr=agreement.kl_stderr,
-        predicted_kl_nats_per_token=_number(recipe, "result", "kl_nats_per_token"),
-        predicted_kl_stderr=_number(recipe, "result", "kl_stderr"),
+        predicted_kl_nats_per_token=None if recipe is None else recipe.kl_nats_per_token,
+        predicted_kl_stderr=None if recipe is None else recipe.figure("kl_stderr"),
         kl_budget_nats_per_token=budget,
         within_kl_budget=None if budget is None else agreement.kl_nats_per_token <= budget,
         perplexity=agreement.perplexity,
@@ -244,22 +211,3 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
     )
-
-
-def _number(recipe: Recipe | None, part: str, key: str) -> float | None:
-    value = None if recipe is None else getattr(recipe, part).get(key)
-    return None if value is None else float(value)
-
-
-def check_context(model: PreTrainedModel, sequence_length: int) -> None:
-    """Refuse windows longer than what the model was made for.
-
-    Raises:
-        CorpusError: They are.
-    """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise CorpusError(
-            f"a sequence length of {sequence_length} is more than the model's context of "
-            f"{longest}. Give a shorter one."
-        )

@@ -129,9 +129,7 @@ def _expect_group(
     fits: Fits | None,
 ) -> Iterator[_Expected]:
     inputs = static_amax(group, scheme, recipe)
-    weights: dict[str, float] = {}
-    if scheme.weight is not None and scheme.weight.needs_tensor_amax:
-        weights = read_shared_amax(checkpoint, group)
+    weights = read_shared_amax(checkpoint, group) if scheme.needs_weight_amax else {}
     for layer in group.layers:
         yield _Expected(
             layer,

@@ -23,13 +23,12 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers, group_schemes
-from mofq.delivery.validation.against_original import check_context
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
     compare_windows,
     run_original,
 )
-from mofq.evidence.corpora import Corpus, tokenize
+from mofq.evidence.corpora import Corpus, check_context, tokenize
 from mofq.evidence.fits import Fits
 from mofq.exceptions import MofqError
 from mofq.files.progress import Progress

@@ -104,36 +104,6 @@ def summarize(
     )
 
 
-def paired_difference(first: Validation, second: Validation) -> tuple[float, float | None]:
-    """By how much the KL of one quantized model exceeds another's, window by window.
-
-    Args:
-        first: Of one recipe.
-        second: Of another recipe for the same model, on the same windows.
-
-    Returns:
-        ``first - second`` and its standard error [nats per token]; no error for
-        a single window.
-
-    Raises:
-        MofqError: The two are not of the same windows of the same model.
-    """
-    for what in ("index_sha256", "weights_sha256", "text_sha256", "sequence_length", "dtype"):
-        ours, theirs = getattr(first.lineage, what), getattr(second.lineage, what)
-        if ours != theirs:
-            raise MofqError(
-                f"two validations are compared window by window, but {what} is {ours!r} in one "
-                f"and {theirs!r} in the other. Validate both in the same way."
-            )
-    if first.tokens != second.tokens:
-        raise MofqError(
-            f"two validations are compared window by window, but one is of {first.tokens} tokens "
-            f"and one of {second.tokens}. Validate both in the same way."
-        )
-    differences = [a - b for a, b in zip(first.windows, second.windows, strict=True)]
-    return math.fsum(differences) / len(differences), _stderr(differences)
-
-
 def write_validation(validation: Validation, path: str | Path) -> None:
     """Write ``validation.json``: beside its final name, then renamed.
 

@@ -23,6 +23,7 @@ from mofq.evidence.calibration.stats import (
     finish_stats,
     open_plan,
 )
+from mofq.evidence.corpora import check_context
 from mofq.exceptions import CorpusError, StatsError
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
@@ -161,12 +162,7 @@ def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, 
             f"{where}: the tokens run from {int(token_NT.min())} to {int(token_NT.max())}, and the "
             f"model's vocabulary has {vocabulary}. Use the model's own tokenizer."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and plan.sequence_length > longest:
-        raise CorpusError(
-            f"{where}: a sequence length of {plan.sequence_length} is more than the model's "
-            f"context of {longest}. Give a shorter one."
-        )
+    check_context(model, plan.sequence_length)
 
 
 def is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:

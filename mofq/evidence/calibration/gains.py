@@ -26,21 +26,21 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.sequence_file import layer_gradients, renamed_when_written
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text
-from mofq.files.validated import NotNegative, Text, validate
+from mofq.files.validated import NotNegative, Text, only_these_keys, validate
 
 _Numbers = Annotated[tuple[NotNegative, ...], Field(min_length=1)]
 #: Two numbers for each of 100,000 layers and 32 draws.
 _MAX_BYTES = 256_000_000
 
 
-@with_config(ConfigDict(extra="forbid"))
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Gains:
     """Of one layer in one sequence, a number for each draw."""

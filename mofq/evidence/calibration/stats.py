@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,13 +27,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
-from mofq.files.validated import Count, Integer, Name, Sha256, Text, validate
+from mofq.files.locks import try_lock
+from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
+from mofq.model.checkpoint.headers import Checkpoint
 
 VERSION = 1
 
@@ -46,10 +47,8 @@ _MAX_BYTES = 64_000_000
 #: What runs backward from the logits; see ``sample_scores``.
 SCORES: Literal["signs"] = "signs"
 
-_only_these_keys = with_config(ConfigDict(extra="forbid"))
 
-
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class CorpusPlan:
     """One corpus of a calibration run."""
@@ -73,7 +72,7 @@ class CorpusPlan:
         return tuple(cluster[(len(cluster) - 1) // 2] for cluster in self.clusters)
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides what a calibration run computes."""
@@ -99,7 +98,7 @@ class Plan:
         return {"version": VERSION, **_PLAN.dump_python(self, mode="json", exclude_none=True)}
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class _FileEntry:
     """A file as it was written."""
@@ -167,6 +166,30 @@ def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
     unseen = validate(_UNSEEN, content.pop("unseen", {}), f"{path}: unseen", StatsError)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
+
+
+def check_same_model(stats: Stats, checkpoint: Checkpoint, *, weights_sha256: str) -> None:
+    """Refuse the stats of another model, or of another training of the same.
+
+    Args:
+        stats: An open stats folder.
+        checkpoint: The model.
+        weights_sha256: Of its weights, from `hash_weights`.
+
+    Raises:
+        StatsError: They are.
+    """
+    if stats.plan.index_sha256 != checkpoint.index_sha256:
+        raise StatsError(
+            f"{stats.folder}: calibrated on {stats.plan.model_name} "
+            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
+            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+        )
+    if stats.plan.weights_sha256 not in (None, weights_sha256):
+        raise StatsError(
+            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
+            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
+        )
 
 
 def verify_sequences(stats: Stats) -> None:
@@ -237,13 +260,11 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             raise StatsError(
                 f"{folder}: another process calibrates into this folder. "
                 f"Wait for it, or name another one."
-            ) from None
+            )
         path = folder / "plan.json"
         if path.exists():
             _check_same(plan, _plan(_read(path), path), folder)

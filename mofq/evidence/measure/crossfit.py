@@ -46,7 +46,7 @@ def check_sequences(stats: Stats, schemes: Sequence[Scheme]) -> None:
     Raises:
         StatsError: One sequence of it is kept, and some scheme is fitted.
     """
-    fitted = [scheme.name for scheme in schemes if _is_fitted(scheme)]
+    fitted = [scheme.name for scheme in schemes if scheme.is_fitted]
     for corpus in stats.plan.corpora:
         kept = len(corpus.kept_indices)
         if fitted and kept < 2:
@@ -93,7 +93,7 @@ def prepare_parts(
 
 def parts_of(schemes: Sequence[Scheme]) -> tuple[str, ...]:
     """The parts that a layer is measured in under some schemes."""
-    return (PLAIN, SHIPPED, *_HALVES) if any(map(_is_fitted, schemes)) else (PLAIN,)
+    return (PLAIN, SHIPPED, *_HALVES) if any(scheme.is_fitted for scheme in schemes) else (PLAIN,)
 
 
 def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> LayerScore:
@@ -156,14 +156,10 @@ def _join_schemes(first: CorpusScore, second: CorpusScore, column_S: list[int]) 
     )
 
 
-def _is_fitted(scheme: Scheme) -> bool:
-    return scheme.weight is not None and scheme.weight.is_fitted
-
-
 def _divide(schemes: Sequence[Scheme]) -> tuple[list[Scheme], list[Scheme]]:
     """Those that are not fitted, and those that are."""
-    plain = [scheme for scheme in schemes if not _is_fitted(scheme)]
-    return plain, [scheme for scheme in schemes if _is_fitted(scheme)]
+    plain = [scheme for scheme in schemes if not scheme.is_fitted]
+    return plain, [scheme for scheme in schemes if scheme.is_fitted]
 
 
 def _half(samples: Mapping[str, ChunkedSamples], half: Part) -> dict[str, ChunkedSamples]:

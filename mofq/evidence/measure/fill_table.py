@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mofq import __version__
-from mofq.evidence.calibration.stats import Stats, verify_sequences
+from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequences
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
 from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
@@ -40,7 +40,6 @@ from mofq.evidence.table import (
     header_of,
     open_table,
 )
-from mofq.exceptions import StatsError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
@@ -121,7 +120,7 @@ def measure(
     """
     weights = hash_weights(checkpoint)
     if stats is not None:
-        _check_stats(stats, checkpoint, weights)
+        check_same_model(stats, checkpoint, weights_sha256=weights)
     check_scales(checkpoint)
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
@@ -156,21 +155,6 @@ def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
         engine=engine,
         mofq=__version__,
     )
-
-
-def _check_stats(stats: Stats, checkpoint: Checkpoint, weights_sha256: str) -> None:
-    """Refuse the stats of another model, or of another training of the same."""
-    if stats.plan.index_sha256 != checkpoint.index_sha256:
-        raise StatsError(
-            f"{stats.folder}: calibrated on {stats.plan.model_name} "
-            f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
-            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
-        )
-    if stats.plan.weights_sha256 not in (None, weights_sha256):
-        raise StatsError(
-            f"{stats.folder}: calibrated on other weights of the same shapes as {checkpoint.name} "
-            f"has: {stats.plan.weights_sha256}, found {weights_sha256}. Calibrate this model."
-        )
 
 
 def _fill(
@@ -301,7 +285,7 @@ def _prepare_all(
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
     for group, schemes in work:
-        is_asked = any(s.weight is not None and s.weight.needs_tensor_amax for s in schemes)
+        is_asked = any(scheme.needs_weight_amax for scheme in schemes)
         weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
         for layer in group.layers:
             prepare = partial(

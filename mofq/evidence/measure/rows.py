@@ -68,13 +68,12 @@ def _common(
 ) -> dict[str, Any]:
     signal = math.fsum(scores[layer.name].weight_energy for layer in group.layers)
     noise = math.fsum(float(scores[layer.name].error_energy_S[i]) for layer in group.layers)
-    is_static = scheme.activation is not None and scheme.activation.needs_tensor_amax
     return {
         "group": group.name,
         "scheme": scheme.name,
         "bytes": group_bytes(group, scheme),
         "sqnr_db": 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None,
-        "static_amax": _static_amax(group, scores) if is_static else None,
+        "static_amax": _static_amax(group, scores) if scheme.has_static_inputs else None,
     }
 
 

@@ -11,14 +11,12 @@ layer whose cache's format was asked for) or a ``row`` (a measured choice).
 from __future__ import annotations
 
 from mofq.evidence.table.lines import (
-    MOST_BINS,
     TABLE_LINE_SCHEMA,
     UNITS,
     Extent,
     Profile,
     Rejection,
     Row,
-    RowKey,
     Table,
     TableGroup,
     TableHeader,
@@ -33,14 +31,12 @@ from mofq.evidence.table.reader import read_table
 from mofq.evidence.table.writer import TableWriter, open_table
 
 __all__ = [
-    "MOST_BINS",
     "TABLE_LINE_SCHEMA",
     "UNITS",
     "Extent",
     "Profile",
     "Rejection",
     "Row",
-    "RowKey",
     "Table",
     "TableGroup",
     "TableHeader",

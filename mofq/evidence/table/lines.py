@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     TypeAdapter,
     WithJsonSchema,
-    with_config,
 )
 
 from mofq import __version__
@@ -37,6 +35,7 @@ from mofq.files.validated import (
     Sha256,
     Text,
     UntitledSchema,
+    only_these_keys,
     validate,
 )
 from mofq.model.layers import CacheLayer, ModelLayers
@@ -78,10 +77,8 @@ _Floats = Annotated[
     WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
 ]
 
-_only_these_keys = with_config(ConfigDict(extra="forbid"))
 
-
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableLayer:
     """A linear layer, as far as a decision needs it."""
@@ -99,7 +96,7 @@ class TableLayer:
         return self.out_features * self.in_features
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableGroup:
     """A fusion group: layers that get one scheme."""
@@ -114,7 +111,7 @@ class TableGroup:
         return sum(layer.weights for layer in self.layers)
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableStats:
     """Which calibration the rows rest on."""
@@ -126,7 +123,7 @@ class TableStats:
     sequence_length: Count
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableModel:
     """Which model the rows are of."""
@@ -137,7 +134,7 @@ class TableModel:
     weights_sha256: Sha256 | None = None
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableHeader:
     """What all rows of a table have in common."""
@@ -179,7 +176,7 @@ class TableHeader:
         return sum(group.weights for group in self.groups)
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableSpace:
     """What one run of ``measure`` was asked for."""
@@ -193,7 +190,7 @@ class TableSpace:
     mofq: Name  #: version that measured
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a scheme was not offered to a fusion group."""
@@ -203,7 +200,7 @@ class Rejection:
     reason: Name
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class TableCache:
     """A `CacheLayer` whose format was asked for; rows of its name may follow."""
@@ -215,7 +212,7 @@ class TableCache:
     decoder_layer: Index
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Row:
     """One measured choice.
@@ -246,7 +243,7 @@ class Row:
         return (self.group, self.scheme, self.unit, self.corpus)
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Extent:
     """How large the values are that a layer multiplies: along its inputs, and beside each other.
@@ -265,7 +262,7 @@ class Extent:
     crest: dict[Text, NotNegative]
 
 
-@_only_these_keys
+@only_these_keys
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The weights and inputs of one kind of layer of a fusion group, as they are.

@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from mofq.exceptions import CheckpointError
+from mofq.files.documents import shown
 from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     FP8_DTYPES,
     Scaling,
     TensorInfo,
     read_json,
-    shorten,
 )
 
 #: What a source may be quantized as, for messages.
@@ -217,7 +217,7 @@ def _block_size(value: object, where: Path, key: str) -> tuple[int, int]:
     sizes = value if isinstance(value, list) else []
     if len(sizes) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
         raise CheckpointError(
-            f"{where}: {key!r} needs two positive integers, found {shorten(value)}. {AGAIN}"
+            f"{where}: {key!r} needs two positive integers, found {shown(value)}. {AGAIN}"
         )
     return sizes[0], sizes[1]
 

@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from mofq.exceptions import CheckpointError
+from mofq.files.documents import shown
 from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
 from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
-    MAX_JSON_BYTES,
     TensorInfo,
     read_header,
     read_json,
-    shorten,
 )
 
 __all__ = [
     "CONFIG_FILE",
     "DTYPE_BITS",
     "INDEX_FILE",
-    "MAX_JSON_BYTES",
     "SINGLE_FILE",
     "Checkpoint",
     "TensorInfo",
@@ -206,7 +204,7 @@ def _shard_name(index: Path, key: str, file: object) -> str:
     plain = isinstance(file, str) and file not in ("", ".", "..")
     if not plain or re.search(r"[/\\:\x00]", str(file)):
         raise CheckpointError(
-            f"{index}: tensor {key!r} is said to be in {shorten(file)}; needed the plain name of"
+            f"{index}: tensor {key!r} is said to be in {shown(file)}; needed the plain name of"
             " a file in the same folder. Do not trust this checkpoint."
         )
     return str(file)
@@ -254,7 +252,7 @@ def _what_else(folder: Path) -> str:
     """What a folder without config.json is, and what to give instead."""
     if (folder / "adapter_config.json").is_file():
         stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        base = shorten(stated) if isinstance(stated, str) else "its base model"
+        base = shown(stated) if isinstance(stated, str) else "its base model"
         return (
             f"It is an adapter of {base}: merge the two (peft: merge_and_unload, then"
             " save_pretrained), and give the merged folder."

@@ -9,13 +9,13 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mofq.exceptions import CheckpointError, nearest_name
+from mofq.files.documents import parse_json, shown
 
 #: Width of one element [bits], in the order in which safetensors ranks the dtypes.
 DTYPE_BITS: dict[str, int] = {
@@ -127,11 +127,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             disagree with dtype and shape. The message names file and tensor.
     """
     raw, data_start, data_bytes = _read_raw_header(path)
-    entries = _parse_json(raw, path, "the header")
+    entries = _parse_object(raw, f"{path}: the header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
-            f"{path}: '__metadata__' needs texts under names, found {shorten(metadata)}. {AGAIN}"
+            f"{path}: '__metadata__' needs texts under names, found {shown(metadata)}. {AGAIN}"
         )
     infos = [_parse_entry(path, name, entry, data_start) for name, entry in entries.items()]
     _check_byte_ranges(path, infos, data_start, data_bytes)
@@ -167,27 +167,27 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         )
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(
-            f"{where}: needed dtype, shape and data_offsets, found {shorten(entry)}. {AGAIN}"
+            f"{where}: needed dtype, shape and data_offsets, found {shown(entry)}. {AGAIN}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{where}: unknown dtype {shorten(dtype)}." + nearest_name(str(dtype), DTYPE_BITS)
+            f"{where}: unknown dtype {shown(dtype)}." + nearest_name(str(dtype), DTYPE_BITS)
         )
     if not _is_sizes(shape):
         raise CheckpointError(
             f"{where}: needed a shape of at most {_MAX_DIMENSIONS} integers >= 0,"
-            f" found {shorten(shape)}. {AGAIN}"
+            f" found {shown(shape)}. {AGAIN}"
         )
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
             f"{where}: needed data_offsets [begin, end] with 0 <= begin <= end,"
-            f" found {shorten(offsets)}. {AGAIN}"
+            f" found {shown(offsets)}. {AGAIN}"
         )
     nbytes, bits_left = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
     if bits_left or nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where}: {dtype} of shape {shorten(shape)} needs {nbytes:,} bytes"
+            f"{where}: {dtype} of shape {shown(shape)} needs {nbytes:,} bytes"
             f"{f' and {bits_left} bits' if bits_left else ''}, data_offsets give it"
             f" {offsets[1] - offsets[0]:,} bytes. {AGAIN}"
         )
@@ -241,34 +241,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: needed at most {MAX_JSON_BYTES:,} bytes, found {size:,}.")
-    return _parse_json(raw, path, "the file")
+    return _parse_object(raw, str(path))
 
 
-def _parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(keys) != len(set(keys)):
-            twice = next(key for position, key in enumerate(keys) if key in keys[:position])
-            raise CheckpointError(
-                f"{path}: key {twice!r} stands twice in {what}; which one is meant is unknown."
-                f" {AGAIN}"
-            )
-        for key in keys:
-            key.encode()  # a lone surrogate is not a name that anything else could write
-        return dict(pairs)
-
+def _parse_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {what} is not valid JSON: {error}. {AGAIN}") from error
+        value = parse_json(raw, where, CheckpointError, finite=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {AGAIN}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: needed a JSON object as {what}, found {shorten(value)}. {AGAIN}"
-        )
+        raise CheckpointError(f"{where}: needed a JSON object, found {shown(value)}. {AGAIN}")
     return value
-
-
-def shorten(value: object) -> str:
-    """The value as a message shows it, on at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

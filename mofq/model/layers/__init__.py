@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mofq.model.layers.families import FUSION_RULES, Experts, Family
+from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
@@ -20,8 +20,6 @@ __all__ = [
     "FUSION_RULES",
     "PARTS",
     "CacheLayer",
-    "Experts",
-    "Family",
     "FusionGroup",
     "LinearLayer",
     "LoadedWeight",

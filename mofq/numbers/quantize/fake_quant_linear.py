@@ -60,8 +60,7 @@ class FakeQuantLinear(torch.nn.Module):
         Raises:
             SchemeError: The scheme needs ``static_amax``.
         """
-        activation = scheme.activation
-        if activation is not None and activation.needs_tensor_amax and static_amax is None:
+        if scheme.has_static_inputs and static_amax is None:
             raise SchemeError(
                 f"{name}: scheme {scheme.name!r} has static activations and needs their "
                 f"`static_amax`; found none. Run `mofq calibrate` and search again, so that the "

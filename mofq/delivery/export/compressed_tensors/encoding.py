@@ -35,7 +35,7 @@ def plan_layer(out_features: int, in_features: int, scheme: Scheme) -> dict[str,
         plan["weight_global_scale"] = PlannedTensor("F32", (1,))
     if not weight.symmetric:
         plan["weight_zero_point"] = _plan_zero_point(scale_shape, scheme)
-    if _has_static_scale(scheme):
+    if scheme.has_static_inputs:
         plan[_static_name(scheme)] = PlannedTensor("F32", (1,))
     return plan
 
@@ -89,7 +89,7 @@ def encode_once(
         tensors["weight_global_scale"] = _divisor(weight, weight_amax)
     if zero_point_AG is not None:
         tensors["weight_zero_point"] = _encode_zero_point(zero_point_AG, scheme)
-    if _has_static_scale(scheme):
+    if scheme.has_static_inputs:
         assert scheme.activation is not None
         assert input_amax is not None
         tensors[_static_name(scheme)] = (
@@ -239,7 +239,3 @@ def _is_packed_int(scheme: Scheme) -> bool:
 def _static_name(scheme: Scheme) -> str:
     assert scheme.activation is not None
     return "input_global_scale" if scheme.activation.scale.global_scale_bits else "input_scale"
-
-
-def _has_static_scale(scheme: Scheme) -> bool:
-    return scheme.activation is not None and scheme.activation.needs_tensor_amax

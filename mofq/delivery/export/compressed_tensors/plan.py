@@ -167,7 +167,7 @@ def encoded_parts(
         StatsError: The scheme is fitted to statistics, and there are none.
     """
     weight = planned.scheme.quantized_weight
-    amax = read_shared_amax(checkpoint, planned.group) if weight.needs_tensor_amax else {}
+    amax = read_shared_amax(checkpoint, planned.group) if planned.scheme.needs_weight_amax else {}
     for layer in planned.group.layers:
         fit = fit_arguments(fits, layer, weight)
         yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.name), fit=fit)
