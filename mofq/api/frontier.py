@@ -104,7 +104,7 @@ def frontier(
     *,
     choices: Choices = Choices(),
     polish: Annotated[
-        int | None, Option("Solve exactly at this many sizes between the points too.")
+        int | None, Option("Solve exactly at this many sizes between the points too.", least=0)
     ] = None,
     tell: Tell | None = None,
 ) -> FrontierResult:

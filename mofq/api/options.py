@@ -2,7 +2,8 @@
 
 The command line and the reference pages are derived from them (`mofq.cli.parsing`). An option
 that several stages share is a type here; options that belong together are a group: a frozen
-dataclass, which Python passes whole and the command line as one flag for each field.
+dataclass, which Python passes whole and the command line as one flag for each field. What Python
+gives is held to the same types and smallest values as what the command line reads.
 """
 
 from __future__ import annotations
@@ -10,8 +11,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from reprlib import repr as short
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ForwardRef,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
+
+from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
@@ -78,19 +95,93 @@ def _parameter(name: str, annotation: Any, default: Any, *, group: str | None = 
 
 
 def documented(function: Function) -> Function:
-    """Add to a docstring, before what is returned, the help texts of the function's options."""
-    groups = inspect.get_annotations(function, eval_str=True)
+    """Explain the options of a function in its docstring, and check them before it runs.
+
+    The help texts stand before what is returned. A value that is not of its option's type, or
+    below its smallest, is refused with a `MofqError`.
+    """
+    annotations = inspect.get_annotations(function, eval_str=True)
+    signature = inspect.signature(function)
+    groups = {one.name: one.group for one in parameters_of(function) if one.group is not None}
+
+    @wraps(function)
+    def checked(*positional: Any, **named: Any) -> Any:
+        for name in named.keys() & groups.keys() - annotations.keys():
+            group = annotations[groups[name]].__name__
+            raise TypeError(
+                f"{function.__name__}() takes {name} in a group: {groups[name]}={group}({name}=…)"
+            )
+        for name, value in signature.bind(*positional, **named).arguments.items():
+            _check_argument(name, value, annotations[name])
+        return function(*positional, **named)
+
+    checked.__doc__ = _with_options(function, annotations)
+    return checked  # type: ignore[return-value]
+
+
+def _with_options(function: Callable[..., Any], annotations: Mapping[str, Any]) -> str:
+    """The docstring with the help texts of the options."""
     texts: dict[str, str] = {}
     for one in parameters_of(function):
         if one.group is None:
             texts[one.name] = one.option.help
         else:
-            texts[one.group] = (groups[one.group].__doc__ or "").partition("\n")[0]
-    texts |= {name: text for name, text in _REPORTS.items() if name in groups}
-    lines = "".join(f"    {name}: {texts[name]}\n" for name in groups if name in texts)
+            texts[one.group] = (annotations[one.group].__doc__ or "").partition("\n")[0]
+    texts |= {name: text for name, text in _REPORTS.items() if name in annotations}
+    lines = "".join(f"    {name}: {texts[name]}\n" for name in annotations if name in texts)
     text = inspect.getdoc(function) or ""
-    function.__doc__ = text.replace("Returns:\n", f"Args:\n{lines}\nReturns:\n", 1)
-    return function
+    return text.replace("Returns:\n", f"Args:\n{lines}\nReturns:\n", 1)
+
+
+def _check_argument(name: str, value: object, annotation: Any) -> None:
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        if not isinstance(value, annotation):
+            raise MofqError(f"{name}: needed {annotation.__name__}(…), found {short(value)}.")
+        for field, of_field in inspect.get_annotations(annotation, eval_str=True).items():
+            _check_argument(field, getattr(value, field), of_field)
+    elif hasattr(annotation, "__metadata__"):
+        _check_value(name, value, *get_args(annotation))
+
+
+def _check_value(name: str, value: object, annotation: Any, option: Option) -> None:
+    if not _fits(value, annotation):
+        needed = (
+            annotation.__forward_arg__
+            if isinstance(annotation, ForwardRef)
+            else inspect.formatannotation(annotation)
+        )
+        for module in ("collections.abc.", "pathlib."):
+            needed = needed.replace(module, "")
+        hint = " Put it into a list." if isinstance(value, str) and "Sequence" in needed else ""
+        raise MofqError(f"{name}: needed {needed}, found {short(value)}.{hint}")
+    if option.least is not None and isinstance(value, Real) and value < option.least:
+        raise MofqError(f"{name}: needed at least {option.least}, found {value}.")
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a value is of a type; a word that no stage knows is refused by the stage."""
+    arguments = get_args(annotation)
+    if isinstance(annotation, ForwardRef):  # names what is not imported yet
+        names = annotation.__forward_arg__.replace("None", "NoneType").split(" | ")
+        return any(kind.__name__ in names for kind in type(value).__mro__)
+    match get_origin(annotation):
+        case origin if origin in (Union, UnionType):
+            return any(_fits(value, one) for one in arguments)
+        case origin if origin is Literal:
+            return isinstance(value, str)
+        case origin if origin is Sequence:
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            return is_list and all(_fits(one, arguments[0]) for one in value)  # type: ignore[attr-defined]
+        case origin if origin is Mapping:
+            return isinstance(value, Mapping) and all(
+                _fits(one, of)
+                for pair in value.items()
+                for one, of in zip(pair, arguments, strict=True)
+            )
+    if annotation in (int, float):
+        number = Integral if annotation is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, annotation)
 
 
 Model = Annotated[

@@ -271,7 +271,12 @@ def _other_workers(
     ]
     for process in processes:
         process.start()
-    yield
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()  # a program that calls the library may go on for long
+        raise
     for process in processes:
         process.join()
         if process.exitcode:

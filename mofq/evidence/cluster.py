@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import mofq
+from mofq import __version__
 from mofq.exceptions import ClusterError, MofqError
 from mofq.numbers.numerics import NUMERICS
 
@@ -147,7 +147,7 @@ def run_units(
 
 
 def _this_mofq() -> str:
-    return f"mofq {mofq.__version__} with numerics {NUMERICS}"
+    return f"mofq {__version__} with numerics {NUMERICS}"
 
 
 def _run_on_worker(function: Callable[[_Unit], _Result], sender: str, unit: _Unit) -> _Result:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mofq
+from mofq import __version__
 from mofq.delivery.rewriting.choose import Choice
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import RewriteError
@@ -99,7 +99,7 @@ def lineage(
     """What ``rewrite.json`` holds."""
     return {
         "version": VERSION,
-        "mofq": mofq.__version__,
+        "mofq": __version__,
         "model": {
             "name": checkpoint.name,
             "index_sha256": checkpoint.index_sha256,

@@ -10,7 +10,7 @@ from time import monotonic
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import mofq
+from mofq import __version__
 from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation.candidates import Candidate, load_candidate, open_candidate
@@ -197,7 +197,7 @@ def _enforce(
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:
     folder = candidate.folder
     return Lineage(
-        mofq=mofq.__version__,
+        mofq=__version__,
         model=original.checkpoint.name,
         index_sha256=original.checkpoint.index_sha256,
         weights_sha256=hash_weights(original.checkpoint),

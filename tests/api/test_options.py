@@ -1,0 +1,97 @@
+"""Options from Python are held to the types and limits that the command line holds them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mofq import api
+from mofq.api import Budget, Choices, LmEval, Method, Samples, Study, Where
+from mofq.exceptions import MofqError, TableError
+
+TABLE = "table.jsonl"
+
+#: What is refused before a file is opened, and what the message says of it.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a text for a number": (
+        lambda: api.search(TABLE, budget=Budget(max_bits="5")),
+        "max_bits: needed float | None",
+    ),  # type: ignore[arg-type]
+    "a truth for a number": (
+        lambda: api.search(TABLE, budget=Budget(max_kl=True)),
+        "max_kl: needed float | None",
+    ),
+    "a fraction for a count": (
+        lambda: api.search(TABLE, choices=Choices(kv_tokens=1.5)),
+        "kv_tokens: needed int",
+    ),  # type: ignore[arg-type]
+    "a number below the smallest": (
+        lambda: api.search(TABLE, choices=Choices(kv_tokens=-1)),
+        "kv_tokens: needed at least 0, found -1.",
+    ),
+    "no worker": (
+        lambda: api.search(TABLE, study=Study(workers=0)),
+        "workers: needed at least 1, found 0.",
+    ),
+    "no sequence": (
+        lambda: api.calibrate("model", ["text.txt"], "stats", samples=Samples(sequences=0)),
+        "sequences: needed at least 1, found 0.",
+    ),
+    "a text for a list in a group": (
+        lambda: api.validate("model", "recipe.yaml", "text.txt", lm_eval=LmEval(tasks="mmlu")),
+        "tasks: needed Sequence[str], found 'mmlu'. Put it into a list.",
+    ),
+    "nothing for a word": (
+        lambda: api.search(TABLE, method=Method(solver=None)),
+        "solver: needed Literal[",
+    ),  # type: ignore[arg-type]
+    "a number for a word": (
+        lambda: api.measure("model", "w8a8", TABLE, where=Where(device=0)),
+        "device: needed str, found 0.",
+    ),  # type: ignore[arg-type]
+    "a mapping for a group": (
+        lambda: api.search(TABLE, budget={"max_bits": 5}),  # type: ignore[arg-type]
+        "budget: needed Budget(…), found {'max_bits': 5}.",
+    ),
+    "a text for a list": (
+        lambda: api.search(TABLE, explain="layers.0.mlp.down"),
+        "explain: needed Sequence[str], found 'layers.0.mlp.down'. Put it into a list.",
+    ),
+    "a text for several corpora": (
+        lambda: api.calibrate("model", "text.txt", "stats"),
+        "corpora: needed Mapping[str, str] | Sequence[str], found 'text.txt'.",
+    ),
+    "no table": (lambda: api.search(None), "table: needed Table | str | Path, found None."),  # type: ignore[arg-type]
+    "a list of other things": (
+        lambda: api.explore(TABLE, [5]),  # type: ignore[list-item]
+        "recipes: needed Sequence[str | Path], found [5].",
+    ),
+    "sizes below none": (
+        lambda: api.frontier(TABLE, polish=-2),
+        "polish: needed at least 0, found -2.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_that_does_not_fit_is_refused_at_once(name: str) -> None:
+    asked, says = REFUSED[name]
+    with pytest.raises(MofqError) as caught:
+        asked()
+    assert says in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    with pytest.raises(TableError):  # of the table that is missing
+        api.search(TABLE, budget=Budget(max_bits=np.float64(4.5), max_kl=np.float32(1)))  # type: ignore[arg-type]
+
+
+def test_an_option_outside_its_group_is_told_where_it_goes() -> None:
+    with pytest.raises(
+        TypeError, match=r"search\(\) takes max_bits in a group: budget=Budget\(max_bits=…\)"
+    ):
+        api.search(Path(TABLE), max_bits=5)  # type: ignore[call-arg]
