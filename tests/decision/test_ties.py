@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from solver_problems import option, problem_of, sampled, sampled_problem
 
 from mofq.decision import Budgets, Problem, solve_exact, usage
 from mofq.decision.prediction import paired_loss
-from mofq.decision.simplicity import simplicity
+from mofq.decision.simplicity import _KINDS, _SCALE_RULES, _SCALES, simplicity
 from mofq.decision.ties import move_ties
-from mofq.numbers.schemes import parse_scheme
+from mofq.numbers.formats import SCALE_FORMATS
+from mofq.numbers.schemes import GranularityKind, ScaleRule, parse_scheme
 
 
 def two_formats(int_samples: list[float], fp_samples: list[float], groups: int = 1) -> Problem:
@@ -153,3 +155,9 @@ def test_the_order_of_simplicity_is_the_documented_one() -> None:
         name for name in canonical if name != "int8.channel+int8.token"
     ]
     assert simplicity("int8.channel") < simplicity("int8.channel+int8.token")
+
+
+def test_every_part_of_a_scheme_has_a_place_in_the_order_of_simplicity() -> None:
+    assert set(_KINDS) == set(get_args(GranularityKind))
+    assert set(_SCALES) == set(SCALE_FORMATS)
+    assert set(_SCALE_RULES) == set(get_args(ScaleRule))

@@ -116,10 +116,10 @@ def _shared(module: str) -> Rules:
     }
 
 
-#: ``model_type`` of config.json -> family. To add one, add a row, and a tiny checkpoint
-#: to ``tests/support/families.py``. Which layers engines fuse is the ``packed_modules_mapping`` of
-#: vLLM's model classes (0.32), or what its Transformers backend joins (``fusers``: q, k, v of an
-#: attention; gate and up of a gated MLP); names and defaults are those of transformers (5.23).
+#: ``model_type`` of config.json -> family. To add one, see ``docs/architecture.md``. Which layers
+#: engines fuse is the ``packed_modules_mapping`` of vLLM's model classes (0.32), or what its
+#: Transformers backend joins (``fusers``: q, k, v of an attention; gate and up of a gated MLP);
+#: names and defaults are those of transformers (5.23).
 FUSION_RULES: dict[str, Family] = {
     "llama": Family(_LLAMA),
     "mistral": Family(_LLAMA, defaults={"num_key_value_heads": 8}),
