@@ -76,7 +76,7 @@ def write_rewritten(
                 f"{checkpoint.folder}: {name!r} is stored as {plan[name].dtype}, which cannot be "
                 f"scaled. Rewrite the unquantized model."
             )
-    with new_folder(target, RewriteError) as folder:
+    with new_folder(target, RewriteError, last=CONFIG_FILE) as folder:
         with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
             for done, name in enumerate(plan, start=1):
                 if name in moved:

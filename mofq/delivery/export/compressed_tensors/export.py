@@ -80,10 +80,10 @@ def export_compressed_tensors(
     target = Path(out_folder)
     check_new_folder(target, BackendError)
     command = serve_command(plan, target, engine=engine)
-    card = model_card(plan, recipe, target.name, command, validation)
+    card = model_card(plan, recipe, target.resolve().name, command, validation)
     with (
         open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
-        new_folder(target, BackendError) as folder,
+        new_folder(target, BackendError, last=CONFIG_FILE) as folder,
     ):
         _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
