@@ -86,15 +86,15 @@ def export(
 
     start = monotonic()
     path = Path(output)
-    check_folder(path.parent)
     loaded = open_recipe(recipe)
     to = to or _format_of(engine, loaded)
     exporter = find_exporter(to)
     done: Export | None = None
     if to in RECIPE_EXPORTERS:
-        check_output(path, recipe)
+        check_output(path, files=[recipe], folders=[model])
         path = exporter(open_checkpoint(str(model)), loaded, path)
     else:
+        check_folder(path, folders=[model, stats])
         engine = engine or _engine_of(loaded, to)
         done = exporter(
             open_checkpoint(str(model)),

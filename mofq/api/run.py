@@ -144,7 +144,7 @@ def run(
     model, tell = str(model), tell or silent
     folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
     sources = sources_of(corpora) or (_BUNDLED_TEXT,)
-    check_folder(folder)
+    check_folder(folder, folders=[model])
     loaded, checkpoint = _check_budget(model, space, budget, engine)
     _check_texts(sources, text)
     check_device(device)
