@@ -32,8 +32,17 @@ class ExportResult:
 
     @property
     def serve_command(self) -> str | None:
-        """What serves the checkpoint; None: a file for another tool."""
+        """What serves the checkpoint; None: no server does, or it is a file for another tool."""
         return None if self.checkpoint is None else self.checkpoint.serve_command
+
+    @property
+    def how_to_use(self) -> str | None:
+        """What is done with the checkpoint next, in words; None: a file for another tool."""
+        if self.checkpoint is None:
+            return None
+        if self.serve_command is not None:
+            return f"Serve it with: {self.serve_command}"
+        return f"Load it with: {self.checkpoint.load_code}"
 
     def to_json(self) -> dict[str, Any]:
         """What was written, for machines."""
@@ -46,6 +55,7 @@ class ExportResult:
             "group_bytes": self.checkpoint.group_bytes,
             "checkpoint_bytes": self.checkpoint.checkpoint_bytes,
             "serve_command": self.checkpoint.serve_command,
+            "load_code": self.checkpoint.load_code,
             "seconds": round(self.seconds, 2),
         }
 
@@ -76,7 +86,7 @@ def export(
     card of a checkpoint says ``model_card`` of its accuracy.
 
     Returns:
-        Folder, sizes, and the command that serves it.
+        Folder, sizes, and the command that serves it, or the code that loads it.
 
     Raises:
         MofqError: A scheme cannot be served, the folder is in the way, or an input is not valid.

@@ -404,7 +404,7 @@ def _read_export(
         EnforcementError: The folder is not what the recipe makes of the model.
     """
     from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
-    from mofq.delivery.export.compressed_tensors.export import serve_command
+    from mofq.delivery.export.compressed_tensors.export import load_code, serve_command
     from mofq.delivery.export.compressed_tensors.plan import plan_export
     from mofq.delivery.recipe_fits import open_fits
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -415,7 +415,8 @@ def _read_export(
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
-    done = Export(exported, plan.group_bytes, size, serve_command(plan, exported, engine=engine))
+    command = serve_command(plan, exported, engine=engine)
+    done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
     return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mofq
 from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.lineage import LINEAGE_FILE as LINEAGE_FILE
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
@@ -24,8 +25,6 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter, copy_other_files
 from mofq.numbers.quantize.tiles import row_blocks
 
-#: What the folder is and where it comes from, beside its weights.
-LINEAGE_FILE = "rewrite.json"
 VERSION = 1
 _BLOCK_ELEMENTS = 2**22
 
