@@ -113,7 +113,7 @@ def calibrate(
         check_device(where.device)
     elif device_map is not None:
         raise ClusterError("--device-map spreads a model over one machine. Drop it or --cluster.")
-    check_folder(folder)
+    check_folder(folder, folders=[model])
     was_there = (folder / "stats.json").exists()
 
     from mofq.evidence.calibration.stats import open_plan, read_stats

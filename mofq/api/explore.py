@@ -78,7 +78,7 @@ def explore(
 
     start = monotonic()
     path = Path(output)
-    check_output(path, table, *recipes, *validations)
+    check_output(path, files=[table, *recipes, *validations])
     drawing = read_drawing(
         open_table(table, tell),
         recipes=tuple(map(Path, recipes)),
@@ -114,7 +114,7 @@ def plot(
 
     start = monotonic()
     path = Path(output)
-    check_output(path, table, *recipes, *validations)
+    check_output(path, files=[table, *recipes, *validations])
     drawing = read_drawing(
         open_table(table, tell),
         recipes=tuple(map(Path, recipes)),

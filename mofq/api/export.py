@@ -32,8 +32,17 @@ class ExportResult:
 
     @property
     def serve_command(self) -> str | None:
-        """What serves the checkpoint; None: a file for another tool."""
+        """What serves the checkpoint; None: no server does, or it is a file for another tool."""
         return None if self.checkpoint is None else self.checkpoint.serve_command
+
+    @property
+    def how_to_use(self) -> str | None:
+        """What is done with the checkpoint next, in words; None: a file for another tool."""
+        if self.checkpoint is None:
+            return None
+        if self.serve_command is not None:
+            return f"Serve it with: {self.serve_command}"
+        return f"Load it with: {self.checkpoint.load_code}"
 
     def to_json(self) -> dict[str, Any]:
         """What was written, for machines."""
@@ -46,6 +55,7 @@ class ExportResult:
             "group_bytes": self.checkpoint.group_bytes,
             "checkpoint_bytes": self.checkpoint.checkpoint_bytes,
             "serve_command": self.checkpoint.serve_command,
+            "load_code": self.checkpoint.load_code,
             "seconds": round(self.seconds, 2),
         }
 
@@ -76,7 +86,7 @@ def export(
     card of a checkpoint says ``model_card`` of its accuracy.
 
     Returns:
-        Folder, sizes, and the command that serves it.
+        Folder, sizes, and the command that serves it, or the code that loads it.
 
     Raises:
         MofqError: A scheme cannot be served, the folder is in the way, or an input is not valid.
@@ -86,15 +96,15 @@ def export(
 
     start = monotonic()
     path = Path(output)
-    check_folder(path.parent)
     loaded = open_recipe(recipe)
     to = to or _format_of(engine, loaded)
     exporter = find_exporter(to)
     done: Export | None = None
     if to in RECIPE_EXPORTERS:
-        check_output(path, recipe)
+        check_output(path, files=[recipe], folders=[model])
         path = exporter(open_checkpoint(str(model)), loaded, path)
     else:
+        check_folder(path, folders=[model, stats])
         engine = engine or _engine_of(loaded, to)
         done = exporter(
             open_checkpoint(str(model)),

@@ -60,9 +60,19 @@ def load_named(source: str) -> Corpus:
     """A corpus from ``NAME=SOURCE``, or from a source that names itself."""
     from mofq.evidence.corpora import load_text
 
+    name, rest = _named(source)
+    return load_text(rest, name=name)
+
+
+def text_file(source: str) -> str:
+    """The path in a source of text, where it is a file: no name before it, no column after it."""
+    _, rest = _named(source)
+    return rest if Path(rest).exists() else rest.partition(":")[0]
+
+
+def _named(source: str) -> tuple[str | None, str]:
     name, equals, rest = source.partition("=")
-    is_named = bool(equals) and not Path(source).exists()
-    return load_text(rest, name=name) if is_named else load_text(source)
+    return (name, rest) if equals and not Path(source).exists() else (None, source)
 
 
 def sources_of(corpora: Corpora) -> Sequence[str]:

@@ -107,7 +107,7 @@ def measure(
 
     start = monotonic()
     path = Path(output)
-    check_output(path, space)
+    check_output(path, files=[space], folders=[model, stats])
     rows_before = _count_lines(path)
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))

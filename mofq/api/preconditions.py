@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
     from mofq.model.layers import ModelLayers
+
+_MODEL = "a model"
 
 
 def check_device(device: str) -> None:
@@ -60,35 +63,52 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
         check_devices(layers, find_engine(engine).devices)
 
 
-def check_output(path: Path, *reads: object) -> None:
-    """Refuse a file that cannot be written, or that would take the place of an input.
+def check_output(
+    path: Path, *, files: Iterable[object] = (), folders: Iterable[object] = (), flag: str = "-o"
+) -> None:
+    """Refuse a file that cannot be written, or would take the place of an input or of a part of it.
 
     Args:
         path: To be written.
-        reads: What the stage reads; what is no path of a file is passed over.
+        files: What the stage reads and may be a file; what is no path of one is passed over.
+        folders: What the stage reads and may be a folder, likewise.
+        flag: That names it, for messages.
 
     Raises:
-        MofqError: It is no file, its folder is missing or may not be written to, or it is
-            an input.
+        MofqError: It is no file, its folder is missing or may not be written to, or it is an
+            input, or lies in one.
     """
     folder = path.parent
-    check_replaceable(path, "-o ")
+    check_replaceable(path, f"{flag} ")
     if not folder.is_dir():
-        raise MofqError(f"-o {path}: there is no folder {folder}. Make it, or name another file.")
+        raise MofqError(
+            f"{flag} {path}: there is no folder {folder}. Make it, or name another file."
+        )
     if not os.access(folder, os.W_OK):
-        raise MofqError(f"-o {path}: the folder {folder} may not be written to.")
-    for read in (Path(one) for one in reads if isinstance(one, str | Path)):
-        if path.is_file() and read.is_file() and path.samefile(read):
+        raise MofqError(f"{flag} {path}: the folder {folder} may not be written to.")
+    for file in (Path(one) for one in files if isinstance(one, str | Path)):
+        if path.is_file() and file.is_file() and path.samefile(file):
             raise MofqError(
-                f"-o {path}: this command reads it, and it would be lost. Name another file."
+                f"{flag} {path}: this command reads it, and it would be lost. Name another file."
             )
+    _check_outside(path, folders, flag=flag)
+    if found := _artifact(folder):
+        raise MofqError(
+            f"{flag} {path}: {folder} is the folder of {found}, to which nothing is added. Name a "
+            f"file outside of it."
+        )
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a folder that cannot be made or written to.
+def check_folder(path: Path, *, folders: Iterable[object] = ()) -> None:
+    """Refuse a folder that cannot be made or written to, or lies in an input.
+
+    Args:
+        path: To be made, or filled.
+        folders: What the stage reads and may be a folder; what is no path of one is passed over.
 
     Raises:
-        MofqError: It is a file or lies under one, or may not be written to.
+        MofqError: It is a file or lies under one, may not be written to, or is a folder that the
+            stage reads, or lies in one.
     """
     existing = path
     while not existing.exists():
@@ -97,3 +117,30 @@ def check_folder(path: Path) -> None:
         raise MofqError(f"-o {path}: needed a folder, but {existing} is a file.")
     if not os.access(existing, os.W_OK):
         raise MofqError(f"-o {path}: the folder {existing} may not be written to.")
+    _check_outside(path, folders, flag="-o")
+    if _artifact(path) == _MODEL:
+        raise MofqError(f"-o {path}: is the folder of {_MODEL}. Name another folder.")
+
+
+def _check_outside(path: Path, folders: Iterable[object], *, flag: str) -> None:
+    """Refuse an output in a folder that is read, by whatever name either is called."""
+    # A link is written through by some stages and replaced by others: where it is counts too.
+    places = [path.resolve()]
+    if path.name not in ("", ".."):
+        places.append(path.parent.resolve() / path.name)
+    around = [one for place in places for one in (place, *place.parents) if os.path.isdir(one)]
+    for folder in (Path(one).expanduser() for one in folders if isinstance(one, str | Path)):
+        if os.path.isdir(folder) and any(folder.samefile(one) for one in around):
+            raise MofqError(
+                f"{flag} {path}: lies in {folder}, which this command reads. Name a place outside "
+                f"of it."
+            )
+
+
+def _artifact(folder: Path) -> str | None:
+    """What a folder is that no other file belongs in; None where it is any folder."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        return _MODEL
+    if (folder / "plan.json").is_file() and (folder / "stats.json").is_file():
+        return "statistics of `mofq calibrate`"
+    return None

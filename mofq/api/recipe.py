@@ -68,7 +68,7 @@ def uniform(
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
-    path = _checked(output)
+    path = _checked(output, model, stats)
     checkpoint = open_checkpoint(str(model))
     sha256 = None
     if stats is not None:
@@ -103,7 +103,7 @@ def recipe_from(
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
-    path = _checked(output)
+    path = _checked(output, folder, model)
     recipe = recipe_from_compressed_tensors(Path(folder))
     if model is not None:
         checkpoint = open_checkpoint(str(model))
@@ -112,10 +112,10 @@ def recipe_from(
     return RecipeFromResult(_written(recipe, path), path, Path(folder))
 
 
-def _checked(output: str | Path | None) -> Path | None:
+def _checked(output: str | Path | None, *folders: object) -> Path | None:
     if output is None:
         return None
-    check_output(Path(output))
+    check_output(Path(output), folders=folders)
     return Path(output)
 
 

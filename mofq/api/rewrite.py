@@ -74,7 +74,7 @@ def rewrite(
 
     start = monotonic()
     folder = Path(output)
-    check_folder(folder)
+    check_folder(folder, folders=[model, stats])
     choices = rewrite_checkpoint(
         open_checkpoint(str(model)),
         read_stats(stats),

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 SEARCHED = "recipe"
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
+_RECIPE = "recipe.yaml"
+#: What a recipe notes of the request, beside its budget.
+_ASKED = ("engine", "space", "space_sha256")
 #: The folder of the checkpoint for an engine, in the folder of a run.
 _EXPORTED = "model"
 #: Uniform schemes that the recipe is compared with on the real model.
@@ -132,8 +135,9 @@ def run(
 ) -> RunResult:
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
-    What a former run into the folder finished is kept and not done again. Calibration takes
-    sequences as long as the windows.
+    Recipe, validation and model appear when all of them are there. What a former run into the
+    folder measured is kept and not done again; where its results are for another budget, space or
+    engine, the run is refused. Calibration takes sequences as long as the windows.
 
     Returns:
         The recipe, what it measures beside uniform schemes, and what was exported.
@@ -144,7 +148,7 @@ def run(
     model, tell = str(model), tell or silent
     folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
     sources = sources_of(corpora) or (_BUNDLED_TEXT,)
-    check_folder(folder)
+    check_folder(folder, folders=[model])
     loaded, checkpoint = _check_budget(model, space, budget, engine)
     _check_texts(sources, text)
     check_device(device)
@@ -154,6 +158,9 @@ def run(
         f"{folder}: another process runs into this folder. Wait for it, or name another."
     )
     with hold_folder(folder, busy):
+        choices = Choices(engine=engine, space=loaded.name)
+        former = _former_recipes(folder)
+        _check_request(former, budget, choices, space_sha256=loaded.sha256)
         if not corpora:
             tell(
                 f"No --corpus: calibrating on {_BUNDLED_TEXT}, a little English text on "
@@ -162,7 +169,7 @@ def run(
                 f"--text FILE."
             )
         seconds: dict[str, float] = {}
-        stats, recipe = folder / "stats", folder / "recipe.yaml"
+        stats = folder / "stats"
         with _timed(seconds, "calibrate"):
             calibrated = calibrate(
                 model,
@@ -187,13 +194,12 @@ def run(
                 tell=tell,
             )
             _tell_all(measured.summary(), tell)
-        table, choices = measured.table, Choices(engine=engine, space=loaded.name)
+        table = measured.table
         with _timed(seconds, "search"):
-            found = search(table, recipe, budget=budget, choices=choices, tell=tell)
+            found = search(table, budget=budget, choices=choices, tell=tell)
             _tell_all(found.decision.notes, tell)
             candidates = {SEARCHED: found.recipe, **_uniform_recipes(table, choices, found.recipe)}
-        if engine is not None:
-            _check_exported(folder / _EXPORTED, candidates)
+        _check_former(former, candidates.values())
         with _timed(seconds, "validate"):
             validations = _validate(
                 model,
@@ -204,7 +210,8 @@ def run(
                 device=device,
                 progress=progress,
             )
-        name = _preferred(folder, candidates, validations, tell)
+        name = _preferred(validations, tell)
+        _check_former(former, [candidates[name]])
         exported = None
         if engine is not None:
             with _timed(seconds, "export"):
@@ -216,6 +223,8 @@ def run(
                     model_card=_card_text(validations[name]),
                     progress=progress,
                 )
+        # Last, when all is well: a run that fails leaves the folder as it was.
+        _write_results(folder, candidates[name], validations[name])
     return RunResult(
         folder=folder,
         model=model,
@@ -289,7 +298,10 @@ def _tell_all(lines: Iterable[str], tell: Tell) -> None:
 
 
 def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str, Recipe]:
-    """The best uniform schemes of about the recipe's size, or the smallest where all are larger."""
+    """The best uniform schemes of about the recipe's size, or the smallest where all are larger.
+
+    Each notes the request that it answers as the recipe does: one of them may take its place.
+    """
     from mofq.decision import uniform_recipes
 
     every = uniform_recipes(table, make_request(choices))
@@ -298,7 +310,11 @@ def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str
     fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= most]
     fitting.sort(key=lambda name: others[name].kl_nats_per_token or 0.0)
     smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
-    return {name: others[name] for name in (fitting or smallest)[:_MOST_UNIFORM]}
+    asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
+    return {
+        name: replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget)
+        for name in (fitting or smallest)[:_MOST_UNIFORM]
+    }
 
 
 def _validate(
@@ -312,7 +328,7 @@ def _validate(
     progress: Progress | None,
 ) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original."""
-    from mofq.delivery.validation import validate_many, write_validation
+    from mofq.delivery.validation import validate_many
 
     done = validate_many(
         model,
@@ -326,39 +342,28 @@ def _validate(
     )
     validations = dict(zip(candidates, done, strict=True))
     searched = validations[SEARCHED]
-    write_validation(searched, folder / "validation.json")
     if not searched.enforced:
         raise MofqError(
-            f"{folder / 'recipe.yaml'}: not enforced: {searched.deviations[0]}. "
+            f"the recipe that was found is not enforced: {searched.deviations[0]}. "
             f"This is a fault of mofq; please report it."
         )
     return validations
 
 
-def _preferred(
-    folder: Path,
-    candidates: Mapping[str, Recipe],
-    validations: Mapping[str, Validation],
-    tell: Tell,
-) -> str:
+def _preferred(validations: Mapping[str, Validation], tell: Tell) -> str:
     """The searched recipe's name, or that of a uniform one no larger and measured no worse.
 
     A mixture that does not pay is not worth its complexity; what is preferred becomes
     ``recipe.yaml``.
     """
-    from mofq.decision.recipe import write_recipe
-    from mofq.delivery.validation import write_validation
-
     searched = validations[SEARCHED]
     for name, one in validations.items():
         is_smaller = one.bits_per_weight <= searched.bits_per_weight
         is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
         if name != SEARCHED and is_smaller and is_better:
-            write_recipe(candidates[name], folder / "recipe.yaml")
-            write_validation(one, folder / "validation.json")
             tell(
-                f"{name} for every layer is as small as the mixture and measured as good: "
-                f"{folder / 'recipe.yaml'} is this uniform recipe."
+                f"{name} for every layer is as small as the mixture and measured as good: the "
+                f"recipe is this uniform one."
             )
             return name
     return SEARCHED
@@ -395,6 +400,14 @@ def _export(
     )
 
 
+def _write_results(folder: Path, recipe: Recipe, validation: Validation) -> None:
+    from mofq.decision.recipe import write_recipe
+    from mofq.delivery.validation import write_validation
+
+    write_validation(validation, folder / "validation.json")
+    write_recipe(recipe, folder / _RECIPE)
+
+
 def _read_export(
     model: str, recipe: Recipe, exported: Path, *, engine: str, to: str
 ) -> ExportResult:
@@ -404,7 +417,7 @@ def _read_export(
         EnforcementError: The folder is not what the recipe makes of the model.
     """
     from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
-    from mofq.delivery.export.compressed_tensors.export import serve_command
+    from mofq.delivery.export.compressed_tensors.export import load_code, serve_command
     from mofq.delivery.export.compressed_tensors.plan import plan_export
     from mofq.delivery.recipe_fits import open_fits
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -415,7 +428,8 @@ def _read_export(
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
-    done = Export(exported, plan.group_bytes, size, serve_command(plan, exported, engine=engine))
+    command = serve_command(plan, exported, engine=engine)
+    done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
     return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
 
 
@@ -490,15 +504,63 @@ def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> W
     return replace(windows, sequence_length=length)
 
 
-def _check_exported(exported: Path, candidates: Mapping[str, Recipe]) -> None:
-    """Refuse to export into a folder that holds something else, before the long validation."""
+def _former_recipes(folder: Path) -> dict[Path, Recipe]:
+    """The recipes that former runs into a folder ended with: its own, and that of the model.
+
+    Raises:
+        BackendError: There is a model that no run wrote.
+        RecipeError: A recipe cannot be read.
+    """
     from mofq.decision.recipe import load_recipe
 
-    if not exported.exists() or not any(exported.iterdir()):
-        return
-    inside = exported / "recipe.yaml"
-    if not inside.is_file() or load_recipe(inside) not in candidates.values():
+    exported = folder / _EXPORTED
+    inside = exported / _RECIPE
+    if exported.exists() and any(exported.iterdir()) and not inside.is_file():
         raise BackendError(
-            f"{exported}: holds another export than this run would write. Remove it, or run "
-            f"with another -o."
+            f"{exported}: holds something that no `mofq run` wrote. Run with another -o, or remove "
+            f"it."
         )
+    return {path: load_recipe(path) for path in (folder / _RECIPE, inside) if path.is_file()}
+
+
+def _check_request(
+    former: Mapping[Path, Recipe], budget: Budget, choices: Choices, *, space_sha256: str
+) -> None:
+    """Refuse to run into a folder with the results of another budget, space or engine.
+
+    Raises:
+        MofqError: As said.
+    """
+    from mofq.decision.result import budget_figures
+
+    figures = budget_figures(make_request(choices, budget=budget))
+    asked = (figures, choices.engine, space_sha256)
+    for path, recipe in former.items():
+        made_by = recipe.made_by
+        if (dict(recipe.budget), made_by.get("engine"), made_by.get("space_sha256")) != asked:
+            found = _told(recipe.budget, made_by.get("engine"), made_by.get("space"))
+            raise MofqError(
+                f"{path}: is the result for {found}, and this run asks for "
+                f"{_told(figures, choices.engine, choices.space)}. Run with another -o, or decide "
+                f"again from the table there with `mofq search`."
+            )
+
+
+def _told(budget: Mapping[str, object], engine: object, space: object) -> str:
+    limits = [f"{name} {value}" for name, value in budget.items()] or ["no budget"]
+    return f"{', '.join(limits)}, space {space or 'not noted'}, engine {engine or 'not named'}"
+
+
+def _check_former(former: Mapping[Path, Recipe], candidates: Iterable[Recipe]) -> None:
+    """Refuse to end a run with another recipe than the folder has.
+
+    Raises:
+        MofqError: As said: the table has grown, or the text of the validation is another one.
+    """
+    found = list(candidates)
+    for path, recipe in former.items():
+        if recipe not in found:
+            raise MofqError(
+                f"{path}: is another recipe than this run would end with. Run with another -o, or "
+                f"remove {_RECIPE}, validation.json and {_EXPORTED} there."
+            )

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes, with_error
-from mofq.api.inputs import load_named, open_table
+from mofq.api.inputs import load_named, open_table, text_file
 from mofq.api.options import (
     AnyTable,
     Budget,
@@ -123,12 +123,16 @@ def search(
         raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
     measures = _measures(method, study, on_model)
     if path is not None:
-        check_output(path, table, choices.space, on_model.text)
+        _check_output(path, table, on_model, timing, flag="-o")
+    if measures and method.solver == "optuna":
+        from mofq.decision.measured.storage import storage_file
+
+        study = replace(study, storage=study.storage or _beside(path))
+        if file := storage_file(str(study.storage)):
+            _check_output(file, table, on_model, timing, flag="--storage")
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
-        if method.solver == "optuna":
-            study = replace(study, storage=study.storage or _beside(path))
         decision = _decide_on_model(
             opened, request, method.refine, on_model, study, progress=progress, tell=tell or silent
         )
@@ -168,6 +172,18 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
                 f"be neither what was calibrated on nor what will validate."
             )
     return True
+
+
+def _check_output(
+    path: Path, table: Table | str | Path, on_model: OnModel, timing: Timing, *, flag: str
+) -> None:
+    text = [] if on_model.text is None else [text_file(on_model.text)]
+    check_output(
+        path,
+        files=[table, timing.device_model, *text],
+        folders=[on_model.model, on_model.stats],
+        flag=flag,
+    )
 
 
 def _beside(output: Path | None) -> str:

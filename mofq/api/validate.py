@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.inputs import load_corpora
+from mofq.api.inputs import load_corpora, text_file
 from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
 from mofq.api.preconditions import check_device, check_dtype, check_output
 from mofq.exceptions import MofqError
@@ -87,7 +87,11 @@ def validate(
     corpora = load_corpora([text] if isinstance(text, str) else text)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     for path in outputs.values():
-        check_output(path, recipe_or_folder, *(corpus.source for corpus in corpora))
+        check_output(
+            path,
+            files=[recipe_or_folder, *(text_file(corpus.source) for corpus in corpora)],
+            folders=[model, recipe_or_folder, stats, lm_eval.task_folder],
+        )
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:

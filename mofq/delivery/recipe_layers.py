@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from mofq.decision.recipe import Recipe, check_recipe, check_weights
+from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FUSION_RULES, ModelLayers, find_layers, layers_of
+from mofq.model.layers import (
+    FUSION_RULES,
+    FusionGroup,
+    ModelLayers,
+    find_layers,
+    layers_of,
+    share_amax,
+)
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 
@@ -35,6 +43,24 @@ def group_schemes(layers: ModelLayers, recipe: Recipe) -> dict[str, Scheme]:
     """
     schemes = recipe.schemes
     return {group.name: parse_scheme(schemes[group.layers[0].name]) for group in layers.groups}
+
+
+def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float]:
+    """Largest input magnitude of each layer, empty where the scheme of the group needs none.
+
+    Raises:
+        RecipeError: The recipe has none for a layer.
+    """
+    if not scheme.has_static_inputs:
+        return {}
+    known = recipe.static_amax
+    for layer in group.layers:
+        if layer.name not in known:
+            raise RecipeError(
+                f"{layer.name}: scheme {scheme.name!r} has static activations, and the recipe has "
+                f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
+            )
+    return share_amax(group, known)
 
 
 def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:

@@ -95,7 +95,8 @@ class Engine:
     caches: tuple[CacheRule, ...] = ()  #: of the KV cache, likewise; empty: it takes no format
     can_cut: bool = True  #: whether devices can share a layer (tensor parallelism)
     devices: int = 1  #: that share every layer
-    serve: str = ""  #: command before an exported folder; empty: mofq writes it none
+    serve: str = ""  #: command before an exported folder; empty: it is no server of one
+    load: str = ""  #: of an engine that is no server: the Python function that loads the folder
     devices_flag: str = ""  #: of that command, before the number of devices
     paths: str = ""  #: what short paths in the rules' sources stand for, and what was run
 

@@ -60,8 +60,7 @@ TRANSFORMERS = Engine(
     "5.23.0",
     reads="compressed-tensors",
     rules=_RULES,
-    # It has no server of its own for a folder: vLLM's is what an export's card names.
-    serve="vllm serve",
+    load="transformers.AutoModelForCausalLM.from_pretrained",
     can_cut=False,
     paths="`run` marks what was run.",
 )

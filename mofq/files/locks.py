@@ -16,6 +16,11 @@ from pathlib import Path
 
 from mofq.exceptions import MofqError
 
+#: Where a folder that exists is filled, inside of it.
+_INSIDE = ".mofq.partial"
+#: What an empty folder may hold: the above of a killed process, and what ext4 puts into a mount.
+_IN_EMPTY = (_INSIDE, "lost+found")
+
 
 @contextmanager
 def hold_folder(folder: Path, busy: MofqError) -> Iterator[None]:
@@ -47,7 +52,7 @@ def hold_new_folder(folder: Path, busy: MofqError) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder, busy):
         for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
         try:
             yield
         except BaseException:
@@ -56,21 +61,28 @@ def hold_new_folder(folder: Path, busy: MofqError) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(target: Path, error: type[MofqError]) -> Iterator[Path]:
-    """Fill a folder that gets its name when the block ends well; else nothing is left of it.
+def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[Path]:
+    """Fill a folder that shows its content when the block ends well; else nothing is left of it.
+
+    A folder that does not exist is filled beside its name and renamed. One that exists, and is
+    empty, stays the same folder, which may be a mount point or where a shell is: it is filled in
+    a folder inside it, whose files move up at the end.
 
     Args:
         target: See `check_new_folder`.
         error: What is raised.
+        last: The file that moves up after the others: that by which readers know the content.
 
     Yields:
-        The empty folder to fill, beside the target.
+        The empty folder to fill.
 
     Raises:
         error: The target holds something, another process fills it, or it cannot be written.
     """
     check_new_folder(target, error)
-    partial = target.with_name(f".{target.name}.partial")
+    place = target.resolve()  # "." has no name of its own
+    is_in_place = place.is_dir()
+    partial = place / _INSIDE if is_in_place else place.with_name(f".{place.name}.partial")
     busy = error(
         f"{target}: another process writes to this folder. Wait for it, or give another folder."
     )
@@ -78,14 +90,35 @@ def new_folder(target: Path, error: type[MofqError]) -> Iterator[Path]:
         with hold_new_folder(partial, busy):
             check_new_folder(target, error)  # again: the other process may have finished
             yield partial
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
+            if is_in_place:
+                _move_up(partial, last=last)
+            else:
+                partial.rename(place)
     except OSError as problem:
         raise error(
             f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
             f"left of it; make room or give another folder, and run again."
         ) from problem
+
+
+def _move_up(partial: Path, *, last: str) -> None:
+    """Move everything in a folder to the folder that it lies in, which has nothing else."""
+    paths = sorted(partial.iterdir(), key=lambda path: (path.name == last, path.name))
+    try:
+        for path in paths:
+            path.rename(partial.parent / path.name)
+        partial.rmdir()
+    except BaseException:
+        for path in paths:
+            _remove(partial.parent / path.name)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_new_folder(target: Path, error: type[MofqError]) -> None:
@@ -96,7 +129,7 @@ def check_new_folder(target: Path, error: type[MofqError]) -> None:
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise error(f"{target}: needed a new folder, found a file or link. Give another.")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and any(path.name not in _IN_EMPTY for path in target.iterdir()):
         raise error(
             f"{target}: needed a new or an empty folder, found files in it. Give another folder, "
             f"or remove it."

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mofq.delivery.export.compressed_tensors.config import quantization_config
+
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
 from mofq.engines import ENGINES

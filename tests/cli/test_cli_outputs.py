@@ -138,3 +138,15 @@ def test_an_export_is_for_what_the_engine_reads_where_nothing_else_is_asked(tmp_
     )
     named = ("--engine", "torchao-cpu", "-o", tmp_path / "b.json")
     assert ok("export", DEMO, recipe, *named, "--json").json["to"] == "torchao"
+
+
+def test_an_export_imports_no_transformers(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    ok("recipe", "uniform", DEMO, "nvfp4", "-o", recipe)  # its global scale is a maximum
+    program = (
+        "import sys; from mofq.api import export; "
+        "export(*sys.argv[1:4], engine='vllm-hopper'); print('transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, DEMO, str(recipe), str(tmp_path / "model")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr

@@ -15,6 +15,7 @@ from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 
 import mofq as package
 from mofq.cli.show.terminal import Bars
+from mofq.exceptions import MofqError
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
 
@@ -157,19 +158,26 @@ def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
     assert ok("run", DEMO, *arguments, "-o", folder, "--json").json["exported"] == str(exported)
     assert tree(exported) == before
     # Another decision would need another folder.
+    whole = tree(folder)
     other = ("--space", "w8a8", "--max-bits", "16", "--engine", "vllm-cpu", *SMALL)
-    assert "holds another export" in refused_after_work("run", DEMO, *other, "-o", folder)
-    assert tree(exported) == before
+    message = refused("run", DEMO, *other, "-o", folder)
+    for words in ("bits_per_weight 8.2", "bits_per_weight 16.0", "another -o"):
+        assert words in message
+    assert tree(folder) == whole
+    # A process that was killed before it wrote the last of the results: the model says which.
+    (folder / "recipe.yaml").unlink()
+    killed = tree(folder)
+    assert "bits_per_weight 8.2" in refused("run", DEMO, *other, "-o", folder)
+    assert tree(folder) == killed
+    ok("run", DEMO, *arguments, "-o", folder)
+    assert (folder / "recipe.yaml").read_bytes() == whole["recipe.yaml"]
+    # What no run wrote is not taken for a model.
+    (exported / "recipe.yaml").unlink()
+    assert "no `mofq run` wrote" in refused("run", DEMO, *arguments, "-o", folder)
 
 
 def serve(folder: Path) -> str:
     return f"python -m vllm.entrypoints.openai.api_server --model {folder}"
-
-
-def refused_after_work(*arguments: str | Path) -> str:
-    ran = mofq(*arguments)
-    assert ran.code == 1
-    return ran.err.splitlines()[-1]
 
 
 @pytest.mark.long
@@ -188,18 +196,47 @@ def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> 
             assert one["kl_nats_per_token"] > 1.5 * content["kl_nats_per_token"], name
 
 
-@pytest.mark.long
-def test_a_run_with_another_space_decides_among_its_own_schemes(
+def test_a_run_for_another_budget_space_or_engine_is_refused_before_anything_is_written(
     space: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     ok(*run_options(space, folder))
+    before = tree(folder)
     other = tmp_path / "other.yaml"
     other.write_text("version: 1\nschemes: [fp4_e2m1.g32, int6.channel]\n")
-    ok(*run_options(other, folder))
-    recipe = package.load_recipe(folder / "recipe.yaml")
-    assert set(recipe.schemes.values()) <= {"fp4_e2m1.g32", "int6.channel", "bf16"}
-    assert recipe.made_by["space"] == "other"
+    for changed in (
+        ("--max-bits", "5"),
+        ("--max-kl", "0.05"),
+        ("--space", other),
+        ("--engine", "vllm-hopper"),
+    ):
+        message = refused(*run_options(space, folder), *changed)
+        assert f"{folder / 'recipe.yaml'}: is the result for bits_per_weight 6.0" in message
+        assert "another -o" in message
+    # Another space under the name of the first.
+    space.write_text("version: 1\nschemes: [int4.g32, int8.channel]\n")
+    assert "is the result for" in refused(*run_options(space, folder))
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("stage", ["_validate", "_export"])
+def test_a_run_that_fails_leaves_no_result(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = import_module("mofq.api.run")
+
+    def fail(*_: object, **__: object) -> None:
+        raise MofqError("no more")
+
+    folder = tmp_path / "run"
+    arguments = ("--space", "w8a8", "--max-bits", "8.2", "--engine", "vllm-cpu", *SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, stage, fail)
+        assert "no more" in mofq("run", DEMO, *arguments, "-o", folder).err
+    assert {path.name for path in folder.iterdir()} == {"stats", "table.jsonl"}
+    # What was measured is the next run's, whatever that asks for.
+    other = ("--space", "w8a8", "--max-bits", "9", "--engine", "vllm-cpu", *SMALL)
+    assert ok("run", DEMO, *other, "-o", folder).err.count("there already") == 2
 
 
 def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
@@ -225,6 +262,17 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     assert set(recipe.schemes.values()) == {"int4.g64"}
     validation = json.loads((folder / "validation.json").read_text("utf-8"))
     assert validation["bits_per_weight"] == recipe.bits_per_weight
+    # It notes what was asked for, as the mixture does: the same run again is no other one.
+    assert recipe.budget == {"bits_per_weight": 6.0}
+    assert recipe.made_by["space"] == "space"
+    before = tree(folder)
+    ok(*run_options(space, folder))
+    assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
+    # Where another text would prefer the mixture, the recipe and its validation stay together.
+    monkeypatch.setattr(run, "_validate", measure)
+    before = tree(folder)
+    assert "another recipe than this run" in mofq(*run_options(space, folder)).err
+    assert tree(folder) == before
 
 
 @pytest.mark.long

@@ -23,11 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from mofq.decision.recipe import load_recipe
 from mofq.delivery.apply import emulate
-from mofq.delivery.export.compressed_tensors import (
-    load_compressed_tensors,
-    recipe_from_compressed_tensors,
-)
+from mofq.delivery.export.compressed_tensors import recipe_from_compressed_tensors
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
+from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored

@@ -248,7 +248,7 @@ def test_settings_are_given_once_and_only_where_needed() -> None:
         ),
         ("vllm-ada", "vllm serve", "--tensor-parallel-size"),
         ("sglang-hopper", "python -m sglang.launch_server --model-path", "--tp"),
-        ("transformers", "vllm serve", ""),
+        ("transformers", "", ""),
         ("torchao-ada", "", ""),
     ],
 )
@@ -257,10 +257,12 @@ def test_an_engine_says_how_its_server_is_started(name: str, serve: str, devices
     assert (engine.serve, engine.devices_flag) == (serve, devices_flag)
 
 
-def test_every_engine_that_loads_exported_folders_can_be_served() -> None:
+def test_every_engine_that_loads_exported_folders_says_how_it_serves_or_loads_them() -> None:
     for engine in ENGINES.values():
-        assert bool(engine.serve) == (engine.reads == "compressed-tensors"), engine.name
+        left_out = [engine.serve, engine.load].count("")
+        assert left_out == (1 if engine.reads == "compressed-tensors" else 2), engine.name
         assert bool(engine.devices_flag) == bool(engine.serve and engine.can_cut), engine.name
+    assert find_engine("transformers").load == "transformers.AutoModelForCausalLM.from_pretrained"
 
 
 @pytest.mark.parametrize("name", sorted(ENGINES))

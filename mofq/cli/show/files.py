@@ -65,7 +65,7 @@ def show_export(result: ExportResult) -> None:
         return
     size = short_bytes(done.checkpoint_bytes)
     note(f"{result.output}: {size} of tensors for {result.to}, {result.seconds:.1f} s.")
-    say(f"Serve it with: {done.serve_command}")
+    say(str(result.how_to_use))
     stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
     next_step("validate", result.model, result.output, *stats, "--text", "FILE")
 

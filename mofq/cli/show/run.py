@@ -28,10 +28,9 @@ def show_run(result: RunResult) -> None:
     say(f"recipe, fusion groups: {counts}")
     times = ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items())
     say(f"seconds: {times}")
-    if result.export is not None and result.export.serve_command is None:
-        say(f"For {result.recipe.made_by['engine']}: {result.export.output}")
-    elif result.export is not None:
-        say(f"Serve it with: {result.export.serve_command}")
+    if result.export is not None:
+        to = f"For {result.recipe.made_by['engine']}: {result.export.output}"
+        say(result.export.how_to_use or to)
     _suggest(result)
 
 

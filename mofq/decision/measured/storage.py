@@ -138,7 +138,7 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
     Raises:
         MofqError: The storage cannot be opened.
     """
-    path = _file_of(storage)
+    path = storage_file(storage)
     if path is None:
         yield open_study(storage, name, objectives=objectives)
         return
@@ -173,7 +173,7 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
         os.close(file)
 
 
-def _file_of(storage: str) -> Path | None:
+def storage_file(storage: str) -> Path | None:
     """The file that a storage is; None for a server."""
     if "://" not in storage:
         return Path(storage)

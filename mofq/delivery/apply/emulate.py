@@ -25,9 +25,9 @@ from mofq.delivery.apply.loaded_model import (
     scheme_source,
 )
 from mofq.delivery.recipe_fits import check_fits
-from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes
+from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, static_amax
 from mofq.evidence.fits import Fits, fit_arguments
-from mofq.exceptions import BackendError, RecipeError
+from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, share_amax
@@ -156,24 +156,6 @@ def weight_amax(
     if not scheme.needs_weight_amax:
         return {}
     return share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
-
-
-def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str, float]:
-    """Largest input magnitude of each layer, empty where the scheme of the group needs none.
-
-    Raises:
-        RecipeError: The recipe has none for a layer.
-    """
-    if not scheme.has_static_inputs:
-        return {}
-    known = recipe.static_amax
-    for layer in group.layers:
-        if layer.name not in known:
-            raise RecipeError(
-                f"{layer.name}: scheme {scheme.name!r} has static activations, and the recipe has "
-                f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
-            )
-    return share_amax(group, known)
 
 
 def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mofq import __version__
 from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.lineage import LINEAGE_FILE as LINEAGE_FILE
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
@@ -24,8 +25,6 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter, copy_other_files
 from mofq.numbers.quantize.tiles import row_blocks
 
-#: What the folder is and where it comes from, beside its weights.
-LINEAGE_FILE = "rewrite.json"
 VERSION = 1
 _BLOCK_ELEMENTS = 2**22
 
@@ -76,7 +75,7 @@ def write_rewritten(
                 f"{checkpoint.folder}: {name!r} is stored as {plan[name].dtype}, which cannot be "
                 f"scaled. Rewrite the unquantized model."
             )
-    with new_folder(target, RewriteError) as folder:
+    with new_folder(target, RewriteError, last=CONFIG_FILE) as folder:
         with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
             for done, name in enumerate(plan, start=1):
                 if name in moved:

@@ -13,10 +13,10 @@ from mofq.decision.recipe import Recipe, load_recipe, recipe_text
 from mofq.delivery.backends import APPLIERS, apply_recipe
 from mofq.delivery.export.compressed_tensors import (
     check_compressed_tensors,
-    load_compressed_tensors,
     recipe_from_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors.export import RECIPE_FILE as RECIPE_FILE
+from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError, nearest_name

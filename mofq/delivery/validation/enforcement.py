@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.emulate import static_amax
 from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
-from mofq.delivery.recipe_layers import checked_layers, group_schemes
+from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint

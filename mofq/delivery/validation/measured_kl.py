@@ -22,7 +22,7 @@ from mofq.delivery.apply.loaded_model import (
     scheme_source,
 )
 from mofq.delivery.recipe_fits import open_fits
-from mofq.delivery.recipe_layers import checked_layers, group_schemes
+from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
     compare_windows,
@@ -245,7 +245,7 @@ _UNKNOWN: _Choice = ("", ())
 def _choice(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> _Choice:
     if scheme.is_unquantized:
         return _UNQUANTIZED
-    amax = emulate.static_amax(group, scheme, recipe)
+    amax = static_amax(group, scheme, recipe)
     return scheme.name, tuple(sorted(amax.items()))
 
 

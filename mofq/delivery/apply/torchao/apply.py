@@ -16,6 +16,7 @@ from mofq.delivery.apply.loaded_model import module_path, replace_module
 from mofq.delivery.apply.torchao.linear import TorchaoLinear
 from mofq.delivery.apply.torchao.weights import Target, make_weight
 from mofq.delivery.recipe_fits import check_fits
+from mofq.delivery.recipe_layers import static_amax
 from mofq.engines import ENGINES, Engine, legality, matching_rule
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError
@@ -175,7 +176,7 @@ def _apply_group(
         return
     weight = scheme.quantized_weight
     amax = emulation.weight_amax(group, scheme, sources)
-    inputs = emulation.static_amax(group, scheme, recipe)
+    inputs = static_amax(group, scheme, recipe)
     for layer in group.layers:
         path = module_path(layer)
         linear = model.get_submodule(path)

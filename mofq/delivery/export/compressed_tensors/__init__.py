@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
-from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     recipe_from_compressed_tensors,
 )
@@ -13,6 +12,5 @@ __all__ = [
     "Export",
     "check_compressed_tensors",
     "export_compressed_tensors",
-    "load_compressed_tensors",
     "recipe_from_compressed_tensors",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Export:
     folder: Path
     group_bytes: int  #: of the fusion groups' tensors
     checkpoint_bytes: int  #: of all tensors
-    serve_command: str
+    serve_command: str | None  #: None: the engine is no server
+    load_code: str | None  #: one line of Python, where nothing serves it
 
 
 def export_compressed_tensors(
@@ -61,7 +63,7 @@ def export_compressed_tensors(
         progress: Called with ``"export"``, fusion groups done, and all of them.
 
     Returns:
-        Folder, sizes, and the command that serves it.
+        Folder, sizes, and the command that serves it, or the code that loads it.
 
     Raises:
         BackendError: A scheme cannot be expressed or served, or the folder is in
@@ -79,11 +81,18 @@ def export_compressed_tensors(
         _check_engine_cache(plan, recipe, engine)
     target = Path(out_folder)
     check_new_folder(target, BackendError)
-    command = serve_command(plan, target, engine=engine)
-    card = model_card(plan, recipe, target.name, command, validation)
+    command, code = serve_command(plan, target, engine=engine), load_code(target, engine)
+    card = model_card(
+        plan,
+        recipe,
+        target.resolve().name,
+        serve_command=command,
+        load_code=code,
+        validation=validation,
+    )
     with (
         open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
-        new_folder(target, BackendError) as folder,
+        new_folder(target, BackendError, last=CONFIG_FILE) as folder,
     ):
         _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
@@ -94,10 +103,16 @@ def export_compressed_tensors(
         write_recipe(recipe, folder / RECIPE_FILE)
         _write_text(folder / "README.md", card)
     checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
-    return Export(target, plan.group_bytes, checkpoint_bytes, command)
+    return Export(target, plan.group_bytes, checkpoint_bytes, command, code)
 
 
-def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) -> str:
+def load_code(folder: Path, engine: str | None) -> str | None:
+    """The line of Python by which an engine that is no server loads a folder; None for a server."""
+    function = "" if engine is None else find_engine(engine).load
+    return f"{function}({str(folder)!r})" if function else None
+
+
+def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) -> str | None:
     """The command line under which an engine serves an exported folder as it was measured.
 
     Args:
@@ -106,7 +121,7 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
         engine: A name of ``mofq.engines``; None for vLLM in general.
 
     Returns:
-        One line for a shell.
+        One line for a shell; None for an engine that is no server.
     """
     start = "vllm serve"
     settings: tuple[str, ...] = ()
@@ -114,6 +129,8 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     if engine is not None:
         served = find_engine(engine)
         choices = [(planned.scheme, planned.group) for planned in plan.quantized]
+        if not served.serve:
+            return None
         start, settings = served.serve, serving_environment(engine, choices)
         if served.devices > 1:
             devices = [f"{served.devices_flag} {served.devices}"]
@@ -122,7 +139,7 @@ def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) 
     # Packed weights' scales are bf16 and are loaded in the model's dtype.
     if any(planned.storage.format == "pack-quantized" for planned in plan.quantized):
         flags.insert(0, "--dtype bfloat16")
-    return " ".join([*variables, start, str(folder), *flags, *devices])
+    return " ".join([*variables, start, shlex.quote(str(folder)), *flags, *devices])
 
 
 def _check_engine(plan: ExportPlan, engine: str) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.emulate import static_amax
 from mofq.delivery.export.compressed_tensors.encoding import (
     encode_once,
     encode_rows,
@@ -20,7 +19,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
-from mofq.delivery.recipe_layers import checked_layers, group_schemes
+from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
