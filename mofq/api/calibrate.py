@@ -144,7 +144,10 @@ def calibrate(
         }
         if where.cluster is None:
             from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
+            from mofq.model.checkpoint.tensors import check_finite
             from mofq.model.loading import load_model
+
+            check_finite(checkpoint, layers)
 
             loaded = load_model(
                 checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map

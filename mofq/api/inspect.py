@@ -28,6 +28,7 @@ class InspectResult:
     engine: str | None
     space: str | Path
     offers: tuple[Offer, ...] | None  #: what each group may have; None: nothing was asked for
+    notes: tuple[str, ...] = ()  #: what is unusual about the model
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for machines."""
@@ -49,6 +50,7 @@ class InspectResult:
                 for group in groups
             ],
             "unquantized": list(map(_layer_json, layers.unquantized)),
+            "notes": list(self.notes),
         }
         if self.offers is not None:
             content["offers"] = {
@@ -83,6 +85,7 @@ def inspect(
     from mofq.evidence.spaces import load_search_space, offer_schemes
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
+    from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
     layers = find_layers(checkpoint, include_lm_head=lm_head)
@@ -97,7 +100,15 @@ def inspect(
                 has_stats=True,
             )
         )
-    return InspectResult(str(model), checkpoint, layers, engine, space or DEFAULT_SPACE, offers)
+    return InspectResult(
+        str(model),
+        checkpoint,
+        layers,
+        engine,
+        space or DEFAULT_SPACE,
+        offers,
+        notes_on(checkpoint, layers),
+    )
 
 
 def _layer_json(layer: LinearLayer) -> dict[str, Any]:

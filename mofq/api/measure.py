@@ -104,6 +104,7 @@ def measure(
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
+    from mofq.model.notes import notes_on
 
     start = monotonic()
     path = Path(output)
@@ -113,6 +114,8 @@ def measure(
     checkpoint = open_checkpoint(str(model))
     layers = find_layers(checkpoint)
     check_engine(engine, layers)
+    for note in notes_on(checkpoint, layers):
+        (tell or silent)(note)
 
     from mofq.evidence.calibration.stats import read_stats
     from mofq.evidence.measure.fill_table import measure as fill_table

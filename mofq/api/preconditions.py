@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import EngineError, MofqError, nearest_name
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
@@ -52,15 +52,23 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_engine(engine: str | None, layers: ModelLayers) -> None:
-    """Refuse an engine that is unknown, or whose devices cannot share the model.
+    """Refuse an engine that is unknown, reads no format that holds the model, or cannot cut it.
 
     Raises:
         EngineError: As said.
     """
-    from mofq.engines import check_devices, find_engine
+    from mofq.engines import check_devices, find_engine, storage_problem
 
-    if engine is not None:
-        check_devices(layers, find_engine(engine).devices)
+    if engine is None:
+        return
+    found = find_engine(engine)
+    check_devices(layers, found.devices)
+    for group in layers.groups:
+        if problem := storage_problem(found, group):
+            raise EngineError(
+                f"{problem}: nothing of this model can be exported for it. Leave --engine out to"
+                " measure, search and validate it."
+            )
 
 
 def check_output(

@@ -456,13 +456,16 @@ def _check_budget(
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
     from mofq.evidence.spaces import load_search_space, offer_schemes
-    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
+    from mofq.model.layers.model_class import check_next_tokens
+    from mofq.model.notes import wider_dtype
 
     loaded, budgets = load_search_space(space), make_budgets(budget)
     check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
+    check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
     offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
     if not budgets.any_given and any(one.is_unquantized for one in loaded.schemes):
@@ -475,7 +478,10 @@ def _check_budget(
             f"max_finer: the search space {loaded.name} names no `base` schemes, so that nothing "
             f"is finer. Add the key `base`, or drop the budget."
         )
-    check_budget(offers, budgets, other_bytes=layers.other_bytes)
+    try:
+        check_budget(offers, budgets, other_bytes=layers.other_bytes)
+    except BudgetError as error:
+        raise BudgetError(" ".join(filter(None, [str(error), wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
     return loaded, checkpoint

@@ -19,6 +19,7 @@ from mofq.engines.rules import (
     format_name,
     matching_rule,
     refusal,
+    storage_problem,
 )
 from mofq.engines.sglang import SGLANG
 from mofq.engines.tensor_parallel import check_devices
@@ -41,6 +42,7 @@ __all__ = [
     "legality",
     "matching_rule",
     "serving_environment",
+    "storage_problem",
 ]
 
 #: A generation of GPUs -> CUDA compute capability of its oldest chip.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mofq.engines.groups import ServedGroup, is_experts
 from mofq.engines.tensor_parallel import cut_problems, device_parts
-from mofq.model.layers import CacheLayer
+from mofq.model.layers import FUSION_RULES, CacheLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 Capability = tuple[int, int]
@@ -17,6 +17,10 @@ Capability = tuple[int, int]
 _LATENT = ".attn.kv"
 Layers = Literal["any", "dense", "experts", "latent"]
 
+#: What the names of layers begin with that are stored as [in_features, out_features].
+_TRANSPOSED = tuple(
+    f"{family.body}{family.decoder}." for family in FUSION_RULES.values() if family.transposed
+)
 _RULE_AND_ROUNDING = re.compile(r"@[a-z]+|~[a-z]+")
 
 
@@ -149,10 +153,23 @@ def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | 
     return None
 
 
+def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
+    """Why no scheme of a fusion group can be written down for an engine, or None."""
+    name = group.layers[0].name
+    if engine.reads == "compressed-tensors" and name.startswith(_TRANSPOSED):
+        return (
+            f"{engine.title} reads compressed-tensors, which does not know weights that are stored"
+            f" transposed (the Conv1D of GPT-2), as {name} is"
+        )
+    return None
+
+
 def refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
     """Why the engine cannot serve a fusion group in a scheme as it was measured, or None."""
     if scheme.is_unquantized:
         return None
+    if problem := storage_problem(engine, group):
+        return problem
     rule = matching_rule(engine, scheme, group)
     where = engine.title
     if rule is None:

@@ -28,6 +28,7 @@ from mofq.model.checkpoint.headers import (
     read_json,
 )
 from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.layers.model_class import check_next_tokens
 
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -51,8 +52,8 @@ def load_model(
         their experts one by one, as ``F.linear`` calls.
 
     Raises:
-        CheckpointError: transformers cannot load the folder, a weight of the model is not
-            there, or the package that spreads it is not installed.
+        CheckpointError: The folder is of an embedding model, transformers cannot load it, a
+            weight of the model is not there, or the package that spreads it is not installed.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -63,8 +64,16 @@ def load_model(
     logging.disable_progress_bar()
     _refuse_foreign_code(folder)
     checkpoint = open_checkpoint(str(folder))
+    check_next_tokens(checkpoint.config, where=str(folder / CONFIG_FILE))
     options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
     model, missing = _load_quietly(checkpoint, options)
+    if missing == ["lm_head.weight"]:
+        raise CheckpointError(
+            f"{folder}: holds no lm_head, and {CONFIG_FILE} does not tie it to the embedding, so"
+            " that it predicts no tokens, which is what mofq measures: an embedding model. `mofq"
+            " measure` without --stats, `mofq recipe uniform` and `mofq export` do without. If it"
+            " is a language model, a shard is missing, or 'tie_word_embeddings' is not true."
+        )
     if missing:
         raise CheckpointError(
             f"{folder}: needed {missing[0]!r} for a model of class {type(model).__name__}, found"
@@ -88,7 +97,7 @@ def _load_quietly(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of what is missing is an error of ours
     try:
-        if checkpoint.source_format is None:
+        if checkpoint.source_format is None and checkpoint.left_over is None:
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 local_files_only=True,
@@ -122,10 +131,11 @@ class _Lazy:
 def _load_decoded(
     checkpoint: Checkpoint, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model of an FP8 source, with the weights that are measured, and transformers' report.
+    """The model with the weights that are measured, and transformers' report.
 
-    transformers could dequantize some formats, each in its own way and most to bf16. It gets
-    the decoded tensors here, and a config that says nothing of a quantization.
+    transformers could dequantize some formats of FP8 sources, each in its own way and most to
+    bf16, and would quantize what a left-over config names. It gets the decoded tensors here,
+    and a config that says nothing of a quantization.
     """
     config = AutoConfig.from_pretrained(
         checkpoint.folder, local_files_only=True, trust_remote_code=False

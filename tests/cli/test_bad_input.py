@@ -273,7 +273,7 @@ def test_a_tensor_without_elements_is_refused(shape: tuple[int, ...], tmp_path: 
         ({"intermediate_size": -1}, ("'intermediate_size' needs a positive integer",)),
         ({"max_position_embeddings": "many"}, ("needs a positive integer", "found 'many'")),
         ({"max_position_embeddings": -5}, ("'max_position_embeddings' needs", "found -5")),
-        ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already", "original")),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ("no causal language model",)),
     ],
 )
 def test_a_config_of_another_model_is_refused(

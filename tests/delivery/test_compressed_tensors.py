@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from exported import Exported, export, make_recipe, mixed_recipe, uniform_recipe
+from families import copy_with_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -339,3 +341,64 @@ def test_unknown_backends_are_refused_with_the_nearest_name(tiny_llama: Path) ->
     recipe = uniform_recipe(open_checkpoint(str(tiny_llama)), "bf16")
     with pytest.raises(BackendError, match="Did you mean 'emulate'"):
         apply_recipe(load_model(tiny_llama), recipe, "emulat")
+
+
+@pytest.mark.parametrize("scheme", ["int4.g32", "bf16"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"]
+)
+def test_the_layout_of_the_source_changes_no_byte_of_an_export(
+    tiny: TinyCheckpoint, tmp_path: Path, family: str, scheme: str
+) -> None:
+    folders = {fused: tiny(family, fused=fused) for fused in (False, True)}
+    plain, fused = (
+        export(folder, uniform_recipe(open_checkpoint(str(folder)), scheme), tmp_path / str(name))
+        for name, folder in folders.items()
+    )
+    assert fused.tensors.keys() == plain.tensors.keys()
+    assert all(torch.equal(fused.tensors[key], plain.tensors[key]) for key in plain.tensors)
+    configs = [one.config.get("quantization_config") for one in (plain, fused)]
+    assert configs[0] == configs[1]
+    checkpoint = open_checkpoint(str(folders[True]))
+    check_compressed_tensors(checkpoint, load_recipe(fused.folder / "recipe.yaml"), fused.folder)
+
+
+def test_experts_are_targets_under_the_names_that_sglang_looks_up(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny("mixtral")
+    recipe = uniform_recipe(open_checkpoint(str(folder)), "int4.g32")
+    config = export(folder, recipe, tmp_path / "out").config["quantization_config"]
+    targets = config["config_groups"]["group_0"]["targets"]
+    # SGLang 0.5.23 compressed_tensors.py:883-898; vLLM 0.33 looks w1, w3 and w2 up.
+    for word in ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"):
+        assert f"model.layers.0.block_sparse_moe.experts.0.{word}" in targets
+
+
+def test_a_class_without_a_head_is_exported_whole_with_the_folders_of_its_modules(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    whole = tiny("qwen3", tie_word_embeddings=True)
+    source = copy_with_tensors(
+        whole,
+        tmp_path / "m",
+        lambda tensors: [
+            tensors.update({name.removeprefix("model."): tensors.pop(name)})
+            for name in list(tensors)
+        ],
+    )
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "../outside"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "additional_chat_templates", "onnx"):
+        (source / name).mkdir()
+        (source / name / "config.json").write_text("{}")
+    recipe = uniform_recipe(open_checkpoint(str(source)), "int4.g32")
+    found = export(source, recipe, tmp_path / "out")
+    expected = export(
+        whole, uniform_recipe(open_checkpoint(str(whole)), "int4.g32"), tmp_path / "whole"
+    )
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[key], expected.tensors[key]) for key in expected.tensors)
+    folders = sorted(path.name for path in found.folder.iterdir() if path.is_dir())
+    assert folders == ["1_Pooling", "additional_chat_templates"]
+    assert (found.folder / "1_Pooling" / "config.json").read_text() == "{}"

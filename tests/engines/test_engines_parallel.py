@@ -9,7 +9,8 @@ from command_line import DEMO, ok, refused
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES
 
-from mofq.engines import check_devices, find_engine, legality
+from mofq.api.preconditions import check_engine
+from mofq.engines import ENGINES, check_devices, find_engine, legality, storage_problem
 from mofq.exceptions import EngineError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, find_layers
@@ -129,6 +130,8 @@ def test_a_refusal_says_what_one_device_has_of_which_layer() -> None:
         ("int8.channel", group("layers.0.mlp.down", down_proj=(64, 90)), "cannot share equally"),
         # 4 devices have 24 inputs each, 3 words of 8 codes; 8 have 12.
         ("int4.channel", group("layers.0.mlp.down", down_proj=(64, 96)), "no whole 32-bit words"),
+        # Weights alone are packed in 8 bits too: 48 inputs are 6 codes for each of 8 devices.
+        ("int8.channel", group("layers.0.mlp.down", down_proj=(64, 48)), "no whole 32-bit words"),
         ("int4.channel.asym", group("layers.0.mlp.up", fc1=(96, 64)), "zero points"),
     ],
 )
@@ -171,7 +174,24 @@ def test_what_is_no_number_of_devices_is_refused(name: str, message: str) -> Non
         find_engine(name)
 
 
-@pytest.mark.parametrize("name", sorted(TINY_FAMILIES))
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_weights_that_are_stored_transposed_are_in_no_format_that_engines_read(
+    engine: str, tiny: TinyCheckpoint
+) -> None:
+    layers = find_layers(open_checkpoint(str(tiny("gpt2"))))
+    is_read = ENGINES[engine].reads != "compressed-tensors"
+    for each in layers.groups:
+        reason = legality(engine)(parse_scheme("int8.channel"), each)
+        assert is_read or "stored transposed (the Conv1D of GPT-2)" in str(reason)
+        assert (storage_problem(ENGINES[engine], each) is None) is is_read
+    if is_read:
+        check_engine(engine, layers)
+    else:
+        with pytest.raises(EngineError, match=r"transposed.*Leave --engine out"):
+            check_engine(engine, layers)
+
+
+@pytest.mark.parametrize("name", sorted(TINY_FAMILIES.keys() - {"gpt2"}))
 def test_two_devices_can_share_every_family(name: str, tiny: TinyCheckpoint) -> None:
     layers = find_layers(open_checkpoint(str(tiny(name))))
     check_devices(layers, 2)
@@ -227,3 +247,9 @@ def test_a_model_that_the_devices_cannot_share_is_not_measured(tmp_path: Path) -
 def test_advice_for_several_devices_names_them() -> None:
     asked = ("--device-model", "h100", "--deployment", "asynchronous", "--tp", "4")
     assert "--engine vllm-hopper:tp=4" in ok("advise", *asked, "--json").json["commands"][1]
+
+
+def test_int8_weights_beside_int8_inputs_are_not_packed() -> None:
+    narrow = group("layers.0.mlp.down", down_proj=(64, 48))
+    reason = legality("vllm-ada:tp=8")(parse_scheme("int8.channel+int8.token"), narrow)
+    assert reason is None or "words" not in reason

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import TinyCheckpoint
-from families import TINY_FAMILIES, build_family, copy_with_tensors
+from families import TINY_FAMILIES, build_family, copy_with_config, copy_with_tensors
 from safetensors.torch import load_file
 
 from mofq.exceptions import CheckpointError
@@ -18,9 +18,11 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import (
     FUSION_RULES,
+    find_exported_name,
     find_layers,
     find_loaded_weight,
 )
+from mofq.model.notes import notes_on
 
 LLAMA_GROUPS = {
     "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -390,3 +392,98 @@ def test_names_are_whole_where_a_checkpoint_leaves_the_prefix_out(
     )
     assert layers.groups[0].layers[0].name == "transformer.h.0.attn.c_attn"
     assert layers.groups[0].layers[0].tensor == "h.0.attn.c_attn.weight"
+
+
+def test_without_a_rank_of_queries_deepseek_has_one_matrix_for_them(tiny: TinyCheckpoint) -> None:
+    layers = find_layers(open_checkpoint(str(tiny("deepseek_v3", q_lora_rank=None))))
+    attention = {
+        group.name: [layer.module for layer in group.layers]
+        for group in layers.groups
+        if group.name.startswith("layers.0.attn.")
+    }
+    assert attention == {
+        "layers.0.attn.q": ["q_proj"],
+        "layers.0.attn.latent": ["kv_a_proj_with_mqa"],
+        "layers.0.attn.kv": ["kv_b_proj"],
+        "layers.0.attn.o": ["o_proj"],
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gpt2", "gemma3_text", "mixtral"])
+def test_a_class_without_a_head_is_read_under_the_names_of_the_whole_model(
+    tiny: TinyCheckpoint, tmp_path: Path, family: str
+) -> None:
+    model = transformers.AutoModel.from_pretrained(tiny(family))
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = open_checkpoint(str(tmp_path / "base"))
+    found = find_layers(checkpoint)
+    whole = find_layers(open_checkpoint(str(tiny(family))))
+    assert [group.name for group in found.groups] == [group.name for group in whole.groups]
+    assert [layer.name for layer in found.grouped_layers] == [
+        layer.name for layer in whole.grouped_layers
+    ]
+    assert not any(layer.module == "lm_head" for layer in found.unquantized)
+    assert any("stored as an embedding model" in note for note in notes_on(checkpoint, found))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("family", "module", "words"),
+    [
+        # vLLM 0.33: prefix of the mixture in models/*.py, ckpt_names of its FusedMoE.
+        ("mixtral", "block_sparse_moe", ("w1", "w2", "w3")),
+        ("qwen2_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
+        ("qwen3_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
+        ("olmoe", "mlp", ("gate_proj", "down_proj", "up_proj")),
+        ("glm4_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
+        ("deepseek_v3", "mlp", ("gate_proj", "down_proj", "up_proj")),
+    ],
+)
+def test_experts_and_routers_have_the_names_that_vllm_loads(
+    tiny: TinyCheckpoint, family: str, module: str, words: tuple[str, ...], fused: bool
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(family, fused=fused)))
+    layers = find_layers(checkpoint)
+    names = {layer.name for layer in layers.linear_layers if ".experts." in layer.name}
+    index = min(int(name.split(".")[2]) for name in names)
+    at = f"model.layers.{index}.{module}"
+    mine = {name for name in names if name.startswith(f"model.layers.{index}.")}
+    assert mine == {f"{at}.experts.{e}.{word}" for e in range(4) for word in words}
+    exported = {find_exported_name(name, layers) for name in checkpoint.tensors}
+    assert f"{at}.gate.weight" in exported
+    if family in ("glm4_moe", "deepseek_v3"):
+        assert f"{at}.gate.e_score_correction_bias" in exported
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}]
+)
+def test_a_quantization_that_no_tensor_has_is_left_over(
+    tiny_llama: Path, tmp_path: Path, left: dict[str, Any]
+) -> None:
+    for key in ("quantization_config", "quantization"):
+        folder = copy_with_config(
+            tiny_llama, tmp_path / key, lambda config, key=key: config.update({key: left})
+        )
+        checkpoint = open_checkpoint(str(folder))
+        found = find_layers(checkpoint)
+        assert found == find_layers(open_checkpoint(str(tiny_llama)))
+        assert key not in checkpoint.config
+        (note,) = notes_on(checkpoint, found)
+        assert repr(key) in note
+        assert "Delete the key" in note
+
+
+def test_float32_under_a_config_of_bf16_is_said(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = copy_with_config(
+        tiny("llama", dtype=torch.float32),
+        tmp_path / "m",
+        lambda config: config.update(dtype="bfloat16"),
+    )
+    checkpoint = open_checkpoint(str(folder))
+    matrices = [info for info in checkpoint.tensors.values() if len(info.shape) == 2]
+    stored = sum(info.nbytes for info in matrices)
+    (note,) = notes_on(checkpoint, find_layers(checkpoint))
+    assert f"{stored:,} bytes" in note
+    plain = open_checkpoint(str(tiny("llama")))
+    assert notes_on(plain, find_layers(plain)) == ()

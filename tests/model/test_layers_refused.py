@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,17 @@ from mofq.model.layers import find_layers
         ("qwen3_moe", {"decoder_sparse_step": 0}, r"'decoder_sparse_step' as a positive"),
         ("qwen3_moe", {"num_local_experts": 3}, r"mlp.gate.weight' of shape \[3, 128\]"),
         ("mixtral", {"num_local_experts": 5}, r"experts.4.w1.weight'.*found none"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"'fp8'.*quantized already"),
+        (
+            "llama",
+            {"num_attention_heads": None},
+            r"_heads' or 'n_head', found neither",
+        ),
+        ("deepseek_v3", {"q_lora_rank": None}, r"'model.layers.0.self_attn.q_proj.weight'.*none"),
+        (
+            "deepseek_v3",
+            {"kv_lora_rank": None},
+            r"'kv_lora_rank', found none\. Add the",
+        ),
     ],
 )
 def test_a_config_that_disagrees_with_the_tensors_is_refused(
@@ -49,6 +60,50 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused(
     with pytest.raises(CheckpointError, match=message) as caught:
         find_layers(open_checkpoint(str(folder)))
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Qwen3ForSequenceClassification", "Qwen3ForTokenClassification"),
+        *("Qwen2ForRewardModel", "GPT2DoubleHeadsModel", "LlamaForCausalLMEagle"),
+    ],
+)
+def test_a_class_that_predicts_no_tokens_is_refused_by_its_name(
+    tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    folder = copy_with_config(
+        tiny_llama, tmp_path / "m", lambda config: config.update(architectures=[name])
+    )
+    with pytest.raises(CheckpointError, match=rf"'architectures' names '{name}', which is no caus"):
+        find_layers(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize("stated", [None, [], ["OtherForCausalLM"], "LlamaForCausalLM"])
+def test_a_config_without_a_class_is_of_a_language_model(
+    tiny_llama: Path, tmp_path: Path, stated: Any
+) -> None:
+    folder = copy_with_config(
+        tiny_llama, tmp_path / "m", lambda config: config.update(architectures=stated)
+    )
+    assert find_layers(open_checkpoint(str(folder))).groups
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    tied = tiny("qwen3", tie_word_embeddings=True)
+
+    def with_head(scale: float) -> Callable[[dict[str, Any]], object]:
+        return lambda tensors: tensors.update(
+            {"lm_head.weight": scale * tensors["model.embed_tokens.weight"]}
+        )
+
+    same = copy_with_tensors(tied, tmp_path / "same", with_head(1.0))
+    assert find_layers(open_checkpoint(str(same))).tied_lm_head
+    differs = copy_with_tensors(tied, tmp_path / "differs", with_head(1.5))
+    with pytest.raises(CheckpointError, match=r"'tie_word_embeddings'.*'lm_head.weight'.*differs"):
+        find_layers(open_checkpoint(str(differs)))
 
 
 @pytest.mark.parametrize("shape", [(4, 128), (2, 4, 128)])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def show_inspection(result: InspectResult) -> None:
     """Groups of one kind in one row, then what each scheme is offered to."""
     _print_groups(result.checkpoint, result.layers)
+    for line in result.notes:
+        note(line)
     if result.offers is not None:
         engine = f" on {result.engine}" if result.engine else ""
         _print_offers(f"search space {result.space}{engine}", result.offers)

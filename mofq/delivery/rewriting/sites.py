@@ -107,7 +107,8 @@ def find_sites(checkpoint: Checkpoint, layers: ModelLayers) -> tuple[Site, ...]:
             continue
         for path, norm in norms.items():
             if first.name.endswith(f".{path}"):
-                sites.append(_norm_site(group, first.name.removesuffix(path) + norm, checkpoint))
+                beside = first.tensor.removesuffix(f"{path}.weight")  # as the checkpoint names it
+                sites.append(_norm_site(group, beside + norm, checkpoint))
         for path, producer in PRODUCERS.items():
             name = first.name.removesuffix(path) + producer
             if first.name.endswith(f".{path}") and name in by_name:

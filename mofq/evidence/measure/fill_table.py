@@ -43,7 +43,12 @@ from mofq.evidence.table import (
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
-from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_shared_amax
+from mofq.model.checkpoint.tensors import (
+    check_finite,
+    check_scales,
+    read_layer_rows,
+    read_shared_amax,
+)
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
@@ -117,11 +122,13 @@ def measure(
         TableError: The table belongs to another model or other stats.
         SearchSpaceError: No scheme fits some fusion group.
         SchemeError: A weight is not finite.
+        CheckpointError: A norm, a bias or the embedding is not finite.
     """
     weights = hash_weights(checkpoint)
     if stats is not None:
         check_same_model(stats, checkpoint, weights_sha256=weights)
     check_scales(checkpoint)
+    check_finite(checkpoint, model_layers)
     offers = offer_schemes(
         space, model_layers.groups, legality=legality, has_stats=stats is not None
     )

@@ -47,6 +47,14 @@ SUPPORTED = (
 )
 
 _CONFIG_KEY = "quantization_config"
+#: What tools say of a quantization in; the second is MLX's.
+_CONFIG_KEYS = (_CONFIG_KEY, "quantization")
+_SOURCE_DTYPES = ("BF16", "F16", "F32", "F64")
+#: Ends of names of tensors that only a quantized checkpoint has.
+_QUANTIZED_SUFFIXES = (
+    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"),
+    *(".weight_scale_2", ".weight_zero_point", ".pre_quant_scale"),
+)
 _NUMBER = re.compile(r"\d+")
 _MODELOPT_FILE = "hf_quant_config.json"
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -103,8 +111,8 @@ def read_fp8(
             that does not fit its weight; or FP8 without scales stands among others.
     """
     codes = [info for info in tensors.values() if info.dtype in FP8_DTYPES and info.shape]
-    convention = _read_convention(folder, config)
-    if convention is None or not codes:
+    convention = _read_convention(folder, config) if codes else None
+    if convention is None:
         return None
     if not convention.kinds and any(_looks_scaled(info, tensors) for info in codes):
         return None
@@ -128,11 +136,48 @@ def read_fp8(
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config as it was before the model was quantized."""
-    plain = {key: value for key, value in config.items() if key != _CONFIG_KEY}
+    plain = {key: value for key, value in config.items() if key not in _CONFIG_KEYS}
     inner = plain.get("text_config")
     if isinstance(inner, dict):
-        plain["text_config"] = {key: value for key, value in inner.items() if key != _CONFIG_KEY}
+        plain["text_config"] = without_quantization(inner)
     return plain
+
+
+def find_quantized(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor by which a checkpoint is seen to be quantized, or None.
+
+    Args:
+        tensors: All that are stored; codes of an FP8 source count too.
+    """
+    beside = (name for name in tensors if name.endswith(_QUANTIZED_SUFFIXES))
+    codes = (
+        name
+        for name, info in tensors.items()
+        if info.dtype not in _SOURCE_DTYPES
+        and len(info.shape) > 1
+        and name.endswith((".weight", "_proj"))
+    )
+    return next(beside, None) or next(codes, None)
+
+
+def find_left_over(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The key of a config that speaks of a quantization of which the tensors show nothing.
+
+    Tools that decode a checkpoint leave it behind. Engines take such tensors for codes.
+
+    Args:
+        config: Of the checkpoint.
+        tensors: All that it stores.
+
+    Returns:
+        ``quantization_config``, for example; None where there is none, or where it is true.
+    """
+    inner = config.get("text_config")
+    stated = {**(inner if isinstance(inner, dict) else {}), **config}
+    key = next((key for key in _CONFIG_KEYS if stated.get(key) is not None), None)
+    if key is None or find_quantized(tensors) or any(map(_is_of_activations, tensors)):
+        return None
+    return key
 
 
 def _read_convention(folder: Path, config: Mapping[str, Any]) -> _Convention | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.files.documents import shown
-from mofq.model.checkpoint.fp8 import read_fp8, without_quantization
+from mofq.model.checkpoint.fp8 import find_left_over, read_fp8, without_quantization
 from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
@@ -35,6 +35,8 @@ __all__ = [
     "SINGLE_FILE",
     "Checkpoint",
     "TensorInfo",
+    "find_model_folders",
+    "have_same_values",
     "open_checkpoint",
     "open_stored",
     "read_header",
@@ -44,12 +46,16 @@ __all__ = [
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_COMPARED_BYTES = 16 * 2**20
 
 _GGUF = (
     "GGUF is what llama.cpp runs, quantized already or not. Give the Hugging Face folder that it"
     " was converted from; `mofq export --to llama.cpp` makes types for llama-quantize of a recipe."
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+#: Of sentence-transformers: which folders hold what comes after the model.
+_MODULES_FILE = "modules.json"
+_TEMPLATES_FOLDER = "additional_chat_templates"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -64,6 +70,7 @@ class Checkpoint:
     index_sha256: str  #: of every stored tensor's name, dtype and shape, and of the stored config
     consumed: dict[str, TensorInfo] = field(default_factory=dict)  #: scales of an FP8 source
     source_format: str | None = None  #: of an FP8 source; None: the weights are as they are
+    left_over: str | None = None  #: a key of its config: a quantization that it has not got
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -71,7 +78,8 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     The weights of an FP8 checkpoint know their scales, and are read as the float32 values
     that they stand for; its scales are no tensors of the model, and its config says nothing
-    of a quantization.
+    of a quantization. Nor does that of a checkpoint whose tensors are not quantized, where a
+    tool left such a config behind.
 
     Args:
         model: A folder with ``config.json`` and safetensors weights (one file, or
@@ -88,7 +96,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     stored = open_stored(model)
     fp8 = read_fp8(stored.folder, stored.config, stored.tensors)
     if fp8 is None:
-        return stored
+        left_over = find_left_over(stored.config, stored.tensors)
+        if left_over is None:
+            return stored
+        return replace(stored, config=without_quantization(stored.config), left_over=left_over)
     return replace(
         stored,
         config=without_quantization(stored.config),
@@ -132,6 +143,53 @@ def open_stored(model: str) -> Checkpoint:
     config = read_json(folder / CONFIG_FILE)
     tensors = _read_all_headers(folder)
     return Checkpoint(folder, name, config, tensors, _hash_index(config, tensors))
+
+
+def have_same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are of one dtype and shape, and the same byte for byte.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.nbytes != other.nbytes or not one.nbytes:  # nothing: a model in memory
+        return one.nbytes == other.nbytes
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.start)
+            second.seek(other.start)
+            for done in range(0, one.nbytes, _COMPARED_BYTES):
+                size = min(_COMPARED_BYTES, one.nbytes - done)
+                if first.read(size) != second.read(size):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}.") from error
+    return True
+
+
+def find_model_folders(folder: Path) -> list[str]:
+    """The folders inside a model's folder that belong to the model.
+
+    Args:
+        folder: Of the model.
+
+    Returns:
+        Plain names: of further chat templates, and of the modules that sentence-transformers
+        runs after the model, such as ``1_Pooling``.
+    """
+    names = [_TEMPLATES_FOLDER, *_modules(folder)]
+    return [name for name in dict.fromkeys(names) if (folder / name).is_dir()]
+
+
+def _modules(folder: Path) -> list[str]:
+    """The folders that ``modules.json`` names, by their plain names."""
+    try:
+        modules = json.loads((folder / _MODULES_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):  # none, or none of sentence-transformers
+        return []
+    paths = [one.get("path") for one in modules if isinstance(one, dict)]
+    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*", path)]
 
 
 def _check_links(folder: Path) -> None:
@@ -224,6 +282,8 @@ def _fetch_from_hub(model: str) -> Path:
         folder = snapshot_download(
             model, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*", "consolidated*"]
         )
+        if further := [f"{name}/*" for name in _modules(Path(folder))]:
+            snapshot_download(model, allow_patterns=further, ignore_patterns=["*.bin"])
     except Exception as error:  # whatever the client raises, the model cannot be had
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.safetensors_header import Scaling
-from mofq.model.layers import FusionGroup, LinearLayer, share_amax
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
 from mofq.numbers.quantize.tiles import row_blocks
 
 #: safetensors' dtype to torch's. The sub-byte dtypes have no torch dtype of the same shape.
@@ -216,6 +216,37 @@ def check_scales(checkpoint: Checkpoint) -> None:
         if scaling is not None:
             for expert in range(scaling.scale.shape[0] if len(info.shape) == 3 else 1):
                 _read_scales(scaling, expert, 0, scaling.rows)
+
+
+def check_finite(checkpoint: Checkpoint, layers: ModelLayers) -> None:
+    """Refuse norms, biases, embeddings and whatever else no scheme touches that are not finite.
+
+    Weights of fusion groups are checked where they are quantized.
+
+    Args:
+        checkpoint: The model; what is checked is read.
+        layers: Of it.
+
+    Raises:
+        CheckpointError: The message names file, tensor and element; or a file got shorter.
+    """
+    grouped = {layer.tensor for layer in layers.grouped_layers}
+    for name, info in checkpoint.tensors.items():
+        # Others are buffers such as masks, which transformers computes itself.
+        is_loaded = name not in grouped and name.endswith((".weight", ".bias"))
+        if not is_loaded or not info.shape or not _torch_dtype(info).is_floating_point:
+            continue
+        row = math.prod(info.shape[1:])
+        for start, stop in row_blocks(info.shape[0], row, elements=_KEPT_ELEMENTS):
+            values = read_rows(info, start, stop)
+            if not bool(torch.isfinite(values).all()):
+                at = (~torch.isfinite(values)).nonzero()[0].tolist()
+                index = [start + at[0], *at[1:]]
+                raise CheckpointError(
+                    f"{info.file}: {name!r} holds {float(values[tuple(at)])} at {index}, and the"
+                    " model's outputs are not finite with it. The file is damaged, or was written"
+                    " in a dtype that cannot hold the number: fetch it again, or repair the tensor."
+                )
 
 
 def decode_codes(codes: Tensor) -> Tensor:

@@ -20,7 +20,13 @@ from pathlib import Path
 from torch import Tensor, uint8
 
 from mofq.exceptions import BackendError, CheckpointError
-from mofq.model.checkpoint.headers import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorInfo
+from mofq.model.checkpoint.headers import (
+    DTYPE_BITS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorInfo,
+    find_model_folders,
+)
 from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows
 
 _COPY_BYTES = 16 * 2**20
@@ -274,8 +280,10 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config and every other file beside the weights.
 
     Links are followed as far as the folder itself, or the blobs of the hub's cache
-    that it is a snapshot of; what is copied is always a file. Folders are not
-    entered: hub repositories keep other formats of the same weights there.
+    that it is a snapshot of; what is copied is always a file. Of folders, those are
+    copied that belong to the model: chat templates, and what ``modules.json`` of a
+    sentence-transformers model names (``1_Pooling``). In others hub repositories keep
+    other formats of the same weights.
 
     Args:
         source: The original model folder.
@@ -291,15 +299,25 @@ def copy_other_files(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or any(path.match(pattern) for pattern in _LEFT_OUT):
             continue
-        real = path.resolve()
-        if path.is_symlink() and not any(real.is_relative_to(folder) for folder in allowed):
-            raise BackendError(
-                f"{path}: is a link to {real}, outside of the model's folder, and would be copied "
-                f"into the export. Replace it by a file, or remove it."
-            )
-        if real.is_file():
-            name = _ORIGINAL_CARD if path.name == _CARD else path.name
-            shutil.copyfile(real, target / name)
+        name = _ORIGINAL_CARD if path.name == _CARD else path.name
+        _copy_file(path, target / name, allowed)
+    for name in find_model_folders(source):
+        for path in sorted((source / name).rglob("*")):
+            inside = target / name / path.relative_to(source / name)
+            _copy_file(path, inside, allowed)
+
+
+def _copy_file(path: Path, target: Path, allowed: list[Path]) -> None:
+    """Copy what a path leads to, if it is a file, and lies where it may."""
+    real = path.resolve()
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise BackendError(
+            f"{path}: is a link to {real}, outside of the model's folder, and would be copied "
+            f"into the export. Replace it by a file, or remove it."
+        )
+    if real.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(real, target)
 
 
 def _assign_shards(plan: Mapping[str, PlannedTensor], shard_bytes: int) -> dict[str, str]:

@@ -34,15 +34,14 @@ class Experts:
 class Family:
     """Where a family keeps its linear layers.
 
-    ``body`` is the prefix under which layers are named; ``other_bodies`` are found
-    on disk too; ``loaded_body`` is the prefix in the model that transformers 5 builds.
+    ``body`` is the prefix under which layers are named and which engines' loaders read;
+    ``loaded_body`` is the prefix in the model that transformers 5 builds.
     """
 
     rules: Rules
     shared: Rules = field(default_factory=dict)  #: beside the experts, in layers that have them
     gates: Mapping[str, tuple[str, str]] = field(default_factory=dict)  #: there; unquantized
     body: str = "model."
-    other_bodies: tuple[str, ...] = ()
     loaded_body: str = "model."
     decoder: str = "layers"
     embedding: str = "embed_tokens"
@@ -52,6 +51,16 @@ class Family:
     transposed: bool = False  #: decoder layers store [in_features, out_features]
     tied: bool = False  #: what transformers assumes where the config does not say
     defaults: Mapping[str, int] = field(default_factory=dict)  #: likewise
+
+    @property
+    def headless_body(self) -> str:
+        """The prefix on disk of a class without a head, such as ``Qwen3Model``."""
+        return self.loaded_body.partition(".")[2]
+
+    @property
+    def bodies(self) -> tuple[str, ...]:
+        """Every prefix on disk that transformers loads."""
+        return tuple(dict.fromkeys((self.body, self.loaded_body, self.headless_body)))
 
 
 _ATTENTION: Rules = {
@@ -88,6 +97,12 @@ _LATENT_ATTENTION: Rules = {
     "attn.q": {"self_attn.q_b_proj": ("latent_q", "q_latent")},
     "attn.kv": {"self_attn.kv_b_proj": ("latent_kv", "kv_latent")},
     "attn.o": {"self_attn.o_proj": ("hidden", "latent_o")},
+}
+#: The same where ``q_lora_rank`` is null (Moonlight): queries are read from the input itself, and
+#: engines join them with nothing (vLLM 0.33 ``deepseek_v2.py``: ``fused_qkv_a_proj`` needs a rank).
+_PLAIN_QUERIES: Rules = {
+    "attn.q": {"self_attn.q_proj": ("latent_q", "hidden")},
+    "attn.latent": {"self_attn.kv_a_proj_with_mqa": ("kv_latent_rope", "hidden")},
 }
 _OPT: Rules = {
     "attn.qkv": _ATTENTION["attn.qkv"],
@@ -143,7 +158,6 @@ FUSION_RULES: dict[str, Family] = {
     "gemma3": Family(
         _LLAMA,
         body="language_model.model.",
-        other_bodies=("model.language_model.",),
         loaded_body="model.language_model.",
         lm_heads=("language_model.lm_head", "lm_head"),
         tied=True,
@@ -153,7 +167,6 @@ FUSION_RULES: dict[str, Family] = {
     "opt": Family(
         _OPT,
         body="model.decoder.",
-        other_bodies=("decoder.",),
         loaded_body="model.decoder.",
         outside={"project_in": ("hidden", "embedding"), "project_out": ("embedding", "hidden")},
         tied=True,
@@ -161,7 +174,6 @@ FUSION_RULES: dict[str, Family] = {
     "gpt2": Family(
         _GPT2,
         body="transformer.",
-        other_bodies=("",),
         loaded_body="transformer.",
         decoder="h",
         embedding="wte",
@@ -247,18 +259,32 @@ _CONTEXT = ("max_position_embeddings", "n_positions")
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
+def family_of(architecture: str, config: Mapping[str, Any]) -> Family:
+    """The row of ``FUSION_RULES``, with the layers that a config chooses among the family's.
+
+    Args:
+        architecture: A key of ``FUSION_RULES``.
+        config: Of the language model.
+    """
+    family = FUSION_RULES[architecture]
+    if "attn.latent" in family.rules and config.get("q_lora_rank", 0) is None:
+        others = {name: rule for name, rule in family.rules.items() if name not in _PLAIN_QUERIES}
+        return replace(family, rules={**_PLAIN_QUERIES, **others})
+    return family
+
+
 def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict[str, int]:
     """The sizes that a config states or implies, under one name for all families.
 
     Args:
         config: Of the language model.
-        family: Gives the defaults that transformers has.
+        family: From `family_of`; gives the defaults that transformers has.
         where: The config's path, for messages.
 
     Returns:
         ``hidden, heads, head, decoder_layers, ffn, 2ffn, q, kv, qkv, embedding, one``; in a
-        mixture ``experts, expert_ffn, shared_ffn``; with latent attention ``q_latent, kv_latent,
-        kv_latent_rope, latent_q, latent_kv, latent_o``; where stated ``vocabulary``,
+        mixture ``experts, expert_ffn, shared_ffn``; with latent attention ``kv_latent,
+        kv_latent_rope, latent_q, latent_kv, latent_o``; where stated ``q_latent``, ``vocabulary``,
         ``dense_first`` (decoder layers without experts), ``ahead`` (layers that predict further
         tokens).
 
@@ -277,12 +303,14 @@ def read_sizes(config: Mapping[str, Any], family: Family, *, where: str) -> dict
     if family.experts is not None:
         needed += ["experts", family.experts.out]
     if "attn.latent" in family.rules:
-        needed += ["q_latent", "kv_latent", "nope", "rope", "v_head"]
+        needed += ["kv_latent", "nope", "rope", "v_head"]
     for size in needed:
         if size not in stated:
+            keys = _KEYS[size]
             raise CheckpointError(
-                f"{where}: needed {' or '.join(repr(key) for key in _KEYS[size])}, found neither."
-                " Fetch the file again from where it came."
+                f"{where}: needed {' or '.join(map(repr, keys))}, found"
+                f" {'none' if len(keys) == 1 else 'neither' if len(keys) == 2 else 'none of them'}."
+                " Add the size, or fetch the file again from where it came."
             )
     return stated | _derive_sizes(stated, family)
 

@@ -12,17 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.fp8 import SUPPORTED
-from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
-from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, read_sizes
+from mofq.model.checkpoint.fp8 import SUPPORTED, find_quantized
+from mofq.model.checkpoint.headers import (
+    CONFIG_FILE,
+    Checkpoint,
+    TensorInfo,
+    have_same_values,
+)
+from mofq.model.layers.families import (
+    FUSION_RULES,
+    Experts,
+    Family,
+    Rules,
+    family_of,
+    read_sizes,
+)
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, layers_of
+from mofq.model.layers.model_class import check_class, computes_hidden_states
 
 _SOURCE_DTYPES = ("BF16", "F16", "F32")
-_QUANTIZED_SUFFIXES = (
-    *(".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"),
-    *(".weight_scale_2", ".weight_zero_point", ".pre_quant_scale"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +60,9 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
 
     Raises:
         CheckpointError: The family is unknown, the checkpoint is quantized already (and is
-            no FP8 source), config and tensors disagree, a matrix is covered by no rule, or
-            the lm_head is asked for and is tied.
+            no FP8 source), its class predicts no tokens, config and tensors disagree, a matrix
+            is covered by no rule, the embedding is tied to an lm_head that is stored and differs,
+            or the lm_head is asked for and there is none of its own.
     """
     model = _read_model(checkpoint)
     _check_decoder_layers(model)
@@ -69,16 +79,19 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
         else:
             groups += _join_rules(model, index, family.rules)
     unquantized += _find_outside(model)
-    head = _find_lm_head(model)
+    is_tied = _is_tied(model)
+    head = None if is_tied else _find_lm_head(model)
     if head is not None and include_lm_head:
         groups.append(FusionGroup("lm_head", (head,)))
     elif head is not None:
         unquantized.append(head)
     elif include_lm_head:
+        embedding = model.body + model.family.embedding
+        why = (
+            f"the lm_head is tied to the embedding {embedding!r} and" if is_tied else "the lm_head"
+        )
         raise CheckpointError(
-            f"{checkpoint.folder}: the lm_head is tied to the embedding"
-            f" {model.body + model.family.embedding!r} and has no weight of its own to quantize."
-            " Leave it out."
+            f"{checkpoint.folder}: {why} has no weight of its own to quantize. Leave it out."
         )
     grouped = {layer.tensor for layer in layers_of(groups)}
     _refuse_uncovered(model, grouped | {layer.tensor for layer in unquantized})
@@ -86,11 +99,12 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
         architecture=model.architecture,
         groups=tuple(groups),
         unquantized=tuple(unquantized),
-        tied_lm_head=head is None,
+        tied_lm_head=is_tied,
         other_bytes=sum(
             info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
         caches=_find_caches(model, groups),
+        body=model.body,
     )
 
 
@@ -232,24 +246,61 @@ def _find_outside(model: _Declared) -> list[LinearLayer]:
     ]
 
 
-def _find_lm_head(model: _Declared) -> LinearLayer | None:
-    """The lm_head, or None where it is tied to the embedding."""
-    tensors, family = model.checkpoint.tensors, model.family
-    embedding = f"{model.body}{family.embedding}.weight"
-    # Composite configs may leave the size of the vocabulary to transformers' defaults.
-    rows = tensors[embedding].shape[0] if embedding in tensors and tensors[embedding].shape else 0
-    shape = (model.sizes.get("vocabulary", rows), model.sizes["embedding"])
-    _require_tensor(model, embedding, shape)
+def _is_tied(model: _Declared) -> bool:
+    """Whether the embedding is the lm_head, as the config or else transformers says.
+
+    Raises:
+        CheckpointError: It is, and an lm_head is stored that differs: engines tie it all the
+            same, and transformers takes the stored one, so that something else than what was
+            measured would be served.
+    """
     stated = [
         config.get("tie_word_embeddings") for config in (model.checkpoint.config, model.config)
     ]
-    if next((bool(value) for value in stated if value is not None), family.tied):
+    if not next((bool(value) for value in stated if value is not None), model.family.tied):
+        return False
+    embedding = _find_embedding(model)
+    for head in _stored_lm_heads(model):
+        if not have_same_values(head, embedding):
+            raise CheckpointError(
+                f"{_config_path(model.checkpoint)}: 'tie_word_embeddings' is true (or not stated,"
+                f" and true for the family), and {head.file.name} holds {head.name!r}, which"
+                f" differs from the embedding {embedding.name!r}; engines differ in which they"
+                " use. Set it to false, or remove that tensor."
+            )
+    return True
+
+
+def _find_lm_head(model: _Declared) -> LinearLayer | None:
+    """The lm_head of its own, or None where the model is stored without a head."""
+    embedding, stored = _find_embedding(model), _stored_lm_heads(model)
+    stored_as_base = model.body == model.family.headless_body
+    if not stored and (stored_as_base or computes_hidden_states(model.checkpoint.config)):
         return None
-    names = [name for name in family.lm_heads if f"{name}.weight" in tensors]
-    info = _require_tensor(model, f"{(names or family.lm_heads)[0]}.weight", shape)
+    name = stored[0].name if stored else f"{model.family.lm_heads[0]}.weight"
+    info = _require_tensor(model, name, embedding.shape)
+    rows, columns = info.shape
     return _linear_layer(
-        info, family.lm_heads[0], shape=shape, module="lm_head", shares_scale="lm_head"
+        info,
+        model.family.lm_heads[0],
+        shape=(rows, columns),
+        module="lm_head",
+        shares_scale="lm_head",
     )
+
+
+def _stored_lm_heads(model: _Declared) -> list[TensorInfo]:
+    names = (f"{name}.weight" for name in model.family.lm_heads)
+    return [model.checkpoint.tensors[name] for name in names if name in model.checkpoint.tensors]
+
+
+def _find_embedding(model: _Declared) -> TensorInfo:
+    tensors = model.checkpoint.tensors
+    name = f"{model.body}{model.family.embedding}.weight"
+    # Composite configs may leave the size of the vocabulary to transformers' defaults.
+    rows = tensors[name].shape[0] if name in tensors and tensors[name].shape else 0
+    shape = (model.sizes.get("vocabulary", rows), model.sizes["embedding"])
+    return _require_tensor(model, name, shape)
 
 
 def _find_layer(
@@ -326,30 +377,31 @@ def _read_model(checkpoint: Checkpoint) -> _Declared:
             f" {', '.join(FUSION_RULES)}. A new family is a row of FUSION_RULES:"
             " docs/architecture.md."
         )
+    check_class(checkpoint.config, where=where)
     _refuse_quantized(checkpoint)
-    family = FUSION_RULES[architecture]
     config = checkpoint.config.get("text_config", checkpoint.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: 'text_config' needs an object, found {config!r}.")
+    family = family_of(architecture, config)
     sizes = read_sizes(config, family, where=where)
-    bodies = (family.body, *family.other_bodies)
-    for body in bodies:
+    for body in family.bodies:
         if any(name.startswith(f"{body}{family.decoder}.") for name in checkpoint.tensors):
             return _Declared(checkpoint, architecture, family, config, sizes, body)
     raise CheckpointError(
         f"{checkpoint.folder}: model_type {architecture!r} needs tensors named"
-        f" {' or '.join(f'{body}{family.decoder}.0.…' for body in bodies)}, found"
+        f" {' or '.join(f'{body}{family.decoder}.0.…' for body in family.bodies)}, found"
         f" {_few(checkpoint.tensors)}. Config and weights are of different models."
     )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("quantization_config")
-    scales = [name for name in checkpoint.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
-    if config is None and not scales:
+    tensors = {name: info for name, info in checkpoint.tensors.items() if not info.decoded}
+    quantized = find_quantized(tensors)
+    if config is None and quantized is None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else config
-    found = repr(scales[0]) if config is None else f"quantization_config {method!r}"
+    found = repr(quantized) if config is None else f"quantization_config {method!r}"
     own = (
         " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
     )

@@ -80,6 +80,7 @@ class ModelLayers:
     tied_lm_head: bool  #: the lm_head is the embedding and no layer of its own
     other_bytes: int  #: of all tensors but the weights in groups [bytes]
     caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
+    body: str = ""  #: prefix of the language model's tensors on disk
 
     @property
     def grouped_layers(self) -> tuple[LinearLayer, ...]:
@@ -145,6 +146,35 @@ def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
     return LoadedWeight(f"{head}.experts.{fused}", int(expert), row_start, transposed=False)
 
 
+def find_exported_name(name: str, layers: ModelLayers) -> str:
+    """What engines' loaders call a tensor of the checkpoint, whatever layout it is stored in.
+
+    transformers 5 stores what it holds in memory where it is asked to: other prefixes, and a
+    Mixtral's router beside fused experts as ``mlp.gate``. Classes without a head leave the
+    prefix out.
+
+    Args:
+        name: Of a tensor of the checkpoint.
+        layers: Of the checkpoint.
+
+    Returns:
+        The name in the layout of the hub's checkpoints, as `LinearLayer.name` is.
+
+    Source: vLLM 0.33 ``models/mixtral.py`` (``block_sparse_moe``; ``w1, w2, w3``) and
+    ``qwen2_moe.py``, ``qwen3_moe.py``, ``olmoe.py``, ``glm4_moe.py``, ``deepseek_v2.py``
+    (``mlp``; ``gate_proj, down_proj, up_proj``); SGLang 0.5.23, the same files.
+    """
+    family = FUSION_RULES[layers.architecture]
+    if name.removesuffix(".weight") in family.lm_heads or not name.startswith(layers.body):
+        return name
+    if not name.startswith(family.body):
+        name = family.body + name.removeprefix(layers.body)
+    experts = family.experts
+    if experts is not None and name.startswith(f"{family.body}{family.decoder}."):
+        name = name.replace(f".{experts.fused_module}.", f".{experts.module}.")
+    return name
+
+
 def find_loaded_names(name: str, architecture: str) -> tuple[str, ...]:
     """Under which names the loaded model may hold a tensor of the checkpoint.
 
@@ -157,6 +187,6 @@ def find_loaded_names(name: str, architecture: str) -> tuple[str, ...]:
         another tower or of a buffer that its class computes.
     """
     family = FUSION_RULES[architecture]
-    bodies = (family.body, *family.other_bodies)
-    moved = (family.loaded_body + name.removeprefix(b) for b in bodies if name.startswith(b))
+    bodies = (body for body in family.bodies if name.startswith(body))
+    moved = (family.loaded_body + name.removeprefix(body) for body in bodies)
     return (name, *moved)

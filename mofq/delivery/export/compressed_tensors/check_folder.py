@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.delivery.export.compressed_tensors.plan import (
+    ExportPlan,
+    encoded_parts,
+    plan_export,
+    split_rows,
+)
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.evidence.fits import Fits
 from mofq.exceptions import EnforcementError
@@ -50,12 +55,14 @@ def check_compressed_tensors(
             _check_rows(info, first_row, rows, f"{layer.name} in {planned.scheme.name}")
     for name, scale in plan.cache.tensors.items():
         _check_rows(exported.tensors[name], 0, scale, "the KV cache")
-    for name, info in checkpoint.tensors.items():
-        if name not in plan.replaced and info.decoded:
+    for name, first_row, rows in split_rows(plan):
+        _check_rows(exported.tensors[name], first_row, rows, "an expert of the original")
+    for info in plan.kept:
+        if info.decoded:
             for first_row, rows in read_kept_rows(info):
-                _check_rows(exported.tensors[name], first_row, rows, "rounded to bf16")
-        elif name not in plan.replaced:
-            _check_copy(info, exported.tensors[name])
+                _check_rows(exported.tensors[info.name], first_row, rows, "rounded to bf16")
+        else:
+            _check_copy(info, exported.tensors[info.name])
 
 
 def _check_config(plan: ExportPlan, exported: Checkpoint) -> None:

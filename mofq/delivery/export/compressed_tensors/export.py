@@ -9,7 +9,12 @@ from pathlib import Path
 
 from mofq.decision.recipe import Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors.model_card import model_card
-from mofq.delivery.export.compressed_tensors.plan import ExportPlan, encoded_parts, plan_export
+from mofq.delivery.export.compressed_tensors.plan import (
+    ExportPlan,
+    encoded_parts,
+    plan_export,
+    split_rows,
+)
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.delivery.recipe_fits import open_fits
 from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
@@ -184,9 +189,10 @@ def _write_weights(
                 progress("export", done, len(plan.quantized))
         for name, scale in plan.cache.tensors.items():
             writer.add_rows(name, scale)
-        for name, info in plan.checkpoint.tensors.items():
-            if name not in plan.replaced:
-                writer.keep(info)
+        for name, _, rows in split_rows(plan):
+            writer.add_rows(name, rows)
+        for info in plan.kept:
+            writer.keep(info)
 
 
 def _write_text(path: Path, text: str) -> None:

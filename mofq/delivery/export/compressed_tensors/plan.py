@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,10 +23,15 @@ from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_am
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
-from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_shared_amax
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.model.checkpoint.tensors import (
+    check_scales,
+    read_kept_layer,
+    read_layer_rows,
+    read_shared_amax,
+)
 from mofq.model.checkpoint.writer import PlannedTensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_exported_name
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.quantize.weights import quantize_weight
 from mofq.numbers.schemes import Scheme
@@ -58,7 +63,8 @@ class ExportPlan:
     model_layers: ModelLayers
     quantized: tuple[PlannedGroup, ...]
     ignored: tuple[str, ...]  #: every linear layer that is not quantized
-    replaced: frozenset[str]  #: tensors of the checkpoint that are not copied
+    kept: tuple[TensorInfo, ...]  #: of the checkpoint, under the names that they are written as
+    split: tuple[LinearLayer, ...]  #: unquantized experts, stored fused and written one by one
     tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
     group_bytes: int  #: of the fusion groups' tensors, quantized or not
     cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
@@ -85,10 +91,12 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
     check_scales(checkpoint)
     schemes = group_schemes(model_layers, recipe)
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
+    split: list[LinearLayer] = []
     for group in model_layers.groups:
         scheme = schemes[group.name]
         if scheme.is_unquantized:
             ignored += [layer.name for layer in group.layers]
+            split += [layer for layer in group.layers if layer.expert is not None]
         else:
             quantized.append(_plan_group(group, scheme, recipe))
     if model_layers.tied_lm_head:
@@ -98,21 +106,36 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         for planned in quantized
         for layer in planned.group.layers
     }
+    for layer in split:
+        dtype = checkpoint.tensors[layer.tensor].kept_dtype
+        parts[layer.name] = {
+            "weight": PlannedTensor(dtype, (layer.out_features, layer.in_features))
+        }
+    replaced = {layer.tensor for layer in model_layers.grouped_layers if layer.name in parts}
+    kept = {
+        name: replace(info, name=find_exported_name(name, model_layers))
+        for name, info in checkpoint.tensors.items()
+        if name not in replaced
+    }
     cache = plan_cache(recipe, model_layers)
     return ExportPlan(
         checkpoint=checkpoint,
         model_layers=model_layers,
         quantized=tuple(quantized),
         ignored=tuple(ignored),
-        replaced=frozenset(layer.tensor for p in quantized for layer in p.group.layers),
-        tensors=_order_tensors(checkpoint, model_layers, parts) | cache.planned,
+        kept=tuple(kept.values()),
+        split=tuple(split),
+        tensors=_order_tensors(checkpoint, model_layers, parts, kept) | cache.planned,
         group_bytes=_group_bytes(checkpoint, model_layers, parts),
         cache=cache,
     )
 
 
 def _order_tensors(
-    checkpoint: Checkpoint, layers: ModelLayers, parts: dict[str, dict[str, PlannedTensor]]
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    parts: dict[str, dict[str, PlannedTensor]],
+    kept: dict[str, TensorInfo],
 ) -> dict[str, PlannedTensor]:
     """All tensors in the checkpoint's order, each layer's own where its weight was."""
     made: dict[str, dict[str, PlannedTensor]] = {}
@@ -120,8 +143,11 @@ def _order_tensors(
         for word, tensor in parts.get(layer.name, {}).items():
             made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
     tensors: dict[str, PlannedTensor] = {}
-    for name, info in checkpoint.tensors.items():
-        tensors.update(made.get(name) or {name: PlannedTensor(info.kept_dtype, info.shape)})
+    for name in checkpoint.tensors:
+        if name in kept:
+            tensors[kept[name].name] = PlannedTensor(kept[name].kept_dtype, kept[name].shape)
+        else:
+            tensors.update(made[name])
     return tensors
 
 
@@ -145,6 +171,20 @@ def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGr
         if reason := shape_rejection(scheme, layer):
             raise BackendError(f"{reason}. Take a size that divides, or bf16.")
     return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe))
+
+
+def split_rows(plan: ExportPlan) -> Iterator[tuple[str, int, Tensor]]:
+    """The unquantized experts that are written one by one, block of rows by block of rows.
+
+    Yields:
+        Name of the tensor, first row, rows; the rows of each come in order and cover it.
+    """
+    for layer in plan.split:
+        for start, stop in row_blocks(
+            layer.out_features, layer.in_features, elements=_BLOCK_ELEMENTS
+        ):
+            rows_OI = read_kept_layer(plan.checkpoint, layer, start, stop)
+            yield f"{layer.name}.weight", start, rows_OI
 
 
 def encoded_parts(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
-from mofq.model.layers import LinearLayer, find_loaded_weight
+from mofq.model.layers import FUSION_RULES, LinearLayer, find_loaded_weight
 
 
 def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
@@ -62,8 +62,20 @@ def _config_group(plan: ExportPlan, members: list[PlannedGroup]) -> dict[str, An
 
 
 def _names(layer: LinearLayer, architecture: str) -> list[str]:
-    """Under which names engines look a layer up: on disk, and in transformers' model."""
+    """Under which names engines look a layer up: on disk, and in transformers' model.
+
+    SGLang looks the experts of any family up as ``experts.0.gate_proj``, ``up_proj`` and
+    ``down_proj``, and takes them for unquantized where that names nothing.
+
+    Source: SGLang 0.5.23 ``compressed_tensors/compressed_tensors.py:883-898``.
+    """
     loaded = find_loaded_weight(layer, architecture)
     if loaded.expert is not None or ".experts." in layer.name:
-        return [layer.name]  # transformers has no module for one expert
+        # transformers has no module for one expert
+        experts = FUSION_RULES[architecture].experts
+        parent, _, word = layer.name.rpartition(".")
+        if experts is None or not parent.endswith(".experts.0"):
+            return [layer.name]
+        words = {experts.gate: "gate_proj", experts.up: "up_proj", experts.down: "down_proj"}
+        return list(dict.fromkeys([layer.name, f"{parent}.{words[word]}"]))
     return list(dict.fromkeys([layer.name, loaded.name.removesuffix(".weight")]))
