@@ -9,8 +9,9 @@ loaded model, for the search.
 
 from __future__ import annotations
 
+from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.against_original import validate, validate_many
-from mofq.delivery.validation.enforcement import Deviation, find_deviations
+from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.report import Validation, paired_difference, write_validation
 from mofq.delivery.validation.tasks import TaskResult, Tasks
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
+from mofq.delivery.export.compressed_tensors.check_folder import (
+    check_compressed_tensors,
+    find_folder_deviations,
+)
 from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
@@ -13,6 +16,7 @@ __all__ = [
     "Export",
     "check_compressed_tensors",
     "export_compressed_tensors",
+    "find_folder_deviations",
     "load_compressed_tensors",
     "recipe_from_compressed_tensors",
 ]
