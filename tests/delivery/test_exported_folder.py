@@ -16,7 +16,7 @@ from conftest import TinyCheckpoint
 from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
 
-from mofq.decision.recipe import Recipe, RecipeCache
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.delivery.export.compressed_tensors import encoding, find_folder_deviations
 from mofq.delivery.validation import validate
 from mofq.evidence.corpora import load_text
@@ -337,3 +337,38 @@ def test_experts_under_other_names_than_the_originals_are_proved(
 def test_a_backend_is_refused_for_a_folder(original: Path, folder: Path, text_file: Path) -> None:
     with pytest.raises(BackendError, match="backend 'torchao' applies recipes"):
         validate(str(original), folder, load_text(str(text_file)), backend="torchao", **PLAN)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_folder_is_proved_whether_its_lm_head_is_quantized_or_nothing_is(
+    quantized: bool, original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(original))
+    scheme = "int8.channel" if quantized else "bf16"
+    groups = tuple(
+        RecipeGroup(group.name, scheme, tuple(layer.name for layer in group.layers))
+        for group in find_layers(checkpoint, include_lm_head=True).groups
+    )
+    assert groups[-1].layers == ("lm_head",)
+    recipe = Recipe(checkpoint.name, checkpoint.index_sha256, groups, ())
+    exported = export(original, recipe, tmp_path / "out").folder
+    text = load_text(str(text_file))
+    found, emulated = (validate(str(original), one, text, **PLAN) for one in (exported, recipe))
+    assert found.enforced is True, found.deviations
+    assert found.windows == emulated.windows
+    assert (found.kl_nats_per_token > 0) is quantized
+
+
+def test_a_cache_that_flags_ask_for_is_the_recipes(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    plain = uniform_recipe(open_checkpoint(str(original)), "int8.channel")
+    text = load_text(str(text_file))
+    names = [cache.name for cache in find_layers(open_checkpoint(str(original))).caches]
+    for scheme in ("kv:int8.token_head", "kv:fp8_e4m3.unscaled"):
+        caches = (RecipeCache(names[0], "bf16"), RecipeCache(names[1], scheme))
+        recipe = replace(plain, kv_cache=caches)
+        exported = export(original, recipe, tmp_path / scheme[3:7]).folder
+        found, emulated = (validate(str(original), one, text, **PLAN) for one in (exported, recipe))
+        assert found.enforced is True, found.deviations
+        assert found.windows == emulated.windows

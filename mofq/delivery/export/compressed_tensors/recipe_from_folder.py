@@ -22,7 +22,7 @@ from mofq.exceptions import BackendError, SchemeError
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.safetensors_header import shorten
 from mofq.model.checkpoint.tensors import read_tensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.model.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -121,13 +121,18 @@ def find_stored_layers(stored: Checkpoint) -> ModelLayers:
         stored: The quantized checkpoint.
 
     Returns:
-        What ``find_layers`` finds in the model before it was quantized; the tensors of
-        quantized layers are not those on disk.
+        What ``find_layers`` finds in the model before it was quantized, with the lm_head in a
+        fusion group where it is quantized; the tensors of quantized layers are not those on disk.
 
     Raises:
         CheckpointError: The model is of an unknown family.
     """
-    return find_layers(_without_quantization(stored))
+    family = FUSION_RULES.get(str(stored.config.get("model_type")))
+    heads = () if family is None else family.lm_heads
+    return find_layers(
+        _without_quantization(stored),
+        include_lm_head=any(_is_quantized(stored, name) for name in heads),
+    )
 
 
 def _without_quantization(stored: Checkpoint) -> Checkpoint:
