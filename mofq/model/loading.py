@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, MofqError
 from mofq.model.checkpoint.headers import (
     CONFIG_FILE,
-    Checkpoint,
-    TensorInfo,
     open_checkpoint,
     read_json,
 )
@@ -36,7 +35,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    folder: Path, *, dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
+    tensors: Mapping[str, Callable[[], torch.Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for inference: eval mode, no gradients, no key-value cache.
 
@@ -46,6 +50,9 @@ def load_model(
         device: Where it runs.
         device_map: How accelerate spreads it over devices, for example ``auto``; replaces
             ``device``.
+        tensors: Name -> what reads it, of every tensor of the model, in place of the weights
+            that lie in the folder; the config is still the folder's, whatever it says of a
+            quantization.
 
     Returns:
         The model; of an FP8 checkpoint, with the decoded weights. Mixtures of experts run
@@ -63,10 +70,14 @@ def load_model(
         options["device_map"] = device_map
     logging.disable_progress_bar()
     _refuse_foreign_code(folder)
-    checkpoint = open_checkpoint(str(folder))
-    check_next_tokens(checkpoint.config, where=str(folder / CONFIG_FILE))
+    if tensors is None:
+        checkpoint = open_checkpoint(str(folder))
+        if checkpoint.source_format is not None or checkpoint.left_over is not None:
+            tensors = {n: partial(read_tensor, info) for n, info in checkpoint.tensors.items()}
+    config = read_json(folder / CONFIG_FILE)
+    check_next_tokens(config, where=str(folder / CONFIG_FILE))
     options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
-    model, missing = _load_quietly(checkpoint, options)
+    model, missing = _load_quietly(folder, tensors, options)
     if missing == ["lm_head.weight"]:
         raise CheckpointError(
             f"{folder}: holds no lm_head, and {CONFIG_FILE} does not tie it to the embedding, so"
@@ -90,28 +101,30 @@ def load_model(
 
 
 def _load_quietly(
-    checkpoint: Checkpoint, options: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Callable[[], torch.Tensor]] | None,
+    options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its weights that the checkpoint does not have."""
     options = {**options, "output_loading_info": True}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of what is missing is an error of ours
     try:
-        if checkpoint.source_format is None and checkpoint.left_over is None:
+        if tensors is None:
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
+                folder,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 **options,
             )
         else:
-            model, loaded = _load_decoded(checkpoint, options)
-    except CheckpointError:
+            model, loaded = _load_decoded(folder, tensors, options)
+    except MofqError:
         raise
     except Exception as error:  # transformers raises many kinds for invalid configs
         raise CheckpointError(
-            f"{checkpoint.folder}: transformers cannot load the model: {_on_one_line(error)}"
+            f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -122,37 +135,37 @@ def _load_quietly(
 class _Lazy:
     """A tensor that is read when transformers takes it, as it takes safetensors' own slices."""
 
-    info: TensorInfo
+    read: Callable[[], torch.Tensor]
 
     def __getitem__(self, key: object) -> torch.Tensor:
-        return read_tensor(self.info)
+        return self.read()
 
 
 def _load_decoded(
-    checkpoint: Checkpoint, options: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Callable[[], torch.Tensor]],
+    options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model with the weights that are measured, and transformers' report.
+    """The model with the weights that are given, and transformers' report.
 
     transformers could dequantize some formats of FP8 sources, each in its own way and most to
     bf16, and would quantize what a left-over config names. It gets the decoded tensors here,
     and a config that says nothing of a quantization.
     """
-    config = AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=False
-    )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    tensors = {name: _Lazy(info) for name, info in checkpoint.tensors.items()}
+    lazy = {name: _Lazy(read) for name, read in tensors.items()}
     model: PreTrainedModel
     model, loaded = kind.from_pretrained(
-        None, config=config, state_dict=tensors, trust_remote_code=False, **options
+        None, config=config, state_dict=lazy, trust_remote_code=False, **options
     )
-    model.config.name_or_path = str(checkpoint.folder)
-    if (checkpoint.folder / _GENERATION_FILE).is_file():
-        generation = read_json(checkpoint.folder / _GENERATION_FILE)
+    model.config.name_or_path = str(folder)
+    if (folder / _GENERATION_FILE).is_file():
+        generation = read_json(folder / _GENERATION_FILE)
         model.generation_config = GenerationConfig.from_dict(generation)
     return model, loaded
 

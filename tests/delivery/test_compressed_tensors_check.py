@@ -61,14 +61,14 @@ def _add_tensor(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (_edit_scale, r"q_proj\.weight_scale' differs from row 7"),
-        (_swap_scales, r"q_proj\.weight_scale' differs from row 2"),
-        (_edit_code, r"gate_proj\.weight_packed' differs from row 9"),
-        (_transpose_scales, r"gate_proj\.weight_scale' differs"),
-        (_other_group_size, r"gate_proj\.weight_scale': needed BF16"),
-        (_left_in_bf16, r"q_proj\.weight'"),
-        (_edit_norm, r"model\.norm\.weight' is not the original's"),
-        (_add_tensor, r"weight_zero_point' belongs to nothing"),
+        (_edit_scale, r"q_proj\.weight_scale: differs from row 7"),
+        (_swap_scales, r"q_proj\.weight_scale: differs from row 2"),
+        (_edit_code, r"gate_proj\.weight_packed: differs from row 9"),
+        (_transpose_scales, r"gate_proj\.weight_scale: differs"),
+        (_other_group_size, r"gate_proj\.weight_scale: needed BF16"),
+        (_left_in_bf16, r"q_proj\.weight"),
+        (_edit_norm, r"model\.norm\.weight: is not the original's"),
+        (_add_tensor, r"weight_zero_point: belongs to nothing"),
     ],
 )
 def test_a_planted_deviation_is_named(

@@ -23,7 +23,6 @@ from mofq.exceptions import (
     BackendError,
     CheckpointError,
     CorpusError,
-    EnforcementError,
     MofqError,
     RecipeError,
 )
@@ -241,7 +240,7 @@ def test_an_exported_folder_is_proved_byte_for_byte_and_validated_as_its_recipe(
     assert found.lineage.folder_index_sha256 == open_checkpoint(str(folder)).index_sha256
 
 
-def test_an_exported_folder_with_an_edited_byte_is_refused_before_any_model_runs(
+def test_an_exported_folder_with_an_edited_byte_is_run_with_it_and_not_enforced(
     tiny_llama: Path, text: Corpus, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
@@ -253,8 +252,12 @@ def test_an_exported_folder_with_an_edited_byte_is_refused_before_any_model_runs
         byte = file.read(1)[0]
         file.seek(info.start + 40)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(EnforcementError, match=UP):
-        validate(str(tiny_llama), str(folder), text, **PLAN)
+    found = validate(str(tiny_llama), str(folder), text, **PLAN)
+    assert found.enforced is False
+    # The stored bytes, and the weight that another decoder makes of them.
+    assert [deviation.layer for deviation in found.deviations] == [f"{UP}.weight_packed", UP]
+    as_exported = validate(str(tiny_llama), str(folder / "recipe.yaml"), text, **PLAN)
+    assert found.kl_nats_per_token != as_exported.kl_nats_per_token
 
 
 def test_a_folder_quantized_by_a_method_that_is_not_read_is_refused(

@@ -187,7 +187,7 @@ def test_an_export_whose_kept_layer_is_another_is_found(
     check_compressed_tensors(checkpoint, recipe, tmp_path / "out")
     name = "model.layers.1.self_attn.o_proj.weight"
     changed = copy_with_tensors(tmp_path / "out", tmp_path / "bad", lambda t: t[name][5].neg_())
-    with pytest.raises(EnforcementError, match=r"o_proj.weight' differs from row 5 on"):
+    with pytest.raises(EnforcementError, match=r"o_proj.weight: differs from row 5 on"):
         check_compressed_tensors(checkpoint, recipe, changed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -69,8 +70,17 @@ def apply_caches(model: nn.Module, recipe: Recipe, layers: ModelLayers) -> list[
     return handles
 
 
-def cache_deviation(model: nn.Module, recipe: Recipe, layers: ModelLayers) -> dict[str, str]:
-    """Where a model's cache is not what a recipe says: layer -> how."""
+def cache_deviation(
+    model: nn.Module, recipe: Recipe, layers: ModelLayers, *, rel_tol: float = 0.0
+) -> dict[str, str]:
+    """Where a model's cache is not what a recipe says: layer -> how.
+
+    Args:
+        model: To which the recipe was applied.
+        recipe: That was checked against it.
+        layers: Of the model.
+        rel_tol: By how much static maxima may differ, relative to themselves.
+    """
     chosen = {cache.name: cache for cache in recipe.kv_cache}
     found = {}
     for cache in layers.caches:
@@ -81,6 +91,14 @@ def cache_deviation(model: nn.Module, recipe: Recipe, layers: ModelLayers) -> di
         names = [passage.scheme.name for passage in passages] or ["bf16"]
         if names != [needed]:
             found[cache.name] = f"needed the cache in {needed!r}, found {', '.join(names)}"
-        elif passages and dict(passages[0].static_amax) != ((one and one.static_amax) or {}):
+        elif passages and not _is_close(
+            passages[0].static_amax, (one and one.static_amax) or {}, rel_tol=rel_tol
+        ):
             found[cache.name] = "the static maxima of its cache are not those of the recipe"
     return found
+
+
+def _is_close(found: Mapping[str, float], needed: Mapping[str, float], *, rel_tol: float) -> bool:
+    return found.keys() == needed.keys() and all(
+        math.isclose(found[key], needed[key], rel_tol=rel_tol) for key in needed
+    )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mofq import __version__
 from mofq.decision.recipe import Recipe
+from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_fits import open_fits
-from mofq.delivery.validation.candidates import Candidate, load_candidate, open_candidate
+from mofq.delivery.validation.candidates import (
+    Candidate,
+    load_candidate,
+    naming_deviations,
+    open_candidate,
+)
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
-from mofq.delivery.validation.enforcement import Deviation, find_deviations
+from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
 from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
 from mofq.evidence.corpora import Corpus, check_context, tokenize
+from mofq.exceptions import EnforcementError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -92,6 +100,7 @@ class _Original:
 
     checkpoint: Checkpoint
     text: Corpus
+    tokenize: Callable[[PreTrainedTokenizerBase], Tensor]  #: the text in windows
     windows_NT: Tensor
     logits: OriginalLogits
     entropies: tuple[float, ...]
@@ -118,17 +127,19 @@ def _run_original(
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     check_context(model, sequence_length)
-    windows_NT = tokenize(
+    in_windows = partial(
+        tokenize,
         text,
-        tokenizer,
         tokens=tokens,
         sequence_length=sequence_length,
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
     )
+    windows_NT = in_windows(tokenizer)
     entropies = run_original(model, windows_NT, into=logits, progress=progress)
     return _Original(
         checkpoint=checkpoint,
         text=text,
+        tokenize=in_windows,
         windows_NT=windows_NT,
         logits=logits,
         entropies=entropies,
@@ -149,11 +160,13 @@ def _validate_one(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
     deviations = _enforce(model, candidate, checkpoint, progress=progress)
-    scores = compare(model, original.windows_NT, original=original.logits, progress=progress)
+    with naming_deviations(candidate):
+        tokenizer, windows_NT = _tokens_of(candidate, original)
+        scores = compare(model, windows_NT, original=original.logits, progress=progress)
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()
     if original.runner is not None:
-        task_scores = original.runner.run(model, load_tokenizer(checkpoint.folder))
+        task_scores = original.runner.run(model, tokenizer)
     asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
     budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
@@ -178,6 +191,24 @@ def _validate_one(
     )
 
 
+def _tokens_of(candidate: Candidate, original: _Original) -> tuple[PreTrainedTokenizerBase, Tensor]:
+    """Tokenizer and windows of a candidate: those of the original but for an exported folder.
+
+    Raises:
+        EnforcementError: The folder's tokenizer cuts the text into another number of windows.
+    """
+    if candidate.folder is None or candidate.recipe is None or candidate.is_foreign:
+        return load_tokenizer(original.checkpoint.folder), original.windows_NT
+    tokenizer = load_tokenizer(candidate.folder.folder)
+    windows_NT = original.tokenize(tokenizer)
+    if windows_NT.shape != original.windows_NT.shape:
+        raise EnforcementError(
+            f"{candidate.source}: its tokenizer makes {windows_NT.numel()} tokens of the text, "
+            f"the original's {original.windows_NT.numel()}, so the two cannot be compared."
+        )
+    return tokenizer, windows_NT
+
+
 def _enforce(
     model: PreTrainedModel,
     candidate: Candidate,
@@ -191,7 +222,15 @@ def _enforce(
     if recipe is None or candidate.is_foreign:
         return None
     with open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256) as fits:
-        return find_deviations(model, recipe, checkpoint=checkpoint, fits=fits, progress=progress)
+        in_model = find_deviations(
+            model,
+            recipe,
+            checkpoint=checkpoint,
+            fits=fits,
+            decoded=candidate.folder is not None,
+            progress=progress,
+        )
+    return (*candidate.deviations, *in_model)
 
 
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +12,18 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, load_recipe, recipe_text
 from mofq.delivery.backends import APPLIERS, apply_recipe
+from mofq.delivery.deviation import Deviation
 from mofq.delivery.export.compressed_tensors import (
-    check_compressed_tensors,
+    find_folder_deviations,
     recipe_from_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors.export import RECIPE_FILE as RECIPE_FILE
+from mofq.delivery.export.compressed_tensors.kv_cache import CACHES_BY_FLAG
 from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
+from mofq.delivery.export.compressed_tensors.recipe_from_folder import QUANTIZATION_KEY
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
-from mofq.exceptions import BackendError, nearest_name
+from mofq.exceptions import BackendError, EnforcementError, nearest_name
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_stored
 from mofq.model.layers import ModelLayers, find_layers
@@ -38,6 +42,8 @@ class Candidate:
     folder: Checkpoint | None  #: exported, unquantized or of another tool
     bits_per_weight: float
     is_foreign: bool = False  #: quantized by another tool, whose codes are as they are
+    served: Recipe | None = None  #: what engines read in a quantized folder
+    deviations: tuple[Deviation, ...] = ()  #: of an exported folder
     backend: str = "emulate"  #: that applies the recipe
     emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
     stats: str | Path | None = None  #: that fitted schemes rest on
@@ -66,8 +72,8 @@ def open_candidate(
 
     Raises:
         RecipeError: The recipe is not valid, or not for the original.
-        EnforcementError: An exported folder is not, byte for byte, what its
-            recipe makes of the original.
+        EnforcementError: An exported folder differs from what its recipe makes of the
+            original, so that it cannot be loaded.
         BackendError: A quantized folder is of a format that cannot be read.
         CheckpointError: The folder holds no model.
         StatsError: A scheme is fitted to statistics, and there are none, or others.
@@ -75,13 +81,57 @@ def open_candidate(
     if backend not in APPLIERS:
         raise BackendError(f"unknown backend {backend!r}." + nearest_name(backend, APPLIERS))
     candidate = _open(source, checkpoint)
-    if candidate.recipe is not None:
-        index_sha256 = checkpoint.index_sha256
-        with open_fits(candidate.recipe, stats, index_sha256=index_sha256) as fits:
-            if candidate.folder is not None and not candidate.is_foreign:
-                folder = candidate.folder.folder
-                check_compressed_tensors(checkpoint, candidate.recipe, folder, fits=fits)
+    recipe, folder = candidate.recipe, candidate.folder
+    if recipe is not None:
+        with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+            if folder is not None and not candidate.is_foreign:
+                if backend != "emulate":
+                    raise BackendError(
+                        f"{source}: is a folder, which is decoded and run as it is; backend "
+                        f"{backend!r} applies recipes. Give {RECIPE_FILE} in it for that."
+                    )
+                found = find_folder_deviations(checkpoint, recipe, folder, fits=fits)
+                candidate = replace(candidate, deviations=tuple(found))
+                with naming_deviations(candidate):
+                    candidate = replace(candidate, served=_read_served(folder, recipe))
     return replace(candidate, backend=backend, emulated=tuple(emulated), stats=stats)
+
+
+@contextmanager
+def naming_deviations(candidate: Candidate) -> Iterator[None]:
+    """Whatever fails in a folder that is not as it was exported: say first how it differs.
+
+    Raises:
+        EnforcementError: Something failed, and the candidate has deviations.
+    """
+    try:
+        yield
+    # A changed config may fail anywhere in transformers, or in the model's own code.
+    except Exception as error:
+        if not candidate.deviations:
+            raise
+        first, *others = candidate.deviations
+        more = f" (and {len(others)} more)" if others else ""
+        raise EnforcementError(
+            f"{candidate.source}: {first.layer}: {first.reason}{more}. The folder is not what its "
+            f"recipe says, and cannot be run: {error}"
+        ) from error
+
+
+def _read_served(folder: Checkpoint, recipe: Recipe) -> Recipe | None:
+    """What engines read in an exported folder, started with the flags that its card gives.
+
+    Weights, inputs and caches are the folder's own. Of the caches only flags can say that one
+    stays unquantized, or has a format that a checkpoint has no words for.
+    """
+    if QUANTIZATION_KEY not in folder.config:
+        return None
+    served = recipe_from_compressed_tensors(folder.folder)
+    caches = {cache.name: cache for cache in served.kv_cache}
+    for cache in recipe.kv_cache:
+        if cache.parsed.is_unquantized or cache.scheme in CACHES_BY_FLAG:
+            caches[cache.name] = cache
+    return replace(served, kv_cache=tuple(caches.values()))
 
 
 def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
@@ -95,11 +145,11 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         recipe_file = path / RECIPE_FILE
         candidate = _open_recipe_file(recipe_file, checkpoint, source=str(folder.folder))
         return replace(candidate, folder=folder)
-    if "quantization_config" in folder.config:
+    if QUANTIZATION_KEY in folder.config:
         recipe = recipe_from_compressed_tensors(path)
         text = recipe_text(recipe)
         candidate = _open_recipe(recipe, checkpoint, source=str(source), text=text)
-        return replace(candidate, folder=folder, is_foreign=True)
+        return replace(candidate, folder=folder, is_foreign=True, served=recipe)
     return Candidate(
         source=str(source),
         recipe=None,
@@ -135,32 +185,31 @@ def load_candidate(
         progress: Of the backend.
 
     Returns:
-        The original with the recipe applied, also for an exported folder, which
-        is known to hold the same codes and scales; the codes and scales of another
-        tool's folder, emulated; without a recipe, the folder's own model.
+        Of a folder, its own config and tensors, decoded, with inputs and caches quantized as
+        its config says; else the original with the recipe applied.
 
     Raises:
         MofqError: It cannot be loaded, or the recipe cannot be applied.
     """
-    if candidate.recipe is not None:
-        model = load_model(checkpoint.folder, dtype=dtype, device=device)
-        if candidate.is_foreign:
-            assert candidate.folder is not None
+    if candidate.folder is not None:
+        with naming_deviations(candidate):
+            if candidate.served is None:
+                return load_model(candidate.folder.folder, dtype=dtype, device=device)
             return load_compressed_tensors(
-                model, candidate.recipe, candidate.folder, progress=progress
+                candidate.folder, candidate.served, dtype=dtype, device=device, progress=progress
             )
-        apply_recipe(
-            model,
-            candidate.recipe,
-            candidate.backend,
-            checkpoint=checkpoint,
-            stats=candidate.stats,
-            emulate=candidate.emulated,
-            progress=progress,
-        )
-        return model
-    assert candidate.folder is not None
-    return load_model(candidate.folder.folder, dtype=dtype, device=device)
+    assert candidate.recipe is not None
+    model = load_model(checkpoint.folder, dtype=dtype, device=device)
+    apply_recipe(
+        model,
+        candidate.recipe,
+        candidate.backend,
+        checkpoint=checkpoint,
+        stats=candidate.stats,
+        emulate=candidate.emulated,
+        progress=progress,
+    )
+    return model
 
 
 def _open_recipe_file(path: Path, checkpoint: Checkpoint, *, source: str) -> Candidate:

@@ -118,7 +118,7 @@ def compare(
 
     Args:
         model: In eval mode.
-        windows_NT: As given to ``run_original``.
+        windows_NT: As many, and as long, as were given to ``run_original``.
         original: Filled by it.
         progress: Called with ``"validate"``, windows done, and all of them.
 

@@ -7,6 +7,7 @@ says of itself is trusted but the rounding of inputs, whose scheme is compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import cache_deviation
 from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
+from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
 from mofq.files.progress import Progress
@@ -44,16 +46,12 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 #: Elements of a weight that are compared at once.
 _BLOCK_ELEMENTS = 2**23
 
+#: Two roundings to float32: of a reciprocal and of its own reciprocal, or of a maximum and of the
+#: scale that is made of it, and one of the maximum itself.
+DECODED_ROUNDING = 2.0**-22
+
 _BITS = {2: torch.int16, 4: torch.int32}
 _UNQUANTIZED = parse_scheme("bf16")
-
-
-@dataclass(frozen=True, slots=True)
-class Deviation:
-    """One way in which a model is not what its recipe says."""
-
-    layer: str  #: or the name of another tensor
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +72,7 @@ def find_deviations(
     *,
     checkpoint: Checkpoint,
     fits: Fits | None = None,
+    decoded: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Deviation, ...]:
     """Compare every layer of a model with what a recipe makes of the original weights.
@@ -88,6 +87,9 @@ def find_deviations(
         recipe: For the checkpoint.
         checkpoint: The original.
         fits: Of the recipe's own stats; where a scheme is fitted.
+        decoded: The model is an exported folder's. Where that stores the reciprocal of a global
+            scale, or the scale of static inputs for their maximum, the value read back has been
+            rounded once more, and is the same within ``DECODED_ROUNDING``.
         progress: Called with ``"enforce"``, fusion groups done, and all of them.
 
     Returns:
@@ -105,14 +107,15 @@ def find_deviations(
         if progress is not None:
             progress("enforce", done, total)
         for expected in _expect_group(group, schemes[group.name], recipe, checkpoint, fits=fits):
-            found += _check_layer(model, expected, checkpoint, layers.architecture)
+            found += _check_layer(model, expected, checkpoint, layers.architecture, decoded=decoded)
     if progress is not None:
         progress("enforce", total - 1, total)
     for layer in layers.unquantized:
         left_alone = _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None)
         found += _check_layer(model, left_alone, checkpoint, layers.architecture)
     found += _check_others(model, checkpoint, layers)
-    for name, reason in cache_deviation(model, recipe, layers).items():
+    rounding = DECODED_ROUNDING if decoded else 0.0
+    for name, reason in cache_deviation(model, recipe, layers, rel_tol=rounding).items():
         found.append(Deviation(name, reason))
     if progress is not None:
         progress("enforce", total, total)
@@ -141,7 +144,12 @@ def _expect_group(
 
 
 def _check_layer(
-    model: nn.Module, expected: _Expected, checkpoint: Checkpoint, architecture: str
+    model: nn.Module,
+    expected: _Expected,
+    checkpoint: Checkpoint,
+    architecture: str,
+    *,
+    decoded: bool = False,
 ) -> Iterator[Deviation]:
     layer = expected.layer
     at = find_loaded_weight(layer, architecture)
@@ -152,7 +160,7 @@ def _check_layer(
     except AttributeError:
         yield Deviation(layer.name, f"the model has no weight {at.name!r}")
         return
-    reason = _module_deviation(module, expected, at)
+    reason = _module_deviation(module, expected, at, decoded=decoded)
     if reason is not None:
         yield Deviation(layer.name, reason)
     if isinstance(module, TorchaoLinear):
@@ -166,12 +174,14 @@ def _check_layer(
     if at.transposed and not isinstance(module, FakeQuantLinear):
         weight = weight.T
     weight_OI = weight[at.row_start : at.row_start + layer.out_features]
-    reason = _weight_deviation(weight_OI, expected, checkpoint)
+    reason = _weight_deviation(weight_OI, expected, checkpoint, decoded=decoded)
     if reason is not None:
         yield Deviation(layer.name, reason)
 
 
-def _module_deviation(module: nn.Module, expected: _Expected, at: LoadedWeight) -> str | None:
+def _module_deviation(
+    module: nn.Module, expected: _Expected, at: LoadedWeight, *, decoded: bool
+) -> str | None:
     """How the module's type, scheme or input scale differs, if it does."""
     wanted = expected.scheme
     if not isinstance(module, FakeQuantLinear | FakeQuantExperts | TorchaoLinear):
@@ -187,8 +197,13 @@ def _module_deviation(module: nn.Module, expected: _Expected, at: LoadedWeight) 
     else:
         amax = module.static_amax.get(at.name.rpartition(".")[2], {})
         found = None if at.expert is None else amax.get(at.expert)
-    if found != expected.static_amax:
-        return f"needed the static input maximum {expected.static_amax}, found {found}"
+    needed = expected.static_amax
+    rounding = DECODED_ROUNDING if decoded else 0.0
+    is_same = found == needed or (
+        found is not None and needed is not None and math.isclose(found, needed, rel_tol=rounding)
+    )
+    if not is_same:
+        return f"needed the static input maximum {needed}, found {found}"
     return None
 
 
@@ -211,7 +226,9 @@ def _torchao_deviation(
     )
 
 
-def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkpoint) -> str | None:
+def _weight_deviation(
+    weight_OI: Tensor, expected: _Expected, checkpoint: Checkpoint, *, decoded: bool
+) -> str | None:
     """How the weight differs from the scheme's, if it does."""
     layer, scheme = expected.layer, expected.scheme
     if type(weight_OI) not in (Tensor, nn.Parameter):
@@ -219,6 +236,8 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
     shape = (layer.out_features, layer.in_features)
     if tuple(weight_OI.shape) != shape:
         return f"needed a weight of shape {list(shape)}, found {list(weight_OI.shape)}"
+    has_reciprocal = scheme.weight is not None and scheme.weight.scale.global_scale_bits > 0
+    rounding = 2 * torch.finfo(weight_OI.dtype).eps if decoded and has_reciprocal else 0.0
     different, first, is_source = 0, "", True
     tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
     for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
@@ -235,6 +254,8 @@ def _weight_deviation(weight_OI: Tensor, expected: _Expected, checkpoint: Checkp
             )
         found = weight_OI[start:stop].cpu()
         differs = _bits_differ(found, needed)
+        if rounding:
+            differs &= (found.float() - needed).abs() > rounding * needed.abs()
         if differs.any() and not different:
             row, column = differs.nonzero()[0].tolist()
             first = (

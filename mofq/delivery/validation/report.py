@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.divergence import WindowScore
-from mofq.delivery.validation.enforcement import Deviation
 from mofq.delivery.validation.tasks import TaskResult
 from mofq.exceptions import MofqError
 from mofq.files.documents import write_beside_and_rename

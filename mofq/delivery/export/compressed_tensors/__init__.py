@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
+from mofq.delivery.export.compressed_tensors.check_folder import (
+    check_compressed_tensors,
+    find_folder_deviations,
+)
 from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     recipe_from_compressed_tensors,
@@ -12,5 +15,6 @@ __all__ = [
     "Export",
     "check_compressed_tensors",
     "export_compressed_tensors",
+    "find_folder_deviations",
     "recipe_from_compressed_tensors",
 ]

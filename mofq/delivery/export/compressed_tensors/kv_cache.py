@@ -32,7 +32,7 @@ _STRATEGIES = {
     "kv:fp8_e4m3.head": "attn_head",
 }
 #: Formats that vLLM is asked for by ``--kv-cache-dtype`` alone.
-_DTYPES = {
+CACHES_BY_FLAG = {
     "kv:int8.token_head": "int8_per_token_head",
     "kv:fp8_e4m3.token_head": "fp8_per_token_head",
 }
@@ -79,10 +79,10 @@ def plan_cache(recipe: Recipe, layers: ModelLayers) -> PlannedCache:
     left = [cache.decoder_layer for cache in layers.caches if cache.name not in chosen]
     skip = f"--kv-cache-dtype-skip-layers {' '.join(map(str, left))}"
     flags = (skip,) if left else ()
-    if name in _DTYPES:
-        return PlannedCache(None, {}, (f"--kv-cache-dtype {_DTYPES[name]}", *flags))
+    if name in CACHES_BY_FLAG:
+        return PlannedCache(None, {}, (f"--kv-cache-dtype {CACHES_BY_FLAG[name]}", *flags))
     if name not in _STRATEGIES:
-        known = ", ".join([*_STRATEGIES, *_DTYPES])
+        known = ", ".join([*_STRATEGIES, *CACHES_BY_FLAG])
         raise BackendError(
             f"kv_cache: no engine that reads compressed-tensors holds the cache in {name}; it is "
             f"emulated only. Formats that are held: {known}. Search again with --engine."

@@ -19,13 +19,15 @@ from typing import Any
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
 from mofq.exceptions import BackendError, SchemeError
-from mofq.model.checkpoint.headers import Checkpoint, TensorInfo, open_stored
+from mofq.files.documents import shown
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.model.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
-_PARTS = (
+#: Last words of the tensors of a quantized layer or cache, but for ``weight`` itself.
+STORED_PARTS = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
     *("weight_global_scale", "weight_g_idx", "input_scale", "input_zero_point"),
     "input_global_scale",
@@ -38,7 +40,7 @@ _NAMED: dict[tuple[Any, ...], str] = {
     ("group", 32): "mxfp4",
     ("group", 32, 8): "mxfp8",
 }
-_CONFIG_KEY = "quantization_config"
+QUANTIZATION_KEY = "quantization_config"
 
 
 def _equivalent_recipe(config: object) -> str:
@@ -72,7 +74,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         CheckpointError: No model, or one of an unknown family.
     """
     stored = open_stored(str(folder))
-    config = stored.config.get(_CONFIG_KEY)
+    config = stored.config.get(QUANTIZATION_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
         method = config.get("quant_method") if isinstance(config, dict) else None
         raise BackendError(
@@ -80,6 +82,8 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
             f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
             f"{_equivalent_recipe(config)}"
         )
+    if (fault := config_fault(config)) is not None:
+        raise BackendError(f"{stored.folder / CONFIG_FILE}: {QUANTIZATION_KEY}: {fault}.")
     for key in ("transform_config", "sparsity_config"):
         if config.get(key):
             raise BackendError(
@@ -89,7 +93,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
     layers = find_stored_layers(stored)
     groups = tuple(_read_group(stored, config, group) for group in layers.groups)
     for layer in layers.unquantized:
-        if _config_group(config, layer.name) is not None and _is_quantized(stored, layer.name):
+        if config_group(config, layer.name) is not None and _is_quantized(stored, layer.name):
             raise BackendError(
                 f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
                 f"which is all that this recipe would hold."
@@ -117,13 +121,18 @@ def find_stored_layers(stored: Checkpoint) -> ModelLayers:
         stored: The quantized checkpoint.
 
     Returns:
-        What ``find_layers`` finds in the model before it was quantized; the tensors of
-        quantized layers are not those on disk.
+        What ``find_layers`` finds in the model before it was quantized, with the lm_head in a
+        fusion group where it is quantized; the tensors of quantized layers are not those on disk.
 
     Raises:
         CheckpointError: The model is of an unknown family.
     """
-    return find_layers(_without_quantization(stored))
+    family = FUSION_RULES.get(str(stored.config.get("model_type")))
+    heads = () if family is None else family.lm_heads
+    return find_layers(
+        _without_quantization(stored),
+        include_lm_head=any(_is_quantized(stored, name) for name in heads),
+    )
 
 
 def _without_quantization(stored: Checkpoint) -> Checkpoint:
@@ -136,9 +145,9 @@ def _without_quantization(stored: Checkpoint) -> Checkpoint:
             tensors[f"{parent}.weight"] = _as_bf16(info, f"{parent}.weight", shape)
         elif word == "weight" and _is_quantized(stored, parent):
             tensors[name] = _as_bf16(info, name, info.shape)
-        elif word not in _PARTS:
+        elif word not in STORED_PARTS:
             tensors[name] = info
-    config = {key: value for key, value in stored.config.items() if key != _CONFIG_KEY}
+    config = {key: value for key, value in stored.config.items() if key != QUANTIZATION_KEY}
     return replace(stored, tensors=tensors, config=config)
 
 
@@ -177,7 +186,7 @@ def _read_group(stored: Checkpoint, config: Mapping[str, Any], group: FusionGrou
 def _read_scheme(stored: Checkpoint, config: Mapping[str, Any], layer: str) -> Scheme:
     if not _is_quantized(stored, layer):
         return parse_scheme("bf16")
-    group = _config_group(config, layer)
+    group = config_group(config, layer)
     if group is None:
         raise BackendError(
             f"{stored.folder}: {layer!r} has scales and no config group targets it, so engines "
@@ -243,8 +252,56 @@ def _static_amax(stored: Checkpoint, layer: LinearLayer, scheme: Scheme) -> floa
     return largest * float(read_tensor(stored.tensors[f"{layer.name}.input_scale"]).max())
 
 
-def _config_group(config: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
-    """The config group that targets a linear layer."""
+def config_fault(config: object) -> str | None:
+    """What in a ``quantization_config`` is of no type that engines understand, if anything is.
+
+    ``ignore: "re:.*"`` is a text to one reader and six names of one letter to another.
+    """
+    if not isinstance(config, dict):
+        return f"needed a mapping, found {shown(config)}"
+    groups = config.get("config_groups") or {}
+    names = {"ignore": config.get("ignore") or []}
+    mappings = {"config_groups": groups, "kv_cache_scheme": config.get("kv_cache_scheme") or {}}
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        where = f"config_groups: {name}"
+        mappings[where] = group
+        if isinstance(group, dict):
+            names[f"{where}: targets"] = group.get("targets")
+            for operand in ("weights", "input_activations"):
+                mappings[f"{where}: {operand}"] = group.get(operand) or {}
+    for where, value in mappings.items():
+        if not isinstance(value, dict):
+            return f"{where}: needed a mapping, found {shown(value)}"
+    for where, value in names.items():
+        if not _is_names(value):
+            return f"{where}: needed a list of names and expressions, found {shown(value)}"
+    return None
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(name, str) and _is_expression(name.removeprefix("re:")) for name in value
+    )
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def config_group(config: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
+    """The config group that targets a linear layer.
+
+    Args:
+        config: A ``quantization_config`` without a ``config_fault``.
+        layer: Its name.
+
+    Returns:
+        The group; None where the layer is ignored, or no group targets it.
+    """
     ignore = config.get("ignore") or []
     if any(_matches(layer, name) for name in ignore):
         return None
