@@ -38,7 +38,6 @@ from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.kv_schemes import (
     CacheScheme,
-    cache_bits,
     cache_rejection,
     parse_cache_scheme,
     static_keys,
@@ -513,10 +512,3 @@ def _check_group(recipe: Recipe, group: FusionGroup, schemes: Mapping[str, str])
                 f"recipe of {recipe.model_name}: {group.name} is served as one matrix "
                 f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}."
             )
-
-
-def bits_per_number(recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer]) -> float:
-    """True bits of a cached number, over all layers of a model."""
-    chosen = {cache.name: cache.parsed for cache in recipe_caches}
-    bits = sum(cache_bits(chosen[cache.name], cache) for cache in caches)
-    return bits / sum(cache.numbers for cache in caches)

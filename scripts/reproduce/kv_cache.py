@@ -20,10 +20,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mofq.decision import Budgets, Request, decide
-from mofq.decision.recipe import Recipe, bits_per_number, recipe_text
+from mofq.decision.recipe import Recipe, RecipeCache, recipe_text
 from mofq.decision.result import recipe_from_table
 from mofq.delivery.backends import apply_recipe
 from mofq.evidence.table import Table, read_table
+from mofq.model.kv_schemes import cache_bits
+from mofq.model.layers import CacheLayer
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import (
@@ -95,6 +97,13 @@ def apply(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Emulate the recipe."""
     applied: PreTrainedModel = apply_recipe(model, recipe)
     return applied
+
+
+def bits_per_number(recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer]) -> float:
+    """True bits of a cached number, over all layers of a model."""
+    chosen = {cache.name: cache.parsed for cache in recipe_caches}
+    bits = sum(cache_bits(chosen[cache.name], cache) for cache in caches)
+    return bits / sum(cache.numbers for cache in caches)
 
 
 def round_queries(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,7 +19,6 @@ from mofq.decision import Budgets, CacheRequest, choose, problem_from_table
 from mofq.decision.recipe import (
     Recipe,
     RecipeCache,
-    bits_per_number,
     check_recipe,
     load_recipe,
     parse_recipe,
@@ -43,7 +42,7 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
-from scripts.reproduce.kv_cache import searched_recipes, uniform_recipes
+from scripts.reproduce.kv_cache import bits_per_number, searched_recipes, uniform_recipes
 
 FORMATS = (
     *("kv:fp8_e4m3.tensor", "kv:fp8_e4m3.head", "kv:int8.head", "kv:int8.token_head"),
