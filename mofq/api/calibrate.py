@@ -87,7 +87,11 @@ def calibrate(
     where: Where = Where(),
     device_map: Annotated[str | None, Option("Spread over devices, e.g. auto.")] = None,
     activation_checkpointing: Annotated[
-        bool, Option("Recompute decoder layers instead of keeping activations.")
+        bool,
+        Option(
+            "Recompute decoder layers instead of keeping activations.",
+            flag="--activation-checkpointing/--no-activation-checkpointing",
+        ),
     ] = False,
     kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
     progress: Progress | None = None,

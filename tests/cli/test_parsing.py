@@ -20,7 +20,8 @@ from mofq.cli.parsing import as_command
 FLAGS = {
     "inspect": "model --engine --space --lm-head",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --draws --seed "
-    "--dtype --device --device-map --activation-checkpointing --kv-cache --cluster --cluster-cpus",
+    "--dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
+    "--kv-cache --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
     "measure": "model --space -o --output --stats --engine --device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
@@ -60,7 +61,11 @@ def test_the_flags_are_those_that_scripts_of_users_have() -> None:
     commands = made_commands()
     assert commands.keys() == FLAGS.keys()
     for name, flags in FLAGS.items():
-        found = {word for one in commands[name].params for word in one.opts}
+        found = {
+            word
+            for one in commands[name].params
+            for word in (*one.opts, *getattr(one, "secondary_opts", ()))
+        }
         assert found == {*flags.split(), "--json"}, name
 
 
