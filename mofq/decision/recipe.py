@@ -63,6 +63,7 @@ MADE_BY_KEYS: dict[str, dict[str, Any]] = {
     "space_sha256": _HASH,
     "table_sha256": _HASH,
     "stats_sha256": _HASH,
+    "bos": {"type": ["boolean", "null"]},  # whether the sequences of the statistics begin with it
     "text_sha256": _HASH,  # of the text that a measured objective used
     "trials": _COUNT,
     "note": _TEXT,

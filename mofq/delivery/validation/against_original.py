@@ -18,7 +18,7 @@ from mofq.delivery.validation.divergence import OriginalLogits, compare, run_ori
 from mofq.delivery.validation.enforcement import Deviation, find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
 from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
-from mofq.evidence.corpora import Corpus, tokenize
+from mofq.evidence.corpora import Bos, Corpus, leading_tokens, tokenize
 from mofq.exceptions import CorpusError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -33,6 +33,7 @@ def validate(
     *,
     tokens: int = 8192,
     sequence_length: int = 512,
+    bos: Bos = "auto",
     dtype: str = "float32",
     device: str = "cpu",
     tasks: Tasks | None = None,
@@ -48,6 +49,7 @@ def validate(
         text,
         tokens=tokens,
         sequence_length=sequence_length,
+        bos=bos,
         dtype=dtype,
         device=device,
         tasks=tasks,
@@ -66,6 +68,7 @@ def validate_many(
     *,
     tokens: int = 8192,
     sequence_length: int = 512,
+    bos: Bos = "auto",
     dtype: str = "float32",
     device: str = "cpu",
     tasks: Tasks | None = None,
@@ -85,6 +88,7 @@ def validate_many(
         text: To predict; not what was calibrated on.
         tokens: How many to use, at most, in windows spread over it.
         sequence_length: Tokens of a window.
+        bos: Whether windows begin with BOS, as in ``leading_tokens``.
         dtype: Of both models' arithmetic.
         device: Where they run.
         tasks: That lm-eval scores both models by, besides the text.
@@ -112,6 +116,7 @@ def validate_many(
             logits=logits,
             tokens=tokens,
             sequence_length=sequence_length,
+            bos=bos,
             dtype=dtype,
             device=device,
             runner=runner,
@@ -127,6 +132,7 @@ class _Original:
     checkpoint: Checkpoint
     text: Corpus
     windows_NT: Tensor
+    bos: bool  #: whether the windows begin with it
     logits: OriginalLogits
     entropies: tuple[float, ...]
     dtype: str
@@ -143,6 +149,7 @@ def _run_original(
     logits: OriginalLogits,
     tokens: int,
     sequence_length: int,
+    bos: Bos,
     dtype: str,
     device: str,
     runner: TaskRunner | None,
@@ -152,11 +159,13 @@ def _run_original(
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     check_context(model, sequence_length)
+    leading = leading_tokens(tokenizer, bos)
     windows_NT = tokenize(
         text,
         tokenizer,
         tokens=tokens,
         sequence_length=sequence_length,
+        leading=leading,
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
     )
     entropies = run_original(model, windows_NT, into=logits, progress=progress)
@@ -164,6 +173,7 @@ def _run_original(
         checkpoint=checkpoint,
         text=text,
         windows_NT=windows_NT,
+        bos=bool(leading),
         logits=logits,
         entropies=entropies,
         dtype=dtype,
@@ -243,7 +253,16 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         device=original.device,
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
+        bos=original.bos,
+        stats_bos=_stats_bos(candidate.recipe),
     )
+
+
+def _stats_bos(recipe: Recipe | None) -> bool | None:
+    """Whether the sequences that a recipe was calibrated on began with BOS; None: on none."""
+    if recipe is None or recipe.made_by.get("stats_sha256") is None:
+        return None
+    return bool(recipe.made_by.get("bos"))
 
 
 def _number(recipe: Recipe | None, part: str, key: str) -> float | None:
