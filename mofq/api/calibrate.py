@@ -131,8 +131,10 @@ def calibrate(
             f"{model}: --kv-cache watches keys and values by head, and attention in a "
             f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
         )
-    windows = _windows(checkpoint, texts, samples)
-    plan = _plan(checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache)
+    windows, bos = _windows(checkpoint, texts, samples)
+    plan = _plan(
+        checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
+    )
     stats = None
     if was_there:
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -175,22 +177,25 @@ def _named(progress: Progress) -> Progress:
 
 def _windows(
     checkpoint: Checkpoint, texts: Sequence[Corpus], samples: Samples
-) -> dict[str, Tensor]:
-    """Corpus name -> token ids, [sequences, sequence_length]."""
-    from mofq.evidence.corpora import spread_windows
+) -> tuple[dict[str, Tensor], bool]:
+    """Corpus name -> token ids, [sequences, sequence_length]; and whether BOS is their first."""
+    from mofq.evidence.corpora import leading_tokens, spread_windows
     from mofq.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.folder)
-    return {
+    leading = leading_tokens(tokenizer, samples.bos)
+    windows = {
         text.name: spread_windows(
             text,
             tokenizer,
             sequences=samples.sequences or SEQUENCES,
             sequence_length=samples.sequence_length,
+            leading=leading,
             or_fewer=samples.sequences is None,
         )
         for text in texts
     }
+    return windows, bool(leading)
 
 
 def _plan(
@@ -201,6 +206,7 @@ def _plan(
     samples: Samples,
     dtype: str,
     kv_cache: bool,
+    bos: bool,
 ) -> Plan:
     from mofq.evidence.calibration.stats import CorpusPlan, Plan
     from mofq.model.checkpoint.weights_hash import hash_weights
@@ -214,6 +220,7 @@ def _plan(
         draws=samples.draws,
         dtype=dtype,
         kv_cache=kv_cache or None,
+        bos=bos or None,
         corpora=tuple(
             CorpusPlan(
                 text.name,

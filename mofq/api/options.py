@@ -28,6 +28,7 @@ from typing import (
     get_origin,
 )
 
+from mofq.evidence.corpora import Bos
 from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
@@ -210,6 +211,10 @@ Sequences = Annotated[
     int | None, Option("Of each corpus; 32 by default, or what a text holds.", least=1)
 ]
 WindowLength = Annotated[int, Option("Tokens of a window.", least=2)]
+WindowBos = Annotated[
+    Bos,
+    Option("Begin windows with BOS: auto, where the tokenizer does; always or never."),
+]
 Recipes = Annotated[Sequence[str | Path], Option("Recipes to show or compare.", positional=True)]
 Validations = Annotated[
     Sequence[str | Path], Option("From `mofq validate -o`; repeatable.", flag="--validation")
@@ -298,6 +303,7 @@ class OnModel:
     text: Annotated[str | None, Option("For --refine and optuna.")] = None
     tokens: Annotated[int, Option("Of the text, for --refine and optuna.", least=2)] = 4096
     sequence_length: WindowLength = 512
+    bos: WindowBos = "auto"
     device: Device = "cpu"
     stats: Stats = None
 
@@ -333,6 +339,7 @@ class Samples:
     sequences: Sequences = None
     keep: Annotated[int, Option("Of how many the samples are kept.", least=1)] = 8
     sequence_length: Annotated[int, Option("Tokens of a sequence.", least=2)] = 512
+    bos: WindowBos = "auto"
     draws: Annotated[int, Option("Random draws for each sequence.", least=1)] = 1
     seed: Annotated[int, Option("Of the random draws.")] = 0
 
@@ -345,6 +352,7 @@ class Windows:
         int, Option("How many tokens of the text, at most, in windows spread over it.", least=2)
     ] = 8192
     sequence_length: WindowLength = 512
+    bos: WindowBos = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

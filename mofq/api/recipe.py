@@ -70,12 +70,13 @@ def uniform(
 
     path = _checked(output, model, stats)
     checkpoint = open_checkpoint(str(model))
-    sha256 = None
+    rests_on: dict[str, Any] = {}
     if stats is not None:
         from mofq.evidence.calibration.stats import read_stats
 
-        sha256 = read_stats(stats).sha256
-    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, stats_sha256=sha256)
+        read = read_stats(stats)
+        rests_on = {"stats_sha256": read.sha256, "bos": read.plan.bos}
+    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, **rests_on)
     return UniformResult(_written(recipe, path), path)
 
 

@@ -175,7 +175,9 @@ def run(
                 model,
                 sources,
                 stats,
-                samples=Samples(sequences=sequences, sequence_length=windows.sequence_length),
+                samples=Samples(
+                    sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
+                ),
                 where=Where(device=device),
                 kv_cache=bool(loaded.kv_cache),
                 progress=progress,
@@ -336,6 +338,7 @@ def _validate(
         load_named(text),
         tokens=windows.tokens,
         sequence_length=windows.sequence_length,
+        bos=windows.bos,
         device=device,
         stats=folder / "stats",
         progress=progress,
@@ -436,8 +439,10 @@ def _read_export(
 def _card_text(validation: Validation) -> str:
     """What the model card says of accuracy."""
     kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
+    begin = ", in windows that begin with BOS" if validation.lineage.bos else ""
     return (
-        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`: KL divergence "
+        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`{begin}: KL "
+        f"divergence "
         f"from the original {kl} nats per token, perplexity {validation.perplexity:.4g} "
         f"(original {validation.perplexity_original:.4g}), the same most probable token at "
         f"{100 * validation.top1_agreement:.2f} % of positions."
@@ -500,13 +505,19 @@ def _check_texts(corpora: Sequence[str], source: str) -> None:
 
 def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> Windows:
     """Windows no longer than the model's context, of which the text fills at least one."""
-    from mofq.evidence.corpora import tokenize
+    from mofq.evidence.corpora import leading_tokens, tokenize
     from mofq.model.loading import load_tokenizer
 
     limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
     length = min(windows.sequence_length, int(limit or windows.sequence_length))
     tokenizer = load_tokenizer(checkpoint.folder)
-    tokenize(load_named(source), tokenizer, tokens=windows.tokens, sequence_length=length)
+    tokenize(
+        load_named(source),
+        tokenizer,
+        tokens=windows.tokens,
+        sequence_length=length,
+        leading=leading_tokens(tokenizer, windows.bos),
+    )
     return replace(windows, sequence_length=length)
 
 

@@ -206,6 +206,7 @@ def _decide_on_model(
     """Decide, and let measurements have the last word."""
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.corpora import differing_bos
 
     assert on_model.text is not None
     with MeasuredKl(
@@ -213,11 +214,15 @@ def _decide_on_model(
         load_named(on_model.text),
         tokens=on_model.tokens,
         sequence_length=on_model.sequence_length,
+        bos=on_model.bos,
         device=on_model.device,
         stats=on_model.stats,
         progress=progress,
     ) as objective:
         check_model(table, objective.checkpoint)
+        calibrated, begins_with_bos = table.header.stats, bool(objective.leading)
+        if calibrated is not None and bool(calibrated.bos) != begins_with_bos:
+            tell(differing_bos(windows=begins_with_bos))
         if not refine:
             with _other_workers(table, request, on_model, study, tell=tell):
                 return _decide_in_study(
@@ -255,6 +260,7 @@ def _decide_in_study(
             text_sha256=objective.text.sha256,
             tokens=objective.tokens,
             sequence_length=on_model.sequence_length,
+            bos=bool(objective.leading),
             device=on_model.device,
             trials=study.trials,
             seed=study.seed,

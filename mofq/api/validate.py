@@ -101,6 +101,7 @@ def validate(
             corpus,
             tokens=windows.tokens,
             sequence_length=windows.sequence_length,
+            bos=windows.bos,
             dtype=dtype,
             device=device,
             # Tasks have texts of their own, and are run with the first corpus.

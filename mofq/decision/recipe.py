@@ -73,6 +73,8 @@ class MadeByKeys:
     space_sha256: _Hash | None = None
     table_sha256: _Hash | None = None
     stats_sha256: _Hash | None = None
+    #: whether the sequences of the statistics begin with it
+    bos: Annotated[bool, Strict()] | None = None
     text_sha256: _Hash | None = None  #: of the text that a measured objective used
     trials: Index | None = None
     note: Text | None = None

@@ -82,6 +82,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         made["space_sha256"] = next(iter(spaces.values())).sha256
     if stats is not None:
         made["stats_sha256"] = stats.sha256
+        if stats.bos:
+            made["bos"] = True
     return made
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from mofq import __version__
@@ -32,6 +30,7 @@ def uniform_recipe(
     scheme_name: str,
     *,
     stats_sha256: str | None = None,
+    bos: bool | None = None,
 ) -> Recipe:
     """One scheme for every linear layer, from headers alone.
 
@@ -40,6 +39,7 @@ def uniform_recipe(
         layers: Its layers.
         scheme_name: A scheme without static activations.
         stats_sha256: Of the statistics that the scheme is fitted to, where it is.
+        bos: Whether their sequences begin with BOS; None: they do not.
 
     Returns:
         The recipe, without predictions.
@@ -72,7 +72,7 @@ def uniform_recipe(
             for group in layers.groups
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
-        made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256}),
+        made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256, "bos": bos}),
         result={
             "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
             "bytes": size,
@@ -81,7 +81,7 @@ def uniform_recipe(
     )
 
 
-def _made_by(numerics: int | None, rests_on: Mapping[str, str | None]) -> MadeBy:
+def _made_by(numerics: int | None, rests_on: MadeBy) -> MadeBy:
     """Where a uniform recipe comes from; what is not known is left out."""
     made: MadeBy = {"mofq": __version__, "numerics": numerics, "solver": "uniform", **rests_on}
     return {key: value for key, value in made.items() if value is not None}
@@ -109,7 +109,9 @@ def uniform_recipes(
         cached_F = solve_exact(problem, budgets).choice_F
     recipes = {}
     stats = table.header.stats
-    rests_on = {"table_sha256": table.sha256, "stats_sha256": stats.sha256 if stats else None}
+    rests_on: MadeBy = {"table_sha256": table.sha256}
+    if stats is not None:
+        rests_on |= {"stats_sha256": stats.sha256, "bos": stats.bos}
     made_by = _made_by(table.header.numerics, rests_on)
     for name in dict.fromkeys(problem.schemes):
         choice_F = uniform_choice(problem, name, cached_F, cache=cache or "bf16")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mofq.exceptions import CorpusError, nearest_name
 
@@ -26,6 +28,9 @@ BUNDLED_TEXT = {
     "demo-en-calibration": _TEXTS / "calibration-en.txt",
     "demo-pt-calibration": _TEXTS / "calibration-pt.txt",
 }
+
+#: Whether windows begin with BOS: where the tokenizer adds it by itself, always, or never.
+Bos = Literal["auto", "always", "never"]
 
 #: File names of these kinds hold rows; every other file is plain text.
 _ROW_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -45,8 +50,9 @@ class Corpus:
 
     name: str
     source: str  #: as the user wrote it
-    text: str
+    text: str  #: of conversations, the messages of each as JSON on a line
     sha256: str  #: of the text's UTF-8 bytes
+    is_conversations: bool = False  #: which the model's chat template turns into text
 
 
 def load_text(source: str, *, name: str | None = None) -> Corpus:
@@ -58,7 +64,9 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
             colon (``notes.jsonl:body``; ``text`` where none is named); or a hub
             data set, ``org/name[/config][:split][:column]``, of which the
             ``train`` split is read where none is named. Only a hub data set
-            needs a network, and a local file always wins over it.
+            needs a network, and a local file always wins over it. Rows may also
+            be conversations: lists of messages, each with ``role`` and ``content``,
+            in the column ``messages`` where there is no ``text``.
         name: Of the corpus; the file's or data set's own where None.
 
     Returns:
@@ -67,18 +75,19 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
 
     Raises:
         CorpusError: There is no such source, its bytes are not text, a column
-            is missing or a row of it is not text, or the text is empty.
+            is missing or a row of it is neither text nor a conversation, or the text is empty.
     """
+    is_conversations = False
     if source in BUNDLED_TEXT:
         path, column, default_name = BUNDLED_TEXT[source], None, source
-        text = _read_file(path, column)
+        text, is_conversations = _read_file(path, column)
     elif (local := _split_column(source)) is not None:
         path, column = local
         default_name = path.stem
-        text = _read_file(path, column)
+        text, is_conversations = _read_file(path, column)
     elif (match := _HUB_SOURCE.fullmatch(source)) and not _names_file(source):
         default_name = match["id"].partition("/")[2]
-        text = _read_hub(source, match)
+        text, is_conversations = _read_hub(source, match)
     else:
         raise CorpusError(
             f"text {source!r}: there is no such file. Give a .txt, .jsonl or .parquet file, "
@@ -98,6 +107,45 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
         source=source,
         text=text,
         sha256=hashlib.sha256(encoded).hexdigest(),
+        is_conversations=is_conversations,
+    )
+
+
+def leading_tokens(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
+    """The tokens that every window begins with, as every prompt does in an engine.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        bos: ``auto``: what ``tokenizer(text)`` puts before a text, which is BOS or nothing for
+            most; ``always``: that, and BOS where it puts nothing; ``never``: none.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        CorpusError: BOS is asked for, and the tokenizer has none.
+    """
+    if bos == "never":
+        return ()
+    bare, full = _encode("a", tokenizer), _encode("a", tokenizer, add_special_tokens=True)
+    starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
+    added = tuple(full[: next(starts, 0)])
+    if bos == "auto" or added:
+        return added
+    if tokenizer.bos_token_id is None:
+        raise CorpusError(
+            "--bos always: the tokenizer has no BOS token, which is `bos_token` in "
+            "tokenizer_config.json. Use --bos auto."
+        )
+    return (int(tokenizer.bos_token_id),)
+
+
+def differing_bos(*, windows: bool) -> str:
+    """What is said where windows begin with BOS, or without, and those calibrated on did not."""
+    ours, theirs = ("with", "without") if windows else ("without", "with")
+    return (
+        f"The windows begin {ours} BOS, and the calibration's {theirs}: what it predicts, and "
+        f"static scales, are of another distribution. Give the same --bos to both."
     )
 
 
@@ -107,19 +155,21 @@ def tokenize(
     *,
     tokens: int,
     sequence_length: int,
+    leading: Sequence[int] = (),
     vocabulary_size: int | None = None,
 ) -> Tensor:
     """Windows of tokens to predict, spread evenly over a text: see ``spread_windows``.
 
     Neighbouring windows are much alike: a mean over the beginning of a text says less of
-    the text than its standard error claims. No special token is added. A text of fewer
-    than ``tokens`` tokens gives as many whole windows as it has.
+    the text than its standard error claims. A text of fewer than ``tokens`` tokens gives as
+    many whole windows as it has.
 
     Args:
         corpus: The text.
         tokenizer: A Hugging Face tokenizer.
         tokens: How many tokens to use, at most.
         sequence_length: Tokens of one window, T.
+        leading: Token ids that each window begins with, of ``leading_tokens``.
         vocabulary_size: Rows of the model's embedding, to check the tokens
             against.
 
@@ -127,8 +177,8 @@ def tokenize(
         Windows ``[N, T]``, int64; ``N * T`` is the number of tokens used.
 
     Raises:
-        CorpusError: There is not one whole window, or a token is outside the
-            model's vocabulary.
+        CorpusError: There is not one whole window, a token is outside the
+            model's vocabulary, or conversations cannot be turned into text.
     """
     if sequence_length < 2:
         raise CorpusError(
@@ -144,6 +194,7 @@ def tokenize(
         tokenizer,
         sequences=tokens // sequence_length,
         sequence_length=sequence_length,
+        leading=leading,
         or_fewer=True,
     )
     if vocabulary_size is not None and int(windows_NT.max()) >= vocabulary_size:
@@ -160,6 +211,7 @@ def spread_windows(
     *,
     sequences: int,
     sequence_length: int,
+    leading: Sequence[int] = (),
     or_fewer: bool = False,
 ) -> Tensor:
     """Windows of tokens spread evenly over a whole text; the first starts at its beginning.
@@ -172,24 +224,33 @@ def spread_windows(
         tokenizer: A Hugging Face tokenizer.
         sequences: How many windows, N.
         sequence_length: Tokens of one window, T.
+        leading: Token ids that each window begins with, of ``leading_tokens``; the rest of
+            its T tokens are the text's. Where the text itself begins with them there, as
+            chat templates write BOS, they are not put before it again.
         or_fewer: Of a shorter text take as many windows as it holds.
 
     Returns:
         ``[N, T]``, int64. The windows do not overlap.
 
     Raises:
-        CorpusError: The text is too short for so many windows.
+        CorpusError: The text is too short for so many windows, or conversations cannot be
+            turned into text.
     """
     import torch
 
-    needed = sequences * sequence_length
-    if len(corpus.text) > 64 * needed:
-        starts = [len(corpus.text) * i // sequences for i in range(sequences)]
-        excerpts = [corpus.text[start : start + 64 * sequence_length] for start in starts]
+    if sequence_length <= len(leading):
+        raise CorpusError(
+            f"a sequence length of {sequence_length} holds no text behind the {len(leading)} "
+            f"tokens that the tokenizer puts first; give more."
+        )
+    text, needed = _text_of(corpus, tokenizer), sequences * sequence_length
+    if len(text) > 64 * needed:
+        starts = [len(text) * i // sequences for i in range(sequences)]
+        excerpts = [text[start : start + 64 * sequence_length] for start in starts]
         windows = [_encode(excerpt, tokenizer)[:sequence_length] for excerpt in excerpts]
         if all(len(window) == sequence_length for window in windows):
-            return torch.tensor(windows, dtype=torch.int64)
-    ids = _encode(corpus.text, tokenizer)
+            return torch.tensor([_begun(window, leading) for window in windows])
+    ids = _encode(text, tokenizer)
     if or_fewer:
         sequences = min(sequences, max(1, len(ids) // sequence_length))
     needed = sequences * sequence_length
@@ -200,7 +261,8 @@ def spread_windows(
             f"or shorter windows."
         )
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
-    return torch.tensor([ids[start : start + sequence_length] for start in starts])
+    windows = [ids[start : start + sequence_length] for start in starts]
+    return torch.tensor([_begun(window, leading) for window in windows])
 
 
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:
@@ -217,10 +279,40 @@ def check_context(model: PreTrainedModel, sequence_length: int) -> None:
         )
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
+def _begun(window: list[int], leading: Sequence[int]) -> list[int]:
+    """A window of the same length that begins with the leading tokens, once."""
+    if window[: len(leading)] == list(leading):
+        return window
+    return [*leading, *window][: len(window)]
+
+
+def _encode(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> list[int]:
     # verbose=False: a text longer than the model's context is expected here.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+    ids: list[int] = encoded["input_ids"]
     return ids
+
+
+def _text_of(corpus: Corpus, tokenizer: Any) -> str:
+    """The text itself; conversations one after the other, as the chat template writes them."""
+    if not corpus.is_conversations:
+        return corpus.text
+    if not tokenizer.chat_template:
+        raise CorpusError(
+            f"text {corpus.source!r} holds conversations, and the model's tokenizer has no chat "
+            f"template to turn them into text. Give plain text, as a base model needs, or put the "
+            f"template into the model's folder as chat_template.jinja."
+        )
+    parts = []
+    for number, line in enumerate(corpus.text.removesuffix("\n").split("\n"), start=1):
+        try:
+            parts.append(tokenizer.apply_chat_template(json.loads(line), tokenize=False))
+        except Exception as error:  # jinja2's own kinds, and any that a template raises
+            raise CorpusError(
+                f"text {corpus.source!r}: the model's chat template refuses conversation "
+                f"{number}: {str(error).rstrip('.')}. Change it, or remove it."
+            ) from error
+    return "".join(parts)
 
 
 def _names_file(source: str) -> bool:
@@ -238,7 +330,7 @@ def _split_column(source: str) -> tuple[Path, str | None] | None:
     return None
 
 
-def _read_file(path: Path, column: str | None) -> str:
+def _read_file(path: Path, column: str | None) -> tuple[str, bool]:
     builder = _ROW_BUILDERS.get(path.suffix.lower())
     try:
         if path.is_dir():
@@ -251,9 +343,9 @@ def _read_file(path: Path, column: str | None) -> str:
                 f"Columns belong to .jsonl and .parquet files."
             )
         if builder is None:
-            return path.read_bytes().decode("utf-8")
+            return path.read_bytes().decode("utf-8"), False
         if path.stat().st_size == 0:
-            return ""
+            return "", False
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"text {path}: byte {error.start} is not UTF-8 ({error.reason}). "
@@ -261,25 +353,32 @@ def _read_file(path: Path, column: str | None) -> str:
         ) from error
     except OSError as error:
         raise CorpusError(f"text {path} cannot be read: {error.strerror or error}.") from error
-    rows = _row_texts(str(path), builder, column, data_files=str(path), split="train")
-    return "".join(rows)
+    return _joined(_row_texts(str(path), builder, column, data_files=str(path), split="train"))
 
 
-def _read_hub(source: str, match: re.Match[str]) -> str:
+def _read_hub(source: str, match: re.Match[str]) -> tuple[str, bool]:
     rows = _row_texts(
         source, match["id"], match["column"], name=match["config"], split=match["split"] or "train"
     )
-    parts = []
-    characters = 0
-    for part in rows:
+    return _joined(rows, most=HUB_CHARACTERS)
+
+
+def _joined(rows: Iterable[tuple[str, bool]], *, most: float = math.inf) -> tuple[str, bool]:
+    """Rows up to a number of characters as one text, and whether they are conversations."""
+    parts, kinds, characters = [], set(), 0
+    for part, is_conversation in rows:
         parts.append(part)
+        kinds.add(is_conversation)
         characters += len(part)
-        if characters >= HUB_CHARACTERS:
+        if characters >= most:
             break
-    return "".join(parts)
+    return "".join(parts), True in kinds
 
 
-def _row_texts(source: str, path: str, column: str | None, **options: Any) -> Iterator[str]:
+def _row_texts(
+    source: str, path: str, column: str | None, **options: Any
+) -> Iterator[tuple[str, bool]]:
+    """The text of each row, and whether it is a conversation."""
     import datasets
 
     number = 0
@@ -287,7 +386,7 @@ def _row_texts(source: str, path: str, column: str | None, **options: Any) -> It
         with _quiet("datasets"):
             for row in datasets.load_dataset(path, streaming=True, **options):
                 number += 1
-                yield _row_text(source, number, row, column or "text")
+                yield _row_text(source, number, row, column)
     except CorpusError:
         raise
     except Exception as error:  # the library raises dozens of kinds for a broken source
@@ -302,26 +401,44 @@ def _row_texts(source: str, path: str, column: str | None, **options: Any) -> It
         ) from error
 
 
-def _row_text(source: str, number: int, row: Mapping[str, Any], column: str) -> str:
-    chat = next((name for name in ("messages", "conversations") if name in row), None)
-    if chat is not None and column in (chat, "text") and not isinstance(row.get(column), str):
-        raise CorpusError(
-            f"text {source!r}: column {chat!r} holds chats, which only a model's template turns "
-            f"into text. Write them to a .txt file with tokenizer.apply_chat_template(messages, "
-            f"tokenize=False) (docs/how-to/recipe.md)."
-        )
+def _row_text(
+    source: str, number: int, row: Mapping[str, Any], column: str | None
+) -> tuple[str, bool]:
+    chats = [name for name in ("messages", "conversations") if name in row and "text" not in row]
+    column = column or next(iter(chats), "text")
     if column not in row:
         raise CorpusError(
             f"text {source!r} has no column {column!r}.{nearest_name(column, row)} "
             f"Name it behind a colon."
         )
     value = row[column]
+    where = f"text {source!r}: row {number} of column {column!r}"
+    if isinstance(value, list):
+        # A column of a data set has one type: where a row is a conversation, all are.
+        return json.dumps(_messages(where, value), ensure_ascii=False) + "\n", True
     if not isinstance(value, str):
         raise CorpusError(
-            f"text {source!r}: row {number} of column {column!r} holds {type(value).__name__}, "
+            f"{where} holds {type(value).__name__}, "
             f"not text. Remove the row, or name another column behind a colon."
         )
-    return value if value.endswith("\n") else value + "\n"
+    return value if value.endswith("\n") else value + "\n", False
+
+
+def _messages(where: str, value: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of a conversation, without the keys that only other rows have."""
+    messages = [
+        {key: one for key, one in message.items() if one is not None}
+        for message in value
+        if isinstance(message, Mapping)
+    ]
+    texts = ("role", "content")
+    is_chat = all(isinstance(one.get(key), str) for one in messages for key in texts)
+    if not messages or len(messages) < len(value) or not is_chat:
+        raise CorpusError(
+            f"{where} is no conversation: needed a list of messages, each with `role` and "
+            f"`content`, both text. Write it so, or name a column of text behind a colon."
+        )
+    return messages
 
 
 @contextmanager

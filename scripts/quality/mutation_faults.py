@@ -277,9 +277,21 @@ _NUMBERS = (
     ),
     Fault(
         "spread windows: excerpts of a long text from its beginning",
-        "starts = [len(corpus.text) * i // sequences for i",
+        "starts = [len(text) * i // sequences for i",
         "starts = [64 * sequence_length * i for i",
         "corpora::test_excerpts_of_a_long_text_are_spread_over_all_of_it",
+    ),
+    Fault(
+        "windows: a second BOS before that of a chat template",
+        "if window[: len(leading)] == list(leading):",
+        "if not leading:",
+        "corpora::test_conversations_are_what_the_chat_template_writes_and_get_no_second_bos",
+    ),
+    Fault(
+        "calibrate: no BOS whatever is asked",
+        "leading = leading_tokens(tokenizer, samples.bos)",
+        'leading = leading_tokens(tokenizer, "never")',
+        "bos::test_static_scales_see_the_largest_activation_which_is_that_of_bos",
     ),
     Fault(
         "fitted codes: a scale from the weight as it was",

@@ -13,6 +13,7 @@ from torch import Tensor
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply, static_amax
 from mofq.delivery.recipe_layers import find_recipe_layers
+from mofq.evidence.corpora import leading_tokens
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax, read_tensor
@@ -48,13 +49,15 @@ class _Position:
 def window_tokens(
     checkpoint: Checkpoint, text: str | None, tokens: int, window: int
 ) -> list[list[int]]:
-    """The first tokens of a text, in windows."""
+    """The first tokens of a text, in windows that begin with BOS where the tokenizer adds it."""
     source = Path(text) if text else _bundled_text()
     tokenizer = load_tokenizer(checkpoint.folder)
     encoded = tokenizer(source.read_text("utf-8")[: 20 * tokens], add_special_tokens=False)
     ids = list(encoded["input_ids"])[:tokens]
-    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
-    return [each for each in windows if len(each) > 1]
+    leading = list(leading_tokens(tokenizer, "auto"))
+    step = window - len(leading)
+    windows = [leading + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [each for each in windows if len(each) > 1 + len(leading)]
 
 
 def _bundled_text() -> Path:

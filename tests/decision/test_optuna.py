@@ -231,6 +231,7 @@ def test_studies_of_tables_without_caches_are_called_as_they_were(tmp_path: Path
     plan = StudyPlan("s.db", "e" * 64, tokens=4096, sequence_length=512)
     request = Request(Budgets(max_bits=5.0), engine="vllm-hopper")
     assert study_name(table, request, plan) == "Tiny/model bb4a45f3590c"
+    assert study_name(table, request, replace(plan, bos=True)) != "Tiny/model bb4a45f3590c"
     one = problem()
     start_F = solve_exact(one, BUDGETS).choice_F
     assert list(study_starts(one, BUDGETS, start_F)) == [

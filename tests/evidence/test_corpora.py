@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 import torch
+from families import write_byte_tokenizer
 from pyarrow import parquet
+from transformers import PreTrainedTokenizerBase
 
 from mofq import demo
 from mofq.evidence import corpora
-from mofq.evidence.corpora import Corpus, load_text, spread_windows, tokenize
+from mofq.evidence.corpora import Corpus, leading_tokens, load_text, spread_windows, tokenize
 from mofq.exceptions import CorpusError
+from mofq.model.loading import load_tokenizer
 
 
 class CharacterTokenizer:
@@ -60,12 +65,124 @@ def test_a_parquet_column_is_named_behind_a_colon(tmp_path: Path) -> None:
     assert load_text(f"{path}:content").text == "x\ny\n"
 
 
+#: As Gemma's and Llama 3's do, it writes BOS itself.
+TEMPLATE = (
+    "{{ bos_token }}{% for one in messages %}{{ one.role[0] }}: {{ one.content }}\n{% endfor %}"
+)
+
+
+def chats_in(folder: Path, *conversations: Any) -> Corpus:
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations))
+    return load_text(str(path))
+
+
+def said(*contents: str) -> list[dict[str, str]]:
+    roles = itertools.cycle(("user", "assistant"))
+    return [
+        {"role": role, "content": content} for role, content in zip(roles, contents, strict=False)
+    ]
+
+
+def byte_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    write_byte_tokenizer(folder / "tokenizer", **options)
+    return load_tokenizer(folder / "tokenizer")
+
+
 @pytest.mark.parametrize("column", ["", ":messages"])
-def test_chats_are_refused_with_what_makes_text_of_them(column: str, tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(CorpusError, match="apply_chat_template"):
-        load_text(f"{path}{column}")
+def test_conversations_are_what_the_chat_template_writes_and_get_no_second_bos(
+    column: str, tmp_path: Path
+) -> None:
+    corpus = chats_in(tmp_path, said("hi", "hello"), said("é\u2028?", "yes"))
+    corpus = load_text(corpus.source + column)
+    tokenizer = byte_tokenizer(tmp_path, bos=True, chat_template=TEMPLATE)
+    leading = leading_tokens(tokenizer, "auto")
+    text = "<bos>u: hi\na: hello\n<bos>u: é\u2028?\na: yes\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    windows_NT = spread_windows(
+        corpus, tokenizer, sequences=1, sequence_length=len(ids), leading=leading
+    )
+    assert windows_NT.tolist() == [ids]
+    assert ids[:2] == [256, *tokenizer("u", add_special_tokens=False)["input_ids"]]
+    second_NT = spread_windows(
+        corpus, tokenizer, sequences=2, sequence_length=len(ids) // 2, leading=leading
+    )
+    assert second_NT[:, 0].tolist() == [256, 256]
+    assert second_NT[0].tolist() == ids[: len(ids) // 2]
+
+
+def test_conversations_have_the_hash_of_their_messages_whatever_the_template(
+    tmp_path: Path,
+) -> None:
+    corpus = chats_in(tmp_path, said("hi", "hello"))
+    line = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]\n'
+    assert corpus.is_conversations
+    assert (corpus.text, corpus.sha256) == (line, hashlib.sha256(line.encode()).hexdigest())
+
+
+def test_rows_that_have_text_beside_messages_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    path.write_text(json.dumps({"text": "plain", "messages": said("hi")}) + "\n")
+    assert load_text(str(path)).text == "plain\n"
+    assert load_text(f"{path}:messages").is_conversations
+
+
+def test_conversations_for_a_tokenizer_without_a_template_are_refused(tmp_path: Path) -> None:
+    corpus = chats_in(tmp_path, said("hi"))
+    with pytest.raises(CorpusError, match=r"no chat template.*Give plain text.*chat_template"):
+        spread_windows(corpus, byte_tokenizer(tmp_path), sequences=1, sequence_length=2)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    template = "{% if messages|length > 1 %}{{ raise_exception('one at most') }}{% endif %}"
+    tokenizer = byte_tokenizer(tmp_path, chat_template=template)
+    corpus = chats_in(tmp_path, said("hi"), said("hi", "hello"))
+    with pytest.raises(CorpusError, match=r"refuses conversation 2: one at most\. Change it"):
+        spread_windows(corpus, tokenizer, sequences=1, sequence_length=2)
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [],
+        [{"from": "human", "value": "hi"}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        ["hi"],
+    ],
+)
+def test_what_is_no_list_of_messages_is_refused(conversation: object, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"row 1 of column 'messages' is no conversation.*role"):
+        chats_in(tmp_path, conversation)
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it_before_a_text(tmp_path: Path) -> None:
+    with_bos = byte_tokenizer(tmp_path / "a", bos=True)
+    without = byte_tokenizer(tmp_path / "b")
+    assert [leading_tokens(with_bos, bos) for bos in ("auto", "always", "never")] == [
+        *((256,), (256,), ())
+    ]
+    assert [leading_tokens(without, bos) for bos in ("auto", "never")] == [(), ()]
+    with pytest.raises(CorpusError, match=r"--bos always: the tokenizer has no BOS.*--bos auto"):
+        leading_tokens(without, "always")
+    without.bos_token = "!"
+    assert leading_tokens(without, "auto") == ()
+    assert leading_tokens(without, "always") == (without.bos_token_id,)
+
+
+def test_a_window_is_bos_and_one_token_of_text_less(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path, bos=True)
+    text = "abcdefghijkl"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for count in (12, 12 * 64):  # tokenized whole, and by excerpts
+        options: dict[str, Any] = {"tokens": 8, "sequence_length": 4, "leading": (256,)}
+        windows_NT = tokenize(corpus_of(text * (count // 12)), tokenizer, **options)
+        assert windows_NT[0].tolist() == [256, *ids[:3]]
+        assert windows_NT[:, 0].tolist() == [256, 256]
+        assert windows_NT.shape == (2, 4)
+    assert tokenizer(text[:3])["input_ids"] == windows_NT[0].tolist()  # as an engine has it
+    with pytest.raises(CorpusError, match="holds no text"):
+        spread_windows(corpus_of(text), tokenizer, sequences=1, sequence_length=2, leading=(256, 0))
 
 
 def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -228,14 +228,31 @@ def write_family(
     return folder
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """Write a tokenizer whose 256 tokens are the bytes."""
+def write_byte_tokenizer(
+    folder: Path, *, bos: bool = False, chat_template: str | None = None
+) -> None:
+    """Write a tokenizer whose 256 tokens are the bytes.
+
+    Args:
+        folder: Of the model.
+        bos: Also give it token 256, ``<bos>``, which it puts before every text by default.
+        chat_template: In Jinja.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    options: dict[str, Any] = {"chat_template": chat_template}
+    if bos:
+        tokenizer.add_special_tokens(["<bos>"])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 256)]
+        )
+        options["bos_token"] = "<bos>"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(
+        folder
+    )
 
 
 def copy_with_config(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:

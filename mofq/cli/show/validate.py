@@ -9,6 +9,7 @@ from mofq.api.figures import with_error
 from mofq.api.inputs import needs_stats
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.evidence.corpora import differing_bos
 
 if TYPE_CHECKING:
     from mofq.api import ValidateResult
@@ -67,7 +68,11 @@ def _print_validation(validation: Validation) -> None:
     ]
     lineage = validation.lineage
     windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"
+    if lineage.bos:
+        windows += " from BOS on"
     print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
+    if lineage.differs_in_bos:
+        note(differing_bos(windows=lineage.bos))
     if validation.tasks:
         _print_tasks(validation)
     say(

@@ -54,6 +54,7 @@ class StudyPlan:
     text_sha256: str  #: of the objective's text
     tokens: int  #: of it
     sequence_length: int
+    bos: bool = False  #: whether its windows begin with it
     device: str = "cpu"
     trials: int = 60  #: finished ones, those of earlier runs included
     seed: int = 0
@@ -66,7 +67,7 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
     So a second run goes on where the first stopped, and another budget, text or table in the
     same storage has a study of its own.
     """
-    content = {
+    content: dict[str, Any] = {
         "table": table.sha256,
         "request": asdict(request),
         "text": plan.text_sha256,
@@ -74,6 +75,8 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
         "sequence_length": plan.sequence_length,
         "device": plan.device,
     }
+    if plan.bos:
+        content["bos"] = True
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     name = f"{table.header.model_name} {digest.hexdigest()[:12]}"
     return f"{name} KL and bits" if plan.with_size else name

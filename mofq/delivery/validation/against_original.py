@@ -25,7 +25,7 @@ from mofq.delivery.validation.divergence import OriginalLogits, compare, run_ori
 from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
 from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
-from mofq.evidence.corpora import Corpus, check_context, tokenize
+from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
 from mofq.exceptions import EnforcementError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -40,6 +40,7 @@ def validate_many(
     *,
     tokens: int = 8192,
     sequence_length: int = 512,
+    bos: Bos = "auto",
     dtype: str = "float32",
     device: str = "cpu",
     tasks: Tasks | None = None,
@@ -59,6 +60,7 @@ def validate_many(
         text: To predict; not what was calibrated on.
         tokens: How many to use, at most, in windows spread over it.
         sequence_length: Tokens of a window.
+        bos: Whether windows begin with BOS, as in ``leading_tokens``.
         dtype: Of both models' arithmetic.
         device: Where they run.
         tasks: That lm-eval scores both models by, besides the text.
@@ -86,6 +88,7 @@ def validate_many(
             logits=logits,
             tokens=tokens,
             sequence_length=sequence_length,
+            bos=bos,
             dtype=dtype,
             device=device,
             runner=runner,
@@ -102,6 +105,7 @@ class _Original:
     text: Corpus
     tokenize: Callable[[PreTrainedTokenizerBase], Tensor]  #: the text in windows
     windows_NT: Tensor
+    bos: bool  #: whether the windows begin with it
     logits: OriginalLogits
     entropies: tuple[float, ...]
     dtype: str
@@ -118,6 +122,7 @@ def _run_original(
     logits: OriginalLogits,
     tokens: int,
     sequence_length: int,
+    bos: Bos,
     dtype: str,
     device: str,
     runner: TaskRunner | None,
@@ -127,11 +132,13 @@ def _run_original(
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     check_context(model, sequence_length)
+    leading = leading_tokens(tokenizer, bos)
     in_windows = partial(
         tokenize,
         text,
         tokens=tokens,
         sequence_length=sequence_length,
+        leading=leading,
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
     )
     windows_NT = in_windows(tokenizer)
@@ -141,6 +148,7 @@ def _run_original(
         text=text,
         tokenize=in_windows,
         windows_NT=windows_NT,
+        bos=bool(leading),
         logits=logits,
         entropies=entropies,
         dtype=dtype,
@@ -249,4 +257,13 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         device=original.device,
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
+        bos=original.bos,
+        stats_bos=_stats_bos(candidate.recipe),
     )
+
+
+def _stats_bos(recipe: Recipe | None) -> bool | None:
+    """Whether the sequences that a recipe was calibrated on began with BOS; None: on none."""
+    if recipe is None or recipe.made_by.get("stats_sha256") is None:
+        return None
+    return bool(recipe.made_by.get("bos"))

@@ -28,7 +28,7 @@ from mofq.delivery.validation.divergence import (
     compare_windows,
     run_original,
 )
-from mofq.evidence.corpora import Corpus, check_context, tokenize
+from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
 from mofq.evidence.fits import Fits
 from mofq.exceptions import MofqError
 from mofq.files.progress import Progress
@@ -61,6 +61,7 @@ class MeasuredKl:
         *,
         tokens: int,
         sequence_length: int = 512,
+        bos: Bos = "auto",
         dtype: str = "float32",
         device: str = "cpu",
         stats: str | Path | None = None,
@@ -74,6 +75,7 @@ class MeasuredKl:
             text: To predict; neither what was calibrated on nor what will validate.
             tokens: How many to use, at most, in windows spread over it.
             sequence_length: Tokens of a window.
+            bos: Whether windows begin with BOS, as in ``leading_tokens``.
             dtype: Of the arithmetic.
             device: Where it runs.
             stats: The folder that recipes with fitted schemes rest on.
@@ -87,11 +89,14 @@ class MeasuredKl:
         self.text = text
         self._model = load_model(self.checkpoint.folder, dtype=dtype, device=device)
         check_context(self._model, sequence_length)
+        tokenizer = load_tokenizer(self.checkpoint.folder)
+        self.leading = leading_tokens(tokenizer, bos)  # of every window
         self.windows_NT = tokenize(
             text,
-            load_tokenizer(self.checkpoint.folder),
+            tokenizer,
             tokens=tokens,
             sequence_length=sequence_length,
+            leading=self.leading,
             vocabulary_size=self._model.get_input_embeddings().weight.shape[0],
         )
         self._stats = stats

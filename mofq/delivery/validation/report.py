@@ -35,6 +35,13 @@ class Lineage:
     device: str
     backend: str  #: that applied the recipe
     sequence_length: int  #: tokens of a window
+    bos: bool = False  #: whether every window begins with it
+    stats_bos: bool | None = None  #: whether the recipe's calibration did; None: it had none
+
+    @property
+    def differs_in_bos(self) -> bool:
+        """Whether the recipe was calibrated on sequences that begin otherwise."""
+        return self.stats_bos not in (None, self.bos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,10 @@ class Validation:
         """As it stands in ``validation.json``."""
         content = asdict(self)
         lineage = content.pop("lineage")
+        if not self.lineage.differs_in_bos:
+            del lineage["stats_bos"]
+            if not self.lineage.bos:  # as before it was an option
+                del lineage["bos"]
         return {"version": VALIDATION_VERSION, **lineage, **content}
 
 

@@ -88,6 +88,7 @@ class Plan:
     #: What ran backward; None before it was noted: labels or signs.
     scores: Literal["signs"] | None = SCORES
     kv_cache: Literal[True] | None = None  #: True: what attention caches is kept too
+    bos: Literal[True] | None = None  #: True: every sequence begins with BOS, as in engines
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -283,9 +284,16 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     asked, found = plan.to_json(), begun.to_json()
     unknown = {"weights_sha256": asked.get("weights_sha256")}  # may be the same
-    found = {**unknown, "scores": "not noted", "kv_cache": None, **found}
-    asked = {"kv_cache": None, **asked}
+    found = {**unknown, "scores": "not noted", "kv_cache": None, "bos": None, **found}
+    asked = {"kv_cache": None, "bos": None, **asked}
     different = [key for key in asked if asked[key] != found[key]]
+    if different == ["bos"]:
+        before, now = ("with", "without") if found["bos"] else ("without", "with")
+        raise StatsError(
+            f"{folder}: was begun with sequences {before} BOS, and this run asks for sequences "
+            f"{now}. Calibrate into another folder, or give --bos "
+            f"{'always' if found['bos'] else 'never'} to go on with this one."
+        )
     if different:
         key = different[0]
         raise StatsError(

@@ -317,6 +317,7 @@ def table_stats(stats: Stats) -> TableStats:
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
         samples=len(first.kept_indices) * stats.plan.draws,
         sequence_length=stats.plan.sequence_length,
+        bos=stats.plan.bos,
     )
 
 

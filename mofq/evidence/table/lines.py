@@ -121,6 +121,7 @@ class TableStats:
     corpora: dict[Text, Sha256]  #: name -> SHA-256 of its text
     samples: Count  #: of each corpus
     sequence_length: Count
+    bos: Literal[True] | None = None  #: True: every sequence begins with BOS
 
 
 @only_these_keys
