@@ -192,6 +192,18 @@ _NUMBERS = (
         "enforcement",
     ),
     Fault(
+        "an exported folder's tokenizer and generation config not compared",
+        "    yield from find_file_deviations(checkpoint, exported.folder)\n",
+        "",
+        "exported_folder",
+    ),
+    Fault(
+        "an exported folder scored on the original's tokens",
+        "windows_NT = original.tokenize(tokenizer)",
+        "windows_NT = original.windows_NT",
+        "exported_folder",
+    ),
+    Fault(
         "gains: clusters of unequal size weigh alike",
         "    cluster_KD += all_ND.mean() - cluster_KD.mean()\n",
         "",

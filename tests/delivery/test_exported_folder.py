@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +19,13 @@ from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
 
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
-from mofq.delivery.export.compressed_tensors import encoding, find_folder_deviations
+from mofq.delivery.export.compressed_tensors import (
+    decoding,
+    encoding,
+    find_folder_deviations,
+    model_from_folder,
+    recipe_from_folder,
+)
 from mofq.delivery.validation import validate
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import BackendError
@@ -297,6 +305,13 @@ def test_a_packer_that_flips_columns_is_caught_by_the_decoder(
     # The packer's own bytes are as it makes them: 14 layers are named by what is decoded.
     assert (good.enforced, bad.enforced, len(bad.deviations)) == (True, False, 14)
     assert bad.kl_nats_per_token > 2 * good.kl_nats_per_token
+
+
+@pytest.mark.parametrize("module", [decoding, model_from_folder, recipe_from_folder])
+def test_what_reads_a_folder_uses_nothing_of_what_writes_it(module: ModuleType) -> None:
+    source = inspect.getsource(module)
+    for writer in ("encoding", "storage", "plan", "quantization_config", "export"):
+        assert f"from mofq.delivery.export.compressed_tensors.{writer} import" not in source
 
 
 @pytest.mark.parametrize(
