@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 #: A constraint whose costs are nowhere larger is left as it is: dividing by them would overflow.
 #: HiGHS then takes it for nothing, and whoever asked checks it.
 _NOTHING = 1e-200
+#: Held while the standard output, of which a process has one, is another; see `silent`.
+_one_thread = Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,17 +218,22 @@ def price(core: Core) -> Prices | None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """HiGHS writes a debugging line to file descriptor 1, which `--json` needs for itself."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is no standard output to keep clean
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+    """HiGHS writes a debugging line to file descriptor 1, which `--json` needs for itself.
+
+    One thread at a time: a second one would take the first one's silence for the output.
+    """
+    with _one_thread:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        try:
+            kept = os.dup(1)
+        except OSError:  # there is no standard output to keep clean
             yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
