@@ -143,21 +143,9 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def find_quantized(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The first tensor by which a checkpoint is seen to be quantized, or None.
-
-    Args:
-        tensors: All that are stored; codes of an FP8 source count too.
-    """
-    beside = (name for name in tensors if name.endswith(_QUANTIZED_SUFFIXES))
-    codes = (
-        name
-        for name, info in tensors.items()
-        if info.dtype not in _SOURCE_DTYPES
-        and len(info.shape) > 1
-        and name.endswith((".weight", "_proj"))
-    )
-    return next(beside, None) or next(codes, None)
+def find_scales(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor that only a quantized checkpoint has beside its codes, or None."""
+    return next((name for name in tensors if name.endswith(_QUANTIZED_SUFFIXES)), None)
 
 
 def find_left_over(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -175,7 +163,13 @@ def find_left_over(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     inner = config.get("text_config")
     stated = {**(inner if isinstance(inner, dict) else {}), **config}
     key = next((key for key in _CONFIG_KEYS if stated.get(key) is not None), None)
-    if key is None or find_quantized(tensors) or any(map(_is_of_activations, tensors)):
+    has_codes = any(
+        info.dtype not in _SOURCE_DTYPES
+        and len(info.shape) > 1
+        and name.endswith((".weight", "_proj"))
+        for name, info in tensors.items()
+    )
+    if has_codes or find_scales(tensors) or any(map(_is_of_activations, tensors)):
         return None
     return key
 

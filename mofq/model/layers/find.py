@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.fp8 import SUPPORTED, find_quantized
+from mofq.model.checkpoint.fp8 import SUPPORTED, find_scales
 from mofq.model.checkpoint.headers import (
     CONFIG_FILE,
     Checkpoint,
@@ -396,12 +396,11 @@ def _read_model(checkpoint: Checkpoint) -> _Declared:
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("quantization_config")
-    tensors = {name: info for name, info in checkpoint.tensors.items() if not info.decoded}
-    quantized = find_quantized(tensors)
-    if config is None and quantized is None:
+    scales = find_scales(checkpoint.tensors)
+    if config is None and scales is None:
         return
     method = config.get("quant_method") if isinstance(config, dict) else config
-    found = repr(quantized) if config is None else f"quantization_config {method!r}"
+    found = repr(scales) if config is None else f"quantization_config {method!r}"
     own = (
         " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
     )
