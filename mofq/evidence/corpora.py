@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mofq.exceptions import CorpusError, nearest_name
 
@@ -123,8 +123,10 @@ def leading_tokens(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
         Token ids.
 
     Raises:
-        CorpusError: BOS is asked for, and the tokenizer has none.
+        CorpusError: BOS is asked for, and the tokenizer has none; or ``bos`` is no such word.
     """
+    if bos not in get_args(Bos):
+        raise CorpusError(f"--bos {bos}: is not one of {', '.join(get_args(Bos))}.")
     if bos == "never":
         return ()
     bare, full = _encode("a", tokenizer), _encode("a", tokenizer, add_special_tokens=True)

@@ -168,7 +168,9 @@ def test_a_run_begins_all_its_windows_alike_and_the_model_card_says_so(
 def test_bos_of_a_tokenizer_that_has_none_is_refused_before_anything_runs(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    options = ("--corpus", "demo-en-calibration", "--bos", "always", "-o", tmp_path / "stats")
-    message = refused("calibrate", tiny_llama, *options)
+    options = ("--corpus", "demo-en-calibration", "-o", tmp_path / "stats")
+    message = refused("calibrate", tiny_llama, *options, "--bos", "always")
     assert "the tokenizer has no BOS token" in message
+    message = refused("calibrate", tiny_llama, *options, "--bos", "on")
+    assert "--bos on: is not one of auto, always, never" in message
     assert not (tmp_path / "stats").exists()
