@@ -230,7 +230,8 @@ class Budget:
 
     max_bits: Annotated[float | None, Option("True bits per weight, at most.")] = None
     max_size: Annotated[
-        str | int | None, Option("Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str)
+        str | float | None,
+        Option("Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str),
     ] = None
     max_kl: Annotated[
         float | None,

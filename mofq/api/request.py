@@ -56,16 +56,22 @@ def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets
         BudgetError: ``max_size`` is no size.
     """
     from mofq.decision import Budgets
-    from mofq.model.sizes import parse_size
 
-    size = budget.max_size
     return Budgets(
         max_bits=_number(budget.max_bits),
-        max_bytes=parse_size(size) if isinstance(size, str) else size,
+        max_bytes=_bytes(budget.max_size),
         max_kl=_number(budget.max_kl),
         max_finer=_number(budget.max_finer),
         max_kv_bits=_number(max_kv_bits),
     )
+
+
+def _bytes(size: str | float | None) -> int | None:
+    from mofq.model.sizes import parse_size
+
+    if size is None or isinstance(size, int):
+        return size
+    return parse_size(size if isinstance(size, str) else f"{size:.0f}")
 
 
 def _number(limit: float | None) -> float | None:

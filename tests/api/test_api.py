@@ -87,8 +87,11 @@ def test_the_frontier_knows_the_engine(measured: Measured) -> None:
 
 def test_a_size_is_a_number_or_a_text(measured: Measured) -> None:
     text = api.search(measured.table, budget=Budget(max_size="1.1MB"))
-    number = api.search(measured.table, budget=Budget(max_size=1_100_000))
-    assert text.recipe == number.recipe
+    for size in (1_100_000, 1.1e6):
+        number = api.search(measured.table, budget=Budget(max_size=size))
+        assert text.recipe == number.recipe
+    with pytest.raises(BudgetError, match="inf"):
+        api.search(measured.table, budget=Budget(max_size=float("inf")))
 
 
 def test_the_blocks_of_the_page_on_python_run_in_order(
