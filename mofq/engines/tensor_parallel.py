@@ -73,10 +73,13 @@ def cut_problems(scheme: Scheme, group: ServedGroup, devices: int) -> Iterator[s
             yield f"{layer.name} has {whole} {what}, which {devices} devices cannot share equally"
         for operand in (scheme.weight, scheme.activation):
             if operand is not None:
-                yield from _operand_problems(operand, part, devices)
+                packed = operand is scheme.weight and _is_packed(scheme)
+                yield from _operand_problems(operand, part, devices, packed=packed)
 
 
-def _operand_problems(operand: TensorScheme, part: Part, devices: int) -> Iterator[str]:
+def _operand_problems(
+    operand: TensorScheme, part: Part, devices: int, *, packed: bool
+) -> Iterator[str]:
     name, tile = part.layer.name, operand.granularity
     one = f"one of {devices} devices"
     if part.cuts_inputs:
@@ -86,7 +89,7 @@ def _operand_problems(operand: TensorScheme, part: Part, devices: int) -> Iterat
                 f"device; {one} has {part.columns} of {name}. Take a smaller group, channels, or "
                 f"fewer devices"
             )
-        if _is_packed(operand) and part.columns * operand.element.bits % _WORD_BITS:
+        if packed and part.columns * operand.element.bits % _WORD_BITS:
             yield f"{one} has {part.columns} inputs of {name}, which fill no whole 32-bit words"
         return
     if tile.kind == "block" and part.rows % tile.rows:
@@ -98,8 +101,10 @@ def _operand_problems(operand: TensorScheme, part: Part, devices: int) -> Iterat
         yield f"{one} has {part.rows} zero points of {name}, which fill no whole 32-bit words"
 
 
-def _is_packed(operand: TensorScheme) -> bool:
-    return isinstance(operand.element, IntFormat) and operand.element.bits < 8
+def _is_packed(scheme: Scheme) -> bool:
+    """Whether codes fill 32-bit words: integers, but 8-bit ones beside quantized inputs."""
+    element = scheme.quantized_weight.element
+    return isinstance(element, IntFormat) and (element.bits < 8 or scheme.activation is None)
 
 
 def check_devices(layers: ModelLayers, devices: int) -> None:
