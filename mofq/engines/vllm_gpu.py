@@ -218,6 +218,14 @@ _RULES: tuple[Rule, ...] = (
         source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
     ),
     Rule(
+        r"int4\.g16\.asym",
+        kernel="CompressedTensorsWNA16MoEMethod (Triton)",
+        layers="experts",
+        min_capability=(7, 5),
+        out_features_multiple=8,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
         rf"int[23567]\.({_TILES})",
         kernel="CompressedTensorsWNA16MoEMethod (Humming)",
         layers="experts",
