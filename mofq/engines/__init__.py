@@ -76,29 +76,48 @@ def find_engine(name: str) -> Engine:
     """The engine of that name.
 
     Args:
-        name: A key of ``ENGINES``; ``"vllm-hopper:tp=4"`` where 4 devices share every layer.
+        name: A key of ``ENGINES``; ``"vllm-hopper:tp=4"`` where 4 devices share every layer,
+            ``"vllm-hopper@0.32"`` for the rules of a version that is not the newest.
 
     Returns:
         The engine, under the name as given.
 
     Raises:
-        EngineError: No engine has that name, and the message suggests the nearest; or what
-            follows the colon is no number of devices, or the engine cannot share a layer.
+        EngineError: No engine has that name, and the message suggests the nearest; or there are
+            no rules for that version; or what follows the colon is no number of devices, or the
+            engine cannot share a layer.
     """
-    plain, colon, rest = name.partition(":")
+    versioned, colon, rest = name.partition(":")
+    plain, at, version = versioned.partition("@")
     if plain not in ENGINES:
         raise EngineError(f"unknown engine {plain!r}." + nearest_name(plain, ENGINES))
     engine = ENGINES[plain]
+    if at:
+        engine = _of_version(engine, name, version)
     if not colon:
         return engine
     devices = _DEVICES.fullmatch(rest)
     if devices is None:
-        raise EngineError(f"engine {name!r}: devices that share a layer are written {plain}:tp=4.")
+        raise EngineError(
+            f"engine {name!r}: devices that share a layer are written {versioned}:tp=4."
+        )
     if not engine.can_cut:
         raise EngineError(
-            f"engine {name!r}: {plain} has every layer on one device. Write {plain!r}."
+            f"engine {name!r}: {plain} has every layer on one device. Write {versioned!r}."
         )
     return replace(engine, name=name, devices=int(devices[1]))
+
+
+def _of_version(engine: Engine, name: str, version: str) -> Engine:
+    """The engine in the newest version whose first numbers are those."""
+    known = engine.versions or (engine.version,)
+    found = [one for one in known if f"{one}.".startswith(f"{version}.")]
+    if not found:
+        raise EngineError(
+            f"engine {name!r}: mofq has rules for {engine.name} {' and '.join(known)}. "
+            f"Write {engine.name}@{known[-1]}, or {engine.name} for the newest."
+        )
+    return replace(engine, name=name, version=found[-1])
 
 
 def legality(engine_name: str) -> Callable[[Scheme, ServedGroup], str | None]:

@@ -46,6 +46,7 @@ class Rule:
     out_features_multiple: int = 1  #: of what the engine concatenates; of each layer for experts
     shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
+    versions: tuple[str, ...] = ()  #: of the engine; empty: all that its rules are for
     note: str = ""
 
     def holds_on(self, capability: Capability | None) -> bool:
@@ -94,6 +95,7 @@ class Engine:
     version: str
     capability: Capability | None = None  #: CUDA compute capability; None: not a CUDA engine
     _: KW_ONLY
+    versions: tuple[str, ...] = ()  #: that its rules are for, oldest first; empty: that one alone
     reads: str  #: the backend whose output it loads
     rules: tuple[Rule, ...]  #: of which the first that fits counts
     caches: tuple[CacheRule, ...] = ()  #: of the KV cache, likewise; empty: it takes no format
@@ -107,13 +109,18 @@ class Engine:
     @property
     def title(self) -> str:
         """For messages: name, version, and the devices where there are several."""
-        base = f"{self.name.partition(':')[0]} {self.version}"
+        base = f"{re.split('[@:]', self.name)[0]} {self.version}"
         return base if self.devices == 1 else f"{base} on {self.devices} devices"
 
     @property
     def applicable_rules(self) -> tuple[Rule, ...]:
-        """The rules that hold on this hardware, in order."""
-        return tuple(rule for rule in self.rules if rule.holds_on(self.capability))
+        """The rules that hold on this hardware and in this version, in order."""
+        return tuple(
+            rule
+            for rule in self.rules
+            if rule.holds_on(self.capability)
+            and (not rule.versions or self.version in rule.versions)
+        )
 
     @property
     def applicable_caches(self) -> tuple[CacheRule, ...]:
@@ -127,8 +134,8 @@ def readable(rule: Rule | CacheRule) -> str:
     text = rule.schemes
     for regular, plain in words.items():
         text = text.replace(regular, plain)
-    if isinstance(rule, Rule) and rule.layers != "any":
-        text += f" ({rule.layers})"
+    if isinstance(rule, Rule):
+        text += "".join(f" ({word})" for word in (rule.layers, *rule.versions) if word != "any")
     return text
 
 

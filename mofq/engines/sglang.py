@@ -1,4 +1,7 @@
-"""SGLang 0.5.23 on NVIDIA GPUs, through compressed-tensors checkpoints: read, not run."""
+"""SGLang 0.5.23 on NVIDIA GPUs, through compressed-tensors checkpoints.
+
+The choice of a scheme was executed (``facts/``, `scripts/engines/README.md`); kernels were read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
 _RULES: tuple[Rule, ...] = (
     Rule(
-        r"int8\.(channel|tensor)(\.s-f32)?\+int8\.(token|tensor)",
+        r"int8\.tensor(\.s-f32)?\+int8\..*",
+        layers="dense",
+        refused="codes under one scale are quantized again as FP8 while they are loaded, which is "
+        "not what was measured; take int8.channel+int8.token",
+        source="sglang 0.5.23 ct/schemes/compressed_tensors_w8a8_int8.py; executed",
+    ),
+    Rule(
+        r"int8\.channel(\.s-f32)?\+int8\.(token|tensor)",
         kernel="CompressedTensorsW8A8Int8, int8_scaled_mm",
         layers="dense",
         min_capability=(8, 0),
@@ -71,16 +81,38 @@ _RULES: tuple[Rule, ...] = (
         source=f"{_CT}:653-661, 921-949",
     ),
     Rule(
+        r"int[23567]\.(channel|g\d+)(\.asym)?(\.s-f32)?",
+        refused="only 4 and 8 bits are served; take int4 or int8",
+        source=f"{_CT}:733-747, 912-951; executed",
+    ),
+    Rule(
         r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
         refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
         "take the scheme without .s-f32",
         source="sglang 0.5.23 ct/schemes/compressed_tensors_wNa16.py:140-152",
     ),
     Rule(
+        r"fp8_e4m3\.(channel(\.s-f32)?\+fp8_e4m3\.tensor|tensor(\.s-f32)?\+fp8_e4m3\.token)",
+        layers="experts",
+        min_capability=(8, 9),
+        refused="experts take weights per channel with inputs per token, or both under one scale; "
+        "take fp8_e4m3.channel+fp8_e4m3.token",
+        source="sglang 0.5.23 ct/schemes/compressed_tensors_w8a8_fp8_moe.py, an assertion",
+    ),
+    Rule(
         r"fp8_e4m3\.(channel|tensor)(\.s-f32)?\+fp8_e4m3\.(token|tensor)",
         kernel="CompressedTensorsW8A8Fp8",
         min_capability=(8, 9),
         source=f"{_CT}:804-818; ct/schemes/compressed_tensors_w8a8_fp8.py:62",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8, Triton block kernels",
+        min_capability=(8, 9),
+        max_capability=(8, 9),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        source="sglang 0.5.23 fp8_utils.py, _dispatch_auto_backend",
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
@@ -139,6 +171,7 @@ SGLANG = Engine(
     rules=_RULES,
     serve="python -m sglang.launch_server --model-path",
     devices_flag="--tp",
-    paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. Read, "
-    "not run.",
+    paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. The "
+    "choice of a scheme was executed (`mofq/engines/facts`) and a rule that it contradicts fails a "
+    "test; kernels, and what Marlin checks when it packs weights, were read.",
 )

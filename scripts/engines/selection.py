@@ -25,9 +25,8 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any, cast
 
-from mofq.delivery.export.compressed_tensors.config import quantization_config
-
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
+from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
 from mofq.engines import ENGINES
 from mofq.exceptions import BackendError
@@ -257,7 +256,7 @@ def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
 
 
 def storage_to_ask(scheme: Scheme) -> Storage | None:
-    """How a scheme is written down; integers that mofq does not pack yet, as INT4 is."""
+    """How a scheme is written down; integers that mofq does not write so, as INT4 is."""
     try:
         return storage_of(scheme, where="layer")
     except BackendError:

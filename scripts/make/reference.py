@@ -154,7 +154,9 @@ def engine_page() -> str:
         "scheme that none fits is refused. ✓ is served, ✗ refused; an empty cell says that the "
         "rule is for other chips. `N` is a number, `…` anything. `mofq inspect MODEL --engine "
         "NAME` tells what that means for a model. `NAME:tp=4` is the engine on 4 devices that "
-        "share every layer ([what that refuses](../deploy.md#several-devices))."
+        "share every layer ([what that refuses](../deploy.md#several-devices)), `NAME@VERSION` the "
+        "engine in a version that is not the newest of those named below: a rule with a version "
+        "after it holds for that alone."
     )
     sections = [_engine_section(name, engines) for name, engines in families.items()]
     return f"{_MADE}# Engines\n\n{first}\n\n" + "\n".join(sections)
@@ -169,17 +171,23 @@ def _engine_section(name: str, engines: Sequence[Engine]) -> str:
         for engine, chip in zip(engines, chips, strict=True)
         if engine.capability is not None
     )
-    about = f"Version {one.version}; loads what `mofq export --to {one.reads}` writes."
+    versions = one.versions or (one.version,)
+    known = f"Version {' or '.join(versions)}"
+    about = f"{known}; loads what `mofq export --to {one.reads}` writes."
     if capabilities:
         about += f" Compute capability: {capabilities}."
     rows = []
-    held = [{*engine.applicable_rules, *engine.applicable_caches} for engine in engines]
+    held = [
+        {*(rule for rule in engine.rules if rule.holds_on(engine.capability))}
+        | {*engine.applicable_caches}
+        for engine in engines
+    ]
     for rule in _merged([(*engine.rules, *engine.caches) for engine in engines]):
         mark = "✗" if rule.refused else "✓"
         marks = [mark if rule in rules else "" for rules in held]
         how = rule.refused or (rule.kernel if isinstance(rule, Rule) else rule.how)
-        # The version stands above the table.
-        source = re.sub(rf"(?<!\S)[\w-]+ {re.escape(one.version)} ", "", rule.source)
+        # The version stands above the table; where there are several, the oldest is meant.
+        source = re.sub(rf"(?<!\S)[\w-]+ {re.escape(versions[0])} ", "", rule.source)
         rows.append([f"`{readable(rule)}`", *marks, how, source])
     columns = ["schemes", *chips, "kernel, or why refused", "source"]
     return f"## {name}\n\n{about} {one.paths}\n\n{table(columns, rows)}"

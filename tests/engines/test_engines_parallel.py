@@ -92,7 +92,7 @@ def test_latent_vectors_are_whole_on_every_device_and_shared_experts_are_cut() -
         ("int8.channel+int8.token", DOWN, {1, 2, 4, 8}),
         ("fp8_e4m3.channel+fp8_e4m3.token", DOWN, {1, 2, 4, 8}),
         ("nvfp4", DOWN, {1, 2, 4, 8}),  # 3696 = 231 * 16
-        ("mxfp4", DOWN, {1, 2, 4}),
+        ("mxfp8", DOWN, {1, 2, 4}),
         (BLOCKS, DOWN, {1}),
         ("int4.g128", GATE_UP, {1, 2, 4, 8}),  # cut along outputs
         (BLOCKS, GATE_UP, {1}),
@@ -120,7 +120,7 @@ def test_what_shares_a_scale_lies_on_one_device(
 def test_a_refusal_says_what_one_device_has_of_which_layer() -> None:
     reason = legality("vllm-hopper:tp=4")(parse_scheme("int4.g64"), DOWN)
     assert reason is not None
-    for words in ("vllm-hopper 0.32.0 on 4 devices", "down_proj", "7392", "divisible by 64"):
+    for words in ("vllm-hopper 0.33.0 on 4 devices", "down_proj", "7392", "divisible by 64"):
         assert words in reason
 
 
@@ -141,6 +141,11 @@ def test_words_are_not_cut(scheme: str, layers: FusionGroup, words: str) -> None
     assert words in reason
 
 
+def test_int8_codes_beside_quantized_inputs_are_bytes_and_may_be_cut_anywhere() -> None:
+    down = group("layers.0.mlp.down", down_proj=(64, 48))
+    assert legality("vllm-ada:tp=8")(parse_scheme("int8.channel+int8.token"), down) is None
+
+
 def test_keys_of_fewer_heads_than_devices_are_repeated() -> None:
     few = group("layers.0.attn.qkv", q_proj=(512, 512), k_proj=(4, 512), v_proj=(4, 512))
     assert legality("vllm-ada:tp=8")(parse_scheme("int4.g128"), few) is None
@@ -153,9 +158,10 @@ def test_experts_of_a_hidden_size_that_marlin_has_not_are_refused() -> None:
         experts__w3=(512, 2880),
         experts__w2=(2880, 512),
     )
-    reason = legality("vllm-hopper")(parse_scheme("int4.g32"), odd)
+    reason = legality("vllm-ada")(parse_scheme("int4.g32"), odd)
     assert reason is not None
     assert "hidden size % 128 == 0; it is 2880" in reason
+    assert legality("vllm-hopper")(parse_scheme("int4.g32"), odd) is None  # Humming pads
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def smollm2() -> Path:
 def export(model: Path, schemes: tuple[str, ...], folder: Path) -> Recipe:
     checkpoint = open_checkpoint(str(model))
     recipe = make_recipe(checkpoint, lambda number, group: schemes[number % len(schemes)])
-    export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu")
+    export_compressed_tensors(checkpoint, recipe, folder, engine="vllm-cpu@0.32")
     write_recipe(recipe, folder.with_suffix(".yaml"))
     return recipe
 

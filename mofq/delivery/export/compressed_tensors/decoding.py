@@ -49,15 +49,17 @@ def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
 
     Args:
         words: int32 [rows, words].
-        bits: Of one code; divides 32.
+        bits: Of one code, 1 to 31; a code may lie in two words.
         columns: Codes in a row; what follows them is padding.
 
     Returns:
         int64 [rows, columns], ``0 .. 2**bits - 1``.
     """
-    shifts = torch.arange(0, _WORD_BITS, bits)
-    codes = (words.to(torch.int64)[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.reshape(words.shape[0], -1)[:, :columns]
+    first_bit = torch.arange(columns) * bits
+    word, shift = first_bit // _WORD_BITS, first_bit % _WORD_BITS
+    unsigned = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
+    low, high = unsigned[:, word] >> shift, unsigned[:, word + 1] << (_WORD_BITS - shift)
+    return (low | high) & ((1 << bits) - 1)
 
 
 def unpack_fp4(packed: Tensor) -> Tensor:
@@ -86,10 +88,9 @@ def _read_codes(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:
         return (codes.to(torch.int16) + (1 << (element.bits - 1))).to(torch.uint8)
     if element is FP4_E2M1:
         return unpack_fp4(_read(stored, packed))
-    if not isinstance(element, IntFormat) or _WORD_BITS % element.bits:
+    if not isinstance(element, IntFormat):
         raise BackendError(
-            f"{stored.folder}: {layer!r}: mofq does not unpack {element.name}, whose packing "
-            f"differs between releases of compressed-tensors."
+            f"{stored.folder}: {layer!r}: compressed-tensors packs no {element.name} into words."
         )
     columns = int(_read(stored, f"{layer}.weight_shape")[1])
     codes = unpack_words(_read(stored, packed), element.bits, columns)

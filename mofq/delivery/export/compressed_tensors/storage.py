@@ -3,8 +3,9 @@
 ======================  ========================================================
 ``int-quantized``       ``weight`` I8, ``weight_scale``; quantized activations
 ``float-quantized``     ``weight`` F8_E4M3, ``weight_scale``
-``pack-quantized``      ``weight_packed`` I32, low bits first, code + 2^(b-1)
-                        (asymmetric: the code itself); ``weight_scale``;
+``pack-quantized``      ``weight_packed`` I32, without gaps, low bits first,
+                        code + 2^(b-1) (asymmetric: the code itself); 2 to 8
+                        bits; ``weight_scale``;
                         ``weight_shape`` I64; ``weight_zero_point`` I32, packed
                         down the rows
 ``nvfp4-pack-``         ``weight_packed`` U8, the even column in the low half;
@@ -18,8 +19,10 @@
 A static activation scale adds ``input_scale`` F32. Scales are multipliers but
 for the global ones.
 
-Source: compressed-tensors 0.20.0, ``compressors/`` and ``quantization/quant_args.py``;
-the same in 0.17.0, which vLLM 0.32.0 pins, for what is written here.
+Source: compressed-tensors 0.20.0, ``compressors/`` and ``quantization/quant_args.py``. Version
+0.17.0, which vLLM 0.32.0 and 0.33.0 pin, packs 3, 5, 6 and 7 bits with gaps, but vLLM unpacks
+them itself, without gaps (``ct/schemes/compressed_tensors_wNa16.py``, the shape of
+``weight_packed``; humming-kernels 0.1.19 ``include/humming/kernel/pack_weight.cuh``).
 """
 
 from __future__ import annotations
@@ -33,9 +36,6 @@ from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
 Arguments = dict[str, Any]
-
-#: 3, 5, 6 and 7 bits are packed with gaps by 0.17 and without by 0.20.
-_PACKED_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,6 @@ def _integer_format(weight: TensorScheme, *, has_inputs: bool) -> str:
                 "int8.channel+int8.token, int8.gN (weight only) or FP8",
             )
         return "int-quantized"
-    if bits not in _PACKED_BITS:
-        raise _cannot(f"its releases disagree on how {bits}-bit codes are packed", "int4 or int8")
     if kind not in ("channel", "group"):
         raise _cannot("packed codes have scales per channel or group", "channel or gN")
     return "pack-quantized"
