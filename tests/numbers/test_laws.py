@@ -219,7 +219,7 @@ class _Killed(Exception):
 def fill_table(folder: Path, stats: Path, path: Path, *, threads: int = 1, kill: int = 0) -> bytes:
     """The table of a checkpoint, measured on some threads, killed after so many groups."""
 
-    def progress(done: int, _: int) -> None:
+    def progress(_: str, done: int, __: int) -> None:
         if done == kill:
             raise _Killed
 
