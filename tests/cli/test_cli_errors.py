@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import DEMO, Measured, ok, refused, tree
+from command_line import DEMO, Measured, mofq, ok, refused, tree
 from safetensors.torch import load_file, save_file
 
 import mofq as package
@@ -366,8 +366,9 @@ def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
     name = "model.layers.2.mlp.gate_proj.weight"
     tensors[name][3, 5] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = refused("validate", DEMO, folder, *TEXT)
-    assert "model.layers.2.mlp.gate_proj" in message
+    ran = mofq("validate", DEMO, folder, *TEXT)
+    assert ran.code == 1
+    assert f"{name}: differs from row 3 on" in ran.err
 
 
 def test_a_device_map_without_its_package_names_the_extra(

@@ -19,20 +19,20 @@ from mofq.cli.parsing import as_command
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
     "inspect": "model --engine --space --lm-head",
-    "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --draws --seed "
-    "--dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
+    "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
+    "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
     "--kv-cache --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
     "measure": "model --space -o --output --stats --engine --device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
-    "--unit --objective --ties --model --text --refine --tokens --sequence-length --device "
-    "--stats --trials --multi-objective --storage --workers --seed",
-    "validate": "model recipe_or_folder --text --tokens --sequence-length --dtype --device --stats "
-    "--backend --emulate --tasks --task-folder --task-limit -o --output",
+    "--unit --objective --ties --model --text --refine --tokens --sequence-length --bos "
+    "--device --stats --trials --multi-objective --storage --workers --seed",
+    "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
+    "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
-    "--engine --tokens --sequence-length --sequences --device",
+    "--engine --tokens --sequence-length --bos --sequences --device",
     "demo": "-o --output",
     "frontier": "table --unit --engine --space --max-kv-bits --kv-tokens --kv-cache --polish",
     "diff": "first second --table",

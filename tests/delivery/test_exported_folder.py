@@ -15,6 +15,7 @@ import pytest
 import torch
 from command_line import Ran, mofq
 from conftest import TinyCheckpoint
+from emulated import validate
 from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
 
@@ -26,7 +27,6 @@ from mofq.delivery.export.compressed_tensors import (
     model_from_folder,
     recipe_from_folder,
 )
-from mofq.delivery.validation import validate
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored

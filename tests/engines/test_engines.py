@@ -11,14 +11,12 @@ import pytest
 
 from mofq.engines import (
     ENGINES,
-    CacheRule,
-    Rule,
     find_engine,
     format_name,
     legality,
     serving_environment,
 )
-from mofq.engines.rules import readable
+from mofq.engines.rules import CacheRule, Rule, readable
 from mofq.exceptions import EngineError
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.numbers.schemes import parse_scheme

@@ -12,10 +12,7 @@ from command_line import ok, refused
 from families import copy_with_tensors, write_byte_tokenizer, write_family
 
 from mofq.decision.recipe import load_recipe
-from mofq.delivery.validation import paired_difference, validate
 from mofq.evidence.calibration.stats import read_stats
-from mofq.evidence.corpora import load_text
-from mofq.exceptions import MofqError
 
 SPACE = """
 version: 1
@@ -136,18 +133,6 @@ def test_statistics_go_on_only_as_they_were_begun(model: Path, made: dict[str, P
         assert f"give --bos {goes_on} to go on with this one" in message
         assert "Calibrate into another folder" in message
         ok(*calibrate, *LENGTH, "--bos", goes_on, *stats)
-
-
-def test_validations_that_begin_differently_are_not_compared(
-    model: Path, made: dict[str, Path]
-) -> None:
-    recipe = made["auto"] / "recipe.yaml"
-    options: dict[str, Any] = {"tokens": 32, "sequence_length": 16}
-    text = load_text("demo-en")
-    first = validate(str(model), recipe, text, **options)
-    second = validate(str(model), recipe, text, bos="never", **options)
-    with pytest.raises(MofqError, match="but bos is True in one and False in the other"):
-        paired_difference(first, second)
 
 
 def test_a_run_begins_all_its_windows_alike_and_the_model_card_says_so(

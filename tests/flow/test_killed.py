@@ -95,7 +95,7 @@ def test_calibrate_writes_into_no_folder_of_something_else(tmp_path: Path) -> No
     shutil.copytree(DEMO, model)
     before = tree(model)
     message = refused("calibrate", model, *SHORT, "-o", model)
-    assert f"{model}: needed a new folder or one of statistics, found" in message
+    assert f"-o {model}: lies in {model}, which this command reads" in message
     assert {name: data for name, data in tree(model).items() if name != ".lock"} == before
 
 
