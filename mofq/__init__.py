@@ -56,3 +56,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'mofq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, so that a notebook completes them."""
+    return sorted(__all__)

@@ -39,9 +39,10 @@ def _suggest(result: RunResult) -> None:
     recipe, table = result.folder / "recipe.yaml", result.folder / "table.jsonl"
     if result.export is None:
         note_engines(result)
-        stats = ("--stats", result.folder / "stats") if needs_stats(result.recipe) else ()
-        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
-        next_step("export", result.model, recipe, *to)
+        if result.served_by():
+            stats = ("--stats", result.folder / "stats") if needs_stats(result.recipe) else ()
+            to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
+            next_step("export", result.model, recipe, *to)
     engine = result.recipe.made_by.get("engine")
     named = () if engine is None else ("--engine", str(engine))
     validation = ("--validation", result.folder / "validation.json")

@@ -114,6 +114,11 @@ def nearest_type(scheme: Scheme, layer: LinearLayer) -> tuple[str, str]:
     if isinstance(element, IntFormat):
         kind = _INTEGERS[element.bits][0 if scheme.weight.symmetric else 1]
     else:
+        if element.name not in _FLOATS:
+            raise BackendError(
+                f"{layer.name}: llama.cpp has no type near {element.name} of {scheme.name!r}. "
+                f"Search with other formats."
+            )
         kind = _FLOATS[element.name]
     losses = [_loss(scheme, kind)]
     if kind.endswith("_k") and layer.in_features % _K_BLOCK:
