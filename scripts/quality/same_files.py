@@ -1,7 +1,7 @@
 """Compares every file that two checkouts of mofq write for the same commands.
 
-    python scripts/quality/same_files.py OLD NEW --model mofq/demo/model --work /tmp/same
-    python scripts/quality/same_files.py OLD NEW --model FOLDER --small --work /tmp/same
+    python scripts/quality/same_files.py OLD NEW --model mofq/demo/model --work WORK
+    python scripts/quality/same_files.py OLD NEW --model FOLDER --small --work WORK
 
 For a change that must change no figure. Both checkouts run the whole flow on the model, from
 `calibrate` to `export` and `run`: some sixty commands on a small model; `--small` has a search
