@@ -140,7 +140,7 @@ _NUMBERS = (
         "cost: padding forgotten",
         "row_bytes = 4 * -(-columns * bits // 32) if",
         "row_bytes = 4 * (columns * bits // 32) if",
-        "cost laws",
+        "sizes laws",
     ),
     Fault(
         "budget off by one",
