@@ -94,6 +94,7 @@ def test_a_size_is_a_number_or_a_text(measured: Measured) -> None:
         api.search(measured.table, budget=Budget(max_size=float("inf")))
 
 
+@pytest.mark.long
 def test_the_blocks_of_the_page_on_python_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

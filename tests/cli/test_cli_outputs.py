@@ -140,6 +140,7 @@ def test_an_export_is_for_what_the_engine_reads_where_nothing_else_is_asked(tmp_
     assert ok("export", DEMO, recipe, *named, "--json").json["to"] == "torchao"
 
 
+@pytest.mark.long
 def test_an_export_imports_no_transformers(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     ok("recipe", "uniform", DEMO, "nvfp4", "-o", recipe)  # its global scale is a maximum

@@ -72,6 +72,7 @@ def run_options(space: Path, folder: Path) -> tuple[str | Path, ...]:
     return ("run", DEMO, "--space", space, "--max-bits", "6", *SMALL, "-o", folder)
 
 
+@pytest.mark.long
 def test_run_ends_with_a_table_and_a_second_run_ends_the_same(space: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = ok(*run_options(space, folder))
@@ -219,6 +220,7 @@ def test_a_run_for_another_budget_space_or_engine_is_refused_before_anything_is_
     assert tree(folder) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["_validate", "_export"])
 def test_a_run_that_fails_leaves_no_result(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,6 +241,7 @@ def test_a_run_that_fails_leaves_no_result(
     assert ok("run", DEMO, *other, "-o", folder).err.count("there already") == 2
 
 
+@pytest.mark.long
 def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def check_against_exhaustive(problem: Problem, budgets: Budgets) -> None:
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.long
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.data())
 def test_exact_equals_exhaustive_search_under_any_budgets(data: st.DataObject) -> None:

@@ -56,6 +56,7 @@ def test_the_frontier_falls_keeps_the_budget_and_beats_what_was_predicted(
     assert bits[0] == 8 * 20 * 10 / one.weights
 
 
+@pytest.mark.long
 def test_a_second_run_goes_on_and_measures_nothing_twice(tmp_path: Path) -> None:
     storage = str(tmp_path / "study.db")
     first = run(storage, 12)

@@ -278,6 +278,7 @@ _NAME = st.text(min_size=1, max_size=20).filter(str.isprintable) | st.sampled_fr
 )
 
 
+@pytest.mark.long
 @given(st.lists(_NAME, min_size=1, max_size=6, unique=True))
 @settings(max_examples=200)
 def test_any_name_survives_writing_and_reading(names: list[str]) -> None:

@@ -102,6 +102,7 @@ def written_with(source: Path, target: Path, path: tuple[Any, ...], value: Any) 
     target.write_text(json.dumps(content), encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 )

@@ -73,6 +73,7 @@ def test_validate_reports_tasks_with_errors_and_recovery(folder: Path, tmp_path:
     assert "it/s" not in ran.err
 
 
+@pytest.mark.long
 def test_a_model_is_to_itself_a_full_recovery_without_error(folder: Path) -> None:
     content = ok(
         *("validate", DEMO, DEMO, *TEXT, "--tasks", "going_on"),
@@ -125,6 +126,7 @@ def test_an_unknown_task_suggests_one_that_lm_eval_knows() -> None:
         TaskRunner(Tasks(("hellaswagg",)))
 
 
+@pytest.mark.long
 def test_several_texts_are_validated_one_by_one_and_the_worst_named(tmp_path: Path) -> None:
     ok("recipe", "uniform", DEMO, "int4.g32", "-o", tmp_path / "recipe.yaml")
     sizes = ("--tokens", "128", "--sequence-length", "64")

@@ -176,6 +176,7 @@ def test_the_weight_error_is_that_of_what_is_shipped(
         assert row.error == pytest.approx(float(ratio_I.mean()), rel=1e-5)
 
 
+@pytest.mark.long
 def test_other_schemes_have_the_rows_that_they_have_alone(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_other_schemes_have_the_rows_that_they_have_alone(
     assert all(kept[row.key] == row for row in alone.rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "family", long_but(("mixtral", "qwen3_moe", "gpt2", "gemma3_text"), "gpt2")
 )

@@ -60,6 +60,7 @@ def test_every_recipe_of_the_page_is_byte_for_byte_what_its_command_writes(
         assert not any(formats)
 
 
+@pytest.mark.long
 def test_a_point_stands_where_its_checkpoint_and_its_cache_say(path: Path, table: Table) -> None:
     data = data_of(table, path, request=CONTEXT)
     assert data["kv_tokens"] == TOKENS
@@ -117,6 +118,7 @@ def test_recipes_are_compared_with_their_caches(path: Path, table: Table, tmp_pa
     assert mine["value"] == recipe.kl_nats_per_token
 
 
+@pytest.mark.long
 def test_uniform_points_beside_a_context_are_pairs_that_none_beats(
     path: Path, table: Table
 ) -> None:

@@ -41,6 +41,7 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return point
 
 
+@pytest.mark.long
 def test_an_export_and_a_rewritten_model_are_written_onto_a_mount_point(
     measured: Measured, mounted: Path, tmp_path: Path
 ) -> None:

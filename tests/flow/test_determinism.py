@@ -24,6 +24,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 def test_table_and_recipe_have_the_same_bytes_on_any_number_of_threads(
     count: int, measured: Measured, tmp_path: Path

@@ -96,6 +96,7 @@ def cached(
     return recipe_from_table(table, schemes, made_by={}, budget={}, result={})
 
 
+@pytest.mark.long
 def test_what_keys_and_values_cost_adds_up(flow: Flow) -> None:
     (cache, *_) = find_layers(open_checkpoint(DEMO)).caches
     names = ("int8.token/int4.token", "int8.token/bf16", "bf16/int4.token")

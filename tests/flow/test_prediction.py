@@ -108,6 +108,7 @@ def test_the_row_of_one_choice_is_its_measured_divergence(
     assert nats(table, scheme)[group].error == pytest.approx(measured, rel=0.3)
 
 
+@pytest.mark.long
 def test_the_standard_error_covers_what_another_seed_would_say(
     table: Table, windows_NT: Tensor, tmp_path: Path
 ) -> None:

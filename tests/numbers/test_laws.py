@@ -175,6 +175,7 @@ def test_law_4_more_budget_never_means_more_predicted_error(data: st.DataObject)
     assert all(more <= less + 1e-15 for less, more in pairwise(errors))
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_law_5_exact_equals_exhaustive_search_and_greedy_is_never_better(

@@ -175,6 +175,7 @@ def test_every_quotient_of_a_bfloat16_and_its_scale_has_the_references_error(
         check("errors", schemes, block_OI, found)
 
 
+@pytest.mark.long
 def test_a_program_is_made_once_and_loaded_by_the_next_process(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
