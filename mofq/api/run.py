@@ -555,7 +555,10 @@ def _check_request(
     for path, recipe in former.items():
         made_by = recipe.made_by
         if (dict(recipe.budget), made_by.get("engine"), made_by.get("space_sha256")) != asked:
-            found = _told(recipe.budget, made_by.get("engine"), made_by.get("space"))
+            space = made_by.get("space")
+            if space == choices.space and made_by.get("space_sha256") != space_sha256:
+                space = f"{space} as it was then"
+            found = _told(recipe.budget, made_by.get("engine"), space)
             raise MofqError(
                 f"{path}: is the result for {found}, and this run asks for "
                 f"{_told(figures, choices.engine, choices.space)}. Run with another -o, or decide "

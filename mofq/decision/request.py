@@ -73,10 +73,10 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
         least = math.ceil(1e4 * 8 * smallest / weights) / 1e4
         raise BudgetError(
             f"max_bits: asked for {budgets.max_bits:g} bits per weight; the smallest possible in "
-            f"this search space is {least:g}."
+            f"this search space is {least:g}. `mofq spaces` lists others."
         )
     if budgets.max_bytes is not None and smallest + other_bytes > budgets.max_bytes:
         raise BudgetError(
             f"max_size: asked for {budgets.max_bytes:,} bytes; the smallest possible in this "
-            f"search space is {smallest + other_bytes:,} bytes."
+            f"search space is {smallest + other_bytes:,} bytes. `mofq spaces` lists others."
         )

@@ -177,7 +177,9 @@ def test_the_smallest_size_that_a_refusal_names_can_be_met(measured: Measured, o
 
 def test_a_run_refuses_its_budget_before_it_calibrates(out: Path) -> None:
     arguments = ("--space", "w4a16", "-o", out / "run")
-    assert "the smallest possible" in refused("run", DEMO, *arguments, "--max-bits", "3")
+    message = refused("run", DEMO, *arguments, "--max-bits", "3")
+    assert "the smallest possible" in message
+    assert "`mofq spaces` lists others" in message
     assert "the smallest possible" in refused("run", DEMO, *arguments, "--max-size", "1MB")
     assert "not a size" in refused("run", DEMO, *arguments, "--max-size", "small")
     assert "unknown engine" in refused("run", DEMO, *arguments, "--engine", "vlm-cpu")

@@ -216,7 +216,8 @@ def test_a_run_for_another_budget_space_or_engine_is_refused_before_anything_is_
         assert "another -o" in message
     # Another space under the name of the first.
     space.write_text("version: 1\nschemes: [int4.g32, int8.channel]\n")
-    assert "is the result for" in refused(*run_options(space, folder))
+    message = refused(*run_options(space, folder))
+    assert "space space as it was then, engine not named, and this run asks for" in message
     assert tree(folder) == before
 
 

@@ -145,6 +145,16 @@ def test_a_space_by_name_leaves_the_schemes_of_the_others_out() -> None:
         problem_from_table(table, space="w5")
 
 
+def test_a_space_that_grew_counts_as_it_was_measured_last() -> None:
+    before = space("serving", ("int8.channel",))
+    assert problem_from_table(
+        table_of(*WEIGHT_ROWS, spaces=(before,)), space="serving"
+    ).schemes == (("bf16", "int8.channel") * 2)
+    grown = space("serving", ("int8.channel", "int4.g32"))
+    table = table_of(*WEIGHT_ROWS, spaces=(before, grown))
+    assert set(problem_from_table(table, space="serving").schemes) == {"bf16", *SCHEMES}
+
+
 def test_what_is_not_legal_is_not_offered_and_a_group_without_an_offer_does_not_count() -> None:
     table = table_of(*WEIGHT_ROWS)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mofq.engines import legality
 from mofq.evidence.spaces import (
     SearchSpace,
     find_search_spaces,
@@ -18,6 +19,7 @@ from mofq.evidence.spaces import (
 )
 from mofq.exceptions import SearchSpaceError
 from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 
@@ -92,6 +94,40 @@ def test_the_mixed_space_has_integers_and_floats_of_4_5_6_and_8_bits() -> None:
     assert {"int4", "int5", "int6", "int8", "fp4_e2m1", "fp6_e2m3", "fp8_e4m3"} <= elements
     assert {weight.scale_rule for weight in weights} == {"absmax", "fullrange", "mse"}
     assert all(weight.symmetric for weight in weights)
+
+
+def integer_bits(schemes: tuple[Scheme, ...]) -> set[int]:
+    """Of weight-only integers."""
+    elements = {one.weight.element for one in schemes if one.weight and one.activation is None}
+    return {element.bits for element in elements if isinstance(element, IntFormat)}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("serving", {4, 5, 6, 7, 8}),
+        ("serving_fitted", {4, 5, 6, 7, 8}),
+        ("serving_low_bits", {2, 3, 4, 5, 6, 7, 8}),
+    ],
+)
+def test_what_engines_serve_in_2_or_3_bits_is_in_a_space_of_its_own(
+    name: str, bits: set[int]
+) -> None:
+    found = load_search_space(name)
+    assert integer_bits(found.schemes) == bits
+    for gpu in ("vllm-ampere", "vllm-ada", "vllm-hopper", "vllm-blackwell"):
+        for offer in offer_schemes(found, [QKV, DOWN], legality=legality(gpu), has_stats=True):
+            assert integer_bits(offer.schemes) == bits
+    for other in ("vllm-cpu", "sglang-hopper", "transformers"):
+        for offer in offer_schemes(found, [QKV, DOWN], legality=legality(other), has_stats=True):
+            assert integer_bits(offer.schemes) <= {4, 8}
+
+
+def test_the_space_of_low_bits_has_all_of_the_fitted_one() -> None:
+    fitted, low = load_search_space("serving_fitted"), load_search_space("serving_low_bits")
+    added = set(low.schemes) - set(fitted.schemes)
+    assert integer_bits(tuple(added)) == {2, 3}
+    assert [one for one in low.schemes if one not in added] == list(fitted.schemes)
 
 
 def test_a_space_is_loaded_from_a_path_too(tmp_path: Path) -> None:
