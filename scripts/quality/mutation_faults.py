@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scripts.quality.mutation_fault import Fault
 from scripts.quality.mutation_faults_cache import CACHE_AND_SOURCES
+from scripts.quality.mutation_faults_delivery import DELIVERY
 
 _NUMBERS = (
     Fault(
@@ -331,4 +332,4 @@ _NUMBERS = (
     ),
 )
 
-FAULTS = (*_NUMBERS, *CACHE_AND_SOURCES)
+FAULTS = (*_NUMBERS, *CACHE_AND_SOURCES, *DELIVERY)

@@ -164,6 +164,7 @@ def test_bits_of_the_cache_beside_a_context_are_solved_size_by_size() -> None:
     problem = cached_problem(2, kv_tokens=TOKENS)
     budgets = Budgets(max_kv_bits=7.0)
     frontier = solve_frontier(problem, budgets)
+    assert len(frontier.bytes_K) > 3
     for k, choice_F in enumerate(frontier.choice_KF):
         assert problem.cache_bits_P[choice_F].sum() <= 7 * 3 * NUMBERS
         assert frontier.bytes_K[k] == problem.size_of(choice_F)
@@ -174,6 +175,7 @@ def test_bits_of_the_cache_beside_a_context_are_solved_size_by_size() -> None:
 def test_a_cache_without_a_budget_stays_as_it_is_along_the_frontier() -> None:
     problem = cached_problem(3)
     frontier = solve_frontier(problem)
+    assert len(frontier.bytes_K) > 3
     assert all(not formats_of(problem, one) for one in frontier.choice_KF)
 
 

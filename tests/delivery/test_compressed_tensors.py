@@ -22,10 +22,12 @@ from mofq.delivery.export.compressed_tensors import (
     export_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors import plan as plan_module
+from mofq.delivery.export.compressed_tensors.storage import storage_of
 from mofq.exceptions import BackendError, MofqError, RecipeError, SchemeError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
+from mofq.numbers.schemes import parse_scheme
 
 
 def test_a_mixed_checkpoint_has_one_config_group_per_scheme(
@@ -42,6 +44,28 @@ def test_a_mixed_checkpoint_has_one_config_group_per_scheme(
         "pack-quantized",
         "pack-quantized",
     ]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "strategy", "dynamic"),
+    [
+        ("int8.channel+int8.token", "int", "token", True),
+        ("int8.tensor+int8.tensor", "int", "tensor", False),
+        ("fp8_e4m3.channel+fp8_e4m3.token", "float", "token", True),
+        ("fp8_e4m3.tensor+fp8_e4m3.tensor", "float", "tensor", False),
+        ("fp8_e4m3.block128+fp8_e4m3.g128", "float", "group", True),
+        ("nvfp4+nvfp4", "float", "tensor_group", "local"),
+        ("mxfp8+mxfp8", "float", "group", True),
+    ],
+)
+def test_the_config_says_which_scales_of_inputs_are_stored(
+    scheme: str, kind: str, strategy: str, dynamic: bool | str
+) -> None:
+    storage = storage_of(parse_scheme(scheme), where="layer")
+    inputs = storage.input_activations
+    assert inputs is not None
+    assert (inputs["type"], inputs["strategy"], inputs["dynamic"]) == (kind, strategy, dynamic)
+    assert storage.weights["dynamic"] is False
 
 
 def test_every_linear_layer_is_named_once_in_full(tiny_llama: Path, tmp_path: Path) -> None:

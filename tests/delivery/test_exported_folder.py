@@ -18,6 +18,7 @@ from conftest import TinyCheckpoint
 from emulated import validate
 from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
+from safetensors.torch import load_file
 
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.delivery.export.compressed_tensors import (
@@ -334,6 +335,22 @@ def test_a_folder_diverges_as_its_recipe_is_emulated(
         assert found.kl_nats_per_token == pytest.approx(emulated.kl_nats_per_token, rel=1e-2)
     else:
         assert found.windows == emulated.windows
+
+
+def test_biases_are_exported_and_run(tiny: TinyCheckpoint, text_file: Path, tmp_path: Path) -> None:
+    model = tiny("starcoder2")  # biases of layers and of norms
+    recipe = uniform_recipe(open_checkpoint(str(model)), "int4.g64")
+    folder = export(model, recipe, tmp_path / "out").folder
+    given, written = (load_file(one / "model.safetensors") for one in (model, folder))
+    biases = [name for name in given if name.endswith(".bias")]
+    assert len(biases) == 2 * 8 + 1
+    for name in biases:
+        assert bool(given[name].any())
+        assert torch.equal(given[name], written[name])
+    text = load_text(str(text_file))
+    found, emulated = (validate(str(model), one, text, **PLAN) for one in (folder, recipe))
+    assert found.enforced is True, found.deviations
+    assert found.windows == emulated.windows
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -10,6 +10,7 @@ import torch
 from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
 from families import copy_with_tensors, long_but
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mofq.delivery.rewriting.choose import Choice, choose_scales
@@ -32,7 +33,9 @@ INT8 = "int8.channel+int8.token"
 TOKENS = some_tokens(1, 24, seed=5)
 
 
-def outlier_model(tiny: TinyCheckpoint, folder: Path, family: str = "llama") -> Path:
+def outlier_model(
+    tiny: TinyCheckpoint, folder: Path, family: str = "llama", **options: object
+) -> Path:
     """A tiny model whose inputs have channels that stand out, as large models have."""
 
     def stand_out(tensors: dict[str, Tensor]) -> None:
@@ -42,7 +45,7 @@ def outlier_model(tiny: TinyCheckpoint, folder: Path, family: str = "llama") -> 
             if name.endswith("up_proj.weight") and tensor.ndim == 2:
                 tensor[5::67] *= 20
 
-    return copy_with_tensors(tiny(family, dtype=torch.float32), folder, stand_out)
+    return copy_with_tensors(tiny(family, dtype=torch.float32, **options), folder, stand_out)
 
 
 def logits(folder: Path) -> Tensor:
@@ -83,6 +86,34 @@ def test_a_rewritten_model_computes_what_it_did(
     assert float((after - before).abs().max()) < 2e-4 * float(before.abs().max())
     if not NORMS[family]:
         assert all(choice.site.producer is not None for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "biases"),
+    [
+        ("starcoder2", {}, {"input_layernorm", "post_attention_layernorm", "self_attn.v_proj"}),
+        (
+            "llama",
+            {"attention_bias": True, "mlp_bias": True},
+            {"self_attn.v_proj", "mlp.up_proj"},
+        ),
+    ],
+)
+def test_a_bias_is_divided_with_the_weight_beside_it(
+    tiny: TinyCheckpoint, tmp_path: Path, family: str, options: dict[str, bool], biases: set[str]
+) -> None:
+    model = outlier_model(tiny, tmp_path / "model", family, **options)
+    original = load_file(model / "model.safetensors")
+    assert all(bool(t.any()) for name, t in original.items() if name.endswith(".bias"))
+    out, _, choices = rewritten(model, tmp_path, "smoothquant")
+    assert all(choice.strength is not None for choice in choices)
+    found = load_file(out / "model.safetensors")
+    changed = {name for name, tensor in original.items() if not torch.equal(tensor, found[name])}
+    assert {name for name in changed if name.endswith(".bias")} == {
+        f"model.layers.{n}.{module}.bias" for n in (0, 1) for module in biases
+    }
+    before, after = logits(model), logits(out)
+    assert float((after - before).abs().max()) < 2e-4 * float(before.abs().max())
 
 
 def test_powers_of_two_change_no_bit(tiny: TinyCheckpoint, tmp_path: Path) -> None:
@@ -138,14 +169,20 @@ def test_no_site_is_predicted_worse_than_it_was(
     model = tiny("llama")
     stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(2, 16)})
     checkpoint = open_checkpoint(str(model))
+    moved = set()
     for site in find_sites(checkpoint, find_layers(checkpoint))[:4]:
         for scheme in (INT8, "fp8_e4m3.tensor+fp8_e4m3.tensor", "int4.g32", "bf16"):
             choice = choose_scales(
                 checkpoint, site, parse_scheme(scheme), stats=stats, method=method
             )
-            assert choice.nats_after <= choice.nats_before
             if choice.strength is None:
+                assert choice.nats_after == choice.nats_before
                 assert torch.equal(choice.scale_P, torch.ones_like(choice.scale_P))
+            else:
+                assert choice.nats_after < choice.nats_before
+                moved.add(scheme)
+    assert INT8 in moved
+    assert "bf16" not in moved  # nothing is rounded, and leaving a site alone wins a tie
 
 
 def test_smoothquant_at_one_half_makes_both_ranges_equal() -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import TinyCheckpoint
 from emulated import logits_of, recipe_of
 from exported import uniform_recipe
+from rounding import apart
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,15 +78,18 @@ def test_a_kernel_of_torchao_computes_what_was_measured(tiny_llama: Path, scheme
     applied = apply_recipe(load_model(tiny_llama), recipe, "torchao", checkpoint=checkpoint)
     kind, operator = KERNELS[scheme]
     x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0))
-    for name, module in applied.named_modules():
-        if not isinstance(module, TorchaoLinear) or module.in_features != 128:
+    modules = {n: m for n, m in applied.named_modules() if isinstance(m, TorchaoLinear)}
+    assert modules.keys() == {name for name, one in recipe.schemes.items() if one == scheme}
+    for name, module in modules.items():
+        if module.in_features != 128:
             continue
         assert type(module.weight.data).__name__ == kind
         with RecordOperators() as ran:
             y = module(x)
         assert not operator or operator in ran.names
         expected = emulated.get_submodule(name)(x)
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        atol = apart(module.in_features) * float(expected.abs().max())
+        torch.testing.assert_close(y, expected, rtol=0, atol=atol)
     assert find_deviations(applied, recipe, checkpoint=checkpoint) == ()  # type: ignore[arg-type]
 
 

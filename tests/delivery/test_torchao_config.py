@@ -71,6 +71,20 @@ def test_transformers_loads_quantizes_saves_and_loads_again(
             assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "mapping"), [("int4.g64", "SYMMETRIC"), ("int4.g64.asym", "ASYMMETRIC")]
+)
+def test_integers_with_zero_points_are_mapped_asymmetrically(
+    tiny_llama: Path, scheme: str, mapping: str
+) -> None:
+    from torchao.core.config import config_from_dict
+
+    checkpoint = open_checkpoint(str(tiny_llama))
+    document = json.loads(torchao_config(checkpoint, uniform_recipe(checkpoint, scheme)))
+    configs = config_from_dict(document["quant_type"]["default"]).fqn_to_config
+    assert {config.mapping_type.name for config in configs.values()} == {mapping}
+
+
 def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_into(
     tiny_llama: Path,
 ) -> None:

@@ -118,10 +118,25 @@ def test_experts_have_rules_of_their_own() -> None:
     assert legality("transformers")(parse_scheme("int4.g128"), gate_up()) is None
 
 
+def test_experts_without_marlin_are_served_in_groups_that_triton_has() -> None:
+    served = {
+        (engine, scheme)
+        for engine in ("sglang-hopper", "sglang-blackwell")
+        for scheme in ("int4.g32", "int4.g64", "int4.g128", "int8.g128")
+        if legality(engine)(parse_scheme(scheme), experts()) is None
+    }
+    assert served == {
+        *(("sglang-hopper", f"int4.g{size}") for size in (32, 64, 128)),
+        ("sglang-hopper", "int8.g128"),
+        *(("sglang-blackwell", f"int4.g{size}") for size in (32, 128)),
+    }
+
+
 @pytest.mark.parametrize(
     ("engine", "scheme"),
     [
         ("vllm-hopper", "mxfp4"),  # in FP8 by Humming
+        ("vllm-hopper", "int4.g128.asym"),  # scale times zero point is rounded by Machete
         ("vllm-cpu", "fp8_e4m3.channel+fp8_e4m3.token"),  # in bfloat16 with AMX tiles
         ("sglang-hopper", "int8.tensor+int8.token"),  # codes are quantized again
     ],

@@ -257,5 +257,6 @@ def test_advice_for_several_devices_names_them() -> None:
 
 def test_int8_weights_beside_int8_inputs_are_not_packed() -> None:
     narrow = group("layers.0.mlp.down", down_proj=(64, 48))
-    reason = legality("vllm-ada:tp=8")(parse_scheme("int8.channel+int8.token"), narrow)
-    assert reason is None or "words" not in reason
+    judge = legality("vllm-ada:tp=8")
+    assert "fill no whole 32-bit words" in str(judge(parse_scheme("int8.channel"), narrow))
+    assert judge(parse_scheme("int8.channel+int8.token"), narrow) is None

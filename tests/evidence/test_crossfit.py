@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from rounding import apart
 from test_measure_score import LENGTH, WEIGHT, some_samples
 
 from mofq.evidence.fits import LayerFit
@@ -34,7 +35,7 @@ CLUSTER[False] = {"weight": (2.5, 0.5), "input": (1.5, 4.5)}
 #: a chunk, the inputs, and the chunks of a sequence; each summand adds at most a rounding, and the
 #: square doubles it. Sums over rows are in float64.
 SUMMANDS = CHUNK_TOKENS + WEIGHT.shape[1] + -(-LENGTH // CHUNK_TOKENS)
-ROUNDINGS = {"rtol": 2 * SUMMANDS * torch.finfo(torch.float32).eps, "atol": 0.0}
+ROUNDINGS = {"rtol": 2 * apart(SUMMANDS), "atol": 0.0}
 
 
 class ImportanceOne:

@@ -11,6 +11,7 @@ from calibrated import calibrate_folder, read_sequence, some_tokens, space_of
 from conftest import TinyCheckpoint
 from emulated import recipe_of
 from families import long_but
+from rounding import apart
 from torch import Tensor
 
 from mofq.decision import uniform_recipe
@@ -150,7 +151,9 @@ def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
         expected.append(float(row_O.square().sum()) / (2 * LENGTH))
     rows = table.rows_of("kl_nats_per_token", "a")["layers.1.mlp.down"]
     (row,) = (row for row in rows if row.scheme == "int4.g32~gptq")
-    assert row.sample_errors == pytest.approx(expected, rel=2e-3)
+    # Feedback of 22 bits against float64: one code at a tie may fall to the other side, which
+    # moves one of 128 rows by about a quarter.
+    assert row.sample_errors == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.long
@@ -173,7 +176,7 @@ def test_the_weight_error_is_that_of_what_is_shipped(
         )
         delta_OI = (quantized_OI - weight_OI).double()
         ratio_I = delta_OI.square().sum(0) / weight_OI.double().square().sum(0)
-        assert row.error == pytest.approx(float(ratio_I.mean()), rel=1e-5)
+        assert row.error == pytest.approx(float(ratio_I.mean()), rel=2 * apart(layer.out_features))
 
 
 @pytest.mark.long
@@ -201,7 +204,10 @@ def test_every_family_is_fitted_applied_and_enforced(
     folder = tiny(family)
     stats = calibrate_folder(folder, tmp_path / "stats", {"a": some_tokens(2, 16)})
     table = fill(folder, tmp_path / "table.jsonl", stats, "int4.g32@nats~gptq", "int4.g16@nats")
-    assert all(row.error >= 0 for row in table.rows)
+    by_group = table.rows_of("relative_weight_error", None)
+    assert by_group.keys() == {group.name for group in table.header.groups}
+    for rows in by_group.values():
+        assert all((row.error > 0) == (row.scheme != "bf16") for row in rows)
     checkpoint = open_checkpoint(str(folder))
     recipe = uniform(checkpoint, "int4.g16@nats~gptq", stats)
     with open_fits(recipe, stats.folder) as fits:

@@ -125,14 +125,17 @@ def test_an_expert_without_a_token_has_gains_of_zero(tiny: TinyCheckpoint, tmp_p
     tokens = some_tokens(4, 2, seed=3)
     stats = calibrate_folder(tiny("mixtral"), tmp_path / "stats", {"a": tokens})
     few = calibrate_folder(tiny("mixtral"), tmp_path / "few", {"a": tokens}, kept=1)
+    is_reached = set()
     for index, file in enumerate(stats.sequence_files("a")):
         gains = read_gains(gains_path(few.folder, "a", index))
         with SequenceFile(file) as sequence:
             for name, source in sequence.inputs.items():
+                is_reached.add(source is not None)
                 if source is None:
                     assert gains[name] == Gains((0.0,), (0.0,))
                 else:
                     assert min(*gains[name].weight, *gains[name].input) > 0
+    assert is_reached == {True, False}
 
 
 @pytest.mark.parametrize(("sequences", "kept"), [(6, 2), (7, 3), (32, 8), (5, 4)])

@@ -111,8 +111,9 @@ def test_a_table_of_experts_without_tokens_has_no_false_zero(
     name = "int4.channel+fp8_e4m3.tensor"
     path = tmp_path / "table.jsonl"
     measure(checkpoint, find_layers(checkpoint), space_of(name), table_path=path, stats=stats)
-    table = read_table(path)
-    for rows in table.rows_of("kl_nats_per_token", "few").values():
+    by_group = read_table(path).rows_of("kl_nats_per_token", "few")
+    assert by_group.keys() == {group.name for group in find_layers(checkpoint).groups}
+    for rows in by_group.values():
         row = next(row for row in rows if row.scheme == name)
         assert row.error > 0
         assert row.static_amax is not None

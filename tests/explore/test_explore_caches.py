@@ -132,6 +132,7 @@ def test_uniform_points_beside_a_context_are_pairs_that_none_beats(
             other["at"] <= one["at"] and other["value"] < one["value"] for other in uniform
         )
     greedy = [one for one in data["references"] if one["kind"] == "greedy"]
+    assert greedy
     assert all(one["label"].endswith("MB") for one in greedy)
 
 

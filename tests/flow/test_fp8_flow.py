@@ -16,6 +16,7 @@ from emulated import validate
 from exported import export, make_recipe, uniform_recipe
 from families import copy_with_tensors
 from fp8_sources import read_all, write_fp8
+from rounding import apart
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from mofq.decision.recipe import load_recipe
@@ -130,6 +131,7 @@ def test_what_is_kept_is_written_in_bf16_and_no_scale_is_left(
                 needed = fake_quantize_weight(exact_OI, scheme.weight).bfloat16()
                 assert torch.equal(exported.decode(layer.name, tensors), needed)
     untouched = [n for n in read_all(model) if "norm" in n or "embed" in n]
+    assert untouched
     assert all(torch.equal(tensors[n], read_all(model)[n]) for n in untouched)
 
 
@@ -246,7 +248,7 @@ def test_rounding_to_bf16_is_in_the_table_and_not_nothing(
             weight_OI = weights[row.group].numpy().astype(np.float64)
             delta_OI = weight_OI.astype(ml_dtypes.bfloat16).astype(np.float64) - weight_OI
             needed = ((delta_OI**2).sum(0) / (weight_OI**2).sum(0)).mean()
-            assert row.error == pytest.approx(needed, rel=1e-5)
+            assert row.error == pytest.approx(needed, rel=2 * apart(len(weight_OI)))
         assert (row.error == 0) is is_exact
 
 

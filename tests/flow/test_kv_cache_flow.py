@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import DEMO, ok, refused
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
-from optuna.study import get_all_study_summaries
+from optuna.study import load_study
 from safetensors.torch import load_file, save_file
 
 from mofq.decision import Budgets, CacheRequest, choose, problem_from_table
@@ -364,9 +364,10 @@ def test_a_study_measures_caches_as_parameters(
     found = json.loads(ok("search", flow.table, *budget, *measured, "-o", out, "--json").out)
     assert found["checkpoint_bytes"] + 4096 * found["kv_bytes_per_token"] <= 4_000_000
     assert found["kl_measured"] > 0
-    (study,) = get_all_study_summaries(f"sqlite:///{tmp_path / 'recipe.optuna.db'}")
-    assert study.n_trials == 8
-    assert study.best_trial is None or "layers.3.attn.kv_cache" in study.best_trial.params
+    study = load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'recipe.optuna.db'}")
+    trials = study.get_trials()
+    assert len(trials) == 8
+    assert all("layers.3.attn.kv_cache" in trial.params for trial in trials)
     assert load_recipe(out).kv_cache
 
 

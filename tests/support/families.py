@@ -35,6 +35,9 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 
+#: Of biases and norms, as large as what a tiny linear layer makes of a normed input.
+_NOISE = 0.1
+
 
 def _without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in _SIZES.items() if key not in keys}
@@ -177,7 +180,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
 def build_family(
     name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
-    """A tiny model with seeded random weights.
+    """A tiny model with seeded random weights, biases and norms.
 
     Args:
         name: A key of ``TINY_FAMILIES``.
@@ -190,7 +193,19 @@ def build_family(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = getattr(transformers, family.model)(config)
+        _move_constants(model)
     return model.to(dtype).eval()
+
+
+def _move_constants(model: PreTrainedModel) -> None:
+    """Add noise to what a new model has at one value: biases at zero, norms at one.
+
+    Outputs would not show where such a bias is forgotten, moved or scaled, or such a norm.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
+            with torch.no_grad():
+                tensor += _NOISE * torch.randn(tensor.shape)
 
 
 def write_family(

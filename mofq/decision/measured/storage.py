@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import (
     BaseStorage,
@@ -26,6 +27,7 @@ from optuna.storages import (
     RDBStorage,
     RetryHeartbeatStaleTrialCallback,
 )
+from optuna.storages._rdb.models import BaseModel
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -87,7 +89,7 @@ def open_study(storage: str, name: str, *, objectives: int = 1) -> Study:
 
 
 def _storage(storage: str) -> BaseStorage:
-    if "://" not in storage and Path(storage).suffix not in _SQLITE_SUFFIXES:
+    if _is_journal(storage):
         return JournalStorage(JournalFileBackend(storage))
     url = storage if "://" in storage else f"sqlite:///{storage}"
     is_sqlite = url.startswith("sqlite")
@@ -101,7 +103,42 @@ def _storage(storage: str) -> BaseStorage:
     if is_sqlite:
         event.listen(database.engine, "connect", _without_fsync)
         database.engine.dispose()
+    _complete(database)
     return database
+
+
+def _is_journal(storage: str) -> bool:
+    return "://" not in storage and Path(storage).suffix not in _SQLITE_SUFFIXES
+
+
+def _complete(database: RDBStorage) -> None:
+    """Create the indexes that a process which was killed while it made the database left out.
+
+    SQLite commits each table and each index by itself, and Optuna creates the indexes of a table
+    with the table only. Without the index that keeps names of studies unique, every opening adds a
+    study of the same name, and the second one finds two.
+    """
+    found = sqlalchemy.inspect(database.engine)
+    missing = [
+        index
+        for table in BaseModel.metadata.tables.values()
+        for index in table.indexes
+        if not found.has_index(table.name, str(index.name))
+    ]
+    if missing:
+        _remove_empty_doubles(database)
+    for index in missing:
+        index.create(database.engine)
+
+
+def _remove_empty_doubles(database: RDBStorage) -> None:
+    """Of studies that have one name, remove those without trials, and keep one at least."""
+    trials = {s._study_id: database.get_n_trials(s._study_id) for s in database.get_all_studies()}
+    names = set()
+    for study in sorted(database.get_all_studies(), key=lambda s: -trials[s._study_id]):
+        if study.study_name in names and not trials[study._study_id]:
+            database.delete_study(study._study_id)
+        names.add(study.study_name)
 
 
 def _without_fsync(connection: Any, _record: Any) -> None:
@@ -154,7 +191,7 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
         is_alone = try_lock(file)
         if not is_alone:
             fcntl.flock(file, fcntl.LOCK_SH)  # whoever came first may be mending it
-        if is_alone and path.suffix not in _SQLITE_SUFFIXES:
+        if is_alone and _is_journal(storage):
             _mend_journal(path)
         study = open_study(storage, name, objectives=objectives)
         if is_alone:
