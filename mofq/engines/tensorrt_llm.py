@@ -24,8 +24,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
-        refused=f"FP8BlockScalesLinearMethod serves it, but {_NO_NAME}; take "
-        "fp8_e4m3.channel+fp8_e4m3.token",
+        refused=f"{_NO_NAME}; take fp8_e4m3.channel+fp8_e4m3.token",
         source=f"{_LINEAR}; QuantAlgo.FP8_BLOCK_SCALES",
     ),
     Rule(
@@ -37,7 +36,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.channel",
-        refused=f"WeightOnlyQuantLinearMethod serves it, but {_NO_NAME}; take int4.g128 or FP8",
+        refused=f"{_NO_NAME}; take int4.g128 or FP8",
         source=f"{_LINEAR}; QuantAlgo.W4A16, W8A16",
     ),
     Rule(

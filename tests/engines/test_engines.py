@@ -120,7 +120,7 @@ def test_engines_that_were_not_executed_serve_what_their_sources_say(
         (
             "torchao-cpu",
             "int8.tensor+int8.token",
-            "torchao 0.18.0 reads torchao, which has no config for layers in "
+            "torchao-cpu 0.18.0 reads torchao, which has no config for layers in "
             "int8.tensor+int8.token; take int8.channel+int8.token",
         ),
     ],
