@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from exported import make_recipe, uniform_recipe
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from mofq.decision.recipe import RecipeGroup
 from mofq.delivery.export.torchao_config import torchao_config
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
 from mofq.numbers.schemes import parse_scheme
 
 #: Scheme -> the class of the weight that torchao makes, and the tile that shares a scale in it.
@@ -123,6 +126,16 @@ def test_what_torchao_has_no_config_for_is_refused(tiny: TinyCheckpoint, tiny_ll
             BackendError, match=rf"q_proj: TorchAO has no config for .*{scheme[:8]}"
         ):
             torchao_config(checkpoint, uniform_recipe(checkpoint, scheme))
+    head = find_layers(checkpoint, include_lm_head=True).groups[-1]
+    names = tuple(layer.name for layer in head.layers)
+    recipe = uniform_recipe(checkpoint, "bf16")
+    with_head = replace(
+        recipe,
+        groups=(*recipe.groups, RecipeGroup("lm_head", "int8.channel", names)),
+        unquantized=(),
+    )
+    with pytest.raises(BackendError, match="lm_head: TorchAO is told by transformers to leave"):
+        torchao_config(checkpoint, with_head)
     experts = open_checkpoint(str(tiny("mixtral")))
     with pytest.raises(BackendError, match="keeps experts as one tensor"):
         torchao_config(experts, uniform_recipe(experts, "int8.channel"))

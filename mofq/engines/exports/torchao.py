@@ -1,6 +1,7 @@
 """Which of TorchAO's configs stands for a scheme.
 
-Source: torchao 0.18.0 ``quantization/quant_api.py`` and ``prototype/mx_formats``.
+Source: torchao 0.18.0 ``quantization/quant_api.py`` and ``prototype/mx_formats``; transformers
+5.23.0 ``quantizers/base.py``, ``get_modules_to_not_convert``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
             "has configs for linear layers, and transformers keeps experts as one tensor; take "
             "bf16 for them"
         )
+    if group.name == "lm_head":
+        return "is told by transformers to leave the lm_head as it is; take bf16 for it"
     if config_class(scheme) is None:
         return (
             f"has no config for layers in {format_name(scheme)}; take int8.channel+int8.token, "
