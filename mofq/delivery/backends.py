@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ RECIPE_EXPORTERS: dict[str, tuple[str, str]] = {
     "torchao": ("mofq.delivery.export.torchao_config", "torchao_config"),
     "llama.cpp": ("mofq.delivery.export.llama_cpp", "llama_cpp_arguments"),
 }
+
+#: Export -> the package that writes it, which mofq does not install by itself.
+_PACKAGES = {"torchao": "torchao"}
 
 
 def apply_recipe(
@@ -102,7 +106,7 @@ def find_exporter(name: str) -> Any:
         The function; its first three arguments are checkpoint, recipe and output.
 
     Raises:
-        BackendError: No exporter has that name.
+        BackendError: No exporter has that name, or it needs a package that is not installed.
     """
     known = EXPORTERS | RECIPE_EXPORTERS
     if name not in known:
@@ -110,6 +114,11 @@ def find_exporter(name: str) -> Any:
         read = reads.get(name.partition("-")[0].lower())
         near = nearest_name(name, known) if read is None else f" For it, export --to {read}."
         raise BackendError(f"unknown export format {name!r}.{near}")
+    if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
+        raise BackendError(
+            f"exporting to {name} needs the package {_PACKAGES[name]}, which is not installed. "
+            f"Run `pip install mofq[{_PACKAGES[name]}]`."
+        )
     module, function = known[name]
     found = getattr(import_module(module), function)
     return partial(_write_file, name, found) if name in RECIPE_EXPORTERS else found
@@ -123,7 +132,7 @@ def _write_file(
     file: str | Path,
 ) -> Path:
     """Write another tool's file, unless the recipe says what no such file would."""
-    if recipe.kv_cache:
+    if any(not cache.parsed.is_unquantized for cache in recipe.kv_cache):
         raise BackendError(
             f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
             f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."

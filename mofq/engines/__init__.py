@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 
 from mofq.engines.groups import ServedGroup
+from mofq.engines.names import format_name
 from mofq.engines.rules import (
     Engine,
     cache_refusal,
-    format_name,
     matching_rule,
     refusal,
+    rule_refusal,
     storage_problem,
 )
 from mofq.engines.sglang import SGLANG
@@ -41,6 +42,7 @@ __all__ = [
     "format_name",
     "legality",
     "matching_rule",
+    "rule_refusal",
     "serving_environment",
     "storage_problem",
 ]
@@ -129,7 +131,7 @@ def legality(engine_name: str) -> Callable[[Scheme, ServedGroup], str | None]:
     Returns:
         A function of a scheme and a fusion group that gives None where the
         engine serves the layers of the group in that scheme exactly as they
-        were measured, else the reason.
+        were measured, and what it reads can say so, else the reason.
 
     Raises:
         EngineError: No engine has that name.

@@ -7,21 +7,17 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+from mofq.engines.exports import export_problem, group_problem
 from mofq.engines.groups import ServedGroup, is_experts
+from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
-from mofq.model.layers import FUSION_RULES, CacheLayer
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.model.layers import CacheLayer
+from mofq.numbers.schemes import Scheme
 
 Capability = tuple[int, int]
 #: End of a fusion group's name: DeepSeek's kv_b_proj, which is a dense layer as well.
 _LATENT = ".attn.kv"
 Layers = Literal["any", "dense", "experts", "latent"]
-
-#: What the names of layers begin with that are stored as [in_features, out_features].
-_TRANSPOSED = tuple(
-    f"{family.body}{family.decoder}." for family in FUSION_RULES.values() if family.transposed
-)
-_RULE_AND_ROUNDING = re.compile(r"@[a-z]+|~[a-z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +135,6 @@ def readable(rule: Rule | CacheRule) -> str:
     return text
 
 
-def format_name(scheme: Scheme) -> str:
-    """The scheme's name without scale rule and rounding of its weights: what a kernel sees."""
-    weight, plus, activation = scheme.name.partition("+")
-    weight = _RULE_AND_ROUNDING.sub("", weight).replace(".s-e8m0ceil", ".s-e8m0")
-    return parse_scheme(weight).name + plus + activation
-
-
 def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | None:
     """The first rule of the engine for that scheme and that kind of layer, shapes aside."""
     if scheme.is_unquantized:
@@ -162,21 +151,27 @@ def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | 
 
 def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
     """Why no scheme of a fusion group can be written down for an engine, or None."""
-    name = group.layers[0].name
-    if engine.reads == "compressed-tensors" and name.startswith(_TRANSPOSED):
-        return (
-            f"{engine.title} reads compressed-tensors, which does not know weights that are stored"
-            f" transposed (the Conv1D of GPT-2), as {name} is"
-        )
-    return None
+    problem = group_problem(group)
+    return None if problem is None else f"{engine.title} reads {engine.reads}, which {problem}"
 
 
 def refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
-    """Why the engine cannot serve a fusion group in a scheme as it was measured, or None."""
+    """Why the engine cannot be given a fusion group in a scheme as it was measured, or None.
+
+    It has no kernel, or what it reads has no words for it.
+    """
     if scheme.is_unquantized:
         return None
-    if problem := storage_problem(engine, group):
-        return problem
+    reason = storage_problem(engine, group) or rule_refusal(engine, scheme, group)
+    if reason is None and (problem := export_problem(engine.reads, scheme, group)):
+        return f"{engine.title} reads {engine.reads}, which {problem}"
+    return reason
+
+
+def rule_refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
+    """Why the engine has no kernel for a fusion group in a scheme, whatever it is exported to."""
+    if scheme.is_unquantized:
+        return None
     rule = matching_rule(engine, scheme, group)
     where = engine.title
     if rule is None:

@@ -6,6 +6,8 @@ from mofq.engines.rules import Engine, Rule
 
 _LINEAR = "TensorRT-LLM 1.2.0 tensorrt_llm/_torch/modules/linear.py, get_quant_method"
 
+_NO_NAME = "ModelOpt's config has no name for such layers, and nothing else is written for it"
+
 _RULES: tuple[Rule, ...] = (
     Rule(
         r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
@@ -21,12 +23,8 @@ _RULES: tuple[Rule, ...] = (
         source=f"{_LINEAR}; QuantAlgo.FP8_PER_CHANNEL_PER_TOKEN",
     ),
     Rule(
-        r"fp8_e4m3\.block128\.s-f32\+fp8_e4m3\.g128",
-        kernel="FP8BlockScalesLinearMethod",
-        min_capability=(9, 0),
-        max_capability=(9, 9),
-        in_features_multiple=128,
-        shard_rows_multiple=128,
+        r"fp8_e4m3\.block128(\.s-f32)?\+fp8_e4m3\.g128",
+        refused=f"{_NO_NAME}; take fp8_e4m3.channel+fp8_e4m3.token",
         source=f"{_LINEAR}; QuantAlgo.FP8_BLOCK_SCALES",
     ),
     Rule(
@@ -38,12 +36,7 @@ _RULES: tuple[Rule, ...] = (
     ),
     Rule(
         r"int(4|8)\.channel",
-        kernel="WeightOnlyQuantLinearMethod",
-        layers="dense",
-        min_capability=(8, 0),
-        max_capability=(9, 9),
-        in_features_multiple=64,
-        out_features_multiple=64,
+        refused=f"{_NO_NAME}; take int4.g128 or FP8",
         source=f"{_LINEAR}; QuantAlgo.W4A16, W8A16",
     ),
     Rule(

@@ -27,8 +27,8 @@ from typing import Any, cast
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
-from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
 from mofq.engines import ENGINES
+from mofq.engines.exports.compressed_tensors import Storage, storage_of
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
@@ -242,7 +242,8 @@ def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
         model_layers=ModelLayers(architecture, (group,), (), False, 0),
         quantized=(PlannedGroup(group, scheme, storage, {}),),
         ignored=("lm_head",),
-        replaced=frozenset(),
+        kept=(),
+        split=(),
         tensors={},
         group_bytes=0,
     )

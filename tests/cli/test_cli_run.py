@@ -115,17 +115,24 @@ def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path
 
 
 @pytest.mark.long
-def test_run_for_an_engine_that_reads_a_file_writes_that_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "space", "bits", "file", "key"),
+    [
+        ("torchao-cpu", "w8a8", "9", "torchao.json", "quant_type"),
+        ("torchao-cpu", "w8a8", "16", "torchao.json", "quant_type"),  # nothing is quantized
+        ("tensorrt-llm-hopper", "serving", "6", "hf_quant_config.json", "quantization"),
+    ],
+)
+def test_run_for_an_engine_that_reads_a_file_writes_that_file(
+    engine: str, space: str, bits: str, file: str, key: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    arguments = ("--space", "w8a8", "--max-bits", "9", "--engine", "torchao-cpu", *SMALL)
+    arguments = ("--space", space, "--max-bits", bits, "--engine", engine, *SMALL)
     content = ok("run", DEMO, *arguments, "-o", folder, "--json").json
-    assert content["exported"] == str(folder / "torchao.json")
+    assert content["exported"] == str(folder / file)
     assert content["serve_command"] is None
-    assert json.loads((folder / "torchao.json").read_text("utf-8"))["quant_method"] == "torchao"
-    assert (
-        f"For torchao-cpu: {folder / 'torchao.json'}"
-        in ok("run", DEMO, *arguments, "-o", folder).out
-    )
+    assert key in json.loads((folder / file).read_text("utf-8"))
+    assert f"For {engine}: {folder / file}" in ok("run", DEMO, *arguments, "-o", folder).out
 
 
 def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_comes_next(

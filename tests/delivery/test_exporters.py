@@ -70,6 +70,23 @@ def test_modelopt_gets_one_algorithm_a_layer(tiny_llama: Path) -> None:
     }
 
 
+def test_modelopt_names_a_mixture_that_stays_as_it_is(tiny: TinyCheckpoint) -> None:
+    checkpoint = open_checkpoint(str(tiny("mixtral")))
+    fp8 = "fp8_e4m3.tensor+fp8_e4m3.tensor"
+    recipe = make_recipe(checkpoint, lambda number, group: ("bf16", fp8)[".1." in group.name])
+    quantization = json.loads(modelopt_config(checkpoint, recipe))["quantization"]
+    assert "model.layers.0.block_sparse_moe.experts" in quantization["exclude_modules"]
+    assert "model.layers.1.block_sparse_moe.experts" not in quantization["exclude_modules"]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2" in quantization["quantized_layers"]
+
+
+def test_an_export_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mofq.delivery.backends.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"needs the package torchao.*mofq\[torchao\]"):
+        find_exporter("torchao")
+    assert find_exporter("modelopt") is not None
+
+
 def test_modelopt_has_no_integers(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     recipe = uniform_recipe(checkpoint, "int8.channel+int8.token")

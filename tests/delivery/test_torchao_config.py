@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from exported import make_recipe, uniform_recipe
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from mofq.decision.recipe import RecipeGroup
 from mofq.delivery.export.torchao_config import torchao_config
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
 from mofq.numbers.schemes import parse_scheme
 
 #: Scheme -> the class of the weight that torchao makes, and the tile that shares a scale in it.
@@ -97,6 +100,7 @@ def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_i
     text = torchao_config(checkpoint, recipe)
     document = json.loads(text)
     configs = config_from_dict(document["quant_type"]["default"]).fqn_to_config
+    assert configs.pop(r"re:.*\.bias") is None
     assert all(
         isinstance(each, Float8DynamicActivationFloat8WeightConfig) for each in configs.values()
     )
@@ -109,14 +113,43 @@ def test_every_key_is_an_expression_for_the_layers_and_for_what_they_are_fused_i
     assert not any(re.fullmatch(key, "model.layers.11.self_attn.q_proj") for key in keys)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_biases_and_layers_in_bf16_stay_as_they_are(tiny: TinyCheckpoint, family: str) -> None:
+    checkpoint = open_checkpoint(str(tiny(family)))
+    for scheme in ("int8.channel", "bf16"):
+        config = json.loads(torchao_config(checkpoint, uniform_recipe(checkpoint, scheme)))
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=torch.bfloat16,
+            quantization_config=TorchAoConfig.from_dict(config),
+        )
+        kinds = {
+            (name.rpartition(".")[2], type(parameter.data).__name__)
+            for name, parameter in model.named_parameters()
+        }
+        assert ("bias", "Tensor") in kinds
+        assert ("bias", "Int8Tensor") not in kinds
+        assert (("weight", "Int8Tensor") in kinds) == (scheme != "bf16")
+
+
 def test_what_torchao_has_no_config_for_is_refused(tiny: TinyCheckpoint, tiny_llama: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_llama))
     for scheme in ("fp4_e2m1.g32", "int8.g32+int8.token", "fp8_e4m3.block64"):
         assert parse_scheme(scheme).name == scheme
-        with pytest.raises(BackendError, match=rf"q_proj: TorchAO has no config for {scheme[:8]}"):
+        with pytest.raises(
+            BackendError, match=rf"q_proj: TorchAO has no config for .*{scheme[:8]}"
+        ):
             torchao_config(checkpoint, uniform_recipe(checkpoint, scheme))
-    with pytest.raises(BackendError, match="quantizes nothing"):
-        torchao_config(checkpoint, uniform_recipe(checkpoint, "bf16"))
+    head = find_layers(checkpoint, include_lm_head=True).groups[-1]
+    names = tuple(layer.name for layer in head.layers)
+    recipe = uniform_recipe(checkpoint, "bf16")
+    with_head = replace(
+        recipe,
+        groups=(*recipe.groups, RecipeGroup("lm_head", "int8.channel", names)),
+        unquantized=(),
+    )
+    with pytest.raises(BackendError, match="lm_head: TorchAO is told by transformers to leave"):
+        torchao_config(checkpoint, with_head)
     experts = open_checkpoint(str(tiny("mixtral")))
     with pytest.raises(BackendError, match="keeps experts as one tensor"):
         torchao_config(experts, uniform_recipe(experts, "int8.channel"))

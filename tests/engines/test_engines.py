@@ -101,7 +101,8 @@ def test_how_weights_were_rounded_changes_no_rule(scheme: str) -> None:
         ("torchao-ampere", "fp8_e4m3.channel+fp8_e4m3.token", False),
         ("torchao-ada", "fp8_e4m3.channel+fp8_e4m3.token", True),
         ("torchao-hopper", "mxfp8+mxfp8", False),
-        ("torchao-blackwell", "nvfp4+nvfp4", True),
+        ("torchao-blackwell", "mxfp8+mxfp8", True),
+        ("torchao-blackwell", "nvfp4+nvfp4", False),  # in memory alone
     ],
 )
 def test_engines_that_were_not_executed_serve_what_their_sources_say(
@@ -109,6 +110,25 @@ def test_engines_that_were_not_executed_serve_what_their_sources_say(
 ) -> None:
     reason = legality(engine)(parse_scheme(scheme), gate_up())
     assert (reason is None) == served, reason
+
+
+@pytest.mark.parametrize(
+    ("engine", "scheme", "reason"),
+    [
+        ("tensorrt-llm-hopper", "int8.channel", "ModelOpt's config has no name for such layers"),
+        ("tensorrt-llm-hopper", "fp8_e4m3.block128.s-f32+fp8_e4m3.g128", "ModelOpt's config has"),
+        (
+            "torchao-cpu",
+            "int8.tensor+int8.token",
+            "torchao-cpu 0.18.0 reads torchao, which has no config for layers in "
+            "int8.tensor+int8.token; take int8.channel+int8.token",
+        ),
+    ],
+)
+def test_what_the_export_for_an_engine_cannot_say_is_refused_with_a_reason(
+    engine: str, scheme: str, reason: str
+) -> None:
+    assert reason in str(legality(engine)(parse_scheme(scheme), gate_up()))
 
 
 def test_experts_have_rules_of_their_own() -> None:

@@ -185,16 +185,12 @@ def test_weights_that_are_stored_transposed_are_in_no_format_that_engines_read(
     engine: str, tiny: TinyCheckpoint
 ) -> None:
     layers = find_layers(open_checkpoint(str(tiny("gpt2"))))
-    is_read = ENGINES[engine].reads != "compressed-tensors"
     for each in layers.groups:
         reason = legality(engine)(parse_scheme("int8.channel"), each)
-        assert is_read or "stored transposed (the Conv1D of GPT-2)" in str(reason)
-        assert (storage_problem(ENGINES[engine], each) is None) is is_read
-    if is_read:
+        assert "stored transposed (the Conv1D of GPT-2)" in str(reason)
+        assert storage_problem(ENGINES[engine], each) == reason
+    with pytest.raises(EngineError, match=r"transposed.*Leave --engine out"):
         check_engine(engine, layers)
-    else:
-        with pytest.raises(EngineError, match=r"transposed.*Leave --engine out"):
-            check_engine(engine, layers)
 
 
 @pytest.mark.parametrize("name", sorted(TINY_FAMILIES.keys() - {"gpt2"}))

@@ -1,11 +1,8 @@
 """Writes the mixed-precision config of NVIDIA's ModelOpt, which vLLM and TensorRT-LLM read.
 
 It names the algorithm of each layer, as in ``hf_quant_config.json`` of a
-checkpoint that ModelOpt quantizes; it holds no weights.
-
-Source: ModelOpt's unified checkpoints as vLLM 0.32.0
-(``layers/quantization/modelopt.py``) and TensorRT-LLM
-(``tensorrt_llm/quantization/modelopt_config.py``) read them.
+checkpoint that ModelOpt quantizes; it holds no weights. Which algorithms there are, and who reads
+them, is in ``mofq.engines.exports.modelopt``.
 """
 
 from __future__ import annotations
@@ -15,26 +12,13 @@ from typing import Any
 
 from mofq import __version__
 from mofq.decision.recipe import Recipe
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.engines import format_name
+from mofq.engines.exports import export_problem
+from mofq.engines.exports.modelopt import ALGORITHMS
+from mofq.engines.groups import is_experts
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.numbers.schemes import parse_scheme
-
-#: Scheme, without scale rule and rounding -> what ModelOpt calls it.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "fp8_e4m3.tensor+fp8_e4m3.tensor": {"quant_algo": "FP8"},
-    "fp8_e4m3.tensor.s-f32+fp8_e4m3.tensor": {"quant_algo": "FP8"},
-    "fp8_e4m3.channel+fp8_e4m3.token": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
-    "fp8_e4m3.channel.s-f32+fp8_e4m3.token": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
-    "fp8_e4m3.block128": {"quant_algo": "FP8_PB_WO", "group_size": 128},
-    "fp8_e4m3.block128.s-f32": {"quant_algo": "FP8_PB_WO", "group_size": 128},
-    "nvfp4+nvfp4": {"quant_algo": "NVFP4", "group_size": 16},
-    "nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
-    "mxfp8+mxfp8": {"quant_algo": "MXFP8", "group_size": 32},
-    "int4.g64": {"quant_algo": "W4A16_AWQ", "group_size": 64},
-    "int4.g128": {"quant_algo": "W4A16_AWQ", "group_size": 128},
-}
 
 
 def modelopt_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
@@ -52,21 +36,19 @@ def modelopt_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
         RecipeError: The recipe is not for this model.
     """
     layers = checked_layers(checkpoint, recipe)
-    schemes = recipe.schemes
+    schemes = group_schemes(layers, recipe)
     quantized: dict[str, dict[str, Any]] = {}
     excluded = [layer.name for layer in layers.unquantized]
-    for layer in layers.grouped_layers:
-        scheme = parse_scheme(schemes[layer.name])
+    for group in layers.groups:
+        scheme, names = schemes[group.name], [layer.name for layer in group.layers]
+        if problem := export_problem("modelopt", scheme, group):
+            raise BackendError(f"{names[0]}: ModelOpt {problem}.")
         if scheme.is_unquantized:
-            excluded.append(layer.name)
-            continue
-        name = format_name(scheme)
-        if name not in ALGORITHMS:
-            raise BackendError(
-                f"{layer.name}: ModelOpt has no algorithm for {scheme.name}. It has: "
-                f"{', '.join(ALGORITHMS)}."
-            )
-        quantized[layer.name] = ALGORITHMS[name]
+            excluded += names
+            if is_experts(group):  # engines look a mixture up under one name
+                excluded.append(f"{names[0].rpartition('.experts.')[0]}.experts")
+        else:
+            quantized |= dict.fromkeys(names, ALGORITHMS[format_name(scheme)])
     document = {
         "producer": {"name": "modelopt", "version": f"mofq {__version__}"},
         "quantization": {

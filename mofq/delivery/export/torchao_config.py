@@ -24,13 +24,17 @@ from typing import Any
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_layers import checked_layers, group_schemes
-from mofq.engines import format_name
+from mofq.engines.exports import export_problem
+from mofq.engines.exports.torchao import config_class
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, find_loaded_weight
 from mofq.numbers.formats import FP4_E2M1
 from mofq.numbers.schemes import Scheme
 
+#: transformers quantizes every parameter of a module that a key matches, unless an earlier key
+#: names the parameter: a bias must stay as it is (``integrations/torchao.py``, ``convert``).
+_BIASES = r"re:.*\.bias"
 #: Last word of a fusion group's name -> what vLLM calls the fused layer.
 _FUSED = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
 
@@ -46,46 +50,26 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
         The text of the file.
 
     Raises:
-        BackendError: TorchAO is not installed, or has no config for a scheme or a kind of
-            layer; the message names the layer.
+        BackendError: TorchAO has no config for a scheme or a kind of layer; the message names
+            the layer.
         RecipeError: The recipe is not for this model.
     """
-    try:
-        from torchao.quantization import FqnToConfig
-        from transformers import TorchAoConfig
-    except ImportError:
-        raise BackendError(
-            "exporting to torchao needs the package torchao, which is not installed. "
-            "Run `pip install mofq[torchao]`."
-        ) from None
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
     layers = checked_layers(checkpoint, recipe)
-    configs: OrderedDict[str, Any] = OrderedDict()
+    configs: OrderedDict[str, Any] = OrderedDict({_BIASES: None})
     schemes = group_schemes(layers, recipe)
     for group in layers.groups:
         scheme = schemes[group.name]
+        if problem := export_problem("torchao", scheme, group):
+            raise BackendError(f"{group.layers[0].name}: TorchAO {problem}.")
         if not scheme.is_unquantized:
-            configs[_pattern(group, layers.architecture)] = _config(
-                scheme, where=group.layers[0].name
-            )
-    if not configs:
-        raise BackendError(
-            f"{recipe.model_name}: the recipe quantizes nothing, so there is nothing to export."
-        )
+            name = config_class(scheme)
+            assert name is not None
+            configs[_pattern(group, layers.architecture)] = _MAKERS[name](scheme)
     document = TorchAoConfig(quant_type=FqnToConfig(configs)).to_dict()
     return json.dumps(document, indent=1) + "\n"
-
-
-def _config(scheme: Scheme, *, where: str) -> Any:
-    """TorchAO's ``AOBaseConfig`` for a scheme; ``where`` names the layer in the message."""
-    name = format_name(scheme).replace(".s-f32", "")
-    for pattern, make in _CONFIGS.items():
-        if re.fullmatch(pattern, name):
-            return make(scheme)
-    raise BackendError(
-        f"{where}: TorchAO has no config for {scheme.name}. It has: int8 per channel with "
-        f"int8.token, FP8 per channel with fp8_e4m3.token, mxfp8+mxfp8, mxfp4+mxfp4, and for "
-        f"weights alone intN.channel, intN.gK, fp8_e4m3.channel, fp8_e4m3.gK and nvfp4."
-    )
 
 
 def _int8_dynamic(scheme: Scheme) -> Any:
@@ -143,15 +127,15 @@ def _microscaling(scheme: Scheme) -> Any:
     )
 
 
-#: Scheme, without scale rule, rounding and f32 scales -> what makes its config; first match.
-_CONFIGS: dict[str, Callable[[Scheme], Any]] = {
-    r"int8\.channel\+int8\.token": _int8_dynamic,
-    r"fp8_e4m3\.channel\+fp8_e4m3\.token": _float8_dynamic,
-    r"int8\.(channel|g\d+)": _int8_weights,
-    r"int[2-8]\.(channel|g\d+)(\.asym)?": _integer_weights,
-    r"fp8_e4m3\.(channel|g\d+)": _float8_weights,
-    r"nvfp4": _nvfp4_weights,
-    r"mxfp8\+mxfp8|mxfp4\+mxfp4": _microscaling,
+#: Class of a config -> what makes it.
+_MAKERS: dict[str, Callable[[Scheme], Any]] = {
+    "Int8DynamicActivationInt8WeightConfig": _int8_dynamic,
+    "Float8DynamicActivationFloat8WeightConfig": _float8_dynamic,
+    "Int8WeightOnlyConfig": _int8_weights,
+    "IntxWeightOnlyConfig": _integer_weights,
+    "Float8WeightOnlyConfig": _float8_weights,
+    "NVFP4WeightOnlyConfig": _nvfp4_weights,
+    "MXDynamicActivationMXWeightConfig": _microscaling,
 }
 
 
@@ -164,13 +148,10 @@ def _granularity(scheme: Scheme, whole_row: Any) -> Any:
 
 def _pattern(group: FusionGroup, architecture: str) -> str:
     """A regular expression for the layers of a group and for what they are fused into."""
-    loaded = [find_loaded_weight(layer, architecture) for layer in group.layers]
-    names = [each.name.removesuffix(".weight") for each in loaded]
-    if any(each.expert is not None for each in loaded) or ".experts." in names[0]:
-        raise BackendError(
-            f"{group.layers[0].name}: TorchAO's configs are for linear layers, and transformers "
-            f"keeps experts as one tensor. Take bf16 for them."
-        )
+    names = [
+        find_loaded_weight(layer, architecture).name.removesuffix(".weight")
+        for layer in group.layers
+    ]
     parent = names[0].rpartition(".")[0]
     words = [name.removeprefix(f"{parent}.") for name in names]
     if len(words) > 1:

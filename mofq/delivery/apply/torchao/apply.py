@@ -17,7 +17,7 @@ from mofq.delivery.apply.torchao.linear import TorchaoLinear
 from mofq.delivery.apply.torchao.weights import Target, make_weight
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import static_amax
-from mofq.engines import ENGINES, Engine, legality, matching_rule
+from mofq.engines import ENGINES, Engine, matching_rule, rule_refusal
 from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
@@ -128,7 +128,7 @@ def kernel_refusal(
     scheme: Scheme, group: FusionGroup, *, engine: Engine, dtype: torch.dtype
 ) -> str | None:
     """Why TorchAO has no kernel for a fusion group in a scheme, or None."""
-    if reason := legality(engine.name)(scheme, group):
+    if reason := rule_refusal(engine, scheme, group):
         return reason
     rule = matching_rule(engine, scheme, group)
     kernel = "" if rule is None else rule.kernel

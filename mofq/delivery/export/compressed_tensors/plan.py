@@ -18,8 +18,9 @@ from mofq.delivery.export.compressed_tensors.encoding import (
     plan_layer,
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
-from mofq.delivery.export.compressed_tensors.storage import Storage, storage_of
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
+from mofq.engines.exports import group_problem
+from mofq.engines.exports.compressed_tensors import Storage, storage_of
 from mofq.evidence.fits import FitArguments, Fits, fit_arguments
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
@@ -162,12 +163,9 @@ def _group_bytes(
 def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
     first = group.layers[0]
     storage = storage_of(scheme, where=first.name)
+    if problem := group_problem(group):
+        raise BackendError(f"{first.name}: compressed-tensors {problem}. Take bf16 for it.")
     for layer in group.layers:
-        if layer.transposed:
-            raise BackendError(
-                f"{layer.name}: is stored transposed (a Conv1D), which compressed-tensors does not "
-                f"know; {scheme.name} cannot be exported. Take bf16 for it."
-            )
         if reason := shape_rejection(scheme, layer):
             raise BackendError(f"{reason}. Take a size that divides, or bf16.")
     return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe))

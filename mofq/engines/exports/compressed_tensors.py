@@ -31,6 +31,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mofq.engines.groups import ServedGroup
+from mofq.engines.names import format_name
 from mofq.exceptions import BackendError
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
@@ -49,6 +51,16 @@ class Storage:
 
 class _CannotHoldError(Exception):
     """Why compressed-tensors cannot hold a scheme, and what to take instead."""
+
+
+def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
+    """Why compressed-tensors cannot hold a quantized scheme of any fusion group, or None."""
+    del group  # experts are stored as linear layers are
+    try:
+        _storage(scheme)
+    except _CannotHoldError as reason:
+        return f"cannot hold layers in {format_name(scheme)}: {reason}"
+    return None
 
 
 def storage_of(scheme: Scheme, *, where: str) -> Storage:
