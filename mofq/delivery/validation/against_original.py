@@ -224,7 +224,10 @@ def _enforce(
     *,
     progress: Progress | None,
 ) -> tuple[Deviation, ...] | None:
-    """How a model deviates from its recipe; None where there is nothing to enforce."""
+    """How a model deviates from its recipe; None where there is nothing to enforce.
+
+    What differs in a folder differs in the model too, and is named once.
+    """
     recipe = candidate.recipe
     # What another tool's codes should be is not known.
     if recipe is None or candidate.is_foreign:
@@ -238,7 +241,9 @@ def _enforce(
             decoded=candidate.folder is not None,
             progress=progress,
         )
-    return (*candidate.deviations, *in_model)
+    named = {one.layer for one in candidate.deviations}
+    named |= {name.rpartition(".")[0] for name in named}
+    return (*candidate.deviations, *(one for one in in_model if one.layer not in named))
 
 
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:
