@@ -28,7 +28,7 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_output
 from mofq.api.request import make_request
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -120,16 +120,19 @@ def search(
     path = None if output is None else Path(output)
     request = make_request(choices, budget=budget, timing=timing, method=method)
     if choices.kv_tokens and budget.max_size is None and budget.max_kl is None:
-        raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
+        raise MofqError(
+            f"{option('kv_tokens')} counts the cache into a size; give {option('max_size')} or "
+            f"{option('max_kl')}."
+        )
     measures = _measures(method, study, on_model)
     if path is not None:
-        _check_output(path, table, on_model, timing, flag="-o")
+        _check_output(path, table, on_model, timing, name="output")
     if measures and method.solver == "optuna":
         from mofq.decision.measured.storage import storage_file
 
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
-            _check_output(file, table, on_model, timing, flag="--storage")
+            _check_output(file, table, on_model, timing, name="storage")
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
@@ -159,37 +162,41 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
     """
     is_study = method.solver == "optuna"
     if study.multi_objective and not is_study:
-        raise MofqError("--multi-objective is for --solver optuna.")
+        raise MofqError(f"{option('multi_objective')} is for {option('solver', 'optuna')}.")
     if is_study and method.refine:
-        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
+        raise MofqError(
+            f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
+        )
     if not is_study and not method.refine:
         return False
-    asked = "--solver optuna" if is_study else f"--refine {method.refine}"
-    for name, value in (("--model", on_model.model), ("--text", on_model.text)):
+    asked = option("solver", "optuna") if is_study else option("refine", method.refine)
+    for name, value in (("model", on_model.model), ("text", on_model.text)):
         if value is None:
             raise MofqError(
-                f"{asked} measures recipes on the model itself and needs {name}; the text should "
-                f"be neither what was calibrated on nor what will validate."
+                f"{asked} measures recipes on the model itself and needs {option(name)}; the text "
+                f"should be neither what was calibrated on nor what will validate."
             )
     return True
 
 
 def _check_output(
-    path: Path, table: Table | str | Path, on_model: OnModel, timing: Timing, *, flag: str
+    path: Path, table: Table | str | Path, on_model: OnModel, timing: Timing, *, name: str
 ) -> None:
     text = [] if on_model.text is None else [text_file(on_model.text)]
     check_output(
         path,
         files=[table, timing.device_model, *text],
         folders=[on_model.model, on_model.stats],
-        flag=flag,
+        name=name,
     )
 
 
 def _beside(output: Path | None) -> str:
     """The file of trials beside a recipe."""
     if output is None:
-        raise MofqError("optuna keeps its trials in a file: give an output, or Study(storage=…).")
+        raise MofqError(
+            f"optuna keeps its trials in a file: give {option('output')} or {option('storage')}."
+        )
     return str(output.with_suffix(".optuna.db"))
 
 
@@ -319,6 +326,6 @@ def check_model(table: Table, checkpoint: Checkpoint) -> None:
     ):
         if ours not in (None, theirs):
             raise MofqError(
-                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and --model "
-                f"has {theirs[:8]}. Give the model that was measured."
+                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and "
+                f"{option('model')} has {theirs[:8]}. Give the model that was measured."
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mofq.api.inputs import load_corpora, text_file
 from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
 from mofq.api.preconditions import check_device, check_dtype, check_output
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -122,7 +122,10 @@ def _tasks(lm_eval: LmEval) -> Tasks | None:
     folder, limit = lm_eval.task_folder, lm_eval.task_limit
     names = tuple(name for one in lm_eval.tasks for name in one.split(",") if name)
     if not names and (folder is not None or limit is not None):
-        raise MofqError("--task-folder and --task-limit need --tasks. Name the tasks to run.")
+        raise MofqError(
+            f"{option('task_folder')} and {option('task_limit')} need {option('tasks')}. Name the "
+            f"tasks to run."
+        )
     return Tasks(names, None if folder is None else Path(folder), limit) if names else None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mofq.decision.timing import engines_for
 from mofq.engines.devices import DeviceModel
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, nearest_name, option
 
 DEPLOYMENTS = ("synchronous", "asynchronous")
 
@@ -160,7 +160,7 @@ def advise(situation: Situation) -> Advice:
             + nearest_name(situation.deployment, DEPLOYMENTS)
         )
     if situation.recovery is not None and not 0 < situation.recovery <= 1:
-        raise MofqError(f"--recovery is a share, at most 1; found {situation.recovery}.")
+        raise MofqError(f"{option('recovery')} is a share, at most 1; found {situation.recovery}.")
     space, budget = _start(situation)
     return Advice(
         space,

@@ -123,7 +123,7 @@ def _notes(
     if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
         notes.append(
             "Without a budget nothing is better than leaving every layer as it is. "
-            "Give --max-bits, --max-size or --max-kl."
+            "Give a budget of bits, of size or of KL."
         )
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
         error = predict(problem, uniform[1]).value

@@ -8,7 +8,7 @@ checked in full when it is read, and against the model before it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -225,6 +225,13 @@ class Recipe:
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
+    #: The file that it was read from, for messages; no part of what a recipe says.
+    file: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """What messages call it: its file, or of which model it is."""
+        return self.file or f"recipe of {self.model_name}"
 
     @property
     def schemes(self) -> dict[str, str]:
@@ -277,7 +284,8 @@ def load_recipe(path: str | Path) -> Recipe:
             unknown key or scheme, or names a layer twice.
     """
     path = Path(path)
-    return parse_recipe(read_text(path, RecipeError), where=str(path))
+    recipe = parse_recipe(read_text(path, RecipeError, kind="recipe"), where=str(path))
+    return replace(recipe, file=str(path))
 
 
 def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
@@ -427,35 +435,32 @@ def check_recipe(
     unknown = sorted(schemes.keys() - set(known))
     if unknown:
         raise RecipeError(
-            f"recipe of {recipe.model_name}: the model has no linear layer {unknown[0]!r} "
+            f"{recipe.title}: the model has no linear layer {unknown[0]!r} "
             f"({len(unknown)} unknown in all)." + nearest_name(unknown[0], known)
         )
     missing = [name for name in known if name not in schemes]
     if missing:
         raise RecipeError(
-            f"recipe of {recipe.model_name}: the linear layer {missing[0]!r} is missing "
+            f"{recipe.title}: the linear layer {missing[0]!r} is missing "
             f"({len(missing)} in all). Give it a scheme, or list it under `unquantized`."
         )
-    _check_caches(recipe.kv_cache, model_layers.caches, model=recipe.model_name)
+    _check_caches(recipe.kv_cache, model_layers.caches, where=f"{recipe.title}: kv_cache")
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
     for layer in (layer for group in model_layers.groups for layer in group.layers):
         reason = shape_rejection(parse_scheme(schemes[layer.name]), layer)
         if reason is not None:
-            raise RecipeError(
-                f"recipe of {recipe.model_name}: {reason}. Give its fusion group another scheme."
-            )
+            raise RecipeError(f"{recipe.title}: {reason}. Give its fusion group another scheme.")
 
 
 def _check_caches(
-    recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer], *, model: str
+    recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer], *, where: str
 ) -> None:
     """Every attention layer once with a scheme that fits it, or none."""
     if not recipe_caches:
         return
     known = {cache.name: cache for cache in caches}
     chosen = {cache.name: cache for cache in recipe_caches}
-    where = f"recipe of {model}: kv_cache"
     for name in chosen:
         if name not in known:
             raise RecipeError(
@@ -489,7 +494,7 @@ def check_weights(recipe: Recipe, checkpoint: Checkpoint) -> None:
     ours = recipe.weights_sha256
     if ours is not None and not (theirs := hash_weights(checkpoint)).startswith(ours):
         raise RecipeError(
-            f"the recipe was made for {recipe.model_name} with weights_sha256 {ours}, and "
+            f"{recipe.title}: was made for {recipe.model_name} with weights_sha256 {ours}, and "
             f"{checkpoint.folder} of the same shapes has weights_sha256 {theirs}: a fine-tune or "
             f"another revision. Measure this model; or, to apply the recipe all the same, remove "
             f"weights_sha256 from it."
@@ -500,7 +505,7 @@ def _check_hash(recipe: Recipe, index_sha256: str | None) -> None:
     ours = recipe.index_sha256
     if ours is not None and index_sha256 is not None and not index_sha256.startswith(ours):
         raise RecipeError(
-            f"the recipe was made for {recipe.model_name} with index_sha256 {ours}, and the "
+            f"{recipe.title}: was made for {recipe.model_name} with index_sha256 {ours}, and the "
             f"model has {index_sha256}. Take the recipe of this model, or search again."
         )
 
@@ -511,6 +516,6 @@ def _check_group(recipe: Recipe, group: FusionGroup, schemes: Mapping[str, str])
     for name, scheme in chosen.items():
         if scheme != chosen[first]:
             raise RecipeError(
-                f"recipe of {recipe.model_name}: {group.name} is served as one matrix "
+                f"{recipe.title}: {group.name} is served as one matrix "
                 f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}."
             )

@@ -69,7 +69,8 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
             )
     if not configs:
         raise BackendError(
-            f"{recipe.model_name}: the recipe quantizes nothing, so there is nothing to export."
+            f"{recipe.title}: quantizes nothing, so there is nothing to export. Search under a "
+            f"smaller budget."
         )
     document = TorchAoConfig(quant_type=FqnToConfig(configs)).to_dict()
     return json.dumps(document, indent=1) + "\n"
