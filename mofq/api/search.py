@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from mofq.decision import Decision, Request
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
-    from mofq.decision.serving import Refused
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
 
