@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.exceptions import EngineError, MofqError, nearest_name, option
+from mofq.exceptions import EngineError, MofqError, option
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
@@ -39,18 +39,6 @@ def check_device(device: str) -> None:
         raise MofqError(
             f"{option('device', device)}: cannot be used here ({reason}). Give cpu, cuda or cuda:1."
         ) from error
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse an unknown dtype.
-
-    Raises:
-        MofqError: As said.
-    """
-    from mofq.model.loading import DTYPES
-
-    if dtype not in DTYPES:
-        raise MofqError(f"{option('dtype', dtype)}: not known." + nearest_name(dtype, DTYPES))
 
 
 def check_engine(engine: str | None, layers: ModelLayers) -> None:

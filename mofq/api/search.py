@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes, with_error
-from mofq.api.inputs import load_named, open_table, text_file
+from mofq.api.inputs import load_named, open_table, save_recipe, text_file
 from mofq.api.options import (
     AnyTable,
     Budget,
@@ -113,7 +113,6 @@ def search(
     from mofq.decision import decide
     from mofq.decision.explain import check_layers
     from mofq.decision.explain import explain as explain_layer
-    from mofq.decision.recipe import write_recipe
     from mofq.decision.serving import engine_refusals
 
     start = monotonic()
@@ -136,13 +135,14 @@ def search(
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
+        _check_inputs(on_model)
         decision = _decide_on_model(
             opened, request, method.refine, on_model, study, progress=progress, tell=tell or silent
         )
     else:
         decision = decide(opened, request)
     if path is not None:
-        write_recipe(decision.recipe, path)
+        save_recipe(decision.recipe, path, tell)
     return SearchResult(
         path,
         decision,
@@ -177,6 +177,19 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
                 f"should be neither what was calibrated on nor what will validate."
             )
     return True
+
+
+def _check_inputs(on_model: OnModel) -> None:
+    """Read what can be read of model and text at once, before torch is imported.
+
+    Raises:
+        MofqError: One of them is missing or not valid.
+    """
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    assert on_model.text is not None
+    load_named(on_model.text)
+    open_checkpoint(str(on_model.model))
 
 
 def _check_output(
@@ -228,6 +241,11 @@ def _decide_on_model(
     ) as objective:
         check_model(table, objective.checkpoint)
         calibrated, begins_with_bos = table.header.stats, bool(objective.leading)
+        if calibrated is not None and objective.text.sha256 in calibrated.corpora.values():
+            tell(
+                f"{on_model.text}: was calibrated on too, which flatters every recipe that is "
+                f"measured on it. Search on another text."
+            )
         if calibrated is not None and bool(calibrated.bos) != begins_with_bos:
             tell(differing_bos(windows=begins_with_bos))
         if not refine:

@@ -130,6 +130,13 @@ def _notes(
         is_as_good = error <= chosen.prediction.value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
             notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
+    linear = {budget.name for budget in budgets.linear}
+    notes += [
+        f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "
+        f"{one.shown(one.limit)}."
+        for one in budget_constraints(problem, budgets)
+        if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
+    ]
     stats = table.header.stats
     if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
         notes.append(

@@ -174,11 +174,11 @@ def _refine(
             gain = float(error_P[chosen] - error_P[best]) / len(problem.groups[group].layers)
             gains.append((gain, group, best))
     refined_F = choice_F.copy()
-    for gain, group, finer in sorted(gains, key=lambda one: (-one[0], one[1])):
+    for gain, group, best in sorted(gains, key=lambda one: (-one[0], one[1])):
         if gain <= 0:
             break
         trial_F = refined_F.copy()
-        trial_F[group] = finer
+        trial_F[group] = best
         if keeps_all(constraints, trial_F):
             refined_F = trial_F
     return refined_F

@@ -46,8 +46,13 @@ from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers
 from mofq.numbers.schemes import parse_scheme
 
 RECIPE_VERSION: Literal[1] = 1
+#: The recipe in a folder that was exported by it.
+RECIPE_FILE = "recipe.yaml"
 #: A hash may be shortened by hand, but not to nothing.
 _SHORTEST_HASH = 8
+
+#: Keys of made_by that have the hashes of texts.
+_TEXTS = ("text_sha256", "corpora_sha256")
 
 Scalar = str | int | float | bool | None
 
@@ -76,6 +81,8 @@ class MadeByKeys:
     #: whether the sequences of the statistics begin with it
     bos: Annotated[bool, Strict()] | None = None
     text_sha256: _Hash | None = None  #: of the text that a measured objective used
+    #: hashes of the texts that were calibrated on, the first digits of each, by commas
+    corpora_sha256: Text | None = None
     trials: Index | None = None
     note: Text | None = None
 
@@ -254,6 +261,14 @@ class Recipe:
             for layer, amax in (group.static_amax or {}).items()
         }
 
+    def use_of(self, text_sha256: str) -> str | None:
+        """What a text was used for on the way to the recipe, as far as it says; None: nothing."""
+        searched, corpora = (str(self.made_by.get(key) or "") for key in _TEXTS)
+        if searched and text_sha256.startswith(searched):
+            return "searched"
+        digits = [one for one in corpora.split(", ") if one]
+        return "calibrated" if any(map(text_sha256.startswith, digits)) else None
+
     @property
     def bits_per_weight(self) -> float | None:
         """As ``result`` says; None where it does not."""
@@ -268,6 +283,14 @@ class Recipe:
         """A number of ``result``; None where it does not have it."""
         value = self.result.get(key)
         return float(value) if isinstance(value, int | float) else None
+
+
+def holds_recipe(path: Path) -> bool:
+    """Whether a file is a recipe of mofq; llm-compressor gives its own the same name."""
+    if not path.is_file():
+        return False
+    text = path.read_text("utf-8", errors="replace")
+    return any(line.startswith("version:") for line in text.splitlines())
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -29,6 +29,9 @@ BUNDLED_TEXT = {
     "demo-pt-calibration": _TEXTS / "calibration-pt.txt",
 }
 
+#: A corpus is a folder inside the stats folder, and nothing else.
+CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
+
 #: Whether windows begin with BOS: where the tokenizer adds it by itself, always, or never.
 Bos = Literal["auto", "always", "never"]
 

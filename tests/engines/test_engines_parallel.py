@@ -193,7 +193,7 @@ def test_weights_that_are_stored_transposed_are_in_no_format_that_engines_read(
     if is_read:
         check_engine(engine, layers)
     else:
-        with pytest.raises(EngineError, match=r"transposed.*Leave --engine out"):
+        with pytest.raises(EngineError, match=r"transposed.*Leave engine out"):
             check_engine(engine, layers)
 
 

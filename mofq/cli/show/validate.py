@@ -37,8 +37,10 @@ def _suggest_export(result: ValidateResult) -> None:
     recipe, candidate = result.recipe, result.candidate
     if recipe is not None and isinstance(candidate, str) and not Path(candidate).is_dir():
         stats = ("--stats", "STATS") if needs_stats(recipe) else ()
-        to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats)
-        next_step("export", result.model, candidate, *to, "-o", "FOLDER")
+        # Of a recipe's own engine, and its devices, the export takes what it needs.
+        known = recipe.made_by.get("engine") is not None
+        to = () if known else ("--to", "compressed-tensors", "--engine", "ENGINE")
+        next_step("export", result.model, candidate, *to, *stats, "-o", "FOLDER")
 
 
 def end_validation(result: ValidateResult) -> int:
@@ -74,6 +76,11 @@ def _print_validation(validation: Validation) -> None:
     print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
     if lineage.differs_in_bos:
         note(differing_bos(windows=lineage.bos))
+    if lineage.text_use is not None:
+        note(
+            f"The recipe was {lineage.text_use} on this very text, which flatters it: its KL on "
+            f"other text may be larger. Validate on another text."
+        )
     if validation.tasks:
         _print_tasks(validation)
     say(

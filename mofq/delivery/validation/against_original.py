@@ -247,7 +247,7 @@ def _enforce(
 
 
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:
-    folder = candidate.folder
+    folder, text = candidate.folder, original.text
     return Lineage(
         mofq=__version__,
         model=original.checkpoint.name,
@@ -256,14 +256,15 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         candidate=candidate.source,
         recipe_sha256=candidate.recipe_sha256,
         folder_index_sha256=None if folder is None else folder.index_sha256,
-        text=original.text.source,
-        text_sha256=original.text.sha256,
+        text=text.source,
+        text_sha256=text.sha256,
         dtype=original.dtype,
         device=original.device,
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
         bos=original.bos,
         stats_bos=_stats_bos(candidate.recipe),
+        text_use=None if candidate.recipe is None else candidate.recipe.use_of(text.sha256),
     )
 
 

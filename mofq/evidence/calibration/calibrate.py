@@ -16,14 +16,13 @@ from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
 from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
 from mofq.evidence.calibration.stats import (
-    CORPUS_NAME,
     CorpusPlan,
     Plan,
     Stats,
     finish_stats,
     open_plan,
 )
-from mofq.evidence.corpora import check_context
+from mofq.evidence.corpora import CORPUS_NAME, check_context
 from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers

@@ -31,6 +31,7 @@ from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
+from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import try_lock
@@ -38,9 +39,6 @@ from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_
 from mofq.model.checkpoint.headers import Checkpoint
 
 VERSION = 1
-
-#: A corpus is a folder inside the stats folder, and nothing else.
-CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 
 #: Entries for 100,000 sequences are about 15 MB.
 _MAX_BYTES = 64_000_000

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mofq.decision.recipe import Recipe, write_recipe
+from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
@@ -25,8 +25,6 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.checkpoint.tensors import keep_freed_memory
 from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
