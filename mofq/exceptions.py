@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+
+_OPTION = re.compile("⟨(.+?)(?:=(.*?))?⟩")
+
+
+def option(name: str, value: object = None) -> str:
+    """An option in the message of an error.
+
+    Args:
+        name: As Python calls it, ``"max_bits"``; the command line shows ``--max-bits``.
+        value: That was given, or should be; None: no value is named.
+    """
+    return f"⟨{name}⟩" if value is None else f"⟨{name}={value}⟩"
 
 
 class MofqError(Exception):
     """Base of every error that mofq raises on purpose.
 
     The message says where (file, layer or key), what was needed, what was
-    found, and what to do.
+    found, and what to do. It names options by `option`.
     """
+
+    def __str__(self) -> str:
+        """The message, with options as Python writes them."""
+        return self.spelled(lambda name: name, "=")
+
+    def spelled(self, flag: Callable[[str], str], between: str = " ") -> str:
+        """The message with options as another interface writes them.
+
+        Args:
+            flag: From an option's name in Python to the other.
+            between: An option and its value.
+        """
+
+        def spell(found: re.Match[str]) -> str:
+            name, value = found.groups()
+            return flag(name) if value is None else f"{flag(name)}{between}{value}"
+
+        return _OPTION.sub(spell, super().__str__())
 
 
 class CheckpointError(MofqError):

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, sources_of
 from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
-from mofq.api.preconditions import check_device, check_dtype, check_folder
-from mofq.exceptions import ClusterError, StatsError
+from mofq.api.preconditions import check_device, check_folder
+from mofq.exceptions import ClusterError, StatsError, option
 from mofq.files.progress import Progress
+from mofq.model.dtypes import check_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,24 +112,31 @@ def calibrate(
     folder = Path(output)
     texts = load_corpora(sources_of(corpora))
     if dtype == "float16":
-        raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
+        raise StatsError(
+            f"gradients underflow in float16. Use {option('dtype', 'bfloat16')} or float32."
+        )
     check_dtype(dtype)
-    if where.cluster is None:
-        check_device(where.device)
-    elif device_map is not None:
-        raise ClusterError("--device-map spreads a model over one machine. Drop it or --cluster.")
+    if where.cluster is not None and device_map is not None:
+        raise ClusterError(
+            f"{option('device_map')} spreads a model over one machine. Drop it or "
+            f"{option('cluster')}."
+        )
     check_folder(folder, folders=[model])
     was_there = (folder / "stats.json").exists()
 
-    from mofq.evidence.calibration.stats import open_plan, read_stats
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
     layers = find_layers(checkpoint)  # refuses what it does not know
+    if where.cluster is None:
+        check_device(where.device)
+
+    from mofq.evidence.calibration.stats import open_plan, read_stats
+
     if kv_cache and not layers.caches:
         raise StatsError(
-            f"{model}: --kv-cache watches keys and values by head, and attention in a "
+            f"{model}: {option('kv_cache')} watches keys and values by head, and attention in a "
             f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
         )
     windows, bos = _windows(checkpoint, texts, samples)

@@ -98,16 +98,17 @@ def export(
     path = Path(output)
     loaded = open_recipe(recipe)
     to = to or _format_of(engine, loaded)
+    checkpoint = open_checkpoint(str(model))
     exporter = find_exporter(to)
     done: Export | None = None
     if to in RECIPE_EXPORTERS:
         check_output(path, files=[recipe], folders=[model])
-        path = exporter(open_checkpoint(str(model)), loaded, path)
+        path = exporter(checkpoint, loaded, path)
     else:
         check_folder(path, folders=[model, stats])
         engine = engine or _engine_of(loaded, to)
         done = exporter(
-            open_checkpoint(str(model)),
+            checkpoint,
             loaded,
             path,
             engine=engine,

@@ -49,6 +49,21 @@ def open_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
 
 
+def save_recipe(recipe: Recipe, path: Path, tell: Tell | None) -> None:
+    """Write a recipe; tell where it takes the place of another one, which may be edited by hand.
+
+    Raises:
+        RecipeError: The recipe would not be read back as it is.
+        MofqError: The file cannot be written.
+    """
+    from mofq.decision.recipe import recipe_text, write_recipe
+
+    replaces = path.is_file() and path.read_bytes() != recipe_text(recipe).encode()
+    write_recipe(recipe, path)
+    if replaces and tell is not None:
+        tell(f"{path}: replaces what was in this file.")
+
+
 def needs_stats(recipe: Recipe) -> bool:
     """Whether codes or scales of a recipe are fitted to statistics of `mofq calibrate`."""
     from mofq.numbers.schemes import parse_scheme
@@ -88,7 +103,7 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
     Raises:
         CorpusError: One cannot be read, or its name is no folder's, or two have one name.
     """
-    from mofq.evidence.calibration.stats import CORPUS_NAME
+    from mofq.evidence.corpora import CORPUS_NAME
 
     texts = [load_named(one) for one in sources]
     for text in texts:

@@ -66,14 +66,12 @@ class MeasureResult:
 
 def _rejections(table: Table) -> list[str]:
     """Schemes that were not offered; those with one reason in one line."""
-    named: dict[tuple[int, str], list[str]] = {}
-    for name in sorted({one.scheme for one in table.rejections}):
-        reasons = [one.reason for one in table.rejections if one.scheme == name]
-        reason = reasons[0] if len(set(reasons)) == 1 else f"e.g. {reasons[0]}"
-        named.setdefault((len(reasons), reason), []).append(name)
+    from mofq.evidence.refusals import count_refusals
+
+    refused = count_refusals((one.group, one.scheme, one.reason) for one in table.rejections)
     return [
-        f"  not offered to {count} fusion groups: {', '.join(names)}: {reason}"
-        for (count, reason), names in named.items()
+        f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
+        for one in refused
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.exceptions import EngineError, MofqError, nearest_name
+from mofq.exceptions import EngineError, MofqError, option
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
@@ -29,26 +29,16 @@ def check_device(device: str) -> None:
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise MofqError(f"--device {device}: no such device. Give cpu, cuda or cuda:1.") from error
+        raise MofqError(
+            f"{option('device', device)}: no such device. Give cpu, cuda or cuda:1."
+        ) from error
     try:
         float(torch.ones(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MofqError(
-            f"--device {device}: cannot be used here ({reason}). Give cpu, cuda or cuda:1."
+            f"{option('device', device)}: cannot be used here ({reason}). Give cpu, cuda or cuda:1."
         ) from error
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse an unknown dtype.
-
-    Raises:
-        MofqError: As said.
-    """
-    from mofq.model.loading import DTYPES
-
-    if dtype not in DTYPES:
-        raise MofqError(f"--dtype {dtype}: not known." + nearest_name(dtype, DTYPES))
 
 
 def check_engine(engine: str | None, layers: ModelLayers) -> None:
@@ -66,13 +56,17 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
     for group in layers.groups:
         if problem := storage_problem(found, group):
             raise EngineError(
-                f"{problem}: nothing of this model can be exported for it. Leave --engine out to"
-                " measure, search and validate it."
+                f"{problem}: nothing of this model can be exported for it. Leave"
+                f" {option('engine')} out to measure, search and validate it."
             )
 
 
 def check_output(
-    path: Path, *, files: Iterable[object] = (), folders: Iterable[object] = (), flag: str = "-o"
+    path: Path,
+    *,
+    files: Iterable[object] = (),
+    folders: Iterable[object] = (),
+    name: str = "output",
 ) -> None:
     """Refuse a file that cannot be written, or would take the place of an input or of a part of it.
 
@@ -80,30 +74,31 @@ def check_output(
         path: To be written.
         files: What the stage reads and may be a file; what is no path of one is passed over.
         folders: What the stage reads and may be a folder, likewise.
-        flag: That names it, for messages.
+        name: Of the option that names it.
 
     Raises:
         MofqError: It is no file, its folder is missing or may not be written to, or it is an
             input, or lies in one.
     """
     folder = path.parent
-    check_replaceable(path, f"{flag} ")
+    check_replaceable(path, option(name, path))
     if not folder.is_dir():
         raise MofqError(
-            f"{flag} {path}: there is no folder {folder}. Make it, or name another file."
+            f"{option(name, path)}: there is no folder {folder}. Make it, or name another file."
         )
     if not os.access(folder, os.W_OK):
-        raise MofqError(f"{flag} {path}: the folder {folder} may not be written to.")
+        raise MofqError(f"{option(name, path)}: the folder {folder} may not be written to.")
     for file in (Path(one) for one in files if isinstance(one, str | Path)):
         if path.is_file() and file.is_file() and path.samefile(file):
             raise MofqError(
-                f"{flag} {path}: this command reads it, and it would be lost. Name another file."
+                f"{option(name, path)}: this command reads it, and it would be lost. Name another "
+                f"file."
             )
-    _check_outside(path, folders, flag=flag)
+    _check_outside(path, folders, name=name)
     if found := _artifact(folder):
         raise MofqError(
-            f"{flag} {path}: {folder} is the folder of {found}, to which nothing is added. Name a "
-            f"file outside of it."
+            f"{option(name, path)}: {folder} is the folder of {found}, to which nothing is added. "
+            f"Name a file outside of it."
         )
 
 
@@ -122,15 +117,17 @@ def check_folder(path: Path, *, folders: Iterable[object] = ()) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise MofqError(f"-o {path}: needed a folder, but {existing} is a file.")
+        raise MofqError(f"{option('output', path)}: needed a folder, but {existing} is a file.")
     if not os.access(existing, os.W_OK):
-        raise MofqError(f"-o {path}: the folder {existing} may not be written to.")
-    _check_outside(path, folders, flag="-o")
+        raise MofqError(f"{option('output', path)}: the folder {existing} may not be written to.")
+    _check_outside(path, folders, name="output")
     if _artifact(path) == _MODEL:
-        raise MofqError(f"-o {path}: is the folder of {_MODEL}. Name another folder.")
+        raise MofqError(
+            f"{option('output', path)}: is the folder of {_MODEL}. Name another folder."
+        )
 
 
-def _check_outside(path: Path, folders: Iterable[object], *, flag: str) -> None:
+def _check_outside(path: Path, folders: Iterable[object], *, name: str) -> None:
     """Refuse an output in a folder that is read, by whatever name either is called."""
     # A link is written through by some stages and replaced by others: where it is counts too.
     places = [path.resolve()]
@@ -140,8 +137,8 @@ def _check_outside(path: Path, folders: Iterable[object], *, flag: str) -> None:
     for folder in (Path(one).expanduser() for one in folders if isinstance(one, str | Path)):
         if os.path.isdir(folder) and any(folder.samefile(one) for one in around):
             raise MofqError(
-                f"{flag} {path}: lies in {folder}, which this command reads. Name a place outside "
-                f"of it."
+                f"{option(name, path)}: lies in {folder}, which this command reads. Name a place "
+                f"outside of it."
             )
 
 

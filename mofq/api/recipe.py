@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Model, Option, RecipeOutput, Stats, documented
+from mofq.api.inputs import save_recipe
+from mofq.api.options import Model, Option, RecipeOutput, Stats, Tell, documented
 from mofq.api.preconditions import check_output
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def uniform(
     output: RecipeOutput = None,
     *,
     stats: Stats = None,
+    tell: Tell | None = None,
 ) -> UniformResult:
     """One scheme for every linear layer of a model.
 
@@ -77,7 +79,7 @@ def uniform(
         read = read_stats(stats)
         rests_on = {"stats_sha256": read.sha256, "bos": read.plan.bos}
     recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, **rests_on)
-    return UniformResult(_written(recipe, path), path)
+    return UniformResult(_written(recipe, path, tell), path)
 
 
 @documented
@@ -90,6 +92,7 @@ def recipe_from(
     model: Annotated[
         str | Path | None, Option("The original; the recipe is checked to fit it.", read_as=str)
     ] = None,
+    tell: Tell | None = None,
 ) -> RecipeFromResult:
     """The schemes of a quantized checkpoint, to validate, compare or export again.
 
@@ -110,7 +113,7 @@ def recipe_from(
         checkpoint = open_checkpoint(str(model))
         check_recipe(recipe, find_layers(checkpoint))
         recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
-    return RecipeFromResult(_written(recipe, path), path, Path(folder))
+    return RecipeFromResult(_written(recipe, path, tell), path, Path(folder))
 
 
 def _checked(output: str | Path | None, *folders: object) -> Path | None:
@@ -120,9 +123,7 @@ def _checked(output: str | Path | None, *folders: object) -> Path | None:
     return Path(output)
 
 
-def _written(recipe: Recipe, output: Path | None) -> Recipe:
-    from mofq.decision.recipe import write_recipe
-
+def _written(recipe: Recipe, output: Path | None, tell: Tell | None) -> Recipe:
     if output is not None:
-        write_recipe(recipe, output)
+        save_recipe(recipe, output, tell)
     return recipe

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from mofq.api.options import Budget, Choices, Method, Timing
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, nearest_name, option
 
 if TYPE_CHECKING:
     from mofq.decision import Budgets, Request
@@ -31,8 +31,9 @@ def make_request(
     _check_words(method)
     if choices.kv_formats and not choices.decides_cache:
         raise MofqError(
-            "--kv-cache says in what the cache may be kept; give --max-kv-bits, or --kv-tokens "
-            "with --max-size, too: without a budget it stays as it is."
+            f"{option('kv_formats')} says in what the cache may be kept; give "
+            f"{option('max_kv_bits')}, or {option('kv_tokens')} with {option('max_size')}, too: "
+            f"without a budget it stays as it is."
         )
     return Request(
         budgets=make_budgets(budget, max_kv_bits=choices.max_kv_bits),
@@ -88,7 +89,7 @@ def _check_words(method: Method) -> None:
             f"no solver is called {method.solver!r}." + nearest_name(method.solver, solvers)
         )
     if method.ties not in ("on", "off"):
-        raise MofqError(f"--ties is on or off, not {method.ties!r}.")
+        raise MofqError(f"{option('ties')} is on or off, not {method.ties!r}.")
     if method.objective not in objectives:
         raise MofqError(
             f"unknown objective {method.objective!r}." + nearest_name(method.objective, objectives)
@@ -111,8 +112,8 @@ def _time_request(timing: Timing) -> TimeRequest | None:
         return None
     if timing.device_model is None or timing.workload is None:
         raise MofqError(
-            "a time is that of a workload on a device: give --device-model, e.g. h100, and "
-            "--workload, e.g. decode:batch=8,context=1024, together."
+            f"a time is that of a workload on a device: give {option('device_model')}, e.g. h100, "
+            f"and {option('workload')}, e.g. decode:batch=8,context=1024, together."
         )
     return TimeRequest(
         load_device_model(timing.device_model),

@@ -68,15 +68,18 @@ def rewrite(
     Raises:
         MofqError: An input is not valid, or the rewritten model would compute something else.
     """
-    from mofq.delivery.rewriting.rewrite import rewrite as rewrite_checkpoint
-    from mofq.evidence.calibration.stats import read_stats
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
     folder = Path(output)
     check_folder(folder, folders=[model, stats])
+    checkpoint = open_checkpoint(str(model))
+
+    from mofq.delivery.rewriting.rewrite import rewrite as rewrite_checkpoint
+    from mofq.evidence.calibration.stats import read_stats
+
     choices = rewrite_checkpoint(
-        open_checkpoint(str(model)),
+        checkpoint,
         read_stats(stats),
         folder,
         method=method,

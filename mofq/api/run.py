@@ -36,7 +36,7 @@ from mofq.api.options import (
 from mofq.api.preconditions import check_device, check_engine, check_folder
 from mofq.api.request import make_budgets, make_request
 from mofq.api.search import search
-from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError
+from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
@@ -163,10 +163,9 @@ def run(
         _check_request(former, budget, choices, space_sha256=loaded.sha256)
         if not corpora:
             tell(
-                f"No --corpus: calibrating on {_BUNDLED_TEXT}, a little English text on "
+                f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
                 f"administering Debian. Errors differ between texts: give text like what the model "
-                f"will see, --corpus NAME=FILE, and other text of the kind to validate on, "
-                f"--text FILE."
+                f"will see as corpus, and other text of the kind to validate on."
             )
         seconds: dict[str, float] = {}
         stats = folder / "stats"
@@ -475,18 +474,19 @@ def _check_budget(
     offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
     if not budgets.any_given and any(one.is_unquantized for one in loaded.schemes):
         raise BudgetError(
-            "mofq run: needed a budget, found none; without one every layer stays as it is. "
-            "Give --max-bits, e.g. 5, --max-size, e.g. 4GB, or --max-kl, e.g. 0.02."
+            f"needed a budget, found none; without one every layer stays as it is. Give "
+            f"{option('max_bits', 5)}, {option('max_size', '4GB')} or {option('max_kl', 0.02)}, "
+            f"for example."
         )
     if budget.max_finer is not None and not loaded.base:
         raise BudgetError(
-            f"max_finer: the search space {loaded.name} names no `base` schemes, so that nothing "
-            f"is finer. Add the key `base`, or drop the budget."
+            f"{option('max_finer')}: the search space {loaded.name} names no `base` schemes, so "
+            f"that nothing is finer. Add the key `base`, or drop the budget."
         )
     try:
         check_budget(offers, budgets, other_bytes=layers.other_bytes)
     except BudgetError as error:
-        raise BudgetError(" ".join(filter(None, [str(error), wider_dtype(checkpoint)]))) from None
+        raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
     return loaded, checkpoint
@@ -534,8 +534,8 @@ def _former_recipes(folder: Path) -> dict[Path, Recipe]:
     inside = exported / _RECIPE
     if exported.exists() and any(exported.iterdir()) and not inside.is_file():
         raise BackendError(
-            f"{exported}: holds something that no `mofq run` wrote. Run with another -o, or remove "
-            f"it."
+            f"{exported}: holds something that no `mofq run` wrote. Run with another "
+            f"{option('output')}, or remove it."
         )
     return {path: load_recipe(path) for path in (folder / _RECIPE, inside) if path.is_file()}
 
@@ -561,8 +561,8 @@ def _check_request(
             found = _told(recipe.budget, made_by.get("engine"), space)
             raise MofqError(
                 f"{path}: is the result for {found}, and this run asks for "
-                f"{_told(figures, choices.engine, choices.space)}. Run with another -o, or decide "
-                f"again from the table there with `mofq search`."
+                f"{_told(figures, choices.engine, choices.space)}. Run with another "
+                f"{option('output')}, or decide again from the table there with `mofq search`."
             )
 
 
@@ -581,6 +581,6 @@ def _check_former(former: Mapping[Path, Recipe], candidates: Iterable[Recipe]) -
     for path, recipe in former.items():
         if recipe not in found:
             raise MofqError(
-                f"{path}: is another recipe than this run would end with. Run with another -o, or "
-                f"remove {_RECIPE}, validation.json and {_EXPORTED} there."
+                f"{path}: is another recipe than this run would end with. Run with another "
+                f"{option('output')}, or remove {_RECIPE}, validation.json and {_EXPORTED} there."
             )

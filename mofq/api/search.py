@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes, with_error
-from mofq.api.inputs import load_named, open_table, text_file
+from mofq.api.inputs import load_named, open_table, save_recipe, text_file
 from mofq.api.options import (
     AnyTable,
     Budget,
@@ -28,15 +28,15 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_output
 from mofq.api.request import make_request
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.decision import Decision, Request
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
-    from mofq.decision.serving import Refused
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
 
@@ -113,33 +113,36 @@ def search(
     from mofq.decision import decide
     from mofq.decision.explain import check_layers
     from mofq.decision.explain import explain as explain_layer
-    from mofq.decision.recipe import write_recipe
     from mofq.decision.serving import engine_refusals
 
     start = monotonic()
     path = None if output is None else Path(output)
     request = make_request(choices, budget=budget, timing=timing, method=method)
     if choices.kv_tokens and budget.max_size is None and budget.max_kl is None:
-        raise MofqError("--kv-tokens counts the cache into a size; give --max-size or --max-kl.")
+        raise MofqError(
+            f"{option('kv_tokens')} counts the cache into a size; give {option('max_size')} or "
+            f"{option('max_kl')}."
+        )
     measures = _measures(method, study, on_model)
     if path is not None:
-        _check_output(path, table, on_model, timing, flag="-o")
+        _check_output(path, table, on_model, timing, name="output")
     if measures and method.solver == "optuna":
         from mofq.decision.measured.storage import storage_file
 
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
-            _check_output(file, table, on_model, timing, flag="--storage")
+            _check_output(file, table, on_model, timing, name="storage")
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
+        _check_inputs(on_model)
         decision = _decide_on_model(
             opened, request, method.refine, on_model, study, progress=progress, tell=tell or silent
         )
     else:
         decision = decide(opened, request)
     if path is not None:
-        write_recipe(decision.recipe, path)
+        save_recipe(decision.recipe, path, tell)
     return SearchResult(
         path,
         decision,
@@ -159,37 +162,54 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
     """
     is_study = method.solver == "optuna"
     if study.multi_objective and not is_study:
-        raise MofqError("--multi-objective is for --solver optuna.")
+        raise MofqError(f"{option('multi_objective')} is for {option('solver', 'optuna')}.")
     if is_study and method.refine:
-        raise MofqError("--refine is for the exact and greedy solvers; optuna measures by itself.")
+        raise MofqError(
+            f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
+        )
     if not is_study and not method.refine:
         return False
-    asked = "--solver optuna" if is_study else f"--refine {method.refine}"
-    for name, value in (("--model", on_model.model), ("--text", on_model.text)):
+    asked = option("solver", "optuna") if is_study else option("refine", method.refine)
+    for name, value in (("model", on_model.model), ("text", on_model.text)):
         if value is None:
             raise MofqError(
-                f"{asked} measures recipes on the model itself and needs {name}; the text should "
-                f"be neither what was calibrated on nor what will validate."
+                f"{asked} measures recipes on the model itself and needs {option(name)}; the text "
+                f"should be neither what was calibrated on nor what will validate."
             )
     return True
 
 
+def _check_inputs(on_model: OnModel) -> None:
+    """Read what can be read of model and text at once, before torch is imported.
+
+    Raises:
+        MofqError: One of them is missing or not valid.
+    """
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    assert on_model.text is not None
+    load_named(on_model.text)
+    open_checkpoint(str(on_model.model))
+
+
 def _check_output(
-    path: Path, table: Table | str | Path, on_model: OnModel, timing: Timing, *, flag: str
+    path: Path, table: Table | str | Path, on_model: OnModel, timing: Timing, *, name: str
 ) -> None:
     text = [] if on_model.text is None else [text_file(on_model.text)]
     check_output(
         path,
         files=[table, timing.device_model, *text],
         folders=[on_model.model, on_model.stats],
-        flag=flag,
+        name=name,
     )
 
 
 def _beside(output: Path | None) -> str:
     """The file of trials beside a recipe."""
     if output is None:
-        raise MofqError("optuna keeps its trials in a file: give an output, or Study(storage=…).")
+        raise MofqError(
+            f"optuna keeps its trials in a file: give {option('output')} or {option('storage')}."
+        )
     return str(output.with_suffix(".optuna.db"))
 
 
@@ -221,6 +241,11 @@ def _decide_on_model(
     ) as objective:
         check_model(table, objective.checkpoint)
         calibrated, begins_with_bos = table.header.stats, bool(objective.leading)
+        if calibrated is not None and objective.text.sha256 in calibrated.corpora.values():
+            tell(
+                f"{on_model.text}: was calibrated on too, which flatters every recipe that is "
+                f"measured on it. Search on another text."
+            )
         if calibrated is not None and bool(calibrated.bos) != begins_with_bos:
             tell(differing_bos(windows=begins_with_bos))
         if not refine:
@@ -319,6 +344,6 @@ def check_model(table: Table, checkpoint: Checkpoint) -> None:
     ):
         if ours not in (None, theirs):
             raise MofqError(
-                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and --model "
-                f"has {theirs[:8]}. Give the model that was measured."
+                f"the table is of {table.header.model_name} with {key} {ours[:8]}, and "
+                f"{option('model')} has {theirs[:8]}. Give the model that was measured."
             )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import load_corpora, text_file
 from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
-from mofq.api.preconditions import check_device, check_dtype, check_output
-from mofq.exceptions import MofqError
+from mofq.api.preconditions import check_device, check_output
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
+from mofq.model.dtypes import check_dtype
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
@@ -80,10 +81,9 @@ def validate(
     Raises:
         MofqError: An input is not valid.
     """
-    from mofq.delivery.validation import validate_many, write_validation
+    from mofq.model.checkpoint.headers import open_checkpoint
 
     check_dtype(dtype)
-    check_device(device)
     corpora = load_corpora([text] if isinstance(text, str) else text)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     for path in outputs.values():
@@ -92,6 +92,12 @@ def validate(
             files=[recipe_or_folder, *(text_file(corpus.source) for corpus in corpora)],
             folders=[model, recipe_or_folder, stats, lm_eval.task_folder],
         )
+    open_checkpoint(str(model))
+    recipe = _recipe_of(recipe_or_folder)
+    # From here on torch is imported, which takes seconds.
+    from mofq.delivery.validation import validate_many, write_validation
+
+    check_device(device)
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:
@@ -113,7 +119,7 @@ def validate(
         )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
-    return ValidateResult(str(model), recipe_or_folder, _recipe_of(recipe_or_folder), validations)
+    return ValidateResult(str(model), recipe_or_folder, recipe, validations)
 
 
 def _tasks(lm_eval: LmEval) -> Tasks | None:
@@ -122,7 +128,10 @@ def _tasks(lm_eval: LmEval) -> Tasks | None:
     folder, limit = lm_eval.task_folder, lm_eval.task_limit
     names = tuple(name for one in lm_eval.tasks for name in one.split(",") if name)
     if not names and (folder is not None or limit is not None):
-        raise MofqError("--task-folder and --task-limit need --tasks. Name the tasks to run.")
+        raise MofqError(
+            f"{option('task_folder')} and {option('task_limit')} need {option('tasks')}. Name the "
+            f"tasks to run."
+        )
     return Tasks(names, None if folder is None else Path(folder), limit) if names else None
 
 
@@ -138,12 +147,11 @@ def _outputs(output: str | Path | None, names: Sequence[str]) -> dict[str, Path]
 
 def _recipe_of(recipe_or_folder: Recipe | str | Path) -> Recipe | None:
     """The recipe of a file, or of a folder that `export` wrote; None where there is none."""
-    from mofq.decision.recipe import Recipe, load_recipe
-    from mofq.delivery.validation.candidates import RECIPE_FILE, holds_recipe
+    from mofq.decision.recipe import RECIPE_FILE, Recipe, holds_recipe, load_recipe
 
     if isinstance(recipe_or_folder, Recipe):
         return recipe_or_folder
     path = Path(recipe_or_folder)
     if path.is_dir():
         return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
-    return load_recipe(path) if path.is_file() else None
+    return load_recipe(path)

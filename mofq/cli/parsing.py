@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
 
 import typer
 
+from mofq import api
 from mofq.api.options import Parameter, parameters_of
 from mofq.cli.show.terminal import Bars, note, print_json
+from mofq.exceptions import MofqError
 
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -39,7 +42,10 @@ def as_command(
             reports = {"progress": bars.stage, "tell": note}
             taken = reports.keys() & inspect.signature(function).parameters.keys()
             arguments = _arguments(function, parameters, values)
-            result = function(**arguments, **{name: reports[name] for name in taken})
+            try:
+                result = function(**arguments, **{name: reports[name] for name in taken})
+            except MofqError as error:
+                raise type(error)(error.spelled(flag_of)) from error
         if json:
             print_json(result.to_json())
         else:
@@ -57,12 +63,30 @@ def as_command(
     return command
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option, for messages: of the stage that has one under this name."""
+    return _flags().get(name, _default_flag(name))
+
+
+@cache
+def _flags() -> Mapping[str, str]:
+    """Options of all stages that are called otherwise than their names."""
+    stages = (getattr(api, name) for name in api.__all__)
+    options = [one for stage in stages if inspect.isfunction(stage) for one in parameters_of(stage)]
+    named = {one.name: one.option.short or one.option.flag for one in options}
+    return {name: flag for name, flag in named.items() if flag is not None}
+
+
+def _default_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _as_typer(parameter: Parameter) -> inspect.Parameter:
     option, default = parameter.option, parameter.default
     if option.positional:
         info: Any = typer.Argument(help=option.help)
     else:
-        flag = option.flag or "--" + parameter.name.replace("_", "-")
+        flag = option.flag or _default_flag(parameter.name)
         names = [flag] if option.short is None else [flag, option.short]
         info = typer.Option(*names, help=option.help, min=option.least)
     read_as = option.read_as or _read_as(parameter.annotation)

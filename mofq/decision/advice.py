@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mofq.decision.timing import engines_for
 from mofq.engines.devices import DeviceModel
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, nearest_name, option
 
 DEPLOYMENTS = ("synchronous", "asynchronous")
 
@@ -66,12 +66,18 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One finding that applies to some situations."""
+class Finding:
+    """What was found, and where it was published."""
 
-    when: Callable[[Situation], bool]
     says: str
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule(Finding):
+    """A finding that applies to some situations."""
+
+    when: Callable[[Situation], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,69 +87,69 @@ class Advice:
     space: str
     budget: tuple[str, ...]  #: options of `mofq search`
     engines: tuple[str, ...]  #: for the device, the first to be tried first
-    rules: tuple[Rule, ...]  #: those that apply
+    rules: tuple[Finding, ...]  #: those that apply
 
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        lambda s: s.deployment == "synchronous",
         "Synchronous serving waits for the weights to arrive from memory: INT4 weights with "
         "16-bit activations (W4A16) are the most cost-efficient.",
         _KURTIC,
+        lambda s: s.deployment == "synchronous",
     ),
     Rule(
-        lambda s: s.deployment == "asynchronous" and not s.is_high_end,
         "Asynchronous serving on a mid-tier GPU: W4A16 has the best cost-efficiency there too. "
         "(Mid-tier: below 1.5 TB/s of memory, a line that mofq draws.)",
         _KURTIC,
+        lambda s: s.deployment == "asynchronous" and not s.is_high_end,
     ),
     Rule(
-        lambda s: s.deployment == "asynchronous" and s.is_high_end,
         "Asynchronous serving with continuous batching on a high-end GPU is bound by arithmetic: "
         "8-bit weights and activations (W8A8) excel for mid-size and large models.",
         _KURTIC,
+        lambda s: s.deployment == "asynchronous" and s.is_high_end,
     ),
     Rule(
-        lambda s: s.has_fp8 and (s.wants_lossless or not s.is_decode_bound),
         "FP8 weights and activations are effectively lossless at every size of Llama-3.1; the "
         "device multiplies FP8.",
         _KURTIC,
+        lambda s: s.has_fp8 and (s.wants_lossless or not s.is_decode_bound),
     ),
     Rule(
-        lambda s: not s.has_fp8 and not s.is_decode_bound,
         "The device has no FP8 instruction: INT8 is its 8-bit arithmetic, which loses 1 to 3 % "
         "of accuracy when it is tuned well.",
         _KURTIC + "; the device's data sheet",
+        lambda s: not s.has_fp8 and not s.is_decode_bound,
     ),
     Rule(
-        lambda s: s.wants_lossless and not s.has_fp8 and s.is_decode_bound,
         "99 % of the accuracy or more, and no FP8: W4A16 rivals 8-bit formats, but only FP8 is "
         "called lossless. Mixtures of 4 to 8 bits lie between.",
         _KURTIC,
+        lambda s: s.wants_lossless and not s.has_fp8 and s.is_decode_bound,
     ),
     Rule(
-        lambda s: s.wants_lossless and not s.has_fp8 and not s.is_decode_bound,
         "99 % of the accuracy or more, and no FP8: a ninth bit leaves the layers that INT8 hurts "
         "most as they are.",
         _OURS,
+        lambda s: s.wants_lossless and not s.has_fp8 and not s.is_decode_bound,
     ),
     Rule(
-        lambda s: s.is_large and not s.has_fp8 and not s.is_decode_bound,
         "Per-channel INT8 ruined LLaMA3-70B, through the weights of a few layers; finer groups on "
         "less than 3 % of the layers, or smoothing, repaired it.",
         _QIN,
+        lambda s: s.is_large and not s.has_fp8 and not s.is_decode_bound,
     ),
     Rule(
-        lambda s: "fp4" in s.device.operations_per_second,
         "The device multiplies FP4 (NVFP4, MXFP4), which the papers above have not measured: try "
         "the space blackwell_fp4 beside this one.",
         _OURS,
+        lambda s: "fp4" in s.device.operations_per_second,
     ),
     Rule(
-        lambda s: s.weights is not None and _needs_size(s),
         "The weights should leave a fifth of the memory to the KV cache and activations: the "
         "size is the budget.",
         _OURS,
+        lambda s: s.weights is not None and _needs_size(s),
     ),
 )
 
@@ -160,13 +166,13 @@ def advise(situation: Situation) -> Advice:
             + nearest_name(situation.deployment, DEPLOYMENTS)
         )
     if situation.recovery is not None and not 0 < situation.recovery <= 1:
-        raise MofqError(f"--recovery is a share, at most 1; found {situation.recovery}.")
+        raise MofqError(f"{option('recovery')} is a share, at most 1; found {situation.recovery}.")
     space, budget = _start(situation)
     return Advice(
         space,
         budget,
         engines=engines_for(situation.device),
-        rules=tuple(rule for rule in RULES if rule.when(situation)),
+        rules=tuple(Finding(one.says, one.source) for one in RULES if one.when(situation)),
     )
 
 

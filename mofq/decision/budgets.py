@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 
 from mofq.decision.problem import KL_UNIT, BoolArray, FloatArray, IntArray, Problem
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, option
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +55,11 @@ class Constraint:
     limit: int | float
     shown: Callable[[int | float], str]  #: a value of the constraint, in the words of the budget
 
+    @property
+    def option(self) -> str:
+        """The option that asked for it, as messages name it."""
+        return _option(self.name)
+
     def used(self, choice_F: IntArray) -> int | float:
         """The left-hand side: a sum of integers, or a correctly rounded sum of floats."""
         values = self.cost_P[choice_F]
@@ -63,6 +68,10 @@ class Constraint:
     def holds(self, choice_F: IntArray) -> bool:
         """Whether the choice is within the limit, without tolerance."""
         return self.used(choice_F) <= self.limit
+
+
+def _option(name: str) -> str:
+    return option("max_size" if name == "max_bytes" else name)
 
 
 def keeps_all(constraints: Sequence[Constraint], choice_F: IntArray) -> bool:
@@ -124,10 +133,11 @@ def _check_numbers(budgets: Budgets) -> None:
     for name in ("max_bits", "max_bytes", "max_kl", "max_finer", "max_kv_bits"):
         value = getattr(budgets, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise BudgetError(f"{name}: must be a number of at least 0, found {value}.")
+            raise BudgetError(f"{_option(name)}: must be a number of at least 0, found {value}.")
     if budgets.max_finer is not None and budgets.max_finer > 1:
         raise BudgetError(
-            f"max_finer: is a share of the layers, at most 1; found {budgets.max_finer}."
+            f"{option('max_finer')}: is a share of the layers, at most 1; found "
+            f"{budgets.max_finer}."
         )
 
 
@@ -135,8 +145,8 @@ def _cache_constraint(problem: Problem, max_kv_bits: float) -> Constraint:
     cached = problem.cached
     if not cached:
         raise BudgetError(
-            "max_kv_bits: the table has no formats of the KV cache. Measure a search space with "
-            "the key `kv_cache`, on stats of `mofq calibrate --kv-cache`."
+            f"{option('max_kv_bits')}: the table has no formats of the KV cache. Measure a search "
+            f"space with the key `kv_cache`, on stats of `mofq calibrate --kv-cache`."
         )
     return Constraint(
         "max_kv_bits",
@@ -174,8 +184,8 @@ def _linear_constraint(problem: Problem, budget: LinearBudget) -> Constraint:
     cost_P = np.asarray(budget.cost_P, dtype=np.float64)
     if cost_P.shape != problem.bytes_P.shape or not np.isfinite(cost_P).all():
         raise BudgetError(
-            f"{budget.name}: needs a finite cost for each of {len(problem.schemes)} options, "
-            f"found an array of shape {cost_P.shape}."
+            f"{_option(budget.name)}: needs a finite cost for each of {len(problem.schemes)} "
+            f"options, found an array of shape {cost_P.shape}."
         )
     limit = budget.limit - budget.constant
 
@@ -200,8 +210,8 @@ def finer_layers_P(problem: Problem) -> IntArray:
 def _finer_constraint(problem: Problem, max_finer: float) -> Constraint:
     if not problem.is_base_P.any():
         raise BudgetError(
-            "max_finer: the search space names no `base` schemes, so that nothing is finer. "
-            "Add the key `base`, or drop the budget."
+            f"{option('max_finer')}: the search space names no `base` schemes, so that nothing is "
+            f"finer. Add the key `base`, or drop the budget."
         )
     total = sum(len(group.layers) for group in problem.groups if group.counted) or 1
     return Constraint(
@@ -267,13 +277,13 @@ def check_kl_unit(problem: Problem) -> None:
     """
     if problem.unit != KL_UNIT:
         raise BudgetError(
-            f"max_kl: errors are in {problem.unit}, which says nothing about nats. Run "
+            f"{option('max_kl')}: errors are in {problem.unit}, which says nothing about nats. Run "
             f"`mofq calibrate`, then `mofq measure --stats`, or set a budget in bits or bytes."
         )
     if problem.stderr_PC is None or not np.isfinite(problem.stderr_PC).all():
         raise BudgetError(
-            "max_kl: rows have no standard errors, and the budget is on the predicted KL plus two "
-            "of them. Calibrate with at least two samples, and measure again."
+            f"{option('max_kl')}: rows have no standard errors, and the budget is on the predicted "
+            f"KL plus two of them. Calibrate with at least two samples, and measure again."
         )
 
 

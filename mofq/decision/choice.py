@@ -12,7 +12,7 @@ from mofq.decision.greedy import solve_greedy
 from mofq.decision.prediction import Estimate, crossfit, predict
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
-from mofq.exceptions import BudgetError, MofqError, nearest_name
+from mofq.exceptions import BudgetError, MofqError, nearest_name, option
 
 Solver = Callable[[Problem, Budgets], Solution]
 
@@ -109,8 +109,9 @@ def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> 
     upper = found.reported.upper
     if upper > budgets.max_kl:
         raise BudgetError(
-            f"max_kl: asked for {budgets.max_kl:.4g} nats per token; the least under the other "
-            f"budgets is {upper:.4g}, two standard errors included. Allow more, or a larger size."
+            f"{option('max_kl')}: asked for {budgets.max_kl:.4g} nats per token; the least under "
+            f"the other budgets is {upper:.4g}, two standard errors included. Allow more, or a "
+            f"larger size."
         )
     return found
 
@@ -142,7 +143,7 @@ def solve_smallest(
     best = _choose_once(problem, free, solve, ties)
     if best.reported.upper > limit:
         raise BudgetError(
-            f"max_kl: asked for {limit:.4g} nats per token; the smallest possible is "
+            f"{option('max_kl')}: asked for {limit:.4g} nats per token; the smallest possible is "
             f"{best.reported.upper:.4g}, two standard errors included. "
             f"Offer finer schemes, or calibrate with more samples."
         )

@@ -123,13 +123,20 @@ def _notes(
     if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
         notes.append(
             "Without a budget nothing is better than leaving every layer as it is. "
-            "Give --max-bits, --max-size or --max-kl."
+            "Give a budget of bits, of size or of KL."
         )
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
         error = predict(problem, uniform[1]).value
         is_as_good = error <= chosen.prediction.value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
             notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
+    linear = {budget.name for budget in budgets.linear}
+    notes += [
+        f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "
+        f"{one.shown(one.limit)}."
+        for one in budget_constraints(problem, budgets)
+        if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
+    ]
     stats = table.header.stats
     if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
         notes.append(

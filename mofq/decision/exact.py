@@ -158,9 +158,11 @@ def _sentence(
     constraint: Constraint, least: int | float | None, *, others: Sequence[Constraint]
 ) -> str:
     if least is None:
-        return f"{constraint.name}: no choice is possible."
-    beside = " beside " + ", ".join(dict.fromkeys(other.name for other in others)) if others else ""
-    asked = f"{constraint.name}: asked for {constraint.shown(constraint.limit)}"
+        return f"{constraint.option}: no choice is possible."
+    beside = (
+        " beside " + ", ".join(dict.fromkeys(other.option for other in others)) if others else ""
+    )
+    asked = f"{constraint.option}: asked for {constraint.shown(constraint.limit)}"
     return f"{asked}; the smallest possible{beside} is {constraint.shown(least)}."
 
 

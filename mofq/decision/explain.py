@@ -14,7 +14,7 @@ from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
 from mofq.decision.serving import refusals_by
 from mofq.evidence.table import Table
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, nearest_name, option
 
 #: A difference below so many standard errors is noise.
 _NOISE_STDERRS = 2.0
@@ -107,7 +107,9 @@ def check_layers(table: Table, layers: Iterable[str]) -> None:
     for name in layers:
         if name not in known:
             near = nearest_name(name, known)
-            raise MofqError(f"--explain: no layer or fusion group is called {name!r}." + near)
+            raise MofqError(
+                f"{option('explain')}: no layer or fusion group is called {name!r}." + near
+            )
 
 
 def _find_group(problem: Problem, layer: str) -> int:

@@ -17,7 +17,7 @@ from mofq.decision.problem import (
 from mofq.decision.request import Request
 from mofq.engines import cache_legality, legality
 from mofq.evidence.table import UNITS, Row, Table, TableGroup, TableSpace
-from mofq.exceptions import TableError, nearest_name
+from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import parse_scheme
@@ -190,7 +190,7 @@ def _check_caches(table: Table, unit: str) -> None:
     if unit != KL_UNIT:
         raise TableError(
             f"the format of the KV cache is decided in nats, and errors are in {unit}: leave "
-            f"--unit out."
+            f"{option('unit')} out."
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mofq.decision.budgets import Budgets, Constraint, all_constraints, keeps_all, offered
 from mofq.decision.exact import Solution
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, option
 from mofq.model.kv_schemes import CachedTensor, is_cache_scheme, parse_cache_scheme
 from mofq.numbers.schemes import TensorScheme, parse_scheme
 
@@ -110,9 +110,9 @@ def _too_small(
     if broken is None:
         broken = next(constraint for constraint in constraints if not constraint.holds(least))
     return BudgetError(
-        f"{broken.name}: asked for {broken.shown(broken.limit)}; the smallest choice of one "
+        f"{broken.option}: asked for {broken.shown(broken.limit)}; the smallest choice of one "
         f"width, which is what greedy chooses, has {broken.shown(broken.used(least))}. "
-        f"Raise the budget, or use the solver exact."
+        f"Raise the budget, or use {option('solver', 'exact')}."
     )
 
 
@@ -174,11 +174,11 @@ def _refine(
             gain = float(error_P[chosen] - error_P[best]) / len(problem.groups[group].layers)
             gains.append((gain, group, best))
     refined_F = choice_F.copy()
-    for gain, group, option in sorted(gains, key=lambda one: (-one[0], one[1])):
+    for gain, group, best in sorted(gains, key=lambda one: (-one[0], one[1])):
         if gain <= 0:
             break
         trial_F = refined_F.copy()
-        trial_F[group] = option
+        trial_F[group] = best
         if keeps_all(constraints, trial_F):
             refined_F = trial_F
     return refined_F

@@ -8,7 +8,7 @@ checked in full when it is read, and against the model before it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,8 +46,13 @@ from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers
 from mofq.numbers.schemes import parse_scheme
 
 RECIPE_VERSION: Literal[1] = 1
+#: The recipe in a folder that was exported by it.
+RECIPE_FILE = "recipe.yaml"
 #: A hash may be shortened by hand, but not to nothing.
 _SHORTEST_HASH = 8
+
+#: Keys of made_by that have the hashes of texts.
+_TEXTS = ("text_sha256", "corpora_sha256")
 
 Scalar = str | int | float | bool | None
 
@@ -76,6 +81,8 @@ class MadeByKeys:
     #: whether the sequences of the statistics begin with it
     bos: Annotated[bool, Strict()] | None = None
     text_sha256: _Hash | None = None  #: of the text that a measured objective used
+    #: hashes of the texts that were calibrated on, the first digits of each, by commas
+    corpora_sha256: Text | None = None
     trials: Index | None = None
     note: Text | None = None
 
@@ -225,6 +232,13 @@ class Recipe:
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
+    #: The file that it was read from, for messages; no part of what a recipe says.
+    file: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """What messages call it: its file, or of which model it is."""
+        return self.file or f"recipe of {self.model_name}"
 
     @property
     def schemes(self) -> dict[str, str]:
@@ -247,6 +261,14 @@ class Recipe:
             for layer, amax in (group.static_amax or {}).items()
         }
 
+    def use_of(self, text_sha256: str) -> str | None:
+        """What a text was used for on the way to the recipe, as far as it says; None: nothing."""
+        searched, corpora = (str(self.made_by.get(key) or "") for key in _TEXTS)
+        if searched and text_sha256.startswith(searched):
+            return "searched"
+        digits = [one for one in corpora.split(", ") if one]
+        return "calibrated" if any(map(text_sha256.startswith, digits)) else None
+
     @property
     def bits_per_weight(self) -> float | None:
         """As ``result`` says; None where it does not."""
@@ -263,6 +285,14 @@ class Recipe:
         return float(value) if isinstance(value, int | float) else None
 
 
+def holds_recipe(path: Path) -> bool:
+    """Whether a file is a recipe of mofq; llm-compressor gives its own the same name."""
+    if not path.is_file():
+        return False
+    text = path.read_text("utf-8", errors="replace")
+    return any(line.startswith("version:") for line in text.splitlines())
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe and check all that can be checked without the model.
 
@@ -277,7 +307,8 @@ def load_recipe(path: str | Path) -> Recipe:
             unknown key or scheme, or names a layer twice.
     """
     path = Path(path)
-    return parse_recipe(read_text(path, RecipeError), where=str(path))
+    recipe = parse_recipe(read_text(path, RecipeError, kind="recipe"), where=str(path))
+    return replace(recipe, file=str(path))
 
 
 def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
@@ -427,35 +458,32 @@ def check_recipe(
     unknown = sorted(schemes.keys() - set(known))
     if unknown:
         raise RecipeError(
-            f"recipe of {recipe.model_name}: the model has no linear layer {unknown[0]!r} "
+            f"{recipe.title}: the model has no linear layer {unknown[0]!r} "
             f"({len(unknown)} unknown in all)." + nearest_name(unknown[0], known)
         )
     missing = [name for name in known if name not in schemes]
     if missing:
         raise RecipeError(
-            f"recipe of {recipe.model_name}: the linear layer {missing[0]!r} is missing "
+            f"{recipe.title}: the linear layer {missing[0]!r} is missing "
             f"({len(missing)} in all). Give it a scheme, or list it under `unquantized`."
         )
-    _check_caches(recipe.kv_cache, model_layers.caches, model=recipe.model_name)
+    _check_caches(recipe.kv_cache, model_layers.caches, where=f"{recipe.title}: kv_cache")
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
     for layer in (layer for group in model_layers.groups for layer in group.layers):
         reason = shape_rejection(parse_scheme(schemes[layer.name]), layer)
         if reason is not None:
-            raise RecipeError(
-                f"recipe of {recipe.model_name}: {reason}. Give its fusion group another scheme."
-            )
+            raise RecipeError(f"{recipe.title}: {reason}. Give its fusion group another scheme.")
 
 
 def _check_caches(
-    recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer], *, model: str
+    recipe_caches: Sequence[RecipeCache], caches: Sequence[CacheLayer], *, where: str
 ) -> None:
     """Every attention layer once with a scheme that fits it, or none."""
     if not recipe_caches:
         return
     known = {cache.name: cache for cache in caches}
     chosen = {cache.name: cache for cache in recipe_caches}
-    where = f"recipe of {model}: kv_cache"
     for name in chosen:
         if name not in known:
             raise RecipeError(
@@ -489,7 +517,7 @@ def check_weights(recipe: Recipe, checkpoint: Checkpoint) -> None:
     ours = recipe.weights_sha256
     if ours is not None and not (theirs := hash_weights(checkpoint)).startswith(ours):
         raise RecipeError(
-            f"the recipe was made for {recipe.model_name} with weights_sha256 {ours}, and "
+            f"{recipe.title}: was made for {recipe.model_name} with weights_sha256 {ours}, and "
             f"{checkpoint.folder} of the same shapes has weights_sha256 {theirs}: a fine-tune or "
             f"another revision. Measure this model; or, to apply the recipe all the same, remove "
             f"weights_sha256 from it."
@@ -500,7 +528,7 @@ def _check_hash(recipe: Recipe, index_sha256: str | None) -> None:
     ours = recipe.index_sha256
     if ours is not None and index_sha256 is not None and not index_sha256.startswith(ours):
         raise RecipeError(
-            f"the recipe was made for {recipe.model_name} with index_sha256 {ours}, and the "
+            f"{recipe.title}: was made for {recipe.model_name} with index_sha256 {ours}, and the "
             f"model has {index_sha256}. Take the recipe of this model, or search again."
         )
 
@@ -511,6 +539,6 @@ def _check_group(recipe: Recipe, group: FusionGroup, schemes: Mapping[str, str])
     for name, scheme in chosen.items():
         if scheme != chosen[first]:
             raise RecipeError(
-                f"recipe of {recipe.model_name}: {group.name} is served as one matrix "
+                f"{recipe.title}: {group.name} is served as one matrix "
                 f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}."
             )

@@ -12,7 +12,7 @@ from mofq.decision.problem import Objective
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import Workload
 from mofq.evidence.spaces import Offer
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, option
 from mofq.model.sizes import group_bytes, weights_of
 
 
@@ -72,11 +72,13 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
     if budgets.max_bits is not None and not 8 * smallest / weights <= budgets.max_bits:
         least = math.ceil(1e4 * 8 * smallest / weights) / 1e4
         raise BudgetError(
-            f"max_bits: asked for {budgets.max_bits:g} bits per weight; the smallest possible in "
-            f"this search space is {least:g}. `mofq spaces` lists others."
+            f"No recipe meets the budget. {option('max_bits')}: asked for {budgets.max_bits:g} "
+            f"bits per weight; the smallest possible in this search space is {least:g}. "
+            f"`mofq spaces` lists others."
         )
     if budgets.max_bytes is not None and smallest + other_bytes > budgets.max_bytes:
         raise BudgetError(
-            f"max_size: asked for {budgets.max_bytes:,} bytes; the smallest possible in this "
-            f"search space is {smallest + other_bytes:,} bytes. `mofq spaces` lists others."
+            f"No recipe meets the budget. {option('max_size')}: asked for {budgets.max_bytes:,} "
+            f"bytes; the smallest possible in this search space is {smallest + other_bytes:,} "
+            f"bytes. `mofq spaces` lists others."
         )

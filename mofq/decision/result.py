@@ -12,6 +12,9 @@ from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
 
+#: Of the hash of each text that was calibrated on.
+_HASH_DIGITS = 16
+
 #: Keys of `mofq.decision.recipe.ResultKeys`.
 Figures = dict[str, float | int | str | None]
 #: Keys of `mofq.decision.recipe.MadeByKeys`.
@@ -82,6 +85,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         made["space_sha256"] = next(iter(spaces.values())).sha256
     if stats is not None:
         made["stats_sha256"] = stats.sha256
+        hashes = sorted(one[:_HASH_DIGITS] for one in stats.corpora.values())
+        made["corpora_sha256"] = ", ".join(hashes)
         if stats.bos:
             made["bos"] = True
     return made

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.engines import ENGINES, cache_legality, format_name, legality
+from mofq.engines import ENGINES, cache_legality, legality
+from mofq.evidence.refusals import Refused, count_refusals
 from mofq.evidence.table import Table
 from mofq.numbers.schemes import parse_scheme
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Schemes that were measured and are not offered, for one reason."""
-
-    schemes: tuple[str, ...]
-    groups: int  #: fusion groups, or layers' caches, that have rows of any of them
-    reason: str
 
 
 def refusals_by(engine: str, table: Table) -> Callable[[str, str], str | None]:
@@ -82,7 +73,7 @@ def engine_refusals(table: Table, request: Request) -> tuple[Refused, ...]:
             where the cache is decided.
 
     Returns:
-        One entry for each reason, in the table's order.
+        As `count_refusals`, in the table's order.
 
     Raises:
         EngineError: No engine has that name.
@@ -91,23 +82,18 @@ def engine_refusals(table: Table, request: Request) -> tuple[Refused, ...]:
         return ()
     refuses = refusals_by(request.engine, table)
     caches = {cache.name for cache in table.caches}
-    schemes: dict[str, dict[str, None]] = {}
-    where: dict[str, set[str]] = {}
     asked = {name for one in table.spaces if one.name == request.space for name in one.schemes}
-    for scheme, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
-        if request.space is not None and scheme not in asked:
-            continue
-        if group in caches and not _asks_for(request, scheme):
-            continue
-        reason = refuses(group, scheme)
-        if reason and group not in caches:
-            reason = reason.replace(f" in {format_name(parse_scheme(scheme))}", " in these formats")
-        if reason:
-            schemes.setdefault(reason, {})[scheme] = None
-            where.setdefault(reason, set()).add(group)
-    return tuple(
-        Refused(tuple(names), len(where[reason]), reason) for reason, names in schemes.items()
-    )
+
+    def refused() -> Iterator[tuple[str, str, str]]:
+        for scheme, group in dict.fromkeys((row.scheme, row.group) for row in table.rows):
+            if request.space is not None and scheme not in asked:
+                continue
+            if group in caches and not _asks_for(request, scheme):
+                continue
+            if reason := refuses(group, scheme):
+                yield group, scheme, reason
+
+    return count_refusals(refused())
 
 
 def _asks_for(request: Request, scheme: str) -> bool:

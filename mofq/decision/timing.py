@@ -15,7 +15,7 @@ from mofq.engines import ENGINES, find_engine
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import attention_seconds, group_seconds, other_seconds
 from mofq.evidence.table import Table
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, option
 from mofq.model.kv_schemes import cache_bits, is_cache_scheme, parse_cache_scheme
 from mofq.numbers.schemes import parse_scheme
 
@@ -59,16 +59,20 @@ def check_device(engine: str | None, time: TimeRequest) -> None:
     devices = find_engine(engine).devices
     if devices not in (1, time.workload.tp):
         raise BudgetError(
-            f"--engine {engine} has {devices} devices, and the workload tp={time.workload.tp}. "
-            f"Write tp={devices} in --workload."
+            f"{option('engine', engine)} has {devices} devices, and the workload "
+            f"tp={time.workload.tp}. Write tp={devices} in {option('workload')}."
         )
     if find_engine(engine).capability is None:
         return
     fitting = engines_for(time.device)
     if engine.partition(":")[0] not in fitting:
         raise BudgetError(
-            f"--engine {engine} is not for the device model {time.device.name}. "
-            + (f"Engines for it: {', '.join(fitting)}." if fitting else "Leave --engine out.")
+            f"{option('engine', engine)} is not for the device model {time.device.name}. "
+            + (
+                f"Engines for it: {', '.join(fitting)}."
+                if fitting
+                else f"Leave {option('engine')} out."
+            )
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
 from mofq.engines import ENGINES
-from mofq.exceptions import BackendError, nearest_name
+from mofq.exceptions import BackendError, nearest_name, option
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
 
@@ -112,7 +112,11 @@ def find_exporter(name: str) -> Any:
     if name not in known:
         reads = {key.partition("-")[0]: one.reads for key, one in ENGINES.items()} | _READS
         read = reads.get(name.partition("-")[0].lower())
-        near = nearest_name(name, known) if read is None else f" For it, export --to {read}."
+        near = (
+            nearest_name(name, known)
+            if read is None
+            else f" For it, export with {option('to', read)}."
+        )
         raise BackendError(f"unknown export format {name!r}.{near}")
     if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
         raise BackendError(
@@ -135,7 +139,8 @@ def _write_file(
     if any(not cache.parsed.is_unquantized for cache in recipe.kv_cache):
         raise BackendError(
             f"kv_cache: what mofq writes for {name} says nothing of the KV cache, which would stay "
-            f"as it is. Export with --to compressed-tensors, or remove kv_cache from the recipe."
+            f"as it is. Export with {option('to', 'compressed-tensors')}, or remove kv_cache from "
+            f"the recipe."
         )
     path = Path(file)
     write_beside_and_rename(path, text_of(checkpoint, recipe))

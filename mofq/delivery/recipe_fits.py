@@ -47,7 +47,7 @@ def open_fits(
     recorded = recipe.made_by.get("stats_sha256")
     if recorded is not None and not opened.sha256.startswith(str(recorded)):
         raise RecipeError(
-            f"{stats}: the recipe of {recipe.model_name} is fitted to stats_sha256 "
+            f"{stats}: {recipe.title} is fitted to stats_sha256 "
             f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would "
             f"differ from those that were measured; give the folder that was measured with."
         )
@@ -68,7 +68,7 @@ def _check_numerics(recipe: Recipe, scheme: str) -> None:
     is_by_hand = found is None and "stats_sha256" not in recipe.made_by
     if found != NUMERICS and not is_by_hand:
         raise RecipeError(
-            f"the recipe of {recipe.model_name}: made_by: numerics: the codes of {scheme} were "
+            f"{recipe.title}: made_by: numerics: the codes of {scheme} were "
             f"fitted by numerics {found or '(not noted)'}, and this mofq fits by numerics "
             f"{NUMERICS}: they would be others than those that were measured. Measure and search "
             f"again, or take the mofq that wrote the recipe "

@@ -57,8 +57,9 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
     for layer in group.layers:
         if layer.name not in known:
             raise RecipeError(
-                f"{layer.name}: scheme {scheme.name!r} has static activations, and the recipe has "
-                f"no static_amax for the layer. Run `mofq calibrate`, measure and search again."
+                f"{recipe.title}: {layer.name}: scheme {scheme.name!r} has static activations, "
+                f"and the recipe has no static_amax for the layer. Run `mofq calibrate`, measure "
+                f"and search again."
             )
     return share_amax(group, known)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mofq import __version__
-from mofq.exceptions import ClusterError, MofqError
+from mofq.exceptions import ClusterError, MofqError, option
 from mofq.numbers.numerics import NUMERICS
 
 Tell = Callable[[str], None]
@@ -72,7 +72,9 @@ def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None
             else "It was tried twice: run the command when the machine is less busy, or give the "
             "ray://HOST:PORT of a cluster that runs."
         )
-        raise ClusterError(f"--cluster {address}: {_first_line(problem)}. {remedy}") from problem
+        raise ClusterError(
+            f"{option('cluster', address)}: {_first_line(problem)}. {remedy}"
+        ) from problem
     try:
         yield
     finally:
@@ -187,7 +189,7 @@ def _get(ray: Any, reference: Any) -> Any:
     except (ConnectionError, ray.exceptions.LocalRayletDiedError) as error:
         raise ClusterError(
             f"the cluster went away: {_first_line(error)}. What is finished is kept; run the same "
-            f"command again, without --cluster or on one that runs."
+            f"command again, without {option('cluster')} or on one that runs."
         ) from error
     except ray.exceptions.RayError as error:
         raise ClusterError(
@@ -204,7 +206,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ClusterError(
-            "--cluster needs Ray, which is not installed. Run: pip install 'mofq[ray]'"
+            f"{option('cluster')} needs Ray, which is not installed. Run: pip install 'mofq[ray]'"
         ) from error
     return ray
 

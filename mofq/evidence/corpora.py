@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mofq.exceptions import CorpusError, nearest_name
+from mofq.exceptions import CorpusError, nearest_name, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,9 @@ BUNDLED_TEXT = {
     "demo-en-calibration": _TEXTS / "calibration-en.txt",
     "demo-pt-calibration": _TEXTS / "calibration-pt.txt",
 }
+
+#: A corpus is a folder inside the stats folder, and nothing else.
+CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 
 #: Whether windows begin with BOS: where the tokenizer adds it by itself, always, or never.
 Bos = Literal["auto", "always", "never"]
@@ -126,7 +129,7 @@ def leading_tokens(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
         CorpusError: BOS is asked for, and the tokenizer has none; or ``bos`` is no such word.
     """
     if bos not in get_args(Bos):
-        raise CorpusError(f"--bos {bos}: is not one of {', '.join(get_args(Bos))}.")
+        raise CorpusError(f"{option('bos', bos)}: is not one of {', '.join(get_args(Bos))}.")
     if bos == "never":
         return ()
     bare, full = _encode("a", tokenizer), _encode("a", tokenizer, add_special_tokens=True)
@@ -136,8 +139,8 @@ def leading_tokens(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
         return added
     if tokenizer.bos_token_id is None:
         raise CorpusError(
-            "--bos always: the tokenizer has no BOS token, which is `bos_token` in "
-            "tokenizer_config.json. Use --bos auto."
+            f"{option('bos', 'always')}: the tokenizer has no BOS token, which is `bos_token` in "
+            f"tokenizer_config.json. Use {option('bos', 'auto')}."
         )
     return (int(tokenizer.bos_token_id),)
 
@@ -147,7 +150,7 @@ def differing_bos(*, windows: bool) -> str:
     ours, theirs = ("with", "without") if windows else ("without", "with")
     return (
         f"The windows begin {ours} BOS, and the calibration's {theirs}: what it predicts, and "
-        f"static scales, are of another distribution. Give the same --bos to both."
+        f"static scales, are of another distribution. Begin both alike."
     )
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mofq.evidence.calibration.sequence_file import LayerSamples
 from mofq.evidence.calibration.stats import Stats, open_sequences
-from mofq.exceptions import StatsError
+from mofq.exceptions import StatsError, option
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import Feedback, factorise_hessian, one_thread
 from mofq.numbers.schemes import TensorScheme
@@ -97,7 +97,7 @@ def needs_stats(layer: str) -> StatsError:
     """What to say where a fitted scheme is to be applied without its statistics."""
     return StatsError(
         f"{layer}: its codes are fitted to calibration statistics (@nats or ~gptq), and there are "
-        f"none here. Give the folder that was measured with, as --stats."
+        f"none here. Give the folder that was measured with, as {option('stats')}."
     )
 
 

@@ -163,7 +163,7 @@ def load_search_space(name_or_path: str | Path) -> SearchSpace:
             f"{name_or_path}: no such search space or file."
             + nearest_name(str(name_or_path), shipped)
         )
-    text = read_text(path, SearchSpaceError, MAX_FILE_BYTES)
+    text = read_text(path, SearchSpaceError, MAX_FILE_BYTES, kind="search space")
     return parse_search_space(text, name=path.stem, where=str(path))
 
 

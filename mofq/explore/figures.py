@@ -13,7 +13,7 @@ import numpy as np
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import FloatArray
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, nearest_name, option
 from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier_recipes import FrontierRecipe, frontier_recipes
@@ -311,7 +311,7 @@ def _prediction(figure: Figure, drawing: Drawing) -> None:
     """Measured against predicted."""
     known = [one for one in drawing.measured if one.predicted is not None]
     if not known:
-        raise MofqError("a figure of predictions needs --validation files that have one.")
+        raise MofqError(f"a figure of predictions needs {option('validations')} that have one.")
     figure.set_size_inches(4.6, 4.4)
     axes = figure.subplots()
     for one in known:

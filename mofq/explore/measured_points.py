@@ -42,7 +42,7 @@ def measured_point(path: Path, header: TableHeader) -> MeasuredPoint:
     Raises:
         MofqError: The file is not such a file, or of another model, or another training of it.
     """
-    content = parse_json(read_text(path, MofqError), str(path), MofqError)
+    content = parse_json(read_text(path, MofqError, kind="validation"), str(path), MofqError)
     if not isinstance(content, dict) or content.get("version") != _VALIDATION_VERSION:
         raise MofqError(
             f"{path}: is no validation of version {_VALIDATION_VERSION}. Take the file that "

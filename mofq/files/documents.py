@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from mofq.exceptions import MofqError
+from mofq.files.kinds import Kind, check_kind
 from mofq.files.locks import check_replaceable, open_new_file
 
 #: A mixture-of-experts recipe with 20,000 layers is about 2 MB.
@@ -43,15 +44,30 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@~+-]*")
 
 
-def read_text(path: Path, error: type[MofqError], max_bytes: int = MAX_YAML_BYTES) -> str:
+def read_text(
+    path: Path,
+    error: type[MofqError],
+    max_bytes: int = MAX_YAML_BYTES,
+    *,
+    kind: Kind | None = None,
+) -> str:
     """The text of a file of bounded size.
 
+    Args:
+        path: Of the file.
+        error: The exception to raise.
+        max_bytes: That it may have.
+        kind: That it should be of; None where no other kind is known.
+
     Raises:
-        error: The file is missing, unreadable, too large, or not UTF-8.
+        error: The file is missing, unreadable, too large, not UTF-8, or known to be of another
+            kind.
     """
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
+        if kind is not None:
+            check_kind(data, kind, str(path), error)
         if len(data) > max_bytes:
             raise error(f"{path}: larger than {max_bytes} bytes, which no file of this kind needs.")
         return data.decode()

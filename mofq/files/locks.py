@@ -160,8 +160,12 @@ def open_new_file(path: Path) -> int:
         os.close(file)
 
 
-def check_replaceable(path: Path, label: str = "") -> None:
+def check_replaceable(path: Path, where: str | None = None) -> None:
     """Refuse to put a file in the place of what is none: a folder, a device, a pipe.
+
+    Args:
+        path: Of the file to be.
+        where: What messages call it; None: by its path.
 
     Raises:
         MofqError: As said.
@@ -169,7 +173,7 @@ def check_replaceable(path: Path, label: str = "") -> None:
     if path.exists() and not path.is_file():
         found = "a folder" if path.is_dir() else "a device or a pipe"
         raise MofqError(
-            f"{label}{path}: needed the name of a file, found {found}. Name another file."
+            f"{where or path}: needed the name of a file, found {found}. Name another file."
         )
 
 

@@ -27,11 +27,11 @@ from mofq.model.checkpoint.headers import (
     read_json,
 )
 from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.dtypes import check_dtype
 from mofq.model.layers.model_class import check_next_tokens
 
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
@@ -62,8 +62,7 @@ def load_model(
         CheckpointError: The folder is of an embedding model, transformers cannot load it, a
             weight of the model is not there, or the package that spreads it is not installed.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     options: dict[str, Any] = {}
     if device_map is not None:
         _require_accelerate(device_map)
@@ -76,7 +75,7 @@ def load_model(
             tensors = {n: partial(read_tensor, info) for n, info in checkpoint.tensors.items()}
     config = read_json(folder / CONFIG_FILE)
     check_next_tokens(config, where=str(folder / CONFIG_FILE))
-    options |= {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
+    options |= {"dtype": getattr(torch, dtype), "experts_implementation": "eager"}
     model, missing = _load_quietly(folder, tensors, options)
     if missing == ["lm_head.weight"]:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -144,3 +145,8 @@ def test_searching_from_python_needs_no_torch(measured: Measured) -> None:
         "import sys; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_advice_can_be_pickled() -> None:
+    advice = api.advise(device_model="h100", deployment="synchronous")
+    assert pickle.loads(pickle.dumps(advice)) == advice

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import DEMO, refused
 
 from mofq import api
 from mofq.api import Budget, Choices, LmEval, Method, Samples, Study, Where
-from mofq.exceptions import MofqError, TableError
+from mofq.api.options import parameters_of
+from mofq.cli.parsing import flag_of
+from mofq.exceptions import MofqError, TableError, option
 
 TABLE = "table.jsonl"
 
@@ -95,3 +101,40 @@ def test_an_option_outside_its_group_is_told_where_it_goes() -> None:
         TypeError, match=r"search\(\) takes max_bits in a group: budget=Budget\(max_bits=…\)"
     ):
         api.search(Path(TABLE), max_bits=5)  # type: ignore[call-arg]
+
+
+def test_an_error_names_options_as_whoever_reads_it_gives_them(tmp_path: Path) -> None:
+    error = MofqError(f"{option('max_size')}: give {option('kv_formats', 'kv:int8.head')}.")
+    assert str(error) == "max_size: give kv_formats=kv:int8.head."
+    assert error.spelled(flag_of) == "--max-size: give --kv-cache kv:int8.head."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: [int4.g32]\noffer_unquantized: false\n")
+    folder = tmp_path / "run"
+    with pytest.raises(MofqError, match=r"^No recipe meets the budget. max_size: asked"):
+        api.run(DEMO, folder, space=space, budget=Budget(max_size="10kB"))
+    said = refused("run", DEMO, "--space", space, "--max-size", "10kB", "-o", folder)
+    assert said.startswith("Error: No recipe meets the budget. --max-size: asked for 10,000 bytes")
+    file = folder / "nowhere" / "recipe.yaml"
+    with pytest.raises(MofqError, match=f"^output={file}: there is no folder"):
+        api.uniform(DEMO, "int4.g32", file)
+    assert f"-o {file}: there is no folder" in refused(
+        "recipe", "uniform", DEMO, "int4.g32", "-o", file
+    )
+
+
+def test_every_option_that_a_message_names_exists() -> None:
+    known = {
+        one.name
+        for name in api.__all__
+        if isfunction(stage := getattr(api, name))
+        for one in parameters_of(stage)
+    }
+    sources = Path(api.__file__).parent.parent.rglob("*.py")
+    named = {
+        name
+        for source in sources
+        for name in re.findall(r"\boption\(['\"](\w+)['\"]", source.read_text("utf-8"))
+    }
+    assert "max_size" in named
+    assert named <= known

@@ -41,6 +41,10 @@ def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) 
     free = ok(*search, *TIMED, "--json").json["seconds"]
     content = ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us", "--json").json
     assert content["seconds"] <= 0.9 * free
+    loose = ok(*search, *TIMED, "--max-bits", "5", "--max-time", "1s").err
+    assert "max_time does not bind: " in loose
+    assert "of 1000 ms." in loose
+    assert "does not bind" not in ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us").err
     assert content["prices"]["max_time"] > 0
     text = path.read_text("utf-8")
     assert "device: h100" in text
@@ -97,3 +101,45 @@ def test_a_search_for_no_engine_says_which_engines_serve_its_recipe(
     search = ("search", table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
     assert "No engine serves all of these schemes" in ok(*search).err
     assert ok(*search, "--json").json["served_by"] == []
+
+
+def test_a_recipe_that_takes_the_place_of_another_says_so(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    replaces = f"{path}: replaces what was in this file."
+    search = ("search", measured.table, "-o", path)
+    assert replaces not in ok(*search, "--max-bits", "5").err
+    assert replaces not in ok(*search, "--max-bits", "5").err  # the same again
+    assert replaces in ok(*search, "--max-bits", "6").err
+    assert replaces in ok("recipe", "uniform", DEMO, "int4.g32", "-o", path).err
+
+
+def test_a_text_that_a_recipe_was_made_with_is_told(measured: Measured, tmp_path: Path) -> None:
+    windows = ("--tokens", "128", "--sequence-length", "64")
+    text = ("--text", "demo-en-calibration", *windows)
+    validation = tmp_path / "validation.json"
+    shown = ok("validate", DEMO, measured.recipe, *text, "-o", validation).err
+    assert "The recipe was calibrated on this very text, which flatters it" in shown
+    assert '"text_use": "calibrated"' in validation.read_text("utf-8")
+    search = ("search", measured.table, "--max-bits", "5", "-o", tmp_path / "refined.yaml")
+    refined = ok(*search, "--refine", "1", "--model", DEMO, *text).err
+    assert "demo-en-calibration: was calibrated on too" in refined
+    assert (
+        "flatters" not in ok("validate", DEMO, measured.recipe, "--text", "demo-en", *windows).err
+    )
+    refine = ("--refine", "1", "--model", DEMO, "--text", "demo-en", *windows)
+    ok(*search, *refine)
+    shown = ok("validate", DEMO, tmp_path / "refined.yaml", "--text", "demo-en", *windows).err
+    assert "The recipe was searched on this very text" in shown
+
+
+def test_an_export_for_the_recipes_own_devices_is_what_comes_next(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path, folder = tmp_path / "recipe.yaml", tmp_path / "exported"
+    ok("search", measured.table, "--engine", "vllm-hopper:tp=2", "--max-bits", "9", "-o", path)
+    windows = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
+    shown = ok("validate", DEMO, path, *windows).err
+    assert f"Next: mofq export {DEMO} {path} -o FOLDER" in shown
+    assert "--tensor-parallel-size 2" in ok("export", DEMO, path, "-o", folder).out

@@ -346,6 +346,7 @@ def test_an_edited_recipe_is_checked_in_full(
         ("export", DEMO, path, "--to", "compressed-tensors", "-o", out / "exported"),
     ):
         message = refused(*command)
+        assert message.startswith(f"Error: {path}: "), message
         assert all(word in message for word in words), message
     assert tree(out) == {}
 

@@ -151,3 +151,32 @@ def test_an_export_imports_no_transformers(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, DEMO, str(recipe), str(tmp_path / "model")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.stdout == "False\n", run.stderr
+
+
+@pytest.mark.long
+def test_what_is_missing_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    recipe, text = tmp_path / "recipe.yaml", ("--text", "demo-en")
+    ok("recipe", "uniform", DEMO, "int4.g32", "-o", recipe)
+    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
+    calls = [
+        ["validate", DEMO, nowhere, *text],
+        ["validate", nowhere, str(recipe), *text],
+        ["validate", DEMO, str(recipe), *text, "--dtype", "float"],
+        ["validate", DEMO, str(recipe), "--text", f"{nowhere}.txt"],
+        ["calibrate", nowhere, "--corpus", "demo-en", "-o", out],
+        ["calibrate", DEMO, "--corpus", f"{nowhere}.txt", "-o", out],
+        ["export", nowhere, str(recipe), "-o", out],
+        ["rewrite", nowhere, "--stats", nowhere, "--method", "awq", "-o", out],
+    ]
+    script = (
+        "import json, sys\n"
+        "from mofq.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['mofq', *arguments]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 1, arguments\n"
+        "    assert 'torch' not in sys.modules, arguments\n"
+    )
+    subprocess.run([sys.executable, "-c", script, json.dumps(calls)], check=True)

@@ -140,7 +140,7 @@ def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_come
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ran = ok("run", DEMO, "--space", space, "--max-kl", "0.05", *SMALL)
-    assert "No --corpus: calibrating on demo-en-calibration" in ran.err
+    assert "No corpus is named: calibrating on demo-en-calibration" in ran.err
     folder = tmp_path / "model-mofq"
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert recipe.budget == {"kl_nats_per_token": 0.05}

@@ -224,7 +224,7 @@ def test_too_few_samples_for_error_bars_are_said(samples: int) -> None:
 def test_without_a_budget_a_note_says_what_that_means() -> None:
     decision = decide(table_of(), Request(Budgets()))
     assert set(decision.recipe.schemes.values()) == {"bf16"}
-    assert "Give --max-bits" in decision.notes[0]
+    assert "Give a budget of bits" in decision.notes[0]
 
 
 def test_of_several_spaces_one_can_be_named() -> None:

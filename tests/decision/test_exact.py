@@ -157,7 +157,7 @@ def test_a_budget_in_bits_is_the_decimal_number_that_was_written() -> None:
 def test_an_impossible_budget_names_the_tightest_possible() -> None:
     groups = [[option("int4.g32", 50, 2.0), option("int8.channel", 100, 1.0)]] * 2
     problem = problem_of(groups, other_bytes=7)
-    with pytest.raises(BudgetError, match=r"max_bytes.*smallest possible is 107 bytes"):
+    with pytest.raises(BudgetError, match=r"max_size.*smallest possible is 107 bytes"):
         solve_exact(problem, Budgets(max_bytes=106))
     with pytest.raises(BudgetError, match=r"max_bits.*smallest possible is 4 bits per weight"):
         solve_exact(problem, Budgets(max_bits=3.9))
@@ -180,12 +180,11 @@ def test_budgets_that_contradict_each_other_are_told_apart() -> None:
     )
     with pytest.raises(BudgetError, match="Each can be met alone") as caught:
         solve_exact(problem, Budgets(max_bytes=60, max_finer=0.0))
-    assert "max_bytes: asked for 60 bytes; the smallest possible beside max_finer is 100 bytes" in (
+    assert "max_size: asked for 60 bytes; the smallest possible beside max_finer is 100 bytes" in (
         str(caught.value)
     )
-    assert (
-        "max_finer: asked for 0 (0 of 1 layers); the smallest possible beside max_bytes is 1"
-        in (str(caught.value))
+    assert "max_finer: asked for 0 (0 of 1 layers); the smallest possible beside max_size is 1" in (
+        str(caught.value)
     )
 
 

@@ -34,7 +34,7 @@ def test_of_the_widths_that_fit_the_budget_the_best_is_taken() -> None:
     for limit, scheme in [(200, "int8.channel"), (199, "fp4_e2m1.g32")]:
         found = solve_greedy(problem, Budgets(max_bytes=limit))
         assert set(problem.schemes_of(found.choice_F).values()) == {scheme}
-    with pytest.raises(BudgetError, match=r"max_bytes.*one width.*112 bytes"):
+    with pytest.raises(BudgetError, match=r"max_size.*one width.*112 bytes"):
         solve_greedy(problem, Budgets(max_bytes=111))
 
 

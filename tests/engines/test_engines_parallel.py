@@ -189,7 +189,7 @@ def test_weights_that_are_stored_transposed_are_in_no_format_that_engines_read(
         reason = legality(engine)(parse_scheme("int8.channel"), each)
         assert "stored transposed (the Conv1D of GPT-2)" in str(reason)
         assert storage_problem(ENGINES[engine], each) == reason
-    with pytest.raises(EngineError, match=r"transposed.*Leave --engine out"):
+    with pytest.raises(EngineError, match=r"transposed.*Leave engine out"):
         check_engine(engine, layers)
 
 

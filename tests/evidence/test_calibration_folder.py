@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from safetensors.torch import save_file
 
 from mofq.evidence.calibration import sequence_file as sequences
 from mofq.evidence.calibration.calibrate import calibrate
-from mofq.evidence.calibration.stats import Stats, open_plan, read_stats, verify_sequences
+from mofq.evidence.calibration.stats import (
+    Stats,
+    finish_stats,
+    open_plan,
+    read_stats,
+    verify_sequences,
+)
 from mofq.exceptions import CorpusError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -136,10 +143,13 @@ def test_a_finished_folder_is_left_as_it_is(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, r"begun with another seed \(seed 0, asked for 1\)"),
-        ({"draws": 2}, r"begun with another draws \(draws 1, asked for 2\)"),
-        ({"index_sha256": "0" * 64}, r"begun with another index_sha256"),
-        ({"dtype": "bfloat16"}, r"begun with another dtype"),
+        ({"seed": 1}, "begun otherwise than this run asks for: seed 0, asked for 1"),
+        ({"draws": 2}, "draws 1, asked for 2"),
+        (
+            {"index_sha256": "0" * 64},
+            r"it is of the model llama \([0-9a-f]{8}\), and this is llama \(00000000\)",
+        ),
+        ({"dtype": "bfloat16"}, "dtype float32, asked for bfloat16"),
     ],
 )
 def test_a_folder_of_another_plan_is_refused(
@@ -160,13 +170,24 @@ def test_a_folder_begun_before_scores_were_noted_is_not_continued(
     assert read_stats(copy).plan.scores is None  # what is finished can be measured with
     if not is_finished:
         (copy / "stats.json").unlink()
-    with pytest.raises(StatsError, match=r"another scores \(scores 'not noted', asked for 'signs'"):
+    with pytest.raises(StatsError, match="scores not noted, asked for signs"):
         calibrate_folder(tiny_llama, copy, CORPORA)
 
 
 def test_a_folder_of_other_corpora_is_refused(tiny_llama: Path, copy: Path) -> None:
-    with pytest.raises(StatsError, match="begun with another corpora"):
+    with pytest.raises(StatsError, match="corpora a, b, asked for a"):
         calibrate_folder(tiny_llama, copy, {"a": CORPORA["a"]})
+
+
+def test_a_folder_is_continued_where_model_and_texts_have_moved(
+    tiny_llama: Path, finished: Path, copy: Path
+) -> None:
+    (copy / "stats.json").unlink()
+    plan = plan_of(tiny_llama, CORPORA)
+    moved = tuple(replace(one, source=f"moved/{one.source}") for one in plan.corpora)
+    with open_plan(copy, replace(plan, model_name="moved", corpora=moved)) as begun:
+        finish_stats(copy, begun)
+    assert contents(copy) == contents(finished)
 
 
 def test_a_second_run_on_the_same_folder_says_so(tiny_llama: Path, tmp_path: Path) -> None:

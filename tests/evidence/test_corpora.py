@@ -163,7 +163,7 @@ def test_windows_begin_with_bos_where_the_tokenizer_puts_it_before_a_text(tmp_pa
         *((256,), (256,), ())
     ]
     assert [leading_tokens(without, bos) for bos in ("auto", "never")] == [(), ()]
-    with pytest.raises(CorpusError, match=r"--bos always: the tokenizer has no BOS.*--bos auto"):
+    with pytest.raises(CorpusError, match=r"bos=always: the tokenizer has no BOS.*bos=auto"):
         leading_tokens(without, "always")
     without.bos_token = "!"
     assert leading_tokens(without, "auto") == ()

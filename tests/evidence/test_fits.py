@@ -278,7 +278,7 @@ def test_other_statistics_than_the_recipe_s_own_are_refused(
     recipe = uniform(checkpoint, "int4.g32~gptq", stats)
     model = load_model(checkpoint.folder)
     before = model.get_parameter(f"{LAYER}.weight").clone()
-    with pytest.raises(StatsError, match=r"^model\.layers\.0.*as --stats"):
+    with pytest.raises(StatsError, match=r"^model\.layers\.0.*as stats"):
         apply_recipe(model, recipe, checkpoint=checkpoint)
     other = calibrate_folder(checkpoint.folder, tmp_path / "other", {"a": some_tokens(2, 16)})
     with pytest.raises(RecipeError, match=rf"{stats.sha256[:8]}.*{other.sha256[:8]}"):

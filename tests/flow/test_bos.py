@@ -116,7 +116,7 @@ def test_a_validation_that_begins_otherwise_than_the_calibration_says_so(
         ran = ok("validate", model, recipe, *options, "--bos", other)
         begin = "with BOS" if other == "auto" else "without BOS"
         assert f"The windows begin {begin}, and the calibration's" in ran.err
-        assert "Give the same --bos to both" in ran.err
+        assert "Begin both alike" in ran.err
         content = validated(model, made[bos], "--bos", other)
         assert (content["bos"], content["stats_bos"]) == (other == "auto", bos == "auto")
         on_model = ("--model", model, "--text", "demo-en", "--tokens", "32", *LENGTH)

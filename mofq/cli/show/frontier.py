@@ -32,6 +32,8 @@ def show_frontier(result: FrontierResult) -> None:
         [*columns, problem.unit, "stderr"],
         [_row(result.point(k)) for k in shown],
     )
+    if count > _SHOWN:
+        note(f"`--json` has all {count} points.")
     budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"
     flags = request_flags(result.request)
     note(f"Take one with `mofq search {result.source} {budget}{flags} -o recipe.yaml`.")

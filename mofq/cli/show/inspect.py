@@ -68,17 +68,14 @@ def _print_offers(title: str, offers: Sequence[Offer]) -> None:
     offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
     rows = [[name, f"{count} of {len(offers)}"] for name, count in offered.items()]
     print_table(title, ["scheme", "fusion groups that may have it"], rows)
-    reasons = {name: why for offer in offers for name, why in offer.rejected.items()}
-    refused: dict[str, list[str]] = {}
-    for name, why in reasons.items():
-        refused.setdefault(why, []).append(name)
+    from mofq.evidence.refusals import count_refusals
+
+    refused = count_refusals(
+        (offer.group.name, name, why) for offer in offers for name, why in offer.rejected.items()
+    )
     if refused:
-        counts = Counter(name for offer in offers for name in offer.rejected)
-        rows = [
-            [", ".join(names), f"{max(counts[name] for name in names)}", why]
-            for why, names in refused.items()
-        ]
-        print_table("refused", ["scheme", "groups", "why, e.g."], rows)
+        rows = [[", ".join(one.schemes), str(one.groups), one.reason] for one in refused]
+        print_table("refused", ["scheme", "groups", "why"], rows)
 
 
 def _kind(group: FusionGroup) -> tuple[str, str]:

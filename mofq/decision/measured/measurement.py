@@ -16,7 +16,7 @@ from mofq.decision.ties import RECIPE_STDERRS
 from mofq.decision.timing import time_figures
 from mofq.decision.uniform import uniform_choice
 from mofq.evidence.table import Table
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 
 #: From a recipe to the KL of one window after another [nats per token].
 Evaluate = Callable[[Recipe], Iterator[float]]
@@ -72,7 +72,8 @@ def require_windows(windows: Sequence[float]) -> None:
     if len(windows) < 2:
         raise MofqError(
             "a measured search compares recipes window by window and needs at least 2 windows, "
-            f"found {len(windows)}. Give more --tokens, or a shorter --sequence-length."
+            f"found {len(windows)}. Give more {option('tokens')}, or a shorter "
+            f"{option('sequence_length')}."
         )
 
 

@@ -236,6 +236,6 @@ def _notes(request: Request, refined: Refined) -> list[str]:
     if limit is not None and refined.best.kl.value > limit:
         notes.append(
             f"measured, it exceeds the budget of {limit:.4g} nats per token; search again with a "
-            f"smaller --max-kl."
+            f"smaller one."
         )
     return notes

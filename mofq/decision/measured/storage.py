@@ -34,7 +34,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 from mofq.files.locks import try_lock
 
 #: A process that is silent for so long is dead, and its trial is queued again [seconds].
@@ -80,8 +80,8 @@ def open_study(storage: str, name: str, *, objectives: int = 1) -> Study:
     except (SQLAlchemyError, ImportError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MofqError(
-            f"--storage {storage}: cannot be opened: {reason}. Give a path, or a URL whose server "
-            f"runs and whose driver is installed (pip install psycopg[binary])."
+            f"{option('storage', storage)}: cannot be opened: {reason}. Give a path, or a URL "
+            f"whose server runs and whose driver is installed (pip install psycopg[binary])."
         ) from error
     if isinstance(backend, RDBStorage):
         weakref.finalize(study, backend.engine.dispose)
@@ -184,8 +184,8 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
         file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as problem:
         raise MofqError(
-            f"--storage {storage}: cannot be opened: {problem.strerror}. Make its folder, or give "
-            f"another path."
+            f"{option('storage', storage)}: cannot be opened: {problem.strerror}. Make its folder, "
+            f"or give another path."
         ) from problem
     try:
         is_alone = try_lock(file)
@@ -203,8 +203,8 @@ def joined_study(storage: str, name: str, *, objectives: int = 1) -> Iterator[St
         if reason is None:
             raise
         raise MofqError(
-            f"--storage {storage}: cannot be written: {reason}. The trials that were finished are "
-            f"kept; free some space and run the same command again."
+            f"{option('storage', storage)}: cannot be written: {reason}. The trials that were "
+            f"finished are kept; free some space and run the same command again."
         ) from problem
     finally:
         os.close(file)

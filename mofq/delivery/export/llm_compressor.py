@@ -44,7 +44,8 @@ def llm_compressor_recipe(checkpoint: Checkpoint, recipe: Recipe) -> str:
     config = quantization_config(plan)
     if config is None:
         raise BackendError(
-            f"{recipe.model_name}: the recipe quantizes nothing, so there is nothing to export."
+            f"{recipe.title}: quantizes nothing, so there is nothing to export. Search under a "
+            f"smaller budget."
         )
     groups = {name: _scheme(group) for name, group in config["config_groups"].items()}
     modifier = {"config_groups": groups, "ignore": config["ignore"]}

@@ -10,7 +10,7 @@ from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
 from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequences
 from mofq.evidence.spaces import offer_schemes, parse_search_space
-from mofq.exceptions import RewriteError, nearest_name
+from mofq.exceptions import RewriteError, nearest_name, option
 from mofq.files.locks import check_new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
@@ -91,13 +91,13 @@ def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method
 def _target(text: str, group: FusionGroup) -> Scheme:
     """The scheme that a fusion group will have: the first of a bracket that fits, or bf16."""
     space = parse_search_space(
-        f"version: 1\nschemes: ['{text}']", name="--scheme", where="--scheme"
+        f"version: 1\nschemes: ['{text}']", name="scheme", where=option("scheme")
     )
     for scheme in space.schemes:
         if scheme.is_fitted:
             raise RewriteError(
-                f"--scheme {text}: codes are fitted to a model after it was rewritten. Give the "
-                f"scheme without @nats and ~gptq here, and let the search choose those."
+                f"{option('scheme', text)}: codes are fitted to a model after it was rewritten. "
+                f"Give the scheme without @nats and ~gptq here, and let the search choose those."
             )
     (offer,) = offer_schemes(space, [group], has_stats=True)
     return offer.schemes[0]

@@ -224,7 +224,10 @@ def _enforce(
     *,
     progress: Progress | None,
 ) -> tuple[Deviation, ...] | None:
-    """How a model deviates from its recipe; None where there is nothing to enforce."""
+    """How a model deviates from its recipe; None where there is nothing to enforce.
+
+    What differs in a folder differs in the model too, and is named once.
+    """
     recipe = candidate.recipe
     # What another tool's codes should be is not known.
     if recipe is None or candidate.is_foreign:
@@ -238,11 +241,13 @@ def _enforce(
             decoded=candidate.folder is not None,
             progress=progress,
         )
-    return (*candidate.deviations, *in_model)
+    named = {one.layer for one in candidate.deviations}
+    named |= {name.rpartition(".")[0] for name in named}
+    return (*candidate.deviations, *(one for one in in_model if one.layer not in named))
 
 
 def _lineage(candidate: Candidate, original: _Original) -> Lineage:
-    folder = candidate.folder
+    folder, text = candidate.folder, original.text
     return Lineage(
         mofq=__version__,
         model=original.checkpoint.name,
@@ -251,14 +256,15 @@ def _lineage(candidate: Candidate, original: _Original) -> Lineage:
         candidate=candidate.source,
         recipe_sha256=candidate.recipe_sha256,
         folder_index_sha256=None if folder is None else folder.index_sha256,
-        text=original.text.source,
-        text_sha256=original.text.sha256,
+        text=text.source,
+        text_sha256=text.sha256,
         dtype=original.dtype,
         device=original.device,
         backend=candidate.backend,
         sequence_length=original.windows_NT.shape[1],
         bos=original.bos,
         stats_bos=_stats_bos(candidate.recipe),
+        text_use=None if candidate.recipe is None else candidate.recipe.use_of(text.sha256),
     )
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, load_recipe, recipe_text
+from mofq.decision.recipe import RECIPE_FILE, Recipe, holds_recipe, load_recipe, recipe_text
 from mofq.delivery.backends import APPLIERS, apply_recipe
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.export.compressed_tensors import (
     find_folder_deviations,
     recipe_from_compressed_tensors,
 )
-from mofq.delivery.export.compressed_tensors.export import RECIPE_FILE as RECIPE_FILE
 from mofq.delivery.export.compressed_tensors.kv_cache import CACHES_BY_FLAG
 from mofq.delivery.export.compressed_tensors.model_from_folder import load_compressed_tensors
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import QUANTIZATION_KEY
@@ -157,14 +156,6 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         folder=folder,
         bits_per_weight=_bits(find_layers(folder), {}),
     )
-
-
-def holds_recipe(path: Path) -> bool:
-    """Whether a file is a recipe of mofq; llm-compressor gives its own the same name."""
-    if not path.is_file():
-        return False
-    text = path.read_text("utf-8", errors="replace")
-    return any(line.startswith("version:") for line in text.splitlines())
 
 
 def load_candidate(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.evidence.metrics import cross_entropy, kl_divergence, top1_agreement
-from mofq.exceptions import CheckpointError, MofqError
+from mofq.exceptions import CheckpointError, MofqError, option
 from mofq.files.progress import Progress
 
 
@@ -162,8 +162,8 @@ def _logits(model: PreTrainedModel, window_T: Tensor, *, what: str) -> Tensor:
         logits_TV: Tensor = model(window_T[None].to(device)).logits[0]
     if not bool(torch.isfinite(logits_TV).all()):
         raise MofqError(
-            f"{what} gives logits that are not finite. Use --dtype float32 or bfloat16; "
-            f"if it already is, a scheme overflows."
+            f"{what} gives logits that are not finite. Use {option('dtype', 'float32')} or "
+            f"bfloat16; if it already is, a scheme overflows."
         )
     return logits_TV
 

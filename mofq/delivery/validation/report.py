@@ -37,6 +37,9 @@ class Lineage:
     sequence_length: int  #: tokens of a window
     bos: bool = False  #: whether every window begins with it
     stats_bos: bool | None = None  #: whether the recipe's calibration did; None: it had none
+    #: What the recipe was made with this very text for: calibrated or searched; None: nothing
+    #: that it says.
+    text_use: str | None = None
 
     @property
     def differs_in_bos(self) -> bool:
@@ -75,6 +78,8 @@ class Validation:
             del lineage["stats_bos"]
             if not self.lineage.bos:  # as before it was an option
                 del lineage["bos"]
+        if self.lineage.text_use is None:
+            del lineage["text_use"]
         return {"version": VALIDATION_VERSION, **lineage, **content}
 
 

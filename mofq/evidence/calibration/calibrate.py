@@ -16,15 +16,14 @@ from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
 from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
 from mofq.evidence.calibration.stats import (
-    CORPUS_NAME,
     CorpusPlan,
     Plan,
     Stats,
     finish_stats,
     open_plan,
 )
-from mofq.evidence.corpora import check_context
-from mofq.exceptions import CorpusError, StatsError
+from mofq.evidence.corpora import CORPUS_NAME, check_context
+from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
 
@@ -71,7 +70,7 @@ def calibrate(
     check_model(model, plan)
     for corpus in plan.corpora:
         check_windows(model, windows[corpus.name], corpus, plan)
-    with open_plan(folder, plan):
+    with open_plan(folder, plan) as begun:
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
         run_and_write(
@@ -87,7 +86,7 @@ def calibrate(
             activation_checkpointing=activation_checkpointing,
             progress=progress,
         )
-        return finish_stats(folder, plan)
+        return finish_stats(folder, begun)
 
 
 def run_and_write(
@@ -133,7 +132,9 @@ def check_model(model: PreTrainedModel, plan: Plan) -> None:
     """Refuse a model that does not fit the plan, or that is not ready for gradients."""
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if "float16" in dtypes or plan.dtype == "float16":
-        raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
+        raise StatsError(
+            f"gradients underflow in float16. Use {option('dtype', 'bfloat16')} or float32."
+        )
     if plan.dtype not in dtypes:
         raise StatsError(
             f"the plan's dtype is {plan.dtype}, and the model's {', '.join(sorted(dtypes))}. "
@@ -149,7 +150,7 @@ def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, 
     if not re.match(CORPUS_NAME, corpus.name):
         raise CorpusError(
             f"{where}: the name is that of a folder, so it has no slash and does not begin "
-            f"with a dot. Write --corpus NAME={corpus.source}."
+            f"with a dot. Write {option('corpora')} NAME={corpus.source}."
         )
     if token_NT.shape != (corpus.sequences, plan.sequence_length):
         raise CorpusError(
@@ -226,7 +227,7 @@ def _reason_of_infinity(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
-    return "All its weights are: use --dtype float32."
+    return f"All its weights are: use {option('dtype', 'float32')}."
 
 
 def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:

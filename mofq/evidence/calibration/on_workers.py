@@ -65,7 +65,7 @@ def calibrate_remotely(
     Raises:
         MofqError: As `calibrate`, or the cluster fails.
     """
-    with open_plan(folder, plan):
+    with open_plan(folder, plan) as begun:
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
             units = [
@@ -87,7 +87,7 @@ def calibrate_remotely(
             for count, _ in enumerate(finished, start=done + 1):
                 if progress is not None:
                     progress(corpus.name, count, corpus.sequences)
-        return finish_stats(folder, plan)
+        return finish_stats(folder, begun)
 
 
 def run_unit(unit: SequenceUnit) -> int:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mofq.evidence.calibration.capture import Captured
-from mofq.exceptions import StatsError
+from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json
 from mofq.files.validated import Text, validate
 
@@ -219,6 +219,6 @@ def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
     if not torch.isfinite(grad_DTO).all():
         raise StatsError(
             f"{name}: an output gradient is not finite in {path.name}. "
-            f"Use --dtype float32, or look for broken weights in this layer."
+            f"Use {option('dtype', 'float32')}, or look for broken weights in this layer."
         )
     return grad_DTO

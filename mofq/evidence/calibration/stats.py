@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,16 +31,14 @@ from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
-from mofq.exceptions import StatsError
+from mofq.evidence.corpora import CORPUS_NAME
+from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import try_lock
 from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
 from mofq.model.checkpoint.headers import Checkpoint
 
 VERSION = 1
-
-#: A corpus is a folder inside the stats folder, and nothing else.
-CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 
 #: Entries for 100,000 sequences are about 15 MB.
 _MAX_BYTES = 64_000_000
@@ -247,12 +245,15 @@ def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile
 
 
 @contextmanager
-def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
+def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
     """Hold a stats folder for writing; write its plan, or check that it has the same.
 
     Args:
         folder: Is created.
         plan: Of this run.
+
+    Yields:
+        The plan with the names of model and texts that the folder has: files may have moved.
 
     Raises:
         StatsError: The folder belongs to another plan or to something else, or another run
@@ -268,7 +269,9 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
             )
         path = folder / "plan.json"
         if path.exists():
-            _check_same(plan, _plan(_read(path), path), folder)
+            begun = _plan(_read(path), path)
+            _check_same(plan, begun, folder)
+            plan = replace(plan, model_name=begun.model_name, corpora=begun.corpora)
         elif other := next((p.name for p in folder.iterdir() if not p.name.startswith(".")), None):
             raise StatsError(
                 f"{folder}: needed a new folder or one of statistics, found {other!r} in it and no "
@@ -276,30 +279,67 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[None]:
             )
         else:
             write_json(path, plan.to_json())
-        yield
+        yield plan
     finally:
         os.close(file)  # releases the lock too
 
 
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
-    asked, found = plan.to_json(), begun.to_json()
-    unknown = {"weights_sha256": asked.get("weights_sha256")}  # may be the same
-    found = {**unknown, "scores": "not noted", "kv_cache": None, "bos": None, **found}
-    asked = {"kv_cache": None, "bos": None, **asked}
-    different = [key for key in asked if asked[key] != found[key]]
-    if different == ["bos"]:
-        before, now = ("with", "without") if found["bos"] else ("without", "with")
-        raise StatsError(
-            f"{folder}: was begun with sequences {before} BOS, and this run asks for sequences "
-            f"{now}. Calibrate into another folder, or give --bos "
-            f"{'always' if found['bos'] else 'never'} to go on with this one."
+    """Refuse to continue a folder with another plan, and say what differs."""
+    differences = list(_differences(plan, begun))
+    if not differences:
+        return
+    remedy = "Calibrate into another folder, or delete this one"
+    if plan.bos != begun.bos and len(differences) == 1:
+        again = option("bos", "always" if begun.bos else "never")
+        remedy = f"Calibrate into another folder, or give {again} to go on with this one"
+    raise StatsError(
+        f"{folder}: was begun otherwise than this run asks for: {'; '.join(differences)}. {remedy}."
+    )
+
+
+def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
+    """Where two plans differ, each in words."""
+    if plan.index_sha256 != begun.index_sha256:
+        yield (
+            f"it is of the model {begun.model_name} ({begun.index_sha256[:8]}), and this is "
+            f"{plan.model_name} ({plan.index_sha256[:8]})"
         )
-    if different:
-        key = different[0]
-        raise StatsError(
-            f"{folder}: was begun with another {', '.join(different)} ({key} {found[key]!r}, "
-            f"asked for {asked[key]!r}). Calibrate into another folder, or delete this one."
-        )
+    elif begun.weights_sha256 not in (None, plan.weights_sha256):  # None: may be the same
+        yield f"it is of other weights of {plan.model_name}"
+    yield from _corpus_differences(plan, begun)
+    for what, ours, theirs in (
+        ("tokens in a sequence", plan.sequence_length, begun.sequence_length),
+        ("draws", plan.draws, begun.draws),
+        ("seed", plan.seed, begun.seed),
+        ("dtype", plan.dtype, begun.dtype),
+        ("scores", plan.scores, begun.scores or "not noted"),
+        ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
+        ("KV cache", *("kept" if one.kv_cache else "not kept" for one in (plan, begun))),
+    ):
+        if ours != theirs:
+            yield f"{what} {theirs}, asked for {ours}"
+
+
+def _beginning(bos: bool | None) -> str:
+    return "with BOS" if bos else "without BOS"
+
+
+def _corpus_differences(plan: Plan, begun: Plan) -> Iterator[str]:
+    ours, theirs = ({one.name: one for one in each.corpora} for each in (plan, begun))
+    if list(ours) != list(theirs):
+        yield f"corpora {', '.join(theirs)}, asked for {', '.join(ours)}"
+        return
+    for name, one in ours.items():
+        other = theirs[name]
+        if one.text_sha256 != other.text_sha256:
+            yield f"corpus {name}: another text, from {other.source}"
+        for what, asked, found in (
+            ("sequences", one.sequences, other.sequences),
+            ("of them kept", one.kept or one.sequences, other.kept or other.sequences),
+        ):
+            if asked != found:
+                yield f"corpus {name}: {what} {found}, asked for {asked}"
 
 
 def finish_stats(folder: Path, plan: Plan) -> Stats:

@@ -24,6 +24,7 @@ from mofq.evidence.table.lines import (
     describe,
 )
 from mofq.exceptions import SchemeError, TableError, nearest_name
+from mofq.files.kinds import check_kind
 from mofq.model.kv_schemes import parse_cache_scheme, static_keys
 from mofq.model.layers import CacheLayer, layers_of
 from mofq.numbers.schemes import parse_scheme
@@ -211,6 +212,7 @@ def read_lines(data: bytes, path: Path) -> TableLines:
     Raises:
         TableError: As `read_table`.
     """
+    check_kind(data, "table", str(path), TableError)
     lines: TableLines | None = None
     for number, raw in enumerate(data.split(b"\n")[:-1], start=1):
         where = f"{path}, line {number}"

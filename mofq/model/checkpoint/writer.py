@@ -31,11 +31,15 @@ from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows
 
 _COPY_BYTES = 16 * 2**20
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
-#: The original weights in any format, and what the export writes itself.
-_LEFT_OUT = (
+#: Weights in any format, and their indices.
+WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.partial"),
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx"),
     *("*.gguf", "*.npz", "*.tflite"),
+)
+#: The original's weights, and what the export writes itself.
+_LEFT_OUT = (
+    *WEIGHT_FILES,
     *("config.json", "recipe.yaml", "hf_quant_config.json", "quantize_config.json"),
 )
 _CARD = "README.md"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mofq.exceptions import SchemeError
+from mofq.exceptions import SchemeError, option
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.quantize.gptq import Feedback, round_with_feedback
 from mofq.numbers.quantize.scale_rules import tile_scales
@@ -223,7 +223,8 @@ def _check_statistics(
         f"calibration statistics as `feedback`; no other scheme takes either. Got "
         f"{'no' if importance is None else 'an'} importance and "
         f"{'no' if feedback is None else 'a'} feedback with rule {scheme.scale_rule!r} and "
-        f"rounding {scheme.rounding!r}. Run `mofq calibrate` first and give its folder as --stats."
+        f"rounding {scheme.rounding!r}. Run `mofq calibrate` first and give its folder as "
+        f"{option('stats')}."
     )
 
 

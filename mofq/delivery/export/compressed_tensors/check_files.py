@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mofq.delivery.deviation import Deviation
 from mofq.files.documents import shown
-from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.headers import INDEX_FILE, Checkpoint
+from mofq.model.checkpoint.writer import WEIGHT_FILES
 
 #: What tokenizers and engines read beside the config and the weights.
 _READ = (
@@ -21,19 +22,26 @@ _READ = (
 _MOST_DIFFERENCES = 20
 
 
-def find_file_deviations(checkpoint: Checkpoint, folder: Path) -> Iterator[Deviation]:
+def find_file_deviations(checkpoint: Checkpoint, exported: Checkpoint) -> Iterator[Deviation]:
     """Where tokenizer, generation config and chat template are not the original's.
 
     JSON is compared by its content, every other file byte for byte.
 
     Args:
         checkpoint: The original.
-        folder: Exported from it.
+        exported: The folder that was exported from it.
 
     Yields:
-        Files, and keys in them, that are missing, new or different.
+        Files, and keys in them, that are missing, new or different; files of weights that are not
+        those of the checkpoint.
     """
-    for name in sorted(_read_files(checkpoint.folder) | _read_files(folder)):
+    folder = exported.folder
+    own = {INDEX_FILE, *(info.file.name for info in exported.tensors.values())}
+    for name in sorted(_files(folder, WEIGHT_FILES) - own):
+        yield Deviation(
+            name, "is a file of weights that the checkpoint does not name; engines may load it"
+        )
+    for name in sorted(_files(checkpoint.folder, _READ) | _files(folder, _READ)):
         ours, theirs = checkpoint.folder / name, folder / name
         if not theirs.is_file():
             yield Deviation(name, "is missing, and the original has it")
@@ -71,11 +79,11 @@ def json_differences(needed: Any, found: Any, where: str) -> Iterator[Deviation]
         yield Deviation(where, f"needed {shown(needed)}, found {shown(found)}")
 
 
-def _read_files(folder: Path) -> set[str]:
+def _files(folder: Path, patterns: Iterable[str]) -> set[str]:
     return {
         path.name
         for path in folder.iterdir()
-        if path.is_file() and any(path.match(pattern) for pattern in _READ)
+        if path.is_file() and any(path.match(pattern) for pattern in patterns)
     }
 
 

@@ -83,7 +83,7 @@ def find_folder_deviations(
     """
     plan = plan_export(checkpoint, recipe)
     yield from _check_config(plan, exported)
-    yield from find_file_deviations(checkpoint, exported.folder)
+    yield from find_file_deviations(checkpoint, exported)
     misshapen = list(_check_names(plan, exported))
     yield from misshapen
     skipped = {deviation.layer for deviation in misshapen}

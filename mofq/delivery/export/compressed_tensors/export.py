@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mofq.decision.recipe import Recipe, write_recipe
+from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
@@ -19,14 +19,12 @@ from mofq.delivery.export.compressed_tensors.quantization_config import quantiza
 from mofq.delivery.recipe_fits import open_fits
 from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
 from mofq.evidence.fits import Fits
-from mofq.exceptions import BackendError
+from mofq.exceptions import BackendError, option
 from mofq.files.locks import check_new_folder, new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.checkpoint.tensors import keep_freed_memory
 from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
-
-RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +149,15 @@ def _check_engine(plan: ExportPlan, engine: str) -> None:
     reads = find_engine(engine).reads
     if reads != "compressed-tensors":
         raise BackendError(
-            f"{engine} reads {reads}, not compressed-tensors. Export for it with --to {reads}."
+            f"{engine} reads {reads}, not compressed-tensors. Export for it with "
+            f"{option('to', reads)}."
         )
     check = legality(engine)
     for planned in plan.quantized:
         if reason := check(planned.scheme, planned.group):
             raise BackendError(
                 f"{planned.group.name} in {planned.scheme.name}: {reason}. "
-                f"Search again with --engine {engine}."
+                f"Search again with {option('engine', engine)}."
             )
 
 
@@ -168,7 +167,8 @@ def _check_engine_cache(plan: ExportPlan, recipe: Recipe, engine: str) -> None:
     for one in recipe.kv_cache:
         if reason := check(one.scheme, caches[one.name]):
             raise BackendError(
-                f"{one.name} in {one.scheme}: {reason}. Search again with --engine {engine}."
+                f"{one.name} in {one.scheme}: {reason}. Search again with "
+                f"{option('engine', engine)}."
             )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe, RecipeCache
-from mofq.exceptions import BackendError
+from mofq.exceptions import BackendError, option
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.checkpoint.writer import PlannedTensor
@@ -72,8 +72,8 @@ def plan_cache(recipe: Recipe, layers: ModelLayers) -> PlannedCache:
     if len(names) > 1:
         raise BackendError(
             f"kv_cache: {', '.join(names)} in one model: engines hold one format of the cache for "
-            f"all layers but those that stay as they are. Search again with --engine, or with "
-            f"--kv-cache {names[0]}."
+            f"all layers but those that stay as they are. Search again with "
+            f"{option('engine')}, or with {option('kv_formats', names[0])}."
         )
     (name,) = names
     left = [cache.decoder_layer for cache in layers.caches if cache.name not in chosen]
@@ -85,7 +85,8 @@ def plan_cache(recipe: Recipe, layers: ModelLayers) -> PlannedCache:
         known = ", ".join([*_STRATEGIES, *CACHES_BY_FLAG])
         raise BackendError(
             f"kv_cache: no engine that reads compressed-tensors holds the cache in {name}; it is "
-            f"emulated only. Formats that are held: {known}. Search again with --engine."
+            f"emulated only. Formats that are held: {known}. Search again with "
+            f"{option('engine')}."
         )
     tensors: dict[str, Tensor] = {}
     for cache in layers.caches:

@@ -51,7 +51,7 @@ def model_card(
         _metadata(plan.checkpoint, recipe),
         f"# {name}",
         f"{recipe.model_name} with the number format of every linear layer chosen by "
-        f"[mofq](https://pypi.org/project/mofq/) {__version__}.",
+        f"mofq {__version__}.",
         _sizes(plan),
         "## Schemes\n\n" + _scheme_table(plan, recipe),
         "## Accuracy\n\n" + (validation or _predicted(recipe)),
