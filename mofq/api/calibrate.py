@@ -74,6 +74,20 @@ def unseen_experts(stats: Stats) -> list[str]:
     ]
 
 
+def few_sequences(plan: Plan) -> list[str]:
+    """Sentences on the corpora of which too few sequences are kept for error bars."""
+    from mofq.evidence.table import FEW_SAMPLES
+
+    kept = {corpus.name: len(corpus.kept_indices) for corpus in plan.corpora}
+    return [
+        f"corpus {name}: {count} calibration sequences are too few for error bars that mean "
+        f"anything. Give at least {FEW_SAMPLES}, of {plan.sequence_length} tokens each: a longer "
+        f"text, or larger --sequences and --keep, or a smaller --sequence-length."
+        for name, count in kept.items()
+        if count * plan.draws < FEW_SAMPLES
+    ]
+
+
 @documented
 def calibrate(
     model: Model,
@@ -109,7 +123,7 @@ def calibrate(
     """
     start = monotonic()
     folder = Path(output)
-    texts = load_corpora(sources_of(corpora))
+    texts = load_corpora(sources_of(corpora), tell)
     if dtype == "float16":
         raise StatsError("gradients underflow in float16. Use --dtype bfloat16 or float32.")
     check_dtype(dtype)
@@ -141,6 +155,8 @@ def calibrate(
         with open_plan(folder, plan), suppress(StatsError):
             stats = read_stats(folder)
     if stats is None:
+        for remark in few_sequences(plan):
+            (tell or silent)(remark)
         what: dict[str, Any] = {
             "plan": plan,
             "windows": windows,

@@ -11,6 +11,7 @@ layer whose cache's format was asked for) or a ``row`` (a measured choice).
 from __future__ import annotations
 
 from mofq.evidence.table.lines import (
+    FEW_SAMPLES,
     TABLE_LINE_SCHEMA,
     UNITS,
     Extent,
@@ -31,6 +32,7 @@ from mofq.evidence.table.reader import read_table
 from mofq.evidence.table.writer import TableWriter, open_table
 
 __all__ = [
+    "FEW_SAMPLES",
     "TABLE_LINE_SCHEMA",
     "UNITS",
     "Extent",

@@ -50,6 +50,9 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 #: Ranges of input channels that a profile tells apart.
 MOST_BINS = 256
 
+#: Below so many samples of a corpus, error bars say little.
+FEW_SAMPLES = 4
+
 #: What identifies a row: fusion group, scheme, unit, corpus.
 RowKey = tuple[str, str, str, str | None]
 
