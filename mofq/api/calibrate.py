@@ -113,7 +113,8 @@ def calibrate(
 ) -> CalibrateResult:
     """Run the model once over some text and keep what scoring needs.
 
-    A stats folder that is complete already is kept; one that was stopped is continued.
+    A stats folder that is complete already is kept; one that was stopped is continued. Corpora
+    that are named behind those of the folder are added to it, and only they are run.
 
     Returns:
         The folder and its content.
@@ -132,7 +133,6 @@ def calibrate(
     elif device_map is not None:
         raise ClusterError("--device-map spreads a model over one machine. Drop it or --cluster.")
     check_folder(folder, folders=[model])
-    was_there = (folder / "stats.json").exists()
 
     from mofq.evidence.calibration.stats import open_plan, read_stats
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -150,11 +150,12 @@ def calibrate(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
     stats = None
-    if was_there:
+    if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
         with open_plan(folder, plan), suppress(StatsError):
             stats = read_stats(folder)
-    if stats is None:
+    was_there = stats is not None and stats.plan.corpora == plan.corpora
+    if stats is None or not was_there:
         for remark in few_sequences(plan):
             (tell or silent)(remark)
         what: dict[str, Any] = {
