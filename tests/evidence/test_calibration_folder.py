@@ -173,7 +173,7 @@ def test_a_folder_begun_before_scores_were_noted_is_not_continued(
 
 
 def test_a_folder_of_other_corpora_is_refused(tiny_llama: Path, copy: Path) -> None:
-    with pytest.raises(StatsError, match="was begun with the corpora a=a.txt"):
+    with pytest.raises(StatsError, match=r"was begun with the corpora a=a\.txt"):
         calibrate_folder(tiny_llama, copy, {"a": CORPORA["a"]})
 
 
