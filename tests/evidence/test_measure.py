@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from exported import quantize_layer, whole_weight
 from families import TINY_FAMILIES, copy_with_tensors, long_but
 from torch import Tensor
 
-from mofq.evidence.calibration.stats import Stats, read_stats
+from mofq.evidence.calibration.stats import Stats, earlier_stats, read_stats
 from mofq.evidence.measure import score as rounded
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.layer_inputs import PreparedLayer
@@ -341,6 +342,26 @@ def test_rows_that_rest_on_all_corpora_are_measured_again_with_one_that_is_added
     assert all(row in table.rows for row in plain)
     fitted = one_row(first, FIRST, FITTED, "kl_nats_per_token", "a")
     assert fitted != one_row(table, FIRST, FITTED, "kl_nats_per_token", "a")
+
+
+def test_formats_of_the_cache_are_measured_on_a_corpus_that_is_added(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    dynamic, static = "kv:int8.token", "kv:fp8_e4m3.tensor"
+    space = space_of("int8.channel", kv_cache=f'["{dynamic}", "{static}"]')
+    paths = [tmp_path / "added.jsonl", tmp_path / "once.jsonl"]
+    stats = [
+        calibrate_folder(tiny_llama, tmp_path / "stats", corpora, kv_cache=True)
+        for corpora in ({"a": CORPORA["a"]}, CORPORA)
+    ]
+    fill(tiny_llama, paths[0], earlier_stats(stats[1])[0], space)
+    before = paths[0].read_bytes()
+    added, once = (fill(tiny_llama, path, stats[1], space) for path in paths)
+    assert paths[0].read_bytes().startswith(before)
+    assert {row.key: row for row in added.rows} == {row.key: row for row in once.rows}
+    new = [json.loads(line) for line in paths[0].read_bytes()[len(before) :].splitlines()]
+    cached = [(one["scheme"], one["corpus"]) for one in new if "kv_cache" in one.get("group", "")]
+    assert set(cached) == {(dynamic, "b"), ("bf16", "b"), (static, "a"), (static, "b")}
 
 
 def test_stats_that_do_not_continue_those_of_a_table_are_refused(
