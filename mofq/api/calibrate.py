@@ -75,6 +75,20 @@ def unseen_experts(stats: Stats) -> list[str]:
     ]
 
 
+def few_sequences(plan: Plan) -> list[str]:
+    """Sentences on the corpora of which too few sequences are kept for error bars."""
+    from mofq.evidence.table import FEW_SAMPLES
+
+    kept = {corpus.name: len(corpus.kept_indices) for corpus in plan.corpora}
+    return [
+        f"corpus {name}: {count} calibration sequences are too few for error bars that mean "
+        f"anything. Give at least {FEW_SAMPLES}, of {plan.sequence_length} tokens each: a longer "
+        f"text, or larger --sequences and --keep, or a smaller --sequence-length."
+        for name, count in kept.items()
+        if count * plan.draws < FEW_SAMPLES
+    ]
+
+
 @documented
 def calibrate(
     model: Model,
@@ -100,7 +114,8 @@ def calibrate(
 ) -> CalibrateResult:
     """Run the model once over some text and keep what scoring needs.
 
-    A stats folder that is complete already is kept; one that was stopped is continued.
+    A stats folder that is complete already is kept; one that was stopped is continued. Corpora
+    that are named behind those of the folder are added to it, and only they are run.
 
     Returns:
         The folder and its content.
@@ -110,7 +125,7 @@ def calibrate(
     """
     start = monotonic()
     folder = Path(output)
-    texts = load_corpora(sources_of(corpora))
+    texts = load_corpora(sources_of(corpora), tell)
     if dtype == "float16":
         raise StatsError(
             f"gradients underflow in float16. Use {option('dtype', 'bfloat16')} or float32."
@@ -122,7 +137,6 @@ def calibrate(
             f"{option('cluster')}."
         )
     check_folder(folder, folders=[model])
-    was_there = (folder / "stats.json").exists()
 
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
@@ -144,11 +158,14 @@ def calibrate(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
     stats = None
-    if was_there:
+    if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
         with open_plan(folder, plan), suppress(StatsError):
             stats = read_stats(folder)
-    if stats is None:
+    was_there = stats is not None and stats.plan.corpora == plan.corpora
+    if stats is None or not was_there:
+        for remark in few_sequences(plan):
+            (tell or silent)(remark)
         what: dict[str, Any] = {
             "plan": plan,
             "windows": windows,

@@ -97,8 +97,8 @@ def sources_of(corpora: Corpora) -> Sequence[str]:
     return corpora
 
 
-def load_corpora(sources: Sequence[str]) -> list[Corpus]:
-    """Corpora of different names, each fit to be a folder's.
+def load_corpora(sources: Sequence[str], tell: Tell | None = None) -> list[Corpus]:
+    """Corpora of different names, each fit to be a folder's; tell what was left out of them.
 
     Raises:
         CorpusError: One cannot be read, or its name is no folder's, or two have one name.
@@ -116,4 +116,8 @@ def load_corpora(sources: Sequence[str]) -> list[Corpus]:
     for name in names:
         if names.count(name) > 1:
             raise CorpusError(f"two corpora have the name {name!r}. Write NAME=FILE for each.")
+    if tell is not None:
+        for text in texts:
+            for remark in text.remarks():
+                tell(remark)
     return texts

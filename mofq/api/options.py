@@ -224,6 +224,15 @@ Corpora = Mapping[str, str] | Sequence[str]
 AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", positional=True)]
 
 
+#: Corpus -> what it counts, or ``en=3,pt=1``.
+CorpusWeights = Annotated[
+    str | Mapping[str, float] | None,
+    Option(
+        "What each corpus counts in the mean, e.g. en=3,pt=1; by default the same.", read_as=str
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What a recipe may cost."""
@@ -251,6 +260,7 @@ class Choices:
         None
     )
     unit: Annotated[str | None, Option("Of the rows to use; nats where there are.")] = None
+    corpus_weights: CorpusWeights = None
     max_kv_bits: Annotated[
         float | None, Option("Bits per cached number: the KV cache is decided too.")
     ] = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from mofq.api.options import Budget, Choices, Method, Timing
@@ -29,6 +30,12 @@ def make_request(
     from mofq.decision import Request
 
     _check_words(method)
+    weights = read_corpus_weights(choices.corpus_weights)
+    if weights is not None and method.objective != "mean":
+        raise MofqError(
+            f"corpus weights are of the mean over corpora. Leave them or --objective "
+            f"{method.objective} out."
+        )
     if choices.kv_formats and not choices.decides_cache:
         raise MofqError(
             f"{option('kv_formats')} says in what the cache may be kept; give "
@@ -41,6 +48,7 @@ def make_request(
         unit=choices.unit,
         space=choices.space,
         objective=method.objective,
+        corpus_weights=weights,
         engine=choices.engine,
         ties=method.ties == "on",
         time=_time_request(timing),
@@ -48,6 +56,42 @@ def make_request(
         kv_tokens=choices.kv_tokens,
         kv_formats=_cache_formats(choices.kv_formats),
     )
+
+
+def read_corpus_weights(weights: str | Mapping[str, float] | None) -> dict[str, float] | None:
+    """What each corpus counts, as numbers.
+
+    Raises:
+        MofqError: The text cannot be read, a weight is negative or not finite, or all are 0.
+    """
+    if weights is None:
+        return None
+    pairs = list(weights.items()) if isinstance(weights, Mapping) else _pairs(weights)
+    found = {name: float(number) for name, number in pairs}
+    wrong = next((name for name, one in found.items() if not 0 <= one < math.inf), None)
+    if wrong is not None:
+        raise MofqError(
+            f"corpus weights: needed a number of 0 or more for {wrong!r}, found {found[wrong]}."
+        )
+    if not any(found.values()):
+        raise MofqError("corpus weights: all are 0. Give a corpus that counts more.")
+    return found
+
+
+def _pairs(text: str) -> list[tuple[str, float]]:
+    pairs = []
+    for one in text.split(","):
+        name, _, number = one.strip().rpartition("=")
+        try:
+            pairs.append((name, float(number)))
+        except ValueError:
+            name = ""
+        if not name or name in dict(pairs[:-1]):
+            raise MofqError(
+                f"--corpus-weights {text}: cannot be read at {one!r}. Write each corpus once, as "
+                f"NAME=NUMBER, and a comma between them: en=3,pt=1."
+            )
+    return pairs
 
 
 def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets:

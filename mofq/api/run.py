@@ -20,6 +20,7 @@ from mofq.api.options import (
     Budget,
     Choices,
     Corpora,
+    CorpusWeights,
     Device,
     Engine,
     Model,
@@ -34,7 +35,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
-from mofq.api.request import make_budgets, make_request
+from mofq.api.request import make_budgets, make_request, read_corpus_weights
 from mofq.api.search import search
 from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError, option
 from mofq.files.locks import hold_folder
@@ -53,7 +54,7 @@ SEARCHED = "recipe"
 _BUNDLED_TEXT = "demo-en-calibration"
 _RECIPE = "recipe.yaml"
 #: What a recipe notes of the request, beside its budget.
-_ASKED = ("engine", "space", "space_sha256")
+_ASKED = ("engine", "space", "space_sha256", "corpus_weights")
 #: The folder of the checkpoint for an engine, in the folder of a run.
 _EXPORTED = "model"
 #: Uniform schemes that the recipe is compared with on the real model.
@@ -125,6 +126,7 @@ def run(
         Corpora,
         Option("NAME=FILE for calibration; repeatable. Bundled text by default.", flag="--corpus"),
     ] = (),
+    corpus_weights: CorpusWeights = None,
     text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
     windows: Windows = Windows(),
@@ -150,7 +152,7 @@ def run(
     sources = sources_of(corpora) or (_BUNDLED_TEXT,)
     check_folder(folder, folders=[model])
     loaded, checkpoint = _check_budget(model, space, budget, engine)
-    _check_texts(sources, text)
+    _check_texts(sources, text, corpus_weights)
     check_device(device)
     windows = _checked_windows(checkpoint, text, windows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,7 @@ def run(
         f"{folder}: another process runs into this folder. Wait for it, or name another."
     )
     with hold_folder(folder, busy):
-        choices = Choices(engine=engine, space=loaded.name)
+        choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
         former = _former_recipes(folder)
         _check_request(former, budget, choices, space_sha256=loaded.sha256)
         if not corpora:
@@ -492,10 +494,16 @@ def _check_budget(
     return loaded, checkpoint
 
 
-def _check_texts(corpora: Sequence[str], source: str) -> None:
-    """Refuse to validate on a text that was calibrated on."""
-    text = load_named(source)
-    for corpus in load_corpora(corpora):
+def _check_texts(
+    sources: Sequence[str], source: str, weights: str | Mapping[str, float] | None
+) -> None:
+    """Refuse to validate on a text that was calibrated on, and weights of other corpora."""
+    from mofq.decision.request import weights_in_order
+
+    text, corpora = load_named(source), load_corpora(sources)
+    if (found := read_corpus_weights(weights)) is not None:
+        weights_in_order(found, [corpus.name for corpus in corpora])
+    for corpus in corpora:
         if corpus.sha256 == text.sha256:
             raise CorpusError(
                 f"{source}: is the calibration corpus {corpus.name!r} too, and would flatter the "
@@ -543,32 +551,42 @@ def _former_recipes(folder: Path) -> dict[Path, Recipe]:
 def _check_request(
     former: Mapping[Path, Recipe], budget: Budget, choices: Choices, *, space_sha256: str
 ) -> None:
-    """Refuse to run into a folder with the results of another budget, space or engine.
+    """Refuse to run into a folder with the results of another request.
 
     Raises:
         MofqError: As said.
     """
+    from mofq.decision.request import weights_text
     from mofq.decision.result import budget_figures
 
-    figures = budget_figures(make_request(choices, budget=budget))
-    asked = (figures, choices.engine, space_sha256)
+    request = make_request(choices, budget=budget)
+    figures = budget_figures(request)
+    asked = {
+        "engine": choices.engine,
+        "space": choices.space,
+        "space_sha256": space_sha256,
+        "corpus_weights": weights_text(request.corpus_weights),
+    }
     for path, recipe in former.items():
-        made_by = recipe.made_by
-        if (dict(recipe.budget), made_by.get("engine"), made_by.get("space_sha256")) != asked:
-            space = made_by.get("space")
-            if space == choices.space and made_by.get("space_sha256") != space_sha256:
-                space = f"{space} as it was then"
-            found = _told(recipe.budget, made_by.get("engine"), space)
+        noted = {key: recipe.made_by.get(key) for key in _ASKED}
+        is_same = all(noted[key] == asked[key] for key in _ASKED if key != "space")
+        if dict(recipe.budget) != figures or not is_same:  # the hash decides on the space
+            if noted["space"] == choices.space and noted["space_sha256"] != space_sha256:
+                noted["space"] = f"{choices.space} as it was then"
             raise MofqError(
-                f"{path}: is the result for {found}, and this run asks for "
-                f"{_told(figures, choices.engine, choices.space)}. Run with another "
-                f"{option('output')}, or decide again from the table there with `mofq search`."
+                f"{path}: is the result for {_told(recipe.budget, noted)}, and this run asks for "
+                f"{_told(figures, asked)}. Run with another {option('output')}, or decide again "
+                f"from the table there with `mofq search`."
             )
 
 
-def _told(budget: Mapping[str, object], engine: object, space: object) -> str:
+def _told(budget: Mapping[str, object], asked: Mapping[str, object]) -> str:
     limits = [f"{name} {value}" for name, value in budget.items()] or ["no budget"]
-    return f"{', '.join(limits)}, space {space or 'not noted'}, engine {engine or 'not named'}"
+    weights = asked["corpus_weights"]
+    return (
+        f"{', '.join(limits)}, space {asked['space'] or 'not noted'}, engine "
+        f"{asked['engine'] or 'not named'}{f', corpus weights {weights}' if weights else ''}"
+    )
 
 
 def _check_former(former: Mapping[Path, Recipe], candidates: Iterable[Recipe]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import load_corpora, text_file
-from mofq.api.options import Device, LmEval, Model, Option, Stats, Windows, documented
+from mofq.api.options import Device, LmEval, Model, Option, Stats, Tell, Windows, documented
 from mofq.api.preconditions import check_device, check_output
 from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
@@ -69,6 +69,7 @@ def validate(
     lm_eval: LmEval = LmEval(),
     output: Annotated[str | Path | None, Option("Write validation.json.", short="-o")] = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> ValidateResult:
     """Prove that a recipe is applied; measure what it does.
 
@@ -84,7 +85,7 @@ def validate(
     from mofq.model.checkpoint.headers import open_checkpoint
 
     check_dtype(dtype)
-    corpora = load_corpora([text] if isinstance(text, str) else text)
+    corpora = load_corpora([text] if isinstance(text, str) else text, tell)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     for path in outputs.values():
         check_output(

@@ -296,7 +296,9 @@ def max_kl_constraints(problem: Problem, max_kl: float) -> tuple[Constraint, ...
     check_kl_unit(problem)
     assert problem.stderr_PC is not None
     upper_PC = problem.error_PC + 2 * problem.stderr_PC
-    columns = upper_PC.T if problem.objective == "worst-corpus" else [upper_PC.mean(axis=1)]
+    columns = (
+        upper_PC.T if problem.objective == "worst-corpus" else [problem.mean_over_corpora(upper_PC)]
+    )
     return tuple(
         Constraint(
             "max_kl", np.asarray(column), max_kl, shown=lambda used: f"{used:.4g} nats per token"

@@ -27,10 +27,7 @@ from mofq.decision.timing import (
     unquantized_seconds,
 )
 from mofq.decision.uniform import best_uniform
-from mofq.evidence.table import Table
-
-#: Below so many samples of a corpus, error bars say little.
-_FEW_SAMPLES = 4
+from mofq.evidence.table import FEW_SAMPLES, Table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,10 +134,22 @@ def _notes(
         for one in budget_constraints(problem, budgets)
         if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
     ]
-    stats = table.header.stats
-    if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
-        notes.append(
-            f"{stats.samples} calibration sequences are too few for error bars that mean "
-            f"anything; calibrate with at least {_FEW_SAMPLES}."
-        )
+    if problem.unit == KL_UNIT:
+        notes += [
+            f"{count} calibration sequences are too few for error bars that mean anything"
+            f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}; calibrate with at least "
+            f"{FEW_SAMPLES}."
+            for corpus, count in _samples(table, problem).items()
+            if count < FEW_SAMPLES
+        ]
     return tuple(notes)
+
+
+def _samples(table: Table, problem: Problem) -> dict[str | None, int]:
+    """How many samples the errors in nats of each corpus rest on."""
+    stats = table.header.stats
+    if problem.sample_errors is not None:
+        return dict(
+            zip(problem.corpora, (e_PN.shape[1] for e_PN in problem.sample_errors), strict=True)
+        )
+    return {} if stats is None else dict.fromkeys(problem.corpora, stats.samples)

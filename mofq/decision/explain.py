@@ -149,8 +149,7 @@ def _alternative(
     error = float(problem.cost_PK[option].max())
     stderr = None
     if problem.stderr_PC is not None:
-        spread_C = problem.stderr_PC[option]
-        stderr = float(np.sqrt(np.square(spread_C).sum()) / len(spread_C))
+        stderr = float(problem.stderr_of_mean(problem.stderr_PC[[option]])[0])
     difference = None
     if option != chosen and problem.sample_errors is not None:
         difference = paired_loss(problem, np.array([chosen]), np.array([option]))

@@ -14,7 +14,7 @@ from mofq.decision.problem import (
     ProblemGroup,
     build_problem,
 )
-from mofq.decision.request import Request
+from mofq.decision.request import Request, weights_in_order
 from mofq.engines import cache_legality, legality
 from mofq.evidence.table import UNITS, Row, Table, TableGroup, TableSpace
 from mofq.exceptions import TableError, nearest_name, option
@@ -54,6 +54,7 @@ def request_problem(table: Table, request: Request) -> Problem:
     return problem_from_table(
         table,
         unit=request.unit,
+        corpus_weights=request.corpus_weights,
         objective=request.objective,
         space=request.space,
         is_legal=is_legal,
@@ -78,6 +79,7 @@ def problem_from_table(
     table: Table,
     *,
     unit: str | None = None,
+    corpus_weights: Mapping[str, float] | None = None,
     objective: Objective = "mean",
     space: str | None = None,
     is_legal: Legal | None = None,
@@ -89,6 +91,7 @@ def problem_from_table(
         table: With rows of every fusion group.
         unit: Of the errors; by default nats where every group has them, else the output
             error, else the relative weight error. Or ``tensor_mse``.
+        corpus_weights: What each corpus counts in the mean; None: all the same.
         objective: What several corpora add up to.
         space: Only the schemes, base and min_gain of this search space; by default those of
             all spaces of the table together, with the largest min_gain.
@@ -99,8 +102,9 @@ def problem_from_table(
         The problem; within each group the simplest scheme first.
 
     Raises:
-        TableError: The unit or space is not in the table, or a group has no row; or
-            the cache is asked for, and the table has no formats of it in nats.
+        TableError: The unit or space is not in the table, or a group has no row; the weights
+            are not of the table's corpora; or the cache is asked for, and the table has no
+            formats of it in nats.
     """
     unit = _unit(table, unit)
     unit_of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
@@ -137,6 +141,7 @@ def problem_from_table(
         groups,
         unit=unit,
         corpora=tuple(names),
+        corpus_weights=_corpus_weights(corpus_weights, names, unit),
         objective=objective,
         base=tuple(dict.fromkeys(name for one in spaces for name in one.base)),
         other_bytes=table.header.other_bytes,
@@ -168,6 +173,20 @@ def _corpora(table: Table, unit: str) -> list[str | None]:
     """All that have rows in a unit; None where it rests on no corpus."""
     known = [corpus for one, corpus in table.measures if one == unit]
     return [name for name in known if name is not None] or known or [None]
+
+
+def _corpus_weights(
+    weights: Mapping[str, float] | None, names: Sequence[str | None], unit: str
+) -> tuple[float, ...] | None:
+    if weights is None:
+        return None
+    corpora = [name for name in names if name is not None]
+    if not corpora:
+        raise TableError(
+            f"corpus weights: errors are in {unit}, which rests on no corpus. Measure with "
+            f"--stats, or leave the weights out."
+        )
+    return weights_in_order(weights, corpora)
 
 
 def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:

@@ -49,7 +49,7 @@ def solve_greedy(problem: Problem, budgets: Budgets) -> Solution:
     """
     constraints = all_constraints(problem, budgets)
     allowed_P = offered(problem, budgets)
-    error_P = np.asarray(problem.error_PC.mean(axis=1))
+    error_P = problem.mean_over_corpora(problem.error_PC)
     coarse_P = _coarse(problem, allowed_P) if budgets.max_finer is not None else allowed_P
     choice_F = _best_width(problem, constraints, error_P, coarse_P)
     if budgets.max_finer is not None:

@@ -110,10 +110,14 @@ def _sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
 
 
 def _combine(problem: Problem, samples: Sequence[FloatArray]) -> Estimate:
-    """Over corpora: their mean, or the one with the largest upper end."""
+    """Over corpora: their weighted mean, or the one with the largest upper end."""
     each = [estimate(values_N) for values_N in samples]
     if problem.objective == "worst-corpus":
         return max(each, key=lambda one: (one.upper, one.value))
-    stderrs = [one.stderr for one in each if one.stderr is not None]
-    stderr = math.hypot(*stderrs) / len(each) if len(stderrs) == len(each) else None
-    return Estimate(math.fsum(one.value for one in each) / len(each), stderr)
+    weighted = [
+        (weight, one) for weight, one in zip(problem.corpus_weights, each, strict=True) if weight
+    ]
+    total = math.fsum(weight for weight, _ in weighted)
+    stderrs = [weight * one.stderr for weight, one in weighted if one.stderr is not None]
+    stderr = math.hypot(*stderrs) / total if len(stderrs) == len(weighted) else None
+    return Estimate(math.fsum(weight * one.value for weight, one in weighted) / total, stderr)

@@ -22,7 +22,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-#: Over several corpora, the mean of their errors or the largest.
+#: Over several corpora, the weighted mean of their errors or the largest.
 Objective = Literal["mean", "worst-corpus"]
 KL_UNIT = "kl_nats_per_token"
 
@@ -56,6 +56,7 @@ class Problem:
 
     unit: str
     corpora: tuple[str | None, ...]
+    corpus_weights: tuple[float, ...]  #: what each counts in the mean; not all zero
     objective: Objective
     groups: tuple[ProblemGroup, ...]
     start_F: IntArray  #: first option of each group, and the number of options at the end
@@ -136,12 +137,22 @@ class Problem:
         """Number of weights of all groups."""
         return sum(group.weights for group in self.groups)
 
+    def mean_over_corpora(self, values_PC: FloatArray) -> FloatArray:
+        """The weighted mean of what is known for each corpus, [P] from [P, C]."""
+        weight_C = np.array(self.corpus_weights)
+        return np.asarray((values_PC * weight_C).sum(axis=1) / weight_C.sum())
+
+    def stderr_of_mean(self, stderr_PC: FloatArray) -> FloatArray:
+        """The standard error of `mean_over_corpora`, [P]: corpora share no sample."""
+        weight_C = np.array(self.corpus_weights)
+        return np.asarray(np.sqrt(np.square(stderr_PC * weight_C).sum(axis=1)) / weight_C.sum())
+
     @property
     def cost_PK(self) -> FloatArray:
         """What is minimised: one column, or under ``worst-corpus`` one for each corpus."""
         if self.objective == "worst-corpus":
             return self.error_PC
-        return np.asarray(self.error_PC.mean(axis=1, keepdims=True))
+        return self.mean_over_corpora(self.error_PC)[:, None]
 
     def options_of(self, group: int) -> range:
         """The options of a fusion group."""
@@ -191,6 +202,7 @@ def build_problem(
     *,
     unit: str = KL_UNIT,
     corpora: tuple[str | None, ...] = (None,),
+    corpus_weights: tuple[float, ...] | None = None,
     objective: Objective = "mean",
     base: Sequence[str] = (),
     other_bytes: int = 0,
@@ -204,6 +216,7 @@ def build_problem(
         groups: Each fusion group with what it may get, at least one option.
         unit: Of the errors.
         corpora: Names, in the order of each option's tuples.
+        corpus_weights: What each corpus counts in the mean; None: all the same.
         objective: What several corpora add up to.
         base: Schemes that are not finer.
         other_bytes: Tensors of the checkpoint that are in no group.
@@ -222,6 +235,7 @@ def build_problem(
     return Problem(
         unit=unit,
         corpora=corpora,
+        corpus_weights=corpus_weights or (1.0,) * len(corpora),
         objective=objective,
         groups=tuple(group for group, _ in groups),
         start_F=np.array(starts, dtype=np.int64),

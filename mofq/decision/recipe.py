@@ -70,6 +70,8 @@ class MadeByKeys:
     solver: Name | None = None
     seed: Integer | None = None
     objective: Text | None = None  #: what was minimised
+    #: what each corpus counts in the mean: en=3,pt=1; None: all the same
+    corpus_weights: Text | None = None
     unit: Text | None = None  #: of the table's rows
     corpus: Text | None = None
     tie_rule: Text | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mofq.decision.budgets import Budgets
@@ -12,7 +12,7 @@ from mofq.decision.problem import Objective
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import Workload
 from mofq.evidence.spaces import Offer
-from mofq.exceptions import BudgetError, option
+from mofq.exceptions import BudgetError, TableError, nearest_name, option
 from mofq.model.sizes import group_bytes, weights_of
 
 
@@ -33,6 +33,8 @@ class Request:
     solver: str = "exact"
     unit: str | None = None  #: None: nats where the table has them, else what it has
     objective: Objective = "mean"
+    #: What each corpus counts in the mean; None: all the same.
+    corpus_weights: Mapping[str, float] | None = None
     engine: str | None = None
     ties: bool = True
     space: str | None = None  #: name of a search space of the table; None: all that were measured
@@ -46,6 +48,7 @@ def request_flags(request: Request) -> str:
     """What may be chosen, as options of `mofq search`, each after a space; no size."""
     bits = request.budgets.max_kv_bits
     named = [
+        ("--corpus-weights", weights_text(request.corpus_weights)),
         ("--unit", request.unit),
         ("--engine", request.engine),
         ("--space", request.space),
@@ -54,6 +57,37 @@ def request_flags(request: Request) -> str:
         *(("--kv-cache", name) for name in request.kv_formats or ()),
     ]
     return "".join(f" {flag} {shlex.quote(text)}" for flag, text in named if text is not None)
+
+
+def weights_text(weights: Mapping[str, float] | None) -> str | None:
+    """Weights of corpora as options and recipes write them, ``en=3,pt=1``."""
+    if weights is None:
+        return None
+    return ",".join(f"{name}={float(one)!r}".removesuffix(".0") for name, one in weights.items())
+
+
+def weights_in_order(weights: Mapping[str, float], corpora: Sequence[str]) -> tuple[float, ...]:
+    """The weight of each corpus.
+
+    Args:
+        weights: Corpus -> what it counts.
+        corpora: All that there are.
+
+    Raises:
+        TableError: One has no weight, or there is no such corpus.
+    """
+    unknown = next((name for name in weights if name not in corpora), None)
+    if unknown is not None:
+        raise TableError(
+            f"corpus weights: there is no corpus {unknown!r}." + nearest_name(unknown, corpora)
+        )
+    missing = next((name for name in corpora if name not in weights), None)
+    if missing is not None:
+        raise TableError(
+            f"corpus weights: needed one of each corpus ({', '.join(corpora)}), found none of "
+            f"{missing!r}. Give 0 to leave a corpus out."
+        )
+    return tuple(weights[name] for name in corpora)
 
 
 def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int) -> None:

@@ -9,7 +9,7 @@ from mofq.decision.exact import Solution
 from mofq.decision.prediction import Estimate, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
-from mofq.decision.request import Request
+from mofq.decision.request import Request, weights_text
 from mofq.evidence.table import Table
 
 #: Of the hash of each text that was calibrated on.
@@ -74,6 +74,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         "tie_rule": "two standard errors" if request.ties else "off",
         "table_sha256": table.sha256,
     }
+    if request.corpus_weights is not None:
+        made["corpus_weights"] = weights_text(request.corpus_weights)
     if table.header.numerics is not None:
         made["numerics"] = table.header.numerics
     if request.engine is not None:

@@ -11,7 +11,7 @@ from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.decision.request import Request
+from mofq.decision.request import Request, weights_text
 from mofq.decision.result import MadeBy, predicted_figures, recipe_from_table, size_figures
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
@@ -109,7 +109,10 @@ def uniform_recipes(
         cached_F = solve_exact(problem, budgets).choice_F
     recipes = {}
     stats = table.header.stats
-    rests_on: MadeBy = {"table_sha256": table.sha256}
+    rests_on: MadeBy = {
+        "corpus_weights": weights_text(request.corpus_weights),
+        "table_sha256": table.sha256,
+    }
     if stats is not None:
         rests_on |= {"stats_sha256": stats.sha256, "bos": stats.bos}
     made_by = _made_by(table.header.numerics, rests_on)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe
-from mofq.evidence.calibration.stats import read_stats, verify_sequences
+from mofq.evidence.calibration.stats import Stats, earlier_stats, read_stats, verify_sequences
 from mofq.evidence.fits import Fits, needs_stats
 from mofq.exceptions import RecipeError, StatsError
 from mofq.model.layers import FusionGroup
@@ -45,7 +45,9 @@ def open_fits(
         raise needs_stats(fitted.layers[0])
     opened = read_stats(stats)
     recorded = recipe.made_by.get("stats_sha256")
-    if recorded is not None and not opened.sha256.startswith(str(recorded)):
+    # Corpora may have been added to the folder since.
+    fitted_to = opened if recorded is None else _of_hash(opened, str(recorded))
+    if fitted_to is None:
         raise RecipeError(
             f"{stats}: {recipe.title} is fitted to stats_sha256 "
             f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would "
@@ -58,8 +60,15 @@ def open_fits(
             f"({index_sha256[:8]}). Calibrate this model."
         )
     verify_sequences(opened)
-    with Fits(opened) as fits:
+    with Fits(fitted_to) as fits:
         yield fits
+
+
+def _of_hash(stats: Stats, sha256: str) -> Stats | None:
+    """The folder, or what it was before corpora were added, as a recipe names it."""
+    if stats.sha256.startswith(sha256):
+        return stats
+    return next((one for one in earlier_stats(stats) if one.sha256.startswith(sha256)), None)
 
 
 def _check_numerics(recipe: Recipe, scheme: str) -> None:

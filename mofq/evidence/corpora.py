@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mofq.exceptions import CorpusError, nearest_name, option
+from mofq.exceptions import CorpusError, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,12 +38,17 @@ CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 #: Whether windows begin with BOS: where the tokenizer adds it by itself, always, or never.
 Bos = Literal["auto", "always", "never"]
 
-#: File names of these kinds hold rows; every other file is plain text.
+#: File names of these kinds hold rows, read by these builders of `datasets` …
 _ROW_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+#: … or between these delimiters; every other file is plain text.
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 #: A hub data set is streamed, and reading stops after this many characters: the
 #: text, and so its hash, do not depend on how many tokens are asked for.
 HUB_CHARACTERS = 20_000_000
+
+_KINDS = ".txt, .jsonl, .parquet, .csv or .tsv"
 
 _HUB_SOURCE = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?(:(?P<column>\w+))?"
@@ -56,6 +64,23 @@ class Corpus:
     text: str  #: of conversations, the messages of each as JSON on a line
     sha256: str  #: of the text's UTF-8 bytes
     is_conversations: bool = False  #: which the model's chat template turns into text
+    skipped: int = 0  #: rows without text, which are left out
+
+    def remarks(self) -> list[str]:
+        """What a user should know of how it was read."""
+        if not self.skipped:
+            return []
+        rows = "row" if self.skipped == 1 else "rows"
+        return [f"text {self.source!r}: {self.skipped:,} {rows} without text left out."]
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a source holds."""
+
+    text: str
+    is_conversations: bool = False
+    skipped: int = 0
 
 
 def load_text(source: str, *, name: str | None = None) -> Corpus:
@@ -63,8 +88,9 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
 
     Args:
         source: The name of a bundled text (``demo-en``); a local file, plain
-            UTF-8 text or ``.jsonl``/``.parquet`` rows, whose column follows a
-            colon (``notes.jsonl:body``; ``text`` where none is named); or a hub
+            UTF-8 text or rows (``.jsonl``, ``.parquet``, ``.csv`` or ``.tsv`` with a
+            header), whose column follows a colon (``notes.csv:body``; ``text``
+            where none is named); or a hub
             data set, ``org/name[/config][:split][:column]``, of which the
             ``train`` split is read where none is named. Only a hub data set
             needs a network, and a local file always wins over it. Rows may also
@@ -74,28 +100,34 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
 
     Returns:
         The text. Plain text is exactly the file's. Rows follow one another, a
-        newline after each that does not end in one.
+        newline after each that does not end in one; a row without text (null, or an
+        empty cell of a ``.csv``) is left out and counted.
 
     Raises:
         CorpusError: There is no such source, its bytes are not text, a column
             is missing or a row of it is neither text nor a conversation, or the text is empty.
     """
-    is_conversations = False
     if source in BUNDLED_TEXT:
         path, column, default_name = BUNDLED_TEXT[source], None, source
-        text, is_conversations = _read_file(path, column)
+        content = _read_file(path, column)
     elif (local := _split_column(source)) is not None:
         path, column = local
         default_name = path.stem
-        text, is_conversations = _read_file(path, column)
+        content = _read_file(path, column)
     elif (match := _HUB_SOURCE.fullmatch(source)) and not _names_file(source):
         default_name = match["id"].partition("/")[2]
-        text, is_conversations = _read_hub(source, match)
+        content = _read_hub(source, match)
+    elif any(character in source for character in "*?["):
+        raise CorpusError(
+            f"text {source!r}: there is no such file, and a pattern of names is not expanded. "
+            f"Join the files into one and give that."
+        )
     else:
         raise CorpusError(
-            f"text {source!r}: there is no such file. Give a .txt, .jsonl or .parquet file, "
+            f"text {source!r}: there is no such file. Give a {_KINDS} file, "
             f"a hub data set as org/name, or bundled text ({', '.join(BUNDLED_TEXT)})."
         )
+    text = content.text
     if not text.strip():
         raise CorpusError(f"text {source!r} is empty. Give a file that has some text.")
     try:
@@ -110,7 +142,8 @@ def load_text(source: str, *, name: str | None = None) -> Corpus:
         source=source,
         text=text,
         sha256=hashlib.sha256(encoded).hexdigest(),
-        is_conversations=is_conversations,
+        is_conversations=content.is_conversations,
+        skipped=content.skipped,
     )
 
 
@@ -322,7 +355,8 @@ def _text_of(corpus: Corpus, tokenizer: Any) -> str:
 
 def _names_file(source: str) -> bool:
     """Whether a source can only mean a file: a misspelt path must not reach for the network."""
-    return Path(source.partition(":")[0]).suffix.lower() in (".txt", ".md", *_ROW_BUILDERS)
+    suffix = Path(source.partition(":")[0]).suffix.lower()
+    return suffix in (".txt", ".md", *_ROW_BUILDERS, *_DELIMITERS, *_COMPRESSED)
 
 
 def _split_column(source: str) -> tuple[Path, str | None] | None:
@@ -335,22 +369,33 @@ def _split_column(source: str) -> tuple[Path, str | None] | None:
     return None
 
 
-def _read_file(path: Path, column: str | None) -> tuple[str, bool]:
-    builder = _ROW_BUILDERS.get(path.suffix.lower())
+def _read_file(path: Path, column: str | None) -> _Content:
+    suffix = path.suffix.lower()
     try:
         if path.is_dir():
             raise CorpusError(
-                f"text {path}: this is a folder. Give a .txt, .jsonl or .parquet file."
+                f"text {path}: this is a folder. Join its files into one, and give that: "
+                f"a {_KINDS} file."
             )
-        if builder is None and column is not None:
+        if suffix in _COMPRESSED:
+            raise CorpusError(f"text {path}: is compressed. Unpack it, and give what was in it.")
+        if path.stat().st_size == 0:
+            return _Content("")
+        if suffix in _ROW_BUILDERS:
+            rows = _dataset_rows(
+                str(path), _ROW_BUILDERS[suffix], data_files=str(path), split="train"
+            )
+            return _joined(str(path), rows, column)
+        if suffix in _DELIMITERS:
+            # utf-8-sig: spreadsheets write a byte-order mark, which would be in the first name.
+            text = path.read_bytes().decode("utf-8-sig")
+            return _joined(str(path), _cells(path, text, _DELIMITERS[suffix]), column)
+        if column is not None:
             raise CorpusError(
                 f"text {path}: plain text has no column {column!r}. "
-                f"Columns belong to .jsonl and .parquet files."
+                f"Columns belong to .jsonl, .parquet, .csv and .tsv files."
             )
-        if builder is None:
-            return path.read_bytes().decode("utf-8"), False
-        if path.stat().st_size == 0:
-            return "", False
+        return _Content(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"text {path}: byte {error.start} is not UTF-8 ({error.reason}). "
@@ -358,32 +403,33 @@ def _read_file(path: Path, column: str | None) -> tuple[str, bool]:
         ) from error
     except OSError as error:
         raise CorpusError(f"text {path} cannot be read: {error.strerror or error}.") from error
-    return _joined(_row_texts(str(path), builder, column, data_files=str(path), split="train"))
 
 
-def _read_hub(source: str, match: re.Match[str]) -> tuple[str, bool]:
-    rows = _row_texts(
-        source, match["id"], match["column"], name=match["config"], split=match["split"] or "train"
-    )
-    return _joined(rows, most=HUB_CHARACTERS)
+def _read_hub(source: str, match: re.Match[str]) -> _Content:
+    rows = _dataset_rows(source, match["id"], name=match["config"], split=match["split"] or "train")
+    return _joined(source, rows, match["column"], most=HUB_CHARACTERS)
 
 
-def _joined(rows: Iterable[tuple[str, bool]], *, most: float = math.inf) -> tuple[str, bool]:
-    """Rows up to a number of characters as one text, and whether they are conversations."""
-    parts, kinds, characters = [], set(), 0
-    for part, is_conversation in rows:
-        parts.append(part)
-        kinds.add(is_conversation)
-        characters += len(part)
+def _joined(
+    source: str, rows: Iterable[Mapping[str, Any]], column: str | None, *, most: float = math.inf
+) -> _Content:
+    """One column of rows, up to a number of characters, as one text."""
+    parts, is_conversations, characters, skipped = [], False, 0, 0
+    for number, row in enumerate(rows, start=1):
+        part = _row_text(source, number, row, column)
+        if part is None:
+            skipped += 1
+            continue
+        parts.append(part.text)
+        is_conversations |= part.is_conversations
+        characters += len(part.text)
         if characters >= most:
             break
-    return "".join(parts), True in kinds
+    return _Content("".join(parts), is_conversations, skipped)
 
 
-def _row_texts(
-    source: str, path: str, column: str | None, **options: Any
-) -> Iterator[tuple[str, bool]]:
-    """The text of each row, and whether it is a conversation."""
+def _dataset_rows(source: str, path: str, **options: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set, as the library gives them one by one."""
     import datasets
 
     number = 0
@@ -391,9 +437,7 @@ def _row_texts(
         with _quiet("datasets"):
             for row in datasets.load_dataset(path, streaming=True, **options):
                 number += 1
-                yield _row_text(source, number, row, column)
-    except CorpusError:
-        raise
+                yield row
     except Exception as error:  # the library raises dozens of kinds for a broken source
         reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = (
@@ -406,27 +450,51 @@ def _row_texts(
         ) from error
 
 
+def _cells(path: Path, text: str, delimiter: str) -> Iterator[Mapping[str, str | None]]:
+    """The rows of a table with a header (RFC 4180); None for cells that are empty or not there."""
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(sys.maxsize)  # of a cell, 131,072 by default: less than a book
+    number = 0
+    try:
+        for row in rows:
+            if None in row:
+                raise csv.Error("more cells than the header has")
+            number += 1
+            yield {name: cell or None for name, cell in row.items()}
+    except csv.Error as error:
+        raise CorpusError(
+            f"text {path}: cannot be read after row {number}: {error}. "
+            f'Write cells that hold a delimiter, a line break or a " between "…", each " in '
+            f"them twice."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _row_text(
     source: str, number: int, row: Mapping[str, Any], column: str | None
-) -> tuple[str, bool]:
+) -> _Content | None:
+    """The text of a row, or its conversation as JSON; None where it has neither."""
     chats = [name for name in ("messages", "conversations") if name in row and "text" not in row]
     column = column or next(iter(chats), "text")
     if column not in row:
         raise CorpusError(
-            f"text {source!r} has no column {column!r}.{nearest_name(column, row)} "
-            f"Name it behind a colon."
+            f"text {source!r} has no column {column!r}; it has {', '.join(map(repr, row))}. "
+            f"Name the one with the text behind a colon."
         )
     value = row[column]
+    if value is None:
+        return None
     where = f"text {source!r}: row {number} of column {column!r}"
     if isinstance(value, list):
         # A column of a data set has one type: where a row is a conversation, all are.
-        return json.dumps(_messages(where, value), ensure_ascii=False) + "\n", True
+        return _Content(json.dumps(_messages(where, value), ensure_ascii=False) + "\n", True)
     if not isinstance(value, str):
         raise CorpusError(
             f"{where} holds {type(value).__name__}, "
             f"not text. Remove the row, or name another column behind a colon."
         )
-    return value if value.endswith("\n") else value + "\n", False
+    return _Content(value if value.endswith("\n") else value + "\n")
 
 
 def _messages(where: str, value: Sequence[Any]) -> list[dict[str, Any]]:

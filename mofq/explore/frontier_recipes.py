@@ -112,6 +112,7 @@ def best_for_corpus(
     alone = replace(
         problem,
         corpora=problem.corpora[corpus : corpus + 1],
+        corpus_weights=(1.0,),
         error_PC=problem.error_PC[:, [corpus]],
         stderr_PC=None,
         sample_errors=None,

@@ -76,6 +76,7 @@ def page_data(
         "unit": problem.unit,
         "is_kl": problem.unit == KL_UNIT,
         "corpora": list(problem.corpora),
+        "corpus_weights": list(problem.corpus_weights),
         "samples": None if table.header.stats is None else table.header.stats.samples,
         "weights": problem.weights,
         "cached": problem.cached,

@@ -56,6 +56,42 @@ def test_several_corpora_give_their_mean_or_the_worst() -> None:
     assert (worst.value, worst.stderr) == (5.0, 1.0)
 
 
+def test_a_corpus_counts_as_its_weight_says() -> None:
+    two = Option(
+        "int8.channel",
+        100,
+        (1.5, 5.0),
+        stderrs=(0.5, 1.0),
+        sample_errors=((1.0, 2.0), (4.0, 6.0)),
+    )
+    keys: dict[str, object] = {"corpora": ("en", "pt")}
+    found = predict(problem_of([[two]], corpus_weights=(3.0, 1.0), **keys), np.array([0]))
+    assert found.value == (3 * 1.5 + 5.0) / 4
+    assert found.stderr == pytest.approx(math.hypot(3 * 0.5, 1.0) / 4)
+    alone = predict(problem_of([[two]], corpus_weights=(0.0, 2.0), **keys), np.array([0]))
+    assert (alone.value, alone.stderr) == (5.0, 1.0)
+
+
+@pytest.mark.parametrize("solver", ["exact", "greedy"])
+def test_the_weights_of_corpora_decide(solver: str) -> None:
+    for_en, for_pt = option("int4.g32", 50, 1.0, 4.0), option("fp4_e2m1.g32", 50, 3.0, 1.5)
+    cases = [((3.0, 1.0), "int4.g32", 1.75), ((1.0, 3.0), "fp4_e2m1.g32", 1.875)]
+    for weights, scheme, error in cases:
+        problem = problem_of([[for_en, for_pt]], corpora=("en", "pt"), corpus_weights=weights)
+        chosen_F = choose(problem, Budgets(max_bytes=50), solver=solver).choice_F
+        assert problem.schemes_of(chosen_F) == {"g0": scheme}
+        assert problem.error_of(chosen_F) == error
+
+
+def test_a_budget_in_nats_without_samples_is_on_the_weighted_mean() -> None:
+    one = Option("int8.channel", 100, (1.0, 3.0), stderrs=(0.25, 0.5))
+    problem = problem_of([[one]], corpora=("en", "pt"), corpus_weights=(3.0, 1.0))
+    upper = (3 * 1.5 + 4.0) / 4
+    choose(problem, Budgets(max_kl=upper))
+    with pytest.raises(BudgetError, match="max_kl"):
+        choose(problem, Budgets(max_kl=upper - 0.001))
+
+
 def test_half_of_the_samples_have_their_own_mean() -> None:
     one = sampled("int8.channel", 100, [1.0, 2.0, 3.0, 4.0])
     half = with_samples(problem_of([[one]]), [np.array([1, 2])])

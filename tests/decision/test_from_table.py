@@ -129,6 +129,20 @@ def test_samples_of_every_corpus_come_along() -> None:
 CORPORA = [(1.0, "en"), (3.0, "pt")]
 
 
+def test_weights_are_of_all_corpora_in_whatever_order() -> None:
+    rows = [in_nats("a", "int8.channel", error, 136, corpus) for error, corpus in CORPORA]
+    table = table_of(*rows, stats=STATS)
+    problem = problem_from_table(table, corpus_weights={"pt": 1.0, "en": 3.0})
+    assert problem.corpus_weights == (3.0, 1.0)
+    assert problem.cost_PK.tolist() == [[1.5]]
+    with pytest.raises(TableError, match=r"each corpus \(en, pt\), found none of 'pt'\. Give 0"):
+        problem_from_table(table, corpus_weights={"en": 1.0})
+    with pytest.raises(TableError, match="no corpus 'de'"):
+        problem_from_table(table, corpus_weights={"en": 1.0, "pt": 1.0, "de": 1.0})
+    with pytest.raises(TableError, match="relative_weight_error, which rests on no corpus"):
+        problem_from_table(table_of(*WEIGHT_ROWS), corpus_weights={"en": 1.0})
+
+
 def test_a_space_by_name_leaves_the_schemes_of_the_others_out() -> None:
     spaces = (
         space("w8", ("int8.channel",), base=("int8.channel",)),

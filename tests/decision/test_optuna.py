@@ -16,9 +16,11 @@ import study_worker
 from explore_tables import write_explore_table
 from optuna.study import Study
 from optuna.trial import TrialState
+from solver_problems import problem_of
 from study_worker import BUDGETS, WINDOWS, problem, true_costs, truth
 
-from mofq.decision import Budgets, Estimate, Request, solve_exact
+from mofq.decision import Budgets, Estimate, Option, Request, solve_exact
+from mofq.decision.measured import thompson
 from mofq.decision.measured.measurement import uniform_candidates
 from mofq.decision.measured.sampler import START, Sampler, propose_new, study_space
 from mofq.decision.measured.storage import open_study
@@ -222,6 +224,19 @@ def test_what_was_measured_corrects_the_costs_that_are_drawn() -> None:
     assert np.mean(drawn[0]) == pytest.approx(predicted, rel=0.1)
     assert np.mean(drawn[50]) == pytest.approx(1.4 * predicted, rel=0.05)
     assert np.std(drawn[50]) < 0.3 * np.std(drawn[0])
+
+
+def test_costs_are_drawn_by_the_weights_of_corpora() -> None:
+    samples = ((1.0, 2.0), (4.0, 8.0))
+    two = Option("int8.channel", 100, (1.5, 6.0), stderrs=(0.5, 2.0), sample_errors=samples)
+    for weights, mean, spread in [((3.0, 1.0), 2.625, 0.625), ((0.0, 1.0), 6.0, 2.0)]:
+        one = problem_of([[two]], corpora=("en", "pt"), corpus_weights=weights)
+        generator = np.random.default_rng(0)
+        first_F = np.array([0])
+        drawn = [draw_costs(one, first_F, [], generator=generator)[0] for _ in range(4000)]
+        assert np.mean(drawn) == pytest.approx(mean, rel=0.05)
+        doubt = mean * np.hypot(thompson._COMMON_DOUBT, thompson._OWN_DOUBT)
+        assert np.std(drawn) == pytest.approx(np.hypot(spread, doubt), rel=0.05)
 
 
 def test_studies_of_tables_without_caches_are_called_as_they_were(tmp_path: Path) -> None:

@@ -26,6 +26,18 @@ def test_the_swap_that_the_samples_cannot_judge_comes_first() -> None:
     ]
 
 
+def test_swaps_are_judged_by_the_weights_of_corpora() -> None:
+    chosen = option("int8.channel", 100, 0.0, 0.0)
+    for_en = option("int4.g32", 100, 1.0, 4.0)
+    for_pt = option("fp4_e2m1.g32", 100, 4.0, 1.0)
+    for weights, best in [((3.0, 1.0), "int4.g32"), ((1.0, 3.0), "fp4_e2m1.g32")]:
+        problem = problem_of(
+            [[chosen, for_en, for_pt]], corpora=("en", "pt"), corpus_weights=weights
+        )
+        (swap,) = promising_swaps(problem, Budgets(), solve_exact(problem, Budgets()), 1)
+        assert problem.schemes_of(swap) == {"g0": best}
+
+
 def test_two_moves_keep_a_budget_that_one_would_break() -> None:
     groups = [
         [option("int4.g32", 50, 3.0), option("int8.channel", 100, 1.0)],

@@ -12,6 +12,7 @@ import torch
 from conftest import TinyCheckpoint
 from exported import Exported, export, make_recipe, mixed_recipe, uniform_recipe
 from families import copy_with_tensors
+from mofq.delivery.export.compressed_tensors.storage import storage_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -22,7 +23,6 @@ from mofq.delivery.export.compressed_tensors import (
     export_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors import plan as plan_module
-from mofq.delivery.export.compressed_tensors.storage import storage_of
 from mofq.exceptions import BackendError, MofqError, RecipeError, SchemeError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers

@@ -20,11 +20,14 @@ from families import copy_with_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
+from mofq.evidence.calibration import calibrate as calibration
 from mofq.evidence.calibration import sequence_file as sequences
 from mofq.evidence.calibration.calibrate import calibrate
 from mofq.evidence.calibration.stats import (
     Stats,
+    earlier_stats,
     finish_stats,
     open_plan,
     read_stats,
@@ -175,7 +178,7 @@ def test_a_folder_begun_before_scores_were_noted_is_not_continued(
 
 
 def test_a_folder_of_other_corpora_is_refused(tiny_llama: Path, copy: Path) -> None:
-    with pytest.raises(StatsError, match="corpora a, b, asked for a"):
+    with pytest.raises(StatsError, match=r"corpora a, b, asked for a.*give these first"):
         calibrate_folder(tiny_llama, copy, {"a": CORPORA["a"]})
 
 
@@ -188,6 +191,29 @@ def test_a_folder_is_continued_where_model_and_texts_have_moved(
     with open_plan(copy, replace(plan, model_name="moved", corpora=moved)) as begun:
         finish_stats(copy, begun)
     assert contents(copy) == contents(finished)
+
+
+def test_a_corpus_that_is_added_is_run_alone_and_ends_as_if_it_had_been_there(
+    tiny_llama: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = calibrate_folder(tiny_llama, tmp_path, {"a": CORPORA["a"]})
+    ran: list[torch.Tensor] = []
+    run_sequence = calibration.run_sequence
+
+    def note(model: PreTrainedModel, token_T: torch.Tensor, seeds: list[int]) -> None:
+        ran.append(token_T)
+        run_sequence(model, token_T, seeds)
+
+    monkeypatch.setattr(calibration, "run_sequence", note)
+    both = calibrate_folder(tiny_llama, tmp_path, CORPORA)
+    assert torch.equal(torch.stack(ran), CORPORA["b"])
+    assert contents(tmp_path) == contents(finished)
+    assert earlier_stats(both) == (first,)
+    assert earlier_stats(first) == ()
+    with pytest.raises(StatsError, match=r"corpora a, b, asked for a.*give these first"):
+        calibrate_folder(tiny_llama, tmp_path, {"a": CORPORA["a"]})
+    with pytest.raises(StatsError, match=r"corpora a, b, asked for b, a.*give these first"):
+        calibrate_folder(tiny_llama, tmp_path, {"b": CORPORA["b"], "a": CORPORA["a"]})
 
 
 def test_a_second_run_on_the_same_folder_says_so(tiny_llama: Path, tmp_path: Path) -> None:

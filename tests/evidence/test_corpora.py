@@ -190,15 +190,79 @@ def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> 
     path.write_text('{"content": "a"}\n')
     with pytest.raises(CorpusError, match=r"no column 'text'.*content"):
         load_text(str(path))
-    with pytest.raises(CorpusError, match=r"no column 'contents'. Did you mean 'content'"):
+    with pytest.raises(CorpusError, match=r"no column 'contents'; it has 'content'"):
         load_text(f"{path}:contents")
+
+
+#: A byte-order mark, and a cell with the delimiter, a quote and a line break in it.
+CSV = '\ufeffid,url,body\r\n1,http://a,one\r\n2,http://b,"two, ""2""\nlines"\r\n3,http://c,\r\n'
+
+
+def test_a_column_of_a_csv_is_the_text_and_a_row_without_it_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(CSV, newline="")
+    corpus = load_text(f"{path}:body")
+    assert corpus.text == 'one\ntwo, "2"\nlines\n'
+    assert corpus.skipped == 1
+    assert corpus.remarks() == [f"text '{path}:body': 1 row without text left out."]
+    with pytest.raises(CorpusError, match=r"no column 'text'; it has 'id', 'url', 'body'\. Name"):
+        load_text(str(path))
+
+
+def test_a_tsv_is_divided_by_tabs_and_text_is_the_column_where_none_is_named(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.tsv"
+    path.write_text("id\ttext\n1\tNA, null\n2\t" + "long " * 50_000 + "\n3\n")
+    corpus = load_text(str(path))
+    assert corpus.text == "NA, null\n" + "long " * 50_000 + "\n"
+    assert corpus.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,a, b\n", "cannot be read after row 0: more cells than the header has"),
+        ('id,text\n1,a\n2,"b\n3,c\n', "cannot be read after row 1: unexpected end of data"),
+        ('id,text\n1,"a" b\n', "cannot be read after row 0: .* expected after"),
+        ("id,text\n", "is empty"),
+        ("id,text\n1,\n", "is empty"),
+    ],
+)
+def test_a_broken_csv_is_an_error_that_says_where(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(content)
+    with pytest.raises(CorpusError, match=message):
+        load_text(str(path))
+
+
+def test_rows_of_a_data_set_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x", None, "", "y", None]}), path)
+    corpus = load_text(str(path))
+    assert (corpus.text, corpus.skipped) == ("x\n\ny\n", 2)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.zip"])
+def test_a_compressed_file_is_refused_with_what_to_do(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(CorpusError, match=r"is compressed\. Unpack it"):
+        load_text(str(tmp_path / name))
+
+
+def test_a_pattern_of_names_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(CorpusError, match=r"a pattern of names is not expanded\. Join the files"):
+        load_text(str(tmp_path / "*.txt"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"text": 5}\n', r"row 2 of column 'text' holds int"),
-        (b'{"text": "a"}\n{"text": null}\n', r"row 2 of column 'text' holds NoneType"),
+        (b'{"text": null}\n', "is empty"),
         (b'{"text": "a"}\n{"text": \n', "cannot be read"),
         (b'{"text": "a\xff"}\n', "cannot be read"),
         (b"", "is empty"),
@@ -302,7 +366,7 @@ def test_a_local_file_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_misspelt_path_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a request"))
-    for source in ("texts/none.txt", "texts/pt/none.jsonl:body", "texts/none.parquet"):
+    for source in ("texts/none.txt", "pt/none.jsonl:body", "pt/none.csv", "pt/none.gz"):
         with pytest.raises(CorpusError, match="there is no such file"):
             load_text(source)
 

@@ -184,6 +184,7 @@ def test_a_worker_that_sees_another_model_or_other_stats_says_so(
         stats_sha256=stats.sha256,
         group=find_layers(checkpoint).groups[0],
         schemes=("int4.g32",),
+        corpora=("a",),
         elements=0,
         device="cpu",
     )

@@ -306,6 +306,30 @@ def test_codes_that_were_fitted_otherwise_are_refused(
         assert fits is not None
 
 
+def test_a_recipe_keeps_its_codes_when_a_corpus_is_added_to_its_statistics(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    a, b = some_tokens(2, 16), some_tokens(2, 16, seed=1)
+    checkpoint = open_checkpoint(str(tiny_llama))
+    layer = find_layers(checkpoint).groups[0].layers[0]
+
+    def importance(fits: Fits) -> Tensor:
+        found = fits.of(layer, [parse_scheme("int4.g32@nats").weight]).importance_I
+        assert found is not None
+        return found
+
+    recipe = uniform(checkpoint, "int4.g32@nats", calibrate_folder(tiny_llama, tmp_path, {"a": a}))
+    with open_fits(recipe, tmp_path) as fits:
+        assert fits is not None
+        before_I = importance(fits)
+    both = calibrate_folder(tiny_llama, tmp_path, {"a": a, "b": b})
+    with open_fits(recipe, tmp_path) as fits, Fits(both) as of_both:
+        assert fits is not None
+        after_I, other_I = importance(fits), importance(of_both)
+    assert torch.equal(before_I, after_I)
+    assert not torch.equal(before_I, other_I)
+
+
 def test_a_uniform_recipe_of_a_fitted_scheme_needs_statistics(checkpoint: Checkpoint) -> None:
     with pytest.raises(SchemeError, match="gptq needs calibration statistics"):
         uniform_recipe(checkpoint, find_layers(checkpoint), "int4.g32~gptq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from families import TINY_FAMILIES, copy_with_tensors, long_but
 from rounding import apart
 from torch import Tensor
 
-from mofq.evidence.calibration.stats import Stats, read_stats
+from mofq.evidence.calibration.stats import Stats, earlier_stats, read_stats
 from mofq.evidence.measure import score as rounded
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.layer_inputs import PreparedLayer
+from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
 from mofq.evidence.spaces import SearchSpace
 from mofq.evidence.table import Row, Table, open_table, read_table
 from mofq.exceptions import SchemeError, StatsError, TableError
@@ -285,6 +287,96 @@ def test_a_new_scheme_adds_rows_and_scores_nothing_again(
     size = path.stat().st_size
     fill(tiny_llama, path, stats)
     assert (scored, path.stat().st_size) == ([], size)
+
+
+FITTED, STATIC = "int4.g32@nats", "fp8_e4m3.tensor+fp8_e4m3.tensor"
+
+
+def with_corpora(model: Path, folder: Path, *names: str) -> Stats:
+    return calibrate_folder(model, folder, {name: CORPORA[name] for name in names})
+
+
+def test_a_corpus_that_is_added_is_measured_alone(
+    tiny_llama: Path, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tmp_path / "table.jsonl", tmp_path / "stats"
+    first = fill(tiny_llama, path, with_corpora(tiny_llama, folder, "a"))
+    before = path.read_bytes()
+    both = with_corpora(tiny_llama, folder, "a", "b")
+    assert both.sha256 == stats.sha256
+    read = SampleReader.read
+    asked: list[str] = []
+
+    def note(reader: SampleReader, corpus: str, layer: str) -> ChunkedSamples | None:
+        asked.append(corpus)
+        return read(reader, corpus, layer)
+
+    monkeypatch.setattr(SampleReader, "read", note)
+    table = fill(tiny_llama, path, both)
+    assert set(asked) == {"b"}
+    assert path.read_bytes().startswith(before)
+    at_once = fill(tiny_llama, tmp_path / "once.jsonl", stats)
+    assert table.header.stats == at_once.header.stats
+    assert first.header.stats != at_once.header.stats
+    by_key = {row.key: row for row in at_once.rows}
+    assert {row.key: row for row in table.rows} == by_key
+    profiles = {profile.key: profile for profile in at_once.profiles}
+    assert {profile.key: profile for profile in table.profiles} == profiles
+    asked.clear()
+    size = path.stat().st_size
+    fill(tiny_llama, path, both)
+    assert (asked, path.stat().st_size) == ([], size)
+
+
+def test_rows_that_rest_on_all_corpora_are_measured_again_with_one_that_is_added(
+    tiny_llama: Path, stats: Stats, tmp_path: Path
+) -> None:
+    space = space_of("int4.g32", FITTED, STATIC)
+    path, folder = tmp_path / "table.jsonl", tmp_path / "stats"
+    first = fill(tiny_llama, path, with_corpora(tiny_llama, folder, "a"), space)
+    table = fill(tiny_llama, path, with_corpora(tiny_llama, folder, "a", "b"), space)
+    at_once = fill(tiny_llama, tmp_path / "once.jsonl", stats, space)
+    expected = {row.key: row for row in at_once.rows}
+    assert {row.key for row in table.rows} == expected.keys()
+    assert len(table.rows) == len(expected)
+    for row in table.rows:
+        assert row.error == pytest.approx(expected[row.key].error, rel=1e-6, abs=1e-12)
+        assert row.static_amax == expected[row.key].static_amax
+    plain = [row for row in first.rows if row.scheme in ("int4.g32", "bf16")]
+    assert len(plain) == 8 * 2 * 3
+    assert all(row in table.rows for row in plain)
+    fitted = one_row(first, FIRST, FITTED, "kl_nats_per_token", "a")
+    assert fitted != one_row(table, FIRST, FITTED, "kl_nats_per_token", "a")
+
+
+def test_formats_of_the_cache_are_measured_on_a_corpus_that_is_added(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    dynamic, static = "kv:int8.token", "kv:fp8_e4m3.tensor"
+    space = space_of("int8.channel", kv_cache=f'["{dynamic}", "{static}"]')
+    paths = [tmp_path / "added.jsonl", tmp_path / "once.jsonl"]
+    stats = [
+        calibrate_folder(tiny_llama, tmp_path / "stats", corpora, kv_cache=True)
+        for corpora in ({"a": CORPORA["a"]}, CORPORA)
+    ]
+    fill(tiny_llama, paths[0], earlier_stats(stats[1])[0], space)
+    before = paths[0].read_bytes()
+    added, once = (fill(tiny_llama, path, stats[1], space) for path in paths)
+    assert paths[0].read_bytes().startswith(before)
+    assert {row.key: row for row in added.rows} == {row.key: row for row in once.rows}
+    new = [json.loads(line) for line in paths[0].read_bytes()[len(before) :].splitlines()]
+    cached = [(one["scheme"], one["corpus"]) for one in new if "kv_cache" in one.get("group", "")]
+    assert set(cached) == {(dynamic, "b"), ("bf16", "b"), (static, "a"), (static, "b")}
+
+
+def test_stats_that_do_not_continue_those_of_a_table_are_refused(
+    tiny_llama: Path, stats: Stats, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.jsonl"
+    other = calibrate_folder(tiny_llama, tmp_path / "stats", {"a": CORPORA["a"]}, seed=1)
+    fill(tiny_llama, path, other)
+    with pytest.raises(TableError, match="differs in stats"):
+        fill(tiny_llama, path, stats)
 
 
 def test_stats_of_another_model_are_refused(

@@ -116,6 +116,54 @@ def test_a_table_of_other_numerics_is_read_and_not_continued(
     assert path.read_bytes() == before
 
 
+MORE = dataclasses.replace(STATS, sha256="9" * 64, corpora={**STATS.corpora, "pt": "e" * 64})
+
+
+def test_corpora_that_are_added_void_what_rests_on_all_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    scale = weight_row(scheme="int8.channel+int8.tensor", static_amax={"o": 2.0})
+    fitted = nats_row(scheme="int4.g32@nats")
+    write(path, weight_row(), nats_row(), scale, fitted)
+    before = path.read_bytes()
+    with open_table(path, header(MORE), earlier=[STATS.sha256]) as writer:
+        assert not writer.has(fitted.group, fitted.scheme, unit=fitted.unit, corpus="wiki")
+        writer.add_group([nats_row(corpus="pt"), dataclasses.replace(scale, bytes=161)])
+    assert path.read_bytes().startswith(before)
+    table = read_table(path)
+    assert table.header == header(MORE)
+    assert table.rows == (
+        *(weight_row(), nats_row(), nats_row(corpus="pt")),
+        dataclasses.replace(scale, bytes=161),
+    )
+    size = path.stat().st_size
+    with open_table(path, header(MORE)):
+        pass
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"corpora": {"code": "7" * 64, "wiki": "6" * 64, "pt": "e" * 64}},
+        {"corpora": {"wiki": "6" * 64, "code": "e" * 64, "pt": "e" * 64}},
+    ],
+)
+def test_corpora_that_are_not_added_behind_the_others_are_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    other = dataclasses.replace(MORE, **changes)
+    path = tmp_path / "table.jsonl"
+    write(path, nats_row())
+    with (
+        pytest.raises(TableError, match="with corpora behind theirs"),
+        open_table(path, header(other), earlier=[STATS.sha256]),
+    ):
+        pass
+    with pytest.raises(TableError, match="differs in stats"), open_table(path, header(MORE)):
+        pass
+
+
 def test_the_header_counts_what_the_checkpoint_holds() -> None:
     table = header()
     assert [group.source_bytes for group in table.groups] == [12 * 16 * 2, 8 * 16 * 2]

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from mofq.delivery.apply import emulate
-from mofq.evidence.measure.fill_table import measure_groups
+from mofq.evidence.measure.fill_table import Work, measure_groups
 from mofq.evidence.metrics import kl_divergence
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -61,7 +61,7 @@ def test_rows_of_a_mixture_are_its_divergence_where_tokens_stay_with_their_exper
     checkpoint = open_checkpoint(str(folder))
     groups = [group for group in find_layers(checkpoint).groups if group.name in GROUPS]
     stats = calibrate_folder(folder, tmp_path, {"a": TOKENS}, draws=4)
-    work = [(group, [parse_scheme(scheme)]) for group in groups]
+    work = [Work(group, [parse_scheme(scheme)], ("a",)) for group in groups]
     held = [Held(None), Held(None)]
     original = run(load_model(folder), held)
     for group, (rows, _) in zip(groups, measure_groups(checkpoint, work, stats=stats), strict=True):

@@ -39,7 +39,7 @@ from mofq.decision import SOLVERS, choose, solve_exact, solve_greedy, usage
 from mofq.decision.budgets import budget_constraints
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.evidence.calibration.stats import read_stats
-from mofq.evidence.measure.fill_table import measure, measure_groups
+from mofq.evidence.measure.fill_table import Work, measure, measure_groups
 from mofq.exceptions import BudgetError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -266,7 +266,7 @@ def test_law_7_fusion_groups_measured_alone_and_in_any_order_have_the_same_rows(
     stats = calibrate_folder(tiny_llama, tmp_path, {"a": some_tokens(2, 16)})
     checkpoint = open_checkpoint(str(tiny_llama))
     schemes = space_of("int4.g32", "int8.channel+int8.token").schemes
-    work = [(group, schemes) for group in find_layers(checkpoint).groups]
+    work = [Work(group, schemes, ("a",)) for group in find_layers(checkpoint).groups]
     together = list(measure_groups(checkpoint, work, stats=stats))
     for i in (5, 0, 7, 3):
         assert list(measure_groups(checkpoint, [work[i]], stats=stats)) == [together[i]]

@@ -69,7 +69,7 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
     """
     content: dict[str, Any] = {
         "table": table.sha256,
-        "request": asdict(request),
+        "request": _noted(request),
         "text": plan.text_sha256,
         "tokens": plan.tokens,
         "sequence_length": plan.sequence_length,
@@ -80,6 +80,14 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     name = f"{table.header.model_name} {digest.hexdigest()[:12]}"
     return f"{name} KL and bits" if plan.with_size else name
+
+
+def _noted(request: Request) -> dict[str, Any]:
+    """A request; without weights of corpora as before there were any, so that studies go on."""
+    content = asdict(request)
+    if request.corpus_weights is None:
+        del content["corpus_weights"]
+    return content
 
 
 @dataclass(frozen=True, slots=True, eq=False)

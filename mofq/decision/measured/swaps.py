@@ -63,7 +63,7 @@ def _best_moves(
     allowed_P: BoolArray,
 ) -> IntArray:
     """Options of other schemes that cost least once what they use is paid for, [S]."""
-    priced_P = problem.error_PC.mean(axis=1)
+    priced_P = problem.mean_over_corpora(problem.error_PC)
     for name, one in (solution.prices or {}).items():
         constraint = next(
             (constraint for constraint in constraints if constraint.name == name), None
@@ -78,12 +78,12 @@ def _best_moves(
 
 def _optimistic_loss(problem: Problem, moves: IntArray, chosen: IntArray) -> FloatArray:
     """Predicted loss less two standard errors; a single move stands on the diagonal."""
-    corpora = problem.error_PC.shape[1]
-    loss_S = (problem.error_PC[moves] - problem.error_PC[chosen]).mean(axis=1)
+    loss_S = problem.mean_over_corpora(problem.error_PC[moves] - problem.error_PC[chosen])
     loss_SS = loss_S[:, None] + loss_S[None, :]
     variance_SS = np.zeros_like(loss_SS)
     np.fill_diagonal(loss_SS, loss_S)
-    for error_PN in problem.sample_errors or ():
+    total = sum(problem.corpus_weights)
+    for weight, error_PN in zip(problem.corpus_weights, problem.sample_errors or (), strict=False):
         if error_PN.shape[1] < 2:
             continue
         difference_SN = error_PN[moves] - error_PN[chosen]
@@ -91,7 +91,7 @@ def _optimistic_loss(problem: Problem, moves: IntArray, chosen: IntArray) -> Flo
         own_S = np.diag(covariance_SS).copy()
         pair_SS = own_S[:, None] + own_S[None, :] + 2 * covariance_SS
         np.fill_diagonal(pair_SS, own_S)
-        variance_SS += pair_SS / corpora**2
+        variance_SS += pair_SS * weight**2 / total**2
     return np.asarray(loss_SS - 2 * np.sqrt(np.maximum(variance_SS, 0.0)))
 
 

@@ -115,7 +115,7 @@ def draw_costs(
     Returns:
         [P], in the problem's unit; a draw may be negative.
     """
-    error_P = problem.error_PC.mean(axis=1)
+    error_P = problem.mean_over_corpora(problem.error_PC)
     shared_PD, own_P = _doubt(problem, error_P)
     cost_P: FloatArray = error_P + shared_PD @ generator.standard_normal(shared_PD.shape[1])
     cost_P += own_P * generator.standard_normal(len(own_P))
@@ -139,9 +139,10 @@ def draw_costs(
 def _doubt(problem: Problem, error_P: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Standard deviations in directions that options share, [P, D], and of each alone, [P]."""
     shared = [_COMMON_DOUBT * error_P[:, None]]
-    for e_PN in problem.sample_errors or ():
+    total = sum(problem.corpus_weights)
+    for weight, e_PN in zip(problem.corpus_weights, problem.sample_errors or (), strict=False):
         count = e_PN.shape[1]
         if count > 1:
-            share = math.sqrt(count * (count - 1)) * len(problem.corpora)
-            shared.append((e_PN - e_PN.mean(axis=1, keepdims=True)) / share)
+            share = math.sqrt(count * (count - 1)) * total
+            shared.append(weight * (e_PN - e_PN.mean(axis=1, keepdims=True)) / share)
     return np.concatenate(shared, axis=1), _OWN_DOUBT * np.abs(error_P)

@@ -2,7 +2,8 @@
 
 ``plan.json``
     Written first: model, seed, corpora with their hashes, sequence length. A second
-    run continues a folder only where its own plan is the same.
+    run continues a folder only where its own plan is the same, or the same with more
+    corpora behind: it then makes what these add, and leaves the rest as it is.
 ``CORPUS/sequence-00000.safetensors``
     One sequence each, complete when it has this name; see ``sequence_file``. Where fewer
     sequences are kept than are run, one out of each range of neighbours.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -167,6 +168,45 @@ def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
     return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
 
 
+def earlier_stats(stats: Stats) -> tuple[Stats, ...]:
+    """The folder as it was before its last corpus was added, and before that.
+
+    Args:
+        stats: An open stats folder.
+
+    Returns:
+        With one corpus less each, the most first: what `read_stats` gave, if the folder was
+        finished with these corpora.
+    """
+    _, files = _read_stats(stats.folder / "stats.json")
+    found = []
+    for count in range(len(stats.plan.corpora) - 1, 0, -1):
+        plan = replace(stats.plan, corpora=stats.plan.corpora[:count])
+        names = [corpus.name for corpus in plan.corpora]
+        unseen = {name: stats.unseen[name] for name in names if name in stats.unseen}
+        text = _json_text(_content(plan, files, unseen))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        found.append(Stats(stats.folder, plan, sha256, unseen=unseen))
+    return tuple(found)
+
+
+def _content(
+    plan: Plan, files: Mapping[str, _FileEntry], unseen: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """What ``stats.json`` holds: of the files, those of the plan's corpora."""
+    names = {corpus.name for corpus in plan.corpora}
+    entries = {
+        name: {"bytes": entry.bytes, "sha256": entry.sha256}
+        for name, entry in files.items()
+        if name.rpartition("/")[0] in names
+    }
+    return {
+        **plan.to_json(),
+        "files": entries,
+        **({"unseen": {name: list(some) for name, some in unseen.items()}} if unseen else {}),
+    }
+
+
 def check_same_model(stats: Stats, checkpoint: Checkpoint, *, weights_sha256: str) -> None:
     """Refuse the stats of another model, or of another training of the same.
 
@@ -248,6 +288,8 @@ def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile
 def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
     """Hold a stats folder for writing; write its plan, or check that it has the same.
 
+    A plan with more corpora behind those of the folder takes the place of the folder's.
+
     Args:
         folder: Is created.
         plan: Of this run.
@@ -271,7 +313,10 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
         if path.exists():
             begun = _plan(_read(path), path)
             _check_same(plan, begun, folder)
-            plan = replace(plan, model_name=begun.model_name, corpora=begun.corpora)
+            added = plan.corpora[len(begun.corpora) :]
+            plan = replace(plan, model_name=begun.model_name, corpora=(*begun.corpora, *added))
+            if added:
+                write_json(path, plan.to_json())
         elif other := next((p.name for p in folder.iterdir() if not p.name.startswith(".")), None):
             raise StatsError(
                 f"{folder}: needed a new folder or one of statistics, found {other!r} in it and no "
@@ -327,11 +372,14 @@ def _beginning(bos: bool | None) -> str:
 
 def _corpus_differences(plan: Plan, begun: Plan) -> Iterator[str]:
     ours, theirs = ({one.name: one for one in each.corpora} for each in (plan, begun))
-    if list(ours) != list(theirs):
-        yield f"corpora {', '.join(theirs)}, asked for {', '.join(ours)}"
+    if list(ours)[: len(theirs)] != list(theirs):
+        yield (
+            f"corpora {', '.join(theirs)}, asked for {', '.join(ours)} (corpora can be added "
+            f"behind those that are there: give these first)"
+        )
         return
-    for name, one in ours.items():
-        other = theirs[name]
+    for name, other in theirs.items():
+        one = ours[name]
         if one.text_sha256 != other.text_sha256:
             yield f"corpus {name}: another text, from {other.source}"
         for what, asked, found in (
@@ -344,14 +392,14 @@ def _corpus_differences(plan: Plan, begun: Plan) -> Iterator[str]:
 
 def finish_stats(folder: Path, plan: Plan) -> Stats:
     """Write ``stats.json`` over complete sequences and open the folder."""
-    files: dict[str, Any] = {}
+    files: dict[str, _FileEntry] = {}
     unseen: dict[str, list[str]] = {}
     stats = Stats(folder, plan, "")
     for corpus in plan.corpora:
         inputs = []
         kept = stats.sequence_files(corpus.name)
         for file in (*kept, *stats.gains_files(corpus.name)):
-            entry = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            entry = _FileEntry(file.stat().st_size, _sha256(file))
             files[f"{corpus.name}/{file.name}"] = entry
         for file in kept:
             with SequenceFile(file) as sequence:
@@ -359,8 +407,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
         missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
         if missed:
             unseen[corpus.name] = missed
-    content = {**plan.to_json(), "files": files, **({"unseen": unseen} if unseen else {})}
-    write_json(folder / "stats.json", content)
+    write_json(folder / "stats.json", _content(plan, files, unseen))
     return read_stats(folder)
 
 
@@ -397,4 +444,8 @@ def _sha256(file: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside the final name and rename it."""
-    write_beside_and_rename(path, json.dumps(content, indent=1) + "\n")
+    write_beside_and_rename(path, _json_text(content))
+
+
+def _json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"

@@ -8,11 +8,17 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mofq import __version__
-from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequences
+from mofq.evidence.calibration.stats import (
+    Stats,
+    check_same_model,
+    earlier_stats,
+    verify_sequences,
+)
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
 from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
@@ -76,8 +82,16 @@ _IN_BF16 = TensorScheme(
 )
 
 Tell = Callable[[str], None]
-#: A fusion group and schemes that fit it.
-Work = tuple[FusionGroup, Sequence[Scheme]]
+
+
+class Work(NamedTuple):
+    """What is measured of a fusion group in one pass over its weights."""
+
+    group: FusionGroup
+    schemes: Sequence[Scheme]  #: that fit it
+    corpora: tuple[str, ...]  #: of the stats; empty without
+
+
 #: The rows of a fusion group, and its profiles.
 Measured = tuple[list[Row], list[Profile]]
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
@@ -141,7 +155,8 @@ def measure(
         weights_sha256=weights,
         stats=None if stats is None else table_stats(stats),
     )
-    with open_table(table_path, header) as table:
+    earlier = [] if stats is None else [one.sha256 for one in earlier_stats(stats)]
+    with open_table(table_path, header, earlier=earlier) as table:
         table.add_space(_table_space(space, engine))
         here = partial(measure_groups, tell=tell)
         measured = partial(remotely or here, checkpoint, stats=stats, device=device)
@@ -172,19 +187,24 @@ def _fill(
     stats: Stats | None,
     progress: Progress | None,
 ) -> None:
-    missing = [
-        tuple(s for s in offer.schemes if not _is_measured(table, offer.group, s, stats))
-        for offer in offers
-    ]
-    work = [(offer.group, some) for offer, some in zip(offers, missing, strict=True) if some]
+    missing = [_missing(table, offer, stats) for offer in offers]
+    work = [one for of_group in missing for one in of_group]
     if stats is not None and work:
-        check_sequences(stats, [scheme for _, some in work for scheme in some])
+        check_sequences(stats, [scheme for one in work for scheme in one.schemes])
         verify_sequences(stats)
     with closing(measure_all(work)) as measured:
-        for done, (offer, some) in enumerate(zip(offers, missing, strict=True)):
+        for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
-            rows, profiles = next(measured) if some else ([], [])
-            table.add_group(rows, rejected, profiles=profiles)
+            found = [next(measured) for _ in of_group]
+            # What rests on no corpus is measured with every one that is added.
+            new = [
+                row
+                for rows, _ in found
+                for row in rows
+                if not table.has(row.group, row.scheme, unit=row.unit, corpus=row.corpus)
+            ]
+            profiles = {one.key: one for _, some in found for one in some}
+            table.add_group(new, rejected, profiles=profiles.values())
             if progress is not None:
                 progress("measure", done + 1, len(offers))
 
@@ -202,7 +222,7 @@ def measure_groups(
 
     Args:
         checkpoint: The model.
-        work: Its fusion groups, each with schemes that fit it.
+        work: Its fusion groups, each with schemes that fit it, and the corpora to measure on.
         stats: Calibration, or None.
         device: Where the arithmetic runs.
         tell: Gets a line about a compilation.
@@ -216,8 +236,7 @@ def measure_groups(
         StatsError: The stats do not know a layer, or no token reached a layer or one like it.
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
-    corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
-    written = [(group, _written_schemes(group, schemes)) for group, schemes in work]
+    written = [one._replace(schemes=_written_schemes(one.group, one.schemes)) for one in work]
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         fits = None if stats is None else stack.enter_context(Fits(stats))
@@ -230,7 +249,7 @@ def measure_groups(
             pass_of=_layer_passes(written, device=device, tell=tell, elements=elements),
         )
         scores = stack.enter_context(closing(score_layers(prepared, device=device)))
-        for (group, schemes), (_, measured) in zip(work, written, strict=True):
+        for (group, schemes, corpora), (_, measured, _) in zip(work, written, strict=True):
             parts = parts_of(measured)
             found: dict[str, dict[str, LayerScore]] = {layer.name: {} for layer in group.layers}
             for _ in range(len(parts) * len(group.layers)):
@@ -264,7 +283,7 @@ def _layer_passes(
     that pass: ``elements`` of all weights, where the work is a part of more.
     """
     counts: Counter[frozenset[TensorScheme]] = Counter()
-    for group, schemes in work:
+    for group, schemes, _ in work:
         weights = (scheme.weight for scheme in schemes)
         candidates = frozenset(w for w in weights if w is not None and is_candidate(w))
         counts[candidates] += sum(layer.weights for layer in group.layers)
@@ -291,7 +310,7 @@ def _prepare_all(
     pass_of: LayerPasses,
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
-    for group, schemes in work:
+    for group, schemes, corpora in work:
         is_asked = any(scheme.needs_weight_amax for scheme in schemes)
         weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
         for layer in group.layers:
@@ -304,7 +323,7 @@ def _prepare_all(
                 name=layer.name,
                 make_pass=partial(pass_of, layer),
             )
-            samples = {} if reader is None else reader.read_all(layer.name)
+            samples = {} if reader is None else reader.read_all(layer.name, corpora)
             yield from prepare_parts(prepare, layer, schemes, samples=samples, fits=fits)
 
 
@@ -321,14 +340,17 @@ def table_stats(stats: Stats) -> TableStats:
     )
 
 
-def _is_measured(
-    table: TableWriter, group: FusionGroup, scheme: Scheme, stats: Stats | None
-) -> bool:
-    if not table.has(group.name, scheme.name, unit="relative_weight_error"):
-        return False
+def _missing(table: TableWriter, offer: Offer, stats: Stats | None) -> list[Work]:
+    """What a table lacks of a fusion group: the schemes that lack the same corpora, together."""
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
-    return all(
-        table.has(group.name, scheme.name, unit=unit, corpus=corpus)
-        for unit in ("output_mse", "kl_nats_per_token")
-        for corpus in corpora
-    )
+    schemes_of: dict[tuple[str, ...], list[Scheme]] = {}
+    for scheme in offer.schemes:
+        has = partial(table.has, offer.group.name, scheme.name)
+        lacking = tuple(
+            corpus
+            for corpus in corpora
+            if not all(has(unit=u, corpus=corpus) for u in ("output_mse", "kl_nats_per_token"))
+        )
+        if lacking or not has(unit="relative_weight_error"):
+            schemes_of.setdefault(lacking, []).append(scheme)
+    return [Work(offer.group, schemes, lacking) for lacking, schemes in schemes_of.items()]

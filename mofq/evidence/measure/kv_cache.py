@@ -9,6 +9,7 @@ nothing is assumed. Keys and values are rounded apart, and their squares added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,19 +67,24 @@ def fill_caches(
     table.add_caches(offer.cache for offer in offers)
     with SampleReader(stats) as reader:
         for offer in offers:
-            missing = [
-                scheme
-                for scheme in offer.schemes
-                if not all(
-                    table.has(
-                        offer.cache.name, scheme.name, unit="kl_nats_per_token", corpus=corpus
-                    )
-                    for corpus in corpora
-                )
-            ]
             rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
-            rows = cache_rows(reader, corpora, offer.cache, missing, device=device)
+            rows = []
+            for lacking, schemes in _missing(table, offer, corpora).items():
+                rows += cache_rows(reader, lacking, offer.cache, schemes, device=device)
             table.add_group(rows, rejected)
+
+
+def _missing(
+    table: TableWriter, offer: CacheOffer, corpora: Sequence[str]
+) -> dict[tuple[str, ...], list[CacheScheme]]:
+    """Corpora -> the formats of a layer's cache that a table has no row of on any of them."""
+    schemes_of: dict[tuple[str, ...], list[CacheScheme]] = {}
+    for scheme in offer.schemes:
+        has = partial(table.has, offer.cache.name, scheme.name, unit="kl_nats_per_token")
+        lacking = tuple(corpus for corpus in corpora if not has(corpus=corpus))
+        if lacking:
+            schemes_of.setdefault(lacking, []).append(scheme)
+    return schemes_of
 
 
 def cache_rows(
@@ -93,7 +99,7 @@ def cache_rows(
 
     Args:
         reader: Of statistics that hold the cache.
-        corpora: Names in them, in order.
+        corpora: Names in them, in order; of static scales, all.
         cache: The layer.
         schemes: That fit its shape.
         device: Where the arithmetic runs.

@@ -21,7 +21,7 @@ from mofq.numbers.schemes import parse_scheme
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One fusion group and all its schemes."""
+    """One fusion group, and the schemes and corpora that it is measured under."""
 
     model: str  #: folder
     index_sha256: str
@@ -30,6 +30,7 @@ class Unit:
     stats_sha256: str | None
     group: FusionGroup
     schemes: tuple[str, ...]
+    corpora: tuple[str, ...]
     elements: int  #: of all groups in the work
     device: str
 
@@ -46,7 +47,7 @@ def measure_remotely(
 
     Args:
         checkpoint: The model; every machine sees its folder under the same path.
-        work: Its fusion groups, each with schemes that fit it.
+        work: Its fusion groups, each with schemes that fit it, and the corpora to measure on.
         stats: Calibration, in a folder that every machine sees, or None.
         device: Where the arithmetic runs; other than the CPU, a unit has a GPU of its own.
         cpus: Of one unit.
@@ -57,7 +58,7 @@ def measure_remotely(
     Raises:
         MofqError: As `measure_groups`, or the cluster fails.
     """
-    elements = sum(layer.weights for group, _ in work for layer in group.layers)
+    elements = sum(layer.weights for group, _, _ in work for layer in group.layers)
     weights = hash_weights(checkpoint)
     units = [
         Unit(
@@ -68,10 +69,11 @@ def measure_remotely(
             stats_sha256=None if stats is None else stats.sha256,
             group=group,
             schemes=tuple(scheme.name for scheme in schemes),
+            corpora=corpora,
             elements=elements,
             device=device,
         )
-        for group, schemes in work
+        for group, schemes, corpora in work
     ]
     return run_units(measure_unit, units, cpus=cpus, gpus=0 if device == "cpu" else 1)
 
@@ -81,7 +83,7 @@ def measure_unit(unit: Unit) -> Measured:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     checkpoint = _open_model(unit.model, unit.index_sha256, unit.weights_sha256)
     stats = None if unit.stats is None else _open_stats(unit.stats, unit.stats_sha256)
-    work = [(unit.group, [parse_scheme(name) for name in unit.schemes])]
+    work = [Work(unit.group, [parse_scheme(name) for name in unit.schemes], unit.corpora)]
     [measured] = measure_groups(
         checkpoint, work, stats=stats, device=unit.device, elements=unit.elements
     )

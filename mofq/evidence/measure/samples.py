@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -68,9 +68,9 @@ class SampleReader:
     ) -> None:
         self._stack.close()
 
-    def read_all(self, layer: str) -> dict[str, ChunkedSamples]:
-        """Read one layer's samples of every corpus of which a token reached it."""
-        found = {corpus: self.read(corpus, layer) for corpus in self._files}
+    def read_all(self, layer: str, corpora: Iterable[str]) -> dict[str, ChunkedSamples]:
+        """Read one layer's samples of those of some corpora of which a token reached it."""
+        found = {corpus: self.read(corpus, layer) for corpus in corpora}
         return {corpus: one for corpus, one in found.items() if one is not None}
 
     def read(self, corpus: str, layer: str) -> ChunkedSamples | None:

@@ -2,7 +2,8 @@
 
 ``table.jsonl`` is JSON Lines and only ever grows. The first line is a header
 that names the model, the statistics and the fusion groups; every later line is
-a ``space`` (what was asked), a ``rejection`` (why a scheme was not measured), a
+a ``space`` (what was asked), ``corpora`` (which were added to the statistics), a
+``rejection`` (why a scheme was not measured), a
 ``profile`` (how large the weights and inputs of a layer are), a ``cache`` (an attention
 layer whose cache's format was asked for) or a ``row`` (a measured choice).
 ``TABLE_LINE_SCHEMA`` specifies each of them.
@@ -11,6 +12,7 @@ layer whose cache's format was asked for) or a ``row`` (a measured choice).
 from __future__ import annotations
 
 from mofq.evidence.table.lines import (
+    FEW_SAMPLES,
     TABLE_LINE_SCHEMA,
     UNITS,
     Extent,
@@ -31,6 +33,7 @@ from mofq.evidence.table.reader import read_table
 from mofq.evidence.table.writer import TableWriter, open_table
 
 __all__ = [
+    "FEW_SAMPLES",
     "TABLE_LINE_SCHEMA",
     "UNITS",
     "Extent",

@@ -50,6 +50,9 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 #: Ranges of input channels that a profile tells apart.
 MOST_BINS = 256
 
+#: Below so many samples of a corpus, error bars say little.
+FEW_SAMPLES = 4
+
 #: What identifies a row: fusion group, scheme, unit, corpus.
 RowKey = tuple[str, str, str, str | None]
 
@@ -122,6 +125,18 @@ class TableStats:
     samples: Count  #: of each corpus
     sequence_length: Count
     bos: Literal[True] | None = None  #: True: every sequence begins with BOS
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class AddedCorpora:
+    """The statistics from here on: those of before, with corpora behind theirs.
+
+    Rows before this line that rest on all corpora together (codes that are fitted, static
+    scales) are void, and measured again behind it.
+    """
+
+    stats: TableStats
 
 
 @only_these_keys
@@ -288,7 +303,7 @@ class Profile:
 class Table:
     """A table in memory. Lines keep the order of the file."""
 
-    header: TableHeader
+    header: TableHeader  #: with the corpora that were added since
     spaces: tuple[TableSpace, ...]
     rejections: tuple[Rejection, ...]
     rows: tuple[Row, ...]
@@ -316,10 +331,11 @@ def bin_width(channels: int) -> int:
     return -(-channels // MOST_BINS)
 
 
-Line = TableHeader | TableSpace | Rejection | Profile | TableCache | Row
+Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | TableCache | Row
 
 _KINDS: dict[str, type[Line]] = {
     "header": TableHeader,
+    "corpora": AddedCorpora,
     "space": TableSpace,
     "rejection": Rejection,
     "profile": Profile,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from math import isclose
 from pathlib import Path
 from typing import TypeVar
 
 from mofq.evidence.table.lines import (
+    AddedCorpora,
     Line,
     Profile,
     Rejection,
@@ -19,6 +20,7 @@ from mofq.evidence.table.lines import (
     TableHeader,
     TableLayer,
     TableSpace,
+    TableStats,
     bin_width,
     decode_line,
     describe,
@@ -93,6 +95,8 @@ class TableLines:
             raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
         where = f"{where}: {describe(line)}"
         match line:
+            case AddedCorpora():
+                return self._add_corpora(line.stats, where)
             case TableSpace():
                 return _add(self._spaces, line, None, where)
             case Rejection():
@@ -104,10 +108,33 @@ class TableLines:
                 return _add(self._caches, line.name, CacheLayer(**asdict(line)), where)
             case Profile():
                 self._check_profile(line, where)
-                return _add(self.profiles, line.key, line, where)
+                return self._add_profile(line, where)
             case Row():
                 self._check_row(line, where)
                 return _add(self.rows, line.key, line, where)
+
+    def _add_corpora(self, stats: TableStats, where: str) -> bool:
+        before = self.header.stats
+        if before is None or not _is_extension(stats, before):
+            raise TableError(
+                f"{where}: needed the statistics of the lines before with corpora behind theirs."
+            )
+        self.header = replace(self.header, stats=stats)
+        self.rows = {key: row for key, row in self.rows.items() if not self._rests_on_all(row)}
+        return True
+
+    def _rests_on_all(self, row: Row) -> bool:
+        """Whether the codes or scales of a row follow from all corpora together."""
+        is_cache = row.group in self._caches
+        return row.static_amax is not None or (not is_cache and parse_scheme(row.scheme).is_fitted)
+
+    def _add_profile(self, profile: Profile, where: str) -> bool:
+        """Add a profile, or to one that is there the inputs of corpora that were added."""
+        known = self.profiles.get(profile.key)
+        if known is None or not profile.inputs or profile.inputs.keys() & known.inputs.keys():
+            return _add(self.profiles, profile.key, profile, where)
+        self.profiles[profile.key] = replace(known, inputs={**known.inputs, **profile.inputs})
+        return True
 
     def _check_names(self, line: Row | Rejection, where: str) -> None:
         """Refuse a fusion group or scheme that does not exist."""
@@ -192,6 +219,13 @@ class TableLines:
             raise TableError(
                 f"{where}: error is {row.error}, but its sample_errors have the mean {mean}."
             )
+
+
+def _is_extension(stats: TableStats, before: TableStats) -> bool:
+    """Whether statistics are those of before, with more corpora behind."""
+    corpora = dict(list(stats.corpora.items())[: len(before.corpora)])
+    is_same = replace(stats, sha256=before.sha256, corpora=corpora) == before
+    return is_same and list(corpora) == list(before.corpora) and stats.sha256 != before.sha256
 
 
 def _add(known: dict[_Key, _Value], key: _Key, value: _Value, where: str) -> bool:

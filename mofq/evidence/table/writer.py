@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 from mofq.evidence.table.lines import (
+    AddedCorpora,
     Line,
     Profile,
     Rejection,
@@ -18,6 +19,7 @@ from mofq.evidence.table.lines import (
     TableCache,
     TableHeader,
     TableSpace,
+    TableStats,
     decode_line,
     describe,
     encode_line,
@@ -61,6 +63,14 @@ class TableWriter:
         """Whether this choice is measured already."""
         return (group, scheme, unit, corpus) in self._lines.rows
 
+    def add_corpora(self, stats: TableStats) -> None:
+        """Note the statistics with corpora behind those of before.
+
+        Raises:
+            TableError: They are others.
+        """
+        self._append([AddedCorpora(stats)])
+
     def add_space(self, space: TableSpace) -> None:
         """Note what this run was asked for."""
         self._append([space])
@@ -85,8 +95,16 @@ class TableWriter:
             TableError: A line is not valid, or a row contradicts one that is there; then
                 none is written. Or the disk is full; then earlier lines are kept.
         """
-        fresh = [one for one in profiles if one.key not in self._lines.profiles]
+        fresh = [new for one in profiles if (new := self._fresh(one)) is not None]
         self._append([*rejections, *fresh, *rows])
+
+    def _fresh(self, profile: Profile) -> Profile | None:
+        """What a profile adds: itself, or the inputs of corpora that are not there yet."""
+        known = self._lines.profiles.get(profile.key)
+        if known is None:
+            return profile
+        inputs = {name: one for name, one in profile.inputs.items() if name not in known.inputs}
+        return replace(profile, inputs=inputs) if inputs else None
 
     def _append(self, lines: Sequence[Line]) -> None:
         new = []
@@ -110,7 +128,9 @@ class TableWriter:
             ) from None
 
 
-def open_table(path: str | Path, header: TableHeader) -> TableWriter:
+def open_table(
+    path: str | Path, header: TableHeader, *, earlier: Collection[str] = ()
+) -> TableWriter:
     """Open a table for appending; make it if there is none.
 
     A last line that a killed run left half-written is cut off.
@@ -119,6 +139,8 @@ def open_table(path: str | Path, header: TableHeader) -> TableWriter:
         path: The ``table.jsonl``.
         header: What this run would write. A table that is there must agree in all
             but the model's name and the version of mofq.
+        earlier: SHA-256 of the header's statistics as they were before corpora were added: a
+            table of these is told of the corpora.
 
     Raises:
         TableError: Another process writes to the table, the table is damaged, or
@@ -135,8 +157,11 @@ def open_table(path: str | Path, header: TableHeader) -> TableWriter:
     try:
         _lock(file, path)
         lines = _resume(file, path) or _begin(file, path, header)
-        _check_same(header, lines.header, path)
-        return TableWriter(path, file, lines)
+        _check_same(header, lines.header, path, earlier)
+        table = TableWriter(path, file, lines)
+        if header.stats is not None and header.stats != lines.header.stats:
+            table.add_corpora(header.stats)
+        return table
     except BaseException:
         os.close(file)
         raise
@@ -208,7 +233,9 @@ def _write(file: int, data: bytes, path: Path) -> None:
         ) from problem
 
 
-def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
+def _check_same(
+    asked: TableHeader, found: TableHeader, path: Path, earlier: Collection[str]
+) -> None:
     if asked.numerics != found.numerics:
         raise TableError(
             f"{path}: the table differs in numerics: {found.numerics or 'not noted'} in the table, "
@@ -219,6 +246,8 @@ def _check_same(asked: TableHeader, found: TableHeader, path: Path) -> None:
         here, there = getattr(asked, name), getattr(found, name)
         if here == there or (name == "weights_sha256" and there is None):
             continue  # a table of a version that did not note it
+        if name == "stats" and found.stats is not None and found.stats.sha256 in earlier:
+            continue
         if name == "stats":
             here, there = (None if stats is None else stats.sha256 for stats in (here, there))
         detail = (

@@ -287,7 +287,9 @@ function listen() {
 }
 
 function start() {
-  const corpora = data.corpora.filter((name) => name !== null);
+  const isWeighted = data.corpus_weights.some((weight) => weight !== data.corpus_weights[0]);
+  const corpora = data.corpora.filter((name) => name !== null).map(
+    (name, corpus) => (isWeighted ? `${name} (weight ${data.corpus_weights[corpus]})` : name));
   byId("model").textContent = data.model;
   byId("lineage").textContent = [
     data.table,

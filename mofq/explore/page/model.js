@@ -64,18 +64,19 @@ function sizeText(group, bytes) {
   return isPerToken(group) ? `${bytesText(bytes)} a token` : bytesText(bytes);
 }
 
-function mean(values) {
-  return values.reduce((sum, value) => sum + value, 0) / values.length;
+// What a corpus counts in the mean, all together 1.
+function shareOf(corpus) {
+  return data.corpus_weights[corpus] / data.corpus_weights.reduce((sum, weight) => sum + weight, 0);
 }
 
 function optionError(option) {
-  return mean(option[ERRORS]);
+  return option[ERRORS].reduce((sum, error, corpus) => sum + shareOf(corpus) * error, 0);
 }
 
 function optionStderr(option) {
   const known = option[STDERRS];
   if (!known || known.some((value) => value === null)) return null;
-  return Math.hypot(...known) / known.length;
+  return Math.hypot(...known.map((stderr, corpus) => shareOf(corpus) * stderr));
 }
 
 function optionOf(group, scheme) {
