@@ -91,7 +91,7 @@ class CacheRule:
         size = cache.head_size
         if size >= self.min_head_size and (not self.head_sizes or size in self.head_sizes):
             return None
-        return f"needs heads of {self._heads} channels; {cache.name} has {size}"
+        return f"it needs heads of {self._heads} channels, and these have {size}"
 
     def holds_on(self, capability: Capability | None) -> bool:
         """Whether the rule is one for this hardware."""

@@ -128,27 +128,25 @@ def _hadamard(x_D: Tensor) -> Tensor:
 
 
 def _nvfp4(x_GK: Tensor, *, four_over_six: bool) -> Tensor:
-    amax_G1 = x_GK.abs().amax(-1, keepdim=True)
-    rounded_GK = _to_scale(x_GK, amax_G1, FP4_E2M1.max)
+    code_GK, scale_G1, error_G1 = _under_largest(x_GK, FP4_E2M1.max)
     if not four_over_six:
-        return rounded_GK
-    finer_GK = _to_scale(x_GK, amax_G1, 4.0)
-    is_better = _squared_error(finer_GK, x_GK) < _squared_error(rounded_GK, x_GK)
-    return torch.where(is_better, finer_GK, rounded_GK)
+        return code_GK * scale_G1
+    finer_code_GK, finer_scale_G1, finer_error_G1 = _under_largest(x_GK, 4.0)
+    is_better = finer_error_G1 < error_G1
+    return torch.where(is_better, finer_code_GK * finer_scale_G1, code_GK * scale_G1)
 
 
-def _to_scale(x_GK: Tensor, amax_G1: Tensor, code: float) -> Tensor:
-    """Under the scale that gives the largest number that code."""
-    scale_G1 = round_to_format(divide(amax_G1, code), FP8_E4M3)
-    inverse_G1 = torch.where(scale_G1 == 0, 0.0, scale_G1.reciprocal())
-    return round_to_format(x_GK * inverse_G1, FP4_E2M1) * scale_G1
-
-
-def _squared_error(rounded_GK: Tensor, x_GK: Tensor) -> Tensor:
-    """Of a group [G, 1], summed in float32 pair by pair."""
-    squared = (rounded_GK - x_GK).square()
-    pairs = squared[..., 0::2] + squared[..., 1::2]
-    total = torch.zeros_like(pairs[..., :1])
-    for n in range(pairs.shape[-1]):
-        total = total + pairs[..., n : n + 1]
-    return total
+def _under_largest(x_GK: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and squared errors where the largest number of a group gets that code."""
+    amax_G1 = x_GK.abs().amax(-1, keepdim=True)
+    scale_G1 = round_to_format(divide(amax_G1, largest), FP8_E4M3)
+    is_zero = scale_G1 == 0
+    inverse_G1 = torch.where(is_zero, 0.0, scale_G1.reciprocal())
+    code_GK = round_to_format(x_GK * inverse_G1, FP4_E2M1)
+    # The search multiplies by the reciprocal of the reciprocal, as the kernel does.
+    again_G1 = torch.where(is_zero, 0.0, inverse_G1.reciprocal())
+    squared_GK = (code_GK * again_G1 - x_GK).square()
+    error_G1 = torch.zeros_like(amax_G1)
+    for pair_G1 in (squared_GK[..., 0::2] + squared_GK[..., 1::2]).split(1, dim=-1):
+        error_G1 = error_G1 + pair_G1
+    return code_GK, scale_G1, error_G1
