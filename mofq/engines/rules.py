@@ -59,6 +59,9 @@ class CacheRule:
     source: str
     refused: str = ""  #: why it is not held as measured, and what to take instead
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
+    min_head_size: int = 1  #: channels of a head, at least
+    head_sizes: tuple[int, ...] = ()  #: channels of a head, one of these; empty: any
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
     note: str = ""
 
@@ -68,11 +71,27 @@ class CacheRule:
         if self.refused:
             return f"refused: {self.refused}"
         held = f"KV cache, asked for by {self.flag}" if self.flag else "KV cache"
-        return f"{held}; {self.note}" if self.note else held
+        parts = [held, self.note, f"heads of {self._heads} channels" if self._heads else ""]
+        return "; ".join(part for part in parts if part)
+
+    @property
+    def _heads(self) -> str:
+        """Which sizes of a head it is for, in words; empty where any."""
+        if self.head_sizes:
+            *first, last = map(str, self.head_sizes)
+            return f"{', '.join(first)} or {last}"
+        return f"{self.min_head_size} or more" if self.min_head_size > 1 else ""
+
+    def head_problem(self, cache: CacheLayer) -> str | None:
+        """Why the heads of a layer do not fit, or None."""
+        size = cache.head_size
+        if size >= self.min_head_size and (not self.head_sizes or size in self.head_sizes):
+            return None
+        return f"it needs heads of {self._heads} channels, and these have {size}"
 
     def holds_on(self, capability: Capability | None) -> bool:
         """Whether the rule is one for this hardware."""
-        return _is_between(self.min_capability, capability, None)
+        return _is_between(self.min_capability, capability, self.max_capability)
 
 
 def _is_between(
@@ -195,7 +214,8 @@ def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
         return f"{where}: mofq knows no way to hand it a format of the KV cache; leave it bf16"
     for rule in engine.applicable_caches:
         if re.fullmatch(rule.schemes, scheme):
-            return f"{where}: {rule.refused} ({rule.source})" if rule.refused else None
+            problem = rule.refused or rule.head_problem(cache)
+            return f"{where}: {problem} ({rule.source})" if problem else None
     return f"{where} holds no cache in {scheme}"
 
 

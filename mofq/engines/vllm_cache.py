@@ -1,6 +1,7 @@
 """What vLLM holds of the KV cache.
 
-Lines are of vLLM 0.32.0. An engine keeps one quantized format for the whole model; layers may be
+Lines are of vLLM 0.32.0 where no version stands before them; the kernels that write the cache are
+the same in 0.33.0. An engine keeps one quantized format for the whole model; layers may be
 left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
 """
 
@@ -10,6 +11,9 @@ from mofq.engines.rules import CacheRule
 
 _CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
 
+_TRITON = "vllm 0.32.0 v1/attention/backends/triton_attn.py:284-297, 309-311"
+_FLASHINFER = "vllm 0.32.0 v1/attention/backends/flashinfer.py"
+
 _VLLM_LAST = (
     CacheRule(
         r"kv:.*/.*",
@@ -18,7 +22,7 @@ _VLLM_LAST = (
     ),
     CacheRule(
         r".*",
-        refused="no such format of the cache; take kv:fp8_e4m3.tensor, or leave it bf16",
+        refused="no such format of the cache; take kv:int8.token_head, or leave it bf16",
         source="vllm 0.32.0 config/cache.py:39-60",
     ),
 )
@@ -39,11 +43,10 @@ VLLM_CPU_CACHE: tuple[CacheRule, ...] = (
         source="vllm 0.32.0 v1/attention/backend.py:183, 323; cpu_attn.py:425-458",
     ),
     CacheRule(
-        r"kv:(int8|int4|fp8_e4m3)\.token_head",
-        refused="scales of token and head are for the Triton backend; leave the cache bf16",
+        r".*",
+        refused="not known to hold the cache so; leave it bf16",
         source="vllm 0.32.0 v1/attention/backends/cpu_attn.py:57-62",
     ),
-    *_VLLM_LAST,
 )
 VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
     CacheRule(
@@ -59,17 +62,68 @@ VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
         note=f"FlashAttention 3 alone; {_QUERIES}",
     ),
     CacheRule(
-        r"kv:(int8|fp8_e4m3)\.token_head",
-        source="vllm 0.32.0 v1/attention/backends/triton_attn.py:284-297, 309-311; "
-        "ops/triton_reshape_and_cache_flash.py:266-270",
+        r"kv:fp8_e4m3\.token_head",
+        source=f"{_TRITON}; v1/attention/ops/triton_reshape_and_cache_flash.py:154-261",
         min_capability=(8, 9),
+        min_head_size=32,
         flag="--kv-cache-dtype",
         note="the Triton backend; a checkpoint cannot ask for it",
     ),
     CacheRule(
+        r"kv:int8\.token_head",
+        source=f"{_TRITON}; v1/attention/ops/triton_reshape_and_cache_flash.py:154-261",
+        min_capability=(8, 0),
+        min_head_size=32,
+        flag="--kv-cache-dtype",
+        note="the Triton backend; a checkpoint cannot ask for it",
+    ),
+    CacheRule(
+        r"kv:int4\.token_head\.asym\.rht",
+        source=f"{_TRITON}; v1/attention/ops/int4_per_token_head.py:64-255, 856-951",
+        min_capability=(8, 0),
+        min_head_size=32,
+        flag="--kv-cache-dtype",
+        note="the Triton backend; a checkpoint cannot ask for it; keys, queries and the output are "
+        "rotated in bfloat16",
+    ),
+    CacheRule(
         r"kv:int4\.token_head.*",
-        refused="its INT4 cache is rotated and has zero points, which is not what was measured",
-        source="vllm 0.32.0 v1/kv_cache_interface.py:51",
+        refused="its INT4 cache is rotated and has zero points; take kv:int4.token_head.asym.rht",
+        source="vllm 0.32.0 v1/attention/ops/int4_per_token_head.py:64-255",
+    ),
+    CacheRule(
+        r"kv:nvfp4\.unscaled.*",
+        source=f"{_FLASHINFER}:531-539, 1028-1031; csrc/libtorch_stable/nvfp4_kv_cache_kernels.cu",
+        min_capability=(10, 0),
+        head_sizes=(64, 128, 256, 512),
+        flag="--kv-cache-dtype",
+        note="FlashInfer; a checkpoint cannot ask for it; queries and the output of attention are "
+        "rounded to FP8 too, which is not in what was measured",
+    ),
+    CacheRule(
+        r"kv:nvfp4\.unscaled",
+        source=f"{_FLASHINFER}:109-110, 531-533, 554-563, 569-571; "
+        "flashinfer 0.7.2.post1 include/flashinfer/page.cuh:287-346",
+        min_capability=(8, 0),
+        max_capability=(9, 9),
+        head_sizes=(128, 256, 512),
+        flag="--kv-cache-dtype",
+        note="FlashInfer; a checkpoint cannot ask for it",
+    ),
+    CacheRule(
+        r"kv:nvfp4\.unscaled@fouroversix",
+        min_capability=(8, 0),
+        max_capability=(9, 9),
+        refused="what writes an NVFP4 cache here does not search for scales; take "
+        "kv:nvfp4.unscaled",
+        source=f"{_FLASHINFER}:531-533",
+    ),
+    CacheRule(
+        r"kv:nvfp4.*",
+        refused="nothing in the checkpoint asks for an NVFP4 cache, and the flag alone has no "
+        "scale of the tensor; take kv:nvfp4.unscaled",
+        source="vllm 0.32.0 model_executor/layers/quantization/compressed_tensors/"
+        "compressed_tensors.py:1103-1145",
     ),
     *_VLLM_LAST,
 )

@@ -9,6 +9,17 @@ the inputs of a layer are written, with two more granularities for the heads:
     Dynamic: one scale for each token, for each head of a token, for K channels of a head.
     They are kept in the cache beside the codes, in float32 unless the name says otherwise.
 
+Some formats are what a kernel of vLLM makes of them, with rules of its own
+(``mofq.numbers.quantize.cache_kernels``):
+
+``int8.token_head``, ``fp8_e4m3.token_head``
+    As the names say.
+``int4.token_head.asym.rht``
+    Each head is rotated first (a randomized Hadamard transform); the zero point is kept in the
+    last bits of the float32 scale and takes no bits of its own.
+``nvfp4.unscaled``, ``nvfp4.unscaled@fouroversix``
+    NVFP4 without the static scale of the tensor that ``nvfp4`` has above those of 16 channels.
+
 The scheme that leaves the cache as it is, is ``bf16``, as for layers.
 """
 
@@ -21,11 +32,20 @@ from functools import lru_cache
 
 from mofq.exceptions import SchemeError
 from mofq.model.layers import PARTS, CacheLayer
+from mofq.numbers.formats import CacheKernel
 from mofq.numbers.schemes import TensorScheme, parse_scheme
 
 PREFIX = "kv:"
 #: Granularities of one head -> what a scheme of inputs calls them.
 _OF_HEADS = {"head": "tensor", "token_head": "token"}
+#: Formats that a kernel defines -> the kernel, and what the grammar of inputs has nearest to it.
+_OF_KERNELS: dict[str, tuple[CacheKernel, str]] = {
+    "int8.token_head": ("token_head", "int8.token"),
+    "fp8_e4m3.token_head": ("token_head", "fp8_e4m3.token"),
+    "int4.token_head.asym.rht": ("rotated", "int4.token.asym"),
+    "nvfp4.unscaled": ("nvfp4", "nvfp4"),
+    "nvfp4.unscaled@fouroversix": ("nvfp4_fouroversix", "nvfp4@fouroversix"),
+}
 _GRANULARITY = re.compile(r"unscaled|tensor|head|token|token_head|g[1-9]\d*")
 #: Of a number that is not quantized, whatever the checkpoint's dtype: what engines cache [bits].
 _UNQUANTIZED_BITS = 16
@@ -40,11 +60,22 @@ class CachedTensor:
     name: str
     scheme: TensorScheme  #: of one row: all heads of a token, or one of them
     by_head: bool  #: each head is quantized by itself
+    kernel: CacheKernel | None = None  #: whose rules hold in the place of the scheme's
 
     @property
     def is_static(self) -> bool:
         """Whether a scale comes from calibration."""
-        return self.scheme.needs_tensor_amax
+        return self.kernel is None and self.scheme.needs_tensor_amax
+
+    @property
+    def columns_multiple(self) -> int:
+        """What the number of channels of a head must be a multiple of."""
+        return 2 if self.kernel == "rotated" else self.scheme.columns_multiple
+
+    @property
+    def zero_point_bits(self) -> int:
+        """Of each scale, beside it."""
+        return 0 if self.scheme.symmetric or self.kernel else self.scheme.element.bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +122,16 @@ def parse_cache_scheme(name: str) -> CacheScheme:
 def _parse_part(name: str, text: str) -> CachedTensor | None:
     if text == "bf16":
         return None
+    if text in _OF_KERNELS:
+        kernel, plain = _OF_KERNELS[text]
+        scheme = parse_scheme(f"bf16+{plain}").activation
+        assert scheme is not None
+        return CachedTensor(text, scheme, by_head=True, kernel=kernel)
+    if text.partition("@")[0].endswith((".rht", "nvfp4.unscaled")):
+        raise SchemeError(
+            f"KV cache scheme {name!r}: '.rht' and 'nvfp4.unscaled' are parts of one format each. "
+            f"Write 'int4.token_head.asym.rht', 'nvfp4.unscaled' or 'nvfp4.unscaled@fouroversix'."
+        )
     element, dot, rest = text.partition(".")
     granularity, more, options = rest.partition(".")
     if dot and not _GRANULARITY.fullmatch(granularity):
@@ -118,7 +159,7 @@ def _parse_part(name: str, text: str) -> CachedTensor | None:
 def cache_rejection(scheme: CacheScheme, cache: CacheLayer) -> str | None:
     """Why the shape of a layer's cache does not take a scheme; None where it does."""
     for part in scheme.parts.values():
-        columns = 1 if part is None else part.scheme.columns_multiple
+        columns = 1 if part is None else part.columns_multiple
         if cache.head_size % columns:
             return (
                 f"{cache.name}: {scheme.name} needs heads of a multiple of {columns} channels, "
@@ -145,7 +186,7 @@ def _part_bits(part: CachedTensor | None, cache: CacheLayer) -> int:
         return bits
     columns = scheme.granularity.columns or (cache.head_size if part.by_head else cache.channels)
     scales = cache.channels // columns
-    bits += scales * (scheme.scale.bits + (0 if scheme.symmetric else scheme.element.bits))
+    bits += scales * (scheme.scale.bits + part.zero_point_bits)
     if scheme.scale.shared_bits:
         bits += cache.channels // scheme.scale.shared_columns * scheme.scale.shared_bits
     return bits

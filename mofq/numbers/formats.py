@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class CodebookFormat:
 
 
 ElementFormat = IntFormat | FloatFormat | CodebookFormat
+#: Kernels of vLLM with rules of their own for what they cache, see ``quantize.cache_kernels``.
+CacheKernel = Literal["token_head", "rotated", "nvfp4", "nvfp4_fouroversix"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,18 @@ CACHE_AND_SOURCES = (
         "kv_cache::test_a_name_says_bits_and_static_scales",
     ),
     Fault(
+        "KV cache: the zero point is left in the scale that codes are multiplied by",
+        "stored_1 = (scale_1.view(torch.int32) & _SCALE_BITS).view(torch.float32)",
+        "stored_1 = scale_1",
+        "cache_kernels::test_a_cache_is_rounded_as_the_kernels_of_vllm_round_it",
+    ),
+    Fault(
+        "KV cache: four over six takes the larger error",
+        "is_better = finer_error_G1 < error_G1",
+        "is_better = finer_error_G1 > error_G1",
+        "cache_kernels::test_nvfp4_is_rounded_as_the_kernel_of_vllm_says",
+    ),
+    Fault(
         "KV cache: what values lose is not counted",
         "return torch.stack(errors).sum(0)",
         "return errors[0]",

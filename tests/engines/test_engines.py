@@ -11,6 +11,7 @@ import pytest
 
 from mofq.engines import (
     ENGINES,
+    cache_legality,
     find_engine,
     format_name,
     legality,
@@ -18,7 +19,8 @@ from mofq.engines import (
 )
 from mofq.engines.rules import CacheRule, Rule, readable
 from mofq.exceptions import EngineError
-from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.model.kv_schemes import parse_cache_scheme
+from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -321,6 +323,46 @@ def test_every_refusal_suggests_schemes_that_exist() -> None:
         for rule in engine.rules:
             for word in named.findall(rule.refused.replace("gN", "g64")):
                 parse_scheme(word)
+
+
+@pytest.mark.parametrize(
+    ("engine", "scheme", "head_size", "words"),
+    [
+        ("vllm-ampere", "kv:int8.token_head", 64, None),
+        ("vllm-ampere", "kv:fp8_e4m3.token_head", 64, "no such format of the cache"),
+        ("vllm-ada", "kv:fp8_e4m3.token_head", 64, None),
+        ("vllm-ampere", "kv:int4.token_head.asym.rht", 64, None),
+        ("vllm-hopper", "kv:int4.token_head.asym.rht", 16, "heads of 32 or more channels"),
+        ("vllm-hopper", "kv:int4.token_head.s-bf16", 64, "take kv:int4.token_head.asym.rht"),
+        ("vllm-hopper", "kv:nvfp4.unscaled", 128, None),
+        ("vllm-hopper", "kv:nvfp4.unscaled", 64, "needs heads of 128, 256 or 512 channels"),
+        ("vllm-hopper", "kv:nvfp4.unscaled@fouroversix", 128, "take kv:nvfp4.unscaled"),
+        ("vllm-blackwell", "kv:nvfp4.unscaled", 64, None),
+        ("vllm-blackwell", "kv:nvfp4.unscaled@fouroversix", 64, None),
+        ("vllm-blackwell", "kv:nvfp4.unscaled@fouroversix", 80, "these have 80"),
+        ("vllm-blackwell", "kv:nvfp4", 128, "take kv:nvfp4.unscaled"),
+        ("vllm-cpu", "kv:int4.token_head.asym.rht", 64, "leave it bf16"),
+        ("vllm-cpu", "kv:nvfp4.unscaled", 128, "leave it bf16"),
+    ],
+)
+def test_which_formats_of_the_cache_an_engine_holds(
+    engine: str, scheme: str, head_size: int, words: str | None
+) -> None:
+    cache = CacheLayer("layers.0.attn.kv_cache", "model.layers.0.self_attn", 2, head_size, 0)
+    refused = cache_legality(engine)(parse_cache_scheme(scheme).name, cache)
+    assert refused is None if words is None else words in str(refused)
+
+
+def test_every_refusal_of_a_cache_suggests_formats_that_exist() -> None:
+    named = re.compile(r"\bkv:[\w.@]*\w")
+    suggested = {
+        word
+        for engine in ENGINES.values()
+        for rule in engine.caches
+        for word in named.findall(rule.refused)
+    }
+    assert {parse_cache_scheme(word).name for word in suggested} == suggested
+    assert len(suggested) >= 3
 
 
 def test_engines_need_no_torch() -> None:

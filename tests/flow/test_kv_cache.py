@@ -46,6 +46,11 @@ CACHE = CacheLayer("layers.0.attn.kv_cache", "model.layers.0.self_attn", 2, 32, 
         ("bf16/int8.tensor", "kv:bf16/int8.tensor", 12.0, ("v",)),
         ("int8.head/int8.head", "kv:int8.head", 8.0, ("k.0", "k.1", "v.0", "v.1")),
         ("mxfp8", "kv:mxfp8", 8.25, ()),
+        # The zero point lies in the scale of 32 bits for 32 channels.
+        ("int4.token_head.asym.rht", "kv:int4.token_head.asym.rht", 5.0, ()),
+        ("nvfp4", "kv:nvfp4", 4.5, ("k", "v")),
+        ("nvfp4.unscaled", "kv:nvfp4.unscaled", 4.5, ()),
+        ("nvfp4.unscaled@fouroversix", "kv:nvfp4.unscaled@fouroversix", 4.5, ()),
         ("bf16", "bf16", 16.0, ()),
     ],
 )
@@ -84,6 +89,14 @@ def test_groups_that_do_not_divide_a_head_are_rejected() -> None:
     assert reason is not None
     assert "multiple of 64 channels, found 32" in reason
     assert cache_rejection(parse_cache_scheme("int4.g32"), CACHE) is None
+
+
+def test_heads_that_a_kernel_cannot_pack_are_rejected() -> None:
+    odd = CacheLayer("layers.0.attn.kv_cache", "model.layers.0.self_attn", 2, 33, 0)
+    for name, multiple in (("int4.token_head.asym.rht", 2), ("nvfp4.unscaled", 16)):
+        reason = cache_rejection(parse_cache_scheme(name), odd)
+        assert f"multiple of {multiple} channels, found 33" in str(reason)
+        assert cache_rejection(parse_cache_scheme(name), CACHE) is None
 
 
 def test_static_scales_keep_the_order_of_many_heads() -> None:

@@ -121,6 +121,33 @@ def test_the_cost_of_a_format_is_predicted(flow: Flow, scheme: str) -> None:
     assert found["kl_nats_per_token"] == pytest.approx(predicted, rel=0.3)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "scheme", ["kv:int4.token_head.asym.rht", "kv:nvfp4.unscaled", "kv:nvfp4.unscaled@fouroversix"]
+)
+def test_the_cost_of_a_kernels_format_is_predicted(flow: Flow, scheme: str) -> None:
+    caches = find_layers(open_checkpoint(DEMO)).caches
+    with SampleReader(read_stats(flow.stats)) as reader:
+        rows = [cache_rows(reader, ["en"], one, [parse_cache_scheme(scheme)])[0] for one in caches]
+    write_recipe(kept_in(flow.content, scheme), flow.folder / "one.yaml")
+    ran = ok(
+        *("validate", DEMO, flow.folder / "one.yaml", "--text", "demo-en", "--tokens", "2048"),
+        *("--sequence-length", "256", "--json"),
+    )
+    found = json.loads(ran.out)
+    assert found["enforced"] is True
+    assert found["kl_nats_per_token"] == pytest.approx(sum(row.error for row in rows), rel=0.3)
+
+
+def kept_in(table: Table, scheme: str, *, left: tuple[int, ...] = ()) -> Recipe:
+    """As `cached`, in a format without static scales that the table need not have."""
+    recipe = cached(table, "kv:int8.token_head", left=left)
+    caches = [
+        one if one.scheme == "bf16" else replace(one, scheme=scheme) for one in recipe.kv_cache
+    ]
+    return replace(recipe, kv_cache=tuple(caches))
+
+
 def test_a_searched_mixture_measures_better_than_a_uniform_format_of_more_bits(flow: Flow) -> None:
     table = flow.content
     uniform, predicted = uniform_recipes(table)["`kv:fp8_e4m3.tensor`"]
@@ -310,13 +337,22 @@ def test_two_formats_in_one_model_are_refused(flow: Flow, tmp_path: Path) -> Non
     assert "one format of the cache" in refused(*export, "-o", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "engine", "flag"),
+    [
+        ("kv:int8.token_head", ("--engine", "vllm-hopper"), "int8_per_token_head"),
+        ("kv:int4.token_head.asym.rht", ("--engine", "vllm-ampere"), "int4_per_token_head"),
+        ("kv:nvfp4.unscaled", (), "nvfp4"),
+        ("kv:nvfp4.unscaled@fouroversix", (), "nvfp4_4over6"),
+    ],
+)
 def test_a_format_without_scales_in_the_checkpoint_is_asked_for_by_a_flag(
-    flow: Flow, tmp_path: Path
+    flow: Flow, scheme: str, engine: tuple[str, ...], flag: str, tmp_path: Path
 ) -> None:
-    write_recipe(cached(flow.content, "kv:int8.token_head", left=(0, 5)), tmp_path / "recipe.yaml")
+    write_recipe(kept_in(flow.content, scheme, left=(0, 5)), tmp_path / "recipe.yaml")
     export = ("export", DEMO, tmp_path / "recipe.yaml", "--to", "compressed-tensors")
-    ran = ok(*export, "--engine", "vllm-hopper", "-o", tmp_path / "out")
-    assert "--kv-cache-dtype int8_per_token_head --kv-cache-dtype-skip-layers 0 5" in ran.out
+    ran = ok(*export, *engine, "-o", tmp_path / "out")
+    assert f"--kv-cache-dtype {flag} --kv-cache-dtype-skip-layers 0 5" in ran.out
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 

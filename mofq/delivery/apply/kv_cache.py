@@ -41,6 +41,7 @@ class RoundedCache:
             state_BTHD,
             how.scheme,
             by_head=how.by_head,
+            kernel=how.kernel,
             static_amax=part_amax(part, self.static_amax),
             name=self.name,
         )

@@ -190,7 +190,12 @@ def _part_errors(
     x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
     x_MCHD = x_MCI.unflatten(2, (-1, cache.head_size))
     rounded_MCHD = fake_quantize_cache(
-        x_MCHD, how.scheme, by_head=how.by_head, static_amax=amax, name=cache.name
+        x_MCHD,
+        how.scheme,
+        by_head=how.by_head,
+        kernel=how.kernel,
+        static_amax=amax,
+        name=cache.name,
     )
     change_MCI = rounded_MCHD.flatten(2) - x_MCI
     token_MC = (samples.grad_MCO.to(device).float() * change_MCI).sum(2, dtype=torch.float64)

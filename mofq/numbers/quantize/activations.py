@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
+from mofq.numbers.formats import CacheKernel
+from mofq.numbers.quantize.cache_kernels import round_by_kernel
 from mofq.numbers.quantize.scale_rules import tile_scales
 from mofq.numbers.quantize.scales import Scales
 from mofq.numbers.quantize.tiles import (
@@ -68,6 +70,7 @@ def fake_quantize_cache(
     scheme: TensorScheme,
     *,
     by_head: bool = False,
+    kernel: CacheKernel | None = None,
     static_amax: Sequence[float] = (),
     name: str = "cache",
 ) -> Tensor:
@@ -77,6 +80,7 @@ def fake_quantize_cache(
         x_BTHD: [..., tokens, kv_heads, head_size], any floating dtype; computed in float32.
         scheme: Of one row: all heads of a token after one another, or one head.
         by_head: Whether a row is one head.
+        kernel: Whose rules hold in the place of the scheme's, where a kernel defines the format.
         static_amax: Largest magnitudes in calibration, where the scheme needs them: one, or
             with ``by_head`` one for each head. Larger numbers saturate.
         name: Of the cache, for messages.
@@ -87,6 +91,8 @@ def fake_quantize_cache(
     Raises:
         SchemeError: ``static_amax`` is missing, or groups do not divide the channels.
     """
+    if kernel is not None:
+        return round_by_kernel(x_BTHD, kernel, scheme.element)
     amax: list[float | None] = list(static_amax) or [None]
     if not by_head:
         flat_BTI = fake_quantize_activation(

@@ -35,6 +35,9 @@ _STRATEGIES = {
 CACHES_BY_FLAG = {
     "kv:int8.token_head": "int8_per_token_head",
     "kv:fp8_e4m3.token_head": "fp8_per_token_head",
+    "kv:int4.token_head.asym.rht": "int4_per_token_head",
+    "kv:nvfp4.unscaled": "nvfp4",
+    "kv:nvfp4.unscaled@fouroversix": "nvfp4_4over6",
 }
 
 
