@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.from_table import request_problem
+from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
@@ -28,6 +29,7 @@ from mofq.decision.timing import (
 )
 from mofq.decision.uniform import best_uniform
 from mofq.evidence.table import Table
+from mofq.exceptions import BudgetError
 
 #: Below so many samples of a corpus, error bars say little.
 _FEW_SAMPLES = 4
@@ -69,7 +71,10 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     """
     problem = request_problem(table, request) if problem is None else problem
     budgets = request_budgets(table, problem, request)
-    chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
+    try:
+        chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_blamed_constraints(table, request)}") from None
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)
@@ -101,6 +106,21 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         prices=chosen.solution.prices,
         unquantized_seconds=unquantized_seconds(table, request),
     )
+
+
+def _blamed_constraints(table: Table, request: Request) -> str:
+    """That constraints are why no recipe meets the budgets, where they are."""
+    constraints = asked_constraints(table, request)
+    if not constraints:
+        return ""
+    free = request_problem(table, request, is_constrained=False)
+    budgets = request_budgets(table, free, request)
+    try:
+        choose(free, budgets, solver=request.solver, ties=request.ties)
+    except BudgetError:
+        return ""
+    named = ", ".join(f"`{one}`" for one in constraints)
+    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."
 
 
 def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:

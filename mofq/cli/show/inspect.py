@@ -24,6 +24,8 @@ def show_inspection(result: InspectResult) -> None:
     if result.offers is not None:
         engine = f" on {result.engine}" if result.engine else ""
         _print_offers(f"search space {result.space}{engine}", result.offers)
+        for selection in result.selections:
+            note(f"{selection}.")
     next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", "-o", "stats")
 
 
@@ -65,15 +67,16 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
 
 
 def _print_offers(title: str, offers: Sequence[Offer]) -> None:
-    offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
+    offered = Counter(scheme.name for offer in offers for scheme in offer.choices)
     rows = [[name, f"{count} of {len(offers)}"] for name, count in offered.items()]
     print_table(title, ["scheme", "fusion groups that may have it"], rows)
-    reasons = {name: why for offer in offers for name, why in offer.rejected.items()}
+    refusals = [{**offer.rejected, **offer.barred} for offer in offers]
+    reasons = {name: why for some in refusals for name, why in some.items()}
     refused: dict[str, list[str]] = {}
     for name, why in reasons.items():
         refused.setdefault(why, []).append(name)
     if refused:
-        counts = Counter(name for offer in offers for name in offer.rejected)
+        counts = Counter(name for some in refusals for name in some)
         rows = [
             [", ".join(names), f"{max(counts[name] for name in names)}", why]
             for why, names in refused.items()

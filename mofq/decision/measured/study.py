@@ -67,9 +67,12 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
     So a second run goes on where the first stopped, and another budget, text or table in the
     same storage has a study of its own.
     """
+    asked = asdict(request)
+    if not request.constraints:
+        del asked["constraints"]  # studies of before there were any go on
     content: dict[str, Any] = {
         "table": table.sha256,
-        "request": asdict(request),
+        "request": asked,
         "text": plan.text_sha256,
         "tokens": plan.tokens,
         "sequence_length": plan.sequence_length,
