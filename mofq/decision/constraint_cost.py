@@ -6,6 +6,7 @@ from mofq.decision.budgets import Budgets
 from mofq.decision.choice import SOLVERS, choose
 from mofq.decision.decision import Decision
 from mofq.decision.from_table import request_problem
+from mofq.decision.measured.measurement import shown
 from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import Estimate, paired_loss
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
@@ -48,11 +49,11 @@ def _cost(free: Problem, budgets: Budgets, ours_F: IntArray, best_F: IntArray) -
     if budgets.minimises_bytes:
         more = free.size_of(ours_F) - free.size_of(best_F)
         if more > 0:
-            percent = 100 * more / free.size_of(best_F)
+            share = _percent(more, free.size_of(best_F))
             bits = bits_per_weight(int(free.layer_bytes_P[best_F].sum()), free.weights)
             return (
-                f"The constraints cost {more:,} bytes ({percent:.2g} %): without them {bits:.4f} "
-                f"bits per weight keep the budget."
+                f"The constraints cost {more:,} bytes ({share}): without them {bits:.4f} bits per "
+                f"weight keep the budget."
             )
         return "The constraints cost nothing: without them no smaller recipe is found."
     least = free.error_of(best_F)
@@ -60,12 +61,16 @@ def _cost(free: Problem, budgets: Budgets, ours_F: IntArray, best_F: IntArray) -
     if cost.value <= 0:
         return "The constraints cost nothing: without them no better recipe is found."
     unit = "nats per token" if free.unit == KL_UNIT else f"of {free.unit}"
-    noise = "" if cost.stderr is None else f" ± {cost.stderr:.1g}"
-    share = f" ({100 * cost.value / least:.2g} %)" if least else ""
+    share = f" ({_percent(cost.value, least)})" if least else ""
     return (
-        f"The constraints cost {cost.value:.2g}{noise} {unit}{share}: without them the same "
+        f"The constraints cost {shown(cost)} {unit}{share}: without them the same "
         f"budgets give {least:.3g}."
     )
+
+
+def _percent(part: float, whole: float) -> str:
+    percent = 100 * part / whole
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
 def _noise(problem: Problem, best_F: IntArray, ours_F: IntArray) -> float | None:

@@ -256,36 +256,35 @@ def barred_schemes(
         because: Why it could have no other, where there is a reason to tell.
 
     Returns:
-        Scheme -> the constraint that it breaks, and how; never all of them.
+        Scheme -> the constraint that it breaks; never all of them.
 
     Raises:
         SearchSpaceError: No scheme keeps all constraints; the message names the fewest that
             leave none, and what there is.
     """
     broken = {
-        name: [_broken(one, group, name, size) for one in constraints]
+        name: [one for one in constraints if not _keeps(one, group, name, size)]
         for name, size in sizes.items()
     }
-    if all(any(reasons) for reasons in broken.values()):
+    if all(broken.values()):
         raise _contradiction(constraints, group, sizes, broken, because)
-    firsts = {name: next(filter(None, reasons), None) for name, reasons in broken.items()}
-    return {name: reason for name, reason in firsts.items() if reason is not None}
+    return {name: str(some[0]) for name, some in broken.items() if some}
 
 
 def _contradiction(
     constraints: Sequence[LayerConstraint],
     group: SelectableGroup,
     sizes: Mapping[str, int],
-    broken: Mapping[str, Sequence[str | None]],
+    broken: Mapping[str, Sequence[LayerConstraint]],
     because: str | None,
 ) -> SearchSpaceError:
     fewest = next(
         some
         for count in range(1, len(constraints) + 1)
-        for some in combinations(range(len(constraints)), count)
-        if all(any(reasons[n] for n in some) for reasons in broken.values())
+        for some in combinations(constraints, count)
+        if all(set(some) & set(of_scheme) for of_scheme in broken.values())
     )
-    names = " and ".join(f"`{constraints[n]}`" for n in fewest)
+    names = " and ".join(f"`{one}`" for one in fewest)
     leave = "leaves" if len(fewest) == 1 else "contradict each other: together they leave"
     could = ", ".join(f"{name} ({_bits_of(group, size):.6g} bits)" for name, size in sizes.items())
     reason = f" ({because})" if because else ""
@@ -295,26 +294,22 @@ def _contradiction(
     )
 
 
-def _broken(
-    constraint: LayerConstraint, group: SelectableGroup, name: str, size: int
-) -> str | None:
-    """How a scheme breaks a constraint; None where it keeps it."""
+def _keeps(constraint: LayerConstraint, group: SelectableGroup, name: str, size: int) -> bool:
+    """Whether a scheme, under which a fusion group has so many bytes, keeps a constraint."""
     if constraint.kind == "fixed":
-        return None if name in constraint.value.split(",") else f"{constraint}"
+        return name in constraint.value.split(",")
     limit = _bits(constraint.value)
     if limit is not None:
         bits = _bits_of(group, size)
-        keeps = bits >= limit if constraint.kind == "at_least" else bits <= limit
-        return None if keeps else f"{constraint}: it has {bits:.6g} bits per weight"
+        return bits >= limit if constraint.kind == "at_least" else bits <= limit
     scheme = parse_scheme(name)
     named = parse_granularity(constraint.value, where=str(constraint))
     for layer in group.layers:
         shared = _weights_per_scale(scheme, layer)
-        most = (named.rows or layer.out_features) * (named.columns or layer.in_features)
-        keeps = shared <= most if constraint.kind == "at_least" else shared >= most
-        if not keeps:
-            return f"{constraint}: {_counted(shared, 'weight')} share a scale"
-    return None
+        limit = (named.rows or layer.out_features) * (named.columns or layer.in_features)
+        if shared > limit if constraint.kind == "at_least" else shared < limit:
+            return False
+    return True
 
 
 def _bits_of(group: SelectableGroup, size: int) -> float:
