@@ -27,7 +27,7 @@ from mofq.decision.timing import (
     time_figures,
     unquantized_seconds,
 )
-from mofq.decision.uniform import best_uniform
+from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError
 
@@ -149,7 +149,8 @@ def _notes(
         error = predict(problem, uniform[1]).value
         is_as_good = error <= chosen.prediction.value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
-            notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
+            every = "layer" if has_uniform(problem, uniform[0]) else "layer that has a choice"
+            notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")
     stats = table.header.stats
     if problem.unit == KL_UNIT and stats is not None and stats.samples < _FEW_SAMPLES:
         notes.append(

@@ -147,6 +147,16 @@ def best_uniform(
     return name, choice_F
 
 
+def has_uniform(problem: Problem, scheme: str) -> bool:
+    """Whether every layer may have a scheme, those without a choice too."""
+    with_it = {
+        int(group)
+        for group, name in zip(problem.group_P, problem.schemes, strict=True)
+        if name == scheme
+    }
+    return all(one.cached or number in with_it for number, one in enumerate(problem.groups))
+
+
 def uniform_choice(
     problem: Problem,
     scheme: str,
