@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ from mofq.api.options import Engine, Model, Option, documented
 from mofq.api.preconditions import check_engine
 
 if TYPE_CHECKING:
+    from mofq.evidence.constraints import Selection
     from mofq.evidence.spaces import Offer
     from mofq.model.checkpoint.headers import Checkpoint
     from mofq.model.layers import LinearLayer, ModelLayers
@@ -29,6 +30,7 @@ class InspectResult:
     space: str | Path
     offers: tuple[Offer, ...] | None  #: what each group may have; None: nothing was asked for
     notes: tuple[str, ...] = ()  #: what is unusual about the model
+    selections: tuple[Selection, ...] = ()  #: how many layers each selector of the space names
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for machines."""
@@ -57,9 +59,11 @@ class InspectResult:
                 one.group.name: {
                     "schemes": [scheme.name for scheme in one.schemes],
                     "rejected": one.rejected,
+                    "barred": dict(one.barred),
                 }
                 for one in self.offers
             }
+            content["selections"] = [asdict(one) for one in self.selections]
         return content
 
 
@@ -82,7 +86,7 @@ def inspect(
         MofqError: The model, the engine or the search space is not valid.
     """
     from mofq.engines import legality
-    from mofq.evidence.spaces import load_search_space, offer_schemes
+    from mofq.evidence.spaces import load_search_space, offer_schemes, selected_layers
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.notes import notes_on
@@ -91,10 +95,13 @@ def inspect(
     layers = find_layers(checkpoint, include_lm_head=lm_head)
     check_engine(engine, layers)
     offers = None
+    selections: tuple[Selection, ...] = ()
     if space is not None or engine is not None:
+        loaded = load_search_space(space or DEFAULT_SPACE)
+        selections = selected_layers(loaded, layers)
         offers = tuple(
             offer_schemes(
-                load_search_space(space or DEFAULT_SPACE),
+                loaded,
                 layers.groups,
                 legality=None if engine is None else legality(engine),
                 has_stats=True,
@@ -108,6 +115,7 @@ def inspect(
         space or DEFAULT_SPACE,
         offers,
         notes_on(checkpoint, layers),
+        selections,
     )
 
 

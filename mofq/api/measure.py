@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -17,6 +17,7 @@ from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import Stats
+    from mofq.evidence.constraints import Selection
     from mofq.evidence.measure.fill_table import Remotely
     from mofq.evidence.table import Table
 
@@ -32,6 +33,7 @@ class MeasureResult:
     stats: Stats | None
     is_new: bool  #: whether anything was measured that the table did not have
     seconds: float
+    selections: tuple[Selection, ...] = ()  #: how many layers each selector of the space names
 
     def to_json(self) -> dict[str, Any]:
         """What the table holds, for machines."""
@@ -46,6 +48,7 @@ class MeasureResult:
             "table": str(self.output),
             "seconds": round(self.seconds, 2),
             "unseen": {corpus: list(names) for corpus, names in unseen.items()},
+            "selections": [asdict(one) for one in self.selections],
         }
 
     def summary(self) -> list[str]:
@@ -55,6 +58,7 @@ class MeasureResult:
             f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
+            *(f"  {one}." for one in self.selections),
             *_rejections(self.table),
         ]
         if self.stats is not None:
@@ -98,7 +102,7 @@ def measure(
         MofqError: An input is not valid; the message says which and what to do.
     """
     from mofq.engines import cache_legality, legality
-    from mofq.evidence.spaces import load_search_space
+    from mofq.evidence.spaces import load_search_space, selected_layers
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
@@ -112,6 +116,7 @@ def measure(
     checkpoint = open_checkpoint(str(model))
     layers = find_layers(checkpoint)
     check_engine(engine, layers)
+    selections = selected_layers(loaded_space, layers)
     for note in notes_on(checkpoint, layers):
         (tell or silent)(note)
 
@@ -144,6 +149,7 @@ def measure(
         stats=opened,
         is_new=_count_lines(path) > rows_before,
         seconds=monotonic() - start,
+        selections=selections,
     )
 
 

@@ -221,6 +221,8 @@ Validations = Annotated[
 ]
 #: ``NAME=SOURCE`` each, or sources that name themselves, or names with their sources.
 Corpora = Mapping[str, str] | Sequence[str]
+#: ``LAYERS=VALUE`` each, or selectors with their values.
+LayerValues = Mapping[str, str | float] | Sequence[str]
 AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", positional=True)]
 
 
@@ -259,6 +261,17 @@ class Choices:
     space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
         None
     )
+    fixed: Annotated[
+        LayerValues,
+        Option("LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16'; repeatable.", flag="--fix"),
+    ] = ()
+    at_least: Annotated[
+        LayerValues,
+        Option("LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'attn.*=g64'; repeatable."),
+    ] = ()
+    at_most: Annotated[
+        LayerValues, Option("The same, as the most bits or the finest granularity; repeatable.")
+    ] = ()
     unit: Annotated[str | None, Option("Of the rows to use; nats where there are.")] = None
     corpus_weights: CorpusWeights = None
     max_kv_bits: Annotated[

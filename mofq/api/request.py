@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
-from mofq.api.options import Budget, Choices, Method, Timing
+from mofq.api.options import Budget, Choices, LayerValues, Method, Timing
 from mofq.exceptions import MofqError, nearest_name, option
 
 if TYPE_CHECKING:
     from mofq.decision import Budgets, Request
     from mofq.decision.request import TimeRequest
+    from mofq.evidence.constraints import ConstraintKind, LayerConstraint
 
 
 def make_request(
@@ -55,6 +56,11 @@ def make_request(
         kv_cache=choices.decides_cache,
         kv_tokens=choices.kv_tokens,
         kv_formats=_cache_formats(choices.kv_formats),
+        constraints=(
+            *_constraints("fixed", choices.fixed),
+            *_constraints("at_least", choices.at_least),
+            *_constraints("at_most", choices.at_most),
+        ),
     )
 
 
@@ -92,6 +98,22 @@ def _pairs(text: str) -> list[tuple[str, float]]:
                 f"NAME=NUMBER, and a comma between them: en=3,pt=1."
             )
     return pairs
+
+
+def _constraints(kind: ConstraintKind, values: LayerValues) -> list[LayerConstraint]:
+    """Constraints from ``LAYERS=VALUE``, or from selectors with their values."""
+    from mofq.decision.request import CONSTRAINT_FLAGS
+    from mofq.evidence.constraints import parse_constraint
+
+    if isinstance(values, Mapping):
+        pairs = [(selector, str(value)) for selector, value in values.items()]
+    else:
+        pairs = [(one.partition("=")[0], one.partition("=")[2]) for one in values]
+    flag = CONSTRAINT_FLAGS[kind]
+    return [
+        parse_constraint(kind, selector, value, where=f"{flag} {selector}")
+        for selector, value in pairs
+    ]
 
 
 def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets:

@@ -461,7 +461,7 @@ def _check_budget(
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
-    from mofq.evidence.spaces import load_search_space, offer_schemes
+    from mofq.evidence.spaces import load_search_space, offer_schemes, selected_layers
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.layers.model_class import check_next_tokens
@@ -473,6 +473,7 @@ def _check_budget(
     layers = find_layers(checkpoint)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
+    selected_layers(loaded, layers)
     offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
     if not budgets.any_given and any(one.is_unquantized for one in loaded.schemes):
         raise BudgetError(

@@ -111,6 +111,7 @@ def search(
         MofqError: No recipe meets the budgets, or an input is not valid.
     """
     from mofq.decision import decide
+    from mofq.decision.constraint_cost import constraint_note
     from mofq.decision.explain import check_layers
     from mofq.decision.explain import explain as explain_layer
     from mofq.decision.serving import engine_refusals
@@ -141,6 +142,8 @@ def search(
         )
     else:
         decision = decide(opened, request)
+    if note := constraint_note(opened, request, decision):
+        decision = replace(decision, notes=(*decision.notes, note))
     if path is not None:
         save_recipe(decision.recipe, path, tell)
     return SearchResult(

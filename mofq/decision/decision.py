@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.from_table import request_problem
+from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
@@ -26,8 +27,9 @@ from mofq.decision.timing import (
     time_figures,
     unquantized_seconds,
 )
-from mofq.decision.uniform import best_uniform
+from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.table import FEW_SAMPLES, Table
+from mofq.exceptions import BudgetError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +68,10 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     """
     problem = request_problem(table, request) if problem is None else problem
     budgets = request_budgets(table, problem, request)
-    chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
+    try:
+        chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_blamed_constraints(table, request)}") from None
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)
@@ -100,6 +105,21 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     )
 
 
+def _blamed_constraints(table: Table, request: Request) -> str:
+    """That constraints are why no recipe meets the budgets, where they are."""
+    constraints = asked_constraints(table, request)
+    if not constraints:
+        return ""
+    free = request_problem(table, request, is_constrained=False)
+    budgets = request_budgets(table, free, request)
+    try:
+        choose(free, budgets, solver=request.solver, ties=request.ties)
+    except BudgetError:
+        return ""
+    named = ", ".join(f"`{one}`" for one in constraints)
+    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."
+
+
 def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:
     """Whether a choice is within every budget but that in nats."""
     constraints = budget_constraints(problem, budgets)
@@ -126,7 +146,8 @@ def _notes(
         error = predict(problem, uniform[1]).value
         is_as_good = error <= chosen.prediction.value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
-            notes.append(f"{uniform[0]} for every layer is as small and predicted as good.")
+            every = "layer" if has_uniform(problem, uniform[0]) else "layer that has a choice"
+            notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")
     linear = {budget.name for budget in budgets.linear}
     notes += [
         f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "

@@ -64,7 +64,9 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     ]
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
-    problem = request_problem(table, Request(Budgets(), kv_cache=bool(caches)))
+    problem = request_problem(
+        table, Request(Budgets(), kv_cache=bool(caches)), is_constrained=False
+    )
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []

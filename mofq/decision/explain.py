@@ -9,10 +9,10 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
 from mofq.decision.decision import Decision
+from mofq.decision.offers import refused_schemes
 from mofq.decision.prediction import Estimate, paired_loss
 from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
-from mofq.decision.serving import refusals_by
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, nearest_name, option
 
@@ -91,7 +91,7 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
         why=_why(chosen, alternatives, prices, was_measured=_was_measured(decision)),
         prices=prices,
         alternatives=tuple(alternatives),
-        rejected=_rejected(table, request.engine, group.name) | apart,
+        rejected=refused_schemes(table, request).get(group.name, {}) | apart,
     )
 
 
@@ -203,15 +203,3 @@ def _why(
         f"{best.scheme} is the better deal by itself; {chosen} fills what the other layers leave "
         f"of the budget."
     )
-
-
-def _rejected(table: Table, engine: str | None, group: str) -> dict[str, str]:
-    """What the space refused to the group, and what the engine of the request refuses."""
-    rejected = {one.scheme: one.reason for one in table.rejections if one.group == group}
-    if engine is not None:
-        refuses = refusals_by(engine, table)
-        for scheme in sorted({row.scheme for row in table.rows if row.group == group}):
-            reason = refuses(group, scheme)
-            if reason is not None:
-                rejected[scheme] = reason
-    return rejected

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mofq.decision.offers import Legal, Offers, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
     Objective,
@@ -16,7 +17,8 @@ from mofq.decision.problem import (
 )
 from mofq.decision.request import Request, weights_in_order
 from mofq.engines import cache_legality, legality
-from mofq.evidence.table import UNITS, Row, Table, TableGroup, TableSpace
+from mofq.evidence.constraints import LayerConstraint
+from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import CacheLayer
@@ -29,9 +31,6 @@ TENSOR_MSE = "tensor_mse"
 #: The most telling first.
 _PREFERRED_UNITS = (KL_UNIT, "output_mse", "relative_weight_error")
 
-#: Whether a fusion group may have a scheme: what an engine adds.
-Legal = Callable[[TableGroup, str], bool]
-
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest:
@@ -42,7 +41,7 @@ class CacheRequest:
     one_format: bool = False  #: for all layers but those that are left as they are
 
 
-def request_problem(table: Table, request: Request) -> Problem:
+def request_problem(table: Table, request: Request, *, is_constrained: bool = True) -> Problem:
     """The rows of a table that a request may choose from; see `problem_from_table`."""
     is_legal = None
     if request.engine is not None:
@@ -58,6 +57,8 @@ def request_problem(table: Table, request: Request) -> Problem:
         objective=request.objective,
         space=request.space,
         is_legal=is_legal,
+        constraints=request.constraints,
+        is_constrained=is_constrained,
         caches=_cache_request(request) if request.kv_cache else None,
     )
 
@@ -83,6 +84,8 @@ def problem_from_table(
     objective: Objective = "mean",
     space: str | None = None,
     is_legal: Legal | None = None,
+    constraints: Sequence[LayerConstraint] = (),
+    is_constrained: bool = True,
     caches: CacheRequest | None = None,
 ) -> Problem:
     """What a table offers, as a problem for the solvers.
@@ -93,9 +96,11 @@ def problem_from_table(
             error, else the relative weight error. Or ``tensor_mse``.
         corpus_weights: What each corpus counts in the mean; None: all the same.
         objective: What several corpora add up to.
-        space: Only the schemes, base and min_gain of this search space; by default those of
-            all spaces of the table together, with the largest min_gain.
+        space: Only what this search space offers to each fusion group, its base and its
+            min_gain; by default what any space of the table offers, with the largest min_gain.
         is_legal: Which schemes a fusion group may have; by default all that are measured.
+        constraints: Beside those of the space.
+        is_constrained: Whether constraints count, those of the space included.
         caches: How the format of the KV cache is decided too; by default it is not.
 
     Returns:
@@ -105,35 +110,37 @@ def problem_from_table(
         TableError: The unit or space is not in the table, or a group has no row; the weights
             are not of the table's corpora; or the cache is asked for, and the table has no
             formats of it in nats.
+        SearchSpaceError: A constraint names no layer, or some leave a group no scheme.
     """
     unit = _unit(table, unit)
     unit_of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
     names = _corpora(table, unit_of_rows)
-    spaces = _spaces(table, space)
+    spaces = spaces_of(table, space)
+    offers = Offers(
+        table,
+        spaces,
+        is_legal=is_legal,
+        constraints=constraints,
+        is_constrained=is_constrained,
+    )
     if caches is not None:
         _check_caches(table, unit)
-    offered = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
     by_corpus = [table.rows_of(unit_of_rows, name) for name in names]
     rows_of = partial(_complete, unit_of_rows, names, by_corpus)
-
-    def is_offered(rows: Sequence[Row]) -> bool:
-        return not spaces or rows[0].scheme in offered
 
     groups = []
     for group in table.header.groups:
         rows = rows_of(group.name)
-        legal = [
-            one
-            for one in rows
-            if is_offered(one) and (is_legal is None or is_legal(group, one[0].scheme))
-        ]
-        groups.append(_layer_group(group, unit, legal, rows))
+        offer = offers.of(group, {one[0].scheme: one[0].bytes for one in rows})
+        offered = [one for one in rows if one[0].scheme in offer.schemes]
+        groups.append(_layer_group(group, unit, offered, rows))
     if caches is not None:
+        formats = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
         for cache in table.caches:
             legal = [
                 one
                 for one in rows_of(cache.name)
-                if is_offered(one)
+                if (not spaces or one[0].scheme in formats)
                 and (caches.is_legal is None or caches.is_legal(one[0].scheme, cache))
             ]
             groups.append(_cache_group(cache, legal))
@@ -187,16 +194,6 @@ def _corpus_weights(
             f"--stats, or leave the weights out."
         )
     return weights_in_order(weights, corpora)
-
-
-def _spaces(table: Table, name: str | None) -> Sequence[TableSpace]:
-    if name is None:
-        return table.spaces
-    found = [one for one in table.spaces if one.name == name]
-    if not found:
-        names = [one.name for one in table.spaces]
-        raise TableError(f"the search space {name!r} was not measured." + nearest_name(name, names))
-    return found[-1:]
 
 
 def _check_caches(table: Table, unit: str) -> None:

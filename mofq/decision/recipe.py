@@ -78,6 +78,7 @@ class MadeByKeys:
     engine: Text | None = None
     space: Text | None = None
     space_sha256: _Hash | None = None
+    constraints: Text | None = None  #: on layers, of the search space and the request
     table_sha256: _Hash | None = None
     stats_sha256: _Hash | None = None
     #: whether the sequences of the statistics begin with it

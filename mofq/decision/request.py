@@ -11,9 +11,13 @@ from mofq.decision.budgets import Budgets
 from mofq.decision.problem import Objective
 from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import Workload
+from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.spaces import Offer
 from mofq.exceptions import BudgetError, TableError, nearest_name, option
 from mofq.model.sizes import group_bytes, weights_of
+
+#: Of `mofq search`.
+CONSTRAINT_FLAGS = {"fixed": "--fix", "at_least": "--at-least", "at_most": "--at-most"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Request:
     kv_cache: bool = False  #: whether the format of the KV cache is decided too
     kv_tokens: int = 0  #: of context, whose cache counts into a budget of size
     kv_formats: tuple[str, ...] | None = None  #: of the cache, beside bf16; None: all
+    constraints: tuple[LayerConstraint, ...] = ()  #: beside those of the search space
 
 
 def request_flags(request: Request) -> str:
@@ -55,6 +60,7 @@ def request_flags(request: Request) -> str:
         ("--max-kv-bits", None if bits is None else repr(bits).removesuffix(".0")),
         ("--kv-tokens", str(request.kv_tokens) if request.kv_tokens else None),
         *(("--kv-cache", name) for name in request.kv_formats or ()),
+        *((CONSTRAINT_FLAGS[c.kind], f"{c.layers}={c.value}") for c in request.constraints),
     ]
     return "".join(f" {flag} {shlex.quote(text)}" for flag, text in named if text is not None)
 
@@ -101,7 +107,7 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
     Raises:
         BudgetError: The message names the smallest size.
     """
-    smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.schemes) for o in offers)
+    smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.choices) for o in offers)
     weights = weights_of(offer.group for offer in offers)
     if budgets.max_bits is not None and not 8 * smallest / weights <= budgets.max_bits:
         least = math.ceil(1e4 * 8 * smallest / weights) / 1e4

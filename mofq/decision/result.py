@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mofq import __version__
 from mofq.decision.exact import Solution
+from mofq.decision.offers import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
@@ -80,11 +81,13 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         made["numerics"] = table.header.numerics
     if request.engine is not None:
         made["engine"] = request.engine
-    spaces = {one.name: one for one in table.spaces if request.space in (None, one.name)}
+    spaces = spaces_of(table, request.space)
     if spaces:
-        made["space"] = ", ".join(spaces)
+        made["space"] = ", ".join(dict.fromkeys(one.name for one in spaces))
     if len(spaces) == 1:
-        made["space_sha256"] = next(iter(spaces.values())).sha256
+        made["space_sha256"] = spaces[0].sha256
+    if constraints := asked_constraints(table, request):
+        made["constraints"] = "; ".join(map(str, constraints))
     if stats is not None:
         made["stats_sha256"] = stats.sha256
         hashes = sorted(one[:_HASH_DIGITS] for one in stats.corpora.values())

@@ -150,22 +150,30 @@ def best_uniform(
     return name, choice_F
 
 
+def has_uniform(problem: Problem, scheme: str) -> bool:
+    """Whether every layer may have a scheme, those without a choice too."""
+    with_it = {
+        int(group)
+        for group, name in zip(problem.group_P, problem.schemes, strict=True)
+        if name == scheme
+    }
+    return all(one.cached or number in with_it for number, one in enumerate(problem.groups))
+
+
 def uniform_choice(
     problem: Problem,
     scheme: str,
     choice_F: IntArray | None = None,
     *,
     cache: str = "bf16",
-    keeps_single: bool = False,
 ) -> IntArray | None:
-    """One scheme for every layer.
+    """One scheme for every layer; a fusion group that may have one scheme alone keeps that.
 
     Args:
         problem: What may be chosen.
         scheme: Of the layers.
         choice_F: Whose formats of the KV cache are taken.
         cache: The format of all caches, where there is no such choice.
-        keeps_single: Whether a fusion group with a single option keeps that.
 
     Returns:
         One option of each group; None: a group does not have the scheme.
@@ -178,7 +186,7 @@ def uniform_choice(
         options = problem.options_of(number)
         wanted = cache if group.cached else scheme
         same = [p for p in options if problem.schemes[p] == wanted]
-        if not same and not (keeps_single and len(options) == 1):
+        if not same and len(options) > 1:
             return None
         chosen.append(same[0] if same else options[0])
     return np.array(chosen, dtype=np.int64)

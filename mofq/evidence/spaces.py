@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, TypeAdapter
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, WithJsonSchema
 
+from mofq.evidence.constraints import (
+    ConstraintKind,
+    LayerConstraint,
+    Selection,
+    barred_schemes,
+    check_selector,
+    constraints_by_group,
+    parse_constraint,
+    select,
+)
 from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
 from mofq.files.documents import parse_yaml, read_text
 from mofq.files.validated import (
@@ -32,7 +41,8 @@ from mofq.files.validated import (
     validate,
 )
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
-from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
+from mofq.model.layers import FUSION_RULES, CacheLayer, FusionGroup, LinearLayer, ModelLayers
+from mofq.model.sizes import group_bytes
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 SEARCH_SPACE_VERSION: Literal[1] = 1
@@ -45,6 +55,29 @@ Legality = Callable[[Scheme, FusionGroup], str | None]
 CacheLegality = Callable[[str, CacheLayer], str | None]
 
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
+
+
+def _as_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _as_text(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+#: Of a constraint: one scheme, or several of which one is chosen.
+_Schemes = Annotated[
+    SomeNames,
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+#: Of a constraint: bits per weight, or a granularity.
+_Limit = Annotated[
+    Name,
+    BeforeValidator(_as_text),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}),
+]
 
 
 @only_these_keys
@@ -70,8 +103,22 @@ class SearchSpaceFile:
         ),
     ] = 10.0
     exclude: Annotated[
-        tuple[Name, ...], Field(description="shell patterns of layer names that stay as they are")
+        tuple[Name, ...], Field(description="selectors of layers that stay as they are")
     ] = ()
+    fixed: Annotated[
+        dict[Name, _Schemes],
+        Field(
+            description="selector of layers -> the scheme that they get, or several to choose of"
+        ),
+    ] = field(default_factory=dict)
+    at_least: Annotated[
+        dict[Name, _Limit],
+        Field(description="selector of layers -> fewest bits per weight, or coarsest granularity"),
+    ] = field(default_factory=dict)
+    at_most: Annotated[
+        dict[Name, _Limit],
+        Field(description="selector of layers -> most bits per weight, or finest granularity"),
+    ] = field(default_factory=dict)
     kv_cache: Annotated[
         SomeNames,
         Field(
@@ -105,9 +152,10 @@ class SearchSpace:
     candidates: tuple[Candidate, ...]
     base: tuple[str, ...]  #: canonical scheme names, in file order
     min_gain: float
-    exclude: tuple[str, ...]  #: shell patterns of layer names
+    exclude: tuple[str, ...]  #: selectors of layers
     sha256: str  #: of all that changes a number (not of comments and description)
     kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
+    constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen; all is measured
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -131,6 +179,13 @@ class Offer:
     group: FusionGroup
     schemes: tuple[Scheme, ...]
     rejected: dict[str, str]  #: scheme name -> why not
+    #: Of ``schemes``, which are measured, those that no recipe may have: name -> why not.
+    barred: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> tuple[Scheme, ...]:
+        """What a recipe may have."""
+        return tuple(scheme for scheme in self.schemes if scheme.name not in self.barred)
 
 
 def find_search_spaces() -> dict[str, Path]:
@@ -180,6 +235,7 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     candidates = _without_repeats(candidates)
     base = _base(file.base, candidates, f"{where}: base")
     kv_cache = _cache_schemes(file.kv_cache, f"{where}: kv_cache")
+    constraints = _constraints(file, candidates, where)
     return SearchSpace(
         name,
         file.description,
@@ -187,9 +243,35 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
         base=base,
         min_gain=file.min_gain,
         exclude=file.exclude,
-        sha256=_digest(candidates, base, file.min_gain, file.exclude, kv_cache),
+        sha256=_digest(candidates, base, file.min_gain, file.exclude, kv_cache, constraints),
         kv_cache=kv_cache,
+        constraints=constraints,
     )
+
+
+def _constraints(
+    file: SearchSpaceFile, candidates: Sequence[Candidate], where: str
+) -> tuple[LayerConstraint, ...]:
+    written: dict[ConstraintKind, Mapping[str, str]] = {
+        "fixed": {selector: ",".join(names) for selector, names in file.fixed.items()},
+        "at_least": file.at_least,
+        "at_most": file.at_most,
+    }
+    found = [
+        parse_constraint(kind, selector, value, where=f"{where}: {kind}: {selector}")
+        for kind, values in written.items()
+        for selector, value in values.items()
+    ]
+    offered = {scheme.name for one in candidates for scheme in one.schemes}
+    for one in found:
+        names = one.value.split(",") if one.kind == "fixed" else []
+        missing = next((name for name in names if name not in offered), None)
+        if missing is not None:
+            raise SearchSpaceError(
+                f"{where}: fixed: {one.layers}: {missing!r} is not among the schemes."
+                + nearest_name(missing, offered)
+            )
+    return tuple(found)
 
 
 def _cache_schemes(entries: Sequence[str], where: str) -> tuple[CacheScheme, ...]:
@@ -249,6 +331,7 @@ def _digest(
     min_gain: float,
     exclude: tuple[str, ...],
     kv_cache: tuple[CacheScheme, ...],
+    constraints: tuple[LayerConstraint, ...],
 ) -> str:
     content: dict[str, Any] = {
         "candidates": [[scheme.name for scheme in one.schemes] for one in candidates],
@@ -258,6 +341,8 @@ def _digest(
     }
     if kv_cache:  # spaces of before there was such a key keep their hash
         content["kv_cache"] = [scheme.name for scheme in kv_cache]
+    if constraints:
+        content["constraints"] = list(map(str, constraints))
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -293,6 +378,32 @@ def statistics_rejection(scheme: Scheme) -> str | None:
     return None
 
 
+def selected_layers(space: SearchSpace, layers: ModelLayers) -> tuple[Selection, ...]:
+    """How many layers each selector of a search space names: of ``exclude``, then constraints.
+
+    An lm_head may be excluded although no recipe quantizes it, also where it is tied.
+
+    Args:
+        space: The search space.
+        layers: Of the model.
+
+    Raises:
+        SearchSpaceError: A selector names no layer; the message suggests the nearest names.
+    """
+    heads = FUSION_RULES[layers.architecture].lm_heads
+    alone = dict.fromkeys([*(one.name for one in layers.unquantized), *heads])
+    where = f"search space {space.name}"
+    excluded = [
+        check_selector(one, layers.groups, what=f"{where}: exclude {one}", unquantized=alone)
+        for one in space.exclude
+    ]
+    constrained = [
+        check_selector(one.layers, layers.groups, what=f"{where}: {one}")
+        for one in space.constraints
+    ]
+    return (*excluded, *constrained)
+
+
 def offer_schemes(
     space: SearchSpace,
     groups: Sequence[FusionGroup],
@@ -312,9 +423,22 @@ def offer_schemes(
         One offer for each group, in their order; schemes in the order of the file.
 
     Raises:
-        SearchSpaceError: Nothing fits some group; the message names it and the reasons.
+        SearchSpaceError: Nothing fits some group, or constraints leave it nothing; the message
+            names it and the reasons.
     """
-    return tuple(_offer(space, group, legality, has_stats) for group in groups)
+    excluded: dict[str, str] = {}
+    for pattern in space.exclude:
+        for name, layers in select(pattern, groups).items():
+            excluded.setdefault(name, f"{layers[0]}: excluded by {pattern!r}")
+    constrained = constraints_by_group(space.constraints, groups)
+    offers = []
+    for group in groups:
+        offer = _offer(space, group, legality, has_stats, excluded.get(group.name))
+        constraints = constrained.get(group.name, ())
+        sizes = {scheme.name: group_bytes(group, scheme) for scheme in offer.schemes}
+        barred = barred_schemes(constraints, group, sizes, because=excluded.get(group.name))
+        offers.append(replace(offer, barred=barred))
+    return tuple(offers)
 
 
 def offer_caches(
@@ -346,10 +470,13 @@ def offer_caches(
 
 
 def _offer(
-    space: SearchSpace, group: FusionGroup, legality: Legality | None, has_stats: bool
+    space: SearchSpace,
+    group: FusionGroup,
+    legality: Legality | None,
+    has_stats: bool,
+    excluded: str | None,
 ) -> Offer:
     unquantized = parse_scheme("bf16")
-    excluded = _exclusion(space, group)
     if excluded is not None:
         rejected = {scheme.name: excluded for scheme in space.schemes if scheme != unquantized}
         return Offer(group, (unquantized,), rejected)
@@ -369,14 +496,6 @@ def _offer(
             f"Add one that does, list its layers under `exclude`, or offer bf16."
         )
     return Offer(group, tuple(offered), rejected)
-
-
-def _exclusion(space: SearchSpace, group: FusionGroup) -> str | None:
-    for pattern in space.exclude:
-        for layer in group.layers:
-            if fnmatchcase(layer.name, pattern):
-                return f"{layer.name}: excluded by {pattern!r}"
-    return None
 
 
 def _rejection(

@@ -13,6 +13,7 @@ import numpy as np
 
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
+from mofq.decision.offers import asked_constraints, refused_schemes
 from mofq.decision.problem import IntArray, option_bits
 from mofq.decision.recipe import recipe_text
 from mofq.evidence.table import Table
@@ -83,7 +84,8 @@ def page_data(
         "kv_tokens": problem.kv_tokens,
         "other_bytes": problem.other_bytes,
         "schemes": [_scheme_data(name) for name in schemes],
-        "groups": _groups(table, problem, schemes),
+        "constraints": list(map(str, asked_constraints(table, drawing.request))),
+        "groups": _groups(drawing, schemes),
         **_points(table, problem, points, table_path),
         "references": [
             asdict(one) | {"schemes": [schemes.index(name) for name in one.schemes]}
@@ -131,16 +133,15 @@ def element_name(name: str) -> str:
     return "bf16" if weight is None else weight.element.name
 
 
-def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict[str, Any]]:
+def _groups(drawing: Drawing, schemes: Sequence[str]) -> list[dict[str, Any]]:
     """Fusion groups, then the caches of attention layers: no weights, some numbers a token."""
+    table, problem = drawing.table, drawing.problem
     layers: dict[str, list[list[Any]]] = {
         group.name: [[one.name, one.out_features, one.in_features] for one in group.layers]
         for group in table.header.groups
     }
     layers |= {one.name: [[one.module, one.kv_heads, one.head_size]] for one in table.caches}
-    rejected: dict[str, list[list[str]]] = {}
-    for one in table.rejections:
-        rejected.setdefault(one.group, []).append([one.scheme, one.reason])
+    refused = refused_schemes(table, drawing.request)
     amax = {(row.group, row.scheme): row.static_amax for row in table.rows if row.static_amax}
     groups = []
     places = map_places(table, problem)
@@ -159,7 +160,7 @@ def _groups(table: Table, problem: Problem, schemes: Sequence[str]) -> list[dict
                 "weights": group.weights,
                 "layers": layers[group.name],
                 "options": options,
-                "rejected": rejected.get(group.name, []),
+                "rejected": [[*pair] for pair in refused.get(group.name, {}).items()],
                 "profile": profile_data([p for p in table.profiles if p.group == group.name]),
                 "cached": group.cached,
             }

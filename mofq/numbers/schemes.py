@@ -248,7 +248,7 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
         raise SchemeError(
             f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
         )
-    granularity = _parse_granularity(scheme_name, words[1])
+    granularity = parse_granularity(words[1], where=f"scheme {scheme_name!r}")
     outliers = [word for word in words[2:] if _OUTLIERS.fullmatch(word)][:1]
     options = [word for word in words[2:] if word not in outliers]
     symmetric, scale_word = _parse_options(scheme_name, options, default_scale)
@@ -294,11 +294,16 @@ def _look_up(scheme_name: str, what: str, word: str, known: Mapping[str, _Value]
     return known[word]
 
 
-def _parse_granularity(scheme_name: str, word: str) -> Granularity:
+def parse_granularity(word: str, *, where: str) -> Granularity:
+    """Parse a granularity as it stands in a scheme name, e.g. ``"g64"``.
+
+    Raises:
+        SchemeError: It is none; the message begins with ``where``.
+    """
     match = _GRANULARITY.fullmatch(word)
     if match is None:
         raise SchemeError(
-            f"scheme {scheme_name!r}: unknown granularity {word!r}. "
+            f"{where}: unknown granularity {word!r}. "
             f"Known: unscaled, tensor, channel, token, gK (a group of K), pegK, blockN, blockNxM."
         )
     if match[1]:

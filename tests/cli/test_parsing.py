@@ -26,25 +26,27 @@ FLAGS = {
     "measure": "model --space -o --output --stats --engine --device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
-    "--unit --objective --ties --model --text --refine --tokens --sequence-length --bos "
-    "--device --stats --trials --multi-objective --storage --workers --seed",
+    "--fix --at-least --at-most --unit --objective --ties --model --text --refine --tokens "
+    "--sequence-length --bos --device --stats --trials --multi-objective --storage --workers "
+    "--seed",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
     "--engine --tokens --sequence-length --bos --sequences --device",
     "demo": "-o --output",
-    "frontier": "table --unit --engine --space --max-kv-bits --kv-tokens --kv-cache --polish",
+    "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
+    "--kv-tokens --kv-cache --polish",
     "diff": "first second --table",
     "spaces": "",
     "formats": "",
     "engines": "",
     "devices": "",
     "advise": "model --device-model --deployment --recovery --tp",
-    "explore": "table recipes --validation --unit --engine --space --max-kv-bits --kv-tokens "
-    "--kv-cache -o --output",
-    "plot": "table recipes --kind -o --output --validation --unit --engine --space --max-kv-bits "
-    "--kv-tokens --kv-cache",
+    "explore": "table recipes --validation --unit --engine --space --fix --at-least --at-most "
+    "--max-kv-bits --kv-tokens --kv-cache -o --output",
+    "plot": "table recipes --kind -o --output --validation --unit --engine --space --fix "
+    "--at-least --at-most --max-kv-bits --kv-tokens --kv-cache",
     "recipe uniform": "model scheme -o --output --stats",
     "recipe from": "folder -o --output --model",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +276,8 @@ def test_a_new_scheme_adds_rows_and_scores_nothing_again(
         return quantize_block(layer, block_RI)
 
     monkeypatch.setattr(rounded, "quantize_block", note)
-    table = fill(
-        tiny_llama, path, stats, space_of("int4.g32", "nf4.g64", "int8.channel+int8.token")
-    )
+    more = replace(space_of("int4.g32", "nf4.g64", "int8.channel+int8.token"), name="more")
+    table = fill(tiny_llama, path, stats, more)
     assert path.read_bytes().startswith(before)
     assert set(scored) == {parse_scheme("nf4.g64").weight}
     assert len(scored) == sum(len(group.layers) for group in groups_of(tiny_llama))

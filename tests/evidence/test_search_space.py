@@ -14,11 +14,12 @@ from mofq.evidence.spaces import (
     load_search_space,
     offer_schemes,
     parse_search_space,
+    selected_layers,
     shape_rejection,
     statistics_rejection,
 )
 from mofq.exceptions import SearchSpaceError
-from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -233,6 +234,52 @@ def test_an_excluded_layer_keeps_its_whole_fusion_group_as_it_is() -> None:
     assert names(down.schemes) == ["int8.channel"]
 
 
+def test_a_space_says_which_layers_its_selectors_name() -> None:
+    found = space(
+        "schemes: [int8.channel]\nexclude: [lm_head, '*.down_proj']\nfixed: {attn.qkv: bf16}"
+    )
+    model = ModelLayers("llama", (QKV, DOWN), (), tied_lm_head=True, other_bytes=0)
+    assert [(one.layers, one.groups) for one in selected_layers(found, model)] == [
+        (1, 0),
+        (1, 1),
+        (2, 1),
+    ]
+    for text in ("exclude: ['*.gate_proj']", "at_most: {'*.gate_proj': 8}"):
+        wrong = space(f"schemes: [int8.channel]\n{text}")
+        with pytest.raises(SearchSpaceError, match=r"search space mine: .*matches no layer"):
+            selected_layers(wrong, model)
+
+
+def test_constraints_are_on_what_is_chosen_and_not_on_what_is_measured() -> None:
+    found = space(
+        "schemes: [int8.channel, int4.g32]\n"
+        "fixed: {'*.down_proj': [int8.channel, bf16]}\n"
+        "at_least: {'attn.*': 4.5, '*': channel}\n"
+        "at_most: {mlp.down: 15}"
+    )
+    assert [str(one) for one in found.constraints] == [
+        "fixed *.down_proj=int8.channel,bf16",
+        "at_least attn.*=4.5",
+        "at_least *=channel",
+        "at_most mlp.down=15",
+    ]
+    qkv, down = offer_schemes(found, [QKV, DOWN])
+    assert names(down.schemes) == names(qkv.choices) == ["int8.channel", "int4.g32", "bf16"]
+    assert names(down.choices) == ["int8.channel"]
+    assert down.barred == {
+        "int4.g32": "fixed *.down_proj=int8.channel,bf16",
+        "bf16": "at_most mlp.down=15",
+    }
+
+
+def test_a_constraint_on_an_excluded_layer_that_it_cannot_keep_is_refused() -> None:
+    found = space("schemes: [int8.channel]\nexclude: ['*.k_proj']\nat_most: {'*': 9}")
+    with pytest.raises(
+        SearchSpaceError, match=r"`at_most \*=9` leaves no .*bf16 \(16 bits\) \(l\.0\.k_proj: excl"
+    ):
+        offer_schemes(found, [QKV, DOWN])
+
+
 def test_a_group_that_nothing_fits_is_an_error_with_the_reasons() -> None:
     found = space("schemes: [int8.g128]\noffer_unquantized: false")
     with pytest.raises(SearchSpaceError, match=r"no scheme fits layers\.0\.attn\.qkv .*got 576"):
@@ -250,6 +297,8 @@ def test_the_hash_changes_with_what_changes_a_number_and_not_with_words() -> Non
         "schemes: [int8.channel, int4.g32]\nbase: [int8.channel]",
         "schemes: [int8.channel, int4.g32]\nmin_gain: 9",
         "schemes: [int8.channel, int4.g32]\nexclude: [x]",
+        "schemes: [int8.channel, int4.g32]\nfixed: {x: bf16}",
+        "schemes: [int8.channel, int4.g32]\nat_least: {x: 8}",
         "schemes: [int8.channel, int4.g32]\noffer_unquantized: false",
     ):
         assert space(change).sha256 != plain.sha256
@@ -270,6 +319,12 @@ def test_the_hash_changes_with_what_changes_a_number_and_not_with_words() -> Non
         ("schemes: [int8.channel]\nmin_gain: .inf", "min_gain: must be a number, found '.inf'"),
         ("schemes: [int8.channel]\nmin_gain: 1e999", "min_gain: must be a finite number"),
         ("schemes: [int8.channel]\nbase: [int8.tensor]", "Did you mean 'int8.channel'"),
+        ("schemes: [int8.channel]\nfixed: {'*': int8.tensor}", r"fixed: \*: .*'int8.channel'"),
+        ("schemes: [int8.channel]\nfixed: {'*': 8}", r"fixed: \*: must be a list, found 8"),
+        ("schemes: [int8.channel]\nfixed: ['*']", "fixed: must be a mapping"),
+        ("schemes: [int8.channel]\nat_least: {'*': true}", r"at_least: \*: must be text, found"),
+        ("schemes: [int8.channel]\nat_most: {'*': -1}", r"at_most: \*: must be a number of bits"),
+        ("schemes: [int8.channel]\nat_most: {'*': eight}", r"at_most: \*: .*granularity 'eight'"),
         ("schemes: [int8.channel]\nschemes: [int4.g32]", "line 3: the key 'schemes' stands twice"),
         ("schemes: ['int8.g[64,x]']", "a bracket holds group sizes"),
         ("schemes: ['int8.g[]']", "a bracket holds group sizes"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import (
     Rejection,
     Row,
@@ -97,6 +98,38 @@ def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert table.rejections == (rejection,)
     assert table.rows == (weight_row(), nats_row(), static)
     assert table.sha256 == sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_space_keeps_its_exclusions_and_constraints_in_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    space = dataclasses.replace(
+        SPACE,
+        exclude=("first:1",),
+        candidates=(("int8.channel",), ("int4.g64", "int4.g32"), ("bf16",)),
+        constraints=(LayerConstraint("at_least", "attn.*", "8"),),
+    )
+    with open_table(path, header()) as writer:
+        writer.add_space(SPACE)  # of a version that did not note them
+        writer.add_space(space)
+        before = path.read_bytes()
+        other = dataclasses.replace(space, sha256="9" * 64, exclude=())
+        with pytest.raises(
+            TableError, match=r"another definition of the search space 'w8a8' \(sha"
+        ):
+            writer.add_space(other)
+        assert path.read_bytes() == before
+        writer.add_space(dataclasses.replace(other, name="more"))
+        # As where a space that comes with mofq has grown.
+        writer.add_space(
+            dataclasses.replace(
+                space,
+                sha256="8" * 64,
+                schemes=(*space.schemes, "int6.g64"),
+                candidates=(*(space.candidates or ()), ("int6.g64",)),
+            )
+        )
+    assert [one.name for one in read_table(path).spaces] == ["w8a8", "w8a8", "more", "w8a8"]
+    assert read_table(path).spaces[1] == space
 
 
 @pytest.mark.parametrize("older", [None, NUMERICS - 1])

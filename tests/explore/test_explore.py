@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
 from mofq.decision.recipe import write_recipe
+from mofq.evidence.constraints import parse_constraint
 from mofq.evidence.table import Extent, Profile, Table, read_table
 from mofq.exceptions import MofqError, RecipeError
 from mofq.explore.channel_profiles import profile_data
@@ -355,3 +356,21 @@ def test_the_command_writes_the_page(path: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["bytes"] == output.stat().st_size < 400_000
     page = json.loads(Page(output.read_text("utf-8")).of("script")[0][1])
     assert all(" --space test " in point["command"] for point in page["points"])
+
+
+@pytest.mark.long
+def test_a_page_keeps_constraints_and_says_which(table: Table, path: Path, tmp_path: Path) -> None:
+    some = (parse_constraint("fixed", "first:1", "bf16", where=""),)
+    data = data_of(table, path, request=Request(Budgets(), ties=False, constraints=some))
+    assert data["constraints"] == ["fixed first:1=bf16"]
+    first = [group for group in data["groups"] if group["decoder_layer"] == 0]
+    assert {len(group["options"]) for group in first} == {1}
+    assert ["int4.g32", "fixed first:1=bf16"] in first[0]["rejected"]
+    assert ["int4.g512", "256 is not divisible by 512"] in first[0]["rejected"]
+    point, text = data["points"][0], next(recipe_texts(data))
+    command = shlex.split(point["command"])
+    assert command[command.index("--fix") + 1] == "first:1=bf16"
+    result = CliRunner().invoke(app, [*command[1:-1], str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "recipe.yaml").read_text("utf-8") == text
+    assert data_of(table, path)["constraints"] == []

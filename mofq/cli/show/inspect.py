@@ -24,6 +24,8 @@ def show_inspection(result: InspectResult) -> None:
     if result.offers is not None:
         engine = f" on {result.engine}" if result.engine else ""
         _print_offers(f"search space {result.space}{engine}", result.offers)
+        for selection in result.selections:
+            note(f"{selection}.")
     next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", "-o", "stats")
 
 
@@ -65,13 +67,15 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
 
 
 def _print_offers(title: str, offers: Sequence[Offer]) -> None:
-    offered = Counter(scheme.name for offer in offers for scheme in offer.schemes)
+    offered = Counter(scheme.name for offer in offers for scheme in offer.choices)
     rows = [[name, f"{count} of {len(offers)}"] for name, count in offered.items()]
     print_table(title, ["scheme", "fusion groups that may have it"], rows)
     from mofq.evidence.refusals import count_refusals
 
     refused = count_refusals(
-        (offer.group.name, name, why) for offer in offers for name, why in offer.rejected.items()
+        (offer.group.name, name, why)
+        for offer in offers
+        for name, why in {**offer.rejected, **offer.barred}.items()
     )
     if refused:
         rows = [[", ".join(one.schemes), str(one.groups), one.reason] for one in refused]

@@ -55,6 +55,7 @@ def note_engines(result: SearchResult | RunResult) -> None:
 
 def _print_decision(decision: Decision, *, title: str) -> None:
     from mofq.decision import KL_UNIT
+    from mofq.decision.uniform import has_uniform
 
     recipe, number = decision.recipe, decision.recipe.figure
     rows = [
@@ -73,7 +74,9 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
         rows.append(["KL, measured on the text of the search", measured])
     if decision.uniform_error is not None:
-        name = f"best uniform of no more bytes: {recipe.result['uniform_scheme']}"
+        scheme = str(recipe.result["uniform_scheme"])
+        where = "" if has_uniform(decision.problem, scheme) else ", where layers have a choice"
+        name = f"best uniform of no more bytes: {scheme}{where}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
     rows += [] if number("seconds") is None else [_time_row(decision)]
     if decision.finer_layers:

@@ -109,7 +109,7 @@ def uniform_candidates(
     allowed_P = offered(problem, budgets)
     found = {}
     for name in dict.fromkeys(problem.schemes):
-        uniform_F = uniform_choice(problem, name, choice_F, keeps_single=True)
+        uniform_F = uniform_choice(problem, name, choice_F)
         if (
             uniform_F is not None
             and (uniform_F != choice_F).any()

@@ -83,10 +83,12 @@ def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
 
 
 def _noted(request: Request) -> dict[str, Any]:
-    """A request; without weights of corpora as before there were any, so that studies go on."""
+    """A request; without what it leaves out as before there was that, so that studies go on."""
     content = asdict(request)
     if request.corpus_weights is None:
         del content["corpus_weights"]
+    if not request.constraints:
+        del content["constraints"]
     return content
 
 

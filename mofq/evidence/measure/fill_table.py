@@ -176,6 +176,9 @@ def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
         min_gain=space.min_gain,
         engine=engine,
         mofq=__version__,
+        exclude=space.exclude,
+        candidates=tuple(tuple(s.name for s in one.schemes) for one in space.candidates),
+        constraints=space.constraints,
     )
 
 

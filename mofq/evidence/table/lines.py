@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from mofq import __version__
+from mofq.evidence.constraints import LayerConstraint
 from mofq.exceptions import TableError, nearest_name
 from mofq.files.documents import parse_json
 from mofq.files.validated import (
@@ -33,6 +34,7 @@ from mofq.files.validated import (
     NotNegative,
     Number,
     Sha256,
+    SomeNames,
     Text,
     UntitledSchema,
     only_these_keys,
@@ -204,6 +206,27 @@ class TableSpace:
     min_gain: NotNegative
     engine: Text | None
     mofq: Name  #: version that measured
+    #: Selectors of layers that stay as they are; None in tables of before 0.2.
+    exclude: tuple[Name, ...] | None = None
+    candidates: Annotated[
+        tuple[SomeNames, ...] | None,
+        Field(description="the schemes again; of several in one entry the first that fits counts"),
+    ] = None
+    constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen
+
+    def extends(self, other: TableSpace) -> bool:
+        """Whether this is the other definition with, at most, more schemes.
+
+        As where a space that comes with mofq has grown: what was measured goes on.
+        """
+        known = other.candidates
+        return (
+            (self.name, self.base, self.min_gain, self.constraints)
+            == (other.name, other.base, other.min_gain, other.constraints)
+            and (self.exclude or ()) == (other.exclude or ())
+            and set(self.schemes) >= set(other.schemes)
+            and (known is None or set(self.candidates or ()) >= set(known))
+        )
 
 
 @only_these_keys

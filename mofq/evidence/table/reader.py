@@ -66,11 +66,16 @@ class TableLines:
                 twice = next(name for name in names if names.count(name) > 1)
                 raise TableError(f"{where}: the {kind} {twice!r} stands twice in the header.")
 
+    @property
+    def spaces(self) -> tuple[TableSpace, ...]:
+        """What was asked for."""
+        return tuple(self._spaces)
+
     def table(self, sha256: str) -> Table:
         """All lines, as decisions take them."""
         return Table(
             self.header,
-            tuple(self._spaces),
+            self.spaces,
             tuple(self._rejections),
             rows=tuple(self.rows.values()),
             sha256=sha256,

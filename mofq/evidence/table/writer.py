@@ -72,7 +72,21 @@ class TableWriter:
         self._append([AddedCorpora(stats)])
 
     def add_space(self, space: TableSpace) -> None:
-        """Note what this run was asked for."""
+        """Note what this run was asked for.
+
+        Raises:
+            TableError: The table has another search space of this name, and not the same with
+                fewer schemes.
+        """
+        for known in self._lines.spaces:
+            is_same = known.sha256 == space.sha256 or space.extends(known)
+            if known.name == space.name and not is_same:
+                raise TableError(
+                    f"{self.path}: has another definition of the search space {space.name!r} "
+                    f"(sha256 {known.sha256[:8]}; asked for is {space.sha256[:8]}), and a search "
+                    f"could not tell them apart. Give the file of the new one another name, or "
+                    f"write to another table."
+                )
         self._append([space])
 
     def add_caches(self, caches: Iterable[CacheLayer]) -> None:

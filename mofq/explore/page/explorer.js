@@ -298,6 +298,7 @@ function start() {
     countText(data.schemes.length, "scheme"),
     corpora.length ? `${QUANTITY} from ${countText(data.samples, "sample")} of ${corpora.join(", ")}`
       : `${QUANTITY}, without calibration`,
+    ...data.constraints,
   ].join(" · ");
   byId("footer").textContent = `Table ${data.table_sha256} · frontier of ${countText(points.length, "recipe")}`;
   if (HAS_CONTEXT) byId("axis").textContent = `${SCALE[0]} of ${axisName(false)}`;

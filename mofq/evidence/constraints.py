@@ -1,0 +1,325 @@
+"""Constraints: what some layers must have, whatever the errors say; and which layers are meant.
+
+A selector names layers: a shell pattern of their names (``*.down_proj``), of the names of their
+fusion groups with or without the decoder layer (``layers.0.attn.qkv``, ``attn.*``), or the decoder
+layers at one end (``first:2``, ``last:1``). A fusion group gets one scheme, so that it is meant as
+a whole where one of its layers is named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import combinations
+from typing import Literal, Protocol, TypeVar
+
+from mofq.exceptions import SchemeError, SearchSpaceError
+from mofq.files.validated import Name, only_these_keys
+from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
+
+ConstraintKind = Literal["fixed", "at_least", "at_most"]
+
+_POSITION = re.compile(r"(first|last):(\d+)")
+#: Names that a message suggests for a selector that matches nothing.
+_SUGGESTED = 3
+
+
+class SelectableLayer(Protocol):
+    """A linear layer of a model or of a table."""
+
+    @property
+    def name(self) -> str:
+        """Of the module."""
+        ...
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        ...
+
+    @property
+    def decoder_layer(self) -> int | None:
+        """Its number; None outside of the decoder."""
+        ...
+
+
+class SelectableGroup(Protocol):
+    """A fusion group of a model or of a table."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``"layers.0.attn.qkv"``."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[SelectableLayer]:
+        """At least one."""
+        ...
+
+
+_Group = TypeVar("_Group", bound=SelectableGroup)
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class LayerConstraint:
+    """What the layers that a selector names must have; from `parse_constraint`."""
+
+    kind: ConstraintKind
+    layers: Name  #: a selector
+    #: Of ``fixed`` scheme names joined by commas; of the others true bits per weight, or a
+    #: granularity.
+    value: Name
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.layers}={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How much of a model a selector names."""
+
+    what: str  #: the selector, and what it is for
+    layers: int
+    groups: int  #: fusion groups that these layers are of
+
+    def __str__(self) -> str:
+        layers, groups = _counted(self.layers, "layer"), _counted(self.groups, "fusion group")
+        return f"{self.what}: {layers} in {groups}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def parse_constraint(
+    kind: ConstraintKind, selector: str, value: str, *, where: str
+) -> LayerConstraint:
+    """A constraint in its canonical form.
+
+    Args:
+        kind: What is asked of the layers.
+        selector: Which layers; whether it matches any is for `constraints_by_group` to say.
+        value: As `LayerConstraint` has it.
+        where: For messages.
+
+    Raises:
+        SearchSpaceError: The value is neither a scheme, nor a number of bits or a granularity.
+    """
+    if not selector or not value.strip():
+        raise SearchSpaceError(
+            f"{where}: write LAYERS=VALUE, e.g. '*.down_proj={'bf16' if kind == 'fixed' else '8'}'."
+        )
+    try:
+        if kind == "fixed":
+            names = (parse_scheme(name.strip()).name for name in value.split(","))
+            return LayerConstraint(kind, selector, ",".join(dict.fromkeys(names)))
+        return LayerConstraint(kind, selector, _parse_limit(value.strip()))
+    except SchemeError as problem:
+        raise SearchSpaceError(f"{where}: {problem}") from problem
+
+
+def _parse_limit(value: str) -> str:
+    bits = _bits(value)
+    if bits is None:
+        granularity = parse_granularity(value, where="bits per weight, or a granularity")
+        if granularity.kind not in ("tensor", "channel", "group", "block"):
+            raise SchemeError(f"no weights have the granularity {value!r}. Write e.g. g64.")
+        return granularity.name
+    if not (math.isfinite(bits) and bits >= 0):
+        raise SchemeError(f"must be a number of bits per weight, found {value}.")
+    return repr(bits).removesuffix(".0")
+
+
+def _bits(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def kind_of_group(group: SelectableGroup) -> str:
+    """The name of a fusion group without its decoder layer: ``"attn.qkv"``."""
+    return group.name.partition(f".{group.layers[0].decoder_layer}.")[2] or group.name
+
+
+def select(selector: str, groups: Iterable[_Group]) -> dict[str, tuple[str, ...]]:
+    """Fusion group -> those of its layers that a selector names; only groups that have any."""
+    groups = tuple(groups)
+    position = _POSITION.fullmatch(selector)
+    wanted = None if position is None else _at_the_end(position[1], int(position[2]), groups)
+    found = {}
+    for group in groups:
+        if wanted is not None:
+            names = [one.name for one in group.layers if one.decoder_layer in wanted]
+        elif any(fnmatchcase(name, selector) for name in (group.name, kind_of_group(group))):
+            names = [one.name for one in group.layers]
+        else:
+            names = [one.name for one in group.layers if fnmatchcase(one.name, selector)]
+        if names:
+            found[group.name] = tuple(names)
+    return found
+
+
+def _at_the_end(end: str, count: int, groups: Sequence[SelectableGroup]) -> set[int]:
+    """The first or last so many decoder layers; none where there are fewer."""
+    numbers = _decoder_layers(groups)
+    if not 0 < count <= len(numbers):
+        return set()
+    return set(numbers[:count] if end == "first" else numbers[-count:])
+
+
+def _decoder_layers(groups: Iterable[SelectableGroup]) -> list[int]:
+    layers = (layer.decoder_layer for group in groups for layer in group.layers)
+    return sorted({number for number in layers if number is not None})
+
+
+def check_selector(
+    selector: str,
+    groups: Sequence[SelectableGroup],
+    *,
+    what: str,
+    unquantized: Iterable[str] = (),
+) -> Selection:
+    """How much of a model a selector names.
+
+    Args:
+        selector: See the top of this module.
+        groups: Of the model.
+        what: The selector, and what it is for, in messages.
+        unquantized: Names of layers that no recipe quantizes, where these may be named too.
+
+    Raises:
+        SearchSpaceError: It names nothing; the message suggests the nearest names.
+    """
+    found = select(selector, groups)
+    alone = sum(fnmatchcase(name, selector) for name in unquantized)
+    if not found and not alone:
+        raise SearchSpaceError(f"{what} matches no layer.{_nearest_selector(selector, groups)}")
+    return Selection(what, sum(map(len, found.values())) + alone, len(found))
+
+
+def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
+    if _POSITION.fullmatch(selector):
+        return f" The model has {len(_decoder_layers(groups))} decoder layers."
+    rule = (
+        " A pattern has to match a whole name; * stands for any characters, and regular "
+        "expressions are not known."
+    )
+    names = [layer.name for group in groups for layer in group.layers]
+    if any(name.startswith(f"{selector}.") for name in names):
+        return f"{rule} Did you mean '{selector}.*'?"
+    words = selector.removeprefix("re:").strip("*.^$")
+    known = [*names, *dict.fromkeys(kind_of_group(group) for group in groups)]
+    near = get_close_matches(words, known, n=_SUGGESTED, cutoff=0.0)
+    return f"{rule} The nearest names are {', '.join(map(repr, near))}."
+
+
+def constraints_by_group(
+    constraints: Iterable[LayerConstraint], groups: Sequence[SelectableGroup]
+) -> dict[str, tuple[LayerConstraint, ...]]:
+    """Fusion group -> the constraints on it; only groups that have any.
+
+    Raises:
+        SearchSpaceError: A constraint names no layer.
+    """
+    found: dict[str, list[LayerConstraint]] = {}
+    for one in constraints:
+        check_selector(one.layers, groups, what=str(one))
+        for name in select(one.layers, groups):
+            found.setdefault(name, []).append(one)
+    return {name: tuple(some) for name, some in found.items()}
+
+
+def barred_schemes(
+    constraints: Sequence[LayerConstraint],
+    group: SelectableGroup,
+    sizes: Mapping[str, int],
+    *,
+    because: str | None = None,
+) -> dict[str, str]:
+    """The schemes that constraints take from a fusion group.
+
+    Args:
+        constraints: On the group.
+        group: Of a model or a table.
+        sizes: Scheme that it could have -> its bytes [bytes]; at least one.
+        because: Why it could have no other, where there is a reason to tell.
+
+    Returns:
+        Scheme -> the constraint that it breaks; never all of them.
+
+    Raises:
+        SearchSpaceError: No scheme keeps all constraints; the message names the fewest that
+            leave none, and what there is.
+    """
+    broken = {
+        name: [one for one in constraints if not _keeps(one, group, name, size)]
+        for name, size in sizes.items()
+    }
+    if all(broken.values()):
+        raise _contradiction(constraints, group, sizes, broken, because)
+    return {name: str(some[0]) for name, some in broken.items() if some}
+
+
+def _contradiction(
+    constraints: Sequence[LayerConstraint],
+    group: SelectableGroup,
+    sizes: Mapping[str, int],
+    broken: Mapping[str, Sequence[LayerConstraint]],
+    because: str | None,
+) -> SearchSpaceError:
+    fewest = next(
+        some
+        for count in range(1, len(constraints) + 1)
+        for some in combinations(constraints, count)
+        if all(set(some) & set(of_scheme) for of_scheme in broken.values())
+    )
+    names = " and ".join(f"`{one}`" for one in fewest)
+    leave = "leaves" if len(fewest) == 1 else "contradict each other: together they leave"
+    could = ", ".join(f"{name} ({_bits_of(group, size):.6g} bits)" for name, size in sizes.items())
+    reason = f" ({because})" if because else ""
+    return SearchSpaceError(
+        f"{names} {leave} no scheme to {group.name}, which could have {could}{reason}. Change "
+        f"{'it' if len(fewest) == 1 else 'one of them'}, or measure a scheme that fits."
+    )
+
+
+def _keeps(constraint: LayerConstraint, group: SelectableGroup, name: str, size: int) -> bool:
+    """Whether a scheme, under which a fusion group has so many bytes, keeps a constraint."""
+    if constraint.kind == "fixed":
+        return name in constraint.value.split(",")
+    limit = _bits(constraint.value)
+    if limit is not None:
+        bits = _bits_of(group, size)
+        return bits >= limit if constraint.kind == "at_least" else bits <= limit
+    scheme = parse_scheme(name)
+    named = parse_granularity(constraint.value, where=str(constraint))
+    for layer in group.layers:
+        shared = _weights_per_scale(scheme, layer)
+        limit = (named.rows or layer.out_features) * (named.columns or layer.in_features)
+        if shared > limit if constraint.kind == "at_least" else shared < limit:
+            return False
+    return True
+
+
+def _bits_of(group: SelectableGroup, size: int) -> float:
+    """True bits per weight of a fusion group of so many bytes."""
+    return 8 * size / sum(layer.out_features * layer.in_features for layer in group.layers)
+
+
+def _weights_per_scale(scheme: Scheme, layer: SelectableLayer) -> int:
+    """How many weights share a scale; an unquantized weight stands alone."""
+    if scheme.weight is None:
+        return 1
+    tile = scheme.weight.granularity
+    return (tile.rows or layer.out_features) * (tile.columns or layer.in_features)
