@@ -122,7 +122,7 @@ def test_what_another_tool_changed_beside_the_codes_is_seen(
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     changed = {
-        "model.norm.weight": 1.5,
+        "model.norm.weight": 2.0,
         "model.layers.0.self_attn.q_proj.weight": 2.0,
         "lm_head.weight": 0.5,
         f"{UP}.weight_scale": 4.0,

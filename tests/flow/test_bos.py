@@ -37,6 +37,7 @@ def massive_bos(tensors: dict[str, torch.Tensor]) -> None:
     embedding[256] = 0
     embedding[256, -1] = 1
     tensors["model.layers.0.self_attn.o_proj.weight"].zero_()
+    tensors["model.layers.0.post_attention_layernorm.weight"].fill_(1)
     for name in ("gate_proj", "up_proj"):
         weight_OI = tensors[f"model.layers.0.mlp.{name}.weight"]
         weight_OI[0] = 0
