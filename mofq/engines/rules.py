@@ -42,6 +42,7 @@ class Rule:
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
+    least_features: int = 1  #: inputs, and outputs of what the engine concatenates, at least
     hidden_multiple: int = 1  #: of the hidden size, which experts read and write
     out_features_multiple: int = 1  #: of what the engine concatenates; of each layer for experts
     shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
@@ -215,11 +216,18 @@ def _shape_problems(rule: Rule, group: ServedGroup, devices: int) -> Iterator[st
                 f"in_features % {rule.in_features_multiple} == 0; "
                 f"{part.layer.name} has {part.columns}{share}"
             )
+        if part.columns < rule.least_features:
+            yield (
+                f"at least {rule.least_features} inputs; "
+                f"{part.layer.name} has {part.columns}{share}"
+            )
     hidden = group.layers[0].in_features  # of the gate
     if experts and hidden % rule.hidden_multiple:
         yield f"a hidden size % {rule.hidden_multiple} == 0; it is {hidden}"
     rows = [part.rows for part in parts] if experts else [sum(part.rows for part in parts)]
     for count in rows:
+        if count < rule.least_features:
+            yield f"at least {rule.least_features} outputs; {group.name} has {count}{share}"
         if count % rule.out_features_multiple:
             yield (
                 f"out_features % {rule.out_features_multiple} == 0; {group.name} has {count}{share}"
