@@ -64,6 +64,7 @@ class CacheRule:
     source: str
     refused: str = ""  #: why it is not held as measured, and what to take instead
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    largest_head: int | None = None  #: channels of one head; None: any
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
     note: str = ""
 
@@ -201,7 +202,14 @@ def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
         return f"{where}: mofq knows no way to hand it a format of the KV cache; leave it bf16"
     for rule in engine.applicable_caches:
         if re.fullmatch(rule.schemes, scheme):
-            return f"{where}: {rule.refused} ({rule.source})" if rule.refused else None
+            if rule.refused:
+                return f"{where}: {rule.refused} ({rule.source})"
+            if rule.largest_head is not None and cache.head_size > rule.largest_head:
+                return (
+                    f"{where} holds {scheme} for heads of up to {rule.largest_head} channels; "
+                    f"{cache.name} has {cache.head_size} ({rule.source})"
+                )
+            return None
     return f"{where} holds no cache in {scheme}"
 
 

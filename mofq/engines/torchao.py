@@ -172,6 +172,7 @@ TORCHAO_GPU = Engine(
     rules=_GPU_RULES,
     can_cut=False,
     paths="Paths are below `torchao/`; `w` is `quantization/quantize_/workflows/`, `mx` is "
-    "`prototype/mx_formats/`. CPU: run; GPUs: read, not run.",
+    "`prototype/mx_formats/`. CPU: run. GPUs: what `quantize_` checks and makes was "
+    "executed; the products were read.",
 )
 TORCHAO_CPU = replace(TORCHAO_GPU, name="torchao-cpu", rules=_CPU_RULES)

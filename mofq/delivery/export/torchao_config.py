@@ -64,7 +64,7 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
     for group in layers.groups:
         scheme = schemes[group.name]
         if not scheme.is_unquantized:
-            configs[_pattern(group, layers.architecture)] = _config(
+            configs[_pattern(group, layers.architecture)] = layer_config(
                 scheme, where=group.layers[0].name
             )
     if not configs:
@@ -75,8 +75,16 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def _config(scheme: Scheme, *, where: str) -> Any:
-    """TorchAO's ``AOBaseConfig`` for a scheme; ``where`` names the layer in the message."""
+def layer_config(scheme: Scheme, *, where: str) -> Any:
+    """TorchAO's ``AOBaseConfig`` for a scheme.
+
+    Args:
+        scheme: Of a layer.
+        where: Names the layer in the message.
+
+    Raises:
+        BackendError: TorchAO has none.
+    """
     name = format_name(scheme).replace(".s-f32", "")
     for pattern, make in _CONFIGS.items():
         if re.fullmatch(pattern, name):
