@@ -1,8 +1,7 @@
 """Transformers 5.23.0, through compressed-tensors checkpoints.
 
 It decompresses to the model's dtype (NVFP4 and MXFP4 to bfloat16, so that a model in float32 stops)
-and emulates the activations: right numbers, no low-precision
-arithmetic.
+and emulates the activations: right numbers, no low-precision arithmetic.
 """
 
 from __future__ import annotations

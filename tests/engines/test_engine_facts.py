@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,16 @@ from mofq.evidence.spaces import shape_rejection
 from mofq.model.kv_schemes import is_cache_scheme
 from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
+from scripts.engines.ask_vllm import require_whole
 from scripts.engines.schemes import CPUS, MATRICES, AskedLayer, fusion_group
-from scripts.engines.selection import COMPANIONS, ON_CPU, group_rows, outcome, storage_to_ask
+from scripts.engines.selection import (
+    COMPANIONS,
+    ON_CPU,
+    case_of,
+    group_rows,
+    outcome,
+    storage_to_ask,
+)
 
 FOLDER = Path(mofq.engines.__file__).parent / "facts"
 #: Of layers: what is selected, and what devices can share.
@@ -372,10 +381,12 @@ def test_every_excuse_is_still_needed() -> None:
 
 
 #: Formats of the cache that selection takes, and what is known of the kernels -> words of the
-#: refusal. The kernel for CPUs rounds otherwise and reads one scale; vLLM doubts FP8 on Ampere.
+#: refusal. The kernel for CPUs rounds otherwise and reads one scale, and 0.32 selects it without
+#: asking whether it knows the format; vLLM doubts FP8 on Ampere.
 CACHES_NOT_SHOWN = {
     ("vllm-cpu", r"kv:fp8_e4m3\.(tensor|unscaled)"): "cuts codes off towards zero",
     ("vllm-cpu", r"kv:fp8_e4m3\.head"): "one scale for all heads",
+    ("vllm-cpu", r"kv:(int8|fp8_e4m3)\.token_head"): "are for the Triton backend",
     ("vllm-ampere", r"kv:fp8_e4m3\.(tensor|unscaled)"): "E5M2 the only FP8 cache",
 }
 
@@ -393,20 +404,20 @@ def cache_answers(facts: Path) -> Iterator[tuple[str, str, CacheLayer, str | Non
                     yield name, scheme, cache, reason, answers[scheme, layer, device]
 
 
-@pytest.mark.parametrize("path", CACHE_FACTS, ids=name_of)
-def test_a_format_of_the_cache_is_held_if_and_only_if_a_backend_takes_it(path: Path) -> None:
+def test_a_format_of_the_cache_is_held_if_and_only_if_a_backend_takes_it() -> None:
     unexplained, excuses = [], set()
-    for engine, scheme, cache, reason, answer in cache_answers(path):
-        if (reason is None) == ("error" not in answer):
-            continue
-        found = [
-            key
-            for key, words in CACHES_NOT_SHOWN.items()
-            if engine == key[0] and re.fullmatch(key[1], scheme) and words in str(reason)
-        ]
-        excuses.update(found)
-        if not found:
-            unexplained.append(f"{engine} {scheme} {cache.head_size}: {reason}; vLLM: {answer}")
+    for path in CACHE_FACTS:
+        for engine, scheme, cache, reason, answer in cache_answers(path):
+            if (reason is None) == ("error" not in answer):
+                continue
+            found = [
+                key
+                for key, words in CACHES_NOT_SHOWN.items()
+                if engine == key[0] and re.fullmatch(key[1], scheme) and words in str(reason)
+            ]
+            excuses.update(found)
+            if not found:
+                unexplained.append(f"{engine} {scheme} {cache.head_size}: {reason}; {answer}")
     assert unexplained == []
     assert excuses == CACHES_NOT_SHOWN.keys()
 
@@ -500,6 +511,31 @@ def test_a_kernel_and_its_inputs_tell_what_is_done_to_activations(
 ) -> None:
     answer = {"scheme": "Scheme", "kernel": kernel, "inputs": inputs, "scales": ""}
     assert outcome(scheme, answer)["activations"] == activations
+
+
+def test_a_case_has_what_an_export_writes_of_the_layer() -> None:
+    packed = case_of("int8.channel", "down 64x48 tp=8")
+    assert packed["config"]["config_groups"]["group_0"]["format"] == "pack-quantized"
+    tensors = {"weight_packed": [64, 12], "weight_scale": [64, 1]}
+    assert packed["stored"] == [{"shard": None, "tensors": tensors}]
+    heads = case_of("kv:fp8_e4m3.head", "128")
+    assert heads["scales"] == {"k_scale": [[[1.0]], [[0.5]]], "v_scale": [[[0.25]], [[0.125]]]}
+    assert case_of("kv:int8.token_head", "128")["cache_dtype"] == "int8_per_token_head"
+
+
+def test_a_part_that_no_device_loads_is_missed() -> None:
+    quarter, half = Fraction(1, 4), Fraction(1, 2)
+    require_whole("weight", [(half, Fraction(1)), (Fraction(0), half)])
+    for parts in ([(Fraction(0), half)], [(Fraction(0), quarter), (half, Fraction(1))], []):
+        with pytest.raises(ValueError, match="the rest by no device"):
+            require_whole("weight", parts)
+
+
+def test_packed_int8_is_not_cut_inside_a_word_and_int8_beside_int8_inputs_is() -> None:
+    for path in (FOLDER / "tensor_parallel").glob("*.json"):
+        _, answers = read_facts(path)
+        assert "error" in answers["int8.channel", "down 64x48 tp=8", "9.0"]
+        assert "error" not in answers["int8.channel+int8.token", "down 64x48 tp=8", "9.0"]
 
 
 def test_float32_scales_that_are_loaded_in_the_models_dtype_are_said_to_be_rounded() -> None:
