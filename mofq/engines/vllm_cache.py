@@ -1,9 +1,9 @@
 """What vLLM holds of the KV cache.
 
 Which backend vLLM 0.32.0 and 0.33.0 select for a format was executed (``facts/kv_cache``); what
-the kernels compute was read, in 0.32.0 where a line names no other version. An engine keeps one quantized
-format for the whole model; layers may be left as they are with ``--kv-cache-dtype-skip-layers``
-(``layers/attention/attention.py:300-314``).
+the kernels compute was read, in 0.32.0 where a line names no other version. An engine keeps one
+quantized format for the whole model; layers may be left as they are with
+``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
 """
 
 from __future__ import annotations
