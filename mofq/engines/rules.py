@@ -38,6 +38,7 @@ class Rule:
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
+    least_features: int = 1  #: inputs, and outputs of what the engine concatenates, at least
     hidden_multiple: int = 1  #: of the hidden size, which experts read and write
     out_features_multiple: int = 1  #: of what the engine concatenates; of each layer for experts
     shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
@@ -61,6 +62,7 @@ class CacheRule:
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     min_head_size: int = 1  #: channels of a head, at least
+    max_head_size: int | None = None  #: channels of a head, at most; None: any
     head_sizes: tuple[int, ...] = ()  #: channels of a head, one of these; empty: any
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
     note: str = ""
@@ -80,12 +82,15 @@ class CacheRule:
         if self.head_sizes:
             *first, last = map(str, self.head_sizes)
             return f"{', '.join(first)} or {last}"
+        if self.max_head_size is not None:
+            return f"at most {self.max_head_size}"
         return f"{self.min_head_size} or more" if self.min_head_size > 1 else ""
 
     def head_problem(self, cache: CacheLayer) -> str | None:
         """Why the heads of a layer do not fit, or None."""
         size = cache.head_size
-        if size >= self.min_head_size and (not self.head_sizes or size in self.head_sizes):
+        fits = self.min_head_size <= size <= (self.max_head_size or size)
+        if fits and (not self.head_sizes or size in self.head_sizes):
             return None
         return f"it needs heads of {self._heads} channels, and these have {size}"
 
@@ -230,11 +235,18 @@ def _shape_problems(rule: Rule, group: ServedGroup, devices: int) -> Iterator[st
                 f"in_features % {rule.in_features_multiple} == 0; "
                 f"{part.layer.name} has {part.columns}{share}"
             )
+        if part.columns < rule.least_features:
+            yield (
+                f"at least {rule.least_features} inputs; "
+                f"{part.layer.name} has {part.columns}{share}"
+            )
     hidden = group.layers[0].in_features  # of the gate
     if experts and hidden % rule.hidden_multiple:
         yield f"a hidden size % {rule.hidden_multiple} == 0; it is {hidden}"
     rows = [part.rows for part in parts] if experts else [sum(part.rows for part in parts)]
     for count in rows:
+        if count < rule.least_features:
+            yield f"at least {rule.least_features} outputs; {group.name} has {count}{share}"
         if count % rule.out_features_multiple:
             yield (
                 f"out_features % {rule.out_features_multiple} == 0; {group.name} has {count}{share}"

@@ -172,7 +172,8 @@ TORCHAO_GPU = Engine(
     rules=_GPU_RULES,
     can_cut=False,
     paths="Paths are below `torchao/`; `w` is `quantization/quantize_/workflows/`, `mx` is "
-    "`prototype/mx_formats/`. CPU: run; GPUs: read, not run. Rules are of kernels, which the "
-    "backend `torchao` takes in memory; `--engine` offers those that the export has a config for.",
+    "`prototype/mx_formats/`. CPU: run. GPUs: what `quantize_` checks and makes was executed; the "
+    "products were read. Rules are of kernels, which the backend `torchao` takes in memory; "
+    "`--engine` offers those that the export has a config for.",
 )
 TORCHAO_CPU = replace(TORCHAO_GPU, name="torchao-cpu", rules=_CPU_RULES)

@@ -1,7 +1,7 @@
 """Transformers 5.23.0, through compressed-tensors checkpoints.
 
-It decompresses to the model's dtype and emulates the activations: right numbers, no low-precision
-arithmetic.
+It decompresses to the model's dtype (NVFP4 and MXFP4 to bfloat16, so that a model in float32 stops)
+and emulates the activations: right numbers, no low-precision arithmetic.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ TRANSFORMERS = Engine(
     rules=_RULES,
     load="transformers.AutoModelForCausalLM.from_pretrained",
     can_cut=False,
-    paths="`run` marks what was run.",
+    paths="A scheme of every rule is run by a test, in bfloat16.",
 )

@@ -1,8 +1,9 @@
 """What vLLM holds of the KV cache.
 
-Lines are of vLLM 0.32.0 where no version stands before them; the kernels that write the cache are
-the same in 0.33.0. An engine keeps one quantized format for the whole model; layers may be
-left as they are with ``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
+Which backend vLLM 0.32.0 and 0.33.0 select for a format was executed (``facts/kv_cache``); what
+the kernels compute was read, in 0.32.0 where a line names no other version. An engine keeps one
+quantized format for the whole model; layers may be left as they are with
+``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ VLLM_CPU_CACHE: tuple[CacheRule, ...] = (
         source="vllm 0.32.0 v1/attention/backend.py:183, 323; cpu_attn.py:425-458",
     ),
     CacheRule(
+        r"kv:(int8|int4|fp8_e4m3)\.token_head.*",
+        refused="scales of token and head are for the Triton backend; leave the cache bf16",
+        source="vllm 0.32.0 v1/attention/backends/cpu_attn.py:57-62",
+    ),
+    CacheRule(
         r".*",
         refused="not known to hold the cache so; leave it bf16",
         source="vllm 0.32.0 v1/attention/backends/cpu_attn.py:57-62",
@@ -51,15 +57,35 @@ VLLM_CPU_CACHE: tuple[CacheRule, ...] = (
 VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
     CacheRule(
         _TENSOR,
-        source=f"{_CT}:1103-1145; v1/attention/backends/flash_attn.py:289-296, triton_attn.py:301",
-        min_capability=(8, 9),
+        source=f"{_CT}:1103-1145; v1/attention/backends/flash_attn.py:289-296",
+        min_capability=(9, 0),
         note=_QUERIES,
+    ),
+    CacheRule(
+        _TENSOR,
+        source=f"{_CT}:1103-1145; vllm 0.33.0 v1/attention/backends/flashinfer.py:2079-2085",
+        min_capability=(8, 9),
+        note="FlashInfer for heads of 64, 128 and 256 channels; for others the Triton backend, "
+        f"where {_QUERIES}",
+    ),
+    CacheRule(
+        r"kv:fp8_e4m3\.head",
+        source=f"{_CT}:1126-1130, 1157; v1/attention/backends/flash_attn.py:410-412",
+        min_capability=(10, 0),
+        max_head_size=128,
+        note=f"FlashAttention 4 alone; {_QUERIES}",
     ),
     CacheRule(
         r"kv:fp8_e4m3\.head",
         source=f"{_CT}:1126-1130, 1157; v1/attention/backends/flash_attn.py:410-412",
         min_capability=(9, 0),
         note=f"FlashAttention 3 alone; {_QUERIES}",
+    ),
+    CacheRule(
+        r"kv:fp8_e4m3\.head",
+        refused="no backend before compute capability 9.0 takes scales of heads; take "
+        "kv:int8.token_head, or leave it bf16",
+        source="vllm 0.33.0 v1/attention/backends/flash_attn.py:387-390; executed",
     ),
     CacheRule(
         r"kv:fp8_e4m3\.token_head",
@@ -72,10 +98,18 @@ VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
     CacheRule(
         r"kv:int8\.token_head",
         source=f"{_TRITON}; v1/attention/ops/triton_reshape_and_cache_flash.py:154-261",
-        min_capability=(8, 0),
+        min_capability=(7, 5),
         min_head_size=32,
         flag="--kv-cache-dtype",
         note="the Triton backend; a checkpoint cannot ask for it",
+    ),
+    CacheRule(
+        r"kv:fp8_e4m3\.(tensor|unscaled|token_head)",
+        refused="before compute capability 8.9 the Triton backend stops at FP8 E4M3, and vLLM "
+        "calls E5M2 the only FP8 cache that is usable there; take kv:int8.token_head, or leave it "
+        "bf16",
+        source="vllm 0.33.0 v1/attention/backends/triton_attn.py:515-524, "
+        "model_executor/layers/attention/attention.py:207-209",
     ),
     CacheRule(
         r"kv:int4\.token_head\.asym\.rht",

@@ -400,7 +400,9 @@ _RULES: tuple[Rule, ...] = (
         kernel="CompressedTensorsW8A16Fp8, Humming",
         layers="dense",
         min_capability=(7, 5),
+        in_features_multiple=4,
         source=f"{_CT}:915-920; kernels/scaled_mm/humming.py:22-82",
+        note="codes are read as 32-bit words",
     ),
     Rule(
         r"fp8_e4m3\.block128(\.s-f32)?",
@@ -516,7 +518,8 @@ _RULES: tuple[Rule, ...] = (
         layers="dense",
         min_capability=(10, 0),
         in_features_multiple=32,
-        source=f"{_KERNELS}__init__.py:555-563",
+        least_features=128,
+        source=f"{_KERNELS}__init__.py:555-563; mxfp8/flashinfer.py:28-37 (smaller: Marlin)",
     ),
     Rule(
         r"mxfp8\+mxfp8",
@@ -559,6 +562,7 @@ VLLM_GPU = Engine(
     "of 0.32.0 where no version stands before them; `ct` is "
     "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
     "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "
-    "and a rule that it contradicts fails a test; what kernels compute, and the cache, was read. "
+    "and a rule that it contradicts fails a test, and so were the attention's backend for a format "
+    "of the cache and what devices that share a layer load; what kernels compute was read. "
     "CPU: `run` marks what was run, with 0.32.0.",
 )

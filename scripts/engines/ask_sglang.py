@@ -128,7 +128,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     config.packed_modules_mapping = PACKED
     layer = torch.nn.Module()
     layer.tp_group = None  # not shared by devices
-    if case["kind"] != "dense":
+    if case["kind"] == "experts":
         scheme = config.get_moe_scheme(layer, case["prefix"])
         if scheme is None:
             return {"error": "no target is found, and weights are taken as unquantized"}

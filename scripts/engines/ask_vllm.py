@@ -6,7 +6,8 @@ Nothing of mofq is imported, and nothing of CUDA: vLLM's CUDA platform answers w
 that the request names, and the few questions that go to compiled code are answered by
 ``COMPILED``. Everything else is vLLM's: ``CompressedTensorsConfig`` parses the config, a layer is
 built by the class that its models build, and where Humming is selected, the code that a loaded
-layer runs decides what is done to its inputs.
+layer runs decides what is done to its inputs. Where devices share a layer, the share of each is
+built and a checkpoint's tensors are loaded into it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,13 @@ KEPT = {
         "cutlass_block_fp8_supported",
     ),
 }
-
-
-#: Modules that ask then for what selection does not use: norms, and quantizing while loading.
-OTHERS = {"vllm.kernels.oink_ops", "vllm.model_executor.layers.quantization.online.fp8"}
+#: Modules that ask then for what selection does not use: norms, quantizing while loading, and
+#: which kernels FlashAttention compiles before the first request.
+OTHERS = {
+    "vllm.kernels.oink_ops",
+    "vllm.model_executor.layers.quantization.online.fp8",
+    "vllm.v1.attention.backends.flash_attn",
+}
 
 
 class StopLoading(Exception):
@@ -159,6 +164,7 @@ def fake_cuda() -> None:
             return 1
 
     platforms._current_platform = FakedCudaPlatform()
+    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=128)
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda _: -1
     try:
         from humming.device import DeviceInfo
@@ -176,7 +182,7 @@ def fake_cuda() -> None:
 
 
 def start_groups() -> None:
-    """The process groups of one device, which layers ask for their share."""
+    """The process groups, which layers ask for their share; only layers are shared by devices."""
     import torch
     from vllm.distributed import parallel_state
 
@@ -189,53 +195,177 @@ def start_groups() -> None:
         cpu_group=None,
         device_group=None,
     )
-    for name in ("_TP", "_EP", "_DP", "_PP", "_PCP", "_DCP", "_WORLD", "_EPLB"):
+    for name in ("_EP", "_DP", "_PP", "_PCP", "_DCP", "_WORLD", "_EPLB"):
         if hasattr(parallel_state, name):
             setattr(parallel_state, name, alone)
+    parallel_state._TP = copy.copy(alone)
 
 
-def build_layer(case: dict[str, Any], device: str) -> Any:
-    """The layer of a case, as a model of vLLM builds it.
+def share_layers(devices: int, rank: int) -> None:
+    """Be one of several devices that share every layer."""
+    from vllm.distributed import parallel_state
+
+    parallel_state._TP.world_size = devices
+    parallel_state._TP.rank_in_group = rank
+
+
+def build_layer(case: dict[str, Any], device: str, rank: int = 0) -> Any:
+    """The layer of a case, as a model of vLLM builds it on one device.
 
     Args:
         case: ``config``, ``kind``, ``in_features``, ``out_features`` (of each layer that is
-            concatenated), ``prefix``.
+            concatenated), ``devices`` (that share it), ``prefix``.
         device: ``meta`` for shapes alone.
+        rank: Which of the devices.
 
     Returns:
         The module that holds the weights.
     """
     import torch
-    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
 
+    get_current_vllm_config().compilation_config.static_forward_context.clear()
+    share_layers(case["devices"], rank)
     config = CompressedTensorsConfig.from_config(copy.deepcopy(case["config"]))
     config.packed_modules_mapping = PACKED
-    size, outputs = case["in_features"], case["out_features"]
+    size, outputs, kind = case["in_features"], case["out_features"], case["kind"]
+    options = {
+        "params_dtype": served_dtype(),
+        "quant_config": config,
+        "prefix": case["prefix"],
+    }
     with torch.device(device):
-        if case["kind"] == "dense":
-            return MergedColumnParallelLinear(
-                size,
-                outputs,
-                bias=False,
-                params_dtype=served_dtype(),
-                quant_config=config,
-                prefix=case["prefix"],
+        if kind == "gate_up":
+            return linear.MergedColumnParallelLinear(size, outputs, bias=False, **options)
+        if kind == "down":
+            return linear.RowParallelLinear(size, outputs[0], bias=False, **options)
+        if kind == "qkv":
+            heads = [rows // case["head_size"] for rows in outputs]
+            return linear.QKVParallelLinear(
+                size, case["head_size"], heads[0], heads[1], bias=False, **options
             )
         from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
+        names = {"ckpt_names": ("w1", "w2", "w3")} if kind == "mixtral" else {}
         runner = FusedMoEFactory(
             num_experts=2,
             top_k=1,
             hidden_size=size,
             intermediate_size=outputs[0],
-            params_dtype=served_dtype(),
-            quant_config=config,
-            prefix=case["prefix"],
+            **names,
+            **options,
         )
     return next(m for m in runner.modules() if type(m).__name__ == "RoutedExperts")
+
+
+#: Where a part lies in a whole: from, to.
+Interval = tuple[Fraction, Fraction]
+
+
+def loaded_parts(layer: Any, shard: Any, tensors: dict[str, list[int]]) -> dict[str, Any]:
+    """What a device loads of the tensors of one layer of a checkpoint.
+
+    Args:
+        layer: Of that device.
+        shard: What vLLM calls the layer among those that it concatenates.
+        tensors: Name -> shape [rows, columns], as stored.
+
+    Returns:
+        Name -> interval of the outputs, interval of the inputs; None where nothing is loaded.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        """Lists what is copied from where to where."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[tuple[Any, Any]] = []
+
+        def __torch_dispatch__(self, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.copy_.default:
+                self.found.append((args[0], args[1]))
+            return function(*args, **(kwargs or {}))
+
+    parts: dict[str, Any] = {}
+    for name, (rows, columns) in tensors.items():
+        is_expert = shard in ("w1", "w2", "w3")
+        stem = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}[shard] if is_expert else ""
+        parameter = getattr(layer, stem + name)
+        stored = torch.empty(rows, columns, dtype=parameter.dtype, device="meta")
+        if is_expert:
+            arguments: list[Any] = [stem + name, shard, 0]
+        else:
+            arguments = [] if shard is None else [shard]
+        with Copies() as copies:
+            parameter.weight_loader(parameter, stored, *arguments)
+        assert len(copies.found) <= 1, f"{name} is copied in {len(copies.found)} parts"
+        parts[name] = None
+        for target, source in copies.found:
+            same = source.untyped_storage()._cdata == stored.untyped_storage()._cdata
+            if not same or target.shape != source.shape:
+                raise ValueError(f"{name} is changed while it is loaded")
+            if source.numel():
+                row, column = divmod(source.storage_offset(), columns)
+                height, width = source.shape
+                parts[name] = (
+                    (Fraction(row, rows), Fraction(row + height, rows)),
+                    (Fraction(column, columns), Fraction(column + width, columns)),
+                )
+    return parts
+
+
+def check_shares(case: dict[str, Any]) -> None:
+    """Build the share of every device and load a checkpoint into it.
+
+    Raises:
+        ValueError: A part of a tensor is on no device, or codes and scales of a device are not
+            those of the same weights.
+    """
+    devices = case["devices"]
+    layers = [build_layer(case, "meta", rank) for rank in range(devices)]
+    for stored in case["stored"]:
+        shard, tensors = stored["shard"], stored["tensors"]
+        held: dict[str, list[Any]] = {name: [] for name in tensors}
+        for rank, layer in enumerate(layers):
+            share_layers(devices, rank)
+            parts = loaded_parts(layer, shard, tensors)
+            for name, part in parts.items():
+                held[name].append(part)
+            for axis, what in enumerate(("outputs", "inputs")):
+                # One row or column is for all: a scale of channels, or of a tensor.
+                cut = {name: part and part[axis] for name, part in parts.items()}
+                cut = {name: part for name, part in cut.items() if tensors[name][axis] > 1}
+                if len(set(cut.values())) > 1:
+                    words = " and ".join(f"{name} {in_words(one)}" for name, one in cut.items())
+                    raise ValueError(f"device {rank} of {devices} holds other {what}: {words}")
+        for name, parts_of_devices in held.items():
+            for axis in (0, 1):
+                require_whole(name, [part[axis] for part in parts_of_devices if part])
+
+
+def in_words(part: Interval | None) -> str:
+    """An interval for a message."""
+    return "none" if part is None else f"{part[0]} to {part[1]}"
+
+
+def require_whole(name: str, parts: list[Interval]) -> None:
+    """Check that parts of a tensor cover it.
+
+    Raises:
+        ValueError: They do not.
+    """
+    reached = Fraction(0)
+    for start, end in sorted(parts):
+        if start <= reached:
+            reached = max(reached, end)
+    if reached != 1:
+        raise ValueError(f"{name} is loaded up to {reached} of it, and the rest by no device")
 
 
 def selected_kernel(method: Any) -> str:
@@ -252,16 +382,82 @@ def selected_kernel(method: Any) -> str:
     return " and ".join(names)
 
 
-def answer(case: dict[str, Any], config: Any) -> dict[str, Any]:
+def answer(case: dict[str, Any]) -> dict[str, Any]:
     """What vLLM makes of one case: scheme, kernel, and what Humming does to inputs."""
+    if case["kind"] == "attention":
+        return attention_answer(case)
     layer = build_layer(case, "meta")
     method = getattr(layer, "scheme", None) or layer.quant_method
     kernel = selected_kernel(method)
     found = {"scheme": type(method).__name__, "kernel": kernel, "scales": scale_dtype(layer)}
     if "Humming" in kernel:
-        config.compilation_config.static_forward_context.clear()
         found["inputs"] = humming_inputs(build_layer(case, "cpu"))
+    check_shares(case)
     return found
+
+
+def attention_answer(case: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of an attention with a format of the KV cache, on the last device.
+
+    Args:
+        case: ``config``, ``heads``, ``kv_heads``, ``head_size``, ``devices`` (that share it),
+            ``cache_dtype`` (the server's flag), ``scales`` (name -> numbers, as stored),
+            ``prefix``.
+
+    Raises:
+        ValueError: A scale is another one after loading than in the checkpoint.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    class NoBuffers(TorchFunctionMode):
+        """Makes a backend's buffers on a GPU shapes alone."""
+
+        def __torch_function__(self, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+            options = dict(kwargs or {})
+            if str(options.get("device")).startswith("cuda"):
+                options["device"] = "meta"
+            return function(*args, **options)
+
+    devices, kv_heads = case["devices"], case["kv_heads"]
+    settings = get_current_vllm_config()
+    settings.compilation_config.static_forward_context.clear()
+    settings.cache_config.cache_dtype = case["cache_dtype"]
+    config = CompressedTensorsConfig.from_config(copy.deepcopy(case["config"]))
+    config.total_num_heads, config.total_num_kv_heads = case["heads"], kv_heads
+    share_layers(devices, devices - 1)
+    with NoBuffers():
+        layer = Attention(
+            case["heads"] // devices,
+            case["head_size"],
+            case["head_size"] ** -0.5,
+            max(1, kv_heads // devices),
+            cache_config=settings.cache_config,
+            quant_config=config,
+            prefix=case["prefix"],
+        )
+    for name, numbers in case["scales"].items():
+        parameter, stored = getattr(layer, name), torch.tensor(numbers)
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        loader(parameter, stored)
+    layer.quant_method.process_weights_after_loading(layer)
+    for name, numbers in case["scales"].items():
+        stored = torch.tensor(numbers).flatten()
+        expected = stored[-layer.num_kv_heads :] if len(stored) > 1 else stored
+        loaded = getattr(layer, f"_{name}").flatten()
+        if not torch.equal(loaded, expected):
+            raise ValueError(f"{name} is {loaded.tolist()}, stored as {expected.tolist()}")
+    return {
+        "backend": layer.attn_backend.get_name(),
+        "cache": layer.kv_cache_dtype,
+        "queries": "kept" if layer.query_quant is None else "quantized",
+    }
 
 
 def scale_dtype(layer: Any) -> str:
@@ -336,12 +532,14 @@ def answers(cases: list[dict[str, Any]], backend: str) -> Iterator[dict[str, Any
         enforce_eager=False,
         hf_config=model,
         hf_text_config=model,
+        is_mm_prefix_lm=False,
+        rswa_window=None,
+        is_diffusion=False,
     )
     for case in cases:
-        config.compilation_config.static_forward_context.clear()
         with set_current_vllm_config(config):
             try:
-                yield answer(case, config)
+                yield answer(case)
             except Exception as error:  # whatever stops the engine is the answer
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 place = f"{Path(last.filename).name}, {last.line}"

@@ -25,15 +25,29 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any, cast
 
+from mofq.decision.recipe import Recipe, RecipeCache
+from mofq.delivery.export.compressed_tensors.encoding import plan_layer
+from mofq.delivery.export.compressed_tensors.kv_cache import plan_cache
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.engines import ENGINES
 from mofq.engines.exports.compressed_tensors import Storage, storage_of
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import ModelLayers
+from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme, static_keys
+from mofq.model.layers import CacheLayer, ModelLayers
 from mofq.numbers.schemes import Scheme, parse_scheme
-from scripts.engines.schemes import CPUS, GPUS, LAYERS, SCHEMES, fusion_group
+from scripts.engines.schemes import (
+    ATTENTIONS,
+    CPUS,
+    HEAD_SIZE,
+    KINDS,
+    MATRICES,
+    AskedAttention,
+    Matrix,
+    asked_layer,
+    fusion_group,
+)
 
 HERE = Path(__file__).parent
 FACTS = HERE.parents[1] / "mofq" / "engines" / "facts"
@@ -44,6 +58,8 @@ COMPANIONS = {
 }
 #: Engines that run on CPUs as well.
 ON_CPU = {"vllm"}
+#: Which matrices an engine's script can answer.
+ASKED = {"vllm": ("selection", "tensor_parallel", "kv_cache"), "sglang": ("selection",)}
 #: Longest error text that is kept.
 ERROR_LENGTH = 160
 
@@ -60,17 +76,18 @@ def main() -> None:
         parser.error(f"write one of {', '.join(COMPANIONS)}, '==' and a version")
     wheels = [fetch_wheel(requirement)]
     wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
-    answers = ask_engine(name, make_venv(), wheels)
-    facts = {
-        "engine": name,
-        "version": version,
-        "with": sorted(wheel.name for wheel in wheels[1:]),
-        "rows": group_rows(answers),
-    }
-    FACTS.mkdir(exist_ok=True)
-    path = FACTS / f"{name}-{version}.json"
-    path.write_text(format_facts(facts), encoding="utf-8")
-    print(f"{path}: {len(facts['rows'])} rows")
+    python = make_venv()
+    for matrix in ASKED[name]:
+        facts = {
+            "engine": name,
+            "version": version,
+            "with": sorted(wheel.name for wheel in wheels[1:]),
+            "rows": group_rows(ask_engine(name, python, wheels, MATRICES[matrix])),
+        }
+        path = FACTS / matrix / f"{name}-{version}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(format_facts(facts), encoding="utf-8")
+        print(f"{path}: {len(facts['rows'])} rows")
 
 
 def cache_folder() -> Path:
@@ -167,11 +184,13 @@ def platform_of(device: str, setting: str) -> dict[str, Any]:
     }
 
 
-def ask_engine(name: str, python: Path, wheels: list[Path]) -> dict[Case, dict[str, Any]]:
-    """What an engine answers for every scheme, layer and device, under our rules' settings."""
-    cases = {(scheme, layer): case_of(scheme, layer) for scheme in SCHEMES for layer in LAYERS}
+def ask_engine(
+    name: str, python: Path, wheels: list[Path], matrix: Matrix
+) -> dict[Case, dict[str, Any]]:
+    """What an engine answers to a matrix, under our rules' settings."""
+    cases = {(s, layer): case_of(s, layer) for s in matrix.schemes for layer in matrix.layers}
     asked = {key: case for key, case in cases.items() if "config" in case}
-    gpus = [f"{major}.{minor}" for major, minor in GPUS]
+    gpus = [f"{major}.{minor}" for major, minor in matrix.gpus]
     answers: dict[Case, dict[str, Any]] = {}
     for devices in (gpus, list(CPUS)) if name in ON_CPU else (gpus,):
         platforms = [
@@ -191,18 +210,18 @@ def ask_engine(name: str, python: Path, wheels: list[Path]) -> dict[Case, dict[s
         for (device, setting, keys), found in zip(platforms, found_by_platform, strict=True):
             for (scheme, layer), answer in zip(keys, found, strict=True):
                 key = (scheme, layer, f"{device} {setting}".strip())
-                answers[key] = outcome(parse_scheme(scheme), answer)
-    return by_scheme(answers)
+                answers[key] = outcome(scheme, answer)
+    return in_order(answers, matrix)
 
 
-def by_scheme(answers: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
-    """Answers in the order of `schemes`, and of the devices as they were asked."""
+def in_order(answers: Mapping[Case, dict[str, Any]], matrix: Matrix) -> dict[Case, dict[str, Any]]:
+    """Answers in the order of the matrix, and of the devices as they were asked."""
     devices = list(dict.fromkeys(device for _, _, device in answers))
-    layers = list(LAYERS)
+    layers = list(matrix.layers)
 
     def place(case: Case) -> tuple[int, int, int]:
         scheme, layer, device = case
-        return SCHEMES.index(scheme), layers.index(layer), devices.index(device)
+        return matrix.schemes.index(scheme), layers.index(layer), devices.index(device)
 
     return {case: answers[case] for case in sorted(answers, key=place)}
 
@@ -231,15 +250,16 @@ def run(
 
 def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
     """A case for `ask_vllm.py`; without ``config`` where nothing can be written down."""
-    kind, in_features, out_features = LAYERS[layer]
-    group, scheme = fusion_group(layer), parse_scheme(scheme_name)
+    if is_cache_scheme(scheme_name):
+        return cache_case(scheme_name, ATTENTIONS[layer])
+    asked, group, scheme = asked_layer(layer), fusion_group(layer), parse_scheme(scheme_name)
+    kind = KINDS[asked.kind]
     storage = storage_to_ask(scheme)
     if storage is None:
         return {}
-    architecture = "llama" if kind == "dense" else "qwen3_moe"
     plan = ExportPlan(
         checkpoint=cast("Checkpoint", None),  # the config is written without looking at it
-        model_layers=ModelLayers(architecture, (group,), (), False, 0),
+        model_layers=ModelLayers(kind.architecture, (group,), (), False, 0),
         quantized=(PlannedGroup(group, scheme, storage, {}),),
         ignored=("lm_head",),
         kept=(),
@@ -248,12 +268,65 @@ def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
         group_bytes=0,
     )
     return {
-        "kind": kind,
-        "prefix": "model.layers.0.mlp." + ("gate_up_proj" if kind == "dense" else "experts"),
-        "in_features": in_features,
-        "out_features": list(out_features),
+        "kind": asked.kind,
+        "prefix": f"model.layers.0.{kind.module}",
+        "in_features": asked.in_features,
+        "out_features": list(asked.out_features),
+        "devices": asked.devices,
+        "head_size": HEAD_SIZE,
         "config": quantization_config(plan),
+        "stored": stored_tensors(scheme, layer),
     }
+
+
+def cache_case(scheme_name: str, asked: AskedAttention) -> dict[str, Any]:
+    """A case for `ask_vllm.py` of a format of the KV cache, with scales as an export has them."""
+    cache = CacheLayer(
+        "layers.0.attn.kv_cache", "model.layers.0.self_attn", asked.kv_heads, asked.head_size, 0
+    )
+    scheme = parse_cache_scheme(scheme_name)
+    amax = {key: 448.0 / 2**place for place, key in enumerate(static_keys(scheme, cache))}
+    recipe = Recipe("asked", None, (), kv_cache=(RecipeCache(cache.name, scheme.name, amax),))
+    planned = plan_cache(recipe, ModelLayers("llama", (), (), False, 0, caches=(cache,)))
+    flags = " ".join(planned.flags)
+    return {
+        **asked._asdict(),
+        "kind": "attention",
+        "prefix": f"{cache.module}.attn",
+        "cache_dtype": flags.removeprefix("--kv-cache-dtype ") or "auto",
+        "config": {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": planned.scheme,
+        },
+        "scales": {name.rpartition(".")[2]: one.tolist() for name, one in planned.tensors.items()},
+    }
+
+
+#: What vLLM calls the layers that it concatenates, in their order.
+SHARDS = {
+    "gate_up": (0, 1),
+    "down": (None,),
+    "qkv": ("q", "k", "v"),
+    "experts": ("w1", "w3", "w2"),
+    "mixtral": ("w1", "w3", "w2"),
+}
+
+
+def stored_tensors(scheme: Scheme, layer: str) -> list[dict[str, Any]]:
+    """What an export holds of each layer: ``shard``, ``tensors`` (name -> rows, columns).
+
+    A tensor of one number for the whole layer, and the shape of what is packed, are left out.
+    """
+    shards = SHARDS[asked_layer(layer).kind]
+    found = []
+    for shard, one in zip(shards, fusion_group(layer).layers, strict=False):  # of one expert
+        planned = plan_layer(one.out_features, one.in_features, scheme)
+        tensors = {name: list(each.shape) for name, each in planned.items() if len(each.shape) == 2}
+        found.append({"shard": shard, "tensors": tensors})
+    return found
 
 
 def storage_to_ask(scheme: Scheme) -> Storage | None:
@@ -285,20 +358,24 @@ CONVERTING = {"CPUExpertsInt4": "int8"}
 HUMMING = {"int8": "int8", "fp8_e4m3": "float8e4m3"}
 
 
-def outcome(scheme: Scheme, answer: Mapping[str, Any]) -> dict[str, Any]:
+def outcome(scheme_name: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     """One answer in the words of the matrix.
 
     Args:
-        scheme: That was asked for.
+        scheme_name: That was asked for.
         answer: Of `ask_vllm.py`.
 
     Returns:
-        ``error``, or ``scheme_class``, ``kernel``, and what is done to ``activations``:
-        ``kept``, ``quantized`` (as the checkpoint says), ``to TYPE`` (another type), or
-        ``unknown kernel``; ``scales`` and ``weights`` where loading changes them.
+        ``error``; for a format of the KV cache the answer as it is; for layers ``scheme_class``,
+        ``kernel``, and what is done to ``activations``: ``kept``, ``quantized`` (as the
+        checkpoint says), ``to TYPE`` (another type), or ``unknown kernel``; ``scales`` and
+        ``weights`` where loading changes them.
     """
     if "error" in answer:
         return {"error": shorten(answer["error"])}
+    if is_cache_scheme(scheme_name):
+        return dict(answer)
+    scheme = parse_scheme(scheme_name)
     if not answer["kernel"]:
         return {"error": f"{answer['scheme']} has no kernel"}
     kernel = answer["kernel"]

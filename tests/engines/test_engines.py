@@ -329,7 +329,7 @@ def test_every_refusal_suggests_schemes_that_exist() -> None:
     ("engine", "scheme", "head_size", "words"),
     [
         ("vllm-ampere", "kv:int8.token_head", 64, None),
-        ("vllm-ampere", "kv:fp8_e4m3.token_head", 64, "no such format of the cache"),
+        ("vllm-ampere", "kv:fp8_e4m3.token_head", 64, "before compute capability 8.9"),
         ("vllm-ada", "kv:fp8_e4m3.token_head", 64, None),
         ("vllm-ampere", "kv:int4.token_head.asym.rht", 64, None),
         ("vllm-hopper", "kv:int4.token_head.asym.rht", 16, "heads of 32 or more channels"),

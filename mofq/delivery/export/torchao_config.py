@@ -65,11 +65,16 @@ def torchao_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
         if problem := export_problem("torchao", scheme, group):
             raise BackendError(f"{group.layers[0].name}: TorchAO {problem}.")
         if not scheme.is_unquantized:
-            name = config_class(scheme)
-            assert name is not None
-            configs[_pattern(group, layers.architecture)] = _MAKERS[name](scheme)
+            configs[_pattern(group, layers.architecture)] = layer_config(scheme)
     document = TorchAoConfig(quant_type=FqnToConfig(configs)).to_dict()
     return json.dumps(document, indent=1) + "\n"
+
+
+def layer_config(scheme: Scheme) -> Any:
+    """TorchAO's ``AOBaseConfig`` for a scheme that `config_class` knows."""
+    name = config_class(scheme)
+    assert name is not None
+    return _MAKERS[name](scheme)
 
 
 def _int8_dynamic(scheme: Scheme) -> Any:
