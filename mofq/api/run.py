@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +79,6 @@ class RunResult:
     table: Table
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
-    is_kept: bool = True  #: False: the folder was a temporary one
 
     @property
     def original_bits(self) -> float:
@@ -162,9 +160,10 @@ def run(
     check_device(device)
     windows = _checked_windows(checkpoint, text, windows)
     folder.mkdir(parents=True, exist_ok=True)
-    busy = MofqError(
-        f"{folder}: another process runs into this folder. Wait for it, or name another."
-    )
+
+    def busy(who: str) -> MofqError:
+        return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
+
     with hold_folder(folder, busy):
         choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
         request = make_request(choices, budget=budget)
@@ -249,14 +248,12 @@ def run(
 
 @documented
 def demo(
-    output: Annotated[
-        str | Path | None, Option("A folder to keep everything in.", short="-o")
-    ] = None,
+    output: Annotated[str | Path, Option("A folder for everything.", short="-o")] = "mofq-demo",
     *,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
-    """`mofq run` on the small bundled model.
+    """`mofq run` on the small bundled model, for vLLM on a CPU.
 
     Returns:
         As `run`.
@@ -266,11 +263,12 @@ def demo(
     """
     from mofq.demo import demo_model_folder
 
-    with TemporaryDirectory(prefix="mofq-demo-") as temporary, _one_thread():
-        result = run(
+    with _one_thread():
+        return run(
             demo_model_folder(),
-            temporary if output is None else output,
-            space="w4w8_mixed",
+            output,
+            space="serving",
+            engine="vllm-cpu",
             budget=Budget(max_bits=5.0),
             corpora={"en": "demo-en-calibration", "pt": "demo-pt-calibration"},
             windows=Windows(sequence_length=256),
@@ -278,7 +276,6 @@ def demo(
             progress=progress,
             tell=tell,
         )
-    return replace(result, is_kept=output is not None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from mofq.api.figures import with_error
 from mofq.api.inputs import needs_stats
 from mofq.api.run_folder import finished_runs
 from mofq.cli.show.search import note_engines
-from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.cli.show.terminal import next_step, print_table, say
 
 if TYPE_CHECKING:
     from mofq.api import RunResult
@@ -69,10 +69,3 @@ def _row(name: str, one: Validation) -> list[str]:
         f"{one.perplexity:.4g}",
         f"{100 * one.top1_agreement:.2f} %",
     ]
-
-
-def end_run(result: RunResult) -> int:
-    """Say so where nothing was kept."""
-    if not result.is_kept:
-        note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validation.")
-    return 0
