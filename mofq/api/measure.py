@@ -57,16 +57,17 @@ class MeasureResult:
             f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
-            *(
-                f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
-                for one in self.refused
-            ),
+            *map(_shown, self.refused),
         ]
         if self.stats is not None:
             lines += unseen_experts(self.stats)
         elif any("+" in name for name in content["schemes"]):
             lines.append("  Without --stats, what rounding activations costs is not in the errors.")
         return lines
+
+
+def _shown(one: Refused) -> str:
+    return f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
 
 
 @documented

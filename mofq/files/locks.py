@@ -18,6 +18,8 @@ from socket import gethostname
 
 from mofq.exceptions import MofqError
 
+#: What the kernel locks; of Linux alone.
+_LISTED = Path("/proc/locks")
 #: Where a folder that exists is filled, inside of it.
 _INSIDE = ".mofq.partial"
 #: What an empty folder may hold: the above of a killed process, and what ext4 puts into a mount.
@@ -224,9 +226,8 @@ def holder(file: int) -> str:
 
 def _kernel_locks() -> Iterator[list[str]]:
     """Fields of each lock by ``flock``; see proc_locks(5)."""
-    listed = Path("/proc/locks")
-    if listed.is_file():  # of Linux alone
-        for line in listed.read_text("ascii").splitlines():
+    if _LISTED.is_file():
+        for line in _LISTED.read_text("ascii").splitlines():
             fields = line.split()
             if fields[1] == "FLOCK":  # a process that waits has "->" there
                 yield fields

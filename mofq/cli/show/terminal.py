@@ -98,8 +98,8 @@ class Bars:
     def __init__(self) -> None:
         self._progress: Any = None
         self._task: Any = None
-        self._name: str | None = None  #: of the stage that is shown
-        self._began = self._told = 0.0
+        self._name = ""  #: of the stage that is drawn
+        self._began = self._told = monotonic()
 
     def __enter__(self) -> Bars:
         return self
@@ -110,28 +110,20 @@ class Bars:
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are finished."""
-        is_new, self._name = name != self._name, name
         if console().is_terminal:
-            self._draw(name, done, total, is_new=is_new)
-        else:
-            self._tell(name, done, total, is_new=is_new)
+            self._draw(name, done, total)
+        elif (now := monotonic()) - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            note(f"{name}: {done} of {total}, {now - self._began:.0f} s since the start")
 
-    def _draw(self, name: str, done: int, total: int, *, is_new: bool) -> None:
+    def _draw(self, name: str, done: int, total: int) -> None:
         if self._progress is None:
             self._progress = _start_progress()
             self._task = self._progress.add_task(name)
-        elif is_new:
+        elif name != self._name:
             self._progress.reset(self._task)
+        self._name = name
         self._progress.update(self._task, description=name, completed=done, total=total)
-
-    def _tell(self, name: str, done: int, total: int, *, is_new: bool) -> None:
-        now = monotonic()
-        if is_new:
-            self._began = now
-        self._told = self._told or now
-        if now - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = now
-            note(f"{name}: {done} of {total} in {now - self._began:.0f} s")
 
 
 def _start_progress() -> Any:
