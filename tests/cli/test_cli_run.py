@@ -257,6 +257,7 @@ def test_a_space_that_has_changed_under_its_name_is_refused_before_anything_is_w
     assert tree(folder) == before
 
 
+@pytest.mark.long
 def test_a_folder_that_another_version_finished_is_continued(space: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ok(*run_options(space, folder))
