@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,7 +172,7 @@ def calibrate(
             "windows": windows,
             "folder": folder,
             "activation_checkpointing": activation_checkpointing,
-            "progress": progress and _named(progress),
+            "progress": progress and _over_corpora(progress, plan),
         }
         if where.cluster is None:
             from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
@@ -196,8 +197,11 @@ def calibrate(
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
 
 
-def _named(progress: Progress) -> Progress:
-    return lambda corpus, done, total: progress(f"calibrate {corpus}", done, total)
+def _over_corpora(progress: Progress, plan: Plan) -> Progress:
+    """Takes what is done of one corpus after the other, and tells what is done of all."""
+    counts = [one.sequences for one in plan.corpora]
+    before = dict(zip((one.name for one in plan.corpora), accumulate([0, *counts]), strict=False))
+    return lambda corpus, done, _: progress("calibrate", before[corpus] + done, sum(counts))
 
 
 def _windows(

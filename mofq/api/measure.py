@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.constraints import Selection
     from mofq.evidence.measure.fill_table import Remotely
+    from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
 
 
@@ -31,6 +32,7 @@ class MeasureResult:
     model: str  #: as it was given
     engine: str | None
     stats: Stats | None
+    refused: tuple[Refused, ...]  #: of this run's space, what it did not offer to this engine
     is_new: bool  #: whether anything was measured that the table did not have
     seconds: float
     selections: tuple[Selection, ...] = ()  #: how many layers each selector of the space names
@@ -44,7 +46,7 @@ class MeasureResult:
             "groups": len(self.table.header.groups),
             "schemes": sorted({row.scheme for row in self.table.rows}),
             "units": sorted({row.unit for row in self.table.rows}),
-            "rejections": len(self.table.rejections),
+            "refused": [asdict(one) for one in self.refused],
             "table": str(self.output),
             "seconds": round(self.seconds, 2),
             "unseen": {corpus: list(names) for corpus, names in unseen.items()},
@@ -59,7 +61,7 @@ class MeasureResult:
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
             *(f"  {one}." for one in self.selections),
-            *_rejections(self.table),
+            *map(_shown, self.refused),
         ]
         if self.stats is not None:
             lines += unseen_experts(self.stats)
@@ -68,15 +70,8 @@ class MeasureResult:
         return lines
 
 
-def _rejections(table: Table) -> list[str]:
-    """Schemes that were not offered; those with one reason in one line."""
-    from mofq.evidence.refusals import count_refusals
-
-    refused = count_refusals((one.group, one.scheme, one.reason) for one in table.rejections)
-    return [
-        f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
-        for one in refused
-    ]
+def _shown(one: Refused) -> str:
+    return f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
 
 
 @documented
@@ -102,7 +97,13 @@ def measure(
         MofqError: An input is not valid; the message says which and what to do.
     """
     from mofq.engines import cache_legality, legality
-    from mofq.evidence.spaces import load_search_space, selected_layers
+    from mofq.evidence.refusals import count_refusals
+    from mofq.evidence.spaces import (
+        load_search_space,
+        offer_caches,
+        offer_schemes,
+        selected_layers,
+    )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
@@ -126,6 +127,8 @@ def measure(
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
+    check = None if engine is None else legality(engine)
+    check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         fill_table(
             checkpoint,
@@ -134,19 +137,28 @@ def measure(
             table_path=path,
             stats=opened,
             engine=engine,
-            legality=None if engine is None else legality(engine),
-            cache_legality=None if engine is None else cache_legality(engine),
+            legality=check,
+            cache_legality=check_cache,
             device=where.device,
             progress=progress,
             tell=tell or silent,
             remotely=remotely,
         )
+    offers = offer_schemes(
+        loaded_space, layers.groups, legality=check, has_stats=opened is not None
+    )
+    caches = offer_caches(loaded_space, layers.caches, legality=check_cache)
+    rejected = [(one.group.name, one.rejected) for one in offers]
+    rejected += [(one.cache.name, one.rejected) for one in caches]
     return MeasureResult(
         path,
         read_table(path),
         model=str(model),
         engine=engine,
         stats=opened,
+        refused=count_refusals(
+            (name, scheme, reason) for name, of in rejected for scheme, reason in of.items()
+        ),
         is_new=_count_lines(path) > rows_before,
         seconds=monotonic() - start,
         selections=selections,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from mofq.api.options import Budget, Choices, LayerValues, Method, Timing
-from mofq.exceptions import MofqError, nearest_name, option
+from mofq.exceptions import BudgetError, MofqError, nearest_name, option
 
 if TYPE_CHECKING:
     from mofq.decision import Budgets, Request
@@ -181,8 +181,15 @@ def _time_request(timing: Timing) -> TimeRequest | None:
             f"a time is that of a workload on a device: give {option('device_model')}, e.g. h100, "
             f"and {option('workload')}, e.g. decode:batch=8,context=1024, together."
         )
+    device = load_device_model(timing.device_model)
+    if device.unrated:
+        raise BudgetError(
+            f"{option('device_model', timing.device_model)}: its vendor states no peak of "
+            f"{', '.join(device.unrated)}, from which times would follow. Give a YAML file with "
+            f"figures that you measured."
+        )
     return TimeRequest(
-        load_device_model(timing.device_model),
+        device,
         parse_workload(timing.workload),
         None if timing.max_time is None else parse_seconds(timing.max_time),
     )

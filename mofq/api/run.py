@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +35,17 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
 from mofq.api.request import make_budgets, make_request, read_corpus_weights
+from mofq.api.run_folder import (
+    SEARCHED,
+    Asked,
+    RunFiles,
+    check_ends_as_before,
+    find_files,
+    keep_former,
+    write_results,
+)
 from mofq.api.search import search
-from mofq.exceptions import BackendError, BudgetError, CorpusError, MofqError, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
@@ -48,15 +56,10 @@ if TYPE_CHECKING:
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
 
-#: The recipe that was searched for, among the candidates that are validated.
-SEARCHED = "recipe"
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
-_RECIPE = "recipe.yaml"
 #: What a recipe notes of the request, beside its budget.
 _ASKED = ("engine", "space", "space_sha256", "corpus_weights")
-#: The folder of the checkpoint for an engine, in the folder of a run.
-_EXPORTED = "model"
 #: Uniform schemes that the recipe is compared with on the real model.
 _MOST_UNIFORM = 4
 #: What another tool's recipe is called in the folder of a run.
@@ -67,7 +70,7 @@ _FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
 class RunResult:
     """The outcome of a run."""
 
-    folder: Path
+    files: RunFiles  #: of this request, in the folder
     model: str  #: as it was given
     title: str
     recipe: Recipe  #: as it stands in the folder
@@ -76,7 +79,6 @@ class RunResult:
     table: Table
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
-    is_kept: bool = True  #: False: the folder was a temporary one
 
     @property
     def original_bits(self) -> float:
@@ -96,9 +98,10 @@ class RunResult:
         """The outcome, for machines."""
         chosen = self.validations[self.preferred]
         return {
-            "folder": str(self.folder),
-            "recipe": str(self.folder / "recipe.yaml"),
-            "table": str(self.folder / "table.jsonl"),
+            "folder": str(self.files.folder),
+            "recipe": str(self.files.recipe),
+            "validation": str(self.files.validation),
+            "table": str(self.files.table),
             "bits_per_weight": chosen.bits_per_weight,
             "kl_nats_per_token": chosen.kl_nats_per_token,
             "predicted_kl_nats_per_token": chosen.predicted_kl_nats_per_token,
@@ -138,8 +141,9 @@ def run(
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
     Recipe, validation and model appear when all of them are there. What a former run into the
-    folder measured is kept and not done again; where its results are for another budget, space or
-    engine, the run is refused. Calibration takes sequences as long as the windows.
+    folder measured is kept and not done again. Its results for another budget, space or engine
+    stay; those of this run then say in their names how they differ, as ``recipe-5.0bits.yaml``.
+    Calibration takes sequences as long as the windows.
 
     Returns:
         The recipe, what it measures beside uniform schemes, and what was exported.
@@ -156,13 +160,14 @@ def run(
     check_device(device)
     windows = _checked_windows(checkpoint, text, windows)
     folder.mkdir(parents=True, exist_ok=True)
-    busy = MofqError(
-        f"{folder}: another process runs into this folder. Wait for it, or name another."
-    )
+
+    def busy(who: str) -> MofqError:
+        return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
+
     with hold_folder(folder, busy):
         choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
-        former = _former_recipes(folder)
-        _check_request(former, budget, choices, space_sha256=loaded.sha256)
+        request = make_request(choices, budget=budget)
+        files = find_files(folder, Asked.of_request(request, space_sha256=loaded.sha256))
         if not corpora:
             tell(
                 f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
@@ -170,7 +175,7 @@ def run(
                 f"will see as corpus, and other text of the kind to validate on."
             )
         seconds: dict[str, float] = {}
-        stats = folder / "stats"
+        stats = files.stats
         with _timed(seconds, "calibrate"):
             calibrated = calibrate(
                 model,
@@ -189,7 +194,7 @@ def run(
             measured = measure(
                 model,
                 space,
-                folder / "table.jsonl",
+                files.table,
                 stats=stats,
                 engine=engine,
                 where=Where(device=device),
@@ -201,35 +206,35 @@ def run(
         with _timed(seconds, "search"):
             found = search(table, budget=budget, choices=choices, tell=tell)
             _tell_all(found.decision.notes, tell)
-            candidates = {SEARCHED: found.recipe, **_uniform_recipes(table, choices, found.recipe)}
-        _check_former(former, candidates.values())
+            uniform = _uniform_recipes(table, choices, found.recipe)
+            candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
         with _timed(seconds, "validate"):
             validations = _validate(
                 model,
                 candidates,
                 text,
-                folder=folder,
+                stats=stats,
                 windows=windows,
                 device=device,
                 progress=progress,
             )
         name = _preferred(validations, tell)
-        _check_former(former, [candidates[name]])
+        check_ends_as_before(files, candidates[name])
         exported = None
         if engine is not None:
             with _timed(seconds, "export"):
                 exported = _export(
                     model,
                     candidates[name],
-                    folder,
+                    files,
                     engine=engine,
                     model_card=_card_text(validations[name]),
                     progress=progress,
                 )
         # Last, when all is well: a run that fails leaves the folder as it was.
-        _write_results(folder, candidates[name], validations[name])
+        write_results(files, candidates[name], validations, chosen=name)
     return RunResult(
-        folder=folder,
+        files=files,
         model=model,
         title=f"{loaded.name}, {validations[name].tokens} tokens of {text}",
         recipe=candidates[name],
@@ -243,14 +248,12 @@ def run(
 
 @documented
 def demo(
-    output: Annotated[
-        str | Path | None, Option("A folder to keep everything in.", short="-o")
-    ] = None,
+    output: Annotated[str | Path, Option("A folder for everything.", short="-o")] = "mofq-demo",
     *,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
-    """`mofq run` on the small bundled model.
+    """`mofq run` on the small bundled model, for vLLM on a CPU.
 
     Returns:
         As `run`.
@@ -260,11 +263,12 @@ def demo(
     """
     from mofq.demo import demo_model_folder
 
-    with TemporaryDirectory(prefix="mofq-demo-") as temporary, _one_thread():
-        result = run(
+    with _one_thread():
+        return run(
             demo_model_folder(),
-            temporary if output is None else output,
-            space="w4w8_mixed",
+            output,
+            space="serving",
+            engine="vllm-cpu",
             budget=Budget(max_bits=5.0),
             corpora={"en": "demo-en-calibration", "pt": "demo-pt-calibration"},
             windows=Windows(sequence_length=256),
@@ -272,7 +276,6 @@ def demo(
             progress=progress,
             tell=tell,
         )
-    return replace(result, is_kept=output is not None)
 
 
 @contextmanager
@@ -325,7 +328,7 @@ def _validate(
     candidates: Mapping[str, Recipe],
     text: str,
     *,
-    folder: Path,
+    stats: Path,
     windows: Windows,
     device: str,
     progress: Progress | None,
@@ -341,7 +344,7 @@ def _validate(
         sequence_length=windows.sequence_length,
         bos=windows.bos,
         device=device,
-        stats=folder / "stats",
+        stats=stats,
         progress=progress,
     )
     validations = dict(zip(candidates, done, strict=True))
@@ -376,7 +379,7 @@ def _preferred(validations: Mapping[str, Validation], tell: Tell) -> str:
 def _export(
     model: str,
     recipe: Recipe,
-    folder: Path,
+    files: RunFiles,
     *,
     engine: str,
     model_card: str,
@@ -388,32 +391,23 @@ def _export(
 
     reads = find_engine(engine).reads
     if reads in RECIPE_EXPORTERS:
-        return export(model, recipe, folder / _FILES.get(reads, f"{reads}.txt"), to=reads)
-    exported = folder / _EXPORTED
-    if exported.exists() and any(exported.iterdir()):
-        return _read_export(model, recipe, exported, engine=engine, to=reads)
+        return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
+    if files.model.exists() and any(files.model.iterdir()):
+        return _read_export(model, recipe, files, engine=engine, to=reads)
     return export(
         model,
         recipe,
-        exported,
+        files.model,
         to=reads,
         engine=engine,
-        stats=folder / "stats",
+        stats=files.stats,
         model_card=model_card,
         progress=progress,
     )
 
 
-def _write_results(folder: Path, recipe: Recipe, validation: Validation) -> None:
-    from mofq.decision.recipe import write_recipe
-    from mofq.delivery.validation import write_validation
-
-    write_validation(validation, folder / "validation.json")
-    write_recipe(recipe, folder / _RECIPE)
-
-
 def _read_export(
-    model: str, recipe: Recipe, exported: Path, *, engine: str, to: str
+    model: str, recipe: Recipe, files: RunFiles, *, engine: str, to: str
 ) -> ExportResult:
     """What a former run exported, proved byte for byte.
 
@@ -427,8 +421,8 @@ def _read_export(
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
-    checkpoint, stats = open_checkpoint(model), exported.parent / "stats"
-    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+    checkpoint, exported = open_checkpoint(model), files.model
+    with open_fits(recipe, files.stats, index_sha256=checkpoint.index_sha256) as fits:
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
@@ -528,78 +522,3 @@ def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> W
         leading=leading_tokens(tokenizer, windows.bos),
     )
     return replace(windows, sequence_length=length)
-
-
-def _former_recipes(folder: Path) -> dict[Path, Recipe]:
-    """The recipes that former runs into a folder ended with: its own, and that of the model.
-
-    Raises:
-        BackendError: There is a model that no run wrote.
-        RecipeError: A recipe cannot be read.
-    """
-    from mofq.decision.recipe import load_recipe
-
-    exported = folder / _EXPORTED
-    inside = exported / _RECIPE
-    if exported.exists() and any(exported.iterdir()) and not inside.is_file():
-        raise BackendError(
-            f"{exported}: holds something that no `mofq run` wrote. Run with another "
-            f"{option('output')}, or remove it."
-        )
-    return {path: load_recipe(path) for path in (folder / _RECIPE, inside) if path.is_file()}
-
-
-def _check_request(
-    former: Mapping[Path, Recipe], budget: Budget, choices: Choices, *, space_sha256: str
-) -> None:
-    """Refuse to run into a folder with the results of another request.
-
-    Raises:
-        MofqError: As said.
-    """
-    from mofq.decision.request import weights_text
-    from mofq.decision.result import budget_figures
-
-    request = make_request(choices, budget=budget)
-    figures = budget_figures(request)
-    asked = {
-        "engine": choices.engine,
-        "space": choices.space,
-        "space_sha256": space_sha256,
-        "corpus_weights": weights_text(request.corpus_weights),
-    }
-    for path, recipe in former.items():
-        noted = {key: recipe.made_by.get(key) for key in _ASKED}
-        is_same = all(noted[key] == asked[key] for key in _ASKED if key != "space")
-        if dict(recipe.budget) != figures or not is_same:  # the hash decides on the space
-            if noted["space"] == choices.space and noted["space_sha256"] != space_sha256:
-                noted["space"] = f"{choices.space} as it was then"
-            raise MofqError(
-                f"{path}: is the result for {_told(recipe.budget, noted)}, and this run asks for "
-                f"{_told(figures, asked)}. Run with another {option('output')}, or decide again "
-                f"from the table there with `mofq search`."
-            )
-
-
-def _told(budget: Mapping[str, object], asked: Mapping[str, object]) -> str:
-    limits = [f"{name} {value}" for name, value in budget.items()] or ["no budget"]
-    weights = asked["corpus_weights"]
-    return (
-        f"{', '.join(limits)}, space {asked['space'] or 'not noted'}, engine "
-        f"{asked['engine'] or 'not named'}{f', corpus weights {weights}' if weights else ''}"
-    )
-
-
-def _check_former(former: Mapping[Path, Recipe], candidates: Iterable[Recipe]) -> None:
-    """Refuse to end a run with another recipe than the folder has.
-
-    Raises:
-        MofqError: As said: the table has grown, or the text of the validation is another one.
-    """
-    found = list(candidates)
-    for path, recipe in former.items():
-        if recipe not in found:
-            raise MofqError(
-                f"{path}: is another recipe than this run would end with. Run with another "
-                f"{option('output')}, or remove {_RECIPE}, validation.json and {_EXPORTED} there."
-            )

@@ -13,7 +13,7 @@ from mofq.cli.show.advise import show_advice
 from mofq.cli.show.diff import show_diff
 from mofq.cli.show.frontier import show_frontier
 from mofq.cli.show.inspect import show_inspection
-from mofq.cli.show.run import end_run, show_run
+from mofq.cli.show.run import show_run
 from mofq.cli.show.search import show_search
 from mofq.cli.show.validate import end_validation, show_validation
 
@@ -60,7 +60,7 @@ app.command("search")(as_command(api.search, show_search))
 app.command("validate")(as_command(api.validate, show_validation, ending=end_validation))
 app.command("export")(as_command(api.export, files.show_export))
 app.command("run")(as_command(api.run, show_run))
-app.command("demo")(as_command(api.demo, show_run, ending=end_run))
+app.command("demo")(as_command(api.demo, show_run))
 app.command("frontier")(as_command(api.frontier, show_frontier))
 app.command("diff")(as_command(api.diff, show_diff))
 app.command("spaces")(as_command(api.spaces, catalog.show_spaces))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mofq.decision.timing import engines_for
+from mofq.engines import ENGINES
 from mofq.engines.devices import DeviceModel
 from mofq.exceptions import MofqError, nearest_name, option
 
@@ -19,7 +20,7 @@ DEPLOYMENTS = ("synchronous", "asynchronous")
 _OURS = "mofq's own rule of thumb"
 _KURTIC = "arXiv:2411.02355 (E. Kurtic et al., ACL 2025), abstract"
 _QIN = "arXiv:2408.15301 (M. Qin), abstract"
-#: Below it a GPU is taken for mid-tier: GDDR memory; the paper's abstract draws no line.
+#: Below it a GPU is taken for mid-tier: GDDR6 or LPDDR memory; the paper's abstract draws no line.
 _HIGH_END_BYTES_PER_SECOND = 1.5e12
 #: From so many weights of linear layers on, INT8 is tried with finer groups: "70B".
 _LARGE_WEIGHTS = 50e9
@@ -42,7 +43,13 @@ class Situation:
     @property
     def has_fp8(self) -> bool:
         """Whether the device multiplies FP8."""
-        return "fp8" in self.device.operations_per_second
+        return "fp8" in self.device.instructions
+
+    @property
+    def is_beyond_rules(self) -> bool:
+        """Whether the device is of a generation that no engine's rules were asked for."""
+        known = {one.capability[0] for one in ENGINES.values() if one.capability is not None}
+        return self.device.capability is not None and self.device.capability[0] not in known
 
     @property
     def is_high_end(self) -> bool:
@@ -143,7 +150,14 @@ RULES: tuple[Rule, ...] = (
         "The device multiplies FP4 (NVFP4, MXFP4), which the papers above have not measured: try "
         "the space blackwell_fp4 beside this one.",
         _OURS,
-        lambda s: "fp4" in s.device.operations_per_second,
+        lambda s: "fp4" in s.device.instructions,
+    ),
+    Rule(
+        "No engine was asked what it selects on the device's compute capability: the engines named "
+        "are those for the nearest one below it, which has instructions that this one may lack. "
+        "Load an exported checkpoint there before you rely on it.",
+        _OURS,
+        lambda s: s.is_beyond_rules,
     ),
     Rule(
         "The weights should leave a fifth of the memory to the KV cache and activations: the "

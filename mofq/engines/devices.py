@@ -42,6 +42,13 @@ class DeviceModel:
     operations_per_second: Mapping[str, float]
     capability: tuple[int, int] | None  #: CUDA compute capability; None: not a CUDA device
     source: str
+    #: Arithmetic that it has instructions for, of unknown peak: no times follow from it.
+    unrated: tuple[str, ...] = ()
+
+    @property
+    def instructions(self) -> frozenset[str]:
+        """All arithmetic that it has instructions for, of known peak or not."""
+        return frozenset((*self.operations_per_second, *self.unrated))
 
 
 #: A table of the vendors' sheets; its author had NVIDIA mark figures with sparsity as such.
@@ -50,7 +57,71 @@ _ML_ENGINEERING = (
     "commit 0074473"
 )
 
+#: Tensor cores of GeForce cards sum in FP32 at half of the rate at which they sum in FP16. Kernels
+#: of language models sum in FP32, so the peaks of BF16 and FP8 are those; INT8 sums in INT32 and
+#: FP4 in FP32 at the full rate. Data-centre and RTX PRO 6000 cards sum in FP32 at the full rate.
+_GEFORCE = "BF16 and FP8 with FP32 accumulation, half of the rates with FP16 accumulation"
+
 DEVICE_MODELS: dict[str, DeviceModel] = {
+    "rtx3090": DeviceModel(
+        "rtx3090",
+        24 * 10**9,
+        0.936e12,
+        {"bf16": 71e12, "int8": 284e12},
+        capability=(8, 6),
+        source=f"NVIDIA Ampere GA102 GPU Architecture whitepaper V2.0, appendix A, a copy at "
+        f"https://docslib.org/doc/759549; {_GEFORCE}",
+    ),
+    "rtx4090": DeviceModel(
+        "rtx4090",
+        24 * 10**9,
+        1.008e12,
+        {"bf16": 165.2e12, "int8": 660.6e12, "fp8": 330.3e12},
+        capability=(8, 9),
+        source=f"NVIDIA Ada GPU Architecture whitepaper, appendix A; {_GEFORCE}; the same figures "
+        f"in https://waredb.com/processor/nvidia-geforce-rtx-4090",
+    ),
+    "rtx5090": DeviceModel(
+        "rtx5090",
+        32 * 10**9,
+        1.792e12,
+        {"bf16": 209.5e12, "int8": 838e12, "fp8": 419e12, "fp4": 1676e12},
+        capability=(12, 0),
+        source=f"NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A; {_GEFORCE}; 3,352 "
+        f"AI TOPS, which are FP4 with sparsity, at "
+        f"https://www.nvidia.com/en-us/geforce/graphics-cards/50-series/rtx-5090/",
+    ),
+    "rtx-pro-6000": DeviceModel(
+        "rtx-pro-6000",
+        96 * 10**9,
+        1.792e12,
+        {"bf16": 503.8e12, "int8": 1007.6e12, "fp8": 1007.6e12, "fp4": 2015.2e12},
+        capability=(12, 0),
+        source="NVIDIA RTX PRO 6000 Blackwell Workstation Edition data sheet (4,000 AI TOPS, which "
+        "are FP4 with sparsity: half); rates by arithmetic in https://hmc-tech.com/gpu/"
+        "nvidia-rtx-pro-6000-blackwell-vs-amd-radeon-pro-duo-polaris; FP32 accumulation at the "
+        "full rate",
+    ),
+    "dgx-spark": DeviceModel(
+        "dgx-spark",
+        128 * 10**9,
+        0.273e12,
+        {"fp4": 500e12},
+        capability=(12, 1),
+        source="NVIDIA DGX Spark data sheet, https://www.nvidia.com/en-us/products/workstations/"
+        "dgx-spark/: 1 PFLOPS of FP4 with sparsity (half), 273 GB/s, memory shared with the CPU; "
+        "it says no rates of BF16, INT8 and FP8",
+        unrated=("bf16", "int8", "fp8"),
+    ),
+    "l4": DeviceModel(
+        "l4",
+        24 * 10**9,
+        0.3e12,
+        {"bf16": 121e12, "int8": 242.5e12, "fp8": 242.5e12},
+        capability=(8, 9),
+        source="NVIDIA L4 data sheet, https://www.nvidia.com/en-us/data-center/l4/ (its peaks are "
+        "with sparsity, 242, 485 and 485: half)",
+    ),
     "a100": DeviceModel(
         "a100",
         80 * 10**9,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mofq.decision import KL_UNIT, Budgets, Problem, Request, request_problem
 from mofq.evidence.table import Table
-from mofq.explore.measured_points import MeasuredPoint, measured_point
+from mofq.explore.measured_points import MeasuredPoint, measured_points
 from mofq.explore.reference_points import ReferencePoint, recipe_point
 
 #: Bits of a cached number that nobody quantizes.
@@ -57,7 +57,9 @@ def read_drawing(
         request = replace(request, kv_cache=True, budgets=Budgets(max_kv_bits=_UNQUANTIZED_BITS))
         problem = request_problem(table, request)
     compared = tuple(recipe_point(path, table, problem) for path in recipes)
-    measured = [measured_point(path, table.header) for path in validations]
+    # The validations of several runs have uniform schemes in common.
+    found = (point for path in validations for point in measured_points(path, table.header))
+    measured = list(dict.fromkeys(found))
     if problem.kv_tokens:
         # A validation says no size of a context's cache; the recipe of its name does.
         sizes = {Path(one.label).stem: one.at for one in compared}

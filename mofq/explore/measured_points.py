@@ -9,7 +9,7 @@ from typing import Any
 
 from mofq.evidence.table import TableHeader
 from mofq.exceptions import MofqError
-from mofq.files.documents import parse_json, read_text
+from mofq.files.documents import parse_json, read_text, shown
 
 #: Of validation.json; what else it holds is not drawn.
 _VALIDATION_VERSION = 1
@@ -29,20 +29,29 @@ class MeasuredPoint:
     predicted_stderr: float | None
 
 
-def measured_point(path: Path, header: TableHeader) -> MeasuredPoint:
+def measured_points(path: Path, header: TableHeader) -> tuple[MeasuredPoint, ...]:
     """What is drawn of a ``validation.json``.
 
     Args:
-        path: From `mofq validate -o`.
+        path: From `mofq validate -o`, or of a run.
         header: Of the table that it is drawn with.
 
     Returns:
-        The point, at its bits per weight.
+        The point at its bits per weight, and those of what a run measured beside it.
 
     Raises:
         MofqError: The file is not such a file, or of another model, or another training of it.
     """
     content = parse_json(read_text(path, MofqError, kind="validation"), str(path), MofqError)
+    point = _point(content, path, header, label=None)
+    others = content.get("alternatives", {})
+    if not isinstance(others, dict):
+        raise MofqError(f"{path}: alternatives must be a mapping, found {shown(others)}.")
+    return (point, *(_point(one, path, header, label=name) for name, one in others.items()))
+
+
+def _point(content: Any, path: Path, header: TableHeader, *, label: str | None) -> MeasuredPoint:
+    """A measurement; its label None: that of what was validated."""
     if not isinstance(content, dict) or content.get("version") != _VALIDATION_VERSION:
         raise MofqError(
             f"{path}: is no validation of version {_VALIDATION_VERSION}. Take the file that "
@@ -61,7 +70,7 @@ def measured_point(path: Path, header: TableHeader) -> MeasuredPoint:
             )
     bits_per_weight = _needed(content, "bits_per_weight", path)
     return MeasuredPoint(
-        label=Path(str(content.get("candidate", path.stem))).stem,
+        label=label or Path(str(content.get("candidate", path.stem))).stem,
         text=Path(str(content.get("text", ""))).name,
         bits_per_weight=bits_per_weight,
         at=bits_per_weight,

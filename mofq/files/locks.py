@@ -10,44 +10,55 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from socket import gethostname
 
 from mofq.exceptions import MofqError
 
+#: What the kernel locks; of Linux alone.
+_LISTED = Path("/proc/locks")
 #: Where a folder that exists is filled, inside of it.
 _INSIDE = ".mofq.partial"
 #: What an empty folder may hold: the above of a killed process, and what ext4 puts into a mount.
 _IN_EMPTY = (_INSIDE, "lost+found")
 
 
+#: Makes an error of what `holder` says.
+Busy = Callable[[str], MofqError]
+
+
 @contextmanager
-def hold_folder(folder: Path, busy: MofqError) -> Iterator[None]:
+def hold_folder(folder: Path, busy: Busy) -> Iterator[None]:
     """Keep other processes out of a folder until the block ends.
 
     Args:
         folder: Exists.
-        busy: Raised where another process holds it, or has just moved it away.
+        busy: Makes what is raised where another process holds it, or has just moved it away,
+            of who that is.
     """
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not try_lock(file) or not is_at(file, folder):
-            raise busy
+        if not try_lock(file):
+            raise busy(holder(file))
+        if not is_at(file, folder):
+            raise busy("another process")
         yield
     finally:
         os.close(file)  # releases the lock too
 
 
 @contextmanager
-def hold_new_folder(folder: Path, busy: MofqError) -> Iterator[None]:
+def hold_new_folder(folder: Path, busy: Busy) -> Iterator[None]:
     """Make an empty folder and hold it; what a killed process left in it is removed.
 
     The block moves it to its final name. After an exception nothing is left of it.
 
     Args:
         folder: A name that nothing else uses.
-        busy: Raised where another process holds it.
+        busy: Makes what is raised where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder, busy):
@@ -83,9 +94,10 @@ def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[P
     place = target.resolve()  # "." has no name of its own
     is_in_place = place.is_dir()
     partial = place / _INSIDE if is_in_place else place.with_name(f".{place.name}.partial")
-    busy = error(
-        f"{target}: another process writes to this folder. Wait for it, or give another folder."
-    )
+
+    def busy(who: str) -> MofqError:
+        return error(f"{target}: {who} writes to this folder. Wait for it, or give another folder.")
+
     try:
         with hold_new_folder(partial, busy):
             check_new_folder(target, error)  # again: the other process may have finished
@@ -184,6 +196,41 @@ def try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def holder(file: int) -> str:
+    """Who has a lock on an open file or folder, as the subject of a message.
+
+    The kernel of Linux lists the locks of this machine. Those of processes on others (NFS) or
+    outside of this container are not in the list.
+
+    Args:
+        file: Open, and locked by another process, which may have ended since.
+
+    Returns:
+        The process with its host and since when it runs; else "another process".
+    """
+    inode = os.fstat(file).st_ino
+    found = {int(line[4]) for line in _kernel_locks() if int(line[5].rpartition(":")[2]) == inode}
+    # The same number on another device is another file: two are not told apart.
+    if len(found) != 1:
+        return "another process"
+    pid = found.pop()
+    try:
+        began = Path(f"/proc/{pid}").stat().st_mtime
+    except FileNotFoundError:  # it has just ended
+        return "another process"
+    since = datetime.fromtimestamp(began).astimezone().isoformat(" ", "seconds")
+    return f"another process (pid {pid} on {gethostname()}, running since {since})"
+
+
+def _kernel_locks() -> Iterator[list[str]]:
+    """Fields of each lock by ``flock``; see proc_locks(5)."""
+    if _LISTED.is_file():
+        for line in _LISTED.read_text("ascii").splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK":  # a process that waits has "->" there
+                yield fields
 
 
 def is_at(file: int, path: Path) -> bool:

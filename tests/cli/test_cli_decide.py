@@ -143,3 +143,14 @@ def test_an_export_for_the_recipes_own_devices_is_what_comes_next(
     shown = ok("validate", DEMO, path, *windows).err
     assert f"Next: mofq export {DEMO} {path} -o FOLDER" in shown
     assert "--tensor-parallel-size 2" in ok("export", DEMO, path, "-o", folder).out
+
+
+def test_times_do_not_follow_from_peaks_that_are_not_stated(
+    measured: Measured, tmp_path: Path
+) -> None:
+    search = ("search", measured.table, "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
+    workload = ("--workload", "decode:batch=8,context=128")
+    message = refused(*search, "--device-model", "dgx-spark", *workload)
+    assert "states no peak of bf16, int8, fp8" in message
+    assert "a YAML file" in message
+    assert "not stated" in ok("devices").out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -383,3 +384,22 @@ def test_a_device_map_without_its_package_names_the_extra(
         "calibrate", tiny_llama, *corpus, "--device-map", "auto", "-o", tmp_path / "stats"
     )
     assert "pip install mofq[accelerate]" in message
+
+
+def test_an_error_is_one_json_object_where_json_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = ("search", tmp_path / "no.jsonl", "--max-bits", "5", "-o", tmp_path / "recipe.yaml")
+    plain, ran = mofq(*search), mofq(*search, "--json")
+    assert (plain.code, ran.code, plain.out, plain.err) == (1, 1, "", ran.err)
+    error = json.loads(ran.out)["error"]
+    assert error["type"] == "TableError"
+    assert ran.err == f"Error: {error['message']}\n"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mofq.api.search"], "make_request", stop)
+    stopped = mofq(*search, "--json")
+    assert stopped.code == 130
+    assert json.loads(stopped.out)["error"]["type"] == "KeyboardInterrupt"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +18,7 @@ from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 
 import mofq as package
 from mofq.cli.show.terminal import Bars
+from mofq.decision.recipe import write_recipe
 from mofq.exceptions import MofqError
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
@@ -165,18 +169,13 @@ def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
     # Proved byte for byte and kept, not written again.
     assert ok("run", DEMO, *arguments, "-o", folder, "--json").json["exported"] == str(exported)
     assert tree(exported) == before
-    # Another decision would need another folder.
-    whole = tree(folder)
-    other = ("--space", "w8a8", "--max-bits", "16", "--engine", "vllm-cpu", *SMALL)
-    message = refused("run", DEMO, *other, "-o", folder)
-    for words in ("bits_per_weight 8.2", "bits_per_weight 16.0", "another -o"):
-        assert words in message
-    assert tree(folder) == whole
     # A process that was killed before it wrote the last of the results: the model says which.
+    whole = tree(folder)
     (folder / "recipe.yaml").unlink()
-    killed = tree(folder)
-    assert "bits_per_weight 8.2" in refused("run", DEMO, *other, "-o", folder)
-    assert tree(folder) == killed
+    other = ("--space", "w8a8", "--max-bits", "16", "--engine", "vllm-cpu", *SMALL)
+    content = ok("run", DEMO, *other, "-o", folder, "--json").json
+    assert content["exported"] == str(folder / "model-16.0bits")
+    assert tree(exported) == before
     ok("run", DEMO, *arguments, "-o", folder)
     assert (folder / "recipe.yaml").read_bytes() == whole["recipe.yaml"]
     # What no run wrote is not taken for a model.
@@ -198,34 +197,101 @@ def test_the_demo_shows_a_mixture_below_every_uniform_scheme(tmp_path: Path) -> 
         content["kl_nats_per_token"], rel=0.25
     )
     validations = content["validations"]
+    assert content["serve_command"].endswith(
+        f"--model {tmp_path / 'demo' / 'model'} --dtype bfloat16"
+    )
     assert len(validations) >= 4
     for name, one in validations.items():
         if name != "recipe":
             assert one["kl_nats_per_token"] > 1.5 * content["kl_nats_per_token"], name
 
 
-def test_a_run_for_another_budget_space_or_engine_is_refused_before_anything_is_written(
+@pytest.mark.long
+def test_runs_for_other_budgets_spaces_and_engines_share_what_was_measured(
+    space: Path, tmp_path: Path
+) -> None:
+    folder, first = tmp_path / "run", run_options(space, tmp_path / "run")
+    ok(*first)
+    before = tree(folder)
+    other = tmp_path / "other.yaml"
+    other.write_text("version: 1\nschemes: [int4.g32, int8.channel+int8.token]\n")
+    names = {
+        ("--max-bits", "5"): "5.0bits",
+        ("--max-size", "3MB", "--max-bits", "7"): "7.0bits-3000000B",
+        ("--space", other, "--engine", "vllm-cpu"): "6.0bits-vllm-cpu-other",
+    }
+    written = {"recipe.yaml", "validation.json", "table.jsonl"}
+    for changed, name in names.items():
+        ran = ok(*first, *changed)
+        assert ran.err.count("there already") == (1 if other in changed else 2)
+        files = {f"recipe-{name}.yaml", f"validation-{name}.json"}
+        assert all(f"{folder / file}" in ran.err for file in files)  # the page shows all of them
+        assert f"{folder / 'recipe.yaml'}" in ran.err
+        written |= files
+    model = folder / "model-6.0bits-vllm-cpu-other"
+    assert serve(model) in ran.out
+    assert {path.name for path in folder.iterdir()} == {*written, "stats", model.name}
+    recipe = package.load_recipe(folder / "recipe-7.0bits-3000000B.yaml")
+    assert recipe.budget == {"bits_per_weight": 7.0, "checkpoint_bytes": 3_000_000}
+    inside = package.load_recipe(model / "recipe.yaml")
+    assert inside == package.load_recipe(folder / f"recipe-{name}.yaml")
+    # The first one is as it was, and is continued although the table has grown since.
+    after = tree(folder)
+    assert {file for file in before if after[file] != before[file]} == {"table.jsonl"}
+    ok(*first)
+    whole = tree(folder)
+    assert {file for file in whole if whole[file] != after[file]} <= {"validation.json"}
+
+
+def test_a_space_that_has_changed_under_its_name_is_refused_before_anything_is_written(
     space: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     ok(*run_options(space, folder))
     before = tree(folder)
-    other = tmp_path / "other.yaml"
-    other.write_text("version: 1\nschemes: [fp4_e2m1.g32, int6.channel]\n")
-    for changed in (
-        ("--max-bits", "5"),
-        ("--max-kl", "0.05"),
-        ("--space", other),
-        ("--engine", "vllm-hopper"),
-    ):
-        message = refused(*run_options(space, folder), *changed)
-        assert f"{folder / 'recipe.yaml'}: is the result for bits_per_weight 6.0" in message
-        assert "another -o" in message
-    # Another space under the name of the first.
     space.write_text("version: 1\nschemes: [int4.g32, int8.channel]\n")
-    message = refused(*run_options(space, folder))
-    assert "space space as it was then, engine not named, and this run asks for" in message
+    for budget in ("6", "5"):
+        message = refused(*run_options(space, folder), "--max-bits", budget)
+        assert f"{folder / 'recipe.yaml'}: was decided in the search space space as it" in message
+        assert "another -o" in message
     assert tree(folder) == before
+
+
+@pytest.mark.long
+def test_a_folder_that_another_version_finished_is_continued(space: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ok(*run_options(space, folder))
+    path = folder / "recipe.yaml"
+    recipe = package.load_recipe(path)
+    noted = {key: one for key, one in recipe.made_by.items() if key != "corpora_sha256"}
+    assert noted != recipe.made_by
+    write_recipe(replace(recipe, made_by=noted | {"mofq": "0.0.9"}), path)
+    former = path.read_bytes()
+    ok(*run_options(space, folder))
+    assert path.read_bytes() == former
+    lineage = json.loads((folder / "validation.json").read_text("utf-8"))
+    assert lineage["recipe_sha256"] == hashlib.sha256(former).hexdigest()
+    assert {one.name for one in folder.glob("recipe*")} == {"recipe.yaml"}
+    # Another decision under the request's name is not replaced.
+    group, *others = recipe.groups
+    write_recipe(replace(recipe, groups=(replace(group, scheme="bf16"), *others)), path)
+    edited = tree(folder)
+    assert "is another recipe than this run would end with" in mofq(*run_options(space, folder)).err
+    assert tree(folder) == edited
+
+
+def test_what_was_measured_beside_the_recipe_is_kept_and_drawn(space: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    measured = ok(*run_options(space, folder), "--json").json["validations"]
+    kept = json.loads((folder / "validation.json").read_text("utf-8"))
+    assert kept["candidate"] == "recipe.yaml"
+    assert kept["alternatives"].keys() == {"int4.g64"}
+    assert kept["alternatives"]["int4.g64"] == measured["int4.g64"] | {"candidate": "int4.g64"}
+    page, validation = tmp_path / "page.html", folder / "validation.json"
+    ok("explore", folder / "table.jsonl", "--validation", validation, "-o", page)
+    (data,) = re.findall(r'"measured":(\[.*?\])', page.read_text("utf-8"))
+    points = {one["label"]: one["kl_nats_per_token"] for one in json.loads(data)}
+    assert points == {name: one["kl_nats_per_token"] for name, one in measured.items()}
 
 
 @pytest.mark.long
@@ -257,8 +323,6 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
 
     def poor(*arguments: object, **options: object) -> object:
         """The measurement, with the mixture's recipe said to be no better than the uniform."""
-        from dataclasses import replace
-
         found = measure(*arguments, **options)
         worst = max(one.kl_nats_per_token for one in found.values())
         found["recipe"] = replace(found["recipe"], kl_nats_per_token=worst)

@@ -210,3 +210,22 @@ def test_advice_names_the_finding_and_refuses_what_it_does_not_know() -> None:
         advise(Situation("synchron", DEVICE_MODELS["h100"]))
     with pytest.raises(MofqError, match="at most 1"):
         advise(Situation("synchronous", DEVICE_MODELS["h100"], recovery=99.0))
+
+
+def test_a_device_of_a_generation_without_rules_says_so() -> None:
+    def says(device: str) -> bool:
+        found = advise(Situation("synchronous", DEVICE_MODELS[device]))
+        return any("No engine was asked" in one.says for one in found.rules)
+
+    assert [name for name in DEVICE_MODELS if says(name)] == [
+        "rtx5090",
+        "rtx-pro-6000",
+        "dgx-spark",
+    ]
+
+
+def test_a_device_may_have_instructions_of_unknown_rate() -> None:
+    spark = Situation("asynchronous", DEVICE_MODELS["dgx-spark"], recovery=0.99)
+    assert spark.has_fp8
+    assert advise(spark).space == "w8a8"
+    assert any("multiplies FP4" in one.says for one in advise(spark).rules)

@@ -174,8 +174,47 @@ def test_every_device_says_where_its_figures_are_from() -> None:
     for name, device in DEVICE_MODELS.items():
         assert device.name == name
         assert "http" in device.source or "github.com" in device.source
-        assert device.operations_per_second["bf16"] > 1e14
-        assert device.bytes_per_second > 5e11
+        assert device.instructions >= {"bf16", "int8"}
+        assert not device.operations_per_second.keys() & set(device.unrated)
+        assert 2e11 < device.bytes_per_second < 1e13
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "per_second", "peaks", "capability"),
+    [
+        # bf16, int8, fp8, fp4: with FP32 accumulation, which halves BF16 and FP8 on GeForce.
+        ("rtx3090", 24, 936, (71, 284, None, None), (8, 6)),
+        ("rtx4090", 24, 1008, (165.2, 660.6, 330.3, None), (8, 9)),
+        ("rtx5090", 32, 1792, (209.5, 838, 419, 1676), (12, 0)),
+        ("rtx-pro-6000", 96, 1792, (503.8, 1007.6, 1007.6, 2015.2), (12, 0)),
+        ("dgx-spark", 128, 273, (None, None, None, 500), (12, 1)),
+        ("l4", 24, 300, (121, 242.5, 242.5, None), (8, 9)),
+    ],
+)
+def test_cards_for_desks_have_the_figures_of_their_sheets(
+    name: str,
+    gigabytes: int,
+    per_second: float,
+    peaks: tuple[float | None, ...],
+    capability: tuple[int, int],
+) -> None:
+    device = load_device_model(name)
+    assert device.memory_bytes == gigabytes * 10**9
+    assert device.bytes_per_second == pytest.approx(per_second * 1e9)
+    stated = dict(zip(("bf16", "int8", "fp8", "fp4"), peaks, strict=True))
+    expected = {key: 1e12 * peak for key, peak in stated.items() if peak is not None}
+    assert dict(device.operations_per_second) == pytest.approx(expected)
+    assert device.capability == capability
+
+
+def test_tensor_cores_of_geforce_have_half_of_the_fp32_rate_of_professional_ones() -> None:
+    """By clock and multiprocessors: GB202 with 170 at 2.407 GHz, and with 188 at 2.617 GHz."""
+    geforce, professional = (DEVICE_MODELS[name] for name in ("rtx5090", "rtx-pro-6000"))
+    scale = (188 * 2.617) / (170 * 2.407)
+    for kind, factor in (("bf16", 2), ("fp8", 2), ("int8", 1), ("fp4", 1)):
+        expected = factor * scale * geforce.operations_per_second[kind]
+        found = professional.operations_per_second[kind]
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_device_of_ones_own_is_a_file(tmp_path: Path) -> None:

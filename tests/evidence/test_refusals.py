@@ -47,3 +47,14 @@ def test_inspecting_and_measuring_give_one_reason(tmp_path: Path) -> None:
         groups, _, rest = line.partition(" fusion groups: ")
         schemes, _, reason = rest.partition(": ")
         assert f"{schemes} {groups} {reason}"[:60] in inspected
+
+
+@pytest.mark.long
+def test_a_run_tells_its_own_refusals_and_not_those_of_other_engines(tmp_path: Path) -> None:
+    space, table = tmp_path / "space.yaml", tmp_path / "table.jsonl"
+    space.write_text("version: 1\nschemes: [int8.channel, int4.g128]\n")
+    for engine, refused in (("vllm-cpu", ["int8.channel"]), ("vllm-hopper", [])):
+        asked = ("--space", space, "--engine", engine, "-o", table)
+        content = ok("measure", DEMO, *asked, "--json").json
+        assert [one["schemes"] for one in content["refused"]] == [[name] for name in refused]
+        assert ok("measure", DEMO, *asked).err.count("not offered") == len(refused)

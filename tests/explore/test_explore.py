@@ -322,10 +322,29 @@ def test_a_validation_gives_a_measured_point(table: Table, path: Path, tmp_path:
     assert point["predicted"] is None
 
 
+def test_what_a_run_measured_in_several_validations_is_drawn_once(
+    table: Table, path: Path, tmp_path: Path
+) -> None:
+    uniform = VALIDATION | {"candidate": "int4.g32@mse", "bits_per_weight": 4.5}
+    for name, bits in (("one", 5.0), ("two", 6.0)):
+        content = VALIDATION | {"candidate": f"{name}.yaml", "bits_per_weight": bits}
+        content |= {"alternatives": {"int4.g32@mse": uniform}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    both = [tmp_path / "one.json", tmp_path / "two.json"]
+    measured = data_of(table, path, validations=both)["measured"]
+    assert [(one["label"], one["at"]) for one in measured] == [
+        ("one", 5.0),
+        ("int4.g32@mse", 4.5),
+        ("two", 6.0),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"version": 2}, "no validation of version 1"),
+        ({"alternatives": []}, "alternatives must be a mapping"),
+        ({"alternatives": {"int4": VALIDATION | {"version": 2}}}, "no validation of version 1"),
         ({"index_sha256": "f" * 64}, "f{64}.* a{64}"),
         ({"kl_nats_per_token": None}, "has no kl_nats_per_token"),
         ({"bits_per_weight": "many"}, "bits_per_weight must be a number"),

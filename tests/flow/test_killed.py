@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,8 @@ from mofq.files.documents import write_beside_and_rename
 from mofq.files.locks import hold_folder, hold_new_folder, open_new_file
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+#: Who holds a lock that this process holds.
+HERE = f"pid {os.getpid()} on {gethostname()}, running since "
 SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "32")
 
@@ -168,18 +171,24 @@ def test_the_second_of_two_commands_on_one_place_says_so(
     opened = read_table(measured.table)
     with open_plan(stats, read_stats(measured.stats).plan):
         message = refused("calibrate", DEMO, *SHORT, "-o", stats)
-        assert "another process calibrates into this folder" in message
+        assert f"another process ({HERE}" in message
+        assert "calibrates into this folder" in message
     measure = ("measure", DEMO, "--space", space, "--stats", measured.stats, "-o", table)
     with open_table(table, opened.header):
-        assert "another process writes to this table" in refused(*measure)
+        message = refused(*measure)
+        assert f"another process ({HERE}" in message
+        assert "writes to this table" in message
     export = ("export", DEMO, measured.recipe, "--to", "compressed-tensors", "-o", model)
-    with hold_new_folder(tmp_path / ".model.partial", MofqError("never raised")):
-        assert "another process writes to this folder" in refused(*export)
+    with hold_new_folder(tmp_path / ".model.partial", MofqError):
+        message = refused(*export)
+        assert f"another process ({HERE}" in message
+        assert "writes to this folder" in message
     run = tmp_path / "run"
     run.mkdir()
-    with hold_folder(run, MofqError("never raised")):
+    with hold_folder(run, MofqError):
         message = refused("run", DEMO, "--space", space, "--max-bits", "5", *TEXT, "-o", run)
-    assert "another process runs into this folder" in message
+    assert f"another process ({HERE}" in message
+    assert "runs into this folder" in message
     assert list(run.iterdir()) == []
 
 

@@ -55,6 +55,7 @@ def show_devices(result: DevicesResult) -> None:
     rows = []
     for name, one in result.devices.items():
         peaks = {key: f"{1e-12 * peak:g}" for key, peak in one.operations_per_second.items()}
+        peaks |= dict.fromkeys(one.unrated, "not stated")
         rates = [peaks.get(key, "–") for key in ("bf16", "int8", "fp8", "fp4")]
         rows.append(
             [name, short_bytes(one.memory_bytes), f"{one.bytes_per_second / 1e12:g}", *rates]

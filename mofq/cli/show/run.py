@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from mofq.api.figures import with_error
 from mofq.api.inputs import needs_stats
+from mofq.api.run_folder import finished_runs
 from mofq.cli.show.search import note_engines
-from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.cli.show.terminal import next_step, print_table, say
 
 if TYPE_CHECKING:
     from mofq.api import RunResult
@@ -36,18 +37,20 @@ def show_run(result: RunResult) -> None:
 
 def _suggest(result: RunResult) -> None:
     """What to do with the folder."""
-    recipe, table = result.folder / "recipe.yaml", result.folder / "table.jsonl"
+    files = result.files
     if result.export is None:
         note_engines(result)
         if result.served_by():
-            stats = ("--stats", result.folder / "stats") if needs_stats(result.recipe) else ()
+            stats = ("--stats", files.stats) if needs_stats(result.recipe) else ()
             to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
-            next_step("export", result.model, recipe, *to)
+            next_step("export", result.model, files.recipe, *to)
     engine = result.recipe.made_by.get("engine")
     named = () if engine is None else ("--engine", str(engine))
-    validation = ("--validation", result.folder / "validation.json")
-    page = result.folder / "explorer.html"
-    next_step("explore", table, recipe, *validation, *named, "-o", page)
+    runs = finished_runs(files.folder)
+    validations = (word for one in runs for word in ("--validation", one.validation))
+    page = files.folder / "explorer.html"
+    recipes = (one.recipe for one in runs)
+    next_step("explore", files.table, *recipes, *validations, *named, "-o", page)
 
 
 def _label(result: RunResult, name: str) -> str:
@@ -66,10 +69,3 @@ def _row(name: str, one: Validation) -> list[str]:
         f"{one.perplexity:.4g}",
         f"{100 * one.top1_agreement:.2f} %",
     ]
-
-
-def end_run(result: RunResult) -> int:
-    """Say so where nothing was kept."""
-    if not result.is_kept:
-        note("Nothing was kept; `mofq demo -o FOLDER` keeps table, recipe and validation.")
-    return 0

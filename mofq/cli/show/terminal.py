@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
 
+
+#: Of a long stage, where there is no terminal.
+_SECONDS_BETWEEN_LINES = 30.0
 
 #: Logger -> beginning of a message that says nothing to a user of mofq: transformers imports
 #: torchao where it is installed, whatever the model.
@@ -89,11 +93,13 @@ def say(message: str) -> None:
 
 
 class Bars:
-    """Progress bars on a terminal, one for each stage; silence elsewhere."""
+    """How far a stage is: one bar on a terminal; elsewhere a line every 30 seconds."""
 
     def __init__(self) -> None:
         self._progress: Any = None
-        self._tasks: dict[str, Any] = {}
+        self._task: Any = None
+        self._name = ""  #: of the stage that is drawn
+        self._began = self._told = monotonic()
 
     def __enter__(self) -> Bars:
         return self
@@ -104,13 +110,20 @@ class Bars:
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are finished."""
-        if not console().is_terminal:
-            return
+        if console().is_terminal:
+            self._draw(name, done, total)
+        elif (now := monotonic()) - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            note(f"{name}: {done} of {total}, {now - self._began:.0f} s since the start")
+
+    def _draw(self, name: str, done: int, total: int) -> None:
         if self._progress is None:
             self._progress = _start_progress()
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[name], completed=done, total=total)
+            self._task = self._progress.add_task(name)
+        elif name != self._name:
+            self._progress.reset(self._task)
+        self._name = name
+        self._progress.update(self._task, description=name, completed=done, total=total)
 
 
 def _start_progress() -> Any:

@@ -94,7 +94,17 @@ def validate_many(
             runner=runner,
             progress=progress,
         )
-        return tuple(_validate_one(each, original, progress=progress) for each in opened)
+        return tuple(
+            _validate_one(
+                each, original, progress=progress and _part(progress, number, len(opened))
+            )
+            for number, each in enumerate(opened)
+        )
+
+
+def _part(progress: Progress, number: int, count: int) -> Progress:
+    """Takes what is done of one candidate, and tells what is done of all, stage by stage."""
+    return lambda stage, done, total: progress(stage, number * total + done, count * total)
 
 
 @dataclass(frozen=True, slots=True)

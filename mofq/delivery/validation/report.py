@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,26 @@ def summarize(
     )
 
 
-def write_validation(validation: Validation, path: str | Path) -> None:
+def write_validation(
+    validation: Validation,
+    path: str | Path,
+    *,
+    alternatives: Mapping[str, Validation] | None = None,
+) -> None:
     """Write ``validation.json``: beside its final name, then renamed.
+
+    Args:
+        validation: Of the quantized model.
+        path: Of the file.
+        alternatives: Name -> what else was measured beside it on the same windows.
 
     Raises:
         MofqError: The file cannot be written.
     """
-    text = json.dumps(validation.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+    content = validation.to_json()
+    if alternatives:
+        content["alternatives"] = {name: one.to_json() for name, one in alternatives.items()}
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     write_beside_and_rename(Path(path), text + "\n")
 
 

@@ -35,7 +35,7 @@ from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
 from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
-from mofq.files.locks import try_lock
+from mofq.files.locks import holder, try_lock
 from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
 from mofq.model.checkpoint.headers import Checkpoint
 
@@ -306,8 +306,8 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
     try:
         if not try_lock(file):
             raise StatsError(
-                f"{folder}: another process calibrates into this folder. "
-                f"Wait for it, or name another one."
+                f"{folder}: {holder(file)} calibrates into this folder. Wait for it, or name "
+                f"another one."
             )
         path = folder / "plan.json"
         if path.exists():

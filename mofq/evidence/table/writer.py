@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -26,6 +25,7 @@ from mofq.evidence.table.lines import (
 )
 from mofq.evidence.table.reader import TableLines, read_lines
 from mofq.exceptions import TableError
+from mofq.files.locks import holder, try_lock
 from mofq.model.layers import CacheLayer
 
 _BEGINNING = b'{"kind":"header",'
@@ -182,12 +182,10 @@ def open_table(
 
 
 def _lock(file: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as problem:
+    if not try_lock(file):
         raise TableError(
-            f"{path}: another process writes to this table. Wait for it, or write to another one."
-        ) from problem
+            f"{path}: {holder(file)} writes to this table. Wait for it, or write to another one."
+        )
 
 
 def _resume(file: int, path: Path) -> TableLines | None:

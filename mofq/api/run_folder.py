@@ -1,0 +1,285 @@
+"""The folder of `mofq run`: statistics and table once, and the results of each request by name.
+
+The first request has the plain names: ``recipe.yaml``, ``validation.json``, ``model``. Those of
+another budget, engine, space or weights of corpora say in their names how they differ:
+``recipe-5.0bits.yaml``, ``validation-5.0bits.json``, ``model-5.0bits``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mofq.exceptions import BackendError, MofqError, option
+
+if TYPE_CHECKING:
+    from mofq.decision import Request
+    from mofq.decision.recipe import Recipe
+    from mofq.delivery.validation import Validation
+
+#: The recipe that was searched for, among the candidates of a run.
+SEARCHED = "recipe"
+#: What it is called where a uniform scheme took its place.
+_MIXTURE = "mixture"
+_RECIPE = "recipe.yaml"
+_VALIDATION = "validation.json"
+#: The checkpoint for an engine.
+_MODEL = "model"
+#: Key of a recipe's budget -> what follows its figure in the name of a file.
+_UNITS = {
+    "bits_per_weight": "bits",
+    "checkpoint_bytes": "B",
+    "kl_nats_per_token": "nats",
+    "finer_fraction": "finer",
+}
+_UNFIT = re.compile(r"[^A-Za-z0-9.=,@+-]")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Where the results of one request lie."""
+
+    folder: Path
+    suffix: str = ""  #: of their names; "" for the first request of the folder
+
+    @property
+    def stats(self) -> Path:
+        """The statistics, of all requests."""
+        return self.folder / "stats"
+
+    @property
+    def table(self) -> Path:
+        """What was measured, for all requests."""
+        return self.folder / "table.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        """The decision."""
+        return self.named(_RECIPE)
+
+    @property
+    def validation(self) -> Path:
+        """What recipe and alternatives measure."""
+        return self.named(_VALIDATION)
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint, where the engine loads one."""
+        return self.named(_MODEL)
+
+    def named(self, name: str) -> Path:
+        """A file of the request: ``recipe.yaml`` as ``recipe-5.0bits.yaml``."""
+        path = Path(name)
+        return self.folder / f"{path.stem}{self.suffix}{path.suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a run is asked for, as far as recipes note it."""
+
+    budget: Mapping[str, object]
+    engine: str | None
+    space: str | None
+    space_sha256: str | None
+    corpus_weights: str | None
+
+    @classmethod
+    def of_request(cls, request: Request, *, space_sha256: str) -> Asked:
+        """What a run asks for, before it has a table."""
+        from mofq.decision.request import weights_text
+        from mofq.decision.result import budget_figures
+
+        weights = weights_text(request.corpus_weights)
+        return cls(budget_figures(request), request.engine, request.space, space_sha256, weights)
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Asked:
+        """What a former run asked for."""
+
+        def noted(key: str) -> str | None:
+            value = recipe.made_by.get(key)
+            return None if value is None else str(value)
+
+        return cls(
+            dict(recipe.budget),
+            noted("engine"),
+            noted("space"),
+            noted("space_sha256"),
+            noted("corpus_weights"),
+        )
+
+    def differences_from(self, other: Asked) -> list[str]:
+        """What sets this apart from another request, as parts of names; none: they are one."""
+        parts = []
+        if self.engine != other.engine:
+            parts.append(self.engine or "no-engine")
+        if self.space != other.space:
+            parts.append(self.space or "no-space")
+        if self.corpus_weights != other.corpus_weights:
+            parts.append(self.corpus_weights or "equal-weights")
+        if parts or self.budget != other.budget:
+            parts = [*self._budget_parts(), *parts]
+        return [_UNFIT.sub("-", part) for part in parts]
+
+    def has_changed_space(self, other: Asked) -> bool:
+        """Whether the search space is another one than that of the same name was."""
+        hashes = {self.space_sha256, other.space_sha256}
+        return self.space == other.space and None not in hashes and len(hashes) > 1
+
+    def _budget_parts(self) -> list[str]:
+        parts = [f"{value}{_UNITS[key]}" for key, value in self.budget.items()]
+        return parts or ["no-budget"]
+
+    def __str__(self) -> str:
+        """For messages."""
+        limits = [f"{name} {value}" for name, value in self.budget.items()] or ["no budget"]
+        weights = self.corpus_weights
+        return (
+            f"{', '.join(limits)}, space {self.space or 'not noted'}, engine "
+            f"{self.engine or 'not named'}{f', corpus weights {weights}' if weights else ''}"
+        )
+
+
+def find_files(folder: Path, asked: Asked) -> RunFiles:
+    """Where the results of a request lie, or will.
+
+    Raises:
+        BackendError: There is a model that no run wrote.
+        RecipeError: A recipe that is there cannot be read.
+        MofqError: What has the request's name is of another one, or the search space is another
+            than when its schemes were measured here.
+    """
+    first = RunFiles(folder)
+    for files in dict.fromkeys((first, *finished_runs(folder))):
+        for path, recipe in former_recipes(files).items():
+            found = Asked.of_recipe(recipe)
+            if asked.has_changed_space(found):
+                raise MofqError(
+                    f"{path}: was decided in the search space {asked.space} as it was then, "
+                    f"and its schemes are in the table there. Run with another {option('output')}."
+                )
+    former = list(former_recipes(first).values())
+    different = asked.differences_from(Asked.of_recipe(former[0])) if former else []
+    if not different:
+        return first
+    files = RunFiles(folder, "-" + "-".join(different))
+    for path, recipe in former_recipes(files).items():
+        found = Asked.of_recipe(recipe)
+        if asked.differences_from(found):
+            raise MofqError(
+                f"{path}: is the result for {found}, and this run asks for {asked}. Run with "
+                f"another {option('output')}, or move it away."
+            )
+    return files
+
+
+def former_recipes(files: RunFiles) -> dict[Path, Recipe]:
+    """The recipes that a former run of the request ended with: its own, and that of the model.
+
+    Raises:
+        BackendError: There is a model that no run wrote.
+        RecipeError: A recipe cannot be read.
+    """
+    from mofq.decision.recipe import RECIPE_FILE, load_recipe
+
+    model = files.model
+    inside = model / RECIPE_FILE
+    if model.exists() and any(model.iterdir()) and not inside.is_file():
+        raise BackendError(
+            f"{model}: holds something that no `mofq run` wrote. Run with another "
+            f"{option('output')}, or remove it."
+        )
+    return {path: load_recipe(path) for path in (files.recipe, inside) if path.is_file()}
+
+
+def keep_former(files: RunFiles, candidates: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Candidates of a run, with the recipe that a former run of the request ended with.
+
+    Its decision is that of one of them. Its figures and hashes may be others: rows of other
+    requests have been added to the table since, or another version of mofq decided.
+
+    Args:
+        files: Of the request.
+        candidates: Name -> recipe.
+
+    Returns:
+        The candidates; that of the former run as its file has it.
+
+    Raises:
+        MofqError: A former run ended with another decision.
+    """
+    kept = dict(candidates)
+    for path, recipe in former_recipes(files).items():
+        name = next((name for name, one in kept.items() if _decides_as(one, recipe)), None)
+        if name is None:
+            raise _other_result(files, path)
+        kept[name] = recipe
+    return kept
+
+
+def check_ends_as_before(files: RunFiles, recipe: Recipe) -> None:
+    """Refuse to end a run with another recipe than a former run of the request.
+
+    Raises:
+        MofqError: As said.
+    """
+    for path, former in former_recipes(files).items():
+        if not _decides_as(recipe, former):
+            raise _other_result(files, path)
+
+
+def _other_result(files: RunFiles, path: Path) -> MofqError:
+    """The error where a run would end with another recipe than is there."""
+    return MofqError(
+        f"{path}: is another recipe than this run would end with: the table has other rows now, or "
+        f"it validates on another text. Run with another {option('output')}, or move "
+        f"{files.recipe.name}, {files.validation.name} and {files.model.name} away."
+    )
+
+
+def _decides_as(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes of a model do the same to it."""
+    return (one.groups, one.unquantized, one.kv_cache) == (
+        other.groups,
+        other.unquantized,
+        other.kv_cache,
+    )
+
+
+def write_results(
+    files: RunFiles, recipe: Recipe, validations: Mapping[str, Validation], *, chosen: str
+) -> None:
+    """Write what a run ends with: the validations, then the recipe that shows the run complete.
+
+    Args:
+        files: Of the request.
+        recipe: That the run ends with.
+        validations: Of it, and of the alternatives.
+        chosen: Its key in ``validations``.
+    """
+    from mofq.decision.recipe import write_recipe
+    from mofq.delivery.validation import write_validation
+
+    named = {
+        files.recipe.name if name == chosen else _MIXTURE if name == SEARCHED else name: one
+        for name, one in validations.items()
+    }
+    named = {
+        name: replace(one, lineage=replace(one.lineage, candidate=name))
+        for name, one in named.items()
+    }
+    validation = named.pop(files.recipe.name)
+    write_validation(validation, files.validation, alternatives=named)
+    write_recipe(recipe, files.recipe)
+
+
+def finished_runs(folder: Path) -> list[RunFiles]:
+    """The requests whose results a folder has, the first one first."""
+    stem, ending = Path(_RECIPE).stem, Path(_RECIPE).suffix
+    found = [
+        RunFiles(folder, path.stem.removeprefix(stem)) for path in folder.glob(f"{stem}*{ending}")
+    ]
+    return sorted((one for one in found if one.validation.is_file()), key=lambda one: one.suffix)
