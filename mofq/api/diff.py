@@ -41,7 +41,7 @@ class DiffResult:
         """Bits per cached number: as the result says; 16 where the cache is left as it is."""
 
         def of(recipe: Recipe) -> float | None:
-            bits = recipe.figure("kv_bits")
+            bits = recipe.result.kv_bits
             return 16.0 if bits is None and not recipe.kv_cache else bits
 
         return [of(one) for one in self.recipes]

@@ -69,7 +69,7 @@ class SearchResult:
         decision, recipe = self.decision, self.recipe
         return {
             "recipe": None if self.output is None else str(self.output),
-            **recipe.result,
+            **recipe.result.known(),
             "finer_layers": list(decision.finer_layers),
             "tied_layers": decision.tied_layers,
             "moved_layers": decision.moved_layers,

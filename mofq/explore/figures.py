@@ -143,7 +143,7 @@ def _limit(axes: Axes, at_K: FloatArray, value_K: FloatArray, most: float, margi
 
 
 def _results(points: Sequence[FrontierRecipe], key: str) -> np.ndarray:
-    values = [point.recipe.result.get(key) for point in points]
+    values = [getattr(point.recipe.result, key) for point in points]
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 

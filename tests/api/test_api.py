@@ -49,7 +49,7 @@ def test_the_flow_from_python_writes_what_the_commands_write(
     assert done.worst.enforced is True
     exported = api.export(DEMO, decided.recipe, tmp_path / "folder", **reports)
     assert exported.checkpoint is not None
-    assert exported.checkpoint.group_bytes == decided.recipe.result["bytes"]
+    assert exported.checkpoint.group_bytes == decided.recipe.result.bytes
     assert (exported.serve_command or "").startswith("vllm serve ")
     assert {"calibrate en", "measure", "original", "export"} <= set(stages)
     assert capfd.readouterr() == ("", "")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mofq.decision.recipe import (
     Recipe,
     RecipeGroup,
+    RecipeResult,
     check_recipe,
     load_recipe,
     parse_recipe,
@@ -58,12 +59,7 @@ RECIPE = Recipe(
     unquantized=("lm_head",),
     made_by={"mofq": "0.1.0", "solver": "exact", "seed": 0, "table_sha256": "b71e0452"},
     budget={"bits_per_weight": 5.0},
-    result={
-        "bits_per_weight": 4.981,
-        "bytes": 274205184,
-        "kl_nats_per_token": 1e-5,
-        "kl_stderr": None,
-    },
+    result=RecipeResult(bits_per_weight=4.981, bytes=274205184, kl_nats_per_token=1e-5),
 )
 
 
@@ -107,10 +103,12 @@ def test_a_recipe_is_written_and_read_as_documented(tmp_path: Path) -> None:
 
 
 def test_an_older_recipe_with_a_prediction_of_interactions_is_read_and_kept() -> None:
-    text = TEXT.replace("kl_stderr: null", "kl_stderr: null, kl_joint: 2.0e-05")
+    text = TEXT.replace(
+        "kl_nats_per_token: 1.0e-05", "kl_nats_per_token: 1.0e-05, kl_joint: 2.0e-05"
+    )
     assert text != TEXT
     recipe = parse_recipe(text)
-    assert recipe.result["kl_joint"] == 2e-5
+    assert recipe.result.kl_joint == 2e-5
     assert recipe_text(recipe) == text
 
 
@@ -290,9 +288,9 @@ def test_any_name_survives_writing_and_reading(names: list[str]) -> None:
 
 @given(st.floats(min_value=0, allow_infinity=False))
 def test_any_number_survives_writing_and_reading(number: float) -> None:
-    text = recipe_text(dataclasses.replace(RECIPE, result={"error": number}))
-    assert parse_recipe(text).result == {"error": number}
-    assert yaml.safe_load(text)["result"] == {"error": number}
+    text = recipe_text(dataclasses.replace(RECIPE, result=RecipeResult(error=number)))
+    assert parse_recipe(text).result.error == number
+    assert yaml.safe_load(text)["result"]["error"] == number
 
 
 @given(st.integers(0, len(TEXT)), st.integers(0, 8), st.text(max_size=8))

@@ -56,28 +56,28 @@ def note_engines(result: SearchResult | RunResult) -> None:
 def _print_decision(decision: Decision, *, title: str) -> None:
     from mofq.decision import KL_UNIT
 
-    recipe, number = decision.recipe, decision.recipe.figure
+    recipe, result = decision.recipe, decision.recipe.result
     rows = [
-        ["bits per weight", f"{number('bits_per_weight') or 0:.4f}"],
-        ["checkpoint", short_bytes(int(number("checkpoint_bytes") or 0))],
+        ["bits per weight", f"{result.bits_per_weight or 0:.4f}"],
+        ["checkpoint", short_bytes(result.checkpoint_bytes or 0)],
     ]
-    if number("kv_bits") is not None:
-        per_token = f"{short_bytes(round(number('kv_bytes_per_token') or 0))} a token"
-        rows.append(["KV cache, bits per number", f"{number('kv_bits'):.4f}, {per_token}"])
+    if result.kv_bits is not None:
+        per_token = f"{short_bytes(round(result.kv_bytes_per_token or 0))} a token"
+        rows.append(["KV cache, bits per number", f"{result.kv_bits:.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
-        predicted = with_error(number("kl_nats_per_token"), number("kl_stderr"))
+        predicted = with_error(result.kl_nats_per_token, result.kl_stderr)
         rows.append(["KL, predicted [nats/token]", predicted])
     else:
-        rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
-    if number("kl_measured") is not None:
-        measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
+        rows.append([f"error [{recipe.made_by.get('unit')}]", f"{result.error or 0:.4g}"])
+    if result.kl_measured is not None:
+        measured = with_error(result.kl_measured, result.kl_measured_stderr)
         rows.append(["KL, measured on the text of the search", measured])
     if decision.uniform_error is not None:
-        name = f"best uniform of no more bytes: {recipe.result['uniform_scheme']}"
+        name = f"best uniform of no more bytes: {result.uniform_scheme}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
-    rows += [] if number("seconds") is None else [_time_row(decision)]
+    rows += [] if result.seconds is None else [_time_row(decision, result.seconds)]
     if decision.finer_layers:
-        layers, weights = number("finer_fraction") or 0, number("finer_weight_fraction") or 0
+        layers, weights = result.finer_fraction or 0, result.finer_weight_fraction or 0
         shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
         rows.append(["finer than base", shares])
     if decision.tied_layers:
@@ -89,12 +89,10 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         note(line)
 
 
-def _time_row(decision: Decision) -> list[str]:
+def _time_row(decision: Decision, seconds: float) -> list[str]:
     from mofq.engines.latency import shown_seconds
 
-    budget, result = decision.recipe.budget, decision.recipe.result
-    seconds, before = result["seconds"], decision.unquantized_seconds
-    assert isinstance(seconds, float)
+    budget, before = decision.recipe.budget, decision.unquantized_seconds
     assert before is not None
     what = f"{budget['workload']} on {budget['device']}, at least"
     times = f"{shown_seconds(seconds)}; unquantized {shown_seconds(before)}"
