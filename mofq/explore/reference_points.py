@@ -12,6 +12,7 @@ from mofq.decision import (
     Problem,
     Request,
     predict,
+    predict_chosen,
     solve_greedy,
     uniform_recipes,
     usage,
@@ -119,7 +120,6 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
     own = recipe.kl_nats_per_token
     made_of_table = recipe.made_by.get("table_sha256") == table.sha256
     if problem.unit == KL_UNIT and made_of_table and own is not None:
-        # As the frontier, without the optimism of choosing on these very samples.
         return replace(point, value=own, stderr=recipe.result.kl_stderr)
     return point
 
@@ -165,7 +165,13 @@ def _predicted(
 ) -> ReferencePoint:
     value, stderr = problem.error_of(choice_F), None
     if problem.unit == KL_UNIT:
-        predicted = predict(problem, choice_F)
+        # A uniform scheme is not chosen on the samples, and has nothing of their luck.
+        is_uniform = solver == "uniform"
+        predicted = (
+            predict(problem, choice_F)
+            if is_uniform
+            else predict_chosen(problem, Budgets(), choice_F)
+        )
         value, stderr = predicted.value, predicted.stderr
     used = usage(problem, choice_F)
     return ReferencePoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import with_error
-from mofq.cli.show.terminal import print_table
+from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
     from mofq.api import DiffResult
@@ -34,6 +34,12 @@ def show_diff(result: DiffResult) -> None:
     if result.with_cache:
         title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
     print_table(title, columns, rows)
+    for name, recipe in zip(result.names, result.recipes, strict=True):
+        if recipe.is_edited and found.total is None:
+            note(
+                f"{name}: was edited after it was found, so that its figures no longer hold. "
+                f"`--table` gives those of the edit."
+            )
 
 
 def _row(one: GroupDifference, *, priced: bool) -> list[str]:
