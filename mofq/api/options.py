@@ -327,6 +327,9 @@ class Study:
 
     trials: Annotated[int, Option("Of optuna; earlier ones count.", least=1)] = 60
     multi_objective: Annotated[bool, Option("Of optuna: true bits as a second objective.")] = False
+    trial: Annotated[
+        int | None, Option("Of --multi-objective: take the recipe of this trial.", least=0)
+    ] = None
     storage: Annotated[
         str | None, Option("Of optuna: a URL, an SQLite or journal file; beside -o by default.")
     ] = None

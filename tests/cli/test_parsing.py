@@ -18,7 +18,7 @@ from mofq.cli.parsing import as_command
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
-    "inspect": "model --engine --space --lm-head",
+    "inspect": "model --engine --space",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
     "--kv-cache --cluster --cluster-cpus",
@@ -27,10 +27,10 @@ FLAGS = {
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
     "--unit --objective --ties --model --text --refine --tokens --sequence-length --bos "
-    "--device --stats --trials --multi-objective --storage --workers --seed",
+    "--device --stats --trials --multi-objective --trial --storage --workers --seed",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
-    "export": "model recipe -o --output --to --engine --stats",
+    "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
     "--engine --tokens --sequence-length --bos --sequences --device",
     "demo": "-o --output",

@@ -12,10 +12,10 @@ from mofq.decision.prediction import Estimate, estimate
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.decision.result import chosen_result, recipe_from_table
+from mofq.decision.result import chosen_result, recipe_from_table, with_uniform
 from mofq.decision.ties import RECIPE_STDERRS
 from mofq.decision.timing import time_of
-from mofq.decision.uniform import uniform_choice
+from mofq.decision.uniform import best_uniform, uniform_choice
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, option
 
@@ -159,19 +159,25 @@ def decide_again(
     if (choice_F == decision.choice_F).all():
         return decision
     problem, before = decision.problem, decision.recipe
-    schemes, known = problem.schemes_of(choice_F), before.result
+    schemes = problem.schemes_of(choice_F)
     prediction = predict_chosen(problem, decision.budgets, choice_F)
     result = replace(
         chosen_result(problem, choice_F, prediction),
         seconds=time_of(table, schemes, request),
-        uniform_scheme=known.uniform_scheme,
-        uniform_bits_per_weight=known.uniform_bits_per_weight,
-        uniform_kl_nats_per_token=known.uniform_kl_nats_per_token,
     )
+    used = usage(problem, choice_F)
+    uniform = best_uniform(problem, used.bytes, choice_F)
+    if uniform is not None:
+        result = with_uniform(result, problem, *uniform)
     again = recipe_from_table(table, schemes, made_by={}, budget={})
     recipe = replace(before, groups=again.groups, kv_cache=again.kv_cache, result=result)
-    finer_layers = usage(problem, choice_F).finer_layers
-    return replace(decision, recipe=recipe, choice_F=choice_F, finer_layers=finer_layers)
+    return replace(
+        decision,
+        recipe=recipe,
+        choice_F=choice_F,
+        finer_layers=used.finer_layers,
+        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+    )
 
 
 def with_measured(
