@@ -26,13 +26,15 @@ def show_diff(result: DiffResult) -> None:
     if found.total is not None:
         rows += [[*line, "", ""] for line in figures]
         rows.append(["all together", "", "", "", _signed(found.total.value, found.total.stderr)])
-        columns += ["bytes", f"{found.unit}, paired"]
+        columns += ["bytes", "error, paired"]
     else:
         rows += figures
     caches = sum(one.is_cache for one in found.groups)
     title = f"{len(found.groups) - caches} of {len(a.groups)} fusion groups differ"
     if result.with_cache:
         title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
+    if found.unit is not None:
+        title += f"; errors in {found.unit}"
     print_table(title, columns, rows)
     for name, recipe in zip(result.names, result.recipes, strict=True):
         if recipe.is_edited and found.total is None:

@@ -100,9 +100,12 @@ def _time_row(decision: Decision, seconds: float) -> list[str]:
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    chosen = next(one for one in explanation.alternatives if one.difference is None)
-    rows = [_alternative(one, chosen) for one in explanation.alternatives]
-    columns = ["scheme", "bits", "bytes", "error", "against the chosen", "with bytes priced", ""]
+    columns = ["scheme", "bits", "error", "against the chosen", "with bytes priced"]
+    rows = [_alternative(one) for one in explanation.alternatives]
+    if any(not one.is_offered for one in explanation.alternatives):
+        columns.append("")
+        for row, one in zip(rows, explanation.alternatives, strict=True):
+            row.append("" if one.is_offered else "gains too little (min_gain)")
     members = ", ".join(layer.rsplit(".", 1)[-1] for layer in explanation.layers)
     title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
     print_table(title, columns, rows)
@@ -117,20 +120,15 @@ def _print_explanation(explanation: Explanation) -> None:
         note(f"not to be had: {', '.join(schemes)}: {reason}")
 
 
-def _alternative(one: Alternative, chosen: Alternative) -> list[str]:
-    difference = "–"
+def _alternative(one: Alternative) -> list[str]:
+    difference = "◀ chosen"
     if one.difference is not None:
         sign = "+" if one.difference.value >= 0 else ""
         difference = sign + with_error(one.difference.value, one.difference.stderr)
-    remark = "◀ chosen" if one.difference is None else ""
-    if not one.is_offered:
-        remark = "gains too little (min_gain)"
     return [
         one.scheme,
         f"{one.bits_per_weight:.3f}",
-        f"{one.bytes - chosen.bytes:+,}" if one is not chosen else f"{one.bytes:,}",
-        with_error(one.error, one.stderr),
+        f"{one.error:.3g}",
         difference,
         "–" if one.priced_difference is None else f"{one.priced_difference:+.2g}",
-        remark,
     ]
