@@ -84,10 +84,10 @@ def predict_chosen(
 ) -> Estimate:
     """What a recipe that was chosen on the samples is predicted to cost.
 
-    The figure of every command, figure and file. The least error of any recipe of the same
-    size is cross-fitted, and what this recipe costs more than that one is added, sample by
-    sample. So it depends on the recipe, and not on how it was found, and of two recipes of one
-    size the one of less error is predicted to be better.
+    Every command, figure and file shows this one. The least error of any recipe that is no
+    larger is cross-fitted, and what this recipe costs more than that one is added, sample by
+    sample. So the figure depends on the recipe, and not on how it was found, and no recipe is
+    predicted to be better than the best of its size.
 
     Args:
         problem: What might be chosen.
@@ -99,16 +99,15 @@ def predict_chosen(
         The prediction; where there are too few samples to cross-fit, or half of them do not
         offer what the budgets need, that on the samples themselves.
     """
-    own = _own_size(problem, budgets, choice_F)
-
-    def best_of(part: Problem) -> IntArray:
-        return solve_exact(part, own).choice_F
-
     if not is_crossfitted(problem):
         return predict(problem, choice_F)
     try:
-        instead = None if is_optimum else (best_of(problem), choice_F)
-        fitted = crossfit(problem, best_of, instead=instead)
+        best_F = choice_F
+        if not is_optimum:
+            best_F = solve_exact(problem, _own_size(problem, budgets, choice_F)).choice_F
+        own = _own_size(problem, budgets, best_F)
+        instead = None if best_F is choice_F else (best_F, choice_F)
+        fitted = crossfit(problem, lambda part: solve_exact(part, own).choice_F, instead=instead)
     except BudgetError:
         # A finer scheme may be on offer with all samples and not with half of them.
         fitted = None

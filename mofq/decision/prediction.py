@@ -90,8 +90,9 @@ def crossfit(
         part, choice_F = with_samples(problem, other), choose(with_samples(problem, half))
         sums = _sample_sums(part, choice_F)
         if instead is not None:
-            more = zip(*(_sample_sums(part, each_F) for each_F in instead), strict=True)
-            sums = [one + (b - a) for one, (a, b) in zip(sums, more, strict=True)]
+            before, after = (_sample_sums(part, each_F) for each_F in instead)
+            more = zip(sums, before, after, strict=True)
+            sums = [one + (b - a) for one, a, b in more]
         folds.append(sums)
     return _combine(problem, [np.concatenate(pair) for pair in zip(*folds, strict=True)])
 

@@ -27,14 +27,16 @@ FLAGS = {
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
     "--unit --objective --ties --model --text --refine --tokens --sequence-length --bos "
-    "--device --stats --trials --multi-objective --trial --storage --workers --seed",
+    "--device --stats --trials --multi-objective --trial --storage --workers --seed "
+    "--corpus-weights",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
-    "--engine --tokens --sequence-length --bos --sequences --device",
+    "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights",
     "demo": "-o --output",
-    "frontier": "table --unit --engine --space --max-kv-bits --kv-tokens --kv-cache --polish",
+    "frontier": "table --unit --engine --space --max-kv-bits --kv-tokens --kv-cache --polish "
+    "--corpus-weights",
     "diff": "first second --table",
     "spaces": "",
     "formats": "",
@@ -42,9 +44,9 @@ FLAGS = {
     "devices": "",
     "advise": "model --device-model --deployment --recovery --tp",
     "explore": "table recipes --validation --unit --engine --space --max-kv-bits --kv-tokens "
-    "--kv-cache -o --output",
+    "--kv-cache -o --output --corpus-weights",
     "plot": "table recipes --kind -o --output --validation --unit --engine --space --max-kv-bits "
-    "--kv-tokens --kv-cache",
+    "--kv-tokens --kv-cache --corpus-weights",
     "recipe uniform": "model scheme -o --output --stats",
     "recipe from": "folder -o --output --model",
 }

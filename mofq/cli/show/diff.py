@@ -21,7 +21,7 @@ def show_diff(result: DiffResult) -> None:
         bits = (_figure(one, ".4f") for one in result.kv_bits)
         figures.append(["KV cache, bits per number", *bits])
     kl = (_figure(one.kl_nats_per_token, ".4g") for one in (a, b))
-    figures.append(["KL, predicted [nats/token]", *kl])
+    figures.append(["KL [nats/token]", *kl])
     columns = ["", *result.names]
     if found.total is not None:
         rows += [[*line, "", ""] for line in figures]
