@@ -41,7 +41,7 @@ class DiffResult:
         """Bits per cached number: as the result says; 16 where the cache is left as it is."""
 
         def of(recipe: Recipe) -> float | None:
-            bits = recipe.figure("kv_bits")
+            bits = recipe.result.kv_bits
             return 16.0 if bits is None and not recipe.kv_cache else bits
 
         return [of(one) for one in self.recipes]
@@ -88,9 +88,13 @@ def diff(
         MofqError: The recipes are of two models, or an input is not valid.
     """
     from mofq.decision.difference import compare_recipes
+    from mofq.decision.edited import with_figures
 
     a, b = open_recipe(first), open_recipe(second)
-    found = compare_recipes(a, b, None if table is None else open_table(table, tell))
+    opened = None if table is None else open_table(table, tell)
+    found = compare_recipes(a, b, opened)
+    if opened is not None:
+        a, b = with_figures(a, opened), with_figures(b, opened)
     return DiffResult((_name(first, "first"), _name(second, "second")), (a, b), found)
 
 

@@ -110,7 +110,7 @@ def plot(
         MofqError: An input is not valid.
     """
     from mofq.explore.drawing import read_drawing
-    from mofq.explore.figures import draw_figure
+    from mofq.explore.figures import draw_figure, undrawn_predictions
 
     start = monotonic()
     path = Path(output)
@@ -122,4 +122,7 @@ def plot(
         request=frontier_request(choices),
     )
     draw_figure(kind, drawing, path=path)
+    if kind == "prediction" and tell is not None:
+        for line in undrawn_predictions(drawing):
+            tell(line)
     return PlotResult(path, kind, Path(table), path.stat().st_size, monotonic() - start)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mofq.api.figures import with_error
 from mofq.api.inputs import open_recipe
 from mofq.api.options import AnyRecipe, Model, Option, Stats, documented
 from mofq.api.preconditions import check_folder, check_output
-from mofq.exceptions import EngineError
+from mofq.exceptions import EngineError, MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.delivery.export.compressed_tensors import Export
+    from mofq.delivery.validation import Validation
+    from mofq.model.checkpoint.headers import Checkpoint
+
+
+Measured = Annotated[
+    Sequence["Validation | str | Path"],
+    Option("From `mofq validate -o`, for the model card; repeatable.", flag="--validation"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +88,13 @@ def export(
         str | None, Option("Refuse what it cannot serve; the recipe's by default.")
     ] = None,
     stats: Stats = None,
-    model_card: str = "",
+    validations: Measured = (),
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write a quantized checkpoint that a serving engine loads.
 
     A folder must be new or empty. For tools other than engines, ``output`` is a file. The model
-    card of a checkpoint says ``model_card`` of its accuracy.
+    card of a checkpoint says what ``validations`` measured of the recipe.
 
     Returns:
         Folder, sizes, and the command that serves it, or the code that loads it.
@@ -101,6 +112,9 @@ def export(
     checkpoint = open_checkpoint(str(model))
     exporter = find_exporter(to)
     done: Export | None = None
+    if validations and to in RECIPE_EXPORTERS:
+        raise MofqError(f"{option('validations')}: a file for {to} has no model card to say it in.")
+    measured = [_measured(one, recipe, loaded, checkpoint) for one in validations]
     if to in RECIPE_EXPORTERS:
         check_output(path, files=[recipe], folders=[model])
         path = exporter(checkpoint, loaded, path)
@@ -113,10 +127,58 @@ def export(
             path,
             engine=engine,
             stats=stats,
-            validation=model_card,
+            validation="\n\n".join(map(_accuracy, measured)),
             progress=progress,
         )
     return ExportResult(str(model), loaded, path, to, engine, done, monotonic() - start)
+
+
+def _measured(
+    source: Validation | str | Path, recipe: Recipe | str | Path, loaded: Recipe, model: Checkpoint
+) -> Validation:
+    """A validation of this very recipe and model, in which the recipe was enforced.
+
+    Raises:
+        MofqError: It is another one, or no validation.
+    """
+    from mofq.decision.recipe import Recipe, recipe_text
+    from mofq.delivery.validation import Validation, read_validation
+
+    found = source if isinstance(source, Validation) else read_validation(source)
+    texts = [recipe_text(loaded)]
+    if not isinstance(recipe, Recipe):
+        texts.append(Path(recipe).read_text("utf-8"))
+    if found.lineage.recipe_sha256 not in [sha256(one.encode()).hexdigest() for one in texts]:
+        wrong = "of another recipe"
+    elif found.lineage.index_sha256 != model.index_sha256:
+        wrong = "of another model"
+    elif not found.enforced:
+        wrong = "of a model that was not as the recipe says"
+    else:
+        return found
+    where = "" if isinstance(source, Validation) else f"{source}: "
+    raise MofqError(
+        f"{where}is a validation {wrong} ({found.lineage.candidate}). Validate what is exported, "
+        f"with `mofq validate MODEL RECIPE -o`."
+    )
+
+
+def _accuracy(validation: Validation) -> str:
+    """What the model card says of accuracy."""
+    kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
+    begin = ", in windows that begin with BOS" if validation.lineage.bos else ""
+    lines = [
+        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`{begin}: KL "
+        f"divergence from the original {kl} nats per token, perplexity "
+        f"{validation.perplexity:.4g} (original {validation.perplexity_original:.4g}), the same "
+        f"most probable token at {100 * validation.top1_agreement:.2f} % of positions."
+    ]
+    lines += [
+        f"- {one.task}, {one.metric}: {with_error(one.value, one.stderr)} (original "
+        f"{with_error(one.original, one.original_stderr)})"
+        for one in validation.tasks
+    ]
+    return "\n".join(lines[:1] + [""] * (len(lines) > 1) + lines[1:])
 
 
 def _format_of(engine: str | None, recipe: Recipe) -> str:

@@ -23,9 +23,10 @@ class FrontierPoint:
     bits_per_weight: float  #: true bits, over all fusion groups
     bytes: int  #: of the fusion groups
     checkpoint_bytes: int  #: of all tensors
-    error: float  #: predicted, in the unit of the frontier
-    stderr: float | None  #: where the table has samples
+    error: float  #: summed over the fusion groups, in the unit of the frontier
     bound: float  #: no recipe of this size has a smaller error
+    kl_nats_per_token: float | None  #: predicted, as a recipe of it says; None: not in nats
+    kl_stderr: float | None
     kv_bits: float | None = None  #: per cached number; None: the cache is not decided
     kv_bytes_per_token: float | None = None
     kv_cache: dict[str, int] | None = None  #: format -> layers
@@ -58,28 +59,34 @@ class FrontierResult:
 
     def point(self, k: int) -> FrontierPoint:
         """One of them, counted from the smallest."""
-        from mofq.decision import predict
-        from mofq.decision.result import size_figures
+        from mofq.decision import KL_UNIT, predict_chosen, usage
 
         problem, choice_F = self.problem, self.frontier.choice_KF[k]
-        figures: dict[str, Any] = size_figures(problem, choice_F)
-        cache: dict[str, Any] = {}
+        used = usage(problem, choice_F)
+        error, bound = float(self.frontier.error_K[k]), float(self.frontier.bound_K[k])
+        kl = None
+        if problem.unit == KL_UNIT:
+            is_optimum = error == bound
+            kl = predict_chosen(problem, self.request.budgets, choice_F, is_optimum=is_optimum)
+        formats: dict[str, int] | None = None
         if problem.cached:
             schemes = problem.schemes_of(choice_F)
-            formats = Counter(schemes[group.name] for group in problem.groups if group.cached)
-            cache = {name: figures[name] for name in ("kv_bits", "kv_bytes_per_token")}
-            cache["kv_cache"] = dict(formats)
-        if problem.kv_tokens:
-            cache["size_bytes"] = problem.size_of(choice_F) + problem.other_bytes
-        has_samples = problem.sample_errors is not None
+            formats = dict(Counter(schemes[one.name] for one in problem.groups if one.cached))
+        context = problem.size_of(choice_F) + problem.other_bytes if problem.kv_tokens else None
         return FrontierPoint(
-            bits_per_weight=figures["bits_per_weight"],
-            bytes=figures["bytes"],
-            checkpoint_bytes=figures["checkpoint_bytes"],
-            error=float(self.frontier.error_K[k]),
-            stderr=predict(problem, choice_F).stderr if has_samples else None,
-            bound=float(self.frontier.bound_K[k]),
-            **cache,
+            bits_per_weight=used.bits_per_weight,
+            bytes=used.bytes,
+            checkpoint_bytes=used.checkpoint_bytes,
+            error=error,
+            bound=bound,
+            kl_nats_per_token=None if kl is None else kl.value,
+            kl_stderr=None if kl is None else kl.stderr,
+            kv_bits=used.kv_bits,
+            kv_bytes_per_token=int(problem.cache_bits_P[choice_F].sum()) / 8
+            if problem.cached
+            else None,
+            kv_cache=formats,
+            size_bytes=context,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mofq.model.checkpoint.headers import Checkpoint
     from mofq.model.layers import LinearLayer, ModelLayers
 
-#: The search space whose schemes are looked at where only an engine is named.
-DEFAULT_SPACE = "w8a8"
+#: The search space whose schemes are looked at where only an engine is named: that of `run`.
+DEFAULT_SPACE = "serving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,8 @@ def inspect(
     *,
     engine: Engine = None,
     space: Annotated[
-        str | Path | None, Option("What of this search space fits (w8a8).", read_as=str)
+        str | Path | None, Option("What of this search space fits (serving).", read_as=str)
     ] = None,
-    lm_head: Annotated[bool, Option("Count the lm_head too.")] = False,
 ) -> InspectResult:
     """List linear layers and fusion groups, from headers alone.
 
@@ -92,7 +91,7 @@ def inspect(
     from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
-    layers = find_layers(checkpoint, include_lm_head=lm_head)
+    layers = find_layers(checkpoint)
     check_engine(engine, layers)
     offers = None
     selections: tuple[Selection, ...] = ()

@@ -162,6 +162,8 @@ def _check_value(name: str, value: object, annotation: Any, option: Option) -> N
 def _fits(value: object, annotation: Any) -> bool:
     """Whether a value is of a type; a word that no stage knows is refused by the stage."""
     arguments = get_args(annotation)
+    if isinstance(annotation, str):  # of the items of a sequence
+        annotation = ForwardRef(annotation)
     if isinstance(annotation, ForwardRef):  # names what is not imported yet
         names = annotation.__forward_arg__.replace("None", "NoneType").split(" | ")
         return any(kind.__name__ in names for kind in type(value).__mro__)
@@ -338,6 +340,9 @@ class Study:
 
     trials: Annotated[int, Option("Of optuna; earlier ones count.", least=1)] = 60
     multi_objective: Annotated[bool, Option("Of optuna: true bits as a second objective.")] = False
+    trial: Annotated[
+        int | None, Option("Of --multi-objective: take the recipe of this trial.", least=0)
+    ] = None
     storage: Annotated[
         str | None, Option("Of optuna: a URL, an SQLite or journal file; beside -o by default.")
     ] = None

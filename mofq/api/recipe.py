@@ -24,7 +24,10 @@ class UniformResult:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe's figures, for machines."""
-        return {"recipe": None if self.output is None else str(self.output), **self.recipe.result}
+        return {
+            "recipe": None if self.output is None else str(self.output),
+            **self.recipe.result.known(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class RecipeFromResult:
         return {
             "recipe": None if self.output is None else str(self.output),
             "fusion_groups": dict(self.fusion_groups),
-            **self.recipe.result,
+            **self.recipe.result.known(),
         }
 
 

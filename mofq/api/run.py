@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult, export
-from mofq.api.figures import with_error
 from mofq.api.inputs import load_corpora, load_named, sources_of
 from mofq.api.measure import measure
 from mofq.api.options import (
@@ -228,7 +227,7 @@ def run(
                     candidates[name],
                     files,
                     engine=engine,
-                    model_card=_card_text(validations[name]),
+                    validation=validations[name],
                     progress=progress,
                 )
         # Last, when all is well: a run that fails leaves the folder as it was.
@@ -382,7 +381,7 @@ def _export(
     files: RunFiles,
     *,
     engine: str,
-    model_card: str,
+    validation: Validation,
     progress: Progress | None,
 ) -> ExportResult:
     """What the engine reads; a checkpoint that a former run wrote is proved and kept."""
@@ -401,7 +400,7 @@ def _export(
         to=reads,
         engine=engine,
         stats=files.stats,
-        model_card=model_card,
+        validations=[validation],
         progress=progress,
     )
 
@@ -429,19 +428,6 @@ def _read_export(
     command = serve_command(plan, exported, engine=engine)
     done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
     return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
-
-
-def _card_text(validation: Validation) -> str:
-    """What the model card says of accuracy."""
-    kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
-    begin = ", in windows that begin with BOS" if validation.lineage.bos else ""
-    return (
-        f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`{begin}: KL "
-        f"divergence "
-        f"from the original {kl} nats per token, perplexity {validation.perplexity:.4g} "
-        f"(original {validation.perplexity_original:.4g}), the same most probable token at "
-        f"{100 * validation.top1_agreement:.2f} % of positions."
-    )
 
 
 def _check_budget(

@@ -69,7 +69,7 @@ class SearchResult:
         decision, recipe = self.decision, self.recipe
         return {
             "recipe": None if self.output is None else str(self.output),
-            **recipe.result,
+            **recipe.result.known(),
             "finer_layers": list(decision.finer_layers),
             "tied_layers": decision.tied_layers,
             "moved_layers": decision.moved_layers,
@@ -166,6 +166,8 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
     is_study = method.solver == "optuna"
     if study.multi_objective and not is_study:
         raise MofqError(f"{option('multi_objective')} is for {option('solver', 'optuna')}.")
+    if study.trial is not None and not study.multi_objective:
+        raise MofqError(f"{option('trial')} is for {option('multi_objective')}.")
     if is_study and method.refine:
         raise MofqError(
             f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
@@ -293,6 +295,7 @@ def _decide_in_study(
             trials=study.trials,
             seed=study.seed,
             with_size=study.multi_objective,
+            trial=study.trial,
         ),
         progress=progress,
     )
@@ -302,6 +305,8 @@ def _decide_in_study(
         if request.kv_tokens:
             size = f"{short_bytes(round(point.size))} with the cache"
         tell(f"trial {point.trial}: {size}, {kl} nats per token")
+    if found.frontier and study.trial is None:
+        tell("The same search, given the number of one as `trial`, takes its recipe.")
     return found.decision
 
 

@@ -32,6 +32,7 @@ class ValidateResult:
     candidate: Recipe | str | Path  #: as it was given
     recipe: Recipe | None  #: None: a folder that holds none
     validations: Mapping[str, Validation]  #: text's name -> result
+    outputs: tuple[Path, ...] = ()  #: that they were written to
 
     @property
     def worst(self) -> Validation:
@@ -120,7 +121,9 @@ def validate(
         )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
-    return ValidateResult(str(model), recipe_or_folder, recipe, validations)
+    return ValidateResult(
+        str(model), recipe_or_folder, recipe, validations, tuple(outputs.values())
+    )
 
 
 def _tasks(lm_eval: LmEval) -> Tasks | None:

@@ -111,7 +111,7 @@ def _read_as(annotation: Any) -> Any:
         if get_origin(one) is Sequence:
             return list[_read_as(get_args(one)[0])]  # type: ignore[misc]
     # What Python may hold in memory, and names by a forward reference, is a file to the shell.
-    return Path if Path in members or isinstance(annotation, ForwardRef) else annotation
+    return Path if Path in members or isinstance(annotation, ForwardRef | str) else annotation
 
 
 def _arguments(

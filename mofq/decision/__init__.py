@@ -1,15 +1,15 @@
 """From a table and budgets to a recipe.
 
 `decide` is the way through: `request_problem` makes a problem of the table's rows, `choose` takes
-one option of each fusion group (`solve_exact` or `solve_greedy`, then ties), `predict` says what
-it will cost, and `recipe_from_table` writes it down. `mofq.decision.measured` adds what running
-the model tells; nothing else here does.
+one option of each fusion group (`solve_exact` or `solve_greedy`, then ties), `predict_chosen` says
+what it will cost, and `recipe_from_table` writes it down. `mofq.decision.measured` adds what
+running the model tells; nothing else here does.
 """
 
 from __future__ import annotations
 
 from mofq.decision.budgets import Budgets, LinearBudget, finer_is_offered
-from mofq.decision.choice import SOLVERS, choose
+from mofq.decision.choice import SOLVERS, choose, predict_chosen
 from mofq.decision.decision import Decision, decide
 from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.from_table import CacheRequest, problem_from_table, request_problem
@@ -51,6 +51,7 @@ __all__ = [
     "finer_is_offered",
     "least_bytes",
     "predict",
+    "predict_chosen",
     "problem_from_table",
     "recipe_from_table",
     "request_problem",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, check_kl_unit
 from mofq.decision.exact import Solution, least_bytes, solve_exact
+from mofq.decision.frontier import sized
 from mofq.decision.greedy import solve_greedy
-from mofq.decision.prediction import Estimate, crossfit, predict
+from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
 from mofq.exceptions import BudgetError, MofqError, nearest_name, option
@@ -33,13 +34,7 @@ class Chosen:
     choice_F: IntArray  #: one option of each fusion group, ties moved
     solution: Solution  #: of the solver, before ties
     ties: Ties | None  #: None: they were not asked for
-    prediction: Estimate  #: on the samples that it was chosen on
-    crossfit: Estimate | None  #: without their optimism; None: too few samples, or none
-
-    @property
-    def reported(self) -> Estimate:
-        """The prediction that budgets and reports use."""
-        return self.prediction if self.crossfit is None else self.crossfit
+    reported: Estimate  #: what budgets and reports use, see `predict_chosen`
 
 
 def choose(
@@ -58,7 +53,7 @@ def choose(
         ties: Whether choices within noise move to simpler schemes.
 
     Returns:
-        The choice with both predictions.
+        The choice with its prediction.
 
     Raises:
         BudgetError: No recipe keeps the budgets.
@@ -68,7 +63,7 @@ def choose(
         raise MofqError(f"no solver is called {solver!r}." + nearest_name(solver, SOLVERS))
     if budgets.max_kl is not None:
         check_kl_unit(problem)
-        if problem.sample_errors is not None and problem.sample_errors[0].shape[1] >= 4:
+        if is_crossfitted(problem):
             if budgets.minimises_bytes:
                 return solve_smallest(problem, budgets, solver=solver, ties=ties)
             return _checked(problem, budgets, solver=solver, ties=ties)
@@ -76,30 +71,56 @@ def choose(
 
 
 def _choose_once(problem: Problem, budgets: Budgets, solve: Solver, with_ties: bool) -> Chosen:
-    def chosen_on(part: Problem) -> IntArray:
-        choice_F = solve(part, budgets).choice_F
-        return move_ties(part, budgets, choice_F).choice_F if with_ties else choice_F
-
     solution = solve(problem, budgets)
     ties = move_ties(problem, budgets, solution.choice_F) if with_ties else None
     choice_F = solution.choice_F if ties is None else ties.choice_F
-    return Chosen(
-        choice_F,
-        solution,
-        ties=ties,
-        prediction=predict(problem, choice_F),
-        crossfit=_crossfit_or_none(problem, chosen_on),
-    )
+    is_optimum = solve is solve_exact and choice_F is solution.choice_F
+    reported = predict_chosen(problem, budgets, choice_F, is_optimum=is_optimum)
+    return Chosen(choice_F, solution, ties=ties, reported=reported)
 
 
-def _crossfit_or_none(
-    problem: Problem, chosen_on: Callable[[Problem], IntArray]
-) -> Estimate | None:
+def predict_chosen(
+    problem: Problem, budgets: Budgets, choice_F: IntArray, *, is_optimum: bool = False
+) -> Estimate:
+    """What a recipe that was chosen on the samples is predicted to cost.
+
+    Every command, figure and file shows this one. The least error of any recipe that is no
+    larger is cross-fitted, and what this recipe costs more than that one is added, sample by
+    sample. So the figure depends on the recipe, and not on how it was found, and no recipe is
+    predicted to be better than the best of its size.
+
+    Args:
+        problem: What might be chosen.
+        budgets: Others than of size and of KL, as they were kept.
+        choice_F: One option of each fusion group.
+        is_optimum: Whether it is known to have the least error of its size.
+
+    Returns:
+        The prediction; where there are too few samples to cross-fit, or half of them do not
+        offer what the budgets need, that on the samples themselves.
+    """
+    if not is_crossfitted(problem):
+        return predict(problem, choice_F)
     try:
-        return crossfit(problem, chosen_on)
+        best_F = choice_F
+        if not is_optimum:
+            best_F = solve_exact(problem, _own_size(problem, budgets, choice_F)).choice_F
+        own = _own_size(problem, budgets, best_F)
+        instead = None if best_F is choice_F else (best_F, choice_F)
+        fitted = crossfit(problem, lambda part: solve_exact(part, own).choice_F, instead=instead)
     except BudgetError:
         # A finer scheme may be on offer with all samples and not with half of them.
-        return None
+        fitted = None
+    return predict(problem, choice_F) if fitted is None else fitted
+
+
+def _own_size(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets:
+    """The budgets, with a choice's own size in place of those of size and of KL."""
+    others = replace(budgets, max_bits=None, max_bytes=None, max_kl=None)
+    if problem.cached and not problem.kv_tokens:
+        bits = int(problem.cache_bits_P[choice_F].sum()) / problem.cached
+        others = replace(others, max_kv_bits=bits)
+    return sized(problem, others, problem.axis_of(choice_F))
 
 
 def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> Chosen:
@@ -121,8 +142,7 @@ def solve_smallest(
 ) -> Chosen:
     """The smallest recipe whose cross-fitted KL plus two standard errors is within ``max_kl``.
 
-    The figure falls as the size grows, so the size is searched: at each, the recipes of
-    least error that two halves of the samples choose are predicted on the other halves.
+    The figure falls as the size grows, so the size is searched; see `predict_chosen`.
 
     Args:
         problem: In nats, with sample errors.

@@ -39,7 +39,7 @@ def constraint_note(table: Table, request: Request, decision: Decision) -> str |
     solver = request.solver if request.solver in SOLVERS else "exact"
     best_F = choose(free, free_budgets, solver=solver, ties=request.ties).choice_F
     ours_F = decision.choice_F
-    if decision.recipe.result.get("kl_measured") is not None:
+    if decision.recipe.result.kl_measured is not None:
         ours_F = choose(problem, budgets, solver=solver, ties=request.ties).choice_F
     return _cost(free, budgets, free.choice_of(problem.schemes_of(ours_F)), best_F)
 

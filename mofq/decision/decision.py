@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import Chosen, choose
@@ -15,16 +15,16 @@ from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
 from mofq.decision.result import (
     budget_figures,
-    chosen_figures,
-    gap_figures,
+    chosen_result,
+    gap_of,
     made_by_request,
     recipe_from_table,
-    uniform_figures,
+    with_uniform,
 )
 from mofq.decision.timing import (
     request_budgets,
     time_budget_figures,
-    time_figures,
+    time_of,
     unquantized_seconds,
 )
 from mofq.decision.uniform import best_uniform, has_uniform
@@ -75,13 +75,13 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)
-    result = (
-        chosen_figures(problem, chosen.choice_F, chosen.reported)
-        | gap_figures(problem, chosen.solution)
-        | time_figures(table, schemes, request)
+    result = replace(
+        chosen_result(problem, chosen.choice_F, chosen.reported),
+        gap=gap_of(problem, chosen.solution),
+        seconds=time_of(table, schemes, request),
     )
     if uniform is not None:
-        result |= uniform_figures(problem, *uniform)
+        result = with_uniform(result, problem, *uniform)
     recipe = recipe_from_table(
         table,
         schemes,
@@ -144,7 +144,7 @@ def _notes(
         )
     elif uniform is not None and (uniform[1] != chosen.choice_F).any():
         error = predict(problem, uniform[1]).value
-        is_as_good = error <= chosen.prediction.value
+        is_as_good = error <= predict(problem, chosen.choice_F).value
         if is_as_good and _keeps(problem, budgets, uniform[1]):
             every = "layer" if has_uniform(problem, uniform[0]) else "layer that has a choice"
             notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")

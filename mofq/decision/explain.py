@@ -170,7 +170,7 @@ def _alternative(
 
 
 def _was_measured(decision: Decision) -> bool:
-    return decision.recipe.result.get("kl_measured") is not None
+    return decision.recipe.result.kl_measured is not None
 
 
 def _why(

@@ -50,14 +50,19 @@ def predict(problem: Problem, choice_F: IntArray) -> Estimate:
     Returns:
         The sum of the errors of its choices; its standard error is that of the sums of
         each sample, since all groups share their samples. A recipe that was chosen on
-        these very samples looks better here than it is; `crossfit` corrects that.
+        these very samples looks better here than it is; `predict_chosen` corrects that.
     """
     if problem.sample_errors is None:
         return Estimate(problem.error_of(choice_F), stderr=None)
     return _combine(problem, _sample_sums(problem, choice_F))
 
 
-def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Estimate | None:
+def crossfit(
+    problem: Problem,
+    choose: Callable[[Problem], IntArray],
+    *,
+    instead: tuple[IntArray, IntArray] | None = None,
+) -> Estimate | None:
     """The error of a recipe that is chosen as ``choose`` does, without the optimism of choosing.
 
     The samples are cut into a first and a second half (neighbours are alike, and stay
@@ -69,21 +74,33 @@ def crossfit(problem: Problem, choose: Callable[[Problem], IntArray]) -> Estimat
         problem: With sample errors.
         choose: From a problem with half of the samples to one option of each group,
             under the budgets of the recipe.
+        instead: What is chosen on all samples, and another choice whose error is wanted: what
+            it costs more, sample by sample, is added.
 
     Returns:
         The prediction; None where there are no samples, or fewer than four.
     """
-    if problem.sample_errors is None:
+    if not is_crossfitted(problem):
         return None
+    assert problem.sample_errors is not None
     counts = [e_PN.shape[1] for e_PN in problem.sample_errors]
-    if min(counts) < 2 * _LEAST_IN_HALF:
-        return None
     halves = [[np.arange(n // 2) for n in counts], [np.arange(n // 2, n) for n in counts]]
     folds = []
-    for half, other in (halves, halves[::-1]):
-        choice_F = choose(with_samples(problem, half))
-        folds.append(_sample_sums(with_samples(problem, other), choice_F))
+    for half, other in (halves[::-1], halves):
+        part, choice_F = with_samples(problem, other), choose(with_samples(problem, half))
+        sums = _sample_sums(part, choice_F)
+        if instead is not None:
+            before, after = (_sample_sums(part, each_F) for each_F in instead)
+            more = zip(sums, before, after, strict=True)
+            sums = [one + (b - a) for one, a, b in more]
+        folds.append(sums)
     return _combine(problem, [np.concatenate(pair) for pair in zip(*folds, strict=True)])
+
+
+def is_crossfitted(problem: Problem) -> bool:
+    """Whether there are samples enough for `crossfit`."""
+    errors = problem.sample_errors
+    return errors is not None and min(e.shape[1] for e in errors) >= 2 * _LEAST_IN_HALF
 
 
 def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Estimate:

@@ -7,8 +7,10 @@ checked in full when it is read, and against the model before it is used.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,6 +55,10 @@ _SHORTEST_HASH = 8
 
 #: Keys of made_by that have the hashes of texts.
 _TEXTS = ("text_sha256", "corpora_sha256")
+#: The solver of a recipe whose decisions are no longer those that were found.
+EDITED = "edited"
+#: Keys of made_by that say how decisions were found, and nothing of edited ones.
+_OF_SOLVER = ("seed", "tie_rule", "trials")
 
 Scalar = str | int | float | bool | None
 
@@ -108,8 +114,8 @@ class BudgetKeys:
 
 @only_these_keys
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResultKeys:
-    """What the recipe costs and is predicted to do; null where the table is not in nats."""
+class RecipeResult:
+    """What a recipe costs and is predicted to do; None: not known, or not in nats."""
 
     bits_per_weight: NotNegative | None = None
     bytes: Index | None = None  #: of the fusion groups' tensors
@@ -131,6 +137,14 @@ class ResultKeys:
     uniform_scheme: Text | None = None  #: the best uniform scheme of at most these bits
     uniform_bits_per_weight: NotNegative | None = None
     uniform_kl_nats_per_token: NotNegative | None = None
+    #: Of the decisions that the figures are of; see `Recipe.decisions_sha256`
+    decisions_sha256: _Hash | None = None
+
+    def known(self) -> dict[str, str | float | int]:
+        """The figures that are known, by name, without the hash."""
+        names = (one.name for one in fields(self) if one.name != "decisions_sha256")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @only_these_keys
@@ -180,7 +194,7 @@ class RecipeFile:
     model: RecipeModel
     made_by: MadeByKeys = field(default_factory=MadeByKeys)
     budget: BudgetKeys = field(default_factory=BudgetKeys)
-    result: ResultKeys = field(default_factory=ResultKeys)
+    result: RecipeResult = field(default_factory=RecipeResult)
     groups: dict[Text, GroupEntry]
     unquantized: tuple[Name, ...] = ()
     kv_cache: Annotated[
@@ -221,7 +235,12 @@ class RecipeCache:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One scheme for every linear layer of a model."""
+    """One scheme for every linear layer of a model.
+
+    ``result`` is always of the decisions beside it: where its hash is of others, as in a file
+    that was edited by hand, it is emptied and the solver is `EDITED`. A result without a hash,
+    as in files of before there was one, is taken as it is.
+    """
 
     model_name: str
     #: Of the checkpoint; None: written by hand for any model of this shape.
@@ -230,13 +249,34 @@ class Recipe:
     unquantized: tuple[str, ...] = ()  #: linear layers outside of the fusion groups
     made_by: Mapping[str, Scalar] = field(default_factory=dict)  #: see `MadeByKeys`
     budget: Mapping[str, Scalar] = field(default_factory=dict)  #: see `BudgetKeys`
-    result: Mapping[str, Scalar] = field(default_factory=dict)  #: see `ResultKeys`
+    result: RecipeResult = field(default_factory=RecipeResult)
     version: int = RECIPE_VERSION
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
     #: The file that it was read from, for messages; no part of what a recipe says.
     file: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known, ours = self.result.decisions_sha256, self.decisions_sha256
+        if known is not None and not ours.startswith(known):
+            made_by = {k: value for k, value in self.made_by.items() if k not in _OF_SOLVER}
+            object.__setattr__(self, "made_by", made_by | {"solver": EDITED})
+            object.__setattr__(self, "result", RecipeResult())
+        elif known != ours and self.result.known():
+            object.__setattr__(self, "result", replace(self.result, decisions_sha256=ours))
+
+    @property
+    def decisions_sha256(self) -> str:
+        """Hash of what is decided: each layer's and each cache's scheme and static ranges."""
+        caches = {one.name: (one.scheme, one.static_amax) for one in self.kv_cache}
+        decided = [self.schemes, self.static_amax, caches]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether decisions were changed after they were found."""
+        return self.made_by.get("solver") == EDITED
 
     @property
     def title(self) -> str:
@@ -275,17 +315,12 @@ class Recipe:
     @property
     def bits_per_weight(self) -> float | None:
         """As ``result`` says; None where it does not."""
-        return self.figure("bits_per_weight")
+        return self.result.bits_per_weight
 
     @property
     def kl_nats_per_token(self) -> float | None:
         """Predicted; None where the recipe does not rest on a table in nats."""
-        return self.figure("kl_nats_per_token")
-
-    def figure(self, key: str) -> float | None:
-        """A number of ``result``; None where it does not have it."""
-        value = self.result.get(key)
-        return float(value) if isinstance(value, int | float) else None
+        return self.result.kl_nats_per_token
 
 
 def holds_recipe(path: Path) -> bool:
@@ -327,7 +362,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         # As they stand in the file: what it leaves out, a written recipe leaves out too.
         made_by=value.get("made_by", {}),
         budget=value.get("budget", {}),
-        result=value.get("result", {}),
+        result=file.result,
         weights_sha256=file.model.weights_sha256,
         kv_cache=tuple(_cache(name, cache, where) for name, cache in file.kv_cache.items()),
     )
@@ -399,7 +434,7 @@ def recipe_text(recipe: Recipe) -> str:
     for name, values in (
         ("made_by", recipe.made_by),
         ("budget", recipe.budget),
-        ("result", recipe.result),
+        ("result", _with_hash(recipe.result)),
     ):
         if values:
             lines.append(f"{name}: {_flow(values)}")
@@ -412,6 +447,11 @@ def recipe_text(recipe: Recipe) -> str:
             lines.append(f"    static_amax: {_flow(group.static_amax)}")
     lines.append(f"unquantized: {_names(recipe.unquantized)}  # nothing else is left out")
     return "\n".join(lines + cache_lines(recipe.kv_cache)) + "\n"
+
+
+def _with_hash(result: RecipeResult) -> Mapping[str, Scalar]:
+    known = result.known()
+    return known | {"decisions_sha256": result.decisions_sha256} if known else {}
 
 
 def cache_lines(caches: Sequence[RecipeCache]) -> list[str]:

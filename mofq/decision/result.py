@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mofq import __version__
 from mofq.decision.exact import Solution
 from mofq.decision.offers import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
-from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
 from mofq.evidence.table import Table
 
 #: Of the hash of each text that was calibrated on.
 _HASH_DIGITS = 16
 
-#: Keys of `mofq.decision.recipe.ResultKeys`.
-Figures = dict[str, float | int | str | None]
 #: Keys of `mofq.decision.recipe.MadeByKeys`.
 MadeBy = dict[str, str | int | None]
 
@@ -28,7 +27,7 @@ def recipe_from_table(
     *,
     made_by: MadeBy,
     budget: Mapping[str, float | int | str],
-    result: Figures,
+    result: RecipeResult | None = None,
 ) -> Recipe:
     """A recipe of a table's model: fusion group, or cache -> scheme, and what is to be said."""
     amax = {
@@ -57,7 +56,7 @@ def recipe_from_table(
         unquantized=table.header.unquantized,
         made_by=made_by,
         budget=budget,
-        result=result,
+        result=result or RecipeResult(),
         # A cache that stays as it is everywhere is not spoken of.
         kv_cache=() if all(one.parsed.is_unquantized for one in caches) else tuple(caches),
     )
@@ -111,53 +110,47 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def chosen_figures(problem: Problem, choice_F: IntArray, prediction: Estimate) -> Figures:
+def chosen_result(problem: Problem, choice_F: IntArray, prediction: Estimate) -> RecipeResult:
     """Sizes, error and, in nats, the prediction."""
-    result = size_figures(problem, choice_F)
-    result["error"] = problem.error_of(choice_F)
-    if problem.unit == KL_UNIT:
-        result |= predicted_figures(prediction)
-    return result
+    result = replace(sizes_of(problem, choice_F), error=problem.error_of(choice_F))
+    return with_prediction(result, prediction) if problem.unit == KL_UNIT else result
 
 
-def gap_figures(problem: Problem, solution: Solution) -> Figures:
+def gap_of(problem: Problem, solution: Solution) -> float | None:
     """How far the solver's choice is from its bound, where it knows one."""
     if solution.bound is None:
-        return {}
-    return {"gap": max(0.0, problem.error_of(solution.choice_F) - solution.bound)}
+        return None
+    return max(0.0, problem.error_of(solution.choice_F) - solution.bound)
 
 
-def uniform_figures(problem: Problem, name: str, choice_F: IntArray) -> Figures:
+def with_uniform(
+    result: RecipeResult, problem: Problem, name: str, choice_F: IntArray
+) -> RecipeResult:
     """What the best uniform scheme of no more bytes would be, beside the recipe."""
-    result: Figures = {
-        "uniform_scheme": name,
-        "uniform_bits_per_weight": usage(problem, choice_F).bits_per_weight,
-    }
-    if problem.unit == KL_UNIT:
-        result["uniform_kl_nats_per_token"] = predict(problem, choice_F).value
-    return result
+    kl = predict(problem, choice_F).value if problem.unit == KL_UNIT else None
+    return replace(
+        result,
+        uniform_scheme=name,
+        uniform_bits_per_weight=usage(problem, choice_F).bits_per_weight,
+        uniform_kl_nats_per_token=kl,
+    )
 
 
-def size_figures(problem: Problem, choice_F: IntArray) -> Figures:
+def sizes_of(problem: Problem, choice_F: IntArray) -> RecipeResult:
     """Sizes and shares; no prediction yet."""
     used = usage(problem, choice_F)
-    cached: Figures = {}
-    if problem.cached:
-        bits = int(problem.cache_bits_P[choice_F].sum())
-        cached = {"kv_bits": bits / problem.cached, "kv_bytes_per_token": bits / 8}
-    return cached | {
-        "bits_per_weight": used.bits_per_weight,
-        "bytes": used.bytes,
-        "checkpoint_bytes": used.checkpoint_bytes,
-        "finer_fraction": used.finer_fraction,
-        "finer_weight_fraction": used.finer_weight_fraction,
-        "kl_nats_per_token": None,
-    }
+    cache_bits = int(problem.cache_bits_P[choice_F].sum())
+    return RecipeResult(
+        bits_per_weight=used.bits_per_weight,
+        bytes=used.bytes,
+        checkpoint_bytes=used.checkpoint_bytes,
+        finer_fraction=used.finer_fraction,
+        finer_weight_fraction=used.finer_weight_fraction,
+        kv_bits=cache_bits / problem.cached if problem.cached else None,
+        kv_bytes_per_token=cache_bits / 8 if problem.cached else None,
+    )
 
 
-def predicted_figures(prediction: Estimate) -> Figures:
+def with_prediction(result: RecipeResult, prediction: Estimate) -> RecipeResult:
     """The predicted KL, and its standard error where samples are kept."""
-    predicted: Figures = {"kl_nats_per_token": prediction.value}
-    if prediction.stderr is not None:
-        predicted["kl_stderr"] = prediction.stderr
-    return predicted
+    return replace(result, kl_nats_per_token=prediction.value, kl_stderr=prediction.stderr)

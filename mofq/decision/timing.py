@@ -133,13 +133,9 @@ def unquantized_seconds(table: Table, request: Request) -> float | None:
     )
 
 
-def time_figures(
-    table: Table, schemes: Mapping[str, str], request: Request
-) -> dict[str, float | int | str | None]:
-    """The predicted time for a recipe's result; nothing where no device was named."""
-    if request.time is None:
-        return {}
-    return {"seconds": recipe_seconds(table, schemes, request.time)}
+def time_of(table: Table, schemes: Mapping[str, str], request: Request) -> float | None:
+    """The predicted time of a recipe [s]; None where no device was named."""
+    return None if request.time is None else recipe_seconds(table, schemes, request.time)
 
 
 def time_budget_figures(request: Request) -> dict[str, float | int | str]:

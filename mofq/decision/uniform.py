@@ -10,9 +10,9 @@ from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
-from mofq.decision.result import MadeBy, predicted_figures, recipe_from_table, size_figures
+from mofq.decision.result import MadeBy, recipe_from_table, sizes_of, with_prediction
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
 from mofq.exceptions import SchemeError
@@ -73,11 +73,11 @@ def uniform_recipe(
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
         made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256, "bos": bos}),
-        result={
-            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
-            "bytes": size,
-            "checkpoint_bytes": size + layers.other_bytes,
-        },
+        result=RecipeResult(
+            bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
+            bytes=size,
+            checkpoint_bytes=size + layers.other_bytes,
+        ),
     )
 
 
@@ -119,9 +119,9 @@ def uniform_recipes(
     for name in dict.fromkeys(problem.schemes):
         choice_F = uniform_choice(problem, name, cached_F, cache=cache or "bf16")
         if choice_F is not None:
-            result = size_figures(problem, choice_F)
+            result = sizes_of(problem, choice_F)
             if problem.unit == KL_UNIT:
-                result |= predicted_figures(predict(problem, choice_F))
+                result = with_prediction(result, predict(problem, choice_F))
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),

@@ -143,7 +143,7 @@ def _limit(axes: Axes, at_K: FloatArray, value_K: FloatArray, most: float, margi
 
 
 def _results(points: Sequence[FrontierRecipe], key: str) -> np.ndarray:
-    values = [point.recipe.result.get(key) for point in points]
+    values = [getattr(point.recipe.result, key) for point in points]
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 
@@ -307,15 +307,39 @@ def _best_of_each_element(problem: Problem, cost_P: FloatArray, names: list[str]
     return [min(some, key=lambda name: float(mean[name])) for some in by_element.values()]
 
 
+def undrawn_predictions(drawing: Drawing) -> list[str]:
+    """Of the measurements that a figure of predictions leaves out: how many, which, and why."""
+    without, at_zero = [], []
+    for one in drawing.measured:
+        if one.predicted is None:
+            without.append(one.label)
+        elif min(one.predicted, one.kl_nats_per_token) <= 0:
+            at_zero.append(one.label)
+    reasons = {
+        "no prediction is known, as of edited recipes and those without a table in nats": without,
+        "a KL of 0, predicted or measured, has no place on a logarithmic axis": at_zero,
+    }
+    total = len(drawing.measured)
+    return [
+        f"{len(labels)} of {total} validations not drawn ({', '.join(labels)}): {reason}."
+        for reason, labels in reasons.items()
+        if labels
+    ]
+
+
 def _prediction(figure: Figure, drawing: Drawing) -> None:
     """Measured against predicted."""
-    known = [one for one in drawing.measured if one.predicted is not None]
+    known = [
+        (one, one.predicted)
+        for one in drawing.measured
+        if one.predicted is not None and min(one.predicted, one.kl_nats_per_token) > 0
+    ]
     if not known:
-        raise MofqError(f"a figure of predictions needs {option('validations')} that have one.")
+        needed = f"a figure of predictions needs {option('validations')} of recipes that have one."
+        raise MofqError(" ".join([needed, *undrawn_predictions(drawing)]))
     figure.set_size_inches(4.6, 4.4)
     axes = figure.subplots()
-    for one in known:
-        predicted = one.predicted or 0.0
+    for one, predicted in known:
         axes.errorbar(
             predicted,
             one.kl_nats_per_token,
@@ -325,13 +349,13 @@ def _prediction(figure: Figure, drawing: Drawing) -> None:
             ms=4,
             color="#0b62d6",
         )
-    values = [one.predicted or 0.0 for one in known] + [one.kl_nats_per_token for one in known]
+    values = [value for one, predicted in known for value in (predicted, one.kl_nats_per_token)]
     ends = [min(values) / 1.5, max(values) * 1.5]
     axes.plot(ends, ends, "--", lw=1, color="#66666b")
     axes.set(xscale="log", yscale="log", xlabel="predicted KL [nats per token]")
     axes.set_ylabel("measured KL [nats per token]")
     _write_names(
-        axes, [(p.label, p.predicted or 0.0, p.kl_nats_per_token, "#1c1c1e") for p in known]
+        axes, [(p.label, predicted, p.kl_nats_per_token, "#1c1c1e") for p, predicted in known]
     )
     axes.set_title(drawing.table.header.model_name, parse_math=False)
 

@@ -15,7 +15,7 @@ from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.offers import asked_constraints, refused_schemes
 from mofq.decision.problem import IntArray, option_bits
-from mofq.decision.recipe import recipe_text
+from mofq.decision.recipe import RecipeResult, recipe_text
 from mofq.evidence.table import Table
 from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing
@@ -44,8 +44,9 @@ _POINT_KEYS = (
     "kl_stderr",
     "error",
 )
-#: How `recipe_text` writes that there are no groups.
+#: How `recipe_text` writes that there are no groups, and how they begin.
 _NO_GROUPS = "groups: {}\n"
+_GROUPS = "groups:  # one scheme"
 
 
 def page_data(
@@ -210,11 +211,9 @@ def _points(
     It writes the groups itself, from the choices. Before them stands what all recipes share, and
     then every point's own ``header``: budget and result.
     """
-    without_groups = [replace(one.recipe, groups=(), kv_cache=()) for one in points]
-    shared, _, footer = recipe_text(replace(without_groups[0], budget={}, result={})).partition(
-        _NO_GROUPS
-    )
-    headers = [recipe_text(one).partition(_NO_GROUPS)[0] for one in without_groups]
+    first = replace(points[0].recipe, groups=(), kv_cache=(), budget={}, result=RecipeResult())
+    shared, _, footer = recipe_text(first).partition(_NO_GROUPS)
+    headers = [recipe_text(one.recipe).partition(_GROUPS)[0] for one in points]
     assert all(header.startswith(shared) for header in headers)
     names = {*problem.schemes, *(group.name for group in problem.groups)}
     names |= {layer.name for group in table.header.groups for layer in group.layers}
@@ -222,7 +221,7 @@ def _points(
     command = f"mofq search {shlex.quote(str(table_path))}"
     return {
         "points": [
-            {key: one.recipe.result.get(key) for key in keys}
+            {key: getattr(one.recipe.result, key) for key in keys}
             | {
                 "command": f"{command} {one.flags} -o recipe.yaml",
                 "at": axis_value(problem, one.choice_F),

@@ -12,6 +12,7 @@ from mofq.decision import (
     Problem,
     Request,
     predict,
+    predict_chosen,
     solve_greedy,
     uniform_recipes,
     usage,
@@ -119,8 +120,7 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
     own = recipe.kl_nats_per_token
     made_of_table = recipe.made_by.get("table_sha256") == table.sha256
     if problem.unit == KL_UNIT and made_of_table and own is not None:
-        # As the frontier, without the optimism of choosing on these very samples.
-        return replace(point, value=own, stderr=recipe.figure("kl_stderr"))
+        return replace(point, value=own, stderr=recipe.result.kl_stderr)
     return point
 
 
@@ -142,7 +142,7 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
         label,
         solver,
         recipe.bits_per_weight,
-        kv_bits=recipe.figure("kv_bits"),
+        kv_bits=recipe.result.kv_bits,
         at=_at(recipe, problem),
         value=recipe.kl_nats_per_token if problem.unit == KL_UNIT else None,
         stderr=None,
@@ -154,7 +154,7 @@ def _at(recipe: Recipe, problem: Problem) -> float | None:
     """On the axis, as far as the recipe's file says."""
     if not problem.kv_tokens:
         return recipe.bits_per_weight
-    size, cached = recipe.figure("checkpoint_bytes"), recipe.figure("kv_bytes_per_token")
+    size, cached = recipe.result.checkpoint_bytes, recipe.result.kv_bytes_per_token
     if cached is None and not recipe.kv_cache:
         cached = 2.0 * problem.cached  # as it is
     return None if size is None or cached is None else size + problem.kv_tokens * cached
@@ -165,7 +165,13 @@ def _predicted(
 ) -> ReferencePoint:
     value, stderr = problem.error_of(choice_F), None
     if problem.unit == KL_UNIT:
-        predicted = predict(problem, choice_F)
+        # A uniform scheme is not chosen on the samples, and has nothing of their luck.
+        is_uniform = solver == "uniform"
+        predicted = (
+            predict(problem, choice_F)
+            if is_uniform
+            else predict_chosen(problem, Budgets(), choice_F)
+        )
         value, stderr = predicted.value, predicted.stderr
     used = usage(problem, choice_F)
     return ReferencePoint(

@@ -20,7 +20,7 @@ import numpy as np
 
 from mofq.decision import Budgets, Problem, Request, recipe_from_table, request_problem
 from mofq.decision.problem import FloatArray, IntArray
-from mofq.decision.recipe import Recipe, load_recipe, write_recipe
+from mofq.decision.recipe import Recipe, RecipeResult, load_recipe, write_recipe
 from mofq.decision.result import MadeBy
 from mofq.decision.uniform import uniform_recipes
 from mofq.evidence.table import Table, read_table
@@ -106,9 +106,7 @@ def random_recipe(table: Table, problem: Problem, bits: float, *, seed: int) -> 
             choice_F[group] = rng.choice(better)
     made_by: MadeBy = {"solver": "random", "seed": seed, "table_sha256": table.sha256}
     schemes = problem.schemes_of(choice_F)
-    result: dict[str, float | int | str | None] = {
-        "bits_per_weight": 8 * problem.bytes_of(choice_F) / problem.weights
-    }
+    result = RecipeResult(bits_per_weight=8 * problem.bytes_of(choice_F) / problem.weights)
     return recipe_from_table(
         table, schemes, made_by=made_by, budget={"bits_per_weight": bits}, result=result
     )

@@ -163,7 +163,7 @@ def uniform(table: Table, max_bits: float) -> Recipe | None:
             best = error, chosen
     if best is None:
         return None
-    return recipe_from_table(table, best[1], made_by={}, budget={}, result={})
+    return recipe_from_table(table, best[1], made_by={}, budget={})
 
 
 def _spellings(name: str) -> list[str]:

@@ -62,7 +62,7 @@ def uniform_recipes(table: Table) -> dict[str, tuple[Recipe, float]]:
 def cached(table: Table, caches: dict[str, str]) -> Recipe:
     """Linear layers as they are."""
     schemes = {group.name: "bf16" for group in table.header.groups} | caches
-    return recipe_from_table(table, schemes, made_by={}, budget={}, result={})
+    return recipe_from_table(table, schemes, made_by={}, budget={})
 
 
 def searched_recipes(table: Table) -> dict[str, tuple[Recipe, float]]:

@@ -171,7 +171,7 @@ def print_table(checkpoint: Checkpoint, lines: list[Served]) -> None:
     rows = []
     first = lines[0].figures
     for line in lines:
-        size = line.recipe.result["bytes"]
+        size = line.recipe.result.bytes
         ratios = [
             line.figures[key] / first[key]
             for key in (

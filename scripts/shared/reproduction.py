@@ -149,7 +149,7 @@ def rows_by_scheme(table: Table, unit: str, corpus: str | None = None) -> dict[s
 
 def recipe(table: Table, schemes: Mapping[str, str]) -> Recipe:
     """A recipe of a table's model; fusion group -> scheme."""
-    return recipe_from_table(table, schemes, made_by={"solver": "script"}, budget={}, result={})
+    return recipe_from_table(table, schemes, made_by={"solver": "script"}, budget={})
 
 
 def uniform(table: Table, *schemes: str) -> Recipe:

@@ -158,7 +158,7 @@ def test_greedy_keeps_the_budget_too(measured: Measured, tmp_path: Path) -> None
     arguments = ("--solver", "greedy", "--max-bits", "5", "-o", path, "--json")
     greedy = ok("search", measured.table, *arguments).json
     assert greedy["bits_per_weight"] <= 5
-    assert exact.result["error"] <= greedy["error"]  # type: ignore[operator]
+    assert exact.result.error <= greedy["error"]  # type: ignore[operator]
 
 
 def test_without_a_budget_the_search_says_that_it_needs_one(

@@ -65,7 +65,7 @@ def test_caches_of_two_formats_are_served_by_no_engine(table: Path) -> None:
     ):
         chosen = {group.name: "bf16" for group in content.header.groups}
         chosen |= {cache.name: schemes[n % 2] for n, cache in enumerate(content.caches)}
-        recipe = recipe_from_table(content, chosen, made_by={}, budget={}, result={})
+        recipe = recipe_from_table(content, chosen, made_by={}, budget={})
         assert ("vllm-hopper" in serving_engines(content, recipe)) == is_served
 
 
@@ -174,9 +174,9 @@ def test_a_difference_of_caches_is_counted_and_priced_beside_the_layers(
     ok("search", table, "--max-bits", "5", "-o", second)
     found = said("diff", first, second, "--table", table)
     recipe = load_recipe(first)
-    assert found["kv_bits"] == [recipe.result["kv_bits"], 16.0]
+    assert found["kv_bits"] == [recipe.result.kv_bits, 16.0]
     saved = [found["groups"][one.name]["cache_bytes_per_token"] for one in recipe.kv_cache]
-    assert sum(saved) == 3 * 512 * 16 / 8 - float(recipe.result["kv_bytes_per_token"] or 0)
+    assert sum(saved) == 3 * 512 * 16 / 8 - float(recipe.result.kv_bytes_per_token or 0)
     ran = ok("diff", first, second, "--table", table)
     assert "0 of 12 fusion groups differ, and 3 of 3 KV caches" in ran.out
     assert "a token" in ran.out

@@ -49,7 +49,7 @@ def test_weights_of_corpora_are_noted_and_decide_what_is_predicted(
         ok("search", two, "--max-bits", "5", "--ties", "off", "-o", tmp_path / "r.yaml", *options)
         found = load_recipe(tmp_path / "r.yaml")
         assert found.made_by.get("corpus_weights") == (options[1] if options else None)
-        return float(found.result["error"] or 0)
+        return float(found.result.error or 0)
 
     weighted = search("--corpus-weights", "en=3,pt=1")
     recipe = load_recipe(tmp_path / "r.yaml")

@@ -18,7 +18,7 @@ from mofq.cli.parsing import as_command
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
-    "inspect": "model --engine --space --lm-head",
+    "inspect": "model --engine --space",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
     "--kv-cache --cluster --cluster-cpus",
@@ -27,16 +27,16 @@ FLAGS = {
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
     "--fix --at-least --at-most --unit --objective --ties --model --text --refine --tokens "
-    "--sequence-length --bos --device --stats --trials --multi-objective --storage --workers "
-    "--seed",
+    "--sequence-length --bos --device --stats --trials --multi-objective --trial --storage "
+    "--workers --seed --corpus-weights",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
-    "export": "model recipe -o --output --to --engine --stats",
+    "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
-    "--engine --tokens --sequence-length --bos --sequences --device",
+    "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights",
     "demo": "-o --output",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
-    "--kv-tokens --kv-cache --polish",
+    "--kv-tokens --kv-cache --polish --corpus-weights",
     "diff": "first second --table",
     "spaces": "",
     "formats": "",
@@ -44,9 +44,9 @@ FLAGS = {
     "devices": "",
     "advise": "model --device-model --deployment --recovery --tp",
     "explore": "table recipes --validation --unit --engine --space --fix --at-least --at-most "
-    "--max-kv-bits --kv-tokens --kv-cache -o --output",
+    "--max-kv-bits --kv-tokens --kv-cache -o --output --corpus-weights",
     "plot": "table recipes --kind -o --output --validation --unit --engine --space --fix "
-    "--at-least --at-most --max-kv-bits --kv-tokens --kv-cache",
+    "--at-least --at-most --max-kv-bits --kv-tokens --kv-cache --corpus-weights",
     "recipe uniform": "model scheme -o --output --stats",
     "recipe from": "folder -o --output --model",
 }

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from solver_problems import option, problem_of, sampled, sampled_problem
 
-from mofq.decision import Budgets, Option, Problem, choose, predict, solve_exact, usage
+from mofq.decision import (
+    Budgets,
+    Option,
+    Problem,
+    choose,
+    predict,
+    predict_chosen,
+    solve_exact,
+    solve_frontier,
+    usage,
+)
 from mofq.decision.prediction import crossfit
 from mofq.decision.problem import IntArray, with_samples
 from mofq.exceptions import BudgetError, MofqError
@@ -132,10 +142,46 @@ def test_cross_fitting_is_nearly_unbiased_where_the_naive_figure_is_optimistic()
     assert np.mean(stderrs) == pytest.approx(np.std(honest), rel=0.35)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_recipe_is_predicted_the_same_however_it_was_found(ties: bool) -> None:
+    problem = sampled_problem(3)
+    frontier = solve_frontier(problem)
+    compared = 0
+    for choice_F in frontier.choice_KF[:: len(frontier.bytes_K) // 8]:
+        size = problem.size_of(choice_F) + problem.other_bytes
+        point = predict_chosen(problem, Budgets(), choice_F, is_optimum=True)
+        assert predict_chosen(problem, Budgets(), choice_F) == point
+        # One byte more changes no choice, and neither does another unit of the size.
+        bits = 8 * problem.bytes_of(choice_F) / problem.weights
+        for budgets in (Budgets(max_bytes=size + 1), Budgets(max_bits=bits)):
+            found = choose(problem, budgets, ties=ties)
+            if (found.choice_F == choice_F).all():
+                assert found.reported == point
+                compared += 1
+    assert compared >= 4
+
+
+def test_no_recipe_is_predicted_better_than_the_best_of_its_size() -> None:
+    problem = sampled_problem(4)
+    rng = np.random.default_rng(0)
+    best_F = choose(problem, Budgets(max_bits=5.0), ties=False).choice_F
+    for _ in range(10):
+        choice_F = best_F.copy()
+        group = int(rng.integers(len(problem.groups)))
+        choice_F[group] = rng.choice(list(problem.options_of(group)))
+        size = problem.size_of(choice_F) + problem.other_bytes
+        best = choose(problem, Budgets(max_bytes=size), ties=False)
+        loss = problem.error_of(choice_F) - problem.error_of(best.choice_F)
+        mine = predict_chosen(problem, Budgets(), choice_F)
+        assert mine.value - best.reported.value == pytest.approx(loss)
+        assert loss >= -1e-15
+
+
 def test_too_few_samples_cannot_be_cross_fitted() -> None:
     problem = problem_of([[sampled("int8.channel", 100, [1.0, 2.0, 3.0])]])
     assert crossfit(problem, best_of) is None
-    assert choose(problem, Budgets()).reported == choose(problem, Budgets()).prediction
+    found = choose(problem, Budgets())
+    assert found.reported == predict(problem, found.choice_F)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +193,6 @@ def test_an_accuracy_budget_is_kept_by_the_cross_fitted_figure(
     problem = sampled_problem(0)
     for limit in limits:
         found = choose(problem, Budgets(max_kl=limit), solver=solver)
-        assert found.crossfit is not None
         assert found.reported.upper <= limit
         assert usage(problem, found.choice_F).bits_per_weight < 16
 

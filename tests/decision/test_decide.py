@@ -121,7 +121,7 @@ def test_the_bits_go_where_they_help_most(max_bits: float, a: str, b: str) -> No
     table = table_of()
     found = decide(table, Request(Budgets(max_bits=max_bits))).recipe
     errors = {"a": ERRORS["a"][a][0], "b": ERRORS["b"][b][0]}
-    assert found.result["error"] == sum(errors.values())
+    assert found.result.error == sum(errors.values())
     assert {group.name: group.scheme for group in found.groups} == {"a": a, "b": b}
 
 
@@ -141,15 +141,15 @@ def test_a_recipe_tells_its_size_its_budget_and_its_lineage() -> None:
         "lm_head": "bf16",
     }
     assert recipe.budget == {"bits_per_weight": 6.5, "checkpoint_bytes": 10_000}
-    assert recipe.result["bytes"] == 1088 + 576
-    assert recipe.result["checkpoint_bytes"] == 1088 + 576 + OTHER_BYTES
+    assert recipe.result.bytes == 1088 + 576
+    assert recipe.result.checkpoint_bytes == 1088 + 576 + OTHER_BYTES
     assert recipe.bits_per_weight == 8 * (1088 + 576) / 2048
     assert recipe.kl_nats_per_token is None
     assert recipe.made_by["solver"] == "exact"
     assert recipe.made_by["table_sha256"] == "b" * 64
     assert (recipe.made_by["space"], recipe.made_by["space_sha256"]) == ("w", "w" * 64)
     assert decision.finer_layers == ("m.a.0", "m.a.1")
-    assert recipe.result["finer_fraction"] == 0.5
+    assert recipe.result.finer_fraction == 0.5
 
 
 def test_a_decision_is_written_and_read_back_as_it_is(tmp_path: Path) -> None:
@@ -161,17 +161,17 @@ def test_a_decision_is_written_and_read_back_as_it_is(tmp_path: Path) -> None:
 def test_in_nats_the_recipe_predicts_with_an_error_bar() -> None:
     recipe = decide(table_of(samples=8), Request(Budgets(max_bits=6.5))).recipe
     assert recipe.kl_nats_per_token == pytest.approx(1 + 3)
-    assert recipe.result["kl_stderr"] > 0  # type: ignore[operator]
+    assert recipe.result.kl_stderr > 0  # type: ignore[operator]
     assert recipe.made_by["seed"] == 7
     assert recipe.made_by["stats_sha256"] == "5" * 64
 
 
 def test_the_best_uniform_scheme_of_no_more_bytes_stands_beside_the_recipe() -> None:
     decision = decide(table_of(), Request(Budgets(max_bits=9)))
-    assert decision.recipe.result["uniform_scheme"] == "int8.channel"
+    assert decision.recipe.result.uniform_scheme == "int8.channel"
     assert decision.uniform_error == 3.0
     decision = decide(table_of(), Request(Budgets(max_bits=6.5)))
-    assert decision.recipe.result["uniform_scheme"] == "int4.g32"
+    assert decision.recipe.result.uniform_scheme == "int4.g32"
     assert decision.uniform_error == 11.0
     assert decision.notes == ()
 
@@ -182,7 +182,7 @@ def test_a_mixture_beats_every_uniform_scheme_of_its_size() -> None:
         "b": {"int8.channel": (2.0, 1088), "fp8_e4m3.channel": (1.0, 1088)},
     }
     better = decide(table_of(errors), Request(Budgets(max_bits=9)))
-    assert better.recipe.result["error"] == 2.0
+    assert better.recipe.result.error == 2.0
     assert better.notes == ()
 
 
@@ -196,7 +196,7 @@ def test_a_choice_that_a_uniform_scheme_matches_says_so(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(SOLVERS, "greedy", poor)
     decision = decide(table_of(), Request(Budgets(max_bits=12), solver="greedy"))
-    assert decision.recipe.result["error"] == 3.0
+    assert decision.recipe.result.error == 3.0
     assert decision.notes == ("int8.channel for every layer is as small and predicted as good.",)
 
 
@@ -208,7 +208,7 @@ def test_a_uniform_scheme_that_breaks_a_budget_is_not_said_to_be_as_good() -> No
     finer = space("s", "int8.channel", "int8.g32", base=("int8.channel",))
     decision = decide(table_of(errors, spaces=(finer,)), Request(Budgets(max_finer=0.4)))
     assert decision.finer_layers == ("m.a.0", "m.a.1")
-    assert decision.recipe.result["uniform_scheme"] == "int8.g32"
+    assert decision.recipe.result.uniform_scheme == "int8.g32"
     assert decision.notes == ()
 
 
@@ -295,8 +295,8 @@ def test_a_uniform_recipe_from_headers_is_of_the_size_that_search_would_count() 
     rows = sum(layer.out_features for group in layers.groups for layer in group.layers)
     weights = sum(layer.weights for group in layers.groups for layer in group.layers)
     recipe = demo_uniform("fp8_e4m3.channel+fp8_e4m3.token")
-    assert recipe.result["bytes"] == weights + 2 * rows
-    assert recipe.result["checkpoint_bytes"] == weights + 2 * rows + layers.other_bytes
+    assert recipe.result.bytes == weights + 2 * rows
+    assert recipe.result.checkpoint_bytes == weights + 2 * rows + layers.other_bytes
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_size_that_no_scheme_reaches_is_known_from_headers() -> None:
     offers = offer_schemes(parse_search_space(text, name="s", where="s"), layers.groups)
     smallest = demo_uniform("int4.g32")
     assert smallest.bits_per_weight is not None
-    size = int(smallest.result["checkpoint_bytes"])  # type: ignore[arg-type]
+    size = int(smallest.result.checkpoint_bytes)  # type: ignore[arg-type]
     for budgets in (
         Budgets(max_bits=smallest.bits_per_weight),
         Budgets(max_bytes=size),

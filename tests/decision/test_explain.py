@@ -41,7 +41,7 @@ def test_a_time_is_kept_and_reported() -> None:
     table = table_of()
     free = decide(table, timed(None))
     assert set(schemes_of(free).values()) == {"bf16"}
-    assert free.recipe.result["seconds"] == free.unquantized_seconds
+    assert free.recipe.result.seconds == free.unquantized_seconds
     assert free.recipe.budget == {"device": "d", "workload": WORKLOAD.text}
     everything = free.unquantized_seconds
     assert everything is not None
@@ -49,7 +49,7 @@ def test_a_time_is_kept_and_reported() -> None:
     # and INT8 costs group a less.
     kept = decide(table, timed(everything - 1e-4))
     assert schemes_of(kept) == {"a": "int8.channel", "b": "bf16"}
-    seconds = kept.recipe.result["seconds"]
+    seconds = kept.recipe.result.seconds
     assert seconds == pytest.approx(everything - 928e-6)
     assert seconds == recipe_seconds(table, schemes_of(kept), TimeRequest(DEVICE, WORKLOAD))
     assert kept.recipe.budget["seconds"] == everything - 1e-4

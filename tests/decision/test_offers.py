@@ -155,7 +155,7 @@ def test_constraints_are_kept_by_every_solver_and_along_the_frontier() -> None:
         assert chosen(table, request)["a"] == "int4.g32"
     decision = decide(table, Request(SIX_AND_A_HALF, constraints=(four,), ties=False))
     assert decision.recipe.scheme_of_group == {"a": "int4.g32", "b": "int8.channel"}
-    assert decision.recipe.result["uniform_scheme"] == "int8.channel"  # but for a
+    assert decision.recipe.result.uniform_scheme == "int8.channel"  # but for a
     assert decision.notes == ()
     frontier = solve_frontier(decision.problem)
     names = {decision.problem.schemes_of(one)["a"] for one in frontier.choice_KF}
@@ -176,7 +176,7 @@ def test_uniform_rivals_leave_alone_what_has_no_choice() -> None:
     least = Request(Budgets(), constraints=(constraint("at_least", A, "8"),))
     assert set(uniform_recipes(table, least)) == {"int8.channel", "bf16"}
     decision = decide(table, replace(fixed, budgets=Budgets(max_bits=10.25)))
-    assert decision.recipe.result["uniform_scheme"] == "int4.g32"
+    assert decision.recipe.result.uniform_scheme == "int4.g32"
     assert not has_uniform(decision.problem, "int4.g32")
     assert has_uniform(decision.problem, "bf16")
 

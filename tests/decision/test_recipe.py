@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mofq.decision.recipe import (
     Recipe,
     RecipeGroup,
+    RecipeResult,
     check_recipe,
     load_recipe,
     parse_recipe,
@@ -30,7 +31,8 @@ version: 1
 model: {name: Qwen/Qwen3-0.6B, index_sha256: "12345678"}
 made_by: {mofq: 0.1.0, solver: exact, seed: 0, table_sha256: b71e0452}
 budget: {bits_per_weight: 5.0}
-result: {bits_per_weight: 4.981, bytes: 274205184, kl_nats_per_token: 1.0e-05, kl_stderr: null}
+result: {bits_per_weight: 4.981, bytes: 274205184, kl_nats_per_token: 1.0e-05, \
+decisions_sha256: 1d84a281846fe491c87c9d89724f6c8926422393d07fe3c4267f7cc68933f8e6}
 groups:  # one scheme per fusion group
   layers.0.attn.qk:
     scheme: nvfp4
@@ -58,12 +60,7 @@ RECIPE = Recipe(
     unquantized=("lm_head",),
     made_by={"mofq": "0.1.0", "solver": "exact", "seed": 0, "table_sha256": "b71e0452"},
     budget={"bits_per_weight": 5.0},
-    result={
-        "bits_per_weight": 4.981,
-        "bytes": 274205184,
-        "kl_nats_per_token": 1e-5,
-        "kl_stderr": None,
-    },
+    result=RecipeResult(bits_per_weight=4.981, bytes=274205184, kl_nats_per_token=1e-5),
 )
 
 
@@ -107,11 +104,73 @@ def test_a_recipe_is_written_and_read_as_documented(tmp_path: Path) -> None:
 
 
 def test_an_older_recipe_with_a_prediction_of_interactions_is_read_and_kept() -> None:
-    text = TEXT.replace("kl_stderr: null", "kl_stderr: null, kl_joint: 2.0e-05")
+    text = TEXT.replace(
+        "kl_nats_per_token: 1.0e-05", "kl_nats_per_token: 1.0e-05, kl_joint: 2.0e-05"
+    )
     assert text != TEXT
     recipe = parse_recipe(text)
-    assert recipe.result["kl_joint"] == 2e-5
+    assert recipe.result.kl_joint == 2e-5
     assert recipe_text(recipe) == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("scheme: nvfp4", "scheme: mxfp4"),
+        ("12.5}", "12.75}"),
+        ("[lm_head]", "[lm_head, model.layers.0.extra]"),
+        (
+            "unquantized",
+            "kv_cache: {layers.0.attn.kv_cache: {scheme: 'kv:fp8_e4m3.token'}}\nunquantized",
+        ),
+    ],
+)
+def test_figures_of_a_recipe_that_was_edited_since_are_not_read(before: str, after: str) -> None:
+    text = TEXT.replace(before, after)
+    assert text != TEXT
+    recipe = parse_recipe(text)
+    assert recipe.is_edited
+    assert recipe.result == RecipeResult()
+    assert (recipe.bits_per_weight, recipe.kl_nats_per_token) == (None, None)
+    # Where it came from stays, how its decisions were found does not.
+    assert recipe.made_by == {"mofq": "0.1.0", "solver": "edited", "table_sha256": "b71e0452"}
+    again = parse_recipe(recipe_text(recipe))
+    assert again == recipe
+
+
+def test_what_changes_no_decision_is_no_edit() -> None:
+    groups = TEXT[TEXT.index("  layers.0.attn.qk:") : TEXT.index("unquantized:")]
+    first, second = groups.split("  layers.0.attn.o:")
+    swapped = TEXT.replace(groups, f"  layers.0.attn.o:{second}{first}")
+    short = TEXT.replace(
+        "1d84a281846fe491c87c9d89724f6c8926422393d07fe3c4267f7cc68933f8e6", "1d84a281"
+    )
+    named = TEXT.replace("layers.0.attn.o:", "attention output:")
+    for text in (swapped, short, named, TEXT.replace("solver: exact", "note: mine, solver: exact")):
+        assert text != TEXT
+        recipe = parse_recipe(text)
+        assert recipe.result.kl_nats_per_token == 1e-5
+        assert recipe.made_by["solver"] == "exact"
+
+
+def test_a_recipe_of_before_figures_had_a_hash_is_read_as_it_is() -> None:
+    hashed = ", \\\n".replace("\\\n", "") + "decisions_sha256: " + RECIPE.decisions_sha256
+    old = TEXT.replace(hashed, "").replace("nvfp4", "mxfp4")
+    recipe = parse_recipe(old)
+    assert "decisions_sha256" not in old
+    assert not recipe.is_edited
+    assert recipe.result.kl_nats_per_token == 1e-5
+    # From now on they are of these decisions.
+    assert parse_recipe(recipe_text(recipe).replace("mxfp4", "nvfp4")).is_edited
+
+
+def test_decisions_that_are_changed_in_memory_keep_no_figures() -> None:
+    changed = dataclasses.replace(RECIPE.groups[0], scheme="mxfp4")
+    edited = dataclasses.replace(RECIPE, groups=(changed, RECIPE.groups[1]))
+    assert edited.is_edited
+    assert edited.result == RecipeResult()
+    counted = dataclasses.replace(edited, result=RecipeResult(bits_per_weight=4.0))
+    assert parse_recipe(recipe_text(counted)).bits_per_weight == 4.0
 
 
 def test_another_yaml_reader_sees_the_same_values() -> None:
@@ -149,7 +208,7 @@ def test_a_recipe_written_by_hand_needs_no_table() -> None:
         ("version: 1", "version: true", "has version True, and this mofq reads version 1"),
         ("version: 1\n", "", "the key 'version' is missing"),
         ("budget:", "bugdet:", "unknown key 'bugdet'. Did you mean 'budget'"),
-        ("kl_stderr:", "kl_sdterr:", "result: unknown key 'kl_sdterr'. Did you mean 'kl_stderr'"),
+        ("kl_nats", "kl_nast", "result: unknown key 'kl_nast_per_token'. Did you mean"),
         (
             "scheme: nvfp4",
             "scheme: nvpf4",
@@ -193,8 +252,7 @@ def test_an_empty_missing_or_huge_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"result": {"bits_per_weight": float("nan")}},
-        {"result": {"speed": 1.0}},
+        {"result": RecipeResult(bits_per_weight=float("nan"))},
         {"groups": (RecipeGroup("a", "fp4_e2m1.g16.s-e4m3", ("x",)),)},
         {"groups": (RecipeGroup("a", "nvfp4", ("x",)), RecipeGroup("b", "nvfp4", ("x",)))},
         {"version": 2},
@@ -290,9 +348,9 @@ def test_any_name_survives_writing_and_reading(names: list[str]) -> None:
 
 @given(st.floats(min_value=0, allow_infinity=False))
 def test_any_number_survives_writing_and_reading(number: float) -> None:
-    text = recipe_text(dataclasses.replace(RECIPE, result={"error": number}))
-    assert parse_recipe(text).result == {"error": number}
-    assert yaml.safe_load(text)["result"] == {"error": number}
+    text = recipe_text(dataclasses.replace(RECIPE, result=RecipeResult(error=number)))
+    assert parse_recipe(text).result.error == number
+    assert yaml.safe_load(text)["result"]["error"] == number
 
 
 @given(st.integers(0, len(TEXT)), st.integers(0, 8), st.text(max_size=8))

@@ -197,6 +197,14 @@ def test_a_recipe_is_not_applied_twice(tiny_llama: Path) -> None:
             backend.apply(model, recipe)
 
 
+def test_a_model_with_kernels_is_not_saved_but_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(open_checkpoint(str(tiny_llama)), "int8.channel+int8.token")
+    model = apply_recipe(load_model(tiny_llama), recipe, "torchao")
+    with pytest.raises(BackendError, match="mofq export MODEL RECIPE --to torchao -o FILE"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_an_empty_batch_has_an_empty_output(tiny_llama: Path) -> None:
     recipe = recipe_of(open_checkpoint(str(tiny_llama)), "fp8_e4m3.channel+fp8_e4m3.token")
     model = torchao.apply(load_model(tiny_llama), recipe)

@@ -11,7 +11,7 @@ import torch
 from conftest import TinyCheckpoint
 from emulated import recipe_of, validate
 
-from mofq.decision.recipe import write_recipe
+from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.delivery.apply import emulate
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import (
@@ -45,7 +45,7 @@ def text(tmp_path: Path) -> Corpus:
 @pytest.fixture
 def recipe_file(tiny_llama: Path, tmp_path: Path) -> Path:
     recipe = recipe_of(open_checkpoint(str(tiny_llama)), "int4.g32+int8.token")
-    result = {"kl_nats_per_token": 0.125, "kl_stderr": 0.5}
+    result = RecipeResult(kl_nats_per_token=0.125, kl_stderr=0.5)
     path = tmp_path / "recipe.yaml"
     write_recipe(replace(recipe, result=result, budget={"kl_nats_per_token": 1e-9}), path)
     return path

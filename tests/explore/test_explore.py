@@ -119,7 +119,7 @@ def test_points_grow_in_size_and_each_is_the_optimum_of_its_size(
     assert len(sizes) > 10
     for point in data["points"][::7]:
         request = Request(Budgets(max_bits=point["bits_per_weight"]), ties=False)
-        assert decide(table, request).recipe.result["error"] == point["error"]
+        assert decide(table, request).recipe.result.error == point["error"]
 
 
 def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
@@ -287,7 +287,7 @@ def test_a_recipe_to_compare_is_predicted_from_the_table(
     data = data_of(table, path, recipes=[tmp_path / "mine.yaml"])
     point = data["references"][-1]
     assert (point["kind"], point["label"]) == ("recipe", "mine.yaml")
-    assert point["bits_per_weight"] == recipe.result["bits_per_weight"]
+    assert point["bits_per_weight"] == recipe.result.bits_per_weight
     names = [data["schemes"][scheme]["name"] for scheme in point["schemes"]]
     assert names == [group.scheme for group in recipe.groups]
 

@@ -107,9 +107,9 @@ def test_recipes_are_compared_with_their_caches(path: Path, table: Table, tmp_pa
         (mine,) = [one for one in data["references"] if one["kind"] == "recipe"]
         schemes = [data["schemes"][number]["name"] for number in mine["schemes"]]
         assert schemes[-3:] == [one.scheme for one in recipe.kv_cache]
-        assert mine["kv_bits"] == recipe.result["kv_bits"]
-        size = float(recipe.result["checkpoint_bytes"] or 0)
-        size += TOKENS * float(recipe.result["kv_bytes_per_token"] or 0)
+        assert mine["kv_bits"] == recipe.result.kv_bits
+        size = float(recipe.result.checkpoint_bytes or 0)
+        size += TOKENS * float(recipe.result.kv_bytes_per_token or 0)
         assert mine["at"] == (recipe.bits_per_weight if asked is PLAIN else size)
     # A table that knows no cache does not predict one: what the recipe says of itself stays.
     bare = write_explore_table(tmp_path / "bare.jsonl", corpora=("en", "pt"))

@@ -89,13 +89,34 @@ def test_a_table_without_profiles_says_how_to_get_them(inputs: Drawing, tmp_path
         draw_figure("weights", old, path=tmp_path / "f.png")
 
 
+def test_a_validation_that_a_figure_of_predictions_leaves_out_is_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((folder / "validation.json").read_text())
+    files = {
+        "mine": {},
+        "edited": {"predicted_kl_nats_per_token": None},
+        "bf16": {"predicted_kl_nats_per_token": 0.0},
+    }
+    arguments = ["plot", str(folder / "table.jsonl"), "--kind", "prediction"]
+    for name, changes in files.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**content, "candidate": f"{name}.yaml", **changes}))
+        arguments += ["--validation", str(path)]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "f.svg")])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "1 of 3 validations not drawn (edited): no prediction is known" in said
+    assert "1 of 3 validations not drawn (bf16): a KL of 0, predicted or measured" in said
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
         ("frontear", "f.png", "Did you mean 'frontier'"),
         ("frontier", "f.gif", r"f\.gif: must end in one of \.png, \.svg, \.pdf"),
         ("map", "f.png", "a map shows recipes"),
-        ("prediction", "f.png", "needs --validation files"),
+        ("prediction", "f.png", "needs validations of recipes that have one"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_and_nothing_is_left(

@@ -95,7 +95,7 @@ def test_an_fp8_checkpoint_goes_through_the_whole_flow(
     reloaded = ok("validate", model, exported, *TEXT, "--json").json
     assert reloaded["enforced"] is True
     assert reloaded["kl_nats_per_token"] == emulated["kl_nats_per_token"]
-    assert written["checkpoint_bytes"] == load_recipe(recipe).result["checkpoint_bytes"]
+    assert written["checkpoint_bytes"] == load_recipe(recipe).result.checkpoint_bytes
 
 
 def mixture(checkpoint: Checkpoint, *kept: str) -> object:

@@ -93,7 +93,7 @@ def cached(
     schemes = {group.name: layers for group in table.header.groups}
     for cache in table.caches:
         schemes[cache.name] = "bf16" if cache.decoder_layer in left else scheme
-    return recipe_from_table(table, schemes, made_by={}, budget={}, result={})
+    return recipe_from_table(table, schemes, made_by={}, budget={})
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import with_error
-from mofq.cli.show.terminal import print_table
+from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
     from mofq.api import DiffResult
@@ -21,19 +21,27 @@ def show_diff(result: DiffResult) -> None:
         bits = (_figure(one, ".4f") for one in result.kv_bits)
         figures.append(["KV cache, bits per number", *bits])
     kl = (_figure(one.kl_nats_per_token, ".4g") for one in (a, b))
-    figures.append(["KL, predicted [nats/token]", *kl])
+    figures.append(["KL [nats/token]", *kl])
     columns = ["", *result.names]
     if found.total is not None:
         rows += [[*line, "", ""] for line in figures]
         rows.append(["all together", "", "", "", _signed(found.total.value, found.total.stderr)])
-        columns += ["bytes", f"{found.unit}, paired"]
+        columns += ["bytes", "error, paired"]
     else:
         rows += figures
     caches = sum(one.is_cache for one in found.groups)
     title = f"{len(found.groups) - caches} of {len(a.groups)} fusion groups differ"
     if result.with_cache:
         title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
+    if found.unit is not None:
+        title += f"; errors in {found.unit}"
     print_table(title, columns, rows)
+    for name, recipe in zip(result.names, result.recipes, strict=True):
+        if recipe.is_edited and found.total is None:
+            note(
+                f"{name}: was edited after it was found, so that its figures no longer hold. "
+                f"`--table` gives those of the edit."
+            )
 
 
 def _row(one: GroupDifference, *, priced: bool) -> list[str]:

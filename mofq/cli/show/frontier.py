@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes
+from mofq.api.figures import short_bytes, with_error
 from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
@@ -12,10 +12,17 @@ if TYPE_CHECKING:
 
 #: Points that a person is shown; ``--json`` has all.
 _SHOWN = 24
+#: Where a point does not meet its bound.
+_GAP = (
+    "The gap is no doubt about a point: each has the least error of its size. The bound is that of "
+    "a relaxation, which may give a layer part of one scheme and part of another; a recipe whose "
+    "size lies between two steps of the curve cannot reach it."
+)
 
 
 def show_frontier(result: FrontierResult) -> None:
     """Some of the points, evenly spaced, and the search that takes one."""
+    from mofq.decision import KL_UNIT
     from mofq.decision.request import request_flags
 
     problem, count = result.problem, len(result)
@@ -27,16 +34,19 @@ def show_frontier(result: FrontierResult) -> None:
     columns.append("checkpoint")
     columns += [f"and {problem.kv_tokens:,} tokens"] if problem.kv_tokens else []
     gap = 100 * result.frontier.gap
+    quantity = "KL, predicted [nats/token]" if problem.unit == KL_UNIT else problem.unit
     print_table(
         f"{len(shown)} of {count} points; largest gap to the bound {gap:.3g} %",
-        [*columns, problem.unit, "stderr"],
+        [*columns, quantity],
         [_row(result.point(k)) for k in shown],
     )
+    if gap:
+        note(_GAP)
     if count > _SHOWN:
         note(f"`--json` has all {count} points.")
     budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"
     flags = request_flags(result.request)
-    note(f"Take one with `mofq search {result.source} {budget}{flags} -o recipe.yaml`.")
+    note(f"Take one with `mofq search {result.source} {budget} --ties off{flags} -o recipe.yaml`.")
 
 
 def _row(point: FrontierPoint) -> list[str]:
@@ -46,5 +56,6 @@ def _row(point: FrontierPoint) -> list[str]:
     row.append(short_bytes(point.checkpoint_bytes))
     if point.size_bytes is not None:
         row.append(short_bytes(point.size_bytes))
-    stderr = point.stderr
-    return [*row, f"{point.error:.4g}", "" if stderr is None else f"± {stderr:.1g}"]
+    if point.kl_nats_per_token is not None:
+        return [*row, with_error(point.kl_nats_per_token, point.kl_stderr)]
+    return [*row, f"{point.error:.4g}"]

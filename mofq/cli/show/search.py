@@ -57,30 +57,30 @@ def _print_decision(decision: Decision, *, title: str) -> None:
     from mofq.decision import KL_UNIT
     from mofq.decision.uniform import has_uniform
 
-    recipe, number = decision.recipe, decision.recipe.figure
+    recipe, result = decision.recipe, decision.recipe.result
     rows = [
-        ["bits per weight", f"{number('bits_per_weight') or 0:.4f}"],
-        ["checkpoint", short_bytes(int(number("checkpoint_bytes") or 0))],
+        ["bits per weight", f"{result.bits_per_weight or 0:.4f}"],
+        ["checkpoint", short_bytes(result.checkpoint_bytes or 0)],
     ]
-    if number("kv_bits") is not None:
-        per_token = f"{short_bytes(round(number('kv_bytes_per_token') or 0))} a token"
-        rows.append(["KV cache, bits per number", f"{number('kv_bits'):.4f}, {per_token}"])
+    if result.kv_bits is not None:
+        per_token = f"{short_bytes(round(result.kv_bytes_per_token or 0))} a token"
+        rows.append(["KV cache, bits per number", f"{result.kv_bits:.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
-        predicted = with_error(number("kl_nats_per_token"), number("kl_stderr"))
+        predicted = with_error(result.kl_nats_per_token, result.kl_stderr)
         rows.append(["KL, predicted [nats/token]", predicted])
     else:
-        rows.append([f"error [{recipe.made_by.get('unit')}]", f"{number('error') or 0:.4g}"])
-    if number("kl_measured") is not None:
-        measured = with_error(number("kl_measured"), number("kl_measured_stderr"))
+        rows.append([f"error [{recipe.made_by.get('unit')}]", f"{result.error or 0:.4g}"])
+    if result.kl_measured is not None:
+        measured = with_error(result.kl_measured, result.kl_measured_stderr)
         rows.append(["KL, measured on the text of the search", measured])
     if decision.uniform_error is not None:
-        scheme = str(recipe.result["uniform_scheme"])
+        scheme = str(result.uniform_scheme)
         where = "" if has_uniform(decision.problem, scheme) else ", where layers have a choice"
         name = f"best uniform of no more bytes: {scheme}{where}"
         rows.append([name, f"{decision.uniform_error:.3g}"])
-    rows += [] if number("seconds") is None else [_time_row(decision)]
+    rows += [] if result.seconds is None else [_time_row(decision, result.seconds)]
     if decision.finer_layers:
-        layers, weights = number("finer_fraction") or 0, number("finer_weight_fraction") or 0
+        layers, weights = result.finer_fraction or 0, result.finer_weight_fraction or 0
         shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
         rows.append(["finer than base", shares])
     if decision.tied_layers:
@@ -92,12 +92,10 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         note(line)
 
 
-def _time_row(decision: Decision) -> list[str]:
+def _time_row(decision: Decision, seconds: float) -> list[str]:
     from mofq.engines.latency import shown_seconds
 
-    budget, result = decision.recipe.budget, decision.recipe.result
-    seconds, before = result["seconds"], decision.unquantized_seconds
-    assert isinstance(seconds, float)
+    budget, before = decision.recipe.budget, decision.unquantized_seconds
     assert before is not None
     what = f"{budget['workload']} on {budget['device']}, at least"
     times = f"{shown_seconds(seconds)}; unquantized {shown_seconds(before)}"
@@ -105,9 +103,12 @@ def _time_row(decision: Decision) -> list[str]:
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    chosen = next(one for one in explanation.alternatives if one.difference is None)
-    rows = [_alternative(one, chosen) for one in explanation.alternatives]
-    columns = ["scheme", "bits", "bytes", "error", "against the chosen", "with bytes priced", ""]
+    columns = ["scheme", "bits", "error", "against the chosen", "with bytes priced"]
+    rows = [_alternative(one) for one in explanation.alternatives]
+    if any(not one.is_offered for one in explanation.alternatives):
+        columns.append("")
+        for row, one in zip(rows, explanation.alternatives, strict=True):
+            row.append("" if one.is_offered else "gains too little (min_gain)")
     members = ", ".join(layer.rsplit(".", 1)[-1] for layer in explanation.layers)
     title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
     print_table(title, columns, rows)
@@ -122,20 +123,15 @@ def _print_explanation(explanation: Explanation) -> None:
         note(f"not to be had: {', '.join(schemes)}: {reason}")
 
 
-def _alternative(one: Alternative, chosen: Alternative) -> list[str]:
-    difference = "–"
+def _alternative(one: Alternative) -> list[str]:
+    difference = "◀ chosen"
     if one.difference is not None:
         sign = "+" if one.difference.value >= 0 else ""
         difference = sign + with_error(one.difference.value, one.difference.stderr)
-    remark = "◀ chosen" if one.difference is None else ""
-    if not one.is_offered:
-        remark = "gains too little (min_gain)"
     return [
         one.scheme,
         f"{one.bits_per_weight:.3f}",
-        f"{one.bytes - chosen.bytes:+,}" if one is not chosen else f"{one.bytes:,}",
-        with_error(one.error, one.stderr),
+        f"{one.error:.3g}",
         difference,
         "–" if one.priced_difference is None else f"{one.priced_difference:+.2g}",
-        remark,
     ]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,17 +64,34 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
+    terminal = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(box=None, pad_edge=False, show_header=any(columns))
+    widths = _widths([columns, *rows], terminal.width)
     for number, column in enumerate(columns):
         is_figures = any(columns) and all(_FIGURE.match(row[number]) for row in rows)
-        table.add_column(column, justify="right" if is_figures else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if is_figures else "left"
+        width = None if widths is None else widths[number]
+        table.add_column(column, justify=justify, overflow="fold", width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 120
-    terminal = Console(width=width)
     # Not the table's own title, which is folded to the width of the table.
     terminal.print(Text(title, style="bold"))
     terminal.print(table)
+
+
+def _widths(rows: Sequence[Sequence[str]], total: int) -> list[int] | None:
+    """Of the columns, so that no word, as the name of a scheme, is folded; None: it must be."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(word) for cell in some for word in [*cell.split(), ""]) for some in columns]
+    left = total - sum(widths) - 2 * (len(widths) - 1)
+    if left < 0:
+        return None
+    wanted = [max(map(len, some)) - width for some, width in zip(columns, widths, strict=True)]
+    for number in sorted(range(len(widths)), key=lambda number: wanted[number]):
+        more = min(wanted[number], left)
+        widths[number] += more
+        left -= more
+    return widths
 
 
 def note(message: str) -> None:

@@ -25,6 +25,8 @@ def show_validation(result: ValidateResult) -> None:
         _print_validation(one)
     if result.recipe is not None:
         print_histogram(result.recipe)
+        if result.recipe.is_edited:
+            note("The recipe was edited after it was found: no prediction is known of it.")
     if len(result.validations) > 1:
         value = with_error(result.worst.kl_nats_per_token, result.worst.kl_stderr)
         say(f"worst text: {result.worst_text}, {value} nats/token")
@@ -40,7 +42,8 @@ def _suggest_export(result: ValidateResult) -> None:
         # Of a recipe's own engine, and its devices, the export takes what it needs.
         known = recipe.made_by.get("engine") is not None
         to = () if known else ("--to", "compressed-tensors", "--engine", "ENGINE")
-        next_step("export", result.model, candidate, *to, *stats, "-o", "FOLDER")
+        files = [word for path in result.outputs for word in ("--validation", path)]
+        next_step("export", result.model, candidate, *to, *stats, *files, "-o", "FOLDER")
 
 
 def end_validation(result: ValidateResult) -> int:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
+from mofq.decision.choice import predict_chosen
 from mofq.decision.decision import Decision
-from mofq.decision.prediction import Estimate, estimate, predict
+from mofq.decision.prediction import Estimate, estimate
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.decision.result import chosen_figures, recipe_from_table
+from mofq.decision.result import chosen_result, recipe_from_table, with_uniform
 from mofq.decision.ties import RECIPE_STDERRS
-from mofq.decision.timing import time_figures
-from mofq.decision.uniform import uniform_choice
+from mofq.decision.timing import time_of
+from mofq.decision.uniform import best_uniform, uniform_choice
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, option
 
@@ -46,7 +47,7 @@ def measured_by(table: Table, evaluate: Evaluate) -> Measure:
     """The objective as a function of the schemes of fusion groups."""
 
     def measure(schemes: Mapping[str, str]) -> Iterator[float]:
-        return evaluate(recipe_from_table(table, schemes, made_by={}, budget={}, result={}))
+        return evaluate(recipe_from_table(table, schemes, made_by={}, budget={}))
 
     return measure
 
@@ -158,14 +159,25 @@ def decide_again(
     if (choice_F == decision.choice_F).all():
         return decision
     problem, before = decision.problem, decision.recipe
-    result = chosen_figures(problem, choice_F, predict(problem, choice_F))
-    result |= {key: value for key, value in before.result.items() if key.startswith("uniform_")}
     schemes = problem.schemes_of(choice_F)
-    result |= time_figures(table, schemes, request)
-    again = recipe_from_table(table, schemes, made_by={}, budget={}, result={})
+    prediction = predict_chosen(problem, decision.budgets, choice_F)
+    result = replace(
+        chosen_result(problem, choice_F, prediction),
+        seconds=time_of(table, schemes, request),
+    )
+    used = usage(problem, choice_F)
+    uniform = best_uniform(problem, used.bytes, choice_F)
+    if uniform is not None:
+        result = with_uniform(result, problem, *uniform)
+    again = recipe_from_table(table, schemes, made_by={}, budget={})
     recipe = replace(before, groups=again.groups, kv_cache=again.kv_cache, result=result)
-    finer_layers = usage(problem, choice_F).finer_layers
-    return replace(decision, recipe=recipe, choice_F=choice_F, finer_layers=finer_layers)
+    return replace(
+        decision,
+        recipe=recipe,
+        choice_F=choice_F,
+        finer_layers=used.finer_layers,
+        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+    )
 
 
 def with_measured(
@@ -174,9 +186,7 @@ def with_measured(
     """The decision with what was measured of its recipe."""
     kl = measured.kl
     recipe = decision.recipe
-    result = dict(recipe.result) | {"kl_measured": max(0.0, kl.value)}
-    if kl.stderr is not None:
-        result["kl_measured_stderr"] = kl.stderr
+    result = replace(recipe.result, kl_measured=max(0.0, kl.value), kl_measured_stderr=kl.stderr)
     made_by = dict(recipe.made_by) | {"text_sha256": text_sha256, "trials": trials}
     return replace(decision, recipe=replace(recipe, made_by=made_by, result=result))
 

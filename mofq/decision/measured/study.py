@@ -59,6 +59,7 @@ class StudyPlan:
     trials: int = 60  #: finished ones, those of earlier runs included
     seed: int = 0
     with_size: bool = False  #: whether size is a second objective
+    trial: int | None = None  #: whose recipe is taken; None: the best within the budget
 
 
 def study_name(table: Table, request: Request, plan: StudyPlan) -> str:
@@ -122,7 +123,8 @@ def decide_in_study(
         progress: Called with ``"trials"``, those finished, and wanted.
 
     Returns:
-        The best recipe that was measured; the exact solver's where none is better beyond noise.
+        The best recipe that was measured; the exact solver's where none is better beyond noise;
+        or that of the plan's trial.
         In a study of the KL alone, a uniform scheme where that is as good, and a note says so.
 
     Raises:
@@ -146,7 +148,7 @@ def decide_in_study(
             seed=plan.seed,
             progress=progress,
         )
-        found = search_result(study, problem, ties=request.ties)
+        found = search_result(study, problem, ties=request.ties, trial=plan.trial)
         frontier = measured_frontier(study, problem) if plan.with_size else ()
     decision = with_measured(
         decide_again(table, request, decision, found.best.choice_F),
@@ -207,9 +209,11 @@ def _notes(found: Searched, frontier: tuple[FrontierTrial, ...], plan: StudyPlan
     what = f"{found.given_up} of them given up early:"
     if plan.with_size:
         what = f"{len(frontier)} of them on the frontier; at the budget"
+    became = f"{what} {shown(found.start.kl)} became {shown(found.best.kl)} nats per token"
+    if plan.trial is not None:
+        became = f"of which trial {plan.trial} is taken: {shown(found.best.kl)} nats per token"
     notes = [
-        f"{found.finished} recipes measured, {what} "
-        f"{shown(found.start.kl)} became {shown(found.best.kl)} nats per token. "
+        f"{found.finished} recipes measured, {became}. "
         f"Look at them with: optuna-dashboard {dashboard_url(plan.storage)}"
     ]
     if found.uniform is not None:

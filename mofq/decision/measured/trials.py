@@ -44,7 +44,7 @@ from mofq.decision.measured.storage import quiet
 from mofq.decision.measured.thompson import Observation
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import TIE_STDERRS
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 #: What the origins of uniform recipes begin with.
@@ -161,18 +161,24 @@ def run_trials(
                 progress("trials", min(_finished(study), trials), trials)
 
 
-def search_result(study: Study, problem: Problem, *, ties: bool = True) -> Searched:
+def search_result(
+    study: Study, problem: Problem, *, ties: bool = True, trial: int | None = None
+) -> Searched:
     """The best recipe of a study, never worse than its start.
 
     Args:
         study: With a finished start.
         problem: Its groups are the parameters.
         ties: Whether a uniform scheme within noise is preferred; else only a better one.
+        trial: Of which number; None: what follows.
 
     Returns:
         The trial of least mean KL where it is better than the start by more than two standard
         errors, paired window by window; else the start. Of a study of the KL alone, a uniform
         scheme instead where that is not beaten.
+
+    Raises:
+        MofqError: The trial that is asked for was not measured in full.
     """
     trials = study.get_trials(deepcopy=False, states=_FINISHED)
     measured = measured_trials(study, problem)
@@ -187,13 +193,15 @@ def search_result(study: Study, problem: Problem, *, ties: bool = True) -> Searc
     best = min(complete, key=lambda one: one.kl.value)
     if not is_less(paired(start.windows, best.windows), TIE_STDERRS):
         best = start
+    if trial is not None:
+        best = _trial_of(trials, measured, trial)
     uniforms = {
         str(t.user_attrs["origin"]).removeprefix(UNIFORM): measured[t.number]
         for t in trials
         if str(t.user_attrs.get("origin", "")).startswith(UNIFORM) and t.number in measured
     }
     uniform = None
-    if len(study.directions) == 1:
+    if len(study.directions) == 1 and trial is None:
         same = (name for name, one in uniforms.items() if (one.choice_F == best.choice_F).all())
         uniform = next(same, None) or preferred_uniform(best, uniforms, ties=ties)
     return Searched(
@@ -203,6 +211,19 @@ def search_result(study: Study, problem: Problem, *, ties: bool = True) -> Searc
         finished=len(trials),
         given_up=sum(t.state == TrialState.PRUNED for t in trials),
     )
+
+
+def _trial_of(
+    trials: Sequence[FrozenTrial], measured: Mapping[int, Measured], number: int
+) -> Measured:
+    complete = [t.number for t in trials if t.state == TrialState.COMPLETE and t.number in measured]
+    if number not in complete:
+        raise MofqError(
+            f"{option('trial', number)}: the study has no such trial that was measured in full; it "
+            f"has {', '.join(map(str, sorted(complete)))}. The notes of a search with "
+            f"{option('multi_objective')} name those of the frontier."
+        )
+    return measured[number]
 
 
 def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:

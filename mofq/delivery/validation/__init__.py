@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from mofq.delivery.validation.against_original import validate_many
 from mofq.delivery.validation.enforcement import find_deviations
-from mofq.delivery.validation.report import Validation, write_validation
+from mofq.delivery.validation.report import Validation, read_validation, write_validation
 from mofq.delivery.validation.tasks import Tasks
 
 __all__ = [
     "Tasks",
     "Validation",
     "find_deviations",
+    "read_validation",
     "validate_many",
     "write_validation",
 ]

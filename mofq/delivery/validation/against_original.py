@@ -193,7 +193,7 @@ def _validate_one(
         kl_nats_per_token=agreement.kl_nats_per_token,
         kl_stderr=agreement.kl_stderr,
         predicted_kl_nats_per_token=None if recipe is None else recipe.kl_nats_per_token,
-        predicted_kl_stderr=None if recipe is None else recipe.figure("kl_stderr"),
+        predicted_kl_stderr=None if recipe is None else recipe.result.kl_stderr,
         kl_budget_nats_per_token=budget,
         within_kl_budget=None if budget is None else agreement.kl_nats_per_token <= budget,
         perplexity=agreement.perplexity,

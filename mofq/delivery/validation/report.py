@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.divergence import WindowScore
 from mofq.delivery.validation.tasks import TaskResult
 from mofq.exceptions import MofqError
-from mofq.files.documents import write_beside_and_rename
+from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.validated import validate
 
 VALIDATION_VERSION = 1
 
@@ -83,6 +86,9 @@ class Validation:
         return {"version": VALIDATION_VERSION, **lineage, **content}
 
 
+_VALIDATION = TypeAdapter(Validation)
+
+
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """The numbers that follow from the scores of windows."""
@@ -141,6 +147,25 @@ def write_validation(
         content["alternatives"] = {name: one.to_json() for name, one in alternatives.items()}
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     write_beside_and_rename(Path(path), text + "\n")
+
+
+def read_validation(path: str | Path) -> Validation:
+    """Read a ``validation.json``.
+
+    Raises:
+        MofqError: The file is missing or no such file.
+    """
+    where = str(path)
+    content = parse_json(read_text(Path(path), MofqError, kind="validation"), where, MofqError)
+    if not isinstance(content, dict) or content.pop("version", None) != VALIDATION_VERSION:
+        raise MofqError(
+            f"{where}: is no validation of version {VALIDATION_VERSION}. Take the file that "
+            f"`mofq validate -o` wrote."
+        )
+    names = {one.name for one in fields(Lineage)}
+    lineage = {key: value for key, value in content.items() if key in names}
+    others = {key: value for key, value in content.items() if key not in names}
+    return validate(_VALIDATION, others | {"lineage": lineage}, where, MofqError)
 
 
 def _stderr(values: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def apply(
             emulated where no kernel fits them.
 
     Returns:
-        The model. Each layer with a scheme is a ``TorchaoLinear`` now, or emulated.
+        The model. Each layer with a scheme is a ``TorchaoLinear`` now, or emulated; it can be run
+        and not be saved.
 
     Raises:
         BackendError: TorchAO is not installed, or no kernel fits a layer, which the
@@ -61,7 +63,7 @@ def apply(
     """
     _require_torchao()
     engine = device_engine(model.device)
-    return emulation.apply_groups(
+    applied = emulation.apply_groups(
         model,
         recipe,
         partial(_apply_group, engine=engine, fits=fits),
@@ -69,6 +71,17 @@ def apply(
         checkpoint=checkpoint,
         progress=progress,
         stage="torchao",
+    )
+    applied.save_pretrained = _refuse_to_save
+    return applied
+
+
+def _refuse_to_save(*_arguments: object, **_options: object) -> NoReturn:
+    raise BackendError(
+        "save_pretrained: the recipe is applied to this model in memory, and transformers has no "
+        "format for its layers. Write a checkpoint with `mofq export MODEL RECIPE -o FOLDER`, or "
+        "the config by which transformers quantizes with TorchAO, and saves, with "
+        "`mofq export MODEL RECIPE --to torchao -o FILE`."
     )
 
 

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from mofq.decision.edited import with_sizes
 from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
@@ -103,7 +104,7 @@ def export_compressed_tensors(
         if config["quantization_config"] is None:
             del config["quantization_config"]
         _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_recipe(recipe, folder / RECIPE_FILE)
+        write_recipe(with_sizes(recipe, plan.model_layers), folder / RECIPE_FILE)
         _write_text(folder / "README.md", card)
     checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
     return Export(target, plan.group_bytes, checkpoint_bytes, command, code)

@@ -148,7 +148,8 @@ def _caches(recipe: Recipe) -> str:
 def _predicted(recipe: Recipe) -> str:
     predicted = recipe.kl_nats_per_token
     if predicted is None:
-        return "Not measured."
+        edited = " The recipe was edited after it was found." if recipe.is_edited else ""
+        return f"Not measured.{edited}"
     return (
         f"Predicted KL divergence from the original: {predicted:.6f} nats per token. Not measured."
     )

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
 from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
@@ -107,10 +107,9 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         tuple(layer.name for layer in layers.unquantized),
         kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
         made_by={"note": f"read from {stored.name}"},
-        result={
-            "bits_per_weight": bits_per_weight(size, weights_of(layers.groups)),
-            "bytes": size,
-        },
+        result=RecipeResult(
+            bits_per_weight=bits_per_weight(size, weights_of(layers.groups)), bytes=size
+        ),
     )
 
 

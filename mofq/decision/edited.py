@@ -1,0 +1,55 @@
+"""What is known of a recipe that was edited after it was found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mofq.decision.budgets import Budgets
+from mofq.decision.choice import predict_chosen
+from mofq.decision.from_table import request_problem
+from mofq.decision.recipe import Recipe, RecipeResult
+from mofq.decision.request import Request
+from mofq.decision.result import chosen_result
+from mofq.evidence.table import Table
+from mofq.model.layers import ModelLayers
+from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.numbers.schemes import parse_scheme
+
+
+def with_figures(recipe: Recipe, table: Table) -> Recipe:
+    """A recipe with sizes and prediction anew, from a table; as it is where it was not edited.
+
+    Args:
+        recipe: Of the table's model.
+        table: Whose errors the prediction adds up; of several corpora all count the same.
+
+    Raises:
+        TableError: A scheme of the recipe was not measured.
+    """
+    if not recipe.is_edited:
+        return recipe
+    problem = request_problem(table, Request(Budgets(), kv_cache=bool(recipe.kv_cache)))
+    choice_F = problem.choice_of(recipe.scheme_of_group)
+    prediction = predict_chosen(problem, Budgets(), choice_F)
+    return replace(recipe, result=chosen_result(problem, choice_F, prediction))
+
+
+def with_sizes(recipe: Recipe, layers: ModelLayers) -> Recipe:
+    """A recipe with its sizes anew, from shapes; as it is where it was not edited.
+
+    Args:
+        recipe: That was checked against the layers.
+        layers: Of the model.
+    """
+    if not recipe.is_edited:
+        return recipe
+    schemes = recipe.schemes
+    size = sum(
+        group_bytes(group, parse_scheme(schemes[group.layers[0].name])) for group in layers.groups
+    )
+    result = RecipeResult(
+        bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
+        bytes=size,
+        checkpoint_bytes=size + layers.other_bytes,
+    )
+    return replace(recipe, result=result)
