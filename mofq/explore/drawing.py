@@ -22,7 +22,7 @@ class Drawing:
     table: Table
     request: Request
     problem: Problem  #: that the request makes of the table
-    recipes: tuple[ReferencePoint, ...]  #: to compare
+    recipes: tuple[ReferencePoint, ...]  #: to compare, each with a label of its own
     measured: tuple[MeasuredPoint, ...]
 
     @property
@@ -59,9 +59,38 @@ def read_drawing(
     compared = tuple(recipe_point(path, table, problem) for path in recipes)
     # The validations of several runs have uniform schemes in common.
     found = (point for path in validations for point in measured_points(path, table.header))
-    measured = list(dict.fromkeys(found))
-    if problem.kv_tokens:
-        # A validation says no size of a context's cache; the recipe of its name does.
-        sizes = {Path(one.label).stem: one.at for one in compared}
-        measured = [replace(one, at=sizes.get(one.label)) for one in measured]
+    measured = [_joined(one, compared, problem) for one in dict.fromkeys(found)]
+    labels = [one.label for one in compared]
+    compared = tuple(
+        one
+        if labels.count(one.label) == 1
+        else replace(one, label=f"{path.parent.name}/{path.name}")
+        for path, one in zip(map(Path.absolute, recipes), compared, strict=True)
+    )
     return Drawing(table, request, problem, recipes=compared, measured=tuple(measured))
+
+
+def _joined(
+    measured: MeasuredPoint, recipes: Sequence[ReferencePoint], problem: Problem
+) -> MeasuredPoint:
+    """With the recipe that was measured, where it is drawn too.
+
+    That is the recipe of the same text; of the same file name where the validation does not say
+    the text.
+    """
+    place = next(
+        (
+            number
+            for number, one in enumerate(recipes)
+            if (
+                one.recipe_sha256 == measured.recipe_sha256
+                if measured.recipe_sha256
+                else Path(one.label).stem == measured.label
+            )
+        ),
+        None,
+    )
+    if not problem.kv_tokens:
+        return replace(measured, recipe=place)
+    # A validation says no size of a context's cache; its recipe does.
+    return replace(measured, recipe=place, at=None if place is None else recipes[place].at)

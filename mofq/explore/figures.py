@@ -23,6 +23,7 @@ from mofq.files.documents import write_beside_and_rename
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: Points of a drawn frontier: more cannot be told apart.
@@ -30,6 +31,17 @@ _POINTS = 60
 #: Schemes that a figure of lines can tell apart.
 _LINES = 12
 _LONG_NAME = 32
+#: Where a name may stand beside its point, the best first: offset [points] and alignments.
+_SIDES = (
+    ((5, 0), "left", "center"),
+    ((-5, 0), "right", "center"),
+    ((0, 5), "center", "bottom"),
+    ((0, -5), "center", "top"),
+    ((4, 4), "left", "bottom"),
+    ((4, -4), "left", "top"),
+    ((-4, 4), "right", "bottom"),
+    ((-4, -4), "right", "top"),
+)
 #: Label, place on the axis, value, colour.
 _Name = tuple[str, float, float, str]
 _FORMATS = (".png", ".svg", ".pdf")
@@ -78,8 +90,6 @@ def draw_figure(kind: str, drawing: Drawing, *, path: Path) -> None:
 
 def _frontier(figure: Figure, drawing: Drawing) -> None:
     """Error against size: the frontier, uniform schemes, greedy and other recipes, measurements."""
-    from matplotlib.ticker import FuncFormatter
-
     axes = figure.subplots()
     problem = drawing.problem
     points = frontier_recipes(drawing, most=_POINTS)
@@ -110,11 +120,28 @@ def _frontier(figure: Figure, drawing: Drawing) -> None:
         most = max(_place(problem, one.at or 0.0) for one in uniforms)
         margin = 0.02 * (most - min(at_K)) if problem.kv_tokens else 0.15
         _limit(axes, at_K, value_K, most, margin)
-    _write_names(axes, names)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _write_decimals(axes.yaxis)
     axes.set(xlabel=_axis(problem), ylabel=_quantity(problem))
     axes.set_title(drawing.table.header.model_name, parse_math=False)
     axes.legend(frameon=False)
+    _write_names(figure, axes, names)
+
+
+def _write_decimals(axis: Axis) -> None:
+    """Plain decimals beside a logarithmic axis of errors, whose limits are set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    least, most = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if most < least * 300 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(
+        FuncFormatter(
+            lambda value, _: np.format_float_positional(
+                value, precision=3, fractional=False, trim="-"
+            )
+        )
+    )
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _quantity(problem: Problem) -> str:
@@ -160,7 +187,10 @@ def _measurements(axes: Axes, drawing: Drawing) -> list[_Name]:
             color="#0a7a4b",
             label="_" if number else "measured",
         )
-    return [(one.label, at, one.kl_nats_per_token, "#0a7a4b") for at, one in drawn]
+    # What is drawn with its recipe is named at the recipe's prediction.
+    return [
+        (one.label, at, one.kl_nats_per_token, "#0a7a4b") for at, one in drawn if one.recipe is None
+    ]
 
 
 def _mark(
@@ -183,24 +213,50 @@ def _mark(
     return names
 
 
-def _write_names(axes: Axes, names: Sequence[_Name]) -> None:
-    """Names beside their points; one that would cover another is left out."""
-    taken: list[tuple[float, float]] = []
-    for label, bits, value, colour in names:
-        x, y = axes.transAxes.inverted().transform(axes.transData.transform((bits, value)))
-        near = any(abs(x - other) < 0.2 and abs(y - above) < 0.035 for other, above in taken)
-        if near or not 0 <= x <= 0.85:
-            continue
-        taken.append((x, y))
-        axes.annotate(
-            label,
-            (bits, value),
-            xytext=(5, 2),
+def _write_names(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
+    """Names beside their points, inside the axes; what would cover another is left out.
+
+    Names of one colour at one place stand together. Everything else must be drawn already.
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # where the axes are, is known from then on
+    frame = axes.get_window_extent()
+    per_point = figure.dpi / 72
+    together: dict[tuple[int, int, str], list[_Name]] = {}
+    taken = []
+    for one in names:
+        _, at, value, colour = one
+        x, y = axes.transData.transform((at, value))
+        together.setdefault((round(x), round(y), colour), []).append(one)
+        side = 6 * per_point  # of the point's marker
+        taken.append(Bbox.from_bounds(x - side / 2, y - side / 2, side, side))
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    for some in together.values():
+        _, at, value, colour = some[0]
+        name = axes.annotate(
+            ", ".join(label for label, *_ in some),
+            (at, value),
+            xytext=(0, 0),
             textcoords="offset points",
             fontsize=6,
             color=colour,
             parse_math=False,
+            path_effects=[withStroke(linewidth=1.5, foreground="white")],
         )
+        for offset, across, up in _SIDES:
+            name.set(position=offset, horizontalalignment=across, verticalalignment=up)
+            box = name.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+        else:
+            name.remove()
 
 
 def _map(figure: Figure, drawing: Drawing) -> None:
@@ -291,6 +347,7 @@ def _sensitivity(figure: Figure, drawing: Drawing) -> None:
         drawn = [layer for layer in layers if total.get(layer, 0.0) > 0]
         axes.plot(drawn, [total[n] for n in drawn], "-o", ms=2.5, lw=1.2, color=colour, label=name)
     axes.set_yscale("log")
+    _write_decimals(axes.yaxis)
     axes.set(xlabel="decoder layer", ylabel=_quantity(drawing.problem))
     axes.set_title(drawing.table.header.model_name, parse_math=False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=7)
@@ -354,10 +411,14 @@ def _prediction(figure: Figure, drawing: Drawing) -> None:
     axes.plot(ends, ends, "--", lw=1, color="#66666b")
     axes.set(xscale="log", yscale="log", xlabel="predicted KL [nats per token]")
     axes.set_ylabel("measured KL [nats per token]")
-    _write_names(
-        axes, [(p.label, predicted, p.kl_nats_per_token, "#1c1c1e") for p, predicted in known]
-    )
+    for axis in (axes.xaxis, axes.yaxis):
+        _write_decimals(axis)
     axes.set_title(drawing.table.header.model_name, parse_math=False)
+    _write_names(
+        figure,
+        axes,
+        [(p.label, predicted, p.kl_nats_per_token, "#1c1c1e") for p, predicted in known],
+    )
 
 
 FIGURES = {

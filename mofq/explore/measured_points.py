@@ -27,6 +27,8 @@ class MeasuredPoint:
     kl_stderr: float | None
     predicted: float | None
     predicted_stderr: float | None
+    recipe_sha256: str | None  #: of the text of the recipe that was measured
+    recipe: int | None = None  #: its place among the recipes that are drawn
 
 
 def measured_points(path: Path, header: TableHeader) -> tuple[MeasuredPoint, ...]:
@@ -78,6 +80,7 @@ def _point(content: Any, path: Path, header: TableHeader, *, label: str | None) 
         kl_stderr=_number(content, "kl_stderr", path),
         predicted=_number(content, "predicted_kl_nats_per_token", path),
         predicted_stderr=_number(content, "predicted_kl_stderr", path),
+        recipe_sha256=content.get("recipe_sha256"),
     )
 
 

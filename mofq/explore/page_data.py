@@ -70,6 +70,7 @@ def page_data(
     uniforms = uniform_points(table, problem, drawing.request)
     greedy = greedy_points(problem, uniforms, drawing.other_budgets)
     references = [*uniforms, *greedy, *drawing.recipes]
+    first_recipe = len(references) - len(drawing.recipes)
     schemes = scheme_order(problem, references)
     return {
         "model": table.header.model_name,
@@ -92,7 +93,10 @@ def page_data(
             asdict(one) | {"schemes": [schemes.index(name) for name in one.schemes]}
             for one in references
         ],
-        "measured": [asdict(one) for one in drawing.measured],
+        "measured": [
+            asdict(one) | {"reference": None if one.recipe is None else first_recipe + one.recipe}
+            for one in drawing.measured
+        ],
         "corpus_best": _corpus_best(drawing, points),
     }
 

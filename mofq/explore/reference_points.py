@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class ReferencePoint:
     value: float | None  #: predicted, in the unit of the drawing
     stderr: float | None
     schemes: tuple[str, ...]  #: of each fusion group of the table, and each cache
+    recipe_sha256: str | None = None  #: of the text of its file, where it has one
 
 
 def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[ReferencePoint, ...]:
@@ -116,7 +118,10 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
             f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
             f"table ({weights}). Compare recipes of one model."
         )
-    point = _point(recipe, problem, kind="recipe", label=path.name)
+    point = replace(
+        _point(recipe, problem, kind="recipe", label=path.name),
+        recipe_sha256=hashlib.sha256(path.read_text("utf-8").encode()).hexdigest(),
+    )
     own = recipe.kl_nats_per_token
     made_of_table = recipe.made_by.get("table_sha256") == table.sha256
     if problem.unit == KL_UNIT and made_of_table and own is not None:

@@ -339,6 +339,26 @@ def test_what_a_run_measured_in_several_validations_is_drawn_once(
     ]
 
 
+def test_a_validation_is_of_the_recipe_of_its_text_else_of_its_name(
+    table: Table, path: Path, tmp_path: Path
+) -> None:
+    files = []
+    for folder, bits in (("small", 5.0), ("large", 6.0)):
+        files.append(tmp_path / folder / "recipe.yaml")
+        files[-1].parent.mkdir()
+        write_recipe(decide(table, Request(Budgets(max_bits=bits))).recipe, files[-1])
+    text = hashlib.sha256(files[1].read_bytes()).hexdigest()
+    found = []
+    for sha256 in (text, "0" * 64, None):
+        (tmp_path / "validation.json").write_text(
+            json.dumps(VALIDATION | {"recipe_sha256": sha256})
+        )
+        data = data_of(table, path, recipes=files, validations=[tmp_path / "validation.json"])
+        place = data["measured"][0]["reference"]
+        found.append(None if place is None else data["references"][place]["label"])
+    assert found == ["large/recipe.yaml", None, "small/recipe.yaml"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

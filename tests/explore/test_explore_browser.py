@@ -288,17 +288,96 @@ def test_every_control_is_reached_and_the_map_is_walked_with_the_keyboard(
     assert run(browser, "return document.getElementById('tip').hidden")
 
 
+def choose(browser: Chrome, menu: str, value: str) -> None:
+    script = (
+        "const menu = document.getElementById(arguments[0]); menu.value = arguments[1];"
+        "menu.dispatchEvent(new Event('change'))"
+    )
+    run(browser, script, menu, value)
+
+
+def test_the_page_opens_at_the_size_of_the_named_recipe_and_compares_nothing(
+    browser: Chrome, page: Path
+) -> None:
+    open_page(browser, page)
+    assert run(browser, "return [state.show, state.compare]") == ["frontier", "none"]
+    named = run(browser, "return data.references.find((one) => one.kind === 'recipe').at")
+    assert run(browser, "return state.point === pointAt(arguments[0])", named)
+    assert (
+        run(browser, "return document.querySelectorAll('.cell:is(.differs, .faded)').length") == 0
+    )
+    assert run(browser, "return document.getElementById('differences').hidden")
+
+
 def test_a_compared_recipe_shows_where_it_differs(browser: Chrome, page: Path) -> None:
     open_page(browser, page)
-    named = run(browser, "return data.references[Number(state.show.split(':')[1])]")
-    assert (named["kind"], named["label"]) == ("recipe", "mine.yaml")
-    assert run(browser, "return state.compare") == "frontier"
+    number = run(browser, "return data.references.findIndex((one) => one.kind === 'recipe')")
+    choose(browser, "show", f"reference:{number}")
+    choose(browser, "compare", "frontier")
     slide(browser, 0)
     marked = run(browser, "return document.querySelectorAll('.cell.differs').length")
     rows = run(browser, "return document.querySelectorAll('#differences tbody tr').length")
     assert marked == rows > 0
     assert f"{marked} of 12 fusion groups differ" in text_of(browser, "#differences-summary")
-    assert "measured on demo-en" in text_of(browser, "#points")
+
+
+def test_a_recipe_has_one_row_with_its_prediction_and_its_measurement(
+    browser: Chrome, page: Path
+) -> None:
+    open_page(browser, page)
+    rows = run(
+        browser,
+        "return [...document.querySelectorAll('#points tbody tr')].map("
+        "(row) => [...row.children].map(texts))",
+    )
+    (mine,) = [row for row in rows if row[0].startswith("mine")]
+    assert mine[:2] == ["mine.yaml", "exact"]
+    assert mine[3].startswith("0.00")
+    assert mine[4] == "0.0100 ± 0.0010 on demo-en"
+    named = run(browser, "return marks().filter((one) => !one.isNamed).map((one) => one.label)")
+    assert named.count("mine.yaml") == 1
+
+
+def test_numbers_have_one_notation(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    texts = "return arguments[0].map(([value, stderr]) => withError(value, stderr))"
+    pairs = [[0.0169, 0.00027], [0.004381, 0.0000695], [1.58e-6, 2.7e-7], [0.0123, None], [0, 0]]
+    assert run(browser, texts, pairs) == [
+        "0.01690 ± 0.00027",
+        "0.004381 ± 0.000069",
+        "0.00000158 ± 0.00000027",
+        "0.0123",
+        "0",
+    ]
+    assert run(browser, texts, [[1.5e-7, 2e-8], [123456, 7]]) == [
+        "(1.50 ± 0.20)·10⁻⁷",
+        "(1.234560 ± 0.000070)·10⁵",
+    ]
+
+
+def test_recipes_at_one_place_have_one_label_there(browser: Chrome, page: Path) -> None:
+    open_page(browser, page)
+    script = (
+        "const labels = []; for (const [text, x, colour] of arguments[0])"
+        " addLabel(labels, text, [x, 5], colour, 1); return labels.map((one) => one.text)"
+    )
+    marks = [["b", 10, "red"], ["a", 11, "red"], ["c", 11, "blue"], ["d", 40, "red"]]
+    assert run(browser, script, marks) == ["a, b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["page", "cached_page"])
+def test_a_narrow_page_cuts_nothing_off(
+    browser: Chrome, name: str, request: pytest.FixtureRequest
+) -> None:
+    open_page(browser, request.getfixturevalue(name), width=390)
+    run(browser, "document.querySelectorAll('.cell')[4].click()")
+    choose(browser, "compare", "reference:0")
+    wider = (
+        "return [...document.querySelectorAll('main *:not(#chart *, input)')].filter("
+        "(one) => one.clientWidth && one.scrollWidth > one.clientWidth + 1).map("
+        "(one) => one.id || one.className || one.tagName)"
+    )
+    assert run(browser, wider) == []
 
 
 def test_the_panel_shows_the_walls_of_weights_and_inputs(browser: Chrome, page: Path) -> None:
@@ -325,12 +404,17 @@ def test_the_panel_shows_the_walls_of_weights_and_inputs(browser: Chrome, page: 
 
 def test_coloured_by_walls_the_map_shows_where_they_are(browser: Chrome, page: Path) -> None:
     open_page(browser, page)
-    choose = "const c = document.getElementById('colour'); c.value = 'weights';"
-    run(browser, f"{choose} c.dispatchEvent(new Event('change'))")
+    choose(browser, "colour", "weights")
     shares = [float(one.split("%")[0].split(" ")[-1]) for one in colours(browser)]
     assert shares[0] == 100
     assert max(shares[1:]) < 20
-    assert "weights are 4" in text_of(browser, "#map-note")
+    legend = run(browser, "return [...document.querySelectorAll('#legend > *')].map(texts)")
+    assert legend[0] == "Largest input channel of the weights, over the typical one"
+    assert legend[1] == "1.0×"
+    assert legend[-1].startswith("4")
+    assert run(browser, "return document.querySelectorAll('#legend button').length") == 0
+    choose(browser, "colour", "scheme")
+    assert run(browser, "return document.querySelectorAll('#legend button').length") > 0
 
 
 def test_the_chart_has_a_scale_of_sizes_and_greedy_choices(browser: Chrome, page: Path) -> None:
@@ -402,5 +486,9 @@ def test_a_context_makes_the_cache_part_of_budget_map_and_recipe(
     assert "kv:fp8_e4m3.tensor" in panel
     names = run(browser, "return [...document.querySelectorAll('#map .name')].map(texts)")
     assert names[-1] == "attn.kv_cache"
+    choose(browser, "compare", "reference:0")
     assert " of 3 KV caches differ" in text_of(browser, "#differences-summary")
+    choose(browser, "colour", "weights")
+    assert run(browser, "return document.querySelectorAll('.cell.unknown').length") == 3
+    assert "not known" in text_of(browser, "#legend")
     wait_for_nothing_on_the_console(browser)

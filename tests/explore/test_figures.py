@@ -16,8 +16,8 @@ from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import write_recipe
 from mofq.evidence.table import read_table
 from mofq.exceptions import MofqError
-from mofq.explore.drawing import read_drawing
-from mofq.explore.figures import FIGURES, Drawing, draw_figure
+from mofq.explore.drawing import Drawing, read_drawing
+from mofq.explore.figures import FIGURES, draw_figure
 
 #: A model's name is text, not a formula or markup.
 MODEL = "a $b_c$ <model> & co"
@@ -63,6 +63,35 @@ def test_each_kind_is_drawn_and_drawn_again_gives_the_same_bytes(
     root = ElementTree.fromstring(first)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.svg", "second.svg"]
+
+
+def test_names_stay_inside_cover_nothing_and_share_a_place(
+    inputs: Drawing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *some: object, **named: object) -> None:
+        figures.append(figure)
+        save(figure, *some, **named)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    twin = replace(inputs.recipes[0], label="twin.yaml")
+    far = replace(inputs.recipes[0], label="at the right end of the axis", at=8.95)
+    drawing = replace(inputs, recipes=(*inputs.recipes, twin, far))
+    draw_figure("frontier", drawing, path=tmp_path / "frontier.png")
+    [axes] = figures[0].axes
+    names = [one for one in axes.texts if isinstance(one, Annotation)]
+    assert {"mine.yaml, twin.yaml", far.label} < {one.get_text() for one in names}
+    assert not any(one.get_text() == "mine" for one in names)  # measured, and named already
+    boxes = [one.get_window_extent() for one in names]
+    frame = axes.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+    assert all(frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # itself
 
 
 def test_the_command_draws_a_png(folder: Path, tmp_path: Path) -> None:

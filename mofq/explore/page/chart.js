@@ -6,16 +6,18 @@ function cssColour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// Every point beside the frontier: {kind, label, at, value, stderr, from?}.
+// Every point beside the frontier: {kind, label, at, value, stderr, from?, isNamed?}.
 function marks() {
   const references = data.references.filter((one) => one.at !== null && one.value !== null);
   const measured = !data.is_kl ? [] : placedMeasurements().map((one) => ({
     kind: "measured",
-    label: one.label,
+    label: one.reference === null ? one.label : data.references[one.reference].label,
+    isNamed: references.includes(data.references[one.reference]), // at its prediction
     at: one.at,
     value: one.kl_nats_per_token,
     stderr: one.kl_stderr,
     from: one.predicted,
+    fromStderr: one.predicted_stderr,
     text: one.text,
   }));
   return [...references, ...measured];
@@ -71,9 +73,9 @@ function chartData() {
 }
 
 function tickText(value) {
-  if (value === null) return "";
-  return value === 0 ? "0" : value >= 1e-3 && value < 1e4 ? String(Number(value.toPrecision(3)))
-    : numberText(value, 1);
+  // A log axis also marks its end, which is no round number.
+  if (value === null || (isLog() && Math.abs(value / Number(value.toPrecision(1)) - 1) > 1e-9)) return "";
+  return isPlain(value) ? String(Number(value.toPrecision(3))) : numberText(value, 1);
 }
 
 function axis(label, more) {
@@ -215,10 +217,18 @@ function drawMarks(u) {
     context.fill();
     const near = 6 * ratio;
     taken.push([at[0] - near, at[1] - near, at[0] + near, at[1] + near]);
-    labels.unshift([one.label, at, colour]);
+    if (!one.isNamed) addLabel(labels, one.label, at, colour, ratio);
   }
-  if (!NARROW.matches || labels.length < 6) drawLabels(u, context, ratio, labels, taken);
+  drawLabels(u, context, ratio, labels.reverse(), taken);
   context.restore();
+}
+
+// Points of one kind at one place have one label together.
+function addLabel(labels, text, at, colour, ratio) {
+  const same = labels.find((one) => one.colour === colour
+    && Math.hypot(one.at[0] - at[0], one.at[1] - at[1]) < 3 * ratio);
+  if (same) same.text = `${text}, ${same.text}`;
+  else labels.push({ text, at, colour });
 }
 
 function drawCurrent(u, context, ratio, taken) {
@@ -247,8 +257,8 @@ function drawLabels(u, context, ratio, labels, taken) {
   context.textBaseline = "middle";
   context.textAlign = "left";
   const right = u.bbox.left + u.bbox.width, bottom = u.bbox.top + u.bbox.height;
-  for (const [label, [x, y], colour] of labels) {
-    const text = label.length > 44 ? `${label.slice(0, 43)}…` : label;
+  for (const { text: whole, at: [x, y], colour } of labels) {
+    const text = whole.length > 44 ? `${whole.slice(0, 43)}…` : whole;
     const width = context.measureText(text).width, half = 7 * ratio, gap = 9 * ratio;
     const places = [[x + gap, y], [x - gap - width, y], [x - width / 2, y - 2 * half],
       [x - width / 2, y + 2 * half], [x + gap, y - 2 * half], [x + gap, y + 2 * half]];
@@ -293,7 +303,7 @@ function tipOfChart(event) {
     [near.label, near.kind === "measured" ? `measured on ${near.text}` : near.kind],
     [axisName(true), axisText(near.at)],
     [QUANTITY, withError(near.value, near.stderr)],
-    ...(near.from ? [["predicted", numberText(near.from)]] : []),
+    ...(near.from ? [["predicted", withError(near.from, near.fromStderr)]] : []),
   ] : frontierLines(points[pointOfPixel(left)]);
   tipOfPairs(event, lines);
 }

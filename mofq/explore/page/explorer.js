@@ -170,50 +170,42 @@ function paintDifferences() {
     element("td", {}, swatch(one.to), schemeName(one.to)),
     element("td", { text: one.error === null ? "–" : signedText(one.error, numberText) }),
     element("td", { text: one.bytes === null ? "–" : signedText(one.bytes, (size) => sizeText(one.group, size)) })));
-  byId("differences-table").replaceChildren(...(found.length ? [element("table", {},
-    element("thead", {}, element("tr", {}, ...["fusion group", "compared", "shown", QUANTITY, "size"]
-      .map((text) => element("th", { scope: "col", text })))),
-    element("tbody", {}, ...rows))] : []),
+  byId("differences-table").replaceChildren(...(found.length
+    ? [stackedTable(["fusion group", "compared", "shown", QUANTITY, "size"], rows)] : []),
   ...(found.length > MOST_DIFFERENCES
     ? [element("p", { class: "small", text: `and ${found.length - MOST_DIFFERENCES} more` })] : []));
 }
 
+// A row for each recipe: what is predicted of it, and all that was measured.
 function paintPoints() {
-  const kinds = { uniform: () => "uniform", greedy: () => "MoFQ's rule",
-    recipe: (one) => (one.solver ? `compared, made by ${one.solver}` : "compared") };
+  const kinds = { uniform: () => "one scheme", greedy: () => "MoFQ's rule", recipe: (one) => one.solver || "–" };
   const sizes = (one) => [one.bits_per_weight, ...(data.cached ? [one.kv_bits] : [])]
     .map((bits) => (bits === null || bits === undefined ? "–" : bitsText(bits)))
     .concat(HAS_CONTEXT ? [one.at === null ? "–" : axisText(one.at)] : []);
-  const rows = data.references.map((one) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
-    withError(one.value, one.stderr), "–"]);
-  data.measured.forEach((one) => rows.push([one.at, one.label, `measured on ${one.text}`,
-    ...sizes(one), withError(one.predicted, one.predicted_stderr),
-    withError(one.kl_nats_per_token, one.kl_stderr)]));
+  const measuredText = (some) => some.map((one) =>
+    `${withError(one.kl_nats_per_token, one.kl_stderr)} on ${one.text}`).join("; ") || "–";
+  const rows = data.references.map((one, number) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
+    withError(one.value, one.stderr), measuredText(data.measured.filter((other) => other.reference === number))]);
+  data.measured.filter((one) => one.reference === null).forEach((one) => rows.push([one.at, one.label, "–",
+    ...sizes(one), withError(one.predicted, one.predicted_stderr), measuredText([one])]));
   rows.sort((a, b) => (a[0] || 0) - (b[0] || 0));
-  const columns = ["", "", "bits", ...(data.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
-    `${QUANTITY}, predicted`].concat(data.measured.length ? ["measured"] : []);
-  byId("points").replaceChildren(element("table", {},
-    element("thead", {}, element("tr", {}, ...columns.map((text) => element("th", { scope: "col", text })))),
-    element("tbody", {}, ...rows.map(([, label, ...values]) => element("tr", {},
-      element("th", { scope: "row", text: label }),
-      ...values.slice(0, columns.length - 1).map((text) => element("td", { text })))))));
+  const columns = ["recipe", "made by", "bits", ...(data.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
+    `${QUANTITY}, predicted`].concat(data.measured.length ? [`${QUANTITY}, measured`] : []);
+  byId("points").replaceChildren(stackedTable(columns, rows.map(([, label, ...values]) => element("tr", {},
+    element("th", { scope: "row", text: label }),
+    ...values.slice(0, columns.length - 1).map((text) => element("td", { text }))))));
 }
 
 function fillMenus() {
   const ofKind = (kind) => data.references.map((one, number) => [`reference:${number}`, one.label])
     .filter((_, number) => data.references[number].kind === kind);
-  const own = ofKind("recipe");
   const corpora = Object.keys(data.corpus_best).map((name) => [`corpus:${name}`, `best for ${name} alone`]);
   const options = (list) => list.map(([value, text]) => element("option", { value, text }));
   const part = (label, list) => (list.length ? [element("optgroup", { label }, ...options(list))] : []);
   const all = () => [...options([["frontier", "the recipe at this budget"]]),
-    ...part("Recipes", own), ...part("Greedy", ofKind("greedy")), ...part("Uniform", ofKind("uniform")), ...part("Corpora", corpora)];
+    ...part("Recipes", ofKind("recipe")), ...part("Greedy", ofKind("greedy")), ...part("Uniform", ofKind("uniform")), ...part("Corpora", corpora)];
   byId("show").replaceChildren(...all());
   byId("compare").replaceChildren(...options([["none", "nothing"]]), ...all());
-  if (own.length) {
-    state.show = own[0][0];
-    state.compare = own.length > 1 ? own[1][0] : "frontier";
-  }
   byId("show").value = state.show;
   byId("compare").value = state.compare;
   for (const kind of Object.keys(WALLS)) {

@@ -19,6 +19,8 @@ function mapAxes() {
   return { layers, modules, places };
 }
 
+const UPRIGHT = 4; // names of modules that fit side by side where the page is narrow
+
 // Wide: a column for each decoder layer. Narrow: a row.
 function makeMap() {
   const { layers, modules, places } = mapAxes();
@@ -46,6 +48,7 @@ function makeMap() {
   });
   map.classList.toggle("dense", columns.length > 48);
   map.classList.toggle("tall", rows.length > 48);
+  map.classList.toggle("upright", narrow && columns.length > UPRIGHT);
   map.style.setProperty("--columns", columns.length);
   map.style.setProperty("--name", narrow ? "3rem" : "auto");
   map.replaceChildren(element("div", { role: "row", class: "line" }, corner, ...head), ...lines);
@@ -125,39 +128,63 @@ function paintMap() {
     const option = optionOf(group, scheme);
     return option ? optionError(option) : null;
   });
-  const largest = Math.max(...errors.map((error) => error || 0)) || 1;
-  const walls = groups.map((one) => (state.colour in WALLS ? wallOf(one, state.colour) : null));
-  const highest = Math.max(2, ...walls.map((value) => value || 0));
-  const heat = (group) => (state.colour === "error" ? Math.sqrt((errors[group] || 0) / largest)
-    : Math.log(Math.max(1, walls[group] || 1)) / Math.log(highest));
+  const values = state.colour === "error" ? errors : groups.map((one) => wallOf(one, state.colour));
+  const scale = state.colour === "scheme" ? null : heatScale(values);
   cells.forEach((cell, group) => {
     const scheme = shown.schemes[group];
     const differs = other !== null && other.schemes[group] !== scheme;
-    cell.style.background = state.colour === "scheme" ? colours[scheme]
-      : `color-mix(in oklab, var(--heat) ${(100 * heat(group)).toFixed(1)}%, var(--cold))`;
+    const isUnknown = scale !== null && values[group] === null;
+    cell.style.background = scale === null ? colours[scheme]
+      : isUnknown ? null : heatColour(scale.shareOf(values[group]));
+    cell.classList.toggle("unknown", isUnknown);
     cell.classList.toggle("differs", differs);
-    cell.classList.toggle("faded", state.scheme !== null ? scheme !== state.scheme
+    cell.classList.toggle("faded", scale === null && state.scheme !== null ? scheme !== state.scheme
       : other !== null && !differs);
     cell.setAttribute("aria-selected", String(group === state.group));
     cell.setAttribute("aria-label", `${groups[group].name}: ${schemeName(scheme)}`
       + (differs ? `, not ${schemeName(other.schemes[group])}` : ""));
   });
-  makeLegend(shown);
-  byId("map-note").textContent = mapNote(largest, highest);
+  if (scale === null) makeLegend(shown);
+  else makeHeatLegend(scale, values.includes(null));
 }
 
 const WALLS = { weights: "weights", inputs: "inputs" };
 
-function mapNote(largest, highest) {
-  const keys = "Arrow keys move over the map, Enter opens a cell.";
+function heatColour(share) {
+  return `color-mix(in oklab, var(--heat) ${(100 * share).toFixed(1)}%, var(--cold))`;
+}
+
+// From a value to the share of the strongest colour, and back: errors by their square root, walls
+// by their logarithm.
+function heatScale(values) {
+  const most = Math.max(...values.map((value) => value || 0));
   if (state.colour === "error") {
-    return `The strongest colour is ${amount(numberText(largest))} from one fusion group. ${keys}`;
+    return {
+      title: `${QUANTITY} of a fusion group`,
+      shareOf: (error) => Math.sqrt(error / (most || 1)),
+      textAt: (share) => numberText(share * share * most, 2),
+    };
   }
-  if (state.colour in WALLS) {
-    return `The strongest colour is an input channel whose ${WALLS[state.colour]} are `
-      + `${numberText(highest)}× the typical channel's. ${keys}`;
-  }
-  return `Point at a cell for its alternatives; choose it for all of them. ${keys}`;
+  const highest = Math.max(2, most);
+  return {
+    title: `Largest input channel of the ${WALLS[state.colour]}, over the typical one`,
+    shareOf: (wall) => Math.log(Math.max(1, wall)) / Math.log(highest),
+    textAt: (share) => `${numberText(highest ** share, 2)}×`,
+  };
+}
+
+const HEAT_STEPS = [0, 0.25, 0.5, 0.75, 1];
+
+function makeHeatLegend(scale, hasUnknown) {
+  const step = (background, text) => {
+    const box = element("span", { class: background ? "swatch" : "swatch unknown", "aria-hidden": "true" });
+    box.style.background = background;
+    return element("span", { class: "step" }, box, text);
+  };
+  byId("legend").setAttribute("aria-label", scale.title);
+  byId("legend").replaceChildren(element("span", { class: "step", text: scale.title }),
+    ...HEAT_STEPS.map((share) => step(heatColour(share), scale.textAt(share))),
+    ...(hasUnknown ? [step("", "not known")] : []));
 }
 
 const FEW = 4; // unused schemes that the legend lists unasked
@@ -173,6 +200,7 @@ function makeLegend(shown) {
     type: "button", class: "scheme unused", "data-scheme": "more", "aria-expanded": String(state.allSchemes),
     text: state.allSchemes ? "fewer" : `${unused} not used`,
     onclick: () => { state.allSchemes = !state.allSchemes; paintMap(); } })] : [];
+  byId("legend").setAttribute("aria-label", "Schemes; choose one to see where it is used");
   byId("legend").replaceChildren(...listed.map((scheme) =>
     element("button", {
       type: "button",
@@ -300,15 +328,11 @@ function errorTable(one, chosen) {
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
     ...option[ERRORS].map((error, corpus) => element("td", {
       text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));
-  const corpora = data.corpora.length > 1 ? data.corpora : [];
-  const heads = corpora.length ? corpora.map((name, corpus) => element("th", { scope: "col" },
-    element("span", { class: `dot corpus-${corpus % 4}`, "aria-hidden": "true" }), name))
-    : [element("th", { scope: "col", text: QUANTITY })];
-  return element("table", { class: "errors" },
-    element("thead", {}, element("tr", {},
-      ...["scheme", "bits", "size", "error, log scale"].map((text) => element("th", { scope: "col", text })),
-      ...heads)),
-    element("tbody", {}, ...rows));
+  const heads = data.corpora.length < 2 ? [QUANTITY] : data.corpora.map((name, corpus) => element("span", {},
+    element("span", { class: `dot corpus-${corpus % 4}`, "aria-hidden": "true" }), name));
+  const table = stackedTable(["scheme", "bits", "size", "error, log scale", ...heads], rows);
+  table.classList.add("errors");
+  return table;
 }
 
 // A dot for each corpus, with two standard errors to both sides.

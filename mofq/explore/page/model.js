@@ -30,6 +30,16 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
+// A table whose rows become lists of named values where the page is narrow.
+function stackedTable(columns, rows) {
+  rows.forEach((row) => [...row.children].forEach((cell, place) => {
+    if (place) cell.dataset.name = columns[place].textContent ?? columns[place];
+  }));
+  const heads = columns.map((head) => element("th", { scope: "col" }, head));
+  return element("table", { class: "stacked" },
+    element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows));
+}
+
 function byId(id) {
   return document.getElementById(id);
 }
@@ -161,34 +171,38 @@ function recipeText(number) {
   return text;
 }
 
-// Numbers as people read them.
+// Numbers as people read them: plain decimals, as in the tables of the command line. A power of
+// ten stands only beside what would have five zeros behind its point, or six digits before it.
 
 const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
+const LEAST_PLAIN = 1e-6, MOST_PLAIN = 1e5;
 
-function numberText(value, digits = 3) {
-  if (value === null || value === undefined) return "–";
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size >= 1e-4 && size < 1e5) {
-    return value.toPrecision(digits).includes("e")
-      ? String(Math.round(value))
-      : String(value.toPrecision(digits)).replace("-", "−");
-  }
-  const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
-  const raised = String(Math.abs(Number(exponent))).replace(/\d/g, (d) => SUPERSCRIPTS[d]);
-  return `${mantissa.replace("-", "−")}·10${Number(exponent) < 0 ? "⁻" : ""}${raised}`;
+function isPlain(value) {
+  return value === 0 || (Math.abs(value) >= LEAST_PLAIN && Math.abs(value) < MOST_PLAIN);
 }
 
-function withError(value, stderr) {
+function powerText(exponent) {
+  const raised = String(Math.abs(exponent)).replace(/\d/g, (digit) => SUPERSCRIPTS[digit]);
+  return `·10${exponent < 0 ? "⁻" : ""}${raised}`;
+}
+
+// To so many significant digits.
+function numberText(value, digits = 3) {
   if (value === null || value === undefined) return "–";
-  if (!stderr) return numberText(value);
-  if (value > 0 && (value < 1e-3 || stderr < 1e-4)) {
-    const exponent = Math.floor(Math.log10(value));
-    const raised = String(Math.abs(exponent)).replace(/\d/g, (digit) => SUPERSCRIPTS[digit]);
-    const [whole, bar] = [value, stderr].map((one) => one / 10 ** exponent);
-    return `(${whole.toFixed(2)} ± ${bar.toFixed(2)})·10${exponent < 0 ? "⁻" : ""}${raised}`;
-  }
-  return `${numberText(value)} ± ${numberText(stderr, 2)}`;
+  const exponent = value === 0 ? 0 : Math.floor(Math.log10(Math.abs(value)));
+  const text = isPlain(value) ? value.toFixed(value === 0 ? 0 : Math.max(0, digits - 1 - exponent))
+    : (value / 10 ** exponent).toFixed(digits - 1) + powerText(exponent);
+  return text.replace("-", "−");
+}
+
+// To two digits of the standard error.
+function withError(value, stderr) {
+  if (value === null || value === undefined || !stderr) return numberText(value);
+  const exponent = isPlain(value) ? 0 : Math.floor(Math.log10(Math.abs(value)));
+  const [shown, bar] = [value, stderr].map((one) => one / 10 ** exponent);
+  const decimals = Math.min(12, Math.max(0, 1 - Math.floor(Math.log10(bar))));
+  const text = `${shown.toFixed(decimals)} ± ${bar.toFixed(decimals)}`.replace("-", "−");
+  return exponent === 0 ? text : `(${text})${powerText(exponent)}`;
 }
 
 function signedText(value, text) {
