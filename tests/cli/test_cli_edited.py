@@ -21,7 +21,7 @@ WINDOWS = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
 def edited(measured: Measured, tmp_path: Path) -> Path:
     """The recipe with the scheme of one fusion group replaced by another measured one."""
     text = measured.recipe.read_text("utf-8")
-    before, after = "    scheme: int4.g32\n", "    scheme: int8.channel\n"
+    before, after = "    scheme: int4.g32@mse\n", "    scheme: int8.channel\n"
     assert before in text
     path = tmp_path / "edited.yaml"
     path.write_text(text.replace(before, after, 1))
