@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mofq.decision import Frontier, Problem, Request
 
 
+#: Points that are predicted where all are asked for: each takes two searches.
+MOST_PREDICTED = 240
+
+
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
     """A recipe that no other one beats in size and in error at once."""
@@ -25,7 +29,8 @@ class FrontierPoint:
     checkpoint_bytes: int  #: of all tensors
     error: float  #: summed over the fusion groups, in the unit of the frontier
     bound: float  #: no recipe of this size has a smaller error
-    kl_nats_per_token: float | None  #: predicted, as a recipe of it says; None: not in nats
+    #: Predicted, as a recipe of it says; None: not in nats, or one of very many points.
+    kl_nats_per_token: float | None
     kl_stderr: float | None
     kv_bits: float | None = None  #: per cached number; None: the cache is not decided
     kv_bytes_per_token: float | None = None
@@ -54,10 +59,13 @@ class FrontierResult:
 
     @property
     def points(self) -> tuple[FrontierPoint, ...]:
-        """All of them."""
-        return tuple(map(self.point, range(len(self))))
+        """All of them; of more than `MOST_PREDICTED`, so many have a prediction."""
+        from mofq.explore.frontier_recipes import spaced_points
 
-    def point(self, k: int) -> FrontierPoint:
+        predicted = set(spaced_points(self.frontier, MOST_PREDICTED).tolist())
+        return tuple(self.point(k, is_predicted=k in predicted) for k in range(len(self)))
+
+    def point(self, k: int, *, is_predicted: bool = True) -> FrontierPoint:
         """One of them, counted from the smallest."""
         from mofq.decision import KL_UNIT, predict_chosen, usage
 
@@ -65,7 +73,7 @@ class FrontierResult:
         used = usage(problem, choice_F)
         error, bound = float(self.frontier.error_K[k]), float(self.frontier.bound_K[k])
         kl = None
-        if problem.unit == KL_UNIT:
+        if is_predicted and problem.unit == KL_UNIT:
             is_optimum = error == bound
             kl = predict_chosen(problem, self.request.budgets, choice_F, is_optimum=is_optimum)
         formats: dict[str, int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from command_line import DEMO, Measured, ok
 from transformers import AutoModelForCausalLM
 
 import mofq as package
+from mofq import api
 from mofq.evidence.corpora import BUNDLED_TEXT
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -44,6 +46,12 @@ def test_inspect_lists_layers_and_fusion_groups_from_headers() -> None:
     ]
     # 6 layers of 128x128 q, o, 64x128 k, v, 384x128 gate, up and 128x384 down.
     assert content["weights"] == 6 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128)
+
+
+def test_inspect_looks_at_the_space_that_run_offers() -> None:
+    offers = ok("inspect", DEMO, "--engine", "vllm-hopper", "--json").json["offers"]
+    space = ("--space", inspect.signature(api.run).parameters["space"].default)
+    assert offers == ok("inspect", DEMO, "--engine", "vllm-hopper", *space, "--json").json["offers"]
 
 
 def test_inspect_says_what_an_engine_refuses_and_why() -> None:

@@ -21,7 +21,7 @@ WINDOWS = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
 def edited(measured: Measured, tmp_path: Path) -> Path:
     """The recipe with the scheme of one fusion group replaced by another measured one."""
     text = measured.recipe.read_text("utf-8")
-    before, after = "    scheme: int4.g32\n", "    scheme: int8.channel\n"
+    before, after = "    scheme: int4.g32@mse\n", "    scheme: int8.channel\n"
     assert before in text
     path = tmp_path / "edited.yaml"
     path.write_text(text.replace(before, after, 1))
@@ -114,6 +114,10 @@ def test_frontier_search_and_page_predict_the_same(measured: Measured, tmp_path:
     assert compared >= 6
     shown = ok("frontier", measured.table)
     assert "--ties off" in shown.err
+    bits, _, _, kl, *_ = shown.out.splitlines()[8].split()
+    size = ("--max-bits", bits, "--ties", "off")
+    found = ok("search", measured.table, *size, "-o", recipe).out
+    assert f"KL, predicted [nats/token] {kl} ±" in " ".join(found.split())
     assert "no doubt about a point" not in shown.err
     polished = ok("frontier", measured.table, "--polish", "30")
     assert "The gap is no doubt about a point: each has the least error" in polished.err

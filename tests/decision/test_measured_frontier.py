@@ -17,6 +17,7 @@ from mofq.decision.measured.trials import (
     measured_frontier,
     measured_trials,
     run_trials,
+    search_result,
 )
 from mofq.exceptions import MofqError
 
@@ -72,6 +73,19 @@ def test_a_study_of_two_objectives_starts_along_the_frontier() -> None:
     assert len({choice_F.tobytes() for choice_F in starts.values()}) == len(starts)
     assert min(one.bytes_of(choice_F) for choice_F in starts.values()) == 20 * 10
     assert all(one.bytes_of(choice_F) <= 30 * 10 for choice_F in starts.values())
+
+
+def test_the_recipe_of_a_trial_can_be_taken(tmp_path: Path) -> None:
+    storage, one = str(tmp_path / "study.db"), problem()
+    smallest, *_, largest = run(storage, 9)
+    with joined_study(storage, "frontier", objectives=2) as study:
+        taken = search_result(study, one, trial=smallest.trial).best
+        assert (taken.choice_F == smallest.measured.choice_F).all()
+        assert taken.windows == smallest.measured.windows
+        assert (search_result(study, one).best.choice_F != taken.choice_F).any()
+        assert largest.trial != smallest.trial
+        with pytest.raises(MofqError, match=r"trial=99: the study has no such trial .* it has 0, "):
+            search_result(study, one, trial=99)
 
 
 def test_one_window_has_no_error_bar(tmp_path: Path) -> None:

@@ -35,4 +35,5 @@ def recipe_texts(data: dict[str, Any]) -> Iterator[str]:
                 groups.append(RecipeGroup(group["name"], name, layers, amax))
         if all(cache.parsed.is_unquantized for cache in caches):
             caches = []
-        yield recipe_text(replace(recipe, groups=tuple(groups), kv_cache=tuple(caches)))
+        decided = replace(recipe, groups=tuple(groups), kv_cache=tuple(caches))
+        yield header + "groups:" + recipe_text(decided).partition("\ngroups:")[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes, with_error
@@ -50,7 +52,8 @@ def show_frontier(result: FrontierResult) -> None:
 
 
 def _row(point: FrontierPoint) -> list[str]:
-    row = [f"{point.bits_per_weight:.4f}"]
+    # Rounded up, so that a search with what is shown finds the point.
+    row = [f"{math.ceil(Fraction(point.bits_per_weight) * 10_000) / 10_000:.4f}"]
     if point.kv_bits is not None:
         row.append(f"{point.kv_bits:.4f}")
     row.append(short_bytes(point.checkpoint_bytes))
