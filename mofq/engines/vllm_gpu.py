@@ -559,6 +559,8 @@ VLLM_GPU = Engine(
     "of 0.32.0 where no version stands before them; `ct` is "
     "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
     "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "
-    "and a rule that it contradicts fails a test; what kernels compute, and the cache, was read. "
+    "and a rule that it contradicts fails a test; exported mixtures of experts were loaded by the "
+    "model's own class (`mofq/engines/facts/loading`); what kernels compute, and the cache, was "
+    "read. "
     "CPU: `run` marks what was run, with 0.32.0.",
 )

@@ -60,6 +60,7 @@ def any_class(name: str) -> AnyClass:
         "__init__": lambda *_, **__: None,
         "__call__": lambda *_, **__: None,
         "__class_getitem__": classmethod(lambda cls, _: cls),
+        "__get_pydantic_core_schema__": classmethod(lambda cls, *_: {"type": "any"}),
     }
     return AnyClass(name, (), members)
 
