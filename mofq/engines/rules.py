@@ -17,7 +17,9 @@ from mofq.numbers.schemes import Scheme
 Capability = tuple[int, int]
 #: End of a fusion group's name: DeepSeek's kv_b_proj, which is a dense layer as well.
 _LATENT = ".attn.kv"
-Layers = Literal["any", "dense", "experts", "latent"]
+#: The same of the layers that read the input, q_a_proj and kv_a_proj_with_mqa where both are there.
+_JOINED_LATENT = ".attn.latent"
+Layers = Literal["any", "dense", "experts", "latent", "joined latent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Rule:
     kernel: str = ""  #: what runs it; empty where nothing does
     source: str  #: project, version, file and line; "run" where it was run
     refused: str = ""  #: why it is not served as measured, and what to take instead
-    layers: Layers = "any"  #: dense linear layers, experts, keys and values from latent vectors
+    layers: Layers = "any"  #: the kinds of `Layers`
     min_capability: Capability | None = None  #: CUDA compute capability, inclusive
     max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
@@ -167,6 +169,8 @@ def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | 
     kinds = {"any", "experts" if is_experts(group) else "dense"}
     if group.name.endswith(_LATENT):
         kinds.add("latent")
+    if group.name.endswith(_JOINED_LATENT) and len(group.layers) > 1:
+        kinds.add("joined latent")
     for rule in engine.applicable_rules:
         if rule.layers in kinds and re.fullmatch(rule.schemes, name):
             return rule

@@ -11,6 +11,13 @@ _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
 _RULES: tuple[Rule, ...] = (
     Rule(
+        r"int[2-7]\..*|int8\.[^+]*|nvfp4.*|.*\.tensor.*",
+        layers="joined latent",
+        refused="the loader concatenates all that q_a_proj and kv_a_proj_with_mqa store, shapes "
+        "and scales of a tensor too, and stops; take fp8_e4m3.channel+fp8_e4m3.token, or bf16",
+        source="sglang 0.5.23 srt/models/deepseek_common/deepseek_weight_loader.py; executed",
+    ),
+    Rule(
         r"int8\.tensor(\.s-f32)?\+int8\..*",
         layers="dense",
         refused="codes under one scale are quantized again as FP8 while they are loaded, which is "
@@ -173,5 +180,9 @@ SGLANG = Engine(
     devices_flag="--tp",
     paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. The "
     "choice of a scheme was executed (`mofq/engines/facts`) and a rule that it contradicts fails a "
-    "test; kernels, and what Marlin checks when it packs weights, were read.",
+    "test; exported mixtures of experts were loaded by the model's own class "
+    "(`mofq/engines/facts/loading`); kernels, and what Marlin checks when it packs weights, were "
+    "read. GLM-4.5 whose shared experts are packed (INT4, INT8 weights alone, FP4) is not loaded: "
+    "`models/glm4_moe.py:503` asks them for a `weight`. Nor is a Qwen3-MoE with dense decoder "
+    "layers (`mlp_only_layers`).",
 )

@@ -38,7 +38,6 @@ ABSENT = {
     "xgrammar",
     "zmq",
 }
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 class QuantizedAgain(Exception):
@@ -60,6 +59,7 @@ def any_class(name: str) -> AnyClass:
         "__init__": lambda *_, **__: None,
         "__call__": lambda *_, **__: None,
         "__class_getitem__": classmethod(lambda cls, _: cls),
+        "__get_pydantic_core_schema__": classmethod(lambda cls, *_: {"type": "any"}),
     }
     return AnyClass(name, (), members)
 
@@ -125,7 +125,6 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     )
 
     config = CompressedTensorsConfig.from_config(copy.deepcopy(case["config"]))
-    config.packed_modules_mapping = PACKED
     layer = torch.nn.Module()
     layer.tp_group = None  # not shared by devices
     if case["kind"] == "experts":

@@ -10,7 +10,6 @@ of the ``quantization_config`` that mofq exports. ``README.md`` here says what t
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -48,6 +47,7 @@ from scripts.engines.schemes import (
     asked_layer,
     fusion_group,
 )
+from scripts.shared.command import script_parser
 
 HERE = Path(__file__).parent
 FACTS = HERE.parents[1] / "mofq" / "engines" / "facts"
@@ -68,13 +68,8 @@ Case = tuple[str, str, str]  # scheme, layer, device
 
 def main() -> None:
     """Ask the engine and write its matrix."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("requirement", metavar="ENGINE==VERSION")
-    requirement = parser.parse_args().requirement
-    name, _, version = requirement.partition("==")
-    if name not in COMPANIONS or not version:
-        parser.error(f"write one of {', '.join(COMPANIONS)}, '==' and a version")
-    wheels = [fetch_wheel(requirement)]
+    name, version = parse_requirement(__doc__)
+    wheels = [fetch_wheel(f"{name}=={version}")]
     wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
     python = make_venv()
     for matrix in ASKED[name]:
@@ -88,6 +83,16 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(format_facts(facts), encoding="utf-8")
         print(f"{path}: {len(facts['rows'])} rows")
+
+
+def parse_requirement(documentation: str | None) -> tuple[str, str]:
+    """Engine and version of the command line of a script that asks it."""
+    parser = script_parser(documentation)
+    parser.add_argument("requirement", metavar="ENGINE==VERSION")
+    name, _, version = parser.parse_args().requirement.partition("==")
+    if name not in COMPANIONS or not version:
+        parser.error(f"write one of {', '.join(COMPANIONS)}, '==' and a version")
+    return name, version
 
 
 def cache_folder() -> Path:
@@ -117,6 +122,8 @@ def fetch_wheel(requirement: str) -> Path:
             compiled = [name for name in wheel.namelist() if name.endswith(".so")]
             kept = [name for name in wheel.namelist() if name.endswith((".py", "METADATA"))]
             wheel.extractall(folder, kept)
+            for name in wheel.namelist():  # SGLang looks for a folder of headers
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
     modules = sorted(name.partition(".")[0].replace("/", ".") for name in compiled)
     listed.write_text(json.dumps(modules), encoding="utf-8")
     return folder

@@ -12,7 +12,6 @@ import torch
 from conftest import TinyCheckpoint
 from exported import Exported, export, make_recipe, mixed_recipe, uniform_recipe
 from families import copy_with_tensors
-from mofq.delivery.export.compressed_tensors.storage import storage_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -23,6 +22,7 @@ from mofq.delivery.export.compressed_tensors import (
     export_compressed_tensors,
 )
 from mofq.delivery.export.compressed_tensors import plan as plan_module
+from mofq.engines.exports.compressed_tensors import storage_of
 from mofq.exceptions import BackendError, MofqError, RecipeError, SchemeError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -68,13 +68,17 @@ def test_the_config_says_which_scales_of_inputs_are_stored(
     assert storage.weights["dynamic"] is False
 
 
-def test_every_linear_layer_is_named_once_in_full(tiny_llama: Path, tmp_path: Path) -> None:
+def test_every_linear_layer_and_what_engines_join_are_named_once_in_full(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     exported = export(tiny_llama, mixed_recipe(tiny_llama), tmp_path / "out")
     config = exported.config["quantization_config"]
     targets = [name for group in config["config_groups"].values() for name in group["targets"]]
     layers = find_layers(open_checkpoint(str(tiny_llama)))
     every = [layer.name for layer in layers.grouped_layers]
     every += [layer.name for layer in layers.unquantized]
+    joined = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    every += [f"model.layers.{index}.{module}" for index in range(2) for module in joined]
     assert sorted(targets + config["ignore"]) == sorted(every)
     assert not any(name.startswith("re:") or "." not in name for name in targets)
     assert "lm_head" in config["ignore"]
@@ -384,18 +388,6 @@ def test_the_layout_of_the_source_changes_no_byte_of_an_export(
     assert configs[0] == configs[1]
     checkpoint = open_checkpoint(str(folders[True]))
     check_compressed_tensors(checkpoint, load_recipe(fused.folder / "recipe.yaml"), fused.folder)
-
-
-def test_experts_are_targets_under_the_names_that_sglang_looks_up(
-    tiny: TinyCheckpoint, tmp_path: Path
-) -> None:
-    folder = tiny("mixtral")
-    recipe = uniform_recipe(open_checkpoint(str(folder)), "int4.g32")
-    config = export(folder, recipe, tmp_path / "out").config["quantization_config"]
-    targets = config["config_groups"]["group_0"]["targets"]
-    # SGLang 0.5.23 compressed_tensors.py:883-898; vLLM 0.33 looks w1, w3 and w2 up.
-    for word in ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"):
-        assert f"model.layers.0.block_sparse_moe.experts.0.{word}" in targets
 
 
 def test_a_class_without_a_head_is_exported_whole_with_the_folders_of_its_modules(

@@ -75,6 +75,15 @@ def test_inputs_of_keys_and_values_from_latent_vectors_stay_as_they_are() -> Non
     assert legality("vllm-cpu")(w8a8, OUT) is None
 
 
+@pytest.mark.parametrize("scheme", ["int4.g128", "int8.channel", "fp8_e4m3.tensor+fp8_e4m3.tensor"])
+def test_sglang_cannot_load_what_joined_latent_layers_store_beside_rows(scheme: str) -> None:
+    alone = group("layers.0.attn.latent", kv_a_proj_with_mqa=(576, 7168))
+    check = legality("sglang-hopper")
+    assert "the loader concatenates" in str(check(parse_scheme(scheme), LATENT))
+    assert check(parse_scheme(scheme), alone) is None
+    assert check(parse_scheme("fp8_e4m3.channel+fp8_e4m3.token"), LATENT) is None
+
+
 def test_latent_vectors_are_whole_on_every_device_and_shared_experts_are_cut() -> None:
     check = legality("vllm-hopper:tp=32")
     assert check(parse_scheme(BLOCKS), LATENT) is None

@@ -18,7 +18,6 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import (
     FUSION_RULES,
-    find_exported_name,
     find_layers,
     find_loaded_weight,
 )
@@ -424,35 +423,6 @@ def test_a_class_without_a_head_is_read_under_the_names_of_the_whole_model(
     ]
     assert not any(layer.module == "lm_head" for layer in found.unquantized)
     assert any("stored as an embedding model" in note for note in notes_on(checkpoint, found))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(
-    ("family", "module", "words"),
-    [
-        # vLLM 0.33: prefix of the mixture in models/*.py, ckpt_names of its FusedMoE.
-        ("mixtral", "block_sparse_moe", ("w1", "w2", "w3")),
-        ("qwen2_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
-        ("qwen3_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
-        ("olmoe", "mlp", ("gate_proj", "down_proj", "up_proj")),
-        ("glm4_moe", "mlp", ("gate_proj", "down_proj", "up_proj")),
-        ("deepseek_v3", "mlp", ("gate_proj", "down_proj", "up_proj")),
-    ],
-)
-def test_experts_and_routers_have_the_names_that_vllm_loads(
-    tiny: TinyCheckpoint, family: str, module: str, words: tuple[str, ...], fused: bool
-) -> None:
-    checkpoint = open_checkpoint(str(tiny(family, fused=fused)))
-    layers = find_layers(checkpoint)
-    names = {layer.name for layer in layers.linear_layers if ".experts." in layer.name}
-    index = min(int(name.split(".")[2]) for name in names)
-    at = f"model.layers.{index}.{module}"
-    mine = {name for name in names if name.startswith(f"model.layers.{index}.")}
-    assert mine == {f"{at}.experts.{e}.{word}" for e in range(4) for word in words}
-    exported = {find_exported_name(name, layers) for name in checkpoint.tensors}
-    assert f"{at}.gate.weight" in exported
-    if family in ("glm4_moe", "deepseek_v3"):
-        assert f"{at}.gate.e_score_correction_bias" in exported
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,33 @@
 """The ``quantization_config`` of an exported checkpoint.
 
 One config group per scheme, each with its own ``format``, and every layer
-named in full: engines try the fused name against regular expressions first,
-match class names by substring, and take a missing format from the top level,
-which a mixed checkpoint has not got.
+named in full, under each name that an engine looks it up by: engines try the
+fused name against regular expressions first, match class names by substring,
+and take a missing format from the top level, which a mixed checkpoint has not got.
 
 Source: vLLM 0.32.0 ``compressed_tensors/utils.py`` (``find_matched_target``);
-compressed-tensors 0.20.0 ``quantization/quant_config.py``, ``utils/match.py``.
+compressed-tensors 0.20.0 ``quantization/quant_config.py``, ``utils/match.py``;
+what both engines look up when they load an export was executed (``mofq/engines/facts/loading``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
-from mofq.model.layers import FUSION_RULES, LinearLayer, find_loaded_weight
+from mofq.model.layers import FUSION_RULES, FusionGroup, find_loaded_weight, layers_of
+
+#: Last words of layers that engines join -> last words of the module that they make of them. Most
+#: classes of SGLang 0.5.23, and vLLM's ``Qwen3MoeForCausalLM`` for ``gate_up_proj``, do not say
+#: which layers they join: what they look up is the joined module.
+_JOINED = {
+    ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
+    ("gate_proj", "up_proj"): ("gate_up_proj",),
+    ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+}
+#: Families whose modules SGLang 0.5.23 names without ``model.`` (``models/mixtral.py:303``).
+_WITHOUT_BODY = {"mixtral"}
 
 
 def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
@@ -41,7 +54,7 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
         "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(plan.ignored),
+        "ignore": _ignored_names(plan),
         "kv_cache_scheme": plan.cache.scheme,
         "global_compression_ratio": None,
     }
@@ -50,10 +63,9 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
 def _config_group(plan: ExportPlan, members: list[PlannedGroup]) -> dict[str, Any]:
     storage = members[0].storage
     architecture = plan.model_layers.architecture
-    layers = [layer for planned in members for layer in planned.group.layers]
-    names = dict.fromkeys(name for layer in layers for name in _names(layer, architecture))
+    groups = [planned.group for planned in members]
     return {
-        "targets": list(names),
+        "targets": list(dict.fromkeys(_names(groups, architecture))),
         "weights": storage.weights,
         "input_activations": storage.input_activations,
         "output_activations": None,
@@ -61,21 +73,46 @@ def _config_group(plan: ExportPlan, members: list[PlannedGroup]) -> dict[str, An
     }
 
 
-def _names(layer: LinearLayer, architecture: str) -> list[str]:
-    """Under which names engines look a layer up: on disk, and in transformers' model.
+def _ignored_names(plan: ExportPlan) -> list[str]:
+    quantized = {planned.group.name for planned in plan.quantized}
+    rest = [group for group in plan.model_layers.groups if group.name not in quantized]
+    engines = _engine_names(rest, plan.model_layers.architecture)
+    return list(dict.fromkeys([*plan.ignored, *engines]))
+
+
+def _names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
+    """Under which names layers are looked up: on disk, in transformers' model, by engines."""
+    names = []
+    for layer in layers_of(groups):
+        names.append(layer.name)
+        if layer.expert is None and ".experts." not in layer.name:
+            # transformers has no module for one expert
+            loaded = find_loaded_weight(layer, architecture)
+            names.append(loaded.name.removesuffix(".weight"))
+    return [*names, *_engine_names(groups, architecture)]
+
+
+def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
+    """Names that only engines have: of joined layers, and of the first expert.
 
     SGLang looks the experts of any family up as ``experts.0.gate_proj``, ``up_proj`` and
-    ``down_proj``, and takes them for unquantized where that names nothing.
+    ``down_proj``.
 
     Source: SGLang 0.5.23 ``compressed_tensors/compressed_tensors.py:883-898``.
     """
-    loaded = find_loaded_weight(layer, architecture)
-    if loaded.expert is not None or ".experts." in layer.name:
-        # transformers has no module for one expert
-        experts = FUSION_RULES[architecture].experts
-        parent, _, word = layer.name.rpartition(".")
-        if experts is None or not parent.endswith(".experts.0"):
-            return [layer.name]
-        words = {experts.gate: "gate_proj", experts.up: "up_proj", experts.down: "down_proj"}
-        return list(dict.fromkeys([layer.name, f"{parent}.{words[word]}"]))
-    return list(dict.fromkeys([layer.name, loaded.name.removesuffix(".weight")]))
+    family = FUSION_RULES[architecture]
+    names = []
+    for group in groups:
+        parents = [layer.name.rpartition(".")[0] for layer in group.layers]
+        words = [layer.name.rpartition(".")[2] for layer in group.layers]
+        names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
+        experts = family.experts
+        if experts is not None and parents[0].endswith(".experts.0"):
+            known = {experts.gate: "gate_proj", experts.up: "up_proj", experts.down: "down_proj"}
+            first = zip(parents, words, strict=True)
+            names += [f"{parent}.{known[w]}" for parent, w in first if parent == parents[0]]
+        elif architecture in _WITHOUT_BODY:
+            names += [layer.name for layer in group.layers]
+    if architecture in _WITHOUT_BODY:
+        names += [name.removeprefix(family.body) for name in names]
+    return names
