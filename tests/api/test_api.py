@@ -51,7 +51,7 @@ def test_the_flow_from_python_writes_what_the_commands_write(
     assert exported.checkpoint is not None
     assert exported.checkpoint.group_bytes == decided.recipe.result.bytes
     assert (exported.serve_command or "").startswith("vllm serve ")
-    assert {"calibrate en", "measure", "original", "export"} <= set(stages)
+    assert {"calibrate", "measure", "original", "export"} <= set(stages)
     assert capfd.readouterr() == ("", "")
 
 
@@ -134,7 +134,7 @@ def test_an_impossible_budget_is_the_error_that_the_command_prints(measured: Mea
 
 def test_a_study_needs_a_place_for_its_trials(measured: Measured) -> None:
     on_model = api.OnModel(model=DEMO, text="demo-en")
-    with pytest.raises(MofqError, match="give an output"):
+    with pytest.raises(MofqError, match="give output or storage"):
         api.search(measured.table, method=Method(solver="optuna"), on_model=on_model)
 
 

@@ -58,7 +58,7 @@ DAMAGE = {
 }
 
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
-SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "2", "--sequence-length", "64")
+SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 
 
 def test_every_kind_of_damage_has_its_test() -> None:

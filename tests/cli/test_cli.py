@@ -173,7 +173,7 @@ def test_without_a_budget_the_search_says_that_it_needs_one(
     measured: Measured, tmp_path: Path
 ) -> None:
     ran = ok("search", measured.table, "-o", tmp_path / "recipe.yaml")
-    assert "--max-bits" in ran.err
+    assert "Give a budget of bits, of size or of KL." in ran.err
 
 
 def test_validate_gives_the_promised_keys(measured: Measured, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def llm_compressor_recipe(checkpoint: Checkpoint, recipe: Recipe) -> str:
         RecipeError: The recipe is not for this model.
     """
     plan = plan_export(checkpoint, recipe)
-    config = quantization_config(plan)
+    config = quantization_config(plan, names_of_engines=False)
     if config is None:
         raise BackendError(
             f"{recipe.title}: quantizes nothing, so there is nothing to export. Search under a "

@@ -30,11 +30,14 @@ _JOINED = {
 _WITHOUT_BODY = {"mixtral"}
 
 
-def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
+def quantization_config(
+    plan: ExportPlan, *, names_of_engines: bool = True
+) -> dict[str, Any] | None:
     """What goes into ``config.json``.
 
     Args:
         plan: Of the export.
+        names_of_engines: Whether layers are named too as only engines call them.
 
     Returns:
         The mapping, or None where nothing is quantized.
@@ -45,7 +48,7 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
     for planned in plan.quantized:
         by_scheme.setdefault(planned.scheme.name, []).append(planned)
     groups = {
-        f"group_{number}": _config_group(plan, members)
+        f"group_{number}": _config_group(plan, members, names_of_engines)
         for number, members in enumerate(by_scheme.values())
     }
     formats = list(dict.fromkeys(planned.storage.format for planned in plan.quantized))
@@ -54,18 +57,23 @@ def quantization_config(plan: ExportPlan) -> dict[str, Any] | None:
         "format": formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored_names(plan),
+        "ignore": _ignored_names(plan) if names_of_engines else list(plan.ignored),
         "kv_cache_scheme": plan.cache.scheme,
         "global_compression_ratio": None,
     }
 
 
-def _config_group(plan: ExportPlan, members: list[PlannedGroup]) -> dict[str, Any]:
+def _config_group(
+    plan: ExportPlan, members: list[PlannedGroup], names_of_engines: bool
+) -> dict[str, Any]:
     storage = members[0].storage
     architecture = plan.model_layers.architecture
     groups = [planned.group for planned in members]
+    names = _names(groups, architecture)
+    if names_of_engines:
+        names += _engine_names(groups, architecture)
     return {
-        "targets": list(dict.fromkeys(_names(groups, architecture))),
+        "targets": list(dict.fromkeys(names)),
         "weights": storage.weights,
         "input_activations": storage.input_activations,
         "output_activations": None,
@@ -81,7 +89,7 @@ def _ignored_names(plan: ExportPlan) -> list[str]:
 
 
 def _names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
-    """Under which names layers are looked up: on disk, in transformers' model, by engines."""
+    """Under which names layers are looked up: on disk, and in transformers' model."""
     names = []
     for layer in layers_of(groups):
         names.append(layer.name)
@@ -89,7 +97,7 @@ def _names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
             # transformers has no module for one expert
             loaded = find_loaded_weight(layer, architecture)
             names.append(loaded.name.removesuffix(".weight"))
-    return [*names, *_engine_names(groups, architecture)]
+    return names
 
 
 def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
