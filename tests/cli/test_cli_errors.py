@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mofq as package
 
-SHORT = ("--sequences", "2", "--sequence-length", "64")
+SHORT = ("--sequences", "4", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
 
 
@@ -358,8 +358,11 @@ def test_a_recipe_edited_well_is_taken(tmp_path: Path) -> None:
     path = edited(recipe, lambda text: text.replace("scheme: int4.g32\n", "scheme: int8.g64\n", 1))
     content = ok("validate", DEMO, path, *TEXT, "--json").json
     assert content["enforced"] is True
-    # Counted from the schemes, not believed from the file.
-    assert content["bits_per_weight"] > package.load_recipe(path).bits_per_weight
+    # Counted from the schemes, not believed from the file, which said those of before.
+    before, after = (package.load_recipe(one) for one in (recipe, path))
+    assert before.bits_per_weight is not None
+    assert content["bits_per_weight"] > before.bits_per_weight
+    assert after.bits_per_weight is None
 
 
 def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
@@ -379,7 +382,7 @@ def test_a_device_map_without_its_package_names_the_extra(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mofq.model.loading.find_spec", lambda name: None)
-    corpus = ("--corpus", "a=demo-en-calibration", "--sequences", "1", "--sequence-length", "32")
+    corpus = ("--corpus", "a=demo-en-calibration", "--sequences", "4", "--sequence-length", "32")
     message = refused(
         "calibrate", tiny_llama, *corpus, "--device-map", "auto", "-o", tmp_path / "stats"
     )

@@ -95,14 +95,6 @@ def test_an_export_of_nothing_quantized_predicts_what_the_original_does(
     assert torch.equal(ours, theirs)
 
 
-def test_a_tied_head_is_quantized_nowhere_and_an_untied_one_where_asked(
-    tiny: TinyCheckpoint,
-) -> None:
-    tied, untied = tiny("llama", tie_word_embeddings=True), tiny("llama")
-    assert "tied" in refused("inspect", tied, "--lm-head")
-    assert "lm_head" in ok("inspect", untied, "--lm-head").out
-
-
 @pytest.mark.parametrize("same", [True, False])
 def test_a_tied_head_beside_one_of_its_own_is_refused_where_they_differ(
     same: bool, tiny: TinyCheckpoint, tmp_path: Path

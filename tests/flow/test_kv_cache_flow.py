@@ -309,7 +309,7 @@ def _halve_a_scale(file: Path) -> None:
     [
         ("kv:int8.head", (), "emulated only"),
         ("kv:fp8_e4m3.tensor", ("--engine", "vllm-cpu"), "towards zero"),
-        ("kv:fp8_e4m3.head", ("--engine", "vllm-ada"), "no such format of the cache"),
+        ("kv:fp8_e4m3.head", ("--engine", "vllm-ada"), "takes scales of heads"),
         ("kv:fp8_e4m3.tensor", ("--engine", "sglang-hopper"), "knows no way"),
     ],
 )

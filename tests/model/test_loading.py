@@ -12,7 +12,7 @@ from families import copy_with_config, copy_with_tensors
 
 from mofq.model.loading import load_model
 
-SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "2", "--sequence-length", "32")
+SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "32")
 TEXT = ("--text", "demo-en", "--tokens", "64", "--sequence-length", "32")
 
 

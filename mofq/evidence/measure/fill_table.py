@@ -157,10 +157,12 @@ def measure(
     )
     earlier = [] if stats is None else [one.sha256 for one in earlier_stats(stats)]
     with open_table(table_path, header, earlier=earlier) as table:
+        missing = [_missing(table, offer, stats) for offer in offers]
+        _check_samples(stats, missing)
         table.add_space(_table_space(space, engine))
         here = partial(measure_groups, tell=tell)
         measured = partial(remotely or here, checkpoint, stats=stats, device=device)
-        _fill(table, offers, measured, stats=stats, progress=progress)
+        _fill(table, offers, missing, measured, progress=progress)
         if cached_stats is not None:
             fill_caches(table, cache_offers, cached_stats, device=device)
 
@@ -182,19 +184,23 @@ def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
     )
 
 
+def _check_samples(stats: Stats | None, missing: Sequence[Sequence[Work]]) -> None:
+    """Raise unless the samples are as they were written, and enough for what is to be fitted."""
+    schemes = [scheme for of_group in missing for one in of_group for scheme in one.schemes]
+    if stats is not None and schemes:
+        check_sequences(stats, schemes)
+        verify_sequences(stats)
+
+
 def _fill(
     table: TableWriter,
     offers: Sequence[Offer],
+    missing: Sequence[Sequence[Work]],
     measure_all: Callable[[Sequence[Work]], Generator[Measured, None, None]],
     *,
-    stats: Stats | None,
     progress: Progress | None,
 ) -> None:
-    missing = [_missing(table, offer, stats) for offer in offers]
     work = [one for of_group in missing for one in of_group]
-    if stats is not None and work:
-        check_sequences(stats, [scheme for one in work for scheme in one.schemes])
-        verify_sequences(stats)
     with closing(measure_all(work)) as measured:
         for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
