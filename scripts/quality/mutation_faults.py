@@ -194,7 +194,7 @@ _NUMBERS = (
     ),
     Fault(
         "an exported folder's tokenizer and generation config not compared",
-        "    yield from find_file_deviations(checkpoint, exported.folder)\n",
+        "    yield from find_file_deviations(checkpoint, exported)\n",
         "",
         "exported_folder",
     ),

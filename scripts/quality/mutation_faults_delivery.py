@@ -81,21 +81,21 @@ _EXPORTS = (
     ),
     Fault(
         "names: SGLang's names of experts left out of the targets",
-        'return list(dict.fromkeys([layer.name, f"{parent}.{words[word]}"]))',
-        "return list(dict.fromkeys([layer.name]))",
-        "compressed_tensors::test_experts_are_targets_under_the_names_that_sglang_looks_up",
+        'names += [f"{parent}.{known[w]}" for parent, w in first if parent == parents[0]]',
+        "names += []",
+        "loaded_names",
     ),
     Fault(
         "names: transformers' names of layers left out of the targets",
-        'return list(dict.fromkeys([layer.name, loaded.name.removesuffix(".weight")]))',
-        "return list(dict.fromkeys([layer.name]))",
+        'names.append(loaded.name.removesuffix(".weight"))',
+        "names.append(layer.name)",
         "compressed_tensors::test_both_names_of_a_layer_are_targets",
     ),
     Fault(
         "config: layers that stay as they are not ignored",
         "            ignored += [layer.name for layer in group.layers]\n",
         "            ignored += [layer.name for layer in group.layers[1:]]\n",
-        "compressed_tensors::test_every_linear_layer_is_named_once_in_full",
+        "compressed_tensors::test_every_linear_layer_and_what_engines_join_are_named_once_in_full",
     ),
     Fault(
         "config: a tied head not ignored",
@@ -129,8 +129,8 @@ _EXPORTS = (
     ),
     Fault(
         "config of ModelOpt: layers that stay as they are not excluded",
-        "            excluded.append(layer.name)\n",
-        "",
+        "            excluded += names\n",
+        "            excluded += []\n",
         "exporters::test_modelopt_gets_one_algorithm_a_layer",
     ),
     Fault(

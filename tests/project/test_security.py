@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
-SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "2", "--sequence-length", "64")
+SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 
 #: Modules that turn bytes into objects of any class, or text into code.
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
