@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.from_table import request_problem
@@ -30,6 +32,9 @@ from mofq.decision.timing import (
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.table import FEW_SAMPLES, Table
 from mofq.exceptions import BudgetError
+
+#: The share of a predicted KL from which one calibration sequence is an outlier.
+_OUTLYING = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +168,28 @@ def _notes(
             for corpus, count in _samples(table, problem).items()
             if count < FEW_SAMPLES
         ]
+        notes += _outlying_sequences(problem, chosen.choice_F)
     return tuple(notes)
+
+
+def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:
+    """Where one sequence makes most of what is predicted.
+
+    Gradients can grow by orders of magnitude at a single token. The expansion of second order
+    then says more for it than any error can cost.
+    """
+    notes = []
+    for corpus, e_PN in zip(problem.corpora, problem.sample_errors or (), strict=False):
+        errors_N = e_PN[choice_F].sum(axis=0)
+        share = errors_N.max() / max(errors_N.sum(), np.finfo(np.float64).tiny)
+        if len(errors_N) >= FEW_SAMPLES and share > _OUTLYING:
+            where = f" of {corpus}" if len(problem.corpora) > 1 else ""
+            notes.append(
+                f"One of {len(errors_N)} calibration sequences{where} makes {100 * share:.0f} % of "
+                f"the predicted KL, which is then likely too high. Calibrate on more sequences, "
+                f"and measure with `mofq validate`."
+            )
+    return notes
 
 
 def _samples(table: Table, problem: Problem) -> dict[str | None, int]:

@@ -221,6 +221,23 @@ def test_too_few_samples_for_error_bars_are_said(samples: int) -> None:
     assert decide(table_of(samples=4), Request(Budgets(max_bits=6.5))).notes == ()
 
 
+def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:
+    table = table_of(samples=4)
+
+    def of(first: float) -> tuple[str, ...]:
+        rows = [
+            replace(one, sample_errors=(first * one.error, one.error, one.error, one.error))
+            if one.error
+            else one
+            for one in table.rows
+        ]
+        return decide(replace(table, rows=tuple(rows)), Request(Budgets(max_bits=6.5))).notes
+
+    assert of(2.9) == ()
+    (note,) = of(9.0)
+    assert note.startswith("One of 4 calibration sequences makes 75 % of the predicted KL")
+
+
 def test_without_a_budget_a_note_says_what_that_means() -> None:
     decision = decide(table_of(), Request(Budgets()))
     assert set(decision.recipe.schemes.values()) == {"bf16"}
