@@ -69,6 +69,7 @@ class SearchResult:
         decision, recipe = self.decision, self.recipe
         return {
             "recipe": None if self.output is None else str(self.output),
+            "kl_nats_per_token": None,  # unless it is known
             **recipe.result.known(),
             "finer_layers": list(decision.finer_layers),
             "tied_layers": decision.tied_layers,
