@@ -26,6 +26,11 @@ class MofqError(Exception):
     found, and what to do. It names options by `option`.
     """
 
+    @property
+    def template(self) -> str:
+        """The message with its options not yet spelled, to be a part of another message."""
+        return super().__str__()
+
     def __str__(self) -> str:
         """The message, with options as Python writes them."""
         return self.spelled(lambda name: name, "=")
@@ -42,7 +47,7 @@ class MofqError(Exception):
             name, value = found.groups()
             return flag(name) if value is None else f"{flag(name)}{between}{value}"
 
-        return _OPTION.sub(spell, super().__str__())
+        return _OPTION.sub(spell, self.template)
 
 
 class CheckpointError(MofqError):

@@ -13,7 +13,8 @@ _INTERRUPTED = 130
 def main() -> None:
     """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage.
 
-    After ``--json`` an error is one JSON object on stdout too, of its type and message.
+    After ``--json`` an error is one JSON object on stdout too, of its type and message; wrong
+    usage, exit code 2, is not.
     """
     from mofq.cli.commands import app
     from mofq.cli.show.terminal import quiet_noise

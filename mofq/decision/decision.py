@@ -76,7 +76,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
     try:
         chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
     except BudgetError as error:
-        raise BudgetError(f"{error}{_blamed_constraints(table, request)}") from None
+        raise BudgetError(f"{error.template}{_blamed_constraints(table, request)}") from None
     used = usage(problem, chosen.choice_F)
     uniform = best_uniform(problem, used.bytes, chosen.choice_F)
     schemes = problem.schemes_of(chosen.choice_F)

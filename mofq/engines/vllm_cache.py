@@ -1,9 +1,9 @@
 """What vLLM holds of the KV cache.
 
-Which backend vLLM 0.32.0 and 0.33.0 select for a format was executed (``facts/kv_cache``); what
-the kernels compute was read, in 0.32.0 where a line names no other version. An engine keeps one
-quantized format for the whole model; layers may be left as they are with
-``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
+Which backend vLLM 0.32.0 and 0.33.0 select for FP8 and INT8 was executed (``facts/kv_cache``); for
+INT4 and NVFP4 it was read, as was what the kernels compute, in 0.32.0 where a line names no other
+version. An engine keeps one quantized format for the whole model; layers may be left as they are
+with ``--kv-cache-dtype-skip-layers`` (``layers/attention/attention.py:300-314``).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _CT = "vllm 0.32.0 layers/quantization/compressed_tensors/compressed_tensors.py"
 _TRITON = "vllm 0.32.0 v1/attention/backends/triton_attn.py:284-297, 309-311"
 _FLASHINFER = "vllm 0.32.0 v1/attention/backends/flashinfer.py"
 
+_PAIRS = CacheRule(
+    r"kv:.*/.*",
+    refused="keys and values have one format; take one for both",
+    source="vllm 0.32.0 config/cache.py:39-60",
+)
 _VLLM_LAST = (
-    CacheRule(
-        r"kv:.*/.*",
-        refused="keys and values have one format; take one for both",
-        source="vllm 0.32.0 config/cache.py:39-60",
-    ),
     CacheRule(
         r".*",
         refused="no such format of the cache; take kv:int8.token_head, or leave it bf16",
@@ -55,6 +55,7 @@ VLLM_CPU_CACHE: tuple[CacheRule, ...] = (
     ),
 )
 VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
+    _PAIRS,
     CacheRule(
         _TENSOR,
         source=f"{_CT}:1103-1145; v1/attention/backends/flash_attn.py:289-296",
@@ -105,9 +106,9 @@ VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
     ),
     CacheRule(
         r"kv:fp8_e4m3\.(tensor|unscaled|token_head)",
-        refused="before compute capability 8.9 the Triton backend stops at FP8 E4M3, and vLLM "
-        "calls E5M2 the only FP8 cache that is usable there; take kv:int8.token_head, or leave it "
-        "bf16",
+        refused="before compute capability 8.9 vLLM calls E5M2 the only FP8 cache that is usable, "
+        "and where it takes the Triton backend, that stops at E4M3; take kv:int8.token_head, or "
+        "leave it bf16",
         source="vllm 0.33.0 v1/attention/backends/triton_attn.py:515-524, "
         "model_executor/layers/attention/attention.py:207-209",
     ),

@@ -562,8 +562,8 @@ VLLM_GPU = Engine(
     "of 0.32.0 where no version stands before them; `ct` is "
     "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
     "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "
-    "and a rule that it contradicts fails a test, and so were the attention's backend for a format "
-    "of the cache and what devices that share a layer load; exported mixtures of experts were "
+    "and a rule that it contradicts fails a test, and so were the attention's backend for an FP8 "
+    "or INT8 cache and what devices that share a layer load; exported mixtures of experts were "
     "loaded by the model's own class (`mofq/engines/facts/loading`); what kernels compute was "
     "read. "
     "CPU: `run` marks what was run, with 0.32.0.",

@@ -128,7 +128,9 @@ def test_a_file_that_is_no_table_is_left_as_it_is(out: Path) -> None:
 def test_json_never_shares_stdout_with_anything(measured: Measured) -> None:
     ran = mofq("search", measured.table, "--max-bits", "3", "-o", "recipe.yaml", "--json")
     assert ran.code == 1
-    assert json.loads(ran.out)["error"]["type"] == "BudgetError"
+    error = json.loads(ran.out)["error"]
+    assert error["type"] == "BudgetError"
+    assert "--max-bits: asked for 3 bits" in error["message"]
 
 
 def test_an_export_is_for_what_the_engine_reads_where_nothing_else_is_asked(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ def test_a_command_that_loads_a_model_writes_nothing_of_libraries(
 ) -> None:
     # transformers imports torchao, which logs what a machine without a GPU has no use for.
     text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 9, encoding="utf-8")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 18, encoding="utf-8")
     code = "from mofq.cli import main; main()"
     words = ["calibrate", str(tiny_llama), "--corpus", f"en={text}", "-o", str(tmp_path / "stats")]
-    options = ["--sequences", "2", "--sequence-length", "16"]
+    options = ["--sequences", "4", "--sequence-length", "16"]
     ran = subprocess.run(
         [sys.executable, "-c", code, *words, *options], capture_output=True, text=True
     )

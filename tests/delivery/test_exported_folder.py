@@ -28,6 +28,7 @@ from mofq.delivery.export.compressed_tensors import (
     model_from_folder,
     recipe_from_folder,
 )
+from mofq.delivery.export.compressed_tensors.check_files import json_differences
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
@@ -288,6 +289,15 @@ FAILS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "config.json: num_attention_heads: needed 4, found 2",
     ),
 }
+
+
+def test_names_that_a_list_lacks_and_has_besides_are_told() -> None:
+    (one,) = json_differences(["a", "b", "c"], ["a", "d"], "config.json: targets")
+    assert (
+        one.reason == "lacks 2 of 3 names, such as b, and has 1 that are not known here, such as d"
+    )
+    (other,) = json_differences(["a", "a"], ["a"], "x")
+    assert other.reason == "needed ['a', 'a'], found ['a']"
 
 
 @pytest.mark.parametrize("name", FAILS)

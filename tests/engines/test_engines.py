@@ -341,6 +341,8 @@ def test_every_refusal_suggests_schemes_that_exist() -> None:
         ("vllm-blackwell", "kv:nvfp4.unscaled@fouroversix", 64, None),
         ("vllm-blackwell", "kv:nvfp4.unscaled@fouroversix", 80, "these have 80"),
         ("vllm-blackwell", "kv:nvfp4", 128, "take kv:nvfp4.unscaled"),
+        ("vllm-blackwell", "kv:nvfp4.unscaled/int8.token_head", 128, "take one for both"),
+        ("vllm-hopper", "kv:nvfp4.unscaled/bf16", 128, "take one for both"),
         ("vllm-cpu", "kv:int4.token_head.asym.rht", 64, "leave the cache bf16"),
         ("vllm-cpu", "kv:nvfp4.unscaled", 128, "leave it bf16"),
     ],

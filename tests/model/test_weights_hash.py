@@ -79,7 +79,7 @@ def test_a_fine_tune_does_not_pass_as_its_base(
     ok("calibrate", tuned, *SHORT, "-o", own)
     message = refused("measure", tuned, "--space", space, "--stats", own, "-o", table)
     assert "write to another table" in message
-    assert "begun with another" in refused("calibrate", DEMO, *SHORT, "-o", own)
+    assert "it is of other weights of model" in refused("calibrate", DEMO, *SHORT, "-o", own)
     commands: list[tuple[object, ...]] = [("validate", tuned, measured.recipe, *TEXT)]
     for to in EXPORTERS | RECIPE_EXPORTERS:
         commands.append(("export", tuned, measured.recipe, "--to", to, "-o", tmp_path / "out"))

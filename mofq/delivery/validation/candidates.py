@@ -22,7 +22,7 @@ from mofq.delivery.export.compressed_tensors.model_from_folder import load_compr
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import QUANTIZATION_KEY
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
-from mofq.exceptions import BackendError, EnforcementError, nearest_name
+from mofq.exceptions import BackendError, EnforcementError, MofqError, nearest_name
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_stored
 from mofq.model.layers import ModelLayers, find_layers
@@ -111,9 +111,10 @@ def naming_deviations(candidate: Candidate) -> Iterator[None]:
             raise
         first, *others = candidate.deviations
         more = f" (and {len(others)} more)" if others else ""
+        why = error.template if isinstance(error, MofqError) else str(error)
         raise EnforcementError(
             f"{candidate.source}: {first.layer}: {first.reason}{more}. The folder is not what its "
-            f"recipe says, and cannot be run: {error}"
+            f"recipe says, and cannot be run: {why}"
         ) from error
 
 

@@ -74,9 +74,28 @@ def json_differences(needed: Any, found: Any, where: str) -> Iterator[Deviation]
     elif isinstance(needed, list) and isinstance(found, list) and len(needed) == len(found):
         for number, (left, right) in enumerate(zip(needed, found, strict=True)):
             yield from json_differences(left, right, f"{where}: {number}")
+    elif reason := _names_difference(needed, found):
+        yield Deviation(where, reason)
     # 1, 1.0 and true are equal in Python, and not to whoever reads the file.
     elif type(needed) is not type(found) or needed != found:
         yield Deviation(where, f"needed {shown(needed)}, found {shown(found)}")
+
+
+def _names_difference(needed: Any, found: Any) -> str:
+    """What one of two lists of names lacks and has besides; empty where that says nothing."""
+    if not all(
+        isinstance(names, list) and all(isinstance(one, str) for one in names)
+        for names in (needed, found)
+    ):
+        return ""
+    lacking = [name for name in needed if name not in found]
+    besides = [name for name in found if name not in needed]
+    told = []
+    if lacking:
+        told.append(f"lacks {len(lacking)} of {len(needed)} names, such as {lacking[0]}")
+    if besides:
+        told.append(f"has {len(besides)} that are not known here, such as {besides[0]}")
+    return ", and ".join(told)
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> set[str]:
