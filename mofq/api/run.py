@@ -163,10 +163,13 @@ def run(
     def busy(who: str) -> MofqError:
         return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
 
+    from mofq.evidence.measure.fill_table import table_space
+
     with hold_folder(folder, busy):
         choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
         request = make_request(choices, budget=budget)
-        files = find_files(folder, Asked.of_request(request, space_sha256=loaded.sha256))
+        asked = Asked.of_request(request, space_sha256=loaded.sha256)
+        files = find_files(folder, asked, table_space(loaded, engine))
         if not corpora:
             tell(
                 f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "

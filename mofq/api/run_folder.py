@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
+    from mofq.evidence.table import TableSpace
 
 #: The recipe that was searched for, among the candidates of a run.
 SEARCHED = "recipe"
@@ -143,20 +144,26 @@ class Asked:
         )
 
 
-def find_files(folder: Path, asked: Asked) -> RunFiles:
+def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
     """Where the results of a request lie, or will.
+
+    Args:
+        folder: Of all requests.
+        asked: What this one asks for.
+        space: Its search space, as the table would note it.
 
     Raises:
         BackendError: There is a model that no run wrote.
         RecipeError: A recipe that is there cannot be read.
+        TableError: The table that is there cannot be read.
         MofqError: What has the request's name is of another one, or the search space is another
-            than when its schemes were measured here.
+            than when its schemes were measured here, and not that one with more schemes.
     """
     first = RunFiles(folder)
     for files in dict.fromkeys((first, *finished_runs(folder))):
         for path, recipe in former_recipes(files).items():
             found = Asked.of_recipe(recipe)
-            if asked.has_changed_space(found):
+            if asked.has_changed_space(found) and not _continues(space, first.table):
                 raise MofqError(
                     f"{path}: was decided in the search space {asked.space} as it was then, "
                     f"and its schemes are in the table there. Run with another {option('output')}."
@@ -174,6 +181,17 @@ def find_files(folder: Path, asked: Asked) -> RunFiles:
                 f"another {option('output')}, or move it away."
             )
     return files
+
+
+def _continues(space: TableSpace, table: Path) -> bool:
+    """Whether a table takes a search space: it has none of its name, or the space extends it."""
+    from mofq.evidence.table import read_table
+
+    return not table.is_file() or all(
+        one.sha256 == space.sha256 or space.extends(one)
+        for one in read_table(table).spaces
+        if one.name == space.name
+    )
 
 
 def former_recipes(files: RunFiles) -> dict[Path, Recipe]:

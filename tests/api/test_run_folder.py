@@ -6,10 +6,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from explore_tables import write_explore_table
 
-from mofq.api.run_folder import Asked, RunFiles
+from mofq.api.run_folder import Asked, RunFiles, find_files
+from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
+from mofq.evidence.table import TableSpace, open_table, read_table
+from mofq.exceptions import MofqError
 
 FIRST = Asked({"bits_per_weight": 5.0}, "vllm-cpu", "serving", "a" * 64, None)
+SPACE = TableSpace("serving", "a" * 64, ("int4.g64",), (), 1.0, "vllm-cpu", "0.1.0")
+RECIPE = Recipe(
+    "org/model",
+    None,
+    (RecipeGroup("mlp.down", "int4.g64", ("mlp.down_proj",)),),
+    made_by={"engine": "vllm-cpu", "space": "serving", "space_sha256": "a" * 64},
+    budget={"bits_per_weight": 5.0},
+    result=RecipeResult(bits_per_weight=4.25),
+)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A folder with the table and the recipe of `FIRST`."""
+    path = write_explore_table(tmp_path / "table.jsonl", decoder_layers=1)
+    with open_table(path, read_table(path).header) as table:
+        table.add_space(SPACE)
+    write_recipe(RECIPE, tmp_path / "recipe.yaml")
+    (tmp_path / "validation.json").write_text("{}")
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -47,3 +71,13 @@ def test_the_first_request_has_the_plain_names() -> None:
     assert other.model == Path("run/model-5.0bits")
     assert other.named("torchao.json") == Path("run/torchao-5.0bits.json")
     assert plain.table == other.table
+
+
+def test_a_folder_is_continued_in_its_search_space_with_more_schemes_alone(finished: Path) -> None:
+    plain, asked = RunFiles(finished), replace(FIRST, space_sha256="b" * 64)
+    assert find_files(finished, FIRST, SPACE) == plain
+    grown = replace(SPACE, sha256="b" * 64, schemes=("int4.g64", "int4.g32"))
+    assert find_files(finished, asked, grown) == plain
+    for other in (replace(grown, min_gain=2.0), replace(grown, schemes=("int4.g32",))):
+        with pytest.raises(MofqError, match=r"recipe\.yaml: was decided in the search space serv"):
+            find_files(finished, asked, other)
