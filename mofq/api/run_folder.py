@@ -156,8 +156,9 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
         BackendError: There is a model that no run wrote.
         RecipeError: A recipe that is there cannot be read.
         TableError: The table that is there cannot be read.
-        MofqError: What has the request's name is of another one, or the search space is another
-            than when its schemes were measured here, and not that one with more schemes.
+        MofqError: What has the request's name is of another one or was edited, or the search
+            space is another than when its schemes were measured here, and not that one with more
+            schemes.
     """
     first = RunFiles(folder)
     for files in dict.fromkeys((first, *finished_runs(folder))):
@@ -170,10 +171,14 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
                 )
     former = list(former_recipes(first).values())
     different = asked.differences_from(Asked.of_recipe(former[0])) if former else []
-    if not different:
-        return first
-    files = RunFiles(folder, "-" + "-".join(different))
+    files = RunFiles(folder, "-" + "-".join(different)) if different else first
     for path, recipe in former_recipes(files).items():
+        if recipe.is_edited:
+            raise MofqError(
+                f"{path}: was edited after it was found, and this run would end with what was "
+                f"found. Run with another {option('output')}, or move {files.recipe.name}, "
+                f"{files.validation.name} and {files.model.name} away."
+            )
         found = Asked.of_recipe(recipe)
         if asked.differences_from(found):
             raise MofqError(

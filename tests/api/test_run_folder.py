@@ -81,3 +81,17 @@ def test_a_folder_is_continued_in_its_search_space_with_more_schemes_alone(finis
     for other in (replace(grown, min_gain=2.0), replace(grown, schemes=("int4.g32",))):
         with pytest.raises(MofqError, match=r"recipe\.yaml: was decided in the search space serv"):
             find_files(finished, asked, other)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "model/recipe.yaml"])
+def test_a_recipe_that_was_edited_is_refused_before_anything_is_run(
+    name: str, finished: Path
+) -> None:
+    other = replace(FIRST, budget={"bits_per_weight": 6.0})
+    path = finished / name
+    path.parent.mkdir(exist_ok=True)
+    text = (finished / "recipe.yaml").read_text("utf-8")
+    path.write_text(text.replace("int4.g64", "int4.g32"))
+    with pytest.raises(MofqError, match=rf"{name}: was edited after it was found, and .* move rec"):
+        find_files(finished, FIRST, SPACE)
+    assert find_files(finished, other, SPACE).suffix == "-6.0bits"
