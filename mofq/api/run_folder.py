@@ -7,12 +7,15 @@ another budget, engine, space or weights of corpora say in their names how they 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mofq.api.request import read_corpus_weights
 from mofq.exceptions import BackendError, MofqError, option
 
 if TYPE_CHECKING:
@@ -85,15 +88,14 @@ class Asked:
     engine: str | None
     space: str | None
     space_sha256: str | None
-    corpus_weights: str | None
+    corpus_weights: str | None  #: in lowest terms, corpora by name; None: all the same
 
     @classmethod
     def of_request(cls, request: Request, *, space_sha256: str) -> Asked:
         """What a run asks for, before it has a table."""
-        from mofq.decision.request import weights_text
         from mofq.decision.result import budget_figures
 
-        weights = weights_text(request.corpus_weights)
+        weights = _lowest_terms(request.corpus_weights)
         return cls(budget_figures(request), request.engine, request.space, space_sha256, weights)
 
     @classmethod
@@ -109,7 +111,7 @@ class Asked:
             noted("engine"),
             noted("space"),
             noted("space_sha256"),
-            noted("corpus_weights"),
+            _lowest_terms(noted("corpus_weights")),
         )
 
     def differences_from(self, other: Asked) -> list[str]:
@@ -142,6 +144,18 @@ class Asked:
             f"{', '.join(limits)}, space {self.space or 'not noted'}, engine "
             f"{self.engine or 'not named'}{f', corpus weights {weights}' if weights else ''}"
         )
+
+
+def _lowest_terms(weights: str | Mapping[str, float] | None) -> str | None:
+    """One text of all weights of corpora that mean the same: ``pt=2,en=6`` as ``en=3,pt=1``."""
+    found = read_corpus_weights(weights)
+    if found is None or len(set(found.values())) == 1:
+        return None
+    exact = {name: Fraction(repr(found[name])) for name in sorted(found)}
+    whole = math.lcm(*(one.denominator for one in exact.values()))
+    counts = {name: int(one * whole) for name, one in exact.items()}
+    most = math.gcd(*counts.values())
+    return ",".join(f"{name}={count // most}" for name, count in counts.items())
 
 
 def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:

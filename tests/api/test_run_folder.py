@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from explore_tables import write_explore_table
 
+from mofq.api.options import Choices
+from mofq.api.request import make_request
 from mofq.api.run_folder import Asked, RunFiles, find_files
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
 from mofq.evidence.table import TableSpace, open_table, read_table
@@ -95,3 +97,23 @@ def test_a_recipe_that_was_edited_is_refused_before_anything_is_run(
     with pytest.raises(MofqError, match=rf"{name}: was edited after it was found, and .* move rec"):
         find_files(finished, FIRST, SPACE)
     assert find_files(finished, other, SPACE).suffix == "-6.0bits"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [
+        ("en=3,pt=1", "en=3,pt=1"),
+        ("pt=2,en=6.0", "en=3,pt=1"),
+        ("en=0.3,pt=0.1", "en=3,pt=1"),
+        ("pt=0,en=0.5", "en=1,pt=0"),
+        ("en=2,pt=2", None),
+        (None, None),
+    ],
+)
+def test_weights_of_corpora_that_mean_the_same_are_one_request(
+    spelled: str | None, meant: str | None
+) -> None:
+    request = make_request(Choices(corpus_weights=spelled))
+    assert Asked.of_request(request, space_sha256="a" * 64).corpus_weights == meant
+    made_by = {} if spelled is None else {"corpus_weights": spelled}
+    assert Asked.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant
