@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from time import monotonic
@@ -21,7 +21,7 @@ from mofq.model.dtypes import check_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mofq.evidence.calibration.stats import Plan, Stats
+    from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats
     from mofq.evidence.corpora import Corpus
     from mofq.model.checkpoint.headers import Checkpoint
 
@@ -163,7 +163,7 @@ def calibrate(
         # Refuses the stats of another plan; a sequence that was lost is made again below.
         with open_plan(folder, plan), suppress(StatsError):
             stats = read_stats(folder)
-    was_there = stats is not None and stats.plan.corpora == plan.corpora
+    was_there = stats is not None and _texts(stats.plan) == _texts(plan)
     if stats is None or not was_there:
         for remark in few_sequences(plan):
             (tell or silent)(remark)
@@ -195,6 +195,11 @@ def calibrate(
                 )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
+
+
+def _texts(plan: Plan) -> list[CorpusPlan]:
+    """The corpora of a plan, wherever their files lie."""
+    return [replace(one, source="") for one in plan.corpora]
 
 
 def _over_corpora(progress: Progress, plan: Plan) -> Progress:

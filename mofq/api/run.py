@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
 #: What a recipe notes of the request, beside its budget.
-_ASKED = ("engine", "space", "space_sha256", "corpus_weights")
+_ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights")
 #: Uniform schemes that the recipe is compared with on the real model.
 _MOST_UNIFORM = 4
 #: What another tool's recipe is called in the folder of a run.
@@ -163,10 +163,13 @@ def run(
     def busy(who: str) -> MofqError:
         return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
 
+    from mofq.evidence.measure.fill_table import table_space
+
     with hold_folder(folder, busy):
         choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
         request = make_request(choices, budget=budget)
-        files = find_files(folder, Asked.of_request(request, space_sha256=loaded.sha256))
+        asked = Asked.of_request(request, space_sha256=loaded.sha256)
+        files = find_files(folder, asked, table_space(loaded, engine))
         if not corpora:
             tell(
                 f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
@@ -217,7 +220,7 @@ def run(
                 device=device,
                 progress=progress,
             )
-        name = _preferred(validations, tell)
+        name = _preferred(validations, candidates, tell)
         check_ends_as_before(files, candidates[name])
         exported = None
         if engine is not None:
@@ -356,7 +359,9 @@ def _validate(
     return validations
 
 
-def _preferred(validations: Mapping[str, Validation], tell: Tell) -> str:
+def _preferred(
+    validations: Mapping[str, Validation], candidates: Mapping[str, Recipe], tell: Tell
+) -> str:
     """The searched recipe's name, or that of a uniform one no larger and measured no worse.
 
     A mixture that does not pay is not worth its complexity; what is preferred becomes
@@ -367,8 +372,10 @@ def _preferred(validations: Mapping[str, Validation], tell: Tell) -> str:
         is_smaller = one.bits_per_weight <= searched.bits_per_weight
         is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
         if name != SEARCHED and is_smaller and is_better:
+            is_everywhere = {group.scheme for group in candidates[name].groups} == {name}
+            every = "layer" if is_everywhere else "layer that has a choice"
             tell(
-                f"{name} for every layer is as small as the mixture and measured as good: the "
+                f"{name} for every {every} is as small as the mixture and measured as good: the "
                 f"recipe is this uniform one."
             )
             return name

@@ -7,18 +7,22 @@ another budget, engine, space or weights of corpora say in their names how they 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mofq.api.request import read_corpus_weights
 from mofq.exceptions import BackendError, MofqError, option
 
 if TYPE_CHECKING:
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
+    from mofq.evidence.table import TableSpace
 
 #: The recipe that was searched for, among the candidates of a run.
 SEARCHED = "recipe"
@@ -84,15 +88,14 @@ class Asked:
     engine: str | None
     space: str | None
     space_sha256: str | None
-    corpus_weights: str | None
+    corpus_weights: str | None  #: in lowest terms, corpora by name; None: all the same
 
     @classmethod
     def of_request(cls, request: Request, *, space_sha256: str) -> Asked:
         """What a run asks for, before it has a table."""
-        from mofq.decision.request import weights_text
         from mofq.decision.result import budget_figures
 
-        weights = weights_text(request.corpus_weights)
+        weights = _lowest_terms(request.corpus_weights)
         return cls(budget_figures(request), request.engine, request.space, space_sha256, weights)
 
     @classmethod
@@ -108,7 +111,7 @@ class Asked:
             noted("engine"),
             noted("space"),
             noted("space_sha256"),
-            noted("corpus_weights"),
+            _lowest_terms(noted("corpus_weights")),
         )
 
     def differences_from(self, other: Asked) -> list[str]:
@@ -143,30 +146,53 @@ class Asked:
         )
 
 
-def find_files(folder: Path, asked: Asked) -> RunFiles:
+def _lowest_terms(weights: str | Mapping[str, float] | None) -> str | None:
+    """One text of all weights of corpora that mean the same: ``pt=2,en=6`` as ``en=3,pt=1``."""
+    found = read_corpus_weights(weights)
+    if found is None or len(set(found.values())) == 1:
+        return None
+    exact = {name: Fraction(repr(found[name])) for name in sorted(found)}
+    whole = math.lcm(*(one.denominator for one in exact.values()))
+    counts = {name: int(one * whole) for name, one in exact.items()}
+    most = math.gcd(*counts.values())
+    return ",".join(f"{name}={count // most}" for name, count in counts.items())
+
+
+def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
     """Where the results of a request lie, or will.
+
+    Args:
+        folder: Of all requests.
+        asked: What this one asks for.
+        space: Its search space, as the table would note it.
 
     Raises:
         BackendError: There is a model that no run wrote.
         RecipeError: A recipe that is there cannot be read.
-        MofqError: What has the request's name is of another one, or the search space is another
-            than when its schemes were measured here.
+        TableError: The table that is there cannot be read.
+        MofqError: What has the request's name is of another one or was edited, or the search
+            space is another than when its schemes were measured here, and not that one with more
+            schemes.
     """
     first = RunFiles(folder)
     for files in dict.fromkeys((first, *finished_runs(folder))):
         for path, recipe in former_recipes(files).items():
             found = Asked.of_recipe(recipe)
-            if asked.has_changed_space(found):
+            if asked.has_changed_space(found) and not _continues(space, first.table):
                 raise MofqError(
                     f"{path}: was decided in the search space {asked.space} as it was then, "
                     f"and its schemes are in the table there. Run with another {option('output')}."
                 )
     former = list(former_recipes(first).values())
     different = asked.differences_from(Asked.of_recipe(former[0])) if former else []
-    if not different:
-        return first
-    files = RunFiles(folder, "-" + "-".join(different))
+    files = RunFiles(folder, "-" + "-".join(different)) if different else first
     for path, recipe in former_recipes(files).items():
+        if recipe.is_edited:
+            raise MofqError(
+                f"{path}: was edited after it was found, and this run would end with what was "
+                f"found. Run with another {option('output')}, or move {files.recipe.name}, "
+                f"{files.validation.name} and {files.model.name} away."
+            )
         found = Asked.of_recipe(recipe)
         if asked.differences_from(found):
             raise MofqError(
@@ -174,6 +200,17 @@ def find_files(folder: Path, asked: Asked) -> RunFiles:
                 f"another {option('output')}, or move it away."
             )
     return files
+
+
+def _continues(space: TableSpace, table: Path) -> bool:
+    """Whether a table takes a search space: it has none of its name, or the space extends it."""
+    from mofq.evidence.table import read_table
+
+    return not table.is_file() or all(
+        one.sha256 == space.sha256 or space.extends(one)
+        for one in read_table(table).spaces
+        if one.name == space.name
+    )
 
 
 def former_recipes(files: RunFiles) -> dict[Path, Recipe]:

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from socket import gethostname
 
@@ -202,26 +201,20 @@ def holder(file: int) -> str:
     """Who has a lock on an open file or folder, as the subject of a message.
 
     The kernel of Linux lists the locks of this machine. Those of processes on others (NFS) or
-    outside of this container are not in the list.
+    outside of this container are not in the list, or as process 0.
 
     Args:
         file: Open, and locked by another process, which may have ended since.
 
     Returns:
-        The process with its host and since when it runs; else "another process".
+        The process with its host; else "another process".
     """
     inode = os.fstat(file).st_ino
     found = {int(line[4]) for line in _kernel_locks() if int(line[5].rpartition(":")[2]) == inode}
-    # The same number on another device is another file: two are not told apart.
-    if len(found) != 1:
+    # The same number on another device is another file: two are not told apart. 0 is outside.
+    if len(found) != 1 or 0 in found:
         return "another process"
-    pid = found.pop()
-    try:
-        began = Path(f"/proc/{pid}").stat().st_mtime
-    except FileNotFoundError:  # it has just ended
-        return "another process"
-    since = datetime.fromtimestamp(began).astimezone().isoformat(" ", "seconds")
-    return f"another process (pid {pid} on {gethostname()}, running since {since})"
+    return f"another process (pid {found.pop()} on {gethostname()})"
 
 
 def _kernel_locks() -> Iterator[list[str]]:

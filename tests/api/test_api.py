@@ -55,6 +55,17 @@ def test_the_flow_from_python_writes_what_the_commands_write(
     assert capfd.readouterr() == ("", "")
 
 
+def test_statistics_are_there_already_wherever_the_text_lies(tmp_path: Path) -> None:
+    def calibrate(name: str) -> api.CalibrateResult:
+        path = tmp_path / name
+        shutil.copy(BUNDLED_TEXT["demo-en-calibration"], path)
+        samples = Samples(sequences=1, sequence_length=16)
+        return api.calibrate(DEMO, {"en": str(path)}, tmp_path / "stats", samples=samples)
+
+    assert not calibrate("text.txt").was_there
+    assert calibrate("moved.txt").was_there
+
+
 def test_a_stage_tells_what_a_user_should_know_and_prints_nothing(
     measured: Measured, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

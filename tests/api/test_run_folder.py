@@ -6,10 +6,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from explore_tables import write_explore_table
 
-from mofq.api.run_folder import Asked, RunFiles
+from mofq.api.options import Choices
+from mofq.api.request import make_request
+from mofq.api.run_folder import Asked, RunFiles, find_files
+from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
+from mofq.evidence.table import TableSpace, open_table, read_table
+from mofq.exceptions import MofqError
 
 FIRST = Asked({"bits_per_weight": 5.0}, "vllm-cpu", "serving", "a" * 64, None)
+SPACE = TableSpace("serving", "a" * 64, ("int4.g64",), (), 1.0, "vllm-cpu", "0.1.0")
+RECIPE = Recipe(
+    "org/model",
+    None,
+    (RecipeGroup("mlp.down", "int4.g64", ("mlp.down_proj",)),),
+    made_by={"engine": "vllm-cpu", "space": "serving", "space_sha256": "a" * 64},
+    budget={"bits_per_weight": 5.0},
+    result=RecipeResult(bits_per_weight=4.25),
+)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A folder with the table and the recipe of `FIRST`."""
+    path = write_explore_table(tmp_path / "table.jsonl", decoder_layers=1)
+    with open_table(path, read_table(path).header) as table:
+        table.add_space(SPACE)
+    write_recipe(RECIPE, tmp_path / "recipe.yaml")
+    (tmp_path / "validation.json").write_text("{}")
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -47,3 +73,47 @@ def test_the_first_request_has_the_plain_names() -> None:
     assert other.model == Path("run/model-5.0bits")
     assert other.named("torchao.json") == Path("run/torchao-5.0bits.json")
     assert plain.table == other.table
+
+
+def test_a_folder_is_continued_in_its_search_space_with_more_schemes_alone(finished: Path) -> None:
+    plain, asked = RunFiles(finished), replace(FIRST, space_sha256="b" * 64)
+    assert find_files(finished, FIRST, SPACE) == plain
+    grown = replace(SPACE, sha256="b" * 64, schemes=("int4.g64", "int4.g32"))
+    assert find_files(finished, asked, grown) == plain
+    for other in (replace(grown, min_gain=2.0), replace(grown, schemes=("int4.g32",))):
+        with pytest.raises(MofqError, match=r"recipe\.yaml: was decided in the search space serv"):
+            find_files(finished, asked, other)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "model/recipe.yaml"])
+def test_a_recipe_that_was_edited_is_refused_before_anything_is_run(
+    name: str, finished: Path
+) -> None:
+    other = replace(FIRST, budget={"bits_per_weight": 6.0})
+    path = finished / name
+    path.parent.mkdir(exist_ok=True)
+    text = (finished / "recipe.yaml").read_text("utf-8")
+    path.write_text(text.replace("int4.g64", "int4.g32"))
+    with pytest.raises(MofqError, match=rf"{name}: was edited after it was found, and .* move rec"):
+        find_files(finished, FIRST, SPACE)
+    assert find_files(finished, other, SPACE).suffix == "-6.0bits"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [
+        ("en=3,pt=1", "en=3,pt=1"),
+        ("pt=2,en=6.0", "en=3,pt=1"),
+        ("en=0.3,pt=0.1", "en=3,pt=1"),
+        ("pt=0,en=0.5", "en=1,pt=0"),
+        ("en=2,pt=2", None),
+        (None, None),
+    ],
+)
+def test_weights_of_corpora_that_mean_the_same_are_one_request(
+    spelled: str | None, meant: str | None
+) -> None:
+    request = make_request(Choices(corpus_weights=spelled))
+    assert Asked.of_request(request, space_sha256="a" * 64).corpus_weights == meant
+    made_by = {} if spelled is None else {"corpus_weights": spelled}
+    assert Asked.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant

@@ -18,7 +18,7 @@ from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 
 import mofq as package
 from mofq.cli.show.terminal import Bars
-from mofq.decision.recipe import write_recipe
+from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.exceptions import MofqError
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
@@ -274,7 +274,8 @@ def test_a_folder_that_another_version_finished_is_continued(space: Path, tmp_pa
     assert {one.name for one in folder.glob("recipe*")} == {"recipe.yaml"}
     # Another decision under the request's name is not replaced.
     group, *others = recipe.groups
-    write_recipe(replace(recipe, groups=(replace(group, scheme="bf16"), *others)), path)
+    changed = (replace(group, scheme="bf16"), *others)
+    write_recipe(replace(recipe, groups=changed, result=RecipeResult()), path)
     edited = tree(folder)
     assert "is another recipe than this run would end with" in mofq(*run_options(space, folder)).err
     assert tree(folder) == edited

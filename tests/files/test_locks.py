@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from socket import gethostname
 
@@ -37,20 +35,15 @@ def held(folder: Path) -> Iterator[int]:
         yield other.pid
 
 
-def test_the_process_that_holds_a_folder_is_named_with_host_and_time(tmp_path: Path) -> None:
-    began = datetime.now().astimezone()
+def test_the_process_that_holds_a_folder_is_named_with_its_host_alone(tmp_path: Path) -> None:
     with (
         held(tmp_path) as pid,
         pytest.raises(MofqError) as caught,
         hold_folder(tmp_path, MofqError),
     ):
         pass
-    found = re.fullmatch(
-        r"another process \(pid (\d+) on (\S+), running since (.+)\)", str(caught.value)
-    )
-    assert found is not None, caught.value
-    assert (int(found[1]), found[2]) == (pid, gethostname())
-    assert abs((datetime.fromisoformat(found[3]) - began).total_seconds()) < 60
+    # When /proc/PID was made is when somebody looked at it first, not when the process began.
+    assert str(caught.value) == f"another process (pid {pid} on {gethostname()})"
     with hold_folder(tmp_path, MofqError):  # it has ended
         pass
 

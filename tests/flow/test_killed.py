@@ -28,7 +28,7 @@ from mofq.files.locks import hold_folder, hold_new_folder, open_new_file
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 #: Who holds a lock that this process holds.
-HERE = f"pid {os.getpid()} on {gethostname()}, running since "
+HERE = f"pid {os.getpid()} on {gethostname()})"
 SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-length", "64")
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "32")
 

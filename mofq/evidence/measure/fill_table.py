@@ -159,7 +159,7 @@ def measure(
     with open_table(table_path, header, earlier=earlier) as table:
         missing = [_missing(table, offer, stats) for offer in offers]
         _check_samples(stats, missing)
-        table.add_space(_table_space(space, engine))
+        table.add_space(table_space(space, engine))
         here = partial(measure_groups, tell=tell)
         measured = partial(remotely or here, checkpoint, stats=stats, device=device)
         _fill(table, offers, missing, measured, progress=progress)
@@ -167,7 +167,8 @@ def measure(
             fill_caches(table, cache_offers, cached_stats, device=device)
 
 
-def _table_space(space: SearchSpace, engine: str | None) -> TableSpace:
+def table_space(space: SearchSpace, engine: str | None) -> TableSpace:
+    """What a table notes of a search space that is measured for an engine."""
     return TableSpace(
         name=space.name,
         sha256=space.sha256,

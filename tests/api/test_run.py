@@ -1,0 +1,55 @@
+"""What `mofq run` notes and says of the uniform schemes beside its recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from explore_tables import write_explore_table
+
+from mofq.api.options import Choices
+from mofq.api.run import _preferred, _uniform_recipes
+from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
+from mofq.delivery.validation import Validation
+from mofq.evidence.table import read_table
+
+RECIPE = Recipe(
+    "Tiny/model",
+    None,
+    (RecipeGroup("mlp.down", "bf16", ("mlp.down_proj",)),),
+    made_by={"space": "test", "constraints": "at-least:attn.*=8"},
+    budget={"bits_per_weight": 5.0},
+    result=RecipeResult(bits_per_weight=5.0),
+)
+
+
+def test_uniform_recipes_note_the_request_that_they_answer(tmp_path: Path) -> None:
+    table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
+    found = _uniform_recipes(table, Choices(), RECIPE)
+    assert {"int4.g128", "int4.g32"} <= set(found)
+    for one in found.values():
+        assert RECIPE.made_by.items() <= one.made_by.items()
+        assert one.budget == RECIPE.budget
+
+
+@pytest.mark.parametrize(
+    ("of_router", "words"),
+    [("int4.g32", "for every layer is"), ("bf16", "for every layer that has a choice is")],
+)
+def test_a_uniform_scheme_is_said_to_be_of_the_layers_that_have_it(
+    of_router: str, words: str
+) -> None:
+    uniform = Recipe(
+        "Tiny/model",
+        None,
+        (
+            RecipeGroup("mlp.down", "int4.g32", ("mlp.down_proj",)),
+            RecipeGroup("router", of_router, ("router",)),
+        ),
+    )
+    measured = Mock(spec=Validation, bits_per_weight=4.5, kl_nats_per_token=0.1)
+    told: list[str] = []
+    names = {"recipe": RECIPE, "int4.g32": uniform}
+    assert _preferred(dict.fromkeys(names, measured), names, told.append) == "int4.g32"
+    assert told[0].startswith(f"int4.g32 {words} as small as the mixture")
