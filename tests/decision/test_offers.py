@@ -256,6 +256,25 @@ def test_the_cost_in_nats_has_an_error_bar_and_under_max_kl_it_is_in_bytes() -> 
     )
 
 
+def test_a_search_stands_where_the_one_without_its_constraints_breaks_the_budget_of_kl() -> None:
+    # Without: a in INT8, 1 ± 0.38, which two standard errors lift over 1.5. With: 1.2 for sure.
+    samples = {("a", "int8.channel"): (0.0, 2.0) * 4, ("a", "int4.g32"): (1.2,) * 8}
+    drawn = table_of(samples=8)
+    rows = [
+        replace(one, error=sum(errors) / 8, sample_errors=errors)
+        for one in drawn.rows
+        for errors in [samples.get((one.group, one.scheme), (0.0,) * 8)]
+    ]
+    table = replace(drawn, rows=tuple(rows))
+    budgets = replace(SIX_AND_A_HALF, max_kl=1.5)
+    request = Request(budgets, constraints=(constraint("fixed", A, "int4.g32"),), ties=False)
+    with pytest.raises(BudgetError, match="two standard errors included"):
+        decide(table, replace(request, constraints=()))
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group["a"] == "int4.g32"
+    assert constraint_note(table, request, decision) is None
+
+
 def test_a_budget_that_constraints_make_impossible_says_so() -> None:
     request = Request(SIX_AND_A_HALF, constraints=(constraint("fixed", A, "bf16"),))
     with pytest.raises(
