@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mofq.decision.budgets import Budgets
 from mofq.decision.choice import predict_chosen
-from mofq.decision.from_table import request_problem
+from mofq.decision.from_table import pricing_problem
 from mofq.decision.recipe import Recipe, RecipeResult
 from mofq.decision.request import Request
 from mofq.decision.result import chosen_result
@@ -28,7 +28,7 @@ def with_figures(recipe: Recipe, table: Table) -> Recipe:
     """
     if not recipe.is_edited:
         return recipe
-    problem = request_problem(table, Request(Budgets(), kv_cache=bool(recipe.kv_cache)))
+    problem = pricing_problem(table, Request(Budgets(), kv_cache=bool(recipe.kv_cache)))
     choice_F = problem.choice_of(recipe.scheme_of_group)
     prediction = predict_chosen(problem, Budgets(), choice_F)
     return replace(recipe, result=chosen_result(problem, choice_F, prediction))

@@ -63,6 +63,25 @@ def request_problem(table: Table, request: Request, *, is_constrained: bool = Tr
     )
 
 
+def pricing_problem(table: Table, request: Request) -> Problem:
+    """All rows of a table as options, to price recipes that other requests decided.
+
+    Args:
+        table: From `mofq measure`.
+        request: Its unit, corpora and cache count; its engine, constraints and what its search
+            space offers do not.
+    """
+    return problem_from_table(
+        table,
+        unit=request.unit,
+        corpus_weights=request.corpus_weights,
+        objective=request.objective,
+        space=request.space,
+        has_all_rows=True,
+        caches=CacheRequest(request.kv_tokens) if request.kv_cache else None,
+    )
+
+
 def _cache_request(request: Request) -> CacheRequest:
     refuses = None if request.engine is None else cache_legality(request.engine)
 
@@ -86,6 +105,7 @@ def problem_from_table(
     is_legal: Legal | None = None,
     constraints: Sequence[LayerConstraint] = (),
     is_constrained: bool = True,
+    has_all_rows: bool = False,
     caches: CacheRequest | None = None,
 ) -> Problem:
     """What a table offers, as a problem for the solvers.
@@ -101,6 +121,7 @@ def problem_from_table(
         is_legal: Which schemes a fusion group may have; by default all that are measured.
         constraints: Beside those of the space.
         is_constrained: Whether constraints count, those of the space included.
+        has_all_rows: Whether a group may have all that is measured, whatever spaces offer.
         caches: How the format of the KV cache is decided too; by default it is not.
 
     Returns:
@@ -118,7 +139,7 @@ def problem_from_table(
     spaces = spaces_of(table, space)
     offers = Offers(
         table,
-        spaces,
+        () if has_all_rows else spaces,
         is_legal=is_legal,
         constraints=constraints,
         is_constrained=is_constrained,
@@ -140,7 +161,7 @@ def problem_from_table(
             legal = [
                 one
                 for one in rows_of(cache.name)
-                if (not spaces or one[0].scheme in formats)
+                if (has_all_rows or not spaces or one[0].scheme in formats)
                 and (caches.is_legal is None or caches.is_legal(one[0].scheme, cache))
             ]
             groups.append(_cache_group(cache, legal))

@@ -18,6 +18,7 @@ from mofq.decision import (
     uniform_recipes,
     usage,
 )
+from mofq.decision.from_table import pricing_problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
@@ -98,8 +99,15 @@ def _is_mixed(problem: Problem, schemes: Sequence[str]) -> bool:
     return any(len(names) > 1 for names in kinds.values())
 
 
-def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
+def recipe_point(path: Path, table: Table, problem: Problem, request: Request) -> ReferencePoint:
     """A recipe from a file.
+
+    Args:
+        path: Of the recipe.
+        table: Of the drawing.
+        problem: Of the drawing, on which the recipe is predicted where that offers its schemes;
+            else on all rows of the table.
+        request: Of the drawing.
 
     Raises:
         RecipeError: The recipe is not valid, or is for another model than the table.
@@ -118,6 +126,8 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
             f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
             f"table ({weights}). Compare recipes of one model."
         )
+    if not _has_options(problem, _schemes_of(recipe, problem, label=path.name)):
+        problem = pricing_problem(table, request)
     point = replace(
         _point(recipe, problem, kind="recipe", label=path.name),
         recipe_sha256=hashlib.sha256(path.read_text("utf-8").encode()).hexdigest(),
@@ -135,10 +145,7 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
     solver = recipe.made_by.get("solver")
     solver = solver if isinstance(solver, str) else None
     knows_cache = problem.cached > 0 or all(one.parsed.is_unquantized for one in recipe.kv_cache)
-    if knows_cache and all(
-        scheme in [problem.schemes[p] for p in problem.options_of(number)]
-        for number, scheme in enumerate(schemes)
-    ):
+    if knows_cache and _has_options(problem, schemes):
         names = [group.name for group in problem.groups]
         choice_F = problem.choice_of(dict(zip(names, schemes, strict=True)))
         return _predicted(problem, choice_F, kind=kind, label=label, solver=solver)
@@ -152,6 +159,14 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
         value=recipe.kl_nats_per_token if problem.unit == KL_UNIT else None,
         stderr=None,
         schemes=schemes,
+    )
+
+
+def _has_options(problem: Problem, schemes: Sequence[str]) -> bool:
+    """Whether each group may have its scheme."""
+    return all(
+        scheme in [problem.schemes[p] for p in problem.options_of(number)]
+        for number, scheme in enumerate(schemes)
     )
 
 

@@ -20,12 +20,13 @@ from mofq.decision import (
 )
 from mofq.decision.constraint_cost import constraint_note
 from mofq.decision.difference import compare_recipes
+from mofq.decision.edited import with_figures
 from mofq.decision.explain import explain
 from mofq.decision.measured.study import StudyPlan, study_name
 from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.offers import spaces_of
 from mofq.decision.problem import Problem
-from mofq.decision.recipe import parse_recipe, recipe_text
+from mofq.decision.recipe import Recipe, parse_recipe, recipe_text
 from mofq.decision.request import request_flags
 from mofq.decision.uniform import has_uniform
 from mofq.evidence.constraints import ConstraintKind, LayerConstraint, parse_constraint
@@ -294,6 +295,28 @@ def test_recipes_are_compared_on_all_rows_whatever_the_constraints_of_the_space(
     found = compare_recipes(first, second, table)
     assert found.total is not None
     assert found.total.value == 1 + 3 - 8 - 3
+
+
+def edited(recipe: Recipe, scheme: str) -> Recipe:
+    """With another scheme of the group a, by hand."""
+    first, *others = recipe.groups
+    return replace(recipe, groups=(replace(first, scheme=scheme), *others))
+
+
+def test_an_edit_is_priced_on_all_rows_whatever_constraints_and_brackets_leave_out() -> None:
+    bracket = space("first", ("int8.channel", "int4.g32"), ("bf16",))
+    eight = replace(PLAIN, constraints=(constraint("at_least", A, "8"),))
+    for one in (bracket, eight):
+        table = table_of(spaces=(one,))
+        found = decide(table, Request(Budgets(max_bits=8.5))).recipe
+        other = edited(found, "int4.g32")
+        assert other.is_edited
+        result = with_figures(other, table).result
+        assert result.error == 8 + 2
+        assert result.bytes == 576 + 1088
+        total = compare_recipes(found, other, table).total
+        assert total is not None
+        assert total.value == 8 - 1
 
 
 def test_a_study_of_before_constraints_is_found_again() -> None:
