@@ -22,6 +22,7 @@ from mofq.decision.from_table import pricing_problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
+from mofq.decision.request import weights_text
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, RecipeError
 from mofq.model.kv_schemes import is_cache_scheme
@@ -133,8 +134,13 @@ def recipe_point(path: Path, table: Table, problem: Problem, request: Request) -
         recipe_sha256=hashlib.sha256(path.read_text("utf-8").encode()).hexdigest(),
     )
     own = recipe.kl_nats_per_token
-    made_of_table = recipe.made_by.get("table_sha256") == table.sha256
-    if problem.unit == KL_UNIT and made_of_table and own is not None:
+    drawn = {
+        "table_sha256": table.sha256,
+        "objective": request.objective,
+        "corpus_weights": weights_text(request.corpus_weights),
+    }
+    is_alike = all(recipe.made_by.get(key) == value for key, value in drawn.items())
+    if problem.unit == KL_UNIT and is_alike and own is not None:
         return replace(point, value=own, stderr=recipe.result.kl_stderr)
     return point
 

@@ -305,6 +305,21 @@ def test_a_recipe_that_the_drawing_does_not_offer_is_predicted_on_all_rows(
     assert point.value == recipe.kl_nats_per_token
 
 
+def test_a_recipe_for_other_weights_of_corpora_is_predicted_with_those_of_the_drawing(
+    tmp_path: Path,
+) -> None:
+    path = write_explore_table(tmp_path / "t.jsonl", decoder_layers=1, corpora=("en", "pt"))
+    table, mine = read_table(path), tmp_path / "mine.yaml"
+    request = Request(Budgets(max_bits=5.0), corpus_weights={"en": 1, "pt": 0}, ties=False)
+    recipe = decide(table, request).recipe
+    write_recipe(recipe, mine)
+    write_recipe(replace(recipe, made_by={}, result=RecipeResult()), tmp_path / "bare.yaml")
+    drawn, bare = read_drawing(table, recipes=[mine, tmp_path / "bare.yaml"]).recipes
+    assert drawn.value == bare.value != recipe.kl_nats_per_token
+    (same,) = read_drawing(table, recipes=[mine], request=request).recipes
+    assert same.value == recipe.kl_nats_per_token
+
+
 def test_a_recipe_of_another_model_is_refused(table: Table, path: Path, tmp_path: Path) -> None:
     recipe = decide(table, Request(Budgets(max_bits=5.0))).recipe
     write_recipe(replace(recipe, index_sha256="e" * 64), tmp_path / "other.yaml")
