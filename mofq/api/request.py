@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
@@ -65,39 +64,10 @@ def make_request(
 
 
 def read_corpus_weights(weights: str | Mapping[str, float] | None) -> dict[str, float] | None:
-    """What each corpus counts, as numbers.
+    """What each corpus counts, as numbers; see `read_weights`."""
+    from mofq.decision.request import read_weights
 
-    Raises:
-        MofqError: The text cannot be read, a weight is negative or not finite, or all are 0.
-    """
-    if weights is None:
-        return None
-    pairs = list(weights.items()) if isinstance(weights, Mapping) else _pairs(weights)
-    found = {name: float(number) for name, number in pairs}
-    wrong = next((name for name, one in found.items() if not 0 <= one < math.inf), None)
-    if wrong is not None:
-        raise MofqError(
-            f"corpus weights: needed a number of 0 or more for {wrong!r}, found {found[wrong]}."
-        )
-    if not any(found.values()):
-        raise MofqError("corpus weights: all are 0. Give a corpus that counts more.")
-    return found
-
-
-def _pairs(text: str) -> list[tuple[str, float]]:
-    pairs = []
-    for one in text.split(","):
-        name, _, number = one.strip().rpartition("=")
-        try:
-            pairs.append((name, float(number)))
-        except ValueError:
-            name = ""
-        if not name or name in dict(pairs[:-1]):
-            raise MofqError(
-                f"--corpus-weights {text}: cannot be read at {one!r}. Write each corpus once, as "
-                f"NAME=NUMBER, and a comma between them: en=3,pt=1."
-            )
-    return pairs
+    return None if weights is None else read_weights(weights, where="--corpus-weights")
 
 
 def _constraints(kind: ConstraintKind, values: LayerValues) -> list[LayerConstraint]:

@@ -13,6 +13,7 @@ from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.request import Request
 from mofq.decision.timing import request_budgets
 from mofq.evidence.table import Table
+from mofq.exceptions import BudgetError
 from mofq.model.sizes import bits_per_weight
 
 
@@ -26,10 +27,12 @@ def constraint_note(table: Table, request: Request, decision: Decision) -> str |
             a recipe for reasons that a prediction without constraints does not know.
 
     Returns:
-        The sentence; None where there are no constraints.
+        The sentence; None where there are no constraints, or where the solver finds no recipe
+        without them: a recipe of less error on the samples may be predicted to cost more, and
+        then break a budget of KL.
 
     Raises:
-        MofqError: As `decide`.
+        MofqError: As `decide`, but for budgets that are not met.
     """
     if not asked_constraints(table, request):
         return None
@@ -37,10 +40,13 @@ def constraint_note(table: Table, request: Request, decision: Decision) -> str |
     free = request_problem(table, request, is_constrained=False)
     free_budgets = request_budgets(table, free, request)
     solver = request.solver if request.solver in SOLVERS else "exact"
-    best_F = choose(free, free_budgets, solver=solver, ties=request.ties).choice_F
     ours_F = decision.choice_F
-    if decision.recipe.result.kl_measured is not None:
-        ours_F = choose(problem, budgets, solver=solver, ties=request.ties).choice_F
+    try:
+        best_F = choose(free, free_budgets, solver=solver, ties=request.ties).choice_F
+        if decision.recipe.result.kl_measured is not None:
+            ours_F = choose(problem, budgets, solver=solver, ties=request.ties).choice_F
+    except BudgetError:
+        return None
     return _cost(free, budgets, free.choice_of(problem.schemes_of(ours_F)), best_F)
 
 

@@ -104,7 +104,10 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
         uniform_error=None if uniform is None else problem.error_of(uniform[1]),
-        notes=_notes(table, problem, chosen, uniform, budgets=budgets),
+        notes=(
+            *_notes_of_search(problem, chosen, uniform, budgets=budgets),
+            *notes_of_prediction(table, problem, chosen.choice_F),
+        ),
         prices=chosen.solution.prices,
         unquantized_seconds=unquantized_seconds(table, request),
     )
@@ -132,15 +135,14 @@ def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:
     return is_offered and keeps_all(constraints, choice_F)
 
 
-def _notes(
-    table: Table,
+def _notes_of_search(
     problem: Problem,
     chosen: Chosen,
     uniform: tuple[str, IntArray] | None,
     *,
     budgets: Budgets,
-) -> tuple[str, ...]:
-    """What a user should know of a choice before trusting it."""
+) -> list[str]:
+    """What a user should know of how a choice came about."""
     notes = []
     if budgets == Budgets() and set(problem.schemes_of(chosen.choice_F).values()) == {"bf16"}:
         notes.append(
@@ -154,22 +156,32 @@ def _notes(
             every = "layer" if has_uniform(problem, uniform[0]) else "layer that has a choice"
             notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")
     linear = {budget.name for budget in budgets.linear}
-    notes += [
+    return notes + [
         f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "
         f"{one.shown(one.limit)}."
         for one in budget_constraints(problem, budgets)
         if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
     ]
-    if problem.unit == KL_UNIT:
-        notes += [
-            f"{count} calibration sequences are too few for error bars that mean anything"
-            f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}; calibrate with at least "
-            f"{FEW_SAMPLES}."
-            for corpus, count in _samples(table, problem).items()
-            if count < FEW_SAMPLES
-        ]
-        notes += _outlying_sequences(problem, chosen.choice_F)
-    return tuple(notes)
+
+
+def notes_of_prediction(table: Table, problem: Problem, choice_F: IntArray) -> tuple[str, ...]:
+    """What a user should know of a choice's prediction before trusting it.
+
+    Args:
+        table: That the problem is of.
+        problem: What might be chosen.
+        choice_F: One option of each fusion group.
+    """
+    if problem.unit != KL_UNIT:
+        return ()
+    few = (
+        f"{count} calibration sequences are too few for error bars that mean anything"
+        f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}; calibrate with at least "
+        f"{FEW_SAMPLES}."
+        for corpus, count in _samples(table, problem).items()
+        if count < FEW_SAMPLES
+    )
+    return (*few, *_outlying_sequences(problem, choice_F))
 
 
 def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:
@@ -178,10 +190,18 @@ def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:
     Gradients can grow by orders of magnitude at a single token. The expansion of second order
     then says more for it than any error can cost.
     """
+    if problem.sample_errors is None:
+        return []
+    errors_CN = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
+    mean_C = np.array([errors_N.mean() for errors_N in errors_CN])
+    if problem.objective == "mean":
+        weight_C = np.array(problem.corpus_weights) / sum(problem.corpus_weights)
+    else:
+        weight_C = (mean_C == mean_C.max()).astype(np.float64)
+    predicted = max((weight_C * mean_C).sum(), np.finfo(np.float64).tiny)
     notes = []
-    for corpus, e_PN in zip(problem.corpora, problem.sample_errors or (), strict=False):
-        errors_N = e_PN[choice_F].sum(axis=0)
-        share = errors_N.max() / max(errors_N.sum(), np.finfo(np.float64).tiny)
+    for corpus, weight, errors_N in zip(problem.corpora, weight_C, errors_CN, strict=True):
+        share = weight * errors_N.max() / len(errors_N) / predicted
         if len(errors_N) >= FEW_SAMPLES and share > _OUTLYING:
             where = f" of {corpus}" if len(problem.corpora) > 1 else ""
             notes.append(
@@ -193,10 +213,12 @@ def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:
 
 
 def _samples(table: Table, problem: Problem) -> dict[str | None, int]:
-    """How many samples the errors in nats of each corpus rest on."""
-    stats = table.header.stats
+    """How many samples the errors in nats of each corpus that counts rest on."""
+    stats, weights = table.header.stats, problem.corpus_weights
     if problem.sample_errors is not None:
-        return dict(
-            zip(problem.corpora, (e_PN.shape[1] for e_PN in problem.sample_errors), strict=True)
-        )
-    return {} if stats is None else dict.fromkeys(problem.corpora, stats.samples)
+        each = zip(problem.corpora, weights, problem.sample_errors, strict=True)
+        return {corpus: e_PN.shape[1] for corpus, weight, e_PN in each if weight}
+    if stats is None:
+        return {}
+    each_corpus = zip(problem.corpora, weights, strict=True)
+    return {corpus: stats.samples for corpus, weight in each_corpus if weight}

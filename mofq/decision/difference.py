@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mofq.decision.budgets import Budgets
-from mofq.decision.from_table import request_problem
+from mofq.decision.from_table import pricing_problem
 from mofq.decision.prediction import Estimate, paired_loss
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.recipe import Recipe
@@ -64,9 +64,7 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     ]
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
-    problem = request_problem(
-        table, Request(Budgets(), kv_cache=bool(caches)), is_constrained=False
-    )
+    problem = pricing_problem(table, Request(Budgets(), kv_cache=bool(caches)))
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []

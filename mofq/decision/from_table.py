@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mofq.decision.offers import Legal, Offers, spaces_of
+from mofq.decision.offers import Legal, Offers, engine_legality, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
     Objective,
@@ -16,13 +16,12 @@ from mofq.decision.problem import (
     build_problem,
 )
 from mofq.decision.request import Request, weights_in_order
-from mofq.engines import cache_legality, legality
+from mofq.engines import cache_legality
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import CacheLayer
-from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
 #: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
@@ -43,23 +42,35 @@ class CacheRequest:
 
 def request_problem(table: Table, request: Request, *, is_constrained: bool = True) -> Problem:
     """The rows of a table that a request may choose from; see `problem_from_table`."""
-    is_legal = None
-    if request.engine is not None:
-        refuses = legality(request.engine)
-
-        def is_legal(group: TableGroup, scheme: str) -> bool:
-            return refuses(parse_scheme(scheme), group) is None
-
     return problem_from_table(
         table,
         unit=request.unit,
         corpus_weights=request.corpus_weights,
         objective=request.objective,
         space=request.space,
-        is_legal=is_legal,
+        is_legal=engine_legality(request.engine),
         constraints=request.constraints,
         is_constrained=is_constrained,
         caches=_cache_request(request) if request.kv_cache else None,
+    )
+
+
+def pricing_problem(table: Table, request: Request) -> Problem:
+    """All rows of a table as options, to price recipes that other requests decided.
+
+    Args:
+        table: From `mofq measure`.
+        request: Its unit, corpora and cache count; its engine, constraints and what its search
+            space offers do not.
+    """
+    return problem_from_table(
+        table,
+        unit=request.unit,
+        corpus_weights=request.corpus_weights,
+        objective=request.objective,
+        space=request.space,
+        has_all_rows=True,
+        caches=CacheRequest(request.kv_tokens) if request.kv_cache else None,
     )
 
 
@@ -86,6 +97,7 @@ def problem_from_table(
     is_legal: Legal | None = None,
     constraints: Sequence[LayerConstraint] = (),
     is_constrained: bool = True,
+    has_all_rows: bool = False,
     caches: CacheRequest | None = None,
 ) -> Problem:
     """What a table offers, as a problem for the solvers.
@@ -101,6 +113,7 @@ def problem_from_table(
         is_legal: Which schemes a fusion group may have; by default all that are measured.
         constraints: Beside those of the space.
         is_constrained: Whether constraints count, those of the space included.
+        has_all_rows: Whether a group may have all that is measured, whatever spaces offer.
         caches: How the format of the KV cache is decided too; by default it is not.
 
     Returns:
@@ -118,7 +131,7 @@ def problem_from_table(
     spaces = spaces_of(table, space)
     offers = Offers(
         table,
-        spaces,
+        () if has_all_rows else spaces,
         is_legal=is_legal,
         constraints=constraints,
         is_constrained=is_constrained,
@@ -140,7 +153,7 @@ def problem_from_table(
             legal = [
                 one
                 for one in rows_of(cache.name)
-                if (not spaces or one[0].scheme in formats)
+                if (has_all_rows or not spaces or one[0].scheme in formats)
                 and (caches.is_legal is None or caches.is_legal(one[0].scheme, cache))
             ]
             groups.append(_cache_group(cache, legal))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mofq.decision.request import Request
 from mofq.decision.serving import refusals_by
+from mofq.engines import legality
 from mofq.evidence.constraints import (
     LayerConstraint,
     barred_schemes,
@@ -19,6 +20,7 @@ from mofq.evidence.constraints import (
 )
 from mofq.evidence.table import Table, TableGroup, TableSpace
 from mofq.exceptions import TableError, nearest_name
+from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
 #: How the reason of a rejection goes on that an exclusion is.
@@ -185,14 +187,16 @@ def _constrained(
     return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 
-def request_offers(table: Table, request: Request, *, is_constrained: bool = True) -> Offers:
-    """What a request may choose from, but for the engine: see `Offers`."""
-    return Offers(
-        table,
-        spaces_of(table, request.space),
-        constraints=request.constraints,
-        is_constrained=is_constrained,
-    )
+def engine_legality(engine: str | None) -> Legal | None:
+    """Which schemes an engine lets a fusion group have; None: no engine was named.
+
+    Raises:
+        EngineError: No engine has that name.
+    """
+    if engine is None:
+        return None
+    refuses = legality(engine)
+    return lambda group, scheme: refuses(parse_scheme(scheme), group) is None
 
 
 def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]:
@@ -203,7 +207,12 @@ def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]
     sizes: dict[str, dict[str, int]] = {}
     for row in table.rows:
         sizes.setdefault(row.group, {})[row.scheme] = row.bytes
-    offers = request_offers(table, request)
+    offers = Offers(
+        table,
+        spaces_of(table, request.space),
+        is_legal=engine_legality(request.engine),
+        constraints=request.constraints,
+    )
     refuses = None if request.engine is None else refusals_by(request.engine, table)
     for group in table.header.groups:
         found = refused.setdefault(group.name, {})

@@ -58,7 +58,7 @@ _TEXTS = ("text_sha256", "corpora_sha256")
 #: The solver of a recipe whose decisions are no longer those that were found.
 EDITED = "edited"
 #: Keys of made_by that say how decisions were found, and nothing of edited ones.
-_OF_SOLVER = ("seed", "tie_rule", "trials")
+_OF_SOLVER = ("seed", "tie_rule", "trials", "constraints")
 
 Scalar = str | int | float | bool | None
 

@@ -13,7 +13,7 @@ from mofq.engines.devices import DeviceModel
 from mofq.engines.latency import Workload
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.spaces import Offer
-from mofq.exceptions import BudgetError, TableError, nearest_name, option
+from mofq.exceptions import BudgetError, MofqError, TableError, nearest_name, option
 from mofq.model.sizes import group_bytes, weights_of
 
 #: Of `mofq search`.
@@ -70,6 +70,49 @@ def weights_text(weights: Mapping[str, float] | None) -> str | None:
     if weights is None:
         return None
     return ",".join(f"{name}={float(one)!r}".removesuffix(".0") for name, one in weights.items())
+
+
+def read_weights(weights: str | Mapping[str, float], *, where: str) -> dict[str, float]:
+    """What each corpus counts: the inverse of `weights_text`, or a mapping that is checked.
+
+    Args:
+        weights: ``en=3,pt=1``, or corpus -> what it counts.
+        where: Text stands, for messages.
+
+    Raises:
+        MofqError: The text cannot be read, a weight is no number, negative or not finite, or all
+            are 0.
+    """
+    pairs = weights.items() if isinstance(weights, Mapping) else _pairs(weights, where)
+    found = {}
+    for name, number in pairs:
+        try:
+            found[name] = float(number)
+        except (TypeError, ValueError):
+            found[name] = math.nan
+        if not 0 <= found[name] < math.inf:
+            raise MofqError(
+                f"corpus weights: needed a number of 0 or more for {name!r}, found {number!r}."
+            )
+    if not any(found.values()):
+        raise MofqError("corpus weights: all are 0. Give a corpus that counts more.")
+    return found
+
+
+def _pairs(text: str, where: str) -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for one in text.split(","):
+        name, _, number = one.strip().rpartition("=")
+        try:
+            pairs.append((name, float(number)))
+        except ValueError:
+            name = ""
+        if not name or name in dict(pairs[:-1]):
+            raise MofqError(
+                f"{where} {text}: cannot be read at {one!r}. Write each corpus once, as "
+                f"NAME=NUMBER, and a comma between them: en=3,pt=1."
+            )
+    return pairs
 
 
 def weights_in_order(weights: Mapping[str, float], corpora: Sequence[str]) -> tuple[float, ...]:

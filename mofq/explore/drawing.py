@@ -56,7 +56,7 @@ def read_drawing(
     if table.caches and not request.kv_cache and problem.unit == KL_UNIT:
         request = replace(request, kv_cache=True, budgets=Budgets(max_kv_bits=_UNQUANTIZED_BITS))
         problem = request_problem(table, request)
-    compared = tuple(recipe_point(path, table, problem) for path in recipes)
+    compared = tuple(recipe_point(path, table, problem, request) for path in recipes)
     # The validations of several runs have uniform schemes in common.
     found = (point for path in validations for point in measured_points(path, table.header))
     measured = [_joined(one, compared, problem) for one in dict.fromkeys(found)]

@@ -18,9 +18,11 @@ from mofq.decision import (
     uniform_recipes,
     usage,
 )
+from mofq.decision.from_table import pricing_problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
+from mofq.decision.request import weights_text
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, RecipeError
 from mofq.model.kv_schemes import is_cache_scheme
@@ -98,8 +100,15 @@ def _is_mixed(problem: Problem, schemes: Sequence[str]) -> bool:
     return any(len(names) > 1 for names in kinds.values())
 
 
-def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
+def recipe_point(path: Path, table: Table, problem: Problem, request: Request) -> ReferencePoint:
     """A recipe from a file.
+
+    Args:
+        path: Of the recipe.
+        table: Of the drawing.
+        problem: Of the drawing, on which the recipe is predicted where that offers its schemes;
+            else on all rows of the table.
+        request: Of the drawing.
 
     Raises:
         RecipeError: The recipe is not valid, or is for another model than the table.
@@ -118,13 +127,20 @@ def recipe_point(path: Path, table: Table, problem: Problem) -> ReferencePoint:
             f"{path}: was made for other weights (weights_sha256 {recipe.weights_sha256}) than the "
             f"table ({weights}). Compare recipes of one model."
         )
+    if not _has_options(problem, _schemes_of(recipe, problem, label=path.name)):
+        problem = pricing_problem(table, request)
     point = replace(
         _point(recipe, problem, kind="recipe", label=path.name),
         recipe_sha256=hashlib.sha256(path.read_text("utf-8").encode()).hexdigest(),
     )
     own = recipe.kl_nats_per_token
-    made_of_table = recipe.made_by.get("table_sha256") == table.sha256
-    if problem.unit == KL_UNIT and made_of_table and own is not None:
+    drawn = {
+        "table_sha256": table.sha256,
+        "objective": request.objective,
+        "corpus_weights": weights_text(request.corpus_weights),
+    }
+    is_alike = all(recipe.made_by.get(key) == value for key, value in drawn.items())
+    if problem.unit == KL_UNIT and is_alike and own is not None:
         return replace(point, value=own, stderr=recipe.result.kl_stderr)
     return point
 
@@ -135,10 +151,7 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
     solver = recipe.made_by.get("solver")
     solver = solver if isinstance(solver, str) else None
     knows_cache = problem.cached > 0 or all(one.parsed.is_unquantized for one in recipe.kv_cache)
-    if knows_cache and all(
-        scheme in [problem.schemes[p] for p in problem.options_of(number)]
-        for number, scheme in enumerate(schemes)
-    ):
+    if knows_cache and _has_options(problem, schemes):
         names = [group.name for group in problem.groups]
         choice_F = problem.choice_of(dict(zip(names, schemes, strict=True)))
         return _predicted(problem, choice_F, kind=kind, label=label, solver=solver)
@@ -152,6 +165,14 @@ def _point(recipe: Recipe, problem: Problem, *, kind: str, label: str) -> Refere
         value=recipe.kl_nats_per_token if problem.unit == KL_UNIT else None,
         stderr=None,
         schemes=schemes,
+    )
+
+
+def _has_options(problem: Problem, schemes: Sequence[str]) -> bool:
+    """Whether each group may have its scheme."""
+    return all(
+        scheme in [problem.schemes[p] for p in problem.options_of(number)]
+        for number, scheme in enumerate(schemes)
     )
 
 

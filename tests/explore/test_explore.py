@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
-from mofq.decision.recipe import write_recipe
+from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.evidence.constraints import parse_constraint
 from mofq.evidence.table import Extent, Profile, Table, read_table
 from mofq.exceptions import MofqError, RecipeError
 from mofq.explore.channel_profiles import profile_data
+from mofq.explore.drawing import read_drawing
 from mofq.explore.frontier_recipes import spaced_points
 from mofq.explore.html_page import page_html, write_page
 
@@ -290,6 +291,33 @@ def test_a_recipe_to_compare_is_predicted_from_the_table(
     assert point["bits_per_weight"] == recipe.result.bits_per_weight
     names = [data["schemes"][scheme]["name"] for scheme in point["schemes"]]
     assert names == [group.scheme for group in recipe.groups]
+
+
+def test_a_recipe_that_the_drawing_does_not_offer_is_predicted_on_all_rows(
+    table: Table, tmp_path: Path
+) -> None:
+    recipe = decide(table, Request(Budgets(max_bits=4.5), ties=False)).recipe
+    other = replace(recipe, made_by={}, result=RecipeResult())
+    write_recipe(other, tmp_path / "mine.yaml")
+    fixed = Request(Budgets(), constraints=(parse_constraint("fixed", "*", "bf16", where="here"),))
+    (point,) = read_drawing(table, recipes=[tmp_path / "mine.yaml"], request=fixed).recipes
+    assert point.bits_per_weight == recipe.bits_per_weight
+    assert point.value == recipe.kl_nats_per_token
+
+
+def test_a_recipe_for_other_weights_of_corpora_is_predicted_with_those_of_the_drawing(
+    tmp_path: Path,
+) -> None:
+    path = write_explore_table(tmp_path / "t.jsonl", decoder_layers=1, corpora=("en", "pt"))
+    table, mine = read_table(path), tmp_path / "mine.yaml"
+    request = Request(Budgets(max_bits=5.0), corpus_weights={"en": 1, "pt": 0}, ties=False)
+    recipe = decide(table, request).recipe
+    write_recipe(recipe, mine)
+    write_recipe(replace(recipe, made_by={}, result=RecipeResult()), tmp_path / "bare.yaml")
+    drawn, bare = read_drawing(table, recipes=[mine, tmp_path / "bare.yaml"]).recipes
+    assert drawn.value == bare.value != recipe.kl_nats_per_token
+    (same,) = read_drawing(table, recipes=[mine], request=request).recipes
+    assert same.value == recipe.kl_nats_per_token
 
 
 def test_a_recipe_of_another_model_is_refused(table: Table, path: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import predict_chosen
-from mofq.decision.decision import Decision
+from mofq.decision.decision import Decision, notes_of_prediction
 from mofq.decision.prediction import Estimate, estimate
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
@@ -155,7 +155,7 @@ def preferred_uniform(
 def decide_again(
     table: Table, request: Request, decision: Decision, choice_F: IntArray
 ) -> Decision:
-    """The decision with another choice, its sizes, predictions and time anew."""
+    """The decision with another choice, its sizes, predictions, notes and time anew."""
     if (choice_F == decision.choice_F).all():
         return decision
     problem, before = decision.problem, decision.recipe
@@ -177,6 +177,7 @@ def decide_again(
         choice_F=choice_F,
         finer_layers=used.finer_layers,
         uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+        notes=notes_of_prediction(table, problem, choice_F),
     )
 
 
