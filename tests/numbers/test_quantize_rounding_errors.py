@@ -155,7 +155,7 @@ def test_no_compiled_pass_reads_past_an_odd_block(dtype: torch.dtype, own_cache:
             check("errors", schemes, block_RI, compiled_pass(x_ARJK, torch.ones(())))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_quotient_of_a_bfloat16_and_its_scale_has_the_references_error(
     own_cache: Path,
 ) -> None:
