@@ -19,6 +19,7 @@ from typing import Literal, Protocol, TypeVar
 
 from mofq.exceptions import SchemeError, SearchSpaceError
 from mofq.files.validated import Name, only_these_keys
+from mofq.model.sizes import Matrix
 from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
 
 ConstraintKind = Literal["fixed", "at_least", "at_most"]
@@ -28,23 +29,8 @@ _POSITION = re.compile(r"(first|last):(\d+)")
 _SUGGESTED = 3
 
 
-class SelectableLayer(Protocol):
+class SelectableLayer(Matrix, Protocol):
     """A linear layer of a model or of a table."""
-
-    @property
-    def name(self) -> str:
-        """Of the module."""
-        ...
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        ...
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        ...
 
     @property
     def decoder_layer(self) -> int | None:

@@ -79,8 +79,7 @@ class TableWriter:
                 fewer schemes.
         """
         for known in self._lines.spaces:
-            is_same = known.sha256 == space.sha256 or space.extends(known)
-            if known.name == space.name and not is_same:
+            if known.name == space.name and not space.extends(known):
                 raise TableError(
                     f"{self.path}: has another definition of the search space {space.name!r} "
                     f"(sha256 {known.sha256[:8]}; asked for is {space.sha256[:8]}), and a search "
