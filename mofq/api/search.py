@@ -28,7 +28,7 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_output
 from mofq.api.request import make_request
-from mofq.exceptions import MofqError, option
+from mofq.exceptions import MofqError, Remark, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -307,7 +307,9 @@ def _decide_in_study(
             size = f"{short_bytes(round(point.size))} with the cache"
         tell(f"trial {point.trial}: {size}, {kl} nats per token")
     if found.frontier and study.trial is None:
-        tell("The same search, given the number of one as `trial`, takes its recipe.")
+        tell(
+            Remark(f"The same search with the number of one as {option('trial')} takes its recipe.")
+        )
     return found.decision
 
 

@@ -31,7 +31,7 @@ from mofq.decision.timing import (
 )
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.table import FEW_SAMPLES, Table
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, Remark
 
 #: The share of a predicted KL from which one calibration sequence is an outlier.
 _OUTLYING = 0.5
@@ -157,8 +157,10 @@ def _notes_of_search(
             notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")
     linear = {budget.name for budget in budgets.linear}
     return notes + [
-        f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "
-        f"{one.shown(one.limit)}."
+        Remark(
+            f"{one.option} does not bind: {one.shown(one.used(chosen.choice_F))} of "
+            f"{one.shown(one.limit)}."
+        )
         for one in budget_constraints(problem, budgets)
         if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
     ]

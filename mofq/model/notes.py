@@ -41,7 +41,8 @@ def _headless(checkpoint: Checkpoint, layers: ModelLayers) -> str | None:
         return None
     return (
         "It is stored as an embedding model, which predicts no tokens: what needs them (calibrate,"
-        " validate, run) refuses it. measure without --stats, recipe uniform and export do without."
+        " validate, run) refuses it. `mofq measure` without `--stats`, `mofq recipe uniform` and"
+        " `mofq export` do without."
     )
 
 

@@ -42,7 +42,7 @@ def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) 
     content = ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us", "--json").json
     assert content["seconds"] <= 0.9 * free
     loose = ok(*search, *TIMED, "--max-bits", "5", "--max-time", "1s").err
-    assert "max_time does not bind: " in loose
+    assert "--max-time does not bind: " in loose
     assert "of 1000 ms." in loose
     assert "does not bind" not in ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us").err
     assert content["prices"]["max_time"] > 0
