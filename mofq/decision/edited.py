@@ -7,8 +7,8 @@ from dataclasses import replace
 from mofq.decision.budgets import Budgets
 from mofq.decision.choice import predict_chosen
 from mofq.decision.from_table import pricing_problem
+from mofq.decision.pricing import pricing_request
 from mofq.decision.recipe import Recipe, RecipeResult
-from mofq.decision.request import Request, read_weights
 from mofq.decision.result import chosen_result
 from mofq.evidence.table import Table
 from mofq.model.layers import ModelLayers
@@ -30,23 +30,10 @@ def with_figures(recipe: Recipe, table: Table) -> Recipe:
     """
     if not recipe.is_edited:
         return recipe
-    problem = pricing_problem(table, _request_of(recipe))
+    problem = pricing_problem(table, pricing_request([recipe]))
     choice_F = problem.choice_of(recipe.scheme_of_group)
     prediction = predict_chosen(problem, Budgets(), choice_F)
     return replace(recipe, result=chosen_result(problem, choice_F, prediction))
-
-
-def _request_of(recipe: Recipe) -> Request:
-    """What the errors of a recipe are a sum of: its corpora, and the cache where it has one."""
-    weights = recipe.made_by.get("corpus_weights")
-    is_worst = recipe.made_by.get("objective") == "worst-corpus"
-    where = f"{recipe.title}: made_by: corpus_weights"
-    return Request(
-        Budgets(),
-        objective="worst-corpus" if is_worst else "mean",
-        corpus_weights=None if weights is None else read_weights(str(weights), where=where),
-        kv_cache=bool(recipe.kv_cache),
-    )
 
 
 def with_sizes(recipe: Recipe, layers: ModelLayers) -> Recipe:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mofq.decision.budgets import Budgets
 from mofq.decision.problem import Objective
@@ -70,6 +71,20 @@ def weights_text(weights: Mapping[str, float] | None) -> str | None:
     if weights is None:
         return None
     return ",".join(f"{name}={float(one)!r}".removesuffix(".0") for name, one in weights.items())
+
+
+def lowest_terms(weights: Mapping[str, float] | None) -> str | None:
+    """One text of all weights of corpora that mean the same: ``pt=2,en=6`` as ``en=3,pt=1``.
+
+    None where all corpora count the same.
+    """
+    if weights is None or len(set(weights.values())) == 1:
+        return None
+    exact = {name: Fraction(repr(float(weights[name]))) for name in sorted(weights)}
+    whole = math.lcm(*(one.denominator for one in exact.values()))
+    counts = {name: int(one * whole) for name, one in exact.items()}
+    most = math.gcd(*counts.values())
+    return ",".join(f"{name}={count // most}" for name, count in counts.items())
 
 
 def read_weights(weights: str | Mapping[str, float], *, where: str) -> dict[str, float]:
