@@ -477,7 +477,7 @@ def _check_request(
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
-    from mofq.evidence.constraints import check_selector
+    from mofq.evidence.constraints import selections_of
     from mofq.evidence.spaces import offer_schemes, selected_layers
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
@@ -491,9 +491,7 @@ def _check_request(
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
     selected_layers(space, layers)
-    selections = tuple(
-        check_selector(one.layers, layers.groups, what=str(one)) for one in request.constraints
-    )
+    selections = selections_of(request.constraints, layers.groups)
     offers = offer_schemes(
         space, layers.groups, legality=check, has_stats=True, constraints=request.constraints
     )

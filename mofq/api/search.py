@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.constraints import Selection
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
@@ -51,6 +52,7 @@ class SearchResult:
     engine: str | None  #: that the recipe was searched for
     refused: tuple[Refused, ...]  #: what the engine keeps from the search
     explained: tuple[Explanation, ...]  #: of the layers that were asked for
+    selections: tuple[Selection, ...]  #: how many layers each constraint of the request names
     seconds: float
 
     @property
@@ -78,6 +80,7 @@ class SearchResult:
             "notes": list(decision.notes),
             "schemes": dict(Counter(recipe.schemes.values())),
             "kv_cache": dict(Counter(one.scheme for one in recipe.kv_cache)),
+            "selections": [asdict(one) for one in self.selections],
             "refused": [asdict(one) for one in self.refused],
             "served_by": list(self.served_by()),
             "explained": [asdict(one) for one in self.explained],
@@ -116,6 +119,7 @@ def search(
     from mofq.decision.explain import check_layers
     from mofq.decision.explain import explain as explain_layer
     from mofq.decision.serving import engine_refusals
+    from mofq.evidence.constraints import selections_of
 
     start = monotonic()
     path = None if output is None else Path(output)
@@ -154,6 +158,7 @@ def search(
         engine=choices.engine,
         refused=engine_refusals(opened, request),
         explained=tuple(explain_layer(opened, request, decision, layer) for layer in explain),
+        selections=selections_of(request.constraints, opened.header.groups),
         seconds=monotonic() - start,
     )
 

@@ -37,7 +37,12 @@ def test_a_search_goes_around_what_is_fixed_and_says_what_that_costs(
     assert set(explained["rejected"].values()) == {"fixed first:1=bf16"}
     noted = load_recipe(recipe).made_by["constraints"]
     assert noted == "fixed first:1=bf16; at_least mlp.down=6"
-    assert "The constraints cost" in ok(*asked).err
+    assert [(one["layers"], one["groups"]) for one in content["selections"]] == [(7, 4), (6, 6)]
+    shown = ok(*asked).err
+    assert (
+        "fixed first:1=bf16: 7 layers in 4 fusion groups.\nat_least mlp.down=6: 6 layers" in shown
+    )
+    assert "The constraints cost" in shown
 
 
 def test_python_gives_the_same_constraints_as_a_mapping(measured: Measured) -> None:

@@ -29,6 +29,8 @@ _PRICED = {
 def show_search(result: SearchResult) -> None:
     """Figures and a histogram of schemes, refusals, explanations, and what comes next."""
     _print_decision(result.decision, title=str(result.output))
+    for selection in result.selections:
+        note(f"{selection}.")
     for each in result.refused:
         names = ", ".join(each.schemes)
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
