@@ -138,6 +138,12 @@ def search(
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
             _check_output(file, table, on_model, timing, name="storage")
+            if study.trial is not None and not file.exists():
+                raise MofqError(
+                    f"{option('trial', study.trial)}: there is no study in {file}. Give the "
+                    f"{option('storage')} of the search that named the trial; by default it lies "
+                    f"beside {option('output')}."
+                )
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
