@@ -25,7 +25,11 @@ from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import weights_text
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, RecipeError
+from mofq.explore.measured_points import MeasuredPoint
 from mofq.model.kv_schemes import is_cache_scheme
+
+#: Sizes that differ by less are one: a file has them as a quotient.
+_SAME_BITS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,19 @@ def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[Re
         if not best or (one.value or 0.0) < (best[-1].value or 0.0):
             best.append(one)
     return (*points, *(one for one in best if one not in points))
+
+
+def measured_uniform(measured: MeasuredPoint, references: Sequence[ReferencePoint]) -> int | None:
+    """The place of the uniform scheme that was measured; None: it is of none of them.
+
+    Of the same name and size: constraints, and what a search space excludes, leave a uniform
+    scheme other layers.
+    """
+    for number, one in enumerate(references):
+        bits = one.bits_per_weight
+        if one.kind == "uniform" and one.label == measured.label and bits is not None:
+            return number if abs(bits - measured.bits_per_weight) < _SAME_BITS else None
+    return None
 
 
 def greedy_points(
