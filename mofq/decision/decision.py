@@ -14,7 +14,7 @@ from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request
+from mofq.decision.request import Request, without
 from mofq.decision.result import (
     budget_figures,
     chosen_result,
@@ -124,8 +124,7 @@ def _blamed_constraints(table: Table, request: Request) -> str:
         choose(free, budgets, solver=request.solver, ties=request.ties)
     except BudgetError:
         return ""
-    named = ", ".join(f"`{one}`" for one in constraints)
-    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."
+    return without(constraints)
 
 
 def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:

@@ -113,7 +113,7 @@ def test_a_space_that_is_measured_into_a_table_of_others_keeps_its_exclusions(
         (("--fix", "*.layer.0.*=bf16"), "fixed *.layer.0.*=bf16 matches no layer."),
         (("--fix", "first:1"), "--fix first:1: write LAYERS=VALUE"),
         (("--at-most", "attn.*=1"), "`at_most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
-        (("--at-least", "*=8"), "the smallest possible in this search space is 8."),
+        (("--at-least", "*=8"), "Without it the budgets can be met: `at_least *=8`."),
         (("--objective", "best"), "unknown objective 'best'."),
         (
             ("--objective", "worst-corpus", "--corpus-weights", "en=2,pt=1"),
