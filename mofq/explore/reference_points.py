@@ -89,7 +89,12 @@ def measured_uniform(measured: MeasuredPoint, references: Sequence[ReferencePoin
 def greedy_points(
     problem: Problem, uniforms: Sequence[ReferencePoint], budgets: Budgets
 ) -> tuple[ReferencePoint, ...]:
-    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes."""
+    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes.
+
+    Where constraints hold, a uniform scheme is a mixture too: what is one of these is none of its
+    own.
+    """
+    drawn = {one.schemes for one in uniforms}
     found: dict[tuple[str, ...], ReferencePoint] = {}
     for size in sorted({one.at for one in uniforms if one.at is not None}):
         limit = replace(budgets, max_bits=size)
@@ -100,7 +105,7 @@ def greedy_points(
         except BudgetError:
             continue  # no width is as small for every fusion group
         schemes = tuple(problem.schemes[int(p)] for p in choice_F)
-        if _is_mixed(problem, schemes) and schemes not in found:
+        if _is_mixed(problem, schemes) and schemes not in drawn and schemes not in found:
             at = axis_value(problem, choice_F)
             shown = f"{at / 1e6:.4g} MB" if problem.kv_tokens else f"{at:.2f} bits"
             found[schemes] = _predicted(

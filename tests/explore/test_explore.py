@@ -162,6 +162,19 @@ def test_what_greedy_chooses_at_the_size_of_a_uniform_scheme_is_a_point(
     assert greedy["label"] == "greedy, 4.50 bits"
 
 
+def test_a_uniform_scheme_around_constraints_is_no_point_of_greedy_too(
+    table: Table, path: Path
+) -> None:
+    fixed = parse_constraint("fixed", "first:1", "bf16", where="test")
+    references = data_of(table, path, request=Request(Budgets(), constraints=(fixed,)))[
+        "references"
+    ]
+    uniforms = [one["schemes"] for one in references if one["kind"] == "uniform"]
+    assert any(len(set(schemes)) > 1 for schemes in uniforms)
+    greedy = [one["schemes"] for one in references if one["kind"] == "greedy"]
+    assert not [schemes for schemes in greedy if schemes in uniforms]
+
+
 def test_profiles_are_in_the_page_to_one_step_of_their_scale(
     data: dict[str, Any], table: Table
 ) -> None:
