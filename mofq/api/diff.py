@@ -105,6 +105,7 @@ def diff(
     """
     from mofq.decision.difference import compare_recipes
     from mofq.decision.edited import with_figures
+    from mofq.decision.pricing import pricing_request
 
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")
@@ -113,7 +114,8 @@ def diff(
     weights = read_corpus_weights(corpus_weights)
     found = compare_recipes(a, b, opened, corpus_weights=weights)
     if opened is not None:
-        a, b = with_figures(a, opened), with_figures(b, opened)
+        request = pricing_request([a, b], corpus_weights=weights)
+        a, b = with_figures(a, opened, request), with_figures(b, opened, request)
     return DiffResult((_name(first, "first"), _name(second, "second")), (a, b), found)
 
 

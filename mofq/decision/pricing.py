@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mofq.decision.budgets import Budgets
-from mofq.decision.problem import Objective
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, lowest_terms, read_weights
 
@@ -28,21 +28,23 @@ def pricing_request(
         return Request(Budgets(), corpus_weights=corpus_weights, kv_cache=kv_cache)
     # A recipe that no search found says no objective, and agrees with all.
     found = [_asked(one) for one in recipes if "objective" in one.made_by]
-    objective, weights = found[0] if found else ("mean", None)
-    if any(one[0] != objective or _differ(one[1], weights) for one in found):
-        objective, weights = "mean", None
-    return Request(Budgets(), objective=objective, corpus_weights=weights, kv_cache=kv_cache)
+    if not found or not all(counts_alike(one, found[0]) for one in found):
+        return Request(Budgets(), kv_cache=kv_cache)
+    return replace(found[0], kv_cache=kv_cache)
 
 
-def _asked(recipe: Recipe) -> tuple[Objective, Mapping[str, float] | None]:
+def counts_alike(one: Request, other: Request) -> bool:
+    """Whether several corpora count the same in two requests."""
+    weights = (lowest_terms(each.corpus_weights) for each in (one, other))
+    return one.objective == other.objective and len(set(weights)) == 1
+
+
+def _asked(recipe: Recipe) -> Request:
     weights = recipe.made_by.get("corpus_weights")
     is_worst = recipe.made_by.get("objective") == "worst-corpus"
     where = f"{recipe.title}: made_by: corpus_weights"
-    return (
-        "worst-corpus" if is_worst else "mean",
-        None if weights is None else read_weights(str(weights), where=where),
+    return Request(
+        Budgets(),
+        objective="worst-corpus" if is_worst else "mean",
+        corpus_weights=None if weights is None else read_weights(str(weights), where=where),
     )
-
-
-def _differ(one: Mapping[str, float] | None, other: Mapping[str, float] | None) -> bool:
-    return lowest_terms(one) != lowest_terms(other)

@@ -9,6 +9,7 @@ from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Request, decide
 from mofq.decision.difference import Difference, compare_recipes
+from mofq.decision.edited import with_figures
 from mofq.decision.recipe import Recipe
 from mofq.evidence.table import Table, read_table
 
@@ -57,6 +58,19 @@ def test_recipes_that_do_not_agree_are_compared_on_all_corpora_alike(table: Tabl
     made_by = {key: one for key, one in second.made_by.items() if key != "corpus_weights"}
     other = replace(second, made_by=made_by)
     assert compare_recipes(first, other, table).corpus_weights == {"en": 1.0, "pt": 1.0}
+
+
+def test_figures_hold_where_corpora_count_as_they_did(table: Table) -> None:
+    first, _ = pair(table, Request(Budgets(), corpus_weights={"en": 3.0, "pt": 1.0}))
+    assert (
+        with_figures(first, table, Request(Budgets(), corpus_weights={"pt": 2, "en": 6})) is first
+    )
+    en, pt, both = (
+        with_figures(first, table, Request(Budgets(), corpus_weights=weights)).result.error or 0.0
+        for weights in ({"en": 1, "pt": 0}, {"en": 0, "pt": 1}, {"en": 1, "pt": 1})
+    )
+    assert both == pytest.approx((en + pt) / 2)
+    assert first.result.error == pytest.approx((3 * en + pt) / 4)
 
 
 def test_a_difference_of_recipes_for_the_worst_corpus_is_that_of_the_worst(table: Table) -> None:
