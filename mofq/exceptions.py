@@ -1,4 +1,7 @@
-"""Errors that a user can mend. The command line prints them without a traceback."""
+"""Errors that a user can mend, and how messages name options.
+
+The command line prints errors without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,47 @@ _OPTION = re.compile("⟨(.+?)(?:=(.*?))?⟩")
 
 
 def option(name: str, value: object = None) -> str:
-    """An option in the message of an error.
+    """An option in the message of an error, or in a `Remark`.
 
     Args:
         name: As Python calls it, ``"max_bits"``; the command line shows ``--max-bits``.
         value: That was given, or should be; None: no value is named.
     """
     return f"⟨{name}⟩" if value is None else f"⟨{name}={value}⟩"
+
+
+def _spelled(template: str, flag: Callable[[str], str], between: str) -> str:
+    """A message with its options as an interface writes them."""
+
+    def spell(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return flag(name) if value is None else f"{flag(name)}{between}{value}"
+
+    return _OPTION.sub(spell, template)
+
+
+class Remark(str):
+    """A line that a user should read, which names options by `option`.
+
+    It reads as Python writes them; the command line spells it anew. (What is made of it, by
+    `str.join` or in another text, stays as Python writes it.)
+    """
+
+    __slots__ = ("_template",)
+    _template: str
+
+    def __new__(cls, template: str) -> Remark:
+        """The line, from a text with options by `option`."""
+        made = super().__new__(cls, _spelled(template, lambda name: name, "="))
+        made._template = template
+        return made
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self._template,)
+
+    def spelled(self, flag: Callable[[str], str], between: str = " ") -> str:
+        """The line with options as another interface writes them; see `MofqError.spelled`."""
+        return _spelled(self._template, flag, between)
 
 
 class MofqError(Exception):
@@ -42,12 +79,7 @@ class MofqError(Exception):
             flag: From an option's name in Python to the other.
             between: An option and its value.
         """
-
-        def spell(found: re.Match[str]) -> str:
-            name, value = found.groups()
-            return flag(name) if value is None else f"{flag(name)}{between}{value}"
-
-        return _OPTION.sub(spell, self.template)
+        return _spelled(self.template, flag, between)
 
 
 class CheckpointError(MofqError):

@@ -14,7 +14,7 @@ from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, sources_of
 from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
 from mofq.api.preconditions import check_device, check_folder
-from mofq.exceptions import ClusterError, StatsError, option
+from mofq.exceptions import ClusterError, Remark, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.dtypes import check_dtype
 
@@ -82,9 +82,12 @@ def few_sequences(plan: Plan) -> list[str]:
 
     kept = {corpus.name: len(corpus.kept_indices) for corpus in plan.corpora}
     return [
-        f"corpus {name}: {count} calibration sequences are too few for error bars that mean "
-        f"anything. Give at least {FEW_SAMPLES}, of {plan.sequence_length} tokens each: a longer "
-        f"text, or larger --sequences and --keep, or a smaller --sequence-length."
+        Remark(
+            f"corpus {name}: {count} calibration sequences are too few for error bars that mean "
+            f"anything. Give at least {FEW_SAMPLES}, of {plan.sequence_length} tokens each: a "
+            f"longer text, or larger {option('sequences')} and {option('keep')}, or a smaller "
+            f"{option('sequence_length')}."
+        )
         for name, count in kept.items()
         if count * plan.draws < FEW_SAMPLES
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_recipe, open_table
 from mofq.api.options import Option, Tell, documented
+from mofq.api.request import read_corpus_weights
+from mofq.exceptions import MofqError, option
 
 if TYPE_CHECKING:
     from mofq.decision.difference import Difference
@@ -20,6 +23,15 @@ SecondRecipe = Annotated[
 ]
 PricingTable = Annotated[
     "Table | str | Path | None", Option("From `mofq measure`: what each change costs.")
+]
+#: As `CorpusWeights`, which by default are not known here.
+DiffWeights = Annotated[
+    str | Mapping[str, float] | None,
+    Option(
+        "What each corpus counts in a cost, e.g. en=3,pt=1; by default as the recipes say, or the "
+        "same where they do not agree.",
+        read_as=str,
+    ),
 ]
 
 
@@ -58,6 +70,9 @@ class DiffResult:
             content["kv_bits"] = self.kv_bits
         if found.total is not None:
             content["unit"] = found.unit
+            if found.objective is not None:
+                content["objective"] = found.objective
+                content["corpus_weights"] = found.corpus_weights
             content["difference"] = {"error": found.total.value, "stderr": found.total.stderr}
             content["groups"] = {
                 one.group: {
@@ -77,6 +92,7 @@ def diff(
     second: SecondRecipe,
     *,
     table: PricingTable = None,
+    corpus_weights: DiffWeights = None,
     tell: Tell | None = None,
 ) -> DiffResult:
     """What changed between two recipes, and what it costs.
@@ -89,12 +105,17 @@ def diff(
     """
     from mofq.decision.difference import compare_recipes
     from mofq.decision.edited import with_figures
+    from mofq.decision.pricing import pricing_request
 
+    if corpus_weights is not None and table is None:
+        raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")
     a, b = open_recipe(first), open_recipe(second)
     opened = None if table is None else open_table(table, tell)
-    found = compare_recipes(a, b, opened)
+    weights = read_corpus_weights(corpus_weights)
+    found = compare_recipes(a, b, opened, corpus_weights=weights)
     if opened is not None:
-        a, b = with_figures(a, opened), with_figures(b, opened)
+        request = pricing_request([a, b], corpus_weights=weights)
+        a, b = with_figures(a, opened, request), with_figures(b, opened, request)
     return DiffResult((_name(first, "first"), _name(second, "second")), (a, b), found)
 
 

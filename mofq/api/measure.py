@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mofq.api.calibrate import unseen_experts
 from mofq.api.options import Engine, Model, Option, Space, Tell, Where, documented, silent
 from mofq.api.preconditions import check_device, check_engine, check_output
+from mofq.exceptions import Remark, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,7 +67,12 @@ class MeasureResult:
         if self.stats is not None:
             lines += unseen_experts(self.stats)
         elif any("+" in name for name in content["schemes"]):
-            lines.append("  Without --stats, what rounding activations costs is not in the errors.")
+            lines.append(
+                Remark(
+                    f"  Without {option('stats')}, what rounding activations costs is not in the "
+                    f"errors."
+                )
+            )
         return lines
 
 

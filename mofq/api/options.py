@@ -228,6 +228,23 @@ LayerValues = Mapping[str, str | float] | Sequence[str]
 AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", positional=True)]
 
 
+#: Layers -> what they must have.
+Fixed = Annotated[
+    LayerValues,
+    Option("LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16'; repeatable.", flag="--fix"),
+]
+AtLeast = Annotated[
+    LayerValues,
+    Option("LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'attn.*=g64'; repeatable."),
+]
+AtMost = Annotated[
+    LayerValues, Option("The same, as the most bits or the finest granularity; repeatable.")
+]
+
+
+Objective = Annotated[
+    Literal["mean", "worst-corpus"], Option("Over corpora: mean or worst-corpus.")
+]
 #: Corpus -> what it counts, or ``en=3,pt=1``.
 CorpusWeights = Annotated[
     str | Mapping[str, float] | None,
@@ -263,17 +280,9 @@ class Choices:
     space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
         None
     )
-    fixed: Annotated[
-        LayerValues,
-        Option("LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16'; repeatable.", flag="--fix"),
-    ] = ()
-    at_least: Annotated[
-        LayerValues,
-        Option("LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'attn.*=g64'; repeatable."),
-    ] = ()
-    at_most: Annotated[
-        LayerValues, Option("The same, as the most bits or the finest granularity; repeatable.")
-    ] = ()
+    fixed: Fixed = ()
+    at_least: AtLeast = ()
+    at_most: AtMost = ()
     unit: Annotated[str | None, Option("Of the rows to use; nats where there are.")] = None
     corpus_weights: CorpusWeights = None
     max_kv_bits: Annotated[
@@ -312,9 +321,7 @@ class Method:
     solver: Annotated[Literal["exact", "greedy", "optuna"], Option("exact, greedy or optuna.")] = (
         "exact"
     )
-    objective: Annotated[
-        Literal["mean", "worst-corpus"], Option("Over corpora: mean or worst-corpus.")
-    ] = "mean"
+    objective: Objective = "mean"
     ties: Annotated[
         Literal["on", "off"], Option("on: choices within noise go to the simpler scheme.")
     ] = "on"

@@ -33,8 +33,8 @@ def make_request(
     weights = read_corpus_weights(choices.corpus_weights)
     if weights is not None and method.objective != "mean":
         raise MofqError(
-            f"corpus weights are of the mean over corpora. Leave them or --objective "
-            f"{method.objective} out."
+            f"{option('corpus_weights')} is of the mean over corpora. Leave it or "
+            f"{option('objective', method.objective)} out."
         )
     if choices.kv_formats and not choices.decides_cache:
         raise MofqError(
@@ -67,21 +67,19 @@ def read_corpus_weights(weights: str | Mapping[str, float] | None) -> dict[str, 
     """What each corpus counts, as numbers; see `read_weights`."""
     from mofq.decision.request import read_weights
 
-    return None if weights is None else read_weights(weights, where="--corpus-weights")
+    return None if weights is None else read_weights(weights, where=option("corpus_weights"))
 
 
 def _constraints(kind: ConstraintKind, values: LayerValues) -> list[LayerConstraint]:
     """Constraints from ``LAYERS=VALUE``, or from selectors with their values."""
-    from mofq.decision.request import CONSTRAINT_FLAGS
     from mofq.evidence.constraints import parse_constraint
 
     if isinstance(values, Mapping):
         pairs = [(selector, str(value)) for selector, value in values.items()]
     else:
         pairs = [(one.partition("=")[0], one.partition("=")[2]) for one in values]
-    flag = CONSTRAINT_FLAGS[kind]
     return [
-        parse_constraint(kind, selector, value, where=f"{flag} {selector}")
+        parse_constraint(kind, selector, value, where=option(kind, selector))
         for selector, value in pairs
     ]
 

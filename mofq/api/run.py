@@ -15,13 +15,18 @@ from mofq.api.export import ExportResult, export
 from mofq.api.inputs import load_corpora, load_named, sources_of
 from mofq.api.measure import measure
 from mofq.api.options import (
+    AtLeast,
+    AtMost,
     Budget,
     Choices,
     Corpora,
     CorpusWeights,
     Device,
     Engine,
+    Fixed,
+    Method,
     Model,
+    Objective,
     Option,
     Samples,
     Sequences,
@@ -33,7 +38,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
-from mofq.api.request import make_budgets, make_request, read_corpus_weights
+from mofq.api.request import make_request, read_corpus_weights
 from mofq.api.run_folder import (
     SEARCHED,
     Asked,
@@ -44,13 +49,15 @@ from mofq.api.run_folder import (
     write_results,
 )
 from mofq.api.search import search
-from mofq.exceptions import BudgetError, CorpusError, MofqError, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
+    from mofq.decision import Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
+    from mofq.evidence.constraints import Selection
     from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
@@ -58,7 +65,7 @@ if TYPE_CHECKING:
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
 #: What a recipe notes of the request, beside its budget.
-_ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights")
+_ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights", "objective")
 #: Uniform schemes that the recipe is compared with on the real model.
 _MOST_UNIFORM = 4
 #: What another tool's recipe is called in the folder of a run.
@@ -76,6 +83,7 @@ class RunResult:
     preferred: str  #: its key in ``validations``
     validations: Mapping[str, Validation]  #: of the searched recipe and of uniform schemes
     table: Table
+    request: Request  #: that the recipe answers
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
 
@@ -129,6 +137,10 @@ def run(
         Option("NAME=FILE for calibration; repeatable. Bundled text by default.", flag="--corpus"),
     ] = (),
     corpus_weights: CorpusWeights = None,
+    objective: Objective = "mean",
+    fixed: Fixed = (),
+    at_least: AtLeast = (),
+    at_most: AtMost = (),
     text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
     windows: Windows = Windows(),
@@ -140,8 +152,9 @@ def run(
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
     Recipe, validation and model appear when all of them are there. What a former run into the
-    folder measured is kept and not done again. Its results for another budget, space or engine
-    stay; those of this run then say in their names how they differ, as ``recipe-5.0bits.yaml``.
+    folder measured is kept and not done again. Its results for another budget, space, engine or
+    constraint on layers, or for corpora that count otherwise, stay; those of this run then say in
+    their names how they differ, as ``recipe-5.0bits.yaml``.
     Calibration takes sequences as long as the windows.
 
     Returns:
@@ -154,7 +167,20 @@ def run(
     folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
     sources = sources_of(corpora) or (_BUNDLED_TEXT,)
     check_folder(folder, folders=[model])
-    loaded, checkpoint = _check_budget(model, space, budget, engine)
+    from mofq.evidence.spaces import load_search_space
+
+    loaded = load_search_space(space)
+    choices = Choices(
+        engine=engine,
+        space=loaded.name,
+        fixed=fixed,
+        at_least=at_least,
+        at_most=at_most,
+        corpus_weights=corpus_weights,
+    )
+    method = Method(objective=objective)
+    request = make_request(choices, budget=budget, method=method)
+    checkpoint, selections = _check_request(model, loaded, request)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     windows = _checked_windows(checkpoint, text, windows)
@@ -166,15 +192,17 @@ def run(
     from mofq.evidence.measure.fill_table import table_space
 
     with hold_folder(folder, busy):
-        choices = Choices(engine=engine, space=loaded.name, corpus_weights=corpus_weights)
-        request = make_request(choices, budget=budget)
-        asked = Asked.of_request(request, space_sha256=loaded.sha256)
+        asked = Asked.of_request(request, loaded)
         files = find_files(folder, asked, table_space(loaded, engine))
+        _tell_all((f"{one}." for one in selections), tell)
         if not corpora:
             tell(
-                f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
-                f"administering Debian. Errors differ between texts: give text like what the model "
-                f"will see as corpus, and other text of the kind to validate on."
+                Remark(
+                    f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
+                    f"administering Debian. Errors differ between texts: give text like what the "
+                    f"model will see as {option('corpora')}, and other text of the kind as "
+                    f"{option('text')} to validate on."
+                )
             )
         seconds: dict[str, float] = {}
         stats = files.stats
@@ -206,9 +234,9 @@ def run(
             _tell_all(measured.summary(), tell)
         table = measured.table
         with _timed(seconds, "search"):
-            found = search(table, budget=budget, choices=choices, tell=tell)
+            found = search(table, budget=budget, choices=choices, method=method, tell=tell)
             _tell_all(found.decision.notes, tell)
-            uniform = _uniform_recipes(table, choices, found.recipe)
+            uniform = _uniform_recipes(table, request, found.recipe)
             candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
         with _timed(seconds, "validate"):
             validations = _validate(
@@ -243,6 +271,7 @@ def run(
         preferred=name,
         validations=validations,
         table=table,
+        request=request,
         seconds=seconds,
         export=exported,
     )
@@ -305,14 +334,14 @@ def _tell_all(lines: Iterable[str], tell: Tell) -> None:
         tell(line)
 
 
-def _uniform_recipes(table: Table, choices: Choices, recipe: Recipe) -> dict[str, Recipe]:
+def _uniform_recipes(table: Table, request: Request, recipe: Recipe) -> dict[str, Recipe]:
     """The best uniform schemes of about the recipe's size, or the smallest where all are larger.
 
     Each notes the request that it answers as the recipe does: one of them may take its place.
     """
     from mofq.decision import uniform_recipes
 
-    every = uniform_recipes(table, make_request(choices))
+    every = uniform_recipes(table, request)
     others = {name: one for name, one in every.items() if one.schemes != recipe.schemes}
     most = 1.02 * (recipe.bits_per_weight or 0.0)
     fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= most]
@@ -437,40 +466,44 @@ def _read_export(
     return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
 
 
-def _check_budget(
-    model: str, space: str | Path, budget: Budget, engine: str | None
-) -> tuple[SearchSpace, Checkpoint]:
+def _check_request(
+    model: str, space: SearchSpace, request: Request
+) -> tuple[Checkpoint, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        The search space and the model, opened.
+        The model, opened, and how many layers each of the request's constraints names.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
-    from mofq.evidence.spaces import load_search_space, offer_schemes, selected_layers
+    from mofq.evidence.constraints import selections_of
+    from mofq.evidence.spaces import offer_schemes, selected_layers
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.layers.model_class import check_next_tokens
     from mofq.model.notes import wider_dtype
 
-    loaded, budgets = load_search_space(space), make_budgets(budget)
+    engine, budgets = request.engine, request.budgets
     check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
-    selected_layers(loaded, layers)
-    offers = offer_schemes(loaded, layers.groups, legality=check, has_stats=True)
-    if not budgets.any_given and any(one.is_unquantized for one in loaded.schemes):
+    selected_layers(space, layers)
+    selections = selections_of(request.constraints, layers.groups)
+    offers = offer_schemes(
+        space, layers.groups, legality=check, has_stats=True, constraints=request.constraints
+    )
+    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
         raise BudgetError(
             f"needed a budget, found none; without one every layer stays as it is. Give "
             f"{option('max_bits', 5)}, {option('max_size', '4GB')} or {option('max_kl', 0.02)}, "
             f"for example."
         )
-    if budget.max_finer is not None and not loaded.base:
+    if budgets.max_finer is not None and not space.base:
         raise BudgetError(
-            f"{option('max_finer')}: the search space {loaded.name} names no `base` schemes, so "
+            f"{option('max_finer')}: the search space {space.name} names no `base` schemes, so "
             f"that nothing is finer. Add the key `base`, or drop the budget."
         )
     try:
@@ -479,7 +512,7 @@ def _check_budget(
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    return loaded, checkpoint
+    return checkpoint, selections
 
 
 def _check_texts(

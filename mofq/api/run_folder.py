@@ -1,17 +1,17 @@
 """The folder of `mofq run`: statistics and table once, and the results of each request by name.
 
 The first request has the plain names: ``recipe.yaml``, ``validation.json``, ``model``. Those of
-another budget, engine, space or weights of corpora say in their names how they differ:
-``recipe-5.0bits.yaml``, ``validation-5.0bits.json``, ``model-5.0bits``.
+another budget, engine, space or constraint on layers, or of corpora that count otherwise, say in
+their names how they differ: ``recipe-5.0bits.yaml``, ``validation-5.0bits.json``,
+``model-5.0bits``.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
+    from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import TableSpace
 
 #: The recipe that was searched for, among the candidates of a run.
@@ -39,6 +40,8 @@ _UNITS = {
     "kl_nats_per_token": "nats",
     "finer_fraction": "finer",
 }
+#: Characters of a name that say constraints; more of them are said by their hash.
+_LONGEST_PART = 60
 _UNFIT = re.compile(r"[^A-Za-z0-9.=,@+-]")
 
 
@@ -89,29 +92,44 @@ class Asked:
     space: str | None
     space_sha256: str | None
     corpus_weights: str | None  #: in lowest terms, corpora by name; None: all the same
+    objective: str = "mean"  #: over corpora
+    #: On layers, of the space and the request, each once in the order of their text.
+    constraints: tuple[str, ...] = ()
 
     @classmethod
-    def of_request(cls, request: Request, *, space_sha256: str) -> Asked:
+    def of_request(cls, request: Request, space: SearchSpace) -> Asked:
         """What a run asks for, before it has a table."""
+        from mofq.decision.request import lowest_terms
         from mofq.decision.result import budget_figures
 
-        weights = _lowest_terms(request.corpus_weights)
-        return cls(budget_figures(request), request.engine, request.space, space_sha256, weights)
+        return cls(
+            budget_figures(request),
+            request.engine,
+            request.space,
+            space.sha256,
+            lowest_terms(request.corpus_weights),
+            request.objective,
+            _in_order(map(str, (*space.constraints, *request.constraints))),
+        )
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Asked:
         """What a former run asked for."""
+        from mofq.decision.request import lowest_terms
 
         def noted(key: str) -> str | None:
             value = recipe.made_by.get(key)
             return None if value is None else str(value)
 
+        constraints = noted("constraints")
         return cls(
             dict(recipe.budget),
             noted("engine"),
             noted("space"),
             noted("space_sha256"),
-            _lowest_terms(noted("corpus_weights")),
+            lowest_terms(read_corpus_weights(noted("corpus_weights"))),
+            noted("objective") or "mean",
+            _in_order(constraints.split("; ") if constraints else ()),
         )
 
     def differences_from(self, other: Asked) -> list[str]:
@@ -123,6 +141,10 @@ class Asked:
             parts.append(self.space or "no-space")
         if self.corpus_weights != other.corpus_weights:
             parts.append(self.corpus_weights or "equal-weights")
+        if self.objective != other.objective:
+            parts.append(self.objective)
+        if self.constraints != other.constraints:
+            parts.append(self._constraints_part())
         if parts or self.budget != other.budget:
             parts = [*self._budget_parts(), *parts]
         return [_UNFIT.sub("-", part) for part in parts]
@@ -136,26 +158,29 @@ class Asked:
         parts = [f"{value}{_UNITS[key]}" for key, value in self.budget.items()]
         return parts or ["no-budget"]
 
+    def _constraints_part(self) -> str:
+        """In words, or where these are long by their hash."""
+        text = ",".join(self.constraints)
+        if len(text) > _LONGEST_PART:
+            return f"constraints-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return text or "no-constraints"
+
     def __str__(self) -> str:
         """For messages."""
         limits = [f"{name} {value}" for name, value in self.budget.items()] or ["no budget"]
-        weights = self.corpus_weights
-        return (
-            f"{', '.join(limits)}, space {self.space or 'not noted'}, engine "
-            f"{self.engine or 'not named'}{f', corpus weights {weights}' if weights else ''}"
-        )
+        asked = [*limits, f"space {self.space or 'not noted'}"]
+        asked.append(f"engine {self.engine or 'not named'}")
+        if self.corpus_weights:
+            asked.append(f"corpus weights {self.corpus_weights}")
+        if self.objective != "mean":
+            asked.append(f"objective {self.objective}")
+        if self.constraints:
+            asked.append(f"constraints {'; '.join(self.constraints)}")
+        return ", ".join(asked)
 
 
-def _lowest_terms(weights: str | Mapping[str, float] | None) -> str | None:
-    """One text of all weights of corpora that mean the same: ``pt=2,en=6`` as ``en=3,pt=1``."""
-    found = read_corpus_weights(weights)
-    if found is None or len(set(found.values())) == 1:
-        return None
-    exact = {name: Fraction(repr(found[name])) for name in sorted(found)}
-    whole = math.lcm(*(one.denominator for one in exact.values()))
-    counts = {name: int(one * whole) for name, one in exact.items()}
-    most = math.gcd(*counts.values())
-    return ",".join(f"{name}={count // most}" for name, count in counts.items())
+def _in_order(constraints: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(constraints)))
 
 
 def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:

@@ -28,7 +28,7 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_output
 from mofq.api.request import make_request
-from mofq.exceptions import MofqError, option
+from mofq.exceptions import MofqError, Remark, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.evidence.constraints import Selection
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
@@ -51,6 +52,7 @@ class SearchResult:
     engine: str | None  #: that the recipe was searched for
     refused: tuple[Refused, ...]  #: what the engine keeps from the search
     explained: tuple[Explanation, ...]  #: of the layers that were asked for
+    selections: tuple[Selection, ...]  #: how many layers each constraint of the request names
     seconds: float
 
     @property
@@ -78,6 +80,7 @@ class SearchResult:
             "notes": list(decision.notes),
             "schemes": dict(Counter(recipe.schemes.values())),
             "kv_cache": dict(Counter(one.scheme for one in recipe.kv_cache)),
+            "selections": [asdict(one) for one in self.selections],
             "refused": [asdict(one) for one in self.refused],
             "served_by": list(self.served_by()),
             "explained": [asdict(one) for one in self.explained],
@@ -116,6 +119,7 @@ def search(
     from mofq.decision.explain import check_layers
     from mofq.decision.explain import explain as explain_layer
     from mofq.decision.serving import engine_refusals
+    from mofq.evidence.constraints import selections_of
 
     start = monotonic()
     path = None if output is None else Path(output)
@@ -134,6 +138,12 @@ def search(
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
             _check_output(file, table, on_model, timing, name="storage")
+            if study.trial is not None and not file.exists():
+                raise MofqError(
+                    f"{option('trial', study.trial)}: there is no study in {file}. Give the "
+                    f"{option('storage')} of the search that named the trial; by default it lies "
+                    f"beside {option('output')}."
+                )
     opened = open_table(table, tell)
     check_layers(opened, explain)
     if measures:
@@ -154,6 +164,7 @@ def search(
         engine=choices.engine,
         refused=engine_refusals(opened, request),
         explained=tuple(explain_layer(opened, request, decision, layer) for layer in explain),
+        selections=selections_of(request.constraints, opened.header.groups),
         seconds=monotonic() - start,
     )
 
@@ -307,7 +318,9 @@ def _decide_in_study(
             size = f"{short_bytes(round(point.size))} with the cache"
         tell(f"trial {point.trial}: {size}, {kl} nats per token")
     if found.frontier and study.trial is None:
-        tell("The same search, given the number of one as `trial`, takes its recipe.")
+        tell(
+            Remark(f"The same search with the number of one as {option('trial')} takes its recipe.")
+        )
     return found.decision
 
 

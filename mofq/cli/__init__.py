@@ -13,15 +13,19 @@ _INTERRUPTED = 130
 def main() -> None:
     """Run ``mofq``: exit code 0, 1 for a user's error, 2 for wrong usage.
 
-    After ``--json`` an error is one JSON object on stdout too, of its type and message; wrong
-    usage, exit code 2, is not.
+    After ``--json`` an error is one JSON object on stdout too, of its type and message.
     """
     from mofq.cli.commands import app
+    from mofq.cli.parsing import UsageError
     from mofq.cli.show.terminal import quiet_noise
 
     quiet_noise()
     try:
-        app(prog_name="mofq")
+        code = app(prog_name="mofq", standalone_mode=False)
+    except UsageError as error:
+        error.show()
+        _print_error(error.format_message(), kind="UsageError")
+        sys.exit(error.exit_code)
     except MofqError as error:
         _complain(str(error), kind=type(error).__name__)
         sys.exit(1)
@@ -31,10 +35,9 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         _interrupted()
-    except SystemExit as end:
-        if end.code == _INTERRUPTED:
-            _interrupted()
-        raise
+    if code == _INTERRUPTED:
+        _interrupted()
+    sys.exit(code or 0)
 
 
 def _interrupted() -> None:
@@ -44,9 +47,15 @@ def _interrupted() -> None:
 
 
 def _complain(message: str, *, kind: str) -> None:
-    from mofq.cli.show.terminal import console, print_json
+    from mofq.cli.show.terminal import console
 
     console().print("[bold red]Error:[/] ", end="")
     console().print(message, markup=False, highlight=False, soft_wrap=True)
+    _print_error(message, kind=kind)
+
+
+def _print_error(message: str, *, kind: str) -> None:
+    from mofq.cli.show.terminal import print_json
+
     if "--json" in sys.argv:
         print_json({"error": {"type": kind, "message": message}})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
 
 import typer
 
-from mofq import api
 from mofq.api.options import Parameter, parameters_of
+from mofq.cli.flags import default_flag, flag_of
 from mofq.cli.show.terminal import Bars, note, print_json
 from mofq.exceptions import MofqError
 
+#: Wrong usage: click's, which typer imports or brings with it, by version.
+UsageError: Any = typer.BadParameter.__base__
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -63,30 +64,12 @@ def as_command(
     return command
 
 
-def flag_of(name: str) -> str:
-    """The flag of an option, for messages: of the stage that has one under this name."""
-    return _flags().get(name, _default_flag(name))
-
-
-@cache
-def _flags() -> Mapping[str, str]:
-    """Options of all stages that are called otherwise than their names."""
-    stages = (getattr(api, name) for name in api.__all__)
-    options = [one for stage in stages if inspect.isfunction(stage) for one in parameters_of(stage)]
-    named = {one.name: one.option.short or one.option.flag for one in options}
-    return {name: flag for name, flag in named.items() if flag is not None}
-
-
-def _default_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _as_typer(parameter: Parameter) -> inspect.Parameter:
     option, default = parameter.option, parameter.default
     if option.positional:
         info: Any = typer.Argument(help=option.help)
     else:
-        flag = option.flag or _default_flag(parameter.name)
+        flag = option.flag or default_flag(parameter.name)
         names = [flag] if option.short is None else [flag, option.short]
         info = typer.Option(*names, help=option.help, min=option.least)
     read_as = option.read_as or _read_as(parameter.annotation)

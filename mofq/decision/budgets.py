@@ -58,7 +58,7 @@ class Constraint:
     @property
     def option(self) -> str:
         """The option that asked for it, as messages name it."""
-        return _option(self.name)
+        return option_of(self.name)
 
     def used(self, choice_F: IntArray) -> int | float:
         """The left-hand side: a sum of integers, or a correctly rounded sum of floats."""
@@ -70,7 +70,8 @@ class Constraint:
         return self.used(choice_F) <= self.limit
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
+    """The option that asks for a budget, as messages name it."""
     return option("max_size" if name == "max_bytes" else name)
 
 
@@ -133,7 +134,7 @@ def _check_numbers(budgets: Budgets) -> None:
     for name in ("max_bits", "max_bytes", "max_kl", "max_finer", "max_kv_bits"):
         value = getattr(budgets, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise BudgetError(f"{_option(name)}: must be a number of at least 0, found {value}.")
+            raise BudgetError(f"{option_of(name)}: must be a number of at least 0, found {value}.")
     if budgets.max_finer is not None and budgets.max_finer > 1:
         raise BudgetError(
             f"{option('max_finer')}: is a share of the layers, at most 1; found "
@@ -184,7 +185,7 @@ def _linear_constraint(problem: Problem, budget: LinearBudget) -> Constraint:
     cost_P = np.asarray(budget.cost_P, dtype=np.float64)
     if cost_P.shape != problem.bytes_P.shape or not np.isfinite(cost_P).all():
         raise BudgetError(
-            f"{_option(budget.name)}: needs a finite cost for each of {len(problem.schemes)} "
+            f"{option_of(budget.name)}: needs a finite cost for each of {len(problem.schemes)} "
             f"options, found an array of shape {cost_P.shape}."
         )
     limit = budget.limit - budget.constant

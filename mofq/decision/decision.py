@@ -14,7 +14,7 @@ from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request
+from mofq.decision.request import Request, without
 from mofq.decision.result import (
     budget_figures,
     chosen_result,
@@ -31,7 +31,7 @@ from mofq.decision.timing import (
 )
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.table import FEW_SAMPLES, Table
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, Remark
 
 #: The share of a predicted KL from which one calibration sequence is an outlier.
 _OUTLYING = 0.5
@@ -124,8 +124,7 @@ def _blamed_constraints(table: Table, request: Request) -> str:
         choose(free, budgets, solver=request.solver, ties=request.ties)
     except BudgetError:
         return ""
-    named = ", ".join(f"`{one}`" for one in constraints)
-    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."
+    return without(constraints)
 
 
 def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:
@@ -157,8 +156,10 @@ def _notes_of_search(
             notes.append(f"{uniform[0]} for every {every} is as small and predicted as good.")
     linear = {budget.name for budget in budgets.linear}
     return notes + [
-        f"{one.name} does not bind: {one.shown(one.used(chosen.choice_F))} of "
-        f"{one.shown(one.limit)}."
+        Remark(
+            f"{one.option} does not bind: {one.shown(one.used(chosen.choice_F))} of "
+            f"{one.shown(one.limit)}."
+        )
         for one in budget_constraints(problem, budgets)
         if one.name in linear and (chosen.solution.prices or {}).get(one.name) == 0
     ]

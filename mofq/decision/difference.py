@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision.budgets import Budgets
 from mofq.decision.from_table import pricing_problem
 from mofq.decision.prediction import Estimate, paired_loss
-from mofq.decision.problem import IntArray, Problem
+from mofq.decision.pricing import pricing_request
+from mofq.decision.problem import IntArray, Objective, Problem
 from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request
 from mofq.evidence.table import Table, TableHeader
 from mofq.exceptions import RecipeError
 
@@ -36,19 +36,30 @@ class Difference:
     groups: tuple[GroupDifference, ...]  #: those that differ; the largest error first
     unit: str | None  #: of the errors
     total: Estimate | None  #: all together, paired
+    #: How the errors of several corpora became one; None: there is one, or no table was given.
+    objective: Objective | None = None
+    corpus_weights: Mapping[str, float] | None = None  #: in the mean
 
 
-def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -> Difference:
+def compare_recipes(
+    first: Recipe,
+    second: Recipe,
+    table: Table | None = None,
+    *,
+    corpus_weights: Mapping[str, float] | None = None,
+) -> Difference:
     """What changes from one recipe to another.
 
     Args:
         first: A recipe.
         second: Another of the same model.
         table: Of the model; with it the differences have a cost.
+        corpus_weights: What each corpus counts in it; None: as `pricing_request` says.
 
     Raises:
         RecipeError: They, or the table, are of different models.
-        TableError: A scheme of a recipe was not measured.
+        TableError: A scheme of a recipe was not measured, or the weights are not of its corpora.
+        MofqError: What a recipe says that corpora count cannot be read.
     """
     _check_same_model(first, second, table)
     ours, theirs = first.scheme_of_group, second.scheme_of_group
@@ -64,7 +75,8 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
     ]
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
-    problem = pricing_problem(table, Request(Budgets(), kv_cache=bool(caches)))
+    request = pricing_request([first, second], corpus_weights=corpus_weights)
+    problem = pricing_problem(table, request)
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []
@@ -83,7 +95,12 @@ def compare_recipes(first: Recipe, second: Recipe, table: Table | None = None) -
         priced.append(replace(one, bytes=size, error=error, cache_bytes=cached))
     priced.sort(key=lambda one: -abs(one.error.value) if one.error is not None else 0.0)
     total = _loss(problem, first_F, second_F)
-    return Difference(tuple(priced), unit=problem.unit, total=total)
+    done = Difference(tuple(priced), unit=problem.unit, total=total)
+    if len(problem.corpora) < 2:
+        return done
+    counted = zip(map(str, problem.corpora), problem.corpus_weights, strict=True)
+    weights = dict(counted) if problem.objective == "mean" else None
+    return replace(done, objective=problem.objective, corpus_weights=weights)
 
 
 def _loss(problem: Problem, before_F: IntArray, after_F: IntArray) -> Estimate:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from mofq.decision.budgets import Budgets
 from mofq.decision.choice import predict_chosen
 from mofq.decision.from_table import pricing_problem
+from mofq.decision.pricing import counts_alike, pricing_request
 from mofq.decision.recipe import Recipe, RecipeResult
-from mofq.decision.request import Request, read_weights
+from mofq.decision.request import Request
 from mofq.decision.result import chosen_result
 from mofq.evidence.table import Table
 from mofq.model.layers import ModelLayers
@@ -16,37 +17,29 @@ from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
 
 
-def with_figures(recipe: Recipe, table: Table) -> Recipe:
-    """A recipe with sizes and prediction anew, from a table; as it is where it was not edited.
+def with_figures(recipe: Recipe, table: Table, request: Request | None = None) -> Recipe:
+    """A recipe with sizes and prediction anew, from a table; as it is where its own hold.
+
+    They do where it was not edited, and its corpora count as is asked.
 
     Args:
         recipe: Of the table's model.
-        table: Whose errors the prediction adds up; several corpora count as they did where the
-            recipe was found.
+        table: Whose errors the prediction adds up.
+        request: How corpora count, from `pricing_request`; None: as they did where the recipe was
+            found.
 
     Raises:
         TableError: A scheme of the recipe was not measured, or a corpus that counts.
         MofqError: What the recipe says that corpora count cannot be read.
     """
-    if not recipe.is_edited:
+    own = pricing_request([recipe])
+    asked = own if request is None else replace(request, kv_cache=own.kv_cache)
+    if not recipe.is_edited and counts_alike(asked, own):
         return recipe
-    problem = pricing_problem(table, _request_of(recipe))
+    problem = pricing_problem(table, asked)
     choice_F = problem.choice_of(recipe.scheme_of_group)
     prediction = predict_chosen(problem, Budgets(), choice_F)
     return replace(recipe, result=chosen_result(problem, choice_F, prediction))
-
-
-def _request_of(recipe: Recipe) -> Request:
-    """What the errors of a recipe are a sum of: its corpora, and the cache where it has one."""
-    weights = recipe.made_by.get("corpus_weights")
-    is_worst = recipe.made_by.get("objective") == "worst-corpus"
-    where = f"{recipe.title}: made_by: corpus_weights"
-    return Request(
-        Budgets(),
-        objective="worst-corpus" if is_worst else "mean",
-        corpus_weights=None if weights is None else read_weights(str(weights), where=where),
-        kv_cache=bool(recipe.kv_cache),
-    )
 
 
 def with_sizes(recipe: Recipe, layers: ModelLayers) -> Recipe:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from mofq.decision.budgets import Budgets
 from mofq.decision.problem import Objective
@@ -70,6 +71,20 @@ def weights_text(weights: Mapping[str, float] | None) -> str | None:
     if weights is None:
         return None
     return ",".join(f"{name}={float(one)!r}".removesuffix(".0") for name, one in weights.items())
+
+
+def lowest_terms(weights: Mapping[str, float] | None) -> str | None:
+    """One text of all weights of corpora that mean the same: ``pt=2,en=6`` as ``en=3,pt=1``.
+
+    None where all corpora count the same.
+    """
+    if weights is None or len(set(weights.values())) == 1:
+        return None
+    exact = {name: Fraction(repr(float(weights[name]))) for name in sorted(weights)}
+    whole = math.lcm(*(one.denominator for one in exact.values()))
+    counts = {name: int(one * whole) for name, one in exact.items()}
+    most = math.gcd(*counts.values())
+    return ",".join(f"{name}={count // most}" for name, count in counts.items())
 
 
 def read_weights(weights: str | Mapping[str, float], *, where: str) -> dict[str, float]:
@@ -150,18 +165,37 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
     Raises:
         BudgetError: The message names the smallest size.
     """
+    refused = _refused_size(offers, budgets, other_bytes=other_bytes)
+    if refused is None:
+        return
+    free = [replace(one, barred={}) for one in offers]
+    barring = dict.fromkeys(why for one in offers for why in one.barred.values())
+    if barring and _refused_size(free, budgets, other_bytes=other_bytes) is None:
+        refused += without(tuple(barring))
+    raise BudgetError(refused)
+
+
+def _refused_size(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int) -> str | None:
+    """Which budget of size no choice can meet, and the smallest size; None: they can be met."""
     smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.choices) for o in offers)
     weights = weights_of(offer.group for offer in offers)
     if budgets.max_bits is not None and not 8 * smallest / weights <= budgets.max_bits:
         least = math.ceil(1e4 * 8 * smallest / weights) / 1e4
-        raise BudgetError(
+        return (
             f"No recipe meets the budget. {option('max_bits')}: asked for {budgets.max_bits:g} "
             f"bits per weight; the smallest possible in this search space is {least:g}. "
             f"`mofq spaces` lists others."
         )
     if budgets.max_bytes is not None and smallest + other_bytes > budgets.max_bytes:
-        raise BudgetError(
+        return (
             f"No recipe meets the budget. {option('max_size')}: asked for {budgets.max_bytes:,} "
             f"bytes; the smallest possible in this search space is {smallest + other_bytes:,} "
             f"bytes. `mofq spaces` lists others."
         )
+    return None
+
+
+def without(constraints: Sequence[LayerConstraint | str]) -> str:
+    """The end of a message: constraints are why no recipe meets the budgets."""
+    named = ", ".join(f"`{one}`" for one in constraints)
+    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."

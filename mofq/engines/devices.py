@@ -61,6 +61,13 @@ _ML_ENGINEERING = (
 #: of language models sum in FP32, so the peaks of BF16 and FP8 are those; INT8 sums in INT32 and
 #: FP4 in FP32 at the full rate. Data-centre and RTX PRO 6000 cards sum in FP32 at the full rate.
 _GEFORCE = "BF16 and FP8 with FP32 accumulation, half of the rates with FP16 accumulation"
+#: Of three generations of GeForce cards in one table. The rows of NVIDIA's whitepapers were read in
+#: quotations that name document, table and row, and agree with each other; not in the PDFs.
+_BLACKWELL_PAPER = (
+    "NVIDIA RTX Blackwell GPU Architecture whitepaper V1.1, appendix A, table 3, https://images."
+    "nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+)
+_CAPABILITY = "compute capability: https://developer.nvidia.com/cuda-gpus"
 
 DEVICE_MODELS: dict[str, DeviceModel] = {
     "rtx3090": DeviceModel(
@@ -69,8 +76,9 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         0.936e12,
         {"bf16": 71e12, "int8": 284e12},
         capability=(8, 6),
-        source=f"NVIDIA Ampere GA102 GPU Architecture whitepaper V2.0, appendix A, a copy at "
-        f"https://docslib.org/doc/759549; {_GEFORCE}",
+        source=f"NVIDIA Ampere GA102 GPU Architecture whitepaper V2.0, appendix A, table 9: 71 and "
+        f"INT8 284 dense, 936 GB/s; a copy at https://docslib.org/doc/759549; 71.2 in "
+        f"{_BLACKWELL_PAPER}; {_GEFORCE}; no FP8: TensorRT-RTX support matrix; {_CAPABILITY}",
     ),
     "rtx4090": DeviceModel(
         "rtx4090",
@@ -78,8 +86,9 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         1.008e12,
         {"bf16": 165.2e12, "int8": 660.6e12, "fp8": 330.3e12},
         capability=(8, 9),
-        source=f"NVIDIA Ada GPU Architecture whitepaper, appendix A; {_GEFORCE}; the same figures "
-        f"in https://waredb.com/processor/nvidia-geforce-rtx-4090",
+        source=f"NVIDIA Ada GPU Architecture whitepaper V2.1, appendix A, table 2 (before V2.02 it "
+        f"gave FP8 with FP32 accumulation twice as much); {_GEFORCE}; the same figures in "
+        f"https://waredb.com/processor/nvidia-geforce-rtx-4090; {_CAPABILITY}",
     ),
     "rtx5090": DeviceModel(
         "rtx5090",
@@ -87,9 +96,10 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         1.792e12,
         {"bf16": 209.5e12, "int8": 838e12, "fp8": 419e12, "fp4": 1676e12},
         capability=(12, 0),
-        source=f"NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A; {_GEFORCE}; 3,352 "
-        f"AI TOPS, which are FP4 with sparsity, at "
-        f"https://www.nvidia.com/en-us/geforce/graphics-cards/50-series/rtx-5090/",
+        source=f"{_BLACKWELL_PAPER}: 209.5, FP8 419, FP4 1,676 dense; {_GEFORCE}; 3,352 AI TOPS, "
+        f"which are FP4 with sparsity, at https://www.nvidia.com/en-us/geforce/graphics-cards/"
+        f"50-series/rtx-5090/; INT8, which sums in INT32, as FP8 with FP16 accumulation; "
+        f"{_CAPABILITY}",
     ),
     "rtx-pro-6000": DeviceModel(
         "rtx-pro-6000",
@@ -97,10 +107,13 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         1.792e12,
         {"bf16": 503.8e12, "int8": 1007.6e12, "fp8": 1007.6e12, "fp4": 2015.2e12},
         capability=(12, 0),
-        source="NVIDIA RTX PRO 6000 Blackwell Workstation Edition data sheet (4,000 AI TOPS, which "
-        "are FP4 with sparsity: half); rates by arithmetic in https://hmc-tech.com/gpu/"
-        "nvidia-rtx-pro-6000-blackwell-vs-amd-radeon-pro-duo-polaris; FP32 accumulation at the "
-        "full rate",
+        source="NVIDIA RTX PRO Blackwell GPU Architecture whitepaper V1.0, table 4, https://www."
+        "nvidia.com/content/dam/en-zz/Solutions/design-visualization/quadro-product-literature/"
+        "NVIDIA-RTX-Blackwell-PRO-GPU-Architecture-v1.0.pdf: BF16 503.8 dense, 1,792 GB/s, of the "
+        "Workstation Edition (the Server Edition has 1,597 GB/s); FP8, INT8 and FP4 in https://"
+        "hmc-tech.com/gpu/nvidia-rtx-pro-6000-blackwell-vs-amd-radeon-pro-duo-polaris, and half of "
+        "the 4,000 AI TOPS of its data sheet, which are FP4 with sparsity; FP32 accumulation at "
+        f"the full rate; {_CAPABILITY}",
     ),
     "dgx-spark": DeviceModel(
         "dgx-spark",
@@ -110,7 +123,7 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         capability=(12, 1),
         source="NVIDIA DGX Spark data sheet, https://www.nvidia.com/en-us/products/workstations/"
         "dgx-spark/: 1 PFLOPS of FP4 with sparsity (half), 273 GB/s, memory shared with the CPU; "
-        "it says no rates of BF16, INT8 and FP8",
+        f"it says no rates of BF16, INT8 and FP8; {_CAPABILITY}",
         unrated=("bf16", "int8", "fp8"),
     ),
     "l4": DeviceModel(
@@ -120,7 +133,7 @@ DEVICE_MODELS: dict[str, DeviceModel] = {
         {"bf16": 121e12, "int8": 242.5e12, "fp8": 242.5e12},
         capability=(8, 9),
         source="NVIDIA L4 data sheet, https://www.nvidia.com/en-us/data-center/l4/ (its peaks are "
-        "with sparsity, 242, 485 and 485: half)",
+        f"with sparsity, 242, 485 and 485: half; 300 GB/s); {_CAPABILITY}",
     ),
     "a100": DeviceModel(
         "a100",

@@ -194,6 +194,17 @@ def check_selector(
     return Selection(what, sum(map(len, found.values())) + alone, len(found))
 
 
+def selections_of(
+    constraints: Iterable[LayerConstraint], groups: Sequence[SelectableGroup]
+) -> tuple[Selection, ...]:
+    """How many layers each constraint names.
+
+    Raises:
+        SearchSpaceError: One names no layer.
+    """
+    return tuple(check_selector(one.layers, groups, what=str(one)) for one in constraints)
+
+
 def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
     if _POSITION.fullmatch(selector):
         return f" The model has {len(_decoder_layers(groups))} decoder layers."

@@ -368,7 +368,7 @@ def shape_rejection(scheme: Scheme, layer: LinearLayer) -> str | None:
 def statistics_rejection(scheme: Scheme) -> str | None:
     """Why a scheme cannot be had without calibration statistics; None where it can."""
     weight = scheme.weight
-    remedy = "needs calibration statistics: run `mofq calibrate`, then measure with --stats"
+    remedy = "needs calibration statistics: run `mofq calibrate`, then `mofq measure --stats`"
     if scheme.has_static_inputs:
         return f"a static scale of the activations {remedy}"
     if weight is not None and weight.scale_rule == "nats":
@@ -410,6 +410,7 @@ def offer_schemes(
     *,
     legality: Legality | None = None,
     has_stats: bool = False,
+    constraints: Sequence[LayerConstraint] = (),
 ) -> tuple[Offer, ...]:
     """What each fusion group may get, and why it may not get the rest.
 
@@ -418,6 +419,7 @@ def offer_schemes(
         groups: Of the model.
         legality: What a serving engine refuses, if one was named.
         has_stats: Whether calibration statistics are at hand.
+        constraints: Beside those of the space.
 
     Returns:
         One offer for each group, in their order; schemes in the order of the file.
@@ -430,13 +432,13 @@ def offer_schemes(
     for pattern in space.exclude:
         for name, layers in select(pattern, groups).items():
             excluded.setdefault(name, f"{layers[0]}: excluded by {pattern!r}")
-    constrained = constraints_by_group(space.constraints, groups)
+    constrained = constraints_by_group((*space.constraints, *constraints), groups)
     offers = []
     for group in groups:
         offer = _offer(space, group, legality, has_stats, excluded.get(group.name))
-        constraints = constrained.get(group.name, ())
+        asked = constrained.get(group.name, ())
         sizes = {scheme.name: group_bytes(group, scheme) for scheme in offer.schemes}
-        barred = barred_schemes(constraints, group, sizes, because=excluded.get(group.name))
+        barred = barred_schemes(asked, group, sizes, because=excluded.get(group.name))
         offers.append(replace(offer, barred=barred))
     return tuple(offers)
 

@@ -18,7 +18,12 @@ from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier_recipes import FrontierRecipe, frontier_recipes
 from mofq.explore.page_data import element_name, map_places, scheme_order
-from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
+from mofq.explore.reference_points import (
+    ReferencePoint,
+    greedy_points,
+    measured_uniform,
+    uniform_points,
+)
 from mofq.files.documents import write_beside_and_rename
 
 if TYPE_CHECKING:
@@ -106,7 +111,7 @@ def _frontier(figure: Figure, drawing: Drawing) -> None:
         if one.label != "bf16"
     ]
     greedy = greedy_points(problem, uniforms, drawing.other_budgets)
-    names = _measurements(axes, drawing)
+    names = _measurements(axes, drawing, uniforms)
     names += _mark(
         axes, problem, drawing.recipes, style=("^", "#b3420a"), label="recipe, predicted"
     )
@@ -174,7 +179,7 @@ def _results(points: Sequence[FrontierRecipe], key: str) -> np.ndarray:
     return np.array([0.0 if value is None else value for value in values], dtype=np.float64)
 
 
-def _measurements(axes: Axes, drawing: Drawing) -> list[_Name]:
+def _measurements(axes: Axes, drawing: Drawing, uniforms: Sequence[ReferencePoint]) -> list[_Name]:
     problem = drawing.problem
     drawn = [(_place(problem, one.at), one) for one in drawing.measured if one.at is not None]
     for number, (at, one) in enumerate(drawn):
@@ -187,9 +192,11 @@ def _measurements(axes: Axes, drawing: Drawing) -> list[_Name]:
             color="#0a7a4b",
             label="_" if number else "measured",
         )
-    # What is drawn with its recipe is named at the recipe's prediction.
+    # What is drawn with its recipe, or as a uniform scheme, is named at its prediction.
     return [
-        (one.label, at, one.kl_nats_per_token, "#0a7a4b") for at, one in drawn if one.recipe is None
+        (one.label, at, one.kl_nats_per_token, "#0a7a4b")
+        for at, one in drawn
+        if one.recipe is None and measured_uniform(one, uniforms) is None
     ]
 
 

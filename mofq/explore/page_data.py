@@ -24,7 +24,12 @@ from mofq.explore.frontier_recipes import (
     best_for_corpus,
     frontier_recipes,
 )
-from mofq.explore.reference_points import ReferencePoint, greedy_points, uniform_points
+from mofq.explore.reference_points import (
+    ReferencePoint,
+    greedy_points,
+    measured_uniform,
+    uniform_points,
+)
 from mofq.files.documents import yaml_scalar
 from mofq.files.progress import Progress
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
@@ -93,12 +98,31 @@ def page_data(
             asdict(one) | {"schemes": [schemes.index(name) for name in one.schemes]}
             for one in references
         ],
-        "measured": [
-            asdict(one) | {"reference": None if one.recipe is None else first_recipe + one.recipe}
-            for one in drawing.measured
-        ],
+        "measured": _measured(drawing, references, first_recipe),
         "corpus_best": _corpus_best(drawing, points),
     }
+
+
+def _measured(
+    drawing: Drawing, references: Sequence[ReferencePoint], first_recipe: int
+) -> list[dict[str, Any]]:
+    """Each measurement with the place of the reference that was measured, where one is drawn.
+
+    Besides recipes these are uniform schemes, which runs measure beside theirs. Several runs
+    measure one of them alike, although each predicted it as its own corpora count.
+    """
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    for number, one in enumerate(drawing.measured):
+        recipe = None if one.recipe is None else first_recipe + one.recipe
+        place = measured_uniform(one, references) if recipe is None else recipe
+        content = asdict(one) | {"reference": place}
+        key: tuple[object, ...] = (number,)
+        if one.recipe is None and place is not None:
+            reference = references[place]
+            content |= {"predicted": reference.value, "predicted_stderr": reference.stderr}
+            key = (place, one.text, one.kl_nats_per_token, one.kl_stderr)
+        found.setdefault(key, content)
+    return list(found.values())
 
 
 def scheme_order(problem: Problem, references: Sequence[ReferencePoint]) -> list[str]:

@@ -25,7 +25,11 @@ from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import weights_text
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, RecipeError
+from mofq.explore.measured_points import MeasuredPoint
 from mofq.model.kv_schemes import is_cache_scheme
+
+#: Sizes that differ by less are one: a file has them as a quotient.
+_SAME_BITS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,28 @@ def uniform_points(table: Table, problem: Problem, request: Request) -> tuple[Re
     return (*points, *(one for one in best if one not in points))
 
 
+def measured_uniform(measured: MeasuredPoint, references: Sequence[ReferencePoint]) -> int | None:
+    """The place of the uniform scheme that was measured; None: it is of none of them.
+
+    Of the same name and size: constraints, and what a search space excludes, leave a uniform
+    scheme other layers.
+    """
+    for number, one in enumerate(references):
+        bits = one.bits_per_weight
+        if one.kind == "uniform" and one.label == measured.label and bits is not None:
+            return number if abs(bits - measured.bits_per_weight) < _SAME_BITS else None
+    return None
+
+
 def greedy_points(
     problem: Problem, uniforms: Sequence[ReferencePoint], budgets: Budgets
 ) -> tuple[ReferencePoint, ...]:
-    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes."""
+    """What MoFQ's rule chooses at the size of each uniform scheme, where it mixes schemes.
+
+    Where constraints hold, a uniform scheme is a mixture too: what is one of these is none of its
+    own.
+    """
+    drawn = {one.schemes for one in uniforms}
     found: dict[tuple[str, ...], ReferencePoint] = {}
     for size in sorted({one.at for one in uniforms if one.at is not None}):
         limit = replace(budgets, max_bits=size)
@@ -83,7 +105,7 @@ def greedy_points(
         except BudgetError:
             continue  # no width is as small for every fusion group
         schemes = tuple(problem.schemes[int(p)] for p in choice_F)
-        if _is_mixed(problem, schemes) and schemes not in found:
+        if _is_mixed(problem, schemes) and schemes not in drawn and schemes not in found:
             at = axis_value(problem, choice_F)
             shown = f"{at / 1e6:.4g} MB" if problem.kv_tokens else f"{at:.2f} bits"
             found[schemes] = _predicted(

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mofq.exceptions import CheckpointError, MofqError
+from mofq.exceptions import CheckpointError, MofqError, option
 from mofq.model.checkpoint.headers import (
     CONFIG_FILE,
     open_checkpoint,
@@ -81,8 +81,9 @@ def load_model(
         raise CheckpointError(
             f"{folder}: holds no lm_head, and {CONFIG_FILE} does not tie it to the embedding, so"
             " that it predicts no tokens, which is what mofq measures: an embedding model. `mofq"
-            " measure` without --stats, `mofq recipe uniform` and `mofq export` do without. If it"
-            " is a language model, a shard is missing, or 'tie_word_embeddings' is not true."
+            f" measure` without {option('stats')}, `mofq recipe uniform` and `mofq export` do"
+            " without. If it is a language model, a shard is missing, or 'tie_word_embeddings' is"
+            " not true."
         )
     if missing:
         raise CheckpointError(

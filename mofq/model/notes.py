@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mofq.exceptions import Remark, option
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.model_class import computes_hidden_states
@@ -39,9 +40,10 @@ def _headless(checkpoint: Checkpoint, layers: ModelLayers) -> str | None:
     )
     if has_head and not computes_hidden_states(checkpoint.config):
         return None
-    return (
+    return Remark(
         "It is stored as an embedding model, which predicts no tokens: what needs them (calibrate,"
-        " validate, run) refuses it. measure without --stats, recipe uniform and export do without."
+        f" validate, run) refuses it. measure without {option('stats')}, recipe uniform and export"
+        " do without."
     )
 
 

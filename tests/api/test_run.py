@@ -9,6 +9,7 @@ import pytest
 from explore_tables import write_explore_table
 
 from mofq.api.options import Choices
+from mofq.api.request import make_request
 from mofq.api.run import _preferred, _uniform_recipes
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.validation import Validation
@@ -18,7 +19,7 @@ RECIPE = Recipe(
     "Tiny/model",
     None,
     (RecipeGroup("mlp.down", "bf16", ("mlp.down_proj",)),),
-    made_by={"space": "test", "constraints": "at-least:attn.*=8"},
+    made_by={"space": "test", "constraints": "at_least attn.*=8", "objective": "mean"},
     budget={"bits_per_weight": 5.0},
     result=RecipeResult(bits_per_weight=5.0),
 )
@@ -26,7 +27,7 @@ RECIPE = Recipe(
 
 def test_uniform_recipes_note_the_request_that_they_answer(tmp_path: Path) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
-    found = _uniform_recipes(table, Choices(), RECIPE)
+    found = _uniform_recipes(table, make_request(Choices()), RECIPE)
     assert {"int4.g128", "int4.g32"} <= set(found)
     for one in found.values():
         assert RECIPE.made_by.items() <= one.made_by.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mofq.api.options import Choices
 from mofq.api.request import make_request
 from mofq.api.run_folder import Asked, RunFiles, find_files
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
+from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import TableSpace, open_table, read_table
 from mofq.exceptions import MofqError
 
@@ -50,6 +52,8 @@ def finished(tmp_path: Path) -> Path:
         ({"engine": None}, ["5.0bits", "no-engine"]),
         ({"space": "w8a8", "space_sha256": "b" * 64}, ["5.0bits", "w8a8"]),
         ({"corpus_weights": "en=3,pt=1"}, ["5.0bits", "en=3,pt=1"]),
+        ({"objective": "worst-corpus"}, ["5.0bits", "worst-corpus"]),
+        ({"constraints": ("at_least *.o_proj=8",)}, ["5.0bits", "at-least--.o-proj=8"]),
         ({"space": "a/b", "engine": "e"}, ["5.0bits", "e", "a-b"]),
     ],
 )
@@ -57,6 +61,25 @@ def test_a_request_is_named_by_what_sets_it_apart(
     changed: dict[str, object], parts: list[str]
 ) -> None:
     assert replace(FIRST, **changed).differences_from(FIRST) == parts  # type: ignore[arg-type]
+
+
+def test_constraints_that_are_long_in_words_are_named_by_their_hash() -> None:
+    many = replace(FIRST, constraints=tuple(f"fixed layers.{n}.attn.o=bf16" for n in range(3)))
+    _, part = many.differences_from(FIRST)
+    assert re.fullmatch("constraints-[0-9a-f]{8}", part)
+    assert FIRST.differences_from(many) == ["5.0bits", "no-constraints"]
+
+
+def test_constraints_of_a_recipe_are_those_of_its_space_and_request_in_any_order() -> None:
+    text = "version: 1\nschemes: [int4.g64, int8.g64]\nat_least: {'attn.*': 8}\n"
+    space = parse_search_space(text, name="serving", where="s")
+    choices = Choices(fixed={"first:1": "bf16"}, at_least={"attn.*": 8})
+    asked = Asked.of_request(make_request(choices), space)
+    noted = "fixed first:1=bf16; at_least attn.*=8"
+    assert asked.constraints == ("at_least attn.*=8", "fixed first:1=bf16")
+    assert Asked.of_recipe(replace(RECIPE, made_by={"constraints": noted})).constraints == (
+        asked.constraints
+    )
 
 
 def test_a_space_has_changed_where_its_name_is_the_same_and_its_hash_is_not() -> None:
@@ -114,6 +137,7 @@ def test_weights_of_corpora_that_mean_the_same_are_one_request(
     spelled: str | None, meant: str | None
 ) -> None:
     request = make_request(Choices(corpus_weights=spelled))
-    assert Asked.of_request(request, space_sha256="a" * 64).corpus_weights == meant
+    space = parse_search_space("version: 1\nschemes: [int4.g64]", name="s", where="s")
+    assert Asked.of_request(request, space).corpus_weights == meant
     made_by = {} if spelled is None else {"corpus_weights": spelled}
     assert Asked.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant

@@ -37,7 +37,12 @@ def test_a_search_goes_around_what_is_fixed_and_says_what_that_costs(
     assert set(explained["rejected"].values()) == {"fixed first:1=bf16"}
     noted = load_recipe(recipe).made_by["constraints"]
     assert noted == "fixed first:1=bf16; at_least mlp.down=6"
-    assert "The constraints cost" in ok(*asked).err
+    assert [(one["layers"], one["groups"]) for one in content["selections"]] == [(7, 4), (6, 6)]
+    shown = ok(*asked).err
+    assert (
+        "fixed first:1=bf16: 7 layers in 4 fusion groups.\nat_least mlp.down=6: 6 layers" in shown
+    )
+    assert "The constraints cost" in shown
 
 
 def test_python_gives_the_same_constraints_as_a_mapping(measured: Measured) -> None:
@@ -100,3 +105,50 @@ def test_a_space_that_is_measured_into_a_table_of_others_keeps_its_exclusions(
     assert "exclude *.layer.1.* matches no layer" in refused(*run)
     assert table.read_bytes() == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fix", "*.layer.0.*=bf16"), "fixed *.layer.0.*=bf16 matches no layer."),
+        (("--fix", "first:1"), "--fix first:1: write LAYERS=VALUE"),
+        (("--at-most", "attn.*=1"), "`at_most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
+        (("--at-least", "*=8"), "Without it the budgets can be met: `at_least *=8`."),
+        (("--objective", "best"), "unknown objective 'best'."),
+        (
+            ("--objective", "worst-corpus", "--corpus-weights", "en=2,pt=1"),
+            "--corpus-weights is of the mean over corpora. Leave it or --objective worst-corpus ",
+        ),
+    ],
+)
+def test_run_refuses_constraints_before_anything_is_run(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", "serving", "--max-bits", "5", "-o", folder)
+    assert message in refused(*run, *options)
+    assert not folder.exists()
+
+
+@pytest.mark.long
+def test_a_run_goes_around_what_is_fixed_beside_the_run_that_does_not(tmp_path: Path) -> None:
+    folder, space = tmp_path / "run", tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: [int4.g64, int8.channel]\n")
+    small = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
+    run = ("run", DEMO, "--space", space, "--max-bits", "6", *small, "-o", folder)
+    fixed = ("--fix", "first:1=int8.channel")
+    ok(*run)
+    ran = ok(*run, *fixed)
+    assert "fixed first:1=int8.channel: 7 layers in 4 fusion groups." in ran.err
+    assert "--fix first:1=int8.channel" in ran.err.rpartition("Next: mofq explore ")[2]
+    plain, other = folder / "recipe.yaml", folder / "recipe-6.0bits-fixed-first-1=int8.channel.yaml"
+    assert {schemes(other)[name] for name in FIRST} == {"int8.channel"}
+    assert {schemes(plain)[name] for name in FIRST} != {"int8.channel"}
+    assert load_recipe(other).made_by["constraints"] == "fixed first:1=int8.channel"
+    found = load_recipe(folder / "recipe.yaml").made_by.get("constraints")
+    assert found is None
+    before = sorted(folder.iterdir())
+    ok(*run, *fixed)
+    assert sorted(folder.iterdir()) == before
+    ok(*run, "--objective", "worst-corpus")
+    assert (folder / "recipe-6.0bits-worst-corpus.yaml").is_file()

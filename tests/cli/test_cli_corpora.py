@@ -100,7 +100,7 @@ def test_weights_that_are_not_those_of_the_corpora_are_refused(
 def test_weights_and_the_worst_corpus_exclude_each_other(two: Path, tmp_path: Path) -> None:
     search = ("search", two, "--max-bits", "5", "-o", tmp_path / "r.yaml")
     both = ("--corpus-weights", "en=3,pt=1", "--objective", "worst-corpus")
-    assert "Leave them or --objective worst-corpus out" in refused(*search, *both)
+    assert "Leave it or --objective worst-corpus out" in refused(*search, *both)
 
 
 def test_run_refuses_weights_of_other_corpora_before_anything_is_run(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import DEMO, Measured, ok, refused
+from explore_tables import write_explore_table
 
 from mofq.decision.recipe import load_recipe
 from mofq.engines.devices import DEVICE_MODELS
@@ -42,7 +43,7 @@ def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) 
     content = ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us", "--json").json
     assert content["seconds"] <= 0.9 * free
     loose = ok(*search, *TIMED, "--max-bits", "5", "--max-time", "1s").err
-    assert "max_time does not bind: " in loose
+    assert "--max-time does not bind: " in loose
     assert "of 1000 ms." in loose
     assert "does not bind" not in ok(*search, *TIMED, "--max-time", f"{free * 0.9e6:.6f}us").err
     assert content["prices"]["max_time"] > 0
@@ -154,3 +155,17 @@ def test_times_do_not_follow_from_peaks_that_are_not_stated(
     assert "states no peak of bf16, int8, fp8" in message
     assert "a YAML file" in message
     assert "not stated" in ok("devices").out
+
+
+def test_a_difference_says_how_its_corpora_count(tmp_path: Path) -> None:
+    table = write_explore_table(tmp_path / "table.jsonl", decoder_layers=1, corpora=("en", "pt"))
+    recipes = [tmp_path / f"{bits}.yaml" for bits in (5, 8)]
+    for bits, path in zip((5, 8), recipes, strict=True):
+        weighed = ("--max-bits", str(bits), "--corpus-weights", "en=3,pt=1")
+        ok("search", table, *weighed, "-o", path)
+    content = ok("diff", *recipes, "--table", table, "--json").json
+    assert (content["objective"], content["corpus_weights"]) == ("mean", {"en": 3.0, "pt": 1.0})
+    shown = ok("diff", *recipes, "--table", table, "--corpus-weights", "en=1,pt=0")
+    assert "errors in kl_nats_per_token, mean of en=1,pt=0" in shown.out
+    message = refused("diff", *recipes, "--corpus-weights", "en=1,pt=0")
+    assert "--corpus-weights is of a cost; give --table too." in message

@@ -232,8 +232,15 @@ def test_an_unknown_word_suggests_the_near_one(
         ("measure", DEMO, "-o", "table.jsonl"),
     ],
 )
-def test_wrong_usage_ends_with_2(arguments: tuple[str, ...]) -> None:
-    assert "Usage: mofq" in refused(*arguments, code=2)
+def test_wrong_usage_ends_with_2_and_is_one_json_object_where_json_is_asked_for(
+    arguments: tuple[str, ...],
+) -> None:
+    plain, ran = refused(*arguments, code=2), mofq(*arguments, "--json")
+    assert "Usage: mofq" in plain
+    assert (ran.code, ran.err) == (2, plain)
+    error = json.loads(ran.out)["error"]
+    assert error["type"] == "UsageError"
+    assert plain.endswith(f"Error: {error['message']}\n")
 
 
 @pytest.mark.parametrize(

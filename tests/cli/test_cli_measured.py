@@ -83,3 +83,14 @@ def test_another_model_than_the_table_s_is_refused(
     ran = mofq(*search, "--refine", "2", "--model", tiny_llama, *text)
     assert ran.code == 1
     assert "index_sha256" in ran.err
+
+
+def test_a_trial_of_a_study_that_is_not_there_is_refused_before_anything_is_measured(
+    measured: Measured, tmp_path: Path
+) -> None:
+    search = ("search", measured.table, "--max-bits", "5", "-o", tmp_path / "other.yaml")
+    optuna = ("--solver", "optuna", "--multi-objective", "--model", DEMO, *TEXT)
+    message = refused(*search, *optuna, "--trial", "1")
+    assert "--trial 1: there is no study in" in message
+    assert "Give the --storage of the search that named the trial; by default" in message
+    assert list(tmp_path.iterdir()) == []

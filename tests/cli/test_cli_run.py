@@ -161,7 +161,7 @@ def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
     first = ok("run", DEMO, *arguments, "-o", folder)
     exported = folder / "model"
     assert f"Serve it with: {serve(exported)}" in first.out
-    assert f"--engine vllm-cpu -o {folder / 'explorer.html'}" in first.err
+    assert f"--engine vllm-cpu --space w8a8 -o {folder / 'explorer.html'}" in first.err
     assert serve(exported) in (exported / "README.md").read_text("utf-8")
     recipe = package.load_recipe(exported / "recipe.yaml")
     assert recipe == package.load_recipe(folder / "recipe.yaml")

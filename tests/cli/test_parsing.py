@@ -33,11 +33,12 @@ FLAGS = {
     "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
-    "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights",
+    "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights --objective "
+    "--fix --at-least --at-most",
     "demo": "-o --output",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
     "--kv-tokens --kv-cache --polish --corpus-weights",
-    "diff": "first second --table",
+    "diff": "first second --table --corpus-weights",
     "spaces": "",
     "formats": "",
     "engines": "",

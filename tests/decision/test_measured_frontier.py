@@ -13,6 +13,7 @@ from mofq.decision.measured.storage import joined_study
 from mofq.decision.measured.study import study_starts
 from mofq.decision.measured.trials import (
     FrontierTrial,
+    check_trial,
     enqueue,
     measured_frontier,
     measured_trials,
@@ -86,6 +87,11 @@ def test_the_recipe_of_a_trial_can_be_taken(tmp_path: Path) -> None:
         assert largest.trial != smallest.trial
         with pytest.raises(MofqError, match=r"trial=99: the study has no such trial .* it has 0, "):
             search_result(study, one, trial=99)
+    with (
+        joined_study(str(tmp_path / "empty.db"), "frontier", objectives=2) as study,
+        pytest.raises(MofqError, match=r"trial=0: the study has no such trial .* it has none\."),
+    ):
+        check_trial(study, one, 0)
 
 
 def test_one_window_has_no_error_bar(tmp_path: Path) -> None:

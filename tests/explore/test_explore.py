@@ -162,6 +162,19 @@ def test_what_greedy_chooses_at_the_size_of_a_uniform_scheme_is_a_point(
     assert greedy["label"] == "greedy, 4.50 bits"
 
 
+def test_a_uniform_scheme_around_constraints_is_no_point_of_greedy_too(
+    table: Table, path: Path
+) -> None:
+    fixed = parse_constraint("fixed", "first:1", "bf16", where="test")
+    references = data_of(table, path, request=Request(Budgets(), constraints=(fixed,)))[
+        "references"
+    ]
+    uniforms = [one["schemes"] for one in references if one["kind"] == "uniform"]
+    assert any(len(set(schemes)) > 1 for schemes in uniforms)
+    greedy = [one["schemes"] for one in references if one["kind"] == "greedy"]
+    assert not [schemes for schemes in greedy if schemes in uniforms]
+
+
 def test_profiles_are_in_the_page_to_one_step_of_their_scale(
     data: dict[str, Any], table: Table
 ) -> None:
@@ -365,6 +378,31 @@ def test_what_a_run_measured_in_several_validations_is_drawn_once(
         ("int4.g32@mse", 4.5),
         ("two", 6.0),
     ]
+
+
+def test_a_uniform_scheme_that_runs_measured_is_one_point_with_its_drawn_prediction(
+    table: Table, path: Path, tmp_path: Path
+) -> None:
+    bits = {
+        one["label"]: one["bits_per_weight"]
+        for one in data_of(table, path)["references"]
+        if one["kind"] == "uniform"
+    }
+    uniform = VALIDATION | {"candidate": "int4.g32", "bits_per_weight": bits["int4.g32"]}
+    larger = uniform | {"candidate": "int4.g128", "bits_per_weight": bits["int4.g128"] + 0.5}
+    for name, predicted in (("one", 0.02), ("two", 0.03)):
+        content = VALIDATION | {"candidate": f"{name}.yaml"}
+        measured = uniform | {"predicted_kl_nats_per_token": predicted}
+        content |= {"alternatives": {"int4.g32": measured, "int4.g128": larger}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    both = [tmp_path / "one.json", tmp_path / "two.json"]
+    data = data_of(table, path, validations=both)
+    (mine,) = [one for one in data["measured"] if one["label"] == "int4.g32"]
+    reference = data["references"][mine["reference"]]
+    assert (reference["kind"], reference["label"]) == ("uniform", "int4.g32")
+    assert (mine["predicted"], mine["at"]) == (reference["value"], reference["at"])
+    (other,) = [one for one in data["measured"] if one["label"] == "int4.g128"]
+    assert other["reference"] is None  # of other layers
 
 
 def test_a_validation_is_of_the_recipe_of_its_text_else_of_its_name(

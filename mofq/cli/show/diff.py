@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def show_diff(result: DiffResult) -> None:
     """One row for each group that differs, priced where a table was given."""
+    from mofq.decision.request import weights_text
+
     found, (a, b) = result.difference, result.recipes
     rows = [_row(one, priced=found.total is not None) for one in found.groups]
     figures = [["bits per weight", *(_figure(one.bits_per_weight, ".4f") for one in (a, b))]]
@@ -35,6 +37,10 @@ def show_diff(result: DiffResult) -> None:
         title += f", and {caches} of {max(len(a.kv_cache), len(b.kv_cache))} KV caches"
     if found.unit is not None:
         title += f"; errors in {found.unit}"
+    if found.objective == "mean":
+        title += f", mean of {weights_text(found.corpus_weights)}"
+    elif found.objective is not None:
+        title += f", {found.objective}"
     print_table(title, columns, rows)
     for name, recipe in zip(result.names, result.recipes, strict=True):
         if recipe.is_edited and found.total is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ def show_run(result: RunResult) -> None:
 
 def _suggest(result: RunResult) -> None:
     """What to do with the folder."""
+    from mofq.decision.request import request_flags
+
     files = result.files
     if result.export is None:
         note_engines(result)
@@ -44,13 +47,12 @@ def _suggest(result: RunResult) -> None:
             stats = ("--stats", files.stats) if needs_stats(result.recipe) else ()
             to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
             next_step("export", result.model, files.recipe, *to)
-    engine = result.recipe.made_by.get("engine")
-    named = () if engine is None else ("--engine", str(engine))
+    asked = shlex.split(request_flags(result.request))
     runs = finished_runs(files.folder)
     validations = (word for one in runs for word in ("--validation", one.validation))
     page = files.folder / "explorer.html"
     recipes = (one.recipe for one in runs)
-    next_step("explore", files.table, *recipes, *validations, *named, "-o", page)
+    next_step("explore", files.table, *recipes, *validations, *asked, "-o", page)
 
 
 def _label(result: RunResult, name: str) -> str:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes, with_error
 from mofq.api.inputs import needs_stats
+from mofq.cli.flags import with_flags
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.exceptions import Remark
 
 if TYPE_CHECKING:
     from mofq.api import RunResult, SearchResult
@@ -27,6 +29,8 @@ _PRICED = {
 def show_search(result: SearchResult) -> None:
     """Figures and a histogram of schemes, refusals, explanations, and what comes next."""
     _print_decision(result.decision, title=str(result.output))
+    for selection in result.selections:
+        note(f"{selection}.")
     for each in result.refused:
         names = ", ".join(each.schemes)
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
@@ -113,9 +117,13 @@ def _print_explanation(explanation: Explanation) -> None:
     title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
     print_table(title, columns, rows)
     say(explanation.why)
+    from mofq.decision.budgets import option_of
+
     for budget, price in explanation.prices.items():
         what, times = _PRICED.get(budget, _PRICED[""])
-        say(f"{budget}: {what} more would save {price * times:.3g} {explanation.unit}.")
+        # Where size is minimised, no option asked for the bytes.
+        name = budget if budget == "bytes" else with_flags(Remark(option_of(budget)))
+        say(f"{name}: {what} more would save {price * times:.3g} {explanation.unit}.")
     by_reason: dict[str, list[str]] = {}
     for scheme, reason in explanation.rejected.items():
         by_reason.setdefault(reason, []).append(scheme)

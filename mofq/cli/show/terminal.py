@@ -13,6 +13,8 @@ from shlex import quote
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+from mofq.cli.flags import with_flags
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -54,7 +56,7 @@ def console() -> Console:
 
 def print_json(content: dict[str, Any]) -> None:
     """Write one JSON object to stdout."""
-    json.dump(content, sys.stdout, indent=1, allow_nan=False)
+    json.dump(with_flags(content), sys.stdout, indent=1, allow_nan=False)
     sys.stdout.write("\n")
 
 
@@ -96,7 +98,7 @@ def _widths(rows: Sequence[Sequence[str]], total: int) -> list[int] | None:
 
 def note(message: str) -> None:
     """Tell the user something, on stderr."""
-    console().print(message, markup=False, highlight=False, soft_wrap=True)
+    console().print(with_flags(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def next_step(*words: str | Path) -> None:

@@ -29,6 +29,7 @@ from mofq.decision.measured.trials import (
     UNIFORM,
     FrontierTrial,
     Searched,
+    check_trial,
     enqueue,
     measured_frontier,
     run_trials,
@@ -136,6 +137,8 @@ def decide_in_study(
     starts = study_starts(problem, budgets, start_F, along_frontier=plan.with_size)
     name, objectives = study_name(table, request, plan), 2 if plan.with_size else 1
     with joined_study(plan.storage, name, objectives=objectives) as study:
+        if plan.trial is not None:
+            check_trial(study, problem, plan.trial)  # before anything is measured
         enqueue(study, problem, starts)
         run_trials(
             study,

@@ -194,7 +194,8 @@ def search_result(
     if not is_less(paired(start.windows, best.windows), TIE_STDERRS):
         best = start
     if trial is not None:
-        best = _trial_of(trials, measured, trial)
+        check_trial(study, problem, trial)
+        best = measured[trial]
     uniforms = {
         str(t.user_attrs["origin"]).removeprefix(UNIFORM): measured[t.number]
         for t in trials
@@ -213,17 +214,22 @@ def search_result(
     )
 
 
-def _trial_of(
-    trials: Sequence[FrozenTrial], measured: Mapping[int, Measured], number: int
-) -> Measured:
-    complete = [t.number for t in trials if t.state == TrialState.COMPLETE and t.number in measured]
+def check_trial(study: Study, problem: Problem, number: int) -> None:
+    """Refuse a number of no trial that was measured in full.
+
+    Raises:
+        MofqError: The message names those that were.
+    """
+    measured = measured_trials(study, problem)
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = sorted(one.number for one in trials if one.number in measured)
     if number not in complete:
+        has = f"it has {', '.join(map(str, complete))}" if complete else "it has none"
         raise MofqError(
-            f"{option('trial', number)}: the study has no such trial that was measured in full; it "
-            f"has {', '.join(map(str, sorted(complete)))}. The notes of a search with "
-            f"{option('multi_objective')} name those of the frontier."
+            f"{option('trial', number)}: the study has no such trial that was measured in full; "
+            f"{has}. A search with {option('multi_objective')} and the same {option('storage')}, "
+            f"which by default lies beside {option('output')}, names those of the frontier."
         )
-    return measured[number]
 
 
 def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:

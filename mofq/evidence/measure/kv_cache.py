@@ -41,7 +41,7 @@ def check_cache_stats(stats: Stats | None) -> Stats:
     if stats is None:
         raise StatsError(
             "formats of the KV cache are measured in nats alone: run `mofq calibrate --kv-cache`, "
-            "then measure with --stats; or drop `kv_cache` from the search space."
+            "then `mofq measure --stats`; or drop `kv_cache` from the search space."
         )
     if not stats.plan.kv_cache:
         raise StatsError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 
 #: Ends of the names of classes that predict next tokens.
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -62,7 +62,8 @@ def check_next_tokens(config: Mapping[str, Any], *, where: str) -> None:
         raise CheckpointError(
             f"{where}: 'architectures' names {_class_name(config)!r}, an embedding model: engines"
             " serve its hidden states, and mofq measures next tokens, which it does not predict."
-            " `mofq measure` without --stats, `mofq recipe uniform` and `mofq export` do without."
+            f" `mofq measure` without {option('stats')}, `mofq recipe uniform` and `mofq export` do"
+            " without."
             " If it is served as a language model, name that class there, e.g."
             " 'LlamaForCausalLM'."
         )
