@@ -86,7 +86,7 @@ def few_sequences(plan: Plan) -> list[str]:
         f"anything. Give at least {FEW_SAMPLES}, of {plan.sequence_length} tokens each: a longer "
         f"text, or larger --sequences and --keep, or a smaller --sequence-length."
         for name, count in kept.items()
-        if count * plan.draws < FEW_SAMPLES
+        if count < FEW_SAMPLES
     ]
 
 

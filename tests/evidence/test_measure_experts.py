@@ -185,6 +185,15 @@ def test_under_schemes_that_leave_the_weights_alone_an_unseen_expert_gets_the_me
     assert row.static_amax == {"experts.0.up": 2.0, "experts.1.up": 2.0}
 
 
+def test_draws_of_one_sequence_are_one_sample() -> None:
+    group = FusionGroup("layers.0.moe.experts", (expert(0, "up", 64),))
+    scores = {"experts.0.up": score(0.5, [1.0, 3.0, 8.0, 4.0])}
+    schemes = [parse_scheme("int4.channel")]
+    *_, row = group_rows(group, schemes, scores, corpora=["a"], draws=2)
+    assert row.sample_errors == (2.0, 6.0)
+    assert (row.error, row.stderr) == (4.0, 2.0)
+
+
 def test_a_corpus_that_reached_no_expert_of_a_kind_is_refused() -> None:
     group = FusionGroup("layers.0.moe.experts", (expert(0, "up", 64), expert(1, "down", 64)))
     scores = {"experts.0.up": score(0.5, [1.0, 3.0]), "experts.1.down": score(0.5, None)}

@@ -246,6 +246,7 @@ def measure_groups(
         StatsError: The stats do not know a layer, or no token reached a layer or one like it.
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
+    draws = 1 if stats is None else stats.plan.draws
     written = [one._replace(schemes=_written_schemes(one.group, one.schemes)) for one in work]
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
@@ -271,7 +272,7 @@ def measure_groups(
                 {name: score.extent for name, score in by_name.items()},
                 {name: score.input_extents for name, score in by_name.items()},
             )
-            yield group_rows(group, schemes, by_name, corpora=corpora), profiles
+            yield group_rows(group, schemes, by_name, corpora=corpora, draws=draws), profiles
 
 
 def _written_schemes(group: FusionGroup, schemes: Sequence[Scheme]) -> list[Scheme]:
@@ -344,7 +345,7 @@ def table_stats(stats: Stats) -> TableStats:
         sha256=stats.sha256,
         seed=stats.plan.seed,
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
-        samples=len(first.kept_indices) * stats.plan.draws,
+        samples=len(first.kept_indices),
         sequence_length=stats.plan.sequence_length,
         bos=stats.plan.bos,
     )

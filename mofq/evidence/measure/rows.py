@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mofq.evidence.measure.gain_correction import not_negative
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
@@ -24,6 +25,7 @@ def group_rows(
     scores: Mapping[str, LayerScore],
     *,
     corpora: Sequence[str],
+    draws: int = 1,
 ) -> list[Row]:
     """The rows of one fusion group: the sum over its layers in every unit.
 
@@ -32,6 +34,7 @@ def group_rows(
         schemes: In the order of the scores.
         scores: Layer name -> its score.
         corpora: Names in the stats, in order; empty without stats.
+        draws: Of each sequence, one after another in the scores.
 
     Returns:
         One row for each scheme and unit, and corpus where the unit has one.
@@ -39,7 +42,7 @@ def group_rows(
     Raises:
         StatsError: No layer of the group saw a token of some corpus.
     """
-    shared = with_shared_inputs(scores)
+    shared = with_shared_inputs(scores, group.layers)
     filled = {corpus: _fill_unseen(group, shared, corpus) for corpus in corpora}
     rows = []
     for i, scheme in enumerate(schemes):
@@ -59,7 +62,7 @@ def group_rows(
             )
         )
         for corpus in corpora:
-            rows += _corpus_rows(corpus, list(filled[corpus].values()), i, common)
+            rows += _corpus_rows(corpus, list(filled[corpus].values()), i, common, draws)
     return rows
 
 
@@ -90,11 +93,9 @@ def _static_amax(group: FusionGroup, scores: Mapping[str, LayerScore]) -> dict[s
 
 
 def _corpus_rows(
-    corpus: str, parts: Sequence[CorpusScore], i: int, common: Mapping[str, Any]
+    corpus: str, parts: Sequence[CorpusScore], i: int, common: Mapping[str, Any], draws: int
 ) -> list[Row]:
-    error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
-    # What the table keeps is float32, and the row's error is the mean of what it keeps.
-    kept_N = not_negative(error_N).float().double()
+    kept_N = kept_errors(torch.stack([part.error_NS[:, i] for part in parts]).sum(0), draws)
     output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
     return [
         Row(unit="output_mse", corpus=corpus, error=output_mse, stderr=None, **common),
@@ -107,6 +108,22 @@ def _corpus_rows(
             **common,
         ),
     ]
+
+
+def kept_errors(error_N: Tensor, draws: int) -> Tensor:
+    """What a row keeps of the errors of all samples, one number for each sequence.
+
+    Draws of one sequence are of the same text, so they are averaged: as samples of their own
+    they would make the standard error too small.
+
+    Args:
+        error_N: A sequence's draws one after another.
+        draws: Of each sequence.
+
+    Returns:
+        [sequences], float64, as float32 holds them: the row's error is the mean of what it keeps.
+    """
+    return not_negative(error_N.unflatten(0, (-1, draws)).mean(1)).float().double()
 
 
 def _fill_unseen(

@@ -29,12 +29,17 @@ class ChunkedSamples:
 
     x_MCI: Tensor  #: inputs, bfloat16
     grad_MCO: Tensor  #: output gradients, bfloat16
-    is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
+    offset_MC: Tensor  #: each token's place in its chunk; -1 for the zeros behind the last, int64
     sequences: int  #: N; chunks of one sequence follow one another, M // N of them
     tokens: int  #: T, labelled positions of one sequence
     source: str = ""  #: the layer whose inputs these are; see `calibration.sequence_file`
     gains: LayerGains | None = None  #: None: all sequences that were run are here
     draws: int = 1  #: of each sequence; so many samples of a sequence follow one another
+
+    @property
+    def is_token_MC(self) -> Tensor:
+        """Where a token is and not the zeros behind the last one."""
+        return self.offset_MC >= 0
 
 
 class SampleReader:
@@ -118,11 +123,11 @@ def arrange_samples(
         for one in sequences
         for draw in range(draws)
     ]
-    x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
+    x, grad, offset = (torch.cat(part) for part in zip(*parts, strict=True))
     return ChunkedSamples(
         x,
         grad,
-        is_token,
+        offset,
         sequences=len(parts),
         tokens=sequence_length,
         source=seen[0].source,
@@ -143,20 +148,21 @@ def _longest_chunk(samples: LayerSamples) -> int:
 def _chunk(
     samples: LayerSamples, draw: int, chunks: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunk_T = _positions(samples) // CHUNK_TOKENS
+    position_T = _positions(samples)
+    chunk_T = position_T // CHUNK_TOKENS
     # Tokens are in order, so a token's place in its chunk is its distance from the first.
     first_M = torch.searchsorted(chunk_T, torch.arange(chunks))
     slot_T = torch.arange(len(chunk_T)) - first_M[chunk_T]
-    x_MCI, grad_MCO, is_token_MC = _nothing(samples, chunks, width)
+    x_MCI, grad_MCO, offset_MC = _nothing(samples, chunks, width)
     x_MCI[chunk_T, slot_T] = samples.x_TI
     grad_MCO[chunk_T, slot_T] = samples.grad_DTO[draw]
-    is_token_MC[chunk_T, slot_T] = True
-    return x_MCI, grad_MCO, is_token_MC
+    offset_MC[chunk_T, slot_T] = position_T % CHUNK_TOKENS
+    return x_MCI, grad_MCO, offset_MC
 
 
 def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1])),
         like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1])),
-        torch.zeros((chunks, width), dtype=torch.bool),
+        torch.full((chunks, width), -1),
     )
