@@ -414,7 +414,7 @@ def with_shared_inputs(
 
 
 def _joint_errors(sharing: Sequence[InputErrors]) -> Tensor:
-    """What rounding the same vectors does in all layers that read them, [A, M, tokens of a chunk]."""
+    """What rounding the same vectors does in all that read them, [A, M, tokens of a chunk]."""
     schemes, chunks, _ = sharing[0].token_AMC.shape
     joint_AMP = torch.zeros((schemes, chunks, CHUNK_TOKENS), dtype=torch.float64)
     for one in sharing:
