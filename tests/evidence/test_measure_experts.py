@@ -143,7 +143,7 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
     if errors is not None:
         error_NS = torch.tensor([[error] for error in errors], dtype=torch.float64)
         mse_S = torch.tensor([mse], dtype=torch.float64)
-        corpora["a"] = CorpusScore(error_NS, mse_S)
+        corpora["a"] = CorpusScore(error_NS, torch.zeros_like(error_NS), mse_S)
     relative_S = torch.tensor([relative], dtype=torch.float64)
     amax = None if errors is None else 2.0
     extent = extent_sums(torch.ones(1, 1))
@@ -153,6 +153,7 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
         relative_weight_error_S=relative_S,
         weight_energy=100.0,
         error_energy_S=torch.ones(1).double(),
+        along_S=torch.zeros(1).double(),
         corpora=corpora,
         static_amax=amax,
         extent=extent,

@@ -119,6 +119,7 @@ def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> La
             first.relative_weight_error_S, shipped.relative_weight_error_S, column_S
         ),
         error_energy_S=_join(first.error_energy_S, shipped.error_energy_S, column_S),
+        along_S=_join(first.along_S, shipped.along_S, column_S),
         corpora={
             corpus: _join_schemes(
                 ours,
@@ -147,6 +148,7 @@ def _join_schemes(first: CorpusScore, second: CorpusScore, column_S: list[int]) 
     return replace(
         first,
         error_NS=_join(first.error_NS, second.error_NS, column_S),
+        size_NS=_join(first.size_NS, second.size_NS, column_S),
         output_mse_S=_join(first.output_mse_S, second.output_mse_S, column_S),
         inputs=replace(
             ours,
@@ -209,6 +211,7 @@ def _join_halves(
     assert whole.inputs is not None
     return CorpusScore(
         error_NS=torch.cat([first.error_NS, second.error_NS]),
+        size_NS=torch.cat([first.size_NS, second.size_NS]),
         output_mse_S=output_S / samples,
         inputs=replace(
             first.inputs,
@@ -245,6 +248,7 @@ def _unseen_half(half: CorpusScore, whole: CorpusScore, own: slice) -> CorpusSco
         half,
         error_NS=of_weight[:, None] * (half.error_NS.mean(0) - input_S)
         + of_input[:, None] * input_S,
+        size_NS=of_weight[:, None] * half.size_NS.mean(0),
         output_mse_S=torch.zeros_like(half.output_mse_S),
         inputs=replace(
             inputs, token_AMC=activations.new_zeros(len(activations), chunks, activations.shape[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -93,10 +94,34 @@ class SampleReader:
         """
         sequences = [file.read(layer) for file in self._files[corpus]]
         found = arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
-        if found is None or not self._gains[corpus]:
+        if found is None or self._plans[corpus].kept is None:
             return found
         gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
         return replace(found, gains=gains)
+
+    def scaling(self, corpus: str, layers: Sequence[str]) -> tuple[tuple[float, ...], ...] | None:
+        """What a change of size of all weights of some layers together does.
+
+        Args:
+            corpus: Its name in the stats.
+            layers: Module names.
+
+        Returns:
+            For each kept sequence the signed answers of all that it stands for, a number a
+            draw; the mean of their squares is in nats per token. None in statistics of before
+            it was kept.
+        """
+        root = math.sqrt(2 * self._length)
+        answers = []
+        for gains in self._gains[corpus]:
+            by_layer = [gains[layer].scaling for layer in layers]
+            if not all(by_layer):
+                return None
+            answers.append([math.fsum(draw) / root for draw in zip(*by_layer, strict=True)])
+        if not answers:
+            return None
+        clusters = self._plans[corpus].clusters
+        return tuple(tuple(one for n in cluster for one in answers[n]) for cluster in clusters)
 
 
 def arrange_samples(

@@ -61,12 +61,14 @@ class CorpusSums:
     """What a block of rows adds to the score of a corpus, float64."""
 
     row_NS: Tensor  #: sum over rows of squares
+    size_NS: Tensor  #: the same of the weights themselves, in the place of their rounding errors
     token_AMC: Tensor  #: of each activation scheme's rounding errors, signed
     output_S: Tensor
 
     def __add__(self, other: CorpusSums) -> CorpusSums:
         return CorpusSums(
             self.row_NS + other.row_NS,
+            self.size_NS + other.size_NS,
             self.token_AMC + other.token_AMC,
             self.output_S + other.output_S,
         )
@@ -77,12 +79,14 @@ class BlockSums:
     """What a block of rows adds to the score of its layer, float64."""
 
     extent: ExtentSums  #: of the weights, their squares among it
+    along_W: Tensor  #: products of each weight scheme's rounding errors with the weights
     error_WI: Tensor  #: squares of each weight scheme's rounding errors
     corpora: Mapping[str, CorpusSums]
 
     def __add__(self, other: BlockSums) -> BlockSums:
         return BlockSums(
             self.extent + other.extent,
+            self.along_W + other.along_W,
             self.error_WI + other.error_WI,
             {corpus: sums + other.corpora[corpus] for corpus, sums in self.corpora.items()},
         )
@@ -105,6 +109,9 @@ class CorpusScore:
     """What one corpus says of one layer under each of S schemes."""
 
     error_NS: Tensor  #: nats per token of each sequence, float64
+    size_NS: (
+        Tensor  #: the same, of a change of size of each row by itself, by the square of its share
+    )
     #: Summed over outputs, averaged over the tokens of the corpus, float64: an expert's, of which
     #: few tokens come by, counts as little as they are.
     output_mse_S: Tensor
@@ -121,6 +128,7 @@ class LayerScore:
     relative_weight_error_S: Tensor  #: float64
     weight_energy: float  #: sum of squares
     error_energy_S: Tensor  #: sum of squares of the rounding error, float64
+    along_S: Tensor  #: sum of products of the rounding error with the weights, float64
     corpora: Mapping[str, CorpusScore]  #: those of which a token reached the layer
     static_amax: float | None  #: largest magnitude of the inputs; None where there are none
     extent: ExtentSums  #: of the weight
@@ -155,7 +163,17 @@ def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSum
             corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
     number = start // layer.blocks[0][1]
     extent = rows_extent(block_RI, number=number, amax_I=rounded.amax_I, square_I=rounded.square_I)
-    return BlockSums(extent=extent, error_WI=rounded.error_WI, corpora=corpora)
+    return BlockSums(
+        extent=extent, along_W=_along(block_RI, rounded), error_WI=rounded.error_WI, corpora=corpora
+    )
+
+
+def _along(block_RI: Tensor, rounded: RoundedBlock) -> Tensor:
+    """Products of the rounding errors with the weights; 0 where the errors are not known."""
+    if rounded.delta_WRI is None:
+        return rounded.error_WI.new_zeros(len(rounded.error_WI))
+    product_WRI = rounded.delta_WRI * block_RI.float()
+    return product_WRI.sum((1, 2), dtype=torch.float64)
 
 
 def _check_finite(layer: PreparedLayer, block_RI: Tensor, start: int) -> None:
@@ -174,6 +192,7 @@ def _corpus_sums(
 ) -> CorpusSums:
     schemes = layer.schemes
     row_NS = weight_RI.new_zeros((inputs.sequences, len(schemes)), dtype=torch.float64)
+    size_NS = torch.zeros_like(row_NS)
     output_S = row_NS.new_zeros(len(schemes))
     token_AMC = row_NS.new_zeros((len(layer.activations), *grad_MCR.shape[:2]))
     for activation, x_MCI in inputs.x.items():
@@ -186,14 +205,15 @@ def _corpus_sums(
         weighted = [i for i in columns if schemes[i].weight is not None]
         delta_SRI = delta_WRI[[layer.weights.index(schemes[i].weight) for i in weighted]]
         if weighted:
-            row_NS[:, weighted] = _row_errors(
-                x_MCI, grad_MCR, delta_SRI, sequences=inputs.sequences
-            )
+            delta_and_weight = torch.cat([delta_SRI, weight_RI[None]])
+            found_NS = _row_errors(x_MCI, grad_MCR, delta_and_weight, sequences=inputs.sequences)
+            row_NS[:, weighted] = found_NS[:, :-1]
+            size_NS[:, weighted] = found_NS[:, -1:]
             output_S[weighted] = _output_errors(inputs, x_MCI, delta_SRI, change_MCR)
         if change_MCR is not None:
             alone = [i for i in columns if schemes[i].weight is None]
             output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
-    return CorpusSums(row_NS, token_AMC, output_S)
+    return CorpusSums(row_NS, size_NS, token_AMC, output_S)
 
 
 def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences: int) -> Tensor:
@@ -328,6 +348,7 @@ def layer_score(layer: PreparedLayer, sums: BlockSums) -> LayerScore:
         relative_weight_error_S=_of_schemes(layer, relative_W),
         weight_energy=float(weight_I.sum()),
         error_energy_S=_of_schemes(layer, sums.error_WI.sum(1)),
+        along_S=_of_schemes(layer, sums.along_W),
         corpora={corpus: _corpus_score(layer, corpus, one) for corpus, one in sums.corpora.items()},
         static_amax=layer.static_amax,
         extent=sums.extent,
@@ -355,6 +376,7 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
             error_NS[:, i] += token_NA[:, layer.activations.index(scheme.activation)]
     return CorpusScore(
         error_NS=(error_NS / (2 * inputs.tokens)).cpu(),
+        size_NS=(corrected(sums.size_NS, of_weight) / (2 * inputs.tokens)).cpu(),
         output_mse_S=sums.output_S.cpu() * _share_of_tokens(inputs),
         inputs=InputErrors(
             inputs.source,
