@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = measure_recipes(reference_of(options), recipes, stats=stats)
     rows = []
     for bits, recipe in recipes.items():
-        choice_F = problem.choice_of(recipe.schemes)
+        choice_F = problem.choice_of({one.name: one.scheme for one in recipe.groups})
         together = predict(problem, choice_F).value
         as_a_sum = predict(replace(problem, answers=None), choice_F).value
         crossfitted, measured = recipe.kl_nats_per_token or 0.0, done[bits]
