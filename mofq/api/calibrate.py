@@ -89,7 +89,7 @@ def few_sequences(plan: Plan) -> list[str]:
             f"{option('sequence_length')}."
         )
         for name, count in kept.items()
-        if count * plan.draws < FEW_SAMPLES
+        if count < FEW_SAMPLES
     ]
 
 

@@ -13,9 +13,8 @@ from mofq.decision.greedy import solve_greedy
 from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
+from mofq.decision.together import Solver, solve_together
 from mofq.exceptions import BudgetError, MofqError, nearest_name, option
-
-Solver = Callable[[Problem, Budgets], Solution]
 
 SOLVERS: dict[str, Solver] = {
     "exact": solve_exact,
@@ -71,7 +70,7 @@ def choose(
 
 
 def _choose_once(problem: Problem, budgets: Budgets, solve: Solver, with_ties: bool) -> Chosen:
-    solution = solve(problem, budgets)
+    solution = solve_together(problem, budgets, solve)
     ties = move_ties(problem, budgets, solution.choice_F) if with_ties else None
     choice_F = solution.choice_F if ties is None else ties.choice_F
     is_optimum = solve is solve_exact and choice_F is solution.choice_F
@@ -104,10 +103,15 @@ def predict_chosen(
     try:
         best_F = choice_F
         if not is_optimum:
-            best_F = solve_exact(problem, _own_size(problem, budgets, choice_F)).choice_F
+            own = _own_size(problem, budgets, choice_F)
+            best_F = solve_together(problem, own, solve_exact).choice_F
         own = _own_size(problem, budgets, best_F)
         instead = None if best_F is choice_F else (best_F, choice_F)
-        fitted = crossfit(problem, lambda part: solve_exact(part, own).choice_F, instead=instead)
+        fitted = crossfit(
+            problem,
+            lambda part: solve_together(part, own, solve_exact).choice_F,
+            instead=instead,
+        )
     except BudgetError:
         # A finer scheme may be on offer with all samples and not with half of them.
         fitted = None

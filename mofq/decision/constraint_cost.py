@@ -8,7 +8,7 @@ from mofq.decision.decision import Decision
 from mofq.decision.from_table import request_problem
 from mofq.decision.measured.measurement import shown
 from mofq.decision.offers import asked_constraints
-from mofq.decision.prediction import Estimate, paired_loss
+from mofq.decision.prediction import Estimate, error_together, paired_loss
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.request import Request
 from mofq.decision.timing import request_budgets
@@ -62,8 +62,8 @@ def _cost(free: Problem, budgets: Budgets, ours_F: IntArray, best_F: IntArray) -
                 f"weight keep the budget."
             )
         return "The constraints cost nothing: without them no smaller recipe is found."
-    least = free.error_of(best_F)
-    cost = Estimate(free.error_of(ours_F) - least, _noise(free, best_F, ours_F))
+    least = error_together(free, best_F)
+    cost = Estimate(error_together(free, ours_F) - least, _noise(free, best_F, ours_F))
     if cost.value <= 0:
         return "The constraints cost nothing: without them no better recipe is found."
     unit = "nats per token" if free.unit == KL_UNIT else f"of {free.unit}"

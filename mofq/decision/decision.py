@@ -11,7 +11,7 @@ from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offere
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.from_table import request_problem
 from mofq.decision.offers import asked_constraints
-from mofq.decision.prediction import predict
+from mofq.decision.prediction import error_together, predict, sample_sums
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, without
@@ -103,7 +103,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         finer_layers=used.finer_layers,
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
-        uniform_error=None if uniform is None else problem.error_of(uniform[1]),
+        uniform_error=None if uniform is None else error_together(problem, uniform[1]),
         notes=(
             *_notes_of_search(problem, chosen, uniform, budgets=budgets),
             *notes_of_prediction(table, problem, chosen.choice_F),
@@ -193,7 +193,7 @@ def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:
     """
     if problem.sample_errors is None:
         return []
-    errors_CN = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
+    errors_CN = sample_sums(problem, choice_F)
     mean_C = np.array([errors_N.mean() for errors_N in errors_CN])
     if problem.objective == "mean":
         weight_C = np.array(problem.corpus_weights) / sum(problem.corpus_weights)

@@ -48,13 +48,32 @@ def predict(problem: Problem, choice_F: IntArray) -> Estimate:
         choice_F: One option of each fusion group.
 
     Returns:
-        The sum of the errors of its choices; its standard error is that of the sums of
-        each sample, since all groups share their samples. A recipe that was chosen on
-        these very samples looks better here than it is; `predict_chosen` corrects that.
+        The sum of the errors of its choices, and what they do together; its standard error is
+        that of the sums of each sample, since all groups share their samples. A recipe that was
+        chosen on these very samples looks better here than it is; `predict_chosen` corrects that.
     """
     if problem.sample_errors is None:
         return Estimate(problem.error_of(choice_F), stderr=None)
-    return _combine(problem, _sample_sums(problem, choice_F))
+    return _combine(problem, sample_sums(problem, choice_F))
+
+
+def error_together(problem: Problem, choice_F: IntArray) -> float:
+    """The objective's value for a recipe, with what its groups do together.
+
+    Args:
+        problem: What might be chosen.
+        choice_F: One option of each fusion group.
+
+    Returns:
+        Of the mean over corpora, or of the worst of them, in the problem's unit.
+    """
+    if problem.answers is None or problem.sample_errors is None:
+        return problem.error_of(choice_F)
+    mean_C = [math.fsum(sums) / len(sums) for sums in sample_sums(problem, choice_F)]
+    if problem.objective == "worst-corpus":
+        return max(mean_C)
+    weight_C = problem.corpus_weights
+    return math.fsum(w * e for w, e in zip(weight_C, mean_C, strict=True)) / math.fsum(weight_C)
 
 
 def crossfit(
@@ -88,9 +107,9 @@ def crossfit(
     folds = []
     for half, other in (halves[::-1], halves):
         part, choice_F = with_samples(problem, other), choose(with_samples(problem, half))
-        sums = _sample_sums(part, choice_F)
+        sums = sample_sums(part, choice_F)
         if instead is not None:
-            before, after = (_sample_sums(part, each_F) for each_F in instead)
+            before, after = (sample_sums(part, each_F) for each_F in instead)
             more = zip(sums, before, after, strict=True)
             sums = [one + (b - a) for one, a, b in more]
         folds.append(sums)
@@ -114,16 +133,26 @@ def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Esti
     Returns:
         The mean of the differences, positive where the second is worse.
     """
-    assert problem.sample_errors is not None
-    return _combine(
-        problem, [(e[other_F] - e[choice_F]).sum(axis=0) for e in problem.sample_errors]
-    )
+    sums = (sample_sums(problem, each_F) for each_F in (choice_F, other_F))
+    return _combine(problem, [after - before for before, after in zip(*sums, strict=True)])
 
 
-def _sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
-    """For each corpus the error of every sample, [N]."""
+def sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
+    """What some options cost in every sample, [N] for each corpus.
+
+    Args:
+        problem: With sample errors.
+        choice_F: One option of each fusion group, or of some.
+    """
     assert problem.sample_errors is not None
-    return [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
+    sums = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
+    if problem.answers is None:
+        return sums
+    group_F, scaling_F = problem.group_P[choice_F], problem.scaling_P[choice_F]
+    return [
+        errors_N + answers.products(group_F, scaling_F)
+        for errors_N, answers in zip(sums, problem.answers, strict=True)
+    ]
 
 
 def _combine(problem: Problem, samples: Sequence[FloatArray]) -> Estimate:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mofq.decision.simplicity import simplicity
+from mofq.decision.size_answers import SizeAnswers
 from mofq.exceptions import TableError
 
 FloatArray = NDArray[np.float64]
@@ -48,6 +49,7 @@ class Option:
     stderrs: tuple[float, ...] | None = None
     sample_errors: tuple[Sequence[float], ...] | None = None  #: their mean is the error
     cache_bits: int = 0  #: of one token in the KV cache; 0 where the decision is on layers
+    scaling: float = 0.0  #: by what share the weights become larger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +77,8 @@ class Problem:
     #: The format of the cache that an option is, numbered, where a recipe may have one alone;
     #: -1: it goes with any. None: all options go together.
     format_P: IntArray | None
+    scaling_P: FloatArray  #: by what share the weights become larger
+    answers: tuple[SizeAnswers, ...] | None  #: to that, of each corpus; None: not known
 
     def __post_init__(self) -> None:
         """No solver has to ask whether there is a recipe at all."""
@@ -159,7 +163,10 @@ class Problem:
         return range(int(self.start_F[group]), int(self.start_F[group + 1]))
 
     def error_of(self, choice_F: IntArray) -> float:
-        """The sum of the errors of one option in each group, in ``unit``."""
+        """The sum of the errors of one option in each group, in ``unit``: what solvers minimise.
+
+        Without what the groups do together, which `mofq.decision.prediction` adds.
+        """
         return max(math.fsum(column) for column in self.cost_PK[choice_F].T)
 
     def bytes_of(self, choice_F: IntArray) -> int:
@@ -209,6 +216,7 @@ def build_problem(
     min_gain: float = 10.0,
     kv_tokens: int = 0,
     one_format: bool = False,
+    answers: tuple[SizeAnswers, ...] | None = None,
 ) -> Problem:
     """Arrays from options.
 
@@ -223,6 +231,7 @@ def build_problem(
         min_gain: See `finer_is_offered`.
         kv_tokens: Of context, whose cache counts as size.
         one_format: Whether a recipe may have one quantized format of the cache alone.
+        answers: Of each corpus, to changes of size of each group's weights; None: not known.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus; or no
@@ -252,6 +261,8 @@ def build_problem(
         size_P=bytes_P + -(-kv_tokens * cache_bits_P // 8),
         kv_tokens=kv_tokens,
         format_P=_formats(groups, ordered, starts) if one_format else None,
+        scaling_P=np.array([one.scaling for one in ordered], dtype=np.float64),
+        answers=answers,
     )
 
 
@@ -337,6 +348,9 @@ def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:
         sample_errors=kept,
         error_PC=np.stack([one.mean(axis=1) for one in kept], axis=1),
         stderr_PC=np.stack([standard_error(one) for one in kept], axis=1),
+        answers=None
+        if problem.answers is None
+        else tuple(one.of_samples(n) for one, n in zip(problem.answers, samples, strict=True)),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mofq import __version__
 from mofq.decision.exact import Solution
 from mofq.decision.offers import asked_constraints, spaces_of
-from mofq.decision.prediction import Estimate, predict
+from mofq.decision.prediction import Estimate, error_together, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
@@ -112,7 +112,7 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
 
 def chosen_result(problem: Problem, choice_F: IntArray, prediction: Estimate) -> RecipeResult:
     """Sizes, error and, in nats, the prediction."""
-    result = replace(sizes_of(problem, choice_F), error=problem.error_of(choice_F))
+    result = replace(sizes_of(problem, choice_F), error=error_together(problem, choice_F))
     return with_prediction(result, prediction) if problem.unit == KL_UNIT else result
 
 

@@ -8,7 +8,7 @@ from mofq import __version__
 from mofq.decision.budgets import Budgets
 from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
-from mofq.decision.prediction import predict
+from mofq.decision.prediction import error_together, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
@@ -143,7 +143,7 @@ def best_uniform(
     for name in dict.fromkeys(problem.schemes):
         uniform_F = uniform_choice(problem, name, choice_F)
         if uniform_F is not None and usage(problem, uniform_F).bytes <= most_bytes:
-            found.append((problem.error_of(uniform_F), name, uniform_F))
+            found.append((error_together(problem, uniform_F), name, uniform_F))
     if not found:
         return None
     _, name, choice_F = min(found, key=lambda one: one[:2])

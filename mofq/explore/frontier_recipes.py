@@ -116,6 +116,7 @@ def best_for_corpus(
         error_PC=problem.error_PC[:, [corpus]],
         stderr_PC=None,
         sample_errors=None,
+        answers=None,
     )
     frontier = solve_frontier(alone, budgets)
     best = []

@@ -10,4 +10,10 @@ from __future__ import annotations
 #: 2  Random signs in the place of labels; what layers of one input lose together; the gains of all
 #:    sequences that were run; GPTQ's Hessian weighs tokens by the norm of their gradients, and is
 #:    damped by a tenth.
-NUMERICS = 2
+#: 3  What a change of size of all weights does is added up over rows and layers before it is
+#:    squared, and over the groups of a recipe; experts of one token are rounded once; draws of one
+#:    sequence are one sample; the output error of an expert counts by its tokens.
+NUMERICS = 3
+
+#: Numbers under which codes are fitted alike.
+SAME_FITTED_CODES = (2, NUMERICS)

@@ -44,6 +44,10 @@ FILES = [
     *("a/sequence-00002.safetensors", "b/sequence-00000.safetensors"),
     "b/sequence-00001.safetensors",
 ]
+GAINS = [
+    *("a/gains-00000.json", "a/gains-00001.json", "a/gains-00002.json"),
+    *("b/gains-00000.json", "b/gains-00001.json"),
+]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,12 +71,13 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_folder_holds_the_plan_the_hashes_and_every_sequence(finished: Path) -> None:
-    assert sorted(contents(finished)) == [".lock", *FILES, "plan.json", "stats.json"]
+    files = sorted([*FILES, *GAINS])
+    assert sorted(contents(finished)) == [".lock", *files, "plan.json", "stats.json"]
     plan = json.loads((finished / "plan.json").read_text())
     assert next(iter(plan)) == "version"
     stats = json.loads((finished / "stats.json").read_text())
     assert {key: stats[key] for key in plan} == plan
-    assert list(stats["files"]) == FILES
+    assert sorted(stats["files"]) == files
     assert "unseen" not in stats
     verify_sequences(read_stats(finished))
 
@@ -407,7 +412,7 @@ def test_a_full_disk_is_reported_and_what_was_written_is_kept(
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(StatsError, match=r"2 more sequences need .* bytes, found 1,000 free"):
             calibrate_folder(tiny_llama, tmp_path, CORPORA)
-    assert sorted(contents(tmp_path)) == [".lock", FILES[0], "plan.json"]
+    assert sorted(contents(tmp_path)) == [".lock", GAINS[0], FILES[0], "plan.json"]
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -416,6 +421,6 @@ def test_a_full_disk_is_reported_and_what_was_written_is_kept(
         patch.setattr(os, "fsync", full)
         with pytest.raises(StatsError, match=r"No space left.*kept"):
             calibrate_folder(tiny_llama, tmp_path, CORPORA)
-    assert sorted(contents(tmp_path)) == [".lock", FILES[0], "plan.json"]
+    assert sorted(contents(tmp_path)) == [".lock", *GAINS[:2], FILES[0], "plan.json"]
     calibrate_folder(tiny_llama, tmp_path, CORPORA)
     assert contents(tmp_path) == contents(finished)

@@ -61,6 +61,10 @@ def test_gains_are_the_squares_of_the_outer_products_and_of_the_inputs_gradients
                         name = f"{prefix}.{word}"
                         grad_TO = tensors[f"grad/{name}"][draw].double()
                         gradient_TI += grad_TO @ model.get_submodule(name).weight.double()
+                        weight_OI = model.get_submodule(name).weight.double()
+                        change = float((grad_TO.T @ x_TI * weight_OI).sum())
+                        size = float((grad_TO * (x_TI @ weight_OI.T)).abs().sum())
+                        assert gains[name].scaling[draw] == pytest.approx(change, abs=2**-8 * size)
                         product = float((grad_TO.T @ x_TI).square().sum())
                         assert gains[name].weight[draw] == pytest.approx(product, rel=1e-4)
                     expected = float((gradient_TI.square().sum(1) * amax_T.square()).sum())
@@ -132,7 +136,7 @@ def test_an_expert_without_a_token_has_gains_of_zero(tiny: TinyCheckpoint, tmp_p
             for name, source in sequence.inputs.items():
                 is_reached.add(source is not None)
                 if source is None:
-                    assert gains[name] == Gains((0.0,), (0.0,))
+                    assert gains[name] == Gains((0.0,), (0.0,), (0.0,))
                 else:
                     assert min(*gains[name].weight, *gains[name].input) > 0
     assert is_reached == {True, False}
@@ -187,6 +191,11 @@ def nats(table: Table, scheme: str) -> dict[str, tuple[float, ...]]:
     return {name: row.sample_errors or () for name, row in found.items()}
 
 
+def scaling(table: Table, scheme: str, group: str) -> float:
+    rows = table.rows_of("kl_nats_per_token", "a")[group]
+    return next(row.scaling for row in rows if row.scheme == scheme)
+
+
 def test_a_row_says_of_the_kept_sequences_what_their_clusters_say(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -201,9 +210,13 @@ def test_a_row_says_of_the_kept_sequences_what_their_clusters_say(
     parts = []
     for scheme, kind in (("int4.channel", "weight"), ("bf16+int8.token", "input")):
         gain_N = torch.tensor([one[layer][kind][0] for one in gains]).double()
-        kept_N = torch.tensor(nats(whole, scheme)[group]).double()[[1, 4]]
+        # A change of size of the whole group is known of all sequences.
+        answer_N = torch.tensor([one[layer]["scaling"][0] for one in gains]).double()
+        size_N = scaling(whole, scheme, group) ** 2 * answer_N.square() / (2 * 16)
+        kept_N = (torch.tensor(nats(whole, scheme)[group]).double() - size_N)[[1, 4]]
         ratio = kept_N.mean() / gain_N[[1, 4]].mean()
         expected_N = kept_N + ratio * (gain_N.reshape(2, 3).mean(1) - gain_N[[1, 4]])
+        expected_N += size_N.reshape(2, 3).mean(1)
         found_N = torch.tensor(nats(few, scheme)[group]).double()
         torch.testing.assert_close(found_N, expected_N, rtol=1e-5, atol=0)
         assert not torch.allclose(found_N, kept_N, rtol=1e-2)

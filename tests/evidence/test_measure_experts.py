@@ -143,7 +143,7 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
     if errors is not None:
         error_NS = torch.tensor([[error] for error in errors], dtype=torch.float64)
         mse_S = torch.tensor([mse], dtype=torch.float64)
-        corpora["a"] = CorpusScore(error_NS, mse_S)
+        corpora["a"] = CorpusScore(error_NS, torch.zeros_like(error_NS), mse_S)
     relative_S = torch.tensor([relative], dtype=torch.float64)
     amax = None if errors is None else 2.0
     extent = extent_sums(torch.ones(1, 1))
@@ -153,6 +153,7 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
         relative_weight_error_S=relative_S,
         weight_energy=100.0,
         error_energy_S=torch.ones(1).double(),
+        along_S=torch.zeros(1).double(),
         corpora=corpora,
         static_amax=amax,
         extent=extent,
@@ -183,6 +184,15 @@ def test_under_schemes_that_leave_the_weights_alone_an_unseen_expert_gets_the_me
     *_, row = group_rows(group, [parse_scheme("bf16+int8.tensor")], scores, corpora=["a"])
     assert row.sample_errors == (2.0, 6.0)
     assert row.static_amax == {"experts.0.up": 2.0, "experts.1.up": 2.0}
+
+
+def test_draws_of_one_sequence_are_one_sample() -> None:
+    group = FusionGroup("layers.0.moe.experts", (expert(0, "up", 64),))
+    scores = {"experts.0.up": score(0.5, [1.0, 3.0, 8.0, 4.0])}
+    schemes = [parse_scheme("int4.channel")]
+    *_, row = group_rows(group, schemes, scores, corpora=["a"], draws=2)
+    assert row.sample_errors == (2.0, 6.0)
+    assert (row.error, row.stderr) == (4.0, 2.0)
 
 
 def test_a_corpus_that_reached_no_expert_of_a_kind_is_refused() -> None:

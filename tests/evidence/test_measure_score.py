@@ -94,7 +94,10 @@ def expected_score(
         of_schemes = [_sample(weight_OI, x_TI, grad_TO, scheme, static_amax) for scheme in schemes]
         errors.append([(rows + tokens) / (2 * length) for rows, tokens, _ in of_schemes])
         outputs.append([squares for _, _, squares in of_schemes])
-    tokens = sum(len(x_TI) for x_TI, _ in samples_of(sequences))
+    # An expert's error is averaged over all tokens, and is 0 at those that go elsewhere.
+    is_routed = any(one is not None and one.token_T is not None for one in sequences)
+    seen = sum(len(x_TI) for x_TI, _ in samples_of(sequences))
+    tokens = length * len(errors) if is_routed else seen
     mse = [sum(one[s] for one in outputs) / tokens for s in range(len(schemes))]
     return Expected(errors, mse)
 

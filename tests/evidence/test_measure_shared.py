@@ -21,6 +21,7 @@ from test_measure_score import (
 
 from mofq.evidence.calibration.sequence_file import LayerSamples
 from mofq.evidence.measure.score import LayerScore, with_shared_inputs
+from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import fake_quantize_activation
 
 OTHER = (normal(OUT, IN, seed=9) / 10).bfloat16().float()
@@ -69,7 +70,7 @@ def error_of(scores: dict[str, LayerScore], scheme: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [list(range(LENGTH)), [0, 5, 63, 64, 99]])
 def test_rounded_inputs_move_all_layers_that_share_them_at_once(tokens: list[int]) -> None:
-    found = with_shared_inputs(pair_of(shared=True, tokens=tokens))
+    found = with_shared_inputs(pair_of(shared=True, tokens=tokens), ())
     for scheme, one in enumerate(SCHEMES):
         if one.weight is None and one.activation is not None:
             expected_N = [together(scheme, seed, tokens) for seed in (1, 2)]
@@ -78,7 +79,7 @@ def test_rounded_inputs_move_all_layers_that_share_them_at_once(tokens: list[int
 
 def test_the_weights_part_is_that_of_each_layer_by_itself() -> None:
     alone = pair_of(shared=True)
-    found = with_shared_inputs(alone)
+    found = with_shared_inputs(alone, ())
     names = [one.name for one in SCHEMES]
     inputs_only = names.index("bf16+int8.token")
     added_N = error_of(found, inputs_only) - error_of(alone, inputs_only)
@@ -91,8 +92,48 @@ def test_the_weights_part_is_that_of_each_layer_by_itself() -> None:
             torch.testing.assert_close(error_of(found, scheme), expected_N)
 
 
+def expert_layer(name: str, shares_input: str) -> LinearLayer:
+    return LinearLayer(
+        name=name,
+        tensor="",
+        out_features=OUT,
+        in_features=IN,
+        dtype="BF16",
+        module=f"experts.{name}",
+        shares_scale=f"experts.{name}.gate_up",
+        shares_input=shares_input,
+    )
+
+
+def experts_of(tokens: dict[str, list[int]]) -> dict[str, LayerScore]:
+    """Layers that each see some tokens of the same two sequences, by inputs of their own."""
+    scores = {}
+    for name, weight_OI in (("gate", WEIGHT), ("up", OTHER)):
+        sequences = [
+            replace(routed(samples(name, seed, shared=True), tokens[name]), source=name)
+            for seed in (1, 2)
+        ]
+        scores[name] = score_layer(prepare(weight_OI, {"a": sequences}))
+    return scores
+
+
+def test_experts_of_a_token_are_moved_by_one_rounding_of_it() -> None:
+    tokens = {"gate": [0, 5, 63, 64, 99], "up": [1, 5, 64, 70]}
+    both, alone = [5, 64], {"gate": [0, 63, 99], "up": [1, 70]}
+    layers = [expert_layer(name, "experts.gate_up") for name in tokens]
+    found = with_shared_inputs(experts_of(tokens), layers)
+    apart = with_shared_inputs(experts_of(tokens), [expert_layer(name, "") for name in tokens])
+    by_itself = experts_of({name: alone[name] for name in tokens})
+    for scheme, one in enumerate(SCHEMES):
+        if one.weight is None and one.activation is not None:
+            of_both_N = torch.tensor([together(scheme, seed, both) for seed in (1, 2)])
+            expected_N = (error_of(by_itself, scheme) + of_both_N).tolist()
+            assert error_of(found, scheme).tolist() == pytest.approx(expected_N, rel=2e-4)
+            assert error_of(apart, scheme).tolist() != pytest.approx(expected_N, rel=1e-2)
+
+
 def test_layers_with_inputs_of_their_own_are_left_as_they_are() -> None:
     alone = pair_of(shared=False)
-    found = with_shared_inputs(alone)
+    found = with_shared_inputs(alone, ())
     for name, score in alone.items():
         assert torch.equal(found[name].corpora["a"].error_NS, score.corpora["a"].error_NS)

@@ -60,7 +60,7 @@ def test_rows_of_one_corpus_rest_on_the_same_samples(
     tmp_path: Path, samples: tuple[float, ...]
 ) -> None:
     other = dataclasses.replace(nats_row("layers.0.attn.qk"), sample_errors=samples)
-    with pytest.raises(TableError, match=r"has \d \w+ where earlier rows of corpus 'wiki' have 2"):
+    with pytest.raises(TableError, match=r"has \d \w+ where earlier lines of corpus 'wiki' have 2"):
         write(tmp_path / "table.jsonl", nats_row(), other)
 
 

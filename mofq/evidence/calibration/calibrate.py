@@ -20,6 +20,7 @@ from mofq.evidence.calibration.stats import (
     Plan,
     Stats,
     finish_stats,
+    has_gains,
     open_plan,
 )
 from mofq.evidence.corpora import CORPUS_NAME, check_context
@@ -120,10 +121,10 @@ def run_and_write(
         activation_checkpointing=activation_checkpointing,
     ) as captured:
         for corpus, index, token_T in sequences:
-            if not is_done(folder, corpus, index):
+            if not is_done(folder, plan, corpus, index):
                 captured.clear()
                 run_sequence(model, token_T, _seeds(plan, corpus, index))
-                _write(folder, corpus, index, captured=captured, layer_names=layer_names)
+                _write(folder, plan, corpus, index, captured=captured, layer_names=layer_names)
             if progress is not None:
                 progress(corpus.name, index + 1, corpus.sequences)
 
@@ -166,22 +167,24 @@ def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, 
     check_context(model, plan.sequence_length)
 
 
-def is_done(folder: Path, corpus: CorpusPlan, index: int) -> bool:
+def is_done(folder: Path, plan: Plan, corpus: CorpusPlan, index: int) -> bool:
     """Whether all that is kept of a sequence is there."""
-    has_gains = corpus.kept is None or gains_path(folder, corpus.name, index).exists()
     path = sequence_path(folder, corpus.name, index)
-    return has_gains and (index not in corpus.kept_indices or is_complete(path))
+    if has_gains(plan, corpus) and not gains_path(folder, corpus.name, index).exists():
+        return False
+    return index not in corpus.kept_indices or is_complete(path)
 
 
 def _write(
     folder: Path,
+    plan: Plan,
     corpus: CorpusPlan,
     index: int,
     *,
     captured: Captured,
     layer_names: Sequence[str],
 ) -> None:
-    if corpus.kept is not None:
+    if has_gains(plan, corpus):
         write_gains(gains_path(folder, corpus.name, index), captured, layer_names)
     if index in corpus.kept_indices:
         path = sequence_path(folder, corpus.name, index)

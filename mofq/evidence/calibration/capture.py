@@ -38,6 +38,7 @@ class Captured:
     """
 
     x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
+    y: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, out], without bias
     source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
     grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
     tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
@@ -46,7 +47,7 @@ class Captured:
 
     def clear(self) -> None:
         """Forget the sequence."""
-        for part in (self.x, self.source, self.grads, self.tokens, self.input_gains):
+        for part in (self.x, self.y, self.source, self.grads, self.tokens, self.input_gains):
             part.clear()
 
     def keep_input(self, layer: str, x: Tensor, y: Tensor) -> None:
@@ -60,6 +61,12 @@ class Captured:
         """Keep the input gain of a layer, when the gradient of its input comes."""
         amax_T = x.detach().abs().amax(-1).float()
         x.register_hook(partial(self._on_input_gradient, layer, amax_T))
+
+    def keep_output(self, layer: str, y: Tensor, bias: Tensor | None) -> None:
+        """Keep a layer's output without its bias: the part that follows the size of the weights."""
+        y_TO = y.detach().reshape(-1, y.shape[-1])
+        y_TO = y_TO if bias is None else y_TO - bias
+        self.y[layer] = y_TO.to(device="cpu", dtype=torch.bfloat16)
 
     def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:
         """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""
@@ -146,12 +153,13 @@ def _on_forward(
     captured: Captured,
     last_input: list[tuple[Tensor, str]],
     name: str,
-    _module: nn.Module,
+    module: nn.Module,
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> None:
     if not output.requires_grad or (name in captured.source):
         return  # the second run of an activation-checkpointed decoder layer
+    captured.keep_output(name, output, getattr(module, "bias", None))
     x = inputs[0]
     if last_input and last_input[0][0] is x and last_input[0][1] in captured.x:
         captured.keep_gradient(name, last_input[0][1], output)
@@ -277,6 +285,7 @@ def _see(
         captured.tokens[layer.name] = token[order].to("cpu")
         captured.source[layer.name] = source
         rows = slice(start, start + layer.out_features)
+        captured.keep_output(layer.name, y.detach()[order, rows], None)
         y.register_hook(partial(_keep, captured, layer.name, rows, order))
 
 

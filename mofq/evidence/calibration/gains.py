@@ -1,7 +1,7 @@
-"""How strongly a layer answers to white noise in one sequence: two numbers, kept of many sequences.
+"""How strongly a layer answers in one sequence: three numbers, kept of all sequences that are run.
 
 Inputs and gradients of a sequence are large, so they are kept of a few sequences. What those
-say depends on which text and which random draws they happened to be. Two numbers for each layer
+say depends on which text and which random draws they happened to be. Three numbers for each layer
 follow both closely and take no space, and are kept of every sequence that is run:
 
 ``weight``
@@ -9,6 +9,9 @@ follow both closely and take no space, and are kept of every sequence that is ru
 ``input``
     ``sum_t |W^T g_t|^2 max|x_t|^2``: what noise in proportion to each token's largest
     magnitude would cost in the inputs.
+``scaling``
+    ``sum_t g_t . W x_t``, signed: what a change of the size of all its weights would do. Rounding
+    to few bits makes weights smaller, all rows and layers at once.
 
 `mofq.evidence.measure.gain_correction` corrects the few by the many. One file for each sequence,
 ``gains-00000.json``: for each layer a list over draws; a layer without a token has zeros.
@@ -33,10 +36,10 @@ from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.sequence_file import layer_gradients, renamed_when_written
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text
-from mofq.files.validated import NotNegative, Text, only_these_keys, validate
+from mofq.files.validated import NotNegative, Number, Text, only_these_keys, validate
 
 _Numbers = Annotated[tuple[NotNegative, ...], Field(min_length=1)]
-#: Two numbers for each of 100,000 layers and 32 draws.
+#: Three numbers for each of 100,000 layers and 32 draws.
 _MAX_BYTES = 256_000_000
 
 
@@ -47,6 +50,7 @@ class Gains:
 
     weight: _Numbers
     input: _Numbers
+    scaling: tuple[Number, ...] = ()  #: none in statistics of before it was kept
 
 
 _GAINS = TypeAdapter(dict[Text, Gains])
@@ -74,11 +78,22 @@ def write_gains(path: Path, captured: Captured, layer_names: Sequence[str]) -> N
         name: {
             "weight": weight.get(name, zeros),
             "input": captured.input_gains.get(captured.source.get(name, ""), zeros),
+            "scaling": _scaling(captured, name, path, zeros),
         }
         for name in layer_names
     }
     with renamed_when_written(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _scaling(captured: Captured, name: str, path: Path, zeros: Sequence[float]) -> Sequence[float]:
+    """Of a layer; of cached keys and values, which are no layer's output, and unseen experts: 0."""
+    if name not in captured.y:
+        return zeros
+    y_TO = captured.y[name].double()
+    return [
+        float((grad_TO.double() * y_TO).sum()) for grad_TO in layer_gradients(captured, name, path)
+    ]
 
 
 def _weight_gains(

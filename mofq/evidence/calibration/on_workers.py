@@ -80,7 +80,7 @@ def calibrate_remotely(
                     activation_checkpointing=activation_checkpointing,
                 )
                 for index in range(corpus.sequences)
-                if not is_done(folder, corpus, index)
+                if not is_done(folder, plan, corpus, index)
             ]
             done = corpus.sequences - len(units)
             finished = run_units(run_unit, units, cpus=cpus, gpus=0 if device == "cpu" else 1)

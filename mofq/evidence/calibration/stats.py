@@ -8,7 +8,7 @@
     One sequence each, complete when it has this name; see ``sequence_file``. Where fewer
     sequences are kept than are run, one out of each range of neighbours.
 ``CORPUS/gains-00000.json``
-    Then, two numbers for each layer of every sequence; see ``gains``.
+    Three numbers for each layer of every sequence that is run; see ``gains``.
 ``stats.json``
     Written last: the plan, the hash of every sequence, and per corpus the experts that
     no token reached, if any.
@@ -88,6 +88,9 @@ class Plan:
     scores: Literal["signs"] | None = SCORES
     kv_cache: Literal[True] | None = None  #: True: what attention caches is kept too
     bos: Literal[True] | None = None  #: True: every sequence begins with BOS, as in engines
+    #: True: gains of every sequence, also where all are kept, with what a change of size does;
+    #: None in plans of before.
+    scaling: Literal[True] | None = True
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -128,10 +131,18 @@ class Stats:
         return tuple(sequence_path(self.folder, corpus, index) for index in indices)
 
     def gains_files(self, corpus: str) -> tuple[Path, ...]:
-        """The gains of all sequences of a corpus, in order; none where all are kept."""
+        """The gains of all sequences of a corpus, in order.
+
+        None where all are kept, in statistics of before ``scaling``.
+        """
         plan = self.plan.corpus(corpus)
-        count = 0 if plan.kept is None else plan.sequences
+        count = plan.sequences if has_gains(self.plan, plan) else 0
         return tuple(gains_path(self.folder, corpus, index) for index in range(count))
+
+
+def has_gains(plan: Plan, corpus: CorpusPlan) -> bool:
+    """Whether gains are kept of the sequences of a corpus."""
+    return bool(plan.scaling) or corpus.kept is not None
 
 
 def read_stats(folder: str | Path) -> Stats:
@@ -359,6 +370,7 @@ def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
         ("seed", plan.seed, begun.seed),
         ("dtype", plan.dtype, begun.dtype),
         ("scores", plan.scores, begun.scores or "not noted"),
+        ("answers to scaling", *("kept" if one.scaling else "not kept" for one in (plan, begun))),
         ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
         ("KV cache", *("kept" if one.kv_cache else "not kept" for one in (plan, begun))),
     ):
@@ -425,7 +437,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plan(content: dict[str, Any], path: Path) -> Plan:
-    plan = validate(_PLAN, {"scores": None, **content}, str(path), StatsError)
+    plan = validate(_PLAN, {"scores": None, "scaling": None, **content}, str(path), StatsError)
     for corpus in plan.corpora:
         if corpus.kept is not None and corpus.kept >= corpus.sequences:
             raise StatsError(

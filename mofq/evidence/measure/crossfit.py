@@ -119,6 +119,7 @@ def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> La
             first.relative_weight_error_S, shipped.relative_weight_error_S, column_S
         ),
         error_energy_S=_join(first.error_energy_S, shipped.error_energy_S, column_S),
+        along_S=_join(first.along_S, shipped.along_S, column_S),
         corpora={
             corpus: _join_schemes(
                 ours,
@@ -147,6 +148,7 @@ def _join_schemes(first: CorpusScore, second: CorpusScore, column_S: list[int]) 
     return replace(
         first,
         error_NS=_join(first.error_NS, second.error_NS, column_S),
+        size_NS=_join(first.size_NS, second.size_NS, column_S),
         output_mse_S=_join(first.output_mse_S, second.output_mse_S, column_S),
         inputs=replace(
             ours,
@@ -180,7 +182,7 @@ def _half_of(samples: ChunkedSamples, sequences: slice) -> ChunkedSamples:
         samples,
         x_MCI=samples.x_MCI[chunks],
         grad_MCO=samples.grad_MCO[chunks],
-        is_token_MC=samples.is_token_MC[chunks],
+        offset_MC=samples.offset_MC[chunks],
         sequences=own.stop - own.start,
         gains=None if gains is None else gains.of(own),
     )
@@ -189,7 +191,7 @@ def _half_of(samples: ChunkedSamples, sequences: slice) -> ChunkedSamples:
 def _join_halves(
     first: CorpusScore | None, second: CorpusScore | None, whole: CorpusScore
 ) -> CorpusScore:
-    """Sequences one after another; the output error over the tokens of both halves.
+    """Sequences one after another; the output error is the mean over them.
 
     Args:
         first: None where no kept token of the half reached the layer.
@@ -203,18 +205,19 @@ def _join_halves(
     elif second is None:
         second = _unseen_half(first, whole, slice(len(first.error_NS), samples))
     halves = (first, second)
-    tokens = sum(half.sampled_tokens for half in halves)
-    output_S = torch.stack([half.output_mse_S * half.sampled_tokens for half in halves]).sum(0)
+    output_S = torch.stack([half.output_mse_S * len(half.error_NS) for half in halves]).sum(0)
     assert first.inputs is not None
     assert second.inputs is not None
+    assert whole.inputs is not None
     return CorpusScore(
         error_NS=torch.cat([first.error_NS, second.error_NS]),
-        output_mse_S=output_S / tokens,
+        size_NS=torch.cat([first.size_NS, second.size_NS]),
+        output_mse_S=output_S / samples,
         inputs=replace(
             first.inputs,
             token_AMC=torch.cat([first.inputs.token_AMC, second.inputs.token_AMC], 1),
+            offset_MC=whole.inputs.offset_MC,
         ),
-        sampled_tokens=tokens,
     )
 
 
@@ -245,7 +248,8 @@ def _unseen_half(half: CorpusScore, whole: CorpusScore, own: slice) -> CorpusSco
         half,
         error_NS=of_weight[:, None] * (half.error_NS.mean(0) - input_S)
         + of_input[:, None] * input_S,
-        sampled_tokens=0,
+        size_NS=of_weight[:, None] * half.size_NS.mean(0),
+        output_mse_S=torch.zeros_like(half.output_mse_S),
         inputs=replace(
             inputs, token_AMC=activations.new_zeros(len(activations), chunks, activations.shape[2])
         ),

@@ -37,6 +37,7 @@ from mofq.evidence.spaces import (
     offer_schemes,
 )
 from mofq.evidence.table import (
+    Answers,
     Profile,
     Rejection,
     Row,
@@ -92,8 +93,14 @@ class Work(NamedTuple):
     corpora: tuple[str, ...]  #: of the stats; empty without
 
 
-#: The rows of a fusion group, and its profiles.
-Measured = tuple[list[Row], list[Profile]]
+class Measured(NamedTuple):
+    """What is measured of a fusion group."""
+
+    rows: list[Row]
+    profiles: list[Profile]
+    answers: list[Answers]  #: of the corpora that were measured on
+
+
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
 Remotely = Callable[..., Generator[Measured, None, None]]
 #: Layer, what the pass gives, schemes that are all candidates -> the pass.
@@ -206,15 +213,16 @@ def _fill(
         for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
             found = [next(measured) for _ in of_group]
+            answers = {one.key: one for each in found for one in each.answers}
             # What rests on no corpus is measured with every one that is added.
             new = [
                 row
-                for rows, _ in found
-                for row in rows
+                for each in found
+                for row in each.rows
                 if not table.has(row.group, row.scheme, unit=row.unit, corpus=row.corpus)
             ]
-            profiles = {one.key: one for _, some in found for one in some}
-            table.add_group(new, rejected, profiles=profiles.values())
+            profiles = {one.key: one for each in found for one in each.profiles}
+            table.add_group(new, rejected, profiles=profiles.values(), answers=answers.values())
             if progress is not None:
                 progress("measure", done + 1, len(offers))
 
@@ -246,6 +254,7 @@ def measure_groups(
         StatsError: The stats do not know a layer, or no token reached a layer or one like it.
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
+    draws = 1 if stats is None else stats.plan.draws
     written = [one._replace(schemes=_written_schemes(one.group, one.schemes)) for one in work]
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
@@ -271,7 +280,24 @@ def measure_groups(
                 {name: score.extent for name, score in by_name.items()},
                 {name: score.input_extents for name, score in by_name.items()},
             )
-            yield group_rows(group, schemes, by_name, corpora=corpora), profiles
+            answers = {} if reader is None else _answers(reader, group, corpora)
+            rows = group_rows(
+                group, schemes, by_name, corpora=corpora, draws=draws, answers=answers
+            )
+            yield Measured(rows, profiles, list(answers.values()))
+
+
+def _answers(
+    reader: SampleReader, group: FusionGroup, corpora: Sequence[str]
+) -> dict[str, Answers]:
+    """What the model answers to a change of size of a group's weights, as the table keeps it."""
+    names = [layer.name for layer in group.layers]
+    found = {corpus: reader.scaling(corpus, names) for corpus in corpora}
+    return {
+        corpus: Answers(group.name, corpus, values)
+        for corpus, values in found.items()
+        if values is not None
+    }
 
 
 def _written_schemes(group: FusionGroup, schemes: Sequence[Scheme]) -> list[Scheme]:
@@ -344,7 +370,7 @@ def table_stats(stats: Stats) -> TableStats:
         sha256=stats.sha256,
         seed=stats.plan.seed,
         corpora={corpus.name: corpus.text_sha256 for corpus in stats.plan.corpora},
-        samples=len(first.kept_indices) * stats.plan.draws,
+        samples=len(first.kept_indices),
         sequence_length=stats.plan.sequence_length,
         bos=stats.plan.bos,
     )

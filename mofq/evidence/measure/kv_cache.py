@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
-from mofq.evidence.measure.gain_correction import corrected, not_negative
+from mofq.evidence.measure.gain_correction import corrected
+from mofq.evidence.measure.rows import kept_errors
 from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
 from mofq.evidence.metrics import standard_error
 from mofq.evidence.spaces import CacheOffer
@@ -116,8 +117,8 @@ def cache_rows(
     for scheme in schemes:
         amax = {key: _amax_of(key, head_amax) for key in static_keys(scheme, cache)}
         for corpus, parts in samples.items():
-            error_N = _errors(scheme, cache, parts, amax, device)
-            kept_N = not_negative(error_N).float().double()
+            draws = next(iter(parts.values())).draws
+            kept_N = kept_errors(_errors(scheme, cache, parts, amax, device), draws)
             rows.append(
                 Row(
                     group=cache.name,

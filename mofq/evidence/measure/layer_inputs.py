@@ -40,6 +40,7 @@ class Inputs:
 
     x: Mapping[TensorScheme | None, Tensor]  #: [M, C, in_features], float32
     grad_MCO: Tensor  #: bfloat16
+    offset_MC: Tensor  #: each token's place in its chunk, or -1; on the CPU
     sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
     sequences: int  #: N
     tokens: int  #: T of one sequence
@@ -185,6 +186,7 @@ def _inputs(
     return Inputs(
         x=x,
         grad_MCO=samples.grad_MCO.to(device=device),
+        offset_MC=samples.offset_MC,
         sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
         sequences=samples.sequences,
         tokens=samples.tokens,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mofq.evidence.measure.gain_correction import not_negative
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
 from mofq.evidence.metrics import standard_error
-from mofq.evidence.table import Row
+from mofq.evidence.table import Answers, Row
 from mofq.exceptions import StatsError
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.model.sizes import group_bytes
@@ -24,6 +26,8 @@ def group_rows(
     scores: Mapping[str, LayerScore],
     *,
     corpora: Sequence[str],
+    draws: int = 1,
+    answers: Mapping[str, Answers] = MappingProxyType({}),
 ) -> list[Row]:
     """The rows of one fusion group: the sum over its layers in every unit.
 
@@ -32,6 +36,8 @@ def group_rows(
         schemes: In the order of the scores.
         scores: Layer name -> its score.
         corpora: Names in the stats, in order; empty without stats.
+        draws: Of each sequence, one after another in the scores.
+        answers: Corpus -> what the model answers when the group's weights change their size.
 
     Returns:
         One row for each scheme and unit, and corpus where the unit has one.
@@ -39,7 +45,7 @@ def group_rows(
     Raises:
         StatsError: No layer of the group saw a token of some corpus.
     """
-    shared = with_shared_inputs(scores)
+    shared = with_shared_inputs(scores, group.layers)
     filled = {corpus: _fill_unseen(group, shared, corpus) for corpus in corpora}
     rows = []
     for i, scheme in enumerate(schemes):
@@ -59,7 +65,14 @@ def group_rows(
             )
         )
         for corpus in corpora:
-            rows += _corpus_rows(corpus, list(filled[corpus].values()), i, common)
+            parts = list(filled[corpus].values())
+            error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
+            scaling = 0.0
+            if corpus in answers:
+                scaling = _scaling(scores.values(), i)
+                size_N = torch.stack([part.size_NS[:, i] for part in parts]).sum(0)
+                error_N = with_change_of_size(error_N, size_N, scaling, answers[corpus])
+            rows += _corpus_rows(corpus, parts, i, common, kept_errors(error_N, draws), scaling)
     return rows
 
 
@@ -90,11 +103,13 @@ def _static_amax(group: FusionGroup, scores: Mapping[str, LayerScore]) -> dict[s
 
 
 def _corpus_rows(
-    corpus: str, parts: Sequence[CorpusScore], i: int, common: Mapping[str, Any]
+    corpus: str,
+    parts: Sequence[CorpusScore],
+    i: int,
+    common: Mapping[str, Any],
+    kept_N: Tensor,
+    scaling: float,
 ) -> list[Row]:
-    error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
-    # What the table keeps is float32, and the row's error is the mean of what it keeps.
-    kept_N = not_negative(error_N).float().double()
     output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
     return [
         Row(unit="output_mse", corpus=corpus, error=output_mse, stderr=None, **common),
@@ -104,9 +119,57 @@ def _corpus_rows(
             error=float(kept_N.mean()),
             stderr=standard_error(kept_N),
             sample_errors=tuple(kept_N.tolist()),
+            scaling=scaling,
             **common,
         ),
     ]
+
+
+def _scaling(scores: Collection[LayerScore], i: int) -> float:
+    """By what share a scheme makes the weights of all layers larger."""
+    along = math.fsum(float(score.along_S[i]) for score in scores)
+    energy = math.fsum(score.weight_energy for score in scores)
+    return along / energy if energy > 0 else 0.0
+
+
+def with_change_of_size(
+    error_N: Tensor, size_N: Tensor, scaling: float, answers: Answers
+) -> Tensor:
+    """Errors in which the change of size is added up over all rows and layers before it is squared.
+
+    The rounding error of a row is ``a W_o + R_o``: a change of its size, which all rows share,
+    and a rest, which is independent of that of others. The squares of rows have the first row by
+    row; in its place comes its square over the whole group.
+
+    Args:
+        error_N: Of each sample, a sequence's draws one after another; the sum over rows.
+        size_N: The sum over rows of the squares of what the weights themselves would do.
+        scaling: The share ``a``.
+        answers: Of the group; of as many sequences.
+    """
+    whole_N = torch.tensor([_mean_square(one) for one in answers.values], dtype=torch.float64)
+    draws = len(error_N) // len(whole_N)
+    return error_N + scaling**2 * (whole_N.repeat_interleave(draws) - size_N)
+
+
+def _mean_square(values: Sequence[float]) -> float:
+    return math.fsum(value * value for value in values) / len(values)
+
+
+def kept_errors(error_N: Tensor, draws: int) -> Tensor:
+    """What a row keeps of the errors of all samples, one number for each sequence.
+
+    Draws of one sequence are of the same text, so they are averaged: as samples of their own
+    they would make the standard error too small.
+
+    Args:
+        error_N: A sequence's draws one after another.
+        draws: Of each sequence.
+
+    Returns:
+        [sequences], float64, as float32 holds them: the row's error is the mean of what it keeps.
+    """
+    return not_negative(error_N.unflatten(0, (-1, draws)).mean(1)).float().double()
 
 
 def _fill_unseen(
@@ -151,5 +214,6 @@ def _mean_score(
     parts = [scores[la.name].corpora[corpus] for la in same_kind]
     return CorpusScore(
         error_NS=torch.stack([p.error_NS for p in parts]).mean(0) * ratio_S,
+        size_NS=torch.stack([p.size_NS for p in parts]).mean(0),
         output_mse_S=torch.stack([p.output_mse_S for p in parts]).mean(0) * ratio_S,
     )

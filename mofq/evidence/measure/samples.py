@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -29,12 +30,17 @@ class ChunkedSamples:
 
     x_MCI: Tensor  #: inputs, bfloat16
     grad_MCO: Tensor  #: output gradients, bfloat16
-    is_token_MC: Tensor  #: where a token is and not the zeros behind the last one, bool
+    offset_MC: Tensor  #: each token's place in its chunk; -1 for the zeros behind the last, int64
     sequences: int  #: N; chunks of one sequence follow one another, M // N of them
     tokens: int  #: T, labelled positions of one sequence
     source: str = ""  #: the layer whose inputs these are; see `calibration.sequence_file`
     gains: LayerGains | None = None  #: None: all sequences that were run are here
     draws: int = 1  #: of each sequence; so many samples of a sequence follow one another
+
+    @property
+    def is_token_MC(self) -> Tensor:
+        """Where a token is and not the zeros behind the last one."""
+        return self.offset_MC >= 0
 
 
 class SampleReader:
@@ -88,10 +94,34 @@ class SampleReader:
         """
         sequences = [file.read(layer) for file in self._files[corpus]]
         found = arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
-        if found is None or not self._gains[corpus]:
+        if found is None or self._plans[corpus].kept is None:
             return found
         gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
         return replace(found, gains=gains)
+
+    def scaling(self, corpus: str, layers: Sequence[str]) -> tuple[tuple[float, ...], ...] | None:
+        """What a change of size of all weights of some layers together does.
+
+        Args:
+            corpus: Its name in the stats.
+            layers: Module names.
+
+        Returns:
+            For each kept sequence the signed answers of all that it stands for, a number a
+            draw; the mean of their squares is in nats per token. None in statistics of before
+            it was kept.
+        """
+        root = math.sqrt(2 * self._length)
+        answers = []
+        for gains in self._gains[corpus]:
+            by_layer = [gains[layer].scaling for layer in layers]
+            if not all(by_layer):
+                return None
+            answers.append([math.fsum(draw) / root for draw in zip(*by_layer, strict=True)])
+        if not answers:
+            return None
+        clusters = self._plans[corpus].clusters
+        return tuple(tuple(one for n in cluster for one in answers[n]) for cluster in clusters)
 
 
 def arrange_samples(
@@ -118,11 +148,11 @@ def arrange_samples(
         for one in sequences
         for draw in range(draws)
     ]
-    x, grad, is_token = (torch.cat(part) for part in zip(*parts, strict=True))
+    x, grad, offset = (torch.cat(part) for part in zip(*parts, strict=True))
     return ChunkedSamples(
         x,
         grad,
-        is_token,
+        offset,
         sequences=len(parts),
         tokens=sequence_length,
         source=seen[0].source,
@@ -143,20 +173,21 @@ def _longest_chunk(samples: LayerSamples) -> int:
 def _chunk(
     samples: LayerSamples, draw: int, chunks: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunk_T = _positions(samples) // CHUNK_TOKENS
+    position_T = _positions(samples)
+    chunk_T = position_T // CHUNK_TOKENS
     # Tokens are in order, so a token's place in its chunk is its distance from the first.
     first_M = torch.searchsorted(chunk_T, torch.arange(chunks))
     slot_T = torch.arange(len(chunk_T)) - first_M[chunk_T]
-    x_MCI, grad_MCO, is_token_MC = _nothing(samples, chunks, width)
+    x_MCI, grad_MCO, offset_MC = _nothing(samples, chunks, width)
     x_MCI[chunk_T, slot_T] = samples.x_TI
     grad_MCO[chunk_T, slot_T] = samples.grad_DTO[draw]
-    is_token_MC[chunk_T, slot_T] = True
-    return x_MCI, grad_MCO, is_token_MC
+    offset_MC[chunk_T, slot_T] = position_T % CHUNK_TOKENS
+    return x_MCI, grad_MCO, offset_MC
 
 
 def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1])),
         like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1])),
-        torch.zeros((chunks, width), dtype=torch.bool),
+        torch.full((chunks, width), -1),
     )

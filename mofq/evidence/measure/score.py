@@ -16,7 +16,8 @@ sequences. What rounding does has more structure, and this module uses it:
 - **Activations.** ``e_t = W dx_t``. The rounding errors of different tokens are independent
   and those of one token's channels are not (one scale; a massive channel zeroes the rest):
   ``sum_t (v_t . dx_t)^2`` with ``v_t = W^T g_t``. Layers that read the very same inputs (q, k
-  and v; gate and up) share ``dx_t`` too, so ``v_t`` is the sum over them: `with_shared_inputs`.
+  and v; gate and up; the experts that a token visits) share ``dx_t`` too, so ``v_t`` is the
+  sum over them: `with_shared_inputs`.
 - **Both.** ``e_t = (W + dW)(x_t + dx_t) - W x_t = dW xq_t + W dx_t``: the sum of the two,
   ``G`` taken with the quantized inputs.
 
@@ -44,7 +45,9 @@ from torch import Tensor
 from mofq.evidence.measure.gain_correction import SampleGains, corrected
 from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
 from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
+from mofq.evidence.measure.samples import CHUNK_TOKENS
 from mofq.exceptions import SchemeError
+from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
 from mofq.numbers.schemes import TensorScheme
@@ -58,12 +61,14 @@ class CorpusSums:
     """What a block of rows adds to the score of a corpus, float64."""
 
     row_NS: Tensor  #: sum over rows of squares
+    size_NS: Tensor  #: the same of the weights themselves, in the place of their rounding errors
     token_AMC: Tensor  #: of each activation scheme's rounding errors, signed
     output_S: Tensor
 
     def __add__(self, other: CorpusSums) -> CorpusSums:
         return CorpusSums(
             self.row_NS + other.row_NS,
+            self.size_NS + other.size_NS,
             self.token_AMC + other.token_AMC,
             self.output_S + other.output_S,
         )
@@ -74,12 +79,14 @@ class BlockSums:
     """What a block of rows adds to the score of its layer, float64."""
 
     extent: ExtentSums  #: of the weights, their squares among it
+    along_W: Tensor  #: products of each weight scheme's rounding errors with the weights
     error_WI: Tensor  #: squares of each weight scheme's rounding errors
     corpora: Mapping[str, CorpusSums]
 
     def __add__(self, other: BlockSums) -> BlockSums:
         return BlockSums(
             self.extent + other.extent,
+            self.along_W + other.along_W,
             self.error_WI + other.error_WI,
             {corpus: sums + other.corpora[corpus] for corpus, sums in self.corpora.items()},
         )
@@ -91,6 +98,7 @@ class InputErrors:
 
     source: str  #: the layer whose inputs these are; others may share them
     token_AMC: Tensor  #: signed, under each of A activation schemes, float64
+    offset_MC: Tensor  #: each token's place in its chunk, or -1
     scheme_A: tuple[tuple[int, ...], ...]  #: the schemes with each activation scheme
     tokens: int  #: T of one sequence
     gains: SampleGains | None  #: of the inputs
@@ -101,9 +109,13 @@ class CorpusScore:
     """What one corpus says of one layer under each of S schemes."""
 
     error_NS: Tensor  #: nats per token of each sequence, float64
-    output_mse_S: Tensor  #: summed over outputs, averaged over tokens, float64
+    size_NS: (
+        Tensor  #: the same, of a change of size of each row by itself, by the square of its share
+    )
+    #: Summed over outputs, averaged over the tokens of the corpus, float64: an expert's, of which
+    #: few tokens come by, counts as little as they are.
+    output_mse_S: Tensor
     inputs: InputErrors | None = None
-    sampled_tokens: int = 0  #: that ``output_mse_S`` is averaged over
     weight_gains: SampleGains | None = None  #: that the weights' part is corrected by
 
 
@@ -116,6 +128,7 @@ class LayerScore:
     relative_weight_error_S: Tensor  #: float64
     weight_energy: float  #: sum of squares
     error_energy_S: Tensor  #: sum of squares of the rounding error, float64
+    along_S: Tensor  #: sum of products of the rounding error with the weights, float64
     corpora: Mapping[str, CorpusScore]  #: those of which a token reached the layer
     static_amax: float | None  #: largest magnitude of the inputs; None where there are none
     extent: ExtentSums  #: of the weight
@@ -150,7 +163,17 @@ def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSum
             corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
     number = start // layer.blocks[0][1]
     extent = rows_extent(block_RI, number=number, amax_I=rounded.amax_I, square_I=rounded.square_I)
-    return BlockSums(extent=extent, error_WI=rounded.error_WI, corpora=corpora)
+    return BlockSums(
+        extent=extent, along_W=_along(block_RI, rounded), error_WI=rounded.error_WI, corpora=corpora
+    )
+
+
+def _along(block_RI: Tensor, rounded: RoundedBlock) -> Tensor:
+    """Products of the rounding errors with the weights; 0 where the errors are not known."""
+    if rounded.delta_WRI is None:
+        return rounded.error_WI.new_zeros(len(rounded.error_WI))
+    product_WRI = rounded.delta_WRI * block_RI.float()
+    return product_WRI.sum((1, 2), dtype=torch.float64)
 
 
 def _check_finite(layer: PreparedLayer, block_RI: Tensor, start: int) -> None:
@@ -169,6 +192,7 @@ def _corpus_sums(
 ) -> CorpusSums:
     schemes = layer.schemes
     row_NS = weight_RI.new_zeros((inputs.sequences, len(schemes)), dtype=torch.float64)
+    size_NS = torch.zeros_like(row_NS)
     output_S = row_NS.new_zeros(len(schemes))
     token_AMC = row_NS.new_zeros((len(layer.activations), *grad_MCR.shape[:2]))
     for activation, x_MCI in inputs.x.items():
@@ -181,14 +205,15 @@ def _corpus_sums(
         weighted = [i for i in columns if schemes[i].weight is not None]
         delta_SRI = delta_WRI[[layer.weights.index(schemes[i].weight) for i in weighted]]
         if weighted:
-            row_NS[:, weighted] = _row_errors(
-                x_MCI, grad_MCR, delta_SRI, sequences=inputs.sequences
-            )
+            delta_and_weight = torch.cat([delta_SRI, weight_RI[None]])
+            found_NS = _row_errors(x_MCI, grad_MCR, delta_and_weight, sequences=inputs.sequences)
+            row_NS[:, weighted] = found_NS[:, :-1]
+            size_NS[:, weighted] = found_NS[:, -1:]
             output_S[weighted] = _output_errors(inputs, x_MCI, delta_SRI, change_MCR)
         if change_MCR is not None:
             alone = [i for i in columns if schemes[i].weight is None]
             output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
-    return CorpusSums(row_NS, token_AMC, output_S)
+    return CorpusSums(row_NS, size_NS, token_AMC, output_S)
 
 
 def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences: int) -> Tensor:
@@ -323,6 +348,7 @@ def layer_score(layer: PreparedLayer, sums: BlockSums) -> LayerScore:
         relative_weight_error_S=_of_schemes(layer, relative_W),
         weight_energy=float(weight_I.sum()),
         error_energy_S=_of_schemes(layer, sums.error_WI.sum(1)),
+        along_S=_of_schemes(layer, sums.along_W),
         corpora={corpus: _corpus_score(layer, corpus, one) for corpus, one in sums.corpora.items()},
         static_amax=layer.static_amax,
         extent=sums.extent,
@@ -350,10 +376,12 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
             error_NS[:, i] += token_NA[:, layer.activations.index(scheme.activation)]
     return CorpusScore(
         error_NS=(error_NS / (2 * inputs.tokens)).cpu(),
-        output_mse_S=sums.output_S.cpu(),
+        size_NS=(corrected(sums.size_NS, of_weight) / (2 * inputs.tokens)).cpu(),
+        output_mse_S=sums.output_S.cpu() * _share_of_tokens(inputs),
         inputs=InputErrors(
             inputs.source,
             sums.token_AMC.cpu(),
+            inputs.offset_MC,
             scheme_A=tuple(
                 tuple(i for i, s in enumerate(layer.schemes) if s.activation == activation)
                 for activation in layer.activations
@@ -361,49 +389,73 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
             tokens=inputs.tokens,
             gains=of_input,
         ),
-        sampled_tokens=len(inputs.sample_T),
         weight_gains=of_weight,
     )
 
 
-def with_shared_inputs(scores: Mapping[str, LayerScore]) -> dict[str, LayerScore]:
+def _share_of_tokens(inputs: Inputs) -> float:
+    """Of the corpus's tokens, those that the layer sees."""
+    return int((inputs.offset_MC >= 0).sum()) / (inputs.sequences * inputs.tokens)
+
+
+def with_shared_inputs(
+    scores: Mapping[str, LayerScore], layers: Sequence[LinearLayer]
+) -> dict[str, LayerScore]:
     """Add to each layer what it and others do together when the inputs that they share are rounded.
 
-    ``(sum_l a_l)^2`` over layers ``l`` of one source is given to them as ``a_l sum_k a_k``: a
-    layer's part may be negative, their sum is not.
+    ``(sum_l a_l)^2`` over layers ``l`` that read the same vector at a token is given to them as
+    ``a_l sum_k a_k``: a layer's part may be negative, their sum is not. q, k and v share all of
+    their tokens; gate and up of the experts share those that are routed to several of them.
 
     Args:
         scores: Layer name -> its score, all layers of a fusion group.
+        layers: Those of the fusion group.
 
     Returns:
         The scores; those of layers that share no inputs are the same.
     """
+    shared_by = {layer.name: layer.shares_input for layer in layers if layer.shares_input}
     sharing: dict[tuple[str, str], list[InputErrors]] = defaultdict(list)
-    for score in scores.values():
+    for name, score in scores.items():
         for corpus, one in score.corpora.items():
             if one.inputs is not None and one.inputs.source:
-                sharing[corpus, one.inputs.source].append(one.inputs)
+                sharing[corpus, shared_by.get(name, one.inputs.source)].append(one.inputs)
+    joint = {key: _joint_errors(some) for key, some in sharing.items() if len(some) > 1}
+
+    def joined(name: str, corpus: str, one: CorpusScore) -> CorpusScore:
+        source = one.inputs.source if one.inputs is not None else ""
+        return _with_cross_terms(one, joint.get((corpus, shared_by.get(name, source))))
+
     return {
         name: replace(
             score,
-            corpora={
-                corpus: _with_cross_terms(one, sharing[corpus, one.inputs.source])
-                if one.inputs is not None
-                else one
-                for corpus, one in score.corpora.items()
-            },
+            corpora={corpus: joined(name, corpus, one) for corpus, one in score.corpora.items()},
         )
         for name, score in scores.items()
     }
 
 
-def _with_cross_terms(one: CorpusScore, sharing: Sequence[InputErrors]) -> CorpusScore:
+def _joint_errors(sharing: Sequence[InputErrors]) -> Tensor:
+    """What rounding the same vectors does in all that read them, [A, M, tokens of a chunk]."""
+    schemes, chunks, _ = sharing[0].token_AMC.shape
+    joint_AMP = torch.zeros((schemes, chunks, CHUNK_TOKENS), dtype=torch.float64)
+    for one in sharing:
+        joint_AMP.scatter_add_(2, _places(one), one.token_AMC)
+    return joint_AMP
+
+
+def _places(errors: InputErrors) -> Tensor:
+    # Where there is no token, the error is 0 and any place will do.
+    return errors.offset_MC.clamp(min=0).expand_as(errors.token_AMC)
+
+
+def _with_cross_terms(one: CorpusScore, joint_AMP: Tensor | None) -> CorpusScore:
     """Add the products with the errors of the other layers that read the same inputs."""
     own = one.inputs
-    others = [other.token_AMC for other in sharing if other is not own]
-    if own is None or not others:
+    if own is None or joint_AMP is None:
         return one
-    cross_AM = (own.token_AMC * sum(others, torch.zeros(()))).sum(2)
+    others_AMC = joint_AMP.gather(2, _places(own)) - own.token_AMC
+    cross_AM = (own.token_AMC * others_AMC).sum(2)
     cross_NA = cross_AM.unflatten(1, (len(one.error_NS), -1)).sum(2).T / (2 * own.tokens)
     cross_NA = corrected(cross_NA, own.gains)
     error_NS = one.error_NS.clone()

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Answers,
     Line,
     Profile,
     Rejection,
@@ -50,6 +51,7 @@ class TableLines:
         self.header = header
         self.rows: dict[RowKey, Row] = {}
         self.profiles: dict[tuple[str, str], Profile] = {}
+        self._answers: dict[tuple[str, str], Answers] = {}
         self._spaces: dict[TableSpace, None] = {}
         self._rejections: dict[Rejection, None] = {}
         self._caches: dict[str, CacheLayer] = {}
@@ -81,6 +83,7 @@ class TableLines:
             sha256=sha256,
             profiles=tuple(self.profiles.values()),
             caches=tuple(self._caches.values()),
+            answers=tuple(self._answers.values()),
         )
 
     def add(self, line: Line, where: str) -> bool:
@@ -114,6 +117,11 @@ class TableLines:
             case Profile():
                 self._check_profile(line, where)
                 return self._add_profile(line, where)
+            case Answers():
+                self._layers_of(line.group, where)
+                self._check_corpus(line.corpus, where)
+                self._check_count(line.corpus, len(line.values), where)
+                return _add(self._answers, line.key, line, where)
             case Row():
                 self._check_row(line, where)
                 return _add(self.rows, line.key, line, where)
@@ -213,16 +221,19 @@ class TableLines:
     def _check_samples(self, row: Row, samples: tuple[float, ...], where: str) -> None:
         if row.unit != "kl_nats_per_token":
             raise TableError(f"{where}: sample_errors are in nats, and the row in {row.unit}.")
-        known = self._samples.setdefault(row.corpus, len(samples))
-        if len(samples) != known:
-            raise TableError(
-                f"{where}: has {len(samples)} sample_errors where earlier rows of corpus "
-                f"{row.corpus!r} have {known}; rows are compared sample by sample."
-            )
+        self._check_count(row.corpus, len(samples), where)
         mean = sum(samples) / len(samples)
         if not isclose(mean, row.error, rel_tol=_TOLERANCE):
             raise TableError(
                 f"{where}: error is {row.error}, but its sample_errors have the mean {mean}."
+            )
+
+    def _check_count(self, corpus: str | None, count: int, where: str) -> None:
+        known = self._samples.setdefault(corpus, count)
+        if count != known:
+            raise TableError(
+                f"{where}: has {count} samples where earlier lines of corpus {corpus!r} have "
+                f"{known}; rows are compared sample by sample."
             )
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Answers,
     Line,
     Profile,
     Rejection,
@@ -98,6 +99,7 @@ class TableWriter:
         rejections: Iterable[Rejection] = (),
         *,
         profiles: Iterable[Profile] = (),
+        answers: Iterable[Answers] = (),
     ) -> None:
         """Append what is known of a fusion group, and wait until it is on the disk.
 
@@ -109,7 +111,7 @@ class TableWriter:
                 none is written. Or the disk is full; then earlier lines are kept.
         """
         fresh = [new for one in profiles if (new := self._fresh(one)) is not None]
-        self._append([*rejections, *fresh, *rows])
+        self._append([*rejections, *fresh, *answers, *rows])
 
     def _fresh(self, profile: Profile) -> Profile | None:
         """What a profile adds: itself, or the inputs of corpora that are not there yet."""

@@ -197,6 +197,7 @@ def _join_experts(model: _Declared, experts: Experts, index: int) -> FusionGroup
                 decoder_layer=index,
                 expert=expert if is_fused else None,
                 row_start=out if is_fused and word == experts.up else 0,
+                shares_input="" if half == "down" else f"experts.{half}",
             )
             layers.append(layer)
     return FusionGroup(f"layers.{index}.moe.experts", tuple(layers))
@@ -344,6 +345,7 @@ def _linear_layer(
     transposed: bool = False,
     expert: int | None = None,
     row_start: int = 0,
+    shares_input: str = "",
 ) -> LinearLayer:
     """The layer [out, in] = ``shape`` that lies in a tensor."""
     return LinearLayer(
@@ -360,6 +362,7 @@ def _linear_layer(
         row_start=row_start,
         # Its share of the scales of the tensor.
         scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
+        shares_input=shares_input,
     )
 
 

@@ -38,6 +38,9 @@ class LinearLayer:
     expert: int | None = None  #: index into a tensor [experts, out, in]
     row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
+    #: Experts of a fusion group with the same word read the same vector at a token; "" elsewhere,
+    #: where the statistics know which layers read the very same inputs.
+    shares_input: str = ""
 
     @property
     def weights(self) -> int:
