@@ -238,6 +238,7 @@ def _compare_all(
     if len(parts) == 1:
         yield parts[0], compiled_differences(parts[0], report.device, report.small)
         return
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each; it would start as many itself
     workers = max(1, min(8, (os.cpu_count() or 2) // 2, len(parts)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
