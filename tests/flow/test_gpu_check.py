@@ -13,7 +13,7 @@ from pretend_gpu import pretend_gpu
 
 from mofq.numbers.quantize import scales
 from scripts.quality import gpu_check
-from scripts.quality.gpu import numbers, report
+from scripts.quality.gpu import measure, numbers, report
 from scripts.quality.gpu.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -91,3 +91,17 @@ def test_a_division_by_a_plain_number_would_be_found(
     found = checks_on_a_gpu(tmp_path, monkeypatch)
     assert not all(found.values())
     assert any(name.startswith("eager int8.channel.s-f32, ") for name in found)
+
+
+@pytest.mark.slow
+def test_a_table_is_measured_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With statistics, inputs that are rounded, and rounding that is fitted."""
+    monkeypatch.setattr(report, "machine", lambda device: {})
+    space = "version: 1\nschemes: [bf16, int4.g32, int8.channel+int8.token, int4.channel~gptq]\n"
+    monkeypatch.setattr(measure, "SPACE", space)
+    path = tmp_path / "measure.json"
+    with pretend_gpu():
+        measure.check_table(Report(path, device="cuda", small=True), tmp_path)
+    checks = json.loads(path.read_text("utf-8"))["checks"]
+    assert len(checks) == 4
+    assert all(one["holds"] for one in checks)

@@ -48,6 +48,10 @@ _ELEMENT_SECONDS = 10e-9
 _GPU_ELEMENT_SECONDS = 0.1e-9
 _SEARCH_FACTOR = 40
 
+#: Bands and about how many columns of the block that a program for a GPU is tuned on. Where one
+#: of its sizes is that of something else, torch.export may take it for fixed.
+_GPU_EXAMPLE_BANDS, _GPU_EXAMPLE_COLUMNS = 59, 4096
+
 #: Schemes of a program: what takes a compiler its time grows faster than they do.
 _PROGRAM_SCHEMES = 8
 
@@ -216,9 +220,12 @@ def _export(program: _Program) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _exported(program: _Program, device: str) -> torch.export.ExportedProgram:
-    """The program as a graph, for any number of bands and strips."""
-    x_ARJK = torch.zeros(3, program.rows, 5, program.columns, dtype=program.dtype, device=device)
+def _exported(
+    program: _Program, device: str, *, bands: int = 3, strips: int = 5
+) -> torch.export.ExportedProgram:
+    """The program as a graph, for any number of bands and strips; those given are an example."""
+    shape = (bands, program.rows, strips, program.columns)
+    x_ARJK = torch.zeros(shape, dtype=program.dtype, device=device)
     free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     return torch.export.export(
         _Module(program.of),
@@ -238,7 +245,12 @@ def _triton(program: _Program, device: str) -> Callable[[Tensor, Tensor], Tensor
         raise RuntimeError(f"torch {torch.__version__} has no option {missing[0]!r}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = _exported(program, device)
+        # Kernels are tuned on the example: about as many rows and columns as a block will have.
+        strips = max(5, _GPU_EXAMPLE_COLUMNS // program.columns - 3)
+        exported = _exported(program, device, bands=_GPU_EXAMPLE_BANDS, strips=strips)
+        x_seen = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"][-2]
+        if isinstance(x_seen.shape[0], int) or isinstance(x_seen.shape[2], int):
+            raise RuntimeError(f"torch.export took {list(x_seen.shape)} for the only shape.")
         lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
         constants = [exported.constants[name] for name in lifted]
         x_ARJK, amax = exported.example_inputs[0]
