@@ -48,6 +48,10 @@ _TOTAL_S = 470.0
 
 def run_part(name: str, path: Path, *, device: str, small: bool) -> None:
     """Run a part in this process."""
+    import torch
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"gpu_check: torch {torch.__version__} sees no GPU.")
     from scripts.quality.gpu.report import Report
 
     report = Report(path, device=device, small=small)
