@@ -111,7 +111,7 @@ _GPU_RULES: tuple[Rule, ...] = (
     _EXPERTS,
     Rule(
         _INT8_PRODUCT,
-        kernel="Int8Tensor, int_scaled_matmul (torch._int_mm)",
+        kernel="Int8Tensor, torch._int_mm",
         in_features_multiple=8,
         out_features_multiple=8,
         shard_rows_multiple=8,

@@ -59,6 +59,14 @@ class LayerFit:
     importance_I: Tensor | None = None  #: float32
     feedback: Feedback | None = None
 
+    def to(self, device: str) -> LayerFit:
+        """The same on a device, once for all blocks of rows: the factors of a wide layer are GB."""
+        importance_I, feedback = self.importance_I, self.feedback
+        return LayerFit(
+            None if importance_I is None else importance_I.to(device),
+            None if feedback is None else feedback.to(device),
+        )
+
     def arguments(self, scheme: TensorScheme) -> FitArguments:
         """What ``quantize_weight`` is to be given for a scheme."""
         by_feedback = scheme.rounding == "gptq"

@@ -1,20 +1,17 @@
 #!/usr/bin/env bash
-# The default tests on a machine with a GPU, whose own torch is kept, and how fast weights are
-# scored there: `bash scripts/quality/gpu_check.sh [pytest arguments]`. Installs nothing; PYTHON names
-# the interpreter that has torch and the test packages. MODEL may name a model folder that
-# the rates are measured on too.
+# What can be proved and measured on a GPU in eight minutes: `bash scripts/quality/gpu_check.sh`
+# runs gpu_check.py, which has the options; with --tests, first, the default tests instead, whose
+# arguments follow. Installs nothing and needs no network. PYTHON names the interpreter, whose torch
+# is kept; SITE a folder with the packages that it lacks (by default `site` here, if it is there).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD"
+site=${SITE:-$PWD/site}
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -d "$site" ]; then PYTHONPATH="$PYTHONPATH:$site"; fi
 python=${PYTHON:-python3}
-"$python" - <<'PYTHON'
-import sys
-
-import torch
-
-if not torch.cuda.is_available():
-    sys.exit(f"gpu_check.sh: torch {torch.__version__} sees no GPU.")
-print(f"torch {torch.__version__} on {torch.cuda.get_device_name()}")
-PYTHON
-"$python" -m pytest "$@"
-exec "$python" scripts/bench/speed.py --device cuda ${MODEL:+--model "$MODEL"}
+if [ "${1:-}" = --tests ]; then
+    shift
+    exec "$python" -m pytest "$@"
+fi
+exec "$python" scripts/quality/gpu_check.py "$@"

@@ -20,7 +20,7 @@ from mofq.delivery.apply import emulate, torchao
 from mofq.delivery.apply.loaded_model import replace_module
 from mofq.delivery.apply.torchao import TorchaoLinear
 from mofq.delivery.apply.torchao.apply import device_engine, kernel_refusal
-from mofq.delivery.apply.torchao.linear import _PRODUCTS
+from mofq.delivery.apply.torchao.linear import _PRODUCTS, integer_product
 from mofq.delivery.apply.torchao.weights import MAKERS
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.validation import find_deviations
@@ -203,6 +203,29 @@ def test_a_model_with_kernels_is_not_saved_but_exported(tiny_llama: Path, tmp_pa
     with pytest.raises(BackendError, match="mofq export MODEL RECIPE --to torchao -o FILE"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 24, 33])
+def test_the_integer_product_of_a_gpu_is_exact_for_few_tokens(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes_TI, codes_OI = (
+        torch.randint(-128, 128, (n, 4096), generator=generator).to(torch.int8)
+        for n in (tokens, 24)
+    )
+    multiply = torch._int_mm
+
+    def as_on_a_gpu(a: Tensor, b: Tensor) -> Tensor:
+        assert len(a) > 16
+        assert a.is_contiguous()
+        assert b.T.is_contiguous()  # by columns, or it is five times slower
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", as_on_a_gpu)
+    found = integer_product(codes_TI, codes_OI)
+    assert torch.equal(found.long(), codes_TI.long() @ codes_OI.T.long())
+    assert float(found.abs().max()) > 2**19
 
 
 def test_an_empty_batch_has_an_empty_output(tiny_llama: Path) -> None:

@@ -18,9 +18,16 @@ from number_cases import (
     weight_scheme,
 )
 from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mofq.numbers.formats import ELEMENT_FORMATS, CodebookFormat, FloatFormat
-from mofq.numbers.quantize import compiled, fake_quantize_weight, round_to_format
+from mofq.numbers.quantize import (
+    compiled,
+    fake_quantize_weight,
+    round_to_format,
+    scale_rules,
+)
 from mofq.numbers.quantize.compiled import Kind, pass_maker
 from mofq.numbers.quantize.rounding import codebook_values, divide, nearest_code
 from mofq.numbers.quantize.rounding_errors import (
@@ -40,6 +47,11 @@ COMPILED = ("int8.channel", "fp4_e2m1.g32", "int4.g32.asym", "nvfp4")
 SCALED_ELEMENTS = [
     *("int2", "int4", "int8"),
     *(name for name, e in ELEMENT_FORMATS.items() if isinstance(e, FloatFormat)),
+]
+#: What a compiler sees to be one number.
+CONSTANTS = [
+    getattr(torch.ops.aten, name).default
+    for name in ("full", "full_like", "scalar_tensor", "ones_like", "lift_fresh_copy")
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -249,6 +261,59 @@ def test_a_codebooks_values_are_those_of_its_codes(name: str) -> None:
     assert torch.equal(
         round_to_format(x, element), codebook_values(nearest_code(x, element), element)
     )
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHT_SCHEMES if is_candidate(weight_scheme(n))])
+def test_no_division_is_one_that_a_gpu_makes_a_product(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA multiplies by the reciprocal of a plain number, the compiler by that of a constant."""
+    monkeypatch.setattr(scale_rules, "_CLIPS", (0.5,))  # a trace repeats all for each candidate
+    monkeypatch.setattr(scale_rules, "_STRETCHES", (0.5,))
+    scheme = weight_scheme(name)
+    x_ARJK = to_bands(trained_like_weight(), [scheme])
+    graph = make_fx(deltas_pass([scheme]))(x_ARJK, torch.ones(())).graph
+    divisions = [node for node in graph.nodes if node.target is torch.ops.aten.div.Tensor]
+    assert divisions or not scheme.has_scale
+    for node in divisions:
+        divisor = node.args[1]
+        assert isinstance(divisor, Node)
+        assert divisor.target not in CONSTANTS
+    assert not [node for node in graph.nodes if node.target is torch.ops.aten.div.Scalar]
+
+
+@pytest.mark.long
+def test_the_program_for_a_gpu_is_the_reference_in_every_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Made for the CPU, with the search's candidates among its schemes."""
+    monkeypatch.setattr(compiled, "_is_cpu", lambda device: False)
+    monkeypatch.setenv("MOFQ_COMPILE", "1")
+    told: list[str] = []
+    schemes = [weight_scheme(name) for name in ("int8.channel.s-f32", "nvfp4@fouroversix")]
+    gpu_pass = pass_maker(tell=told.append)("deltas", schemes, torch.float32, 0)
+    for block_RI in blocks():
+        if block_RI.dtype == torch.float32:  # one band and one strip are no case of their own
+            amax = block_RI.abs().max()
+            found = gpu_pass(to_bands(block_RI, schemes), amax)
+            check("deltas", schemes, block_RI, found)
+    assert told == ["Compiling one pass for 2 schemes."]
+    with pytest.raises(ValueError, match="compiled for contiguous"):
+        gpu_pass(to_bands(block_RI.bfloat16(), schemes), amax)
+
+
+def test_a_release_of_torch_that_would_give_other_bits_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "_is_cpu", lambda device: False)
+    monkeypatch.setattr(compiled, "_GPU_OPTIONS", {"eager_numerics.not_there": True})
+    monkeypatch.setenv("MOFQ_COMPILE", "1")
+    told: list[str] = []
+    schemes = [weight_scheme("int4.g32")]
+    block_RI = trained_like_weight(32, 64)
+    found = pass_maker(tell=told.append)("deltas", schemes, torch.float32, 0)
+    check("deltas", schemes, block_RI, found(to_bands(block_RI, schemes), torch.ones(())))
+    assert told[1].endswith("has no option 'eager_numerics.not_there'.")
 
 
 def test_a_division_is_not_a_product_with_the_reciprocal() -> None:

@@ -37,6 +37,8 @@ class Captured:
     activations of autograd and no more.
     """
 
+    #: Of the model; large products are made there.
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
     y: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, out], without bias
     source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
@@ -106,7 +108,7 @@ def capture_layers(
     Raises:
         StatsError: The model has no module for one of the layers.
     """
-    captured = Captured()
+    captured = Captured(model.get_input_embeddings().weight.device)  # type: ignore[operator]
     last_input: list[tuple[Tensor, str]] = []
     handles = [_start_gradient_at_embeddings(model)]
     restore: list[Callable[[], None]] = []

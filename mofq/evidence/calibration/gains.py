@@ -107,8 +107,8 @@ def _weight_gains(
         if source is None:
             continue
         if gram_of[0] != source:
-            gram_of = source, _gram(captured.x[source].float())
-        grad_DTO = layer_gradients(captured, name, path)
+            gram_of = source, _gram(captured.x[source].to(captured.device).float())
+        grad_DTO = layer_gradients(captured, name, path).to(captured.device)
         found[name] = [
             float((gram_of[1] * _gram(grad_TO.float())).sum(dtype=torch.float64).clamp(min=0))
             for grad_TO in grad_DTO

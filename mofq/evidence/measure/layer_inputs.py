@@ -28,6 +28,8 @@ _GPU_BLOCK_ELEMENTS = 2**24
 _BLOCK_ROWS = 64
 #: At least, where rounding goes column by column: one step costs about the same for any rows.
 _FEEDBACK_ROWS = 1024
+#: The same on a GPU: all rows of most layers.
+_GPU_FEEDBACK_ROWS = 16384
 #: Tokens that the output error is taken over, evenly spaced.
 _OUTPUT_TOKENS = 512
 
@@ -122,7 +124,7 @@ def prepare_layer(
         name=name,
         part=part,
         read_rows=read_rows,
-        blocks=_blocks(shape, weights, _block_elements(device, needs_deltas=needs_deltas)),
+        blocks=_blocks(shape, weights, device=device, needs_deltas=needs_deltas),
         in_features=shape[1],
         schemes=tuple(schemes),
         weights=weights,
@@ -137,7 +139,7 @@ def prepare_layer(
         input_extents=extents,
         device=device,
         block_pass=make_pass("deltas" if needs_deltas else "errors", candidates),
-        fit=fit,
+        fit=fit.to(device),
     )
 
 
@@ -155,12 +157,14 @@ def _block_elements(device: str, *, needs_deltas: bool) -> int:
 
 
 def _blocks(
-    shape: tuple[int, int], weights: Sequence[TensorScheme], elements: int
+    shape: tuple[int, int], weights: Sequence[TensorScheme], *, device: str, needs_deltas: bool
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
+    elements = _block_elements(device, needs_deltas=needs_deltas)
     if any(weight.rounding == "gptq" for weight in weights):
-        elements = max(elements, _FEEDBACK_ROWS * in_features)
+        rows = _FEEDBACK_ROWS if device == "cpu" else _GPU_FEEDBACK_ROWS
+        elements = max(elements, rows * in_features)
     unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
     return tuple(row_blocks(out_features, in_features, elements=elements, tile_rows=unit))
 

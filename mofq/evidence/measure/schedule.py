@@ -26,6 +26,8 @@ _WAITING_BYTES = 200_000_000
 
 #: Blocks that are read and not yet scored [bytes].
 _AHEAD_BYTES = 32_000_000
+#: The same for a GPU, whose blocks are as large as all of that: one is read while one is scored.
+_GPU_AHEAD_BYTES = 256_000_000
 
 #: Weights of small layers that are scored in one task, where nothing but sums is wanted.
 _BATCH_ELEMENTS = 2**21
@@ -53,7 +55,7 @@ def score_layers(
     keep_freed_memory()
     with _one_thread_per_operation() as available:
         threads = available if device == "cpu" else 1
-        reader = _ReadAhead(_AHEAD_BYTES)
+        reader = _ReadAhead(_AHEAD_BYTES if device == "cpu" else _GPU_AHEAD_BYTES)
         pool = ThreadPoolExecutor(threads)
         waiting: deque[_Work] = deque()
         try:

@@ -54,6 +54,8 @@ from mofq.numbers.schemes import TensorScheme
 
 #: Outer products of gradients and inputs held at once [bytes].
 _GRADIENT_BYTES = 32_000_000
+#: The same on a GPU, where they need not fit a cache and a product of few rows fills nothing.
+_GPU_GRADIENT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,8 @@ def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences
     """
     part_MRC = grad_MCR.transpose(1, 2)
     delta_RIS = delta_SRI.permute(1, 2, 0)
-    step = max(1, _GRADIENT_BYTES // (4 * len(x_MCI) * x_MCI.shape[2]))
+    held_bytes = _GRADIENT_BYTES if x_MCI.device.type == "cpu" else _GPU_GRADIENT_BYTES
+    step = max(1, held_bytes // (4 * len(x_MCI) * x_MCI.shape[2]))
     parts = []
     for start in range(0, len(delta_RIS), step):
         gradient_MRI = part_MRC[:, start : start + step] @ x_MCI

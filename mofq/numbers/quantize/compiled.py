@@ -44,7 +44,13 @@ Tell = Callable[[str], None]
 _WORTH_SECONDS = 90.0
 #: Without a compiler, one scheme over one element, and one of the search's candidates [s].
 _ELEMENT_SECONDS = 10e-9
+#: The same on a GPU: some twenty operations that each pass over float32 numbers in its memory.
+_GPU_ELEMENT_SECONDS = 0.1e-9
 _SEARCH_FACTOR = 40
+
+#: Bands and about how many columns of the block that a program for a GPU is tuned on. Where one
+#: of its sizes is that of something else, torch.export may take it for fixed.
+_GPU_EXAMPLE_BANDS, _GPU_EXAMPLE_COLUMNS = 59, 4096
 
 #: Schemes of a program: what takes a compiler its time grows faster than they do.
 _PROGRAM_SCHEMES = 8
@@ -59,6 +65,7 @@ _CPU_OPTIONS = {
     "cpp.enable_unsafe_math_opt_flag": False,
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
+#: A release of torch without one of them would give other bits, and compiles nothing.
 _GPU_OPTIONS = {
     "emulate_precision_casts": True,  # no fused multiply-adds
     "eager_numerics.division_rounding": True,
@@ -91,6 +98,7 @@ def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> Pas
         weights. On the CPU its passes may be called by several threads at once.
     """
     failed: list[str] = []  # tried once
+    is_cpu = _is_cpu(device)
 
     def make(
         kind: Kind, schemes: Sequence[TensorScheme], dtype: torch.dtype, elements: int
@@ -98,31 +106,40 @@ def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> Pas
         wish = os.environ.get("MOFQ_COMPILE")
         if not schemes or failed or wish == "0":
             return eager_pass(kind, schemes)
-        is_worth = wish == "1" or eager_seconds(schemes, elements) > _WORTH_SECONDS
-        if torch.device(device).type != "cpu":
-            return _compiled_on_gpu(kind, schemes) if is_worth else eager_pass(kind, schemes)
+        seconds = eager_seconds(schemes, elements, is_cpu=is_cpu)
         programs = _programs(kind, schemes, dtype)
-        if is_worth and not all(program.path.is_file() for program in programs):
-            tell(
-                f"Compiling one pass for {len(schemes)} schemes; it is kept in {_kernel_folder()}."
-            )
-            try:
+        is_there = is_cpu and all(program.path.is_file() for program in programs)
+        if not is_there and wish != "1" and seconds <= _WORTH_SECONDS:
+            return eager_pass(kind, schemes)
+        try:
+            if not is_cpu:
+                tell(f"Compiling one pass for {len(schemes)} schemes.")
+                return partial(_run, [_triton(program, device) for program in programs], dtype)
+            if not is_there:
+                tell(
+                    f"Compiling one pass for {len(schemes)} schemes; it is kept in "
+                    f"{_kernel_folder()}."
+                )
                 for program in programs:
                     _build(program)
-            except Exception as error:  # the same numbers can be had without a compiler
-                failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
-                tell(f"It cannot be compiled, and takes longer: {failed[0]}")
-        if not all(program.path.is_file() for program in programs):
+        except Exception as error:  # the same numbers can be had without a compiler
+            failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+            tell(f"It cannot be compiled, and takes longer: {failed[0]}")
             return eager_pass(kind, schemes)
-        return partial(_run, tuple(str(program.path) for program in programs), dtype)
+        return partial(_run, [partial(_run_file, str(one.path)) for one in programs], dtype)
 
     return make
 
 
-def eager_seconds(schemes: Sequence[TensorScheme], elements: int) -> float:
-    """About how long one thread takes without a compiler [s]."""
+def _is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def eager_seconds(schemes: Sequence[TensorScheme], elements: int, *, is_cpu: bool = True) -> float:
+    """About how long one thread, or a GPU, takes without a compiler [s]."""
     searched = sum(s.scale_rule in ("mse", "fouroversix") for s in schemes)
-    return (len(schemes) + _SEARCH_FACTOR * searched) * elements * _ELEMENT_SECONDS
+    each = _ELEMENT_SECONDS if is_cpu else _GPU_ELEMENT_SECONDS
+    return (len(schemes) + _SEARCH_FACTOR * searched) * elements * each
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +168,23 @@ def _programs(
     return tuple(programs)
 
 
-def _run(paths: tuple[str, ...], dtype: torch.dtype, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+def _run(
+    programs: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    dtype: torch.dtype,
+    x_ARJK: Tensor,
+    tensor_amax: Tensor,
+) -> Tensor:
     if x_ARJK.dtype != dtype or not x_ARJK.is_contiguous():
         raise ValueError(f"compiled for contiguous {dtype}, got {x_ARJK.dtype}")
-    thread = threading.get_ident()
-    # Not by the model's own call, which reads its signature again each time.
-    found = [_loaded(path, thread).loader.boxed_run([x_ARJK, tensor_amax])[0] for path in paths]
+    found = [program(x_ARJK, tensor_amax) for program in programs]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _run_file(path: str, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+    # Not by the model's own call, which reads its signature again each time.
+    loader = _loaded(path, threading.get_ident()).loader
+    result: Tensor = loader.boxed_run([x_ARJK, tensor_amax])[0]
+    return result
 
 
 @lru_cache(maxsize=256)
@@ -180,20 +207,64 @@ def _build(program: _Program) -> None:
 
 def _export(program: _Program) -> None:
     unfinished = program.path.with_suffix(".partial.pt2")
-    x_ARJK = torch.zeros(3, program.rows, 5, program.columns, dtype=program.dtype)
-    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                _Module(program.of), (x_ARJK, torch.ones(())), dynamic_shapes=(free, None)
-            )
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(unfinished), inductor_configs=_known(_CPU_OPTIONS)
+                _exported(program, "cpu"),
+                package_path=str(unfinished),
+                inductor_configs=_known(_CPU_OPTIONS),
             )
         os.replace(unfinished, program.path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _exported(
+    program: _Program, device: str, *, bands: int = 3, strips: int = 5
+) -> torch.export.ExportedProgram:
+    """The program as a graph, for any number of bands and strips; those given are an example."""
+    shape = (bands, program.rows, strips, program.columns)
+    x_ARJK = torch.zeros(shape, dtype=program.dtype, device=device)
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    return torch.export.export(
+        _Module(program.of),
+        (x_ARJK, torch.ones((), device=device)),
+        dynamic_shapes=(free, None),
+    )
+
+
+def _triton(program: _Program, device: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The program for a GPU.
+
+    Not by ``torch.compile``, which makes the numbers of a scheme (its bits) unknown as well,
+    and compiles anew for each kind of shape.
+    """
+    missing = [name for name in _GPU_OPTIONS if name not in _known(_GPU_OPTIONS)]
+    if missing:
+        raise RuntimeError(f"torch {torch.__version__} has no option {missing[0]!r}.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Kernels are tuned on the example: about as many rows and columns as a block will have.
+        strips = max(5, _GPU_EXAMPLE_COLUMNS // program.columns - 3)
+        exported = _exported(program, device, bands=_GPU_EXAMPLE_BANDS, strips=strips)
+        x_seen = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"][-2]
+        if isinstance(x_seen.shape[0], int) or isinstance(x_seen.shape[2], int):
+            raise RuntimeError(f"torch.export took {list(x_seen.shape)} for the only shape.")
+        lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+        constants = [exported.constants[name] for name in lifted]
+        x_ARJK, amax = exported.example_inputs[0]
+        compiled = torch._inductor.standalone_compile(
+            exported.graph_module,
+            [*constants, x_ARJK, amax],
+            options={"config_patches": dict(_GPU_OPTIONS)},
+        )
+
+    def run(x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+        found: Sequence[Tensor] = compiled(*constants, x_ARJK, tensor_amax)
+        return found[0]
+
+    return run
 
 
 class _Module(torch.nn.Module):
@@ -203,13 +274,6 @@ class _Module(torch.nn.Module):
 
     def forward(self, x_ARJK: Tensor, amax: Tensor) -> Tensor:
         return self._of(x_ARJK, amax)
-
-
-def _compiled_on_gpu(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
-    compiled: Pass = torch.compile(
-        eager_pass(kind, schemes), dynamic=True, fullgraph=True, options=_known(_GPU_OPTIONS)
-    )
-    return compiled
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

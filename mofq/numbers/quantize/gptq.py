@@ -59,6 +59,10 @@ class Feedback:
     passed_II: Tensor  #: N: how much of a row's error each column takes over, float32
     cost_I: Tensor  #: D relative to its largest, float32
 
+    def to(self, device: str | torch.device) -> Feedback:
+        """The same on a device."""
+        return Feedback(self.passed_II.to(device), self.cost_I.to(device))
+
 
 def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     """Factorise a Hessian for rounding with feedback.
@@ -125,8 +129,9 @@ def round_with_feedback(
     """
     rows, columns = min(tile[0], len(weight_OI)), tile[1]
     adjusted_OI = weight_OI.double()
-    passed_II = feedback.passed_II.to(weight_OI.device)
-    cost_I = feedback.cost_I.to(weight_OI.device) if scheme.scale_rule == "nats" else None
+    feedback = feedback.to(weight_OI.device)
+    passed_II = feedback.passed_II
+    cost_I = feedback.cost_I if scheme.scale_rule == "nats" else None
     codes: list[Tensor] = []
     found: list[Scales] = []
     scales: Scales | None = None

@@ -91,10 +91,11 @@ def divide(x: Tensor, by: float) -> Tensor:
         by: A number that float32 holds.
 
     Returns:
-        float32 of the same shape. With a plain number, torch multiplies by its
-        rounded reciprocal on a GPU.
+        float32 of the same shape. By a plain number, torch multiplies with its rounded
+        reciprocal on a GPU; so does its compiler by what it can see to be one number, which
+        what depends on ``x`` is not.
     """
-    return x / torch.full_like(x, by)
+    return x / torch.where(x < 0, by, torch.full_like(x, by))
 
 
 def round_to_bfloat16(x: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ def scale_for(
     if global_scale is not None:
         scale = round_to_format(amax / (largest * global_scale), FP8_E4M3)
         return torch.clamp(scale, min=_SMALLEST_E4M3)
-    return round_scale(amax / largest, scheme)
+    return round_scale(divide(amax, largest), scheme)
 
 
 def round_scale(scale: Tensor, scheme: TensorScheme) -> Tensor:

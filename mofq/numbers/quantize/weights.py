@@ -26,6 +26,8 @@ from mofq.numbers.schemes import TensorScheme
 
 #: Elements worked on at a time: their float32 and float64 copies stay in the cache.
 _CHUNK_ELEMENTS = 2**17
+#: The same on a GPU, where each operation and each look at its result has its price.
+_GPU_CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,8 @@ def _scalar(value: float | Tensor | None, like: Tensor) -> Tensor:
 
 def _chunks(matrix: Tensor, scheme: TensorScheme) -> Iterator[tuple[int, int]]:
     """Ranges of rows that fit the processor's cache."""
-    return row_blocks(*_shape(matrix), elements=_CHUNK_ELEMENTS, tile_rows=scheme.granularity.rows)
+    elements = _CHUNK_ELEMENTS if matrix.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    return row_blocks(*_shape(matrix), elements=elements, tile_rows=scheme.granularity.rows)
 
 
 def _importance_tiles(

@@ -16,6 +16,9 @@ from mofq.numbers.quantize.activations import quantize_activation
 from mofq.numbers.quantize.scales import Scales
 from mofq.numbers.schemes import Scheme, TensorScheme
 
+#: The fewest that ``torch._int_mm`` takes on a GPU: more than 16, and a multiple of 8.
+_INT_MM_TOKENS = 24
+
 
 class TorchaoLinear(nn.Linear):
     """A linear layer whose ``weight`` is one of TorchAO's tensor classes."""
@@ -88,11 +91,36 @@ def _int8_product(
     from torchao.kernel import int_scaled_matmul
 
     scale_T1 = scales.scale.reshape(-1, 1).contiguous()
-    y_TO: Tensor = int_scaled_matmul(
-        codes_TI.to(torch.int8).contiguous(), weight.qdata.contiguous().t(), scale_T1
-    )
+    codes_TI = codes_TI.to(torch.int8).contiguous()
+    if codes_TI.device.type == "cpu":
+        y_TO: Tensor = int_scaled_matmul(codes_TI, weight.qdata.contiguous().t(), scale_T1)
+    else:
+        y_TO = integer_product(codes_TI, weight.qdata) * scale_T1
     scale_O: Tensor = weight.scale.flatten()
     return (y_TO * scale_O).to(dtype)
+
+
+def integer_product(codes_TI: Tensor, codes_OI: Tensor) -> Tensor:
+    """What TorchAO's ``int_scaled_matmul`` multiplies on a GPU, by the same kernel.
+
+    Of 16 tokens and fewer, which the kernel refuses, TorchAO makes a product in float32, which
+    does not hold such sums exactly; and for every product it prints its operand to look for a
+    word in that, and copies the weight.
+
+    Args:
+        codes_TI: int8, contiguous.
+        codes_OI: int8.
+
+    Returns:
+        [T, O], int32, exact.
+
+    Source: torchao 0.18.0 kernel/intmm.py:51-91; torch ``aten/src/ATen/native/cuda/Blas.cpp``,
+    ``_int_mm_out_cuda``.
+    """
+    tokens = len(codes_TI)
+    missing = max(0, _INT_MM_TOKENS - tokens)
+    product: Tensor = torch._int_mm(functional.pad(codes_TI, (0, 0, 0, missing)), codes_OI.t())
+    return product[:tokens]
 
 
 def _float8_product(

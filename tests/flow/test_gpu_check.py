@@ -1,0 +1,107 @@
+"""The check of a GPU, where there is none: on the CPU, and what it would find there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pretend_gpu import pretend_gpu
+
+from mofq.numbers.quantize import scales
+from scripts.quality import gpu_check
+from scripts.quality.gpu import measure, numbers, report
+from scripts.quality.gpu.report import Report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.long
+def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    subprocess.run(
+        ["bash", "scripts/quality/gpu_check.sh", "--device", "cpu", "--small", "--json", found],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    content = json.loads(found.read_text("utf-8"))
+    assert list(content["parts"]) == list(gpu_check.PARTS)
+    assert content["versions"]["torch"]
+    for part in content["parts"].values():
+        assert part["state"] == "passed"
+        assert part["checks"]
+    assert content["parts"]["measure"]["figures"]["8B's shapes: to reading"]["aim"] == "at most 3"
+
+
+def test_the_parts_fit_into_eight_minutes() -> None:
+    assert sum(part.limit_s for part in gpu_check.PARTS.values()) <= gpu_check._TOTAL_S < 480
+
+
+def end_of(part: str, tmp_path: Path, code: str, *, limit_s: float = 30.0) -> str:
+    """The state of a part that is some code, run as a part is."""
+    script = tmp_path / "part.py"
+    script.write_text(f"import json, sys, time\npath = sys.argv[-3]\n{code}\n")
+    options = gpu_check.argparse.Namespace(device="cpu", small=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "__file__", str(script))
+        found = gpu_check.start_part(part, tmp_path, options, limit_s)
+    state: str = found["state"]
+    return f"{state}, {len(found['checks'])}"
+
+
+@pytest.mark.long
+def test_a_part_that_is_slow_or_ends_by_itself_stops_no_other(tmp_path: Path) -> None:
+    held = '{"name": "a", "holds": True, "detail": ""}'
+    write = f"json.dump({{'checks': [{held}], 'figures': {{}}, 'complete': %s}}, open(path, 'w'))"
+    assert end_of("numbers", tmp_path, write % True) == "passed, 1"
+    assert end_of("numbers", tmp_path, f"{write % False}; sys.exit(3)") == "ended with 3, 1"
+    slow = f"{write % False}; open(path).close(); time.sleep(60)"
+    assert end_of("numbers", tmp_path, slow, limit_s=1.0) == "out of time, 1"
+
+
+def checks_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    monkeypatch.setattr(report, "machine", lambda device: {})
+    monkeypatch.setattr(numbers, "FEW", ("int8.channel", "int4.g32.asym", "nvfp4"))
+    monkeypatch.setattr(numbers, "INPUTS", ("int8.token", "nvfp4"))
+    monkeypatch.setattr(numbers, "FITTED", ("int4.g32@nats",))
+    path = tmp_path / "numbers.json"
+    with pretend_gpu():
+        numbers.check_eager(Report(path, device="cuda", small=True))
+    return {one["name"]: one["holds"] for one in json.loads(path.read_text("utf-8"))["checks"]}
+
+
+@pytest.mark.long
+def test_the_numbers_are_made_on_one_device_and_are_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checks_on_a_gpu(tmp_path, monkeypatch)
+    assert len(found) == 8
+    assert all(found.values())
+
+
+@pytest.mark.long
+def test_a_division_by_a_plain_number_would_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scales, "divide", lambda x, by: x / by)
+    found = checks_on_a_gpu(tmp_path, monkeypatch)
+    assert not all(found.values())
+    assert any(name.startswith("eager int8.channel.s-f32, ") for name in found)
+
+
+@pytest.mark.slow
+def test_a_table_is_measured_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With statistics, inputs that are rounded, and rounding that is fitted."""
+    monkeypatch.setattr(report, "machine", lambda device: {})
+    space = "version: 1\nschemes: [bf16, int4.g32, int8.channel+int8.token, int4.channel~gptq]\n"
+    monkeypatch.setattr(measure, "SPACE", space)
+    path = tmp_path / "measure.json"
+    with pretend_gpu():
+        measure.check_table(Report(path, device="cuda", small=True), tmp_path)
+    checks = json.loads(path.read_text("utf-8"))["checks"]
+    assert len(checks) == 4
+    assert all(one["holds"] for one in checks)
