@@ -27,8 +27,10 @@ class FrontierPoint:
     bits_per_weight: float  #: true bits, over all fusion groups
     bytes: int  #: of the fusion groups
     checkpoint_bytes: int  #: of all tensors
-    error: float  #: summed over the fusion groups, in the unit of the frontier
-    bound: float  #: no recipe of this size has a smaller error
+    error: float  #: of all fusion groups, in the unit of the frontier
+    #: No recipe of this size has a smaller error; None where changes of size of several groups act
+    #: together (`mofq.decision.size_answers`): the error is no sum there.
+    bound: float | None
     #: Predicted, as a recipe of it says; None: not in nats, or one of very many points.
     kl_nats_per_token: float | None
     kl_stderr: float | None
@@ -68,13 +70,15 @@ class FrontierResult:
     def point(self, k: int, *, is_predicted: bool = True) -> FrontierPoint:
         """One of them, counted from the smallest."""
         from mofq.decision import KL_UNIT, predict_chosen, usage
+        from mofq.decision.prediction import error_together
+        from mofq.decision.together import act_together
 
         problem, choice_F = self.problem, self.frontier.choice_KF[k]
         used = usage(problem, choice_F)
         error, bound = float(self.frontier.error_K[k]), float(self.frontier.bound_K[k])
+        is_optimum, is_sum = error == bound, not act_together(problem, choice_F)
         kl = None
         if is_predicted and problem.unit == KL_UNIT:
-            is_optimum = error == bound
             kl = predict_chosen(problem, self.request.budgets, choice_F, is_optimum=is_optimum)
         formats: dict[str, int] | None = None
         if problem.cached:
@@ -85,8 +89,8 @@ class FrontierResult:
             bits_per_weight=used.bits_per_weight,
             bytes=used.bytes,
             checkpoint_bytes=used.checkpoint_bytes,
-            error=error,
-            bound=bound,
+            error=error if is_sum else error_together(problem, choice_F),
+            bound=bound if is_sum else None,
             kl_nats_per_token=None if kl is None else kl.value,
             kl_stderr=None if kl is None else kl.stderr,
             kv_bits=used.kv_bits,

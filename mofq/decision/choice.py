@@ -13,7 +13,7 @@ from mofq.decision.greedy import solve_greedy
 from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
-from mofq.decision.together import Solver, solve_together
+from mofq.decision.together import Solver, act_together, solve_together
 from mofq.exceptions import BudgetError, MofqError, nearest_name, option
 
 SOLVERS: dict[str, Solver] = {
@@ -92,7 +92,7 @@ def predict_chosen(
         problem: What might be chosen.
         budgets: Others than of size and of KL, as they were kept.
         choice_F: One option of each fusion group.
-        is_optimum: Whether it is known to have the least error of its size.
+        is_optimum: Whether it is known to have the least sum of errors of its size.
 
     Returns:
         The prediction; where there are too few samples to cross-fit, or half of them do not
@@ -102,11 +102,12 @@ def predict_chosen(
         return predict(problem, choice_F)
     try:
         best_F = choice_F
-        if not is_optimum:
+        # A choice that is best as a sum may not be best together.
+        if not is_optimum or act_together(problem, choice_F):
             own = _own_size(problem, budgets, choice_F)
             best_F = solve_together(problem, own, solve_exact).choice_F
         own = _own_size(problem, budgets, best_F)
-        instead = None if best_F is choice_F else (best_F, choice_F)
+        instead = None if (best_F == choice_F).all() else (best_F, choice_F)
         fitted = crossfit(
             problem,
             lambda part: solve_together(part, own, solve_exact).choice_F,

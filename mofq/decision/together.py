@@ -44,7 +44,7 @@ def solve_together(problem: Problem, budgets: Budgets, solve: Solver) -> Solutio
         BudgetError: No recipe keeps the budgets.
     """
     first = solve(problem, budgets)
-    if budgets.max_kl is not None or not _is_worth_it(problem, first.choice_F):
+    if budgets.max_kl is not None or not act_together(problem, first.choice_F):
         return first
     best_F, error = first.choice_F, error_together(problem, first.choice_F)
     for _ in range(_MOST):
@@ -56,7 +56,13 @@ def solve_together(problem: Problem, budgets: Budgets, solve: Solver) -> Solutio
     return first if best_F is first.choice_F else replace(first, choice_F=best_F, bound=None)
 
 
-def _is_worth_it(problem: Problem, choice_F: IntArray) -> bool:
+def act_together(problem: Problem, choice_F: IntArray) -> bool:
+    """Whether what the groups of a choice do together is worth looking at.
+
+    Args:
+        problem: What may be chosen.
+        choice_F: One option of each fusion group.
+    """
     if problem.answers is None or problem.sample_errors is None:
         return False
     group_F, scaling_F = problem.group_P[choice_F], problem.scaling_P[choice_F]

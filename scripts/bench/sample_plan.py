@@ -201,8 +201,7 @@ def part_of(base: Stats, plan: SamplePlan, folder: Path) -> Stats:
             taken = dict(zip((n for n in cluster if n != middle), own, strict=True))
             taken[middle] = kept[number]
             _link(sequence_path, base, folder, {middle: kept[number]})
-            if not whole:
-                _link(gains_path, base, folder, taken)
+            _link(gains_path, base, folder, taken)
         return finish_stats(folder, replace(base.plan, corpora=(part,)))
 
 

@@ -121,8 +121,8 @@ _NUMBERS = (
     ),
     Fault(
         "a skipped layer of a fusion group",
-        "_corpus_rows(corpus, list(filled[corpus].values()), i, common)",
-        "_corpus_rows(corpus, list(filled[corpus].values())[:1], i, common)",
+        "parts = list(filled[corpus].values())",
+        "parts = list(filled[corpus].values())[:1]",
         "measure measure_score prediction",
     ),
     Fault(
@@ -254,7 +254,7 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes of other numerics taken",
-        "if found != NUMERICS and not is_by_hand:",
+        "if found not in SAME_FITTED_CODES and not is_by_hand:",
         "if found is None and not is_by_hand:",
         "fits::test_codes_that_were_fitted_otherwise_are_refused",
     ),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import DEMO, Measured, mofq, ok, refused
 
+from mofq.decision import problem_from_table
+from mofq.decision.prediction import sample_sums
 from mofq.decision.recipe import load_recipe
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import read_table
@@ -53,13 +56,10 @@ def test_weights_of_corpora_are_noted_and_decide_what_is_predicted(
 
     weighted = search("--corpus-weights", "en=3,pt=1")
     recipe = load_recipe(tmp_path / "r.yaml")
-    table = read_table(two)
+    problem = problem_from_table(read_table(two))
     by_corpus = [
-        sum(
-            next(row.error for row in rows if row.scheme == recipe.scheme_of_group[group])
-            for group, rows in table.rows_of("kl_nats_per_token", corpus).items()
-        )
-        for corpus in ("en", "pt")
+        float(np.mean(sums_N))
+        for sums_N in sample_sums(problem, problem.choice_of(recipe.scheme_of_group))
     ]
     assert weighted == pytest.approx((3 * by_corpus[0] + by_corpus[1]) / 4)
     assert search("--corpus-weights", "en=1,pt=0") <= by_corpus[0]

@@ -64,8 +64,8 @@ def test_rows_of_a_mixture_are_its_divergence_where_tokens_stay_with_their_exper
     work = [Work(group, [parse_scheme(scheme)], ("a",)) for group in groups]
     held = [Held(None), Held(None)]
     original = run(load_model(folder), held)
-    for group, (rows, _) in zip(groups, measure_groups(checkpoint, work, stats=stats), strict=True):
-        (row,) = (one for one in rows if one.unit == "kl_nats_per_token")
+    for group, found in zip(groups, measure_groups(checkpoint, work, stats=stats), strict=True):
+        (row,) = (one for one in found.rows if one.unit == "kl_nats_per_token")
         model = load_model(folder)
         recipe = recipe_of(checkpoint, "bf16", **{group.name.replace(".", "_"): scheme})
         emulate.apply(model, recipe, checkpoint=checkpoint)
