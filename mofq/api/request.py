@@ -33,8 +33,8 @@ def make_request(
     weights = read_corpus_weights(choices.corpus_weights)
     if weights is not None and method.objective != "mean":
         raise MofqError(
-            f"corpus weights are of the mean over corpora. Leave them or --objective "
-            f"{method.objective} out."
+            f"{option('corpus_weights')} are of the mean over corpora. Leave them or "
+            f"{option('objective', method.objective)} out."
         )
     if choices.kv_formats and not choices.decides_cache:
         raise MofqError(

@@ -203,8 +203,8 @@ def _corpus_weights(
     corpora = [name for name in names if name is not None]
     if not corpora:
         raise TableError(
-            f"corpus weights: errors are in {unit}, which rests on no corpus. Measure with "
-            f"--stats, or leave the weights out."
+            f"{option('corpus_weights')}: errors are in {unit}, which rests on no corpus. "
+            f"Measure with {option('stats')}, or leave the weights out."
         )
     return weights_in_order(weights, corpora)
 
