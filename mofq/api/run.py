@@ -455,9 +455,9 @@ def _check_budget(
     from mofq.model.notes import wider_dtype
 
     loaded, budgets = load_search_space(space), make_budgets(budget)
-    check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
+    check = None if engine is None else legality(engine, layers.architecture)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
     selected_layers(loaded, layers)
