@@ -74,7 +74,9 @@ def read_text(
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}. Check the path.") from problem
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: is not UTF-8 text (byte {problem.start}).") from problem
+        raise error(
+            f"{path}: is not UTF-8 text (byte {problem.start}). Save it as UTF-8."
+        ) from problem
 
 
 def parse_yaml(text: str, where: str, error: type[MofqError]) -> Any:

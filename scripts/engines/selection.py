@@ -42,6 +42,7 @@ from scripts.engines.schemes import (
     CPUS,
     HEAD_SIZE,
     KINDS,
+    LAYERS,
     MATRICES,
     PARALLEL_LAYERS,
     AskedAttention,
@@ -332,9 +333,10 @@ def stored_tensors(scheme: Scheme, layer: str) -> list[dict[str, Any]]:
     """What an export holds of each layer: ``shard``, ``tensors`` (name -> rows, columns).
 
     A tensor of one number for the whole layer, and the shape of what is packed, are left out.
-    Nothing of what no export holds: such schemes and shapes are asked for selection alone.
+    Nothing of what no export holds, on one device: there such schemes and shapes are asked for
+    selection alone.
     """
-    if any(shape_rejection(scheme, one) for one in fusion_group(layer).layers):
+    if layer in LAYERS and any(shape_rejection(scheme, one) for one in fusion_group(layer).layers):
         return []
     try:
         storage_of(scheme, where="layer")

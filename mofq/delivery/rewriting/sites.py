@@ -114,7 +114,9 @@ def find_sites(checkpoint: Checkpoint, layers: ModelLayers) -> tuple[Site, ...]:
             if first.name.endswith(f".{path}") and name in by_name:
                 sites.append(_linear_site(group, by_name[name], checkpoint))
     if not sites:
-        raise RewriteError(f"{checkpoint.folder}: has no place where a scale can move.")
+        raise RewriteError(
+            f"{checkpoint.folder}: has no place where a scale can move. Quantize it as it is."
+        )
     return tuple(sites)
 
 

@@ -76,10 +76,11 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
     stored = open_stored(str(folder))
     config = stored.config.get(QUANTIZATION_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        method = config.get("quant_method") if isinstance(config, dict) else None
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        found = "one that is not quantized" if config is None else f"quant_method {method!r}"
         raise BackendError(
-            f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
-            f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
+            f"{stored.folder}: needed a compressed-tensors checkpoint, found {found}. Give a "
+            f"folder that `mofq export` or llm-compressor wrote."
             f"{_equivalent_recipe(config)}"
         )
     if (fault := config_fault(config)) is not None:
