@@ -150,7 +150,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
         The names that begin with what was found (``vllm`` is five engines) or contain it, else
         the one that is spelled most like it, else all known ones.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     begun = [one for one in names if one.startswith(name)] if len(name) >= 3 else []
     containing = begun or [one for one in names if name in one and len(name) >= 3]
     if len(containing) > 1:

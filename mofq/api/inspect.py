@@ -102,7 +102,7 @@ def inspect(
             offer_schemes(
                 loaded,
                 layers.groups,
-                legality=None if engine is None else legality(engine),
+                legality=None if engine is None else legality(engine, layers.architecture),
                 has_stats=True,
             )
         )

@@ -133,7 +133,7 @@ def measure(
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
-    check = None if engine is None else legality(engine)
+    check = None if engine is None else legality(engine, layers.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         fill_table(

@@ -42,23 +42,25 @@ def check_device(device: str) -> None:
 
 
 def check_engine(engine: str | None, layers: ModelLayers) -> None:
-    """Refuse an engine that is unknown, reads no format that holds the model, or cannot cut it.
+    """Refuse an engine that is unknown, does not load the model in any format, or cannot cut it.
 
     Raises:
         EngineError: As said.
     """
-    from mofq.engines import check_devices, find_engine, storage_problem
+    from mofq.engines import check_devices, find_engine, model_problem, storage_problem
 
     if engine is None:
         return
     found = find_engine(engine)
     check_devices(layers, found.devices)
-    for group in layers.groups:
-        if problem := storage_problem(found, group):
-            raise EngineError(
-                f"{problem}: nothing of this model can be exported for it. Leave"
-                f" {option('engine')} out to measure, search and validate it."
-            )
+    problem = model_problem(found, layers.architecture, layers.groups)
+    for each in layers.groups:
+        problem = problem or storage_problem(found, each)
+    if problem:
+        raise EngineError(
+            f"{problem}: nothing of this model can be exported for it. Leave {option('engine')} out"
+            f" to measure, search and validate it, or name another engine."
+        )
 
 
 def check_output(

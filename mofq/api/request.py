@@ -106,7 +106,10 @@ def _bytes(size: str | float | None) -> int | None:
 
     if size is None or isinstance(size, int):
         return size
-    return parse_size(size if isinstance(size, str) else f"{size:.0f}")
+    try:
+        return parse_size(size if isinstance(size, str) else f"{size:.0f}")
+    except BudgetError as error:
+        raise BudgetError(f"{option('max_size')}: {error.template}") from None
 
 
 def _number(limit: float | None) -> float | None:

@@ -485,9 +485,9 @@ def _check_request(
     from mofq.model.notes import wider_dtype
 
     engine, budgets = request.engine, request.budgets
-    check = None if engine is None else legality(engine)
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
+    check = None if engine is None else legality(engine, layers.architecture)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, layers)
     selected_layers(space, layers)

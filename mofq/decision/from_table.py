@@ -49,7 +49,7 @@ def request_problem(table: Table, request: Request, *, is_constrained: bool = Tr
         corpus_weights=request.corpus_weights,
         objective=request.objective,
         space=request.space,
-        is_legal=engine_legality(request.engine),
+        is_legal=engine_legality(request.engine, table.header),
         constraints=request.constraints,
         is_constrained=is_constrained,
         caches=_cache_request(request) if request.kv_cache else None,
@@ -225,7 +225,7 @@ def _corpus_weights(
     corpora = [name for name in names if name is not None]
     if not corpora:
         raise TableError(
-            f"corpus weights: errors are in {unit}, which rests on no corpus. Run "
+            f"{option('corpus_weights')}: errors are in {unit}, which rests on no corpus. Run "
             f"`mofq calibrate`, then `mofq measure --stats`, or leave the weights out."
         )
     return weights_in_order(weights, corpora)

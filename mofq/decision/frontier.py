@@ -236,7 +236,8 @@ def _solved(problem: Problem, budgets: Budgets, *, most: int, sizes: int) -> lis
     if least > most:
         raise BudgetError(
             f"The smallest recipe under the other budgets has {least:,} bytes in its fusion groups "
-            f"({8 * least / problem.weights:.4f} bits per weight), more than the curve may reach."
+            f"({8 * least / problem.weights:.4f} bits per weight), more than the curve "
+            f"may reach. Allow more, or measure a search space with coarser schemes."
         )
     largest_F = np.maximum.reduceat(np.where(allowed_P, size_P, 0), problem.start_F[:-1])
     points = []

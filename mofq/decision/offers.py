@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from mofq.decision.request import Request
 from mofq.decision.serving import refusals_by
-from mofq.engines import legality
+from mofq.engines import find_engine, legality, model_problem
 from mofq.evidence.constraints import (
     LayerConstraint,
     barred_schemes,
     constraints_by_group,
     select,
 )
-from mofq.evidence.table import Table, TableGroup, TableSpace
-from mofq.exceptions import TableError, nearest_name
+from mofq.evidence.table import Table, TableGroup, TableHeader, TableSpace
+from mofq.exceptions import EngineError, TableError, nearest_name, option
 from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
@@ -187,15 +187,18 @@ def _constrained(
     return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 
-def engine_legality(engine: str | None) -> Legal | None:
+def engine_legality(engine: str | None, header: TableHeader) -> Legal | None:
     """Which schemes an engine lets a fusion group have; None: no engine was named.
 
     Raises:
-        EngineError: No engine has that name.
+        EngineError: No engine has that name, or it does not load the table's model.
     """
     if engine is None:
         return None
-    refuses = legality(engine)
+    model_type = header.model.model_type
+    if problem := model_problem(find_engine(engine), model_type, header.groups):
+        raise EngineError(f"{problem}. Leave {option('engine')} out, or name another.")
+    refuses = legality(engine, model_type)
     return lambda group, scheme: refuses(parse_scheme(scheme), group) is None
 
 
@@ -210,7 +213,7 @@ def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]
     offers = Offers(
         table,
         spaces_of(table, request.space),
-        is_legal=engine_legality(request.engine),
+        is_legal=engine_legality(request.engine, table.header),
         constraints=request.constraints,
     )
     refuses = None if request.engine is None else refusals_by(request.engine, table)

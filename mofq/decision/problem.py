@@ -83,7 +83,10 @@ class Problem:
     def __post_init__(self) -> None:
         """No solver has to ask whether there is a recipe at all."""
         if not self.sets:
-            raise TableError("No format of the KV cache is offered for all layers, not even bf16.")
+            raise TableError(
+                "No format of the KV cache is offered for all layers, not even bf16, and engines "
+                "hold one. Fix fewer layers to formats, or measure a space that offers one for all."
+            )
 
     @property
     def cached(self) -> int:

@@ -572,7 +572,9 @@ def _check_hash(recipe: Recipe, index_sha256: str | None) -> None:
     if ours is not None and index_sha256 is not None and not index_sha256.startswith(ours):
         raise RecipeError(
             f"{recipe.title}: was made for {recipe.model_name} with index_sha256 {ours}, and the "
-            f"model has {index_sha256}. Take the recipe of this model, or search again."
+            f"model has {index_sha256}: other names, shapes or dtypes of tensors, or another "
+            f"config.json. Take the recipe of this model, or search again; or, to apply this one "
+            f"all the same, remove index_sha256 from it."
         )
 
 

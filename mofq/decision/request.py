@@ -107,10 +107,11 @@ def read_weights(weights: str | Mapping[str, float], *, where: str) -> dict[str,
             found[name] = math.nan
         if not 0 <= found[name] < math.inf:
             raise MofqError(
-                f"corpus weights: needed a number of 0 or more for {name!r}, found {number!r}."
+                f"{option('corpus_weights')}: needed a number of 0 or more for {name!r}, "
+                f"found {number!r}."
             )
     if not any(found.values()):
-        raise MofqError("corpus weights: all are 0. Give a corpus that counts more.")
+        raise MofqError(f"{option('corpus_weights')}: all are 0. Give a corpus that counts more.")
     return found
 
 
@@ -143,13 +144,14 @@ def weights_in_order(weights: Mapping[str, float], corpora: Sequence[str]) -> tu
     unknown = next((name for name in weights if name not in corpora), None)
     if unknown is not None:
         raise TableError(
-            f"corpus weights: there is no corpus {unknown!r}." + nearest_name(unknown, corpora)
+            f"{option('corpus_weights')}: there is no corpus {unknown!r}."
+            + nearest_name(unknown, corpora)
         )
     missing = next((name for name in corpora if name not in weights), None)
     if missing is not None:
         raise TableError(
-            f"corpus weights: needed one of each corpus ({', '.join(corpora)}), found none of "
-            f"{missing!r}. Give 0 to leave a corpus out."
+            f"{option('corpus_weights')}: needed one of each corpus ({', '.join(corpora)}), "
+            f"found none of {missing!r}. Give 0 to leave a corpus out."
         )
     return tuple(weights[name] for name in corpora)
 

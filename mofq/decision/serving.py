@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.engines import ENGINES, cache_legality, legality
+from mofq.engines import ENGINES, cache_legality, find_engine, legality, model_problem
 from mofq.evidence.refusals import Refused, count_refusals
 from mofq.evidence.table import Table
 from mofq.numbers.schemes import parse_scheme
@@ -26,11 +26,16 @@ def refusals_by(engine: str, table: Table) -> Callable[[str, str], str | None]:
     Raises:
         EngineError: No engine has that name.
     """
-    check, check_cache = legality(engine), cache_legality(engine)
+    check_cache = cache_legality(engine)
+    model_type = table.header.model.model_type
+    check = legality(engine, model_type)
+    unloadable = model_problem(find_engine(engine), model_type, table.header.groups)
     groups = {group.name: group for group in table.header.groups}
     caches = {cache.name: cache for cache in table.caches}
 
     def refuses(name: str, scheme: str) -> str | None:
+        if unloadable is not None:
+            return unloadable
         if name in caches:
             return check_cache(scheme, caches[name])
         return check(parse_scheme(scheme), groups[name])

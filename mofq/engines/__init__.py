@@ -18,6 +18,7 @@ from mofq.engines.rules import (
     Engine,
     cache_refusal,
     matching_rule,
+    model_problem,
     refusal,
     rule_refusal,
     storage_problem,
@@ -42,6 +43,7 @@ __all__ = [
     "format_name",
     "legality",
     "matching_rule",
+    "model_problem",
     "rule_refusal",
     "serving_environment",
     "storage_problem",
@@ -122,11 +124,15 @@ def _of_version(engine: Engine, name: str, version: str) -> Engine:
     return replace(engine, name=name, version=found[-1])
 
 
-def legality(engine_name: str) -> Callable[[Scheme, ServedGroup], str | None]:
+def legality(
+    engine_name: str, model_type: str | None = None
+) -> Callable[[Scheme, ServedGroup], str | None]:
     """What an engine can serve, as a function.
 
     Args:
         engine_name: As for `find_engine`.
+        model_type: Of the model's config; None: not known, and what holds for some models alone
+            is not asked for.
 
     Returns:
         A function of a scheme and a fusion group that gives None where the
@@ -136,7 +142,7 @@ def legality(engine_name: str) -> Callable[[Scheme, ServedGroup], str | None]:
     Raises:
         EngineError: No engine has that name.
     """
-    return partial(refusal, find_engine(engine_name))
+    return partial(refusal, find_engine(engine_name), model_type=model_type)
 
 
 def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
@@ -19,7 +19,9 @@ Capability = tuple[int, int]
 _LATENT = ".attn.kv"
 #: The same of the layers that read the input, q_a_proj and kv_a_proj_with_mqa where both are there.
 _JOINED_LATENT = ".attn.latent"
-Layers = Literal["any", "dense", "experts", "latent", "joined latent"]
+#: The same of the first layers of experts that every token goes through.
+_SHARED = ".mlp.shared_gate_up"
+Layers = Literal["any", "dense", "experts", "latent", "joined latent", "shared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,23 @@ class Rule:
     shard_rows_multiple: int = 1  #: out_features of each concatenated layer but the last
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
     versions: tuple[str, ...] = ()  #: of the engine; empty: all that its rules are for
+    model_types: tuple[str, ...] = ()  #: of config.json; empty: any
     note: str = ""
 
     def holds_on(self, capability: Capability | None) -> bool:
         """Whether the rule is one for this hardware."""
         return _is_between(self.min_capability, capability, self.max_capability)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRule:
+    """One claim: the engine does not load these models, whatever their layers are quantized to."""
+
+    model_types: tuple[str, ...]  #: of config.json
+    _: KW_ONLY
+    groups: str  #: regular expression: that have a fusion group of such a name
+    refused: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +135,7 @@ class Engine:
     reads: str  #: the backend whose output it loads
     rules: tuple[Rule, ...]  #: of which the first that fits counts
     caches: tuple[CacheRule, ...] = ()  #: of the KV cache, likewise; empty: it takes no format
+    models: tuple[ModelRule, ...] = ()  #: that it does not load
     can_cut: bool = True  #: whether devices can share a layer (tensor parallelism)
     devices: int = 1  #: that share every layer
     serve: str = ""  #: command before an exported folder; empty: it is no server of one
@@ -157,12 +172,22 @@ def readable(rule: Rule | CacheRule) -> str:
     for regular, plain in words.items():
         text = text.replace(regular, plain)
     if isinstance(rule, Rule):
-        text += "".join(f" ({word})" for word in (rule.layers, *rule.versions) if word != "any")
+        words_after = (rule.layers, *rule.model_types, *rule.versions)
+        text += "".join(f" ({word})" for word in words_after if word != "any")
     return text
 
 
-def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | None:
-    """The first rule of the engine for that scheme and that kind of layer, shapes aside."""
+def matching_rule(
+    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+) -> Rule | None:
+    """The first rule of the engine for that scheme and that kind of layer, shapes aside.
+
+    Args:
+        engine: Any.
+        scheme: Any.
+        group: Of a model or a table.
+        model_type: Of the model's config; None: not known, and rules for some models do not hold.
+    """
     if scheme.is_unquantized:
         return None
     name = format_name(scheme)
@@ -171,7 +196,11 @@ def matching_rule(engine: Engine, scheme: Scheme, group: ServedGroup) -> Rule | 
         kinds.add("latent")
     if group.name.endswith(_JOINED_LATENT) and len(group.layers) > 1:
         kinds.add("joined latent")
+    if group.name.endswith(_SHARED):
+        kinds.add("shared")
     for rule in engine.applicable_rules:
+        if rule.model_types and model_type not in rule.model_types:
+            continue
         if rule.layers in kinds and re.fullmatch(rule.schemes, name):
             return rule
     return None
@@ -183,24 +212,45 @@ def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
     return None if problem is None else f"{engine.title} reads {engine.reads}, which {problem}"
 
 
-def refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
+def model_problem(
+    engine: Engine, model_type: str | None, groups: Iterable[ServedGroup]
+) -> str | None:
+    """Why an engine does not load a model at all, or None.
+
+    Args:
+        engine: Any.
+        model_type: Of the model's config; None: not known.
+        groups: All fusion groups of the model.
+    """
+    names = [group.name for group in groups]
+    for rule in engine.models:
+        if model_type in rule.model_types and any(re.fullmatch(rule.groups, n) for n in names):
+            return f"{engine.title}: {rule.refused} ({rule.source})"
+    return None
+
+
+def refusal(
+    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+) -> str | None:
     """Why the engine cannot be given a fusion group in a scheme as it was measured, or None.
 
     It has no kernel, or what it reads has no words for it.
     """
     if scheme.is_unquantized:
         return None
-    reason = storage_problem(engine, group) or rule_refusal(engine, scheme, group)
+    reason = storage_problem(engine, group) or rule_refusal(engine, scheme, group, model_type)
     if reason is None and (problem := export_problem(engine.reads, scheme, group)):
         return f"{engine.title} reads {engine.reads}, which {problem}"
     return reason
 
 
-def rule_refusal(engine: Engine, scheme: Scheme, group: ServedGroup) -> str | None:
+def rule_refusal(
+    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+) -> str | None:
     """Why the engine has no kernel for a fusion group in a scheme, whatever it is exported to."""
     if scheme.is_unquantized:
         return None
-    rule = matching_rule(engine, scheme, group)
+    rule = matching_rule(engine, scheme, group, model_type)
     where = engine.title
     if rule is None:
         what = "experts" if is_experts(group) else "linear layers"

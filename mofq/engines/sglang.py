@@ -5,11 +5,19 @@ The choice of a scheme was executed (``facts/``, `scripts/engines/README.md`); k
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import Engine, ModelRule, Rule
 
 _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
 _RULES: tuple[Rule, ...] = (
+    Rule(
+        r"int[2-7]\..*|int8\.[^+]*|fp4_e2m1\..*|nvfp4.*|mxfp4.*",
+        layers="shared",
+        model_types=("glm4_moe",),
+        refused="the model asks its shared experts for a weight, which packed ones have under "
+        "another name, and stops; take fp8_e4m3.channel+fp8_e4m3.token, or bf16",
+        source="sglang 0.5.23 srt/models/glm4_moe.py:503; executed",
+    ),
     Rule(
         r"int[2-7]\..*|int8\.[^+]*|nvfp4.*|.*\.tensor.*",
         layers="joined latent",
@@ -176,13 +184,21 @@ SGLANG = Engine(
     "0.5.23",
     reads="compressed-tensors",
     rules=_RULES,
+    models=(
+        ModelRule(
+            ("qwen2_moe", "qwen3_moe"),
+            groups=r"layers\.\d+\.mlp\.(gate_up|down)",
+            refused="takes every decoder layer for one of experts, whatever mlp_only_layers and "
+            "decoder_sparse_step say, so that dense ones are not loaded",
+            source="sglang 0.5.23 srt/models/qwen2_moe.py:1058, qwen3_moe.py:878; executed",
+        ),
+    ),
     serve="python -m sglang.launch_server --model-path",
     devices_flag="--tp",
     paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. The "
-    "choice of a scheme was executed (`mofq/engines/facts`) and a rule that it contradicts fails a "
-    "test; exported mixtures of experts were loaded by the model's own class "
-    "(`mofq/engines/facts/loading`); kernels, and what Marlin checks when it packs weights, were "
-    "read. GLM-4.5 whose shared experts are packed (INT4, INT8 weights alone, FP4) is not loaded: "
-    "`models/glm4_moe.py:503` asks them for a `weight`. Nor is a Qwen3-MoE with dense decoder "
-    "layers (`mlp_only_layers`).",
+    "choice of a scheme, and what devices that share a layer load, was executed "
+    "(`mofq/engines/facts`) and a rule that it contradicts fails a test; exported mixtures of "
+    "experts were loaded by the model's own class (`mofq/engines/facts/loading`); kernels, and "
+    "what Marlin checks when it packs weights, were "
+    "read.",
 )

@@ -6,8 +6,8 @@ the scales of its own part.
 
 Source: vLLM 0.32.0 ``distributed/utils.py:51-80``, ``model_executor/layers/linear.py:494-499,
 1052-1057, 1681``, ``layers/quantization/utils/fp8_utils.py:1318-1344``, ``compressed_tensors_moe_
-wna16.py:230-249``; what each device loads of a checkpoint was executed in 0.32.0 and
-0.33.0 (``facts/tensor_parallel``). Other engines cut in the same way; read.
+wna16.py:230-249``; what each device loads of a checkpoint was executed in vLLM 0.32.0 and
+0.33.0 and SGLang 0.5.23 (``facts/tensor_parallel``). TensorRT-LLM cuts in the same way; read.
 """
 
 from __future__ import annotations

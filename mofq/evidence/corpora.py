@@ -220,12 +220,13 @@ def tokenize(
     """
     if sequence_length < 2:
         raise CorpusError(
-            f"a sequence length of {sequence_length} predicts nothing; give 2 or more."
+            f"{option('sequence_length', sequence_length)}: predicts nothing. Give 2 or more."
         )
     if tokens < sequence_length:
         raise CorpusError(
-            f"{tokens} tokens do not fill one window of {sequence_length}. "
-            f"Ask for more tokens, or for a shorter sequence length."
+            f"{option('tokens', tokens)}: does not fill one window of {sequence_length}. Give "
+            f"{option('tokens', sequence_length)} or more, or a shorter "
+            f"{option('sequence_length')}."
         )
     windows_NT = spread_windows(
         corpus,
@@ -278,8 +279,8 @@ def spread_windows(
 
     if sequence_length <= len(leading):
         raise CorpusError(
-            f"a sequence length of {sequence_length} holds no text behind the {len(leading)} "
-            f"tokens that the tokenizer puts first; give more."
+            f"{option('sequence_length', sequence_length)}: holds no text behind the "
+            f"{len(leading)} tokens that the tokenizer puts first. Give more."
         )
     text, needed = _text_of(corpus, tokenizer), sequences * sequence_length
     if len(text) > 64 * needed:
@@ -295,8 +296,8 @@ def spread_windows(
     if len(ids) < needed:
         raise CorpusError(
             f"text {corpus.source!r} has {len(ids)} tokens, and windows of {sequence_length} "
-            f"tokens, {sequences} in number, need {needed}. Give a longer text, or ask for fewer "
-            f"or shorter windows."
+            f"tokens, {sequences} in number, need {needed}. Give a longer text, fewer windows, "
+            f"or a shorter {option('sequence_length')}."
         )
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
     windows = [ids[start : start + sequence_length] for start in starts]
@@ -312,8 +313,8 @@ def check_context(model: PreTrainedModel, sequence_length: int) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise CorpusError(
-            f"a sequence length of {sequence_length} is more than the model's context of "
-            f"{longest}. Give a shorter one."
+            f"{option('sequence_length', sequence_length)}: the model's context is {longest}. "
+            f"Give {option('sequence_length', longest)} or less."
         )
 
 

@@ -231,7 +231,9 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     if file.offer_unquantized:
         candidates.append(_candidate("bf16", where))
     elif any(scheme.is_unquantized for one in candidates for scheme in one.schemes):
-        raise SearchSpaceError(f"{where}: offer_unquantized is false, and yet schemes lists bf16.")
+        raise SearchSpaceError(
+            f"{where}: offer_unquantized is false, and yet schemes lists bf16. Drop one."
+        )
     candidates = _without_repeats(candidates)
     base = _base(file.base, candidates, f"{where}: base")
     kv_cache = _cache_schemes(file.kv_cache, f"{where}: kv_cache")

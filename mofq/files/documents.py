@@ -74,7 +74,9 @@ def read_text(
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}. Check the path.") from problem
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: is not UTF-8 text (byte {problem.start}).") from problem
+        raise error(
+            f"{path}: is not UTF-8 text (byte {problem.start}). Save it as UTF-8."
+        ) from problem
 
 
 def parse_yaml(text: str, where: str, error: type[MofqError]) -> Any:
@@ -178,7 +180,7 @@ def yaml_scalar(value: Any) -> str:
 def parse_json(
     text: str | bytes, where: str, error: type[MofqError], *, finite: bool = True
 ) -> Any:
-    """Parse one JSON value; repeated keys and keys that are not text are refused.
+    """Parse one JSON value; keys with two values and keys that are not text are refused.
 
     Args:
         text: The value; of bytes, in UTF-8.
@@ -193,9 +195,10 @@ def parse_json(
     def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise error(f"{where}: the key {twice!r} stands twice.")
+            # Twice the same says nothing else; of two values, readers take the first or the last.
+            for key, value in pairs:
+                if json.dumps(value) != json.dumps(mapping[key]):
+                    raise error(f"{where}: the key {key!r} stands twice, with two values.")
         for key in mapping:
             key.encode()  # half of a surrogate pair is no name that anything else could write
         return mapping

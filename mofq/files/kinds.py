@@ -39,3 +39,15 @@ def check_kind(data: bytes, needed: Kind, where: str, error: type[MofqError]) ->
                 f"{where}: needed a {needed}, from {_KINDS[needed][1]}; found a {kind}, from "
                 f"{_KINDS[kind][1]}."
             )
+    if not _KINDS[needed][0].search(beginning) and _is_of_model(data):
+        raise error(
+            f"{where}: needed a {needed}, from {_KINDS[needed][1]}; found a file of a model. Where "
+            f"a model is meant, give its folder."
+        )
+
+
+def _is_of_model(data: bytes) -> bool:
+    """Whether a file is a ``config.json``, or of safetensors: a length of 8 bytes, then JSON."""
+    beginning = data[:_BEGINNING]
+    is_config = b'"model_type"' in beginning and not beginning.startswith(b'{"kind"')  # a table
+    return is_config or data[8:10] == b'{"' != data[:2]

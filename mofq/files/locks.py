@@ -107,8 +107,10 @@ def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[P
                 partial.rename(place)
     except OSError as problem:
         raise error(
-            f"{target}: cannot be written ({problem.filename}: {problem.strerror}). Nothing is "
-            f"left of it; make room or give another folder, and run again."
+            # Of a copy the second is what was written.
+            f"{target}: cannot be written ({problem.filename2 or problem.filename}: "
+            f"{problem.strerror}). Nothing is left of it; make room or give another folder, and "
+            f"run again."
         ) from problem
 
 
@@ -135,11 +137,14 @@ def _remove(path: Path) -> None:
 def check_new_folder(target: Path, error: type[MofqError]) -> None:
     """Refuse a place that has something already: it must not exist, or be an empty folder.
 
+    A link to an empty folder stands for that folder, which is filled where it is.
+
     Raises:
         error: As said.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise error(f"{target}: needed a new folder, found a file or link. Give another.")
+    if not target.is_dir() and (target.exists() or target.is_symlink()):
+        found = f"a link to {target.readlink()}" if target.is_symlink() else "a file"
+        raise error(f"{target}: needed a new folder, found {found}. Give another.")
     if target.is_dir() and any(path.name not in _IN_EMPTY for path in target.iterdir()):
         raise error(
             f"{target}: needed a new or an empty folder, found files in it. Give another folder, "

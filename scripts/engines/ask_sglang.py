@@ -4,7 +4,8 @@
 
 As `ask_vllm.py`, but SGLang has one kernel for a scheme, so nothing is chosen after it. For linear
 layers the scheme also creates its parameters, where it checks shapes, and is asked whether loading
-quantizes INT8 codes again. The experts' scheme is chosen and creates nothing.
+quantizes INT8 codes again. The experts' scheme is chosen and creates nothing. Where devices share a
+layer, the share of each is built, of experts too, and a checkpoint's tensors are loaded into it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+from shares import check_shares
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 #: Packages that SGLang imports and selection does not need; compiled, or not in the venv.
 ABSENT = {
     "IPython",
@@ -117,8 +121,99 @@ def fake_cuda() -> None:
     )
 
 
+def start_context() -> None:
+    """The server's arguments, and the parallel context of one process; neither has a launcher."""
+    import torch
+    from sglang.srt import runtime_context
+
+    runtime_context.get_context().override_server_args().install()
+    alone = types.SimpleNamespace(
+        world_size=1,
+        rank_in_group=0,
+        rank=0,
+        local_rank=0,
+        is_first_rank=True,
+        is_last_rank=True,
+        device=torch.device("cpu"),
+        cpu_group=None,
+        device_group=None,
+    )
+    parallel = runtime_context.get_parallel()
+    for name in sorted(runtime_context._parallel_fields()):
+        try:
+            getattr(parallel, name)
+        except (AttributeError, RuntimeError):  # not set without a launcher
+            value = alone if name.endswith("group") else int(name.endswith("size"))
+            parallel.override_permanently(**{name: value})
+
+
+def share_layers(devices: int, rank: int) -> None:
+    """Be one of several devices that share every layer."""
+    from sglang.srt import runtime_context
+
+    group = types.SimpleNamespace(world_size=devices, rank_in_group=rank)
+    runtime_context.get_parallel().override_permanently(
+        **{f"{kind}_size": devices for kind in ("tp", "moe_tp", "attn_tp")},
+        **{f"{kind}_rank": rank for kind in ("tp", "moe_tp", "attn_tp")},
+        **{f"{kind}_group": group for kind in ("tp", "moe_tp", "attn_tp")},
+    )
+
+
+def build_layer(case: dict[str, Any], device: str, rank: int = 0) -> Any:
+    """The layer of a case, as a model of SGLang builds it on one device.
+
+    Args:
+        case: As `ask_vllm.build_layer` has it.
+        device: ``meta`` for shapes alone.
+        rank: Which of the devices.
+
+    Returns:
+        The module that holds the weights.
+    """
+    import torch
+    from sglang.srt.layers import linear
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    share_layers(case["devices"], rank)
+    config = CompressedTensorsConfig.from_config(
+        {**copy.deepcopy(case["config"]), "packed_modules_mapping": PACKED}
+    )
+    size, outputs, kind = case["in_features"], case["out_features"], case["kind"]
+    options = {"params_dtype": torch.bfloat16, "quant_config": config, "prefix": case["prefix"]}
+    with torch.device(device):
+        if kind == "gate_up":
+            return linear.MergedColumnParallelLinear(size, outputs, bias=False, **options)
+        if kind == "down":
+            return linear.RowParallelLinear(size, outputs[0], bias=False, **options)
+        if kind == "qkv":
+            heads = [rows // case["head_size"] for rows in outputs]
+            return linear.QKVParallelLinear(
+                size, case["head_size"], heads[0], heads[1], bias=False, **options
+            )
+        from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+
+        return get_moe_impl_class(config)(
+            num_experts=2,
+            top_k=1,
+            hidden_size=size,
+            intermediate_size=outputs[0],
+            layer_id=0,
+            **options,
+        )
+
+
 def answer(case: dict[str, Any]) -> dict[str, Any]:
     """What SGLang makes of one case."""
+    found = selected(case)
+    if case["is_shared"]:
+        check_shares(case, build_layer, share_layers)
+    return found
+
+
+def selected(case: dict[str, Any]) -> dict[str, Any]:
+    """The scheme that is chosen on one device, and what it does to codes and scales."""
     import torch
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
@@ -127,10 +222,10 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     config = CompressedTensorsConfig.from_config(copy.deepcopy(case["config"]))
     layer = torch.nn.Module()
     layer.tp_group = None  # not shared by devices
-    if case["kind"] == "experts":
+    if case["kind"] in ("experts", "mixtral"):
         scheme = config.get_moe_scheme(layer, case["prefix"])
         if scheme is None:
-            return {"error": "no target is found, and weights are taken as unquantized"}
+            raise ValueError("no target is found, and weights are taken as unquantized")
         return {"scheme": type(scheme).__name__, "kernel": type(scheme).__name__, "scales": ""}
     scheme = config.get_linear_scheme(layer, case["prefix"])
     config._check_scheme_supported(scheme.get_min_capability())
@@ -181,6 +276,7 @@ def main() -> None:
     Device.capability = tuple(request["platforms"][0]["capability"])
     fake_cuda()
     importlib.import_module("sglang.srt.layers.quantization.compressed_tensors.compressed_tensors")
+    start_context()
     for number, platform in enumerate(request["platforms"]):
         Device.capability = tuple(platform["capability"])
         for value in gc.get_objects():

@@ -14,7 +14,6 @@ import concurrent.futures
 import importlib
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +61,7 @@ def become_one_gpu(capability: list[int]) -> None:
     ask_sglang.fake_cuda()
     torch.set_default_dtype(torch.bfloat16)
     torch.cuda.Stream, torch.cuda.set_device = Stream, lambda _: None
-    from sglang.srt import runtime_context
-
-    runtime_context.get_context().override_server_args().install()
-    alone = types.SimpleNamespace(
-        world_size=1,
-        rank_in_group=0,
-        rank=0,
-        local_rank=0,
-        is_first_rank=True,
-        is_last_rank=True,
-        device=torch.device("cpu"),
-        cpu_group=None,
-        device_group=None,
-    )
-    parallel = runtime_context.get_parallel()
-    for name in sorted(runtime_context._parallel_fields()):
-        try:
-            getattr(parallel, name)
-        except (AttributeError, RuntimeError):  # not set without a launcher
-            value = alone if name.endswith("group") else int(name.endswith("size"))
-            parallel.override_permanently(**{name: value})
+    ask_sglang.start_context()
     concurrent.futures.ThreadPoolExecutor = AtOnce  # type: ignore[assignment,misc]
 
 

@@ -24,9 +24,10 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from shares import check_shares
 
 #: Compiled functions that selection asks, and the capabilities from which they say yes.
 #: Source: vllm csrc/quantization/w8a8/cutlass/scaled_mm_entry.cu and
@@ -262,112 +263,6 @@ def build_layer(case: dict[str, Any], device: str, rank: int = 0) -> Any:
     return next(m for m in runner.modules() if type(m).__name__ == "RoutedExperts")
 
 
-#: Where a part lies in a whole: from, to.
-Interval = tuple[Fraction, Fraction]
-
-
-def loaded_parts(layer: Any, shard: Any, tensors: dict[str, list[int]]) -> dict[str, Any]:
-    """What a device loads of the tensors of one layer of a checkpoint.
-
-    Args:
-        layer: Of that device.
-        shard: What vLLM calls the layer among those that it concatenates.
-        tensors: Name -> shape [rows, columns], as stored.
-
-    Returns:
-        Name -> interval of the outputs, interval of the inputs; None where nothing is loaded.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Copies(TorchDispatchMode):
-        """Lists what is copied from where to where."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.found: list[tuple[Any, Any]] = []
-
-        def __torch_dispatch__(self, function: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
-            if function is torch.ops.aten.copy_.default:
-                self.found.append((args[0], args[1]))
-            return function(*args, **(kwargs or {}))
-
-    parts: dict[str, Any] = {}
-    for name, (rows, columns) in tensors.items():
-        is_expert = shard in ("w1", "w2", "w3")
-        stem = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}[shard] if is_expert else ""
-        parameter = getattr(layer, stem + name)
-        stored = torch.empty(rows, columns, dtype=parameter.dtype, device="meta")
-        if is_expert:
-            arguments: list[Any] = [stem + name, shard, 0]
-        else:
-            arguments = [] if shard is None else [shard]
-        with Copies() as copies:
-            parameter.weight_loader(parameter, stored, *arguments)
-        assert len(copies.found) <= 1, f"{name} is copied in {len(copies.found)} parts"
-        parts[name] = None
-        for target, source in copies.found:
-            same = source.untyped_storage()._cdata == stored.untyped_storage()._cdata
-            if not same or target.shape != source.shape:
-                raise ValueError(f"{name} is changed while it is loaded")
-            if source.numel():
-                row, column = divmod(source.storage_offset(), columns)
-                height, width = source.shape
-                parts[name] = (
-                    (Fraction(row, rows), Fraction(row + height, rows)),
-                    (Fraction(column, columns), Fraction(column + width, columns)),
-                )
-    return parts
-
-
-def check_shares(case: dict[str, Any]) -> None:
-    """Build the share of every device and load a checkpoint into it.
-
-    Raises:
-        ValueError: A part of a tensor is on no device, or codes and scales of a device are not
-            those of the same weights.
-    """
-    devices = case["devices"]
-    layers = [build_layer(case, "meta", rank) for rank in range(devices)]
-    for stored in case["stored"]:
-        shard, tensors = stored["shard"], stored["tensors"]
-        held: dict[str, list[Any]] = {name: [] for name in tensors}
-        for rank, layer in enumerate(layers):
-            share_layers(devices, rank)
-            parts = loaded_parts(layer, shard, tensors)
-            for name, part in parts.items():
-                held[name].append(part)
-            for axis, what in enumerate(("outputs", "inputs")):
-                # One row or column is for all: a scale of channels, or of a tensor.
-                cut = {name: part and part[axis] for name, part in parts.items()}
-                cut = {name: part for name, part in cut.items() if tensors[name][axis] > 1}
-                if len(set(cut.values())) > 1:
-                    words = " and ".join(f"{name} {in_words(one)}" for name, one in cut.items())
-                    raise ValueError(f"device {rank} of {devices} holds other {what}: {words}")
-        for name, parts_of_devices in held.items():
-            for axis in (0, 1):
-                require_whole(name, [part[axis] for part in parts_of_devices if part])
-
-
-def in_words(part: Interval | None) -> str:
-    """An interval for a message."""
-    return "none" if part is None else f"{part[0]} to {part[1]}"
-
-
-def require_whole(name: str, parts: list[Interval]) -> None:
-    """Check that parts of a tensor cover it.
-
-    Raises:
-        ValueError: They do not.
-    """
-    reached = Fraction(0)
-    for start, end in sorted(parts):
-        if start <= reached:
-            reached = max(reached, end)
-    if reached != 1:
-        raise ValueError(f"{name} is loaded up to {reached} of it, and the rest by no device")
-
-
 def selected_kernel(method: Any) -> str:
     """The class of the kernel that a quantization method chose."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
@@ -392,7 +287,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     found = {"scheme": type(method).__name__, "kernel": kernel, "scales": scale_dtype(layer)}
     if "Humming" in kernel:
         found["inputs"] = humming_inputs(build_layer(case, "cpu"))
-    check_shares(case)
+    check_shares(case, build_layer, share_layers)
     return found
 
 

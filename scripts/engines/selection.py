@@ -31,6 +31,7 @@ from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGrou
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.engines import ENGINES
 from mofq.engines.exports.compressed_tensors import Storage, storage_of
+from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme, static_keys
@@ -41,7 +42,9 @@ from scripts.engines.schemes import (
     CPUS,
     HEAD_SIZE,
     KINDS,
+    LAYERS,
     MATRICES,
+    PARALLEL_LAYERS,
     AskedAttention,
     Matrix,
     asked_layer,
@@ -59,7 +62,10 @@ COMPANIONS = {
 #: Engines that run on CPUs as well.
 ON_CPU = {"vllm"}
 #: Which matrices an engine's script can answer.
-ASKED = {"vllm": ("selection", "tensor_parallel", "kv_cache"), "sglang": ("selection",)}
+ASKED = {
+    "vllm": ("selection", "tensor_parallel", "kv_cache"),
+    "sglang": ("selection", "tensor_parallel"),
+}
 #: Longest error text that is kept.
 ERROR_LENGTH = 160
 
@@ -280,6 +286,7 @@ def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
         "in_features": asked.in_features,
         "out_features": list(asked.out_features),
         "devices": asked.devices,
+        "is_shared": layer in PARALLEL_LAYERS,
         "head_size": HEAD_SIZE,
         "config": quantization_config(plan),
         "stored": stored_tensors(scheme, layer),
@@ -326,7 +333,15 @@ def stored_tensors(scheme: Scheme, layer: str) -> list[dict[str, Any]]:
     """What an export holds of each layer: ``shard``, ``tensors`` (name -> rows, columns).
 
     A tensor of one number for the whole layer, and the shape of what is packed, are left out.
+    Nothing of what no export holds, on one device: there such schemes and shapes are asked for
+    selection alone.
     """
+    if layer in LAYERS and any(shape_rejection(scheme, one) for one in fusion_group(layer).layers):
+        return []
+    try:
+        storage_of(scheme, where="layer")
+    except BackendError:
+        return []
     shards = SHARDS[asked_layer(layer).kind]
     found = []
     for shard, one in zip(shards, fusion_group(layer).layers, strict=False):  # of one expert

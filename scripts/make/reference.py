@@ -190,7 +190,12 @@ def _engine_section(name: str, engines: Sequence[Engine]) -> str:
         source = re.sub(rf"(?<!\S)[\w-]+ {re.escape(versions[0])} ", "", rule.source)
         rows.append([f"`{readable(rule)}`", *marks, how, source])
     columns = ["schemes", *chips, "kernel, or why refused", "source"]
-    return f"## {name}\n\n{about} {one.paths}\n\n{table(columns, rows)}"
+    models = "".join(
+        f" Models of type {' and '.join(rule.model_types)}: it {rule.refused}; those that have "
+        f"some are refused ({rule.source})."
+        for rule in one.models
+    )
+    return f"## {name}\n\n{about} {one.paths}{models}\n\n{table(columns, rows)}"
 
 
 def _merged(lists: Sequence[Sequence[Rule | CacheRule]]) -> list[Rule | CacheRule]:

@@ -207,7 +207,7 @@ def test_a_run_refuses_to_validate_on_its_calibration_text(out: Path) -> None:
         (("--max-bits", "nan"), "must be a number"),
         (("--max-bits", "-1"), "must be a number"),
         (("--max-finer", "3"), "at most 1"),
-        (("--max-size", "5XB"), "unknown unit 'XB'"),
+        (("--max-size", "5XB"), "--max-size: '5XB': unknown unit 'XB'"),
         (("--max-size", "9" * 20 + "GB"), "no model is as large"),
         (("--refine", "4"), "--model"),
     ],
@@ -303,7 +303,9 @@ def test_a_table_of_another_model_is_left_as_it_is(measured: Measured, tiny_llam
 def test_a_recipe_of_another_model_is_refused(tiny_llama: Path, out: Path) -> None:
     recipe = out.parent / "recipe.yaml"
     ok("recipe", "uniform", tiny_llama, "int4.g32", "-o", recipe)
-    assert "index_sha256" in refused("validate", DEMO, recipe, *TEXT)
+    message = refused("validate", DEMO, recipe, *TEXT)
+    assert "or another config.json" in message
+    assert "remove index_sha256 from it" in message
     export = ("--to", "compressed-tensors", "-o", out / "exported")
     assert "index_sha256" in refused("export", DEMO, recipe, *export)
     other = out.parent / "demo.yaml"

@@ -113,7 +113,9 @@ def test_run_without_a_budget_is_refused_before_anything_is_run(tmp_path: Path) 
 def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     run = ("run", DEMO, "--max-bits", "5", "-o", tmp_path / "run")
-    assert "do not fill one window of 512" in refused(*run, "--tokens", "100")
+    assert "--tokens 100: does not fill one window of 512. Give --tokens 512 or more" in refused(
+        *run, "--tokens", "100"
+    )
     assert "short" in refused(*run, "--text", tmp_path / "short.txt")
     assert not (tmp_path / "run").exists()
 

@@ -109,7 +109,7 @@ def test_a_scale_without_a_name_is_refused(tiny_llama: Path, tmp_path: Path) -> 
 
 
 def test_other_methods_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="found quant_method None"):
+    with pytest.raises(BackendError, match="found one that is not quantized"):
         recipe_from_compressed_tensors(tiny_llama)
     checkpoint = open_checkpoint(str(tiny_llama))
     export(tiny_llama, uniform_recipe(checkpoint, "int8.channel"), tmp_path / "out")

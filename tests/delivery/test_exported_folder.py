@@ -18,7 +18,7 @@ from conftest import TinyCheckpoint
 from emulated import validate
 from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.delivery.export.compressed_tensors import (
@@ -175,6 +175,96 @@ def test_files_that_are_missing_or_new_are_named(
         *("model-00002-of-00002.safetensors", "pytorch_model.bin"),
         *("chat_template.jinja", "tokenizer_config.json"),
     ]
+
+
+#: File -> content: what engines read before or beside the config, and an export never holds.
+READ_ELSEWHERE = {
+    "hf_quant_config.json": "{}",
+    "quantize_config.json": "{}",
+    "params.json": "{}",
+    "tokenizer.model.v3": "",
+    "adapter_config.json": "{}",
+    "modules.json": "[]",
+    "additional_chat_templates/rag.jinja": "{{ messages }}",
+}
+
+
+@pytest.mark.parametrize("name", READ_ELSEWHERE)
+def test_a_stray_config_of_another_kind_is_named(
+    name: str, original: Path, folder: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    (changed / name).parent.mkdir(exist_ok=True)
+    (changed / name).write_text(READ_ELSEWHERE[name])
+    assert names_of_deviations(original, changed) == [name]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_code_beside_a_config_is_compared_where_the_config_names_it(
+    is_named: bool, original: Path, tmp_path: Path
+) -> None:
+    code = {"auto_map": {"AutoTokenizer": "tok.T"}} if is_named else {}
+    model = copy_with_config(original, tmp_path / "model", lambda config: config.update(code))
+    (model / "tok.py").write_text("T = 1")
+    recipe = uniform_recipe(open_checkpoint(str(model)), "int4.channel")
+    changed = export(model, recipe, tmp_path / "changed").folder
+    (changed / "tok.py").write_text("T = 2")
+    found = find_folder_deviations(open_checkpoint(str(model)), recipe, open_stored(str(changed)))
+    assert [one.layer for one in found] == ["tok.py"] * is_named
+
+
+@pytest.mark.parametrize("shard", ["consolidated.00.safetensors", "b.tensors", "b.bin"])
+def test_shards_under_names_that_engines_do_not_read_are_named(
+    shard: str, original: Path, folder: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    shard_in_two(changed, "model-00001-of-00002.safetensors", shard)
+    assert names_of_deviations(original, changed) == [shard]
+
+
+def test_shards_of_other_sizes_and_a_config_in_another_order_are_the_same_folder(
+    original: Path, folder: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    shard_in_two(changed, "a.safetensors", "b.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    quantization["config_groups"] = dict(reversed(quantization["config_groups"].items()))
+    (changed / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert names_of_deviations(original, changed) == []
+
+
+def test_a_key_that_stands_twice_in_a_tokenizer_is_named(
+    original: Path, folder: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    path = changed / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace('"model"', '"model": {}, "model"', 1), "utf-8")
+    assert names_of_deviations(original, changed) == ["tokenizer.json"]
+
+
+def shard_in_two(folder: Path, first: str, second: str) -> None:
+    """The weights of one file in two, under these names."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {first: names[::2], second: names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def names_of_deviations(original: Path, changed: Path) -> list[str]:
+    recipe = with_cache(mixed_recipe(original), original)
+    found = find_folder_deviations(
+        open_checkpoint(str(original)), recipe, open_stored(str(changed))
+    )
+    return [one.layer for one in found]
 
 
 def edited_config(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], Path]:

@@ -14,9 +14,22 @@ from typing import Any, NamedTuple
 
 import pytest
 from families import long_but
-from loading_cases import CHOICES, VARIANTS, digest, each, export_choice, merged, write_variant
+from loading_cases import (
+    CHOICES,
+    VARIANTS,
+    digest,
+    each,
+    export_choice,
+    merged,
+    scheme_of,
+    write_variant,
+)
 
 import mofq.engines
+from mofq.engines import find_engine, legality, model_problem
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.numbers.schemes import parse_scheme
 from scripts.engines.loading import outcome
 
 FACTS = sorted((Path(mofq.engines.__file__).parent / "facts" / "loading").glob("*.json"))
@@ -41,7 +54,7 @@ class Unloadable(NamedTuple):
 UNLOADABLE = (
     Unloadable(
         r"sglang-.*",
-        r"qwen3_moe with a dense layer",
+        r"qwen[23]_moe with a dense layer",
         r".*",
         r"Unable to find matching target for model\.layers\.1\.mlp\.experts|^unread",
         "SGLang takes every decoder layer for one of experts, whatever mlp_only_layers says",
@@ -127,6 +140,25 @@ def test_an_export_is_the_one_that_the_loaders_read(
                 f"{choice}: the config, a dtype or a shape is another than {path.stem} loaded; run"
                 f" `python -m scripts.engines.loading {path.stem.replace('-', '==')}`"
             )
+
+
+@pytest.mark.parametrize("variant", long_but(VARIANTS, "glm4_moe"))
+def test_what_an_engine_cannot_load_is_refused_and_what_it_loads_is_not(
+    tmp_path: Path, variant: str
+) -> None:
+    layers = find_layers(open_checkpoint(str(write_variant(variant, tmp_path / "model"))))
+    for path in FACTS:
+        family, version = path.stem.rsplit("-", 1)
+        engine = f"{family}-hopper@{version}"
+        legal = legality(engine, layers.architecture)
+        whole = model_problem(find_engine(engine), layers.architecture, layers.groups)
+        for choice in CHOICES:
+            schemes = {group: parse_scheme(scheme_of(choice, group)) for group in layers.groups}
+            reasons = [whole, *(legal(scheme, group) for group, scheme in schemes.items())]
+            # Tiny layers are refused for their sizes too, and NVFP4 inputs before Blackwell.
+            of_loading = [reason for reason in reasons if reason and "srt/models/" in reason]
+            is_loaded = not problem_of(read_facts(path)[variant, choice])
+            assert is_loaded == (not of_loading), f"{path.stem}, {choice}: {reasons}"
 
 
 def test_a_renamed_expert_and_a_router_under_another_name_are_unread() -> None:

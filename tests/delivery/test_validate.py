@@ -168,7 +168,7 @@ def test_a_folder_of_another_vocabulary_is_an_error(
 
 def test_a_sequence_longer_than_the_context_is_an_error(tiny_llama: Path, text: Corpus) -> None:
     recipe = recipe_of(open_checkpoint(str(tiny_llama)), "bf16")
-    with pytest.raises(CorpusError, match="129 is more than the model's context of 128"):
+    with pytest.raises(CorpusError, match="sequence_length=129: the model's context is 128"):
         validate(str(tiny_llama), recipe, text, tokens=129, sequence_length=129)
 
 

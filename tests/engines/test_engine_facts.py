@@ -31,7 +31,6 @@ from mofq.evidence.spaces import shape_rejection
 from mofq.model.kv_schemes import is_cache_scheme
 from mofq.model.layers import CacheLayer
 from mofq.numbers.schemes import Scheme, parse_scheme
-from scripts.engines.ask_vllm import require_whole
 from scripts.engines.schemes import CPUS, MATRICES, AskedLayer, fusion_group
 from scripts.engines.selection import (
     COMPANIONS,
@@ -41,6 +40,7 @@ from scripts.engines.selection import (
     outcome,
     storage_to_ask,
 )
+from scripts.engines.shares import require_whole
 
 FOLDER = Path(mofq.engines.__file__).parent / "facts"
 #: Of layers: what is selected, and what devices can share.
@@ -296,9 +296,17 @@ NOT_SHOWN = (
         r"sglang .*",
         r"sglang-.*",
         r"int[48]\..*|nvfp4",
-        DENSE,
+        r".*",
         "SGLang chooses no kernel: Marlin checks shapes when it packs the weights",
-        refusal="Marlin needs in_features",
+        refusal=r"Marlin needs (in|out)_features",
+    ),
+    Excuse(
+        r"sglang .*",
+        r"sglang-(ampere|ada|hopper)",
+        r"int8\.channel\+int8\.token",
+        DENSE,
+        "the compiled product checks its shapes",
+        refusal=r"int8_scaled_mm needs (in|out)_features % 16",
     ),
     Excuse(
         r"sglang .*",

@@ -84,6 +84,45 @@ def test_sglang_cannot_load_what_joined_latent_layers_store_beside_rows(scheme: 
     assert check(parse_scheme("fp8_e4m3.channel+fp8_e4m3.token"), LATENT) is None
 
 
+def test_sglang_cannot_load_packed_shared_experts_of_glm_and_those_of_others() -> None:
+    shared = group(
+        "layers.1.mlp.shared_gate_up",
+        shared_experts__gate_proj=(1408, 4096),
+        shared_experts__up_proj=(1408, 4096),
+    )
+    glm, deepseek = (legality("sglang-hopper", name) for name in ("glm4_moe", "deepseek_v3"))
+    for scheme in ("int4.g128", "int8.channel", "nvfp4"):
+        assert "which packed ones have under another name" in str(glm(parse_scheme(scheme), shared))
+        assert deepseek(parse_scheme(scheme), shared) is None
+        assert glm(parse_scheme(scheme), OUT) is None
+        assert glm(parse_scheme(scheme), SHARED_DOWN) is None
+        assert legality("sglang-hopper")(parse_scheme(scheme), shared) is None  # of what is unknown
+    for scheme in ("fp8_e4m3.channel+fp8_e4m3.token", "fp8_e4m3.channel"):
+        assert glm(parse_scheme(scheme), shared) is None
+
+
+def test_a_model_that_an_engine_does_not_load_is_refused_before_and_after_it_was_measured(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    model, table, space = tiny("qwen3_moe"), tmp_path / "t.jsonl", tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: [int8.channel]\n")
+    says = "takes every decoder layer for one of experts"
+    engine = ("--engine", "sglang-hopper")
+    assert says in refused("inspect", model, *engine)
+    assert says in refused("measure", model, "--space", space, *engine, "-o", table)
+    ok("measure", model, "--space", space, "-o", table)
+    recipe = tmp_path / "r.yaml"
+    search = ("search", table, "--max-bits", "14", "-o", recipe)
+    assert says in refused(*search, *engine)
+    ok(*search, "--engine", "vllm-hopper")
+    served = ok(*search).out
+    assert "sglang" not in served
+    to = ("--to", "compressed-tensors", "-o", tmp_path / "folder")
+    assert says in refused("export", model, recipe, *engine, *to)
+    sparse = tiny("qwen3_moe", mlp_only_layers=[])
+    assert ok("inspect", sparse, *engine, "--json").json["offers"]
+
+
 def test_latent_vectors_are_whole_on_every_device_and_shared_experts_are_cut() -> None:
     check = legality("vllm-hopper:tp=32")
     assert check(parse_scheme(BLOCKS), LATENT) is None

@@ -423,9 +423,9 @@ def test_less_than_one_window_is_an_error_that_says_found_and_needed() -> None:
         CorpusError, match=r"has 3 tokens, and windows of 4 tokens, 1 in number, need 4"
     ):
         tokenize(corpus_of("abc"), CharacterTokenizer(), tokens=8, sequence_length=4)
-    with pytest.raises(CorpusError, match=r"3 tokens do not fill one window of 4"):
+    with pytest.raises(CorpusError, match=r"tokens=3: does not fill one window of 4"):
         tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=4)
-    with pytest.raises(CorpusError, match="sequence length of 1"):
+    with pytest.raises(CorpusError, match="sequence_length=1: predicts nothing"):
         tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=1)
 
 

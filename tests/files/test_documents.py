@@ -75,11 +75,17 @@ def test_deep_nesting_is_refused_and_not_a_crash() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["NaN", "[Infinity]", '{"a": 1, "a": 1}', "{", "", "1 2", "9" * 5000]
+    "text", ["NaN", "[Infinity]", '{"a": 1, "a": 1.0}', "{", "", "1 2", "9" * 5000]
 )
 def test_json_is_read_strictly(text: str) -> None:
     with pytest.raises(MofqError, match=r"^x: "):
         parse_json(text, "x", MofqError)
+
+
+def test_a_key_that_says_the_same_twice_is_read() -> None:
+    assert parse_json('{"a": [1, {"b": 2}], "a": [1, {"b": 2}]}', "x", MofqError) == {
+        "a": [1, {"b": 2}]
+    }
 
 
 @pytest.mark.parametrize(

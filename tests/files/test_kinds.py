@@ -37,3 +37,11 @@ def test_a_file_of_no_known_kind_is_left_to_its_reader() -> None:
     check_kind(b"x: 1\ngroups: {}\n", "recipe", "x", MofqError)
     with pytest.raises(MofqError, match="x: needed a table"):
         check_kind(b"x: 1\ngroups: {}\n", "table", "x", MofqError)
+
+
+def test_a_file_of_a_model_is_told_and_a_table_that_names_a_model_type_is_not_one() -> None:
+    folder = Path(DEMO)
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(MofqError, match=r"found a file of a model.*give its folder"):
+            check_kind((folder / name).read_bytes(), "recipe", name, MofqError)
+    check_kind(b'{"kind":"header","model":{"model_type":"llama"}}', "table", "x", MofqError)

@@ -135,3 +135,27 @@ def test_a_failure_between_two_files_leaves_neither(
         fill(tmp_path, {"config.json": "1", "weights": "2", "a": "3"})
     assert order == ["a", "weights", "config.json"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_an_empty_folder_is_filled_where_it_leads(tmp_path: Path) -> None:
+    place, link = tmp_path / "disk", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    fill(link, {"config.json": "{}"})
+    assert link.is_symlink()
+    assert tree(place) == {"config.json": b"{}"}
+    with pytest.raises(MofqError, match="new or an empty folder"):
+        fill(link, {"config.json": "{}"})
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to("nowhere")
+    with pytest.raises(MofqError, match="found a link to nowhere"):
+        fill(dangling, {"config.json": "{}"})
+
+
+def test_a_copy_that_finds_no_space_names_what_was_written(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "tokenizer.json", None, "copy.json")
+    with (
+        pytest.raises(MofqError, match=r"cannot be written \(copy.json: No space left on device"),
+        new_folder(tmp_path / "new", MofqError, last="config.json"),
+    ):
+        raise full

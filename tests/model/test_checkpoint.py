@@ -16,10 +16,12 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import DTYPE_BITS, open_checkpoint, read_header
+from mofq.model.checkpoint.weights_hash import hash_weights
 
 GOOD_ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -330,6 +332,66 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
 
 
+def stand_twice(*, change: float) -> Callable[[Path], object]:
+    """A tensor of the first shard stands in the last one too."""
+
+    def edit(folder: Path) -> None:
+        first, *_, last = sorted(folder.glob("model-*"))
+        tensors = load_file(first)
+        name = min(tensors)
+        save_file({**load_file(last), name: tensors[name] + change}, last)
+
+    return edit
+
+
+def shards_without_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def one_file_of_another_name(folder: Path) -> None:
+    into_one_file(folder)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def into_one_file(folder: Path) -> None:
+    """All weights in one file, and an index that says so."""
+    tensors = {}
+    for shard in sorted(folder.glob("model-*")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def list_a_buffer(index: dict[str, Any]) -> None:
+    shards = index["weight_map"].values()
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = min(shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        into_one_file,
+        stand_twice(change=0.0),
+        edit_index(lambda index: index["weight_map"].pop("model.norm.weight")),
+        edit_index(list_a_buffer),
+    ],
+)
+def test_what_transformers_and_engines_load_whole_is_read(
+    tiny: TinyCheckpoint, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    source = tiny("llama", shard_size="100KB")
+    folder = copy_of(source, tmp_path / "model")
+    change(folder)
+    before, after = (open_checkpoint(str(one)) for one in (source, folder))
+    assert after.index_sha256 == before.index_sha256
+    assert hash_weights(after) == hash_weights(before)
+    _, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loaded.values())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -345,10 +407,13 @@ def only_a_pickle(folder: Path) -> None:
         (point_at("model-00001-of-00001.safetensors"), r"needs this shard, and it is missing"),
         (edit_index(lambda index: index.pop("weight_map")), r"needed a 'weight_map'"),
         (edit_index(lambda index: index.update(weight_map=[])), r"needed a 'weight_map'"),
+        (stand_twice(change=1.0), r"holds tensor '.*', and model-00001-of-.* another one of this"),
         (
-            edit_index(lambda index: index["weight_map"].pop("model.norm.weight")),
-            r"holds tensor 'model.norm.weight', which .* places in None",
+            lambda folder: shutil.move(sorted(folder.glob("model-*"))[0], folder / "x.safetensors"),
+            r"model-00001-of-.*: model.safetensors.index.json needs this shard",
         ),
+        (shards_without_index, r"found neither. 'model-00001-of-.*' is one of \d+ shards; fetch"),
+        (one_file_of_another_name, r"If 'weights.safetensors' holds all weights, name it model.s"),
         (
             edit_index(
                 lambda index: index["weight_map"].update(

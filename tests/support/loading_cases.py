@@ -21,6 +21,7 @@ from mofq.model.layers import FusionGroup
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": []}),
+    "qwen2_moe with a dense layer": ("qwen2_moe", {"mlp_only_layers": [1]}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
     "qwen3_moe with a dense layer": ("qwen3_moe", {}),
     "olmoe": ("olmoe", {"num_key_value_heads": 4}),
@@ -55,12 +56,14 @@ def write_variant(variant: str, folder: Path, *, fused: bool = False) -> Path:
 
 def export_choice(model: Path, choice: str, out: Path) -> Exported:
     """The export of a checkpoint under one of ``CHOICES``."""
+    recipe = make_recipe(open_checkpoint(str(model)), lambda _, group: scheme_of(choice, group))
+    return export(model, recipe, out)
+
+
+def scheme_of(choice: str, group: FusionGroup) -> str:
+    """The scheme of a fusion group under one of ``CHOICES``."""
     experts, others = CHOICES[choice]
-
-    def scheme(_: int, group: FusionGroup) -> str:
-        return experts if group.name.endswith("experts") else others
-
-    return export(model, make_recipe(open_checkpoint(str(model)), scheme), out)
+    return experts if group.name.endswith("experts") else others
 
 
 def digest(exported: Exported) -> str:

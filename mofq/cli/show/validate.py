@@ -70,7 +70,12 @@ def _print_validation(validation: Validation) -> None:
         ["perplexity of the original", f"{validation.perplexity_original:.4g}"],
         ["top-1 agreement", f"{100 * validation.top1_agreement:.2f} %"],
         ["bits per weight", f"{validation.bits_per_weight:.4f}"],
-        ["enforced", {True: "yes", False: "NO", None: "nothing to enforce"}[validation.enforced]],
+        [
+            "enforced",
+            {True: "yes", False: "NO", None: "not known: no recipe beside the weights"}[
+                validation.enforced
+            ],
+        ],
     ]
     lineage = validation.lineage
     windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"

@@ -114,7 +114,9 @@ def find_sites(checkpoint: Checkpoint, layers: ModelLayers) -> tuple[Site, ...]:
             if first.name.endswith(f".{path}") and name in by_name:
                 sites.append(_linear_site(group, by_name[name], checkpoint))
     if not sites:
-        raise RewriteError(f"{checkpoint.folder}: has no place where a scale can move.")
+        raise RewriteError(
+            f"{checkpoint.folder}: has no place where a scale can move. Quantize it as it is."
+        )
     return tuple(sites)
 
 
@@ -136,7 +138,7 @@ def _linear_site(group: FusionGroup, producer: LinearLayer, checkpoint: Checkpoi
     divided = (producer.tensor, *((bias,) if bias in checkpoint.tensors else ()))
     scale_of_I: Sequence[int] = range(layer.in_features)
     if producer.out_features != layer.in_features:  # heads of the queries share those of the values
-        config = checkpoint.config.get("text_config", checkpoint.config)
+        config = checkpoint.config.get("text_config") or checkpoint.config
         head = layer.in_features // int(config["num_attention_heads"])
         shared = layer.in_features // producer.out_features
         scale_of_I = [i // head // shared * head + i % head for i in scale_of_I]

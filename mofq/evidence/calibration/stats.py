@@ -233,7 +233,8 @@ def check_same_model(stats: Stats, checkpoint: Checkpoint, *, weights_sha256: st
         raise StatsError(
             f"{stats.folder}: calibrated on {stats.plan.model_name} "
             f"({stats.plan.index_sha256[:8]}), but the model is {checkpoint.name} "
-            f"({checkpoint.index_sha256[:8]}). Calibrate this model."
+            f"({checkpoint.index_sha256[:8]}): other tensors, or another config.json. Calibrate "
+            f"this model."
         )
     if stats.plan.weights_sha256 not in (None, weights_sha256):
         raise StatsError(

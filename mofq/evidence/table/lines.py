@@ -160,6 +160,7 @@ class TableModel:
     index_sha256: Sha256  #: of the checkpoint's names, shapes, dtypes and config
     #: Of samples of the weights; None in tables of before 0.2.
     weights_sha256: Sha256 | None = None
+    model_type: Name | None = None  #: of config.json; None in tables of before it was noted
 
 
 @only_these_keys
@@ -542,7 +543,7 @@ def header_of(
     return TableHeader(
         mofq=__version__,
         numerics=NUMERICS,
-        model=TableModel(model_name, index_sha256, weights_sha256),
+        model=TableModel(model_name, index_sha256, weights_sha256, model_layers.architecture),
         stats=stats,
         groups=groups,
         unquantized=tuple(layer.name for layer in model_layers.unquantized),

@@ -100,7 +100,10 @@ class TableLines:
             TableError: It names what the header does not have, or contradicts another line.
         """
         if isinstance(line, TableHeader):
-            raise TableError(f"{where}: a second header. Tables are not joined by concatenation.")
+            raise TableError(
+                f"{where}: a second header. Tables are not joined by concatenation; `mofq measure` "
+                f"adds to the table that it is given."
+            )
         where = f"{where}: {describe(line)}"
         match line:
             case AddedCorpora():

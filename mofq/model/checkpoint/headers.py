@@ -47,6 +47,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _COMPARED_BYTES = 16 * 2**20
+#: Buffers that older checkpoints list in their index, and every model computes by itself.
+_COMPUTED = ".rotary_emb.inv_freq"
 
 _GGUF = (
     "GGUF is what llama.cpp runs, quantized already or not. Give the Hugging Face folder that it"
@@ -208,25 +210,31 @@ def _check_links(folder: Path) -> None:
 
 def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists() and index.exists():
-        raise CheckpointError(
-            f"{folder}: found both {SINGLE_FILE} and {INDEX_FILE}; engines differ in which they"
-            " load. Remove the one that is not meant."
-        )
     if index.exists():
         return _read_shards(index)
     if single.exists():
         return read_header(single)
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise CheckpointError(
-        f"{folder}: needed {SINGLE_FILE} or {INDEX_FILE}, found neither."
-        + (
-            f" {pickled[0]} is a pickle, which can run code and is never read here: have it"
-            " converted to safetensors first."
-            if pickled
-            else f" {AGAIN}"
-        )
+        f"{folder}: needed {SINGLE_FILE} or {INDEX_FILE}, found neither. {_instead(folder)}"
     )
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder whose weights have no name under which they are looked for."""
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if len(others) == 1:
+        return (
+            f"If {others[0]!r} holds all weights, name it {SINGLE_FILE}; else fetch {INDEX_FILE}."
+        )
+    if others:
+        return f"{others[0]!r} is one of {len(others)} shards; fetch {INDEX_FILE} too."
+    if pickled:
+        return (
+            f"{pickled[0]} is a pickle, which can run code and is never read here: have it"
+            " converted to safetensors first."
+        )
+    return AGAIN
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
@@ -235,22 +243,30 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{index}: needed a 'weight_map' of tensor names, found none. {AGAIN}"
         )
+    shards = sorted({_shard_name(index, key, file) for key, file in weight_map.items()})
+    if shards != [SINGLE_FILE] and (index.parent / SINGLE_FILE).exists():
+        raise CheckpointError(
+            f"{index.parent}: found both {SINGLE_FILE} and {INDEX_FILE}, which names other files;"
+            " engines differ in which they load. Remove the one that is not meant."
+        )
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted({_shard_name(index, key, file) for key, file in weight_map.items()}):
+    for shard in shards:
         path = index.parent / shard
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: {INDEX_FILE} needs this shard, and it is missing. Fetch it again."
             )
+        # Readers take all that a shard holds, wherever the index places it.
         for name, info in read_header(path).items():
-            if weight_map.get(name) != shard:
+            if name in tensors and not have_same_values(info, tensors[name]):
                 raise CheckpointError(
-                    f"{path}: holds tensor {name!r}, which {INDEX_FILE} places in"
-                    f" {weight_map.get(name)!r}. {AGAIN}"
+                    f"{path}: holds tensor {name!r}, and {tensors[name].file.name} another one of"
+                    " this name; engines take the one that they read last. Remove the one that is"
+                    " not meant."
                 )
-            tensors[name] = info
+            tensors.setdefault(name, info)
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in tensors and not name.endswith(_COMPUTED):
             raise CheckpointError(
                 f"{index}: tensor {name!r} is needed in {shard!r}, and is not there. {AGAIN}"
             )

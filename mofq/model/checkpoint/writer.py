@@ -300,15 +300,30 @@ def copy_other_files(source: Path, target: Path) -> None:
     allowed = [source.resolve()]
     if source.parent.name == "snapshots":
         allowed.append((source.parent.parent / "blobs").resolve())
+    for name, path in find_other_files(source).items():
+        _copy_file(path, target / name, allowed)
+
+
+def find_other_files(source: Path) -> dict[str, Path]:
+    """What `copy_other_files` copies.
+
+    Args:
+        source: A model folder.
+
+    Returns:
+        Name in the copy, with ``/`` between folders -> path.
+    """
+    found = {}
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or any(path.match(pattern) for pattern in _LEFT_OUT):
             continue
-        name = _ORIGINAL_CARD if path.name == _CARD else path.name
-        _copy_file(path, target / name, allowed)
+        if not path.is_dir():
+            found[_ORIGINAL_CARD if path.name == _CARD else path.name] = path
     for name in find_model_folders(source):
         for path in sorted((source / name).rglob("*")):
-            inside = target / name / path.relative_to(source / name)
-            _copy_file(path, inside, allowed)
+            if not path.is_dir():
+                found[path.relative_to(source).as_posix()] = path
+    return found
 
 
 def _copy_file(path: Path, target: Path, allowed: list[Path]) -> None:

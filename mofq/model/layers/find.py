@@ -382,7 +382,8 @@ def _read_model(checkpoint: Checkpoint) -> _Declared:
         )
     check_class(checkpoint.config, where=where)
     _refuse_quantized(checkpoint)
-    config = checkpoint.config.get("text_config", checkpoint.config)
+    config = checkpoint.config.get("text_config")
+    config = checkpoint.config if config is None else config
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: 'text_config' needs an object, found {config!r}.")
     family = family_of(architecture, config)

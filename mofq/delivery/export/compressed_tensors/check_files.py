@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mofq.delivery.deviation import Deviation
-from mofq.files.documents import shown
+from mofq.exceptions import CheckpointError
+from mofq.files.documents import parse_json, shown
 from mofq.model.checkpoint.headers import INDEX_FILE, Checkpoint
-from mofq.model.checkpoint.writer import WEIGHT_FILES
+from mofq.model.checkpoint.writer import WEIGHT_FILES, find_other_files
 
 #: What tokenizers and engines read beside the config and the weights.
+#: Source: vLLM 0.32.0 transformers_utils/config.py, tokenizers/registry.py; transformers 5.23.0.
 _READ = (
-    *("generation_config.json", "*token*.json", "vocab*", "merges.txt", "tekken.json"),
-    *("*.model", "*.tiktoken", "*.jinja", "chat_template*", "*processor_config.json"),
+    *("generation_config.json", "*token*.json", "vocab*", "merges.txt", "tekken.json", "*.spm"),
+    *("*.model", "tokenizer.model.*", "*.tiktoken", "*.jinja", "chat_template*"),
+    "*processor_config.json",
+    # Other configs: of quantization where config.json has none, of Mistral's own format, of an
+    # adapter, of what sentence-transformers runs after the model.
+    *("*quant*_config.json", "params.json", "adapter_config.json", "modules.json"),
+    *("*sentence_*.json", "sparse_attention_config.json"),
 )
+#: What vLLM takes for a checkpoint in Mistral's format, and then reads alone.
+_OF_MISTRAL = "consolidated*"
 #: Differences of one file that are named: two vocabularies may differ in every line.
 _MOST_DIFFERENCES = 20
 
@@ -36,19 +44,28 @@ def find_file_deviations(checkpoint: Checkpoint, exported: Checkpoint) -> Iterat
         those of the checkpoint.
     """
     folder = exported.folder
-    own = {INDEX_FILE, *(info.file.name for info in exported.tensors.values())}
-    for name in sorted(_files(folder, WEIGHT_FILES) - own):
+    shards = {info.file.name for info in exported.tensors.values()}
+    for name in sorted(shards):
+        if not name.endswith(".safetensors") or Path(name).match(_OF_MISTRAL):
+            yield Deviation(
+                name, "holds weights under a name where engines look for none; export again"
+            )
+    for name in sorted(_matching(folder, WEIGHT_FILES) - shards - {INDEX_FILE}):
         yield Deviation(
             name, "is a file of weights that the checkpoint does not name; engines may load it"
         )
-    for name in sorted(_files(checkpoint.folder, _READ) | _files(folder, _READ)):
-        ours, theirs = checkpoint.folder / name, folder / name
+    needed, found = find_other_files(checkpoint.folder), find_other_files(folder)
+    patterns = _READ + (("*.py",) if _has_code(checkpoint.folder) else ())
+    names = needed.keys() | found.keys() | _matching(folder, patterns)
+    # Of the folders that belong to a model all files are read.
+    for name in sorted(one for one in names if "/" in one or _matches(one, patterns)):
+        theirs = folder / name
         if not theirs.is_file():
             yield Deviation(name, "is missing, and the original has it")
-        elif not ours.is_file():
+        elif name not in needed:
             yield Deviation(name, "is not among the original's files, and is read when served")
-        elif (needed := ours.read_bytes()) != (found := theirs.read_bytes()):
-            yield from islice(_file_differences(name, needed, found), _MOST_DIFFERENCES)
+        elif (ours := needed[name].read_bytes()) != (read := theirs.read_bytes()):
+            yield from islice(_file_differences(name, ours, read), _MOST_DIFFERENCES)
 
 
 def json_differences(needed: Any, found: Any, where: str) -> Iterator[Deviation]:
@@ -98,12 +115,20 @@ def _names_difference(needed: Any, found: Any) -> str:
     return ", and ".join(told)
 
 
-def _files(folder: Path, patterns: Iterable[str]) -> set[str]:
+def _matching(folder: Path, patterns: Iterable[str]) -> set[str]:
     return {
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and any(path.match(pattern) for pattern in patterns)
+        path.name for path in folder.iterdir() if path.is_file() and _matches(path.name, patterns)
     }
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether the config or the tokenizer names Python files beside it (``auto_map``)."""
+    configs = (folder / "config.json", folder / "tokenizer_config.json")
+    return any(path.is_file() and b'"auto_map"' in path.read_bytes() for path in configs)
 
 
 def _file_differences(name: str, needed: bytes, found: bytes) -> Iterator[Deviation]:
@@ -111,6 +136,11 @@ def _file_differences(name: str, needed: bytes, found: bytes) -> Iterator[Deviat
         yield Deviation(name, "is not the original's")
         return
     try:
-        yield from json_differences(json.loads(needed), json.loads(found), name)
-    except ValueError:
-        yield Deviation(name, "is not the original's, and no valid JSON")
+        # Of a key that stands twice, readers take the first, the last, or neither.
+        ours, theirs = (
+            parse_json(content, name, CheckpointError, finite=False) for content in (needed, found)
+        )
+    except CheckpointError as error:
+        yield Deviation(name, f"is not the original's, and cannot be compared: {error}")
+        return
+    yield from json_differences(ours, theirs, name)

@@ -126,5 +126,8 @@ def _read_zero_point(stored: Checkpoint, layer: str, weight: TensorScheme, scale
 
 def _read(stored: Checkpoint, name: str) -> Tensor:
     if name not in stored.tensors:
-        raise BackendError(f"{stored.folder}: {name!r} is missing; the checkpoint is incomplete.")
+        raise BackendError(
+            f"{stored.folder}: {name!r} is missing: the folder is incomplete. Export or "
+            f"fetch it again."
+        )
     return read_tensor(stored.tensors[name])

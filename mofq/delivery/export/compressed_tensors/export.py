@@ -18,7 +18,14 @@ from mofq.delivery.export.compressed_tensors.plan import (
 )
 from mofq.delivery.export.compressed_tensors.quantization_config import quantization_config
 from mofq.delivery.recipe_fits import open_fits
-from mofq.engines import cache_legality, check_devices, find_engine, legality, serving_environment
+from mofq.engines import (
+    cache_legality,
+    check_devices,
+    find_engine,
+    legality,
+    model_problem,
+    serving_environment,
+)
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError, option
 from mofq.files.locks import check_new_folder, new_folder
@@ -153,7 +160,10 @@ def _check_engine(plan: ExportPlan, engine: str) -> None:
             f"{engine} reads {reads}, not compressed-tensors. Export for it with "
             f"{option('to', reads)}."
         )
-    check = legality(engine)
+    layers = plan.model_layers
+    if problem := model_problem(find_engine(engine), layers.architecture, layers.groups):
+        raise BackendError(f"{problem}. Search again with another {option('engine')}.")
+    check = legality(engine, layers.architecture)
     for planned in plan.quantized:
         if reason := check(planned.scheme, planned.group):
             raise BackendError(

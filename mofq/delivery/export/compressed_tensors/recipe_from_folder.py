@@ -76,10 +76,11 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
     stored = open_stored(str(folder))
     config = stored.config.get(QUANTIZATION_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        method = config.get("quant_method") if isinstance(config, dict) else None
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        found = "one that is not quantized" if config is None else f"quant_method {method!r}"
         raise BackendError(
-            f"{stored.folder}: needed a compressed-tensors checkpoint, found quant_method "
-            f"{method!r}. Give a folder that `mofq export` or llm-compressor wrote."
+            f"{stored.folder}: needed a compressed-tensors checkpoint, found {found}. Give a "
+            f"folder that `mofq export` or llm-compressor wrote."
             f"{_equivalent_recipe(config)}"
         )
     if (fault := config_fault(config)) is not None:
@@ -88,7 +89,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         if config.get(key):
             raise BackendError(
                 f"{stored.folder}: has a {key}, so its weights are not those of the original, for "
-                f"which mofq has no scheme."
+                f"which mofq has no scheme. Give a folder that was quantized without it."
             )
     layers = find_stored_layers(stored)
     groups = tuple(_read_group(stored, config, group) for group in layers.groups)
@@ -96,7 +97,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         if config_group(config, layer.name) is not None and _is_quantized(stored, layer.name):
             raise BackendError(
                 f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
-                f"which is all that this recipe would hold."
+                f"which is all that this recipe would hold. Give a folder where it is not."
             )
     schemes = [parse_scheme(group.scheme) for group in groups]
     size = sum(group_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
@@ -174,7 +175,7 @@ def _read_group(stored: Checkpoint, config: Mapping[str, Any], group: FusionGrou
             raise BackendError(
                 f"{stored.folder}: {group.name} is served as one matrix, but {first} has "
                 f"{schemes[first].name} and {name} has {scheme.name}. Engines load this without "
-                f"a warning and compute something else."
+                f"a warning and compute something else. Quantize it with one scheme for both."
             )
     static = {layer.name: _static_amax(stored, layer, schemes[first]) for layer in group.layers}
     known = {name: amax for name, amax in static.items() if amax is not None}
@@ -189,7 +190,7 @@ def _read_scheme(stored: Checkpoint, config: Mapping[str, Any], layer: str) -> S
     if group is None:
         raise BackendError(
             f"{stored.folder}: {layer!r} has scales and no config group targets it, so engines "
-            f"take its codes for weights."
+            f"take its codes for weights. Have the tool that wrote the folder write it again."
         )
     if f"{layer}.weight_g_idx" in stored.tensors:
         raise BackendError(
