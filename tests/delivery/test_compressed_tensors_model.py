@@ -156,7 +156,7 @@ def test_a_recipe_is_read_from_a_folder_and_fits_its_original(
     assert set(answer["fusion_groups"]) == {scheme.partition("@")[0] for scheme in MIXED}
     other = mofq("recipe", "from", tiny_llama, "-o", tmp_path / "no.yaml")
     assert other.code == 1
-    assert "found quant_method None" in other.err
+    assert "found one that is not quantized" in other.err
 
 
 def test_a_foreign_folder_is_validated_with_its_own_codes(tiny_llama: Path, tmp_path: Path) -> None:
