@@ -21,8 +21,8 @@ from mofq.decision.problem import FloatArray, IntArray, Problem
 
 #: Solved again at most.
 _MOST = 4
-#: What the groups do together is looked at where their changes of size make this share of the error:
-#: below it less than a hundredth was gained (scripts/bench/low_bits.py).
+#: What the groups do together is looked at where their changes of size make this share of the
+#: error: below it less than a hundredth was gained (scripts/bench/low_bits.py).
 _LEAST = 0.05
 
 Solver = Callable[[Problem, Budgets], Solution]
