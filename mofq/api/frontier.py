@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +71,13 @@ class FrontierResult:
     def point(self, k: int, *, is_predicted: bool = True) -> FrontierPoint:
         """One of them, counted from the smallest."""
         from mofq.decision import KL_UNIT, predict_chosen, usage
-        from mofq.decision.prediction import error_together
-        from mofq.decision.together import act_together
 
         problem, choice_F = self.problem, self.frontier.choice_KF[k]
         used = usage(problem, choice_F)
         error, bound = float(self.frontier.error_K[k]), float(self.frontier.bound_K[k])
-        is_optimum, is_sum = error == bound, not act_together(problem, choice_F)
         kl = None
         if is_predicted and problem.unit == KL_UNIT:
-            kl = predict_chosen(problem, self.request.budgets, choice_F, is_optimum=is_optimum)
+            kl = predict_chosen(problem, self.request.budgets, choice_F, is_optimum=error == bound)
         formats: dict[str, int] | None = None
         if problem.cached:
             schemes = problem.schemes_of(choice_F)
@@ -89,8 +87,8 @@ class FrontierResult:
             bits_per_weight=used.bits_per_weight,
             bytes=used.bytes,
             checkpoint_bytes=used.checkpoint_bytes,
-            error=error if is_sum else error_together(problem, choice_F),
-            bound=bound if is_sum else None,
+            error=error,
+            bound=None if math.isnan(bound) else bound,
             kl_nats_per_token=None if kl is None else kl.value,
             kl_stderr=None if kl is None else kl.stderr,
             kv_bits=used.kv_bits,

@@ -62,7 +62,8 @@ def choose(
         raise MofqError(f"no solver is called {solver!r}." + nearest_name(solver, SOLVERS))
     if budgets.max_kl is not None:
         check_kl_unit(problem)
-        if is_crossfitted(problem):
+        # The solver would hold the budget against a sum, which what groups do together is not.
+        if is_crossfitted(problem) or problem.answers is not None:
             if budgets.minimises_bytes:
                 return solve_smallest(problem, budgets, solver=solver, ties=ties)
             return _checked(problem, budgets, solver=solver, ties=ties)

@@ -16,7 +16,6 @@ from mofq.decision.problem import (
     build_problem,
 )
 from mofq.decision.request import Request, weights_in_order
-from mofq.decision.size_answers import SizeAnswers, size_answers
 from mofq.engines import cache_legality
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import UNITS, Row, Table, TableGroup
@@ -169,28 +168,7 @@ def problem_from_table(
         min_gain=max((one.min_gain for one in spaces), default=10.0),
         kv_tokens=0 if caches is None else caches.tokens,
         one_format=caches is not None and caches.one_format,
-        answers=_answers(table, names, [group.name for group, _ in groups]),
     )
-
-
-def _answers(
-    table: Table, corpora: Sequence[str | None], groups: Sequence[str]
-) -> tuple[SizeAnswers, ...] | None:
-    """To changes of size of the weights of each group, where the table has them of every corpus.
-
-    A KV cache has no weights.
-    """
-    known = {one.key: one.values for one in table.answers}
-    layers = {group.name for group in table.header.groups}
-    found = []
-    for corpus in corpora:
-        values = {name: known.get((name, corpus or "")) for name in groups if name in layers}
-        if not all(values.values()):
-            return None
-        like = next(iter(values.values())) or ()
-        zeros = tuple((0.0,) * len(sample) for sample in like)
-        found.append(size_answers([values.get(name) or zeros for name in groups]))
-    return tuple(found)
 
 
 def _unit(table: Table, unit: str | None) -> str:
@@ -310,7 +288,7 @@ def _option(rows: Sequence[Row]) -> Option:
         errors=tuple(row.error for row in rows),
         stderrs=tuple(stderrs) if len(stderrs) == len(rows) else None,
         sample_errors=tuple(samples) if len(samples) == len(rows) else None,
-        scaling=rows[0].scaling,
+        answers=tuple(row.answers for row in rows),
     )
 
 

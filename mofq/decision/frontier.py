@@ -15,11 +15,15 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
 from mofq.decision.exact import least_bytes, solve_exact
+from mofq.decision.prediction import error_together
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
+from mofq.decision.together import act_together, solve_together
 from mofq.exceptions import BudgetError
 
 #: Sizes that are solved one by one where there is no hull.
 _SIZES = 50
+#: Points that are solved again with what their groups do together: a tenth of a second each.
+_MOST_TOGETHER = 240
 _SIZE_BUDGETS = ("max_bits", "max_bytes")
 
 
@@ -30,11 +34,17 @@ class Frontier:
     choice_KF: IntArray  #: an option of each fusion group
     bytes_K: IntArray  #: along the axis, ``Problem.axis_of``
     error_K: FloatArray  #: falls from point to point
-    bound_K: FloatArray  #: no recipe of this size has less error
+    bound_K: FloatArray  #: no recipe of this size has less error; NaN: not known
 
     @property
-    def gap(self) -> float:
-        """The largest distance of a point from its bound, as a share of its error."""
+    def gap(self) -> float | None:
+        """The largest distance of a point from its bound, as a share of its error.
+
+        None where groups of a point act together (`mofq.decision.size_answers`): the error is no
+        sum there, and has no bound.
+        """
+        if np.isnan(self.bound_K).any():
+            return None
         with np.errstate(invalid="ignore", divide="ignore"):
             gap_K = np.where(self.error_K > 0, 1 - self.bound_K / self.error_K, 0.0)
         return float(gap_K.max(initial=0.0))
@@ -96,7 +106,26 @@ def solve_frontier(
             solve_exact(problem, budgets)  # says what the smallest size is
     if sizes is not None or not has_hull:
         points += _solved(problem, other, most=most, sizes=sizes or _SIZES)
-    return _non_dominated(points)
+    return _non_dominated(points if problem.answers is None else _together(problem, other, points))
+
+
+def _together(problem: Problem, budgets: Budgets, points: Sequence[_Point]) -> list[_Point]:
+    """Points with what their groups do together, of at most `_MOST_TOGETHER` also the best then."""
+    acting = [n for n, one in enumerate(points) if act_together(problem, one.choice_F)]
+    step = max(1, -(-len(acting) // _MOST_TOGETHER))
+    solved, acts = set(acting[::step]), set(acting)
+    found = []
+    for number, point in enumerate(points):
+        choice_F = point.choice_F
+        if number in solved:
+            own = sized(problem, budgets, point.bytes)
+            choice_F = solve_together(problem, own, solve_exact).choice_F
+        error = error_together(problem, choice_F)
+        # The bound is that of the sum, from which the error of the others hardly differs.
+        is_sum = number not in acts
+        bound = point.bound + error - point.error if is_sum else math.nan
+        found.append(_Point(choice_F, problem.axis_of(choice_F), error, bound=bound))
+    return found
 
 
 def sized(problem: Problem, budgets: Budgets, size: int) -> Budgets:

@@ -69,11 +69,23 @@ def error_together(problem: Problem, choice_F: IntArray) -> float:
     """
     if problem.answers is None or problem.sample_errors is None:
         return problem.error_of(choice_F)
-    mean_C = [math.fsum(sums) / len(sums) for sums in sample_sums(problem, choice_F)]
+    mean_C = errors_by_corpus(problem, choice_F)
     if problem.objective == "worst-corpus":
         return max(mean_C)
     weight_C = problem.corpus_weights
     return math.fsum(w * e for w, e in zip(weight_C, mean_C, strict=True)) / math.fsum(weight_C)
+
+
+def errors_by_corpus(problem: Problem, choice_F: IntArray) -> list[float]:
+    """What a recipe costs on each corpus by itself, on the samples of the table.
+
+    Args:
+        problem: What might be chosen.
+        choice_F: One option of each fusion group.
+    """
+    if problem.answers is None or problem.sample_errors is None:
+        return [math.fsum(column) for column in problem.error_PC[choice_F].T]
+    return [math.fsum(sums) / len(sums) for sums in sample_sums(problem, choice_F)]
 
 
 def crossfit(
@@ -148,9 +160,8 @@ def sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
     sums = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
     if problem.answers is None:
         return sums
-    group_F, scaling_F = problem.group_P[choice_F], problem.scaling_P[choice_F]
     return [
-        errors_N + answers.products(group_F, scaling_F)
+        errors_N + answers.products(choice_F)
         for errors_N, answers in zip(sums, problem.answers, strict=True)
     ]
 

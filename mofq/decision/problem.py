@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mofq.decision.simplicity import simplicity
-from mofq.decision.size_answers import SizeAnswers
+from mofq.decision.size_answers import SizeAnswers, size_answers
 from mofq.exceptions import TableError
 
 FloatArray = NDArray[np.float64]
@@ -49,7 +49,8 @@ class Option:
     stderrs: tuple[float, ...] | None = None
     sample_errors: tuple[Sequence[float], ...] | None = None  #: their mean is the error
     cache_bits: int = 0  #: of one token in the KV cache; 0 where the decision is on layers
-    scaling: float = 0.0  #: by what share the weights become larger
+    #: To the change of size of the weights, of each sample; None: the size does not change.
+    answers: tuple[Sequence[Sequence[float]] | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +78,8 @@ class Problem:
     #: The format of the cache that an option is, numbered, where a recipe may have one alone;
     #: -1: it goes with any. None: all options go together.
     format_P: IntArray | None
-    scaling_P: FloatArray  #: by what share the weights become larger
-    answers: tuple[SizeAnswers, ...] | None  #: to that, of each corpus; None: not known
+    #: Of each corpus, to changes of size; None: not known, or no size changes.
+    answers: tuple[SizeAnswers, ...] | None
 
     def __post_init__(self) -> None:
         """No solver has to ask whether there is a recipe at all."""
@@ -219,7 +220,6 @@ def build_problem(
     min_gain: float = 10.0,
     kv_tokens: int = 0,
     one_format: bool = False,
-    answers: tuple[SizeAnswers, ...] | None = None,
 ) -> Problem:
     """Arrays from options.
 
@@ -234,7 +234,6 @@ def build_problem(
         min_gain: See `finer_is_offered`.
         kv_tokens: Of context, whose cache counts as size.
         one_format: Whether a recipe may have one quantized format of the cache alone.
-        answers: Of each corpus, to changes of size of each group's weights; None: not known.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus; or no
@@ -264,8 +263,7 @@ def build_problem(
         size_P=bytes_P + -(-kv_tokens * cache_bits_P // 8),
         kv_tokens=kv_tokens,
         format_P=_formats(groups, ordered, starts) if one_format else None,
-        scaling_P=np.array([one.scaling for one in ordered], dtype=np.float64),
-        answers=answers,
+        answers=_answers(ordered),
     )
 
 
@@ -332,6 +330,15 @@ def _sample_errors(options: Sequence[Option]) -> tuple[FloatArray, ...] | None:
         np.array([(one.sample_errors or zeros)[c] for one in options], dtype=np.float64)
         for c in range(len(known))
     )
+
+
+def _answers(options: Sequence[Option]) -> tuple[SizeAnswers, ...] | None:
+    """Of each corpus, of all or none."""
+    corpora = len(options[0].errors)
+    known = [one.answers or (None,) * corpora for one in options]
+    found = [size_answers([one[c] for one in known]) for c in range(corpora)]
+    each = tuple(one for one in found if one is not None)
+    return each if len(each) == corpora else None
 
 
 def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:

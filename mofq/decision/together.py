@@ -21,9 +21,10 @@ from mofq.decision.problem import FloatArray, IntArray, Problem
 
 #: Solved again at most.
 _MOST = 4
-#: What the groups do together is looked at where their changes of size make this share of the
-#: error: below it less than a hundredth was gained (scripts/bench/low_bits.py).
-_LEAST = 0.05
+#: What the groups do together is looked at where their changes of size, or the products of these,
+#: make this share of the error: below it less than a hundredth was gained
+#: (scripts/bench/low_bits.py).
+_LEAST = 0.03
 
 Solver = Callable[[Problem, Budgets], Solution]
 
@@ -38,8 +39,8 @@ def solve_together(problem: Problem, budgets: Budgets, solve: Solver) -> Solutio
         solve: Minimises a sum over groups.
 
     Returns:
-        The best choice that was found. Where it is not the first, there is no bound; prices
-        are those of the first problem.
+        The best choice that was found, without a bound where the groups act together: their
+        error is no sum. Prices are those of the first problem.
 
     Raises:
         BudgetError: No recipe keeps the budgets.
@@ -54,7 +55,7 @@ def solve_together(problem: Problem, budgets: Budgets, solve: Solver) -> Solutio
         if next_error >= error:
             break
         best_F, error = next_F, next_error
-    return first if best_F is first.choice_F else replace(first, choice_F=best_F, bound=None)
+    return replace(first, choice_F=best_F, bound=None)
 
 
 def act_together(problem: Problem, choice_F: IntArray) -> bool:
@@ -66,11 +67,9 @@ def act_together(problem: Problem, choice_F: IntArray) -> bool:
     """
     if problem.answers is None or problem.sample_errors is None:
         return False
-    group_F, scaling_F = problem.group_P[choice_F], problem.scaling_P[choice_F]
     error_C = problem.error_PC[choice_F].sum(axis=0)
     return any(
-        float((np.square(scaling_F[:, None] * one.value_FR[group_F]) @ one.weight_R).sum())
-        > _LEAST * error
+        max(one.squares(choice_F), abs(float(one.products(choice_F).mean()))) > _LEAST * error
         for one, error in zip(problem.answers, error_C.tolist(), strict=True)
     )
 
@@ -83,15 +82,17 @@ def around(problem: Problem, choice_F: IntArray) -> Problem:
         choice_F: One option of each fusion group.
 
     Returns:
-        Errors with a constant added in each group, so that none is negative.
+        Errors of which the sums of choices that differ in one group differ as what they cost
+        together does. A constant is added to all corpora alike, so that none is negative.
     """
     assert problem.answers is not None
-    group_F, scaling_F = problem.group_P[choice_F], problem.scaling_P[choice_F]
     columns: list[FloatArray] = []
     for number, answers in enumerate(problem.answers):
-        slope_F = np.zeros(len(problem.groups))
-        slope_F[group_F] = answers.slopes(group_F, scaling_F)
-        error_P = problem.error_PC[:, number] + slope_F[problem.group_P] * problem.scaling_P
-        least_F = np.minimum.reduceat(error_P, problem.start_F[:-1])
-        columns.append(error_P - np.minimum(least_F, 0.0)[problem.group_P])
-    return replace(problem, error_PC=np.stack(columns, axis=1))
+        beside_P = answers.beside(choice_F, problem.group_P)
+        # Each product is in the shares of both of its groups.
+        twice = float(answers.products(choice_F).mean()) / len(problem.groups)
+        columns.append(problem.error_PC[:, number] + beside_P - twice)
+    error_PC = np.stack(columns, axis=1)
+    least_F = np.minimum.reduceat(error_PC.min(axis=1), problem.start_F[:-1])
+    shift_F = np.minimum(least_F, 0.0)
+    return replace(problem, error_PC=error_PC - shift_F[problem.group_P][:, None])

@@ -9,6 +9,7 @@ import numpy as np
 
 from mofq.decision import Budgets, Frontier, Problem, decide, solve_frontier
 from mofq.decision.frontier import sized
+from mofq.decision.prediction import error_together
 from mofq.decision.problem import FloatArray, IntArray
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import request_flags
@@ -115,13 +116,15 @@ def best_for_corpus(
         corpus_weights=(1.0,),
         error_PC=problem.error_PC[:, [corpus]],
         stderr_PC=None,
-        sample_errors=None,
-        answers=None,
+        sample_errors=None
+        if problem.sample_errors is None
+        else problem.sample_errors[corpus : corpus + 1],
+        answers=None if problem.answers is None else problem.answers[corpus : corpus + 1],
     )
     frontier = solve_frontier(alone, budgets)
     best = []
     for choice_F in choices:
         k = frontier.at(problem.axis_of(choice_F))
-        is_better = k is not None and frontier.error_K[k] < alone.error_of(choice_F)
+        is_better = k is not None and frontier.error_K[k] < error_together(alone, choice_F)
         best.append(frontier.choice_KF[k] if is_better else choice_F)
     return best

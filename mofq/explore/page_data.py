@@ -14,6 +14,7 @@ import numpy as np
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.offers import asked_constraints, refused_schemes
+from mofq.decision.prediction import errors_by_corpus
 from mofq.decision.problem import IntArray, option_bits
 from mofq.decision.recipe import RecipeResult, recipe_text
 from mofq.evidence.table import Table
@@ -99,7 +100,7 @@ def page_data(
             for one in references
         ],
         "measured": _measured(drawing, references, first_recipe),
-        "corpus_best": _corpus_best(drawing, points),
+        **_corpora(drawing, points),
     }
 
 
@@ -275,17 +276,21 @@ def _indices(problem: Problem, choice_F: IntArray) -> list[int]:
     return [int(p) for p in choice_F - problem.start_F[:-1]]
 
 
-def _corpus_best(drawing: Drawing, points: Sequence[FrontierRecipe]) -> dict[str, list[list[int]]]:
-    """For each of several corpora, what every point would choose if only that one counted."""
+def _corpora(drawing: Drawing, points: Sequence[FrontierRecipe]) -> dict[str, Any]:
+    """For each of several corpora, what every point would choose if only that one counted.
+
+    And what the point and that choice cost on it.
+    """
     problem = drawing.problem
     names = [name for name in problem.corpora if name is not None]
-    if len(names) < 2:
-        return {}
+    best: dict[str, list[list[int]]] = {}
+    errors: dict[str, list[list[float]]] = {}
     choices = [one.choice_F for one in points]
-    return {
-        name: [
-            _indices(problem, choice_F)
-            for choice_F in best_for_corpus(problem, drawing.other_budgets, corpus, choices=choices)
+    for corpus, name in enumerate(names if len(names) > 1 else ()):
+        alone = best_for_corpus(problem, drawing.other_budgets, corpus, choices=choices)
+        best[name] = [_indices(problem, choice_F) for choice_F in alone]
+        errors[name] = [
+            [errors_by_corpus(problem, each_F)[corpus] for each_F in pair]
+            for pair in zip(choices, alone, strict=True)
         ]
-        for corpus, name in enumerate(names)
-    }
+    return {"corpus_best": best, "corpus_errors": errors}

@@ -11,18 +11,17 @@ import pytest
 from mofq.decision import Budgets, Option, ProblemGroup, build_problem, solve_exact
 from mofq.decision.prediction import error_together, paired_loss, predict, sample_sums
 from mofq.decision.problem import IntArray, Objective, Problem, with_samples
-from mofq.decision.size_answers import SizeAnswers, size_answers
 from mofq.decision.together import around, solve_together
 
 SAMPLES, EACH = 4, 3
 
 
-def some_answers(groups: int, seed: int) -> SizeAnswers:
+def some_answers(groups: int, seed: int) -> list[list[list[float]]]:
     """Of samples that stand for three sequences each, but the last for two."""
     value = np.random.default_rng(seed).normal(size=(groups, SAMPLES, EACH))
-    return size_answers(
-        [[one.tolist() for one in group[:-1]] + [group[-1, : EACH - 1].tolist()] for group in value]
-    )
+    return [
+        [one.tolist() for one in group[:-1]] + [group[-1, : EACH - 1].tolist()] for group in value
+    ]
 
 
 def some_problem(
@@ -40,11 +39,11 @@ def some_problem(
             ("int8.channel", 400, 0.0, 0.0001),
         ):
             share = -shrink * random.uniform(0.5, 1.5)
-            samples = []
+            samples, own = [], []
             for of_corpus in answers:
-                own_R = np.square(share * of_corpus.value_FR[f])
-                own_N = np.add.reduceat(own_R, of_corpus.start_N) / counts(of_corpus)
-                samples.append(own_N + rest * random.uniform(0.5, 1.5, SAMPLES))
+                own.append([[share * one for one in sample] for sample in of_corpus[f]])
+                squares = [float(np.square(sample).mean()) for sample in own[-1]]
+                samples.append(squares + rest * random.uniform(0.5, 1.5, SAMPLES))
             of_group.append(
                 Option(
                     scheme,
@@ -52,7 +51,7 @@ def some_problem(
                     errors=tuple(float(one.mean()) for one in samples),
                     stderrs=tuple(0.01 for _ in samples),
                     sample_errors=tuple(one.tolist() for one in samples),
-                    scaling=share,
+                    answers=tuple(own) if shrink else None,
                 )
             )
         options.append((ProblemGroup(f"g{f}", (f"l{f}",), weights=400), of_group))
@@ -60,32 +59,22 @@ def some_problem(
         options,
         corpora=tuple(f"c{c}" for c in range(corpora)),
         objective=objective,
-        answers=tuple(answers),
     )
-
-
-def counts(answers: SizeAnswers) -> list[int]:
-    """Sequences that each sample stands for."""
-    return [3, 3, 3, 2]
 
 
 def by_definition(problem: Problem, choice_F: IntArray, corpus: int) -> list[float]:
     """Of each sample: the options' errors without their own answers, and all answers together."""
     assert problem.answers is not None
     assert problem.sample_errors is not None
-    value_FR = problem.answers[corpus].value_FR
+    chosen_FR = problem.answers[corpus].value_PR[choice_F]
     found = []
-    for n, count in enumerate(counts(problem.answers[corpus])):
+    for n, count in enumerate((3, 3, 3, 2)):
         columns = range(3 * n, 3 * n + count)
         total = 0.0
         for f, p in enumerate(choice_F.tolist()):
-            own = sum((problem.scaling_P[p] * value_FR[f, r]) ** 2 for r in columns) / count
+            own = sum(chosen_FR[f, r] ** 2 for r in columns) / count
             total += problem.sample_errors[corpus][p, n] - own
-        for r in columns:
-            together = sum(
-                problem.scaling_P[p] * value_FR[f, r] for f, p in enumerate(choice_F.tolist())
-            )
-            total += together**2 / count
+        total += sum(sum(chosen_FR[:, r]) ** 2 for r in columns) / count
         found.append(total)
     return found
 

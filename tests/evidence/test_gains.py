@@ -191,9 +191,12 @@ def nats(table: Table, scheme: str) -> dict[str, tuple[float, ...]]:
     return {name: row.sample_errors or () for name, row in found.items()}
 
 
-def scaling(table: Table, scheme: str, group: str) -> float:
+def answers(table: Table, scheme: str, group: str) -> torch.Tensor:
+    """To the change of size of all six sequences; without a scheme of weights there is none."""
     rows = table.rows_of("kl_nats_per_token", "a")[group]
-    return next(row.scaling for row in rows if row.scheme == scheme)
+    found = next(row.answers for row in rows if row.scheme == scheme)
+    flat = [0.0] * 6 if found is None else [one for sample in found for one in sample]
+    return torch.tensor(flat, dtype=torch.float64)
 
 
 def test_a_row_says_of_the_kept_sequences_what_their_clusters_say(
@@ -211,8 +214,13 @@ def test_a_row_says_of_the_kept_sequences_what_their_clusters_say(
     for scheme, kind in (("int4.channel", "weight"), ("bf16+int8.token", "input")):
         gain_N = torch.tensor([one[layer][kind][0] for one in gains]).double()
         # A change of size of the whole group is known of all sequences.
+        size_N = answers(few, scheme, group).square()
         answer_N = torch.tensor([one[layer]["scaling"][0] for one in gains]).double()
-        size_N = scaling(whole, scheme, group) ** 2 * answer_N.square() / (2 * 16)
+        share_N = answers(few, scheme, group) / (answer_N / (2 * 16) ** 0.5)
+        if scheme == "int4.channel":
+            torch.testing.assert_close(share_N, share_N[:1].expand(6), rtol=1e-5, atol=0)
+            assert 0 < abs(float(share_N[0])) < 0.1
+        assert answers(whole, scheme, group).tolist() == answers(few, scheme, group).tolist()
         kept_N = (torch.tensor(nats(whole, scheme)[group]).double() - size_N)[[1, 4]]
         ratio = kept_N.mean() / gain_N[[1, 4]].mean()
         expected_N = kept_N + ratio * (gain_N.reshape(2, 3).mean(1) - gain_N[[1, 4]])

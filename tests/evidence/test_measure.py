@@ -25,11 +25,11 @@ from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
 from mofq.evidence.spaces import SearchSpace
 from mofq.evidence.table import Row, Table, open_table, read_table
 from mofq.exceptions import SchemeError, StatsError, TableError
-from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, find_layers
 from mofq.model.sizes import group_bytes
 from mofq.numbers.quantize import dequantize_weight
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import parse_scheme
 
 CORPORA = {"a": some_tokens(2, 16), "b": some_tokens(2, 16, seed=1)}
 SPACE = space_of("int4.g32", "int8.channel+int8.token")
@@ -114,7 +114,7 @@ def expected_errors(model: Path, group: FusionGroup, stats: Stats, corpus: str) 
     scheme = parse_scheme("int4.g32")
     assert scheme.weight is not None
     checkpoint = open_checkpoint(str(model))
-    samples, share = [], scaling_of(checkpoint, group, scheme)
+    samples = []
     for index in range(2):
         tensors = read_sequence(stats, index, corpus)
         squares = whole = 0.0
@@ -128,23 +128,11 @@ def expected_errors(model: Path, group: FusionGroup, stats: Stats, corpus: str) 
             ).sum(0)
             weight_OI = whole_weight(checkpoint, layer).double()
             size_O = (tensors[f"grad/{layer.name}"][0].double() * (x_TI @ weight_OI.T)).sum(0)
+            share = float((delta_OI.double() * weight_OI).sum() / weight_OI.square().sum())
             squares += float(per_row_O.square().sum() - share**2 * size_O.square().sum())
             whole += share * float(size_O.sum())
         samples.append((squares + whole**2) / (2 * 16))
     return samples
-
-
-def scaling_of(checkpoint: Checkpoint, group: FusionGroup, scheme: Scheme) -> float:
-    """By what share int4.g32 makes the weights of a group larger."""
-    assert scheme.weight is not None
-    along = energy = 0.0
-    for layer in group.layers:
-        weight_OI = whole_weight(checkpoint, layer).double()
-        quantized = quantize_layer(checkpoint, group, layer, scheme)
-        delta_OI = dequantize_weight(quantized, scheme.weight).double() - weight_OI
-        along += float((delta_OI * weight_OI).sum())
-        energy += float(weight_OI.square().sum())
-    return along / energy
 
 
 def test_the_relative_error_and_the_noise_weigh_layers_by_what_they_hold(

@@ -47,7 +47,7 @@ def test_calibrate_gives_the_same_bytes_on_as_many_threads_and_else_the_same_num
             ok("calibrate", DEMO, *SHORT, "-o", tmp_path / name)
     assert tree(tmp_path / "one") == tree(tmp_path / "again")
     assert tree(tmp_path / "two") == tree(tmp_path / "two again")
-    for path in (tmp_path / "one" / "en").iterdir():
+    for path in (tmp_path / "one" / "en").glob("*.safetensors"):
         ours, theirs = load_file(path), load_file(tmp_path / "two" / "en" / path.name)
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():

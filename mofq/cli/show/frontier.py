@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 #: Points that a person is shown; ``--json`` has all.
 _SHOWN = 24
+#: Where the error is no sum over groups.
+_NO_BOUND = (
+    "Rounding to few bits makes weights smaller, and what several groups do together then is no "
+    "sum, so that no bound of it is known."
+)
 #: Where a point does not meet its bound.
 _GAP = (
     "The gap is no doubt about a point: each has the least error of its size. The bound is that of "
@@ -35,15 +40,18 @@ def show_frontier(result: FrontierResult) -> None:
     columns += ["KV bits"] if problem.cached else []
     columns.append("checkpoint")
     columns += [f"and {problem.kv_tokens:,} tokens"] if problem.kv_tokens else []
-    gap = 100 * result.frontier.gap
+    gap = result.frontier.gap
+    proof = "no bound" if gap is None else f"largest gap to the bound {100 * gap:.3g} %"
     quantity = "KL, predicted [nats/token]" if problem.unit == KL_UNIT else problem.unit
     print_table(
-        f"{len(shown)} of {count} points; largest gap to the bound {gap:.3g} %",
+        f"{len(shown)} of {count} points; {proof}",
         [*columns, quantity],
         [_row(result.point(k)) for k in shown],
     )
     if gap:
         note(_GAP)
+    if gap is None:
+        note(_NO_BOUND)
     if count > _SHOWN:
         note(f"`--json` has all {count} points.")
     budget = "--max-size SIZE" if problem.kv_tokens else "--max-bits BITS"

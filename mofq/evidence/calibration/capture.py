@@ -67,7 +67,7 @@ class Captured:
     def keep_output(self, layer: str, y: Tensor, bias: Tensor | None) -> None:
         """Keep a layer's output without its bias: the part that follows the size of the weights."""
         y_TO = y.detach().reshape(-1, y.shape[-1])
-        y_TO = y_TO if bias is None else y_TO - bias
+        y_TO = y_TO if bias is None else y_TO.float() - bias.float()
         self.y[layer] = y_TO.to(device="cpu", dtype=torch.bfloat16)
 
     def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:

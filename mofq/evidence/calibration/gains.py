@@ -90,10 +90,9 @@ def _scaling(captured: Captured, name: str, path: Path, zeros: Sequence[float]) 
     """Of a layer; of cached keys and values, which are no layer's output, and unseen experts: 0."""
     if name not in captured.y:
         return zeros
-    y_TO = captured.y[name].double()
-    return [
-        float((grad_TO.double() * y_TO).sum()) for grad_TO in layer_gradients(captured, name, path)
-    ]
+    y_TO = captured.y[name].to(captured.device).float()
+    grad_DTO = layer_gradients(captured, name, path).to(captured.device)
+    return [float((grad_TO.float() * y_TO).sum(dtype=torch.float64)) for grad_TO in grad_DTO]
 
 
 def _weight_gains(

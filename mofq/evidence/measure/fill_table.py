@@ -25,7 +25,7 @@ from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.magnitudes import group_profiles
 from mofq.evidence.measure.rows import group_rows
-from mofq.evidence.measure.samples import SampleReader
+from mofq.evidence.measure.samples import SampleAnswers, SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.score import LayerScore
 from mofq.evidence.spaces import (
@@ -37,7 +37,6 @@ from mofq.evidence.spaces import (
     offer_schemes,
 )
 from mofq.evidence.table import (
-    Answers,
     Profile,
     Rejection,
     Row,
@@ -98,7 +97,6 @@ class Measured(NamedTuple):
 
     rows: list[Row]
     profiles: list[Profile]
-    answers: list[Answers]  #: of the corpora that were measured on
 
 
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
@@ -213,7 +211,6 @@ def _fill(
         for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
             found = [next(measured) for _ in of_group]
-            answers = {one.key: one for each in found for one in each.answers}
             # What rests on no corpus is measured with every one that is added.
             new = [
                 row
@@ -222,7 +219,7 @@ def _fill(
                 if not table.has(row.group, row.scheme, unit=row.unit, corpus=row.corpus)
             ]
             profiles = {one.key: one for each in found for one in each.profiles}
-            table.add_group(new, rejected, profiles=profiles.values(), answers=answers.values())
+            table.add_group(new, rejected, profiles=profiles.values())
             if progress is not None:
                 progress("measure", done + 1, len(offers))
 
@@ -280,23 +277,25 @@ def measure_groups(
                 {name: score.extent for name, score in by_name.items()},
                 {name: score.input_extents for name, score in by_name.items()},
             )
-            answers = {} if reader is None else _answers(reader, group, corpora)
+            scaling = {} if reader is None else _scaling(reader, group, corpora)
             rows = group_rows(
-                group, schemes, by_name, corpora=corpora, draws=draws, answers=answers
+                group, schemes, by_name, corpora=corpora, draws=draws, scaling=scaling
             )
-            yield Measured(rows, profiles, list(answers.values()))
+            yield Measured(rows, profiles)
 
 
-def _answers(
+def _scaling(
     reader: SampleReader, group: FusionGroup, corpora: Sequence[str]
-) -> dict[str, Answers]:
-    """What the model answers to a change of size of a group's weights, as the table keeps it."""
-    names = [layer.name for layer in group.layers]
-    found = {corpus: reader.scaling(corpus, names) for corpus in corpora}
+) -> dict[str, dict[str, SampleAnswers]]:
+    """Corpus -> layer -> what the model answers to a change of size, where the stats know it."""
+    found = {
+        corpus: {layer.name: reader.scaling(corpus, layer.name) for layer in group.layers}
+        for corpus in corpora
+    }
     return {
-        corpus: Answers(group.name, corpus, values)
-        for corpus, values in found.items()
-        if values is not None
+        corpus: {name: one for name, one in by_layer.items() if one is not None}
+        for corpus, by_layer in found.items()
+        if None not in by_layer.values()
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.measure.gain_correction import not_negative
+from mofq.evidence.measure.samples import SampleAnswers
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
 from mofq.evidence.metrics import standard_error
-from mofq.evidence.table import Answers, Row
+from mofq.evidence.table import Row
 from mofq.exceptions import StatsError
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.model.sizes import group_bytes
@@ -27,7 +28,7 @@ def group_rows(
     *,
     corpora: Sequence[str],
     draws: int = 1,
-    answers: Mapping[str, Answers] = MappingProxyType({}),
+    scaling: Mapping[str, Mapping[str, SampleAnswers]] = MappingProxyType({}),
 ) -> list[Row]:
     """The rows of one fusion group: the sum over its layers in every unit.
 
@@ -37,7 +38,7 @@ def group_rows(
         scores: Layer name -> its score.
         corpora: Names in the stats, in order; empty without stats.
         draws: Of each sequence, one after another in the scores.
-        answers: Corpus -> what the model answers when the group's weights change their size.
+        scaling: Corpus -> layer -> what the model answers when all its weights change their size.
 
     Returns:
         One row for each scheme and unit, and corpus where the unit has one.
@@ -67,12 +68,14 @@ def group_rows(
         for corpus in corpora:
             parts = list(filled[corpus].values())
             error_N = torch.stack([part.error_NS[:, i] for part in parts]).sum(0)
-            scaling = 0.0
-            if corpus in answers:
-                scaling = _scaling(scores.values(), i)
-                size_N = torch.stack([part.size_NS[:, i] for part in parts]).sum(0)
-                error_N = with_change_of_size(error_N, size_N, scaling, answers[corpus])
-            rows += _corpus_rows(corpus, parts, i, common, kept_errors(error_N, draws), scaling)
+            answers = None
+            if corpus in scaling:
+                shares = {name: size_share(scores[name], i) for name in filled[corpus]}
+                answers = _joint_answers(scaling[corpus], shares)
+                for name, part in filled[corpus].items():
+                    error_N = error_N - shares[name] ** 2 * part.size_NS[:, i]
+                error_N = error_N + _mean_squares(answers).repeat_interleave(draws)
+            rows += _corpus_rows(corpus, parts, i, common, kept_errors(error_N, draws), answers)
     return rows
 
 
@@ -108,7 +111,7 @@ def _corpus_rows(
     i: int,
     common: Mapping[str, Any],
     kept_N: Tensor,
-    scaling: float,
+    answers: SampleAnswers | None,
 ) -> list[Row]:
     output_mse = math.fsum(float(part.output_mse_S[i]) for part in parts)
     return [
@@ -119,41 +122,36 @@ def _corpus_rows(
             error=float(kept_N.mean()),
             stderr=standard_error(kept_N),
             sample_errors=tuple(kept_N.tolist()),
-            scaling=scaling,
+            answers=answers if answers is not None and any(map(any, answers)) else None,
             **common,
         ),
     ]
 
 
-def _scaling(scores: Collection[LayerScore], i: int) -> float:
-    """By what share a scheme makes the weights of all layers larger."""
-    along = math.fsum(float(score.along_S[i]) for score in scores)
-    energy = math.fsum(score.weight_energy for score in scores)
-    return along / energy if energy > 0 else 0.0
+def size_share(score: LayerScore, i: int) -> float:
+    """By what share a scheme makes the weights of a layer larger, most often below zero.
 
-
-def with_change_of_size(
-    error_N: Tensor, size_N: Tensor, scaling: float, answers: Answers
-) -> Tensor:
-    """Errors in which the change of size is added up over all rows and layers before it is squared.
-
-    The rounding error of a row is ``a W_o + R_o``: a change of its size, which all rows share,
-    and a rest, which is independent of that of others. The squares of rows have the first row by
-    row; in its place comes its square over the whole group.
-
-    Args:
-        error_N: Of each sample, a sequence's draws one after another; the sum over rows.
-        size_N: The sum over rows of the squares of what the weights themselves would do.
-        scaling: The share ``a``.
-        answers: Of the group; of as many sequences.
+    The rounding error of a row is ``a W_o + R_o``: a change of its size, which all rows share, and
+    a rest, which is independent of that of others. Squares of rows have the first row by row; in
+    its place comes its square over the whole group. Of a layer without samples it is not known: 0.
     """
-    whole_N = torch.tensor([_mean_square(one) for one in answers.values], dtype=torch.float64)
-    draws = len(error_N) // len(whole_N)
-    return error_N + scaling**2 * (whole_N.repeat_interleave(draws) - size_N)
+    return float(score.along_S[i]) / score.weight_energy if score.weight_energy > 0 else 0.0
 
 
-def _mean_square(values: Sequence[float]) -> float:
-    return math.fsum(value * value for value in values) / len(values)
+def _joint_answers(
+    scaling: Mapping[str, SampleAnswers], shares: Mapping[str, float]
+) -> SampleAnswers:
+    """What the changes of size of all layers do together, as float32 holds it."""
+    joint = None
+    for name, share in shares.items():
+        own = [share * torch.tensor(one, dtype=torch.float64) for one in scaling[name]]
+        joint = own if joint is None else [a + b for a, b in zip(joint, own, strict=True)]
+    return tuple(tuple(one.float().tolist()) for one in joint or ())
+
+
+def _mean_squares(answers: SampleAnswers) -> Tensor:
+    """Of each sample, [N], float64."""
+    return torch.stack([torch.tensor(one, dtype=torch.float64).square().mean() for one in answers])
 
 
 def kept_errors(error_N: Tensor, draws: int) -> Tensor:
@@ -214,6 +212,6 @@ def _mean_score(
     parts = [scores[la.name].corpora[corpus] for la in same_kind]
     return CorpusScore(
         error_NS=torch.stack([p.error_NS for p in parts]).mean(0) * ratio_S,
-        size_NS=torch.stack([p.size_NS for p in parts]).mean(0),
+        size_NS=torch.zeros_like(parts[0].size_NS),
         output_mse_S=torch.stack([p.output_mse_S for p in parts]).mean(0) * ratio_S,
     )

@@ -43,6 +43,10 @@ class ChunkedSamples:
         return self.offset_MC >= 0
 
 
+#: Of each kept sequence, a number for each draw of all sequences that it stands for.
+SampleAnswers = tuple[tuple[float, ...], ...]
+
+
 class SampleReader:
     """The sequences of a stats folder, all open; use it in a ``with`` statement.
 
@@ -99,29 +103,25 @@ class SampleReader:
         gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
         return replace(found, gains=gains)
 
-    def scaling(self, corpus: str, layers: Sequence[str]) -> tuple[tuple[float, ...], ...] | None:
-        """What a change of size of all weights of some layers together does.
+    def scaling(self, corpus: str, layer: str) -> SampleAnswers | None:
+        """What a change of size of all weights of a layer does.
 
         Args:
             corpus: Its name in the stats.
-            layers: Module names.
+            layer: Module name.
 
         Returns:
-            For each kept sequence the signed answers of all that it stands for, a number a
-            draw; the mean of their squares is in nats per token. None in statistics of before
-            it was kept.
+            Signed; the mean of their squares is in nats per token for a change by the whole
+            size. None in statistics of before it was kept.
         """
         root = math.sqrt(2 * self._length)
-        answers = []
-        for gains in self._gains[corpus]:
-            by_layer = [gains[layer].scaling for layer in layers]
-            if not all(by_layer):
-                return None
-            answers.append([math.fsum(draw) / root for draw in zip(*by_layer, strict=True)])
-        if not answers:
+        answers = [gains[layer].scaling for gains in self._gains[corpus]]
+        if not answers or not all(answers):
             return None
         clusters = self._plans[corpus].clusters
-        return tuple(tuple(one for n in cluster for one in answers[n]) for cluster in clusters)
+        return tuple(
+            tuple(one / root for n in cluster for one in answers[n]) for cluster in clusters
+        )
 
 
 def arrange_samples(

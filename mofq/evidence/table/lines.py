@@ -288,36 +288,18 @@ class Row:
     ] = None
     #: Layer -> largest |input|, static activations only.
     static_amax: dict[Text, NotNegative] | None = None
-    #: By what share the scheme makes the group's weights larger, most often below zero.
-    scaling: Annotated[
-        Number, Field(description="<Q(W) - W, W> / <W, W>; in nats only, where answers are known")
-    ] = 0.0
+    #: What the change of size of the weights does, with its sign, in nats only: of each sample all
+    #: sequences and draws that it stands for. The mean of their squares is a part of ``error``.
+    #: None in tables of before version 3 of the numerics, and where no size changes.
+    answers: Annotated[
+        tuple[_SignedFloats, ...] | None,
+        Field(description="roots of nats per token; those of a recipe's groups are added"),
+    ] = None
 
     @property
     def key(self) -> RowKey:
         """What identifies the row."""
         return (self.group, self.scheme, self.unit, self.corpus)
-
-
-@only_these_keys
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What the model answers when all weights of a fusion group grow by one and the same share.
-
-    Rounding to few bits makes all weights smaller, which is no random error: what it does to
-    several groups is added up with its sign before it is squared.
-    """
-
-    group: Name
-    corpus: Text
-    #: Of each sample: of all sequences that it stands for, and of their draws. Squares are nats
-    #: per token for a share of one.
-    values: Annotated[tuple[_SignedFloats, ...], Field(min_length=1)]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What identifies it."""
-        return (self.group, self.corpus)
 
 
 @only_these_keys
@@ -371,7 +353,6 @@ class Table:
     sha256: str  #: of the complete lines of the file
     profiles: tuple[Profile, ...] = ()
     caches: tuple[CacheLayer, ...] = ()  #: whose formats were asked for
-    answers: tuple[Answers, ...] = ()  #: to changes of size; none in tables of before
 
     @property
     def measures(self) -> tuple[tuple[Unit, str | None], ...]:
@@ -393,7 +374,7 @@ def bin_width(channels: int) -> int:
     return -(-channels // MOST_BINS)
 
 
-Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | TableCache | Answers | Row
+Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | TableCache | Row
 
 _KINDS: dict[str, type[Line]] = {
     "header": TableHeader,
@@ -402,7 +383,6 @@ _KINDS: dict[str, type[Line]] = {
     "rejection": Rejection,
     "profile": Profile,
     "cache": TableCache,
-    "answers": Answers,
     "row": Row,
 }
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(line) for kind, line in _KINDS.items()}
@@ -442,8 +422,6 @@ def describe(line: Line) -> str:
             return f"rejection of {line.scheme} for {line.group}"
         case TableCache():
             return f"cache {line.name}"
-        case Answers():
-            return f"answers of {line.group}"
     return next(kind for kind, of in _KINDS.items() if isinstance(line, of))
 
 

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
-    Answers,
     Line,
     Profile,
     Rejection,
@@ -51,11 +50,11 @@ class TableLines:
         self.header = header
         self.rows: dict[RowKey, Row] = {}
         self.profiles: dict[tuple[str, str], Profile] = {}
-        self._answers: dict[tuple[str, str], Answers] = {}
         self._spaces: dict[TableSpace, None] = {}
         self._rejections: dict[Rejection, None] = {}
         self._caches: dict[str, CacheLayer] = {}
         self._samples: dict[str | None, int] = {}  # corpus -> samples of each row
+        self._answers: dict[str | None, tuple[int, ...]] = {}  # corpus -> answers of each sample
         self._layers = {
             group.name: {layer.name: layer for layer in group.layers} for group in header.groups
         }
@@ -83,7 +82,6 @@ class TableLines:
             sha256=sha256,
             profiles=tuple(self.profiles.values()),
             caches=tuple(self._caches.values()),
-            answers=tuple(self._answers.values()),
         )
 
     def add(self, line: Line, where: str) -> bool:
@@ -120,11 +118,6 @@ class TableLines:
             case Profile():
                 self._check_profile(line, where)
                 return self._add_profile(line, where)
-            case Answers():
-                self._layers_of(line.group, where)
-                self._check_corpus(line.corpus, where)
-                self._check_count(line.corpus, len(line.values), where)
-                return _add(self._answers, line.key, line, where)
             case Row():
                 self._check_row(line, where)
                 return _add(self.rows, line.key, line, where)
@@ -213,6 +206,8 @@ class TableLines:
         self._check_corpus(row.corpus, where)
         if row.sample_errors is not None:
             self._check_samples(row, row.sample_errors, where)
+        if row.answers is not None:
+            self._check_answers(row, row.answers, where)
 
     def _check_corpus(self, corpus: str | None, where: str) -> None:
         corpora = {} if self.header.stats is None else self.header.stats.corpora
@@ -229,6 +224,16 @@ class TableLines:
         if not isclose(mean, row.error, rel_tol=_TOLERANCE):
             raise TableError(
                 f"{where}: error is {row.error}, but its sample_errors have the mean {mean}."
+            )
+
+    def _check_answers(self, row: Row, answers: tuple[tuple[float, ...], ...], where: str) -> None:
+        """Refuse answers of other sequences than those of earlier rows."""
+        lengths = tuple(map(len, answers))
+        known = self._answers.setdefault(row.corpus, lengths)
+        if lengths != known or len(lengths) != len(row.sample_errors or ()):
+            raise TableError(
+                f"{where}: has answers of {lengths} sequences where earlier rows of corpus "
+                f"{row.corpus!r} have {known}, for each sample."
             )
 
     def _check_count(self, corpus: str | None, count: int, where: str) -> None:

@@ -11,7 +11,6 @@ from types import TracebackType
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
-    Answers,
     Line,
     Profile,
     Rejection,
@@ -99,7 +98,6 @@ class TableWriter:
         rejections: Iterable[Rejection] = (),
         *,
         profiles: Iterable[Profile] = (),
-        answers: Iterable[Answers] = (),
     ) -> None:
         """Append what is known of a fusion group, and wait until it is on the disk.
 
@@ -111,7 +109,7 @@ class TableWriter:
                 none is written. Or the disk is full; then earlier lines are kept.
         """
         fresh = [new for one in profiles if (new := self._fresh(one)) is not None]
-        self._append([*rejections, *fresh, *answers, *rows])
+        self._append([*rejections, *fresh, *rows])
 
     def _fresh(self, profile: Profile) -> Profile | None:
         """What a profile adds: itself, or the inputs of corpora that are not there yet."""

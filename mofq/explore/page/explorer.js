@@ -105,15 +105,14 @@ function brokenName(scheme) {
 function paintCorpora(point) {
   const names = Object.keys(data.corpus_best);
   if (!names.length) return;
-  const total = (choice, corpus) => choice.reduce(
-    (sum, option, group) => sum + groups[group].options[option][ERRORS][corpus], 0);
   const rows = names.map((name) => {
-    const corpus = data.corpora.indexOf(name), best = data.corpus_best[name][state.point];
+    const best = data.corpus_best[name][state.point];
+    const [ours, theirs] = data.corpus_errors[name][state.point];
     const differ = best.filter((option, group) => option !== point.choice[group]).length;
     return element("tr", {},
       element("th", { scope: "row", text: name }),
-      element("td", { text: numberText(total(point.choice, corpus)) }),
-      element("td", { text: numberText(total(best, corpus)) }),
+      element("td", { text: numberText(ours) }),
+      element("td", { text: numberText(theirs) }),
       element("td", {}, element("button", {
         type: "button",
         class: "link",

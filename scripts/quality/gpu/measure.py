@@ -15,7 +15,7 @@ from torch import Tensor
 from mofq.api import Samples, Where, calibrate, measure
 from mofq.demo import demo_model_folder
 from mofq.evidence.measure.layer_inputs import prepare_layer
-from mofq.evidence.measure.samples import ChunkedSamples
+from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples
 from mofq.evidence.measure.schedule import score_layers
 from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.quantize.compiled import Kind, eager_pass, pass_maker
@@ -162,10 +162,14 @@ def measure_layer(report: Report, rate: float) -> None:
     weight_OI = random_weight(rows, columns, "cpu")
     schemes = [parse_scheme(name) for name in schemes_of(128)]
     tokens, sequences = (64, 2) if report.small else (512, 8)
+    x_MCI, grad_MCO = (
+        random_weight(sequences * tokens, size, "cpu").reshape(-1, CHUNK_TOKENS, size)
+        for size in (columns, rows)
+    )
     samples = ChunkedSamples(
-        x_MCI=random_weight(sequences * tokens, columns, "cpu").reshape(sequences, tokens, -1),
-        grad_MCO=random_weight(sequences * tokens, rows, "cpu").reshape(sequences, tokens, -1),
-        is_token_MC=torch.ones(sequences, tokens, dtype=torch.bool),
+        x_MCI=x_MCI,
+        grad_MCO=grad_MCO,
+        offset_MC=torch.arange(CHUNK_TOKENS).expand(len(x_MCI), -1),
         sequences=sequences,
         tokens=tokens,
     )

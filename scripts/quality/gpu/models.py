@@ -72,6 +72,15 @@ def check_calibration(report: Report, folder: Path) -> None:
         for mine, other in zip(getattr(one, kind), getattr(theirs[name], kind), strict=True)
     )
     report.check("gains", ratio <= SUM_TOLERANCE, f"the furthest by {ratio:.2g} of itself")
+    # Answers are sums of either sign, and may be near zero.
+    size = max(abs(answer) for one in theirs.values() for answer in one.scaling)
+    furthest = max(
+        abs(mine - other)
+        for name, one in ours.items()
+        for mine, other in zip(one.scaling, theirs[name].scaling, strict=True)
+    )
+    furthest /= size
+    report.check("answers", furthest <= STATS_TOLERANCE, f"the furthest by {furthest:.2g} of one")
 
 
 def check_divergence(report: Report) -> None:
