@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mofq.exceptions import BackendError
+from mofq.model.experts import experts_problem, run_experts
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import Scheme
 
@@ -42,19 +42,10 @@ class FakeQuantExperts(nn.Module):
             BackendError: The experts are of another kind.
         """
         super().__init__()
-        expected = {
-            "has_gate": True,
-            "has_bias": False,
-            "has_post_expert_norm": False,
-            "is_transposed": False,
-            "is_concatenated": True,
-        }
-        for attribute, value in expected.items():
-            if getattr(experts, attribute, None) is not value:
-                raise BackendError(
-                    f"{name}: experts of class {type(experts).__name__}, whose {attribute} is not "
-                    f"{value}, cannot be emulated. Leave the fusion group unquantized."
-                )
+        if problem := experts_problem(experts):
+            raise BackendError(
+                f"{name}: {problem}, cannot be emulated. Leave the fusion group unquantized."
+            )
         self.scheme = scheme
         self.layer_name = name
         self.static_amax = static_amax or {}
@@ -73,21 +64,12 @@ class FakeQuantExperts(nn.Module):
 
         Returns:
             ``[T, hidden]``.
-
-        Source: the eager forward of ``MixtralExperts`` in transformers 5, in
-        the same order of operations.
         """
-        output_TI = torch.zeros_like(hidden_TI)
-        for expert in torch.unique(top_k_index).tolist():
-            # By rank among the token's experts, then by token, as in transformers.
-            rank, token = torch.where((top_k_index == expert).T)
-            x = self._quantize(hidden_TI[token], "gate_up_proj", expert)
-            gate, up = functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            x = self._quantize(self.act_fn(gate) * up, "down_proj", expert)
-            y = functional.linear(x, self.down_proj[expert])
-            y = y * top_k_weights[token, rank, None]
-            output_TI.index_add_(0, token, y.to(output_TI.dtype))
-        return output_TI
+        return run_experts(self, hidden_TI, top_k_index, top_k_weights, linear=self._linear)
+
+    def _linear(self, parameter: str, expert: int, x_TI: Tensor, _token_T: Tensor) -> Tensor:
+        x_TI = self._quantize(x_TI, parameter, expert)
+        return functional.linear(x_TI, self.get_parameter(parameter)[expert])
 
     def _quantize(self, x_TI: Tensor, parameter: str, expert: int) -> Tensor:
         if self.scheme.activation is None:

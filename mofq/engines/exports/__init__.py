@@ -36,7 +36,8 @@ def group_problem(group: ServedGroup) -> str | None:
     ``_torch/models`` has no GPT-2; torchao 0.18.0 has no ``aten.addmm`` of a Conv1D's weight (run).
     """
     name = group.layers[0].name
-    if name.startswith(_TRANSPOSED):
+    is_conv1d = name.rpartition(".")[2].startswith("c_")
+    if is_conv1d and name.startswith(_TRANSPOSED):
         return (
             f"does not know weights that are stored transposed (the Conv1D of GPT-2), as {name} is"
         )

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mofq.exceptions import StatsError
 from mofq.model.attention import pass_cache
+from mofq.model.experts import experts_problem, run_experts
 from mofq.model.layers import (
     PARTS,
     CacheLayer,
@@ -174,7 +175,10 @@ def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[
 
 def _start_gradient_at_embeddings(model: nn.Module) -> RemovableHandle:
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    # A copy, which a model may scale in place.
+    return embeddings.register_forward_hook(
+        lambda _m, _i, output: output.requires_grad_(True).clone()
+    )
 
 
 def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
@@ -225,7 +229,15 @@ def _watch_experts(
 
     Returns:
         A function that puts the module's own forward back.
+
+    Raises:
+        StatsError: The experts are of another kind than transformers' plain one.
     """
+    if problem := experts_problem(experts):
+        name = next(iter(layers.values()))[0][0].name.rpartition(".experts.")[0]
+        raise StatsError(
+            f"{name}: {problem}: what its layers receive cannot be shown. Measure without --stats."
+        )
     module: Any = experts
     forward = vars(module).get("forward")
     module.forward = partial(_run_experts, module, layers, captured)
@@ -240,23 +252,14 @@ def _run_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """The eager forward of transformers' experts, in the same order of operations.
+    """The forward of transformers' experts, which shows the layers of each."""
 
-    Source: ``MixtralExperts.forward`` in transformers 5.
-    """
-    output_TI = torch.zeros_like(hidden_TI)
-    for expert in torch.unique(top_k_index).tolist():
-        rank, token = torch.where((top_k_index == expert).T)
-        x = hidden_TI[token]
-        y = functional.linear(x, module.gate_up_proj[expert])
-        _see(captured, layers[expert, "gate_up_proj"], x, y, token)
-        gate, up = y.chunk(2, dim=-1)
-        x = module.act_fn(gate) * up
-        y = functional.linear(x, module.down_proj[expert])
-        _see(captured, layers[expert, "down_proj"], x, y, token)
-        y = y * top_k_weights[token, rank, None]
-        output_TI.index_add_(0, token, y.to(output_TI.dtype))
-    return output_TI
+    def linear(parameter: str, expert: int, x_TI: Tensor, token_T: Tensor) -> Tensor:
+        y_TO = functional.linear(x_TI, getattr(module, parameter)[expert])
+        _see(captured, layers[expert, parameter], x_TI, y_TO, token_T)
+        return y_TO
+
+    return run_experts(module, hidden_TI, top_k_index, top_k_weights, linear=linear)
 
 
 def _see(
