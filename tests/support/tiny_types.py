@@ -21,6 +21,8 @@ from transformers.utils import logging
 #: Of every ``model_type`` that has a causal class.
 CAUSAL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _MOST_PARAMETERS = 20_000_000
+#: Of the weights that transformers draws: else the logits hardly depend on them.
+_GAIN = 4
 
 
 #: Of images, sounds and their ends: four and up.
@@ -159,6 +161,9 @@ _OPTIONS: dict[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    },
     "dots1": {
         "n_shared_experts": 1,
         "n_routed_experts": 4,
@@ -310,6 +315,9 @@ def build_type(model_type: str, *, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         _move_constants(model)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and name.endswith(("weight", "_proj")):
+                parameter.detach().mul_(_GAIN)
     return model.to(torch.bfloat16).eval()
 
 

@@ -14,8 +14,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from mofq.model.experts import experts_problem
 from mofq.model.layers.names_in_memory import as_pattern
+from mofq.model.modules import experts_problem, is_plain_linear
 
 _TOKENS = 24
 
@@ -32,7 +32,7 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
     """
     text = model.config.get_text_config()
     tied = getattr(text, "tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False))
-    facts: dict[str, Any] = {"tied": bool(tied)}
+    facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
     if problem := _experts(model):
         facts["experts"] = problem[0]
     facts["names"] = _names(model, stored)
@@ -45,10 +45,8 @@ def _experts(model: nn.Module) -> list[str]:
     found = []
     for module in model.modules():
         names = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-        if {"gate_up_proj", "down_proj"} <= names:
+        if "down_proj" in names:
             found.append(experts_problem(module) or "")
-        elif {"up_proj", "down_proj"} <= names or {"input_linear", "output_linear"} & names:
-            found.append(f"experts of class {type(module).__name__}, without a joined gate")
     return sorted(set(found), reverse=True)
 
 
@@ -98,8 +96,8 @@ def _find_part(value: Tensor, inside: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _calls(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Linear modules that run twice for a token, or never, and weights that several have."""
+def _calls(model: PreTrainedModel) -> dict[str, Any]:
+    """The list of decoder layers; linear modules that run twice for a token, or not at all."""
     calls: Counter[str] = Counter()
     hooks = []
     modules = dict(_linear_modules(model))
@@ -117,7 +115,10 @@ def _calls(model: PreTrainedModel) -> dict[str, list[str]]:
     }
     idle = {as_pattern(name) for name in modules if not calls[name]}
     busy = {as_pattern(name) for name in modules if calls[name]}
-    facts = {
+    odd = {as_pattern(n): type(m).__name__ for n, m in modules.items() if not is_plain_linear(m)}
+    facts: dict[str, Any] = {
+        "odd": odd,
+        "stacks": sorted({name.partition(".#.")[0] for name in busy if ".#." in name}),
         "reused": sorted(reused),
         "uncalled": sorted(idle - busy),
         "partly": sorted((idle & busy) - reused),

@@ -41,10 +41,12 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
             layer is covered by no rule.
     """
     name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+    # Each once: a state_dict has what several modules share under every name.
+    own = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
     tensors = {
         key: TensorInfo(key, _DTYPE_NAMES[value.dtype], tuple(value.shape), Path(name), 0, 0)
         for key, value in model.state_dict().items()
-        if value.dtype in _DTYPE_NAMES
+        if value.dtype in _DTYPE_NAMES and key in own
     }
     loaded = Checkpoint(Path(name), name, model.config.to_dict(), tensors, index_sha256="")
     return find_recipe_layers(loaded, recipe)

@@ -3,25 +3,23 @@
 For model types without a row in `families`. Needs headers and the config, no torch. Coverage is
 total: every matrix of a decoder layer is in a fusion group, or listed with the reason why not. What
 the names do not decide is an error.
-
-Which layers engines join is what vLLM 0.33 joins in any of its model classes (their
-``packed_modules_mapping``, and ``fused_qkv_a_proj`` of latent attention); joining more than an
-engine does gives up freedom, and never what it serves.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
+from mofq.model.layers.joining import Matrix, join
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.names_in_memory import (
+    InMemory,
     KnownType,
     as_pattern,
     find_in_memory,
@@ -29,115 +27,21 @@ from mofq.model.layers.names_in_memory import (
     find_stored_name,
     known_type,
 )
-
-#: Layers beside each other that engines concatenate, and the name of the group; all must be there.
-_JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("q_proj", "k_proj", "v_proj"), "qkv"),
-    (("query", "key", "value"), "qkv"),
-    (("query_proj", "key_proj", "value_proj"), "qkv"),
-    (("q_lin", "k_lin", "v_lin"), "qkv"),
-    (("project_q", "project_k", "project_v"), "qkv"),
-    (("Wq", "Wk", "Wv"), "qkv"),
-    (("q", "k", "v"), "qkv"),
-    (("q_proj", "k_proj"), "qkv"),
-    (("q_a_proj", "kv_a_proj_with_mqa"), "latent"),
-    (("wq_a", "wkv"), "latent"),
-    (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
-    (("in_proj_b", "in_proj_a"), "in_proj_ba"),
-    (("gate_proj", "up_proj"), "gate_up"),
-    (("w1", "w3"), "gate_up"),
-    (("w_0", "w_1"), "gate_up"),
-    (("proj_up_gate", "proj_up"), "gate_up"),
+from mofq.model.layers.words import (
+    EMBEDDINGS,
+    EXPERT,
+    EXPERT_WORDS,
+    FUSED,
+    HIDDEN_SIZES,
+    KEPT,
+    LAYER_COUNTS,
+    LAYERS_AHEAD,
+    NOT_LINEAR,
+    OWN_PARAMETER,
+    REFUSED,
+    STACK,
+    TOWERS,
 )
-#: The same where the module that they are in has a certain last word.
-_JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg")
-}
-#: Last word of a path -> what the group of that layer alone is called.
-_ALONE = {
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "attention_out", "out_lin"), "o"),
-    **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"), "qkv"),
-    "kv_a_proj_with_mqa": "latent",
-    "q_b_proj": "q",
-    "wq_b": "q",
-    "kv_b_proj": "kv",
-}
-_ALONE_IN_MLP = {
-    **dict.fromkeys(("c_fc", "fc1", "fc_in", "dense_h_to_4h", "lin1", "layer_1"), "up"),
-    **dict.fromkeys(("c_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "layer_2", "w2"), "down"),
-    **dict.fromkeys(("proj_down", "w_out"), "down"),
-}
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
-#: In this order within a module; others stand between by name.
-_FIRST = ("qkvg", "qkv", "latent", "q", "kv")
-_LAST = ("gate_up", "gate", "up", "o", "out", "down")
-
-#: Experts as one tensor a matrix: gate, up, down; the first that occurs.
-_EXPERT_WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_EXPERT = re.compile(r"(?P<at>.*)\bexperts\.(?P<expert>[0-9]{1,6})\.(?P<word>\w+)\.weight")
-_FUSED = re.compile(r"(?P<at>.*)\bexperts\.(?P<half>gate_up|down)_proj")
-
-_ROUTER = "a router: which experts run is decided, not computed"
-_TIME_STEP = "the time steps of a scan, which engines keep as they are"
-#: Paths of matrices that stay as they are -> why.
-_KEPT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(?!.*att)(.*\.)?(gate|\w*router)(\.\w+)*"), _ROUTER),
-    (re.compile(r".*shared_expert_gate\.weight"), _ROUTER),
-    (re.compile(r".*\bdt_proj\.weight"), _TIME_STEP),
-    (re.compile(r".*\bindexer\..*"), "an indexer: what is attended to is decided, not computed"),
-    (re.compile(r".*(hyper_connection\.\w+|\w+_coefs)\.weight"), "mixes a few residual streams"),
-)
-_NOT_LINEAR: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r".*conv\w*\.weight"), "a convolution"),
-    (re.compile(r".*(_decay|slope_rate)"), "computed from the config"),
-    (re.compile(r".*(norm|ln_\w+|ln)\.\w+(\.weight)?"), "a part of a norm"),
-    (re.compile(r".*embed\w*(\.\w+)*\.weight"), "a table that is looked up"),
-    (re.compile(r".*(rel_pos|relative_attention_bias|rel_)\w*(\.weight)?"), "positions"),
-    (re.compile(r".*bias"), "a bias"),
-)
-_VECTORS = "no weight of a linear layer: a parameter of its own"
-
-#: Words of a stack's name that is no language model's.
-_TOWERS = re.compile(
-    r"vision|visual|image|img|audio|speech|sound|tower|video|patch|projector|resampler|mtp|nextn"
-    r"|moe_vision|tokenizer|codec|diffusion|talker|qformer|q_former|perceiver|git\.image"
-)
-_STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>[0-9]{1,6})\.(?P<path>.+)")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers")
-_HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embed", "tok_embeddings")
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A matrix of a decoder layer, under the name by which engines' loaders know it."""
-
-    name: str  #: without ``.weight``
-    layer: int
-    info: TensorInfo
-    out_features: int
-    in_features: int
-    loaded: LoadedWeight
-    expert: int | None = None
-    row_start: int = 0
-    transposed: bool = False
-
-    @property
-    def path(self) -> str:
-        """The part of the name that is inside the decoder layer."""
-        return self.name.partition(f".{self.layer}.")[2]
-
-    @property
-    def above(self) -> str:
-        """The path of the module that it is a part of."""
-        return self.path.rpartition(".")[0]
-
-    @property
-    def word(self) -> str:
-        """The last word of the path."""
-        return self.path.rpartition(".")[2]
 
 
 @dataclass(slots=True)
@@ -178,8 +82,12 @@ def infer_structure(
     Raises:
         CheckpointError: Something is not certain; the message says what.
     """
-    stack, indices = _find_stack(checkpoint, config)
-    count = _stated(config, _LAYER_COUNTS) or max(indices) + 1
+    if architecture in REFUSED:
+        raise CheckpointError(
+            f"{checkpoint.folder}: model_type {architecture!r}: {REFUSED[architecture]}."
+        )
+    stack, indices = _find_stack(checkpoint, architecture, config)
+    count = _stated(config, LAYER_COUNTS) or max(indices) + 1
     structure = Structure(stack, count, [[] for _ in range(count)])
     inferrer = _Inferrer(checkpoint, architecture, config, structure)
     for index in range(count):
@@ -193,34 +101,63 @@ def infer_structure(
     return structure
 
 
-def _find_stack(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[str, set[int]]:
+def _find_stack(
+    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+) -> tuple[str, set[int]]:
     """The name of the list of decoder layers, and its indices."""
-    stacks: dict[str, set[int]] = {}
+    stacks: dict[str, set[int]] = {}  # on disk
+    in_memory: dict[str, str] = {}
     for name, info in checkpoint.tensors.items():
-        match = _STACK.fullmatch(name)
+        match = STACK.fullmatch(name)
         if match is not None and len(info.shape) >= 2:
-            stacks.setdefault(match["stack"], set()).add(int(match["index"]))
-    count = _stated(config, _LAYER_COUNTS)
-    found = {name: at for name, at in stacks.items() if not _TOWERS.search(name)} or stacks
-    if len(found) > 1 and count is not None:
-        found = {n: at for n, at in found.items() if at >= set(range(count))} or found
-    if len(found) > 1:
-        decoders = {n: at for n, at in found.items() if re.search(r"decoder|language|text", n)}
-        found = decoders or found
+            stack, index = match["stack"], match["index"]
+            if not in_memory.get(stack):
+                own = find_in_memory(name, architecture).name
+                in_memory[stack] = own.partition(f".{index}.")[0]
+            stacks.setdefault(stack, set()).add(int(index))
+    count, known = _stated(config, LAYER_COUNTS), known_type(architecture)
+    if known is not None and known.stacks:
+        found: Mapping[str, set[int]] = {
+            name: at for name, at in stacks.items() if in_memory[name] in known.stacks
+        }
+        named = " and ".join(map(repr, known.stacks))
+        if len(known.stacks) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder}: a {architecture!r} has {named}, and what has more than one"
+                " list of decoder layers is not supported."
+            )
+        needed = f"one list of decoder layers, {named} of a {architecture!r}"
+    else:
+        found = _guess_stack(stacks, count)
+        needed = "one list of decoder layers"
     if len(found) != 1:
-        stated = ", ".join(f"{name}.0…{max(at)}" for name, at in list(found.items())[:4])
+        stated = ", ".join(
+            f"{name}.0…{max(at)}" for name, at in list((found or stacks).items())[:4]
+        )
         raise CheckpointError(
-            f"{checkpoint.folder}: needed one list of decoder layers, found"
-            f" {stated or 'none'}: which of them is the language model is not certain."
+            f"{checkpoint.folder}: needed {needed}, found {stated or 'none'}. Config and weights"
+            " are of different models, or it is not certain which of them is the language model."
         )
     ((name, indices),) = found.items()
-    if count is not None and not indices >= set(range(count)):
+    ahead = _stated(config, LAYERS_AHEAD) or 0
+    if count is not None and not set(range(count)) <= indices <= set(range(count + ahead)):
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG_FILE}: needed {count} decoder layers as the config says,"
             f" found {len(indices)} in the tensors (highest index {max(indices)}). Config and"
             " weights are of different models, or a shard is missing."
         )
     return name, indices
+
+
+def _guess_stack(stacks: Mapping[str, set[int]], count: int | None) -> Mapping[str, set[int]]:
+    """Of a type that is not known: by the words in names, and by the number of layers."""
+    found = {name: at for name, at in stacks.items() if not TOWERS.search(name)} or stacks
+    if len(found) > 1 and count is not None:
+        found = {n: at for n, at in found.items() if at >= set(range(count))} or found
+    if len(found) > 1:
+        decoders = {n: at for n, at in found.items() if re.search(r"decoder|language|text", n)}
+        found = decoders or found
+    return found
 
 
 class _Inferrer:
@@ -236,7 +173,7 @@ class _Inferrer:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.known: KnownType | None = known_type(architecture)
-        self.hidden = _stated(config, _HIDDEN)
+        self.hidden = _stated(config, HIDDEN_SIZES)
         self.structure = structure
         self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
         prefix = f"{structure.stack}."
@@ -248,27 +185,36 @@ class _Inferrer:
 
     def infer_layer(self, index: int) -> None:
         """Divide the matrices of one decoder layer."""
-        found = [
-            matrix
-            for _, info in self.tensors.get(index, ())
-            if len(info.shape) >= 2
-            for matrix in self._read(index, info)
-        ]
+        found: list[Matrix] = []
+        alike: dict[tuple[object, ...], Matrix] = {}
+        for _, info in self.tensors.get(index, ()):
+            if len(info.shape) < 2:
+                continue
+            head, _, tail = info.name.partition(".experts.")
+            number, _, word = tail.partition(".")
+            key = (head, word, info.shape, info.dtype)
+            if word and key in alike:  # tens of thousands of them
+                found.append(_like(alike[key], info, int(number)))
+                continue
+            made = list(self._read(index, info))
+            found += made
+            if len(made) == 1 and _has_own_name(made[0]):
+                alike[key] = made[0]
         self.structure.groups[index] = [
-            (f"layers.{index}.{name}", members) for name, members in _join(found)
+            (f"layers.{index}.{name}", members) for name, members in join(found)
         ]
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
         """The linear layers in a tensor; others are noted with their reason."""
         stored = find_stored(info.name, self.architecture)
         own = find_in_memory(info.name, self.architecture)
-        is_merged = len(stored) > 1 or any(_EXPERT.fullmatch(one.name) for one in stored)
+        is_merged = len(stored) > 1 or any(EXPERT.fullmatch(one.name) for one in stored)
         if is_merged and not self._is_stored_name(info.name):
             yield from self._read_in_memory(index, info, [one.name for one in stored])
             return
         name = find_stored_name(info.name, self.architecture)
         inside = own.name.partition(f".{index}.")[2]
-        if len(info.shape) == 3 and _FUSED.fullmatch(inside):
+        if len(info.shape) == 3 and FUSED.fullmatch(inside):
             before = name.partition(f".{index}.")[0]
             yield from self._read_fused(index, f"{before}.{index}.{inside}", info)
             return
@@ -293,11 +239,42 @@ class _Inferrer:
         own = find_in_memory(info.name, self.architecture)
         if not own.name:
             raise self._uncertain(info, "where the loaded model has it")
+        at = EXPERT.fullmatch(f"{name}.weight")
+        if at is not None and own.name == info.name:
+            own = self._fused_parameter(own, at)
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         shape = info.shape[::-1] if transposed else info.shape
         out, wide = shape
         loaded = LoadedWeight(own.name, own.expert, own.part * out, transposed)
-        return Matrix(name, index, info, out, wide, loaded, transposed=transposed)
+        place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
+        return Matrix(
+            name,
+            index,
+            info,
+            out,
+            wide,
+            loaded,
+            transposed=transposed,
+            of_expert=place and (place[0].rstrip("."), place[1]),
+        )
+
+    def _fused_parameter(self, own: InMemory, at: re.Match[str]) -> InMemory:
+        """Where an expert of its own lies, of a type whose checkpoints store experts fused."""
+        if self.known is None or self.known.experts != "":
+            return own
+        place = next(
+            (
+                index
+                for words in EXPERT_WORDS
+                for index, word in enumerate(words)
+                if word == at["word"]
+            ),
+            None,
+        )
+        if place is None:
+            return own
+        half, parts = ("down_proj", 1) if place == 2 else ("gate_up_proj", 2)
+        return InMemory(f"{at['at']}experts.{half}", int(at["expert"]), place % 2, parts)
 
     def _read_in_memory(self, index: int, info: TensorInfo, names: list[str]) -> Iterator[Matrix]:
         """The layers in a parameter that was stored as the loaded model has it."""
@@ -312,13 +289,22 @@ class _Inferrer:
         for expert in range(experts or 1):
             for part in range(len(paths)):
                 name = names[part].removesuffix(".weight")
-                at = _EXPERT.fullmatch(names[part])
+                at = EXPERT.fullmatch(names[part])
                 if at is not None and experts is not None:
                     name = f"{at['at']}experts.{expert}.{at['word']}"
                 number = None if experts is None else expert
                 loaded = LoadedWeight(info.name, number, part * out, transposed=False)
+                place = None if at is None else at["at"].partition(f".{index}.")[2].rstrip(".")
                 matrix = Matrix(
-                    name, index, info, out, columns, loaded, expert=number, row_start=part * out
+                    name,
+                    index,
+                    info,
+                    out,
+                    columns,
+                    loaded,
+                    expert=number,
+                    row_start=part * out,
+                    of_expert=None if place is None else (place, expert),
                 )
                 if reason is None:
                     yield matrix
@@ -334,11 +320,12 @@ class _Inferrer:
                 f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
                 " no stage reads their layout yet."
             )
-        match = _FUSED.fullmatch(name)
+        match = FUSED.fullmatch(name)
         assert match is not None
         own = find_in_memory(info.name, self.architecture)
-        words = _EXPERT_WORDS[1] if "block_sparse_moe" in name else _EXPERT_WORDS[0]
+        words = EXPERT_WORDS[1] if "block_sparse_moe" in name else EXPERT_WORDS[0]
         halves = words[:2] if match["half"] == "gate_up" else words[2:]
+        place = match["at"].partition(f".{index}.")[2].rstrip(".")
         count, rows, columns = info.shape
         out = rows // len(halves)
         for expert in range(count):
@@ -352,6 +339,7 @@ class _Inferrer:
                     LoadedWeight(own.name, expert, part * out, transposed=False),
                     expert=expert,
                     row_start=part * out,
+                    of_expert=(place, expert),
                 )
 
     def _reason(self, path: str, info: TensorInfo) -> str | None:
@@ -367,11 +355,19 @@ class _Inferrer:
                 )
             if pattern in self.known.reused:
                 return "its weight is used more than once for a token, so one error counts often"
+            if pattern in self.known.odd:
+                return (
+                    f"transformers computes more with it than a product: {self.known.odd[pattern]}"
+                )
             if pattern in self.known.uncalled and not _kept_reason(path):
                 return "transformers does not run it on text"
         if (reason := _kept_reason(path)) is not None:
+            # A gated MLP may call its first matrix so.
+            is_wide = self.hidden is not None and info.shape[0] >= self.hidden
+            if is_wide and path.endswith("gate.weight"):
+                raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
-        for rule, why in _NOT_LINEAR:
+        for rule, why in NOT_LINEAR:
             if rule.fullmatch(path):
                 return why
         if info.dtype not in ("BF16", "F16", "F32") and not info.decoded:
@@ -382,7 +378,7 @@ class _Inferrer:
         if self.hidden is None:
             return None
         is_flat = len(info.shape) == 2 and min(info.shape) < self.hidden
-        return _VECTORS if is_flat or math.prod(info.shape) < self.hidden**2 else None
+        return OWN_PARAMETER if is_flat or math.prod(info.shape) < self.hidden**2 else None
 
     def _is_transposed(self) -> bool:
         """Whether the layers named ``c_…`` are GPT-2's, which store [in, out]."""
@@ -395,17 +391,21 @@ class _Inferrer:
     def explain_outside(self) -> None:
         """Say of matrices outside of the decoder layers what they are; find the embedding."""
         prefix = f"{self.structure.stack}."
+        after = range(self.structure.layers, max(self.tensors) + 1)
+        for index in after:
+            for _, info in self.tensors.get(index, ()):
+                self.structure.reasons[info.name] = "of a layer that predicts further tokens"
         for name, info in self.checkpoint.tensors.items():
             if name.startswith(prefix) or len(info.shape) < 2:
                 continue
             above, _, _ = name.removesuffix(".weight").rpartition(".")
             word = name.removesuffix(".weight").rpartition(".")[2]
-            if word in _EMBEDDINGS and not _TOWERS.search(name) and name.endswith(".weight"):
+            if word in EMBEDDINGS and not TOWERS.search(name) and name.endswith(".weight"):
                 self.structure.embedding = self.structure.embedding or info
                 self.structure.reasons[name] = "the embedding"
             elif name.removesuffix(".weight") in ANY_HEADS:
                 self.structure.reasons[name] = "the lm_head"
-            elif _TOWERS.search(above):
+            elif TOWERS.search(above):
                 self.structure.reasons[name] = (
                     "of another tower, or of what predicts further tokens"
                 )
@@ -415,99 +415,43 @@ class _Inferrer:
     def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: {what} is not"
-            f" certain for model_type {self.architecture!r}."
+            f" certain for model_type {self.architecture!r}. Report the type: nothing that may be"
+            " no linear layer is quantized."
         )
 
 
-def _join(found: Sequence[Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
-    """The fusion groups of a decoder layer, in order."""
-    experts = [matrix for matrix in found if _is_expert(matrix.path)]
-    by_parent: dict[str, dict[str, Matrix]] = {}
-    for matrix in found:
-        if not _is_expert(matrix.path):
-            by_parent.setdefault(matrix.above, {})[matrix.word] = matrix
-    groups: list[tuple[tuple[Any, ...], str, list[Matrix]]] = []
-    names: set[str] = set()
-    for parent, words in by_parent.items():
-        for name, members in _join_beside(parent, words):
-            full = _group_name(parent, name)
-            if full in names:
-                full = f"{parent}.{name}" if parent else name
-            names.add(full)
-            groups.append((_rank(parent, name), full, members))
-    for _, name, members in sorted(groups, key=lambda group: group[0]):
-        yield name, members
-    places = sorted({_expert_place(matrix.path) for matrix in experts})
-    for place in places:
-        members = [matrix for matrix in experts if _expert_place(matrix.path) == place]
-        name = "moe.experts" if len(places) == 1 else f"{place}.experts"
-        yield name, sorted(members, key=_expert_order)
+def _has_own_name(matrix: Matrix) -> bool:
+    """Whether a matrix is an expert's own tensor, and nothing but numbers differ in the next's."""
+    is_same = matrix.loaded.expert is not None or matrix.loaded.name == matrix.info.name
+    return matrix.of_expert is not None and is_same and f"{matrix.name}.weight" == matrix.info.name
 
 
-def _join_beside(parent: str, words: Mapping[str, Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
-    left, last = dict(words), parent.rpartition(".")[2]
-    rules = (_JOINED_IN[last], *_JOINED) if last in _JOINED_IN else _JOINED
-    for joined, name in rules:
-        members = [left[word] for word in joined if word in left]
-        if len(members) == len(joined) and len({m.in_features for m in members}) == 1:
-            yield name, members
-            for word in joined:
-                del left[word]
-    for word, matrix in left.items():
-        plain = word.removesuffix("_proj")
-        if last in (*_MLP, *_SHARED) or word in ("fc1", "fc2"):
-            yield _ALONE_IN_MLP.get(word, plain), [matrix]
-        elif "att" in parent and "linear" not in parent:
-            yield ("o" if word == "c_proj" else _ALONE.get(word, plain)), [matrix]
-        else:
-            yield plain, [matrix]
-
-
-def _group_name(parent: str, name: str) -> str:
-    above, _, last = parent.rpartition(".")
-    if parent in _ATTENTION:
-        return f"attn.{name}"
-    if parent in _MLP or (not parent and name in _ALONE_IN_MLP.values()):
-        return f"mlp.{name}"
-    if last in _SHARED and above in _MLP:
-        return f"mlp.shared_{name}"
-    return f"{parent}.{name}" if parent else name
-
-
-def _rank(parent: str, name: str) -> tuple[Any, ...]:
-    last = parent.rpartition(".")[2]
-    if last in _SHARED:
-        section = 3
-    elif parent in _MLP or not parent:
-        section = 2
-    else:
-        section = 0 if "att" in parent else 1
-    if name in _FIRST:
-        return section, parent, _FIRST.index(name), name
-    return section, parent, len(_FIRST) + 1 + (_LAST.index(name) if name in _LAST else -1), name
-
-
-def _is_expert(path: str) -> bool:
-    return _EXPERT.fullmatch(f"{path}.weight") is not None
-
-
-def _expert_place(path: str) -> str:
-    return path.partition("experts.")[0].rstrip(".")
-
-
-def _expert_order(matrix: Matrix) -> tuple[int, int, str]:
-    match = _EXPERT.fullmatch(f"{matrix.path}.weight")
-    assert match is not None
-    order = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
-    return int(match["expert"]), order.get(match["word"], 3), match["word"]
+def _like(first: Matrix, info: TensorInfo, number: int) -> Matrix:
+    """The matrix of another expert."""
+    assert first.of_expert is not None
+    own = first.loaded
+    loaded = (
+        LoadedWeight(info.name, None, 0, transposed=False)
+        if own.expert is None
+        else LoadedWeight(own.name, number, own.row_start, transposed=False)
+    )
+    return Matrix(
+        info.name.removesuffix(".weight"),
+        first.layer,
+        info,
+        first.out_features,
+        first.in_features,
+        loaded,
+        of_expert=(first.of_expert[0], number),
+    )
 
 
 def _kept_reason(path: str) -> str | None:
-    return next((why for rule, why in _KEPT if rule.fullmatch(path)), None)
+    return next((why for rule, why in KEPT if rule.fullmatch(path)), None)
 
 
 def _is_no_linear(path: str) -> bool:
-    return _kept_reason(path) is None and any(rule.fullmatch(path) for rule, _ in _NOT_LINEAR)
+    return _kept_reason(path) is None and any(rule.fullmatch(path) for rule, _ in NOT_LINEAR)
 
 
 def _stated(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:

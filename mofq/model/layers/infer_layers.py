@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers.families import ANY_HEADS
-from mofq.model.layers.infer import Matrix, Structure, infer_structure
+from mofq.model.layers.infer import Structure, infer_structure
+from mofq.model.layers.joining import Matrix
 from mofq.model.layers.linear import (
     FusionGroup,
     LinearLayer,
@@ -48,13 +48,13 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
     check_class(checkpoint.config, where=config_path(checkpoint))
     refuse_quantized(checkpoint)
     structure = infer_structure(checkpoint, architecture, config)
-    short = short_names(m.path for m in structure.matrices if ".experts." not in m.path)
+    short = short_names(m.path for m in structure.matrices if m.of_expert is None)
     groups = [
-        FusionGroup(name, tuple(_inferred_layer(m, structure, short, name) for m in members))
+        FusionGroup(name, tuple(_inferred_layer(m, short, name) for m in members))
         for of_layer in structure.groups
         for name, members in of_layer
     ]
-    unquantized = [_inferred_layer(m, structure, short, "router") for m in structure.unquantized]
+    unquantized = [_inferred_layer(m, short, "router") for m in structure.unquantized]
     head, is_tied = _find_head(checkpoint, config, structure)
     if head is not None and include_lm_head:
         groups.append(FusionGroup("lm_head", (head,)))
@@ -79,32 +79,30 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
     )
 
 
-def _inferred_layer(
-    matrix: Matrix, structure: Structure, short: Mapping[str, str], group: str
-) -> LinearLayer:
-    info, is_expert = matrix.info, ".experts." in matrix.path
+def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> LinearLayer:
+    info, word = matrix.info, matrix.name.rpartition(".")[2]
     if info.dtype not in SOURCE_DTYPES and not info.decoded:
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
             f" {info.dtype}. Give the original checkpoint, or convert it."
         )
-    half = "down" if matrix.word in ("down_proj", "w2") else "gate_up"
-    layer = linear_layer(
+    if matrix.of_expert is None:
+        module, shares_scale = short[matrix.path], group.rpartition(".")[2]
+    else:
+        half = "down" if word in ("down_proj", "w2") else "gate_up"
+        module, shares_scale = f"experts.{word}", f"experts.{matrix.of_expert[1]}.{half}"
+    return linear_layer(
         info,
         matrix.name,
         shape=(matrix.out_features, matrix.in_features),
-        module=f"experts.{matrix.word}" if is_expert else short[matrix.path],
-        shares_scale=(
-            f"experts.{matrix.path.rpartition('.experts.')[2].partition('.')[0]}.{half}"
-            if is_expert
-            else group.rpartition(".")[2]
-        ),
+        module=module,
+        shares_scale=shares_scale,
         decoder_layer=matrix.layer,
         transposed=matrix.transposed,
         expert=matrix.expert,
         row_start=matrix.row_start,
+        loaded=matrix.loaded,
     )
-    return replace(layer, loaded=matrix.loaded)
 
 
 def _find_head(
@@ -132,6 +130,8 @@ def _find_head(
         shape=(rows, columns),
         module="lm_head",
         shares_scale="lm_head",
+        loaded=LoadedWeight(
+            find_in_memory(info.name, architecture).name, None, 0, transposed=False
+        ),
     )
-    at = find_in_memory(info.name, architecture).name
-    return replace(head, loaded=LoadedWeight(at, None, 0, transposed=False)), False
+    return head, False

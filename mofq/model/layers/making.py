@@ -10,7 +10,7 @@ from typing import Any
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.fp8 import SUPPORTED, find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
-from mofq.model.layers.linear import LinearLayer
+from mofq.model.layers.linear import LinearLayer, LoadedWeight
 
 #: That weights are quantized from.
 SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -27,6 +27,7 @@ def linear_layer(
     transposed: bool = False,
     expert: int | None = None,
     row_start: int = 0,
+    loaded: LoadedWeight | None = None,
 ) -> LinearLayer:
     """The layer [out, in] = ``shape`` that lies in a tensor."""
     return LinearLayer(
@@ -43,6 +44,7 @@ def linear_layer(
         row_start=row_start,
         # Its share of the scales of the tensor.
         scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
+        loaded=loaded,
     )
 
 

@@ -42,10 +42,13 @@ class Stored:
 class KnownType:
     """What transformers does with a ``model_type``."""
 
+    kind: str  #: the class that it builds
     tied: bool  #: what it assumes where the config does not say
+    stacks: tuple[str, ...]  #: the lists of layers that run on text: "model.layers"
     experts: str | None  #: why its fused experts are not the plain kind; "" where they are
     names: Mapping[str, tuple[str, int, int]]  #: pattern on disk -> pattern in memory, part, parts
     reused: tuple[str, ...]  #: patterns of modules that run more than once for a token
+    odd: Mapping[str, str]  #: pattern of a linear module with a forward of its own -> its class
     uncalled: tuple[str, ...]  #: of linear modules that do not run on text
     partly: tuple[str, ...]  #: of linear modules that run in some decoder layers only
 
@@ -56,10 +59,13 @@ def known_types() -> Mapping[str, KnownType]:
     content = json.loads(_FACTS.read_text("utf-8"))
     return {
         name: KnownType(
+            kind=one.get("class", ""),
             tied=one["tied"],
+            stacks=tuple(one.get("stacks", ())),
             experts=one.get("experts"),
             names={key: (value[0], value[1], value[2]) for key, value in one["names"].items()},
             reused=tuple(one.get("reused", ())),
+            odd=one.get("odd", {}),
             uncalled=tuple(one.get("uncalled", ())),
             partly=tuple(one.get("partly", ())),
         )
@@ -85,7 +91,7 @@ def find_in_memory(name: str, architecture: str) -> InMemory:
     known = known_type(architecture)
     entry = None if known is None else known.names.get(as_pattern(name))
     if entry is None:
-        return InMemory(name)
+        return InMemory(_with_body(name, known))
     pattern, part, parts = entry
     numbers = _NUMBER.findall(name)
     count = pattern.count("#")
@@ -131,6 +137,15 @@ def find_stored_name(name: str, architecture: str) -> str:
     if known is None or as_pattern(name) in known.names or len(stored) != 1:
         return name
     return stored[0].name
+
+
+def _with_body(name: str, known: KnownType | None) -> str:
+    """The name with what a class without a head, such as ``Qwen3Model``, leaves out."""
+    for stack in () if known is None else known.stacks:
+        body, _, rest = stack.partition(".")
+        if rest and name.startswith(f"{rest}."):
+            return f"{body}.{name}"
+    return name
 
 
 @cache

@@ -119,10 +119,9 @@ def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]
         words = [layer.name.rpartition(".")[2] for layer in group.layers]
         names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
         if parents[0].endswith(".experts.0"):
+            known = {word: _EXPERT_WORDS.get(word, word) for word in words}
             first = zip(parents, words, strict=True)
-            names += [
-                f"{parent}.{_EXPERT_WORDS.get(w, w)}" for parent, w in first if parent == parents[0]
-            ]
+            names += [f"{parent}.{known[w]}" for parent, w in first if parent == parents[0]]
         elif architecture in _WITHOUT_BODY:
             names += [layer.name for layer in group.layers]
     if architecture in _WITHOUT_BODY:
