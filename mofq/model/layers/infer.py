@@ -140,7 +140,7 @@ def _find_stack(
         )
     ((name, indices),) = found.items()
     ahead = _stated(config, LAYERS_AHEAD) or 0
-    if count is not None and not set(range(count)) <= indices <= set(range(count + ahead)):
+    if count is not None and (not _covers(indices, count) or max(indices) >= count + ahead):
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG_FILE}: needed {count} decoder layers as the config says,"
             f" found {len(indices)} in the tensors (highest index {max(indices)}). Config and"
@@ -149,11 +149,16 @@ def _find_stack(
     return name, indices
 
 
+def _covers(indices: set[int], count: int) -> bool:
+    """Whether the first ``count`` are there; a config may say any number."""
+    return sum(index < count for index in indices) == count
+
+
 def _guess_stack(stacks: Mapping[str, set[int]], count: int | None) -> Mapping[str, set[int]]:
     """Of a type that is not known: by the words in names, and by the number of layers."""
     found = {name: at for name, at in stacks.items() if not TOWERS.search(name)} or stacks
     if len(found) > 1 and count is not None:
-        found = {n: at for n, at in found.items() if at >= set(range(count))} or found
+        found = {n: at for n, at in found.items() if _covers(at, count)} or found
     if len(found) > 1:
         decoders = {n: at for n, at in found.items() if re.search(r"decoder|language|text", n)}
         found = decoders or found
@@ -364,7 +369,7 @@ class _Inferrer:
         if (reason := _kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
             is_wide = self.hidden is not None and info.shape[0] >= self.hidden
-            if is_wide and path.endswith("gate.weight"):
+            if is_wide and path.rpartition(".gate.")[2] == "weight":
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
         for rule, why in NOT_LINEAR:
