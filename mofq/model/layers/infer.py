@@ -186,6 +186,8 @@ class _Inferrer:
             index, dot, path = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
                 self.tensors.setdefault(int(index), []).append((path, info))
+        before = (name.partition(".experts.") for name in checkpoint.tensors)
+        self.mixtures = {place for place, has_experts, _ in before if has_experts}
         self.transposed = self._is_transposed()
 
     def infer_layer(self, index: int) -> None:
@@ -368,8 +370,8 @@ class _Inferrer:
                 return "transformers does not run it on text"
         if (reason := _kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
-            is_wide = self.hidden is not None and info.shape[0] >= self.hidden
-            if is_wide and path.rpartition(".gate.")[2] == "weight":
+            place, _, rest = info.name.rpartition(".gate.")
+            if rest == "weight" and place not in self.mixtures and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
         for rule, why in NOT_LINEAR:
