@@ -25,6 +25,7 @@ from mofq.model.layers import find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED, JOINED_IN
 from mofq.model.layers.names_in_memory import as_pattern, known_types
+from mofq.model.notes import notes_on
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = REPOSITORY / "mofq" / "engines" / "facts" / "joined"
@@ -202,6 +203,9 @@ def test_a_type_that_transformers_did_not_have_is_inferred_from_names(
     folder = copy_with_config(tiny_llama, tmp_path / "m", lambda c: c.update(model_type="newer"))
     found, ruled = (find_layers(open_checkpoint(str(path))) for path in (folder, tiny_llama))
     assert found.architecture == "newer"
+    (note,) = notes_on(open_checkpoint(str(folder)), found)
+    assert "Nothing is known of model_type 'newer'" in note
+    assert notes_on(open_checkpoint(str(tiny_llama)), ruled) == ()
     assert [g.name for g in found.groups] == [g.name for g in ruled.groups]
     assert [x.name for x in found.grouped_layers] == [x.name for x in ruled.grouped_layers]
 
