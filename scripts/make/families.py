@@ -59,7 +59,10 @@ that vLLM 0.33.0 lists for the architecture, and only of mixtures with
 caches, devices that share layers and `rewrite` are for types with rules, which are in bold.
 
 A fusion group is one choice: [engines](engines.md) concatenate its layers. What a type has beside
-its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`).
+its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`). So do the
+experts of types whose checkpoints have one tensor for all of them (`granitemoe` and its relatives,
+`hy_v4`, `minimax_m3_vl_text`, `zaya`): under which names engines would read them quantized is not
+known.
 """
 
 

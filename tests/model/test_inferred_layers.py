@@ -21,7 +21,7 @@ from type_facts import find_facts
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
-from mofq.model.layers import find_layers, find_loaded_weight
+from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED, JOINED_IN
 from mofq.model.layers.names_in_memory import as_pattern, known_types
@@ -77,12 +77,16 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "granitemoe": {
         "layers.0.attn.qkv": [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v")],
-        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],
-        "layers.0.moe.experts": [
-            f"model.layers.0.block_sparse_moe.experts.{expert}.{word}"
-            for expert in range(4)
-            for word in ("w1", "w3", "w2")
+        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],  # experts: see below
+    },
+    "lfm2_moe": {
+        "layers.0.conv.in": ["model.layers.0.conv.in_proj"],
+        "layers.0.conv.out": ["model.layers.0.conv.out_proj"],
+        "layers.0.mlp.gate_up": [
+            "model.layers.0.feed_forward.w1",
+            "model.layers.0.feed_forward.w3",
         ],
+        "layers.0.mlp.down": ["model.layers.0.feed_forward.w2"],
     },
 }
 #: Modules of engines that join what is not in the decoder of a causal type of transformers.
@@ -168,6 +172,7 @@ def test_every_linear_module_that_runs_is_listed_once_and_reads_back_the_same(
         assert not part[rows].any(), layer.name
         part[rows] = True
     assert [key for key, mask in seen.items() if not mask.all()] == []
+    _check_joined(layers)
     stacks = known_types()[name].stacks
     listed = {id(parameters[key]) for key in seen}  # also where another module has it too
     missing = [
@@ -180,6 +185,21 @@ def test_every_linear_module_that_runs_is_listed_once_and_reads_back_the_same(
         and "embed" not in key
     ]
     assert missing == []
+
+
+def _check_joined(layers: ModelLayers) -> None:
+    """See that layers which engines join under transformers' names are together under any."""
+    group_of = {layer.name: group.name for group in layers.groups for layer in group.layers}
+    beside: dict[str, dict[str, str]] = {}
+    for layer in layers.grouped_layers:
+        at = find_loaded_weight(layer, layers.architecture)
+        if at.expert is None:
+            above, _, word = at.name.removesuffix(".weight").rpartition(".")
+            beside.setdefault(above, {})[word] = group_of[layer.name]
+    for words in beside.values():
+        for joined, _ in JOINED:
+            if all(word in words for word in joined):
+                assert len({words[word] for word in joined}) == 1, words
 
 
 def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: Any) -> None:
@@ -195,6 +215,19 @@ def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: A
     unquantized = [layer.name for layer in layers.unquantized]
     assert "model.layers.0.mamba.dt_proj" in unquantized
     assert "model.layers.0.mamba.conv1d" not in unquantized
+
+
+def test_experts_that_only_exist_fused_stay_as_they_are_and_are_listed_one_by_one(
+    tiny_type: Any,
+) -> None:
+    folder, _ = tiny_type("granitemoe")
+    layers = find_layers(open_checkpoint(str(folder)))
+    place = "model.layers.0.block_sparse_moe"
+    names = {layer.name for layer in layers.unquantized}
+    words = [f"{place}.experts.{e}.{word}" for e in range(4) for word in ("w1", "w2", "w3")]
+    assert set(words) < names
+    assert "one tensor" in layers.left_out[f"{place}.input_linear.weight"]
+    assert "one tensor" in layers.left_out[f"{place}.output_linear.weight"]
 
 
 def test_a_type_that_transformers_did_not_have_is_inferred_from_names(

@@ -19,7 +19,6 @@ from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.names_in_memory import (
-    InMemory,
     KnownType,
     as_pattern,
     find_in_memory,
@@ -223,7 +222,7 @@ class _Inferrer:
         inside = own.name.partition(f".{index}.")[2]
         if len(info.shape) == 3 and FUSED.fullmatch(inside):
             before = name.partition(f".{index}.")[0]
-            yield from self._read_fused(index, f"{before}.{index}.{inside}", info)
+            self._leave_fused(index, f"{before}.{index}.{inside}", info)
             return
         path = name.partition(f".{index}.")[2]
         reason = self._reason(path, info)
@@ -247,8 +246,6 @@ class _Inferrer:
         if not own.name:
             raise self._uncertain(info, "where the loaded model has it")
         at = EXPERT.fullmatch(f"{name}.weight")
-        if at is not None and own.name == info.name:
-            own = self._fused_parameter(own, at)
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         shape = info.shape[::-1] if transposed else info.shape
         out, wide = shape
@@ -264,24 +261,6 @@ class _Inferrer:
             transposed=transposed,
             of_expert=place and (place[0].rstrip("."), place[1]),
         )
-
-    def _fused_parameter(self, own: InMemory, at: re.Match[str]) -> InMemory:
-        """Where an expert of its own lies, of a type whose checkpoints store experts fused."""
-        if self.known is None or self.known.experts != "":
-            return own
-        place = next(
-            (
-                index
-                for words in EXPERT_WORDS
-                for index, word in enumerate(words)
-                if word == at["word"]
-            ),
-            None,
-        )
-        if place is None:
-            return own
-        half, parts = ("down_proj", 1) if place == 2 else ("gate_up_proj", 2)
-        return InMemory(f"{at['at']}experts.{half}", int(at["expert"]), place % 2, parts)
 
     def _read_in_memory(self, index: int, info: TensorInfo, names: list[str]) -> Iterator[Matrix]:
         """The layers in a parameter that was stored as the loaded model has it."""
@@ -318,8 +297,8 @@ class _Inferrer:
                 else:
                     self.structure.unquantized.append(matrix)
 
-    def _read_fused(self, index: int, name: str, info: TensorInfo) -> Iterator[Matrix]:
-        """Experts that even the hub's checkpoints store as one tensor."""
+    def _leave_fused(self, index: int, name: str, info: TensorInfo) -> None:
+        """Note experts that even the hub's checkpoints store as one tensor."""
         if self.known is None or self.known.experts is None:
             raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
         if self.known.experts:
@@ -337,7 +316,7 @@ class _Inferrer:
         out = rows // len(halves)
         for expert in range(count):
             for part, word in enumerate(halves):
-                yield Matrix(
+                matrix = Matrix(
                     f"{match['at']}experts.{expert}.{word}",
                     index,
                     info,
@@ -348,6 +327,11 @@ class _Inferrer:
                     row_start=part * out,
                     of_expert=(place, expert),
                 )
+                self.structure.unquantized.append(matrix)
+        self.structure.reasons[info.name] = (
+            "experts that checkpoints store in one tensor: under which names engines would read"
+            " them one by one is not known"
+        )
 
     def _reason(self, path: str, info: TensorInfo) -> str | None:
         """Why a tensor of two or more dimensions is in no fusion group."""

@@ -30,6 +30,7 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
     (("in_proj_b", "in_proj_a"), "in_proj_ba"),
     (("gate_proj", "up_proj"), "gate_up"),
+    (("linear_gate", "up_proj"), "gate_up"),
     (("w1", "w3"), "gate_up"),
     (("w_0", "w_1"), "gate_up"),
     (("proj_up_gate", "proj_up"), "gate_up"),

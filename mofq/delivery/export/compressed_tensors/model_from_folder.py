@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,13 +14,11 @@ from mofq.delivery.apply.emulate import apply_group, apply_groups
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     STORED_PARTS,
-    find_stored_layers,
 )
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import FusionGroup
-from mofq.model.layers.names_in_memory import find_in_memory
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
@@ -74,30 +71,7 @@ def _tensors(stored: Checkpoint, schemes: Mapping[str, str]) -> dict[str, Callab
     for name, info in stored.tensors.items():
         if name not in tensors and name.rpartition(".")[2] not in STORED_PARTS:
             tensors[name] = partial(read_tensor, info)
-    return _fuse_experts(stored, tensors)
-
-
-def _fuse_experts(
-    stored: Checkpoint, tensors: dict[str, Callable[[], Tensor]]
-) -> dict[str, Callable[[], Tensor]]:
-    """Put experts together that transformers takes in one tensor only, as the hub stores them."""
-    parts: dict[str, list[tuple[int, int, Callable[[], Tensor]]]] = {}
-    for layer in find_stored_layers(stored).grouped_layers:
-        at, name = layer.loaded, f"{layer.name}.weight"
-        if at is None or at.expert is None or name not in tensors:
-            continue
-        if find_in_memory(name, str(stored.config.get("model_type"))).expert is None:
-            parts.setdefault(at.name, []).append((at.expert, at.row_start, tensors.pop(name)))
-    for name, each in parts.items():
-        tensors[name] = partial(_stack, sorted(each, key=lambda part: part[:2]))
     return tensors
-
-
-def _stack(parts: Sequence[tuple[int, int, Callable[[], Tensor]]]) -> Tensor:
-    rows: dict[int, list[Tensor]] = {}
-    for expert, _, read in parts:
-        rows.setdefault(expert, []).append(read())
-    return torch.stack([torch.cat(each) for each in rows.values()])
 
 
 def _decode(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:
