@@ -154,8 +154,9 @@ def calibrate(
 
     if kv_cache and not layers.caches:
         raise StatsError(
-            f"{model}: {option('kv_cache')} watches keys and values by head, and attention in a "
-            f"{layers.architecture!r} caches latent vectors in engines. Leave the option out."
+            f"{model}: {option('kv_cache')} watches keys and values by head, and what attention in "
+            f"a {layers.architecture!r} caches is latent vectors in engines, or not known. Leave "
+            "the option out."
         )
     windows, bos = _windows(checkpoint, texts, samples)
     plan = _plan(

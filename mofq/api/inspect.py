@@ -52,6 +52,7 @@ class InspectResult:
                 for group in groups
             ],
             "unquantized": list(map(_layer_json, layers.unquantized)),
+            "left_out": dict(layers.left_out),
             "notes": list(self.notes),
         }
         if self.offers is not None:

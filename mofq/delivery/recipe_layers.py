@@ -6,11 +6,11 @@ from mofq.decision.recipe import Recipe, check_recipe, check_weights
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import (
-    FUSION_RULES,
     FusionGroup,
     ModelLayers,
     find_layers,
     layers_of,
+    lm_heads_of,
     share_amax,
 )
 from mofq.numbers.schemes import Scheme, parse_scheme
@@ -70,9 +70,6 @@ def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
     Raises:
         CheckpointError: As ``find_layers``.
     """
-    family = FUSION_RULES.get(str(checkpoint.config.get("model_type")))
+    heads = lm_heads_of(str(checkpoint.config.get("model_type")))
     grouped = set(layers_of(recipe.groups))
-    return find_layers(
-        checkpoint,
-        include_lm_head=family is not None and not grouped.isdisjoint(family.lm_heads),
-    )
+    return find_layers(checkpoint, include_lm_head=not grouped.isdisjoint(heads))

@@ -116,8 +116,14 @@ def check_devices(layers: ModelLayers, devices: int) -> None:
         devices: That share every layer.
 
     Raises:
-        EngineError: The heads cannot be dealt out evenly; the message names the numbers.
+        EngineError: The heads cannot be dealt out evenly, and the message names the numbers; or
+            how engines share layers of this type is not known.
     """
+    if devices > 1 and layers.architecture not in FUSION_RULES:
+        raise EngineError(
+            f"how engines share the layers of a {layers.architecture!r} among devices is not known."
+            " Give one device."
+        )
     outputs = {group.name: group for group in layers.groups if group.name.endswith(".attn.o")}
     for cache in layers.caches:
         group = outputs[cache.name.replace(".kv_cache", ".o")]

@@ -41,7 +41,7 @@ from mofq.files.validated import (
     validate,
 )
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
-from mofq.model.layers import FUSION_RULES, CacheLayer, FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer, ModelLayers, lm_heads_of
 from mofq.model.sizes import group_bytes
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -392,7 +392,7 @@ def selected_layers(space: SearchSpace, layers: ModelLayers) -> tuple[Selection,
     Raises:
         SearchSpaceError: A selector names no layer; the message suggests the nearest names.
     """
-    heads = FUSION_RULES[layers.architecture].lm_heads
+    heads = lm_heads_of(layers.architecture)
     alone = dict.fromkeys([*(one.name for one in layers.unquantized), *heads])
     where = f"search space {space.name}"
     excluded = [

@@ -7,8 +7,9 @@ from typing import Any
 
 from mofq.exceptions import Remark, option
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import ModelLayers
+from mofq.model.layers import FUSION_RULES, ModelLayers
 from mofq.model.layers.model_class import computes_hidden_states
+from mofq.model.layers.names_in_memory import known_type
 
 _HALF = ("bfloat16", "float16")
 
@@ -20,7 +21,12 @@ def notes_on(checkpoint: Checkpoint, layers: ModelLayers) -> tuple[str, ...]:
         checkpoint: The model.
         layers: Of it.
     """
-    notes = (_left_over(checkpoint), _headless(checkpoint, layers), wider_dtype(checkpoint))
+    notes = (
+        _left_over(checkpoint),
+        _headless(checkpoint, layers),
+        wider_dtype(checkpoint),
+        _unheard_of(layers),
+    )
     return tuple(note for note in notes if note is not None)
 
 
@@ -44,6 +50,16 @@ def _headless(checkpoint: Checkpoint, layers: ModelLayers) -> str | None:
         "It is stored as an embedding model, which predicts no tokens: what needs them (calibrate,"
         f" validate, run) refuses it. measure without {option('stats')}, recipe uniform and export"
         " do without."
+    )
+
+
+def _unheard_of(layers: ModelLayers) -> str | None:
+    if layers.architecture in FUSION_RULES or known_type(layers.architecture) is not None:
+        return None
+    return (
+        f"Nothing is known of model_type {layers.architecture!r}: its layers are inferred from the"
+        " names and shapes of its tensors alone. See that they are all, and joined as your engine"
+        " joins them; what `inspect --json` lists as left_out stays as it is."
     )
 
 

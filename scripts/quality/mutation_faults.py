@@ -157,6 +157,24 @@ _NUMBERS = (
         "layers",
     ),
     Fault(
+        "inferred layers: what engines join left apart",
+        '(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),',
+        "",
+        "inferred_layers",
+    ),
+    Fault(
+        "inferred layers: a router taken for a layer",
+        r'(re.compile(r"(?!.*att)(.*\.)?(gate|\w*router)(\.\w+)*"), _ROUTER),',
+        "",
+        "inferred_layers",
+    ),
+    Fault(
+        "experts: what they compute is taken on trust",
+        'return None if is_same else f"{kind}, {_ANOTHER_FORMULA}"',
+        "return None",
+        "modules",
+    ),
+    Fault(
         "a split fusion group accepted",
         "if scheme != chosen[first]:",
         "if scheme == 0:",

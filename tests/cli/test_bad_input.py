@@ -266,8 +266,8 @@ def test_a_tensor_without_elements_is_refused(shape: tuple[int, ...], tmp_path: 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        ({"model_type": "mamba"}, ("no rules for model_type 'mamba'", "FUSION_RULES")),
-        ({"model_type": None}, ("no rules for model_type None",)),
+        ({"model_type": "mamba"}, ("'backbone.layers' of a 'mamba'", "different models")),
+        ({"model_type": None}, ("needed a 'model_type'", "found None")),
         ({"num_hidden_layers": 7}, ("needed 7 decoder layers", "found 6")),
         ({"hidden_size": 256}, ("of shape [128, 256] by config.json, found [128, 128]",)),
         ({"intermediate_size": -1}, ("'intermediate_size' needs a positive integer",)),

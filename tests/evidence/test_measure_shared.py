@@ -92,7 +92,7 @@ def test_the_weights_part_is_that_of_each_layer_by_itself() -> None:
             torch.testing.assert_close(error_of(found, scheme), expected_N)
 
 
-def expert_layer(name: str, shares_input: str) -> LinearLayer:
+def expert_layer(name: str, half: str) -> LinearLayer:
     return LinearLayer(
         name=name,
         tensor="",
@@ -100,8 +100,7 @@ def expert_layer(name: str, shares_input: str) -> LinearLayer:
         in_features=IN,
         dtype="BF16",
         module=f"experts.{name}",
-        shares_scale=f"experts.{name}.gate_up",
-        shares_input=shares_input,
+        shares_scale=f"experts.{name}.{half}",
     )
 
 
@@ -120,9 +119,9 @@ def experts_of(tokens: dict[str, list[int]]) -> dict[str, LayerScore]:
 def test_experts_of_a_token_are_moved_by_one_rounding_of_it() -> None:
     tokens = {"gate": [0, 5, 63, 64, 99], "up": [1, 5, 64, 70]}
     both, alone = [5, 64], {"gate": [0, 63, 99], "up": [1, 70]}
-    layers = [expert_layer(name, "experts.gate_up") for name in tokens]
+    layers = [expert_layer(name, "gate_up") for name in tokens]
     found = with_shared_inputs(experts_of(tokens), layers)
-    apart = with_shared_inputs(experts_of(tokens), [expert_layer(name, "") for name in tokens])
+    apart = with_shared_inputs(experts_of(tokens), [expert_layer(name, "down") for name in tokens])
     by_itself = experts_of({name: alone[name] for name in tokens})
     for scheme, one in enumerate(SCHEMES):
         if one.weight is None and one.activation is not None:

@@ -19,8 +19,15 @@ from mofq.model.layers import find_layers
 @pytest.mark.parametrize(
     ("family", "edit", "message"),
     [
-        ("llama", {"model_type": "mamba"}, r"'mamba'; known are llama, mistral, .*qwen3_moe"),
-        ("llama", {"model_type": None}, r"model_type None; known are"),
+        ("llama", {"model_type": "mamba"}, r"'backbone\.layers' of a 'mamba', found model\.layers"),
+        ("llama", {"model_type": None}, r"needed a 'model_type', .* found None"),
+        ("llama", {"model_type": "new", "num_hidden_layers": 3}, r"needed 3 decoder .* found 2"),
+        ("llama", {"model_type": "new", "num_hidden_layers": 1}, r"needed 1 decoder .*index 1"),
+        (
+            "llama",
+            {"model_type": "new", "num_hidden_layers": 10**9},
+            r"needed 1000000000 .*found 2",
+        ),
         ("llama", {"model_type": "gpt2"}, r"needs tensors named transformer\.h\.0"),
         ("llama", {"num_hidden_layers": 3}, r"needed 3 decoder layers .* found 2"),
         ("llama", {"num_hidden_layers": 1}, r"needed 1 decoder layers .* found 2 .*index 1"),

@@ -31,6 +31,7 @@ from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, share_amax
+from mofq.model.modules import is_plain_linear
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme
 
@@ -169,7 +170,7 @@ def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe:
         if layer.expert is not None:
             continue
         kind = type(module).__name__
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and is_plain_linear(module):
             if type(module.weight.data) is Tensor:
                 continue
             kind += f" with a weight of class {type(module.weight.data).__name__}"

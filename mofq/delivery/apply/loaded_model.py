@@ -17,7 +17,8 @@ from mofq.model.checkpoint.tensors import (
     read_layer_rows,
     read_tensor,
 )
-from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_names
+from mofq.model.layers import FUSION_RULES, LinearLayer, ModelLayers, find_loaded_names
+from mofq.model.layers.names_in_memory import find_in_memory
 from mofq.numbers.schemes import Scheme
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -40,10 +41,12 @@ def find_loaded_layers(model: PreTrainedModel, recipe: Recipe) -> ModelLayers:
             layer is covered by no rule.
     """
     name = str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+    # Each once: a state_dict has what several modules share under every name.
+    own = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
     tensors = {
         key: TensorInfo(key, _DTYPE_NAMES[value.dtype], tuple(value.shape), Path(name), 0, 0)
         for key, value in model.state_dict().items()
-        if value.dtype in _DTYPE_NAMES
+        if value.dtype in _DTYPE_NAMES and key in own
     }
     loaded = Checkpoint(Path(name), name, model.config.to_dict(), tensors, index_sha256="")
     return find_recipe_layers(loaded, recipe)
@@ -71,6 +74,12 @@ def loaded_tensor(tensors: Mapping[str, Tensor], name: str, architecture: str) -
         The tensor, or None for one of another tower, or of a buffer that the model's class
         computes.
     """
+    if architecture not in FUSION_RULES:
+        at = find_in_memory(name, architecture)
+        whole = tensors.get(at.name)
+        if whole is None or at.parts == 1:
+            return whole
+        return whole.chunk(at.parts)[at.part]
     names = find_loaded_names(name, architecture)
     return next((tensors[key] for key in names if key in tensors), None)
 

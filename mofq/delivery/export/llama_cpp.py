@@ -18,7 +18,7 @@ from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import LinearLayer
+from mofq.model.layers import FUSION_RULES, LinearLayer
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -82,10 +82,16 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
         The text of the file.
 
     Raises:
-        BackendError: A layer has no name in GGUF that is known here.
+        BackendError: A layer, or its type, has no name in GGUF that is known here.
         RecipeError: The recipe is not for this model.
     """
     layers = checked_layers(checkpoint, recipe)
+    if layers.architecture not in FUSION_RULES:
+        raise BackendError(
+            f"{checkpoint.folder}: what llama.cpp calls the tensors of a {layers.architecture!r} "
+            "is not known, and it leaves out what it does not find. Known are: "
+            f"{', '.join(FUSION_RULES)}."
+        )
     schemes = recipe.schemes
     lines: dict[str, tuple[str, str]] = {}
     for layer in layers.grouped_layers:

@@ -32,12 +32,12 @@ from mofq.model.checkpoint.tensors import (
     read_tensor,
 )
 from mofq.model.layers import (
-    FUSION_RULES,
     FusionGroup,
     LinearLayer,
     LoadedWeight,
     ModelLayers,
     find_loaded_weight,
+    lm_heads_of,
 )
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.quantize.tiles import row_blocks
@@ -284,9 +284,8 @@ def _check_others(
 ) -> Iterator[Deviation]:
     """Tensors that are no linear layer's weight: biases, norms, embeddings."""
     skipped = {layer.tensor for layer in layers.linear_layers}
-    family = FUSION_RULES[layers.architecture]
     if layers.tied_lm_head:  # a copy on disk that is never loaded
-        skipped |= {f"{name}.weight" for name in family.lm_heads}
+        skipped |= {f"{name}.weight" for name in lm_heads_of(layers.architecture)}
     loaded = model.state_dict()
     for name, info in checkpoint.tensors.items():
         found = loaded_tensor(loaded, name, layers.architecture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from mofq.exceptions import StatsError
 from mofq.model.attention import pass_cache
@@ -23,6 +25,13 @@ from mofq.model.layers import (
     ModelLayers,
     find_loaded_module,
     find_loaded_weight,
+)
+from mofq.model.modules import (
+    experts_problem,
+    find_activation,
+    first_parameter,
+    is_plain_linear,
+    run_experts,
 )
 
 #: (expert, parameter) -> the layers whose rows the parameter holds, and the first row of each.
@@ -46,6 +55,8 @@ class Captured:
     tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
     #: Layer with inputs of its own -> a number a draw; see `mofq.evidence.calibration.gains`.
     input_gains: dict[str, list[float]] = field(default_factory=dict)
+    length: int = 0  #: tokens of the sequence
+    runs_again: bool = False  #: whether layers run a second time in the backward pass
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -53,8 +64,18 @@ class Captured:
             part.clear()
 
     def keep_input(self, layer: str, x: Tensor, y: Tensor) -> None:
-        """Keep a layer's input, its gain, and the gradient of its output."""
+        """Keep a layer's input, its gain, and the gradient of its output.
+
+        Raises:
+            StatsError: The layer sees something else than one vector for each token.
+        """
         x_TI = x.detach().reshape(-1, x.shape[-1])
+        if len(x_TI) != self.length:
+            raise StatsError(
+                f"{layer}: sees {len(x_TI)} vectors of a sequence of {self.length} tokens, and "
+                "errors are predicted of layers that see one for each token. Leave the model's "
+                "type out, or measure without --stats."
+            )
         self.x[layer] = x_TI.to(device="cpu", dtype=torch.bfloat16)
         self.keep_input_gain(layer, x)
         self.keep_gradient(layer, layer, y)
@@ -108,9 +129,13 @@ def capture_layers(
     Raises:
         StatsError: The model has no module for one of the layers.
     """
-    captured = Captured(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    captured = Captured(
+        model.get_input_embeddings().weight.device,  # type: ignore[operator]
+        runs_again=activation_checkpointing,
+    )
+    holders = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     last_input: list[tuple[Tensor, str]] = []
-    handles = [_start_gradient_at_embeddings(model)]
+    handles = [_start_gradient_at_embeddings(model, captured)]
     restore: list[Callable[[], None]] = []
     experts: dict[str, dict[tuple[int, str], list[tuple[LinearLayer, int]]]] = {}
     for layer in layers.grouped_layers:
@@ -118,6 +143,7 @@ def capture_layers(
         path, _, parameter = loaded.name.rpartition(".")
         module = _module(model, path, layer)
         if loaded.expert is None:
+            _check_module(module, layer, holders)
             hook = partial(_on_forward, captured, last_input, layer.name)
             handles.append(module.register_forward_hook(hook))
         else:
@@ -151,6 +177,20 @@ def _module(model: nn.Module, path: str, layer: LinearLayer | CacheLayer) -> nn.
         ) from None
 
 
+def _check_module(module: nn.Module, layer: LinearLayer, holders: Mapping[int, int]) -> None:
+    """Refuse a module that is no plain linear layer, or shares its weight with another."""
+    if not is_plain_linear(module):
+        raise StatsError(
+            f"{layer.name}: the loaded model's module is a {type(module).__name__}, and no plain "
+            "linear layer. Measure without --stats."
+        )
+    if holders[id(module.weight)] > 1:
+        raise StatsError(
+            f"{layer.name}: several modules of the loaded model have this weight, so that its "
+            "error counts more than once, which is not predicted. Measure without --stats."
+        )
+
+
 def _on_forward(
     captured: Captured,
     last_input: list[tuple[Tensor, str]],
@@ -159,8 +199,15 @@ def _on_forward(
     inputs: tuple[Tensor, ...],
     output: Tensor,
 ) -> None:
-    if not output.requires_grad or (name in captured.source):
-        return  # the second run of an activation-checkpointed decoder layer
+    if not output.requires_grad:
+        return
+    if name in captured.source:
+        if captured.runs_again:
+            return  # the second run of an activation-checkpointed decoder layer
+        raise StatsError(
+            f"{name}: runs more than once for a token, so that its error counts more than once, "
+            "which is not predicted. Measure without --stats."
+        )
     captured.keep_output(name, output, getattr(module, "bias", None))
     x = inputs[0]
     if last_input and last_input[0][0] is x and last_input[0][1] in captured.x:
@@ -182,9 +229,15 @@ def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[
     return seen[0], seen[1]
 
 
-def _start_gradient_at_embeddings(model: nn.Module) -> RemovableHandle:
+def _start_gradient_at_embeddings(model: nn.Module, captured: Captured) -> RemovableHandle:
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+
+    def start(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        captured.length = output[..., 0].numel()
+        return output.requires_grad_(True).clone()
+
+    # A copy, which a model may scale in place.
+    return embeddings.register_forward_hook(start)
 
 
 def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
@@ -229,13 +282,21 @@ def _watch_experts(
     """Replace the forward of an experts module by one that shows each expert's layers.
 
     Args:
-        experts: With parameters ``gate_up_proj`` and ``down_proj`` of three dimensions.
+        experts: With two parameters of three dimensions.
         layers: The linear layers that they hold.
         captured: Where inputs and gradients go.
 
     Returns:
         A function that puts the module's own forward back.
+
+    Raises:
+        StatsError: The experts are of another kind than transformers' plain one.
     """
+    if problem := experts_problem(experts):
+        name = next(iter(layers.values()))[0][0].name.rpartition(".experts.")[0]
+        raise StatsError(
+            f"{name}: {problem}: what its layers receive cannot be shown. Measure without --stats."
+        )
     module: Any = experts
     forward = vars(module).get("forward")
     module.forward = partial(_run_experts, module, layers, captured)
@@ -250,23 +311,21 @@ def _run_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """The eager forward of transformers' experts, in the same order of operations.
+    """The forward of transformers' experts, which shows the layers of each."""
 
-    Source: ``MixtralExperts.forward`` in transformers 5.
-    """
-    output_TI = torch.zeros_like(hidden_TI)
-    for expert in torch.unique(top_k_index).tolist():
-        rank, token = torch.where((top_k_index == expert).T)
-        x = hidden_TI[token]
-        y = functional.linear(x, module.gate_up_proj[expert])
-        _see(captured, layers[expert, "gate_up_proj"], x, y, token)
-        gate, up = y.chunk(2, dim=-1)
-        x = module.act_fn(gate) * up
-        y = functional.linear(x, module.down_proj[expert])
-        _see(captured, layers[expert, "down_proj"], x, y, token)
-        y = y * top_k_weights[token, rank, None]
-        output_TI.index_add_(0, token, y.to(output_TI.dtype))
-    return output_TI
+    def linear(parameter: str, expert: int, x_TI: Tensor, token_T: Tensor) -> Tensor:
+        y_TO = functional.linear(x_TI, getattr(module, parameter)[expert])
+        _see(captured, layers[expert, parameter], x_TI, y_TO, token_T)
+        return y_TO
+
+    return run_experts(
+        hidden_TI,
+        top_k_index,
+        top_k_weights,
+        first=first_parameter(module),
+        activation=find_activation(module),
+        linear=linear,
+    )
 
 
 def _see(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mofq.model.layers.families import FUSION_RULES
+from mofq.model.layers.families import FUSION_RULES, lm_heads_of
 from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
@@ -31,5 +31,6 @@ __all__ = [
     "find_loaded_names",
     "find_loaded_weight",
     "layers_of",
+    "lm_heads_of",
     "share_amax",
 ]

@@ -231,6 +231,9 @@ FUSION_RULES: dict[str, Family] = {
     ),
 }
 
+#: Where the lm_head is in a checkpoint of a type without a row.
+ANY_HEADS = ("lm_head", "language_model.lm_head", "embed_out", "head", "output", "proj_out")
+
 _KEYS = {
     "hidden": ("hidden_size", "n_embd"),
     "heads": ("num_attention_heads", "n_head"),
@@ -257,6 +260,16 @@ _KEYS = {
 #: How many tokens a model takes.
 _CONTEXT = ("max_position_embeddings", "n_positions")
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
+
+
+def lm_heads_of(architecture: str) -> tuple[str, ...]:
+    """Under which names a checkpoint may hold the lm_head.
+
+    Args:
+        architecture: ``ModelLayers.architecture``.
+    """
+    family = FUSION_RULES.get(architecture)
+    return ANY_HEADS if family is None else family.lm_heads
 
 
 def family_of(architecture: str, config: Mapping[str, Any]) -> Family:

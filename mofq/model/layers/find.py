@@ -5,19 +5,16 @@ Coverage is total: a matrix in a decoder layer that no rule knows is an error.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.fp8 import SUPPORTED, find_scales
 from mofq.model.checkpoint.headers import (
     CONFIG_FILE,
     Checkpoint,
     TensorInfo,
-    have_same_values,
 )
 from mofq.model.layers.families import (
     FUSION_RULES,
@@ -27,11 +24,21 @@ from mofq.model.layers.families import (
     family_of,
     read_sizes,
 )
+from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, layers_of
+from mofq.model.layers.making import (
+    SOURCE_DTYPES,
+    check_tied,
+    config_path,
+    few,
+    linear_layer,
+    read_architecture,
+    refuse_quantized,
+    short_names,
+    text_config,
+)
 from mofq.model.layers.model_class import check_class, computes_hidden_states
-
-_SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
             is covered by no rule, the embedding is tied to an lm_head that is stored and differs,
             or the lm_head is asked for and there is none of its own.
     """
+    if read_architecture(checkpoint) not in FUSION_RULES:
+        return infer_layers(checkpoint, include_lm_head=include_lm_head)
     model = _read_model(checkpoint)
     _check_decoder_layers(model)
     groups: list[FusionGroup] = []
@@ -130,7 +139,7 @@ def _find_caches(model: _Declared, groups: Iterable[FusionGroup]) -> tuple[Cache
 def _join_rules(model: _Declared, index: int, rules: Rules) -> list[FusionGroup]:
     """The fusion groups that have one tensor per layer, of one decoder layer."""
     family = model.family
-    words = [path.rpartition(".")[2] for rule in family.rules.values() for path in rule]
+    short = short_names(path for rule in (*family.rules.values(), *rules.values()) for path in rule)
     groups = []
     for rule_name, rule in rules.items():
         layers = []
@@ -140,21 +149,13 @@ def _join_rules(model: _Declared, index: int, rules: Rules) -> list[FusionGroup]
                 f"{family.decoder}.{index}.{path}",
                 (model.sizes[out_size], model.sizes[in_size]),
                 decoder_layer=index,
-                module=_short_name(path, words),
+                module=short[path],
                 shares_scale=rule_name.rpartition(".")[2],
                 transposed=family.transposed,
             )
             layers.append(layer)
         groups.append(FusionGroup(f"layers.{index}.{rule_name}", tuple(layers)))
     return groups
-
-
-def _short_name(path: str, words: list[str]) -> str:
-    """``q_proj``; ``attn.c_proj`` where a decoder layer has two; ``shared_expert.up_proj``."""
-    above, _, word = path.rpartition(".")
-    if "." in above:
-        return path.partition(".")[2]
-    return path if words.count(word) > 1 else word
 
 
 def _expects_experts(model: _Declared, index: int) -> bool:
@@ -164,7 +165,7 @@ def _expects_experts(model: _Declared, index: int) -> bool:
     dense, step = model.config.get("mlp_only_layers"), model.config.get("decoder_sparse_step")
     if not isinstance(dense, list | None) or type(step) not in (int, type(None)) or step == 0:
         raise CheckpointError(
-            f"{_config_path(model.checkpoint)}: needed 'mlp_only_layers' as a list and"
+            f"{config_path(model.checkpoint)}: needed 'mlp_only_layers' as a list and"
             f" 'decoder_sparse_step' as a positive integer, found {dense!r} and {step!r}."
         )
     return index not in (dense or []) and (index + 1) % (step or 1) == 0
@@ -188,7 +189,7 @@ def _join_experts(model: _Declared, experts: Experts, index: int) -> FusionGroup
             path = f"{at}.{experts.module}.experts.{expert}.{word}"
             key = f"{fused}.{half}_proj" if is_fused else f"{model.body}{path}.weight"
             info = _require_tensor(model, key, stored[half] if is_fused else shape)
-            layer = _linear_layer(
+            layer = linear_layer(
                 info,
                 model.family.body + path,
                 shape=shape,
@@ -197,7 +198,6 @@ def _join_experts(model: _Declared, experts: Experts, index: int) -> FusionGroup
                 decoder_layer=index,
                 expert=expert if is_fused else None,
                 row_start=out if is_fused and word == experts.up else 0,
-                shares_input="" if half == "down" else f"experts.{half}",
             )
             layers.append(layer)
     return FusionGroup(f"layers.{index}.moe.experts", tuple(layers))
@@ -260,15 +260,7 @@ def _is_tied(model: _Declared) -> bool:
     ]
     if not next((bool(value) for value in stated if value is not None), model.family.tied):
         return False
-    embedding = _find_embedding(model)
-    for head in _stored_lm_heads(model):
-        if not have_same_values(head, embedding):
-            raise CheckpointError(
-                f"{_config_path(model.checkpoint)}: 'tie_word_embeddings' is true (or not stated,"
-                f" and true for the family), and {head.file.name} holds {head.name!r}, which"
-                f" differs from the embedding {embedding.name!r}; engines differ in which they"
-                " use. Set it to false, or remove that tensor."
-            )
+    check_tied(model.checkpoint, _stored_lm_heads(model), _find_embedding(model))
     return True
 
 
@@ -281,7 +273,7 @@ def _find_lm_head(model: _Declared) -> LinearLayer | None:
     name = stored[0].name if stored else f"{model.family.lm_heads[0]}.weight"
     info = _require_tensor(model, name, embedding.shape)
     rows, columns = info.shape
-    return _linear_layer(
+    return linear_layer(
         info,
         model.family.lm_heads[0],
         shape=(rows, columns),
@@ -323,7 +315,7 @@ def _find_layer(
             f"{info.file}: {key!r} is stored transposed and has FP8 scales, for which there is no"
             " convention. Give the checkpoint before it was quantized."
         )
-    return _linear_layer(
+    return linear_layer(
         info,
         model.family.body + path,
         shape=shape,
@@ -334,58 +326,17 @@ def _find_layer(
     )
 
 
-def _linear_layer(
-    info: TensorInfo,
-    name: str,
-    *,
-    shape: tuple[int, int],
-    module: str,
-    shares_scale: str,
-    decoder_layer: int | None = None,
-    transposed: bool = False,
-    expert: int | None = None,
-    row_start: int = 0,
-    shares_input: str = "",
-) -> LinearLayer:
-    """The layer [out, in] = ``shape`` that lies in a tensor."""
-    return LinearLayer(
-        name=name,
-        tensor=info.name,
-        out_features=shape[0],
-        in_features=shape[1],
-        dtype=info.dtype,
-        module=module,
-        shares_scale=shares_scale,
-        decoder_layer=decoder_layer,
-        transposed=transposed,
-        expert=expert,
-        row_start=row_start,
-        # Its share of the scales of the tensor.
-        scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
-        shares_input=shares_input,
-    )
-
-
 def _read_model(checkpoint: Checkpoint) -> _Declared:
     """Read what the config declares, and find where the decoder's tensors are.
 
     Raises:
-        CheckpointError: The family is unknown, or the checkpoint is quantized already.
+        CheckpointError: The checkpoint is quantized already.
     """
-    where = _config_path(checkpoint)
-    architecture = checkpoint.config.get("model_type")
-    if not isinstance(architecture, str) or architecture not in FUSION_RULES:
-        raise CheckpointError(
-            f"{where}: no rules for model_type {architecture!r}; known are"
-            f" {', '.join(FUSION_RULES)}. A new family is a row of FUSION_RULES:"
-            " docs/architecture.md."
-        )
+    where = config_path(checkpoint)
+    architecture = read_architecture(checkpoint)
     check_class(checkpoint.config, where=where)
-    _refuse_quantized(checkpoint)
-    config = checkpoint.config.get("text_config")
-    config = checkpoint.config if config is None else config
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: 'text_config' needs an object, found {config!r}.")
+    refuse_quantized(checkpoint)
+    config = text_config(checkpoint)
     family = family_of(architecture, config)
     sizes = read_sizes(config, family, where=where)
     for body in family.bodies:
@@ -394,24 +345,7 @@ def _read_model(checkpoint: Checkpoint) -> _Declared:
     raise CheckpointError(
         f"{checkpoint.folder}: model_type {architecture!r} needs tensors named"
         f" {' or '.join(f'{body}{family.decoder}.0.…' for body in family.bodies)}, found"
-        f" {_few(checkpoint.tensors)}. Config and weights are of different models."
-    )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("quantization_config")
-    scales = find_scales(checkpoint.tensors)
-    if config is None and scales is None:
-        return
-    method = config.get("quant_method") if isinstance(config, dict) else config
-    found = repr(scales) if config is None else f"quantization_config {method!r}"
-    own = (
-        " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
-    )
-    raise CheckpointError(
-        f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
-        f" against the model before that. Give the original, in {', '.join(_SOURCE_DTYPES)}, or"
-        f" {SUPPORTED}.{own}"
+        f" {few(checkpoint.tensors)}. Config and weights are of different models."
     )
 
 
@@ -429,7 +363,7 @@ def _check_decoder_layers(model: _Declared) -> None:
     decoder = [index for index in found if index not in ahead]
     if len(decoder) != needed or max(decoder) != needed - 1:
         raise CheckpointError(
-            f"{_config_path(model.checkpoint)}: needed {needed} decoder layers as the config says,"
+            f"{config_path(model.checkpoint)}: needed {needed} decoder layers as the config says,"
             f" found {len(found)} in the tensors (highest index {max(found, default=None)})."
             " Config and weights are of different models, or a shard is missing."
         )
@@ -458,9 +392,9 @@ def _require_tensor(model: _Declared, key: str, shape: tuple[int, ...]) -> Tenso
             f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
             " models."
         )
-    if info.dtype not in _SOURCE_DTYPES and not info.decoded:
+    if info.dtype not in SOURCE_DTYPES and not info.decoded:
         raise CheckpointError(
-            f"{info.file}: tensor {key!r} needs dtype {', '.join(_SOURCE_DTYPES)}, found"
+            f"{info.file}: tensor {key!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
             f" {info.dtype}. Give the original checkpoint, or convert it."
         )
     return info
@@ -476,18 +410,7 @@ def _refuse_uncovered(model: _Declared, covered: set[str]) -> None:
     ]
     if uncovered:
         raise CheckpointError(
-            f"{model.checkpoint.folder}: {_few(uncovered)}: no rule of family"
+            f"{model.checkpoint.folder}: {few(uncovered)}: no rule of family"
             f" {model.architecture!r} covers it, so it would be left out silently. Its config is"
             " of another model, or the family needs another row in FUSION_RULES."
         )
-
-
-def _config_path(checkpoint: Checkpoint) -> str:
-    """For messages."""
-    return str(checkpoint.folder / CONFIG_FILE)
-
-
-def _few(names: Mapping[str, Any] | list[str]) -> str:
-    """Some of many names, for messages."""
-    first = [repr(name) for name in list(names)[:3]]
-    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

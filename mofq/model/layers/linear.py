@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
+from mofq.model.layers.names_in_memory import find_stored_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 _Layer_co = TypeVar("_Layer_co", covariant=True)
 _Layer = TypeVar("_Layer")
 _Number = TypeVar("_Number", float, "Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """Where the model that transformers builds in memory holds the weight of a layer.
+
+    The parameter ``name`` is [out, in], [in, out] where ``transposed``, or with one
+    more dimension in front that ``expert`` indexes; the layer's rows start at ``row_start``.
+    """
+
+    name: str
+    expert: int | None
+    row_start: int
+    transposed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +53,21 @@ class LinearLayer:
     expert: int | None = None  #: index into a tensor [experts, out, in]
     row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
-    #: Experts of a fusion group with the same word read the same vector at a token; "" elsewhere,
-    #: where the statistics know which layers read the very same inputs.
-    shares_input: str = ""
+    loaded: LoadedWeight | None = None  #: in the loaded model, where no family's rule says it
 
     @property
     def weights(self) -> int:
         """Number of weights."""
         return self.out_features * self.in_features
+
+    @property
+    def shares_input(self) -> str:
+        """What other experts of the fusion group with the same word read at a token.
+
+        Empty elsewhere, where the statistics know which layers read the very same inputs.
+        """
+        kind, _, half = self.shares_scale.partition(".")
+        return "experts.gate_up" if kind == "experts" and half.endswith("gate_up") else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +99,15 @@ def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Nu
 class ModelLayers:
     """Every linear layer of a language model, each exactly once."""
 
-    architecture: str  #: model_type, a key of FUSION_RULES
+    architecture: str  #: model_type; a key of FUSION_RULES, or of a type that was inferred
     groups: tuple[FusionGroup, ...]
     unquantized: tuple[LinearLayer, ...]  #: lm_head, routers, projections outside the decoder
     tied_lm_head: bool  #: the lm_head is the embedding and no layer of its own
     other_bytes: int  #: of all tensors but the weights in groups [bytes]
     caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
     body: str = ""  #: prefix of the language model's tensors on disk
+    #: Tensor -> why it is in no fusion group, of every matrix of an inferred type.
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def grouped_layers(self) -> tuple[LinearLayer, ...]:
@@ -106,20 +130,6 @@ def layers_of(groups: Iterable[_Group[_Layer]]) -> Iterator[_Layer]:
     return (layer for group in groups for layer in group.layers)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedWeight:
-    """Where the model that transformers builds in memory holds the weight of a layer.
-
-    The parameter ``name`` is [out, in], [in, out] where ``transposed``, or with one
-    more dimension in front that ``expert`` indexes; the layer's rows start at ``row_start``.
-    """
-
-    name: str
-    expert: int | None
-    row_start: int
-    transposed: bool
-
-
 def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
     """Map a layer of the checkpoint to a parameter of the loaded model.
 
@@ -133,6 +143,8 @@ def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
     Returns:
         The parameter, by its name in the model of ``AutoModelForCausalLM``.
     """
+    if layer.loaded is not None:
+        return layer.loaded
     family = FUSION_RULES[architecture]
     if layer.name in family.lm_heads:
         return LoadedWeight("lm_head.weight", None, 0, transposed=False)
@@ -167,7 +179,9 @@ def find_exported_name(name: str, layers: ModelLayers) -> str:
     ``qwen2_moe.py``, ``qwen3_moe.py``, ``olmoe.py``, ``glm4_moe.py``, ``deepseek_v2.py``
     (``mlp``; ``gate_proj, down_proj, up_proj``); SGLang 0.5.23, the same files.
     """
-    family = FUSION_RULES[layers.architecture]
+    family = FUSION_RULES.get(layers.architecture)
+    if family is None:
+        return find_stored_name(name, layers.architecture)
     if name.removesuffix(".weight") in family.lm_heads or not name.startswith(layers.body):
         return name
     if not name.startswith(family.body):
@@ -183,7 +197,7 @@ def find_loaded_names(name: str, architecture: str) -> tuple[str, ...]:
 
     Args:
         name: Of a tensor that is no linear layer's weight.
-        architecture: ``ModelLayers.architecture``.
+        architecture: ``ModelLayers.architecture``, a key of ``FUSION_RULES``.
 
     Returns:
         The first of them that the model has is the one; it may have none, of

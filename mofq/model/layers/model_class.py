@@ -12,7 +12,13 @@ from typing import Any
 from mofq.exceptions import CheckpointError, option
 
 #: Ends of the names of classes that predict next tokens.
-_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CAUSAL = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "WithLMHead",
+    "GenerationDecoder",
+)
 
 
 def computes_hidden_states(config: Mapping[str, Any]) -> bool:

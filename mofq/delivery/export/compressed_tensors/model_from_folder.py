@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply_group, apply_groups
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
-from mofq.delivery.export.compressed_tensors.recipe_from_folder import STORED_PARTS
+from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
+    STORED_PARTS,
+)
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor

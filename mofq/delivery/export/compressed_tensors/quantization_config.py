@@ -25,7 +25,12 @@ _JOINED = {
     ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
     ("gate_proj", "up_proj"): ("gate_up_proj",),
     ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
+    ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
+    ("w1", "w3"): ("w13",),
 }
+#: What SGLang calls the matrices of an expert that have other words.
+_EXPERT_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 #: Families whose modules SGLang 0.5.23 names without ``model.`` (``models/mixtral.py:303``).
 _WITHOUT_BODY = {"mixtral"}
 
@@ -108,19 +113,18 @@ def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]
 
     Source: SGLang 0.5.23 ``compressed_tensors/compressed_tensors.py:883-898``.
     """
-    family = FUSION_RULES[architecture]
     names = []
     for group in groups:
         parents = [layer.name.rpartition(".")[0] for layer in group.layers]
         words = [layer.name.rpartition(".")[2] for layer in group.layers]
         names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
-        experts = family.experts
-        if experts is not None and parents[0].endswith(".experts.0"):
-            known = {experts.gate: "gate_proj", experts.up: "up_proj", experts.down: "down_proj"}
+        if parents[0].endswith(".experts.0"):
+            known = {word: _EXPERT_WORDS.get(word, word) for word in words}
             first = zip(parents, words, strict=True)
             names += [f"{parent}.{known[w]}" for parent, w in first if parent == parents[0]]
         elif architecture in _WITHOUT_BODY:
             names += [layer.name for layer in group.layers]
     if architecture in _WITHOUT_BODY:
-        names += [name.removeprefix(family.body) for name in names]
+        body = FUSION_RULES[architecture].body
+        names += [name.removeprefix(body) for name in names]
     return names

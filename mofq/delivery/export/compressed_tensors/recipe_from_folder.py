@@ -22,7 +22,7 @@ from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
-from mofq.model.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers, lm_heads_of
 from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -127,8 +127,7 @@ def find_stored_layers(stored: Checkpoint) -> ModelLayers:
     Raises:
         CheckpointError: The model is of an unknown family.
     """
-    family = FUSION_RULES.get(str(stored.config.get("model_type")))
-    heads = () if family is None else family.lm_heads
+    heads = lm_heads_of(str(stored.config.get("model_type")))
     return find_layers(
         _without_quantization(stored),
         include_lm_head=any(_is_quantized(stored, name) for name in heads),

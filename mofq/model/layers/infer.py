@@ -1,0 +1,454 @@
+"""Infers the structure of a decoder from the names and shapes of its tensors.
+
+For model types without a row in `families`. Needs headers and the config, no torch. Coverage is
+total: every matrix of a decoder layer is in a fusion group, or listed with the reason why not. What
+the names do not decide is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
+from mofq.model.layers.families import ANY_HEADS
+from mofq.model.layers.joining import Matrix, join
+from mofq.model.layers.linear import LoadedWeight
+from mofq.model.layers.names_in_memory import (
+    KnownType,
+    as_pattern,
+    find_in_memory,
+    find_stored,
+    find_stored_name,
+    known_type,
+)
+from mofq.model.layers.words import (
+    EMBEDDINGS,
+    EXPERT,
+    EXPERT_WORDS,
+    FUSED,
+    HIDDEN_SIZES,
+    KEPT,
+    LAYER_COUNTS,
+    LAYERS_AHEAD,
+    NOT_LINEAR,
+    OWN_PARAMETER,
+    REFUSED,
+    STACK,
+    TOWERS,
+)
+
+
+@dataclass(slots=True)
+class Structure:
+    """What was inferred of a decoder."""
+
+    stack: str  #: name of the list of decoder layers on disk: ``model.layers``
+    layers: int
+    groups: list[list[tuple[str, list[Matrix]]]]  #: of each layer: name, members
+    unquantized: list[Matrix] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)  #: tensor -> why it is in no group
+    embedding: TensorInfo | None = None
+
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        """Of all groups, and those that stay unquantized."""
+        for groups in self.groups:
+            for _, members in groups:
+                yield from members
+        yield from self.unquantized
+
+    @property
+    def body(self) -> str:
+        """The prefix of the stack."""
+        return self.stack.rpartition(".")[0] + "." if "." in self.stack else ""
+
+
+def infer_structure(
+    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+) -> Structure:
+    """Find the decoder's matrices and what engines join of them.
+
+    Args:
+        checkpoint: Of a type without rules.
+        architecture: Its ``model_type``.
+        config: Of the language model.
+
+    Raises:
+        CheckpointError: Something is not certain; the message says what.
+    """
+    if architecture in REFUSED:
+        raise CheckpointError(
+            f"{checkpoint.folder}: model_type {architecture!r}: {REFUSED[architecture]}."
+        )
+    stack, indices = _find_stack(checkpoint, architecture, config)
+    count = _stated(config, LAYER_COUNTS) or max(indices) + 1
+    structure = Structure(stack, count, [[] for _ in range(count)])
+    inferrer = _Inferrer(checkpoint, architecture, config, structure)
+    for index in range(count):
+        inferrer.infer_layer(index)
+    inferrer.explain_outside()
+    if not any(structure.groups):
+        raise CheckpointError(
+            f"{checkpoint.folder}: model_type {architecture!r}: no linear layer of the decoder can"
+            f" be quantized. {_few_reasons(structure.reasons)}"
+        )
+    return structure
+
+
+def _find_stack(
+    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+) -> tuple[str, set[int]]:
+    """The name of the list of decoder layers, and its indices."""
+    stacks: dict[str, set[int]] = {}  # on disk
+    in_memory: dict[str, str] = {}
+    for name, info in checkpoint.tensors.items():
+        match = STACK.fullmatch(name)
+        if match is not None and len(info.shape) >= 2:
+            stack, index = match["stack"], match["index"]
+            if not in_memory.get(stack):
+                own = find_in_memory(name, architecture).name
+                in_memory[stack] = own.partition(f".{index}.")[0]
+            stacks.setdefault(stack, set()).add(int(index))
+    count, known = _stated(config, LAYER_COUNTS), known_type(architecture)
+    if known is not None and known.stacks:
+        found: Mapping[str, set[int]] = {
+            name: at for name, at in stacks.items() if in_memory[name] in known.stacks
+        }
+        named = " and ".join(map(repr, known.stacks))
+        if len(known.stacks) > 1:
+            raise CheckpointError(
+                f"{checkpoint.folder}: a {architecture!r} has {named}, and what has more than one"
+                " list of decoder layers is not supported."
+            )
+        needed = f"one list of decoder layers, {named} of a {architecture!r}"
+    else:
+        found = _guess_stack(stacks, count)
+        needed = "one list of decoder layers"
+    if len(found) != 1:
+        stated = ", ".join(
+            f"{name}.0…{max(at)}" for name, at in list((found or stacks).items())[:4]
+        )
+        raise CheckpointError(
+            f"{checkpoint.folder}: needed {needed}, found {stated or 'none'}. Config and weights"
+            " are of different models, or it is not certain which of them is the language model."
+        )
+    ((name, indices),) = found.items()
+    ahead = _stated(config, LAYERS_AHEAD) or 0
+    if count is not None and (not _covers(indices, count) or max(indices) >= count + ahead):
+        raise CheckpointError(
+            f"{checkpoint.folder / CONFIG_FILE}: needed {count} decoder layers as the config says,"
+            f" found {len(indices)} in the tensors (highest index {max(indices)}). Config and"
+            " weights are of different models, or a shard is missing."
+        )
+    return name, indices
+
+
+def _covers(indices: set[int], count: int) -> bool:
+    """Whether the first ``count`` are there; a config may say any number."""
+    return sum(index < count for index in indices) == count
+
+
+def _guess_stack(stacks: Mapping[str, set[int]], count: int | None) -> Mapping[str, set[int]]:
+    """Of a type that is not known: by the words in names, and by the number of layers."""
+    found = {name: at for name, at in stacks.items() if not TOWERS.search(name)} or stacks
+    if len(found) > 1 and count is not None:
+        found = {n: at for n, at in found.items() if _covers(at, count)} or found
+    if len(found) > 1:
+        decoders = {n: at for n, at in found.items() if re.search(r"decoder|language|text", n)}
+        found = decoders or found
+    return found
+
+
+class _Inferrer:
+    """Goes through the tensors of a checkpoint once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: str,
+        config: Mapping[str, Any],
+        structure: Structure,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.known: KnownType | None = known_type(architecture)
+        self.hidden = _stated(config, HIDDEN_SIZES)
+        self.structure = structure
+        self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
+        prefix = f"{structure.stack}."
+        for name, info in checkpoint.tensors.items():
+            index, dot, path = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
+                self.tensors.setdefault(int(index), []).append((path, info))
+        before = (name.partition(".experts.") for name in checkpoint.tensors)
+        self.mixtures = {place for place, has_experts, _ in before if has_experts}
+        self.transposed = self._is_transposed()
+
+    def infer_layer(self, index: int) -> None:
+        """Divide the matrices of one decoder layer."""
+        found: list[Matrix] = []
+        alike: dict[tuple[object, ...], Matrix] = {}
+        for _, info in self.tensors.get(index, ()):
+            if len(info.shape) < 2:
+                continue
+            head, _, tail = info.name.partition(".experts.")
+            number, _, word = tail.partition(".")
+            key = (head, word, info.shape, info.dtype)
+            if word and key in alike:  # tens of thousands of them
+                found.append(_like(alike[key], info, int(number)))
+                continue
+            made = list(self._read(index, info))
+            found += made
+            if len(made) == 1 and _has_own_name(made[0]):
+                alike[key] = made[0]
+        self.structure.groups[index] = [
+            (f"layers.{index}.{name}", members) for name, members in join(found)
+        ]
+
+    def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
+        """The linear layers in a tensor; others are noted with their reason."""
+        stored = find_stored(info.name, self.architecture)
+        own = find_in_memory(info.name, self.architecture)
+        is_merged = len(stored) > 1 or any(EXPERT.fullmatch(one.name) for one in stored)
+        if is_merged and not self._is_stored_name(info.name):
+            yield from self._read_in_memory(index, info, [one.name for one in stored])
+            return
+        name = find_stored_name(info.name, self.architecture)
+        inside = own.name.partition(f".{index}.")[2]
+        if len(info.shape) == 3 and FUSED.fullmatch(inside):
+            before = name.partition(f".{index}.")[0]
+            self._leave_fused(index, f"{before}.{index}.{inside}", info)
+            return
+        path = name.partition(f".{index}.")[2]
+        reason = self._reason(path, info)
+        if reason is not None:
+            self.structure.reasons[info.name] = reason
+            if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
+                return
+        elif len(info.shape) != 2 or not path.endswith(".weight"):
+            raise self._uncertain(info, "whether it is the weight of a linear layer")
+        matrix = self._matrix(index, name.removesuffix(".weight"), info)
+        if reason is None:
+            yield matrix
+        else:
+            self.structure.unquantized.append(matrix)
+
+    def _is_stored_name(self, name: str) -> bool:
+        return self.known is not None and as_pattern(name) in self.known.names
+
+    def _matrix(self, index: int, name: str, info: TensorInfo) -> Matrix:
+        own = find_in_memory(info.name, self.architecture)
+        if not own.name:
+            raise self._uncertain(info, "where the loaded model has it")
+        at = EXPERT.fullmatch(f"{name}.weight")
+        transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
+        shape = info.shape[::-1] if transposed else info.shape
+        out, wide = shape
+        loaded = LoadedWeight(own.name, own.expert, own.part * out, transposed)
+        place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
+        return Matrix(
+            name,
+            index,
+            info,
+            out,
+            wide,
+            loaded,
+            transposed=transposed,
+            of_expert=place and (place[0].rstrip("."), place[1]),
+        )
+
+    def _read_in_memory(self, index: int, info: TensorInfo, names: list[str]) -> Iterator[Matrix]:
+        """The layers in a parameter that was stored as the loaded model has it."""
+        paths = [name.partition(f".{index}.")[2] for name in names]
+        experts = info.shape[0] if len(info.shape) == 3 else None
+        *_, rows, columns = info.shape
+        out = rows // len(paths)
+        if (reason := self._reason(paths[0], info)) is not None:
+            self.structure.reasons[info.name] = reason
+            if len(info.shape) != 2 or not paths[0].endswith(".weight") or _is_no_linear(paths[0]):
+                return
+        for expert in range(experts or 1):
+            for part in range(len(paths)):
+                name = names[part].removesuffix(".weight")
+                at = EXPERT.fullmatch(names[part])
+                if at is not None and experts is not None:
+                    name = f"{at['at']}experts.{expert}.{at['word']}"
+                number = None if experts is None else expert
+                loaded = LoadedWeight(info.name, number, part * out, transposed=False)
+                place = None if at is None else at["at"].partition(f".{index}.")[2].rstrip(".")
+                matrix = Matrix(
+                    name,
+                    index,
+                    info,
+                    out,
+                    columns,
+                    loaded,
+                    expert=number,
+                    row_start=part * out,
+                    of_expert=None if place is None else (place, expert),
+                )
+                if reason is None:
+                    yield matrix
+                else:
+                    self.structure.unquantized.append(matrix)
+
+    def _leave_fused(self, index: int, name: str, info: TensorInfo) -> None:
+        """Note experts that even the hub's checkpoints store as one tensor."""
+        if self.known is None or self.known.experts is None:
+            raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
+        if self.known.experts:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
+                " no stage reads their layout yet."
+            )
+        match = FUSED.fullmatch(name)
+        assert match is not None
+        own = find_in_memory(info.name, self.architecture)
+        words = EXPERT_WORDS[1] if "block_sparse_moe" in name else EXPERT_WORDS[0]
+        halves = words[:2] if match["half"] == "gate_up" else words[2:]
+        place = match["at"].partition(f".{index}.")[2].rstrip(".")
+        count, rows, columns = info.shape
+        out = rows // len(halves)
+        for expert in range(count):
+            for part, word in enumerate(halves):
+                matrix = Matrix(
+                    f"{match['at']}experts.{expert}.{word}",
+                    index,
+                    info,
+                    out,
+                    columns,
+                    LoadedWeight(own.name, expert, part * out, transposed=False),
+                    expert=expert,
+                    row_start=part * out,
+                    of_expert=(place, expert),
+                )
+                self.structure.unquantized.append(matrix)
+        self.structure.reasons[info.name] = (
+            "experts that checkpoints store in one tensor: under which names engines would read"
+            " them one by one is not known"
+        )
+
+    def _reason(self, path: str, info: TensorInfo) -> str | None:
+        """Why a tensor of two or more dimensions is in no fusion group."""
+        loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
+        if self.known is not None:
+            pattern = as_pattern(loaded)
+            if pattern in self.known.partly:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {info.name!r}: on text, transformers runs it in"
+                    " some decoder layers and not in others, which is not supported: nothing could"
+                    " be measured of the others."
+                )
+            if pattern in self.known.reused:
+                return "its weight is used more than once for a token, so one error counts often"
+            if pattern in self.known.odd:
+                return (
+                    f"transformers computes more with it than a product: {self.known.odd[pattern]}"
+                )
+            if pattern in self.known.uncalled and not _kept_reason(path):
+                return "transformers does not run it on text"
+        if (reason := _kept_reason(path)) is not None:
+            # A gated MLP may call its first matrix so.
+            place, _, rest = info.name.rpartition(".gate.")
+            if rest == "weight" and place not in self.mixtures and "router" not in path:
+                raise self._uncertain(info, "whether it is a router or a gate of an MLP")
+            return reason
+        for rule, why in NOT_LINEAR:
+            if rule.fullmatch(path):
+                return why
+        if info.dtype not in ("BF16", "F16", "F32") and not info.decoded:
+            return f"a table of {info.dtype}"
+        is_weight = path.endswith(".weight") and len(info.shape) == 2
+        if is_weight:
+            return None
+        if self.hidden is None:
+            return None
+        is_flat = len(info.shape) == 2 and min(info.shape) < self.hidden
+        return OWN_PARAMETER if is_flat or math.prod(info.shape) < self.hidden**2 else None
+
+    def _is_transposed(self) -> bool:
+        """Whether the layers named ``c_…`` are GPT-2's, which store [in, out]."""
+        for paths in self.tensors.values():
+            for path, info in paths:
+                if path.endswith((".c_attn.weight", ".c_fc.weight")) and len(info.shape) == 2:
+                    return info.shape[0] == self.hidden != info.shape[1]
+        return False
+
+    def explain_outside(self) -> None:
+        """Say of matrices outside of the decoder layers what they are; find the embedding."""
+        prefix = f"{self.structure.stack}."
+        after = range(self.structure.layers, max(self.tensors) + 1)
+        for index in after:
+            for _, info in self.tensors.get(index, ()):
+                self.structure.reasons[info.name] = "of a layer that predicts further tokens"
+        for name, info in self.checkpoint.tensors.items():
+            if name.startswith(prefix) or len(info.shape) < 2:
+                continue
+            above, _, _ = name.removesuffix(".weight").rpartition(".")
+            word = name.removesuffix(".weight").rpartition(".")[2]
+            if word in EMBEDDINGS and not TOWERS.search(name) and name.endswith(".weight"):
+                self.structure.embedding = self.structure.embedding or info
+                self.structure.reasons[name] = "the embedding"
+            elif name.removesuffix(".weight") in ANY_HEADS:
+                self.structure.reasons[name] = "the lm_head"
+            elif TOWERS.search(above):
+                self.structure.reasons[name] = (
+                    "of another tower, or of what predicts further tokens"
+                )
+            else:
+                self.structure.reasons[name] = "outside of the decoder layers"
+
+    def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: {what} is not"
+            f" certain for model_type {self.architecture!r}. Report the type: nothing that may be"
+            " no linear layer is quantized."
+        )
+
+
+def _has_own_name(matrix: Matrix) -> bool:
+    """Whether a matrix is an expert's own tensor, and nothing but numbers differ in the next's."""
+    is_same = matrix.loaded.expert is not None or matrix.loaded.name == matrix.info.name
+    return matrix.of_expert is not None and is_same and f"{matrix.name}.weight" == matrix.info.name
+
+
+def _like(first: Matrix, info: TensorInfo, number: int) -> Matrix:
+    """The matrix of another expert."""
+    assert first.of_expert is not None
+    own = first.loaded
+    loaded = (
+        LoadedWeight(info.name, None, 0, transposed=False)
+        if own.expert is None
+        else LoadedWeight(own.name, number, own.row_start, transposed=False)
+    )
+    return Matrix(
+        info.name.removesuffix(".weight"),
+        first.layer,
+        info,
+        first.out_features,
+        first.in_features,
+        loaded,
+        of_expert=(first.of_expert[0], number),
+    )
+
+
+def _kept_reason(path: str) -> str | None:
+    return next((why for rule, why in KEPT if rule.fullmatch(path)), None)
+
+
+def _is_no_linear(path: str) -> bool:
+    return _kept_reason(path) is None and any(rule.fullmatch(path) for rule, _ in NOT_LINEAR)
+
+
+def _stated(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
+    values = (config.get(key) for key in keys)
+    return next((v for v in values if type(v) is int and 0 < v < 2**31), None)
+
+
+def _few_reasons(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r}: {why}" for name, why in list(reasons.items())[:2])

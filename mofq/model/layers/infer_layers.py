@@ -1,0 +1,137 @@
+"""The linear layers of a checkpoint whose type has no rules, from its inferred structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers.families import ANY_HEADS
+from mofq.model.layers.infer import Structure, infer_structure
+from mofq.model.layers.joining import Matrix
+from mofq.model.layers.linear import (
+    FusionGroup,
+    LinearLayer,
+    LoadedWeight,
+    ModelLayers,
+    layers_of,
+)
+from mofq.model.layers.making import (
+    SOURCE_DTYPES,
+    check_tied,
+    config_path,
+    linear_layer,
+    read_architecture,
+    refuse_quantized,
+    short_names,
+    text_config,
+)
+from mofq.model.layers.model_class import check_class
+from mofq.model.layers.names_in_memory import find_in_memory, find_stored_name, known_type
+
+
+def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
+    """As `find_layers`, whether or not the type has a row in ``FUSION_RULES``.
+
+    Args:
+        checkpoint: From ``open_checkpoint``.
+        include_lm_head: Make the lm_head a fusion group, the last one.
+
+    Returns:
+        As `find_layers`; no KV caches, which are not inferred.
+
+    Raises:
+        CheckpointError: As `find_layers`, or something is not certain.
+    """
+    architecture, config = read_architecture(checkpoint), text_config(checkpoint)
+    check_class(checkpoint.config, where=config_path(checkpoint))
+    refuse_quantized(checkpoint)
+    structure = infer_structure(checkpoint, architecture, config)
+    short = short_names(m.path for m in structure.matrices if m.of_expert is None)
+    groups = [
+        FusionGroup(name, tuple(_inferred_layer(m, short, name) for m in members))
+        for of_layer in structure.groups
+        for name, members in of_layer
+    ]
+    unquantized = [_inferred_layer(m, short, "router") for m in structure.unquantized]
+    head, is_tied = _find_head(checkpoint, config, structure)
+    if head is not None and include_lm_head:
+        groups.append(FusionGroup("lm_head", (head,)))
+    elif head is not None:
+        unquantized.append(head)
+    elif include_lm_head:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the lm_head {'is tied to the embedding and ' if is_tied else ''}"
+            "has no weight of its own to quantize. Leave it out."
+        )
+    grouped = {layer.tensor for layer in layers_of(groups)}
+    return ModelLayers(
+        architecture=architecture,
+        groups=tuple(groups),
+        unquantized=tuple(unquantized),
+        tied_lm_head=is_tied,
+        other_bytes=sum(
+            info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
+        ),
+        body=structure.body,
+        left_out=structure.reasons,
+    )
+
+
+def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> LinearLayer:
+    info, word = matrix.info, matrix.name.rpartition(".")[2]
+    if info.dtype not in SOURCE_DTYPES and not info.decoded:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
+            f" {info.dtype}. Give the original checkpoint, or convert it."
+        )
+    if matrix.of_expert is None:
+        module, shares_scale = short[matrix.path], group.rpartition(".")[2]
+    else:
+        half = "down" if word in ("down_proj", "w2") else "gate_up"
+        module, shares_scale = f"experts.{word}", f"experts.{matrix.of_expert[1]}.{half}"
+    return linear_layer(
+        info,
+        matrix.name,
+        shape=(matrix.out_features, matrix.in_features),
+        module=module,
+        shares_scale=shares_scale,
+        decoder_layer=matrix.layer,
+        transposed=matrix.transposed,
+        expert=matrix.expert,
+        row_start=matrix.row_start,
+        loaded=matrix.loaded,
+    )
+
+
+def _find_head(
+    checkpoint: Checkpoint, config: Mapping[str, Any], structure: Structure
+) -> tuple[LinearLayer | None, bool]:
+    """The lm_head of its own, or None; and whether it is tied to the embedding."""
+    architecture = read_architecture(checkpoint)
+    known = known_type(architecture)
+    names = (f"{name}.weight" for name in ANY_HEADS)
+    stored = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
+    stated = [one.get("tie_word_embeddings") for one in (checkpoint.config, config)]
+    default = known.tied if known is not None else not stored
+    is_tied = next((bool(value) for value in stated if value is not None), default)
+    if is_tied and stored and structure.embedding is not None:
+        check_tied(checkpoint, stored, structure.embedding)
+    if is_tied or not stored:
+        return None, is_tied
+    info = stored[0]
+    if len(info.shape) != 2:
+        raise CheckpointError(f"{info.file}: tensor {info.name!r} needs two dimensions.")
+    rows, columns = info.shape
+    head = linear_layer(
+        info,
+        find_stored_name(info.name, architecture).removesuffix(".weight"),
+        shape=(rows, columns),
+        module="lm_head",
+        shares_scale="lm_head",
+        loaded=LoadedWeight(
+            find_in_memory(info.name, architecture).name, None, 0, transposed=False
+        ),
+    )
+    return head, False

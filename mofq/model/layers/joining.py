@@ -1,0 +1,167 @@
+"""Joins the matrices of a decoder layer into fusion groups, by their names.
+
+Which layers engines join is what vLLM 0.33 joins in any of its model classes: their
+``packed_modules_mapping`` (``mofq/engines/facts/joined``; a test compares), and
+``fused_qkv_a_proj`` of latent attention. Joining more than an engine does gives up freedom, and
+nothing that it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mofq.model.checkpoint.headers import TensorInfo
+from mofq.model.layers.linear import LoadedWeight
+
+#: Layers beside each other that engines concatenate, and the name of the group; all must be there.
+JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "qkv"),
+    (("query", "key", "value"), "qkv"),
+    (("query_proj", "key_proj", "value_proj"), "qkv"),
+    (("q_lin", "k_lin", "v_lin"), "qkv"),
+    (("project_q", "project_k", "project_v"), "qkv"),
+    (("Wq", "Wk", "Wv"), "qkv"),
+    (("q", "k", "v"), "qkv"),
+    (("q_proj", "k_proj"), "qkv"),
+    (("q_a_proj", "kv_a_proj_with_mqa"), "latent"),
+    (("wq_a", "wkv"), "latent"),
+    (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    (("in_proj_b", "in_proj_a"), "in_proj_ba"),
+    (("gate_proj", "up_proj"), "gate_up"),
+    (("linear_gate", "up_proj"), "gate_up"),
+    (("w1", "w3"), "gate_up"),
+    (("w_0", "w_1"), "gate_up"),
+    (("proj_up_gate", "proj_up"), "gate_up"),
+)
+#: The same where the module that they are in has a certain last word.
+JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg")
+}
+#: Last word of a path -> what the group of that layer alone is called.
+_ALONE = {
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "attention_out", "out_lin"), "o"),
+    **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"), "qkv"),
+    "kv_a_proj_with_mqa": "latent",
+    "q_b_proj": "q",
+    "wq_b": "q",
+    "kv_b_proj": "kv",
+}
+_ALONE_IN_MLP = {
+    **dict.fromkeys(("c_fc", "fc1", "fc_in", "dense_h_to_4h", "lin1", "layer_1"), "up"),
+    **dict.fromkeys(("c_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "layer_2", "w2"), "down"),
+    **dict.fromkeys(("proj_down", "w_out"), "down"),
+}
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+#: In this order within a module; others stand between by name.
+_FIRST = ("qkvg", "qkv", "latent", "q", "kv")
+_EXPERT_ORDER = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_LAST = ("gate_up", "gate", "up", "o", "out", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix of a decoder layer, under the name by which engines' loaders know it."""
+
+    name: str  #: without ``.weight``
+    layer: int
+    info: TensorInfo
+    out_features: int
+    in_features: int
+    loaded: LoadedWeight
+    expert: int | None = None
+    row_start: int = 0
+    transposed: bool = False
+    of_expert: tuple[str, int] | None = None  #: path of the mixture, and which of its experts
+
+    @property
+    def path(self) -> str:
+        """The part of the name that is inside the decoder layer."""
+        return self.name.partition(f".{self.layer}.")[2]
+
+    @property
+    def above(self) -> str:
+        """The path of the module that it is a part of."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def word(self) -> str:
+        """The last word of the path."""
+        return self.path.rpartition(".")[2]
+
+
+def join(found: Sequence[Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
+    """The fusion groups of a decoder layer, in order."""
+    experts: dict[str, list[Matrix]] = {}
+    by_parent: dict[str, dict[str, Matrix]] = {}
+    for matrix in found:
+        if matrix.of_expert is not None:
+            experts.setdefault(matrix.of_expert[0], []).append(matrix)
+        else:
+            by_parent.setdefault(matrix.above, {})[matrix.word] = matrix
+    groups: list[tuple[tuple[Any, ...], str, list[Matrix]]] = []
+    names: set[str] = set()
+    for parent, words in by_parent.items():
+        for name, members in _join_beside(parent, words):
+            full = _group_name(parent, name)
+            if full in names:
+                full = f"{parent}.{name}" if parent else name
+            names.add(full)
+            groups.append((_rank(parent, name), full, members))
+    for _, name, members in sorted(groups, key=lambda group: group[0]):
+        yield name, members
+    for place in sorted(experts):
+        name = "moe.experts" if len(experts) == 1 else f"{place}.experts"
+        yield name, sorted(experts[place], key=_expert_order)
+
+
+def _join_beside(parent: str, words: Mapping[str, Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
+    left, last = dict(words), parent.rpartition(".")[2]
+    rules = (JOINED_IN[last], *JOINED) if last in JOINED_IN else JOINED
+    for joined, name in rules:
+        members = [left[word] for word in joined if word in left]
+        if len(members) == len(joined) and len({m.in_features for m in members}) == 1:
+            yield name, members
+            for word in joined:
+                del left[word]
+    for word, matrix in left.items():
+        plain = word.removesuffix("_proj")
+        if last in (*_MLP, *_SHARED) or word in ("fc1", "fc2"):
+            yield _ALONE_IN_MLP.get(word, plain), [matrix]
+        elif "att" in parent and "linear" not in parent:
+            yield ("o" if word == "c_proj" else _ALONE.get(word, plain)), [matrix]
+        else:
+            yield plain, [matrix]
+
+
+def _group_name(parent: str, name: str) -> str:
+    above, _, last = parent.rpartition(".")
+    if parent in _ATTENTION:
+        return f"attn.{name}"
+    if parent in _MLP or (not parent and name in _ALONE_IN_MLP.values()):
+        return f"mlp.{name}"
+    if last in _SHARED and above in _MLP:
+        return f"mlp.shared_{name}"
+    return f"{parent}.{name}" if parent else name
+
+
+def _rank(parent: str, name: str) -> tuple[Any, ...]:
+    last = parent.rpartition(".")[2]
+    if last in _SHARED:
+        section = 3
+    elif parent in _MLP or not parent:
+        section = 2
+    else:
+        section = 0 if "att" in parent else 1
+    if name in _FIRST:
+        return section, parent, _FIRST.index(name), name
+    return section, parent, len(_FIRST) + 1 + (_LAST.index(name) if name in _LAST else -1), name
+
+
+def _expert_order(matrix: Matrix) -> tuple[int, int, str]:
+    assert matrix.of_expert is not None
+    word = matrix.name.rpartition(".")[2]
+    return matrix.of_expert[1], _EXPERT_ORDER.get(word, len(_EXPERT_ORDER)), word

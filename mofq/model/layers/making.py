@@ -1,0 +1,132 @@
+"""What finding layers by rules and inferring them have in common: checks, and making a layer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.fp8 import SUPPORTED, find_scales
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
+from mofq.model.layers.linear import LinearLayer, LoadedWeight
+
+#: That weights are quantized from.
+SOURCE_DTYPES = ("BF16", "F16", "F32")
+
+
+def linear_layer(
+    info: TensorInfo,
+    name: str,
+    *,
+    shape: tuple[int, int],
+    module: str,
+    shares_scale: str,
+    decoder_layer: int | None = None,
+    transposed: bool = False,
+    expert: int | None = None,
+    row_start: int = 0,
+    loaded: LoadedWeight | None = None,
+) -> LinearLayer:
+    """The layer [out, in] = ``shape`` that lies in a tensor."""
+    return LinearLayer(
+        name=name,
+        tensor=info.name,
+        out_features=shape[0],
+        in_features=shape[1],
+        dtype=info.dtype,
+        module=module,
+        shares_scale=shares_scale,
+        decoder_layer=decoder_layer,
+        transposed=transposed,
+        expert=expert,
+        row_start=row_start,
+        # Its share of the scales of the tensor.
+        scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
+        loaded=loaded,
+    )
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """``q_proj``; ``attn.c_proj`` where a decoder layer has two; ``shared_expert.up_proj``."""
+    every = list(dict.fromkeys(paths))
+    words = Counter(path.rpartition(".")[2] for path in every if path.count(".") < 2)
+    short = {}
+    for path in every:
+        word = path.rpartition(".")[2]
+        is_inner = path.count(".") > 1
+        short[path] = path.partition(".")[2] if is_inner else path if words[word] > 1 else word
+    times = Counter(short.values())
+    return {path: name if times[name] == 1 else path for path, name in short.items()}
+
+
+def check_tied(checkpoint: Checkpoint, heads: Iterable[TensorInfo], embedding: TensorInfo) -> None:
+    """Refuse stored heads that differ from the embedding to which the config ties them."""
+    for head in heads:
+        if not have_same_values(head, embedding):
+            raise CheckpointError(
+                f"{config_path(checkpoint)}: 'tie_word_embeddings' is true (or not stated,"
+                f" and true for the family), and {head.file.name} holds {head.name!r}, which"
+                f" differs from the embedding {embedding.name!r}; engines differ in which they"
+                " use. Set it to false, or remove that tensor."
+            )
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that is quantized already, and is no FP8 source.
+
+    Raises:
+        CheckpointError: As said.
+    """
+    config = checkpoint.config.get("quantization_config")
+    scales = find_scales(checkpoint.tensors)
+    if config is None and scales is None:
+        return
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    found = repr(scales) if config is None else f"quantization_config {method!r}"
+    own = (
+        " `mofq recipe from` reads what was chosen there." if method == "compressed-tensors" else ""
+    )
+    raise CheckpointError(
+        f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
+        f" against the model before that. Give the original, in {', '.join(SOURCE_DTYPES)}, or"
+        f" {SUPPORTED}.{own}"
+    )
+
+
+def read_architecture(checkpoint: Checkpoint) -> str:
+    """The config's ``model_type``.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    architecture = checkpoint.config.get("model_type")
+    if not isinstance(architecture, str) or not architecture:
+        raise CheckpointError(
+            f"{config_path(checkpoint)}: needed a 'model_type', which says what the tensors are,"
+            f" found {architecture!r}."
+        )
+    return architecture
+
+
+def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the config says of the language model."""
+    config = checkpoint.config.get("text_config")
+    config = checkpoint.config if config is None else config
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{config_path(checkpoint)}: 'text_config' needs an object, found {config!r}."
+        )
+    return config
+
+
+def config_path(checkpoint: Checkpoint) -> str:
+    """For messages."""
+    return str(checkpoint.folder / CONFIG_FILE)
+
+
+def few(names: Mapping[str, Any] | list[str]) -> str:
+    """Some of many names, for messages."""
+    first = [repr(name) for name in list(names)[:3]]
+    return ", ".join(first or ["none"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

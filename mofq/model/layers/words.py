@@ -1,0 +1,44 @@
+"""What names of tensors and keys of configs mean, of any type that has no rules."""
+
+from __future__ import annotations
+
+import re
+
+#: Experts as one tensor a matrix: gate, up, down; the first that occurs.
+EXPERT_WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+EXPERT = re.compile(r"(?P<at>.*)\bexperts\.(?P<expert>[0-9]{1,6})\.(?P<word>\w+)\.weight")
+FUSED = re.compile(r"(?P<at>.*)\bexperts\.(?P<half>gate_up|down)_proj")
+
+_ROUTER = "a router: which experts run is decided, not computed"
+_TIME_STEP = "the time steps of a scan, which engines keep as they are"
+#: Paths of matrices that stay as they are -> why.
+KEPT: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?!.*att)(.*\.)?(gate|\w*router)(\.\w+)*"), _ROUTER),
+    (re.compile(r".*shared_expert_gate\.weight"), _ROUTER),
+    (re.compile(r".*\bdt_proj\.weight"), _TIME_STEP),
+    (re.compile(r".*\bindexer\..*"), "an indexer: what is attended to is decided, not computed"),
+    (re.compile(r".*(hyper_connection\.\w+|\w+_coefs)\.weight"), "mixes a few residual streams"),
+)
+NOT_LINEAR: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r".*conv\w*\.weight"), "a convolution"),
+    (re.compile(r".*(_decay|slope_rate)"), "computed from the config"),
+    (re.compile(r".*(norm|ln_\w+|ln)\.\w+(\.weight)?"), "a part of a norm"),
+    (re.compile(r".*embed\w*(\.\w+)*\.weight"), "a table that is looked up"),
+    (re.compile(r".*(rel_pos|relative_attention_bias|rel_)\w*(\.weight)?"), "positions"),
+    (re.compile(r".*bias"), "a bias"),
+)
+#: Types that cannot be supported whatever their tensors are called -> why.
+REFUSED = {"reformer": "transformers computes its gradients in training mode only"}
+OWN_PARAMETER = "no weight of a linear layer: a parameter of its own"
+
+#: Words of a stack's name that is no language model's.
+TOWERS = re.compile(
+    r"vision|visual|image|img|audio|speech|sound|tower|video|patch|projector|resampler|mtp|nextn"
+    r"|moe_vision|tokenizer|codec|diffusion|talker|qformer|q_former|perceiver|git\.image"
+)
+STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>[0-9]{1,6})\.(?P<path>.+)")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers")
+#: After those that are counted, and left out by transformers.
+LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embed", "tok_embeddings")

@@ -1,0 +1,320 @@
+"""The inferred structure, against the rules of the families that have some, and against models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyCheckpoint
+from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
+from safetensors.torch import load_file
+from tiny_types import CAUSAL_TYPES, build_type
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from type_facts import find_facts
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.tensors import read_layer_rows
+from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
+from mofq.model.layers.infer_layers import infer_layers
+from mofq.model.layers.joining import JOINED, JOINED_IN
+from mofq.model.layers.names_in_memory import as_pattern, known_types
+from mofq.model.notes import notes_on
+
+REPOSITORY = Path(__file__).parents[2]
+ENGINES = REPOSITORY / "mofq" / "engines" / "facts" / "joined"
+
+#: A type of each structure that has no rules, and groups of its decoder layers, written by hand.
+GROUPS: dict[str, dict[str, list[str]]] = {
+    "falcon": {
+        "layers.0.attn.qkv": ["transformer.h.0.self_attention.query_key_value"],
+        "layers.0.attn.o": ["transformer.h.0.self_attention.dense"],
+        "layers.0.mlp.up": ["transformer.h.0.mlp.dense_h_to_4h"],
+        "layers.0.mlp.down": ["transformer.h.0.mlp.dense_4h_to_h"],
+    },
+    "qwen3_5": {
+        "layers.0.linear_attn.in_proj_ba": [
+            "model.layers.0.linear_attn.in_proj_b",
+            "model.layers.0.linear_attn.in_proj_a",
+        ],
+        "layers.0.linear_attn.in_proj_qkvz": [
+            "model.layers.0.linear_attn.in_proj_qkv",
+            "model.layers.0.linear_attn.in_proj_z",
+        ],
+        "layers.0.linear_attn.out": ["model.layers.0.linear_attn.out_proj"],
+        "layers.0.mlp.gate_up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
+        "layers.0.mlp.down": ["model.layers.0.mlp.down_proj"],
+    },
+    "mamba2": {
+        "layers.0.mixer.in": ["backbone.layers.0.mixer.in_proj"],
+        "layers.0.mixer.out": ["backbone.layers.0.mixer.out_proj"],
+    },
+    "lfm2": {
+        "layers.0.conv.in": ["model.layers.0.conv.in_proj"],
+        "layers.0.conv.out": ["model.layers.0.conv.out_proj"],
+        "layers.0.mlp.gate_up": [
+            "model.layers.0.feed_forward.w1",
+            "model.layers.0.feed_forward.w3",
+        ],
+        "layers.0.mlp.down": ["model.layers.0.feed_forward.w2"],
+    },
+    "deepseek_v32": {
+        "layers.0.attn.latent": [
+            "model.layers.0.self_attn.q_a_proj",
+            "model.layers.0.self_attn.kv_a_proj_with_mqa",
+        ],
+        "layers.0.attn.q": ["model.layers.0.self_attn.q_b_proj"],
+        "layers.0.attn.kv": ["model.layers.0.self_attn.kv_b_proj"],
+        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],
+        "layers.0.mlp.gate_up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"],
+        "layers.0.mlp.down": ["model.layers.0.mlp.down_proj"],
+    },
+    "granitemoe": {
+        "layers.0.attn.qkv": [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v")],
+        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],  # experts: see below
+    },
+    "lfm2_moe": {
+        "layers.0.conv.in": ["model.layers.0.conv.in_proj"],
+        "layers.0.conv.out": ["model.layers.0.conv.out_proj"],
+        "layers.0.mlp.gate_up": [
+            "model.layers.0.feed_forward.w1",
+            "model.layers.0.feed_forward.w3",
+        ],
+        "layers.0.mlp.down": ["model.layers.0.feed_forward.w2"],
+    },
+}
+#: Modules of engines that join what is not in the decoder of a causal type of transformers.
+NOT_DECODERS = {
+    ("fc1", "fc3"),
+    ("k_proj", "v_proj"),
+    ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+}
+
+
+@pytest.mark.parametrize(
+    "family", long_but(TINY_FAMILIES, "llama", "gemma3", "gpt2", "mixtral", "deepseek_v3")
+)
+@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+def test_what_is_inferred_of_a_family_with_rules_is_what_the_rules_say(
+    tiny: TinyCheckpoint, family: str, fused: bool
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(family, fused=fused)))
+    ruled, inferred = find_layers(checkpoint), infer_layers(checkpoint)
+    assert [group.name for group in inferred.groups] == [group.name for group in ruled.groups]
+    for one, other in zip(inferred.grouped_layers, ruled.grouped_layers, strict=True):
+        assert one.loaded == find_loaded_weight(other, family), one.name
+        fields = [field for field in one.__dataclass_fields__ if field != "loaded"]
+        assert [getattr(one, f) for f in fields] == [getattr(other, f) for f in fields]
+    assert inferred.tied_lm_head == ruled.tied_lm_head
+    assert inferred.other_bytes == ruled.other_bytes
+
+
+@pytest.fixture
+def tiny_type(tmp_path: Path) -> Any:
+    """Writes a tiny checkpoint of a type without rules, and returns it and its model."""
+
+    def write(name: str, *, fused: bool = False) -> tuple[Path, nn.Module]:
+        model = build_type(name)
+        folder = tmp_path / f"{name}-{fused}"
+        model.save_pretrained(folder, save_original_format=not fused)
+        return folder, model
+
+    return write
+
+
+@pytest.mark.parametrize("name", long_but(GROUPS, "falcon", "granitemoe"))
+@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+def test_groups_of_a_type_without_rules_are_those_of_the_table(
+    tiny_type: Any, name: str, fused: bool
+) -> None:
+    folder, _ = tiny_type(name, fused=fused)
+    layers = find_layers(open_checkpoint(str(folder)))
+    first = [group for group in layers.groups if group.name.startswith("layers.0.")]
+    assert {group.name: [layer.name for layer in group.layers] for group in first} == GROUPS[name]
+
+
+#: That cannot be built, or whose structure is refused; docs/reference/families.md says why.
+def _with_structure() -> Iterator[str]:
+    page = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")
+    row = r"^\| \**`([\w-]+)`\** \| ([^|]*) \| (?:passes|refused: )"
+    for name, groups in re.findall(row, page, re.MULTILINE):
+        if groups.strip():
+            yield name
+
+
+@pytest.mark.parametrize("name", long_but(_with_structure(), "jamba"))
+def test_every_linear_module_that_runs_is_listed_once_and_reads_back_the_same(
+    tiny_type: Any, name: str
+) -> None:
+    folder, model = tiny_type(name)
+    checkpoint = open_checkpoint(str(folder))
+    layers = find_layers(checkpoint)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: dict[str, torch.Tensor] = {}
+    for layer in layers.linear_layers:
+        at = find_loaded_weight(layer, layers.architecture)
+        whole = parameters[at.name]
+        mask = seen.setdefault(at.name, torch.zeros_like(whole, dtype=torch.bool))
+        index = ... if at.expert is None else at.expert
+        weight, part = whole[index], mask[index]
+        if at.transposed:
+            weight, part = weight.T, part.T
+        rows = slice(at.row_start, at.row_start + layer.out_features)
+        read = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+        assert torch.equal(read, weight[rows]), layer.name
+        assert not part[rows].any(), layer.name
+        part[rows] = True
+    assert [key for key, mask in seen.items() if not mask.all()] == []
+    _check_joined(layers)
+    stacks = known_types()[name].stacks
+    listed = {id(parameters[key]) for key in seen}  # also where another module has it too
+    missing = [
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(key.startswith(f"{stack}.") for stack in stacks)
+        and id(module.weight) not in listed
+        and "norm" not in key
+        and "embed" not in key
+    ]
+    assert missing == []
+
+
+def _check_joined(layers: ModelLayers) -> None:
+    """See that layers which engines join under transformers' names are together under any."""
+    group_of = {layer.name: group.name for group in layers.groups for layer in group.layers}
+    beside: dict[str, dict[str, str]] = {}
+    for layer in layers.grouped_layers:
+        at = find_loaded_weight(layer, layers.architecture)
+        if at.expert is None:
+            above, _, word = at.name.removesuffix(".weight").rpartition(".")
+            beside.setdefault(above, {})[word] = group_of[layer.name]
+    for words in beside.values():
+        for joined, _ in JOINED:
+            if all(word in words for word in joined):
+                assert len({words[word] for word in joined}) == 1, words
+
+
+def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: Any) -> None:
+    folder, _ = tiny_type("jamba")
+    checkpoint = open_checkpoint(str(folder))
+    layers = find_layers(checkpoint)
+    grouped = {layer.tensor for layer in layers.grouped_layers}
+    matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) > 1}
+    assert matrices == grouped | layers.left_out.keys()
+    assert not grouped & layers.left_out.keys()
+    assert layers.left_out["model.layers.0.mamba.conv1d.weight"] == "a convolution"
+    assert "router" in layers.left_out["model.layers.1.feed_forward.router.weight"]
+    unquantized = [layer.name for layer in layers.unquantized]
+    assert "model.layers.0.mamba.dt_proj" in unquantized
+    assert "model.layers.0.mamba.conv1d" not in unquantized
+
+
+def test_experts_that_only_exist_fused_stay_as_they_are_and_are_listed_one_by_one(
+    tiny_type: Any,
+) -> None:
+    folder, _ = tiny_type("granitemoe")
+    layers = find_layers(open_checkpoint(str(folder)))
+    place = "model.layers.0.block_sparse_moe"
+    names = {layer.name for layer in layers.unquantized}
+    words = [f"{place}.experts.{e}.{word}" for e in range(4) for word in ("w1", "w2", "w3")]
+    assert set(words) < names
+    assert "one tensor" in layers.left_out[f"{place}.input_linear.weight"]
+    assert "one tensor" in layers.left_out[f"{place}.output_linear.weight"]
+
+
+def test_a_type_that_transformers_did_not_have_is_inferred_from_names(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_with_config(tiny_llama, tmp_path / "m", lambda c: c.update(model_type="newer"))
+    found, ruled = (find_layers(open_checkpoint(str(path))) for path in (folder, tiny_llama))
+    assert found.architecture == "newer"
+    (note,) = notes_on(open_checkpoint(str(folder)), found)
+    assert "Nothing is known of model_type 'newer'" in note
+    assert notes_on(open_checkpoint(str(tiny_llama)), ruled) == ()
+    assert [g.name for g in found.groups] == [g.name for g in ruled.groups]
+    assert [x.name for x in found.grouped_layers] == [x.name for x in ruled.grouped_layers]
+
+
+def test_what_names_do_not_decide_is_refused_with_the_tensor_and_the_question(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    def refused(edit: Any, number: int) -> str:
+        folder = copy_with_tensors(tiny_llama, tmp_path / f"t{number}", edit)
+        folder = copy_with_config(folder, tmp_path / f"c{number}", _newer)
+        with pytest.raises(CheckpointError) as caught:
+            find_layers(open_checkpoint(str(folder)))
+        return str(caught.value)
+
+    def add(name: str, *shape: int) -> Any:
+        return lambda tensors: tensors.update({name: torch.zeros(shape, dtype=torch.bfloat16)})
+
+    message = refused(add("model.layers.0.mixing", 128, 256), 0)
+    assert "'model.layers.0.mixing' of shape [128, 256]" in message
+    assert "whether it is the weight of a linear layer is not certain" in message
+    message = refused(add("model.layers.0.mlp.experts.gate_up_proj", 4, 256, 128), 1)
+    assert "in which order it has gates, ups, inputs and outputs is not certain" in message
+    message = refused(add("model.layers.0.mlp.gate.weight", 128, 128), 2)
+    assert "whether it is a router or a gate of an MLP is not certain" in message
+    two = {
+        f"planner.layers.{index}.up.weight": torch.zeros((128, 128), dtype=torch.bfloat16)
+        for index in range(2)
+    }
+    message = refused(lambda tensors: tensors.update(two), 3)
+    assert "model.layers.0…1, planner.layers.0…1" in message
+    assert "not certain which of them is the language model" in message
+
+
+def _newer(config: dict[str, Any]) -> None:
+    config["model_type"] = "newer"
+
+
+def test_tensors_of_another_type_than_the_config_says_are_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_with_config(tiny_llama, tmp_path / "m", lambda c: c.update(model_type="mamba"))
+    with pytest.raises(
+        CheckpointError, match=r"'backbone\.layers' of a 'mamba'.* different models"
+    ):
+        find_layers(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize("path", sorted(ENGINES.glob("*.json")), ids=lambda path: path.stem)
+def test_what_an_engine_joins_in_a_type_that_is_known_is_joined(path: Path) -> None:
+    kinds = {one.kind for one in known_types().values()}
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    rows = [row for row in rows if row["architecture"] in kinds]
+    assert len(rows) > 70
+    ours = {names for names, _ in (*JOINED, *JOINED_IN.values())}
+    theirs = {tuple(parts) for row in rows for parts in row["joined"].values() if len(parts) > 1}
+    assert theirs - ours - NOT_DECODERS == set()
+
+
+@pytest.mark.parametrize("name", long_but(["mixtral", "deepseek_v4", "mamba"], "mixtral"))
+def test_the_facts_of_a_type_are_what_the_installed_transformers_does(
+    tiny_type: Any, name: str
+) -> None:
+    folder, model = tiny_type(name)
+    found = find_facts(model, load_file(folder / "model.safetensors"))
+    known = known_types()[name]
+    assert {key: list(value) for key, value in known.names.items()} == found["names"]
+    assert (known.tied, list(known.stacks), known.experts) == (
+        found["tied"],
+        found["stacks"],
+        found.get("experts"),
+    )
+
+
+def test_facts_are_there_of_almost_every_type_of_transformers() -> None:
+    missing = set(CAUSAL_TYPES) - known_types().keys()
+    assert len(missing) < 15
+    assert as_pattern("model.layers.12.mlp.experts.3.w1.weight") == (
+        "model.layers.#.mlp.experts.#.w1.weight"
+    )

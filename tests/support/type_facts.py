@@ -1,0 +1,132 @@
+"""What transformers does with the tensors of a model type, found by running its own code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from mofq.model.layers.names_in_memory import as_pattern
+from mofq.model.modules import experts_problem, is_plain_linear
+
+_TOKENS = 24
+
+
+def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `mofq.model.layers.names_in_memory` keeps of a type.
+
+    Args:
+        model: A tiny one.
+        stored: Its tensors, as it saves them in the layout of the hub.
+
+    Returns:
+        JSON of `KnownType`.
+    """
+    text = model.config.get_text_config()
+    tied = getattr(text, "tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False))
+    facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
+    if problem := _experts(model):
+        facts["experts"] = problem[0]
+    facts["names"] = _names(model, stored)
+    facts |= _calls(model)
+    return facts
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Nothing where there are no experts, else why they are not plain, or an empty reason."""
+    found = []
+    for module in model.modules():
+        names = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        if "down_proj" in names:
+            found.append(experts_problem(module) or "")
+    return sorted(set(found), reverse=True)
+
+
+def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Pattern on disk -> pattern in memory, part, parts; of those that differ."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+    loaded = dict(model.state_dict())
+    names: dict[str, list[Any]] = {}
+    for name, value in sorted(stored.items()):
+        target, source = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, loaded
+        )
+        if target == name and source is None:
+            continue
+        key = as_pattern(name)
+        if target not in loaded:
+            names[key] = ["", 0, 1]  # converted in another way, or not loaded
+            continue
+        whole = loaded[target]
+        index = _expert_of(key, as_pattern(target), name)
+        inside = whole if index is None else whole[index]
+        found = _find_part(value, inside)
+        entry = ["", 0, 1] if found is None else [as_pattern(target), *found]
+        if names.setdefault(key, entry) != entry:
+            names[key] = ["", 0, 1]
+    return names
+
+
+def _expert_of(key: str, target: str, name: str) -> int | None:
+    numbers = re.findall(r"(?<![^.])[0-9]+(?![^.])", name)
+    count = target.count("#")
+    return int(numbers[count]) if key.count("#") > count else None
+
+
+def _find_part(value: Tensor, inside: Tensor) -> tuple[int, int] | None:
+    """Which of how many equal shares of the rows of ``inside`` a stored tensor is."""
+    if value.shape == inside.shape:
+        return (0, 1) if torch.equal(value, inside) else None
+    if value.shape[1:] != inside.shape[1:] or inside.shape[0] % value.shape[0]:
+        return None
+    parts = inside.shape[0] // value.shape[0]
+    for part, share in enumerate(inside.chunk(parts)):
+        if torch.equal(share, value):
+            return part, parts
+    return None
+
+
+def _calls(model: PreTrainedModel) -> dict[str, Any]:
+    """The list of decoder layers; linear modules that run twice for a token, or not at all."""
+    calls: Counter[str] = Counter()
+    hooks = []
+    modules = dict(_linear_modules(model))
+    for name, module in modules.items():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: calls.update([name])))
+    with torch.inference_mode():
+        model(input_ids=torch.arange(_TOKENS)[None] + 65, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    holders = Counter(id(module.weight) for module in modules.values())
+    reused = {
+        as_pattern(name)
+        for name, module in modules.items()
+        if calls[name] > 1 or holders[id(module.weight)] > 1
+    }
+    idle = {as_pattern(name) for name in modules if not calls[name]}
+    busy = {as_pattern(name) for name in modules if calls[name]}
+    odd = {as_pattern(n): type(m).__name__ for n, m in modules.items() if not is_plain_linear(m)}
+    facts: dict[str, Any] = {
+        "odd": odd,
+        "stacks": sorted({name.partition(".#.")[0] for name in busy if ".#." in name}),
+        "reused": sorted(reused),
+        "uncalled": sorted(idle - busy),
+        "partly": sorted((idle & busy) - reused),
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def _linear_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
