@@ -40,14 +40,21 @@ class Frontier:
     def gap(self) -> float | None:
         """The largest distance of a point from its bound, as a share of its error.
 
-        None where groups of a point act together (`mofq.decision.size_answers`): the error is no
-        sum there, and has no bound.
+        Of points whose groups act together (`mofq.decision.size_answers`) the error is no sum, and
+        has no bound; None where that is all of them.
         """
-        if np.isnan(self.bound_K).any():
+        is_known_K = ~np.isnan(self.bound_K)
+        if not is_known_K.any():
             return None
+        error_K, bound_K = self.error_K[is_known_K], self.bound_K[is_known_K]
         with np.errstate(invalid="ignore", divide="ignore"):
-            gap_K = np.where(self.error_K > 0, 1 - self.bound_K / self.error_K, 0.0)
+            gap_K = np.where(error_K > 0, 1 - bound_K / error_K, 0.0)
         return float(gap_K.max(initial=0.0))
+
+    @property
+    def unbounded(self) -> int:
+        """How many points have no bound."""
+        return int(np.isnan(self.bound_K).sum())
 
     def at(self, total_bytes: int) -> int | None:
         """The last point of at most so many bytes; None: there is none."""
@@ -122,8 +129,7 @@ def _together(problem: Problem, budgets: Budgets, points: Sequence[_Point]) -> l
             choice_F = solve_together(problem, own, solve_exact).choice_F
         error = error_together(problem, choice_F)
         # The bound is that of the sum, from which the error of the others hardly differs.
-        is_sum = number not in acts
-        bound = point.bound + error - point.error if is_sum else math.nan
+        bound = math.nan if number in acts else error - (point.error - point.bound)
         found.append(_Point(choice_F, problem.axis_of(choice_F), error, bound=bound))
     return found
 

@@ -40,8 +40,10 @@ def show_frontier(result: FrontierResult) -> None:
     columns += ["KV bits"] if problem.cached else []
     columns.append("checkpoint")
     columns += [f"and {problem.kv_tokens:,} tokens"] if problem.kv_tokens else []
-    gap = result.frontier.gap
+    gap, unbounded = result.frontier.gap, result.frontier.unbounded
     proof = "no bound" if gap is None else f"largest gap to the bound {100 * gap:.3g} %"
+    if gap is not None and unbounded:
+        proof += f", {unbounded} points have none"
     quantity = "KL, predicted [nats/token]" if problem.unit == KL_UNIT else problem.unit
     print_table(
         f"{len(shown)} of {count} points; {proof}",
@@ -50,7 +52,7 @@ def show_frontier(result: FrontierResult) -> None:
     )
     if gap:
         note(_GAP)
-    if gap is None:
+    if unbounded:
         note(_NO_BOUND)
     if count > _SHOWN:
         note(f"`--json` has all {count} points.")

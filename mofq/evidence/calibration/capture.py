@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from mofq.exceptions import StatsError
+from mofq.exceptions import StatsError, option
 from mofq.model.attention import pass_cache
 from mofq.model.layers import (
     PARTS,
@@ -74,7 +74,7 @@ class Captured:
             raise StatsError(
                 f"{layer}: sees {len(x_TI)} vectors of a sequence of {self.length} tokens, and "
                 "errors are predicted of layers that see one for each token. Leave the model's "
-                "type out, or measure without --stats."
+                f"type out, or measure without {option('stats')}."
             )
         self.x[layer] = x_TI.to(device="cpu", dtype=torch.bfloat16)
         self.keep_input_gain(layer, x)
@@ -182,12 +182,13 @@ def _check_module(module: nn.Module, layer: LinearLayer, holders: Mapping[int, i
     if not is_plain_linear(module):
         raise StatsError(
             f"{layer.name}: the loaded model's module is a {type(module).__name__}, and no plain "
-            "linear layer. Measure without --stats."
+            f"linear layer. Measure without {option('stats')}."
         )
     if holders[id(module.weight)] > 1:
         raise StatsError(
             f"{layer.name}: several modules of the loaded model have this weight, so that its "
-            "error counts more than once, which is not predicted. Measure without --stats."
+            "error counts more than once, which is not predicted. Measure without "
+            f"{option('stats')}."
         )
 
 
@@ -206,7 +207,7 @@ def _on_forward(
             return  # the second run of an activation-checkpointed decoder layer
         raise StatsError(
             f"{name}: runs more than once for a token, so that its error counts more than once, "
-            "which is not predicted. Measure without --stats."
+            f"which is not predicted. Measure without {option('stats')}."
         )
     captured.keep_output(name, output, getattr(module, "bias", None))
     x = inputs[0]
@@ -295,7 +296,8 @@ def _watch_experts(
     if problem := experts_problem(experts):
         name = next(iter(layers.values()))[0][0].name.rpartition(".experts.")[0]
         raise StatsError(
-            f"{name}: {problem}: what its layers receive cannot be shown. Measure without --stats."
+            f"{name}: {problem}: what its layers receive cannot be shown. "
+            f"Measure without {option('stats')}."
         )
     module: Any = experts
     forward = vars(module).get("forward")
