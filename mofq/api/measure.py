@@ -61,7 +61,7 @@ class MeasureResult:
             f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
-            *(f"  {one}." for one in self.selections),
+            *(f"  {one.remark}" for one in self.selections),
             *(map(_shown, self.refused) if self.is_new else _counted(self.refused)),
         ]
         if self.stats is not None:
@@ -86,8 +86,8 @@ def _counted(refused: Sequence[Refused]) -> list[str]:
         return []
     count = len({name for one in refused for name in one.schemes})
     return [
-        f"  {count} scheme{' is' if count == 1 else 's are'} not offered to every fusion group: `mofq inspect` with the "
-        f"same space and engine says why."
+        f"  {count} scheme{' is' if count == 1 else 's are'} not offered to every fusion group: "
+        f"`mofq inspect` with the same space and engine says why."
     ]
 
 

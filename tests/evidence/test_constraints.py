@@ -105,7 +105,7 @@ def test_a_selector_that_names_nothing_is_refused_with_the_nearest(
 def test_layers_that_are_never_quantized_may_be_named_where_that_is_said() -> None:
     found = check_selector("lm_head", GROUPS, what="it", unquantized=["lm_head"])
     assert (found.layers, found.groups) == (1, 0)
-    assert str(found) == "it: 1 layer in 0 fusion groups"
+    assert found.remark == "it: 1 layer in 0 fusion groups."
 
 
 @pytest.mark.parametrize(
