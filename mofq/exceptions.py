@@ -134,6 +134,11 @@ class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
 
 
+def how_to_install(extra: str) -> str:
+    """The end of a message: how a user gets the packages of an extra of mofq."""
+    return f"Run `pip install '.[{extra}]'` in a checkout of mofq."
+
+
 #: Names that a message lists at most: a large model has thousands of layers.
 _MOST_NAMES = 40
 _MOST_CONTAINING = 6
