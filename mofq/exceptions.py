@@ -39,21 +39,21 @@ class Remark(str):
     `str.join` or in another text, stays as Python writes it.)
     """
 
-    __slots__ = ("_template",)
-    _template: str
+    __slots__ = ("template",)
+    template: str  #: the line with its options not yet spelled, to be a part of another remark
 
     def __new__(cls, template: str) -> Remark:
         """The line, from a text with options by `option`."""
         made = super().__new__(cls, _spelled(template, lambda name: name, "="))
-        made._template = template
+        made.template = template
         return made
 
     def __getnewargs__(self) -> tuple[str]:
-        return (self._template,)
+        return (self.template,)
 
     def spelled(self, flag: Callable[[str], str], between: str = " ") -> str:
         """The line with options as another interface writes them; see `MofqError.spelled`."""
-        return _spelled(self._template, flag, between)
+        return _spelled(self.template, flag, between)
 
 
 class MofqError(Exception):
@@ -132,6 +132,11 @@ class RewriteError(MofqError):
 
 class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
+
+
+def how_to_install(extra: str) -> str:
+    """The end of a message: how a user gets the packages of an extra of mofq."""
+    return f"Run `pip install '.[{extra}]'` in a checkout of mofq."
 
 
 #: Names that a message lists at most: a large model has thousands of layers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -61,8 +61,8 @@ class MeasureResult:
             f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
-            *(f"  {one}." for one in self.selections),
-            *map(_shown, self.refused),
+            *(f"  {one.remark}" for one in self.selections),
+            *(map(_shown, self.refused) if self.is_new else _counted(self.refused)),
         ]
         if self.stats is not None:
             lines += unseen_experts(self.stats)
@@ -78,6 +78,17 @@ class MeasureResult:
 
 def _shown(one: Refused) -> str:
     return f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
+
+
+def _counted(refused: Sequence[Refused]) -> list[str]:
+    """How many refusals there are, where the run that measured has told them."""
+    if not refused:
+        return []
+    count = len({name for one in refused for name in one.schemes})
+    return [
+        f"  {count} scheme{' is' if count == 1 else 's are'} not offered to every fusion group: "
+        f"`mofq inspect` with the same space and engine says why."
+    ]
 
 
 @documented

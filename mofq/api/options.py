@@ -231,11 +231,17 @@ AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", posit
 #: Layers -> what they must have.
 Fixed = Annotated[
     LayerValues,
-    Option("LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16'; repeatable.", flag="--fix"),
+    Option(
+        "LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16', 'last:1=bf16'; repeatable.",
+        flag="--fix",
+    ),
 ]
 AtLeast = Annotated[
     LayerValues,
-    Option("LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'attn.*=g64'; repeatable."),
+    Option(
+        "LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'first:2=8', 'last:1=8', "
+        "'attn.*=g64'; repeatable."
+    ),
 ]
 AtMost = Annotated[
     LayerValues, Option("The same, as the most bits or the finest granularity; repeatable.")

@@ -194,7 +194,7 @@ def run(
     with hold_folder(folder, busy):
         asked = Asked.of_request(request, loaded)
         files = find_files(folder, asked, table_space(loaded, engine))
-        _tell_all((f"{one}." for one in selections), tell)
+        _tell_all((one.remark for one in selections), tell)
         if not corpora:
             tell(
                 Remark(

@@ -30,6 +30,7 @@ from mofq.decision.timing import (
     unquantized_seconds,
 )
 from mofq.decision.uniform import best_uniform, has_uniform
+from mofq.evidence.constraints import named
 from mofq.evidence.table import FEW_SAMPLES, Table
 from mofq.exceptions import BudgetError, Remark
 
@@ -124,7 +125,7 @@ def _blamed_constraints(table: Table, request: Request) -> str:
         choose(free, budgets, solver=request.solver, ties=request.ties)
     except BudgetError:
         return ""
-    return without(constraints)
+    return without([named(one, request.constraints) for one in constraints])
 
 
 def _keeps(problem: Problem, budgets: Budgets, choice_F: IntArray) -> bool:

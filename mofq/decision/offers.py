@@ -111,7 +111,8 @@ class Offers:
         groups = table.header.groups
         self._is_legal = is_legal
         self._spaces = spaces
-        self._asked = constraints_by_group(constraints if is_constrained else (), groups)
+        asked = constraints if is_constrained else ()
+        self._asked = constraints_by_group(asked, groups, asked=asked)
         self._of_space = [
             constraints_by_group(one.constraints if is_constrained else (), groups)
             for one in spaces
@@ -131,7 +132,7 @@ class Offers:
         legal = [one for one in sizes if self._is_legal is None or self._is_legal(group, one)]
         asked = self._asked.get(group.name, ())
         if not self._spaces:
-            return _constrained(group, sizes, legal, asked, None)
+            return _constrained(group, sizes, legal, asked, None, asked)
         is_one = len(self._spaces) == 1
         schemes: set[str] = set()
         refused: dict[str, str] = {}
@@ -142,13 +143,13 @@ class Offers:
             offered = _offered(space, legal, is_excluded=why is not None)
             # Together, so that a message names what contradicts what.
             constraints = (*of_space.get(group.name, ()), *(asked if is_one else ()))
-            one = _constrained(group, sizes, offered, constraints, why)
+            one = _constrained(group, sizes, offered, constraints, why, asked)
             apart = why or f"not offered by the search space {space.name}"
             refused |= dict.fromkeys((name for name in legal if name not in offered), apart)
             refused |= one.refused
             schemes |= set(one.schemes)
         kept = [name for name in legal if name in schemes]
-        left = _constrained(group, sizes, kept, () if is_one else asked, None)
+        left = _constrained(group, sizes, kept, () if is_one else asked, None, asked)
         refused = {name: why for name, why in refused.items() if name not in schemes}
         return GroupOffer(left.schemes, refused | dict(left.refused))
 
@@ -178,12 +179,13 @@ def _constrained(
     offered: Sequence[str],
     constraints: Sequence[LayerConstraint],
     because: str | None,
+    asked: Sequence[LayerConstraint],
 ) -> GroupOffer:
     """What constraints leave; nothing where nothing is offered."""
     if not offered:
         return GroupOffer((), {})
     could = {name: sizes[name] for name in offered}
-    barred = barred_schemes(constraints, group, could, because=because)
+    barred = barred_schemes(constraints, group, could, asked=asked, because=because)
     return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 

@@ -173,7 +173,7 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
     free = [replace(one, barred={}) for one in offers]
     barring = dict.fromkeys(why for one in offers for why in one.barred.values())
     if barring and _refused_size(free, budgets, other_bytes=other_bytes) is None:
-        refused += without(tuple(barring))
+        refused += without([one.template for one in barring])
     raise BudgetError(refused)
 
 
@@ -197,7 +197,7 @@ def _refused_size(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int
     return None
 
 
-def without(constraints: Sequence[LayerConstraint | str]) -> str:
-    """The end of a message: constraints are why no recipe meets the budgets."""
-    named = ", ".join(f"`{one}`" for one in constraints)
-    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {named}."
+def without(constraints: Sequence[str]) -> str:
+    """The end of a message: constraints, by `named`, are why no recipe meets the budgets."""
+    listed = ", ".join(f"`{one}`" for one in constraints)
+    return f" Without {'it' if len(constraints) == 1 else 'them'} the budgets can be met: {listed}."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
 from mofq.engines import ENGINES
-from mofq.exceptions import BackendError, nearest_name, option
+from mofq.exceptions import BackendError, how_to_install, nearest_name, option
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
 
@@ -121,7 +121,7 @@ def find_exporter(name: str) -> Any:
     if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
         raise BackendError(
             f"exporting to {name} needs the package {_PACKAGES[name]}, which is not installed. "
-            f"Run `pip install mofq[{_PACKAGES[name]}]`."
+            f"{how_to_install(_PACKAGES[name])}"
         )
     module, function = known[name]
     found = getattr(import_module(module), function)

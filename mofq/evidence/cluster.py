@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mofq import __version__
-from mofq.exceptions import ClusterError, MofqError, option
+from mofq.exceptions import ClusterError, MofqError, how_to_install, option
 from mofq.numbers.numerics import NUMERICS
 
 Tell = Callable[[str], None]
@@ -206,7 +206,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ClusterError(
-            f"{option('cluster')} needs Ray, which is not installed. Run: pip install 'mofq[ray]'"
+            f"{option('cluster')} needs Ray, which is not installed. {how_to_install('ray')}"
         ) from error
     return ray
 

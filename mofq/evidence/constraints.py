@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Literal, Protocol, TypeVar
 
-from mofq.exceptions import SchemeError, SearchSpaceError
+from mofq.exceptions import Remark, SchemeError, SearchSpaceError, option
 from mofq.files.validated import Name, only_these_keys
 from mofq.model.sizes import Matrix
 from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
@@ -69,18 +69,25 @@ class LayerConstraint:
     def __str__(self) -> str:
         return f"{self.kind} {self.layers}={self.value}"
 
+    @property
+    def as_option(self) -> str:
+        """As messages name it where an option asked for it, and no search space."""
+        return f"{option(self.kind)} {self.layers}={self.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """How much of a model a selector names."""
 
-    what: str  #: the selector, and what it is for
+    what: Remark  #: the selector, and what it is for
     layers: int
     groups: int  #: fusion groups that these layers are of
 
-    def __str__(self) -> str:
+    @property
+    def remark(self) -> Remark:
+        """It in a sentence."""
         layers, groups = _counted(self.layers, "layer"), _counted(self.groups, "fusion group")
-        return f"{self.what}: {layers} in {groups}"
+        return Remark(f"{self.what.template}: {layers} in {groups}.")
 
 
 def _counted(count: int, what: str) -> str:
@@ -181,7 +188,7 @@ def check_selector(
     Args:
         selector: See the top of this module.
         groups: Of the model.
-        what: The selector, and what it is for, in messages.
+        what: The selector, and what it is for, in messages, with options by `option`.
         unquantized: Names of layers that no recipe quantizes, where these may be named too.
 
     Raises:
@@ -191,23 +198,25 @@ def check_selector(
     alone = sum(fnmatchcase(name, selector) for name in unquantized)
     if not found and not alone:
         raise SearchSpaceError(f"{what} matches no layer.{_nearest_selector(selector, groups)}")
-    return Selection(what, sum(map(len, found.values())) + alone, len(found))
+    return Selection(Remark(what), sum(map(len, found.values())) + alone, len(found))
 
 
 def selections_of(
     constraints: Iterable[LayerConstraint], groups: Sequence[SelectableGroup]
 ) -> tuple[Selection, ...]:
-    """How many layers each constraint names.
+    """How many layers each constraint names that options give.
 
     Raises:
         SearchSpaceError: One names no layer.
     """
-    return tuple(check_selector(one.layers, groups, what=str(one)) for one in constraints)
+    return tuple(check_selector(one.layers, groups, what=one.as_option) for one in constraints)
 
 
 def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
     if _POSITION.fullmatch(selector):
         return f" The model has {len(_decoder_layers(groups))} decoder layers."
+    if selector in ("first", "last"):
+        return f" Write {selector}:1 for the {selector} decoder layer, {selector}:2 for two."
     rule = (
         " A pattern has to match a whole name; * stands for any characters, and regular "
         "expressions are not known."
@@ -222,19 +231,32 @@ def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
 
 
 def constraints_by_group(
-    constraints: Iterable[LayerConstraint], groups: Sequence[SelectableGroup]
+    constraints: Iterable[LayerConstraint],
+    groups: Sequence[SelectableGroup],
+    *,
+    asked: Collection[LayerConstraint] = (),
 ) -> dict[str, tuple[LayerConstraint, ...]]:
     """Fusion group -> the constraints on it; only groups that have any.
+
+    Args:
+        constraints: Of search spaces and options.
+        groups: Of a model or a table.
+        asked: Those that options give; messages name them so.
 
     Raises:
         SearchSpaceError: A constraint names no layer.
     """
     found: dict[str, list[LayerConstraint]] = {}
     for one in constraints:
-        check_selector(one.layers, groups, what=str(one))
+        check_selector(one.layers, groups, what=named(one, asked))
         for name in select(one.layers, groups):
             found.setdefault(name, []).append(one)
     return {name: tuple(some) for name, some in found.items()}
+
+
+def named(constraint: LayerConstraint, asked: Collection[LayerConstraint]) -> str:
+    """A constraint as messages name it: as the option that gives it, where one does."""
+    return constraint.as_option if constraint in asked else str(constraint)
 
 
 def barred_schemes(
@@ -242,14 +264,16 @@ def barred_schemes(
     group: SelectableGroup,
     sizes: Mapping[str, int],
     *,
+    asked: Collection[LayerConstraint] = (),
     because: str | None = None,
-) -> dict[str, str]:
+) -> dict[str, Remark]:
     """The schemes that constraints take from a fusion group.
 
     Args:
         constraints: On the group.
         group: Of a model or a table.
         sizes: Scheme that it could have -> its bytes [bytes]; at least one.
+        asked: The constraints that options give; messages name them so.
         because: Why it could have no other, where there is a reason to tell.
 
     Returns:
@@ -264,8 +288,8 @@ def barred_schemes(
         for name, size in sizes.items()
     }
     if all(broken.values()):
-        raise _contradiction(constraints, group, sizes, broken, because)
-    return {name: str(some[0]) for name, some in broken.items() if some}
+        raise _contradiction(constraints, group, sizes, broken, asked, because)
+    return {name: Remark(named(some[0], asked)) for name, some in broken.items() if some}
 
 
 def _contradiction(
@@ -273,6 +297,7 @@ def _contradiction(
     group: SelectableGroup,
     sizes: Mapping[str, int],
     broken: Mapping[str, Sequence[LayerConstraint]],
+    asked: Collection[LayerConstraint],
     because: str | None,
 ) -> SearchSpaceError:
     fewest = next(
@@ -281,7 +306,7 @@ def _contradiction(
         for some in combinations(constraints, count)
         if all(set(some) & set(of_scheme) for of_scheme in broken.values())
     )
-    names = " and ".join(f"`{one}`" for one in fewest)
+    names = " and ".join(f"`{named(one, asked)}`" for one in fewest)
     leave = "leaves" if len(fewest) == 1 else "contradict each other: together they leave"
     could = ", ".join(f"{name} ({_bits_of(group, size):.6g} bits)" for name, size in sizes.items())
     reason = f" ({because})" if because else ""

@@ -28,7 +28,7 @@ from mofq.evidence.constraints import (
     parse_constraint,
     select,
 )
-from mofq.exceptions import SchemeError, SearchSpaceError, nearest_name
+from mofq.exceptions import Remark, SchemeError, SearchSpaceError, nearest_name
 from mofq.files.documents import parse_yaml, read_text
 from mofq.files.validated import (
     Name,
@@ -180,7 +180,7 @@ class Offer:
     schemes: tuple[Scheme, ...]
     rejected: dict[str, str]  #: scheme name -> why not
     #: Of ``schemes``, which are measured, those that no recipe may have: name -> why not.
-    barred: Mapping[str, str] = field(default_factory=dict)
+    barred: Mapping[str, Remark] = field(default_factory=dict)
 
     @property
     def choices(self) -> tuple[Scheme, ...]:
@@ -434,13 +434,16 @@ def offer_schemes(
     for pattern in space.exclude:
         for name, layers in select(pattern, groups).items():
             excluded.setdefault(name, f"{layers[0]}: excluded by {pattern!r}")
-    constrained = constraints_by_group((*space.constraints, *constraints), groups)
+    constrained = constraints_by_group(
+        (*space.constraints, *constraints), groups, asked=constraints
+    )
     offers = []
     for group in groups:
         offer = _offer(space, group, legality, has_stats, excluded.get(group.name))
-        asked = constrained.get(group.name, ())
+        some = constrained.get(group.name, ())
         sizes = {scheme.name: group_bytes(group, scheme) for scheme in offer.schemes}
-        barred = barred_schemes(asked, group, sizes, because=excluded.get(group.name))
+        why = excluded.get(group.name)
+        barred = barred_schemes(some, group, sizes, asked=constraints, because=why)
         offers.append(replace(offer, barred=barred))
     return tuple(offers)
 

@@ -13,7 +13,7 @@ import numpy as np
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import FloatArray
-from mofq.exceptions import MofqError, nearest_name, option
+from mofq.exceptions import MofqError, how_to_install, nearest_name, option
 from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier_recipes import FrontierRecipe, frontier_recipes
@@ -81,7 +81,7 @@ def draw_figure(kind: str, drawing: Drawing, *, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise MofqError(
-            "figures need matplotlib. Install it with `pip install 'mofq[plot]'`."
+            f"figures need matplotlib, which is not installed. {how_to_install('plot')}"
         ) from problem
     # A seed of our own for the names in an SVG: the same figure, the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "mofq", **_STYLE}):

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mofq.exceptions import CheckpointError, MofqError, option
+from mofq.exceptions import CheckpointError, MofqError, how_to_install, option
 from mofq.model.checkpoint.headers import (
     CONFIG_FILE,
     open_checkpoint,
@@ -195,7 +195,7 @@ def _require_accelerate(device_map: str) -> None:
     if find_spec("accelerate") is None:
         raise CheckpointError(
             f"a device map ({device_map!r}) needs the package accelerate, which is not installed."
-            f" Run `pip install mofq[accelerate]`, or name one device instead."
+            f" {how_to_install('accelerate')} Or name one device instead."
         )
 
 

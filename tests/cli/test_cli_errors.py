@@ -395,7 +395,7 @@ def test_a_device_map_without_its_package_names_the_extra(
     message = refused(
         "calibrate", tiny_llama, *corpus, "--device-map", "auto", "-o", tmp_path / "stats"
     )
-    assert "pip install mofq[accelerate]" in message
+    assert "pip install '.[accelerate]'" in message
 
 
 def test_an_error_is_one_json_object_where_json_is_asked_for(

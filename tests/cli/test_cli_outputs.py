@@ -85,7 +85,8 @@ def test_a_layer_that_is_not_what_the_recipe_says_ends_validate_with_1(
     assert content["enforced"] is False
     assert [one["layer"] for one in content["deviations"]] == ["model.layers.4.self_attn.v_proj"]
     assert "model.layers.4.self_attn.v_proj" in ran.err
-    assert "NO" in mofq("validate", DEMO, measured.recipe, *TEXT).out
+    shown = mofq("validate", DEMO, measured.recipe, *TEXT).out
+    assert 0 < shown.index("NO: what follows is not the recipe's") < shown.index("KL, measured")
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:

@@ -167,6 +167,37 @@ def test_a_folder_of_another_plan_is_refused(
         calibrate_folder(tiny_llama, copy, CORPORA, **change)
 
 
+@pytest.mark.parametrize(
+    ("corpora", "changes", "remedy"),
+    [
+        ({"other": "c"}, {}, "give corpora=a=here corpora=b=here sequences=3 to"),
+        (
+            {"other": "c"},
+            {"sequence_length": 8},
+            "corpora=b=here sequence_length=16 sequences=3 to",
+        ),
+        ({}, {"sequence_length": 8}, "give sequence_length=16 to go on with this one"),
+        # No option of a run that would mend it.
+        ({}, {"seed": 1, "sequence_length": 8}, "or delete this one"),
+        ({}, {"dtype": "bfloat16"}, "or delete this one"),
+    ],
+)
+def test_the_refusal_of_a_folder_names_the_options_that_it_was_begun_with(
+    corpora: dict[str, str], changes: dict[str, Any], remedy: str, copy: Path
+) -> None:
+    begun = read_stats(copy).plan
+    begun = replace(begun, corpora=tuple(replace(one, source="here") for one in begun.corpora))
+    shutil.rmtree(copy)
+    names = tuple(replace(begun.corpora[0], name=name) for name in corpora)
+    plan = replace(begun, corpora=names or begun.corpora, **changes)
+    with open_plan(copy, begun):
+        pass
+    with pytest.raises(StatsError) as refused, open_plan(copy, plan):
+        pass
+    assert "Name another folder (output), or" in str(refused.value)
+    assert remedy in str(refused.value)
+
+
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_a_folder_begun_before_scores_were_noted_is_not_continued(
     is_finished: bool, tiny_llama: Path, copy: Path

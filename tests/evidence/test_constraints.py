@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mofq.cli.flags import flag_of
 from mofq.evidence.constraints import (
     ConstraintKind,
     LayerConstraint,
@@ -105,7 +106,7 @@ def test_a_selector_that_names_nothing_is_refused_with_the_nearest(
 def test_layers_that_are_never_quantized_may_be_named_where_that_is_said() -> None:
     found = check_selector("lm_head", GROUPS, what="it", unquantized=["lm_head"])
     assert (found.layers, found.groups) == (1, 0)
-    assert str(found) == "it: 1 layer in 0 fusion groups"
+    assert found.remark == "it: 1 layer in 0 fusion groups."
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,19 @@ def test_constraints_that_leave_nothing_are_named_and_no_others() -> None:
     assert "*=4" not in message
     with pytest.raises(SearchSpaceError, match=r"^`fixed \*=int2.g32` leaves no scheme to layers"):
         left(eight, constraint("fixed", "*", "int2.g32"))
+
+
+def test_what_an_option_asks_for_is_named_by_it_and_what_a_space_says_by_its_key() -> None:
+    of_space, asked = constraint("at_most", "*", "5"), constraint("at_least", "first:1", "8")
+    sizes = {name: group_bytes(GROUPS[0], parse_scheme(name)) for name in ("int4.g32", "bf16")}
+    with pytest.raises(SearchSpaceError) as caught:
+        barred_schemes([of_space, asked], GROUPS[0], sizes, asked=[asked])
+    assert caught.value.spelled(flag_of).startswith(
+        "`at_most *=5` and `--at-least first:1=8` contradict each other: "
+    )
+    barred = barred_schemes([asked], GROUPS[0], sizes, asked=[asked])
+    assert barred == {"int4.g32": "at_least first:1=8"}  # as Python names it
+    assert barred["int4.g32"].spelled(flag_of) == "--at-least first:1=8"
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_without_ray_the_message_says_how_to_get_it(
     ran = mofq("measure", DEMO, "--space", "w8a8", "-o", table, "--cluster", "ray")
     assert ran.code == 1
     assert "--cluster needs Ray" in ran.err
-    assert "pip install 'mofq[ray]'" in ran.err
+    assert "Run `pip install '.[ray]'` in a checkout" in ran.err
     assert not table.exists()
 
 

@@ -47,6 +47,10 @@ def test_inspecting_and_measuring_give_one_reason(tmp_path: Path) -> None:
         groups, _, rest = line.partition(" fusion groups: ")
         schemes, _, reason = rest.partition(": ")
         assert f"{schemes} {groups} {reason}"[:60] in inspected
+    again = ok("measure", DEMO, *asked, "-o", table).err
+    assert "everything was there already" in again
+    assert "3 schemes are not offered to every fusion group: `mofq inspect`" in again
+    assert "not offered to 2" not in again
 
 
 @pytest.mark.long
@@ -57,4 +61,4 @@ def test_a_run_tells_its_own_refusals_and_not_those_of_other_engines(tmp_path: P
         asked = ("--space", space, "--engine", engine, "-o", table)
         content = ok("measure", DEMO, *asked, "--json").json
         assert [one["schemes"] for one in content["refused"]] == [[name] for name in refused]
-        assert ok("measure", DEMO, *asked).err.count("not offered") == len(refused)
+        assert ok("measure", DEMO, *asked).err.count("1 scheme is not offered") == len(refused)

@@ -132,7 +132,7 @@ def test_statistics_go_on_only_as_they_were_begun(model: Path, made: dict[str, P
         stats = ("-o", made[bos] / "stats")
         message = refused(*calibrate, *LENGTH, "--bos", other, *stats)
         assert f"give --bos {goes_on} to go on with this one" in message
-        assert "Calibrate into another folder" in message
+        assert "Name another folder" in message
         ok(*calibrate, *LENGTH, "--bos", goes_on, *stats)
 
 

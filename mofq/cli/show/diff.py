@@ -44,7 +44,9 @@ def show_diff(result: DiffResult) -> None:
         title += f", {found.objective}"
     print_table(title, columns, rows)
     minimised = [_minimised(one) for one in (a, b)]
-    if minimised[0] != minimised[1] and None not in (a.kl_nats_per_token, b.kl_nats_per_token):
+    # A table prices both on one scale.
+    are_own = found.total is None and None not in (a.kl_nats_per_token, b.kl_nats_per_token)
+    if are_own and minimised[0] != minimised[1]:
         pairs = zip(result.names, minimised, strict=True)
         each = "; ".join(f"that of {name} is {what}" for name, what in pairs)
         note(f"The two KL do not compare: {each}.")

@@ -25,7 +25,7 @@ def show_inspection(result: InspectResult) -> None:
         engine = f" on {result.engine}" if result.engine else ""
         _print_offers(f"search space {result.space}{engine}", result.offers)
         for selection in result.selections:
-            note(f"{selection}.")
+            note(selection.remark)
     next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", "-o", "stats")
 
 

@@ -30,7 +30,7 @@ def show_search(result: SearchResult) -> None:
     """Figures and a histogram of schemes, refusals, explanations, and what comes next."""
     _print_decision(result.decision, title=str(result.output))
     for selection in result.selections:
-        note(f"{selection}.")
+        note(selection.remark)
     for each in result.refused:
         names = ", ".join(each.schemes)
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
@@ -128,7 +128,7 @@ def _print_explanation(explanation: Explanation) -> None:
     for scheme, reason in explanation.rejected.items():
         by_reason.setdefault(reason, []).append(scheme)
     for reason, schemes in by_reason.items():
-        note(f"not to be had: {', '.join(schemes)}: {reason}")
+        note(f"not to be had: {', '.join(schemes)}: {with_flags(reason)}")
 
 
 def _alternative(one: Alternative) -> list[str]:

@@ -70,13 +70,13 @@ def _print_validation(validation: Validation) -> None:
         ["perplexity of the original", f"{validation.perplexity_original:.4g}"],
         ["top-1 agreement", f"{100 * validation.top1_agreement:.2f} %"],
         ["bits per weight", f"{validation.bits_per_weight:.4f}"],
-        [
-            "enforced",
-            {True: "yes", False: "NO", None: "not known: no recipe beside the weights"}[
-                validation.enforced
-            ],
-        ],
     ]
+    if validation.enforced is False:
+        # Before the figures, which are of something else than the recipe.
+        rows.insert(0, ["enforced", "NO: what follows is not the recipe's"])
+    else:
+        known = "yes" if validation.enforced else "not known: no recipe beside the weights"
+        rows.append(["enforced", known])
     lineage = validation.lineage
     windows = f"{validation.tokens} tokens of {lineage.text}, {lineage.sequence_length} at a time"
     if lineage.bos:

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import MofqError, how_to_install, nearest_name
 
 #: lm-eval lists thousands; a message names so many.
 _SUGGESTIONS = 8
@@ -132,7 +132,7 @@ def _find(tasks: Tasks) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MofqError(
-            "tasks need lm-eval, which is not installed. Run `pip install 'mofq[lm-eval]'`."
+            f"tasks need lm-eval, which is not installed. {how_to_install('lm-eval')}"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = None

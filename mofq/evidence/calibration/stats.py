@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -346,13 +347,38 @@ def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     differences = list(_differences(plan, begun))
     if not differences:
         return
-    remedy = "Calibrate into another folder, or delete this one"
-    if plan.bos != begun.bos and len(differences) == 1:
-        again = option("bos", "always" if begun.bos else "never")
-        remedy = f"Calibrate into another folder, or give {again} to go on with this one"
+    options = _options_of(plan, begun)
+    remedy = f"give {options} to go on with this one" if options else "delete this one"
     raise StatsError(
-        f"{folder}: was begun otherwise than this run asks for: {'; '.join(differences)}. {remedy}."
+        f"{folder}: was begun otherwise than this run asks for: {'; '.join(differences)}. Name "
+        f"another folder ({option('output')}), or {remedy}."
     )
+
+
+def _options_of(plan: Plan, begun: Plan) -> str:
+    """The options that a folder was begun with; empty where they are not all that differs."""
+    given: list[str] = []
+    corpora, theirs = plan.corpora, begun.corpora
+    counts = [one.sequences for one in theirs]
+    if [one.name for one in corpora[: len(theirs)]] != [one.name for one in theirs]:
+        given += [option("corpora", quote(f"{one.name}={one.source}")) for one in theirs]
+        corpora = theirs
+    if plan.sequence_length != begun.sequence_length:
+        given.append(option("sequence_length", begun.sequence_length))
+    if [one.sequences for one in plan.corpora[: len(theirs)]] != counts:
+        # A text that has fewer gives what it has.
+        given.append(option("sequences", max(counts)))
+        corpora = (
+            *(
+                replace(one, sequences=other.sequences, kept=other.kept)
+                for one, other in zip(corpora, theirs, strict=False)
+            ),
+            *corpora[len(theirs) :],
+        )
+    if plan.bos != begun.bos:
+        given.append(option("bos", "always" if begun.bos else "never"))
+    mended = replace(plan, corpora=corpora, sequence_length=begun.sequence_length, bos=begun.bos)
+    return "" if list(_differences(mended, begun)) else " ".join(given)
 
 
 def _differences(plan: Plan, begun: Plan) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import static_amax
 from mofq.engines import ENGINES, Engine, matching_rule, rule_refusal
 from mofq.evidence.fits import Fits, fit_arguments
-from mofq.exceptions import BackendError
+from mofq.exceptions import BackendError, how_to_install
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup
@@ -220,5 +220,5 @@ def _require_torchao() -> None:
     if find_spec("torchao") is None:
         raise BackendError(
             "the backend 'torchao' needs the package torchao, which is not installed. "
-            "Run `pip install mofq[torchao]`."
+            f"{how_to_install('torchao')}"
         )
