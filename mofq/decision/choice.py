@@ -181,7 +181,8 @@ def solve_smallest(
         except BudgetError:
             return None
 
-    return _search_size(problem, at, limit, low=_naive_size(problem, free, limit), best=best)
+    low = _naive_size(problem, free, limit)
+    return _search_size(problem, at, limit, free=free, low=low, best=best)
 
 
 def _naive_size(problem: Problem, budgets: Budgets, limit: float) -> int:
@@ -198,13 +199,20 @@ def _search_size(
     at: Callable[[int], Chosen | None],
     limit: float,
     *,
+    free: Budgets,
     low: int,
     best: Chosen,
 ) -> Chosen:
     """Between a size that fails and one that holds, by the logarithm of the figure."""
     first = at(low)
     if first is not None and first.reported.upper <= limit:
-        return first
+        if problem.answers is None:
+            return first
+        # What groups do together may make it less than the sum: smaller ones may hold too.
+        best, low = first, least_bytes(problem, free)
+        first = at(low)
+        if first is not None and first.reported.upper <= limit:
+            return first
     high, high_figure = problem.size_of(best.choice_F), best.reported.upper
     low_figure = math.inf if first is None else first.reported.upper
     step = problem.weights // 16  # half a bit

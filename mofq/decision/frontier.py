@@ -15,10 +15,11 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
 from mofq.decision.exact import least_bytes, solve_exact
-from mofq.decision.prediction import error_together
+from mofq.decision.prediction import error_together, predict
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.decision.together import act_together, solve_together
 from mofq.exceptions import BudgetError
+from mofq.exceptions import option as spelled
 
 #: Sizes that are solved one by one where there is no hull.
 _SIZES = 50
@@ -90,6 +91,10 @@ def solve_frontier(
         BudgetError: No recipe keeps the budgets.
     """
     budgets = budgets or Budgets()
+    if problem.answers is not None and budgets.max_kl is not None:
+        # A solver would hold the budget against a sum, which what groups do together is not.
+        whole = solve_frontier(problem, replace(budgets, max_kl=None), sizes=sizes)
+        return _within_kl(problem, whole, budgets.max_kl)
     ends = [
         constraint
         for constraint in budget_constraints(problem, budgets)
@@ -114,6 +119,23 @@ def solve_frontier(
     if sizes is not None or not has_hull:
         points += _solved(problem, other, most=most, sizes=sizes or _SIZES)
     return _non_dominated(points if problem.answers is None else _together(problem, other, points))
+
+
+def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
+    """The points that are predicted to be within a budget in nats, two standard errors included."""
+    upper_K = [predict(problem, choice_F).upper for choice_F in frontier.choice_KF]
+    kept = [k for k, upper in enumerate(upper_K) if upper <= max_kl]
+    if not kept:
+        raise BudgetError(
+            f"{spelled('max_kl')}: asked for {max_kl:.4g} nats per token; the least under the "
+            f"other budgets is {min(upper_K):.4g}, two standard errors included."
+        )
+    return Frontier(
+        choice_KF=frontier.choice_KF[kept],
+        bytes_K=frontier.bytes_K[kept],
+        error_K=frontier.error_K[kept],
+        bound_K=frontier.bound_K[kept],
+    )
 
 
 def _together(problem: Problem, budgets: Budgets, points: Sequence[_Point]) -> list[_Point]:

@@ -337,8 +337,14 @@ def _answers(options: Sequence[Option]) -> tuple[SizeAnswers, ...] | None:
     corpora = len(options[0].errors)
     known = [one.answers or (None,) * corpora for one in options]
     found = [size_answers([one[c] for one in known]) for c in range(corpora)]
-    each = tuple(one for one in found if one is not None)
-    return each if len(each) == corpora else None
+    samples = next((one.sample_errors for one in options if one.sample_errors is not None), None)
+    if samples is None or not any(found):
+        return None
+    # Of a corpus whose rows have none, no size changes.
+    return tuple(
+        one or SizeAnswers(np.zeros((len(options), len(of))), np.arange(len(of)))
+        for one, of in zip(found, samples, strict=True)
+    )
 
 
 def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:

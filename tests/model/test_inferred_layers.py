@@ -263,6 +263,13 @@ def test_what_names_do_not_decide_is_refused_with_the_tensor_and_the_question(
     assert "in which order it has gates, ups, inputs and outputs is not certain" in message
     message = refused(add("model.layers.0.mlp.gate.weight", 128, 128), 2)
     assert "whether it is a router or a gate of an MLP is not certain" in message
+    message = refused(add("model.layers.0.mlp.experts.0.wo.weight", 128, 128), 4)
+    assert "whether it reads an expert's input or makes its output" in message
+    message = refused(add("model.layers.0.mlp.experts.0.inner.up_proj.weight", 128, 128), 5)
+    assert "which expert's matrix it is" in message
+    twice = [add(f"model.layers.0.mlp.{word}.weight", 128, 128) for word in ("w2", "c_proj")]
+    message = refused(lambda tensors: [one(tensors) for one in twice], 6)
+    assert "names do not say which of them is layers.0.mlp.down" in message
     two = {
         f"planner.layers.{index}.up.weight": torch.zeros((128, 128), dtype=torch.bfloat16)
         for index in range(2)

@@ -74,8 +74,10 @@ def group_rows(
                 answers = _joint_answers(scaling[corpus], shares)
                 for name, part in filled[corpus].items():
                     error_N = error_N - shares[name] ** 2 * part.size_NS[:, i]
-                error_N = error_N + _mean_squares(answers).repeat_interleave(draws)
-            rows += _corpus_rows(corpus, parts, i, common, kept_errors(error_N, draws), answers)
+            kept_N = kept_errors(error_N, draws)
+            if answers is not None:
+                kept_N = (kept_N + _mean_squares(answers)).float().double()
+            rows += _corpus_rows(corpus, parts, i, common, kept_N, answers)
     return rows
 
 

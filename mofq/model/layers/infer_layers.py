@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.infer import Structure, infer_structure
 from mofq.model.layers.joining import Matrix
@@ -54,6 +55,7 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
         for of_layer in structure.groups
         for name, members in of_layer
     ]
+    _check_names(groups)
     unquantized = [_inferred_layer(m, short, "router") for m in structure.unquantized]
     head, is_tied = _find_head(checkpoint, config, structure)
     if head is not None and include_lm_head:
@@ -79,6 +81,29 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
     )
 
 
+def _check_names(groups: Sequence[FusionGroup]) -> None:
+    """Refuse two groups of one name: of one of them it is not known what it is."""
+    seen: dict[str, FusionGroup] = {}
+    for group in groups:
+        if group.name in seen:
+            names = ", ".join(la.name for one in (seen[group.name], group) for la in one.layers)
+            raise CheckpointError(
+                f"{names}: names do not say which of them is {group.name}. Report the model type."
+            )
+        seen[group.name] = group
+
+
+#: Of an expert: what reads its input, and what makes its output.
+_HALVES = {"gate_up": ("gate_proj", "up_proj", "w1", "w3"), "down": ("down_proj", "w2")}
+_IN_EXPERT = re.compile(r"\bexperts\.[0-9]+\.")
+
+
+def _uncertain(info: TensorInfo, question: str) -> CheckpointError:
+    return CheckpointError(
+        f"{info.file}: {info.name!r}: names do not say {question}. Report the model type."
+    )
+
+
 def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> LinearLayer:
     info, word = matrix.info, matrix.name.rpartition(".")[2]
     if info.dtype not in SOURCE_DTYPES and not info.decoded:
@@ -87,9 +112,13 @@ def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> Lin
             f" {info.dtype}. Give the original checkpoint, or convert it."
         )
     if matrix.of_expert is None:
+        if _IN_EXPERT.search(matrix.name):
+            raise _uncertain(info, "which expert's matrix it is")
         module, shares_scale = short[matrix.path], group.rpartition(".")[2]
     else:
-        half = "down" if word in ("down_proj", "w2") else "gate_up"
+        half = next((half for half, words in _HALVES.items() if word in words), None)
+        if half is None:
+            raise _uncertain(info, "whether it reads an expert's input or makes its output")
         module, shares_scale = f"experts.{word}", f"experts.{matrix.of_expert[1]}.{half}"
     return linear_layer(
         info,

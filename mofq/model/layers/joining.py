@@ -32,6 +32,7 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "gate_up"),
     (("linear_gate", "up_proj"), "gate_up"),
     (("w1", "w3"), "gate_up"),
+    (("c_fc_0", "c_fc_1"), "gate_up"),
     (("w_0", "w_1"), "gate_up"),
     (("proj_up_gate", "proj_up"), "gate_up"),
 )

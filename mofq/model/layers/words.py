@@ -13,7 +13,7 @@ _ROUTER = "a router: which experts run is decided, not computed"
 _TIME_STEP = "the time steps of a scan, which engines keep as they are"
 #: Paths of matrices that stay as they are -> why.
 KEPT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(?!.*att)(.*\.)?(gate|\w*router)(\.\w+)*"), _ROUTER),
+    (re.compile(r"(?!.*att)(.*\.)?(gate|gating|\w*router)(\.\w+)*"), _ROUTER),
     (re.compile(r".*shared_expert_gate\.weight"), _ROUTER),
     (re.compile(r".*\bdt_proj\.weight"), _TIME_STEP),
     (re.compile(r".*\bindexer\..*"), "an indexer: what is attended to is decided, not computed"),
