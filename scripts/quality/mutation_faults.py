@@ -164,7 +164,7 @@ _NUMBERS = (
     ),
     Fault(
         "inferred layers: a router taken for a layer",
-        r'(re.compile(r"(?!.*att)(.*\.)?(gate|\w*router)(\.\w+)*"), _ROUTER),',
+        r'(re.compile(r"(?!.*att)(.*\.)?(gate|gating|\w*router)(\.\w+)*"), _ROUTER),',
         "",
         "inferred_layers",
     ),

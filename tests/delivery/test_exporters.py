@@ -82,7 +82,9 @@ def test_modelopt_names_a_mixture_that_stays_as_it_is(tiny: TinyCheckpoint) -> N
 
 def test_an_export_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mofq.delivery.backends.find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"needs the package torchao.*mofq\[torchao\]"):
+    with pytest.raises(
+        BackendError, match=r"needs the package torchao.*pip install '\.\[torchao\]'"
+    ):
         find_exporter("torchao")
     assert find_exporter("modelopt") is not None
 

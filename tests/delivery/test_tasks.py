@@ -115,7 +115,7 @@ def test_tasks_that_cannot_be_run_are_refused_before_any_model(
     finally:
         (folder / "kept").rename(folder / "going_on_too.jsonl")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(MofqError, match=r"pip install 'mofq\[lm-eval\]'"):
+    with pytest.raises(MofqError, match=r"pip install '\.\[lm-eval\]'"):
         TaskRunner(Tasks(("going_on",), folder))
     assert "need --tasks" in refused("validate", DEMO, DEMO, *TEXT, "--task-limit", "3")
 
