@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 #: What transformers' decorator of experts says of those that are run here.
 _PLAIN = {
@@ -28,6 +27,15 @@ _PROBE_SCALES = (1.0, 1000.0)
 _PROBE_TOLERANCE = 0.02
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer, found by its name: nothing of transformers loads.
+
+    Source: ``Conv1D`` in transformers 5, ``pytorch_utils.py``.
+    """
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module multiplies its input by its weight, and does no more than add its bias.
 
@@ -37,7 +45,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     Args:
         module: Any.
     """
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return True
     if not isinstance(module, nn.Linear) or module.weight.device.type == "meta":
         return False

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from mofq.exceptions import StatsError, option
 from mofq.model.attention import pass_cache
@@ -30,6 +29,7 @@ from mofq.model.modules import (
     experts_problem,
     find_activation,
     first_parameter,
+    is_conv1d,
     is_plain_linear,
     run_experts,
 )
@@ -133,7 +133,9 @@ def capture_layers(
         model.get_input_embeddings().weight.device,  # type: ignore[operator]
         runs_again=activation_checkpointing,
     )
-    holders = Counter(id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    holders = Counter(
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)
+    )
     last_input: list[tuple[Tensor, str]] = []
     handles = [_start_gradient_at_embeddings(model, captured)]
     restore: list[Callable[[], None]] = []
