@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mofq.decision.budgets import Budgets
+from mofq.decision.budgets import Budgets, offered
 from mofq.decision.exact import Solution
 from mofq.decision.prediction import error_together
 from mofq.decision.problem import FloatArray, IntArray, Problem
@@ -48,11 +48,13 @@ def solve_together(problem: Problem, budgets: Budgets, solve: Solver) -> Solutio
     first = solve(problem, budgets)
     if budgets.max_kl is not None or not act_together(problem, first.choice_F):
         return first
+    # What a budget of finer layers offers follows from errors, and those are changed below.
+    offered_P = offered(problem, budgets)
     best_F, error = first.choice_F, error_together(problem, first.choice_F)
     for _ in range(_MOST):
         next_F = solve(around(problem, best_F), budgets).choice_F
         next_error = error_together(problem, next_F)
-        if next_error >= error:
+        if next_error >= error or not offered_P[next_F].all():
             break
         best_F, error = next_F, next_error
     return replace(first, choice_F=best_F, bound=None)

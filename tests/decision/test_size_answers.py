@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mofq.decision import Budgets, Option, ProblemGroup, build_problem, solve_exact
+from mofq.decision.budgets import offered
 from mofq.decision.prediction import error_together, paired_loss, predict, sample_sums
 from mofq.decision.problem import IntArray, Objective, Problem, with_samples
 from mofq.decision.together import around, solve_together
@@ -161,3 +162,11 @@ def test_without_answers_errors_are_a_sum() -> None:
     assert predict(problem, choice_F).value == pytest.approx(problem.error_of(choice_F))
     found = solve_together(problem, Budgets(max_bytes=500), solve_exact)
     assert found.choice_F.tolist() == solve_exact(problem, Budgets(max_bytes=500)).choice_F.tolist()
+
+
+def test_a_budget_of_finer_layers_offers_what_it_offers_without_products() -> None:
+    for seed in range(8):
+        problem = replace(some_problem(6, seed), is_base_P=np.tile([True, True, False], 6))
+        budgets = Budgets(max_bytes=1300, max_finer=0.5)
+        found = solve_together(problem, budgets, solve_exact)
+        assert offered(problem, budgets)[found.choice_F].all()
