@@ -1,7 +1,7 @@
 """Run the whole flow on a tiny model of every causal type that transformers has.
 
-    python -m scripts.make.families --work /tmp/families            # some ten minutes
-    python -m scripts.make.families --work /tmp/families mamba2 lfm2
+    python -m scripts.make.families --work families            # some ten minutes
+    python -m scripts.make.families --work families mamba2 lfm2
 
 Writes ``mofq/model/layers/facts``, what transformers does with the tensors of each type, and then
 ``docs/reference/families.md``. With types as arguments, their results are printed and nothing is
