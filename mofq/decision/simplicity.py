@@ -7,7 +7,7 @@ from mofq.numbers.formats import CodebookFormat, FloatFormat, IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
 
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
-_SCALE_RULES = ("absmax", "fullrange", "fouroversix", "mse", "nats")
+_SCALE_RULES = ("absmax", "fullrange", "fouroversix", "stored", "mse", "nats")
 _SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "micro16", "e4m3")
 _KINDS = ("unscaled", "tensor", "channel", "token", "block", "group", "peg")
 

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.model.checkpoint.headers import DTYPE_BITS
-from mofq.model.checkpoint.safetensors_header import kept_dtype
+from mofq.model.checkpoint.safetensors_header import kept_dtype, source_bits
 from mofq.model.layers import FusionGroup, layers_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
@@ -164,11 +164,12 @@ def parse_size(text: str | int) -> int:
 
 
 def _plain_bytes(layer: Matrix, dtype: str) -> int:
-    if dtype not in DTYPE_BITS:
+    bits = source_bits(dtype)
+    if bits is None:
         raise CheckpointError(
             f"{layer.name}: unknown dtype {dtype!r}." + nearest_name(dtype, DTYPE_BITS)
         )
-    return -(-layer.out_features * layer.in_features * DTYPE_BITS[dtype] // 8)
+    return -(-layer.out_features * layer.in_features * bits // 8)
 
 
 def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> int:

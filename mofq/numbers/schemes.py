@@ -26,7 +26,7 @@ from mofq.numbers.formats import (
 )
 
 GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "peg", "block"]
-ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix"]
+ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix", "stored"]
 Rounding = Literal["nearest", "gptq"]
 _Value = TypeVar("_Value")
 
@@ -174,7 +174,9 @@ _GRANULARITY = re.compile(
     r"unscaled|tensor|channel|token|(?:g|peg)([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
 )
 _OUTLIERS = re.compile(r"out[1-9]\d{0,8}")
-_SCALE_RULES: tuple[ScaleRule, ...] = ("absmax", "fullrange", "mse", "nats", "fouroversix")
+_SCALE_RULES: tuple[ScaleRule, ...] = (
+    *("absmax", "fullrange", "mse", "nats", "fouroversix", "stored"),
+)
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
 _ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group", "peg")
 
@@ -363,6 +365,14 @@ def _own_grammar(operand: TensorScheme) -> dict[str, bool]:
         ),
         "'@fouroversix' chooses between the codes 4 and 6 of FP4 under E4M3 scales; "
         "write 'nvfp4@fouroversix'.": operand.scale_rule == "fouroversix" and not is_nvfp4,
+        "'@stored' finds the scales again of integers that a source stores, to nearest; write e.g. "
+        "'int4.g32@stored'.": operand.scale_rule == "stored"
+        and not (
+            isinstance(operand.element, IntFormat)
+            and operand.granularity.kind in ("channel", "group", "block")
+            and operand.scale.name in ("bf16", "f32")
+            and operand.rounding == "nearest"
+        ),
         "columns that are sorted by range share plain scales; drop '.s-', '@' and '~'.": (
             operand.granularity.kind == "peg"
             and not (plain and operand.scale.name in ("f32", "bf16"))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import DTYPE_BITS, Checkpoint, TensorInfo, read_header
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import (
-    TORCH_DTYPES,
     read_layer_rows,
     read_rows,
     read_shared_amax,

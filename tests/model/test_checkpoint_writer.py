@@ -19,7 +19,8 @@ from test_checkpoint_tensors import random_bytes, same_bytes
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint, read_header
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_tensor
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -17,6 +17,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from conftest import TinyCheckpoint
 from families import copy_with_config, copy_with_tensors
 from fp8_sources import CONVENTIONS, is_quantized, read_all, write_fp8
+from packed_sources import PACKINGS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
@@ -308,16 +309,30 @@ def test_older_modelopt_says_it_in_a_file_of_its_own(made: dict[str, Path], tmp_
     assert torch.equal(read_tensor(checkpoint.tensors[Q_PROJ]), needed)
 
 
-def test_a_mixture_of_integers_and_fp8_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
-    def mix(config: dict[str, Any]) -> None:
-        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-        config["quantization_config"]["config_groups"]["group_1"] = {"weights": weights}
+def test_a_mixture_of_integers_and_fp8_is_read(made: dict[str, Path], tmp_path: Path) -> None:
+    weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stated, (parts, needed) = PACKINGS["int4 groups"](weight)
 
-    folder = copy_with_config(made["compressed-tensors channel"], tmp_path / "m", mix)
-    with pytest.raises(
-        CheckpointError, match=r"found .*'compressed-tensors'.*with 8-bit floats.*mofq recipe from"
-    ):
-        find_layers(open_checkpoint(str(folder)))
+    def pack(tensors: dict[str, Tensor]) -> None:
+        assert tensors.pop(Q_PROJ).shape == weight.shape
+        del tensors[f"{Q_PROJ}_scale"]
+        tensors |= {Q_PROJ.removesuffix("weight") + end: part for end, part in parts.items()}
+
+    def mix(config: dict[str, Any]) -> None:
+        group = stated["config_groups"]["group_0"]
+        config["quantization_config"]["config_groups"]["group_1"] = group
+
+    plain = copy_with_tensors(made["compressed-tensors channel"], tmp_path / "m", pack)
+    checkpoint = open_checkpoint(str(copy_with_config(plain, tmp_path / "mixed", mix)))
+    assert torch.equal(read_tensor(checkpoint.tensors[Q_PROJ]).bfloat16(), needed)
+    other = Q_PROJ.replace("q_proj", "k_proj")
+    of_fp8 = open_checkpoint(str(made["compressed-tensors channel"])).tensors[other]
+    assert torch.equal(read_tensor(checkpoint.tensors[other]), read_tensor(of_fp8))
+    assert checkpoint.source_format == (
+        "compressed-tensors, INT4 in groups of 32 and"
+        " compressed-tensors, FP8 with a scale for each row"
+    )
+    find_layers(checkpoint)
 
 
 def test_a_device_map_spreads_decoded_weights_too(made: dict[str, Path]) -> None:

@@ -60,9 +60,9 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
     if checkpoint.source_format is not None:
         kept = sum(group_bytes(group, parse_scheme("bf16")) for group in layers.groups)
         note(
-            f"The source is FP8 ({checkpoint.source_format}); sizes of groups are with its scales. "
-            f"Every error is measured against codes times scales. A layer left at bf16 is written "
-            f"in bf16: all groups would take {short_bytes(kept)}."
+            f"The source is quantized ({checkpoint.source_format}) and decoded; sizes of groups"
+            f" are with its scales. Every error is measured against codes times scales. A layer"
+            f" left at bf16 is written in bf16: all groups would take {short_bytes(kept)}."
         )
 
 

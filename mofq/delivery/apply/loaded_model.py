@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import (
-    TORCH_DTYPES,
     read_kept_layer,
     read_layer_rows,
     read_tensor,

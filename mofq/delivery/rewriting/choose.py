@@ -27,7 +27,8 @@ from mofq.delivery.rewriting.sites import Site
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import Stats
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_layer_rows, read_tensor
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight, one_thread
 from mofq.numbers.quantize.tiles import row_blocks

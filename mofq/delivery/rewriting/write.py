@@ -20,7 +20,8 @@ from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_rows
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+from mofq.model.checkpoint.tensors import read_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter, copy_other_files
 from mofq.numbers.quantize.tiles import row_blocks

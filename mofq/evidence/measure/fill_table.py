@@ -48,7 +48,7 @@ from mofq.evidence.table import (
 )
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.checkpoint.safetensors_header import FP8_DTYPES
+from mofq.model.checkpoint.safetensors_header import kept_dtype
 from mofq.model.checkpoint.tensors import (
     check_finite,
     check_scales,
@@ -302,9 +302,9 @@ def _scaling(
 def _written_schemes(group: FusionGroup, schemes: Sequence[Scheme]) -> list[Scheme]:
     """The schemes of a fusion group as they are measured, in the same order.
 
-    In an FP8 source, those without a weight scheme round the weight to bf16.
+    In a quantized source, those without a weight scheme round the weight to bf16.
     """
-    if not any(layer.dtype in FP8_DTYPES for layer in group.layers):
+    if not any(kept_dtype(layer.dtype) != layer.dtype for layer in group.layers):
         return list(schemes)
     return [replace(s, weight=_IN_BF16) if s.weight is None else s for s in schemes]
 

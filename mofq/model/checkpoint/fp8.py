@@ -124,7 +124,7 @@ def read_fp8(
         read[info.name] = replace(info, decoded=True, scaling=scaling)
     consumed = {one.scaling.scale.name: one.scaling.scale for one in read.values() if one.scaling}
     if convention.kinds:
-        consumed |= {name: tensors[name] for name in tensors if _is_of_activations(name)}
+        consumed |= {name: tensors[name] for name in tensors if is_of_activations(name)}
     return Fp8Tensors(
         tensors={
             name: read.get(name, info) for name, info in tensors.items() if name not in consumed
@@ -169,20 +169,33 @@ def find_left_over(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
         and name.endswith((".weight", "_proj"))
         for name, info in tensors.items()
     )
-    if has_codes or find_scales(tensors) or any(map(_is_of_activations, tensors)):
+    if has_codes or find_scales(tensors) or any(map(is_of_activations, tensors)):
         return None
     return key
 
 
-def _read_convention(folder: Path, config: Mapping[str, Any]) -> _Convention | None:
-    where = folder / "config.json"
+def stated_quantization(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Path]:
+    """What a checkpoint says of its quantization, and the file that says it; None: nothing.
+
+    Args:
+        folder: Of the model.
+        config: Its ``config.json``.
+    """
     stated = config.get(_CONFIG_KEY)
     inner = config.get("text_config")
     if stated is None and isinstance(inner, dict):
         stated = inner.get(_CONFIG_KEY)
     if stated is None and (folder / _MODELOPT_FILE).is_file():
-        where = folder / _MODELOPT_FILE
-        stated = {**read_json(where), "quant_method": "modelopt"}
+        read = read_json(folder / _MODELOPT_FILE)
+        inner = read.get("quantization")
+        return {**read, **(inner if isinstance(inner, dict) else {}), "quant_method": "modelopt"}, (
+            folder / _MODELOPT_FILE
+        )
+    return stated, folder / "config.json"
+
+
+def _read_convention(folder: Path, config: Mapping[str, Any]) -> _Convention | None:
+    stated, where = stated_quantization(folder, config)
     if stated is None:
         return _Convention("FP8 without scales", (), frozenset())
     if not isinstance(stated, dict):
@@ -224,8 +237,9 @@ def _read_compressed_tensors(stated: Mapping[str, Any], where: Path) -> _Convent
         if not isinstance(weights, dict):
             return None
         kind = weights.get("strategy") or "tensor"
-        is_fp8 = (weights.get("type"), weights.get("num_bits")) == ("float", 8)
-        if not is_fp8 or kind not in ("tensor", "channel", "block"):
+        if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+            continue  # whose codes are packed, or refused
+        if kind not in ("tensor", "channel", "block"):
             return None
         if weights.get("symmetric") is False:
             return None
@@ -233,6 +247,8 @@ def _read_compressed_tensors(stated: Mapping[str, Any], where: Path) -> _Convent
         if kind == "block":
             blocks.add(_block_size(weights.get("block_structure"), where, "block_structure"))
     if any(stated.get(key) for key in ("transform_config", "sparsity_config")) or len(blocks) > 1:
+        return None
+    if not kinds:
         return None
     what = " or ".join("row" if kind == "channel" else kind for kind in sorted(kinds))
     return _Convention(
@@ -287,7 +303,8 @@ def _check_one_dtype(codes: list[TensorInfo], tensors: Mapping[str, TensorInfo])
             )
 
 
-def _is_of_activations(name: str) -> bool:
+def is_of_activations(name: str) -> bool:
+    """Whether a tensor quantizes inputs, outputs or the KV cache, by its name."""
     word = name.rpartition(".")[2]
     # Fused experts have no module of their own: gate_up_proj_activation_scale.
     return word in _OF_ACTIVATIONS or word.endswith(("_proj_activation_scale", "_proj_input_scale"))

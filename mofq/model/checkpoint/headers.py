@@ -19,7 +19,14 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError
 from mofq.files.documents import shown
-from mofq.model.checkpoint.fp8 import find_left_over, read_fp8, without_quantization
+from mofq.model.checkpoint.fp8 import (
+    find_left_over,
+    is_of_activations,
+    read_fp8,
+    stated_quantization,
+    without_quantization,
+)
+from mofq.model.checkpoint.packed import read_packed
 from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     DTYPE_BITS,
@@ -70,18 +77,19 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     index_sha256: str  #: of every stored tensor's name, dtype and shape, and of the stored config
-    consumed: dict[str, TensorInfo] = field(default_factory=dict)  #: scales of an FP8 source
-    source_format: str | None = None  #: of an FP8 source; None: the weights are as they are
+    #: Scales and codes of a quantized source, which are no tensors of the model.
+    consumed: dict[str, TensorInfo] = field(default_factory=dict)
+    source_format: str | None = None  #: of a quantized source; None: the weights are as they are
     left_over: str | None = None  #: a key of its config: a quantization that it has not got
 
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Read the config and all headers of a model that is to be quantized.
 
-    The weights of an FP8 checkpoint know their scales, and are read as the float32 values
-    that they stand for; its scales are no tensors of the model, and its config says nothing
-    of a quantization. Nor does that of a checkpoint whose tensors are not quantized, where a
-    tool left such a config behind.
+    The weights of a checkpoint of a known quantization know their scales, and are read as the
+    float32 values that they stand for; its scales are no tensors of the model, and its config
+    says nothing of a quantization. Nor does that of a checkpoint whose tensors are not
+    quantized, where a tool left such a config behind.
 
     Args:
         model: A folder with ``config.json`` and safetensors weights (one file, or
@@ -93,11 +101,24 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     Raises:
         CheckpointError: No such folder, a file is missing or damaged, the shards
-            disagree with their index, or an FP8 weight has no scale that fits it.
+            disagree with their index, or a quantized weight has no scale that fits it.
     """
     stored = open_stored(model)
-    fp8 = read_fp8(stored.folder, stored.config, stored.tensors)
-    if fp8 is None:
+    stated, _ = stated_quantization(stored.folder, stored.config)
+    packed = None
+    if isinstance(stated, dict):
+        packed = read_packed(stored.folder, stated, stored.tensors)
+    tensors, consumed, formats = stored.tensors, {}, []
+    if packed is not None:
+        consumed = packed.consumed
+        consumed |= {n: info for n, info in packed.tensors.items() if is_of_activations(n)}
+        tensors = {n: info for n, info in packed.tensors.items() if n not in consumed}
+        formats.append(packed.description)
+    fp8 = read_fp8(stored.folder, stored.config, tensors)
+    if fp8 is not None:
+        tensors, consumed = fp8.tensors, {**consumed, **fp8.consumed}
+        formats.append(fp8.description)
+    if not formats:
         left_over = find_left_over(stored.config, stored.tensors)
         if left_over is None:
             return stored
@@ -105,9 +126,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     return replace(
         stored,
         config=without_quantization(stored.config),
-        tensors=fp8.tensors,
-        consumed=fp8.consumed,
-        source_format=fp8.description,
+        tensors=tensors,
+        consumed=consumed,
+        source_format=" and ".join(formats),
     )
 
 

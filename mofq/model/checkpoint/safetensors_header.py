@@ -46,6 +46,9 @@ DTYPE_BITS: dict[str, int] = {
 #: What FP8 checkpoints keep their weights in.
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 
+#: What packed codes of a source are called, which no file has as a dtype of its own; their width.
+PACKED_BITS: dict[str, int] = {**{f"INT{bits}": bits for bits in range(2, 9)}, "FP4": 4}
+
 #: The safetensors library refuses longer headers too. No JSON file here is longer [bytes].
 MAX_JSON_BYTES = 100_000_000
 #: What to do about a damaged file.
@@ -61,9 +64,14 @@ def kept_dtype(dtype: str) -> str:
         dtype: In which it is stored.
 
     Returns:
-        The same; for FP8, whose scales no engine would find beside it then, ``BF16``.
+        The same; for codes, whose scales no engine would find beside them then, ``BF16``.
     """
-    return "BF16" if dtype in FP8_DTYPES else dtype
+    return "BF16" if dtype in FP8_DTYPES or dtype in PACKED_BITS else dtype
+
+
+def source_bits(dtype: str) -> int | None:
+    """Width of one element of a source [bits], codes that are packed included; None: unknown."""
+    return DTYPE_BITS.get(dtype, PACKED_BITS.get(dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,29 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """How a weight [out, in] lies in several tensors of a quantized source.
+
+    A weight is ``(code - zero point) * scale``; see `mofq.model.checkpoint.packed`.
+    """
+
+    layout: str  #: of codes, scales and zero points; one of `mofq.model.checkpoint.packed.LAYOUTS`
+    scale: TensorInfo
+    group_size: int  #: columns that share a scale
+    zero_point: TensorInfo | None = None
+    zero_offset: int = 0  #: what is to be added to the stored zero points
+    global_scale: TensorInfo | None = None  #: that scales are multiplied by
+    is_divisor: bool = False  #: or divided by
+    group_of_I: TensorInfo | None = None  #: which group each column is in, where not in order
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What is stored beside the codes."""
+        every = (self.scale, self.zero_point, self.global_scale, self.group_of_I)
+        return tuple(part for part in every if part is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies, and how its values are read."""
 
@@ -87,8 +118,9 @@ class TensorInfo:
     file: Path
     start: int  #: first byte in the file
     stop: int  #: one past the last byte in the file
-    decoded: bool = False  #: FP8 of a source: read as float32, times its scales if it has any
+    decoded: bool = False  #: codes of a source: read as float32, times their scales if any
     scaling: Scaling | None = None
+    packed: Packed | None = None  #: name, dtype and shape are the weight's; the bytes its codes'
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +129,9 @@ class TensorInfo:
 
     @property
     def scale_bytes(self) -> int:
-        """Size of the scales on disk [bytes]."""
+        """Size of the scales on disk, and of what else is beside the codes [bytes]."""
+        if self.packed is not None:
+            return sum(part.nbytes for part in self.packed.parts)
         return 0 if self.scaling is None else self.scaling.scale.nbytes
 
     @property
@@ -108,6 +142,8 @@ class TensorInfo:
     @property
     def kept_bytes(self) -> int:
         """Size where it is written unquantized [bytes]."""
+        if self.packed is not None:
+            return math.prod(self.shape) * DTYPE_BITS[self.kept_dtype] // 8
         return self.nbytes * DTYPE_BITS[self.kept_dtype] // DTYPE_BITS[self.dtype]
 
 

@@ -1,7 +1,6 @@
-"""Weights read from safetensors files, a block of rows at a time; FP8 sources as float32.
+"""Weights read from safetensors files, a block of rows at a time; quantized sources as float32.
 
-The safetensors library slices a tensor through a memory map, whose pages count as the process's
-memory: here rows are read into memory of their own size, one expert or transposed rows included.
+One expert, or rows of a transposed matrix, are read alone too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from io import FileIO
 
 import torch
 from torch import Tensor
@@ -18,32 +16,10 @@ from torch import Tensor
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.safetensors_header import Scaling
+from mofq.model.checkpoint.stored_bytes import read_strided, torch_dtype
+from mofq.model.checkpoint.unpacking import check_packed_scales, read_unpacked
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
 from mofq.numbers.quantize.tiles import row_blocks
-
-#: safetensors' dtype to torch's. The sub-byte dtypes have no torch dtype of the same shape.
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-
 
 _E4M3_MAX = 448.0
 #: Elements of a tensor that are decoded at once on their way into an export.
@@ -64,7 +40,7 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
         stop: One past the last entry.
 
     Returns:
-        [stop - start, …] in the stored dtype, of an FP8 source in float32. Nothing else is
+        [stop - start, …] in the stored dtype, of a quantized source in float32. Nothing else is
         read but the scales of these rows.
 
     Raises:
@@ -74,11 +50,13 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     """
     if not info.shape or not 0 <= start <= stop <= info.shape[0]:
         raise ValueError(f"{info.name}: rows {start} to {stop} of shape {list(info.shape)}")
+    if info.packed is not None:
+        return read_unpacked(info, start, stop)
     row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
-    data = _read_strided(
+    data = read_strided(
         info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
     )
-    values = data.view(_torch_dtype(info)).reshape(stop - start, *info.shape[1:])
+    values = data.view(torch_dtype(info)).reshape(stop - start, *info.shape[1:])
     if not info.decoded:
         return values
     if len(info.shape) < 3:
@@ -88,15 +66,15 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Read a whole tensor, in the stored dtype, of an FP8 source in float32.
+    """Read a whole tensor, in the stored dtype, of a quantized source in float32.
 
     Raises:
         CheckpointError: As `read_rows`.
     """
     if info.decoded and info.shape:
         return read_rows(info, 0, info.shape[0])
-    data = _read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
-    values = data.view(_torch_dtype(info)).reshape(info.shape)
+    data = read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
+    values = data.view(torch_dtype(info)).reshape(info.shape)
     return decode_codes(values) if info.decoded else values
 
 
@@ -110,7 +88,7 @@ def read_layer_rows(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
         stop: One past the last output row.
 
     Returns:
-        [stop - start, in_features], contiguous, in the stored dtype, of an FP8 source in
+        [stop - start, in_features], contiguous, in the stored dtype, of a quantized source in
         float32. At most twice its size is held in memory.
 
     Raises:
@@ -120,12 +98,15 @@ def read_layer_rows(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
     info = checkpoint.tensors[layer.tensor]
     if not 0 <= start <= stop <= layer.out_features:
         raise ValueError(f"{layer.name}: rows {start} to {stop} of {layer.out_features}")
-    dtype = _torch_dtype(info)
     rows, columns = _matrix_shape(info, layer)
+    if info.packed is not None:
+        first = layer.row_start + start
+        return read_unpacked(info, first, first + stop - start, expert=layer.expert)
+    dtype = torch_dtype(info)
     matrix_at = (layer.expert or 0) * rows * columns
     first, count = layer.row_start + start, stop - start
     if layer.transposed:
-        data = _read_strided(
+        data = read_strided(
             info,
             offset=(matrix_at + first) * dtype.itemsize,
             count=rows,
@@ -133,7 +114,7 @@ def read_layer_rows(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
             stride=columns * dtype.itemsize,
         )
         return _decode(info, data.view(dtype).reshape(rows, count).T.contiguous())
-    data = _read_strided(
+    data = read_strided(
         info,
         offset=(matrix_at + first * columns) * dtype.itemsize,
         count=1,
@@ -145,7 +126,7 @@ def read_layer_rows(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
 
 
 def read_kept_rows(info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
-    """A tensor of an FP8 source as it is written where no scheme quantizes it: in bf16.
+    """A tensor of a quantized source as it is written where no scheme quantizes it: in bf16.
 
     The float32 products are rounded to nearest, ties to even; exact where scales are powers
     of two.
@@ -206,13 +187,15 @@ def keep_freed_memory() -> None:
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """Read every scale of an FP8 source, before the long work.
+    """Read every scale of a quantized source, before the long work.
 
     Raises:
         CheckpointError: One is no positive number, or a file got shorter.
     """
     for info in checkpoint.tensors.values():
         scaling = info.scaling
+        if info.packed is not None:
+            check_packed_scales(info)
         if scaling is not None:
             for expert in range(scaling.scale.shape[0] if len(info.shape) == 3 else 1):
                 _read_scales(scaling, expert, 0, scaling.rows)
@@ -234,7 +217,9 @@ def check_finite(checkpoint: Checkpoint, layers: ModelLayers) -> None:
     for name, info in checkpoint.tensors.items():
         # Others are buffers such as masks, which transformers computes itself.
         is_loaded = name not in grouped and name.endswith((".weight", ".bias"))
-        if not is_loaded or not info.shape or not _torch_dtype(info).is_floating_point:
+        if not is_loaded or not info.shape:
+            continue
+        if info.packed is None and not torch_dtype(info).is_floating_point:
             continue
         row = math.prod(info.shape[1:])
         for start, stop in row_blocks(info.shape[0], row, elements=_KEPT_ELEMENTS):
@@ -300,9 +285,9 @@ def _decode(info: TensorInfo, values_RI: Tensor, *, expert: int = 0, start: int 
 def _read_scales(scaling: Scaling, expert: int, start: int, stop: int) -> Tensor:
     """Rows of the matrix of scales of one expert, [stop - start, columns], float32."""
     info = scaling.scale
-    dtype = _torch_dtype(info)
+    dtype = torch_dtype(info)
     row_bytes = scaling.columns * dtype.itemsize
-    data = _read_strided(
+    data = read_strided(
         info,
         offset=(expert * scaling.rows + start) * row_bytes,
         count=1,
@@ -337,38 +322,3 @@ def _matrix_shape(info: TensorInfo, layer: LinearLayer) -> tuple[int, int]:
             f" of expert {layer.expert} does not lie in {info.name!r} of {list(info.shape)}"
         )
     return rows, columns
-
-
-def _torch_dtype(info: TensorInfo) -> torch.dtype:
-    if info.dtype not in TORCH_DTYPES:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, needed one of"
-            f" {', '.join(TORCH_DTYPES)}."
-        )
-    return TORCH_DTYPES[info.dtype]
-
-
-def _read_strided(info: TensorInfo, *, offset: int, count: int, nbytes: int, stride: int) -> Tensor:
-    """``count`` runs of ``nbytes`` bytes, ``stride`` apart, as one row of bytes, uint8."""
-    data = torch.empty(count * nbytes, dtype=torch.uint8)
-    memory = data.numpy().data
-    try:
-        # Unbuffered: a buffer would read ahead what the caller did not ask for.
-        with open(info.file, "rb", buffering=0) as file:
-            for run in range(count):
-                file.seek(info.start + offset + run * stride)
-                _fill(file, memory[run * nbytes : (run + 1) * nbytes], info)
-    except OSError as error:
-        raise CheckpointError(f"{info.file}: cannot be read: {error.strerror}.") from error
-    return data
-
-
-def _fill(file: FileIO, memory: memoryview, info: TensorInfo) -> None:
-    while memory:
-        read = file.readinto(memory)
-        if not read:
-            raise CheckpointError(
-                f"{info.file}: ends inside tensor {info.name!r}: needed {len(memory):,} more bytes."
-                " It changed while it was read. Fetch the file again and start over."
-            )
-        memory = memory[read:]

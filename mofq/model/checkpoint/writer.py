@@ -27,7 +27,8 @@ from mofq.model.checkpoint.headers import (
     TensorInfo,
     find_model_folders,
 )
-from mofq.model.checkpoint.tensors import TORCH_DTYPES, read_kept_rows
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+from mofq.model.checkpoint.tensors import read_kept_rows
 
 _COPY_BYTES = 16 * 2**20
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}

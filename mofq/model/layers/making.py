@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.fp8 import SUPPORTED, find_scales
+from mofq.model.checkpoint.fp8 import SUPPORTED as FP8_KINDS
+from mofq.model.checkpoint.fp8 import find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
+from mofq.model.checkpoint.packed import SUPPORTED as PACKED_KINDS
 from mofq.model.layers.linear import LinearLayer, LoadedWeight
 
 #: That weights are quantized from.
@@ -74,7 +76,7 @@ def check_tied(checkpoint: Checkpoint, heads: Iterable[TensorInfo], embedding: T
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that is quantized already, and is no FP8 source.
+    """Refuse a checkpoint that is quantized already, in a way that is not decoded.
 
     Raises:
         CheckpointError: As said.
@@ -91,7 +93,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     raise CheckpointError(
         f"{checkpoint.folder}: found {found}: the checkpoint is quantized already. mofq measures"
         f" against the model before that. Give the original, in {', '.join(SOURCE_DTYPES)}, or"
-        f" {SUPPORTED}.{own}"
+        f" {FP8_KINDS}; or {PACKED_KINDS}.{own}"
     )
 
 

@@ -1,7 +1,7 @@
 """Scales of tiles by the rule that a scheme names, those that are searched included.
 
-The rules ``absmax`` and ``fullrange`` are formulas (see ``scales``); ``mse``, ``nats`` and
-``fouroversix`` minimise the squared error of a tile. Their candidates, in order, all rounded to
+The rules ``absmax`` and ``fullrange`` are formulas (see ``scales``); ``mse``, ``nats``,
+``fouroversix`` and ``stored`` minimise the squared error of a tile. Their candidates, in order, all rounded to
 the scale's format like any other scale (``absmax`` below is the absmax scale before that rounding):
 
 =================  =============================================================
@@ -18,6 +18,11 @@ E8M0 scales        instead of all these r: the rule's own scale, its double,
                    its half
 fouroversix        instead of all these r: absmax, which gives the largest magnitude
                    the code 6; then ``1.5 * absmax``, which gives it the code 4
+stored             instead of all these r: that the largest magnitude has the code
+                   ``2**(bits-1) - 1``, ``2**(bits-1)``, and then each smaller one, at most
+                   16; asym. that the largest and the smallest number are ``2**bits - 1``
+                   codes apart, ``2**bits - 2`` …, at most 16. One of them is the scale from
+                   which the values of an integer source were decoded, and has no error
 =================  =============================================================
 
 The smallest error wins, among equals the first, so that the result is never
@@ -43,13 +48,19 @@ import torch
 from torch import Tensor
 
 from mofq.numbers.formats import IntFormat
-from mofq.numbers.quantize.rounding import SMALLEST_NORMAL, power_of_two_floor
+from mofq.numbers.quantize.rounding import (
+    SMALLEST_NORMAL,
+    power_of_two_floor,
+    round_to_integer,
+)
 from mofq.numbers.quantize.scales import (
     TILE_DIMS,
     Scales,
     asymmetric_scales,
     choose_scales,
+    code_range,
     global_scale_of,
+    round_scale,
     scale_for,
     symmetric_scale,
     tile_amax,
@@ -64,6 +75,7 @@ _CLIPS = (
     *(percent / 100 for percent in range(98, 68, -2)),
     *(percent / 100 for percent in range(64, 22, -6)),
 )
+_STORED_CODES = 16
 _STRETCHES = tuple(part / 24 for part in range(48, 11, -1) if part != 24)
 
 
@@ -92,7 +104,7 @@ def tile_scales(
         assert tensor_amax is not None
         amax = tensor_amax.reshape(1, 1, 1, 1)
         return Scales(symmetric_scale(amax, scheme, global_scale=global_scale), None, global_scale)
-    if scheme.scale_rule in ("mse", "nats", "fouroversix"):
+    if scheme.scale_rule in ("mse", "nats", "fouroversix", "stored"):
         return search_scales(
             x_ARGK, scheme, global_scale=global_scale, importance_ARGK=importance_ARGK
         )
@@ -110,7 +122,7 @@ def search_scales(
 
     Args:
         x_ARGK: Tiles, float32, finite.
-        scheme: Its ``scale_rule`` is ``mse``, ``nats`` or ``fouroversix``.
+        scheme: Its ``scale_rule`` is ``mse``, ``nats``, ``fouroversix`` or ``stored``.
         global_scale: From ``global_scale_of``.
         importance_ARGK: Weight of each element's squared error, float32, at
             least 0, broadcastable to the tiles; None weighs all alike.
@@ -157,6 +169,8 @@ def _candidates(
 ) -> Scales:
     """All candidates, each value with one more dimension before the others."""
     ratio = partial(_ratios, like=amax)
+    if scheme.scale_rule == "stored":
+        return _stored_scales(x_ARGK, amax, scheme)
     if not scheme.symmetric:
         low, high = tile_range(x_ARGK)
         return asymmetric_scales(low * ratio(1.0, *_CLIPS), high * ratio(1.0, *_CLIPS), scheme)
@@ -176,6 +190,23 @@ def _candidates(
     negative = torch.where(amax == 0, 1.0, -positive)
     signed = torch.stack([positive, negative], 1).flatten(0, 1)
     return Scales(torch.cat([scale(1.0), signed]), None, global_scale)
+
+
+def _stored_scales(x_ARGK: Tensor, amax: Tensor, scheme: TensorScheme) -> Scales:
+    """One scale for each code that the largest number of a tile may have been."""
+    low, high = code_range(scheme)
+    codes = range(high, max(0, high - _STORED_CODES), -1)
+    if scheme.symmetric:
+        code_C = _ratios(*map(float, (high, -low, *codes[1:-1])), like=amax)
+        scale = torch.where(amax == 0, 1.0, round_scale(amax / code_C, scheme))
+        return Scales(scale, None, None)
+    least, largest = tile_range(x_ARGK)
+    extent = largest - least
+    code_C = _ratios(*map(float, codes), like=amax)
+    scale = torch.where(extent == 0, 1.0, round_scale(extent / code_C, scheme))
+    middle = (high + 1) // 2
+    point = round_to_integer(-middle - least / scale, -middle, high - middle) + middle
+    return Scales(scale, point, None)
 
 
 def _ratios(*ratios: float, like: Tensor) -> Tensor:

@@ -11,12 +11,10 @@ from torch import Tensor
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.checkpoint.unpacking import unpack_fp4, unpack_words
 from mofq.numbers.formats import FP4_E2M1, IntFormat
 from mofq.numbers.quantize.weights import QuantizedWeight
 from mofq.numbers.schemes import TensorScheme
-
-_WORD_BITS = 32
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def read_quantized(stored: Checkpoint, layer: str, weight: TensorScheme) -> QuantizedWeight:
@@ -42,38 +40,6 @@ def read_quantized(stored: Checkpoint, layer: str, weight: TensorScheme) -> Quan
         divisor = _read(stored, f"{layer}.weight_global_scale").to(torch.float32)
         global_scale = (1.0 / divisor).reshape(())
     return QuantizedWeight(codes_OI, scale, zero_point, global_scale)
-
-
-def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Unsigned codes from 32-bit words, low bits first, without gaps.
-
-    Args:
-        words: int32 [rows, words].
-        bits: Of one code, 1 to 31; a code may lie in two words.
-        columns: Codes in a row; what follows them is padding.
-
-    Returns:
-        int64 [rows, columns], ``0 .. 2**bits - 1``.
-    """
-    first_bit = torch.arange(columns) * bits
-    word, shift = first_bit // _WORD_BITS, first_bit % _WORD_BITS
-    unsigned = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
-    low, high = unsigned[:, word] >> shift, unsigned[:, word + 1] << (_WORD_BITS - shift)
-    return (low | high) & ((1 << bits) - 1)
-
-
-def unpack_fp4(packed: Tensor) -> Tensor:
-    """FP4 E2M1 values from bytes, the even column in the low half.
-
-    Args:
-        packed: uint8 [rows, columns / 2].
-
-    Returns:
-        float32 [rows, columns].
-    """
-    halves = torch.stack([packed & 0xF, packed >> 4], dim=-1).reshape(packed.shape[0], -1)
-    values = torch.tensor(_FP4_VALUES)[(halves & 0x7).to(torch.int64)]
-    return torch.where(halves >= 8, -values, values)
 
 
 def _read_codes(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:

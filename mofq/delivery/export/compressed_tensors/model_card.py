@@ -130,8 +130,8 @@ def _scheme_table(plan: ExportPlan, recipe: Recipe) -> str:
     note = "`bf16` means left as it was."
     if plan.checkpoint.source_format is not None:
         note = (
-            f"The original is FP8 ({plan.checkpoint.source_format}); its weights are codes times "
-            f"scales, and `bf16` means these products, rounded to bf16."
+            f"The original is quantized ({plan.checkpoint.source_format}); its weights are codes "
+            f"times scales, and `bf16` means these products, rounded to bf16."
         )
     note = f"\n\n{note} The scheme of each layer is in `recipe.yaml`."
     return head + "\n".join(rows) + note + _caches(recipe)

@@ -1,0 +1,260 @@
+"""Checkpoints with packed weights as sources: what their weights are, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import ok
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from conftest import TinyCheckpoint
+from families import copy_with_config, copy_with_tensors
+from packed_sources import PACKINGS, write_packed
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from mofq.exceptions import CheckpointError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.packed import read_packed
+from mofq.model.checkpoint.safetensors_header import read_header
+from mofq.model.checkpoint.tensors import check_scales, read_layer_rows, read_rows, read_tensor
+from mofq.model.layers import find_layers
+from mofq.model.loading import load_model
+from mofq.model.sizes import source_bytes
+from mofq.numbers.quantize import fake_quantize_weight
+from mofq.numbers.schemes import parse_scheme
+
+SIZES = {"hidden_size": 96, "intermediate_size": 160}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
+    """A llama in a packing, and its values."""
+    root, written = tmp_path_factory.mktemp("packed"), {}
+
+    def get(packing: str) -> tuple[Path, dict[str, Tensor]]:
+        if packing not in written:
+            folder = root / packing.replace(" ", "-")
+            written[packing] = folder, write_packed(tiny("llama", **SIZES), folder, packing)
+        return written[packing]
+
+    return get
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packed_source_has_the_values_that_its_own_decoder_gives(
+    packing: str, made: Callable[[str], tuple[Path, dict[str, Tensor]]]
+) -> None:
+    folder, values = made(packing)
+    checkpoint = open_checkpoint(str(folder))
+    assert set(checkpoint.tensors) == set(values)
+    assert "quantization_config" not in checkpoint.config
+    for name, needed in values.items():
+        found = read_tensor(checkpoint.tensors[name])
+        # A decoder may round its product to the dtype of the scales.
+        assert torch.equal(found.to(needed.dtype), needed), name
+    check_scales(checkpoint)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_rows_of_a_packed_weight_are_those_of_the_whole(
+    packing: str, made: Callable[[str], tuple[Path, dict[str, Tensor]]]
+) -> None:
+    checkpoint = open_checkpoint(str(made(packing)[0]))
+    layers = find_layers(checkpoint)
+    for layer in layers.grouped_layers:
+        whole = read_tensor(checkpoint.tensors[layer.tensor])
+        assert whole.shape == (layer.out_features, layer.in_features)
+        for start, stop in ((0, 1), (3, 11), (7, 7), (31, 33), (0, layer.out_features)):
+            assert torch.equal(read_layer_rows(checkpoint, layer, start, stop), whole[start:stop])
+            assert torch.equal(
+                read_rows(checkpoint.tensors[layer.tensor], start, stop), whole[start:stop]
+            )
+
+
+@pytest.mark.parametrize("packing", ["int4 groups, zero points", "gptq, act order", "awq"])
+def test_the_loaded_model_computes_with_the_values(
+    packing: str, made: Callable[[str], tuple[Path, dict[str, Tensor]]], tiny: TinyCheckpoint
+) -> None:
+    folder, values = made(packing)
+    needed = AutoModelForCausalLM.from_pretrained(tiny("llama", **SIZES), dtype=torch.float32)
+    needed.load_state_dict({name: value.float() for name, value in values.items()}, strict=True)
+    token_NT = torch.arange(8)[None]
+    found = load_model(folder)(token_NT).logits
+    # Values of compressed-tensors are rounded by its decoder, ours are not.
+    assert torch.allclose(found, needed(token_NT).logits, atol=2e-2 if "int4" in packing else 1e-6)
+
+
+def test_sizes_count_codes_scales_and_zero_points(
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]],
+) -> None:
+    folder, _ = made("gptq, act order")
+    stored = read_header(folder / "model.safetensors")
+    group = find_layers(open_checkpoint(str(folder))).groups[1]
+    assert group.name == "layers.0.attn.o"
+    prefix = group.layers[0].name + "."
+    needed = sum(info.nbytes for name, info in stored.items() if name.startswith(prefix))
+    assert source_bytes(group) == needed
+
+
+def test_awq_columns_are_in_the_order_that_compressed_tensors_reads(
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]],
+) -> None:
+    folder, _ = made("awq")
+    stored = read_header(folder / "model.safetensors")
+    words, zeros, scales = (
+        read_tensor(stored[f"{Q_PROJ}.{end}"]) for end in ("qweight", "qzeros", "scales")
+    )
+    code, point = AutoAWQConverter.reverse_awq_order(
+        *AutoAWQConverter.unpack_awq(words, zeros, 4), 4
+    )
+    needed = ((code & 15).float() - (point & 15).float().repeat_interleave(32, 0)) * (
+        scales.float().repeat_interleave(32, 0)
+    )
+    info = open_checkpoint(str(folder)).tensors[f"{Q_PROJ}.weight"]
+    assert torch.equal(read_tensor(info), needed.T)
+
+
+@pytest.mark.parametrize(
+    ("packing", "scheme"),
+    [
+        ("int4 groups", "int4.g32@stored"),
+        ("int4 groups, zero points", "int4.g32.asym@stored"),
+        ("int3 groups, zero points", "int3.g32.asym@stored"),
+        ("int6 rows", "int6.channel@stored"),
+        ("int8 rows", "int8.channel@stored"),
+        ("gptq", "int4.g32.asym.s-f32@stored"),
+        ("awq", "int4.g32.asym.s-f32@stored"),
+        ("mxfp4", "mxfp4"),
+    ],
+)
+def test_a_source_is_kept_by_its_own_scheme(
+    packing: str, scheme: str, made: Callable[[str], tuple[Path, dict[str, Tensor]]]
+) -> None:
+    checkpoint = open_checkpoint(str(made(packing)[0]))
+    for layer in find_layers(checkpoint).grouped_layers:
+        weight_OI = read_tensor(checkpoint.tensors[layer.tensor])
+        kept_OI = fake_quantize_weight(weight_OI, parse_scheme(scheme).quantized_weight)
+        assert torch.equal(kept_OI, weight_OI), layer.name
+
+
+def test_experts_of_gpt_oss_are_what_transformers_decodes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (3, 20, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, (3, 20, 2), dtype=torch.uint8, generator=generator)
+    stem = "model.layers.0.mlp.experts.gate_up_proj"
+    path = tmp_path / "model.safetensors"
+    save_file({f"{stem}_blocks": blocks, f"{stem}_scales": scales}, path)
+    found = read_packed(tmp_path, {"quant_method": "mxfp4"}, read_header(path))
+    assert found is not None
+    info = found.tensors[stem]
+    needed = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert info.shape == (3, 64, 20)
+    assert torch.equal(read_tensor(info), needed)
+    assert torch.equal(read_rows(info, 1, 3), needed[1:])
+
+
+def _read_all(folder: Path) -> None:
+    for info in open_checkpoint(str(folder)).tensors.values():
+        read_tensor(info)
+
+
+def _drop(end: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{Q_PROJ}.{end}"]
+
+    return change
+
+
+def _set(end: str, to: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{Q_PROJ}.{end}"] = to(tensors[f"{Q_PROJ}.{end}"]).contiguous()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("packing", "edit", "message"),
+    [
+        (
+            "int4 groups",
+            _drop("weight_scale"),
+            r"weight_packed' needs .*weight_scale' .*found none",
+        ),
+        ("int4 groups", _drop("weight_shape"), r"needs .*weight_shape' .*found none"),
+        ("int4 groups", _set("weight_shape", lambda t: t + 8), r"is no weight of \[136, 104\]"),
+        ("int4 groups", _set("weight_scale", lambda t: t[:4]), r"needs \[128, 3\] or .*found \[4"),
+        ("int4 groups", _set("weight_scale", lambda t: -t), r"holds -.* needed positive"),
+        ("gptq", _drop("qzeros"), r"qweight' needs .*qzeros' .*found none"),
+        ("gptq", _set("g_idx", lambda t: t + 9), r"g_idx' needs numbers of 3 groups, found 9 to"),
+        ("gptq", _set("scales", lambda t: t[:1]), r"has 96 columns and 1 scales a row"),
+        ("awq", _set("qweight", lambda t: t.to(torch.int64)), r"qweight' needs words of I32"),
+        ("nvfp4", _set("weight_global_scale", torch.zeros_like), r"holds 0\.0 as a scale"),
+        ("mxfp4", _set("weight_scale", lambda t: t * 0 + 255), r"holds nan as a scale"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_refused_by_name(
+    packing: str,
+    edit: Any,
+    message: str,
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]],
+    tmp_path: Path,
+) -> None:
+    folder = copy_with_tensors(made(packing)[0], tmp_path / "bad", edit)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        _read_all(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("packing", "edit", "message"),
+    [
+        ("gptq", {"bits": 5}, r"'bits' needs one of 2, 3, 4, 8, found 5"),
+        ("gptq", {"checkpoint_format": "marlin"}, r"quantized already"),
+        ("awq", {"version": "gemv"}, r"quantized already"),
+        ("int4 groups", {"transform_config": {"config_groups": {}}}, r"quantized already"),
+        ("int4 groups", {"config_groups": {}}, r"in integers of \[\] bits"),
+        ("gptq", {"quant_method": "bitsandbytes"}, r"'bitsandbytes'.*quantized already"),
+    ],
+)
+def test_a_config_of_another_kind_is_refused(
+    packing: str,
+    edit: dict[str, Any],
+    message: str,
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]],
+    tmp_path: Path,
+) -> None:
+    folder = copy_with_config(
+        made(packing)[0], tmp_path / "m", lambda c: c["quantization_config"].update(edit)
+    )
+    with pytest.raises(CheckpointError, match=message):
+        find_layers(open_checkpoint(str(folder)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packing", ["gptq, act order", "int4 groups", "nvfp4"])
+def test_the_whole_flow_starts_from_a_packed_source(
+    packing: str, made: Callable[[str], tuple[Path, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    folder, _ = made(packing)
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: [int4.g32, int8.channel, bf16]\n")
+    stats, table, recipe = (tmp_path / name for name in ("stats", "table.jsonl", "recipe.yaml"))
+    assert "decoded" in ok("inspect", folder).err
+    short = ("--sequences", "4", "--sequence-length", "32")
+    ok("calibrate", folder, "--corpus", "a=demo-en-calibration", *short, "-o", stats)
+    ok("measure", folder, "--space", space, "--stats", stats, "-o", table)
+    ok("search", table, "--max-bits", "6.5", "-o", recipe)
+    ok("export", folder, recipe, "--to", "compressed-tensors", "-o", tmp_path / "out")
+    text = ("--text", "demo-en", "--tokens", "96", "--sequence-length", "32")
+    out = ok("validate", folder, tmp_path / "out", *text).out
+    assert "enforced" in out
