@@ -1,8 +1,9 @@
 """Scales of tiles by the rule that a scheme names, those that are searched included.
 
 The rules ``absmax`` and ``fullrange`` are formulas (see ``scales``); ``mse``, ``nats``,
-``fouroversix`` and ``stored`` minimise the squared error of a tile. Their candidates, in order, all rounded to
-the scale's format like any other scale (``absmax`` below is the absmax scale before that rounding):
+``fouroversix`` and ``stored`` minimise the squared error of a tile. Their candidates, in order,
+all rounded to the scale's format like any other scale (``absmax`` below is the absmax scale before
+that rounding):
 
 =================  =============================================================
 integer, symmetric absmax; then ``amax / 2**(bits-1)`` with both signs, which
