@@ -1,0 +1,120 @@
+"""A model that is run unit by unit over many sequences, forward; weights are read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq.exceptions import StreamingError
+from mofq.model.streaming.replay import (
+    Replayer,
+    StreamedSequence,
+    keep,
+    replaying,
+    run,
+)
+from mofq.model.streaming.weights import Readers, UnitWeights, open_unit_weights
+
+#: Called with the steps that are done.
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedModel:
+    """A model whose weights come and go; from `open_streamed`."""
+
+    weights: UnitWeights
+    replayer: Replayer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Its modules; most parameters have no values."""
+        return self.weights.model
+
+    @property
+    def head(self) -> str:
+        """The path of the unit that computes logits."""
+        return self.weights.head
+
+    def unit_at(self, sequence: StreamedSequence, step: int) -> str:
+        """Which unit is called at a step, before which all are done."""
+        call, _ = self.replayer.reach(sequence, step)
+        return call.unit
+
+    def next_unit(self, unit: str, *, backwards: bool = False) -> str | None:
+        """Which unit will probably follow: that which stands next to it in the model."""
+        names = list(self.weights.units)
+        at = names.index(unit) + (-1 if backwards else 1)
+        return names[at] if 0 <= at < len(names) else None
+
+    def forward(
+        self, sequences: Sequence[StreamedSequence], *, on_step: OnStep | None = None
+    ) -> int:
+        """Run every sequence up to the head, and keep what each unit returns.
+
+        Args:
+            sequences: What of them is done already is not done again.
+            on_step: Called with the steps that are done.
+
+        Returns:
+            The step of the head: how many come before it.
+
+        Raises:
+            StreamingError: The model cannot be run so.
+        """
+        for step in count():
+            unit = self.unit_at(sequences[0], step)
+            if unit == self.head:
+                return step
+            left = [one for one in sequences if not one.has(step)]
+            if left:
+                with self.weights.loaded(unit, ahead=self.next_unit(unit)):
+                    for sequence in left:
+                        self.run_step(sequence, step, unit)
+            if on_step is not None:
+                on_step(step + 1)
+        raise AssertionError
+
+    def run_step(self, sequence: StreamedSequence, step: int, unit: str) -> None:
+        """Call the unit, whose weights are there, for one sequence, and keep what it returns."""
+        call, _ = self.replayer.reach(sequence, step)
+        if call.unit != unit:
+            raise StreamingError(
+                f"{type(self.model).__name__} calls {call.unit} for one sequence and {unit} for "
+                "another"
+            )
+        with torch.no_grad():
+            keep(run(call), call, sequence.record(step))
+
+    def logits(self, sequence: StreamedSequence, step: int) -> Tensor:
+        """Logits [T, V] of a sequence, with the head's weights there and no gradients."""
+        with torch.no_grad():
+            return self.replayer.finish(sequence, step)[0]
+
+
+@contextmanager
+def open_streamed(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tensors: Readers | None = None,
+) -> Iterator[StreamedModel]:
+    """A model to be run unit by unit; the arguments are those of `load_model`.
+
+    Raises:
+        CheckpointError: As `load_model`.
+        StreamingError: The model's weights cannot be told apart by its modules.
+    """
+    with (
+        open_unit_weights(folder, dtype=dtype, device=device, tensors=tensors) as weights,
+        replaying(weights.model, weights.units, weights.head, weights.device) as replayer,
+    ):
+        yield StreamedModel(weights, replayer)

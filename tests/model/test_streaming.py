@@ -1,0 +1,56 @@
+"""A model that is run unit by unit computes what it computes in memory, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import some_tokens
+from conftest import TinyCheckpoint
+from families import TINY_FAMILIES, long_but
+from tiny_types import write_type
+
+from mofq.demo import demo_model_folder
+from mofq.model.loading import load_model
+from mofq.model.streaming.replay import StreamedSequence
+from mofq.model.streaming.streamed import open_streamed
+
+TOKENS = some_tokens(2, 24, vocabulary=200)
+#: Types that share keys, feed embeddings to every layer, mix kinds of layers, or run one twice.
+ODD_TYPES = ("gemma3n_text", "gemma4_text", "zamba2", "ctrl", "roc_bert", "mamba2", "qwen3_next")
+
+
+def streamed_logits(folder: Path, work: Path, dtype: str = "float32") -> list[torch.Tensor]:
+    sequences = [StreamedSequence(token_T, work / str(n)) for n, token_T in enumerate(TOKENS)]
+    for sequence in sequences:
+        sequence.folder.mkdir(parents=True)
+    with open_streamed(folder, dtype=dtype) as streamed:
+        head = streamed.forward(sequences)
+        with streamed.weights.loaded(streamed.head):
+            return [streamed.logits(sequence, head) for sequence in sequences]
+
+
+def assert_same_logits(folder: Path, work: Path, dtype: str = "float32") -> None:
+    model = load_model(folder, dtype=dtype)
+    with torch.no_grad():
+        resident = [model(token_T[None]).logits[0] for token_T in TOKENS]
+    for ours, theirs in zip(streamed_logits(folder, work, dtype), resident, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "llama", "gemma3", "qwen3_moe"))
+def test_a_family_has_the_same_logits_streamed(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    assert_same_logits(tiny(family), tmp_path)
+
+
+@pytest.mark.parametrize("name", long_but(ODD_TYPES, "gemma4_text", "zamba2"))
+def test_a_type_without_rules_has_the_same_logits_streamed(name: str, tmp_path: Path) -> None:
+    assert_same_logits(write_type(name, tmp_path / "model"), tmp_path / "work")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bundled_model_has_the_same_logits_streamed(dtype: str, tmp_path: Path) -> None:
+    assert_same_logits(demo_model_folder(), tmp_path, dtype)
