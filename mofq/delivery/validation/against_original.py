@@ -21,10 +21,21 @@ from mofq.delivery.validation.candidates import (
     naming_deviations,
     open_candidate,
 )
-from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
+from mofq.delivery.validation.divergence import (
+    OriginalLogits,
+    WindowScore,
+    compare,
+    run_original,
+)
 from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
-from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
+from mofq.delivery.validation.tasks import (
+    TaskResult,
+    TaskRunner,
+    Tasks,
+    TaskScore,
+    compare_tasks,
+)
 from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
 from mofq.exceptions import EnforcementError
 from mofq.files.progress import Progress
@@ -108,7 +119,7 @@ def _part(progress: Progress, number: int, count: int) -> Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Original:
+class Original:
     """The original after its run, and what it ran on."""
 
     checkpoint: Checkpoint
@@ -116,13 +127,13 @@ class _Original:
     tokenize: Callable[[PreTrainedTokenizerBase], Tensor]  #: the text in windows
     windows_NT: Tensor
     bos: bool  #: whether the windows begin with it
-    logits: OriginalLogits
     entropies: tuple[float, ...]
     dtype: str
     device: str
-    runner: TaskRunner | None
-    task_scores: tuple[TaskScore, ...]
     seconds: float
+    logits: OriginalLogits | None = None  #: where they were kept
+    runner: TaskRunner | None = None
+    task_scores: tuple[TaskScore, ...] = ()
 
 
 def _run_original(
@@ -137,7 +148,7 @@ def _run_original(
     device: str,
     runner: TaskRunner | None,
     progress: Progress | None,
-) -> _Original:
+) -> Original:
     start = monotonic()
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
@@ -153,7 +164,7 @@ def _run_original(
     )
     windows_NT = in_windows(tokenizer)
     entropies = run_original(model, windows_NT, into=logits, progress=progress)
-    return _Original(
+    return Original(
         checkpoint=checkpoint,
         text=text,
         tokenize=in_windows,
@@ -170,21 +181,52 @@ def _run_original(
 
 
 def _validate_one(
-    candidate: Candidate, original: _Original, *, progress: Progress | None
+    candidate: Candidate, original: Original, *, progress: Progress | None
 ) -> Validation:
     start = monotonic()
-    recipe, checkpoint = candidate.recipe, original.checkpoint
+    checkpoint = original.checkpoint
     model = load_candidate(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
     deviations = _enforce(model, candidate, checkpoint, progress=progress)
     with naming_deviations(candidate):
-        tokenizer, windows_NT = _tokens_of(candidate, original)
+        tokenizer, windows_NT = tokens_of(candidate, original)
+        assert original.logits is not None
         scores = compare(model, windows_NT, original=original.logits, progress=progress)
-    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()
     if original.runner is not None:
         task_scores = original.runner.run(model, tokenizer)
+    return validation_of(
+        candidate,
+        original,
+        scores=scores,
+        deviations=deviations,
+        tasks=compare_tasks(task_scores, original.task_scores),
+        seconds=monotonic() - start,
+    )
+
+
+def validation_of(
+    candidate: Candidate,
+    original: Original,
+    *,
+    scores: Sequence[WindowScore],
+    deviations: tuple[Deviation, ...] | None,
+    tasks: tuple[TaskResult, ...] = (),
+    seconds: float,
+) -> Validation:
+    """What was measured of a candidate, beside what was predicted.
+
+    Args:
+        candidate: That was run.
+        original: That it was compared with.
+        scores: Of each window.
+        deviations: From the recipe; None where nothing is enforced.
+        tasks: Of lm-eval.
+        seconds: To apply, enforce and run the candidate.
+    """
+    recipe = candidate.recipe
+    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
     budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
@@ -203,13 +245,13 @@ def _validate_one(
         enforced=None if deviations is None else not deviations,
         deviations=deviations or (),
         windows=agreement.windows,
-        tasks=compare_tasks(task_scores, original.task_scores),
-        seconds=monotonic() - start,
+        tasks=tasks,
+        seconds=seconds,
         seconds_original=original.seconds,
     )
 
 
-def _tokens_of(candidate: Candidate, original: _Original) -> tuple[PreTrainedTokenizerBase, Tensor]:
+def tokens_of(candidate: Candidate, original: Original) -> tuple[PreTrainedTokenizerBase, Tensor]:
     """Tokenizer and windows of a candidate: those of the original but for an exported folder.
 
     Raises:
@@ -251,12 +293,19 @@ def _enforce(
             decoded=candidate.folder is not None,
             progress=progress,
         )
+    return with_those_of_folder(candidate, in_model)
+
+
+def with_those_of_folder(
+    candidate: Candidate, in_model: Sequence[Deviation]
+) -> tuple[Deviation, ...]:
+    """The deviations of a candidate's folder, and those of its model that follow from none."""
     named = {one.layer for one in candidate.deviations}
     named |= {name.rpartition(".")[0] for name in named}
     return (*candidate.deviations, *(one for one in in_model if one.layer not in named))
 
 
-def _lineage(candidate: Candidate, original: _Original) -> Lineage:
+def _lineage(candidate: Candidate, original: Original) -> Lineage:
     folder, text = candidate.folder, original.text
     return Lineage(
         mofq=__version__,

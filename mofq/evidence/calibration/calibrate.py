@@ -27,6 +27,7 @@ from mofq.evidence.corpora import CORPUS_NAME, check_context
 from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
+from mofq.model.streaming.weights import has_values
 
 #: Positions whose scores are drawn at once.
 _SCORE_ROWS = 64
@@ -236,8 +237,7 @@ def infinite_logits(model: PreTrainedModel) -> StatsError:
     """The error, with a weight that is the reason if one in memory is."""
     where = f"All its weights are: use {option('dtype', 'float32')}."
     for name, parameter in model.named_parameters():
-        has_values = not parameter.is_meta and any(parameter.stride())
-        if has_values and not torch.isfinite(parameter).all():
+        if has_values(parameter) and not torch.isfinite(parameter).all():
             where = (
                 f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
             )

@@ -63,6 +63,7 @@ class UnitWeights:
     head: str  #: path of the unit that computes logits
     bytes: Mapping[str, int]  #: of each unit's weights in the model's dtype
     device: torch.device
+    outside: frozenset[str]  #: tensors of the checkpoint that no unit is made of
     _readers: Mapping[str, Readers]  #: unit -> tensors of the checkpoint
     _sources: Mapping[str, Mapping[str, str]]  #: unit -> tensor of the model -> where it is read
     _shadow: PreTrainedModel  #: never runs: what is read ahead lies in it
@@ -184,6 +185,7 @@ def open_unit_weights(
         head=head,
         bytes={unit: sum(_get(model, name).nbytes for name in sources[unit]) for unit in found},
         device=where,
+        outside=frozenset(tensors.keys() - absent),
         _readers={unit: {key: tensors[key] for key in keys[unit]} for unit in found},
         _sources=sources,
         _shadow=shadow,
@@ -296,6 +298,11 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[last] = tensor
     else:
         module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor of a model has its values now, and does not stand for them."""
+    return not tensor.is_meta and (tensor.numel() < 2 or any(tensor.stride()))
 
 
 def _not_a_number(like: Tensor, device: torch.device) -> Tensor:
