@@ -42,6 +42,7 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.streaming.execution import Execution, choose_execution
 
 
 def validate_many(
@@ -58,12 +59,16 @@ def validate_many(
     backend: str = "emulate",
     emulated: Sequence[str] = (),
     stats: str | Path | None = None,
+    execution: Execution = "auto",
+    work: Path | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Validation, ...]:
     """Validate quantized models against one run of the original.
 
     One model is in memory at a time; the original's logits wait in a temporary
-    file of tokens times vocabulary times 4 bytes.
+    file of tokens times vocabulary times 4 bytes. A model that does not fit is run layer by
+    layer (`mofq.delivery.validation.streamed`), with the same results.
 
     Args:
         model_source: The original: a folder, or a hub id.
@@ -78,7 +83,10 @@ def validate_many(
         backend: That applies recipes, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
         stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``) rest on.
+        execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.
+        work: Where a streamed run keeps what it needs to be continued; None: nowhere.
         progress: Called with a stage, what is done of it, and all of it.
+        tell: Called with a remark on how the models are run.
 
     Returns:
         One validation for each candidate, in their order.
@@ -92,6 +100,29 @@ def validate_many(
         for candidate in candidates
     ]
     runner = None if tasks is None else TaskRunner(tasks)
+    unless = None
+    if tasks is not None:
+        unless = "lm-eval runs a whole model"
+    elif backend != "emulate":
+        unless = f"the backend {backend!r} changes a whole model"
+    chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
+    if chosen.remark is not None and tell is not None:
+        tell(chosen.remark)
+    if chosen.is_streamed:
+        from mofq.delivery.validation.streamed import validate_streamed
+
+        return validate_streamed(
+            checkpoint,
+            opened,
+            text,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            bos=bos,
+            dtype=dtype,
+            device=device,
+            work=work,
+            progress=progress,
+        )
     with OriginalLogits() as logits:
         original = _run_original(
             checkpoint,

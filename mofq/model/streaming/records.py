@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofq.exceptions import StreamingError
+from mofq.exceptions import MofqError
 
 _ALIGN = 64
 _DTYPES = {
@@ -46,7 +46,7 @@ def write_tensors(path: Path, content: Any, tensors: Sequence[Tensor]) -> None:
         tensors: Of any shape, on any device.
 
     Raises:
-        StreamingError: The disk is full, or the file cannot be written.
+        MofqError: The disk is full, or the file cannot be written.
     """
     described, position = [], 0
     for one in tensors:
@@ -69,7 +69,7 @@ def write_tensors(path: Path, content: Any, tensors: Sequence[Tensor]) -> None:
     except OSError as problem:
         temporary.unlink(missing_ok=True)
         full = problem.errno == errno.ENOSPC
-        raise StreamingError(
+        raise MofqError(
             f"{path}: cannot be written: {problem.strerror}. "
             + ("Free some space and run the same command again." if full else "Check the folder.")
         ) from None
@@ -111,7 +111,7 @@ def _header(path: Path) -> tuple[Any, _Described, int]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         if os.fstat(file.fileno()).st_size != 8 + length + header["bytes"]:
-            raise StreamingError(f"{path}: was cut short. Delete it, and run the same command.")
+            raise MofqError(f"{path}: was cut short. Delete it, and run the same command.")
     return header["content"], header["tensors"], 8 + length
 
 

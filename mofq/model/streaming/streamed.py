@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.exceptions import StreamingError
+from mofq.exceptions import StreamingError, option
 from mofq.model.streaming.replay import (
     Replayer,
     StreamedSequence,
@@ -113,8 +113,23 @@ def open_streamed(
         CheckpointError: As `load_model`.
         StreamingError: The model's weights cannot be told apart by its modules.
     """
-    with (
-        open_unit_weights(folder, dtype=dtype, device=device, tensors=tensors) as weights,
-        replaying(weights.model, weights.units, weights.head, weights.device) as replayer,
-    ):
-        yield StreamedModel(weights, replayer)
+    try:
+        with (
+            open_unit_weights(folder, dtype=dtype, device=device, tensors=tensors) as weights,
+            replaying(weights.model, weights.units, weights.head, weights.device) as replayer,
+        ):
+            yield StreamedModel(weights, replayer)
+    except StreamingError as problem:
+        raise _cannot(folder, problem.template) from problem
+    except (RuntimeError, NotImplementedError) as problem:
+        if "meta" not in str(problem):
+            raise
+        # Code of the model that looks at a weight past the module that has it.
+        raise _cannot(folder, " ".join(str(problem).split())) from problem
+
+
+def _cannot(folder: Path, reason: str) -> StreamingError:
+    return StreamingError(
+        f"{folder}: cannot be run layer by layer: {reason.rstrip('.')}. Run it whole: "
+        f"{option('execution', 'resident')}."
+    )
