@@ -156,7 +156,7 @@ def _run(
         if progress is not None:
             progress("calibrate", min(done, total), total)
 
-    steps = streamed.forward([one.streamed for one in sequences], on_step=tell)
+    steps = streamed.forward([one.streamed for one in sequences], for_gradients=True, on_step=tell)
     for seen in run_backward(streamed, layers, sequences, steps=steps, plan=plan):
         running = seen.running
         path = sequence_path(folder, running.corpus.name, running.index)

@@ -16,12 +16,14 @@ from mofq.exceptions import StreamingError, option
 from mofq.model.streaming.replay import (
     Replayer,
     StreamedSequence,
+    detached,
     keep,
     replaying,
     run,
 )
 from mofq.model.streaming.weights import Readers, UnitWeights, open_unit_weights
 
+_HOW = "cannot be run layer by layer"
 #: Called with the steps that are done.
 OnStep = Callable[[int], None]
 
@@ -55,12 +57,18 @@ class StreamedModel:
         return names[at] if 0 <= at < len(names) else None
 
     def forward(
-        self, sequences: Sequence[StreamedSequence], *, on_step: OnStep | None = None
+        self,
+        sequences: Sequence[StreamedSequence],
+        *,
+        for_gradients: bool = False,
+        on_step: OnStep | None = None,
     ) -> int:
         """Run every sequence up to the head, and keep what each unit returns.
 
         Args:
             sequences: What of them is done already is not done again.
+            for_gradients: Compute as a run does that gradients are taken of: torch chooses
+                kernels by it.
             on_step: Called with the steps that are done.
 
         Returns:
@@ -77,20 +85,24 @@ class StreamedModel:
             if left:
                 with self.weights.loaded(unit, ahead=self.next_unit(unit)):
                     for sequence in left:
-                        self.run_step(sequence, step, unit)
+                        self.run_step(sequence, step, unit, for_gradients=for_gradients)
             if on_step is not None:
                 on_step(step + 1)
         raise AssertionError
 
-    def run_step(self, sequence: StreamedSequence, step: int, unit: str) -> None:
+    def run_step(
+        self, sequence: StreamedSequence, step: int, unit: str, *, for_gradients: bool = False
+    ) -> None:
         """Call the unit, whose weights are there, for one sequence, and keep what it returns."""
-        call, _ = self.replayer.reach(sequence, step)
+        call, _ = self.replayer.reach(sequence, step, with_gradients=for_gradients)
         if call.unit != unit:
             raise StreamingError(
                 f"{type(self.model).__name__} calls {call.unit} for one sequence and {unit} for "
                 "another"
             )
-        with torch.no_grad():
+        if for_gradients:
+            call, _ = detached(call)
+        with torch.set_grad_enabled(for_gradients):
             keep(run(call), call, sequence.record(step))
 
     def logits(self, sequence: StreamedSequence, step: int) -> Tensor:
@@ -120,9 +132,11 @@ def open_streamed(
         ):
             yield StreamedModel(weights, replayer)
     except StreamingError as problem:
+        if _HOW in problem.template:  # of another model, opened inside
+            raise
         raise _cannot(folder, problem.template) from problem
     except (RuntimeError, NotImplementedError) as problem:
-        if "meta" not in str(problem):
+        if "meta tensor" not in str(problem):
             raise
         # Code of the model that looks at a weight past the module that has it.
         raise _cannot(folder, " ".join(str(problem).split())) from problem
@@ -130,6 +144,5 @@ def open_streamed(
 
 def _cannot(folder: Path, reason: str) -> StreamingError:
     return StreamingError(
-        f"{folder}: cannot be run layer by layer: {reason.rstrip('.')}. Run it whole: "
-        f"{option('execution', 'resident')}."
+        f"{folder}: {_HOW}: {reason.rstrip('.!')}. Run it whole: {option('execution', 'resident')}."
     )

@@ -111,6 +111,12 @@ class UnitWeights:
             for name, tensor in before.items():
                 _put(self.model, name, tensor)
 
+    def keep_tied(self) -> None:
+        """Read what is a unit's tensor under another name, outside of it: it stays."""
+        if self._sources[""]:
+            for name, tensor in self._read("").items():
+                _put(self.model, name, tensor.to(self.device))
+
     def _read(self, unit: str) -> dict[str, Tensor]:
         """Model's tensor -> its values, of a unit, on the CPU."""
         lazy: dict[str, Any] = {name: Lazy(read) for name, read in self._readers[unit].items()}
@@ -179,18 +185,28 @@ def open_unit_weights(
             if isinstance(module, nn.Embedding) or unit == head:
                 # Of no size, but with a device, which models ask for.
                 _put(model, name, _not_a_number(_get(model, name), where))
-    return UnitWeights(
+    left = {
+        name: _source(model, name, owners)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_meta and not name.startswith(tuple(f"{unit}." for unit in found))
+    }
+    weights = UnitWeights(
         model=model,
         units=found,
         head=head,
         bytes={unit: sum(_get(model, name).nbytes for name in sources[unit]) for unit in found},
         device=where,
         outside=frozenset(tensors.keys() - absent),
-        _readers={unit: {key: tensors[key] for key in keys[unit]} for unit in found},
-        _sources=sources,
+        _readers={
+            **{unit: {key: tensors[key] for key in keys[unit]} for unit in found},
+            "": {key: tensors[key] for one in left.values() for key in owners.get(one, ())},
+        },
+        _sources={**sources, "": left},
         _shadow=shadow,
         _config=config,
     )
+    weights.keep_tied()
+    return weights
 
 
 def find_units(model: PreTrainedModel) -> tuple[dict[str, nn.Module], str]:
@@ -258,7 +274,7 @@ def _keys_of_units(
     """Unit -> the checkpoint's tensors that its weights are made of, tied ones included."""
     found = {}
     for unit in units:
-        sources = {f"{unit}.", *(_sources(model, unit, owners).values())}
+        sources = set(_sources(model, unit, owners).values())
         found[unit] = [
             key
             for renamed, keys in owners.items()
@@ -270,17 +286,15 @@ def _keys_of_units(
 
 def _sources(model: PreTrainedModel, unit: str, owners: Mapping[str, list[str]]) -> dict[str, str]:
     """Tensor of a unit -> the tensor of the model under whose name the checkpoint has it."""
+    state = model.get_submodule(unit).state_dict(keep_vars=True)
+    return {f"{unit}.{name}": _source(model, f"{unit}.{name}", owners) for name in state}
+
+
+def _source(model: PreTrainedModel, name: str, owners: Mapping[str, list[str]]) -> str:
     tied: Mapping[str, str] = model.all_tied_weights_keys
-    module = model.get_submodule(unit)
-    persistent = module.state_dict(keep_vars=True)
-    found = {}
-    for name in persistent:
-        full = f"{unit}.{name}"
-        source = full
-        if full not in owners and full in tied:
-            source = tied[full]
-        found[full] = source
-    return found
+    first = tied.get(name, name)
+    same = (name, first, *(one for one, other in tied.items() if other == first))
+    return next((one for one in same if one in owners), name)
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
