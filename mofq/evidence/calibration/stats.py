@@ -452,8 +452,8 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
         missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
         if missed:
             unseen[corpus.name] = missed
-    write_json(folder / "stats.json", _content(plan, files, unseen))
     rmtree(folder / UNFINISHED, ignore_errors=True)
+    write_json(folder / "stats.json", _content(plan, files, unseen))
     return read_stats(folder)
 
 

@@ -8,7 +8,6 @@ gradients: it is complete or not there, so that nothing is counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +57,11 @@ class Gradients:
         return found
 
     def drop(self, step: int, *, last: int) -> None:
-        """Delete what later steps sent, once no step before this one needs it."""
+        """Empty what later steps sent, once no step before this one needs it."""
         for sender in range(last, step, -1):
             targets, _ = read_content(self.file(sender))
             if targets and all(target >= step for target, _ in targets):
-                self.file(sender).unlink()
-                write_tensors(self.file(sender), [], [])
+                write_tensors(self.file(sender), [], [])  # the file says that the step is done
 
 
 def collect(leaves: dict[int, list[Tensor]], sent: Sent) -> None:
@@ -131,8 +129,3 @@ def step_back(
 def needs_gradients(call: Call) -> bool:
     """Whether a gradient goes through a call of a replay with gradients."""
     return bool(detached(call)[1])
-
-
-def is_everywhere(sequences: Sequence[Gradients], step: int) -> bool:
-    """Whether a step is done for every sequence."""
-    return all(one.has(step) for one in sequences)

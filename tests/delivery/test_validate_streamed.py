@@ -1,0 +1,114 @@
+"""A validation that runs the model layer by layer finds what one with the whole model finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyCheckpoint
+from emulated import recipe_of
+from families import TINY_FAMILIES, copy_with_tensors, long_but
+from tiny_types import write_type
+
+from mofq.decision.recipe import Recipe
+from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.validation import Validation, validate_many
+from mofq.evidence.corpora import load_text
+from mofq.exceptions import StreamingError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.streaming.streamed import StreamedModel
+
+SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
+PLAN: dict[str, Any] = {"tokens": 64, "sequence_length": 32}
+
+
+def both(folder: Path, candidates: Sequence[Any], **options: Any) -> list[list[Validation]]:
+    """Without times: resident, then streamed."""
+    return [
+        [
+            replace(one, seconds=0, seconds_original=0)
+            for one in validate_many(
+                str(folder),
+                candidates,
+                load_text("demo-en"),
+                execution=execution,  # type: ignore[arg-type]
+                **PLAN,
+                **options,
+            )
+        ]
+        for execution in ("resident", "streamed")
+    ]
+
+
+def recipes(folder: Path) -> list[Recipe]:
+    return [recipe_of(open_checkpoint(str(folder)), scheme) for scheme in SCHEMES]
+
+
+@pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "gemma3_text", "qwen3_moe", "gpt2"))
+def test_recipes_of_a_family_have_the_same_validations_streamed(
+    family: str, tiny: TinyCheckpoint
+) -> None:
+    resident, streamed = both(tiny(family), recipes(tiny(family)))
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert len({one.kl_nats_per_token for one in streamed}) == len(SCHEMES)
+
+
+@pytest.mark.parametrize("name", long_but(("bert", "gemma3n_text", "zamba2"), "bert"))
+def test_a_recipe_and_its_folder_have_the_same_validation_streamed(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_type(name, tmp_path / "model")
+    recipe = recipes(folder)[1]
+    export_compressed_tensors(open_checkpoint(str(folder)), recipe, tmp_path / "exported")
+    resident, streamed = both(folder, [recipe, str(tmp_path / "exported"), str(folder)])
+    assert streamed == resident
+    assert streamed[0].kl_nats_per_token == streamed[1].kl_nats_per_token > 0
+    assert streamed[2].kl_nats_per_token == 0
+
+
+def test_what_deviates_in_a_folder_is_found_streamed_as_resident(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = recipes(tiny_llama)[1]
+    exported = tmp_path / "exported"
+    export_compressed_tensors(open_checkpoint(str(tiny_llama)), recipe, exported)
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+        tensors["model.layers.0.input_layernorm.weight"][0] += 1
+        tensors["model.norm.weight"][0] += 1
+
+    changed = copy_with_tensors(exported, tmp_path / "changed", change)
+    resident, streamed = both(tiny_llama, [str(changed)])
+    assert streamed == resident
+    assert streamed[0].enforced is False
+    assert len(streamed[0].deviations) == 3
+
+
+def test_a_layer_is_read_once_for_all_recipes(tiny_llama: Path) -> None:
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = StreamedModel.unit_at
+        patch.setattr(
+            StreamedModel,
+            "unit_at",
+            lambda model, *rest: read.append(own(model, *rest)) or read[-1],
+        )
+        both(tiny_llama, recipes(tiny_llama))
+    assert read == ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"]
+
+
+def test_a_backend_that_changes_a_whole_model_is_not_streamed(tiny_llama: Path) -> None:
+    with pytest.raises(StreamingError, match="torchao"):
+        validate_many(
+            str(tiny_llama),
+            recipes(tiny_llama),
+            load_text("demo-en"),
+            execution="streamed",
+            backend="torchao",
+            **PLAN,
+        )
