@@ -8,10 +8,11 @@ import pytest
 import torch
 from calibrated import some_tokens
 from conftest import TinyCheckpoint
-from families import TINY_FAMILIES, long_but
+from families import TINY_FAMILIES, copy_with_tensors, long_but
 from tiny_types import write_type
 
 from mofq.demo import demo_model_folder
+from mofq.exceptions import CheckpointError
 from mofq.model.loading import load_model
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import open_streamed
@@ -54,3 +55,25 @@ def test_a_type_without_rules_has_the_same_logits_streamed(name: str, tmp_path: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bundled_model_has_the_same_logits_streamed(dtype: str, tmp_path: Path) -> None:
     assert_same_logits(demo_model_folder(), tmp_path, dtype)
+
+
+def with_head(folder: Path, out: Path, *, plus: float) -> Path:
+    """A tied model whose checkpoint has the head too, the embedding plus something."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + plus
+
+    return copy_with_tensors(folder, out, add)
+
+
+def test_a_copy_of_a_tied_head_is_the_embedding_streamed_too(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    tied = tiny("llama", tie_word_embeddings=True)
+    assert_same_logits(with_head(tied, tmp_path / "model", plus=0), tmp_path / "work")
+
+
+def test_another_tied_head_is_refused_streamed_too(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    tied = tiny("llama", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="engines differ in which they use"):
+        streamed_logits(with_head(tied, tmp_path / "model", plus=1), tmp_path / "work")

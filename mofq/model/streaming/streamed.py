@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.exceptions import StreamingError, option
@@ -51,10 +51,16 @@ class StreamedModel:
         return call.unit
 
     def next_unit(self, unit: str, *, backwards: bool = False) -> str | None:
-        """Which unit will probably follow: that which stands next to it in the model."""
+        """Which unit will probably follow: that which stands next to it in the model.
+
+        None where there is none, or where none needs its weights: embeddings, backwards.
+        """
         names = list(self.weights.units)
         at = names.index(unit) + (-1 if backwards else 1)
-        return names[at] if 0 <= at < len(names) else None
+        if not 0 <= at < len(names):
+            return None
+        is_embedding = isinstance(self.weights.units[names[at]], nn.Embedding)
+        return None if backwards and is_embedding else names[at]
 
     def forward(
         self,

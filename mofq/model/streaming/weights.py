@@ -33,8 +33,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.checkpoint.tensors import read_rows, read_tensor
 from mofq.model.loading import Lazy, load_model, plain_config
+from mofq.numbers.quantize.tiles import row_blocks
+
+#: Of two tensors that may be copies, compared at once.
+_COMPARED_ELEMENTS = 2**24
 
 Readers = Mapping[str, Callable[[], Tensor]]
 
@@ -161,6 +165,8 @@ def open_unit_weights(
         outline = AutoModelForCausalLM.from_config(plain_config(folder), trust_remote_code=False)
     outline.tie_weights()
     units, head = find_units(outline)
+    copies = _copies(outline, tensors)
+    tensors = {name: read for name, read in tensors.items() if name not in copies}
     owners = _owners(outline, list(tensors))
     keys = _keys_of_units(outline, units, owners)
     absent = {key for unit in keys.values() for key in unit}
@@ -266,6 +272,29 @@ def _owners(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
             renamed, _ = rename_source_key(name, [], [], prefix, state)
         found.setdefault(renamed, []).append(name)
     return found
+
+
+def _copies(model: PreTrainedModel, tensors: Readers) -> set[str]:
+    """What the checkpoint holds twice although the model ties it, as transformers compares it."""
+    owners = _owners(model, list(tensors))
+    found = set()
+    for target, source in model.all_tied_weights_keys.items():
+        ours, theirs = owners.get(target, []), owners.get(source, [])
+        if len(ours) == len(theirs) == 1 and _is_same(tensors[ours[0]], tensors[theirs[0]]):
+            found.add(ours[0])
+    return found
+
+
+def _is_same(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> bool:
+    """Whether two tensors are equal; of those in files, a block of rows at a time."""
+    infos = [r.args[0] for r in (one, other) if isinstance(r, partial) and r.func is read_tensor]
+    if len(infos) < 2 or any(len(info.shape) != 2 for info in infos):
+        return torch.equal(one(), other())
+    first, second = infos
+    return first.shape == second.shape and all(
+        torch.equal(read_rows(first, *rows), read_rows(second, *rows))
+        for rows in row_blocks(*first.shape, elements=_COMPARED_ELEMENTS)
+    )
 
 
 def _keys_of_units(
