@@ -348,6 +348,7 @@ class OnModel:
     sequence_length: WindowLength = 512
     bos: WindowBos = "auto"
     device: Device = "cpu"
+    execution: Execution = "auto"
     stats: Stats = None
 
 

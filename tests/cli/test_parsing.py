@@ -28,7 +28,7 @@ FLAGS = {
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
     "--fix --at-least --at-most --unit --objective --ties --model --text --refine --tokens "
     "--sequence-length --bos --device --stats --trials --multi-objective --trial --storage "
-    "--workers --seed --corpus-weights",
+    "--workers --seed --corpus-weights --execution",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",

@@ -16,6 +16,8 @@ from tiny_types import write_type
 from mofq.decision.recipe import Recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import Validation, validate_many
+from mofq.delivery.validation.measured_kl import MeasuredKl
+from mofq.delivery.validation.streamed_kl import StreamedKl
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -112,3 +114,17 @@ def test_a_backend_that_changes_a_whole_model_is_not_streamed(tiny_llama: Path) 
             backend="torchao",
             **PLAN,
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_search_measures_the_same_recipes_streamed(family: str, tiny: TinyCheckpoint) -> None:
+    folder, text = str(tiny(family)), load_text("demo-en")
+    found = []
+    for kind in (MeasuredKl, StreamedKl):
+        with kind(folder, text, **PLAN) as objective:
+            first, second, _ = recipes(tiny(family))
+            # One that is left unfinished, and the same again.
+            next(objective.evaluate(second))
+            found.append([list(objective.evaluate(one)) for one in (first, second)])
+    assert found[0] == found[1]
+    assert len(found[0][0]) == PLAN["tokens"] // PLAN["sequence_length"]

@@ -70,7 +70,7 @@ _Found = tuple[list[Deviation], list[Deviation], list[Deviation], list[Deviation
 
 
 @dataclass(slots=True)
-class _Subject:
+class Subject:
     """What moves its own windows through the layers: the original, or a candidate."""
 
     folder: Path
@@ -103,11 +103,11 @@ class _Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """Subjects that share the weights of one checkpoint."""
 
     streamed: StreamedModel
-    subjects: list[_Subject]
+    subjects: list[Subject]
 
     @property
     def recipes(self) -> list[Applied]:
@@ -201,7 +201,7 @@ def validate_streamed(
 
 
 def _run_all(
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     original: Original,
     candidates: Sequence[Candidate],
     *,
@@ -221,7 +221,7 @@ def _run_all(
     for run in runs:
         named = [one for one in run.subjects if one.candidate is not None]
         with naming_deviations(named[0].candidate) if run is not runs[0] else nullcontext():  # type: ignore[arg-type]
-            heads.append(_run_layers(run, original.checkpoint, tell))
+            heads.append(run_layers(run, original.checkpoint, tell))
     entropies, scores = _compare(runs, heads, original)
     (the_original,) = (one for one in subjects if one.candidate is None)
     original = replace(
@@ -249,10 +249,10 @@ def _open_original(
     folder: Path,
     dtype: str,
     device: str,
-) -> _Run:
+) -> Run:
     """The original, with every recipe that is applied to it; all is checked."""
     streamed = stack.enter_context(open_streamed(checkpoint.folder, dtype=dtype, device=device))
-    subjects = [_Subject(folder / "original")]
+    subjects = [Subject(folder / "original")]
     for number, candidate in enumerate(candidates):
         recipe = candidate.recipe
         if candidate.folder is not None:
@@ -266,7 +266,7 @@ def _open_original(
         )
         applied = Applied(prepared, partial(apply_group, fits=fits))
         subjects.append(
-            _Subject(
+            Subject(
                 folder / f"candidate-{number}",
                 candidate,
                 applied,
@@ -274,14 +274,14 @@ def _open_original(
                 fits=fits,
             )
         )
-    run = _Run(streamed, subjects)
-    _check_units(run, checkpoint)
+    run = Run(streamed, subjects)
+    check_units(run, checkpoint)
     return run
 
 
 def _open_folder(
     stack: ExitStack, candidate: Candidate, original: Original, *, folder: Path
-) -> _Run:
+) -> Run:
     """A folder's own weights, decoded, with inputs and caches quantized as its config says."""
     stored, served, recipe = candidate.folder, candidate.served, candidate.recipe
     assert stored is not None
@@ -305,19 +305,19 @@ def _open_folder(
         fits = stack.enter_context(
             open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
         )
-    subject = _Subject(
+    subject = Subject(
         folder,
         candidate,
         applied,
         layers=checked_layers(checkpoint, recipe) if is_enforced and recipe else None,
         fits=fits,
     )
-    run = _Run(streamed, [subject])
-    _check_units(run, None)
+    run = Run(streamed, [subject])
+    check_units(run, None)
     return run
 
 
-def _check_units(run: _Run, checkpoint: Checkpoint | None) -> None:
+def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
     """Refuse what a recipe would change outside of the units."""
     units = run.streamed.weights.units
     for applied in run.recipes:
@@ -333,7 +333,7 @@ def _check_units(run: _Run, checkpoint: Checkpoint | None) -> None:
                 raise StreamingError(f"{name} is in FP8, outside of the decoder layers")
 
 
-def _run_layers(run: _Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> int:
+def run_layers(run: Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> int:
     """Move all windows of all subjects up to the head; the step of the head."""
     streamed, seen = run.streamed, set()
     first = run.subjects[0].sequences[0]
@@ -362,7 +362,7 @@ def _run_layers(run: _Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> 
 
 
 def _run_unit(
-    run: _Run, subjects: Sequence[_Subject], unit: str, step: int | None, checkpoint: Checkpoint
+    run: Run, subjects: Sequence[Subject], unit: str, step: int | None, checkpoint: Checkpoint
 ) -> None:
     """Apply every recipe to a unit whose weights are there, prove it, and run the windows."""
     recipes = [one.applied for one in subjects if one.applied is not None]
@@ -380,14 +380,14 @@ def _run_unit(
 
 
 @contextmanager
-def _applied(modules: UnitModules, subject: _Subject) -> Iterator[None]:
+def _applied(modules: UnitModules, subject: Subject) -> Iterator[None]:
     with nullcontext() if subject.applied is None else modules.applied(subject.applied):
         yield
 
 
 def _enforce(
-    run: _Run,
-    subject: _Subject,
+    run: Run,
+    subject: Subject,
     unit: str,
     checkpoint: Checkpoint,
     known: dict[Choice, list[Deviation]],
@@ -452,7 +452,7 @@ def _write_findings(path: Path, found: _Found) -> None:
 
 
 def _deviations(
-    subject: _Subject, runs: Sequence[_Run], checkpoint: Checkpoint
+    subject: Subject, runs: Sequence[Run], checkpoint: Checkpoint
 ) -> tuple[Deviation, ...] | None:
     """Every deviation of a subject, in the order of ``find_deviations``."""
     if subject.layers is None:
@@ -476,7 +476,7 @@ def _deviations(
 
 
 def _compare(
-    runs: Sequence[_Run], heads: Sequence[int], original: Original
+    runs: Sequence[Run], heads: Sequence[int], original: Original
 ) -> tuple[tuple[float, ...], dict[int, list[WindowScore]]]:
     """The original's entropies, and the scores of every candidate by its ``id``."""
     first, the_original = runs[0], runs[0].subjects[0]
