@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from mofq.exceptions import Remark, StreamingError, option
+from mofq.exceptions import MofqError, Remark, StreamingError, nearest_name, option
 from mofq.model.checkpoint.headers import Checkpoint
 
 Execution = Literal["auto", "resident", "streamed"]
@@ -48,8 +48,12 @@ def choose_execution(
         unless: Why the model has to be run whole, if it has to.
 
     Raises:
+        MofqError: What is asked for is none of the words.
         StreamingError: It has to be run whole, and layer by layer is asked for.
     """
+    words = get_args(Execution)
+    if asked not in words:
+        raise MofqError(f"{option('execution')}: unknown {asked!r}." + nearest_name(asked, words))
     if unless is not None:
         if asked == "streamed":
             raise StreamingError(f"{unless}: leave {option('execution', 'streamed')} out.")
