@@ -11,9 +11,10 @@ import pytest
 from conftest import TinyCheckpoint
 from emulated import recipe_of
 from families import TINY_FAMILIES, copy_with_tensors, long_but
+from fp8_sources import write_fp8
 from tiny_types import write_type
 
-from mofq.decision.recipe import Recipe
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import Validation, validate_many
 from mofq.delivery.validation.measured_kl import MeasuredKl
@@ -21,6 +22,7 @@ from mofq.delivery.validation.streamed_kl import StreamedKl
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
 from mofq.model.streaming.streamed import StreamedModel
 
 SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
@@ -89,6 +91,35 @@ def test_what_deviates_in_a_folder_is_found_streamed_as_resident(
     assert streamed == resident
     assert streamed[0].enforced is False
     assert len(streamed[0].deviations) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_fp8_source_whose_layers_are_partly_kept_is_the_same_streamed(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = write_fp8(tiny(family), tmp_path / "fp8", "fp8 blocks")
+    recipe = recipe_of(
+        open_checkpoint(str(folder)), "bf16", **{"layers_1_mlp_down": "int4.g32+int8.token"}
+    )
+    resident, streamed = both(folder, [recipe, recipes(folder)[0]])
+    assert streamed == resident
+    assert streamed[0].enforced
+    assert 0 < streamed[0].kl_nats_per_token < streamed[1].kl_nats_per_token
+
+
+def test_a_head_with_a_scheme_and_rounded_caches_are_the_same_streamed(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    plain = recipe_of(checkpoint, "int4.g32")
+    layers = find_layers(checkpoint, include_lm_head=True)
+    head = RecipeGroup(layers.groups[-1].name, "int8.channel+int8.token", ("lm_head",))
+    with_head = replace(plain, groups=(*plain.groups, head), unquantized=())
+    names = [cache.name for cache in layers.caches]
+    caches = (RecipeCache(names[0], "bf16"), RecipeCache(names[1], "kv:int4.token_head"))
+    cached = replace(plain, kv_cache=caches)
+    resident, streamed = both(tiny_llama, [plain, with_head, cached])
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert len({one.kl_nats_per_token for one in streamed}) == 3
 
 
 def test_a_layer_is_read_once_for_all_recipes(tiny_llama: Path) -> None:
