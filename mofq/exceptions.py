@@ -130,6 +130,10 @@ class RewriteError(MofqError):
     """A checkpoint cannot be rewritten without changing what it computes."""
 
 
+class StreamingError(MofqError):
+    """A model cannot be run decoder layer after decoder layer, or what is kept of that is lost."""
+
+
 class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
 

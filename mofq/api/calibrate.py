@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, sources_of
-from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
+from mofq.api.options import (
+    Corpora,
+    Execution,
+    Model,
+    Option,
+    Samples,
+    Tell,
+    Where,
+    documented,
+    silent,
+)
 from mofq.api.preconditions import check_device, check_folder
 from mofq.exceptions import ClusterError, Remark, StatsError, option
 from mofq.files.progress import Progress
@@ -24,6 +34,9 @@ if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats
     from mofq.evidence.corpora import Corpus
     from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import ModelLayers
+    from mofq.model.streaming.execution import Chosen
+    from mofq.model.streaming.execution import Execution as ExecutionChoice
 
 #: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
 SEQUENCES = 32
@@ -112,6 +125,7 @@ def calibrate(
             flag="--activation-checkpointing/--no-activation-checkpointing",
         ),
     ] = False,
+    execution: Execution = "auto",
     kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -178,12 +192,24 @@ def calibrate(
             "activation_checkpointing": activation_checkpointing,
             "progress": progress and _over_corpora(progress, plan),
         }
+        chosen = _chosen(execution, checkpoint, layers, plan, where=where, device_map=device_map)
+        if chosen.remark is not None:
+            (tell or silent)(chosen.remark)
         if where.cluster is None:
-            from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
             from mofq.model.checkpoint.tensors import check_finite
-            from mofq.model.loading import load_model
 
             check_finite(checkpoint, layers)
+        if chosen.is_streamed:
+            from mofq.evidence.calibration.streamed import calibrate_streamed
+            from mofq.model.streaming.streamed import open_streamed
+
+            del what["activation_checkpointing"]  # as is done here always
+            what["progress"] = progress
+            with open_streamed(checkpoint.folder, dtype=dtype, device=where.device) as streamed:
+                stats = calibrate_streamed(streamed, layers, **what)
+        elif where.cluster is None:
+            from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
+            from mofq.model.loading import load_model
 
             loaded = load_model(
                 checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map
@@ -199,6 +225,40 @@ def calibrate(
                 )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
+
+
+def _chosen(
+    execution: ExecutionChoice,
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    plan: Plan,
+    *,
+    where: Where,
+    device_map: str | None,
+) -> Chosen:
+    """Whether the model is run whole."""
+    from mofq.model.streaming.execution import choose_execution
+
+    unless = None
+    if where.cluster is not None:
+        unless = f"a worker of {option('cluster')} holds the whole model"
+    elif device_map is not None:
+        unless = f"{option('device_map')} spreads the whole model"
+    config = checkpoint.config
+    text_config = config.get("text_config")
+    inner = text_config if isinstance(text_config, dict) else config
+    vocabulary = int(inner.get("vocab_size") or config.get("vocab_size") or 0)
+    # What autograd keeps of layers that every token visits, and logits with their gradient.
+    dense = [layer for layer in layers.grouped_layers if layer.expert is None]
+    numbers = sum(2 * (layer.in_features + layer.out_features) for layer in dense) + 4 * vocabulary
+    return choose_execution(
+        execution,
+        checkpoint,
+        dtype=plan.dtype,
+        device=where.device,
+        more_bytes=4 * plan.sequence_length * numbers,
+        unless=unless,
+    )
 
 
 def _texts(plan: Plan) -> list[CorpusPlan]:

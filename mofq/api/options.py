@@ -202,6 +202,10 @@ Space = Annotated[
     str | Path, Option("A search space: a name of `mofq spaces`, or a file.", read_as=str)
 ]
 Device = Annotated[str, Option("Where the arithmetic runs: cpu, cuda, cuda:1 …")]
+Execution = Annotated[
+    Literal["auto", "resident", "streamed"],
+    Option("The whole model in memory (resident), or a layer (streamed); auto: as it fits."),
+]
 DeviceModel = Annotated[
     str | None, Option("Whose figures give times: h100 … of `mofq devices`, or a YAML file.")
 ]
@@ -344,6 +348,7 @@ class OnModel:
     sequence_length: WindowLength = 512
     bos: WindowBos = "auto"
     device: Device = "cpu"
+    execution: Execution = "auto"
     stats: Stats = None
 
 

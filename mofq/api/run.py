@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult, export
@@ -23,6 +23,7 @@ from mofq.api.options import (
     CorpusWeights,
     Device,
     Engine,
+    Execution,
     Fixed,
     Method,
     Model,
@@ -146,6 +147,7 @@ def run(
     windows: Windows = Windows(),
     sequences: Sequences = None,
     device: Device = "cpu",
+    execution: Execution = "auto",
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
@@ -215,6 +217,7 @@ def run(
                     sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
                 ),
                 where=Where(device=device),
+                execution=execution,
                 kv_cache=bool(loaded.kv_cache),
                 progress=progress,
                 tell=tell,
@@ -246,7 +249,10 @@ def run(
                 stats=stats,
                 windows=windows,
                 device=device,
+                execution=execution,
+                work=files.folder / ".streamed",
                 progress=progress,
+                tell=tell,
             )
         name = _preferred(validations, candidates, tell)
         check_ends_as_before(files, candidates[name])
@@ -362,7 +368,10 @@ def _validate(
     stats: Path,
     windows: Windows,
     device: str,
+    execution: Literal["auto", "resident", "streamed"],
+    work: Path,
     progress: Progress | None,
+    tell: Tell,
 ) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original."""
     from mofq.delivery.validation import validate_many
@@ -376,7 +385,10 @@ def _validate(
         bos=windows.bos,
         device=device,
         stats=stats,
+        execution=execution,
+        work=work,
         progress=progress,
+        tell=tell,
     )
     validations = dict(zip(candidates, done, strict=True))
     searched = validations[SEARCHED]

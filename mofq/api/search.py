@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.delivery.validation.streamed_kl import StreamedKl
     from mofq.evidence.constraints import Selection
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
@@ -243,10 +244,22 @@ def _decide_on_model(
     """Decide, and let measurements have the last word."""
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
+    from mofq.delivery.validation.streamed_kl import StreamedKl
     from mofq.evidence.corpora import differing_bos
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.streaming.execution import choose_execution
 
     assert on_model.text is not None
-    with MeasuredKl(
+    chosen = choose_execution(
+        on_model.execution,
+        open_checkpoint(str(on_model.model)),
+        dtype="float32",
+        device=on_model.device,
+    )
+    if chosen.remark is not None:
+        tell(chosen.remark)
+    kind: type[MeasuredKl] | type[StreamedKl] = StreamedKl if chosen.is_streamed else MeasuredKl
+    with kind(
         str(on_model.model),
         load_named(on_model.text),
         tokens=on_model.tokens,
@@ -285,7 +298,7 @@ def _decide_in_study(
     request: Request,
     on_model: OnModel,
     study: Study,
-    objective: MeasuredKl,
+    objective: MeasuredKl | StreamedKl,
     *,
     progress: Progress | None,
     tell: Tell,

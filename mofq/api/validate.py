@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import load_corpora, text_file
-from mofq.api.options import Device, LmEval, Model, Option, Stats, Tell, Windows, documented
+from mofq.api.options import (
+    Device,
+    Execution,
+    LmEval,
+    Model,
+    Option,
+    Stats,
+    Tell,
+    Windows,
+    documented,
+)
 from mofq.api.preconditions import check_device, check_output
 from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
@@ -61,6 +71,7 @@ def validate(
     windows: Windows = Windows(),
     dtype: Annotated[str, Option("Of both models' arithmetic.")] = "float32",
     device: Device = "cpu",
+    execution: Execution = "auto",
     stats: Stats = None,
     backend: Annotated[str, Option("What applies the recipe: emulate or torchao.")] = "emulate",
     emulate: Annotated[
@@ -117,7 +128,10 @@ def validate(
             backend=backend,
             emulated=emulate,
             stats=stats,
+            execution=execution,
+            work=_work_of(outputs.get(corpus.name)),
             progress=progress,
+            tell=tell,
         )
         if corpus.name in outputs:
             write_validation(validations[corpus.name], outputs[corpus.name])
@@ -147,6 +161,11 @@ def _outputs(output: str | Path | None, names: Sequence[str]) -> dict[str, Path]
     if len(names) == 1:
         return {names[0]: path}
     return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
+
+
+def _work_of(output: Path | None) -> Path | None:
+    """Where a run that was stopped is continued: beside what it will write."""
+    return None if output is None else output.with_name(f".{output.name}.streamed")
 
 
 def _recipe_of(recipe_or_folder: Recipe | str | Path) -> Recipe | None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,6 +42,7 @@ def load_model(
     device: str = "cpu",
     device_map: str | None = None,
     tensors: Mapping[str, Callable[[], torch.Tensor]] | None = None,
+    lazy: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for inference: eval mode, no gradients, no key-value cache.
 
@@ -53,6 +55,8 @@ def load_model(
         tensors: Name -> what reads it, of every tensor of the model, in place of the weights
             that lie in the folder; the config is still the folder's, whatever it says of a
             quantization.
+        lazy: The same, as objects that give what transformers takes when it slices them: of a
+            model whose weights come later, tensors without values.
 
     Returns:
         The model; of an FP8 checkpoint, with the decoded weights. Mixtures of experts run
@@ -69,14 +73,16 @@ def load_model(
         options["device_map"] = device_map
     logging.disable_progress_bar()
     _refuse_foreign_code(folder)
-    if tensors is None:
+    if tensors is None and lazy is None:
         checkpoint = open_checkpoint(str(folder))
         if checkpoint.source_format is not None or checkpoint.left_over is not None:
             tensors = {n: partial(read_tensor, info) for n, info in checkpoint.tensors.items()}
+    if tensors is not None:
+        lazy = {name: Lazy(read) for name, read in tensors.items()}
     config = read_json(folder / CONFIG_FILE)
     check_next_tokens(config, where=str(folder / CONFIG_FILE))
     options |= {"dtype": getattr(torch, dtype), "experts_implementation": "eager"}
-    model, missing = _load_quietly(folder, tensors, options)
+    model, missing = _load_quietly(folder, lazy, options)
     if missing == ["lm_head.weight"]:
         raise CheckpointError(
             f"{folder}: holds no lm_head, and {CONFIG_FILE} does not tie it to the embedding, so"
@@ -92,17 +98,20 @@ def load_model(
             " to. A shard is missing, or config and weights are of different models."
         )
     _refuse_two_heads(model, folder)
-    if device_map is None:
+    if (device_map is None and lazy is None) or tensors is not None:
         model = model.to(device)
+    elif device_map is None:
+        _move_present(model, torch.device(device))
     model.eval()
     model.requires_grad_(False)
-    model.config.use_cache = False
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
     return model
 
 
 def _load_quietly(
     folder: Path,
-    tensors: Mapping[str, Callable[[], torch.Tensor]] | None,
+    lazy: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its weights that the checkpoint does not have."""
@@ -110,7 +119,7 @@ def _load_quietly(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of what is missing is an error of ours
     try:
-        if tensors is None:
+        if lazy is None:
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -119,7 +128,7 @@ def _load_quietly(
                 **options,
             )
         else:
-            model, loaded = _load_decoded(folder, tensors, options)
+            model, loaded = _load_decoded(folder, lazy, options)
     except MofqError:
         raise
     except Exception as error:  # transformers raises many kinds for invalid configs
@@ -132,7 +141,7 @@ def _load_quietly(
 
 
 @dataclass(frozen=True, slots=True)
-class _Lazy:
+class Lazy:
     """A tensor that is read when transformers takes it, as it takes safetensors' own slices."""
 
     read: Callable[[], torch.Tensor]
@@ -143,7 +152,7 @@ class _Lazy:
 
 def _load_decoded(
     folder: Path,
-    tensors: Mapping[str, Callable[[], torch.Tensor]],
+    lazy: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model with the weights that are given, and transformers' report.
@@ -152,13 +161,9 @@ def _load_decoded(
     bf16, and would quantize what a left-over config names. It gets the decoded tensors here,
     and a config that says nothing of a quantization.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    config = plain_config(folder)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    lazy = {name: _Lazy(read) for name, read in tensors.items()}
     model: PreTrainedModel
     model, loaded = kind.from_pretrained(
         None, config=config, state_dict=lazy, trust_remote_code=False, **options
@@ -168,6 +173,17 @@ def _load_decoded(
         generation = read_json(folder / _GENERATION_FILE)
         model.generation_config = GenerationConfig.from_dict(generation)
     return model, loaded
+
+
+def plain_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder, which says nothing of a quantization."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -234,6 +250,19 @@ def _refuse_two_heads(model: PreTrainedModel, folder: Path) -> None:
             f" that differs from the embedding; engines differ in which they use. Set it to false,"
             f" or remove the lm_head's tensor."
         )
+
+
+def _move_present(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what has values already."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not tensor.is_meta:
+                    moved = tensor.detach().to(device)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = (
+                        torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved
+                    )
 
 
 def _items_within(value: Any) -> Iterator[tuple[str, Any]]:

@@ -2,10 +2,11 @@
 
     python scripts/quality/kill_test.py --moments 40
 
-Each of `calibrate`, `measure`, `export`, `search --solver optuna` (SQLite, journal, and two
-objectives) and `run` works on the bundled model, is killed with SIGKILL at a random moment
-between its start and its end, and is run again. A moment is a share of the processor time of
-an undisturbed run, and some milliseconds, in which it may wait for the disk: on a busy machine
+Each of `calibrate` (whole and layer by layer), `validate` (layer by layer), `measure`, `export`,
+`search --solver optuna` (SQLite, journal, and two objectives) and `run` works on the bundled
+model, is killed with SIGKILL at a random moment between its start and its end, and is run again.
+A moment is a share of the processor time of an undisturbed run, and some milliseconds, in which
+it may wait for the disk: on a busy machine
 a share of the time on the clock would often be past the end. After the kill no file may stand
 half-written under its final name; after the second run every file must have the bytes of an
 undisturbed run (times that a file notes left out), and of an Optuna study the same trials.
@@ -276,8 +277,12 @@ def make_cases(inputs: Path, out: Path) -> tuple[list[Sequence[str]], list[Case]
     recipe = str(inputs / "recipe.yaml")
     to = ("--to", "compressed-tensors", "-o", str(out / "model"))
     run = ("--space", str(space), "--max-bits", "5", *corpus[:2], "--sequences", "2", *TEXT)
+    streamed = ("--execution", "streamed")
+    validate = ("validate", model, recipe, *TEXT, "-o", str(out / "validation.json"))
     cases = [
         Case("calibrate", calibrate(out)),
+        Case("calibrate-streamed", (*calibrate(out), *streamed)),
+        Case("validate-streamed", (*validate, *streamed)),
         Case("measure", measure(out), growing=("table.jsonl",)),
         Case("export", ("export", model, recipe, *to), is_refused_again=True),
         Case("search", search(out, *optuna), study="recipe.optuna.db"),

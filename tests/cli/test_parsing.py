@@ -21,20 +21,20 @@ FLAGS = {
     "inspect": "model --engine --space",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
-    "--kv-cache --cluster --cluster-cpus",
+    "--execution --kv-cache --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
     "measure": "model --space -o --output --stats --engine --device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
     "--fix --at-least --at-most --unit --objective --ties --model --text --refine --tokens "
     "--sequence-length --bos --device --stats --trials --multi-objective --trial --storage "
-    "--workers --seed --corpus-weights",
+    "--workers --seed --corpus-weights --execution",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
-    "--stats --backend --emulate --tasks --task-folder --task-limit -o --output",
+    "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
     "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights --objective "
-    "--fix --at-least --at-most",
+    "--fix --at-least --at-most --execution",
     "demo": "-o --output",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
     "--kv-tokens --kv-cache --polish --corpus-weights",

@@ -7,6 +7,7 @@ their way into a layer. Arithmetic stays in the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from mofq.evidence.fits import Fits, fit_arguments
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FusionGroup, LinearLayer, share_amax
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
 from mofq.model.modules import is_plain_linear
 from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
 from mofq.numbers.schemes import Scheme
@@ -109,36 +110,87 @@ def apply_groups(
     Raises:
         MofqError: As ``apply``.
     """
+    prepared = prepare(model, recipe, check=check, checkpoint=checkpoint)
+    for group in prepared.quantized:
+        check_modules(model, group, prepared.schemes[group.name], recipe)
+    if checkpoint is not None:
+        round_kept(model, prepared.layers, checkpoint=checkpoint, on_disk=prepared.on_disk)
+    for done, group in enumerate(prepared.quantized):
+        if progress is not None:
+            progress(stage, done, len(prepared.quantized))
+        apply_prepared(model, prepared, group, apply_one)
+    apply_caches(model, recipe, prepared.layers)
+    if progress is not None:
+        progress(stage, len(prepared.quantized), len(prepared.quantized))
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe that was checked against a model, before anything is applied."""
+
+    recipe: Recipe
+    layers: ModelLayers  #: of the model in memory
+    on_disk: ModelLayers  #: the same in the checkpoint, where weights are read there
+    stored: Mapping[str, LinearLayer]  #: of these, by name
+    schemes: Mapping[str, Scheme]  #: of each fusion group
+    quantized: tuple[FusionGroup, ...]  #: those with another scheme than the unquantized one
+    checkpoint: Checkpoint | None  #: where weights are read; None: in the model
+
+
+def prepare(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    check: Callable[[FusionGroup, Scheme], None] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Prepared:
+    """Check a recipe against a model; its parameters need no values yet.
+
+    Args:
+        model: As for ``apply``, and so is ``recipe``.
+        recipe: Of the model.
+        check: Raises where a group cannot be applied.
+        checkpoint: Where weights are read.
+
+    Raises:
+        MofqError: As ``apply``, but for what modules compute (`check_modules`).
+    """
     layers = find_loaded_layers(model, recipe)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256 if checkpoint else None)
     if checkpoint is not None:
         check_weights(recipe, checkpoint)
     schemes = group_schemes(layers, recipe)
-    quantized = [group for group in layers.groups if not schemes[group.name].is_unquantized]
+    quantized = tuple(g for g in layers.groups if not schemes[g.name].is_unquantized)
     for group in quantized:
-        _check_modules(model, group, schemes[group.name], recipe)
+        static_amax(group, schemes[group.name], recipe)
         if check is not None:
             check(group, schemes[group.name])
-    stored: dict[str, LinearLayer] = {}
-    if checkpoint is not None:
-        on_disk = find_recipe_layers(checkpoint, recipe)
-        stored = {layer.name: layer for layer in on_disk.grouped_layers}
-        round_kept(model, layers, checkpoint=checkpoint, on_disk=on_disk)
-    for done, group in enumerate(quantized):
-        if progress is not None:
-            progress(stage, done, len(quantized))
-        scheme = schemes[group.name]
+    on_disk = layers if checkpoint is None else find_recipe_layers(checkpoint, recipe)
+    stored = {layer.name: layer for layer in on_disk.grouped_layers}
+    return Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint)
+
+
+def apply_prepared(
+    model: nn.Module, prepared: Prepared, group: FusionGroup, apply_one: Callable[..., None]
+) -> None:
+    """Apply a recipe to one fusion group.
+
+    Args:
+        model: The layers of the group have their weights.
+        prepared: From `prepare`.
+        group: One of those that are quantized.
+        apply_one: Called as ``apply_group`` is.
+    """
+    scheme = prepared.schemes[group.name]
+    if prepared.checkpoint is None:
+        sources = {layer.name: loaded_weight(model, layer) for layer in group.layers}
+    else:
         sources = {
-            layer.name: loaded_weight(model, layer)
-            if checkpoint is None
-            else scheme_source(checkpoint, stored[layer.name], scheme)
+            layer.name: scheme_source(prepared.checkpoint, prepared.stored[layer.name], scheme)
             for layer in group.layers
         }
-        apply_one(model, group, scheme, sources=sources, recipe=recipe)
-    apply_caches(model, recipe, layers)
-    if progress is not None:
-        progress(stage, len(quantized), len(quantized))
-    return model
+    apply_one(model, group, scheme, sources=sources, recipe=prepared.recipe)
 
 
 def weight_amax(
@@ -159,7 +211,13 @@ def weight_amax(
     return share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
 
 
-def _check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
+def check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
+    """Refuse modules that no scheme is applied to; they have their weights.
+
+    Raises:
+        BackendError: One is no linear layer of torch, or is quantized already.
+        RecipeError: A static scale is missing.
+    """
     static_amax(group, scheme, recipe)
     for layer in group.layers:
         module = model.get_submodule(module_path(layer))

@@ -19,6 +19,7 @@ from mofq.model.checkpoint.tensors import (
 )
 from mofq.model.layers import FUSION_RULES, LinearLayer, ModelLayers, find_loaded_names
 from mofq.model.layers.names_in_memory import find_in_memory
+from mofq.model.streaming.weights import has_values
 from mofq.numbers.schemes import Scheme
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -107,7 +108,7 @@ def round_kept(
     """Round the weights of an FP8 source as an export does those that stay unquantized.
 
     Args:
-        model: Of the checkpoint, nothing applied to it yet; is changed.
+        model: Of the checkpoint, nothing applied to it yet; is changed where it has values.
         loaded: Its layers, from ``find_loaded_layers``.
         checkpoint: Where the exact weights are; one that is not FP8 is left as it is.
         on_disk: The same layers there.
@@ -117,12 +118,13 @@ def round_kept(
     stored = {layer.name: layer for layer in on_disk.linear_layers}
     for layer in loaded.linear_layers:
         source = stored[layer.name]
-        if checkpoint.tensors[source.tensor].decoded:
+        weight_OI = loaded_weight(model, layer)
+        if checkpoint.tensors[source.tensor].decoded and has_values(weight_OI):
             kept_OI = read_kept_layer(checkpoint, source, 0, source.out_features)
-            loaded_weight(model, layer).copy_(kept_OI)
+            weight_OI.copy_(kept_OI)
     taken = {layer.tensor for layer in stored.values()}
     parameters = model.state_dict()
     for name, info in checkpoint.tensors.items():
         target = loaded_tensor(parameters, name, loaded.architecture)
-        if info.decoded and name not in taken and target is not None:
+        if info.decoded and name not in taken and target is not None and has_values(target):
             target.copy_(read_tensor(info).bfloat16())

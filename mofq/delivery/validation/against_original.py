@@ -21,16 +21,28 @@ from mofq.delivery.validation.candidates import (
     naming_deviations,
     open_candidate,
 )
-from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
+from mofq.delivery.validation.divergence import (
+    OriginalLogits,
+    WindowScore,
+    compare,
+    run_original,
+)
 from mofq.delivery.validation.enforcement import find_deviations
 from mofq.delivery.validation.report import Lineage, Validation, summarize
-from mofq.delivery.validation.tasks import TaskRunner, Tasks, TaskScore, compare_tasks
+from mofq.delivery.validation.tasks import (
+    TaskResult,
+    TaskRunner,
+    Tasks,
+    TaskScore,
+    compare_tasks,
+)
 from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
 from mofq.exceptions import EnforcementError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.streaming.execution import Execution, choose_execution
 
 
 def validate_many(
@@ -47,12 +59,16 @@ def validate_many(
     backend: str = "emulate",
     emulated: Sequence[str] = (),
     stats: str | Path | None = None,
+    execution: Execution = "auto",
+    work: Path | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Validation, ...]:
     """Validate quantized models against one run of the original.
 
     One model is in memory at a time; the original's logits wait in a temporary
-    file of tokens times vocabulary times 4 bytes.
+    file of tokens times vocabulary times 4 bytes. A model that does not fit is run layer by
+    layer (`mofq.delivery.validation.streamed`), with the same results.
 
     Args:
         model_source: The original: a folder, or a hub id.
@@ -67,7 +83,10 @@ def validate_many(
         backend: That applies recipes, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
         stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``) rest on.
+        execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.
+        work: Where a streamed run keeps what it needs to be continued; None: nowhere.
         progress: Called with a stage, what is done of it, and all of it.
+        tell: Called with a remark on how the models are run.
 
     Returns:
         One validation for each candidate, in their order.
@@ -81,6 +100,29 @@ def validate_many(
         for candidate in candidates
     ]
     runner = None if tasks is None else TaskRunner(tasks)
+    unless = None
+    if tasks is not None:
+        unless = "lm-eval runs a whole model"
+    elif backend != "emulate":
+        unless = f"the backend {backend!r} changes a whole model"
+    chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
+    if chosen.remark is not None and tell is not None:
+        tell(chosen.remark)
+    if chosen.is_streamed:
+        from mofq.delivery.validation.streamed import validate_streamed
+
+        return validate_streamed(
+            checkpoint,
+            opened,
+            text,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            bos=bos,
+            dtype=dtype,
+            device=device,
+            work=work,
+            progress=progress,
+        )
     with OriginalLogits() as logits:
         original = _run_original(
             checkpoint,
@@ -108,7 +150,7 @@ def _part(progress: Progress, number: int, count: int) -> Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Original:
+class Original:
     """The original after its run, and what it ran on."""
 
     checkpoint: Checkpoint
@@ -116,13 +158,13 @@ class _Original:
     tokenize: Callable[[PreTrainedTokenizerBase], Tensor]  #: the text in windows
     windows_NT: Tensor
     bos: bool  #: whether the windows begin with it
-    logits: OriginalLogits
     entropies: tuple[float, ...]
     dtype: str
     device: str
-    runner: TaskRunner | None
-    task_scores: tuple[TaskScore, ...]
     seconds: float
+    logits: OriginalLogits | None = None  #: where they were kept
+    runner: TaskRunner | None = None
+    task_scores: tuple[TaskScore, ...] = ()
 
 
 def _run_original(
@@ -137,7 +179,7 @@ def _run_original(
     device: str,
     runner: TaskRunner | None,
     progress: Progress | None,
-) -> _Original:
+) -> Original:
     start = monotonic()
     tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
@@ -153,7 +195,7 @@ def _run_original(
     )
     windows_NT = in_windows(tokenizer)
     entropies = run_original(model, windows_NT, into=logits, progress=progress)
-    return _Original(
+    return Original(
         checkpoint=checkpoint,
         text=text,
         tokenize=in_windows,
@@ -170,21 +212,52 @@ def _run_original(
 
 
 def _validate_one(
-    candidate: Candidate, original: _Original, *, progress: Progress | None
+    candidate: Candidate, original: Original, *, progress: Progress | None
 ) -> Validation:
     start = monotonic()
-    recipe, checkpoint = candidate.recipe, original.checkpoint
+    checkpoint = original.checkpoint
     model = load_candidate(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
     deviations = _enforce(model, candidate, checkpoint, progress=progress)
     with naming_deviations(candidate):
-        tokenizer, windows_NT = _tokens_of(candidate, original)
+        tokenizer, windows_NT = tokens_of(candidate, original)
+        assert original.logits is not None
         scores = compare(model, windows_NT, original=original.logits, progress=progress)
-    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     task_scores: tuple[TaskScore, ...] = ()
     if original.runner is not None:
         task_scores = original.runner.run(model, tokenizer)
+    return validation_of(
+        candidate,
+        original,
+        scores=scores,
+        deviations=deviations,
+        tasks=compare_tasks(task_scores, original.task_scores),
+        seconds=monotonic() - start,
+    )
+
+
+def validation_of(
+    candidate: Candidate,
+    original: Original,
+    *,
+    scores: Sequence[WindowScore],
+    deviations: tuple[Deviation, ...] | None,
+    tasks: tuple[TaskResult, ...] = (),
+    seconds: float,
+) -> Validation:
+    """What was measured of a candidate, beside what was predicted.
+
+    Args:
+        candidate: That was run.
+        original: That it was compared with.
+        scores: Of each window.
+        deviations: From the recipe; None where nothing is enforced.
+        tasks: Of lm-eval.
+        seconds: To apply, enforce and run the candidate.
+    """
+    recipe = candidate.recipe
+    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
     budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
@@ -203,13 +276,13 @@ def _validate_one(
         enforced=None if deviations is None else not deviations,
         deviations=deviations or (),
         windows=agreement.windows,
-        tasks=compare_tasks(task_scores, original.task_scores),
-        seconds=monotonic() - start,
+        tasks=tasks,
+        seconds=seconds,
         seconds_original=original.seconds,
     )
 
 
-def _tokens_of(candidate: Candidate, original: _Original) -> tuple[PreTrainedTokenizerBase, Tensor]:
+def tokens_of(candidate: Candidate, original: Original) -> tuple[PreTrainedTokenizerBase, Tensor]:
     """Tokenizer and windows of a candidate: those of the original but for an exported folder.
 
     Raises:
@@ -251,12 +324,19 @@ def _enforce(
             decoded=candidate.folder is not None,
             progress=progress,
         )
+    return with_those_of_folder(candidate, in_model)
+
+
+def with_those_of_folder(
+    candidate: Candidate, in_model: Sequence[Deviation]
+) -> tuple[Deviation, ...]:
+    """The deviations of a candidate's folder, and those of its model that follow from none."""
     named = {one.layer for one in candidate.deviations}
     named |= {name.rpartition(".")[0] for name in named}
     return (*candidate.deviations, *(one for one in in_model if one.layer not in named))
 
 
-def _lineage(candidate: Candidate, original: _Original) -> Lineage:
+def _lineage(candidate: Candidate, original: Original) -> Lineage:
     folder, text = candidate.folder, original.text
     return Lineage(
         mofq=__version__,

@@ -101,7 +101,7 @@ def run_original(
     for index, window_T in enumerate(windows_NT):
         logits_TV = _logits(model, window_T, what="the original model")
         into.append(logits_TV, windows_left=len(windows_NT) - index - 1)
-        entropies.append(_next_token_entropy(logits_TV, window_T))
+        entropies.append(next_token_entropy(logits_TV, window_T))
         if progress is not None:
             progress("original", index + 1, len(windows_NT))
     return tuple(entropies)
@@ -143,31 +143,51 @@ def compare_windows(
     """As ``compare``, one window each time the next score is asked for."""
     for index, window_T in enumerate(windows_NT):
         logits_TV = _logits(model, window_T, what="the quantized model")
-        reference_TV = original.read(index).to(logits_TV.device)
-        if reference_TV.shape != logits_TV.shape:
-            raise CheckpointError(
-                f"the original predicts {reference_TV.shape[1]} tokens and the other model "
-                f"{logits_TV.shape[1]}. Give the original that it was made from."
-            )
-        yield WindowScore(
-            kl_nats=float(kl_divergence(reference_TV, logits_TV).sum()),
-            cross_entropy_nats=_next_token_entropy(logits_TV, window_T),
-            agreements=int(top1_agreement(reference_TV, logits_TV).sum()),
+        yield score_window(original.read(index), logits_TV, window_T)
+
+
+def score_window(reference_TV: Tensor, logits_TV: Tensor, window_T: Tensor) -> WindowScore:
+    """How a model predicts one window.
+
+    Args:
+        reference_TV: The original's logits, [T, V], float32.
+        logits_TV: The other's.
+        window_T: Token ids.
+
+    Raises:
+        CheckpointError: The models' vocabularies differ in size.
+    """
+    reference_TV = reference_TV.to(logits_TV.device)
+    if reference_TV.shape != logits_TV.shape:
+        raise CheckpointError(
+            f"the original predicts {reference_TV.shape[1]} tokens and the other model "
+            f"{logits_TV.shape[1]}. Give the original that it was made from."
         )
+    return WindowScore(
+        kl_nats=float(kl_divergence(reference_TV, logits_TV).sum()),
+        cross_entropy_nats=next_token_entropy(logits_TV, window_T),
+        agreements=int(top1_agreement(reference_TV, logits_TV).sum()),
+    )
 
 
 def _logits(model: PreTrainedModel, window_T: Tensor, *, what: str) -> Tensor:
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         logits_TV: Tensor = model(window_T[None].to(device)).logits[0]
+    check_logits(logits_TV, what=what)
+    return logits_TV
+
+
+def check_logits(logits_TV: Tensor, *, what: str) -> None:
+    """Refuse logits that are not finite; ``what`` says whose they are."""
     if not bool(torch.isfinite(logits_TV).all()):
         raise MofqError(
             f"{what} gives logits that are not finite. Use {option('dtype', 'float32')} or "
             f"bfloat16; if it already is, a scheme overflows."
         )
-    return logits_TV
 
 
-def _next_token_entropy(logits_TV: Tensor, window_T: Tensor) -> float:
+def next_token_entropy(logits_TV: Tensor, window_T: Tensor) -> float:
+    """Cross entropy of a window, summed over its T - 1 next tokens [nats]."""
     targets_T = window_T[1:].to(logits_TV.device)
     return float(cross_entropy(logits_TV[:-1], targets_T).sum())

@@ -8,7 +8,7 @@ says of itself is trusted but the rounding of inputs, whose scheme is compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -106,20 +106,68 @@ def find_deviations(
     for done, group in enumerate(layers.groups):
         if progress is not None:
             progress("enforce", done, total)
-        for expected in _expect_group(group, schemes[group.name], recipe, checkpoint, fits=fits):
-            found += _check_layer(model, expected, checkpoint, layers.architecture, decoded=decoded)
+        found += group_deviations(
+            model,
+            group,
+            schemes[group.name],
+            recipe=recipe,
+            checkpoint=checkpoint,
+            architecture=layers.architecture,
+            fits=fits,
+            decoded=decoded,
+        )
     if progress is not None:
         progress("enforce", total - 1, total)
-    for layer in layers.unquantized:
-        left_alone = _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None)
-        found += _check_layer(model, left_alone, checkpoint, layers.architecture)
-    found += _check_others(model, checkpoint, layers)
-    rounding = DECODED_ROUNDING if decoded else 0.0
-    for name, reason in cache_deviation(model, recipe, layers, rel_tol=rounding).items():
-        found.append(Deviation(name, reason))
+    found += unquantized_deviations(model, layers, checkpoint)
+    found += other_deviations(model.state_dict(), checkpoint, layers)
+    found += cache_deviations(model, recipe, layers, decoded=decoded)
     if progress is not None:
         progress("enforce", total, total)
     return tuple(found)
+
+
+def group_deviations(
+    model: nn.Module,
+    group: FusionGroup,
+    scheme: Scheme,
+    *,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    architecture: str,
+    fits: Fits | None = None,
+    decoded: bool = False,
+) -> list[Deviation]:
+    """How the layers of a fusion group differ from its scheme; arguments as `find_deviations`."""
+    return [
+        deviation
+        for expected in _expect_group(group, scheme, recipe, checkpoint, fits=fits)
+        for deviation in _check_layer(model, expected, checkpoint, architecture, decoded=decoded)
+    ]
+
+
+def unquantized_deviations(
+    model: nn.Module, layers: ModelLayers, checkpoint: Checkpoint
+) -> list[Deviation]:
+    """How the layers that no recipe touches differ from the original."""
+    return [
+        deviation
+        for layer in layers.unquantized
+        for deviation in _check_layer(
+            model,
+            _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None),
+            checkpoint,
+            layers.architecture,
+        )
+    ]
+
+
+def cache_deviations(
+    model: nn.Module, recipe: Recipe, layers: ModelLayers, *, decoded: bool = False
+) -> list[Deviation]:
+    """How what is done to caches differs from a recipe."""
+    rounding = DECODED_ROUNDING if decoded else 0.0
+    reasons = cache_deviation(model, recipe, layers, rel_tol=rounding)
+    return [Deviation(name, reason) for name, reason in reasons.items()]
 
 
 def _expect_group(
@@ -279,14 +327,19 @@ def _bits_differ(found: Tensor, needed: Tensor) -> Tensor:
     return found.contiguous().view(bits) != needed.to(found.dtype).contiguous().view(bits)
 
 
-def _check_others(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: ModelLayers
+def other_deviations(
+    loaded: Mapping[str, Tensor], checkpoint: Checkpoint, layers: ModelLayers
 ) -> Iterator[Deviation]:
-    """Tensors that are no linear layer's weight: biases, norms, embeddings."""
+    """Tensors that are no linear layer's weight: biases, norms, embeddings.
+
+    Args:
+        loaded: A model's ``state_dict()``, or a part of it: no more is compared.
+        checkpoint: The original.
+        layers: Of the whole model.
+    """
     skipped = {layer.tensor for layer in layers.linear_layers}
     if layers.tied_lm_head:  # a copy on disk that is never loaded
         skipped |= {f"{name}.weight" for name in lm_heads_of(layers.architecture)}
-    loaded = model.state_dict()
     for name, info in checkpoint.tensors.items():
         found = loaded_tensor(loaded, name, layers.architecture)
         if name in skipped or found is None or not found.is_floating_point():

@@ -27,6 +27,7 @@ from mofq.evidence.corpora import CORPUS_NAME, check_context
 from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
+from mofq.model.streaming.weights import has_values
 
 #: Positions whose scores are drawn at once.
 _SCORE_ROWS = 64
@@ -111,9 +112,7 @@ def run_and_write(
         activation_checkpointing: Trade time for memory in the backward pass.
         progress: Called with corpus, sequences done, sequences in all.
     """
-    layer_names = [layer.name for layer in layers.grouped_layers]
-    if plan.kv_cache:
-        layer_names += [cache.part(part) for cache in layers.caches for part in PARTS]
+    layer_names = kept_layers(layers, plan)
     with capture_layers(
         model,
         layers,
@@ -123,10 +122,18 @@ def run_and_write(
         for corpus, index, token_T in sequences:
             if not is_done(folder, plan, corpus, index):
                 captured.clear()
-                run_sequence(model, token_T, _seeds(plan, corpus, index))
+                run_sequence(model, token_T, seeds_of(plan, corpus, index))
                 _write(folder, plan, corpus, index, captured=captured, layer_names=layer_names)
             if progress is not None:
                 progress(corpus.name, index + 1, corpus.sequences)
+
+
+def kept_layers(layers: ModelLayers, plan: Plan) -> list[str]:
+    """The names under which something is kept, in order: layers, then parts of caches."""
+    names = [layer.name for layer in layers.grouped_layers]
+    if plan.kv_cache:
+        names += [cache.part(part) for cache in layers.caches for part in PARTS]
+    return names
 
 
 def check_model(model: PreTrainedModel, plan: Plan) -> None:
@@ -220,17 +227,22 @@ def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) 
     device = model.get_input_embeddings().weight.device
     logits_TV = model(token_T[None].to(device)).logits[0]
     if not torch.isfinite(logits_TV.detach()).all():
-        raise StatsError(f"the model's logits are not finite. {_reason_of_infinity(model)}")
+        raise infinite_logits(model)
     for draw, seed in enumerate(seeds):
         score_TV = sample_scores(logits_TV.detach(), seed=seed)
         logits_TV.backward(score_TV, retain_graph=draw < len(seeds) - 1)
 
 
-def _reason_of_infinity(model: PreTrainedModel) -> str:
+def infinite_logits(model: PreTrainedModel) -> StatsError:
+    """The error, with a weight that is the reason if one in memory is."""
+    where = f"All its weights are: use {option('dtype', 'float32')}."
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
-    return f"All its weights are: use {option('dtype', 'float32')}."
+        if has_values(parameter) and not torch.isfinite(parameter).all():
+            where = (
+                f"The weight {name} is not: the checkpoint is damaged, or its training diverged."
+            )
+            break
+    return StatsError(f"the model's logits are not finite. {where}")
 
 
 def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
@@ -265,7 +277,8 @@ def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
     return score_TV
 
 
-def _seeds(plan: Plan, corpus: CorpusPlan, sequence: int) -> list[int]:
+def seeds_of(plan: Plan, corpus: CorpusPlan, sequence: int) -> list[int]:
+    """The seeds of a sequence, one for each draw."""
     return [score_seed(plan.seed, corpus.name, sequence, draw) for draw in range(plan.draws)]
 
 

@@ -133,9 +133,7 @@ def capture_layers(
         model.get_input_embeddings().weight.device,  # type: ignore[operator]
         runs_again=activation_checkpointing,
     )
-    holders = Counter(
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)
-    )
+    check_weights_apart(model, layers)
     last_input: list[tuple[Tensor, str]] = []
     handles = [_start_gradient_at_embeddings(model, captured)]
     restore: list[Callable[[], None]] = []
@@ -145,7 +143,7 @@ def capture_layers(
         path, _, parameter = loaded.name.rpartition(".")
         module = _module(model, path, layer)
         if loaded.expert is None:
-            _check_module(module, layer, holders)
+            _check_module(module, layer)
             hook = partial(_on_forward, captured, last_input, layer.name)
             handles.append(module.register_forward_hook(hook))
         else:
@@ -179,18 +177,36 @@ def _module(model: nn.Module, path: str, layer: LinearLayer | CacheLayer) -> nn.
         ) from None
 
 
-def _check_module(module: nn.Module, layer: LinearLayer, holders: Mapping[int, int]) -> None:
-    """Refuse a module that is no plain linear layer, or shares its weight with another."""
+def check_weights_apart(model: nn.Module, layers: ModelLayers) -> None:
+    """Refuse a model of which several modules have the weight of one of the layers.
+
+    Args:
+        model: Before weights of its modules come and go.
+        layers: Of its checkpoint.
+
+    Raises:
+        StatsError: They do, or there is no module for one of the layers.
+    """
+    holders = Counter(
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m)
+    )
+    for layer in layers.grouped_layers:
+        loaded = find_loaded_weight(layer, layers.architecture)
+        module = _module(model, loaded.name.rpartition(".")[0], layer)
+        if loaded.expert is None and holders[id(module.weight)] > 1:
+            raise StatsError(
+                f"{layer.name}: several modules of the loaded model have this weight, so that its "
+                "error counts more than once, which is not predicted. Measure without "
+                f"{option('stats')}."
+            )
+
+
+def _check_module(module: nn.Module, layer: LinearLayer) -> None:
+    """Refuse a module that is no plain linear layer."""
     if not is_plain_linear(module):
         raise StatsError(
             f"{layer.name}: the loaded model's module is a {type(module).__name__}, and no plain "
             f"linear layer. Measure without {option('stats')}."
-        )
-    if holders[id(module.weight)] > 1:
-        raise StatsError(
-            f"{layer.name}: several modules of the loaded model have this weight, so that its "
-            "error counts more than once, which is not predicted. Measure without "
-            f"{option('stats')}."
         )
 
 

@@ -23,7 +23,7 @@ Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniqu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -72,9 +72,26 @@ def write_gains(path: Path, captured: Captured, layer_names: Sequence[str]) -> N
     Raises:
         StatsError: A gradient is missing or not finite, or the file cannot be written.
     """
-    weight = _weight_gains(captured, layer_names, path)
-    zeros = [0.0] * len(next(iter(captured.input_gains.values())))
-    content = {
+    draws = len(next(iter(captured.input_gains.values())))
+    write_content(path, gains_of(captured, layer_names, path, draws=draws))
+
+
+def gains_of(
+    captured: Captured, layer_names: Sequence[str], path: Path, *, draws: int
+) -> dict[str, dict[str, Sequence[float]]]:
+    """The gains of some layers, as they stand in the file.
+
+    Args:
+        captured: After the last backward pass.
+        layer_names: Of any layers.
+        path: Of the file, for messages.
+        draws: How many numbers each list has.
+
+    Raises:
+        StatsError: A gradient is missing or not finite.
+    """
+    weight, zeros = _weight_gains(captured, layer_names, path), [0.0] * draws
+    return {
         name: {
             "weight": weight.get(name, zeros),
             "input": captured.input_gains.get(captured.source.get(name, ""), zeros),
@@ -82,6 +99,14 @@ def write_gains(path: Path, captured: Captured, layer_names: Sequence[str]) -> N
         }
         for name in layer_names
     }
+
+
+def write_content(path: Path, content: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Write the gains of all layers beside their final name, then rename.
+
+    Raises:
+        StatsError: The file cannot be written.
+    """
     with renamed_when_written(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -140,6 +140,23 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
     Raises:
         StatsError: A gradient is missing or not finite, or the file cannot be written.
     """
+    inputs = {name: captured.source.get(name) for name in layer_names}
+    write_samples(path, sequence_tensors(captured, layer_names, path), inputs)
+
+
+def sequence_tensors(
+    captured: Captured, layer_names: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    """What is kept of some layers, under the names that it has in the file.
+
+    Args:
+        captured: After the last backward pass.
+        layer_names: Of any layers; those without a token have nothing.
+        path: Of the file, for messages.
+
+    Raises:
+        StatsError: A gradient is missing or not finite.
+    """
     tensors: dict[str, Tensor] = {}
     for name in layer_names:
         if name not in captured.source:
@@ -149,7 +166,23 @@ def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -
             tensors[f"x/{name}"] = captured.x[name]
         if name in captured.tokens:
             tensors[f"tokens/{name}"] = captured.tokens[name]
-    inputs = {name: captured.source.get(name) for name in layer_names}
+    return tensors
+
+
+def write_samples(
+    path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, str | None]
+) -> None:
+    """Write the tensors of one sequence beside its final name and rename it.
+
+    Args:
+        path: Final name.
+        tensors: From `sequence_tensors`, of all layers.
+        inputs: Layer -> the layer whose ``x`` it reads; None where no token reached it. In the
+            order of the layers.
+
+    Raises:
+        StatsError: The file cannot be written.
+    """
     with renamed_when_written(path) as temporary:
         _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
 

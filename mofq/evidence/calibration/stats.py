@@ -12,6 +12,8 @@
 ``stats.json``
     Written last: the plan, the hash of every sequence, and per corpus the experts that
     no token reached, if any.
+``.streamed/``
+    What a run keeps that has one decoder layer in memory at a time, until it is finished.
 ``.lock``
     Empty; locked by the run that writes to the folder.
 """
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from shlex import quote
+from shutil import rmtree
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -41,6 +44,9 @@ from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_
 from mofq.model.checkpoint.headers import Checkpoint
 
 VERSION = 1
+
+#: In the folder while a model is calibrated layer by layer; see `streamed`.
+UNFINISHED = ".streamed"
 
 #: Entries for 100,000 sequences are about 15 MB.
 _MAX_BYTES = 64_000_000
@@ -446,6 +452,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
         missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
         if missed:
             unseen[corpus.name] = missed
+    rmtree(folder / UNFINISHED, ignore_errors=True)
     write_json(folder / "stats.json", _content(plan, files, unseen))
     return read_stats(folder)
 

@@ -52,13 +52,20 @@ def load_compressed_tensors(
         RecipeError: The recipe does not cover the model.
     """
     model = load_model(
-        stored.folder, dtype=dtype, device=device, tensors=_tensors(stored, recipe.schemes)
+        stored.folder, dtype=dtype, device=device, tensors=stored_tensors(stored, recipe.schemes)
     )
-    return apply_groups(model, recipe, _quantize_inputs, progress=progress, stage="decode")
+    return apply_groups(model, recipe, quantize_inputs, progress=progress, stage="decode")
 
 
-def _tensors(stored: Checkpoint, schemes: Mapping[str, str]) -> dict[str, Callable[[], Tensor]]:
-    """Name -> what reads it, under the names that the model had before it was quantized."""
+def stored_tensors(
+    stored: Checkpoint, schemes: Mapping[str, str]
+) -> dict[str, Callable[[], Tensor]]:
+    """Name -> what reads it, under the names that the model had before it was quantized.
+
+    Args:
+        stored: The quantized checkpoint.
+        schemes: Layer -> its scheme.
+    """
     weights = {
         layer: weight
         for layer, name in schemes.items()
@@ -78,7 +85,7 @@ def _decode(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:
     return dequantize_weight(read_quantized(stored, layer, weight), weight)
 
 
-def _quantize_inputs(
+def quantize_inputs(
     model: nn.Module,
     group: FusionGroup,
     scheme: Scheme,
@@ -86,5 +93,6 @@ def _quantize_inputs(
     sources: Mapping[str, Tensor],
     recipe: Recipe,
 ) -> None:
+    """Apply to a fusion group whose weights were decoded what its scheme says of inputs."""
     # The weights are rounded already: the inputs are what is left to do.
     apply_group(model, group, replace(scheme, weight=None), sources=sources, recipe=recipe)

@@ -1,0 +1,126 @@
+"""Applies a recipe to one unit of a streamed model after the other, and takes it off again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mofq.delivery.apply.emulate import Prepared, apply_prepared, check_modules
+from mofq.delivery.apply.kv_cache import apply_caches
+from mofq.delivery.apply.loaded_model import module_path, replace_module, round_kept
+from mofq.delivery.recipe_layers import static_amax
+from mofq.model.layers import FusionGroup, layers_of
+from mofq.model.layers.within import layers_within
+
+#: A fusion group, its scheme, its static scales and the statistics that the scheme is fitted to:
+#: what makes the same of the same weights.
+Choice = tuple[str, str, tuple[tuple[str, float], ...], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A recipe that is applied to units, with what applies it to a fusion group."""
+
+    prepared: Prepared
+    apply_one: Callable[..., None]
+
+    def groups_within(self, unit: str) -> tuple[FusionGroup, ...]:
+        """The quantized fusion groups inside a unit."""
+        inside = {group.name for group in layers_within(self.prepared.layers, unit).groups}
+        return tuple(group for group in self.prepared.quantized if group.name in inside)
+
+    def choice(self, group: FusionGroup) -> Choice:
+        """What a group gets."""
+        scheme = self.prepared.schemes[group.name]
+        recipe = self.prepared.recipe
+        amax = static_amax(group, scheme, recipe)
+        fitted_to = str(recipe.made_by.get("stats_sha256")) if scheme.is_fitted else ""
+        return group.name, scheme.name, tuple(sorted(amax.items())), fitted_to
+
+
+@dataclass(slots=True)
+class UnitModules:
+    """The modules that recipes make of one unit's; equal ones are made once."""
+
+    model: nn.Module
+    unit: str
+    _left: Counter[Choice]  #: how often each will be asked for yet
+    _made: dict[Choice, dict[str, nn.Module]] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, one: Applied) -> Iterator[None]:
+        """Have a recipe applied to the unit for as long as the context lasts."""
+        prepared, groups = one.prepared, one.groups_within(self.unit)
+        inside = layers_within(prepared.layers, self.unit)
+        paths = [module_path(layer) for layer in layers_of(groups)]
+        before = {path: self.model.get_submodule(path) for path in dict.fromkeys(paths)}
+        rounded: Mapping[nn.Module, dict[str, nn.Parameter | None]] = {}
+        if prepared.checkpoint is not None and prepared.checkpoint.source_format is not None:
+            rounded = _copy_parameters(self.model.get_submodule(self.unit))
+            round_kept(self.model, inside, checkpoint=prepared.checkpoint, on_disk=prepared.on_disk)
+        try:
+            for group in groups:
+                self._put(one, group)
+            handles = apply_caches(self.model, prepared.recipe, inside)
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+        finally:
+            for path, module in before.items():
+                replace_module(self.model, path, module)
+            for module, parameters in rounded.items():
+                module._parameters.update(parameters)
+
+    def _put(self, one: Applied, group: FusionGroup) -> None:
+        choice = one.choice(group)
+        self._left[choice] -= 1
+        paths = list(dict.fromkeys(module_path(layer) for layer in group.layers))
+        if choice in self._made:
+            for path, module in self._made[choice].items():
+                replace_module(self.model, path, module)
+        else:
+            check_modules(self.model, group, one.prepared.schemes[group.name], one.prepared.recipe)
+            originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+            if any(layer.expert is not None for layer in group.layers):
+                for path in paths:  # experts are rounded in place
+                    originals |= _copy_parameters(self.model.get_submodule(path))
+            apply_prepared(self.model, one.prepared, group, one.apply_one)
+            for module, parameters in originals.items():
+                module._parameters.update(parameters)
+            self._made[choice] = {path: self.model.get_submodule(path) for path in paths}
+        if self._left[choice] <= 0:
+            del self._made[choice]
+
+
+def unit_modules(
+    model: nn.Module, unit: str, recipes: Sequence[Applied], *, times: int = 1
+) -> UnitModules:
+    """For a unit whose weights are there, and the recipes that will be applied to it in turn.
+
+    Args:
+        model: That has the unit.
+        unit: Its path.
+        recipes: Each is applied so many times.
+        times: How often; what was made is kept until the last.
+    """
+    asked = Counter(one.choice(group) for one in recipes for group in one.groups_within(unit))
+    return UnitModules(model, unit, Counter({key: times * n for key, n in asked.items()}))
+
+
+def _copy_parameters(module: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter | None]]:
+    """Give a module copies of its parameters; those that it had are returned."""
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+    for inner in module.modules():
+        before[inner] = dict(inner._parameters)
+        for name, parameter in before[inner].items():
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(
+                    parameter.detach().clone(), requires_grad=False
+                )
+    return before

@@ -1,0 +1,544 @@
+"""Validates quantized models in one pass over the decoder layers of the original.
+
+A layer is read once. The original and every recipe move their own windows through it; what two
+recipes make alike of its weights is made once, and compared with the original's files once. A
+folder has weights of its own, which are streamed likewise. At the head the logits of a window are
+compared as soon as both are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from time import monotonic
+
+from torch import Tensor
+
+from mofq import __version__
+from mofq.delivery.apply.emulate import apply_group, prepare
+from mofq.delivery.apply.unit import Applied, Choice, UnitModules, unit_modules
+from mofq.delivery.deviation import Deviation
+from mofq.delivery.export.compressed_tensors.model_from_folder import (
+    quantize_inputs,
+    stored_tensors,
+)
+from mofq.delivery.recipe_fits import check_fits, open_fits
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
+from mofq.delivery.validation.against_original import (
+    Original,
+    tokens_of,
+    validation_of,
+    with_those_of_folder,
+)
+from mofq.delivery.validation.candidates import Candidate, naming_deviations
+from mofq.delivery.validation.divergence import (
+    WindowScore,
+    check_logits,
+    next_token_entropy,
+    score_window,
+)
+from mofq.delivery.validation.enforcement import (
+    cache_deviations,
+    group_deviations,
+    other_deviations,
+    unquantized_deviations,
+)
+from mofq.delivery.validation.report import Validation
+from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.evidence.fits import Fits
+from mofq.exceptions import StreamingError
+from mofq.files.documents import write_beside_and_rename
+from mofq.files.progress import Progress
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import ModelLayers, layers_of
+from mofq.model.layers.within import layers_within
+from mofq.model.loading import load_tokenizer
+from mofq.model.streaming.replay import StreamedSequence
+from mofq.model.streaming.streamed import StreamedModel, open_streamed
+
+#: What differs in one unit: of fusion groups, of other linear layers, of other tensors, of caches.
+_Found = tuple[list[Deviation], list[Deviation], list[Deviation], list[Deviation]]
+
+
+@dataclass(slots=True)
+class Subject:
+    """What moves its own windows through the layers: the original, or a candidate."""
+
+    folder: Path
+    candidate: Candidate | None = None  #: None: the original
+    applied: Applied | None = None  #: None: the weights run as they are
+    layers: ModelLayers | None = None  #: on the original's disk; None: nothing is enforced
+    fits: Fits | None = None
+    sequences: list[StreamedSequence] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def set_windows(self, windows_NT: Tensor) -> None:
+        """Give it its windows, each with a folder."""
+        for index, window_T in enumerate(windows_NT):
+            sequence = StreamedSequence(window_T, self.folder / f"{index:05d}")
+            sequence.folder.mkdir(parents=True, exist_ok=True)
+            self.sequences.append(sequence)
+
+    def findings(self, unit: str) -> Path:
+        """The file of the deviations in a unit; it is there once they were looked for."""
+        return self.folder / f"enforced-{unit}.json"
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time of what is done for it."""
+        start = monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += monotonic() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Subjects that share the weights of one checkpoint."""
+
+    streamed: StreamedModel
+    subjects: list[Subject]
+
+    @property
+    def recipes(self) -> list[Applied]:
+        """What is applied, for one subject after the other."""
+        return [one.applied for one in self.subjects if one.applied is not None]
+
+
+def validate_streamed(
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    text: Corpus,
+    *,
+    tokens: int,
+    sequence_length: int,
+    bos: Bos,
+    dtype: str,
+    device: str,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Validation, ...]:
+    """As ``validate_many``, with one decoder layer in memory.
+
+    Args:
+        checkpoint: The original.
+        candidates: From ``open_candidate``, with the backend ``emulate``.
+        text: As ``validate_many`` has it, and so have the other arguments.
+        tokens: At most.
+        sequence_length: Of a window.
+        bos: Whether windows begin with it.
+        dtype: Of the arithmetic.
+        device: Where it runs.
+        work: What is kept between layers lies here until all is done, so that a run that was
+            stopped goes on; None: in a temporary folder.
+        progress: Called with ``"validate"``, units done, units in all.
+
+    Returns:
+        One validation for each candidate, in their order.
+
+    Raises:
+        StreamingError: The model cannot be run unit by unit.
+        MofqError: As ``validate_many``.
+    """
+    asked = {
+        "mofq": __version__,
+        "model": [checkpoint.index_sha256, hash_weights(checkpoint)],
+        "candidates": [_identity(one) for one in candidates],
+        "text": [text.sha256, tokens, sequence_length, bos],
+        "arithmetic": [dtype, device],
+    }
+    with _work_folder(work, asked) as folder, ExitStack() as stack:
+        first = _open_original(
+            stack, checkpoint, candidates, folder=folder, dtype=dtype, device=device
+        )
+        start = monotonic()
+        model = first.streamed.model
+        check_context(model, sequence_length)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        leading = leading_tokens(tokenizer, bos)
+        in_windows = partial(
+            tokenize,
+            text,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            leading=leading,
+            vocabulary_size=model.get_input_embeddings().weight.shape[0],
+        )
+        original = Original(
+            checkpoint=checkpoint,
+            text=text,
+            tokenize=in_windows,
+            windows_NT=in_windows(tokenizer),
+            bos=bool(leading),
+            entropies=(),
+            dtype=dtype,
+            device=device,
+            seconds=monotonic() - start,
+        )
+        runs = [first]
+        for number, candidate in enumerate(candidates):
+            if candidate.folder is not None:
+                at = folder / f"candidate-{number}"
+                runs.append(_open_folder(stack, candidate, original, folder=at))
+        for run in runs:
+            for subject in run.subjects:
+                own = original.windows_NT
+                if subject.candidate is not None:
+                    with naming_deviations(subject.candidate):
+                        _, own = tokens_of(subject.candidate, original)
+                subject.set_windows(own)
+        return _run_all(runs, original, candidates, progress=progress)
+
+
+def _run_all(
+    runs: Sequence[Run],
+    original: Original,
+    candidates: Sequence[Candidate],
+    *,
+    progress: Progress | None,
+) -> tuple[Validation, ...]:
+    subjects = [one for run in runs for one in run.subjects]
+    total = sum(len(run.streamed.weights.units) for run in runs)
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("validate", min(done, total), total)
+
+    heads = []
+    for run in runs:
+        named = [one for one in run.subjects if one.candidate is not None]
+        with naming_deviations(named[0].candidate) if run is not runs[0] else nullcontext():  # type: ignore[arg-type]
+            heads.append(run_layers(run, original.checkpoint, tell))
+    entropies, scores = _compare(runs, heads, original)
+    (the_original,) = (one for one in subjects if one.candidate is None)
+    original = replace(
+        original, entropies=entropies, seconds=original.seconds + the_original.seconds
+    )
+    validations = {}
+    for subject in subjects:
+        if subject.candidate is not None:
+            key = id(subject.candidate)
+            validations[key] = validation_of(
+                subject.candidate,
+                original,
+                scores=scores[key],
+                deviations=_deviations(subject, runs, original.checkpoint),
+                seconds=subject.seconds,
+            )
+    return tuple(validations[id(one)] for one in candidates)
+
+
+def _open_original(
+    stack: ExitStack,
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    *,
+    folder: Path,
+    dtype: str,
+    device: str,
+) -> Run:
+    """The original, with every recipe that is applied to it; all is checked."""
+    streamed = stack.enter_context(open_streamed(checkpoint.folder, dtype=dtype, device=device))
+    subjects = [Subject(folder / "original")]
+    for number, candidate in enumerate(candidates):
+        recipe = candidate.recipe
+        if candidate.folder is not None:
+            continue
+        assert recipe is not None
+        fits = stack.enter_context(
+            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+        )
+        prepared = prepare(
+            streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
+        )
+        applied = Applied(prepared, partial(apply_group, fits=fits))
+        subjects.append(
+            Subject(
+                folder / f"candidate-{number}",
+                candidate,
+                applied,
+                layers=checked_layers(checkpoint, recipe),
+                fits=fits,
+            )
+        )
+    run = Run(streamed, subjects)
+    check_units(run, checkpoint)
+    return run
+
+
+def _open_folder(
+    stack: ExitStack, candidate: Candidate, original: Original, *, folder: Path
+) -> Run:
+    """A folder's own weights, decoded, with inputs and caches quantized as its config says."""
+    stored, served, recipe = candidate.folder, candidate.served, candidate.recipe
+    assert stored is not None
+    checkpoint = original.checkpoint
+    with naming_deviations(candidate):
+        streamed = stack.enter_context(
+            open_streamed(
+                stored.folder,
+                dtype=original.dtype,
+                device=original.device,
+                tensors=None if served is None else stored_tensors(stored, served.schemes),
+            )
+        )
+        applied = None
+        if served is not None:
+            applied = Applied(prepare(streamed.model, served), quantize_inputs)
+    is_enforced = recipe is not None and not candidate.is_foreign
+    fits = None
+    if is_enforced:
+        assert recipe is not None
+        fits = stack.enter_context(
+            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+        )
+    subject = Subject(
+        folder,
+        candidate,
+        applied,
+        layers=checked_layers(checkpoint, recipe) if is_enforced and recipe else None,
+        fits=fits,
+    )
+    run = Run(streamed, [subject])
+    check_units(run, None)
+    return run
+
+
+def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Refuse what a recipe would change outside of the units."""
+    units = run.streamed.weights.units
+    for applied in run.recipes:
+        inside = {
+            g.name for unit in units for g in layers_within(applied.prepared.layers, unit).groups
+        }
+        for group in applied.prepared.quantized:
+            if group.name not in inside:
+                raise StreamingError(f"{group.name} lies outside of the decoder layers")
+    if checkpoint is not None and checkpoint.source_format is not None and run.recipes:
+        for name in run.streamed.weights.outside:
+            if checkpoint.tensors[name].decoded:
+                raise StreamingError(f"{name} is in FP8, outside of the decoder layers")
+
+
+def run_layers(run: Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> int:
+    """Move all windows of all subjects up to the head; the step of the head."""
+    streamed, seen = run.streamed, set()
+    first = run.subjects[0].sequences[0]
+    for step in count():
+        unit = streamed.unit_at(first, step)
+        if unit == streamed.head:
+            break
+        seen.add(unit)
+        left = [
+            one
+            for one in run.subjects
+            if not one.findings(unit).exists() or not all(s.has(step) for s in one.sequences)
+        ]
+        if left:
+            with streamed.weights.loaded(unit, ahead=streamed.next_unit(unit)):
+                _run_unit(run, left, unit, step, checkpoint)
+        streamed.replayer.forget([s for one in run.subjects for s in one.sequences], step)
+        tell()
+    for unit in streamed.weights.units:
+        left = [one for one in run.subjects if not one.findings(unit).exists()]
+        if unit not in seen and unit != streamed.head and any(one.layers for one in left):
+            with streamed.weights.loaded(unit):
+                _run_unit(run, left, unit, None, checkpoint)
+            tell()
+    return step
+
+
+def _run_unit(
+    run: Run, subjects: Sequence[Subject], unit: str, step: int | None, checkpoint: Checkpoint
+) -> None:
+    """Apply every recipe to a unit whose weights are there, prove it, and run the windows."""
+    recipes = [one.applied for one in subjects if one.applied is not None]
+    modules = unit_modules(run.streamed.model, unit, recipes)
+    known: dict[Choice, list[Deviation]] = {}
+    for subject in subjects:
+        with subject.timed(), _applied(modules, subject):
+            if not subject.findings(unit).exists():
+                found = _enforce(run, subject, unit, checkpoint, known)
+                _write_findings(subject.findings(unit), found)
+            for sequence in subject.sequences if step is not None else ():
+                assert step is not None
+                if not sequence.has(step):
+                    run.streamed.run_step(sequence, step, unit)
+
+
+@contextmanager
+def _applied(modules: UnitModules, subject: Subject) -> Iterator[None]:
+    with nullcontext() if subject.applied is None else modules.applied(subject.applied):
+        yield
+
+
+def _enforce(
+    run: Run,
+    subject: Subject,
+    unit: str,
+    checkpoint: Checkpoint,
+    known: dict[Choice, list[Deviation]],
+) -> _Found:
+    """What differs from the recipe in a unit, to which it is applied.
+
+    Args:
+        run: Whose weights are there.
+        subject: That the recipe is of.
+        unit: Its path.
+        checkpoint: The original.
+        known: What was found already of modules that several recipes have; is added to.
+    """
+    found: _Found = ([], [], [], [])
+    if subject.layers is None:
+        return found
+    assert subject.candidate is not None
+    recipe = subject.candidate.recipe
+    assert recipe is not None
+    model, layers, decoded = (
+        run.streamed.model,
+        subject.layers,
+        subject.candidate.folder is not None,
+    )
+    inside = layers_within(layers, unit)
+    schemes = group_schemes(inside, recipe)
+    applied = (
+        {}
+        if subject.applied is None
+        else {
+            group.name: subject.applied.choice(group)
+            for group in subject.applied.groups_within(unit)
+        }
+    )
+    for group in inside.groups:
+        choice = None if decoded else applied.get(group.name)
+        deviations = known.get(choice) if choice is not None else None
+        if deviations is None:
+            deviations = group_deviations(
+                model,
+                group,
+                schemes[group.name],
+                recipe=recipe,
+                checkpoint=checkpoint,
+                architecture=layers.architecture,
+                fits=subject.fits,
+                decoded=decoded,
+            )
+        if choice is not None:
+            known[choice] = deviations
+        found[0].extend(deviations)
+    found[1].extend(unquantized_deviations(model, inside, checkpoint))
+    state = model.get_submodule(unit).state_dict(prefix=f"{unit}.")
+    found[2].extend(other_deviations(state, checkpoint, layers))
+    found[3].extend(cache_deviations(model, recipe, inside, decoded=decoded))
+    return found
+
+
+def _write_findings(path: Path, found: _Found) -> None:
+    content = [[asdict(one) for one in kind] for kind in found]
+    write_beside_and_rename(path, json.dumps(content))
+
+
+def _deviations(
+    subject: Subject, runs: Sequence[Run], checkpoint: Checkpoint
+) -> tuple[Deviation, ...] | None:
+    """Every deviation of a subject, in the order of ``find_deviations``."""
+    if subject.layers is None:
+        return None
+    (run,) = (one for one in runs if subject in one.subjects)
+    kinds: _Found = ([], [], [], [])
+    for unit in run.streamed.weights.units:
+        found = json.loads(subject.findings(unit).read_text("utf-8"))
+        for kind, deviations in zip(kinds, found, strict=True):
+            kind.extend(Deviation(**one) for one in deviations)
+    units = tuple(f"{unit}." for unit in run.streamed.weights.units)
+    state = run.streamed.model.state_dict()
+    rest = {name: one for name, one in state.items() if not name.startswith(units)}
+    kinds[2].extend(other_deviations(rest, checkpoint, subject.layers))
+    order = {layer.name: n for n, layer in enumerate(layers_of(subject.layers.groups))}
+    kinds[0].sort(key=lambda one: order[one.layer])
+    names = {name: n for n, name in enumerate(checkpoint.tensors)}
+    kinds[2].sort(key=lambda one: names[one.layer])
+    assert subject.candidate is not None
+    return with_those_of_folder(subject.candidate, [one for kind in kinds for one in kind])
+
+
+def _compare(
+    runs: Sequence[Run], heads: Sequence[int], original: Original
+) -> tuple[tuple[float, ...], dict[int, list[WindowScore]]]:
+    """The original's entropies, and the scores of every candidate by its ``id``."""
+    first, the_original = runs[0], runs[0].subjects[0]
+    entropies: list[float] = []
+    scores: dict[int, list[WindowScore]] = {}
+    count_of_windows = len(original.windows_NT)
+    with first.streamed.weights.loaded(first.streamed.head):
+        for number, (run, head) in enumerate(zip(runs, heads, strict=True)):
+            unit = run.streamed.head
+            loaded = nullcontext() if number == 0 else run.streamed.weights.loaded(unit)
+            with loaded:
+                modules = unit_modules(
+                    run.streamed.model, unit, run.recipes, times=count_of_windows + 1
+                )
+                known: dict[Choice, list[Deviation]] = {}
+                for subject in run.subjects:
+                    with subject.timed(), _applied(modules, subject):
+                        found = _enforce(run, subject, unit, original.checkpoint, known)
+                        _write_findings(subject.findings(unit), found)
+                for index, window_T in enumerate(original.windows_NT):
+                    with the_original.timed():
+                        reference_TV = first.streamed.logits(
+                            the_original.sequences[index], heads[0]
+                        )
+                        check_logits(reference_TV, what="the original model")
+                        if number == 0:
+                            entropies.append(next_token_entropy(reference_TV, window_T))
+                        reference_TV = reference_TV.float()
+                    for subject in run.subjects:
+                        if subject.candidate is None:
+                            continue
+                        sequence = subject.sequences[index]
+                        with subject.timed(), _applied(modules, subject):
+                            logits_TV = run.streamed.logits(sequence, head)
+                            check_logits(logits_TV, what="the quantized model")
+                            scores.setdefault(id(subject.candidate), []).append(
+                                score_window(reference_TV, logits_TV, sequence.token_T)
+                            )
+    return tuple(entropies), scores
+
+
+def _identity(candidate: Candidate) -> list[str | None]:
+    folder = candidate.folder
+    return [
+        candidate.recipe_sha256,
+        None if folder is None else folder.index_sha256,
+        None if folder is None else hash_weights(folder),
+    ]
+
+
+@contextmanager
+def _work_folder(work: Path | None, asked: object) -> Iterator[Path]:
+    """A folder for what is kept between layers; one of a run that asked the same is continued."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="mofq-") as temporary:
+            yield Path(temporary)
+        return
+    text = json.dumps(asked, sort_keys=True)
+    folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
+    for other in work.iterdir() if work.is_dir() else ():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(work)

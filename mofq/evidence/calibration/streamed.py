@@ -1,0 +1,317 @@
+"""Calibration of a model of which one decoder layer is in memory at a time.
+
+Forward, layer after layer, over all sequences; then backward, each layer computed again from its
+arguments. What is kept on the way lies in ``.streamed`` in the stats folder until the last
+sequence is written: a run that was stopped goes on from there, and what it writes has the very
+bytes of a run with the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mofq.evidence.calibration.calibrate import (
+    check_model,
+    check_windows,
+    infinite_logits,
+    is_done,
+    kept_layers,
+    sample_scores,
+    seeds_of,
+)
+from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
+from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
+from mofq.evidence.calibration.sequence_file import (
+    is_complete,
+    sequence_path,
+    sequence_tensors,
+    write_samples,
+)
+from mofq.evidence.calibration.stats import (
+    UNFINISHED,
+    CorpusPlan,
+    Plan,
+    Stats,
+    finish_stats,
+    has_gains,
+    open_plan,
+)
+from mofq.exceptions import StatsError, option
+from mofq.files.progress import Progress
+from mofq.model.layers import ModelLayers
+from mofq.model.layers.within import layers_within
+from mofq.model.streaming.backward import Gradients, collect, needs_gradients, step_back
+from mofq.model.streaming.records import read_content, write_tensors
+from mofq.model.streaming.replay import StreamedSequence
+from mofq.model.streaming.streamed import StreamedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A sequence of a corpus on its way through the model."""
+
+    corpus: CorpusPlan
+    index: int
+    seeds: tuple[int, ...]  #: of the scores, one for each draw
+    streamed: StreamedSequence
+
+    @property
+    def gradients(self) -> Gradients:
+        """What its steps sent down."""
+        return Gradients(self.streamed)
+
+    def piece(self, step: int) -> Path:
+        """What is kept of the layers of a step."""
+        return self.streamed.folder / f"piece-{step:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the layers of one unit saw in one sequence."""
+
+    running: Running
+    step: int
+    unit: str
+    layer_names: tuple[str, ...]
+    captured: Captured  #: of these layers; the next sequence takes its place
+
+
+def calibrate_streamed(
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    *,
+    plan: Plan,
+    windows: Mapping[str, Tensor],
+    folder: Path,
+    progress: Progress | None = None,
+) -> Stats:
+    """As `mofq.evidence.calibration.calibrate.calibrate`, with one decoder layer in memory.
+
+    Args:
+        streamed: The model, in bfloat16 or float32.
+        layers: Of its checkpoint; those in fusion groups are kept.
+        plan: What is computed; a folder begun with the same plan is continued.
+        windows: Corpus name -> token ids, [sequences, sequence_length], int64.
+        folder: Where the stats go.
+        progress: Called with ``"calibrate"``, steps done, steps in all.
+
+    Returns:
+        The finished stats.
+
+    Raises:
+        StatsError: As `calibrate`.
+        CorpusError: The windows do not fit the plan or the model.
+        StreamingError: The model cannot be run unit by unit.
+    """
+    check_model(streamed.model, plan)
+    for corpus in plan.corpora:
+        check_windows(streamed.model, windows[corpus.name], corpus, plan)
+    check_weights_apart(streamed.model, layers)
+    with open_plan(folder, plan) as begun:
+        every = [
+            Running(
+                corpus,
+                index,
+                tuple(seeds_of(plan, corpus, index)),
+                StreamedSequence(
+                    windows[corpus.name][index],
+                    folder / UNFINISHED / corpus.name / f"{index:05d}",
+                ),
+            )
+            for corpus in plan.corpora
+            for index in range(corpus.sequences)
+            if not is_done(folder, plan, corpus, index)
+        ]
+        for corpus in plan.corpora:
+            (folder / corpus.name).mkdir(exist_ok=True)
+        for running in every:
+            running.streamed.folder.mkdir(parents=True, exist_ok=True)
+        if every:
+            _check_disk(streamed, every, plan, folder)
+            steps = _run(streamed, layers, every, plan=plan, folder=folder, progress=progress)
+            for running in every:
+                _assemble(running, steps, plan=plan, folder=folder, layers=layers)
+        return finish_stats(folder, begun)
+
+
+def _run(
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[Running],
+    *,
+    plan: Plan,
+    folder: Path,
+    progress: Progress | None,
+) -> int:
+    """Forward and backward; what is kept of each step of each sequence is a file then."""
+    total = 2 * sum(bool(layers_within(layers, unit).groups) for unit in streamed.weights.units)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress("calibrate", min(done, total), total)
+
+    steps = streamed.forward([one.streamed for one in sequences], for_gradients=True, on_step=tell)
+    for seen in run_backward(streamed, layers, sequences, steps=steps, plan=plan):
+        running = seen.running
+        path = sequence_path(folder, running.corpus.name, running.index)
+        tensors, gains = {}, {}
+        if running.index in running.corpus.kept_indices:
+            tensors = sequence_tensors(seen.captured, seen.layer_names, path)
+        if has_gains(plan, running.corpus):
+            gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
+        content = {
+            "inputs": {name: seen.captured.source.get(name) for name in seen.layer_names},
+            "names": list(tensors),
+            "gains": gains,
+        }
+        write_tensors(running.piece(seen.step), content, list(tensors.values()))
+        if running is sequences[-1]:
+            tell(2 * steps - seen.step)
+    return steps
+
+
+def run_backward(
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[Running],
+    *,
+    steps: int,
+    plan: Plan,
+) -> Iterator[Seen]:
+    """Run backward from the logits, unit by unit, over all sequences.
+
+    Args:
+        streamed: The model.
+        layers: Of its checkpoint.
+        sequences: Run forward; what of them is done backward is not done again.
+        steps: From the forward pass.
+        plan: Says the draws, and whether caches are kept.
+
+    Yields:
+        What the layers of a unit saw, of one sequence after the other, the last unit first. It
+        counts as done when the next is asked for; what was not is yielded again by a later run.
+
+    Raises:
+        StatsError: The logits are not finite, or a layer runs more than once for a token.
+        StreamingError: The model cannot be run so.
+    """
+    _run_head(streamed, [one for one in sequences if not one.gradients.has(steps)], steps)
+    last_step: dict[str, int] = {}
+    for step in range(steps - 1, -1, -1):
+        left = [one for one in sequences if not one.gradients.has(step)]
+        if not left:
+            continue
+        content, _ = read_content(left[0].streamed.record(step))
+        unit: str = content["unit"]
+        inside = layers_within(layers, unit)
+        if inside.groups and last_step.setdefault(unit, step) != step:
+            raise StatsError(
+                f"{inside.groups[0].layers[0].name}: runs more than once for a token, so that its "
+                f"error counts more than once, which is not predicted. Measure without "
+                f"{option('stats')}."
+            )
+        call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
+        if not needs_gradients(call):
+            for running in left:
+                running.gradients.keep(step, {})
+            continue
+        names = tuple(kept_layers(inside, plan))
+        with (
+            streamed.weights.loaded(unit, ahead=streamed.next_unit(unit, backwards=True)),
+            capture_layers(streamed.model, inside, kv_cache=bool(plan.kv_cache)) as captured,
+        ):
+            for running in left:
+                captured.clear()
+                gradients = running.gradients
+                sent = step_back(
+                    streamed.replayer,
+                    running.streamed,
+                    step,
+                    arrived=gradients.arrived(step, last=steps),
+                    draws=len(running.seeds),
+                )
+                yield Seen(running, step, unit, names, captured)
+                gradients.keep(step, sent)
+                gradients.drop(step, last=steps)
+
+
+def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int) -> None:
+    """Draw the scores of each sequence, and send their gradients down from the logits."""
+    if not sequences:
+        return
+    embedding = streamed.model.get_input_embeddings()
+    start = embedding.register_forward_hook(_start_gradient)
+    before = streamed.next_unit(streamed.head, backwards=True)
+    try:
+        with streamed.weights.loaded(streamed.head, ahead=before):
+            for running in sequences:
+                with torch.enable_grad():
+                    logits_TV, leaves = streamed.replayer.finish(running.streamed, steps)
+                if not torch.isfinite(logits_TV.detach()).all():
+                    raise infinite_logits(streamed.model)
+                sent: dict[tuple[int, int], list[Tensor]] = {}
+                for draw, seed in enumerate(running.seeds):
+                    score_TV = sample_scores(logits_TV.detach(), seed=seed)
+                    logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
+                    collect(leaves, sent)
+                running.gradients.keep(steps, sent)
+    finally:
+        start.remove()
+
+
+def _start_gradient(_module: object, _inputs: object, output: Tensor) -> Tensor:
+    return output.requires_grad_(True).clone()
+
+
+def _assemble(
+    running: Running, steps: int, *, plan: Plan, folder: Path, layers: ModelLayers
+) -> None:
+    """Make the files of a sequence of those of its steps, and delete these."""
+    corpus, index = running.corpus, running.index
+    tensors: dict[str, Tensor] = {}
+    inputs: dict[str, str | None] = {}
+    gains: dict[str, Mapping[str, Sequence[float]]] = {}
+    for step in range(steps):
+        if running.piece(step).exists():
+            content, mapped = read_content(running.piece(step))
+            inputs |= content["inputs"]
+            gains |= content["gains"]
+            tensors |= zip(content["names"], mapped, strict=True)
+    names = kept_layers(layers, plan)
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise StatsError(
+            f"{missing[0]}: no gradient reached its output in sequence {index} of "
+            f"{corpus.name}; it does not take part in the model's prediction. List the layer "
+            f"under `exclude` and report the model."
+        )
+    if has_gains(plan, corpus):
+        path = gains_path(folder, corpus.name, index)
+        write_content(path, {name: gains[name] for name in names})
+    path = sequence_path(folder, corpus.name, index)
+    if index in corpus.kept_indices and not is_complete(path):
+        write_samples(path, tensors, {name: inputs[name] for name in names})
+    shutil.rmtree(running.streamed.folder)
+
+
+def _check_disk(
+    streamed: StreamedModel, sequences: Sequence[Running], plan: Plan, folder: Path
+) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    config = streamed.model.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    itemsize = getattr(torch, plan.dtype).itemsize
+    boundary = len(sequences) * plan.sequence_length * hidden * itemsize
+    needed = boundary * (len(streamed.weights.units) + 2 * plan.draws)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StatsError(
+            f"{folder}: what is kept between decoder layers needs about {needed:,} bytes, found "
+            f"{free:,} free. Free some space, or take fewer {option('sequences')}."
+        )

@@ -1,0 +1,1 @@
+"""Runs a model one decoder layer after the other, with the weights of one in memory at a time."""

@@ -1,0 +1,107 @@
+"""Whether a model is run whole or layer by layer: by what fits into free memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from mofq.exceptions import MofqError, Remark, StreamingError, nearest_name, option
+from mofq.model.checkpoint.headers import Checkpoint
+
+Execution = Literal["auto", "resident", "streamed"]
+
+#: Of what is free; the rest is for all that is not counted.
+_SHARE = 0.8
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How a model is run."""
+
+    is_streamed: bool
+    remark: str | None  #: what a user should know of it
+
+
+def choose_execution(
+    asked: Execution,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    device: str,
+    more_bytes: int = 0,
+    unless: str | None = None,
+) -> Chosen:
+    """Run a model whole where it fits, else layer by layer.
+
+    Args:
+        asked: ``auto``, or what a user forces.
+        checkpoint: The model.
+        dtype: Of the arithmetic.
+        device: Where it runs.
+        more_bytes: That are needed beside the weights, where the model is run whole.
+        unless: Why the model has to be run whole, if it has to.
+
+    Raises:
+        MofqError: What is asked for is none of the words.
+        StreamingError: It has to be run whole, and layer by layer is asked for.
+    """
+    words = get_args(Execution)
+    if asked not in words:
+        raise MofqError(f"{option('execution')}: unknown {asked!r}." + nearest_name(asked, words))
+    if unless is not None:
+        if asked == "streamed":
+            raise StreamingError(f"{unless}: leave {option('execution', 'streamed')} out.")
+        return Chosen(False, None)
+    if asked != "auto":
+        return Chosen(asked == "streamed", None)
+    needed, free = model_bytes(checkpoint, dtype) + more_bytes, free_bytes(device)
+    if free is None or needed <= _SHARE * free:
+        return Chosen(False, None)
+    return Chosen(
+        True,
+        Remark(
+            f"The whole model would need {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB "
+            f"are free on {device}: it is run layer by layer ({option('execution', 'streamed')}); "
+            f"{option('execution', 'resident')} keeps it whole."
+        ),
+    )
+
+
+def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of all tensors of a checkpoint in a dtype."""
+    numbers = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    itemsize: int = getattr(torch, dtype).itemsize
+    return numbers * itemsize
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that is free on a device; None where the system does not say.
+
+    On the CPU, what the kernel calls available, and no more than a container may have.
+
+    Source: Linux, ``Documentation/filesystems/proc.rst`` and
+    ``Documentation/admin-guide/cgroup-v2.rst``.
+    """
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return int(torch.cuda.mem_get_info(kind)[0])
+    if kind.type != "cpu" or not _MEMINFO.exists():
+        return None
+    lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+    free = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if limit == "max":
+        return free
+    left = int(limit) - used + int(cached.get("file", 0))
+    return left if free is None else min(free, left)

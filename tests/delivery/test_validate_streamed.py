@@ -1,0 +1,161 @@
+"""A validation that runs the model layer by layer finds what one with the whole model finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyCheckpoint
+from emulated import recipe_of
+from families import TINY_FAMILIES, copy_with_tensors, long_but
+from fp8_sources import write_fp8
+from tiny_types import write_type
+
+from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
+from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.validation import Validation, validate_many
+from mofq.delivery.validation.measured_kl import MeasuredKl
+from mofq.delivery.validation.streamed_kl import StreamedKl
+from mofq.evidence.corpora import load_text
+from mofq.exceptions import StreamingError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.model.streaming.streamed import StreamedModel
+
+SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
+PLAN: dict[str, Any] = {"tokens": 64, "sequence_length": 32}
+
+
+def both(folder: Path, candidates: Sequence[Any], **options: Any) -> list[list[Validation]]:
+    """Without times: resident, then streamed."""
+    return [
+        [
+            replace(one, seconds=0, seconds_original=0)
+            for one in validate_many(
+                str(folder),
+                candidates,
+                load_text("demo-en"),
+                execution=execution,  # type: ignore[arg-type]
+                **PLAN,
+                **options,
+            )
+        ]
+        for execution in ("resident", "streamed")
+    ]
+
+
+def recipes(folder: Path) -> list[Recipe]:
+    return [recipe_of(open_checkpoint(str(folder)), scheme) for scheme in SCHEMES]
+
+
+@pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "gemma3_text", "qwen3_moe", "gpt2"))
+def test_recipes_of_a_family_have_the_same_validations_streamed(
+    family: str, tiny: TinyCheckpoint
+) -> None:
+    resident, streamed = both(tiny(family), recipes(tiny(family)))
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert len({one.kl_nats_per_token for one in streamed}) == len(SCHEMES)
+
+
+@pytest.mark.parametrize("name", long_but(("bert", "gemma3n_text", "zamba2"), "bert"))
+def test_a_recipe_and_its_folder_have_the_same_validation_streamed(
+    name: str, tmp_path: Path
+) -> None:
+    folder = write_type(name, tmp_path / "model")
+    recipe = recipes(folder)[1]
+    export_compressed_tensors(open_checkpoint(str(folder)), recipe, tmp_path / "exported")
+    resident, streamed = both(folder, [recipe, str(tmp_path / "exported"), str(folder)])
+    assert streamed == resident
+    assert streamed[0].kl_nats_per_token == streamed[1].kl_nats_per_token > 0
+    assert streamed[2].kl_nats_per_token == 0
+
+
+def test_what_deviates_in_a_folder_is_found_streamed_as_resident(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = recipes(tiny_llama)[1]
+    exported = tmp_path / "exported"
+    export_compressed_tensors(open_checkpoint(str(tiny_llama)), recipe, exported)
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+        tensors["model.layers.0.input_layernorm.weight"][0] += 1
+        tensors["model.norm.weight"][0] += 1
+
+    changed = copy_with_tensors(exported, tmp_path / "changed", change)
+    resident, streamed = both(tiny_llama, [str(changed)])
+    assert streamed == resident
+    assert streamed[0].enforced is False
+    assert len(streamed[0].deviations) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_fp8_source_whose_layers_are_partly_kept_is_the_same_streamed(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = write_fp8(tiny(family), tmp_path / "fp8", "fp8 blocks")
+    recipe = recipe_of(
+        open_checkpoint(str(folder)), "bf16", **{"layers_1_mlp_down": "int4.g32+int8.token"}
+    )
+    resident, streamed = both(folder, [recipe, recipes(folder)[0]])
+    assert streamed == resident
+    assert streamed[0].enforced
+    assert 0 < streamed[0].kl_nats_per_token < streamed[1].kl_nats_per_token
+
+
+def test_a_head_with_a_scheme_and_rounded_caches_are_the_same_streamed(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    plain = recipe_of(checkpoint, "int4.g32")
+    layers = find_layers(checkpoint, include_lm_head=True)
+    head = RecipeGroup(layers.groups[-1].name, "int8.channel+int8.token", ("lm_head",))
+    with_head = replace(plain, groups=(*plain.groups, head), unquantized=())
+    names = [cache.name for cache in layers.caches]
+    caches = (RecipeCache(names[0], "bf16"), RecipeCache(names[1], "kv:int4.token_head"))
+    cached = replace(plain, kv_cache=caches)
+    resident, streamed = both(tiny_llama, [plain, with_head, cached])
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert len({one.kl_nats_per_token for one in streamed}) == 3
+
+
+def test_a_layer_is_read_once_for_all_recipes(tiny_llama: Path) -> None:
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = StreamedModel.unit_at
+        patch.setattr(
+            StreamedModel,
+            "unit_at",
+            lambda model, *rest: read.append(own(model, *rest)) or read[-1],
+        )
+        both(tiny_llama, recipes(tiny_llama))
+    assert read == ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"]
+
+
+def test_a_backend_that_changes_a_whole_model_is_not_streamed(tiny_llama: Path) -> None:
+    with pytest.raises(StreamingError, match="torchao"):
+        validate_many(
+            str(tiny_llama),
+            recipes(tiny_llama),
+            load_text("demo-en"),
+            execution="streamed",
+            backend="torchao",
+            **PLAN,
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_search_measures_the_same_recipes_streamed(family: str, tiny: TinyCheckpoint) -> None:
+    folder, text = str(tiny(family)), load_text("demo-en")
+    found = []
+    for kind in (MeasuredKl, StreamedKl):
+        with kind(folder, text, **PLAN) as objective:
+            first, second, _ = recipes(tiny(family))
+            # One that is left unfinished, and the same again.
+            next(objective.evaluate(second))
+            found.append([list(objective.evaluate(one)) for one in (first, second)])
+    assert found[0] == found[1]
+    assert len(found[0][0]) == PLAN["tokens"] // PLAN["sequence_length"]

@@ -1,0 +1,153 @@
+"""Statistics of a model that is run layer by layer have the very bytes of a resident run's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calibrated import calibrate_folder, plan_of, some_tokens
+from conftest import TinyCheckpoint
+from families import TINY_FAMILIES, long_but
+from tiny_types import write_type
+
+from mofq.api import Samples, Where, calibrate
+from mofq.demo import demo_model_folder
+from mofq.evidence.calibration.stats import UNFINISHED
+from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
+from mofq.exceptions import MofqError, StreamingError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
+from mofq.model.streaming.streamed import open_streamed
+
+WINDOWS = {"a": some_tokens(3, 16, vocabulary=200), "b": some_tokens(1, 16, seed=1)}
+#: Types that share keys, feed embeddings to every layer, mask by what they compute, or mix kinds.
+ODD_TYPES = ("gemma3n_text", "gemma4_text", "doge", "zamba2", "roc_bert", "qwen3_next")
+
+
+def streamed(folder: Path, out: Path, *, kept: int | None = None, **changes: Any) -> None:
+    plan = plan_of(folder, WINDOWS, **changes)
+    corpora = (replace(plan.corpora[0], kept=kept), *plan.corpora[1:])
+    with open_streamed(folder, dtype=plan.dtype) as model:
+        calibrate_streamed(
+            model,
+            find_layers(open_checkpoint(str(folder))),
+            plan=replace(plan, corpora=corpora),
+            windows=WINDOWS,
+            folder=out,
+        )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_same_bytes(folder: Path, work: Path, **changes: Any) -> None:
+    calibrate_folder(folder, work / "resident", WINDOWS, **changes)
+    streamed(folder, work / "streamed", **changes)
+    assert content(work / "streamed") == content(work / "resident")
+
+
+@pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "gpt2", "gemma3_text", "qwen3_moe"))
+def test_a_family_has_the_same_statistics_streamed(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    assert_same_bytes(tiny(family), tmp_path, draws=2)
+
+
+@pytest.mark.parametrize("name", long_but(ODD_TYPES, "gemma4_text", "doge"))
+def test_a_type_without_rules_has_the_same_statistics_streamed(name: str, tmp_path: Path) -> None:
+    assert_same_bytes(write_type(name, tmp_path / "model"), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"kv_cache": True}, {"dtype": "bfloat16", "draws": 3}])
+def test_caches_draws_and_bfloat16_are_the_same_streamed(
+    changes: dict[str, Any], tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    assert_same_bytes(tiny("llama"), tmp_path, **changes)
+
+
+def test_of_sequences_that_are_not_kept_the_gains_are_the_same(tmp_path: Path) -> None:
+    text, samples = ["en=demo-en-calibration"], Samples(sequences=4, keep=2, sequence_length=24)
+    folders = {}
+    for execution in ("resident", "streamed"):
+        folders[execution] = tmp_path / execution
+        calibrate(
+            demo_model_folder(),
+            text,
+            folders[execution],
+            samples=samples,
+            execution=execution,  # type: ignore[arg-type]
+        )
+    assert content(folders["streamed"]) == content(folders["resident"])
+
+
+def test_a_run_that_is_stopped_computes_no_layer_of_a_sequence_twice(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder, out = tiny("llama"), tmp_path / "streamed"
+    plan, layers = plan_of(folder, WINDOWS), find_layers(open_checkpoint(str(folder)))
+    seen: list[tuple[str, int, str]] = []
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        for one in run_backward(*arguments, **named):
+            seen.append((one.running.corpus.name, one.running.index, one.unit))
+            if len(seen) == 6:
+                raise KeyboardInterrupt
+            yield one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mofq.evidence.calibration.streamed.run_backward", stopping)
+        for _ in range(2):
+            with open_streamed(folder) as model:
+                try:
+                    calibrate_streamed(model, layers, plan=plan, windows=WINDOWS, folder=out)
+                except KeyboardInterrupt:
+                    assert (out / UNFINISHED).is_dir()
+    # Four sequences through two layers; the one that was stopped in, twice.
+    assert len(seen) == 9
+    assert len(set(seen)) == 8
+    assert seen[5] == seen[6]
+    calibrate_folder(folder, tmp_path / "resident", WINDOWS)
+    assert content(out) == content(tmp_path / "resident")
+
+
+@pytest.mark.parametrize("named", [{"device_map": "auto"}, {"where": Where(cluster="ray")}])
+def test_what_holds_the_whole_model_is_not_streamed(named: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(StreamingError, match="whole model"):
+        calibrate(
+            demo_model_folder(),
+            ["en=demo-en-calibration"],
+            tmp_path / "stats",
+            execution="streamed",
+            **named,
+        )
+
+
+def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mofq.model.streaming.execution.free_bytes", lambda _: 10**6)
+        calibrate(
+            demo_model_folder(),
+            ["en=demo-en-calibration"],
+            tmp_path / "stats",
+            samples=Samples(sequences=2, sequence_length=16),
+            tell=told.append,
+        )
+    (remark,) = [one for one in told if "layer by layer" in one]
+    assert "0.0 GB are free on cpu" in remark
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_runs(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mofq.evidence.calibration.streamed.shutil.disk_usage",
+            lambda _: type("Usage", (), {"free": 1000}),
+        )
+        with pytest.raises(MofqError, match=r"needs about [\d,]+ bytes, found 1,000 free"):
+            streamed(tiny("llama"), tmp_path / "out")
