@@ -28,6 +28,8 @@ from mofq.evidence.measure.rows import group_rows
 from mofq.evidence.measure.samples import SampleAnswers, SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.score import LayerScore
+from mofq.evidence.measure.stored_inputs import SharedInputs
+from mofq.evidence.measure.workers import Workers, worker_threads
 from mofq.evidence.spaces import (
     CacheLegality,
     Legality,
@@ -256,6 +258,7 @@ def measure_groups(
     with ExitStack() as stack:
         reader = None if stats is None else stack.enter_context(SampleReader(stats))
         fits = None if stats is None else stack.enter_context(Fits(stats))
+        workers = stack.enter_context(worker_threads(device))
         prepared = _prepare_all(
             checkpoint,
             written,
@@ -263,8 +266,11 @@ def measure_groups(
             fits,
             device=device,
             pass_of=_layer_passes(written, device=device, tell=tell, elements=elements),
+            workers=workers,
         )
-        scores = stack.enter_context(closing(score_layers(prepared, device=device)))
+        scores = stack.enter_context(
+            closing(score_layers(prepared, device=device, workers=workers))
+        )
         for (group, schemes, corpora), (_, measured, _) in zip(work, written, strict=True):
             parts = parts_of(measured)
             found: dict[str, dict[str, LayerScore]] = {layer.name: {} for layer in group.layers}
@@ -343,8 +349,10 @@ def _prepare_all(
     *,
     device: str,
     pass_of: LayerPasses,
+    workers: Workers,
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
+    shared = SharedInputs()
     for group, schemes, corpora in work:
         is_asked = any(scheme.needs_weight_amax for scheme in schemes)
         weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
@@ -357,6 +365,8 @@ def _prepare_all(
                 device=device,
                 name=layer.name,
                 make_pass=partial(pass_of, layer),
+                shared=shared,
+                workers=workers,
             )
             samples = {} if reader is None else reader.read_all(layer.name, corpora)
             yield from prepare_parts(prepare, layer, schemes, samples=samples, fits=fits)
