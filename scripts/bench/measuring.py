@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from time import perf_counter, process_time
 
@@ -99,7 +100,8 @@ def main() -> None:
     weight_OI = (torch.randn(rows, inputs) * 0.02).bfloat16()
     made = pass_maker(tell=lambda message: print(message, file=sys.stderr))
     # Compiled before, and loaded.
-    made("deltas", [s.weight for s in schemes if s.weight], torch.bfloat16, 0)
+    weights = dict.fromkeys(s.weight for s in schemes if s.weight is not None)
+    made("deltas", list(weights), torch.bfloat16, 0)
     rate, before = product_rate(), peak_bytes()
     samples = samples_of(tuple(options.shape), options.sequences, options.tokens)
 
