@@ -234,6 +234,7 @@ def measure_groups(
     device: str = "cpu",
     tell: Tell = lambda message: None,
     elements: int = 0,
+    reader: SampleReader | None = None,
 ) -> Generator[Measured, None, None]:
     """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
 
@@ -244,6 +245,8 @@ def measure_groups(
         device: Where the arithmetic runs.
         tell: Gets a line about a compilation.
         elements: Of all weights, where the work is a part of more.
+        reader: Of the stats, where it is open already: the headers of a mixture's samples take
+            as long to read as its groups take to measure.
 
     Yields:
         The rows of each fusion group and its profiles, in a fixed order. Which others are
@@ -256,8 +259,11 @@ def measure_groups(
     draws = 1 if stats is None else stats.plan.draws
     written = [one._replace(schemes=_written_schemes(one.group, one.schemes)) for one in work]
     with ExitStack() as stack:
-        reader = None if stats is None else stack.enter_context(SampleReader(stats))
-        fits = None if stats is None else stack.enter_context(Fits(stats))
+        if reader is None and stats is not None:
+            reader = stack.enter_context(SampleReader(stats))
+        fits = None
+        if reader is not None and stats is not None:
+            fits = stack.enter_context(Fits(stats, files=reader.files))
         workers = stack.enter_context(worker_threads(device))
         prepared = _prepare_all(
             checkpoint,

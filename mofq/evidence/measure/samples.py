@@ -66,7 +66,7 @@ class SampleReader:
         self._gains = {
             name: [read_gains(file) for file in stats.gains_files(name)] for name in self._plans
         }
-        self._stack, self._files = open_sequences(stats)
+        self._stack, self.files = open_sequences(stats)
         #: Of each corpus, the layers whose inputs those that were read last are, and these.
         self._last: dict[str, tuple[list[str | None], Tensor]] = {}
 
@@ -99,7 +99,7 @@ class SampleReader:
         Raises:
             StatsError: The stats do not know the layer.
         """
-        sequences = [file.read(layer) for file in self._files[corpus]]
+        sequences = [file.read(layer) for file in self.files[corpus]]
         sources = [None if one is None else one.source for one in sequences]
         of_last, last = self._last.get(corpus, ([], None))
         found = arrange_samples(
