@@ -13,7 +13,7 @@ from mofq.decision.request import Request
 from mofq.decision.result import chosen_result
 from mofq.evidence.table import Table
 from mofq.model.layers import ModelLayers
-from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.model.sizes import bits_per_weight, counted_bytes, group_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -52,12 +52,11 @@ def with_sizes(recipe: Recipe, layers: ModelLayers) -> Recipe:
     if not recipe.is_edited:
         return recipe
     schemes = recipe.schemes
-    size = sum(
-        group_bytes(group, parse_scheme(schemes[group.layers[0].name])) for group in layers.groups
-    )
+    chosen = [(one, parse_scheme(schemes[one.layers[0].name])) for one in layers.groups]
+    size = sum(counted_bytes(*one) for one in chosen)
     result = RecipeResult(
         bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
         bytes=size,
-        checkpoint_bytes=size + layers.other_bytes,
+        checkpoint_bytes=sum(group_bytes(*one) for one in chosen) + layers.other_bytes,
     )
     return replace(recipe, result=result)

@@ -22,6 +22,8 @@ from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
 from mofq.model.layers import CacheLayer
+from mofq.model.sizes import shape_bytes
+from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
 #: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
@@ -263,7 +265,11 @@ def _layer_group(
         weights=group.weights,
         counted=any(one[0].scheme != _UNQUANTIZED for one in legal),
     )
-    return problem_group, list(map(to_option, legal))
+    options = map(to_option, legal)
+    return problem_group, [
+        replace(one, shape_bytes=shape_bytes(parse_scheme(one.scheme), len(group.layers)))
+        for one in options
+    ]
 
 
 def _cache_group(

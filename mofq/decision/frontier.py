@@ -114,11 +114,13 @@ def solve_frontier(
     if has_hull:
         paths = [_hull(problem, allowed_P) for allowed_P in _hull_sets(problem, cached_F)]
         points = [point for point in _bounded(paths) if point.bytes <= most]
-        if not points:
+        if not _in_file(problem, budgets, points):
             solve_exact(problem, budgets)  # says what the smallest size is
     if sizes is not None or not has_hull:
         points += _solved(problem, other, most=most, sizes=sizes or _SIZES)
-    return _non_dominated(points if problem.answers is None else _together(problem, other, points))
+    if problem.answers is not None:
+        points = _together(problem, other, points)
+    return _non_dominated(_in_file(problem, budgets, points))
 
 
 def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
@@ -164,7 +166,7 @@ def sized(problem: Problem, budgets: Budgets, size: int) -> Budgets:
         budgets: Others.
         size: Of ``Problem.axis_of`` [bytes].
     """
-    if problem.cached and not problem.kv_tokens:
+    if not problem.kv_tokens:
         bits = 8 * size / problem.weights
         known = budgets.max_bits
         return replace(budgets, max_bits=bits if known is None else min(bits, known))
@@ -185,7 +187,18 @@ def axis_value(problem: Problem, choice_F: IntArray) -> float:
 
 def _is_axis(problem: Problem, constraint: Constraint) -> bool:
     """Whether a budget of size ends the curve."""
-    return constraint.name in _SIZE_BUDGETS and np.array_equal(constraint.cost_P, problem.axis_P)
+    cost_P = constraint.cost_P
+    if constraint.name == "max_bytes" and not problem.kv_tokens:
+        cost_P = cost_P - problem.shape_bytes_P  # a little less than all: see `_in_file`
+    return constraint.name in _SIZE_BUDGETS and np.array_equal(cost_P, problem.axis_P)
+
+
+def _in_file(problem: Problem, budgets: Budgets, points: list[_Point]) -> list[_Point]:
+    """Those whose file is within a budget of bytes, which the axis does not count in full."""
+    if budgets.max_bytes is None:
+        return points
+    most = budgets.max_bytes - problem.other_bytes
+    return [one for one in points if problem.size_of(one.choice_F) <= most]
 
 
 def _best_caches(problem: Problem, budgets: Budgets) -> IntArray | None:

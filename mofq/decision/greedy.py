@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,6 +65,7 @@ def _coarse(problem: Problem, allowed_P: BoolArray) -> BoolArray:
     return np.asarray(allowed_P & (problem.is_base_P | ~has_base_F[problem.group_P]))
 
 
+@lru_cache(maxsize=4096)
 def _width(scheme_name: str) -> _Width:
     if is_cache_scheme(scheme_name):
         keys, values = parse_cache_scheme(scheme_name).parts.values()

@@ -20,6 +20,7 @@ from mofq.evidence.constraints import (
 )
 from mofq.evidence.table import Table, TableGroup, TableHeader, TableSpace
 from mofq.exceptions import EngineError, TableError, nearest_name, option
+from mofq.model.sizes import shape_bytes
 from mofq.numbers.schemes import parse_scheme
 
 _UNQUANTIZED = "bf16"
@@ -184,7 +185,8 @@ def _constrained(
     """What constraints leave; nothing where nothing is offered."""
     if not offered:
         return GroupOffer((), {})
-    could = {name: sizes[name] for name in offered}
+    shapes = {name: shape_bytes(parse_scheme(name), len(group.layers)) for name in offered}
+    could = {name: sizes[name] - shapes[name] for name in offered}  # what bits count
     barred = barred_schemes(constraints, group, could, asked=asked, because=because)
     return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 

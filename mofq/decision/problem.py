@@ -44,13 +44,14 @@ class Option:
     """What a fusion group may get. Every tuple has one entry for each corpus."""
 
     scheme: str
-    bytes: int
+    bytes: int  #: in a file
     errors: tuple[float, ...]  #: in the problem's unit
     stderrs: tuple[float, ...] | None = None
     sample_errors: tuple[Sequence[float], ...] | None = None  #: their mean is the error
     cache_bits: int = 0  #: of one token in the KV cache; 0 where the decision is on layers
     #: To the change of size of the weights, of each sample; None: the size does not change.
     answers: tuple[Sequence[Sequence[float]] | None, ...] | None = None
+    shape_bytes: int = 0  #: of ``bytes``, what bits per weight do not count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +66,8 @@ class Problem:
     start_F: IntArray  #: first option of each group, and the number of options at the end
     group_P: IntArray  #: the group of each option
     schemes: tuple[str, ...]
-    bytes_P: IntArray
+    bytes_P: IntArray  #: in a file
+    shape_bytes_P: IntArray  #: of these, what bits per weight do not count
     error_PC: FloatArray
     stderr_PC: FloatArray | None  #: None: the unit has no error bars
     sample_errors: tuple[FloatArray, ...] | None  #: of each corpus [P, N]; None: not kept
@@ -98,7 +100,7 @@ class Problem:
     def layer_bytes_P(self) -> IntArray:
         """Bytes of options on layers alone, which bits per weight count."""
         cached_F = np.array([group.cached > 0 for group in self.groups])
-        return np.where(cached_F[self.group_P], 0, self.bytes_P)
+        return np.where(cached_F[self.group_P], 0, self.bytes_P - self.shape_bytes_P)
 
     @property
     def axis_P(self) -> IntArray:
@@ -253,6 +255,7 @@ def build_problem(
         group_P=group_P,
         schemes=tuple(one.scheme for one in ordered),
         bytes_P=bytes_P,
+        shape_bytes_P=np.array([one.shape_bytes for one in ordered], dtype=np.int64),
         error_PC=np.array([one.errors for one in ordered], dtype=np.float64),
         stderr_PC=_stderrs(ordered),
         sample_errors=_sample_errors(ordered),
@@ -383,7 +386,7 @@ class Usage:
     """Sizes and shares of a recipe."""
 
     bytes: int  #: of all groups
-    checkpoint_bytes: int  #: with the tensors that are in no group
+    checkpoint_bytes: int  #: with shapes, and the tensors that are in no group
     bits_per_weight: float  #: over all groups
     finer_layers: tuple[str, ...]  #: whose scheme is not a base scheme, of those that have an offer
     finer_fraction: float  #: of the layers that have an offer
@@ -422,4 +425,4 @@ def option_bits(problem: Problem, option: int) -> float:
     group = problem.groups[int(problem.group_P[option])]
     if group.cached:
         return int(problem.cache_bits_P[option]) / group.cached
-    return 8 * int(problem.bytes_P[option]) / group.weights
+    return 8 * int(problem.layer_bytes_P[option]) / group.weights

@@ -419,8 +419,8 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
     write_beside_and_rename(Path(path), text)
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The YAML of a recipe."""
+def recipe_header(recipe: Recipe) -> str:
+    """The lines of a recipe before its groups, without the last line's end."""
     model: dict[str, Scalar] = {"name": recipe.model_name}
     if recipe.index_sha256 is not None:
         model["index_sha256"] = recipe.index_sha256
@@ -438,6 +438,12 @@ def recipe_text(recipe: Recipe) -> str:
     ):
         if values:
             lines.append(f"{name}: {_flow(values)}")
+    return "\n".join(lines)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The YAML of a recipe."""
+    lines = [recipe_header(recipe)]
     lines.append("groups:  # one scheme per fusion group" if recipe.groups else "groups: {}")
     for group in recipe.groups:
         lines.append(f"  {yaml_scalar(group.name)}:")

@@ -15,7 +15,7 @@ from mofq.engines.latency import Workload
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.spaces import Offer
 from mofq.exceptions import BudgetError, MofqError, TableError, nearest_name, option
-from mofq.model.sizes import group_bytes, weights_of
+from mofq.model.sizes import counted_bytes, group_bytes, weights_of
 
 #: Of `mofq search`.
 CONSTRAINT_FLAGS = {"fixed": "--fix", "at_least": "--at-least", "at_most": "--at-most"}
@@ -179,7 +179,7 @@ def check_budget(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int)
 
 def _refused_size(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int) -> str | None:
     """Which budget of size no choice can meet, and the smallest size; None: they can be met."""
-    smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.choices) for o in offers)
+    smallest = sum(min(counted_bytes(o.group, scheme) for scheme in o.choices) for o in offers)
     weights = weights_of(offer.group for offer in offers)
     if budgets.max_bits is not None and not 8 * smallest / weights <= budgets.max_bits:
         least = math.ceil(1e4 * 8 * smallest / weights) / 1e4
@@ -188,6 +188,7 @@ def _refused_size(offers: Sequence[Offer], budgets: Budgets, *, other_bytes: int
             f"bits per weight; the smallest possible in this search space is {least:g}. "
             f"`mofq spaces` lists others."
         )
+    smallest = sum(min(group_bytes(o.group, scheme) for scheme in o.choices) for o in offers)
     if budgets.max_bytes is not None and smallest + other_bytes > budgets.max_bytes:
         return (
             f"No recipe meets the budget. {option('max_size')}: asked for {budgets.max_bytes:,} "

@@ -33,7 +33,7 @@ def recipe_from_table(
     amax = {
         (row.group, row.scheme): row.static_amax
         for row in table.rows
-        if row.static_amax is not None
+        if row.static_amax is not None and schemes.get(row.group) == row.scheme
     }
     caches = [
         RecipeCache(one.name, schemes[one.name], amax.get((one.name, schemes[one.name])))

@@ -19,7 +19,7 @@ from mofq.exceptions import SchemeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
-from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.model.sizes import bits_per_weight, counted_bytes, shape_bytes, weights_of
 from mofq.numbers.numerics import NUMERICS
 from mofq.numbers.schemes import parse_scheme
 
@@ -62,7 +62,8 @@ def uniform_recipe(
             f"{reasons[0]} ({len(reasons)} such layers in all). Take another scheme, or a search "
             f"space with `mofq measure` and `mofq search`, which may mix."
         )
-    size = sum(group_bytes(group, scheme) for group in layers.groups)
+    size = sum(counted_bytes(group, scheme) for group in layers.groups)
+    shapes = sum(shape_bytes(scheme, len(group.layers)) for group in layers.groups)
     return Recipe(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
@@ -76,7 +77,7 @@ def uniform_recipe(
         result=RecipeResult(
             bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
             bytes=size,
-            checkpoint_bytes=size + layers.other_bytes,
+            checkpoint_bytes=size + shapes + layers.other_bytes,
         ),
     )
 

@@ -26,7 +26,8 @@ sequences of every corpus out of the fit, so that they can judge it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypedDict
@@ -34,7 +35,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from mofq.evidence.calibration.sequence_file import LayerSamples
+from mofq.evidence.calibration.sequence_file import LayerSamples, SequenceFile
 from mofq.evidence.calibration.stats import Stats, open_sequences
 from mofq.exceptions import StatsError, option
 from mofq.model.layers import LinearLayer
@@ -112,14 +113,23 @@ def needs_stats(layer: str) -> StatsError:
 class Fits:
     """A stats folder that schemes are fitted to; use it in a ``with`` statement."""
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(
+        self, stats: Stats, *, files: Mapping[str, Sequence[SequenceFile]] | None = None
+    ) -> None:
         """Open every sequence.
+
+        Args:
+            stats: An open stats folder.
+            files: Its kept sequences, corpus by corpus, where whoever asks has them open.
 
         Raises:
             StatsError: One is missing or damaged.
         """
         self.stats = stats
-        self._stack, self._files = open_sequences(stats)
+        self._stack = ExitStack()
+        if files is None:
+            self._stack, files = open_sequences(stats)
+        self._files = files
 
     def __enter__(self) -> Fits:
         return self

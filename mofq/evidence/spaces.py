@@ -42,7 +42,7 @@ from mofq.files.validated import (
 )
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
 from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer, ModelLayers, lm_heads_of
-from mofq.model.sizes import group_bytes
+from mofq.model.sizes import counted_bytes
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 SEARCH_SPACE_VERSION: Literal[1] = 1
@@ -441,7 +441,7 @@ def offer_schemes(
     for group in groups:
         offer = _offer(space, group, legality, has_stats, excluded.get(group.name))
         some = constrained.get(group.name, ())
-        sizes = {scheme.name: group_bytes(group, scheme) for scheme in offer.schemes}
+        sizes = {scheme.name: counted_bytes(group, scheme) for scheme in offer.schemes}
         why = excluded.get(group.name)
         barred = barred_schemes(some, group, sizes, asked=constraints, because=why)
         offers.append(replace(offer, barred=barred))

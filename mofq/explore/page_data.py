@@ -16,7 +16,7 @@ from mofq.decision.frontier import axis_value
 from mofq.decision.offers import asked_constraints, refused_schemes
 from mofq.decision.prediction import errors_by_corpus
 from mofq.decision.problem import IntArray, option_bits
-from mofq.decision.recipe import RecipeResult, recipe_text
+from mofq.decision.recipe import RecipeResult, recipe_header, recipe_text
 from mofq.evidence.table import Table
 from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing
@@ -50,9 +50,8 @@ _POINT_KEYS = (
     "kl_stderr",
     "error",
 )
-#: How `recipe_text` writes that there are no groups, and how they begin.
+#: How `recipe_text` writes that there are no groups.
 _NO_GROUPS = "groups: {}\n"
-_GROUPS = "groups:  # one scheme"
 
 
 def page_data(
@@ -242,7 +241,7 @@ def _points(
     """
     first = replace(points[0].recipe, groups=(), kv_cache=(), budget={}, result=RecipeResult())
     shared, _, footer = recipe_text(first).partition(_NO_GROUPS)
-    headers = [recipe_text(one.recipe).partition(_GROUPS)[0] for one in points]
+    headers = [recipe_header(one.recipe) + "\n" for one in points]
     assert all(header.startswith(shared) for header in headers)
     names = {*problem.schemes, *(group.name for group in problem.groups)}
     names |= {layer.name for group in table.header.groups for layer in group.layers}

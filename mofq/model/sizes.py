@@ -15,6 +15,10 @@ channels and groups are packed like their codes, but down the rows; all others
 take one byte each. Activations cost nothing, except that a static scale is
 stored once per layer (``input_scale``; ``input_global_scale`` of NVFP4).
 
+Bits per weight count codes, scales, zero points and padding, and not the shape that a packed
+layer notes (`counted_bytes`): INT4 with a bf16 scale for 32 weights is 4.5 bits. A size in bytes
+is that of the file, shapes included.
+
 Source: compressed-tensors 0.20, ``compressors/*``, for what it stores; the same
 rule for the widths that it does not.
 """
@@ -112,13 +116,28 @@ def group_bytes(group: FusionGroup, scheme: Scheme) -> int:
     return sum(layer_bytes(layer, scheme) for layer in group.layers)
 
 
+def shape_bytes(scheme: Scheme, layers: int) -> int:
+    """Of the bytes of some layers under one scheme, those of their noted shapes.
+
+    Bits per weight do not count them.
+    """
+    weight = scheme.weight
+    is_packed = weight is not None and _is_packed_int(weight, scheme.activation is not None)
+    return layers * _WEIGHT_SHAPE_BYTES if is_packed else 0
+
+
+def counted_bytes(group: FusionGroup, scheme: Scheme) -> int:
+    """Bytes of all layers of a fusion group that bits per weight count."""
+    return group_bytes(group, scheme) - shape_bytes(scheme, len(group.layers))
+
+
 def weights_of(groups: Iterable[_Group]) -> int:
     """Number of weights of all layers of some fusion groups."""
     return sum(layer.weights for layer in layers_of(groups))
 
 
 def bits_per_weight(total_bytes: int, weights: int) -> float:
-    """True bits: everything that is stored for some layers, over their number of weights.
+    """True bits: what is stored for some layers (`counted_bytes`), over their number of weights.
 
     Raises:
         BudgetError: There are no weights.
@@ -174,8 +193,7 @@ def _plain_bytes(layer: Matrix, dtype: str) -> int:
 
 def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> int:
     rows, columns, bits = layer.out_features, layer.in_features, weight.element.bits
-    is_int = isinstance(weight.element, IntFormat)
-    is_packed_int = is_int and not (bits == 8 and has_activation)
+    is_packed_int = _is_packed_int(weight, has_activation)
     row_bytes = 4 * -(-columns * bits // 32) if is_packed_int else -(-columns * bits // 8)
     scale_rows, scale_columns = _scale_shape(layer, weight)
     total = rows * row_bytes
@@ -189,6 +207,11 @@ def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> 
         column_bytes = 4 * -(-scale_rows * bits // 32) if is_packed_zero_point else scale_rows
         total += scale_columns * column_bytes
     return total + (_WEIGHT_SHAPE_BYTES if is_packed_int else 0)
+
+
+def _is_packed_int(weight: TensorScheme, has_activation: bool) -> bool:
+    is_int = isinstance(weight.element, IntFormat)
+    return is_int and not (weight.element.bits == 8 and has_activation)
 
 
 def _scale_shape(layer: Matrix, weight: TensorScheme) -> tuple[int, int]:

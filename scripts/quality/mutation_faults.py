@@ -103,8 +103,8 @@ _NUMBERS = (
     ),
     Fault(
         "estimator: a swapped sign",
-        "change_MCR = (x_MCI - inputs.x[None]) @ weight_RI.T",
-        "change_MCR = (inputs.x[None] - x_MCI) @ weight_RI.T",
+        "x_MCI.sub_(plain) @ weight_RI.T",
+        "x_MCI.sub_(plain).neg_() @ weight_RI.T",
         "measure_score prediction",
     ),
     Fault(

@@ -142,9 +142,10 @@ def test_a_recipe_tells_its_size_its_budget_and_its_lineage() -> None:
         "lm_head": "bf16",
     }
     assert recipe.budget == {"bits_per_weight": 6.5, "checkpoint_bytes": 10_000}
-    assert recipe.result.bytes == 1088 + 576
+    shapes = 2 * 2 * 16  # of packed layers, which bits per weight do not count
+    assert recipe.result.bytes == 1088 + 576 - shapes
     assert recipe.result.checkpoint_bytes == 1088 + 576 + OTHER_BYTES
-    assert recipe.bits_per_weight == 8 * (1088 + 576) / 2048
+    assert recipe.bits_per_weight == 8 * (1088 + 576 - shapes) / 2048
     assert recipe.kl_nats_per_token is None
     assert recipe.made_by["solver"] == "exact"
     assert recipe.made_by["table_sha256"] == "b" * 64
@@ -333,8 +334,8 @@ def test_the_largest_inputs_of_static_activations_go_into_the_recipe() -> None:
 
 
 def test_an_impossible_budget_names_the_tightest() -> None:
-    with pytest.raises(BudgetError, match=r"smallest possible is 4\.5 bits"):
-        decide(table_of(), Request(Budgets(max_bits=4.4)))
+    with pytest.raises(BudgetError, match=r"smallest possible is 4\.25 bits"):
+        decide(table_of(), Request(Budgets(max_bits=4.2)))
 
 
 def test_every_scheme_that_all_groups_have_makes_a_uniform_recipe() -> None:
@@ -343,7 +344,7 @@ def test_every_scheme_that_all_groups_have_makes_a_uniform_recipe() -> None:
     recipes = uniform_recipes(table_of(errors, samples=4), Request(Budgets()))
     assert set(recipes) == {"int4.g32", "int8.channel", "bf16"}
     assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(3.0)
-    assert recipes["int8.channel"].bits_per_weight == 8.5
+    assert recipes["int8.channel"].bits_per_weight == 8.25
     served = uniform_recipes(table_of(samples=4), Request(Budgets(), engine="vllm-cpu"))
     assert set(served) == {"int4.g32", "bf16"}
 
@@ -394,5 +395,5 @@ def test_a_size_that_no_scheme_reaches_is_known_from_headers() -> None:
         check_budget(offers, budgets, other_bytes=layers.other_bytes)
     with pytest.raises(BudgetError, match=f"the smallest possible .* {size:,} bytes"):
         check_budget(offers, Budgets(max_bytes=size - 1), other_bytes=layers.other_bytes)
-    with pytest.raises(BudgetError, match=r"bits per weight; the smallest possible .* is 4\.5046"):
-        check_budget(offers, Budgets(max_bits=4.5), other_bytes=layers.other_bytes)
+    with pytest.raises(BudgetError, match=r"bits per weight; the smallest possible .* is 4\.5"):
+        check_budget(offers, Budgets(max_bits=4.49), other_bytes=layers.other_bytes)

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from mofq.exceptions import BudgetError, CheckpointError
 from mofq.model.layers import FusionGroup, LinearLayer
-from mofq.model.sizes import bits_per_weight, group_bytes, layer_bytes, parse_size, weights_of
+from mofq.model.sizes import (
+    bits_per_weight,
+    counted_bytes,
+    group_bytes,
+    layer_bytes,
+    parse_size,
+    weights_of,
+)
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -212,11 +219,14 @@ def test_a_group_costs_what_its_layers_cost() -> None:
     assert weights_of([group, group]) == 2 * 80 * 32
 
 
-def test_bits_per_weight_count_everything_stored() -> None:
-    # INT4 in groups of 32 under bf16 scales is known as 4.5 bits; the shape adds 16 bytes.
-    layer = layer_of(1024, 1024)
-    total = layer_bytes(layer, parse_scheme("int4.g32"))
-    assert bits_per_weight(total, layer.weights) == 4.5 + 8 * 16 / 1024**2
+def test_bits_per_weight_count_codes_scales_and_padding_and_no_shape() -> None:
+    # INT4 in groups of 32 under bf16 scales is known as 4.5 bits; the shape is 16 bytes more.
+    layer, scheme = layer_of(1024, 1024), parse_scheme("int4.g32")
+    group = FusionGroup("q", (layer,))
+    assert bits_per_weight(counted_bytes(group, scheme), layer.weights) == 4.5
+    assert group_bytes(group, scheme) == counted_bytes(group, scheme) + 16
+    for name in ("int8.channel+int8.token", "fp8_e4m3.channel", "nvfp4", "bf16"):
+        assert counted_bytes(group, parse_scheme(name)) == group_bytes(group, parse_scheme(name))
 
 
 def test_bits_of_no_weights_are_an_error() -> None:

@@ -43,7 +43,7 @@ from mofq.evidence.measure.fill_table import Work, measure, measure_groups
 from mofq.exceptions import BudgetError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
-from mofq.model.sizes import group_bytes, layer_bytes
+from mofq.model.sizes import counted_bytes, group_bytes, layer_bytes
 from mofq.numbers.quantize import QuantizedWeight, dequantize_weight, quantize_with_scales
 from mofq.numbers.schemes import parse_scheme
 
@@ -134,7 +134,10 @@ def test_law_3_cost_equals_the_bytes_of_the_exported_tensors(
             parts = exported.parts(layer.name, tensors)
             stored = sum(part.numel() * part.element_size() for part in parts.values())
             assert stored == layer_bytes(layer, scheme)
-    assert written.group_bytes == sum(group_bytes(group, scheme) for group in groups)
+    assert written.group_bytes == sum(counted_bytes(group, scheme) for group in groups)
+    shapes = sum(tensors[name].nbytes for name in tensors if name.endswith("weight_shape"))
+    in_file = sum(group_bytes(group, scheme) for group in groups)
+    assert written.group_bytes + shapes == in_file
 
 
 @pytest.mark.long

@@ -27,7 +27,7 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_stored
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
-from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.model.sizes import bits_per_weight, counted_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -223,7 +223,7 @@ def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: s
 def _bits(layers: ModelLayers, schemes: Mapping[str, str]) -> float:
     """True bits per weight of the fusion groups; a layer without a scheme is unquantized."""
     stored_bytes = sum(
-        group_bytes(group, parse_scheme(schemes.get(group.layers[0].name, "bf16")))
+        counted_bytes(group, parse_scheme(schemes.get(group.layers[0].name, "bf16")))
         for group in layers.groups
     )
     return bits_per_weight(stored_bytes, weights_of(layers.groups))

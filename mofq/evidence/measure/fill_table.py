@@ -28,6 +28,8 @@ from mofq.evidence.measure.rows import group_rows
 from mofq.evidence.measure.samples import SampleAnswers, SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.score import LayerScore
+from mofq.evidence.measure.stored_inputs import SharedInputs
+from mofq.evidence.measure.workers import Workers, worker_threads
 from mofq.evidence.spaces import (
     CacheLegality,
     Legality,
@@ -232,6 +234,7 @@ def measure_groups(
     device: str = "cpu",
     tell: Tell = lambda message: None,
     elements: int = 0,
+    reader: SampleReader | None = None,
 ) -> Generator[Measured, None, None]:
     """The rows and profiles of fusion groups under some schemes; nothing else is read or written.
 
@@ -242,6 +245,8 @@ def measure_groups(
         device: Where the arithmetic runs.
         tell: Gets a line about a compilation.
         elements: Of all weights, where the work is a part of more.
+        reader: Of the stats, where it is open already: the headers of a mixture's samples take
+            as long to read as its groups take to measure.
 
     Yields:
         The rows of each fusion group and its profiles, in a fixed order. Which others are
@@ -254,8 +259,12 @@ def measure_groups(
     draws = 1 if stats is None else stats.plan.draws
     written = [one._replace(schemes=_written_schemes(one.group, one.schemes)) for one in work]
     with ExitStack() as stack:
-        reader = None if stats is None else stack.enter_context(SampleReader(stats))
-        fits = None if stats is None else stack.enter_context(Fits(stats))
+        if reader is None and stats is not None:
+            reader = stack.enter_context(SampleReader(stats))
+        fits = None
+        if reader is not None and stats is not None:
+            fits = stack.enter_context(Fits(stats, files=reader.files))
+        workers = stack.enter_context(worker_threads(device))
         prepared = _prepare_all(
             checkpoint,
             written,
@@ -263,8 +272,11 @@ def measure_groups(
             fits,
             device=device,
             pass_of=_layer_passes(written, device=device, tell=tell, elements=elements),
+            workers=workers,
         )
-        scores = stack.enter_context(closing(score_layers(prepared, device=device)))
+        scores = stack.enter_context(
+            closing(score_layers(prepared, device=device, workers=workers))
+        )
         for (group, schemes, corpora), (_, measured, _) in zip(work, written, strict=True):
             parts = parts_of(measured)
             found: dict[str, dict[str, LayerScore]] = {layer.name: {} for layer in group.layers}
@@ -343,8 +355,10 @@ def _prepare_all(
     *,
     device: str,
     pass_of: LayerPasses,
+    workers: Workers,
 ) -> Iterator[PreparedLayer]:
     """What is scored, in order: every layer, in as many parts as its schemes need."""
+    shared = SharedInputs()
     for group, schemes, corpora in work:
         is_asked = any(scheme.needs_weight_amax for scheme in schemes)
         weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
@@ -357,6 +371,8 @@ def _prepare_all(
                 device=device,
                 name=layer.name,
                 make_pass=partial(pass_of, layer),
+                shared=shared,
+                workers=workers,
             )
             samples = {} if reader is None else reader.read_all(layer.name, corpora)
             yield from prepare_parts(prepare, layer, schemes, samples=samples, fits=fits)

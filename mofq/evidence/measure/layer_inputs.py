@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mofq.evidence.fits import NO_FIT, LayerFit
 from mofq.evidence.measure.gain_correction import LayerGains
-from mofq.evidence.measure.magnitudes import ExtentSums, extent_sums
+from mofq.evidence.measure.magnitudes import ExtentSums
 from mofq.evidence.measure.samples import ChunkedSamples
-from mofq.numbers.quantize import fake_quantize_activation
+from mofq.evidence.measure.stored_inputs import SharedInputs, StoredInputs
+from mofq.evidence.measure.workers import Workers
 from mofq.numbers.quantize.compiled import Kind, eager_pass
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.tiles import row_blocks
@@ -40,7 +40,7 @@ RowReader = Callable[[int, int], Tensor]
 class Inputs:
     """One corpus's samples of a layer, the inputs as each activation scheme leaves them."""
 
-    x: Mapping[TensorScheme | None, Tensor]  #: [M, C, in_features], float32
+    x: Mapping[TensorScheme | None, StoredInputs]  #: under each activation scheme
     grad_MCO: Tensor  #: bfloat16
     offset_MC: Tensor  #: each token's place in its chunk, or -1; on the CPU
     sample_T: Tensor  #: those of the M * C tokens that the output error is taken over, int64
@@ -72,10 +72,12 @@ class PreparedLayer:
     fit: LayerFit = NO_FIT  #: for the others, which are fitted to statistics
 
     @property
-    def nbytes(self) -> int:
-        """Memory that the inputs take [bytes]."""
-        tensors = [t for one in self.inputs.values() for t in (*one.x.values(), one.grad_MCO)]
-        return sum(tensor.nbytes for tensor in tensors)
+    def memory(self) -> dict[int, int]:
+        """Where the inputs are in memory, and how large they are there [bytes]."""
+        stored = [one for inputs in self.inputs.values() for one in inputs.x.values()]
+        tensors = [tensor for one in stored for tensor in one.tensors]
+        tensors += [inputs.grad_MCO for inputs in self.inputs.values()]
+        return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 
 def prepare_layer(
@@ -91,6 +93,8 @@ def prepare_layer(
     device: str = "cpu",
     name: str = "weight",
     make_pass: Callable[[Kind, Sequence[TensorScheme]], Pass] = eager_pass,
+    shared: SharedInputs | None = None,
+    workers: Workers | None = None,
 ) -> PreparedLayer:
     """Quantize a layer's inputs by every activation scheme and cut its rows into blocks.
 
@@ -106,6 +110,8 @@ def prepare_layer(
         device: Where the arithmetic runs.
         name: Of the layer, for messages.
         make_pass: Gives the pass of some schemes over a block, compiled or not.
+        shared: Inputs of the layers before, which this one may share.
+        workers: What shares the work.
 
     Returns:
         The layer. The blocks depend on the shape, the schemes, the kind of device and on
@@ -114,9 +120,16 @@ def prepare_layer(
     Raises:
         SchemeError: A scheme does not fit the inputs.
     """
-    extents = _extents(samples, device)
+    shared = SharedInputs() if shared is None else shared
+    prepared = {
+        corpus: shared.of(corpus, part, one, device=device) for corpus, one in samples.items()
+    }
+    extents = {
+        corpus: one.extent_of(samples[corpus], workers=workers) for corpus, one in prepared.items()
+    }
     if static_amax is None:
         static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
+    activations = tuple(dict.fromkeys(s.activation for s in schemes if s.activation is not None))
     weights = tuple(dict.fromkeys(s.weight for s in schemes if s.weight is not None))
     candidates = [weight for weight in weights if is_candidate(weight)]
     needs_deltas = bool(samples) or len(candidates) < len(weights)
@@ -128,10 +141,16 @@ def prepare_layer(
         in_features=shape[1],
         schemes=tuple(schemes),
         weights=weights,
-        activations=tuple(dict.fromkeys(s.activation for s in schemes if s.activation is not None)),
+        activations=activations,
         needs_deltas=needs_deltas,
         inputs={
-            corpus: _inputs(one, schemes, static_amax, device=device, name=name)
+            corpus: _inputs(
+                one,
+                prepared[corpus].under(
+                    activations, one, static_amax=static_amax, name=name, workers=workers
+                ),
+                device=device,
+            )
             for corpus, one in samples.items()
         },
         tensor_amax=tensor_amax,
@@ -141,13 +160,6 @@ def prepare_layer(
         block_pass=make_pass("deltas" if needs_deltas else "errors", candidates),
         fit=fit.to(device),
     )
-
-
-def _extents(samples: Mapping[str, ChunkedSamples], device: str) -> dict[str, ExtentSums]:
-    return {
-        corpus: extent_sums(one.x_MCI[one.is_token_MC].to(device).float())
-        for corpus, one in samples.items()
-    }
 
 
 def _block_elements(device: str, *, needs_deltas: bool) -> int:
@@ -171,21 +183,10 @@ def _blocks(
 
 def _inputs(
     samples: ChunkedSamples,
-    schemes: Sequence[Scheme],
-    static_amax: float | None,
+    x: Mapping[TensorScheme | None, StoredInputs],
     *,
     device: str,
-    name: str,
 ) -> Inputs:
-    x_MCI = samples.x_MCI.to(device=device, dtype=torch.float32)
-    # Sequence by sequence, as a model sees them.
-    x_NTI = x_MCI.reshape(samples.sequences, -1, x_MCI.shape[2])
-    x: dict[TensorScheme | None, Tensor] = {None: x_MCI}
-    for scheme in schemes:
-        if scheme.activation is not None and scheme.activation not in x:
-            x[scheme.activation] = fake_quantize_activation(
-                x_NTI, scheme.activation, static_amax=static_amax, name=name
-            ).reshape(x_MCI.shape)
     token_T = samples.is_token_MC.flatten().nonzero()[:, 0]
     return Inputs(
         x=x,

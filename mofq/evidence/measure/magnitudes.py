@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mofq.evidence.measure.workers import Workers, run_all
 from mofq.evidence.table import Extent, Profile, bin_width
 from mofq.model.layers import FusionGroup
 
@@ -26,6 +27,8 @@ GROUP_SIZES = (16, 32, 64, 128)
 _CREST_STEP = 8
 #: Rows of such a block, about.
 _CREST_ROWS = 16
+#: Columns, and elements of whole rows, of the inputs that are in float32 at once.
+_WIDTH, _ELEMENTS = 512, 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,43 @@ def extent_sums(values_RI: Tensor) -> ExtentSums:
     return ExtentSums(len(values_RI), amax_I, square_I, *_crests(values_RI))
 
 
+def tokens_extent(x_TI: Tensor, *, workers: Workers | None = None) -> ExtentSums:
+    """As `extent_sums` in every bit, of many rows, which are never all in float32 at once.
+
+    Args:
+        x_TI: Inputs [tokens, in_features], any floating dtype.
+        workers: What shares the work.
+
+    Returns:
+        Their sums, on the device of the inputs.
+    """
+    tokens, channels = x_TI.shape
+    amax_I = torch.empty(channels, device=x_TI.device)
+    square_I = torch.empty(channels, dtype=torch.float64, device=x_TI.device)
+
+    def columns(start: int, stop: int) -> None:
+        values_TI = x_TI[:, start:stop].float()
+        amax_I[start:stop] = values_TI.abs().amax(0)
+        square_I[start:stop] = values_TI.square().sum(0, dtype=torch.float64)
+
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def rows(start: int, stop: int) -> None:
+        parts[start] = _group_extents(x_TI[start:stop].float())
+
+    wide, high = _WIDTH, max(1, _ELEMENTS // max(1, channels))
+    run_all(workers, [partial(columns, *some) for some in _ranges(channels, wide)])
+    run_all(workers, [partial(rows, *some) for some in _ranges(tokens, high)])
+    of_sizes = list(zip(*(parts[start] for start in sorted(parts)), strict=True))
+    amaxes = [torch.cat([amax for amax, _ in of_size]) for of_size in of_sizes]
+    squares = [torch.cat([square for _, square in of_size]) for of_size in of_sizes]
+    return ExtentSums(tokens, amax_I, square_I, *_added_crests(amaxes, squares))
+
+
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
 def rows_extent(block_RI: Tensor, *, number: int, amax_I: Tensor, square_I: Tensor) -> ExtentSums:
     """The extent of a block of weights of which the columns' sums are known.
 
@@ -85,21 +125,25 @@ def rows_extent(block_RI: Tensor, *, number: int, amax_I: Tensor, square_I: Tens
 
 def _crests(values_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Crest factors of each of `GROUP_SIZES` and of whole rows, added, and how many."""
+    amaxes, mean_squares = zip(*_group_extents(values_RI), strict=True)
+    return _added_crests(amaxes, mean_squares)
+
+
+def _group_extents(values_RI: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Largest magnitudes and mean squares of the groups of each of `GROUP_SIZES`, and of rows."""
     amax_RG, square_RG = values_RI.abs(), values_RI.square()
     in_features = values_RI.shape[1]
-    amaxes, mean_squares = [], []
+    found = []
     width = 1
     for size in (*GROUP_SIZES, in_features):
         if in_features % size:  # none of these
-            amaxes.append(amax_RG.new_empty(0))
-            mean_squares.append(amax_RG.new_empty(0))
+            found.append((amax_RG.new_empty(0), amax_RG.new_empty(0)))
             continue
         amax_RG = amax_RG.unflatten(1, (-1, size // width)).amax(2)
         square_RG = square_RG.unflatten(1, (-1, size // width)).sum(2)
         width = size
-        amaxes.append(amax_RG.flatten())
-        mean_squares.append((square_RG / size).flatten())
-    return _added_crests(amaxes, mean_squares)
+        found.append((amax_RG.flatten(), (square_RG / size).flatten()))
+    return found
 
 
 def _added_crests(

@@ -6,12 +6,14 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.evidence.cluster import run_units
 from mofq.evidence.measure.fill_table import Measured, Work, measure_groups
+from mofq.evidence.measure.samples import SampleReader
 from mofq.exceptions import ClusterError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights, open_shared
@@ -85,7 +87,12 @@ def measure_unit(unit: Unit) -> Measured:
     stats = None if unit.stats is None else _open_stats(unit.stats, unit.stats_sha256)
     work = [Work(unit.group, [parse_scheme(name) for name in unit.schemes], unit.corpora)]
     [measured] = measure_groups(
-        checkpoint, work, stats=stats, device=unit.device, elements=unit.elements
+        checkpoint,
+        work,
+        stats=stats,
+        device=unit.device,
+        elements=unit.elements,
+        reader=None if stats is None else _open_samples(stats.folder, stats.sha256),
     )
     return measured
 
@@ -93,6 +100,12 @@ def measure_unit(unit: Unit) -> Measured:
 @lru_cache(maxsize=2)
 def _open_model(folder: str, index_sha256: str, weights_sha256: str) -> Checkpoint:
     return open_shared(folder, index_sha256=index_sha256, weights_sha256=weights_sha256)
+
+
+@lru_cache(maxsize=1)
+def _open_samples(folder: Path, sha256: str) -> SampleReader:
+    """The samples, whose headers a worker reads once; they stay open until it ends."""
+    return SampleReader(_open_stats(str(folder), sha256))
 
 
 @lru_cache(maxsize=2)

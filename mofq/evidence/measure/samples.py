@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from types import TracebackType
 
 import torch
@@ -65,7 +66,9 @@ class SampleReader:
         self._gains = {
             name: [read_gains(file) for file in stats.gains_files(name)] for name in self._plans
         }
-        self._stack, self._files = open_sequences(stats)
+        self._stack, self.files = open_sequences(stats)
+        #: Of each corpus, the layers whose inputs those that were read last are, and these.
+        self._last: dict[str, tuple[list[str | None], Tensor]] = {}
 
     def __enter__(self) -> SampleReader:
         return self
@@ -96,9 +99,19 @@ class SampleReader:
         Raises:
             StatsError: The stats do not know the layer.
         """
-        sequences = [file.read(layer) for file in self._files[corpus]]
-        found = arrange_samples(sequences, draws=self._draws, sequence_length=self._length)
-        if found is None or self._plans[corpus].kept is None:
+        sequences = [file.read(layer) for file in self.files[corpus]]
+        sources = [None if one is None else one.source for one in sequences]
+        of_last, last = self._last.get(corpus, ([], None))
+        found = arrange_samples(
+            sequences,
+            draws=self._draws,
+            sequence_length=self._length,
+            shared_MCI=last if sources == of_last else None,
+        )
+        if found is None:
+            return None
+        self._last[corpus] = sources, found.x_MCI
+        if self._plans[corpus].kept is None:
             return found
         gains = layer_gains(self._plans[corpus], self._gains[corpus], layer)
         return replace(found, gains=gains)
@@ -125,7 +138,11 @@ class SampleReader:
 
 
 def arrange_samples(
-    sequences: Sequence[LayerSamples | None], *, draws: int, sequence_length: int
+    sequences: Sequence[LayerSamples | None],
+    *,
+    draws: int,
+    sequence_length: int,
+    shared_MCI: Tensor | None = None,
 ) -> ChunkedSamples | None:
     """Cut one layer's sequences into chunks.
 
@@ -133,6 +150,7 @@ def arrange_samples(
         sequences: In order; None where no token reached the layer.
         draws: Of the output's gradient for each sequence, D.
         sequence_length: Tokens of each sequence, T.
+        shared_MCI: The chunks of a layer that reads the very same inputs.
 
     Returns:
         Chunks of all draws of the first sequence, then of the second, and so on; None where
@@ -143,19 +161,31 @@ def arrange_samples(
         return None
     chunks = -(-sequence_length // CHUNK_TOKENS)
     width = max(_longest_chunk(one) for one in seen)
-    parts = [
-        _chunk(one, draw, chunks, width) if one is not None else _nothing(seen[0], chunks, width)
-        for one in sequences
-        for draw in range(draws)
-    ]
-    x, grad, offset = (torch.cat(part) for part in zip(*parts, strict=True))
+    shape = (len(sequences) * draws * chunks, width)
+    like = seen[0]
+    x_MCI = shared_MCI
+    if x_MCI is None:
+        x_MCI = like.x_TI.new_zeros((*shape, like.x_TI.shape[-1]))
+    grad_MCO = like.grad_DTO.new_zeros((*shape, like.grad_DTO.shape[-1]))
+    offset_MC = torch.full(shape, -1)
+    for first, (one, draw) in zip(
+        range(0, shape[0], chunks), product(sequences, range(draws)), strict=True
+    ):
+        if one is None:
+            continue
+        chunk_T, slot_T, position_T = _places(one, chunks)
+        place = (first + chunk_T, slot_T)
+        if shared_MCI is None:
+            x_MCI[place] = one.x_TI
+        grad_MCO[place] = one.grad_DTO[draw]
+        offset_MC[place] = position_T % CHUNK_TOKENS
     return ChunkedSamples(
-        x,
-        grad,
-        offset,
-        sequences=len(parts),
+        x_MCI,
+        grad_MCO,
+        offset_MC,
+        sequences=len(sequences) * draws,
         tokens=sequence_length,
-        source=seen[0].source,
+        source=like.source,
         draws=draws,
     )
 
@@ -170,24 +200,10 @@ def _longest_chunk(samples: LayerSamples) -> int:
     return int(torch.bincount(_positions(samples) // CHUNK_TOKENS).max())
 
 
-def _chunk(
-    samples: LayerSamples, draw: int, chunks: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _places(samples: LayerSamples, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunk of every token, its place there, and its position in the sequence."""
     position_T = _positions(samples)
     chunk_T = position_T // CHUNK_TOKENS
     # Tokens are in order, so a token's place in its chunk is its distance from the first.
     first_M = torch.searchsorted(chunk_T, torch.arange(chunks))
-    slot_T = torch.arange(len(chunk_T)) - first_M[chunk_T]
-    x_MCI, grad_MCO, offset_MC = _nothing(samples, chunks, width)
-    x_MCI[chunk_T, slot_T] = samples.x_TI
-    grad_MCO[chunk_T, slot_T] = samples.grad_DTO[draw]
-    offset_MC[chunk_T, slot_T] = position_T % CHUNK_TOKENS
-    return x_MCI, grad_MCO, offset_MC
-
-
-def _nothing(like: LayerSamples, chunks: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        like.x_TI.new_zeros((chunks, width, like.x_TI.shape[-1])),
-        like.grad_DTO.new_zeros((chunks, width, like.grad_DTO.shape[-1])),
-        torch.full((chunks, width), -1),
-    )
+    return chunk_T, torch.arange(len(chunk_T)) - first_M[chunk_T], position_T

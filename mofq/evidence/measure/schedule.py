@@ -1,9 +1,7 @@
 """Scores blocks of rows on all cores; the results are the same on any number of them.
 
-torch would split each operation over its threads: most are too small for that, and a sum
-that is split is rounded differently. Here every operation runs on one thread, whole blocks
-run side by side, and their sums are added in the order of the rows. One more thread reads
-the blocks, in order, no further ahead of their use than a fixed number of bytes.
+Whole blocks run side by side, and their sums are added in the order of the rows. One more
+thread reads the blocks, in order, no further ahead of their use than a fixed number of bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from threading import Condition, Lock
 
-import torch
 from torch import Tensor
 
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
-from mofq.model.checkpoint.tensors import keep_freed_memory
+from mofq.evidence.measure.workers import Workers, worker_threads
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
 _WAITING_BYTES = 200_000_000
@@ -38,13 +35,14 @@ _Work = tuple[Sequence[PreparedLayer], list[Future[None]], "_InOrder"]
 
 
 def score_layers(
-    layers: Iterable[PreparedLayer], *, device: str = "cpu"
+    layers: Iterable[PreparedLayer], *, device: str = "cpu", workers: Workers | None = None
 ) -> Generator[LayerScore, None, None]:
-    """Score layers on as many threads as torch may use.
+    """Score layers, as many blocks of rows at once as there are workers.
 
     Args:
         layers: Each is taken, prepared by whoever yields it, when there is room for it.
         device: That they were prepared for; one that is not the CPU gets a block at a time.
+        workers: May prepare the layers too; by default there are as many as torch has threads.
 
     Yields:
         The score of each, in order; the same bytes on any number of threads.
@@ -52,11 +50,10 @@ def score_layers(
     Raises:
         SchemeError: A weight is not finite, or a scheme does not fit.
     """
-    keep_freed_memory()
-    with _one_thread_per_operation() as available:
-        threads = available if device == "cpu" else 1
+    with ExitStack() as stack:
+        if workers is None:
+            workers = stack.enter_context(worker_threads(device))
         reader = _ReadAhead(_AHEAD_BYTES if device == "cpu" else _GPU_AHEAD_BYTES)
-        pool = ThreadPoolExecutor(threads)
         waiting: deque[_Work] = deque()
         try:
             for batch in _batches(layers):
@@ -65,17 +62,21 @@ def score_layers(
                 reading = [reader.read(job) for job in jobs]  # ahead of what takes the processors
                 sums = _InOrder(blocks)
                 jobs_done = [
-                    pool.submit(_score, *each, reader, sums)
+                    workers.executor.submit(_score, *each, reader, sums)
                     for each in zip(jobs, reading, strict=True)
                 ]
                 waiting.append((batch, jobs_done, sums))
-                while len(waiting) > 2 * threads or _waiting_bytes(waiting) > _WAITING_BYTES:
+                while (
+                    len(waiting) > 2 * workers.threads or _waiting_bytes(waiting) > _WAITING_BYTES
+                ):
                     yield from _finish(*waiting.popleft())
             while waiting:
                 yield from _finish(*waiting.popleft())
         finally:
             reader.close()
-            pool.shutdown(cancel_futures=True)
+            for _, jobs_left, _ in waiting:
+                for job in jobs_left:
+                    job.cancel()
 
 
 class _ReadAhead:
@@ -193,15 +194,8 @@ def _finish(
 
 
 def _waiting_bytes(waiting: Iterable[_Work]) -> int:
-    return sum(layer.nbytes for batch, *_ in waiting for layer in batch)
-
-
-@contextmanager
-def _one_thread_per_operation() -> Iterator[int]:
-    """Yield how many threads torch had; it has them again afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
+    memory: dict[int, int] = {}  # layers share inputs
+    for batch, *_ in waiting:
+        for layer in batch:
+            memory |= layer.memory
+    return sum(memory.values())

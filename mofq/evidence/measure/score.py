@@ -35,8 +35,9 @@ learning", 1998, section 3.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,8 +53,10 @@ from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
 from mofq.numbers.schemes import TensorScheme
 
-#: Outer products of gradients and inputs held at once [bytes].
-_GRADIENT_BYTES = 32_000_000
+#: Outer products of gradients and inputs held at once, and as much of the inputs [bytes].
+_GRADIENT_BYTES = 16_000_000
+#: Rows of them at once.
+_ROWS = 64
 #: The same on a GPU, where they need not fit a cache and a product of few rows fills nothing.
 _GPU_GRADIENT_BYTES = 1_000_000_000
 
@@ -197,52 +200,123 @@ def _corpus_sums(
     size_NS = torch.zeros_like(row_NS)
     output_S = row_NS.new_zeros(len(schemes))
     token_AMC = row_NS.new_zeros((len(layer.activations), *grad_MCR.shape[:2]))
-    for activation, x_MCI in inputs.x.items():
-        change_MCR = None
-        if activation is not None:
-            change_MCR = (x_MCI - inputs.x[None]) @ weight_RI.T
+    columns = {
+        activation: [i for i, s in enumerate(schemes) if s.activation == activation]
+        for activation in inputs.x
+    }
+    weighted = {
+        activation: [i for i in some if schemes[i].weight is not None]
+        for activation, some in columns.items()
+    }
+    delta_SRI = {
+        activation: delta_WRI[[layer.weights.index(schemes[i].weight) for i in some]]
+        for activation, some in weighted.items()
+        if some
+    }
+    factors_SRI = {
+        activation: torch.cat([some, weight_RI[None]]) for activation, some in delta_SRI.items()
+    }
+    projected, changes = _over_tokens(inputs, grad_MCR, weight_RI, factors_SRI)
+    del factors_SRI
+    for activation, some in columns.items():
+        change_MCR = changes.get(activation)
+        if change_MCR is not None:
             token_MC = (grad_MCR * change_MCR).sum(2, dtype=torch.float64)
             token_AMC[layer.activations.index(activation)] = token_MC
-        columns = [i for i, s in enumerate(schemes) if s.activation == activation]
-        weighted = [i for i in columns if schemes[i].weight is not None]
-        delta_SRI = delta_WRI[[layer.weights.index(schemes[i].weight) for i in weighted]]
-        if weighted:
-            delta_and_weight = torch.cat([delta_SRI, weight_RI[None]])
-            found_NS = _row_errors(x_MCI, grad_MCR, delta_and_weight, sequences=inputs.sequences)
-            row_NS[:, weighted] = found_NS[:, :-1]
-            size_NS[:, weighted] = found_NS[:, -1:]
-            output_S[weighted] = _output_errors(inputs, x_MCI, delta_SRI, change_MCR)
-        if change_MCR is not None:
-            alone = [i for i in columns if schemes[i].weight is None]
+            alone = [i for i in some if schemes[i].weight is None]
             output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
+        if activation in delta_SRI:
+            found_NS = _row_errors(projected[activation], sequences=inputs.sequences)
+            row_NS[:, weighted[activation]] = found_NS[:, :-1]
+            size_NS[:, weighted[activation]] = found_NS[:, -1:]
+            output_S[weighted[activation]] = _output_errors(
+                inputs, activation, delta_SRI.pop(activation), change_MCR
+            )
     return CorpusSums(row_NS, size_NS, token_AMC, output_S)
 
 
-def _row_errors(x_MCI: Tensor, grad_MCR: Tensor, delta_SRI: Tensor, *, sequences: int) -> Tensor:
-    """Rounding errors times the outer products of gradients and inputs, row by row.
+def _over_tokens(
+    inputs: Inputs,
+    grad_MCR: Tensor,
+    weight_RI: Tensor,
+    factors_SRI: Mapping[TensorScheme | None, Tensor],
+) -> tuple[dict[TensorScheme | None, Tensor], dict[TensorScheme | None, Tensor]]:
+    """What takes all tokens, a few chunks of them after another.
 
     Returns:
-        Squared over whole sequences and summed over rows, [sequences, schemes], float64.
+        Rows times the outer products of gradients and inputs, [R, M, S], under each activation
+        scheme that rows are given for; and the change of the outputs under each, [M, C, R].
     """
-    part_MRC = grad_MCR.transpose(1, 2)
-    delta_RIS = delta_SRI.permute(1, 2, 0)
-    held_bytes = _GRADIENT_BYTES if x_MCI.device.type == "cpu" else _GPU_GRADIENT_BYTES
-    step = max(1, held_bytes // (4 * len(x_MCI) * x_MCI.shape[2]))
+    gradient_MRC = grad_MCR.transpose(1, 2)
+    chunks, tokens, rows = grad_MCR.shape
+    channels, new = weight_RI.shape[1], weight_RI.new_empty
+    held_bytes = _GRADIENT_BYTES if weight_RI.device.type == "cpu" else _GPU_GRADIENT_BYTES
+    rows_at_once = min(rows, _ROWS)
+    at_once = min(chunks, max(2, held_bytes // (4 * channels * max(tokens, rows_at_once))) + 1)
+    plain_MCI, other_MCI = (new(at_once, tokens, channels) for _ in range(2))
+    outer = new(at_once * rows_at_once * channels)
+    projected = {key: new(rows, chunks, len(some)) for key, some in factors_SRI.items()}
+    changes: dict[TensorScheme | None, Tensor] = {
+        key: new(chunks, tokens, rows) for key in inputs.x if key is not None
+    }
+    for start, stop in _ranges(chunks, at_once - 1):
+        plain = inputs.x[None].chunks(start, stop, out=plain_MCI)
+        for activation, stored in inputs.x.items():
+            x_MCI = plain if activation is None else stored.chunks(start, stop, out=other_MCI)
+            if activation in projected:
+                projected[activation][:, start:stop] = _project(
+                    x_MCI, gradient_MRC[start:stop], factors_SRI[activation], outer
+                )
+            if activation is not None:
+                changes[activation][start:stop] = x_MCI.sub_(plain) @ weight_RI.T
+    return projected, changes
+
+
+def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about a number: never of one where there are more.
+
+    What a product of matrices gives for a row is the same whatever the other rows, but for a row
+    alone, which is a sum of another order.
+    """
+    start = 0
+    while start < count:
+        stop = min(start + step, count)
+        stop += count - stop == 1
+        yield start, stop
+        start = stop
+
+
+def _project(x_MCI: Tensor, gradient_MRC: Tensor, factors_SRI: Tensor, outer: Tensor) -> Tensor:
+    """Rows times the outer products of gradients and inputs, [R, M, S].
+
+    The outer products of some rows at once are written to ``outer``.
+    """
+    factors_RIS = factors_SRI.permute(1, 2, 0)
     parts = []
-    for start in range(0, len(delta_RIS), step):
-        gradient_MRI = part_MRC[:, start : start + step] @ x_MCI
-        parts.append(torch.bmm(gradient_MRI.transpose(0, 1), delta_RIS[start : start + step]))
-    projection_RMS = torch.cat(parts)
+    for start in range(0, len(factors_RIS), _ROWS):
+        some_MRC = gradient_MRC[:, start : start + _ROWS]
+        shape = (*some_MRC.shape[:2], x_MCI.shape[2])
+        outer_MRI = outer[: math.prod(shape)].view(shape)
+        torch.bmm(some_MRC, x_MCI, out=outer_MRI)
+        parts.append(torch.bmm(outer_MRI.transpose(0, 1), factors_RIS[start : start + _ROWS]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _row_errors(projection_RMS: Tensor, *, sequences: int) -> Tensor:
+    """Squared over whole sequences and summed over rows, [sequences, schemes], float64."""
     whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
     error_NS: Tensor = whole_RNS.square().sum(0, dtype=torch.float64)
     return error_NS
 
 
 def _output_errors(
-    inputs: Inputs, x_MCI: Tensor, delta_SRI: Tensor, change_MCR: Tensor | None
+    inputs: Inputs,
+    activation: TensorScheme | None,
+    delta_SRI: Tensor,
+    change_MCR: Tensor | None,
 ) -> Tensor:
     """Mean squared error of the outputs of some tokens, summed over the rows, [schemes]."""
-    x_TI = x_MCI.flatten(0, 1)[inputs.sample_T]
+    x_TI = inputs.x[activation].tokens(inputs.sample_T)
     error_TSR = (x_TI @ delta_SRI.flatten(0, 1).T).unflatten(1, delta_SRI.shape[:2])
     if change_MCR is not None:
         error_TSR += change_MCR.flatten(0, 1)[inputs.sample_T, None]

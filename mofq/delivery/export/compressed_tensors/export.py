@@ -40,7 +40,7 @@ class Export:
     """What was written."""
 
     folder: Path
-    group_bytes: int  #: of the fusion groups' tensors
+    group_bytes: int  #: of the fusion groups' tensors, without noted shapes
     checkpoint_bytes: int  #: of all tensors
     serve_command: str | None  #: None: the engine is no server
     load_code: str | None  #: one line of Python, where nothing serves it

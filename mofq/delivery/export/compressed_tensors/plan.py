@@ -67,7 +67,7 @@ class ExportPlan:
     kept: tuple[TensorInfo, ...]  #: of the checkpoint, under the names that they are written as
     split: tuple[LinearLayer, ...]  #: unquantized experts, stored fused and written one by one
     tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
-    group_bytes: int  #: of the fusion groups' tensors, quantized or not
+    group_bytes: int  #: of the fusion groups' tensors, quantized or not, without noted shapes
     cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
 
 
@@ -157,7 +157,12 @@ def _group_bytes(
 ) -> int:
     copied = {layer.tensor for layer in layers.grouped_layers if layer.name not in parts}
     total = sum(checkpoint.tensors[name].kept_bytes for name in copied)
-    return total + sum(tensor.nbytes for part in parts.values() for tensor in part.values())
+    return total + sum(
+        tensor.nbytes
+        for part in parts.values()
+        for word, tensor in part.items()
+        if word != "weight_shape"
+    )
 
 
 def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:

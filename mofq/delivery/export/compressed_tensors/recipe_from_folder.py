@@ -23,7 +23,7 @@ from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers, lm_heads_of
-from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.model.sizes import bits_per_weight, counted_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Last words of the tensors of a quantized layer or cache, but for ``weight`` itself.
@@ -100,7 +100,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
                 f"which is all that this recipe would hold. Give a folder where it is not."
             )
     schemes = [parse_scheme(group.scheme) for group in groups]
-    size = sum(group_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
+    size = sum(counted_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
     return Recipe(
         stored.name,
         None,
