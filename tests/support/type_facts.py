@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -31,13 +31,47 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
         JSON of `KnownType`.
     """
     text = model.config.get_text_config()
-    tied = getattr(text, "tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False))
+    tied = getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
     facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
     if problem := _experts(model):
         facts["experts"] = problem[0]
     facts["names"] = _names(model, stored)
-    facts |= _calls(model)
+    if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
+        facts["text"] = key
+    try:
+        facts |= _calls(model)
+    except (TypeError, ValueError) as error:  # what it needs besides
+        facts["needs"] = " ".join(str(error).split()).rstrip(".")
     return facts
+
+
+def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, Any]:
+    """Of a type with two classes, whose tensors have different names.
+
+    Args:
+        alone: Of the language model alone.
+        with_towers: Of the class that takes images too.
+    """
+    joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
+    for key in ("names", "odd"):
+        joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
+    for key in ("reused", "uncalled", "partly"):
+        joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
+    return {
+        key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")
+    }
+
+
+def _key_of(text: PretrainedConfig, config: PretrainedConfig) -> str | None:
+    """Where in a config another one is: "thinker_config.text_config"; "" for itself."""
+    if text is config:
+        return ""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        inner = None if part is None else _key_of(text, part)
+        if inner is not None:
+            return f"{key}.{inner}".rstrip(".")
+    return None
 
 
 def _experts(model: nn.Module) -> list[str]:
@@ -69,6 +103,9 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, li
             continue
         whole = loaded[target]
         index = _expert_of(key, as_pattern(target), name)
+        if index is not None and index >= len(whole):
+            names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            continue
         inside = whole if index is None else whole[index]
         found = _find_part(value, inside)
         entry = ["", 0, 1] if found is None else [as_pattern(target), *found]
@@ -87,7 +124,11 @@ def _find_part(value: Tensor, inside: Tensor) -> tuple[int, int] | None:
     """Which of how many equal shares of the rows of ``inside`` a stored tensor is."""
     if value.shape == inside.shape:
         return (0, 1) if torch.equal(value, inside) else None
-    if value.shape[1:] != inside.shape[1:] or inside.shape[0] % value.shape[0]:
+    if (
+        not (value.ndim and inside.ndim)
+        or value.shape[1:] != inside.shape[1:]
+        or inside.shape[0] % len(value)
+    ):
         return None
     parts = inside.shape[0] // value.shape[0]
     for part, share in enumerate(inside.chunk(parts)):

@@ -85,6 +85,12 @@ def infer_structure(
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: {REFUSED[architecture]}."
         )
+    known = known_type(architecture)
+    if known is not None and known.needs:
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers does not run a {architecture!r} on text alone, with"
+            f" which it would be measured: {known.needs}."
+        )
     stack, indices = _find_stack(checkpoint, architecture, config)
     count = _stated(config, LAYER_COUNTS) or max(indices) + 1
     structure = Structure(stack, count, [[] for _ in range(count)])
@@ -117,7 +123,9 @@ def _find_stack(
     count, known = _stated(config, LAYER_COUNTS), known_type(architecture)
     if known is not None and known.stacks:
         found: Mapping[str, set[int]] = {
-            name: at for name, at in stacks.items() if in_memory[name] in known.stacks
+            name: at
+            for name, at in stacks.items()
+            if in_memory[name] in (*known.stacks, *known.with_towers)
         }
         named = " and ".join(map(repr, known.stacks))
         if len(known.stacks) > 1:

@@ -29,7 +29,12 @@ from mofq.model.layers.making import (
     text_config,
 )
 from mofq.model.layers.model_class import check_class
-from mofq.model.layers.names_in_memory import find_in_memory, find_stored_name, known_type
+from mofq.model.layers.names_in_memory import (
+    find_in_memory,
+    find_stored,
+    find_stored_name,
+    known_type,
+)
 
 
 def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
@@ -140,7 +145,8 @@ def _find_head(
     """The lm_head of its own, or None; and whether it is tied to the embedding."""
     architecture = read_architecture(checkpoint)
     known = known_type(architecture)
-    names = (f"{name}.weight" for name in ANY_HEADS)
+    usual = [f"{name}.weight" for name in ANY_HEADS]
+    names = [*usual, *(one.name for name in usual for one in find_stored(name, architecture))]
     stored = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
     stated = [one.get("tie_word_embeddings") for one in (checkpoint.config, config)]
     default = known.tied if known is not None else not stored

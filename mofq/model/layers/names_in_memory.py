@@ -51,6 +51,9 @@ class KnownType:
     odd: Mapping[str, str]  #: pattern of a linear module with a forward of its own -> its class
     uncalled: tuple[str, ...]  #: of linear modules that do not run on text
     partly: tuple[str, ...]  #: of linear modules that run in some decoder layers only
+    with_towers: tuple[str, ...]  #: as ``stacks``, of a second class, which reads images too
+    text: str  #: the key of the config that describes the language model, if it is one of several
+    needs: str | None  #: why its class does not run on text alone
 
 
 @cache
@@ -68,6 +71,9 @@ def known_types() -> Mapping[str, KnownType]:
             odd=one.get("odd", {}),
             uncalled=tuple(one.get("uncalled", ())),
             partly=tuple(one.get("partly", ())),
+            with_towers=tuple(one.get("with_towers", ())),
+            text=one.get("text", "text_config"),
+            needs=one.get("needs"),
         )
         for name, one in content["types"].items()
     }
@@ -141,7 +147,7 @@ def find_stored_name(name: str, architecture: str) -> str:
 
 def _with_body(name: str, known: KnownType | None) -> str:
     """The name with what a class without a head, such as ``Qwen3Model``, leaves out."""
-    for stack in () if known is None else known.stacks:
+    for stack in () if known is None else (*known.stacks, *known.with_towers):
         body, _, rest = stack.partition(".")
         if rest and name.startswith(f"{rest}."):
             return f"{body}.{name}"
