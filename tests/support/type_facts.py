@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from mofq.model.layers.names_in_memory import as_pattern
-from mofq.model.modules import experts_problem, is_plain_linear
+from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
 
@@ -36,6 +36,7 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
     if problem := _experts(model):
         facts["experts"] = problem[0]
     facts["names"] = _names(model, stored)
+    facts |= _fused_experts(model, facts["names"], stored)
     if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
         facts["text"] = key
     try:
@@ -82,6 +83,43 @@ def _experts(model: nn.Module) -> list[str]:
         if "down_proj" in names:
             found.append(experts_problem(module) or "")
     return sorted(set(found), reverse=True)
+
+
+def _fused_experts(
+    model: nn.Module, names: dict[str, list[Any]], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Where experts are one tensor on disk too; adds to ``names`` how engines call each of them.
+
+    Source: vLLM 0.33.0 ``fused_moe/layer.py:125`` (``ckpt_names``) and ``routed_experts.py:1004``;
+    ``models/gpt_oss.py:73``, which reads gates and ups as they are interleaved.
+    """
+    on_disk = {names.get(as_pattern(key), [as_pattern(key)])[0]: key for key in stored}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if "down_proj" not in own or own["down_proj"].ndim != 3 or experts_problem(module):
+            continue
+        kind, at = find_kind(module), as_pattern(path)
+        key = on_disk.get(f"{at}.down_proj")
+        if key is None or own["down_proj"].shape != stored[key].shape:
+            continue  # one by one
+        found["fused"] = sorted({*found.get("fused", ()), at})
+        found["transposed"] = kind.transposed
+        before, has_experts, _ = key.rpartition(".experts.")
+        before = before if has_experts else key.removesuffix(".weight").rpartition(".")[0]
+        words: dict[str, list[str]] = {
+            kind.first: ["gate_proj", "up_proj"],
+            "down_proj": ["down_proj"],
+        }
+        if kind.first == "up_proj":
+            words[kind.first] = ["up_proj"]
+        if not getattr(module, "is_concatenated", True):
+            words = {kind.first: ["w13"], "down_proj": ["w2"]}
+        for parameter, parts in words.items():
+            for part, word in enumerate(parts):
+                name = f"{as_pattern(before)}.experts.#.{word}.weight"
+                names[name] = [f"{at}.{parameter}", part, len(parts)]
+    return found
 
 
 def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, list[Any]]:

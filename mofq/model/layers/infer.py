@@ -24,12 +24,12 @@ from mofq.model.layers.names_in_memory import (
     find_in_memory,
     find_stored,
     find_stored_name,
+    is_fused,
     known_type,
 )
 from mofq.model.layers.words import (
     EMBEDDINGS,
     EXPERT,
-    EXPERT_WORDS,
     FUSED,
     HIDDEN_SIZES,
     KEPT,
@@ -193,9 +193,11 @@ class _Inferrer:
             index, dot, path = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
                 self.tensors.setdefault(int(index), []).append((path, info))
-        before = (name.partition(".experts.") for name in checkpoint.tensors)
+        names = (find_in_memory(name, architecture).name for name in checkpoint.tensors)
+        before = (name.partition(".experts.") for name in names)
         self.mixtures = {place for place, has_experts, _ in before if has_experts}
         self.transposed = self._is_transposed()
+        self.swaps_experts = self.known is not None and self.known.transposed
 
     def infer_layer(self, index: int) -> None:
         """Divide the matrices of one decoder layer."""
@@ -220,18 +222,25 @@ class _Inferrer:
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
         """The linear layers in a tensor; others are noted with their reason."""
-        stored = find_stored(info.name, self.architecture)
         own = find_in_memory(info.name, self.architecture)
-        is_merged = len(stored) > 1 or any(EXPERT.fullmatch(one.name) for one in stored)
-        if is_merged and not self._is_stored_name(info.name):
-            yield from self._read_in_memory(index, info, [one.name for one in stored])
+        inside = own.name.partition(f".{index}.")[2]
+        fused = len(info.shape) == 3 and own.expert is None and FUSED.fullmatch(inside)
+        if fused and (self.known is None or self.known.experts is None):
+            raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
+        if fused and self.known is not None and self.known.experts:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
+                " no stage reads their layout yet."
+            )
+        whole = own.name if is_fused(own.name, self.known) else info.name
+        stored = find_stored(whole, self.architecture)
+        one_by_one = [one for one in stored if one.expert is not None or not fused]
+        is_merged = len(one_by_one) > 1 or any(EXPERT.fullmatch(one.name) for one in one_by_one)
+        is_part = own.expert is not None or (not fused and self._is_stored_name(info.name))
+        if is_merged and not is_part:
+            yield from self._read_in_memory(index, info, own.name, [one.name for one in one_by_one])
             return
         name = find_stored_name(info.name, self.architecture)
-        inside = own.name.partition(f".{index}.")[2]
-        if len(info.shape) == 3 and FUSED.fullmatch(inside):
-            before = name.partition(f".{index}.")[0]
-            self._leave_fused(index, f"{before}.{index}.{inside}", info)
-            return
         path = name.partition(f".{index}.")[2]
         reason = self._reason(path, info)
         if reason is not None:
@@ -257,7 +266,8 @@ class _Inferrer:
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         shape = info.shape[::-1] if transposed else info.shape
         out, wide = shape
-        loaded = LoadedWeight(own.name, own.expert, own.part * out, transposed)
+        swapped = transposed or (self.swaps_experts and is_fused(own.name, self.known))
+        loaded = LoadedWeight(own.name, own.expert, own.part * out, swapped)
         place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
         return Matrix(
             name,
@@ -270,11 +280,16 @@ class _Inferrer:
             of_expert=place and (place[0].rstrip("."), place[1]),
         )
 
-    def _read_in_memory(self, index: int, info: TensorInfo, names: list[str]) -> Iterator[Matrix]:
-        """The layers in a parameter that was stored as the loaded model has it."""
+    def _read_in_memory(
+        self, index: int, info: TensorInfo, parameter: str, names: list[str]
+    ) -> Iterator[Matrix]:
+        """The layers in a parameter that is stored as the loaded model has it."""
         paths = [name.partition(f".{index}.")[2] for name in names]
         experts = info.shape[0] if len(info.shape) == 3 else None
         *_, rows, columns = info.shape
+        transposed = self.swaps_experts and is_fused(parameter, self.known)
+        if transposed:
+            rows, columns = columns, rows
         out = rows // len(paths)
         if (reason := self._reason(paths[0], info)) is not None:
             self.structure.reasons[info.name] = reason
@@ -287,7 +302,7 @@ class _Inferrer:
                 if at is not None and experts is not None:
                     name = f"{at['at']}experts.{expert}.{at['word']}"
                 number = None if experts is None else expert
-                loaded = LoadedWeight(info.name, number, part * out, transposed=False)
+                loaded = LoadedWeight(parameter, number, part * out, transposed)
                 place = None if at is None else at["at"].partition(f".{index}.")[2].rstrip(".")
                 matrix = Matrix(
                     name,
@@ -298,6 +313,7 @@ class _Inferrer:
                     loaded,
                     expert=number,
                     row_start=part * out,
+                    transposed=transposed,
                     of_expert=None if place is None else (place, expert),
                 )
                 if reason is None:
@@ -305,45 +321,12 @@ class _Inferrer:
                 else:
                     self.structure.unquantized.append(matrix)
 
-    def _leave_fused(self, index: int, name: str, info: TensorInfo) -> None:
-        """Note experts that even the hub's checkpoints store as one tensor."""
-        if self.known is None or self.known.experts is None:
-            raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
-        if self.known.experts:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
-                " no stage reads their layout yet."
-            )
-        match = FUSED.fullmatch(name)
-        assert match is not None
-        own = find_in_memory(info.name, self.architecture)
-        words = EXPERT_WORDS[1] if "block_sparse_moe" in name else EXPERT_WORDS[0]
-        halves = words[:2] if match["half"] == "gate_up" else words[2:]
-        place = match["at"].partition(f".{index}.")[2].rstrip(".")
-        count, rows, columns = info.shape
-        out = rows // len(halves)
-        for expert in range(count):
-            for part, word in enumerate(halves):
-                matrix = Matrix(
-                    f"{match['at']}experts.{expert}.{word}",
-                    index,
-                    info,
-                    out,
-                    columns,
-                    LoadedWeight(own.name, expert, part * out, transposed=False),
-                    expert=expert,
-                    row_start=part * out,
-                    of_expert=(place, expert),
-                )
-                self.structure.unquantized.append(matrix)
-        self.structure.reasons[info.name] = (
-            "experts that checkpoints store in one tensor: under which names engines would read"
-            " them one by one is not known"
-        )
-
     def _reason(self, path: str, info: TensorInfo) -> str | None:
         """Why a tensor of two or more dimensions is in no fusion group."""
-        loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
+        own = find_in_memory(info.name, self.architecture)
+        loaded = own.name.removesuffix(".weight")
+        if own.parts > 1 and own.expert is None and path.endswith("_proj.weight"):
+            return "transformers holds it and others in one matrix, of which no part is quantized"
         if self.known is not None:
             pattern = as_pattern(loaded)
             if pattern in self.known.partly:
@@ -362,7 +345,7 @@ class _Inferrer:
                 return "transformers does not run it on text"
         if (reason := _kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
-            place, _, rest = info.name.rpartition(".gate.")
+            place, _, rest = f"{loaded}.weight".rpartition(".gate.")
             if rest == "weight" and place not in self.mixtures and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason

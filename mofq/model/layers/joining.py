@@ -59,7 +59,11 @@ _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 #: In this order within a module; others stand between by name.
 _FIRST = ("qkvg", "qkv", "latent", "q", "kv")
-_EXPERT_ORDER = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_EXPERT_ORDER = {
+    **dict.fromkeys(("gate_proj", "w1", "w13"), 0),
+    **dict.fromkeys(("up_proj", "w3"), 1),
+    **dict.fromkeys(("down_proj", "w2"), 2),
+}
 _LAST = ("gate_up", "gate", "up", "o", "out", "down")
 
 

@@ -114,14 +114,15 @@ def read_architecture(checkpoint: Checkpoint) -> str:
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What the config says of the language model."""
     known = known_type(read_architecture(checkpoint))
-    config: Any = checkpoint.config
+    config: Mapping[str, Any] = checkpoint.config
     for key in ("text_config" if known is None else known.text).split("."):
         part = config.get(key)
-        config = config if part is None else part
-        if not isinstance(config, dict):
+        part = config if part is None else part
+        if not isinstance(part, dict):
             raise CheckpointError(
-                f"{config_path(checkpoint)}: {key!r} needs an object, found {config!r}."
+                f"{config_path(checkpoint)}: {key!r} needs an object, found {part!r}."
             )
+        config = part
     return config
 
 
