@@ -56,7 +56,7 @@ def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, 
     joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
     for key in ("names", "odd"):
         joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
-    for key in ("reused", "uncalled", "partly"):
+    for key in ("fused", "reused", "uncalled", "partly"):
         joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
     return {
         key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")
@@ -114,7 +114,7 @@ def _fused_experts(
         if kind.first == "up_proj":
             words[kind.first] = ["up_proj"]
         if not getattr(module, "is_concatenated", True):
-            words = {kind.first: ["w13"], "down_proj": ["w2"]}
+            words[kind.first] = [kind.first]
         for parameter, parts in words.items():
             for part, word in enumerate(parts):
                 name = f"{as_pattern(before)}.experts.#.{word}.weight"

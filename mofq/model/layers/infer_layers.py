@@ -99,7 +99,10 @@ def _check_names(groups: Sequence[FusionGroup]) -> None:
 
 
 #: Of an expert: what reads its input, and what makes its output.
-_HALVES = {"gate_up": ("gate_proj", "up_proj", "w1", "w3", "w13"), "down": ("down_proj", "w2")}
+_HALVES = {
+    "gate_up": ("gate_proj", "up_proj", "w1", "w3", "gate_up_proj"),
+    "down": ("down_proj", "w2"),
+}
 _IN_EXPERT = re.compile(r"\bexperts\.[0-9]+\.")
 
 

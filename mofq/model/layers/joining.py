@@ -60,7 +60,7 @@ _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 #: In this order within a module; others stand between by name.
 _FIRST = ("qkvg", "qkv", "latent", "q", "kv")
 _EXPERT_ORDER = {
-    **dict.fromkeys(("gate_proj", "w1", "w13"), 0),
+    **dict.fromkeys(("gate_proj", "w1", "gate_up_proj"), 0),
     **dict.fromkeys(("up_proj", "w3"), 1),
     **dict.fromkeys(("down_proj", "w2"), 2),
 }

@@ -16,6 +16,7 @@ from mofq.delivery.export.compressed_tensors.check_files import (
     find_file_deviations,
     json_differences,
 )
+from mofq.delivery.export.compressed_tensors.part_names import part_name
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
     encoded_parts,
@@ -89,7 +90,7 @@ def find_folder_deviations(
     skipped = {deviation.layer for deviation in misshapen}
     for planned in plan.quantized:
         for layer, word, first_row, rows in encoded_parts(checkpoint, planned, fits=fits):
-            name = f"{layer.name}.{word}"
+            name = part_name(layer, word, plan.model_layers.architecture)
             if name in skipped:
                 continue
             reason = _rows_deviation(exported.tensors[name], first_row, rows)

@@ -18,6 +18,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
     plan_layer,
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
+from mofq.delivery.export.compressed_tensors.part_names import IN_TURN, part_name
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.engines.exports import group_problem
 from mofq.engines.exports.compressed_tensors import Storage, storage_of
@@ -97,7 +98,8 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         scheme = schemes[group.name]
         if scheme.is_unquantized:
             ignored += [layer.name for layer in group.layers]
-            split += [layer for layer in group.layers if layer.expert is not None]
+            if model_layers.architecture not in IN_TURN:
+                split += [layer for layer in group.layers if layer.expert is not None]
         else:
             quantized.append(_plan_group(group, scheme, recipe))
     if model_layers.tied_lm_head:
@@ -142,7 +144,8 @@ def _order_tensors(
     made: dict[str, dict[str, PlannedTensor]] = {}
     for layer in layers.grouped_layers:
         for word, tensor in parts.get(layer.name, {}).items():
-            made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
+            name = part_name(layer, word, layers.architecture)
+            made.setdefault(layer.tensor, {})[name] = tensor
     tensors: dict[str, PlannedTensor] = {}
     for name in checkpoint.tensors:
         if name in kept:
