@@ -11,8 +11,18 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes
-from mofq.api.inputs import load_corpora, sources_of
-from mofq.api.options import Corpora, Model, Option, Samples, Tell, Where, documented, silent
+from mofq.api.inputs import load_corpora, open_layers, sources_of
+from mofq.api.options import (
+    Corpora,
+    LayersFile,
+    Model,
+    Option,
+    Samples,
+    Tell,
+    Where,
+    documented,
+    silent,
+)
 from mofq.api.preconditions import check_device, check_folder
 from mofq.exceptions import ClusterError, Remark, StatsError, option
 from mofq.files.progress import Progress
@@ -113,6 +123,7 @@ def calibrate(
         ),
     ] = False,
     kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
+    layers: LayersFile = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CalibrateResult:
@@ -146,22 +157,23 @@ def calibrate(
     from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
-    layers = find_layers(checkpoint)  # refuses what it does not know
+    found = find_layers(checkpoint, stated=open_layers(layers))  # refuses what it does not know
     if where.cluster is None:
         check_device(where.device)
 
     from mofq.evidence.calibration.stats import open_plan, read_stats
 
-    if kv_cache and not layers.caches:
+    if kv_cache and not found.caches:
         raise StatsError(
             f"{model}: {option('kv_cache')} watches keys and values by head, and what attention in "
-            f"a {layers.architecture!r} caches is latent vectors in engines, or not known. Leave "
+            f"a {found.architecture!r} caches is latent vectors in engines, or not known. Leave "
             "the option out."
         )
     windows, bos = _windows(checkpoint, texts, samples)
     plan = _plan(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
+    plan = replace(plan, layers=found.stated)
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -183,12 +195,12 @@ def calibrate(
             from mofq.model.checkpoint.tensors import check_finite
             from mofq.model.loading import load_model
 
-            check_finite(checkpoint, layers)
+            check_finite(checkpoint, found)
 
             loaded = load_model(
                 checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map
             )
-            stats = calibrate_here(loaded, layers, **what)
+            stats = calibrate_here(loaded, found, **what)
         else:
             from mofq.evidence.calibration.on_workers import calibrate_remotely
             from mofq.evidence.cluster import cluster

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
@@ -27,6 +27,7 @@ from mofq.model.layers.names_in_memory import (
     is_fused,
     known_type,
 )
+from mofq.model.layers.stated import StatedLayers, path_of
 from mofq.model.layers.words import (
     EMBEDDINGS,
     EXPERT,
@@ -69,7 +70,10 @@ class Structure:
 
 
 def infer_structure(
-    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    architecture: str,
+    config: Mapping[str, Any],
+    stated: StatedLayers | None = None,
 ) -> Structure:
     """Find the decoder's matrices and what engines join of them.
 
@@ -77,10 +81,12 @@ def infer_structure(
         checkpoint: Of a type without rules.
         architecture: Its ``model_type``.
         config: Of the language model.
+        stated: What the user says of it.
 
     Raises:
         CheckpointError: Something is not certain; the message says what.
     """
+    stated = StatedLayers() if stated is None else stated
     if architecture in REFUSED:
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: {REFUSED[architecture]}."
@@ -91,12 +97,17 @@ def infer_structure(
             f"{checkpoint.folder}: transformers does not run a {architecture!r} on text alone, with"
             f" which it would be measured: {known.needs}."
         )
-    stack, indices = _find_stack(checkpoint, architecture, config)
+    stack, indices = _find_stack(checkpoint, architecture, config, stated.stack)
     count = _stated(config, LAYER_COUNTS) or max(indices) + 1
     structure = Structure(stack, count, [[] for _ in range(count)])
-    inferrer = _Inferrer(checkpoint, architecture, config, structure)
+    inferrer = _Inferrer(checkpoint, architecture, config, structure, stated)
     for index in range(count):
         inferrer.infer_layer(index)
+    if unknown := set(stated.paths) - inferrer.settled:
+        raise CheckpointError(
+            f"{option('layers')}: no decoder layer of {checkpoint.folder} has {min(unknown)!r}."
+            " Paths are those of modules inside a decoder layer, with # for numbers."
+        )
     inferrer.explain_outside()
     if not any(structure.groups):
         raise CheckpointError(
@@ -107,7 +118,7 @@ def infer_structure(
 
 
 def _find_stack(
-    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any], wanted: str | None
 ) -> tuple[str, set[int]]:
     """The name of the list of decoder layers, and its indices."""
     stacks: dict[str, set[int]] = {}  # on disk
@@ -121,8 +132,12 @@ def _find_stack(
                 in_memory[stack] = own.partition(f".{index}.")[0]
             stacks.setdefault(stack, set()).add(int(index))
     count, known = _stated(config, LAYER_COUNTS), known_type(architecture)
-    if known is not None and known.stacks:
-        found: Mapping[str, set[int]] = {
+    found: Mapping[str, set[int]]
+    if wanted is not None:
+        found = {name: at for name, at in stacks.items() if name == wanted}
+        needed = f"the list of decoder layers {wanted!r} of {option('layers')}"
+    elif known is not None and known.stacks:
+        found = {
             name: at
             for name, at in stacks.items()
             if in_memory[name] in (*known.stacks, *known.with_towers)
@@ -143,7 +158,8 @@ def _find_stack(
         )
         raise CheckpointError(
             f"{checkpoint.folder}: needed {needed}, found {stated or 'none'}. Config and weights"
-            " are of different models, or it is not certain which of them is the language model."
+            " are of different models, or it is not certain which of them is the language model:"
+            f" then a file for {option('layers')} says it, e.g. `stack: {min(stacks, default='')}`."
         )
     ((name, indices),) = found.items()
     ahead = _stated(config, LAYERS_AHEAD) or 0
@@ -181,12 +197,15 @@ class _Inferrer:
         architecture: str,
         config: Mapping[str, Any],
         structure: Structure,
+        stated: StatedLayers,
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.known: KnownType | None = known_type(architecture)
         self.hidden = _stated(config, HIDDEN_SIZES)
         self.structure = structure
+        self.stated = stated
+        self.settled: set[str] = set()  #: paths that were found
         self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
         prefix = f"{structure.stack}."
         for name, info in checkpoint.tensors.items():
@@ -217,11 +236,16 @@ class _Inferrer:
             if len(made) == 1 and _has_own_name(made[0]):
                 alike[key] = made[0]
         self.structure.groups[index] = [
-            (f"layers.{index}.{name}", members) for name, members in join(found)
+            (f"layers.{index}.{name}", members) for name, members in join(found, self.stated.joined)
         ]
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
         """The linear layers in a tensor; others are noted with their reason."""
+        key = path_of(info.name, index)
+        self.settled.add(key)
+        if key in self.stated.left:
+            self.structure.reasons[info.name] = self.stated.left[key]
+            return
         own = find_in_memory(info.name, self.architecture)
         inside = own.name.partition(f".{index}.")[2]
         fused = len(info.shape) == 3 and own.expert is None and FUSED.fullmatch(inside)
@@ -242,7 +266,8 @@ class _Inferrer:
             return
         name = find_stored_name(info.name, self.architecture)
         path = name.partition(f".{index}.")[2]
-        reason = self._reason(path, info)
+        is_stated = key in (*self.stated.linear, *self.stated.transposed)
+        reason = None if is_stated else self._reason(path, info)
         if reason is not None:
             self.structure.reasons[info.name] = reason
             if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
@@ -264,6 +289,7 @@ class _Inferrer:
             raise self._uncertain(info, "where the loaded model has it")
         at = EXPERT.fullmatch(f"{name}.weight")
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
+        transposed |= path_of(info.name, index) in self.stated.transposed
         shape = info.shape[::-1] if transposed else info.shape
         out, wide = shape
         swapped = transposed or (self.swaps_experts and is_fused(own.name, self.known))
@@ -395,10 +421,13 @@ class _Inferrer:
                 self.structure.reasons[name] = "outside of the decoder layers"
 
     def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
+        path = as_pattern(info.name.removeprefix(f"{self.structure.stack}."))
+        path = path.removeprefix("#.").removesuffix(".weight")
+        linear = f"`linear: [{path}]` or " if len(info.shape) == 2 else ""
         return CheckpointError(
             f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: {what} is not"
-            f" certain for model_type {self.architecture!r}. Report the type: nothing that may be"
-            " no linear layer is quantized."
+            f" certain for model_type {self.architecture!r}. Say it in a file for"
+            f" {option('layers')}: {linear}`left: {{{path}: why it stays as it is}}`."
         )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.infer import Structure, infer_structure
@@ -35,14 +35,18 @@ from mofq.model.layers.names_in_memory import (
     find_stored_name,
     known_type,
 )
+from mofq.model.layers.stated import StatedLayers
 
 
-def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
+def infer_layers(
+    checkpoint: Checkpoint, *, include_lm_head: bool = False, stated: StatedLayers | None = None
+) -> ModelLayers:
     """As `find_layers`, whether or not the type has a row in ``FUSION_RULES``.
 
     Args:
         checkpoint: From ``open_checkpoint``.
         include_lm_head: Make the lm_head a fusion group, the last one.
+        stated: What the user says of it.
 
     Returns:
         As `find_layers`; no KV caches, which are not inferred.
@@ -53,7 +57,7 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
     architecture, config = read_architecture(checkpoint), text_config(checkpoint)
     check_class(checkpoint.config, where=config_path(checkpoint))
     refuse_quantized(checkpoint)
-    structure = infer_structure(checkpoint, architecture, config)
+    structure = infer_structure(checkpoint, architecture, config, stated)
     short = short_names(m.path for m in structure.matrices if m.of_expert is None)
     groups = [
         FusionGroup(name, tuple(_inferred_layer(m, short, name) for m in members))
@@ -83,6 +87,7 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
         ),
         body=structure.body,
         left_out=structure.reasons,
+        stated=stated,
     )
 
 
@@ -93,7 +98,9 @@ def _check_names(groups: Sequence[FusionGroup]) -> None:
         if group.name in seen:
             names = ", ".join(la.name for one in (seen[group.name], group) for la in one.layers)
             raise CheckpointError(
-                f"{names}: names do not say which of them is {group.name}. Report the model type."
+                f"{names}: names do not say which of them is {group.name}. Say it in a file for"
+                f" {option('layers')}: `joined: {{{group.name.partition('.')[2].partition('.')[2]}:"
+                " [paths in a decoder layer]}`."
             )
         seen[group.name] = group
 
@@ -108,7 +115,8 @@ _IN_EXPERT = re.compile(r"\bexperts\.[0-9]+\.")
 
 def _uncertain(info: TensorInfo, question: str) -> CheckpointError:
     return CheckpointError(
-        f"{info.file}: {info.name!r}: names do not say {question}. Report the model type."
+        f"{info.file}: {info.name!r}: names do not say {question}. Leave it as it is, by"
+        f" `left:` in a file for {option('layers')}."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mofq.model.checkpoint.headers import TensorInfo
 from mofq.model.layers.linear import LoadedWeight
+from mofq.model.layers.names_in_memory import as_pattern
 
 #: Layers beside each other that engines concatenate, and the name of the group; all must be there.
 JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -98,8 +99,21 @@ class Matrix:
         return self.path.rpartition(".")[2]
 
 
-def join(found: Sequence[Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
-    """The fusion groups of a decoder layer, in order."""
+def join(
+    found: Sequence[Matrix], stated: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[tuple[str, list[Matrix]]]:
+    """The fusion groups of a decoder layer, in order.
+
+    Args:
+        found: Its matrices.
+        stated: Name of a group -> paths of its matrices, of `StatedLayers`.
+    """
+    left = {as_pattern(matrix.path): matrix for matrix in found if matrix.of_expert is None}
+    for name, paths in (stated or {}).items():
+        members = [left[path] for path in paths if path in left]
+        if members:
+            yield name, members
+            found = [matrix for matrix in found if matrix not in members]
     experts: dict[str, list[Matrix]] = {}
     by_parent: dict[str, dict[str, Matrix]] = {}
     for matrix in found:

@@ -33,7 +33,13 @@ from mofq.model.checkpoint.tensors import (
     read_shared_amax,
 )
 from mofq.model.checkpoint.writer import PlannedTensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_exported_name
+from mofq.model.layers import (
+    CONFIG_KEY,
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    find_exported_name,
+)
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.quantize.weights import quantize_weight
 from mofq.numbers.schemes import Scheme
@@ -90,6 +96,9 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
             lacks a static scale.
     """
     model_layers = checked_layers(checkpoint, recipe)
+    if recipe.layers is not None:
+        config = checkpoint.config | {CONFIG_KEY: recipe.layers.to_json()}
+        checkpoint = replace(checkpoint, config=config)
     check_scales(checkpoint)
     schemes = group_schemes(model_layers, recipe)
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
