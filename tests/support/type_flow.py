@@ -20,12 +20,13 @@ class FlowError(Exception):
     """A command of the flow was refused; the message has the command and its own message."""
 
 
-def run_flow(model: Path, work: Path) -> float:
+def run_flow(model: Path, work: Path, *, layers: Path | None = None) -> float:
     """Inspect, measure with and without statistics, search, emulate, export and reload.
 
     Args:
         model: A tiny checkpoint.
         work: An empty folder.
+        layers: A file for ``--layers``.
 
     Returns:
         The measured KL of the recipe, the same in memory and of the exported folder.
@@ -37,10 +38,11 @@ def run_flow(model: Path, work: Path) -> float:
         work / name for name in ("space.yaml", "stats", "table.jsonl", "recipe.yaml", "exported")
     )
     space.write_text(SPACE)
-    _run("inspect", model)
-    _run("measure", model, "--space", space, "-o", work / "plain.jsonl")
-    _run("calibrate", model, *_SHORT, "-o", stats)
-    _run("measure", model, "--space", space, "--stats", stats, "-o", table)
+    said = () if layers is None else ("--layers", layers)
+    _run("inspect", model, *said)
+    _run("measure", model, "--space", space, *said, "-o", work / "plain.jsonl")
+    _run("calibrate", model, *_SHORT, *said, "-o", stats)
+    _run("measure", model, "--space", space, "--stats", stats, *said, "-o", table)
     _run("search", table, "--max-bits", "7", "-o", recipe)
     emulated = _run("validate", model, recipe, *_TEXT, "--json").json
     assert emulated["enforced"] is True
