@@ -16,7 +16,6 @@ from mofq.delivery.export.compressed_tensors.check_files import (
     find_file_deviations,
     json_differences,
 )
-from mofq.delivery.export.compressed_tensors.part_names import part_name
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
     encoded_parts,
@@ -90,7 +89,7 @@ def find_folder_deviations(
     skipped = {deviation.layer for deviation in misshapen}
     for planned in plan.quantized:
         for layer, word, first_row, rows in encoded_parts(checkpoint, planned, fits=fits):
-            name = part_name(layer, word, plan.model_layers.architecture)
+            name = f"{layer.name}.{word}"
             if name in skipped:
                 continue
             reason = _rows_deviation(exported.tensors[name], first_row, rows)

@@ -10,7 +10,6 @@ from pathlib import Path
 from mofq.decision.edited import with_sizes
 from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors.model_card import model_card
-from mofq.delivery.export.compressed_tensors.part_names import part_name
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
     encoded_parts,
@@ -196,8 +195,7 @@ def _write_weights(
     with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
         for done, planned in enumerate(plan.quantized, start=1):
             for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
-                name = part_name(layer, word, plan.model_layers.architecture)
-                writer.add_rows(name, rows)
+                writer.add_rows(f"{layer.name}.{word}", rows)
             if progress is not None:
                 progress("export", done, len(plan.quantized))
         for name, scale in plan.cache.tensors.items():

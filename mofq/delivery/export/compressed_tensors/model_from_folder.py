@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply_group, apply_groups
 from mofq.delivery.export.compressed_tensors.decoding import read_quantized
-from mofq.delivery.export.compressed_tensors.part_names import name_by_layers
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     STORED_PARTS,
 )
@@ -54,7 +53,6 @@ def load_compressed_tensors(
         CheckpointError: transformers cannot load the folder's config with these tensors.
         RecipeError: The recipe does not cover the model.
     """
-    stored = name_by_layers(stored)
     model = load_model(
         stored.folder, dtype=dtype, device=device, tensors=_tensors(stored, recipe.schemes)
     )

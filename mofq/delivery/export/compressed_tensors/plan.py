@@ -18,7 +18,6 @@ from mofq.delivery.export.compressed_tensors.encoding import (
     plan_layer,
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
-from mofq.delivery.export.compressed_tensors.part_names import IN_TURN, part_name
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.engines.exports import group_problem
 from mofq.engines.exports.compressed_tensors import Storage, storage_of
@@ -51,6 +50,11 @@ _MOST_THREADS = 16
 
 _Block = TypeVar("_Block")
 _Encoded = TypeVar("_Encoded")
+
+
+#: Types whose experts engines read in one tensor, where they are not quantized.
+#: Source: vLLM 0.33.0 ``models/gpt_oss.py:239``, which takes one expert's weight as [in, out].
+_FUSED_ALONE = frozenset({"gpt_oss"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         scheme = schemes[group.name]
         if scheme.is_unquantized:
             ignored += [layer.name for layer in group.layers]
-            if model_layers.architecture not in IN_TURN:
+            if model_layers.architecture not in _FUSED_ALONE:
                 split += [layer for layer in group.layers if layer.expert is not None]
         else:
             quantized.append(_plan_group(group, scheme, recipe))
@@ -153,8 +157,7 @@ def _order_tensors(
     made: dict[str, dict[str, PlannedTensor]] = {}
     for layer in layers.grouped_layers:
         for word, tensor in parts.get(layer.name, {}).items():
-            name = part_name(layer, word, layers.architecture)
-            made.setdefault(layer.tensor, {})[name] = tensor
+            made.setdefault(layer.tensor, {})[f"{layer.name}.{word}"] = tensor
     tensors: dict[str, PlannedTensor] = {}
     for name in checkpoint.tensors:
         if name in kept:

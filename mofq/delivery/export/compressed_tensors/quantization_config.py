@@ -29,13 +29,8 @@ _JOINED = {
     ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
     ("w1", "w3"): ("w13",),
 }
-#: What engines look the matrices of an expert up as that have other words.
-_EXPERT_WORDS: dict[str, tuple[str, ...]] = {
-    "w1": ("gate_proj",),
-    "w3": ("up_proj",),
-    "w2": ("down_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+#: What SGLang calls the matrices of an expert that have other words.
+_EXPERT_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 #: Families whose modules SGLang 0.5.23 names without ``model.`` (``models/mixtral.py:303``).
 _WITHOUT_BODY = {"mixtral"}
 
@@ -124,9 +119,9 @@ def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]
         words = [layer.name.rpartition(".")[2] for layer in group.layers]
         names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
         if parents[0].endswith(".experts.0"):
-            first = [w for parent, w in zip(parents, words, strict=True) if parent == parents[0]]
-            known = [own for word in first for own in _EXPERT_WORDS.get(word, (word,))]
-            names += [f"{parents[0]}.{own}" for own in known]
+            known = {word: _EXPERT_WORDS.get(word, word) for word in words}
+            first = zip(parents, words, strict=True)
+            names += [f"{parent}.{known[w]}" for parent, w in first if parent == parents[0]]
         elif architecture in _WITHOUT_BODY:
             names += [layer.name for layer in group.layers]
     if architecture in _WITHOUT_BODY:

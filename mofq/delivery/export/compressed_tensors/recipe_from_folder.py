@@ -18,7 +18,6 @@ from typing import Any
 
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
-from mofq.delivery.export.compressed_tensors.part_names import name_by_layers
 from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
@@ -74,7 +73,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
             for, or gives the layers of one fusion group different schemes.
         CheckpointError: No model, or one of an unknown family.
     """
-    stored = name_by_layers(open_stored(str(folder)))
+    stored = open_stored(str(folder))
     config = stored.config.get(QUANTIZATION_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
         method = config.get("quant_method") if isinstance(config, dict) else config
