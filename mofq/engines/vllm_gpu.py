@@ -28,8 +28,8 @@ _RULES: tuple[Rule, ...] = (
         r".*",
         layers="experts",
         model_types=("gpt_oss",),
-        refused="experts with biases are read in OpenAI's own MXFP4 alone: elsewhere biases, and most "
-        "scales, have no name; take bf16",
+        refused="experts with biases are read in OpenAI's own MXFP4 alone: elsewhere biases and "
+        "most scales have no name; take bf16",
         source="vllm 0.33.0 models/gpt_oss.py:73-82, 1147-1260; executed",
     ),
     Rule(

@@ -5,7 +5,8 @@
 
 Writes ``mofq/model/layers/facts``, what transformers does with the tensors of each type, and then
 ``docs/reference/families.md``. With types as arguments, their results are printed and nothing is
-written.
+written,
+unless all others were run into the same folder before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,12 @@ that vLLM 0.33.0 lists for the architecture, and only of mixtures with
 caches, devices that share layers and `rewrite` are for types with rules, which are in bold.
 
 A fusion group is one choice: [engines](engines.md) concatenate its layers. What a type has beside
-its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`). So do the
-experts of types whose checkpoints have one tensor for all of them (`granitemoe` and its relatives,
-`hy_v4`, `minimax_m3_vl_text`, `zaya`): under which names engines would read them quantized is not
-known.
+its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`).
+
+Experts that a checkpoint has in one tensor (`aria`, `gpt_oss`, `granitemoe` and its relatives,
+`hy_v4`, `llama4`, `zaya` …) are exported one by one, as `experts.0.gate_proj`. vLLM 0.33.0 was run
+on exports of `llama4_text` and `granitemoe` and reads every tensor; of `gpt_oss` it reads quantized
+experts in OpenAI's MXFP4 alone, so that none are offered for it.
 """
 
 
@@ -89,9 +92,13 @@ class Matrix:
     """Types, and what became of each."""
 
     types: Sequence[str]
-    kinds: dict[str, str] = field(default_factory=dict)  #: classes
     not_built: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every type was run, now or before."""
+        return {*self.not_built, *self.outcomes} == set(self.types)
 
 
 def main() -> None:
@@ -102,34 +109,53 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.work.mkdir(parents=True, exist_ok=True)
-    causal, multimodal = Matrix(CAUSAL_TYPES), Matrix(MULTIMODAL_TYPES)
-    facts: dict[str, Any] = {}
-    for matrix, write in ((causal, _write_causal), (multimodal, _write_multimodal)):
-        for name in matrix.types:
+    matrices = {"causal": Matrix(CAUSAL_TYPES), "multimodal": Matrix(MULTIMODAL_TYPES)}
+    facts = _read_before(options.work / _BEFORE, matrices) if options.types else {}
+    kinds: dict[tuple[str, str], str] = {}
+    for of, write in (("causal", _write_causal), ("multimodal", _write_multimodal)):
+        for name in matrices[of].types:
             if options.types and name not in options.types:
                 continue
+            matrices[of].not_built.pop(name, None)
+            matrices[of].outcomes.pop(name, None)
             try:
-                matrix.kinds[name], found = write(name, _folder(options.work, matrix, name))
+                kinds[of, name], found = write(name, options.work / of / name)
             except Exception as error:  # transformers raises anything for a config it cannot take
-                matrix.not_built[name] = " ".join(str(error).split())
-                print(name, "not built:", matrix.not_built[name][:300], flush=True)
+                matrices[of].not_built[name] = " ".join(str(error).split())
+                print(name, "not built:", matrices[of].not_built[name][:300], flush=True)
                 continue
             facts |= found
-    if not options.types:
+    if not options.types or all(matrix.outcomes for matrix in matrices.values()):
         _write_facts(facts)
-    for matrix in (causal, multimodal):
-        for name, kind in matrix.kinds.items():
-            one = causal.outcomes.get(name)
-            if one is None or one.kind != kind:
-                one = _run(_folder(options.work, matrix, name), kind, options.work)
-                print(name, kind, one.problem or "passes", flush=True)
-            matrix.outcomes[name] = one
-    if not options.types:
-        PAGE.write_text("\n".join(_page(causal, multimodal)), "utf-8")
+    for (of, name), kind in kinds.items():
+        one = matrices["causal"].outcomes.get(name)
+        if one is None or one.kind != kind:
+            one = _run(options.work / of / name, kind, options.work)
+            print(name, kind, one.problem or "passes", flush=True)
+        matrices[of].outcomes[name] = one
+    _write_before(options.work / _BEFORE, matrices, facts)
+    if all(matrix.is_complete for matrix in matrices.values()):
+        PAGE.write_text("\n".join(_page(*matrices.values())), "utf-8")
 
 
-def _folder(work: Path, matrix: Matrix, name: str) -> Path:
-    return work / ("causal" if matrix.types is CAUSAL_TYPES else "multimodal") / name
+#: In the work folder: what came of every type.
+_BEFORE = "outcomes.json"
+
+
+def _read_before(path: Path, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+    """Fill in what came of types in an earlier run; returns its facts."""
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for of, matrix in matrices.items():
+        before = content.get(of, {"not_built": {}, "outcomes": {}})
+        matrix.not_built |= before["not_built"]
+        for name, one in before["outcomes"].items():
+            matrix.outcomes[name] = Outcome(one["kind"], tuple(one["groups"]), one["problem"])
+    return dict(content.get("facts", {}))
+
+
+def _write_before(path: Path, matrices: Mapping[str, Matrix], facts: Mapping[str, Any]) -> None:
+    content = {of: asdict(matrix) for of, matrix in matrices.items()}
+    path.write_text(json.dumps({**content, "facts": facts}), "utf-8")
 
 
 def _write_causal(name: str, folder: Path) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from mofq.model.attention import pass_cache
 from mofq.model.layers.names_in_memory import as_pattern
+from mofq.model.layers.words import TOWERS
 from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
+_LISTS = {"odd", "caches", "reused", "uncalled", "partly"}
 
 
 def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -41,9 +45,64 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
         facts["text"] = key
     try:
         facts |= _calls(model)
+        if caches := _caches(model):
+            facts["caches"] = caches
     except (TypeError, ValueError) as error:  # what it needs besides
-        facts["needs"] = " ".join(str(error).split()).rstrip(".")
-    return facts
+        return {**facts, "names": {}, "needs": " ".join(str(error).split()).rstrip(".")}
+    return of_text(facts)
+
+
+def of_text(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts without what they say of towers: nothing of these is decided."""
+    stacks = tuple(f"{stack}." for stack in facts.get("stacks", ()))
+    names = {key: one for key, one in facts["names"].items() if not TOWERS.search(key)}
+    odd = {key: kind for key, kind in facts.get("odd", {}).items() if key.startswith(stacks)}
+    kept = {**facts, "names": names, "odd": odd}
+    for key in ("caches", "reused", "uncalled", "partly"):
+        kept[key] = [pattern for pattern in facts.get(key, ()) if pattern.startswith(stacks)]
+    return {key: one for key, one in kept.items() if one or key in facts.keys() - _LISTS}
+
+
+def _caches(model: PreTrainedModel) -> list[str]:
+    """Attention modules that cache keys and values of heads as the config counts them.
+
+    The last module on the way down that is given a cache must update it once, with keys and
+    values of one shape.
+    """
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    size = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    takes = {
+        path: module
+        for path, module in model.named_modules()
+        if "past_key_values" in signature(type(module).forward).parameters
+    }
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    handles = []
+    for path, module in takes.items():
+        if not path.endswith(".self_attn") or any(n.startswith(f"{path}.") for n in takes):
+            continue
+        shapes = seen.setdefault(path, [])
+
+        def see(keys: Tensor, values: Tensor, shapes: Any = shapes) -> tuple[Tensor, Tensor]:
+            shapes += [tuple(keys.shape), tuple(values.shape)]
+            return keys, values
+
+        handles.append(pass_cache(module, see))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.arange(_TOKENS)[None] + 65, use_cache=False)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        seen.clear()  # it asks more of a cache
+    for handle in handles:
+        handle.remove()
+    found: dict[str, bool] = {}
+    for path, shapes in seen.items():
+        is_plain = len(shapes) == 2 and shapes[0] == shapes[1]
+        is_plain = is_plain and shapes[0][2:] == (_TOKENS, size)
+        pattern = as_pattern(path)
+        found[pattern] = found.get(pattern, True) and (is_plain or not shapes)
+    return sorted(pattern for pattern, is_plain in found.items() if is_plain)
 
 
 def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +115,7 @@ def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, 
     joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
     for key in ("names", "odd"):
         joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
-    for key in ("fused", "reused", "uncalled", "partly"):
+    for key in ("caches", "fused", "reused", "uncalled", "partly"):
         joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
     return {
         key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")

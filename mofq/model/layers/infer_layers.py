@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mofq.exceptions import CheckpointError, option
@@ -11,6 +11,7 @@ from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.infer import Structure, infer_structure
 from mofq.model.layers.joining import Matrix
+from mofq.model.layers.kv_cache import CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
     FusionGroup,
     LinearLayer,
@@ -30,6 +31,7 @@ from mofq.model.layers.making import (
 )
 from mofq.model.layers.model_class import check_class
 from mofq.model.layers.names_in_memory import (
+    as_pattern,
     find_in_memory,
     find_stored,
     find_stored_name,
@@ -49,7 +51,7 @@ def infer_layers(
         stated: What the user says of it.
 
     Returns:
-        As `find_layers`; no KV caches, which are not inferred.
+        As `find_layers`; KV caches of plain attention alone.
 
     Raises:
         CheckpointError: As `find_layers`, or something is not certain.
@@ -85,10 +87,42 @@ def infer_layers(
         other_bytes=sum(
             info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
+        caches=tuple(_find_caches(groups, config, architecture)),
         body=structure.body,
         left_out=structure.reasons,
         stated=stated,
     )
+
+
+def _find_caches(
+    groups: Iterable[FusionGroup], config: Mapping[str, Any], architecture: str
+) -> Iterator[CacheLayer]:
+    """What attention of the plain kind caches, by the sizes that the config states."""
+    known = known_type(architecture)
+    heads, hidden = (config.get(key) for key in ("num_attention_heads", "hidden_size"))
+    size = config.get("head_dim")
+    if size is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        size = hidden // heads
+    if known is None or not isinstance(size, int) or not isinstance(heads, int) or size < 1:
+        return
+    for group in groups:
+        first, *others = group.layers
+        place, is_attention, rest = group.name.partition(".attn.qkv")
+        if not is_attention or rest:
+            continue
+        rows = others[0].out_features if len(others) == 2 else first.out_features - heads * size
+        kv_heads, left = divmod(rows, size if others else 2 * size)
+        if len(others) in (0, 2) and kv_heads > 0 and not left:
+            assert first.decoder_layer is not None
+            cache = CacheLayer(
+                name=f"{place}.attn.kv_cache",
+                module=first.name.rpartition(".")[0],
+                kv_heads=kv_heads,
+                head_size=size,
+                decoder_layer=first.decoder_layer,
+            )
+            if as_pattern(find_loaded_module(cache, architecture)) in known.caches:
+                yield cache
 
 
 def _check_names(groups: Sequence[FusionGroup]) -> None:

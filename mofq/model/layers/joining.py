@@ -39,7 +39,8 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 #: The same where the module that they are in has a certain last word.
 JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg")
+    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg"),
+    "attention": (("q_proj", "k_proj", "v_proj", "b_proj"), "qkvb"),
 }
 #: Last word of a path -> what the group of that layer alone is called.
 _ALONE = {
@@ -59,7 +60,7 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_at
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 #: In this order within a module; others stand between by name.
-_FIRST = ("qkvg", "qkv", "latent", "q", "kv")
+_FIRST = ("qkvg", "qkvb", "qkv", "latent", "q", "kv")
 _EXPERT_ORDER = {
     **dict.fromkeys(("gate_proj", "w1", "gate_up_proj"), 0),
     **dict.fromkeys(("up_proj", "w3"), 1),

@@ -53,6 +53,8 @@ class KnownType:
     odd: Mapping[str, str]  #: pattern of a linear module with a forward of its own -> its class
     uncalled: tuple[str, ...]  #: of linear modules that do not run on text
     partly: tuple[str, ...]  #: of linear modules that run in some decoder layers only
+    #: Attention modules that cache keys and values of heads as the config counts them.
+    caches: tuple[str, ...]
     with_towers: tuple[str, ...]  #: as ``stacks``, of a second class, which reads images too
     text: str  #: the key of the config that describes the language model, if it is one of several
     needs: str | None  #: why its class does not run on text alone
@@ -75,6 +77,7 @@ def known_types() -> Mapping[str, KnownType]:
             odd=one.get("odd", {}),
             uncalled=tuple(one.get("uncalled", ())),
             partly=tuple(one.get("partly", ())),
+            caches=tuple(one.get("caches", ())),
             with_towers=tuple(one.get("with_towers", ())),
             text=one.get("text", "text_config"),
             needs=one.get("needs"),
