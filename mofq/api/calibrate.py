@@ -11,10 +11,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes
-from mofq.api.inputs import load_corpora, sources_of
+from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
     Corpora,
     Execution,
+    LayersFile,
     Model,
     Option,
     Samples,
@@ -127,6 +128,7 @@ def calibrate(
     ] = False,
     execution: Execution = "auto",
     kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
+    layers: LayersFile = None,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CalibrateResult:
@@ -160,22 +162,23 @@ def calibrate(
     from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
-    layers = find_layers(checkpoint)  # refuses what it does not know
+    found = find_layers(checkpoint, stated=open_layers(layers))  # refuses what it does not know
     if where.cluster is None:
         check_device(where.device)
 
     from mofq.evidence.calibration.stats import open_plan, read_stats
 
-    if kv_cache and not layers.caches:
+    if kv_cache and not found.caches:
         raise StatsError(
             f"{model}: {option('kv_cache')} watches keys and values by head, and what attention in "
-            f"a {layers.architecture!r} caches is latent vectors in engines, or not known. Leave "
+            f"a {found.architecture!r} caches is latent vectors in engines, or not known. Leave "
             "the option out."
         )
     windows, bos = _windows(checkpoint, texts, samples)
     plan = _plan(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
+    plan = replace(plan, layers=found.stated)
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -192,13 +195,13 @@ def calibrate(
             "activation_checkpointing": activation_checkpointing,
             "progress": progress and _over_corpora(progress, plan),
         }
-        chosen = _chosen(execution, checkpoint, layers, plan, where=where, device_map=device_map)
+        chosen = _chosen(execution, checkpoint, found, plan, where=where, device_map=device_map)
         if chosen.remark is not None:
             (tell or silent)(chosen.remark)
         if where.cluster is None:
             from mofq.model.checkpoint.tensors import check_finite
 
-            check_finite(checkpoint, layers)
+            check_finite(checkpoint, found)
         if chosen.is_streamed:
             from mofq.evidence.calibration.streamed import calibrate_streamed
             from mofq.model.streaming.streamed import open_streamed
@@ -206,7 +209,7 @@ def calibrate(
             del what["activation_checkpointing"]  # as is done here always
             what["progress"] = progress
             with open_streamed(checkpoint.folder, dtype=dtype, device=where.device) as streamed:
-                stats = calibrate_streamed(streamed, layers, **what)
+                stats = calibrate_streamed(streamed, found, **what)
         elif where.cluster is None:
             from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
             from mofq.model.loading import load_model
@@ -214,7 +217,7 @@ def calibrate(
             loaded = load_model(
                 checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map
             )
-            stats = calibrate_here(loaded, layers, **what)
+            stats = calibrate_here(loaded, found, **what)
         else:
             from mofq.evidence.calibration.on_workers import calibrate_remotely
             from mofq.evidence.cluster import cluster

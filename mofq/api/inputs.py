@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.evidence.corpora import Corpus
     from mofq.evidence.table import Table
+    from mofq.model.layers import StatedLayers
 
 
 def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
@@ -36,6 +37,17 @@ def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
             f"errors with those of newer tables."
         )
     return opened
+
+
+def open_layers(layers: str | Path | None) -> StatedLayers | None:
+    """Read what the user says of a model's layers.
+
+    Raises:
+        CheckpointError: The file is missing or not valid.
+    """
+    from mofq.model.layers import load_layers
+
+    return None if layers is None else load_layers(layers)
 
 
 def open_recipe(recipe: Recipe | str | Path) -> Recipe:

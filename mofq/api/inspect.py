@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.options import Engine, Model, Option, documented
+from mofq.api.inputs import open_layers
+from mofq.api.options import Engine, LayersFile, Model, Option, documented
 from mofq.api.preconditions import check_engine
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def inspect(
     space: Annotated[
         str | Path | None, Option("What of this search space fits (serving).", read_as=str)
     ] = None,
+    layers: LayersFile = None,
 ) -> InspectResult:
     """List linear layers and fusion groups, from headers alone.
 
@@ -92,29 +94,29 @@ def inspect(
     from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
-    layers = find_layers(checkpoint)
-    check_engine(engine, layers)
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    check_engine(engine, found)
     offers = None
     selections: tuple[Selection, ...] = ()
     if space is not None or engine is not None:
         loaded = load_search_space(space or DEFAULT_SPACE)
-        selections = selected_layers(loaded, layers)
+        selections = selected_layers(loaded, found)
         offers = tuple(
             offer_schemes(
                 loaded,
-                layers.groups,
-                legality=None if engine is None else legality(engine, layers.architecture),
+                found.groups,
+                legality=None if engine is None else legality(engine, found.architecture),
                 has_stats=True,
             )
         )
     return InspectResult(
         str(model),
         checkpoint,
-        layers,
+        found,
         engine,
         space or DEFAULT_SPACE,
         offers,
-        notes_on(checkpoint, layers),
+        notes_on(checkpoint, found),
         selections,
     )
 

@@ -11,7 +11,18 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import unseen_experts
-from mofq.api.options import Engine, Model, Option, Space, Tell, Where, documented, silent
+from mofq.api.inputs import open_layers
+from mofq.api.options import (
+    Engine,
+    LayersFile,
+    Model,
+    Option,
+    Space,
+    Tell,
+    Where,
+    documented,
+    silent,
+)
 from mofq.api.preconditions import check_device, check_engine, check_output
 from mofq.exceptions import Remark, option
 from mofq.files.progress import Progress
@@ -99,6 +110,7 @@ def measure(
     *,
     stats: Annotated[str | Path | None, Option("From `mofq calibrate`.")] = None,
     engine: Engine = None,
+    layers: LayersFile = None,
     where: Where = Where(),
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -132,10 +144,10 @@ def measure(
     rows_before = _count_lines(path)
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))
-    layers = find_layers(checkpoint)
-    check_engine(engine, layers)
-    selections = selected_layers(loaded_space, layers)
-    for note in notes_on(checkpoint, layers):
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    check_engine(engine, found)
+    selections = selected_layers(loaded_space, found)
+    for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
     from mofq.evidence.calibration.stats import read_stats
@@ -144,12 +156,12 @@ def measure(
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
-    check = None if engine is None else legality(engine, layers.architecture)
+    check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         fill_table(
             checkpoint,
-            layers,
+            found,
             loaded_space,
             table_path=path,
             stats=opened,
@@ -161,10 +173,8 @@ def measure(
             tell=tell or silent,
             remotely=remotely,
         )
-    offers = offer_schemes(
-        loaded_space, layers.groups, legality=check, has_stats=opened is not None
-    )
-    caches = offer_caches(loaded_space, layers.caches, legality=check_cache)
+    offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
+    caches = offer_caches(loaded_space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
     rejected += [(one.cache.name, one.rejected) for one in caches]
     return MeasureResult(

@@ -190,6 +190,9 @@ def _fits(value: object, annotation: Any) -> bool:
 Model = Annotated[
     str | Path, Option("A Hugging Face model folder, or a hub id.", positional=True, read_as=str)
 ]
+LayersFile = Annotated[
+    str | Path | None, Option("What names do not say of the model's layers: a YAML file.")
+]
 TableFile = Annotated[str | Path, Option("From `mofq measure`.", positional=True)]
 AnyTable = Annotated["Table | str | Path", Option("From `mofq measure`.", positional=True)]
 RecipeOutput = Annotated[

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.inputs import save_recipe
-from mofq.api.options import Model, Option, RecipeOutput, Stats, Tell, documented
+from mofq.api.inputs import open_layers, save_recipe
+from mofq.api.options import LayersFile, Model, Option, RecipeOutput, Stats, Tell, documented
 from mofq.api.preconditions import check_output
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def uniform(
     output: RecipeOutput = None,
     *,
     stats: Stats = None,
+    layers: LayersFile = None,
     tell: Tell | None = None,
 ) -> UniformResult:
     """One scheme for every linear layer of a model.
@@ -75,13 +76,14 @@ def uniform(
 
     path = _checked(output, model, stats)
     checkpoint = open_checkpoint(str(model))
+    found = find_layers(checkpoint, stated=open_layers(layers))
     rests_on: dict[str, Any] = {}
     if stats is not None:
         from mofq.evidence.calibration.stats import read_stats
 
         read = read_stats(stats)
         rests_on = {"stats_sha256": read.sha256, "bos": read.plan.bos}
-    recipe = uniform_recipe(checkpoint, find_layers(checkpoint), scheme, **rests_on)
+    recipe = uniform_recipe(checkpoint, found, scheme, **rests_on)
     return UniformResult(_written(recipe, path, tell), path)
 
 
@@ -114,7 +116,7 @@ def recipe_from(
     recipe = recipe_from_compressed_tensors(Path(folder))
     if model is not None:
         checkpoint = open_checkpoint(str(model))
-        check_recipe(recipe, find_layers(checkpoint))
+        check_recipe(recipe, find_layers(checkpoint, stated=recipe.layers))
         recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
     return RecipeFromResult(_written(recipe, path, tell), path, Path(folder))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult, export
-from mofq.api.inputs import load_corpora, load_named, sources_of
+from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
 from mofq.api.measure import measure
 from mofq.api.options import (
     AtLeast,
@@ -25,6 +25,7 @@ from mofq.api.options import (
     Engine,
     Execution,
     Fixed,
+    LayersFile,
     Method,
     Model,
     Objective,
@@ -144,6 +145,7 @@ def run(
     at_most: AtMost = (),
     text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
+    layers: LayersFile = None,
     windows: Windows = Windows(),
     sequences: Sequences = None,
     device: Device = "cpu",
@@ -182,7 +184,7 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, selections = _check_request(model, loaded, request)
+    checkpoint, selections = _check_request(model, loaded, request, layers)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     windows = _checked_windows(checkpoint, text, windows)
@@ -219,6 +221,7 @@ def run(
                 where=Where(device=device),
                 execution=execution,
                 kv_cache=bool(loaded.kv_cache),
+                layers=layers,
                 progress=progress,
                 tell=tell,
             )
@@ -230,6 +233,7 @@ def run(
                 files.table,
                 stats=stats,
                 engine=engine,
+                layers=layers,
                 where=Where(device=device),
                 progress=progress,
                 tell=tell,
@@ -479,7 +483,7 @@ def _read_export(
 
 
 def _check_request(
-    model: str, space: SearchSpace, request: Request
+    model: str, space: SearchSpace, request: Request, layers: LayersFile
 ) -> tuple[Checkpoint, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
@@ -498,14 +502,14 @@ def _check_request(
 
     engine, budgets = request.engine, request.budgets
     checkpoint = open_checkpoint(model)
-    layers = find_layers(checkpoint)
-    check = None if engine is None else legality(engine, layers.architecture)
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    check = None if engine is None else legality(engine, found.architecture)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
-    check_engine(engine, layers)
-    selected_layers(space, layers)
-    selections = selections_of(request.constraints, layers.groups)
+    check_engine(engine, found)
+    selected_layers(space, found)
+    selections = selections_of(request.constraints, found.groups)
     offers = offer_schemes(
-        space, layers.groups, legality=check, has_stats=True, constraints=request.constraints
+        space, found.groups, legality=check, has_stats=True, constraints=request.constraints
     )
     if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
         raise BudgetError(
@@ -519,7 +523,7 @@ def _check_request(
             f"that nothing is finer. Add the key `base`, or drop the budget."
         )
     try:
-        check_budget(offers, budgets, other_bytes=layers.other_bytes)
+        check_budget(offers, budgets, other_bytes=found.other_bytes)
     except BudgetError as error:
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:

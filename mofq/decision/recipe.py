@@ -44,7 +44,7 @@ from mofq.model.kv_schemes import (
     parse_cache_scheme,
     static_keys,
 )
-from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers
+from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers, StatedLayers
 from mofq.numbers.schemes import parse_scheme
 
 RECIPE_VERSION: Literal[1] = 1
@@ -197,6 +197,9 @@ class RecipeFile:
     result: RecipeResult = field(default_factory=RecipeResult)
     groups: dict[Text, GroupEntry]
     unquantized: tuple[Name, ...] = ()
+    layers: Annotated[
+        StatedLayers | None, Field(description="what was said of the layers: --layers")
+    ] = None
     kv_cache: Annotated[
         dict[Text, CacheEntry],
         Field(
@@ -254,6 +257,7 @@ class Recipe:
     #: Of samples of the checkpoint's weights; None: for any weights of this shape.
     weights_sha256: str | None = None
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
+    layers: StatedLayers | None = None  #: what the user said of the model's layers
     #: The file that it was read from, for messages; no part of what a recipe says.
     file: str | None = field(default=None, compare=False, repr=False)
 
@@ -365,6 +369,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         result=file.result,
         weights_sha256=file.model.weights_sha256,
         kv_cache=tuple(_cache(name, cache, where) for name, cache in file.kv_cache.items()),
+        layers=file.layers,
     )
     _check_layers_once(recipe, where)
     return recipe
@@ -438,6 +443,8 @@ def recipe_header(recipe: Recipe) -> str:
     ):
         if values:
             lines.append(f"{name}: {_flow(values)}")
+    if recipe.layers is not None:
+        lines.append(f"layers: {json.dumps(recipe.layers.to_json())}  # what names do not say")
     return "\n".join(lines)
 
 

@@ -54,6 +54,7 @@ def recipe_from_table(
             for group in table.header.groups
         ),
         unquantized=table.header.unquantized,
+        layers=table.header.model.layers,
         made_by=made_by,
         budget=budget,
         result=result or RecipeResult(),

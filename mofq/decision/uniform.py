@@ -73,6 +73,7 @@ def uniform_recipe(
             for group in layers.groups
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
+        layers=layers.stated,
         made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256, "bos": bos}),
         result=RecipeResult(
             bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),

@@ -72,4 +72,6 @@ def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
     """
     heads = lm_heads_of(str(checkpoint.config.get("model_type")))
     grouped = set(layers_of(recipe.groups))
-    return find_layers(checkpoint, include_lm_head=not grouped.isdisjoint(heads))
+    return find_layers(
+        checkpoint, include_lm_head=not grouped.isdisjoint(heads), stated=recipe.layers
+    )

@@ -11,6 +11,13 @@ _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
 _RULES: tuple[Rule, ...] = (
     Rule(
+        r".*",
+        layers="experts",
+        model_types=("gpt_oss",),
+        refused="whether quantized experts with biases are read is not known; take bf16",
+        source="sglang 0.5.23 srt/models/gpt_oss.py; not run",
+    ),
+    Rule(
         r"int[2-7]\..*|int8\.[^+]*|fp4_e2m1\..*|nvfp4.*|mxfp4.*",
         layers="shared",
         model_types=("glm4_moe",),

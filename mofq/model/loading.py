@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -45,6 +46,8 @@ def load_model(
     lazy: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for inference: eval mode, no gradients, no key-value cache.
+
+    The class that the config names, where it also takes images or sounds: these are not given.
 
     Args:
         folder: A Hugging Face model folder.
@@ -120,7 +123,10 @@ def _load_quietly(
     logging.set_verbosity_error()  # its report of what is missing is an error of ours
     try:
         if lazy is None:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            model, loaded = auto_class(config).from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -138,6 +144,17 @@ def _load_quietly(
     finally:
         logging.set_verbosity(verbosity)
     return model, sorted(loaded["missing_keys"])
+
+
+def auto_class(config: Any) -> Any:
+    """What of transformers builds the class that a config names, or else the language model."""
+    causal, multimodal = (
+        auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    )
+    if type(config) not in multimodal:
+        return AutoModelForCausalLM  # which says which types there are
+    named = multimodal[type(config)].__name__ in (config.architectures or ())
+    return AutoModelForMultimodalLM if named or type(config) not in causal else AutoModelForCausalLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +180,7 @@ def _load_decoded(
     """
     config = plain_config(folder)
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        kind = type(auto_class(config).from_config(config, trust_remote_code=False))
     model: PreTrainedModel
     model, loaded = kind.from_pretrained(
         None, config=config, state_dict=lazy, trust_remote_code=False, **options
@@ -243,7 +260,9 @@ def _refuse_two_heads(model: PreTrainedModel, folder: Path) -> None:
     measured here would not be what they serve.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    key, stated = "tie_word_embeddings", read_json(folder / CONFIG_FILE)
+    decides = model.config if key in stated else model.config.get_text_config()
+    is_tied = getattr(decides, key, False)
     if is_tied and head is not None and head.weight is not embedding.weight:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: 'tie_word_embeddings' is true, and the weights hold a head"

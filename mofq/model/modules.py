@@ -6,19 +6,14 @@ The experts of a mixture are one module, with fused parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: What transformers' decorator of experts says of those that are run here.
-_PLAIN = {
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-}
 _ANOTHER_FORMULA = "which compute something else than down(gate and up) for each token"
 _PROBE_TOKENS = 4
 #: Of random inputs: as after a norm, and large enough to reach a limit that a class sets.
@@ -68,19 +63,49 @@ class ExpertLinear(Protocol):
     """Multiplies the tokens of one expert by one of its weights."""
 
     def __call__(self, parameter: str, expert: int, x_TI: Tensor, token_T: Tensor, /) -> Tensor:
-        """A parameter (`first_parameter`, ``down_proj``), an expert, its inputs, which tokens."""
+        """A parameter (`ExpertsKind.first`, ``down_proj``), an expert, its inputs, which tokens."""
         ...
 
 
-def first_parameter(experts: nn.Module) -> str:
-    """The parameter that reads the inputs: ``gate_up_proj``, or ``up_proj`` without a gate."""
-    return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+@dataclass(frozen=True, slots=True)
+class ExpertsKind:
+    """What a module of experts computes, and how it holds its weights.
+
+    Each expert has a weight in ``first`` [E, intermediate, hidden], twice as many rows with a
+    gate, and one in ``down_proj`` [E, hidden, intermediate]; both with the last two dimensions
+    swapped where ``transposed``. Biases are called as the weights are, with ``_bias``.
+    """
+
+    first: str  #: ``gate_up_proj``, or ``up_proj`` without a gate
+    count: int  #: of experts with weights
+    transposed: bool
+    activation: Callable[[Tensor], Tensor]  #: between the two weights
+    #: Experts after those with weights give their input back; elsewhere there are none.
+    returns_inputs: bool
 
 
-def find_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a module of experts computes between its two weights."""
+def find_kind(experts: nn.Module) -> ExpertsKind:
+    """What a module of experts of transformers is.
+
+    Args:
+        experts: With the two parameters of `ExpertsKind`.
+    """
     module: Any = experts
-    if first_parameter(experts) == "up_proj":
+    first = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+    down_EOI = module.down_proj
+    # Only some classes say it. With a gate the shapes do.
+    is_swapped = first == "gate_up_proj" and module.gate_up_proj.shape[2] == 2 * down_EOI.shape[1]
+    return ExpertsKind(
+        first,
+        down_EOI.shape[0],
+        bool(getattr(module, "is_transposed", is_swapped)),
+        _find_activation(module, first),
+        hasattr(module, "identity_expert"),
+    )
+
+
+def _find_activation(module: Any, first: str) -> Callable[[Tensor], Tensor]:
+    if first == "up_proj":
         activation: Callable[[Tensor], Tensor] = module.act_fn
         return activation
     own: Callable[[Tensor], Tensor] | None = getattr(module, "_apply_gate", None)
@@ -95,91 +120,110 @@ def find_activation(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     return gated
 
 
+def find_bias(experts: nn.Module, parameter: str, expert: int) -> Tensor | None:
+    """What an expert adds to its product with a parameter, [O]."""
+    bias_EO: Tensor | None = getattr(experts, f"{parameter}_bias", None)
+    return None if bias_EO is None else bias_EO[expert]
+
+
+def multiply(
+    experts: nn.Module, kind: ExpertsKind, parameter: str, expert: int, x_TI: Tensor
+) -> Tensor:
+    """The product of some tokens with a weight of an expert, and its bias, [T, O]."""
+    weight: Tensor = getattr(experts, parameter)[expert]
+    weight_OI = weight.T if kind.transposed else weight
+    return functional.linear(x_TI, weight_OI, find_bias(experts, parameter, expert))
+
+
 def run_experts(
+    kind: ExpertsKind,
     hidden_TI: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    top_k_index: Tensor | None = None,
+    top_k_weights: Tensor | None = None,
     *,
-    first: str,
-    activation: Callable[[Tensor], Tensor],
     linear: ExpertLinear,
 ) -> Tensor:
     """Route each token through its experts, one expert after the other.
 
     Args:
-        hidden_TI: Inputs, ``[T, hidden]``.
+        kind: From `find_kind`.
+        hidden_TI: Inputs, ``[T, hidden]``. Without the two below they are those of each expert, one
+            expert after the other, ``[E * T, hidden]``, zero where it is not chosen (Llama 4).
         top_k_index: The experts of each token, ``[T, top_k]``, int64.
         top_k_weights: What each of them counts, ``[T, top_k]``.
-        first: From `first_parameter`.
-        activation: From `find_activation`.
         linear: Computes what the parameters of an expert give.
 
     Returns:
-        ``[T, hidden]``.
+        Of the shape of ``hidden_TI``.
 
-    Source: the eager forward of ``MixtralExperts`` in transformers 5, in the same order of
-    operations.
+    Source: the eager forwards of ``MixtralExperts``, ``GptOssExperts``, ``LongcatFlashExperts`` and
+    ``Llama4TextExperts`` in transformers 5, in the same order of operations.
     """
     output_TI = torch.zeros_like(hidden_TI)
+    tokens = len(hidden_TI)
+    if top_k_index is None:
+        tokens //= kind.count
+        owner = torch.arange(len(hidden_TI), device=hidden_TI.device) // tokens
+        is_chosen = (hidden_TI != 0).any(-1)
+        top_k_index = torch.where(is_chosen, owner, kind.count)[:, None]
     for expert in torch.unique(top_k_index).tolist():
         # By rank among the token's experts, then by token, as in transformers.
-        rank, token = torch.where((top_k_index == expert).T)
-        y = activation(linear(first, expert, hidden_TI[token], token))
-        y = linear("down_proj", expert, y, token)
-        y = y * top_k_weights[token, rank, None]
-        output_TI.index_add_(0, token, y.to(output_TI.dtype))
+        rank, row = torch.where((top_k_index == expert).T)
+        y = hidden_TI[row]
+        if expert < kind.count:
+            y = kind.activation(linear(kind.first, expert, y, row % tokens))
+            y = linear("down_proj", expert, y, row % tokens)
+        elif not kind.returns_inputs:
+            continue
+        if top_k_weights is not None:
+            y = y * top_k_weights[row, rank, None]
+        output_TI.index_add_(0, row, y.to(output_TI.dtype))
     return output_TI
 
 
 def experts_problem(experts: nn.Module) -> str | None:
     """Why `run_experts` does not compute what a module of experts does, or None.
 
-    What the module says of itself is read, and then its own forward is compared on a few random
-    tokens: classes differ in what they do beside the two weights, which they do not state.
+    Its own forward is compared on a few random tokens: classes differ in what they do beside the
+    two weights, and hardly say so.
 
     Args:
         experts: In the place and on the device where it runs.
     """
-    kind = f"experts of class {type(experts).__name__}"
-    for attribute, value in _PLAIN.items():
-        if getattr(experts, attribute, value) is not value:
-            return f"{kind}, whose {attribute} is not {value}"
-    first = first_parameter(experts)
+    name = f"experts of class {type(experts).__name__}"
+    if getattr(experts, "has_post_expert_norm", False):
+        return f"{name}, which normalize the output of each expert"
     parameters = dict(experts.named_parameters(recurse=False))
-    if not {first, "down_proj"} <= parameters.keys():
-        return f"{kind}, whose parameters are {', '.join(parameters) or 'none'}"
-    if parameters[first].device.type == "meta":
+    first = parameters.get("gate_up_proj", parameters.get("up_proj"))
+    if first is None or "down_proj" not in parameters:
+        return f"{name}, whose parameters are {', '.join(parameters) or 'none'}"
+    if first.device.type == "meta":
         return None
-    is_same = all(_probe(experts, parameters, first, scale) for scale in _PROBE_SCALES)
-    return None if is_same else f"{kind}, {_ANOTHER_FORMULA}"
+    is_same = all(_probe(experts, first, scale) for scale in _PROBE_SCALES)
+    return None if is_same else f"{name}, {_ANOTHER_FORMULA}"
 
 
-def _probe(
-    experts: nn.Module, parameters: dict[str, nn.Parameter], first: str, scale: float
-) -> bool:
+def _probe(experts: nn.Module, first: Tensor, scale: float) -> bool:
     """Whether both forwards give the same for a few tokens."""
-    weight_EOI = parameters[first]
+    kind = find_kind(experts)
     random = torch.Generator().manual_seed(0)
-    hidden_TI = scale * torch.randn(_PROBE_TOKENS, weight_EOI.shape[-1], generator=random)
-    index = torch.arange(_PROBE_TOKENS)[:, None] % weight_EOI.shape[0]
-    share = torch.ones(_PROBE_TOKENS, 1)
-    given = tuple(tensor.to(weight_EOI.device) for tensor in (hidden_TI, index, share))
-    x_TI, share = given[0].to(weight_EOI.dtype), given[2].to(weight_EOI.dtype)
+    wide = first.shape[1 if kind.transposed else 2]
+    hidden_TI = scale * torch.randn(_PROBE_TOKENS, wide, generator=random)
+    # First and last: after those with weights there may be others.
+    token = torch.arange(_PROBE_TOKENS)
+    index = torch.stack([token % first.shape[0], -1 - token % first.shape[0]], 1) % first.shape[0]
+    share = torch.rand(_PROBE_TOKENS, 2, generator=random)
+    given: tuple[Tensor, ...] = (hidden_TI.to(first), index.to(first.device), share.to(first))
+    if len(signature(type(experts).forward).parameters) == 2:  # it gets each expert's inputs
+        given = (given[0].repeat(first.shape[0], 1),)
 
     def linear(parameter: str, expert: int, x_TI: Tensor, _token_T: Tensor, /) -> Tensor:
-        return functional.linear(x_TI, parameters[parameter][expert])
+        return multiply(experts, kind, parameter, expert, x_TI)
 
     with torch.no_grad():
         try:
-            theirs = experts(x_TI, given[1], share)
-            ours = run_experts(
-                x_TI,
-                given[1],
-                share,
-                first=first,
-                activation=find_activation(experts),
-                linear=linear,
-            )
+            theirs = experts(*given)
+            ours = run_experts(kind, *given, linear=linear)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
             return False
     if not bool(torch.isfinite(ours).all()):  # float16, of large inputs: nothing to compare

@@ -1,11 +1,12 @@
-"""Run the whole flow on a tiny model of every causal type that transformers has.
+"""Run the whole flow on a tiny model of every causal and multimodal type that transformers has.
 
-    python -m scripts.make.families --work families            # some ten minutes
+    python -m scripts.make.families --work families            # some fifteen minutes
     python -m scripts.make.families --work families mamba2 lfm2
 
 Writes ``mofq/model/layers/facts``, what transformers does with the tensors of each type, and then
 ``docs/reference/families.md``. With types as arguments, their results are printed and nothing is
-written.
+written,
+unless all others were run into the same folder before.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import ModelLayers, find_layers
+from mofq.model.layers import FUSION_RULES, ModelLayers, find_layers
+from mofq.model.loading import load_model
 from scripts.shared.command import script_parser
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 from families import write_byte_tokenizer
-from tiny_types import CAUSAL_TYPES, build_type
-from type_facts import find_facts
+from tiny_types import CAUSAL_TYPES, IMAGE_TYPES, MULTIMODAL_TYPES, build_type
+from type_facts import find_facts, join_facts
 from type_flow import FlowError, run_flow
 
 ROOT = Path(__file__).parents[2]
@@ -45,12 +49,18 @@ _HEAD = """\
 
 # Model types
 
-For each causal type of transformers {version}, a tiny model (seeded random weights, biases and
-norms, hidden size 64) went through the whole flow: `inspect`, `measure` without and with
+For each causal type of transformers {version}, and each that reads images or sounds and writes
+text, a tiny model (seeded random weights, biases and norms, hidden size 64) went through the whole
+flow on text: its logits are those of transformers' own class; `inspect`, `measure` without and with
 statistics, `calibrate`, `search`, `validate` in memory, `export --to compressed-tensors`, and
 `validate` of the exported folder, whose KL must be the same to the last bit.
 
-{counts}
+- Causal: {causal}.
+- Images and text: {images}.
+- With those of sounds, all multimodal types: {others}.
+
+Of a multimodal model the language model is decided. Towers and projectors stay as they are, and so
+do the files of its processor.
 
 *Passes* says that structure, arithmetic and files agree with transformers. It says nothing of
 quality, which random weights do not have, and nothing of engines: the last column is the class
@@ -59,10 +69,12 @@ that vLLM 0.33.0 lists for the architecture, and only of mixtures with
 caches, devices that share layers and `rewrite` are for types with rules, which are in bold.
 
 A fusion group is one choice: [engines](engines.md) concatenate its layers. What a type has beside
-its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`). So do the
-experts of types whose checkpoints have one tensor for all of them (`granitemoe` and its relatives,
-`hy_v4`, `minimax_m3_vl_text`, `zaya`): under which names engines would read them quantized is not
-known.
+its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`).
+
+Experts that a checkpoint has in one tensor (`aria`, `gpt_oss`, `granitemoe` and its relatives,
+`hy_v4`, `llama4`, `zaya` …) are exported one by one, as `experts.0.gate_proj`. vLLM 0.33.0 was run
+on exports of `llama4_text` and `granitemoe` and reads every tensor; of `gpt_oss` it reads quantized
+experts in OpenAI's MXFP4 alone, so that none are offered for it.
 """
 
 
@@ -75,6 +87,20 @@ class Outcome:
     problem: str | None
 
 
+@dataclass(slots=True)
+class Matrix:
+    """Types, and what became of each."""
+
+    types: Sequence[str]
+    not_built: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every type was run, now or before."""
+        return {*self.not_built, *self.outcomes} == set(self.types)
+
+
 def main() -> None:
     """Build, read, run, write."""
     parser = script_parser(__doc__)
@@ -83,35 +109,95 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.work.mkdir(parents=True, exist_ok=True)
-    wanted: Sequence[str] = options.types or CAUSAL_TYPES
-    kinds, not_built, facts = {}, {}, {}
-    for name in wanted:
-        try:
-            kinds[name], found = _write(name, options.work / name)
-        except Exception as error:  # transformers raises anything for a config that it cannot take
-            not_built[name] = " ".join(str(error).split())
-            continue
-        for key, one in found.items():
-            facts.setdefault(key, one)
-    if not options.types:
+    matrices = {"causal": Matrix(CAUSAL_TYPES), "multimodal": Matrix(MULTIMODAL_TYPES)}
+    facts = _read_before(options.work / _BEFORE, matrices) if options.types else {}
+    kinds: dict[tuple[str, str], str] = {}
+    for of, write in (("causal", _write_causal), ("multimodal", _write_multimodal)):
+        for name in matrices[of].types:
+            if options.types and name not in options.types:
+                continue
+            matrices[of].not_built.pop(name, None)
+            matrices[of].outcomes.pop(name, None)
+            try:
+                kinds[of, name], found = write(name, options.work / of / name)
+            except Exception as error:  # transformers raises anything for a config it cannot take
+                matrices[of].not_built[name] = " ".join(str(error).split())
+                print(name, "not built:", matrices[of].not_built[name][:300], flush=True)
+                continue
+            facts |= found
+    if not options.types or all(matrix.outcomes for matrix in matrices.values()):
         _write_facts(facts)
-    outcomes = {}
-    for name, kind in kinds.items():
-        outcomes[name] = _run(name, kind, options.work)
-        print(name, outcomes[name].problem or "passes", flush=True)
-    if not options.types:
-        PAGE.write_text("\n".join(_page(outcomes, not_built)), "utf-8")
+    for (of, name), kind in kinds.items():
+        one = matrices["causal"].outcomes.get(name)
+        if one is None or one.kind != kind:
+            one = _run(options.work / of / name, kind, options.work)
+            print(name, kind, one.problem or "passes", flush=True)
+        matrices[of].outcomes[name] = one
+    _write_before(options.work / _BEFORE, matrices, facts)
+    if all(matrix.is_complete for matrix in matrices.values()):
+        PAGE.write_text("\n".join(_page(*matrices.values())), "utf-8")
 
 
-def _write(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+#: In the work folder: what came of every type.
+_BEFORE = "outcomes.json"
+
+
+def _read_before(path: Path, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+    """Fill in what came of types in an earlier run; returns its facts."""
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for of, matrix in matrices.items():
+        before = content.get(of, {"not_built": {}, "outcomes": {}})
+        matrix.not_built |= before["not_built"]
+        for name, one in before["outcomes"].items():
+            matrix.outcomes[name] = Outcome(one["kind"], tuple(one["groups"]), one["problem"])
+    return dict(content.get("facts", {}))
+
+
+def _write_before(path: Path, matrices: Mapping[str, Matrix], facts: Mapping[str, Any]) -> None:
+    content = {of: asdict(matrix) for of, matrix in matrices.items()}
+    path.write_text(json.dumps({**content, "facts": facts}), "utf-8")
+
+
+def _write_causal(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Write a tiny checkpoint; its class, and ``model_type`` -> facts."""
-    model = build_type(name)
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder, save_original_format=True)
-    write_byte_tokenizer(folder)
+    model = build_type(name, multimodal=False)
+    _save(model, folder)
     facts = find_facts(model, load_file(folder / "model.safetensors"))
     own = str(model.config.model_type)
     return type(model).__name__, {name: facts} if own in CAUSAL_TYPES else {name: facts, own: facts}
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, save_original_format=True)
+    write_byte_tokenizer(folder)
+
+
+def _check_loaded(folder: Path, kind: str) -> None:
+    """See that what is measured is what transformers computes, on text."""
+    ids = torch.arange(32)[None] + 65
+    with torch.inference_mode():
+        loaded = load_model(folder)(input_ids=ids).logits
+        own = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32)
+        logits = own(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(logits, loaded, rtol=0, atol=1e-4 * float(logits.abs().max())):
+        raise FlowError("the model that is loaded computes something else than its own class")
+
+
+def _write_multimodal(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The same of a class with towers; where a type has two classes, the facts are of both."""
+    model = build_type(name, multimodal=True)
+    _save(model, folder)
+    own = str(model.config.model_type)
+    facts = find_facts(model, load_file(folder / "model.safetensors"))
+    if own in CAUSAL_TYPES:
+        alone = build_type(own, multimodal=False)
+        if type(alone) is not type(model):
+            _save(alone, folder / "alone")
+            stored = load_file(folder / "alone" / "model.safetensors")
+            shutil.rmtree(folder / "alone")
+            facts = join_facts(find_facts(alone, stored), facts)
+    return type(model).__name__, {own: facts}
 
 
 def _write_facts(facts: Mapping[str, Any]) -> None:
@@ -121,14 +207,15 @@ def _write_facts(facts: Mapping[str, Any]) -> None:
     (FACTS / f"transformers-{version}.json").write_text(text, "utf-8")
 
 
-def _run(name: str, kind: str, work: Path) -> Outcome:
-    folder, scratch = work / name, work / f"{name}.flow"
+def _run(folder: Path, kind: str, work: Path) -> Outcome:
+    scratch = folder.with_suffix(".flow")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     groups: tuple[str, ...] = ()
     problem = None
     try:
         groups = _kinds_of_groups(find_layers(open_checkpoint(str(folder))))
+        _check_loaded(folder, kind)
         run_flow(folder, scratch)
     except (FlowError, MofqError) as error:
         problem = _shorten(str(error), work)
@@ -150,32 +237,47 @@ def _shorten(message: str, work: Path) -> str:
     return re.split(r"(?<=[a-z')\]])\. (?=[A-Z`])", text)[0].rstrip(".")[:300]
 
 
-def _page(outcomes: Mapping[str, Outcome], not_built: Mapping[str, str]) -> Iterator[str]:
-    from mofq.model.layers import FUSION_RULES
-
-    served = {row["architecture"]: row["class"] for row in json.loads(JOINED.read_text())["rows"]}
-    passed = sum(outcome.problem is None for outcome in outcomes.values())
-    refused = len(outcomes) - passed
+def _page(causal: Matrix, multimodal: Matrix) -> Iterator[str]:
+    images = Matrix(
+        IMAGE_TYPES,
+        not_built={k: v for k, v in multimodal.not_built.items() if k in IMAGE_TYPES},
+        outcomes={k: v for k, v in multimodal.outcomes.items() if k in IMAGE_TYPES},
+    )
     yield _HEAD.format(
         version=transformers.__version__,
-        counts=(
-            f"{passed} of the {len(CAUSAL_TYPES)} types pass, {refused} are refused, and"
-            f" {len(not_built)} could not be built from a shrunken config."
-        ),
+        causal=_counts(causal),
+        images=_counts(images),
+        others=_counts(multimodal),
     )
+    yield "## Causal types"
+    yield ""
+    yield from _table(causal)
+    yield "## Types that read images, or sounds"
+    yield ""
+    yield from _table(multimodal)
+
+
+def _counts(matrix: Matrix) -> str:
+    passed = sum(outcome.problem is None for outcome in matrix.outcomes.values())
+    return (
+        f"{passed} of the {len(matrix.types)} types pass, {len(matrix.outcomes) - passed} are"
+        f" refused, and {len(matrix.not_built)} could not be built from a shrunken config"
+    )
+
+
+def _table(matrix: Matrix) -> Iterator[str]:
+    served = {row["architecture"]: row["class"] for row in json.loads(JOINED.read_text())["rows"]}
     yield "| `model_type` | fusion groups of its decoder layers | result | vLLM |"
     yield "| --- | --- | --- | --- |"
-    for name, one in sorted(outcomes.items()):
+    for name, one in sorted(matrix.outcomes.items()):
         shown = f"**`{name}`**" if name in FUSION_RULES else f"`{name}`"
         groups = " ".join(f"`{group}`" for group in one.groups)
         result = "passes" if one.problem is None else f"refused: {_cell(one.problem)}"
         yield f"| {shown} | {groups} | {result} | {served.get(one.kind, '')} |"
     yield ""
-    yield "## Not built"
+    yield "Not built from a shrunken config, with what this machine has installed:"
     yield ""
-    yield "From a shrunken config, with what this machine has installed:"
-    yield ""
-    for name, problem in sorted(not_built.items()):
+    for name, problem in sorted(matrix.not_built.items()):
         yield f"- `{name}`: {_cell(problem)[:160]}"
     yield ""
 

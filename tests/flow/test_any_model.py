@@ -1,4 +1,7 @@
-"""The whole flow on tiny models of types without rules: a few that change with the commit."""
+"""The whole flow on tiny models of types without rules: a few that change with the commit.
+
+Of multimodal types with the commit, too; all of them are run by ``scripts/make/families.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,39 @@ from pathlib import Path
 
 import pytest
 from families import long_but
-from tiny_types import CAUSAL_TYPES, write_type
+from tiny_types import CAUSAL_TYPES, IMAGE_TYPES, MULTIMODAL_TYPES, write_type
 from type_flow import run_flow
 
-from mofq.model.layers import FUSION_RULES
+from mofq.model.checkpoint.headers import open_checkpoint, open_stored
+from mofq.model.layers import FUSION_RULES, find_layers
 from mofq.model.layers.names_in_memory import known_types
+from mofq.model.layers.words import TOWERS
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")
 _ROW = re.compile(
-    r"^\| \**`(?P<name>[\w-]+)`\** \| [^|]* \| (?P<result>passes|refused: [^|]*) \|", re.MULTILINE
+    r"^\| \**`(?P<name>[\w.-]+)`\** \| [^|]* \| (?P<result>passes|refused: [^|]*) \|", re.MULTILINE
 )
-RESULTS = {row["name"]: row["result"] for row in _ROW.finditer(PAGE)}
+CAUSAL, _, MULTIMODAL = PAGE.partition("## Types that read images")
+RESULTS = {row["name"]: row["result"] for row in _ROW.finditer(CAUSAL)}
 PASSING = [
     name for name, result in RESULTS.items() if result == "passes" and name not in FUSION_RULES
 ]
+WITH_TOWERS = {row["name"]: row["result"] for row in _ROW.finditer(MULTIMODAL)}
+PASSING_WITH_TOWERS = [name for name, result in WITH_TOWERS.items() if result == "passes"]
 #: Of the fast tests.
 _SAMPLE = 2
+#: Of multimodal types, one of which is fast.
+_SAMPLE_WITH_TOWERS = 6
 
 
-def sample(names: list[str]) -> list[str]:
+def sample(names: list[str], count: int = _SAMPLE) -> list[str]:
     """A few names, others for every commit, and the same for all workers of a run."""
     git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
     ran = subprocess.run(git, capture_output=True, text=True, check=False)
     seed = ran.stdout.strip()  # nothing where there is no repository
     ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    return ordered[:_SAMPLE]
+    return ordered[:count]
 
 
 @pytest.mark.parametrize("name", long_but(PASSING, *sample(PASSING)))
@@ -44,9 +54,36 @@ def test_a_type_without_rules_goes_through_the_whole_flow(name: str, tmp_path: P
     assert run_flow(model, work) > 0
 
 
+_SOME = sample(PASSING_WITH_TOWERS, _SAMPLE_WITH_TOWERS)
+
+
+@pytest.mark.parametrize("name", long_but(_SOME, _SOME[0]))
+def test_a_multimodal_type_goes_through_the_whole_flow_on_text(name: str, tmp_path: Path) -> None:
+    model = write_type(name, tmp_path / name, multimodal=True)
+    (model / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    (model / "video_preprocessor_config.json").write_text("{}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (work := tmp_path / "work").mkdir()
+    assert run_flow(model, work) > 0
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (work / "exported" / file).read_bytes() == (model / file).read_bytes()
+    assert (work / "exported" / "chat_template.jinja").is_file()
+    checkpoint = open_checkpoint(str(model))
+    grouped = {layer.tensor for layer in find_layers(checkpoint).grouped_layers}
+    kept = open_stored(str(work / "exported")).tensors.keys()
+    assert {name for name in checkpoint.tensors if TOWERS.search(name)} <= kept - grouped
+
+
 def test_the_page_of_families_has_every_type_with_its_result() -> None:
-    not_built = re.findall(r"^- `([\w-]+)`: ", PAGE, re.MULTILINE)
-    assert sorted([*RESULTS, *not_built]) == sorted(CAUSAL_TYPES)
+    for page, results, types in (
+        (CAUSAL, RESULTS, CAUSAL_TYPES),
+        (MULTIMODAL, WITH_TOWERS, MULTIMODAL_TYPES),
+    ):
+        not_built = re.findall(r"^- `([\w.-]+)`: ", page, re.MULTILINE)
+        assert sorted([*results, *not_built]) == sorted(types)
+    images = [name for name in PASSING_WITH_TOWERS if name in IMAGE_TYPES]
+    assert len(images) >= 60
+    assert f"{len(images)} of the {len(IMAGE_TYPES)} types pass" in PAGE
     assert set(RESULTS) <= known_types().keys()
     assert len(PASSING) > 100
     assert f"{len(PASSING) + len(_ruled('passes'))} of the {len(CAUSAL_TYPES)} types pass" in PAGE

@@ -13,7 +13,7 @@ import torch
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
 from safetensors.torch import load_file
-from tiny_types import CAUSAL_TYPES, build_type
+from tiny_types import CAUSAL_TYPES, build_type, write_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from type_facts import find_facts
@@ -25,6 +25,7 @@ from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED, JOINED_IN
 from mofq.model.layers.names_in_memory import as_pattern, known_types
+from mofq.model.loading import load_model
 from mofq.model.notes import notes_on
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +78,21 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     },
     "granitemoe": {
         "layers.0.attn.qkv": [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v")],
-        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],  # experts: see below
+        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],
+        "layers.0.moe.experts": [
+            f"model.layers.0.block_sparse_moe.experts.{expert}.{word}_proj"
+            for expert in range(4)
+            for word in ("gate", "up", "down")
+        ],
+    },
+    "gpt_oss": {
+        "layers.0.attn.qkv": [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v")],
+        "layers.0.attn.o": ["model.layers.0.self_attn.o_proj"],
+        "layers.0.moe.experts": [  # gates and ups in turn: one matrix
+            f"model.layers.0.mlp.experts.{expert}.{word}_proj"
+            for expert in range(4)
+            for word in ("gate_up", "down")
+        ],
     },
     "lfm2_moe": {
         "layers.0.conv.in": ["model.layers.0.conv.in_proj"],
@@ -112,6 +127,8 @@ def test_what_is_inferred_of_a_family_with_rules_is_what_the_rules_say(
         assert one.loaded == find_loaded_weight(other, family), one.name
         fields = [field for field in one.__dataclass_fields__ if field != "loaded"]
         assert [getattr(one, f) for f in fields] == [getattr(other, f) for f in fields]
+    if family != "gpt2":  # whose attention is not called self_attn
+        assert inferred.caches == ruled.caches
     assert inferred.tied_lm_head == ruled.tied_lm_head
     assert inferred.other_bytes == ruled.other_bytes
 
@@ -143,6 +160,7 @@ def test_groups_of_a_type_without_rules_are_those_of_the_table(
 #: That cannot be built, or whose structure is refused; docs/reference/families.md says why.
 def _with_structure() -> Iterator[str]:
     page = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")
+    page = page.partition("## Types that read images")[0]
     row = r"^\| \**`([\w-]+)`\** \| ([^|]*) \| (?:passes|refused: )"
     for name, groups in re.findall(row, page, re.MULTILINE):
         if groups.strip():
@@ -217,17 +235,61 @@ def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: A
     assert "model.layers.0.mamba.conv1d" not in unquantized
 
 
-def test_experts_that_only_exist_fused_stay_as_they_are_and_are_listed_one_by_one(
-    tiny_type: Any,
+def test_experts_in_one_transposed_tensor_are_read_as_they_are_multiplied(tiny_type: Any) -> None:
+    folder, _ = tiny_type("llama4_text")
+    checkpoint = open_checkpoint(str(folder))
+    layers = {layer.name: layer for layer in find_layers(checkpoint).grouped_layers}
+    stored = load_file(folder / "model.safetensors")
+    place = "model.layers.0.feed_forward.experts"
+    gate_up_EIO, down_EIO = (stored[f"{place}.{half}_proj"] for half in ("gate_up", "down"))
+    for expert in range(4):
+        gate_IO, up_IO = gate_up_EIO[expert].chunk(2, dim=1)
+        for word, weight_IO in (("gate", gate_IO), ("up", up_IO), ("down", down_EIO[expert])):
+            layer = layers[f"{place}.{expert}.{word}_proj"]
+            read_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+            assert torch.equal(read_OI, weight_IO.T)
+            assert layer.loaded is not None
+            assert layer.loaded.transposed
+
+
+def test_a_checkpoint_with_towers_has_the_layers_of_the_language_model_alone(
+    tmp_path: Path,
 ) -> None:
-    folder, _ = tiny_type("granitemoe")
+    folder = write_type("qwen2_5_vl", tmp_path / "m")
+    checkpoint = open_checkpoint(str(folder))
+    layers = find_layers(checkpoint)
+    towers = [name for name in checkpoint.tensors if name.startswith("visual.")]
+    matrices = [name for name in towers if len(checkpoint.tensors[name].shape) > 1]
+    assert len(matrices) == 8
+    assert {layers.left_out[name] for name in matrices} == {
+        "of another tower, or of what predicts further tokens"
+    }
+    assert len(layers.groups) == 16
+    assert all(name.startswith("model.layers.") for name in _names(layers))
+
+
+def _names(layers: ModelLayers) -> list[str]:
+    return [layer.name for layer in layers.grouped_layers]
+
+
+@pytest.mark.parametrize("with_towers", [False, True])
+def test_of_a_type_with_two_classes_the_one_that_the_config_names_is_found_and_loaded(
+    with_towers: bool, tmp_path: Path
+) -> None:
+    folder = write_type("qwen3_5", tmp_path / "m", multimodal=with_towers)
     layers = find_layers(open_checkpoint(str(folder)))
-    place = "model.layers.0.block_sparse_moe"
-    names = {layer.name for layer in layers.unquantized}
-    words = [f"{place}.experts.{e}.{word}" for e in range(4) for word in ("w1", "w2", "w3")]
-    assert set(words) < names
-    assert "one tensor" in layers.left_out[f"{place}.input_linear.weight"]
-    assert "one tensor" in layers.left_out[f"{place}.output_linear.weight"]
+    model = load_model(folder)
+    parameters = dict(model.named_parameters())
+    for layer in layers.grouped_layers:
+        assert layer.loaded is not None
+        assert layer.loaded.name in parameters
+    assert ("model.visual" in dict(model.named_modules())) == with_towers
+
+
+def test_a_model_that_needs_images_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    folder = write_type("blip", tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"does not run a 'blip' on text alone.*pixel_values"):
+        find_layers(open_checkpoint(str(folder)))
 
 
 def test_a_type_that_transformers_did_not_have_is_inferred_from_names(
@@ -295,7 +357,7 @@ def test_tensors_of_another_type_than_the_config_says_are_refused(
 
 @pytest.mark.parametrize("path", sorted(ENGINES.glob("*.json")), ids=lambda path: path.stem)
 def test_what_an_engine_joins_in_a_type_that_is_known_is_joined(path: Path) -> None:
-    kinds = {one.kind for one in known_types().values()}
+    kinds = {known_types()[name].kind for name in CAUSAL_TYPES if name in known_types()}
     rows = json.loads(path.read_text("utf-8"))["rows"]
     rows = [row for row in rows if row["architecture"] in kinds]
     assert len(rows) > 70

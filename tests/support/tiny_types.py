@@ -1,4 +1,6 @@
-"""Tiny checkpoints of any causal type of the installed transformers, from a shrunken config.
+"""Tiny checkpoints of any causal or multimodal type of the installed transformers.
+
+From a shrunken config.
 
 They serve shapes, names and arithmetic only: nothing about quality is to be read from them.
 """
@@ -13,14 +15,27 @@ from typing import Any
 
 import torch
 from families import _move_constants, write_byte_tokenizer
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 #: Of every ``model_type`` that has a causal class.
 CAUSAL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-_MOST_PARAMETERS = 20_000_000
+#: Of every ``model_type`` that has a class that reads images and writes text.
+IMAGE_TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+#: These, and those with sounds alone.
+MULTIMODAL_TYPES = tuple(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+_MOST_PARAMETERS = 40_000_000
 #: Of the weights that transformers draws: else the logits hardly depend on them.
 _GAIN = 4
 
@@ -238,11 +253,62 @@ _OPTIONS: dict[str, Mapping[str, Any]] = {
 }
 
 
+#: Of images: how the halves of heads of 16 are shared among time, height and width.
+_SECTIONS = {"rope_parameters": {**_PROPORTIONS, "mrope_section": [2, 3, 3]}}
+#: The same of text configs, towers, and configs of both.
+_OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "cosmos3_edge_text": _SECTIONS,
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 32]},
+    "deepseek_ocr2_text": {
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
+    "emu3_vqgan": {"base_channels": 32},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {**_PROPORTIONS, "mrope_section": [3, 3, 2]},
+    },
+    "glm4v_text": _SECTIONS,
+    "glm46v_text": _SECTIONS,
+    "glm_ocr_text": _SECTIONS,
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            **_PROPORTIONS,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    "glm5_next_text": {**_LATENT, "index_topk": 32},
+    "hunyuan_vl_text": {
+        "rope_parameters": {**_PROPORTIONS, "alpha": 1.0, "mrope_section": [2, 2, 2, 2]},
+        "head_dim": 16,
+    },
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "inkling2_vision": {"text_hidden_size": 64},
+    "inkling_vision": {"text_hidden_size": 64},
+    "inkling_audio": {"text_hidden_size": 64},
+    "janus_vqgan": {"base_channels": 32},
+    "mistral4": _LATENT,
+    "mistral_large4_text": _LATENT,
+    "molmo2_adapter": {"vision_feature_layer": [0, -1], "text_hidden_size": 64},
+    "muse_spark_audio": {"patch_sizes": [2], "hidden_sizes": [32], "depths": [1]},
+    "paddleocr_vl_text": _SECTIONS,
+    "qwen2_5_omni_text": _SECTIONS,
+    "qwen2_5_vl_text": _SECTIONS,
+    "qwen2_vl_text": _SECTIONS,
+    "radio": {"video_temporal_patch_size": 2},
+    "step3p5": {"sliding_window": 16},
+}
+
+
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A config of a type with small sizes, in which every kind of decoder layer occurs.
 
     Args:
-        model_type: One of ``CAUSAL_TYPES``.
+        model_type: One of ``CAUSAL_TYPES`` or ``MULTIMODAL_TYPES``.
     """
     return _shrink(CONFIG_MAPPING[model_type], _SIZES)
 
@@ -273,7 +339,8 @@ def _shrink(kind: type[PretrainedConfig], sizes: Mapping[str, int]) -> Any:
         if isinstance(stated, dict) or name in known:
             is_text = any(word in name for word in ("text", "decoder", "llm", "language"))
             options[name] = _shrink(part, _SIZES if is_text else _TOWER).to_dict()
-    return kind(**{**options, **_OPTIONS.get(kind.model_type, {})})
+    own = {**_OPTIONS, **_OPTIONS_MULTIMODAL}.get(kind.model_type, {})
+    return kind(**{**options, **own})
 
 
 def _spread_kinds(
@@ -298,8 +365,15 @@ def _arguments(kind: type) -> set[str]:
     return names
 
 
-def build_type(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+def build_type(
+    model_type: str, *, multimodal: bool | None = None, seed: int = 0
+) -> PreTrainedModel:
     """A tiny model of a type with seeded random weights, biases and norms, in bf16.
+
+    Args:
+        model_type: One of ``CAUSAL_TYPES`` or ``MULTIMODAL_TYPES``.
+        multimodal: Of the class with towers, where a type has two; by default the causal one.
+        seed: Of the weights.
 
     Raises:
         Exception: transformers cannot build it from a shrunken config.
@@ -307,13 +381,15 @@ def build_type(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = tiny_config(model_type)
+    with_towers = model_type not in CAUSAL_TYPES if multimodal is None else multimodal
+    auto = AutoModelForMultimodalLM if with_towers else AutoModelForCausalLM
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(p.numel() for p in auto.from_config(config).parameters())
     if count > _MOST_PARAMETERS:
         raise ValueError(f"{count} parameters: a size that has another name")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto.from_config(config)
         _move_constants(model)
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and name.endswith(("weight", "_proj")):
@@ -321,15 +397,19 @@ def build_type(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     return model.to(torch.bfloat16).eval()
 
 
-def write_type(model_type: str, folder: Path, *, fused: bool = False) -> Path:
+def write_type(
+    model_type: str, folder: Path, *, fused: bool = False, multimodal: bool | None = None
+) -> Path:
     """Write a tiny checkpoint of a type, with a tokenizer, as the real transformers class does.
 
     Args:
-        model_type: One of ``CAUSAL_TYPES``.
+        model_type: As for `build_type`.
         folder: Is written anew.
+        multimodal: As for `build_type`.
         fused: As for `write_family`.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    build_type(model_type).save_pretrained(folder, save_original_format=not fused)
+    model = build_type(model_type, multimodal=multimodal)
+    model.save_pretrained(folder, save_original_format=not fused)
     write_byte_tokenizer(folder)
     return folder

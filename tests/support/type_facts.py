@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from mofq.model.attention import pass_cache
 from mofq.model.layers.names_in_memory import as_pattern
-from mofq.model.modules import experts_problem, is_plain_linear
+from mofq.model.layers.words import TOWERS
+from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
+_LISTS = {"odd", "caches", "reused", "uncalled", "partly"}
 
 
 def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -31,13 +35,103 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
         JSON of `KnownType`.
     """
     text = model.config.get_text_config()
-    tied = getattr(text, "tie_word_embeddings", getattr(model.config, "tie_word_embeddings", False))
+    tied = getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
     facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
     if problem := _experts(model):
         facts["experts"] = problem[0]
     facts["names"] = _names(model, stored)
-    facts |= _calls(model)
-    return facts
+    facts |= _fused_experts(model, facts["names"], stored)
+    if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
+        facts["text"] = key
+    try:
+        facts |= _calls(model)
+        if caches := _caches(model):
+            facts["caches"] = caches
+    except (TypeError, ValueError) as error:  # what it needs besides
+        return {**facts, "names": {}, "needs": " ".join(str(error).split()).rstrip(".")}
+    return of_text(facts)
+
+
+def of_text(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts without what they say of towers: nothing of these is decided."""
+    stacks = tuple(f"{stack}." for stack in facts.get("stacks", ()))
+    names = {key: one for key, one in facts["names"].items() if not TOWERS.search(key)}
+    odd = {key: kind for key, kind in facts.get("odd", {}).items() if key.startswith(stacks)}
+    kept = {**facts, "names": names, "odd": odd}
+    for key in ("caches", "reused", "uncalled", "partly"):
+        kept[key] = [pattern for pattern in facts.get(key, ()) if pattern.startswith(stacks)]
+    return {key: one for key, one in kept.items() if one or key in facts.keys() - _LISTS}
+
+
+def _caches(model: PreTrainedModel) -> list[str]:
+    """Attention modules that cache keys and values of heads as the config counts them.
+
+    The last module on the way down that is given a cache must update it once, with keys and
+    values of one shape.
+    """
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    size = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    takes = {
+        path: module
+        for path, module in model.named_modules()
+        if "past_key_values" in signature(type(module).forward).parameters
+    }
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    handles = []
+    for path, module in takes.items():
+        if not path.endswith(".self_attn") or any(n.startswith(f"{path}.") for n in takes):
+            continue
+        shapes = seen.setdefault(path, [])
+
+        def see(keys: Tensor, values: Tensor, shapes: Any = shapes) -> tuple[Tensor, Tensor]:
+            shapes += [tuple(keys.shape), tuple(values.shape)]
+            return keys, values
+
+        handles.append(pass_cache(module, see))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.arange(_TOKENS)[None] + 65, use_cache=False)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        seen.clear()  # it asks more of a cache
+    for handle in handles:
+        handle.remove()
+    found: dict[str, bool] = {}
+    for path, shapes in seen.items():
+        is_plain = len(shapes) == 2 and shapes[0] == shapes[1]
+        is_plain = is_plain and shapes[0][2:] == (_TOKENS, size)
+        pattern = as_pattern(path)
+        found[pattern] = found.get(pattern, True) and (is_plain or not shapes)
+    return sorted(pattern for pattern, is_plain in found.items() if is_plain)
+
+
+def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, Any]:
+    """Of a type with two classes, whose tensors have different names.
+
+    Args:
+        alone: Of the language model alone.
+        with_towers: Of the class that takes images too.
+    """
+    joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
+    for key in ("names", "odd"):
+        joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
+    for key in ("caches", "fused", "reused", "uncalled", "partly"):
+        joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
+    return {
+        key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")
+    }
+
+
+def _key_of(text: PretrainedConfig, config: PretrainedConfig) -> str | None:
+    """Where in a config another one is: "thinker_config.text_config"; "" for itself."""
+    if text is config:
+        return ""
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        inner = None if part is None else _key_of(text, part)
+        if inner is not None:
+            return f"{key}.{inner}".rstrip(".")
+    return None
 
 
 def _experts(model: nn.Module) -> list[str]:
@@ -48,6 +142,43 @@ def _experts(model: nn.Module) -> list[str]:
         if "down_proj" in names:
             found.append(experts_problem(module) or "")
     return sorted(set(found), reverse=True)
+
+
+def _fused_experts(
+    model: nn.Module, names: dict[str, list[Any]], stored: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Where experts are one tensor on disk too; adds to ``names`` how engines call each of them.
+
+    Source: vLLM 0.33.0 ``fused_moe/layer.py:125`` (``ckpt_names``) and ``routed_experts.py:1004``;
+    ``models/gpt_oss.py:73``, which reads gates and ups as they are interleaved.
+    """
+    on_disk = {names.get(as_pattern(key), [as_pattern(key)])[0]: key for key in stored}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if "down_proj" not in own or own["down_proj"].ndim != 3 or experts_problem(module):
+            continue
+        kind, at = find_kind(module), as_pattern(path)
+        key = on_disk.get(f"{at}.down_proj")
+        if key is None or own["down_proj"].shape != stored[key].shape:
+            continue  # one by one
+        found["fused"] = sorted({*found.get("fused", ()), at})
+        found["transposed"] = kind.transposed
+        before, has_experts, _ = key.rpartition(".experts.")
+        before = before if has_experts else key.removesuffix(".weight").rpartition(".")[0]
+        words: dict[str, list[str]] = {
+            kind.first: ["gate_proj", "up_proj"],
+            "down_proj": ["down_proj"],
+        }
+        if kind.first == "up_proj":
+            words[kind.first] = ["up_proj"]
+        if not getattr(module, "is_concatenated", True):
+            words[kind.first] = [kind.first]
+        for parameter, parts in words.items():
+            for part, word in enumerate(parts):
+                name = f"{as_pattern(before)}.experts.#.{word}.weight"
+                names[name] = [f"{at}.{parameter}", part, len(parts)]
+    return found
 
 
 def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -69,6 +200,9 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, li
             continue
         whole = loaded[target]
         index = _expert_of(key, as_pattern(target), name)
+        if index is not None and index >= len(whole):
+            names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            continue
         inside = whole if index is None else whole[index]
         found = _find_part(value, inside)
         entry = ["", 0, 1] if found is None else [as_pattern(target), *found]
@@ -87,7 +221,11 @@ def _find_part(value: Tensor, inside: Tensor) -> tuple[int, int] | None:
     """Which of how many equal shares of the rows of ``inside`` a stored tensor is."""
     if value.shape == inside.shape:
         return (0, 1) if torch.equal(value, inside) else None
-    if value.shape[1:] != inside.shape[1:] or inside.shape[0] % value.shape[0]:
+    if (
+        not (value.ndim and inside.ndim)
+        or value.shape[1:] != inside.shape[1:]
+        or inside.shape[0] % len(value)
+    ):
         return None
     parts = inside.shape[0] // value.shape[0]
     for part, share in enumerate(inside.chunk(parts)):

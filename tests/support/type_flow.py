@@ -12,6 +12,7 @@ description: for the tests
 schemes: [int4.g32, int8.channel, fp8_e4m3.channel+fp8_e4m3.token]
 base: [int4.g32]
 """
+_CACHES = "kv_cache: ['kv:fp8_e4m3.tensor']\n"
 _SHORT = ("--corpus", "a=demo-en-calibration", "--sequences", "4", "--sequence-length", "32")
 _TEXT = ("--text", "demo-en", "--tokens", "96", "--sequence-length", "32")
 
@@ -20,12 +21,16 @@ class FlowError(Exception):
     """A command of the flow was refused; the message has the command and its own message."""
 
 
-def run_flow(model: Path, work: Path) -> float:
+def run_flow(
+    model: Path, work: Path, *, layers: Path | None = None, kv_cache: bool = False
+) -> float:
     """Inspect, measure with and without statistics, search, emulate, export and reload.
 
     Args:
         model: A tiny checkpoint.
         work: An empty folder.
+        layers: A file for ``--layers``.
+        kv_cache: Decide the format of the KV cache too, which is rounded from then on.
 
     Returns:
         The measured KL of the recipe, the same in memory and of the exported folder.
@@ -37,11 +42,15 @@ def run_flow(model: Path, work: Path) -> float:
         work / name for name in ("space.yaml", "stats", "table.jsonl", "recipe.yaml", "exported")
     )
     space.write_text(SPACE)
-    _run("inspect", model)
-    _run("measure", model, "--space", space, "-o", work / "plain.jsonl")
-    _run("calibrate", model, *_SHORT, "-o", stats)
-    _run("measure", model, "--space", space, "--stats", stats, "-o", table)
-    _run("search", table, "--max-bits", "7", "-o", recipe)
+    said = () if layers is None else ("--layers", layers)
+    _run("inspect", model, *said)
+    _run("measure", model, "--space", space, *said, "-o", work / "plain.jsonl")
+    watch = ("--kv-cache",) if kv_cache else ()
+    _run("calibrate", model, *_SHORT, *said, *watch, "-o", stats)
+    space.write_text(SPACE + _CACHES if kv_cache else SPACE)
+    _run("measure", model, "--space", space, "--stats", stats, *said, "-o", table)
+    bits = ("--max-kv-bits", "8") if kv_cache else ()
+    _run("search", table, "--max-bits", "7", *bits, "-o", recipe)
     emulated = _run("validate", model, recipe, *_TEXT, "--json").json
     assert emulated["enforced"] is True
     assert emulated["kl_nats_per_token"] > 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mofq.exceptions import BackendError
-from mofq.model.modules import experts_problem, find_activation, first_parameter, run_experts
+from mofq.model.modules import experts_problem, find_bias, find_kind, multiply, run_experts
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import Scheme
 
@@ -16,10 +15,8 @@ from mofq.numbers.schemes import Scheme
 class FakeQuantExperts(nn.Module):
     """All experts of one decoder layer; the inputs of each are fake-quantized on the fly.
 
-    It keeps the parameters of the module that it replaces, ``gate_up_proj``
-    [E, 2 * intermediate, hidden], gate first, or ``up_proj`` where there is no gate,
-    and ``down_proj`` [E, hidden, intermediate]; whoever applies a scheme rounds them
-    in place.
+    It keeps the parameters of the module that it replaces, as `ExpertsKind` describes them;
+    whoever applies a scheme rounds the weights in place.
     """
 
     def __init__(
@@ -33,7 +30,7 @@ class FakeQuantExperts(nn.Module):
         """Take the place of transformers' module.
 
         Args:
-            experts: With gates, without biases, not transposed.
+            experts: Of transformers.
             scheme: Of every expert.
             static_amax: Parameter (``down_proj``, the other) -> expert -> largest
                 magnitude of its input in calibration; for static activations.
@@ -50,35 +47,26 @@ class FakeQuantExperts(nn.Module):
         self.scheme = scheme
         self.layer_name = name
         self.static_amax = static_amax or {}
-        self.first = first_parameter(experts)
-        for parameter in (self.first, "down_proj"):
+        self.kind = find_kind(experts)
+        for parameter in (self.kind.first, "down_proj"):
             self.register_parameter(parameter, experts.get_parameter(parameter))
-        self.num_experts = self.get_parameter(self.first).shape[0]
-        self.activation = find_activation(experts)
+            if find_bias(experts, parameter, 0) is not None:
+                bias = f"{parameter}_bias"
+                self.register_parameter(bias, experts.get_parameter(bias))
+        self.num_experts = self.kind.count
 
-    def forward(self, hidden_TI: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Route each token through its experts, one expert after the other.
-
-        Args:
-            hidden_TI: Inputs, ``[T, hidden]``.
-            top_k_index: The experts of each token, ``[T, top_k]``, int64.
-            top_k_weights: What each of them counts, ``[T, top_k]``.
-
-        Returns:
-            ``[T, hidden]``.
-        """
-        return run_experts(
-            hidden_TI,
-            top_k_index,
-            top_k_weights,
-            first=self.first,
-            activation=self.activation,
-            linear=self._linear,
-        )
+    def forward(
+        self,
+        hidden_TI: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Route each token through its experts; arguments and result are those of `run_experts`."""
+        return run_experts(self.kind, hidden_TI, top_k_index, top_k_weights, linear=self._linear)
 
     def _linear(self, parameter: str, expert: int, x_TI: Tensor, _token_T: Tensor) -> Tensor:
         x_TI = self._quantize(x_TI, parameter, expert)
-        return functional.linear(x_TI, self.get_parameter(parameter)[expert])
+        return multiply(self, self.kind, parameter, expert, x_TI)
 
     def _quantize(self, x_TI: Tensor, parameter: str, expert: int) -> Tensor:
         if self.scheme.activation is None:

@@ -38,6 +38,8 @@ def group_problem(group: ServedGroup) -> str | None:
     name = group.layers[0].name
     # A table does not say it: there the names of GPT-2 do.
     is_transposed = getattr(group.layers[0], "transposed", None)
+    if getattr(group.layers[0], "expert", None) is not None:
+        return None  # experts in one tensor are written one by one, as they are multiplied
     if is_transposed is None:
         is_transposed = name.startswith(_TRANSPOSED) and name.rpartition(".")[2].startswith("c_")
     if is_transposed:

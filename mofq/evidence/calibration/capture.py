@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
@@ -26,11 +25,13 @@ from mofq.model.layers import (
     find_loaded_weight,
 )
 from mofq.model.modules import (
+    ExpertsKind,
     experts_problem,
-    find_activation,
-    first_parameter,
+    find_bias,
+    find_kind,
     is_conv1d,
     is_plain_linear,
+    multiply,
     run_experts,
 )
 
@@ -319,33 +320,26 @@ def _watch_experts(
         )
     module: Any = experts
     forward = vars(module).get("forward")
-    module.forward = partial(_run_experts, module, layers, captured)
+    module.forward = partial(_run_experts, module, find_kind(module), layers, captured)
     return partial(_put_forward_back, module, forward)
 
 
 def _run_experts(
     module: Any,
+    kind: ExpertsKind,
     layers: ExpertLayers,
     captured: Captured,
-    hidden_TI: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    *given: Tensor,
 ) -> Tensor:
     """The forward of transformers' experts, which shows the layers of each."""
 
     def linear(parameter: str, expert: int, x_TI: Tensor, token_T: Tensor) -> Tensor:
-        y_TO = functional.linear(x_TI, getattr(module, parameter)[expert])
-        _see(captured, layers[expert, parameter], x_TI, y_TO, token_T)
+        y_TO = multiply(module, kind, parameter, expert, x_TI)
+        bias_O = find_bias(module, parameter, expert)
+        _see(captured, layers[expert, parameter], x_TI, y_TO, token_T, bias_O)
         return y_TO
 
-    return run_experts(
-        hidden_TI,
-        top_k_index,
-        top_k_weights,
-        first=first_parameter(module),
-        activation=find_activation(module),
-        linear=linear,
-    )
+    return run_experts(kind, *given, linear=linear)
 
 
 def _see(
@@ -354,6 +348,7 @@ def _see(
     x: Tensor,
     y: Tensor,
     token: Tensor,
+    bias_O: Tensor | None,
 ) -> None:
     """Note one expert; its tokens come by rank and are kept in their order in the text."""
     source = layers[0][0].name
@@ -366,7 +361,8 @@ def _see(
         captured.tokens[layer.name] = token[order].to("cpu")
         captured.source[layer.name] = source
         rows = slice(start, start + layer.out_features)
-        captured.keep_output(layer.name, y.detach()[order, rows], None)
+        bias = None if bias_O is None else bias_O[rows]
+        captured.keep_output(layer.name, y.detach()[order, rows], bias)
         y.register_hook(partial(_keep, captured, layer.name, rows, order))
 
 

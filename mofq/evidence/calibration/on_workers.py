@@ -18,7 +18,7 @@ from mofq.evidence.cluster import run_units
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import open_shared
-from mofq.model.layers import ModelLayers, find_layers
+from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
 
 
@@ -94,9 +94,10 @@ def run_unit(unit: SequenceUnit) -> int:
     """Run one sequence on a worker, and write it where the stats go."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     plan = unit.plan
-    model, layers = _open_model(
+    model, checkpoint = _open_model(
         unit.model, plan.index_sha256, plan.weights_sha256, plan.dtype, unit.device
     )
+    layers = find_layers(checkpoint, stated=plan.layers)
     check_model(model, plan)
     token_NT = torch.tensor(unit.tokens, dtype=torch.int64)[None]
     check_windows(model, token_NT, replace(unit.corpus, sequences=1, kept=None), plan)
@@ -114,7 +115,6 @@ def run_unit(unit: SequenceUnit) -> int:
 @lru_cache(maxsize=1)
 def _open_model(
     folder: str, index_sha256: str, weights_sha256: str | None, dtype: str, device: str
-) -> tuple[PreTrainedModel, ModelLayers]:
+) -> tuple[PreTrainedModel, Checkpoint]:
     checkpoint = open_shared(folder, index_sha256=index_sha256, weights_sha256=weights_sha256)
-    model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    return model, find_layers(checkpoint)
+    return load_model(checkpoint.folder, dtype=dtype, device=device), checkpoint

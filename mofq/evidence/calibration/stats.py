@@ -42,6 +42,7 @@ from mofq.files.documents import parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import holder, try_lock
 from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
 from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers import StatedLayers
 
 VERSION = 1
 
@@ -98,6 +99,7 @@ class Plan:
     #: True: gains of every sequence, also where all are kept, with what a change of size does;
     #: None in plans of before.
     scaling: Literal[True] | None = True
+    layers: StatedLayers | None = None  #: what the user said of the model's layers
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""

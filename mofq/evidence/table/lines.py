@@ -40,7 +40,7 @@ from mofq.files.validated import (
     only_these_keys,
     validate,
 )
-from mofq.model.layers import CacheLayer, ModelLayers
+from mofq.model.layers import CacheLayer, ModelLayers, StatedLayers
 from mofq.model.sizes import source_bytes
 from mofq.numbers.numerics import NUMERICS
 
@@ -161,6 +161,7 @@ class TableModel:
     #: Of samples of the weights; None in tables of before 0.2.
     weights_sha256: Sha256 | None = None
     model_type: Name | None = None  #: of config.json; None in tables of before it was noted
+    layers: StatedLayers | None = None  #: what the user said of them
 
 
 @only_these_keys
@@ -521,7 +522,13 @@ def header_of(
     return TableHeader(
         mofq=__version__,
         numerics=NUMERICS,
-        model=TableModel(model_name, index_sha256, weights_sha256, model_layers.architecture),
+        model=TableModel(
+            model_name,
+            index_sha256,
+            weights_sha256,
+            model_layers.architecture,
+            model_layers.stated,
+        ),
         stats=stats,
         groups=groups,
         unquantized=tuple(layer.name for layer in model_layers.unquantized),

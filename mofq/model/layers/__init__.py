@@ -16,8 +16,10 @@ from mofq.model.layers.linear import (
     layers_of,
     share_amax,
 )
+from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
 
 __all__ = [
+    "CONFIG_KEY",
     "FUSION_RULES",
     "PARTS",
     "CacheLayer",
@@ -25,6 +27,7 @@ __all__ = [
     "LinearLayer",
     "LoadedWeight",
     "ModelLayers",
+    "StatedLayers",
     "find_exported_name",
     "find_layers",
     "find_loaded_module",
@@ -32,5 +35,6 @@ __all__ = [
     "find_loaded_weight",
     "layers_of",
     "lm_heads_of",
+    "load_layers",
     "share_amax",
 ]

@@ -39,6 +39,7 @@ from mofq.model.layers.making import (
     text_config,
 )
 from mofq.model.layers.model_class import check_class, computes_hidden_states
+from mofq.model.layers.stated import StatedLayers, layers_of_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,16 @@ class _Declared:
     body: str  #: prefix on disk
 
 
-def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
+def find_layers(
+    checkpoint: Checkpoint, *, include_lm_head: bool = False, stated: StatedLayers | None = None
+) -> ModelLayers:
     """Find every linear layer of the language model in a checkpoint.
 
     Args:
         checkpoint: From ``open_checkpoint``.
         include_lm_head: Make the lm_head a fusion group, the last one.
+        stated: What the user says of the layers; what is inferred otherwise, and what rules say,
+            gives way to it. By default what an exported folder says of itself.
 
     Returns:
         Fusion groups in order of decoder layers, and what stays unquantized. The
@@ -71,8 +76,9 @@ def find_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mod
             is covered by no rule, the embedding is tied to an lm_head that is stored and differs,
             or the lm_head is asked for and there is none of its own.
     """
-    if read_architecture(checkpoint) not in FUSION_RULES:
-        return infer_layers(checkpoint, include_lm_head=include_lm_head)
+    stated = stated or layers_of_config(checkpoint.config, config_path(checkpoint))
+    if stated is not None or read_architecture(checkpoint) not in FUSION_RULES:
+        return infer_layers(checkpoint, include_lm_head=include_lm_head, stated=stated)
     model = _read_model(checkpoint)
     _check_decoder_layers(model)
     groups: list[FusionGroup] = []

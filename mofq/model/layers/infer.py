@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
@@ -24,12 +24,13 @@ from mofq.model.layers.names_in_memory import (
     find_in_memory,
     find_stored,
     find_stored_name,
+    is_fused,
     known_type,
 )
+from mofq.model.layers.stated import StatedLayers, path_of
 from mofq.model.layers.words import (
     EMBEDDINGS,
     EXPERT,
-    EXPERT_WORDS,
     FUSED,
     HIDDEN_SIZES,
     KEPT,
@@ -69,7 +70,10 @@ class Structure:
 
 
 def infer_structure(
-    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    architecture: str,
+    config: Mapping[str, Any],
+    stated: StatedLayers | None = None,
 ) -> Structure:
     """Find the decoder's matrices and what engines join of them.
 
@@ -77,20 +81,33 @@ def infer_structure(
         checkpoint: Of a type without rules.
         architecture: Its ``model_type``.
         config: Of the language model.
+        stated: What the user says of it.
 
     Raises:
         CheckpointError: Something is not certain; the message says what.
     """
+    stated = StatedLayers() if stated is None else stated
     if architecture in REFUSED:
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: {REFUSED[architecture]}."
         )
-    stack, indices = _find_stack(checkpoint, architecture, config)
+    known = known_type(architecture)
+    if known is not None and known.needs:
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers does not run a {architecture!r} on text alone, with"
+            f" which it would be measured: {known.needs}."
+        )
+    stack, indices = _find_stack(checkpoint, architecture, config, stated.stack)
     count = _stated(config, LAYER_COUNTS) or max(indices) + 1
     structure = Structure(stack, count, [[] for _ in range(count)])
-    inferrer = _Inferrer(checkpoint, architecture, config, structure)
+    inferrer = _Inferrer(checkpoint, architecture, config, structure, stated)
     for index in range(count):
         inferrer.infer_layer(index)
+    if unknown := set(stated.paths) - inferrer.settled:
+        raise CheckpointError(
+            f"{option('layers')}: no decoder layer of {checkpoint.folder} has {min(unknown)!r}."
+            " Paths are those of modules inside a decoder layer, with # for numbers."
+        )
     inferrer.explain_outside()
     if not any(structure.groups):
         raise CheckpointError(
@@ -101,7 +118,7 @@ def infer_structure(
 
 
 def _find_stack(
-    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any]
+    checkpoint: Checkpoint, architecture: str, config: Mapping[str, Any], wanted: str | None
 ) -> tuple[str, set[int]]:
     """The name of the list of decoder layers, and its indices."""
     stacks: dict[str, set[int]] = {}  # on disk
@@ -115,9 +132,15 @@ def _find_stack(
                 in_memory[stack] = own.partition(f".{index}.")[0]
             stacks.setdefault(stack, set()).add(int(index))
     count, known = _stated(config, LAYER_COUNTS), known_type(architecture)
-    if known is not None and known.stacks:
-        found: Mapping[str, set[int]] = {
-            name: at for name, at in stacks.items() if in_memory[name] in known.stacks
+    found: Mapping[str, set[int]]
+    if wanted is not None:
+        found = {name: at for name, at in stacks.items() if name == wanted}
+        needed = f"the list of decoder layers {wanted!r} of {option('layers')}"
+    elif known is not None and known.stacks:
+        found = {
+            name: at
+            for name, at in stacks.items()
+            if in_memory[name] in (*known.stacks, *known.with_towers)
         }
         named = " and ".join(map(repr, known.stacks))
         if len(known.stacks) > 1:
@@ -135,7 +158,8 @@ def _find_stack(
         )
         raise CheckpointError(
             f"{checkpoint.folder}: needed {needed}, found {stated or 'none'}. Config and weights"
-            " are of different models, or it is not certain which of them is the language model."
+            " are of different models, or it is not certain which of them is the language model:"
+            f" then a file for {option('layers')} says it, e.g. `stack: {min(stacks, default='')}`."
         )
     ((name, indices),) = found.items()
     ahead = _stated(config, LAYERS_AHEAD) or 0
@@ -173,21 +197,26 @@ class _Inferrer:
         architecture: str,
         config: Mapping[str, Any],
         structure: Structure,
+        stated: StatedLayers,
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.known: KnownType | None = known_type(architecture)
         self.hidden = _stated(config, HIDDEN_SIZES)
         self.structure = structure
+        self.stated = stated
+        self.settled: set[str] = set()  #: paths that were found
         self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
         prefix = f"{structure.stack}."
         for name, info in checkpoint.tensors.items():
             index, dot, path = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
                 self.tensors.setdefault(int(index), []).append((path, info))
-        before = (name.partition(".experts.") for name in checkpoint.tensors)
+        names = (find_in_memory(name, architecture).name for name in checkpoint.tensors)
+        before = (name.partition(".experts.") for name in names)
         self.mixtures = {place for place, has_experts, _ in before if has_experts}
         self.transposed = self._is_transposed()
+        self.swaps_experts = self.known is not None and self.known.transposed
 
     def infer_layer(self, index: int) -> None:
         """Divide the matrices of one decoder layer."""
@@ -207,25 +236,38 @@ class _Inferrer:
             if len(made) == 1 and _has_own_name(made[0]):
                 alike[key] = made[0]
         self.structure.groups[index] = [
-            (f"layers.{index}.{name}", members) for name, members in join(found)
+            (f"layers.{index}.{name}", members) for name, members in join(found, self.stated.joined)
         ]
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
         """The linear layers in a tensor; others are noted with their reason."""
-        stored = find_stored(info.name, self.architecture)
+        key = path_of(info.name, index)
+        self.settled.add(key)
+        if key in self.stated.left:
+            self.structure.reasons[info.name] = self.stated.left[key]
+            return
         own = find_in_memory(info.name, self.architecture)
-        is_merged = len(stored) > 1 or any(EXPERT.fullmatch(one.name) for one in stored)
-        if is_merged and not self._is_stored_name(info.name):
-            yield from self._read_in_memory(index, info, [one.name for one in stored])
+        inside = own.name.partition(f".{index}.")[2]
+        fused = len(info.shape) == 3 and own.expert is None and FUSED.fullmatch(inside)
+        if fused and (self.known is None or self.known.experts is None):
+            raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
+        if fused and self.known is not None and self.known.experts:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
+                " no stage reads their layout yet."
+            )
+        whole = own.name if is_fused(own.name, self.known) else info.name
+        stored = find_stored(whole, self.architecture)
+        one_by_one = [one for one in stored if one.expert is not None or not fused]
+        is_merged = len(one_by_one) > 1 or any(EXPERT.fullmatch(one.name) for one in one_by_one)
+        is_part = own.expert is not None or (not fused and self._is_stored_name(info.name))
+        if is_merged and not is_part:
+            yield from self._read_in_memory(index, info, own.name, [one.name for one in one_by_one])
             return
         name = find_stored_name(info.name, self.architecture)
-        inside = own.name.partition(f".{index}.")[2]
-        if len(info.shape) == 3 and FUSED.fullmatch(inside):
-            before = name.partition(f".{index}.")[0]
-            self._leave_fused(index, f"{before}.{index}.{inside}", info)
-            return
         path = name.partition(f".{index}.")[2]
-        reason = self._reason(path, info)
+        is_stated = key in (*self.stated.linear, *self.stated.transposed)
+        reason = None if is_stated else self._reason(path, info)
         if reason is not None:
             self.structure.reasons[info.name] = reason
             if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
@@ -247,9 +289,11 @@ class _Inferrer:
             raise self._uncertain(info, "where the loaded model has it")
         at = EXPERT.fullmatch(f"{name}.weight")
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
+        transposed |= path_of(info.name, index) in self.stated.transposed
         shape = info.shape[::-1] if transposed else info.shape
         out, wide = shape
-        loaded = LoadedWeight(own.name, own.expert, own.part * out, transposed)
+        swapped = transposed or (self.swaps_experts and is_fused(own.name, self.known))
+        loaded = LoadedWeight(own.name, own.expert, own.part * out, swapped)
         place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
         return Matrix(
             name,
@@ -262,11 +306,16 @@ class _Inferrer:
             of_expert=place and (place[0].rstrip("."), place[1]),
         )
 
-    def _read_in_memory(self, index: int, info: TensorInfo, names: list[str]) -> Iterator[Matrix]:
-        """The layers in a parameter that was stored as the loaded model has it."""
+    def _read_in_memory(
+        self, index: int, info: TensorInfo, parameter: str, names: list[str]
+    ) -> Iterator[Matrix]:
+        """The layers in a parameter that is stored as the loaded model has it."""
         paths = [name.partition(f".{index}.")[2] for name in names]
         experts = info.shape[0] if len(info.shape) == 3 else None
         *_, rows, columns = info.shape
+        transposed = self.swaps_experts and is_fused(parameter, self.known)
+        if transposed:
+            rows, columns = columns, rows
         out = rows // len(paths)
         if (reason := self._reason(paths[0], info)) is not None:
             self.structure.reasons[info.name] = reason
@@ -279,7 +328,7 @@ class _Inferrer:
                 if at is not None and experts is not None:
                     name = f"{at['at']}experts.{expert}.{at['word']}"
                 number = None if experts is None else expert
-                loaded = LoadedWeight(info.name, number, part * out, transposed=False)
+                loaded = LoadedWeight(parameter, number, part * out, transposed)
                 place = None if at is None else at["at"].partition(f".{index}.")[2].rstrip(".")
                 matrix = Matrix(
                     name,
@@ -290,6 +339,7 @@ class _Inferrer:
                     loaded,
                     expert=number,
                     row_start=part * out,
+                    transposed=transposed,
                     of_expert=None if place is None else (place, expert),
                 )
                 if reason is None:
@@ -297,45 +347,12 @@ class _Inferrer:
                 else:
                     self.structure.unquantized.append(matrix)
 
-    def _leave_fused(self, index: int, name: str, info: TensorInfo) -> None:
-        """Note experts that even the hub's checkpoints store as one tensor."""
-        if self.known is None or self.known.experts is None:
-            raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
-        if self.known.experts:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {info.name!r}: {self.known.experts}, are not supported:"
-                " no stage reads their layout yet."
-            )
-        match = FUSED.fullmatch(name)
-        assert match is not None
-        own = find_in_memory(info.name, self.architecture)
-        words = EXPERT_WORDS[1] if "block_sparse_moe" in name else EXPERT_WORDS[0]
-        halves = words[:2] if match["half"] == "gate_up" else words[2:]
-        place = match["at"].partition(f".{index}.")[2].rstrip(".")
-        count, rows, columns = info.shape
-        out = rows // len(halves)
-        for expert in range(count):
-            for part, word in enumerate(halves):
-                matrix = Matrix(
-                    f"{match['at']}experts.{expert}.{word}",
-                    index,
-                    info,
-                    out,
-                    columns,
-                    LoadedWeight(own.name, expert, part * out, transposed=False),
-                    expert=expert,
-                    row_start=part * out,
-                    of_expert=(place, expert),
-                )
-                self.structure.unquantized.append(matrix)
-        self.structure.reasons[info.name] = (
-            "experts that checkpoints store in one tensor: under which names engines would read"
-            " them one by one is not known"
-        )
-
     def _reason(self, path: str, info: TensorInfo) -> str | None:
         """Why a tensor of two or more dimensions is in no fusion group."""
-        loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
+        own = find_in_memory(info.name, self.architecture)
+        loaded = own.name.removesuffix(".weight")
+        if own.parts > 1 and own.expert is None and path.endswith("_proj.weight"):
+            return "transformers holds it and others in one matrix, of which no part is quantized"
         if self.known is not None:
             pattern = as_pattern(loaded)
             if pattern in self.known.partly:
@@ -354,7 +371,7 @@ class _Inferrer:
                 return "transformers does not run it on text"
         if (reason := _kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
-            place, _, rest = info.name.rpartition(".gate.")
+            place, _, rest = f"{loaded}.weight".rpartition(".gate.")
             if rest == "weight" and place not in self.mixtures and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
@@ -404,10 +421,13 @@ class _Inferrer:
                 self.structure.reasons[name] = "outside of the decoder layers"
 
     def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
+        path = as_pattern(info.name.removeprefix(f"{self.structure.stack}."))
+        path = path.removeprefix("#.").removesuffix(".weight")
+        linear = f"`linear: [{path}]` or " if len(info.shape) == 2 else ""
         return CheckpointError(
             f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: {what} is not"
-            f" certain for model_type {self.architecture!r}. Report the type: nothing that may be"
-            " no linear layer is quantized."
+            f" certain for model_type {self.architecture!r}. Say it in a file for"
+            f" {option('layers')}: {linear}`left: {{{path}: why it stays as it is}}`."
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.infer import Structure, infer_structure
 from mofq.model.layers.joining import Matrix
+from mofq.model.layers.kv_cache import CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
     FusionGroup,
     LinearLayer,
@@ -29,18 +30,28 @@ from mofq.model.layers.making import (
     text_config,
 )
 from mofq.model.layers.model_class import check_class
-from mofq.model.layers.names_in_memory import find_in_memory, find_stored_name, known_type
+from mofq.model.layers.names_in_memory import (
+    as_pattern,
+    find_in_memory,
+    find_stored,
+    find_stored_name,
+    known_type,
+)
+from mofq.model.layers.stated import StatedLayers
 
 
-def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> ModelLayers:
+def infer_layers(
+    checkpoint: Checkpoint, *, include_lm_head: bool = False, stated: StatedLayers | None = None
+) -> ModelLayers:
     """As `find_layers`, whether or not the type has a row in ``FUSION_RULES``.
 
     Args:
         checkpoint: From ``open_checkpoint``.
         include_lm_head: Make the lm_head a fusion group, the last one.
+        stated: What the user says of it.
 
     Returns:
-        As `find_layers`; no KV caches, which are not inferred.
+        As `find_layers`; KV caches of plain attention alone.
 
     Raises:
         CheckpointError: As `find_layers`, or something is not certain.
@@ -48,7 +59,7 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
     architecture, config = read_architecture(checkpoint), text_config(checkpoint)
     check_class(checkpoint.config, where=config_path(checkpoint))
     refuse_quantized(checkpoint)
-    structure = infer_structure(checkpoint, architecture, config)
+    structure = infer_structure(checkpoint, architecture, config, stated)
     short = short_names(m.path for m in structure.matrices if m.of_expert is None)
     groups = [
         FusionGroup(name, tuple(_inferred_layer(m, short, name) for m in members))
@@ -76,9 +87,42 @@ def infer_layers(checkpoint: Checkpoint, *, include_lm_head: bool = False) -> Mo
         other_bytes=sum(
             info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
+        caches=tuple(_find_caches(groups, config, architecture)),
         body=structure.body,
         left_out=structure.reasons,
+        stated=stated,
     )
+
+
+def _find_caches(
+    groups: Iterable[FusionGroup], config: Mapping[str, Any], architecture: str
+) -> Iterator[CacheLayer]:
+    """What attention of the plain kind caches, by the sizes that the config states."""
+    known = known_type(architecture)
+    heads, hidden = (config.get(key) for key in ("num_attention_heads", "hidden_size"))
+    size = config.get("head_dim")
+    if size is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        size = hidden // heads
+    if known is None or not isinstance(size, int) or not isinstance(heads, int) or size < 1:
+        return
+    for group in groups:
+        first, *others = group.layers
+        place, is_attention, rest = group.name.partition(".attn.qkv")
+        if not is_attention or rest:
+            continue
+        rows = others[0].out_features if len(others) == 2 else first.out_features - heads * size
+        kv_heads, left = divmod(rows, size if others else 2 * size)
+        if len(others) in (0, 2) and kv_heads > 0 and not left:
+            assert first.decoder_layer is not None
+            cache = CacheLayer(
+                name=f"{place}.attn.kv_cache",
+                module=first.name.rpartition(".")[0],
+                kv_heads=kv_heads,
+                head_size=size,
+                decoder_layer=first.decoder_layer,
+            )
+            if as_pattern(find_loaded_module(cache, architecture)) in known.caches:
+                yield cache
 
 
 def _check_names(groups: Sequence[FusionGroup]) -> None:
@@ -88,19 +132,25 @@ def _check_names(groups: Sequence[FusionGroup]) -> None:
         if group.name in seen:
             names = ", ".join(la.name for one in (seen[group.name], group) for la in one.layers)
             raise CheckpointError(
-                f"{names}: names do not say which of them is {group.name}. Report the model type."
+                f"{names}: names do not say which of them is {group.name}. Say it in a file for"
+                f" {option('layers')}: `joined: {{{group.name.partition('.')[2].partition('.')[2]}:"
+                " [paths in a decoder layer]}`."
             )
         seen[group.name] = group
 
 
 #: Of an expert: what reads its input, and what makes its output.
-_HALVES = {"gate_up": ("gate_proj", "up_proj", "w1", "w3"), "down": ("down_proj", "w2")}
+_HALVES = {
+    "gate_up": ("gate_proj", "up_proj", "w1", "w3", "gate_up_proj"),
+    "down": ("down_proj", "w2"),
+}
 _IN_EXPERT = re.compile(r"\bexperts\.[0-9]+\.")
 
 
 def _uncertain(info: TensorInfo, question: str) -> CheckpointError:
     return CheckpointError(
-        f"{info.file}: {info.name!r}: names do not say {question}. Report the model type."
+        f"{info.file}: {info.name!r}: names do not say {question}. Leave it as it is, by"
+        f" `left:` in a file for {option('layers')}."
     )
 
 
@@ -140,7 +190,8 @@ def _find_head(
     """The lm_head of its own, or None; and whether it is tied to the embedding."""
     architecture = read_architecture(checkpoint)
     known = known_type(architecture)
-    names = (f"{name}.weight" for name in ANY_HEADS)
+    usual = [f"{name}.weight" for name in ANY_HEADS]
+    names = [*usual, *(one.name for name in usual for one in find_stored(name, architecture))]
     stored = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
     stated = [one.get("tie_word_embeddings") for one in (checkpoint.config, config)]
     default = known.tied if known is not None else not stored

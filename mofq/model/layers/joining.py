@@ -14,6 +14,7 @@ from typing import Any
 
 from mofq.model.checkpoint.headers import TensorInfo
 from mofq.model.layers.linear import LoadedWeight
+from mofq.model.layers.names_in_memory import as_pattern
 
 #: Layers beside each other that engines concatenate, and the name of the group; all must be there.
 JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -38,7 +39,8 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 #: The same where the module that they are in has a certain last word.
 JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg")
+    "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg"),
+    "attention": (("q_proj", "k_proj", "v_proj", "b_proj"), "qkvb"),
 }
 #: Last word of a path -> what the group of that layer alone is called.
 _ALONE = {
@@ -58,8 +60,12 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_at
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 #: In this order within a module; others stand between by name.
-_FIRST = ("qkvg", "qkv", "latent", "q", "kv")
-_EXPERT_ORDER = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_FIRST = ("qkvg", "qkvb", "qkv", "latent", "q", "kv")
+_EXPERT_ORDER = {
+    **dict.fromkeys(("gate_proj", "w1", "gate_up_proj"), 0),
+    **dict.fromkeys(("up_proj", "w3"), 1),
+    **dict.fromkeys(("down_proj", "w2"), 2),
+}
 _LAST = ("gate_up", "gate", "up", "o", "out", "down")
 
 
@@ -94,8 +100,21 @@ class Matrix:
         return self.path.rpartition(".")[2]
 
 
-def join(found: Sequence[Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
-    """The fusion groups of a decoder layer, in order."""
+def join(
+    found: Sequence[Matrix], stated: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[tuple[str, list[Matrix]]]:
+    """The fusion groups of a decoder layer, in order.
+
+    Args:
+        found: Its matrices.
+        stated: Name of a group -> paths of its matrices, of `StatedLayers`.
+    """
+    left = {as_pattern(matrix.path): matrix for matrix in found if matrix.of_expert is None}
+    for name, paths in (stated or {}).items():
+        members = [left[path] for path in paths if path in left]
+        if members:
+            yield name, members
+            found = [matrix for matrix in found if matrix not in members]
     experts: dict[str, list[Matrix]] = {}
     by_parent: dict[str, dict[str, Matrix]] = {}
     for matrix in found:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mofq.model.layers.families import FUSION_RULES
+from mofq.model.layers.names_in_memory import as_pattern, find_in_memory, known_type
 
+#: What attention's first layer may be called.
+_FIRST = ("q_proj", "qkv_proj", "query_key_value")
 #: The two tensors that a layer caches, in the order of schemes.
 PARTS = ("k", "v")
 
@@ -46,5 +49,10 @@ def find_loaded_module(cache: CacheLayer, architecture: str) -> str:
         cache: From ``find_layers``.
         architecture: ``ModelLayers.architecture``.
     """
-    family = FUSION_RULES[architecture]
+    family = FUSION_RULES.get(architecture)
+    if family is None:
+        known = known_type(architecture)
+        weights = [f"{cache.module}.{word}.weight" for word in _FIRST]
+        renamed = [one for one in weights if known and as_pattern(one) in known.names]
+        return find_in_memory((renamed or weights)[0], architecture).name.rsplit(".", 2)[0]
     return family.loaded_body + cache.module.removeprefix(family.body)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.names_in_memory import find_stored_name
+from mofq.model.layers.stated import StatedLayers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ class ModelLayers:
     body: str = ""  #: prefix of the language model's tensors on disk
     #: Tensor -> why it is in no fusion group, of every matrix of an inferred type.
     left_out: Mapping[str, str] = field(default_factory=dict)
+    stated: StatedLayers | None = None  #: what the user said of them
 
     @property
     def grouped_layers(self) -> tuple[LinearLayer, ...]:

@@ -13,6 +13,7 @@ from mofq.model.checkpoint.fp8 import find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
 from mofq.model.checkpoint.packed import SUPPORTED as PACKED_KINDS
 from mofq.model.layers.linear import LinearLayer, LoadedWeight
+from mofq.model.layers.names_in_memory import known_type
 
 #: That weights are quantized from.
 SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -114,12 +115,16 @@ def read_architecture(checkpoint: Checkpoint) -> str:
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What the config says of the language model."""
-    config = checkpoint.config.get("text_config")
-    config = checkpoint.config if config is None else config
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{config_path(checkpoint)}: 'text_config' needs an object, found {config!r}."
-        )
+    known = known_type(read_architecture(checkpoint))
+    config: Mapping[str, Any] = checkpoint.config
+    for key in ("text_config" if known is None else known.text).split("."):
+        part = config.get(key)
+        part = config if part is None else part
+        if not isinstance(part, dict):
+            raise CheckpointError(
+                f"{config_path(checkpoint)}: {key!r} needs an object, found {part!r}."
+            )
+        config = part
     return config
 
 

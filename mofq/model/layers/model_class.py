@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mofq.exceptions import CheckpointError, option
+from mofq.model.layers.names_in_memory import known_type
 
 #: Ends of the names of classes that predict next tokens.
 _CAUSAL = (
@@ -43,8 +44,10 @@ def check_class(config: Mapping[str, Any], *, where: str) -> None:
     Raises:
         CheckpointError: As said; the message names the class.
     """
-    name = _class_name(config)
+    name, known = _class_name(config), known_type(str(config.get("model_type")))
     if name is None or name.endswith(_CAUSAL) or computes_hidden_states(config):
+        return
+    if known is not None and name == known.kind:
         return
     raise CheckpointError(
         f"{where}: 'architectures' names {name!r}, which is no causal language model: engines serve"

@@ -45,12 +45,19 @@ class KnownType:
     kind: str  #: the class that it builds
     tied: bool  #: what it assumes where the config does not say
     stacks: tuple[str, ...]  #: the lists of layers that run on text: "model.layers"
-    experts: str | None  #: why its fused experts are not the plain kind; "" where they are
+    experts: str | None  #: why its fused experts cannot be run one by one; "" where they can
+    fused: tuple[str, ...]  #: modules of experts that even the hub stores as they are in memory
+    transposed: bool  #: these hold [E, in, out]
     names: Mapping[str, tuple[str, int, int]]  #: pattern on disk -> pattern in memory, part, parts
     reused: tuple[str, ...]  #: patterns of modules that run more than once for a token
     odd: Mapping[str, str]  #: pattern of a linear module with a forward of its own -> its class
     uncalled: tuple[str, ...]  #: of linear modules that do not run on text
     partly: tuple[str, ...]  #: of linear modules that run in some decoder layers only
+    #: Attention modules that cache keys and values of heads as the config counts them.
+    caches: tuple[str, ...]
+    with_towers: tuple[str, ...]  #: as ``stacks``, of a second class, which reads images too
+    text: str  #: the key of the config that describes the language model, if it is one of several
+    needs: str | None  #: why its class does not run on text alone
 
 
 @cache
@@ -63,11 +70,17 @@ def known_types() -> Mapping[str, KnownType]:
             tied=one["tied"],
             stacks=tuple(one.get("stacks", ())),
             experts=one.get("experts"),
+            fused=tuple(one.get("fused", ())),
+            transposed=one.get("transposed", False),
             names={key: (value[0], value[1], value[2]) for key, value in one["names"].items()},
             reused=tuple(one.get("reused", ())),
             odd=one.get("odd", {}),
             uncalled=tuple(one.get("uncalled", ())),
             partly=tuple(one.get("partly", ())),
+            caches=tuple(one.get("caches", ())),
+            with_towers=tuple(one.get("with_towers", ())),
+            text=one.get("text", "text_config"),
+            needs=one.get("needs"),
         )
         for name, one in content["types"].items()
     }
@@ -136,12 +149,18 @@ def find_stored_name(name: str, architecture: str) -> str:
     stored = find_stored(name, architecture)
     if known is None or as_pattern(name) in known.names or len(stored) != 1:
         return name
-    return stored[0].name
+    return name if stored[0].expert is not None else stored[0].name
+
+
+def is_fused(parameter: str, known: KnownType | None) -> bool:
+    """Whether all experts are in a parameter of the loaded model, and on disk too."""
+    module = as_pattern(parameter).rpartition(".")[0]
+    return known is not None and module in known.fused
 
 
 def _with_body(name: str, known: KnownType | None) -> str:
     """The name with what a class without a head, such as ``Qwen3Model``, leaves out."""
-    for stack in () if known is None else known.stacks:
+    for stack in () if known is None else (*known.stacks, *known.with_towers):
         body, _, rest = stack.partition(".")
         if rest and name.startswith(f"{rest}."):
             return f"{body}.{name}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-#: Experts as one tensor a matrix: gate, up, down; the first that occurs.
-EXPERT_WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 EXPERT = re.compile(r"(?P<at>.*)\bexperts\.(?P<expert>[0-9]{1,6})\.(?P<word>\w+)\.weight")
 FUSED = re.compile(r"(?P<at>.*)\bexperts\.(?P<half>gate_up|down)_proj")
 

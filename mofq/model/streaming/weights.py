@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -34,7 +34,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_rows, read_tensor
-from mofq.model.loading import Lazy, load_model, plain_config
+from mofq.model.loading import Lazy, auto_class, load_model, plain_config
 from mofq.numbers.quantize.tiles import row_blocks
 
 #: Of two tensors that may be copies, compared at once.
@@ -162,7 +162,8 @@ def open_unit_weights(
     assert tensors is not None
     shapes = _shapes(tensors)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(plain_config(folder), trust_remote_code=False)
+        config = plain_config(folder)
+        outline = auto_class(config).from_config(config, trust_remote_code=False)
     outline.tie_weights()
     units, head = find_units(outline)
     copies = _copies(outline, tensors)
@@ -179,7 +180,7 @@ def open_unit_weights(
     model = load_model(folder, dtype=dtype, device=device, lazy=kept)
     shadow = load_model(folder, dtype=dtype, device="meta", lazy=nothing)
     found, _ = find_units(model)
-    config = LoadStateDictConfig(
+    loading = LoadStateDictConfig(
         dtype=getattr(torch, dtype),
         dtype_plan=shadow._get_dtype_plan(getattr(torch, dtype)),
         weight_mapping=get_model_conversion_mapping(shadow),
@@ -209,7 +210,7 @@ def open_unit_weights(
         },
         _sources={**sources, "": left},
         _shadow=shadow,
-        _config=config,
+        _config=loading,
     )
     weights.keep_tied()
     return weights

@@ -107,7 +107,7 @@ def export_compressed_tensors(
     ):
         _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
-        config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
+        config = {**plan.checkpoint.config, "quantization_config": quantization_config(plan)}
         if config["quantization_config"] is None:
             del config["quantization_config"]
         _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

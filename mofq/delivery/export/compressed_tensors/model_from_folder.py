@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import FusionGroup
+from mofq.model.layers.names_in_memory import find_in_memory, is_fused, known_type
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
@@ -78,7 +80,38 @@ def stored_tensors(
     for name, info in stored.tensors.items():
         if name not in tensors and name.rpartition(".")[2] not in STORED_PARTS:
             tensors[name] = partial(read_tensor, info)
-    return tensors
+    return _fuse_experts(tensors, str(stored.config.get("model_type")))
+
+
+def _fuse_experts(
+    tensors: Mapping[str, Callable[[], Tensor]], architecture: str
+) -> dict[str, Callable[[], Tensor]]:
+    """The same with experts in one tensor, where transformers does not read them one by one."""
+    known = known_type(architecture)
+    fused: dict[str, dict[tuple[int, int], Callable[[], Tensor]]] = {}
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, read in tensors.items():
+        at = find_in_memory(name, architecture)
+        if at.expert is not None and is_fused(at.name, known):
+            fused.setdefault(at.name, {})[at.expert, at.part] = read
+        else:
+            found[name] = read
+    for name, parts in fused.items():
+        swaps = known is not None and known.transposed
+        found[name] = partial(
+            _stack, [parts[key] for key in sorted(parts)], list(parts), swaps=swaps
+        )
+    return found
+
+
+def _stack(
+    reads: Sequence[Callable[[], Tensor]], keys: Iterable[tuple[int, int]], *, swaps: bool
+) -> Tensor:
+    """[E, O, I] of all experts, [E, I, O] where ``swaps``, from their parts in order."""
+    experts = 1 + max(expert for expert, _ in keys)
+    weight_EOI = torch.cat([read() for read in reads]).unflatten(0, (experts, -1))
+    weight: Tensor = weight_EOI.transpose(1, 2).contiguous() if swaps else weight_EOI
+    return weight
 
 
 def _decode(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:

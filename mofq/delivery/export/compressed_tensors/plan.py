@@ -32,7 +32,13 @@ from mofq.model.checkpoint.tensors import (
     read_shared_amax,
 )
 from mofq.model.checkpoint.writer import PlannedTensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_exported_name
+from mofq.model.layers import (
+    CONFIG_KEY,
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    find_exported_name,
+)
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.quantize.weights import quantize_weight
 from mofq.numbers.schemes import Scheme
@@ -44,6 +50,11 @@ _MOST_THREADS = 16
 
 _Block = TypeVar("_Block")
 _Encoded = TypeVar("_Encoded")
+
+
+#: Types whose experts engines read in one tensor, where they are not quantized.
+#: Source: vLLM 0.33.0 ``models/gpt_oss.py:239``, which takes one expert's weight as [in, out].
+_FUSED_ALONE = frozenset({"gpt_oss"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,9 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
             lacks a static scale.
     """
     model_layers = checked_layers(checkpoint, recipe)
+    if recipe.layers is not None:
+        config = checkpoint.config | {CONFIG_KEY: recipe.layers.to_json()}
+        checkpoint = replace(checkpoint, config=config)
     check_scales(checkpoint)
     schemes = group_schemes(model_layers, recipe)
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
@@ -97,7 +111,8 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         scheme = schemes[group.name]
         if scheme.is_unquantized:
             ignored += [layer.name for layer in group.layers]
-            split += [layer for layer in group.layers if layer.expert is not None]
+            if model_layers.architecture not in _FUSED_ALONE:
+                split += [layer for layer in group.layers if layer.expert is not None]
         else:
             quantized.append(_plan_group(group, scheme, recipe))
     if model_layers.tied_lm_head:

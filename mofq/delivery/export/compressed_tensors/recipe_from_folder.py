@@ -106,6 +106,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         None,
         groups,
         tuple(layer.name for layer in layers.unquantized),
+        layers=layers.stated,
         kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
         made_by={"note": f"read from {stored.name}"},
         result=RecipeResult(
