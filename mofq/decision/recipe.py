@@ -110,6 +110,7 @@ class BudgetKeys:
     workload: Text | None = None
     kv_bits: NotNegative | None = None
     kv_tokens: Index | None = None  #: of context, counted into the size
+    active_bits: NotNegative | None = None  #: per weight that a token reads of a mixture
 
 
 @only_these_keys
@@ -134,6 +135,8 @@ class RecipeResult:
     seconds: NotNegative | None = None  #: predicted time on the budget's device
     kv_bits: NotNegative | None = None  #: per cached number, dynamic scales among them
     kv_bytes_per_token: NotNegative | None = None  #: of all layers
+    active_bits: NotNegative | None = None  #: per weight that a token reads of a mixture
+    active_bytes_per_token: NotNegative | None = None  #: of linear layers, on average
     uniform_scheme: Text | None = None  #: the best uniform scheme of at most these bits
     uniform_bits_per_weight: NotNegative | None = None
     uniform_kl_nats_per_token: NotNegative | None = None

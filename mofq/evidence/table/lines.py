@@ -342,6 +342,24 @@ class Profile:
         return (self.group, self.module)
 
 
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """How many of the kept tokens of a corpus came to each expert's layers of a fusion group."""
+
+    group: Name
+    corpus: Text
+    tokens: Count  #: of all kept sequences
+    layers: Annotated[
+        dict[Text, Bytes], Field(min_length=1, description="layer -> tokens that it saw")
+    ]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the visits."""
+        return (self.group, self.corpus)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table in memory. Lines keep the order of the file."""
@@ -353,6 +371,8 @@ class Table:
     sha256: str  #: of the complete lines of the file
     profiles: tuple[Profile, ...] = ()
     caches: tuple[CacheLayer, ...] = ()  #: whose formats were asked for
+    #: Of groups of experts; none in tables of before they were noted, and without statistics.
+    visits: tuple[Visits, ...] = ()
 
     @property
     def measures(self) -> tuple[tuple[Unit, str | None], ...]:
@@ -374,7 +394,7 @@ def bin_width(channels: int) -> int:
     return -(-channels // MOST_BINS)
 
 
-Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | TableCache | Row
+Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | Visits | TableCache | Row
 
 _KINDS: dict[str, type[Line]] = {
     "header": TableHeader,
@@ -382,6 +402,7 @@ _KINDS: dict[str, type[Line]] = {
     "space": TableSpace,
     "rejection": Rejection,
     "profile": Profile,
+    "visits": Visits,
     "cache": TableCache,
     "row": Row,
 }
@@ -418,6 +439,8 @@ def describe(line: Line) -> str:
             return f"row of {line.group} under {line.scheme} in {line.unit}"
         case Profile():
             return f"profile of {line.module} in {line.group}"
+        case Visits():
+            return f"visits to {line.group}"
         case Rejection():
             return f"rejection of {line.scheme} for {line.group}"
         case TableCache():

@@ -19,6 +19,7 @@ from mofq.evidence.table.lines import (
     TableHeader,
     TableSpace,
     TableStats,
+    Visits,
     decode_line,
     describe,
     encode_line,
@@ -98,6 +99,7 @@ class TableWriter:
         rejections: Iterable[Rejection] = (),
         *,
         profiles: Iterable[Profile] = (),
+        visits: Iterable[Visits] = (),
     ) -> None:
         """Append what is known of a fusion group, and wait until it is on the disk.
 
@@ -109,7 +111,7 @@ class TableWriter:
                 none is written. Or the disk is full; then earlier lines are kept.
         """
         fresh = [new for one in profiles if (new := self._fresh(one)) is not None]
-        self._append([*rejections, *fresh, *rows])
+        self._append([*rejections, *fresh, *visits, *rows])
 
     def _fresh(self, profile: Profile) -> Profile | None:
         """What a profile adds: itself, or the inputs of corpora that are not there yet."""
