@@ -143,7 +143,7 @@ def calibrate(
     check_folder(folder, folders=[model])
 
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
+    from mofq.model.layers import find_layers, is_expert
 
     checkpoint = open_checkpoint(str(model))
     layers = find_layers(checkpoint)  # refuses what it does not know
@@ -162,6 +162,8 @@ def calibrate(
     plan = _plan(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
+    if any(map(is_expert, layers.grouped_layers)) and not activation_checkpointing:
+        plan = _as_begun(replace(plan, routing=True), folder)
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -199,6 +201,14 @@ def calibrate(
                 )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
+
+
+def _as_begun(plan: Plan, folder: Path) -> Plan:
+    """A plan that goes on without what a folder of an earlier version did not keep."""
+    from mofq.evidence.calibration.stats import begun_plan
+
+    begun = begun_plan(folder)
+    return plan if begun is None or begun.routing else replace(plan, routing=None)
 
 
 def _texts(plan: Plan) -> list[CorpusPlan]:

@@ -103,9 +103,9 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
                 f"{option('experts', 'projection')}, which gives them one scheme."
             )
     text = [f"# {recipe.model_name}: the nearest llama.cpp types, and what each loses."]
-    for name, (kind, loss) in lines.items():
+    for name, (type_name, loss) in lines.items():
         escaped = name.replace(".", r"\.")
-        text += [f"# {name}: {loss}", f"--tensor-type {escaped}={kind}"]
+        text += [f"# {name}: {loss}", f"--tensor-type {escaped}={type_name}"]
     return "\n".join(text) + "\n"
 
 

@@ -22,6 +22,7 @@ from mofq.evidence.calibration.stats import (
 from mofq.evidence.calibration.visits import expert_visits
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
+from mofq.evidence.measure.flips import corpus_flips
 from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.magnitudes import group_profiles
@@ -173,6 +174,9 @@ def measure(
         _fill(table, offers, missing, measured, visits=visits, progress=progress)
         if cached_stats is not None:
             fill_caches(table, cache_offers, cached_stats, device=device)
+        if stats is not None:
+            caches = [offer.cache for offer in cache_offers]
+            table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
 
 
 def table_space(space: SearchSpace, engine: str | None) -> TableSpace:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Flips,
     Line,
     Profile,
     Rejection,
@@ -52,6 +53,7 @@ class TableLines:
         self.rows: dict[RowKey, Row] = {}
         self.profiles: dict[tuple[str, str], Profile] = {}
         self.visits: dict[tuple[str, str], Visits] = {}
+        self.flips: dict[str, Flips] = {}
         self._spaces: dict[TableSpace, None] = {}
         self._rejections: dict[Rejection, None] = {}
         self._caches: dict[str, CacheLayer] = {}
@@ -85,6 +87,7 @@ class TableLines:
             profiles=tuple(self.profiles.values()),
             caches=tuple(self._caches.values()),
             visits=tuple(self.visits.values()),
+            flips=tuple(self.flips.values()),
         )
 
     def add(self, line: Line, where: str) -> bool:
@@ -124,6 +127,11 @@ class TableLines:
             case Visits():
                 self._check_visits(line, where)
                 return _add(self.visits, line.key, line, where)
+            case Flips():
+                self._check_corpus(line.corpus, where)
+                for group in line.rates.keys() - self._caches.keys():
+                    self._layers_of(group, where)
+                return _add(self.flips, line.corpus, line, where)
             case Row():
                 self._check_row(line, where)
                 return _add(self.rows, line.key, line, where)

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Flips,
     Line,
     Profile,
     Rejection,
@@ -92,6 +93,10 @@ class TableWriter:
     def add_caches(self, caches: Iterable[CacheLayer]) -> None:
         """Note the caches whose rows will follow."""
         self._append([TableCache(**asdict(cache)) for cache in caches])
+
+    def add_flips(self, flips: Iterable[Flips]) -> None:
+        """Note what changes of experts cost."""
+        self._append(list(flips))
 
     def add_group(
         self,
