@@ -127,6 +127,7 @@ class RecipeResult:
     # Read from older recipes and no longer written: the prediction with interactions of layers.
     kl_joint: NotNegative | None = None
     kl_joint_stderr: NotNegative | None = None
+    kl_routing: NotNegative | None = None  #: of the prediction, by tokens that change experts
     kl_measured: NotNegative | None = None  #: where the objective was measured
     kl_measured_stderr: NotNegative | None = None
     finer_fraction: _Share = None  #: of linear layers

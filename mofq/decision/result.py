@@ -8,6 +8,7 @@ from dataclasses import replace
 from mofq import __version__
 from mofq.decision.exact import Solution
 from mofq.decision.expert_visits import active_weights
+from mofq.decision.flips import flip_cost
 from mofq.decision.offers import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, error_together, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
@@ -114,7 +115,11 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
 
 def chosen_result(problem: Problem, choice_F: IntArray, prediction: Estimate) -> RecipeResult:
     """Sizes, error and, in nats, the prediction."""
-    result = replace(sizes_of(problem, choice_F), error=error_together(problem, choice_F))
+    result = replace(
+        sizes_of(problem, choice_F),
+        error=error_together(problem, choice_F),
+        kl_routing=flip_cost(problem, choice_F),
+    )
     return with_prediction(result, prediction) if problem.unit == KL_UNIT else result
 
 

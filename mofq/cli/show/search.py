@@ -76,6 +76,8 @@ def _print_decision(decision: Decision, *, title: str) -> None:
     if recipe.made_by.get("unit") == KL_UNIT:
         predicted = with_error(result.kl_nats_per_token, result.kl_stderr)
         rows.append(["KL, predicted [nats/token]", predicted])
+        if result.kl_routing:
+            rows.append(["of it by tokens that change experts", f"{result.kl_routing:.2g}"])
     else:
         rows.append([f"error [{recipe.made_by.get('unit')}]", f"{result.error or 0:.4g}"])
     if result.kl_measured is not None:

@@ -175,7 +175,7 @@ def measure(
         if cached_stats is not None:
             fill_caches(table, cache_offers, cached_stats, device=device)
         if stats is not None:
-            caches = [offer.cache for offer in cache_offers]
+            caches = model_layers.caches if stats.plan.kv_cache else ()
             table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
 
 

@@ -129,8 +129,8 @@ class TableLines:
                 return _add(self.visits, line.key, line, where)
             case Flips():
                 self._check_corpus(line.corpus, where)
-                for group in line.rates.keys() - self._caches.keys():
-                    self._layers_of(group, where)
+                if missing := self._layers.keys() - line.rates.keys():
+                    raise TableError(f"{where}: has no rate of {min(missing)}.")
                 return _add(self.flips, line.corpus, line, where)
             case Row():
                 self._check_row(line, where)
