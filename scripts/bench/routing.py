@@ -2,7 +2,7 @@
 
     python scripts/bench/routing.py MODEL --calibration FILE --text FILE --work FOLDER
 
-Uniform schemes, searched and random recipes from 2 to 8 bits of a mixture of experts (routing.yaml).
+Uniform schemes, searched and random recipes of a mixture of experts, 2 to 8 bits (`routing.yaml`).
 Each is measured twice on the same text: with every token at the experts that the original sends it
 to, weighed by the new scores, and free. The first is what the sum over groups predicts, the second
 what a user sees.
