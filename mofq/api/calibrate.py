@@ -64,7 +64,7 @@ class CalibrateResult:
             f"{kept} of them kept, {short_bytes(self.bytes)}, {self.seconds:.1f} s"
         )
         end = "; they were there already." if self.was_there else "."
-        return [first + end, *unseen_experts(self.stats)]
+        return [first + end, *unseen_experts(self.stats), *unknown_routers(self.stats)]
 
 
 def unseen_experts(stats: Stats) -> list[str]:
@@ -73,6 +73,19 @@ def unseen_experts(stats: Stats) -> list[str]:
         f"  corpus {corpus}: no token reached {len(names)} layers of experts, e.g. {names[0]}. "
         f"They are scored like the experts of their kind; longer text reaches more."
         for corpus, names in stats.unseen.items()
+    ]
+
+
+def unknown_routers(stats: Stats) -> list[str]:
+    """A sentence where nothing is known of the routers of a mixture."""
+    from mofq.evidence.calibration.routing import read_routing
+
+    files = [path for one in stats.plan.corpora for path in stats.routing_files(one.name)]
+    if not files or any(read_routing(path).cost for path in files):
+        return []
+    return [
+        "  Its routers choose by more than the scores that they return, so that what tokens cost "
+        "which change their experts is not in predictions: `mofq validate` measures it."
     ]
 
 
