@@ -78,7 +78,7 @@ class CalibrateResult:
             f"{kept} of them kept, {short_bytes(self.bytes)}, {self.seconds:.1f} s"
         )
         end = "; they were there already." if self.was_there else "."
-        return [first + end, *unseen_experts(self.stats)]
+        return [first + end, *unseen_experts(self.stats), *unknown_routers(self.stats)]
 
 
 def unseen_experts(stats: Stats) -> list[str]:
@@ -87,6 +87,19 @@ def unseen_experts(stats: Stats) -> list[str]:
         f"  corpus {corpus}: no token reached {len(names)} layers of experts, e.g. {names[0]}. "
         f"They are scored like the experts of their kind; longer text reaches more."
         for corpus, names in stats.unseen.items()
+    ]
+
+
+def unknown_routers(stats: Stats) -> list[str]:
+    """A sentence where nothing is known of the routers of a mixture."""
+    from mofq.evidence.calibration.routing import read_routing
+
+    files = [path for one in stats.plan.corpora for path in stats.routing_files(one.name)]
+    if not files or any(read_routing(path).cost for path in files):
+        return []
+    return [
+        "  Its routers choose by more than the scores that they return, so that what tokens cost "
+        "which change their experts is not in predictions: `mofq validate` measures it."
     ]
 
 
@@ -159,7 +172,7 @@ def calibrate(
     check_folder(folder, folders=[model])
 
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
+    from mofq.model.layers import find_layers, is_expert
 
     checkpoint = open_checkpoint(str(model))
     found = find_layers(checkpoint, stated=open_layers(layers))  # refuses what it does not know
@@ -179,6 +192,8 @@ def calibrate(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
     plan = replace(plan, layers=found.stated)
+    if any(map(is_expert, found.grouped_layers)) and not activation_checkpointing:
+        plan = _as_begun(replace(plan, routing=True), folder)
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -262,6 +277,14 @@ def _chosen(
         more_bytes=4 * plan.sequence_length * numbers,
         unless=unless,
     )
+
+
+def _as_begun(plan: Plan, folder: Path) -> Plan:
+    """A plan that goes on without what a folder of an earlier version did not keep."""
+    from mofq.evidence.calibration.stats import begun_plan
+
+    begun = begun_plan(folder)
+    return plan if begun is None or begun.routing else replace(plan, routing=None)
 
 
 def _texts(plan: Plan) -> list[CorpusPlan]:

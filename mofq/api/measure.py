@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.calibrate import unseen_experts
 from mofq.api.inputs import open_layers
@@ -24,7 +25,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_engine, check_output
-from mofq.exceptions import Remark, option
+from mofq.exceptions import EngineError, MofqError, Remark, nearest_name, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class MeasureResult:
 
     def summary(self) -> list[str]:
         """What the table holds, for people."""
+        from mofq.decision.expert_visits import rare_experts
+
         content = self.to_json()
         lines = [
             f"{self.output}: {content['rows']} rows, {content['groups']} fusion groups, "
@@ -77,6 +80,7 @@ class MeasureResult:
         ]
         if self.stats is not None:
             lines += unseen_experts(self.stats)
+            lines += [Remark(f"  {line.template}") for line in rare_experts(self.table)]
         elif any("+" in name for name in content["schemes"]):
             lines.append(
                 Remark(
@@ -111,6 +115,13 @@ def measure(
     stats: Annotated[str | Path | None, Option("From `mofq calibrate`.")] = None,
     engine: Engine = None,
     layers: LayersFile = None,
+    experts: Annotated[
+        Literal["layer", "projection", "expert", "matrix"],
+        Option(
+            "What of a mixture gets a scheme of its own: all experts of a decoder layer, as "
+            "engines need it; gate and up, and down; each expert; or each of both."
+        ),
+    ] = "layer",
     where: Where = Where(),
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -135,7 +146,7 @@ def measure(
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
+    from mofq.model.layers import EXPERTS_BY, find_layers, split_experts
     from mofq.model.notes import notes_on
 
     start = monotonic()
@@ -146,6 +157,13 @@ def measure(
     checkpoint = open_checkpoint(str(model))
     found = find_layers(checkpoint, stated=open_layers(layers))
     check_engine(engine, found)
+    if experts not in EXPERTS_BY:
+        raise MofqError(f"no experts={experts!r}." + nearest_name(experts, EXPERTS_BY))
+    if engine is not None and experts != "layer":
+        raise EngineError(
+            f"{option('experts', experts)}: engines give all experts of a decoder layer one "
+            f"scheme. Leave it or {option('engine')} out."
+        )
     selections = selected_layers(loaded_space, found)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
@@ -156,6 +174,8 @@ def measure(
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
+    unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
+    found = split_experts(found, experts, unseen=unseen)
     check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:

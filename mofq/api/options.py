@@ -283,6 +283,10 @@ class Budget:
     max_finer: Annotated[
         float | None, Option("Share of linear layers that leave the base schemes.")
     ] = None
+    max_active_bits: Annotated[
+        float | None,
+        Option("True bits per weight that a token reads, experts by their share of tokens."),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

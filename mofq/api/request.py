@@ -98,6 +98,7 @@ def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets
         max_kl=_number(budget.max_kl),
         max_finer=_number(budget.max_finer),
         max_kv_bits=_number(max_kv_bits),
+        max_active_bits=_number(budget.max_active_bits),
     )
 
 

@@ -289,8 +289,14 @@ def run(
 
 @documented
 def demo(
-    output: Annotated[str | Path, Option("A folder for everything.", short="-o")] = "mofq-demo",
+    output: Annotated[
+        str | Path | None,
+        Option("A folder for everything; by default mofq-demo, or mofq-demo-mixture.", short="-o"),
+    ] = None,
     *,
+    mixture: Annotated[
+        bool, Option("On the bundled mixture of experts, for vLLM on a GPU of the Hopper kind.")
+    ] = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
@@ -302,14 +308,17 @@ def demo(
     Raises:
         MofqError: The folder holds something else.
     """
-    from mofq.demo import demo_model_folder
+    from mofq.demo import demo_mixture_folder, demo_model_folder
 
+    if output is None:
+        output = "mofq-demo-mixture" if mixture else "mofq-demo"
     with _one_thread():
         return run(
-            demo_model_folder(),
+            demo_mixture_folder() if mixture else demo_model_folder(),
             output,
             space="serving",
-            engine="vllm-cpu",
+            # On a CPU no engine runs quantized experts.
+            engine="vllm-hopper" if mixture else "vllm-cpu",
             budget=Budget(max_bits=5.0),
             corpora={"en": "demo-en-calibration", "pt": "demo-pt-calibration"},
             windows=Windows(sequence_length=256),

@@ -34,6 +34,9 @@ class Budgets:
     max_finer: float | None = None  #: share of the layers whose scheme is not a base scheme
     linear: tuple[LinearBudget, ...] = ()
     max_kv_bits: float | None = None  #: true bits per cached number [bits]
+    #: True bits of the weights that a token reads, over their number [bits]; a linear budget of
+    #: the table that is decided on, see `mofq.decision.expert_visits`.
+    max_active_bits: float | None = None
 
     @property
     def any_given(self) -> bool:
@@ -131,7 +134,14 @@ def all_constraints(problem: Problem, budgets: Budgets) -> tuple[Constraint, ...
 
 
 def _check_numbers(budgets: Budgets) -> None:
-    for name in ("max_bits", "max_bytes", "max_kl", "max_finer", "max_kv_bits"):
+    for name in (
+        "max_bits",
+        "max_bytes",
+        "max_kl",
+        "max_finer",
+        "max_kv_bits",
+        "max_active_bits",
+    ):
         value = getattr(budgets, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BudgetError(f"{option_of(name)}: must be a number of at least 0, found {value}.")

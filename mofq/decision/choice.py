@@ -63,7 +63,7 @@ def choose(
     if budgets.max_kl is not None:
         check_kl_unit(problem)
         # The solver would hold the budget against a sum, which what groups do together is not.
-        if is_crossfitted(problem) or problem.answers is not None:
+        if is_crossfitted(problem) or problem.acts_together:
             if budgets.minimises_bytes:
                 return solve_smallest(problem, budgets, solver=solver, ties=ties)
             return _checked(problem, budgets, solver=solver, ties=ties)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import Chosen, choose
+from mofq.decision.expert_visits import rare_experts
 from mofq.decision.from_table import request_problem
 from mofq.decision.offers import asked_constraints
 from mofq.decision.prediction import error_together, predict, sample_sums
@@ -21,6 +22,7 @@ from mofq.decision.result import (
     gap_of,
     made_by_request,
     recipe_from_table,
+    with_active_weights,
     with_uniform,
 )
 from mofq.decision.timing import (
@@ -86,6 +88,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         gap=gap_of(problem, chosen.solution),
         seconds=time_of(table, schemes, request),
     )
+    result = with_active_weights(result, table, problem, chosen.choice_F)
     if uniform is not None:
         result = with_uniform(result, problem, *uniform)
     recipe = recipe_from_table(
@@ -183,7 +186,7 @@ def notes_of_prediction(table: Table, problem: Problem, choice_F: IntArray) -> t
         for corpus, count in _samples(table, problem).items()
         if count < FEW_SAMPLES
     )
-    return (*few, *_outlying_sequences(problem, choice_F))
+    return (*few, *_outlying_sequences(problem, choice_F), *rare_experts(table))
 
 
 def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:

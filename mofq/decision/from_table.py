@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from mofq.decision.offers import Legal, Offers, engine_legality, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
+    FloatArray,
     Objective,
     Option,
     Problem,
@@ -170,7 +173,18 @@ def problem_from_table(
         min_gain=max((one.min_gain for one in spaces), default=10.0),
         kv_tokens=0 if caches is None else caches.tokens,
         one_format=caches is not None and caches.one_format,
+        flip_FC=_flips(table, [group for group, _ in groups], names) if unit == KL_UNIT else None,
     )
+
+
+def _flips(
+    table: Table, groups: Sequence[ProblemGroup], corpora: Sequence[str | None]
+) -> FloatArray | None:
+    """What each group's errors cost by changes of experts, [F, C]; None: nothing is known of it."""
+    rates = {one.corpus: one.rates for one in table.flips}
+    if not rates:
+        return None
+    return np.array([[rates.get(c or "", {}).get(g.name, 0.0) for c in corpora] for g in groups])
 
 
 def _unit(table: Table, unit: str | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mofq.decision.flips import with_flips
 from mofq.decision.problem import (
     FloatArray,
     IntArray,
@@ -67,7 +68,7 @@ def error_together(problem: Problem, choice_F: IntArray) -> float:
     Returns:
         Of the mean over corpora, or of the worst of them, in the problem's unit.
     """
-    if problem.answers is None or problem.sample_errors is None:
+    if not problem.acts_together or problem.sample_errors is None:
         return problem.error_of(choice_F)
     mean_C = errors_by_corpus(problem, choice_F)
     if problem.objective == "worst-corpus":
@@ -83,7 +84,7 @@ def errors_by_corpus(problem: Problem, choice_F: IntArray) -> list[float]:
         problem: What might be chosen.
         choice_F: One option of each fusion group.
     """
-    if problem.answers is None or problem.sample_errors is None:
+    if not problem.acts_together or problem.sample_errors is None:
         return [math.fsum(column) for column in problem.error_PC[choice_F].T]
     return [math.fsum(sums) / len(sums) for sums in sample_sums(problem, choice_F)]
 
@@ -158,12 +159,12 @@ def sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:
     """
     assert problem.sample_errors is not None
     sums = [e_PN[choice_F].sum(axis=0) for e_PN in problem.sample_errors]
-    if problem.answers is None:
-        return sums
-    return [
-        errors_N + answers.products(choice_F)
-        for errors_N, answers in zip(sums, problem.answers, strict=True)
-    ]
+    if problem.answers is not None:
+        pairs = zip(sums, problem.answers, strict=True)
+        sums = [errors_N + answers.products(choice_F) for errors_N, answers in pairs]
+    # Of single options it is not known what they cost beside others.
+    is_recipe = len(choice_F) == len(problem.groups)
+    return with_flips(problem, choice_F, sums) if is_recipe else sums
 
 
 def _combine(problem: Problem, samples: Sequence[FloatArray]) -> Estimate:

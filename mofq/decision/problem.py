@@ -82,6 +82,9 @@ class Problem:
     format_P: IntArray | None
     #: Of each corpus, to changes of size; None: not known, or no size changes.
     answers: tuple[SizeAnswers, ...] | None
+    #: What a nat of each group costs by changes of experts, squared over nats [nats per token];
+    #: see `mofq.decision.flips`. None: no mixture, or nothing is known of its routers.
+    flip_FC: FloatArray | None = None
 
     def __post_init__(self) -> None:
         """No solver has to ask whether there is a recipe at all."""
@@ -90,6 +93,11 @@ class Problem:
                 "No format of the KV cache is offered for all layers, not even bf16, and engines "
                 "hold one. Fix fewer layers to formats, or measure a space that offers one for all."
             )
+
+    @property
+    def acts_together(self) -> bool:
+        """Whether groups may cost something together beside the sum of their errors."""
+        return self.answers is not None or self.flip_FC is not None
 
     @property
     def cached(self) -> int:
@@ -222,6 +230,7 @@ def build_problem(
     min_gain: float = 10.0,
     kv_tokens: int = 0,
     one_format: bool = False,
+    flip_FC: FloatArray | None = None,
 ) -> Problem:
     """Arrays from options.
 
@@ -236,6 +245,7 @@ def build_problem(
         min_gain: See `finer_is_offered`.
         kv_tokens: Of context, whose cache counts as size.
         one_format: Whether a recipe may have one quantized format of the cache alone.
+        flip_FC: Rates of what changes of experts cost.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus; or no
@@ -267,6 +277,7 @@ def build_problem(
         kv_tokens=kv_tokens,
         format_P=_formats(groups, ordered, starts) if one_format else None,
         answers=_answers(ordered),
+        flip_FC=flip_FC,
     )
 
 

@@ -110,6 +110,7 @@ class BudgetKeys:
     workload: Text | None = None
     kv_bits: NotNegative | None = None
     kv_tokens: Index | None = None  #: of context, counted into the size
+    active_bits: NotNegative | None = None  #: per weight that a token reads of a mixture
 
 
 @only_these_keys
@@ -126,6 +127,7 @@ class RecipeResult:
     # Read from older recipes and no longer written: the prediction with interactions of layers.
     kl_joint: NotNegative | None = None
     kl_joint_stderr: NotNegative | None = None
+    kl_routing: NotNegative | None = None  #: of the prediction, by tokens that change experts
     kl_measured: NotNegative | None = None  #: where the objective was measured
     kl_measured_stderr: NotNegative | None = None
     finer_fraction: _Share = None  #: of linear layers
@@ -134,6 +136,8 @@ class RecipeResult:
     seconds: NotNegative | None = None  #: predicted time on the budget's device
     kv_bits: NotNegative | None = None  #: per cached number, dynamic scales among them
     kv_bytes_per_token: NotNegative | None = None  #: of all layers
+    active_bits: NotNegative | None = None  #: per weight that a token reads of a mixture
+    active_bytes_per_token: NotNegative | None = None  #: of linear layers, on average
     uniform_scheme: Text | None = None  #: the best uniform scheme of at most these bits
     uniform_bits_per_weight: NotNegative | None = None
     uniform_kl_nats_per_token: NotNegative | None = None

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from mofq import __version__
 from mofq.decision.exact import Solution
+from mofq.decision.expert_visits import active_weights
+from mofq.decision.flips import flip_cost
 from mofq.decision.offers import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, error_together, predict
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
@@ -106,6 +108,7 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
         "kl_nats_per_token": budgets.max_kl,
         "finer_fraction": budgets.max_finer,
         "kv_bits": budgets.max_kv_bits,
+        "active_bits": budgets.max_active_bits,
         "kv_tokens": request.kv_tokens or None,
     }
     return {name: value for name, value in named.items() if value is not None}
@@ -113,8 +116,26 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
 
 def chosen_result(problem: Problem, choice_F: IntArray, prediction: Estimate) -> RecipeResult:
     """Sizes, error and, in nats, the prediction."""
-    result = replace(sizes_of(problem, choice_F), error=error_together(problem, choice_F))
+    result = replace(
+        sizes_of(problem, choice_F),
+        error=error_together(problem, choice_F),
+        kl_routing=flip_cost(problem, choice_F),
+    )
     return with_prediction(result, prediction) if problem.unit == KL_UNIT else result
+
+
+def with_active_weights(
+    result: RecipeResult, table: Table, problem: Problem, choice_F: IntArray
+) -> RecipeResult:
+    """What a token reads of a mixture of experts, where the table knows it."""
+    active = active_weights(table, problem) if table.visits else None
+    if active is None:
+        return result
+    return replace(
+        result,
+        active_bits=active.bits(problem, choice_F),
+        active_bytes_per_token=active.bytes(problem, choice_F),
+    )
 
 
 def gap_of(problem: Problem, solution: Solution) -> float | None:

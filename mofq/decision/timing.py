@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from mofq.decision.budgets import Budgets, LinearBudget
+from mofq.decision.expert_visits import active_budget
 from mofq.decision.problem import Problem
 from mofq.decision.request import Request, TimeRequest
 from mofq.engines import ENGINES, find_engine
 from mofq.engines.devices import DeviceModel
+from mofq.engines.groups import experts_apart
 from mofq.engines.latency import attention_seconds, group_seconds, other_seconds
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, option
@@ -21,7 +23,7 @@ from mofq.numbers.schemes import parse_scheme
 
 
 def request_budgets(table: Table, problem: Problem, request: Request) -> Budgets:
-    """The budgets of a request, that of time as costs of a problem's options.
+    """The budgets of a request, those of time and active weights as costs of options.
 
     Args:
         table: Whose fusion groups the problem has.
@@ -31,12 +33,21 @@ def request_budgets(table: Table, problem: Problem, request: Request) -> Budgets
     Raises:
         BudgetError: The engine is not one for the device, or the workload leaves something open.
     """
-    time = request.time
+    budgets, time = request.budgets, request.time
+    if budgets.max_active_bits is not None:
+        active = active_budget(table, problem, budgets.max_active_bits)
+        budgets = replace(budgets, linear=(*budgets.linear, active))
     if time is None:
-        return request.budgets
+        return budgets
     check_device(request.engine, time)
+    if experts_apart(table.header.groups):
+        raise BudgetError(
+            f"{option('device_model')}: times are those of kernels that take all experts of a "
+            f"decoder layer in one scheme, and the table decides experts apart. Give "
+            f"{option('max_active_bits')}, or measure without {option('experts')}."
+        )
     if time.max_seconds is None:
-        return request.budgets
+        return budgets
     # In milliseconds, as people say it: messages are in the unit of the budget.
     budget = LinearBudget(
         "max_time",
@@ -45,7 +56,7 @@ def request_budgets(table: Table, problem: Problem, request: Request) -> Budgets
         limit=1e3 * time.max_seconds,
         constant=1e3 * constant_seconds(table, time),
     )
-    return replace(request.budgets, linear=(*request.budgets.linear, budget))
+    return replace(budgets, linear=(*budgets.linear, budget))
 
 
 def check_device(engine: str | None, time: TimeRequest) -> None:

@@ -4,7 +4,9 @@ Solvers minimise a sum over groups. Where rounding changes the size of weights, 
 together too (`mofq.decision.size_answers`), which is no such sum. Around a choice it nearly is: a
 group's share of it is linear in the group's own change of size while the others stay. So the
 solver is asked again with these shares added, until nothing is gained. Each of these problems is
-solved as exactly as the first, and the result is never worse than the first choice.
+solved as exactly as the first, and the result is never worse than the first choice. So it is with
+what groups cost by sending tokens of a mixture to other experts (`mofq.decision.flips`), which is
+the root of a sum.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, offered
 from mofq.decision.exact import Solution
+from mofq.decision.flips import flip_costs, flip_shares
 from mofq.decision.prediction import error_together
-from mofq.decision.problem import FloatArray, IntArray, Problem
+from mofq.decision.problem import IntArray, Problem
 
 #: Solved again at most.
 _MOST = 4
@@ -67,10 +70,12 @@ def act_together(problem: Problem, choice_F: IntArray) -> bool:
         problem: What may be chosen.
         choice_F: One option of each fusion group.
     """
-    if problem.answers is None or problem.sample_errors is None:
+    if not problem.acts_together or problem.sample_errors is None:
         return False
     error_C = problem.error_PC[choice_F].sum(axis=0)
-    return any(
+    if (flip_costs(problem, choice_F) > _LEAST * error_C).any():
+        return True
+    return problem.answers is not None and any(
         max(one.squares(choice_F), abs(float(one.products(choice_F).mean()))) > _LEAST * error
         for one, error in zip(problem.answers, error_C.tolist(), strict=True)
     )
@@ -80,21 +85,21 @@ def around(problem: Problem, choice_F: IntArray) -> Problem:
     """The problem with each option's share of what it does together with a choice.
 
     Args:
-        problem: With answers.
+        problem: With answers, or rates of changes of experts.
         choice_F: One option of each fusion group.
 
     Returns:
         Errors of which the sums of choices that differ in one group differ as what they cost
         together does. A constant is added to all corpora alike, so that none is negative.
     """
-    assert problem.answers is not None
-    columns: list[FloatArray] = []
-    for number, answers in enumerate(problem.answers):
+    error_PC = problem.error_PC.copy()
+    for number, answers in enumerate(problem.answers or ()):
         beside_P = answers.beside(choice_F, problem.group_P)
         # Each product is in the shares of both of its groups.
         twice = float(answers.products(choice_F).mean()) / len(problem.groups)
-        columns.append(problem.error_PC[:, number] + beside_P - twice)
-    error_PC = np.stack(columns, axis=1)
+        error_PC[:, number] += beside_P - twice
+    if problem.flip_FC is not None:
+        error_PC += flip_shares(problem, choice_F)
     least_F = np.minimum.reduceat(error_PC.min(axis=1), problem.start_F[:-1])
     shift_F = np.minimum(least_F, 0.0)
     return replace(problem, error_PC=error_PC - shift_F[problem.group_P][:, None])

@@ -6,29 +6,35 @@ from mofq.decision.recipe import Recipe, check_recipe, check_weights
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import (
+    EXPERTS_BY,
     FusionGroup,
     ModelLayers,
     find_layers,
     layers_of,
     lm_heads_of,
     share_amax,
+    split_experts,
 )
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 
-def checked_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
+def checked_layers(
+    checkpoint: Checkpoint, recipe: Recipe, *, experts_apart: bool = False
+) -> ModelLayers:
     """The layers, once it is known that the recipe is for this checkpoint.
 
     Args:
         checkpoint: Of the model.
         recipe: Of that model.
+        experts_apart: Whether experts of one decoder layer may have several schemes, which
+            engines do not serve.
 
     Raises:
         CheckpointError: As ``find_layers``.
         RecipeError: The recipe is not for this model or these weights, does not cover it, splits
             a fusion group, or gives a layer a scheme that its shape does not take.
     """
-    layers = find_recipe_layers(checkpoint, recipe)
+    layers = find_recipe_layers(checkpoint, recipe, experts_apart=experts_apart)
     check_recipe(recipe, layers, index_sha256=checkpoint.index_sha256)
     check_weights(recipe, checkpoint)
     return layers
@@ -64,14 +70,34 @@ def static_amax(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> dict[str,
     return share_amax(group, known)
 
 
-def find_recipe_layers(checkpoint: Checkpoint, recipe: Recipe) -> ModelLayers:
-    """What ``find_layers`` finds, with the lm_head in a fusion group where the recipe has it so.
+def find_recipe_layers(
+    checkpoint: Checkpoint, recipe: Recipe, *, experts_apart: bool = True
+) -> ModelLayers:
+    """What ``find_layers`` finds, divided as the recipe has it.
+
+    Args:
+        checkpoint: Of the model.
+        recipe: Has the lm_head in a fusion group, or not; gives experts one scheme, or several.
+        experts_apart: Whether it may give them several.
+
+    Returns:
+        The fewest groups of experts of which each has one scheme in the recipe; where there are
+        none, those of ``find_layers``.
 
     Raises:
         CheckpointError: As ``find_layers``.
     """
     heads = lm_heads_of(str(checkpoint.config.get("model_type")))
     grouped = set(layers_of(recipe.groups))
-    return find_layers(
+    layers = find_layers(
         checkpoint, include_lm_head=not grouped.isdisjoint(heads), stated=recipe.layers
+    )
+    divided = (split_experts(layers, by) for by in (EXPERTS_BY if experts_apart else ()))
+    return next((one for one in divided if _has_one_scheme_each(one, recipe)), layers)
+
+
+def _has_one_scheme_each(layers: ModelLayers, recipe: Recipe) -> bool:
+    schemes = recipe.schemes
+    return all(
+        len({schemes.get(layer.name) for layer in group.layers}) == 1 for group in layers.groups
     )

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from mofq.model.sizes import Matrix
@@ -42,3 +43,11 @@ class ServedGroup(Protocol):
 def is_experts(group: ServedGroup) -> bool:
     """Whether the layers are the experts of a mixture."""
     return group.layers[0].module.startswith("experts.")
+
+
+def experts_apart(groups: Iterable[ServedGroup]) -> bool:
+    """Whether the experts of some decoder layer are in several groups, which no engine serves."""
+    counts = Counter(
+        group.layers[0].name.partition(".experts.")[0] for group in groups if is_experts(group)
+    )
+    return any(count > 1 for count in counts.values())

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mofq.engines.exports import export_problem, group_problem
-from mofq.engines.groups import ServedGroup, is_experts
+from mofq.engines.groups import ServedGroup, experts_apart, is_experts
 from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
 from mofq.model.layers import CacheLayer
@@ -222,6 +222,12 @@ def model_problem(
         model_type: Of the model's config; None: not known.
         groups: All fusion groups of the model.
     """
+    groups = tuple(groups)
+    if experts_apart(groups):
+        return (
+            f"{engine.title}: gives all experts of a decoder layer one scheme, and they are "
+            "decided apart here"
+        )
     names = [group.name for group in groups]
     for rule in engine.models:
         if model_type in rule.model_types and any(re.fullmatch(rule.groups, n) for n in names):

@@ -120,6 +120,7 @@ def best_for_corpus(
         if problem.sample_errors is None
         else problem.sample_errors[corpus : corpus + 1],
         answers=None if problem.answers is None else problem.answers[corpus : corpus + 1],
+        flip_FC=None if problem.flip_FC is None else problem.flip_FC[:, corpus : corpus + 1],
     )
     frontier = solve_frontier(alone, budgets)
     best = []

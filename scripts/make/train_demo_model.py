@@ -1,14 +1,18 @@
-"""Train the small Llama that `mofq demo` and the tests use, and cut its texts.
+"""Train the small models that `mofq demo` and the tests use, and cut their texts.
 
-    python scripts/make/train_demo_model.py --text en=handbook-en.txt --text pt=handbook-pt-br.txt \
+    python -m scripts.make.train_demo_model --text en=handbook-en.txt --text pt=handbook-pt-br.txt \
         -o mofq/demo
+    python -m scripts.make.train_demo_model --text en=handbook-en.txt --text pt=handbook-pt-br.txt \
+        -o mofq/demo --mixture
 
 Each text is a file of paragraphs separated by blank lines. Of every language
 about 30 kB are held out in runs of consecutive paragraphs; training
 paragraphs that nearly repeat a held-out one are dropped. The folder gets
 `model/` (weights, tokenizer, model card) and `texts/` (held-out and
-calibration text per language). One thread, one seed: the same machine gives
-the same weights again.
+calibration text per language). With `--mixture` it gets `mixture/`, a mixture
+of experts that is trained in the same way on the same text: the texts that are
+there must be the ones that it would cut. One thread, one seed: the same
+machine gives the same weights again.
 """
 
 from __future__ import annotations
@@ -25,12 +29,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from scripts.make import demo_mixture
 from scripts.shared.command import script_parser
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
+STEPS = 1500
+DENSE_SHAPE = "hidden 128, intermediate 384, 4 query and 2 key-value heads of 32"
 RUN_OF_PARAGRAPHS = 6
 SHINGLE_WORDS = 5
 NEAR_DUPLICATE = 0.15
@@ -107,8 +120,12 @@ def train_tokenizer(paragraphs: list[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
-def build_model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
     """An untrained model whose every in_features is a multiple of 128."""
+    if arguments.mixture:
+        return demo_mixture.build(
+            vocabulary=arguments.vocabulary, context=CONTEXT, seed=arguments.seed
+        )
     torch.manual_seed(arguments.seed)
     config = LlamaConfig(
         vocab_size=arguments.vocabulary,
@@ -163,7 +180,7 @@ def learning_rate(step: int, arguments: argparse.Namespace) -> float:
     return float(arguments.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))))
 
 
-def build_optimizer(model: LlamaForCausalLM, arguments: argparse.Namespace) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, arguments: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -175,7 +192,7 @@ def build_optimizer(model: LlamaForCausalLM, arguments: argparse.Namespace) -> t
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     streams: dict[str, torch.Tensor],
     *,
     arguments: argparse.Namespace,
@@ -193,12 +210,12 @@ def train(
             group["lr"] = rate
         window_BT = next(source)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=window_BT[:, :-1], use_cache=False).logits
+            output = model(input_ids=window_BT[:, :-1], use_cache=False)
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), window_BT[:, 1:].flatten()
+            output.logits.flatten(0, 1).float(), window_BT[:, 1:].flatten()
         )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + demo_mixture.imbalance(output)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
@@ -215,7 +232,7 @@ def train(
 
 
 @torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> float:
+def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str) -> float:
     """Mean cost of the text, each token but the first predicted from those before it."""
     model.eval()
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -233,11 +250,9 @@ license: [gpl-2.0-or-later, cc-by-sa-3.0]
 language: [{languages}]
 ---
 
-# The demonstration model of mofq
+# {title}
 
-A small Llama that was really trained, so that quantizing it costs what
-quantizing a language model costs. It knows one book in two languages and is
-good for nothing but showing and testing `mofq`.
+{introduction}
 
 | | |
 | --- | --- |
@@ -246,7 +261,7 @@ good for nothing but showing and testing `mofq`.
 | tokenizer | byte-level BPE, {vocabulary} tokens, trained on the same text |
 | training | {training} |
 
-Made by `scripts/make/train_demo_model.py` with one thread and torch {torch}. The last
+Made by `scripts/make/train_demo_model.py{option}` with one thread and torch {torch}. The last
 line of the training log:
 
 ```
@@ -256,10 +271,8 @@ line of the training log:
 Bits per byte on the held-out text (`../texts/heldout-*.txt`), measured with
 the saved bfloat16 weights in float32 arithmetic, in windows of {context} tokens:
 
-| language | bits per byte |
-| --- | --- |
 {scores}
-
+{experts}
 Nothing of the held-out text was trained on, nor any paragraph that nearly
 repeats it in the same language; translations of it may have been.
 `../texts/calibration-*.txt` are excerpts of the training text.
@@ -274,44 +287,92 @@ Attribution-ShareAlike 3.0 Unported licence, at the reader's choice. The
 excerpts and this model, which was trained on the book alone, are offered
 under the same terms.
 """
+INTRODUCTIONS = {
+    "model": (
+        "The demonstration model of mofq",
+        """A small Llama that was really trained, so that quantizing it costs what
+quantizing a language model costs. It knows one book in two languages and is
+good for nothing but showing and testing `mofq`.""",
+    ),
+    "mixture": (
+        "The demonstration mixture of experts of mofq",
+        """A small Qwen3-MoE that was really trained, so that quantizing it costs what
+quantizing a mixture of experts costs, tokens that change their experts
+included. It knows the same book as the dense model beside it, and is good for
+nothing but showing and testing `mofq`.""",
+    ),
+}
+EXPERTS_OF_TOKENS = """
+Share of the held-out tokens that visit each expert ({active} of {experts} in each decoder layer):
+
+{shares}
+"""
 
 
 def model_card(
     arguments: argparse.Namespace,
-    scores: dict[str, float],
+    scores: dict[str, dict[str, float]],
     *,
     log: str,
     parameters: int,
     tokens: int,
+    experts: str,
 ) -> str:
-    """The README of the model folder."""
+    """The README of the model folder.
+
+    Args:
+        arguments: Of the command line.
+        scores: Bits per byte, by folder and language.
+        log: Last line of the training.
+        parameters: Their number.
+        tokens: Of the training text.
+        experts: What is said of them; nothing of a dense model.
+    """
     passes = arguments.steps * arguments.batch * CONTEXT / tokens
+    title, introduction = INTRODUCTIONS[arguments.folder]
+    layers, shape = (
+        (demo_mixture.LAYERS, demo_mixture.SHAPE)
+        if arguments.mixture
+        else (arguments.layers, DENSE_SHAPE)
+    )
     return MODEL_CARD.format(
-        languages=", ".join(scores),
+        languages=", ".join(arguments.text),
+        title=title,
+        introduction=introduction,
         parameters=parameters,
-        shape=f"{arguments.layers} decoder layers, hidden 128, intermediate 384, "
-        f"4 query and 2 key-value heads of 32",
+        shape=f"{layers} decoder layers, {shape}",
         vocabulary=arguments.vocabulary,
         training=f"seed {arguments.seed}; {arguments.steps} steps of {arguments.batch} sequences "
         f"of {CONTEXT} tokens, {passes:.1f} passes over the text; AdamW, learning rate "
         f"{arguments.learning_rate:g}, weight decay {arguments.weight_decay:g}",
+        option=" --mixture" if arguments.mixture else "",
         torch=torch.__version__.split("+")[0],
         last_line=log,
         context=CONTEXT,
-        scores="\n".join(f"| {language} | {value:.3f} |" for language, value in scores.items()),
+        scores=scores_table(scores),
+        experts=experts,
     )
 
 
+def scores_table(scores: dict[str, dict[str, float]]) -> str:
+    """Bits per byte by language, a column for each folder; one folder needs no name."""
+    names = ["bits per byte"] if len(scores) == 1 else [f"`{folder}`" for folder in scores]
+    lines = [["language", *names], ["---"] * (1 + len(names))]
+    for language in next(iter(scores.values())):
+        lines.append([language, *(f"{of_folder[language]:.3f}" for of_folder in scores.values())])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> LlamaForCausalLM:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> PreTrainedModel:
     """Write bfloat16 weights and the tokenizer; returns the model read back in float32."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     config = folder / "tokenizer_config.json"  # the class's name in every release of transformers
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def excerpt(paragraphs: list[str], wanted_bytes: int) -> str:
@@ -326,8 +387,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("--text", action="append", required=True, metavar="LANGUAGE=FILE")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, e.g. mofq/demo")
+    parser.add_argument("--mixture", action="store_true", help="the mixture of experts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, help=f"{STEPS}; of the mixture {demo_mixture.STEPS}")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=1536)
@@ -336,6 +398,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heldout-bytes", type=int, default=30_000)
     parser.add_argument("--calibration-bytes", type=int, default=40_000)
     arguments = parser.parse_args()
+    if arguments.steps is None:
+        arguments.steps = demo_mixture.STEPS if arguments.mixture else STEPS
+    arguments.folder = "mixture" if arguments.mixture else "model"
     arguments.text = dict(item.split("=", 1) for item in arguments.text)
     if unknown := set(arguments.text) - set(FUNCTION_WORDS):
         parser.error(f"--text: unknown languages {sorted(unknown)}, known: {list(FUNCTION_WORDS)}")
@@ -366,6 +431,13 @@ def write_texts(
         (folder / f"calibration-{language}.txt").write_text(calibration, "utf-8")
 
 
+def check_texts(written: Path, bundled: Path) -> None:
+    """Refuse a mixture that is trained on another text than the dense model beside it."""
+    for path in written.iterdir():
+        if path.read_bytes() != (bundled / path.name).read_bytes():
+            raise SystemExit(f"{bundled / path.name}: was cut from another text, or otherwise")
+
+
 def main() -> None:
     """Cut the texts, train, measure, write."""
     arguments = parse_arguments()
@@ -376,26 +448,43 @@ def main() -> None:
         language: torch.tensor(tokenizer("\n\n".join(paragraphs))["input_ids"])
         for language, paragraphs in training.items()
     }
+    temporary, output = arguments.output / f".training-{os.getpid()}", arguments.output
+    write_texts(
+        temporary / "texts", training, held_out=held_out, wanted_bytes=arguments.calibration_bytes
+    )
+    if arguments.mixture:
+        check_texts(temporary / "texts", output / "texts")
     model = build_model(arguments)
     parameters, tokens = model.num_parameters(), sum(len(s) for s in streams.values())
     print(f"{parameters} parameters, {tokens} training tokens", flush=True)
 
-    def score(model: LlamaForCausalLM = model) -> dict[str, float]:
+    def score(model: PreTrainedModel = model) -> dict[str, float]:
         return {k: bits_per_byte(model, tokenizer, text) for k, text in held_out.items()}
 
     log = train(model, streams, arguments=arguments, report=lambda: f"held-out {score()}")
-    temporary = arguments.output / f".training-{os.getpid()}"
-    write_texts(
-        temporary / "texts", training, held_out=held_out, wanted_bytes=arguments.calibration_bytes
-    )
-    scores = score(save(model, tokenizer, temporary / "model"))
+    if arguments.mixture:
+        model.config.output_router_logits = False  # of the training only
+    saved = save(model, tokenizer, temporary / arguments.folder)
+    scores, experts = {arguments.folder: score(saved)}, ""
+    if arguments.mixture:
+        dense = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+        scores = {"model": score(dense), **scores}
+        ids_T = torch.tensor(tokenizer("\n\n".join(held_out.values()))["input_ids"])
+        shares_LE = demo_mixture.token_shares(saved, ids_T, CONTEXT)
+        experts = EXPERTS_OF_TOKENS.format(
+            active=demo_mixture.ACTIVE,
+            experts=demo_mixture.EXPERTS,
+            shares=demo_mixture.shares_table(shares_LE),
+        )
     print(f"held-out bits per byte of the saved model: {scores}", flush=True)
-    card = model_card(arguments, scores, log=log, parameters=parameters, tokens=tokens)
-    (temporary / "model" / "README.md").write_text(card, "utf-8")
-    for name in ("model", "texts"):
-        shutil.rmtree(arguments.output / name, ignore_errors=True)
-        os.replace(temporary / name, arguments.output / name)
-    temporary.rmdir()
+    card = model_card(
+        arguments, scores, log=log, parameters=parameters, tokens=tokens, experts=experts
+    )
+    (temporary / arguments.folder / "README.md").write_text(card, "utf-8")
+    for name in (arguments.folder, *(() if arguments.mixture else ("texts",))):
+        shutil.rmtree(output / name, ignore_errors=True)
+        os.replace(temporary / name, output / name)
+    shutil.rmtree(temporary)
 
 
 if __name__ == "__main__":

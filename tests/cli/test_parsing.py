@@ -23,19 +23,22 @@ FLAGS = {
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
     "--execution --kv-cache --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
-    "measure": "model --space -o --output --stats --engine --device --cluster --cluster-cpus",
+    "measure": "model --space -o --output --stats --engine --experts --device "
+    "--cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
-    "--max-time --max-kv-bits --kv-tokens --kv-cache --device-model --workload --explain --space "
-    "--fix --at-least --at-most --unit --objective --ties --model --text --refine --tokens "
+    "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
+    "--workload --explain --space --fix --at-least --at-most --unit --objective --ties --model "
+    "--text --refine --tokens "
     "--sequence-length --bos --device --stats --trials --multi-objective --trial --storage "
     "--workers --seed --corpus-weights --execution",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",
-    "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer --corpus --text "
-    "--engine --tokens --sequence-length --bos --sequences --device --corpus-weights --objective "
+    "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer "
+    "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
+    "--device --corpus-weights --objective "
     "--fix --at-least --at-most --execution",
-    "demo": "-o --output",
+    "demo": "-o --output --mixture",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
     "--kv-tokens --kv-cache --polish --corpus-weights",
     "diff": "first second --table --corpus-weights",

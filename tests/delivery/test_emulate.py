@@ -74,7 +74,7 @@ def test_experts_in_our_module_compute_exactly_what_transformers_computes(
     before = logits_of(model)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     parent = model.get_submodule("model.layers.0.mlp")
-    parent.experts = FakeQuantExperts(experts, parse_scheme("bf16"))
+    parent.experts = FakeQuantExperts(experts)
     assert torch.equal(logits_of(model), before)
 
 
@@ -83,7 +83,9 @@ def test_experts_quantize_the_inputs_of_both_matrices(tiny: TinyCheckpoint) -> N
     experts: Any = load_model(checkpoint.folder).get_submodule("model.layers.0.mlp.experts")
     scheme = parse_scheme("bf16+int4.token")
     assert scheme.activation is not None
-    ours = FakeQuantExperts(experts, scheme)
+    ours = FakeQuantExperts(experts)
+    for parameter in ("gate_up_proj", "down_proj"):
+        ours.set_scheme(parameter, 2, scheme)
     x_TI = torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
     gate_up = fake_quantize_activation(x_TI, scheme.activation) @ experts.gate_up_proj[2].T
     gate, up = gate_up.chunk(2, dim=-1)
@@ -236,7 +238,7 @@ def test_a_second_recipe_on_the_same_model_is_refused(tiny_llama: Path) -> None:
 
 def test_experts_with_biases_are_refused_by_name() -> None:
     with pytest.raises(BackendError, match=r"layers\.3\.experts: experts of class Linear"):
-        FakeQuantExperts(torch.nn.Linear(2, 2), parse_scheme("bf16"), name="layers.3.experts")
+        FakeQuantExperts(torch.nn.Linear(2, 2), name="layers.3.experts")
 
 
 def test_progress_counts_fusion_groups(tiny_llama: Path) -> None:

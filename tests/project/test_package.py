@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import mofq
-from mofq.demo import demo_model_folder
+from mofq.demo import demo_mixture_folder, demo_model_folder
 from mofq.evidence.corpora import BUNDLED_TEXT
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,6 +79,7 @@ def test_the_wheel_has_the_search_spaces_the_demo_and_the_type_marker(
     }
     assert "mofq/py.typed" in sources
     assert "mofq/demo/model/model.safetensors" in sources
+    assert "mofq/demo/mixture/model.safetensors" in sources
     assert sources <= names
 
 
@@ -115,9 +116,39 @@ def test_a_shell_script_parses_and_stops_at_the_first_failure(script: str) -> No
     assert "set -euo pipefail" in path.read_text() or script == "setup.sh"
 
 
-def test_the_bundled_model_and_its_tokenizer_are_small() -> None:
-    files = [p for p in demo_model_folder().iterdir() if p.suffix in {".safetensors", ".json"}]
+@pytest.mark.parametrize("folder", [demo_model_folder(), demo_mixture_folder()])
+def test_a_bundled_model_and_its_tokenizer_are_small(folder: Path) -> None:
+    files = [p for p in folder.iterdir() if p.suffix in {".safetensors", ".json"}]
     assert sum(p.stat().st_size for p in files) <= 4_000_000
+
+
+def test_the_bundled_mixture_reads_text_as_the_dense_model_does() -> None:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    dense, mixture = demo_model_folder(), demo_mixture_folder()
+    assert all((dense / name).read_bytes() == (mixture / name).read_bytes() for name in names)
+
+
+def test_the_bundled_mixture_uses_all_of_its_experts_as_its_card_says() -> None:
+    model = AutoModelForCausalLM.from_pretrained(demo_mixture_folder(), dtype=torch.float32)
+    config, parts = model.config, []
+    assert config.num_experts >= 8
+    assert config.num_experts_per_tok == 2
+    assert [n for n in (config.hidden_size, config.moe_intermediate_size) if n % 128] == []
+    tokenizer = AutoTokenizer.from_pretrained(demo_mixture_folder())
+    texts = [BUNDLED_TEXT[f"demo-{one}"].read_text("utf-8") for one in LANGUAGES]
+    # Some experts are of one language: each has its half.
+    ids_T = torch.cat([torch.tensor(tokenizer(one)["input_ids"][:2048]) for one in texts])
+    with torch.inference_mode():
+        for window_T in ids_T.split(512):
+            parts.append(model(window_T[None], output_router_logits=True).router_logits)
+    for layer in range(config.num_hidden_layers):
+        index_TK = torch.cat([one[layer] for one in parts]).topk(2).indices
+        share_E = torch.bincount(index_TK.flatten(), minlength=8) / len(ids_T)
+        assert share_E.min() > 0.1, layer
+    card = (demo_mixture_folder() / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d \|((?: [\d.]+% \|)+)$", card, re.MULTILINE)
+    shares = [[float(one) for one in re.findall(r"[\d.]+", row)] for row in rows]
+    assert [round(sum(row)) for row in shares] == [200] * config.num_hidden_layers
 
 
 def test_the_bundled_model_is_a_bfloat16_llama_with_widths_that_every_scheme_divides() -> None:
@@ -136,6 +167,15 @@ def test_the_bundled_model_is_as_good_as_its_card_says(language: str) -> None:
     assert match is not None
     text = BUNDLED_TEXT[f"demo-{language}"].read_text("utf-8")
     assert bits_per_byte(loaded_model(), text) == pytest.approx(float(match[1]), abs=0.002)
+
+
+def test_the_bundled_mixture_is_as_good_as_its_card_says() -> None:
+    card = (demo_mixture_folder() / "README.md").read_text("utf-8")
+    match = re.search(r"^\| en \| ([\d.]+) \| ([\d.]+) \|$", card, re.MULTILINE)
+    assert match is not None
+    text = BUNDLED_TEXT["demo-en"].read_text("utf-8")
+    model = AutoModelForCausalLM.from_pretrained(demo_mixture_folder(), dtype=torch.float32)
+    assert bits_per_byte(model.eval(), text) == pytest.approx(float(match[2]), abs=0.002)
 
 
 def test_rounding_the_bundled_model_to_fewer_bits_costs_more_bits_per_byte() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _PRICED = {
     "max_time": ("0.1 ms", 0.1),
     "max_finer": ("one finer layer", 1.0),
+    "max_active_bits": ("0.1 bits", 0.1),
     "max_kv_bits": ("1 kB a token", 8e3),
     "max_kl": ("0.001 nats", 1e-3),
     "": ("1 MB", 1e6),
@@ -66,12 +67,17 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         ["bits per weight", f"{result.bits_per_weight or 0:.4f}"],
         ["checkpoint", short_bytes(result.checkpoint_bytes or 0)],
     ]
+    if result.active_bits is not None:
+        read = f"{short_bytes(round(result.active_bytes_per_token or 0))} a token"
+        rows.append(["of the weights that a token reads", f"{result.active_bits:.4f}, {read}"])
     if result.kv_bits is not None:
         per_token = f"{short_bytes(round(result.kv_bytes_per_token or 0))} a token"
         rows.append(["KV cache, bits per number", f"{result.kv_bits:.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
         predicted = with_error(result.kl_nats_per_token, result.kl_stderr)
         rows.append(["KL, predicted [nats/token]", predicted])
+        if result.kl_routing:
+            rows.append(["of it by tokens that change experts", f"{result.kl_routing:.2g}"])
     else:
         rows.append([f"error [{recipe.made_by.get('unit')}]", f"{result.error or 0:.4g}"])
     if result.kl_measured is not None:

@@ -292,17 +292,15 @@ def _replace_experts(
     scheme: Scheme,
     inputs: Mapping[str, float],
 ) -> None:
-    """Put a module that quantizes inputs in the place of the experts of one decoder layer."""
-    amax: dict[str, dict[int, float]] = {}
-    path = ""
+    """Put a module that quantizes inputs in the place of the experts of one decoder layer.
+
+    Where they have several schemes, it is there for the second of their groups.
+    """
     for layer in layers:
         path, _, parameter = layer.tensor.rpartition(".")
-        if layer.name in inputs and layer.expert is not None:
-            amax.setdefault(parameter, {})[layer.expert] = inputs[layer.name]
-    experts = FakeQuantExperts(
-        model.get_submodule(path),
-        scheme,
-        static_amax=amax,
-        name=path,
-    )
-    replace_module(model, path, experts)
+        module = model.get_submodule(path)
+        if not isinstance(module, FakeQuantExperts):
+            module = FakeQuantExperts(module, name=path)
+            replace_module(model, path, module)
+        assert layer.expert is not None
+        module.set_scheme(parameter, layer.expert, scheme, static_amax=inputs.get(layer.name))

@@ -1,8 +1,6 @@
-"""The experts of a mixture, which transformers keeps as one module, under a scheme."""
+"""The experts of a mixture, which transformers keeps as one module, under their schemes."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -16,24 +14,15 @@ class FakeQuantExperts(nn.Module):
     """All experts of one decoder layer; the inputs of each are fake-quantized on the fly.
 
     It keeps the parameters of the module that it replaces, as `ExpertsKind` describes them;
-    whoever applies a scheme rounds the weights in place.
+    whoever applies a scheme rounds the weights in place,
+    and tells of it with `set_scheme`.
     """
 
-    def __init__(
-        self,
-        experts: nn.Module,
-        scheme: Scheme,
-        *,
-        static_amax: Mapping[str, Mapping[int, float]] | None = None,
-        name: str = "experts",
-    ) -> None:
-        """Take the place of transformers' module.
+    def __init__(self, experts: nn.Module, *, name: str = "experts") -> None:
+        """Take the place of transformers' module, with no scheme yet.
 
         Args:
             experts: Of transformers.
-            scheme: Of every expert.
-            static_amax: Parameter (``down_proj``, the other) -> expert -> largest
-                magnitude of its input in calibration; for static activations.
             name: For messages.
 
         Raises:
@@ -44,9 +33,9 @@ class FakeQuantExperts(nn.Module):
             raise BackendError(
                 f"{name}: {problem}, cannot be emulated. Leave the fusion group unquantized."
             )
-        self.scheme = scheme
         self.layer_name = name
-        self.static_amax = static_amax or {}
+        self.schemes: dict[tuple[str, int], Scheme] = {}
+        self.static_amax: dict[tuple[str, int], float] = {}
         self.kind = find_kind(experts)
         for parameter in (self.kind.first, "down_proj"):
             self.register_parameter(parameter, experts.get_parameter(parameter))
@@ -54,6 +43,26 @@ class FakeQuantExperts(nn.Module):
                 bias = f"{parameter}_bias"
                 self.register_parameter(bias, experts.get_parameter(bias))
         self.num_experts = self.kind.count
+
+    def set_scheme(
+        self, parameter: str, expert: int, scheme: Scheme, *, static_amax: float | None = None
+    ) -> None:
+        """Quantize the inputs of one expert's part as a scheme says.
+
+        Args:
+            parameter: ``down_proj``, or the other.
+            expert: Its number.
+            scheme: Of the layers that the parameter holds of it.
+            static_amax: Largest magnitude of its input in calibration; for static activations.
+        """
+        self.schemes[parameter, expert] = scheme
+        if static_amax is not None:
+            self.static_amax[parameter, expert] = static_amax
+
+    def drop_scheme(self, parameter: str, expert: int) -> None:
+        """Leave the inputs of one expert's part as they are."""
+        self.schemes.pop((parameter, expert), None)
+        self.static_amax.pop((parameter, expert), None)
 
     def forward(
         self,
@@ -69,15 +78,17 @@ class FakeQuantExperts(nn.Module):
         return multiply(self, self.kind, parameter, expert, x_TI)
 
     def _quantize(self, x_TI: Tensor, parameter: str, expert: int) -> Tensor:
-        if self.scheme.activation is None:
+        scheme = self.schemes.get((parameter, expert))
+        if scheme is None or scheme.activation is None:
             return x_TI
         return fake_quantize_activation(
             x_TI,
-            self.scheme.activation,
-            static_amax=self.static_amax.get(parameter, {}).get(expert),
+            scheme.activation,
+            static_amax=self.static_amax.get((parameter, expert)),
             name=f"{self.layer_name}.{expert}",
         )
 
     def extra_repr(self) -> str:
-        """Number of experts and scheme, for ``print(model)``."""
-        return f"num_experts={self.num_experts}, scheme={self.scheme.name!r}"
+        """Number of experts and schemes, for ``print(model)``."""
+        names = sorted({scheme.name for scheme in self.schemes.values()})
+        return f"num_experts={self.num_experts}, schemes={names}"

@@ -16,7 +16,7 @@ import re
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_layers import checked_layers
-from mofq.exceptions import BackendError
+from mofq.exceptions import BackendError, option
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FUSION_RULES, LinearLayer
 from mofq.numbers.formats import IntFormat
@@ -85,7 +85,7 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
         BackendError: A layer, or its type, has no name in GGUF that is known here.
         RecipeError: The recipe is not for this model.
     """
-    layers = checked_layers(checkpoint, recipe)
+    layers = checked_layers(checkpoint, recipe, experts_apart=True)
     if layers.architecture not in FUSION_RULES:
         raise BackendError(
             f"{checkpoint.folder}: what llama.cpp calls the tensors of a {layers.architecture!r} "
@@ -95,12 +95,17 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
     schemes = recipe.schemes
     lines: dict[str, tuple[str, str]] = {}
     for layer in layers.grouped_layers:
-        scheme = parse_scheme(schemes[layer.name])
-        lines.setdefault(_tensor_name(layer), nearest_type(scheme, layer))
+        name, kind = _tensor_name(layer), nearest_type(parse_scheme(schemes[layer.name]), layer)
+        if lines.setdefault(name, kind) != kind:
+            raise BackendError(
+                f"{name}: holds this part of all experts of a decoder layer in one type, and the "
+                f"recipe has {lines[name][0]} and {kind[0]} for it ({layer.name}). Measure with "
+                f"{option('experts', 'projection')}, which gives them one scheme."
+            )
     text = [f"# {recipe.model_name}: the nearest llama.cpp types, and what each loses."]
-    for name, (kind, loss) in lines.items():
+    for name, (type_name, loss) in lines.items():
         escaped = name.replace(".", r"\.")
-        text += [f"# {name}: {loss}", f"--tensor-type {escaped}={kind}"]
+        text += [f"# {name}: {loss}", f"--tensor-type {escaped}={type_name}"]
     return "\n".join(text) + "\n"
 
 

@@ -210,7 +210,7 @@ def _open_recipe_file(path: Path, checkpoint: Checkpoint, *, source: str) -> Can
 
 
 def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: str) -> Candidate:
-    layers = checked_layers(checkpoint, recipe)
+    layers = checked_layers(checkpoint, recipe, experts_apart=True)
     return Candidate(
         source=source,
         recipe=recipe,

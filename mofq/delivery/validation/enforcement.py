@@ -99,7 +99,7 @@ def find_deviations(
         RecipeError: The recipe is not for the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
-    layers = checked_layers(checkpoint, recipe)
+    layers = checked_layers(checkpoint, recipe, experts_apart=True)
     schemes = group_schemes(layers, recipe)
     total = len(layers.groups) + 1
     found: list[Deviation] = []
@@ -236,15 +236,10 @@ def _module_deviation(
         if wanted.activation is None:
             return None  # its weight tells
         return f"needed scheme {wanted.name!r}, found a plain {type(module).__name__}"
-    if module.scheme.activation != wanted.activation:
-        return (
-            f"needed scheme {wanted.name!r}, found inputs quantized as {module.scheme.name!r} says"
-        )
-    if isinstance(module, FakeQuantLinear | TorchaoLinear):
-        found = module.static_amax
-    else:
-        amax = module.static_amax.get(at.name.rpartition(".")[2], {})
-        found = None if at.expert is None else amax.get(at.expert)
+    scheme, found = _scheme_and_amax(module, at)
+    if (None if scheme is None else scheme.activation) != wanted.activation:
+        name = "bf16" if scheme is None else scheme.name
+        return f"needed scheme {wanted.name!r}, found inputs quantized as {name!r} says"
     needed = expected.static_amax
     rounding = DECODED_ROUNDING if decoded else 0.0
     is_same = found == needed or (
@@ -253,6 +248,18 @@ def _module_deviation(
     if not is_same:
         return f"needed the static input maximum {needed}, found {found}"
     return None
+
+
+def _scheme_and_amax(
+    module: FakeQuantLinear | FakeQuantExperts | TorchaoLinear, at: LoadedWeight
+) -> tuple[Scheme | None, float | None]:
+    """The scheme of a layer in its module, and its static input maximum; None: it has none."""
+    if not isinstance(module, FakeQuantExperts):
+        return module.scheme, module.static_amax
+    if at.expert is None:
+        return None, None
+    key = at.name.rpartition(".")[2], at.expert
+    return module.schemes.get(key), module.static_amax.get(key)
 
 
 def _torchao_deviation(

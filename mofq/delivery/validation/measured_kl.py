@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
@@ -175,9 +176,9 @@ class MeasuredKl:
             yield score.kl_nats / length
 
     def _apply(self, recipe: Recipe) -> None:
-        layers = checked_layers(self.checkpoint, recipe)
+        layers = checked_layers(self.checkpoint, recipe, experts_apart=True)
         stored = {layer.name: layer for layer in layers.grouped_layers}
-        if layers != self._stored:  # the first recipe, or another opinion on the lm_head
+        if layers != self._stored:  # the first recipe, or one that divides the layers otherwise
             for group in self._loaded:
                 self._restore(group, stored)
             self._applied.clear()
@@ -204,10 +205,14 @@ class MeasuredKl:
         """Put the original's modules and weights back."""
         for layer in group.layers:
             path = module_path(layer)
-            if path in self._originals:
+            module = self._model.get_submodule(path)
+            if layer.expert is not None:  # others of its module may keep their schemes
+                if isinstance(module, FakeQuantExperts):
+                    module.drop_scheme(layer.tensor.rpartition(".")[2], layer.expert)
+            elif path in self._originals:
                 replace_module(self._model, path, self._originals[path])
             else:
-                self._originals[path] = self._model.get_submodule(path)
+                self._originals[path] = module
         for layer in group.layers:
             if layer.expert is not None and layer.name in stored:  # rounded in place
                 source = stored[layer.name]

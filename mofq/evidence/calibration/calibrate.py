@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
+from mofq.evidence.calibration.routing import routing_path, run_margins, write_routing
 from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
 from mofq.evidence.calibration.stats import (
     CorpusPlan,
@@ -118,11 +119,19 @@ def run_and_write(
         layers,
         kv_cache=bool(plan.kv_cache),
         activation_checkpointing=activation_checkpointing,
+        routing=bool(plan.routing),
     ) as captured:
         for corpus, index, token_T in sequences:
             if not is_done(folder, plan, corpus, index):
                 captured.clear()
-                run_sequence(model, token_T, seeds_of(plan, corpus, index))
+                seeds = seeds_of(plan, corpus, index)
+                if plan.routing:
+                    run_sequence(model, token_T, seeds, keep_graph=True)
+                    seed = score_seed(plan.seed, corpus.name, index, plan.draws)
+                    routing = run_margins(captured, seed=seed)
+                    write_routing(routing_path(folder, corpus.name, index), routing)
+                else:
+                    run_sequence(model, token_T, seeds)
                 _write(folder, plan, corpus, index, captured=captured, layer_names=layer_names)
             if progress is not None:
                 progress(corpus.name, index + 1, corpus.sequences)
@@ -177,6 +186,8 @@ def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, 
 def is_done(folder: Path, plan: Plan, corpus: CorpusPlan, index: int) -> bool:
     """Whether all that is kept of a sequence is there."""
     path = sequence_path(folder, corpus.name, index)
+    if plan.routing and not routing_path(folder, corpus.name, index).exists():
+        return False
     if has_gains(plan, corpus) and not gains_path(folder, corpus.name, index).exists():
         return False
     return index not in corpus.kept_indices or is_complete(path)
@@ -213,13 +224,16 @@ def _check_disk(folder: Path, written: Path, *, left: int) -> None:
         )
 
 
-def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) -> None:
+def run_sequence(
+    model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int], *, keep_graph: bool = False
+) -> None:
     """One forward pass, and one backward pass for each draw of scores.
 
     Args:
         model: Frozen, with gradients started at its embeddings.
         token_T: Token ids, [T], int64.
         seeds: One for each draw.
+        keep_graph: Whether something else will run backward behind them.
 
     Raises:
         StatsError: The logits are not finite; the message names a weight that is not.
@@ -230,7 +244,7 @@ def run_sequence(model: PreTrainedModel, token_T: Tensor, seeds: Sequence[int]) 
         raise infinite_logits(model)
     for draw, seed in enumerate(seeds):
         score_TV = sample_scores(logits_TV.detach(), seed=seed)
-        logits_TV.backward(score_TV, retain_graph=draw < len(seeds) - 1)
+        logits_TV.backward(score_TV, retain_graph=keep_graph or draw < len(seeds) - 1)
 
 
 def infinite_logits(model: PreTrainedModel) -> StatsError:

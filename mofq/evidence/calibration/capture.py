@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
+from mofq.evidence.calibration.routers import Routers, watch_routers
 from mofq.exceptions import StatsError, option
 from mofq.model.attention import pass_cache
 from mofq.model.layers import (
@@ -58,11 +59,14 @@ class Captured:
     input_gains: dict[str, list[float]] = field(default_factory=dict)
     length: int = 0  #: tokens of the sequence
     runs_again: bool = False  #: whether layers run a second time in the backward pass
+    routers: Routers | None = None  #: None: they are not watched
 
     def clear(self) -> None:
         """Forget the sequence."""
         for part in (self.x, self.y, self.source, self.grads, self.tokens, self.input_gains):
             part.clear()
+        if self.routers is not None:
+            self.routers.clear()
 
     def keep_input(self, layer: str, x: Tensor, y: Tensor) -> None:
         """Keep a layer's input, its gain, and the gradient of its output.
@@ -114,6 +118,7 @@ def capture_layers(
     *,
     kv_cache: bool = False,
     activation_checkpointing: bool = False,
+    routing: bool = False,
 ) -> Iterator[Captured]:
     """Watch every linear layer of the fusion groups for as long as the context lasts.
 
@@ -123,6 +128,7 @@ def capture_layers(
         kv_cache: Watch what is cached of keys and values too.
         activation_checkpointing: Run each decoder layer again in the backward pass instead
             of keeping its activations.
+        routing: Watch what routers score, see `mofq.evidence.calibration.routing`.
 
     Yields:
         What the last sequence left; call `Captured.clear` before each sequence.
@@ -155,6 +161,11 @@ def capture_layers(
         path = find_loaded_module(cache, layers.architecture)
         see = partial(_see_cache, captured, cache)
         handles.append(pass_cache(_module(model, path, cache), see))
+    if routing:
+        captured.routers = Routers()
+        gates = (find_loaded_weight(one, layers.architecture) for one in layers.unquantized)
+        modules = {gate.name.rpartition(".")[0] for gate in gates}
+        handles += watch_routers(map(model.get_submodule, sorted(modules)), captured.routers)
     for path, parts in experts.items():
         restore.append(_watch_experts(model.get_submodule(path), parts, captured))
     if activation_checkpointing:
@@ -339,7 +350,10 @@ def _run_experts(
         _see(captured, layers[expert, parameter], x_TI, y_TO, token_T, bias_O)
         return y_TO
 
-    return run_experts(kind, *given, linear=linear)
+    output_TI = run_experts(kind, *given, linear=linear)
+    if captured.routers is not None:
+        captured.routers.see_experts(module, kind, given, output_TI)
+    return output_TI
 
 
 def _see(

@@ -140,6 +140,13 @@ def _weight_gains(
     return found
 
 
+def weight_gain(captured: Captured, layer: str, grad_TO: Tensor) -> float:
+    """``|| sum_t g_t x_t^T ||^2`` of any gradient of a layer's output."""
+    x_TI = captured.x[captured.source[layer]].to(captured.device).float()
+    gram_TT = _gram(x_TI) * _gram(grad_TO.to(captured.device).float())
+    return float(gram_TT.sum(dtype=torch.float64).clamp(min=0))
+
+
 def _gram(value_TI: Tensor) -> Tensor:
     return value_TI @ value_TI.T
 

@@ -110,6 +110,14 @@ class SequenceFile:
         except SafetensorError as problem:
             raise _unreadable(self.path, problem) from None
 
+    def counts(self) -> dict[str, int]:
+        """How many tokens came to each layer of an expert; no other layer is in it."""
+        return {
+            name: 0 if source is None else self._file.get_slice(f"tokens/{name}").get_shape()[0]
+            for name, source in self.inputs.items()
+            if source is None or f"tokens/{name}" in self._keys
+        }
+
 
 def _unreadable(path: Path, problem: Exception) -> StatsError:
     return StatsError(

@@ -9,6 +9,8 @@
     sequences are kept than are run, one out of each range of neighbours.
 ``CORPUS/gains-00000.json``
     Three numbers for each layer of every sequence that is run; see ``gains``.
+``CORPUS/routing-00000.json``
+    Of a mixture, what tokens that change their experts cost; see ``routing``.
 ``stats.json``
     Written last: the plan, the hash of every sequence, and per corpus the experts that
     no token reached, if any.
@@ -100,6 +102,8 @@ class Plan:
     #: None in plans of before.
     scaling: Literal[True] | None = True
     layers: StatedLayers | None = None  #: what the user said of the model's layers
+    #: True: what tokens that change experts cost, of every sequence; see ``routing``.
+    routing: Literal[True] | None = None
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -147,6 +151,19 @@ class Stats:
         plan = self.plan.corpus(corpus)
         count = plan.sequences if has_gains(self.plan, plan) else 0
         return tuple(gains_path(self.folder, corpus, index) for index in range(count))
+
+    def routing_files(self, corpus: str) -> tuple[Path, ...]:
+        """What changes of experts cost, of all sequences of a corpus, in order; none if unknown."""
+        count = self.plan.corpus(corpus).sequences if self.plan.routing else 0
+        return tuple(self.folder / corpus / f"routing-{index:05d}.json" for index in range(count))
+
+    def files(self, corpus: str) -> tuple[Path, ...]:
+        """Every file of a corpus."""
+        return (
+            *self.sequence_files(corpus),
+            *self.gains_files(corpus),
+            *self.routing_files(corpus),
+        )
 
 
 def has_gains(plan: Plan, corpus: CorpusPlan) -> bool:
@@ -268,7 +285,7 @@ def verify_sequences(stats: Stats) -> None:
 
 def _entries(stats: Stats, entries: Mapping[str, _FileEntry]) -> Iterator[tuple[Path, _FileEntry]]:
     for corpus in stats.plan.corpora:
-        for file in (*stats.sequence_files(corpus.name), *stats.gains_files(corpus.name)):
+        for file in stats.files(corpus.name):
             name = f"{corpus.name}/{file.name}"
             if name not in entries:
                 raise StatsError(
@@ -350,6 +367,16 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
         os.close(file)  # releases the lock too
 
 
+def begun_plan(folder: Path) -> Plan | None:
+    """The plan that a folder was begun with; None where there is none yet.
+
+    Raises:
+        StatsError: It is damaged, or of another version.
+    """
+    path = folder / "plan.json"
+    return _plan(_read(path), path) if path.exists() else None
+
+
 def _check_same(plan: Plan, begun: Plan, folder: Path) -> None:
     """Refuse to continue a folder with another plan, and say what differs."""
     differences = list(_differences(plan, begun))
@@ -406,6 +433,7 @@ def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
         ("dtype", plan.dtype, begun.dtype),
         ("scores", plan.scores, begun.scores or "not noted"),
         ("answers to scaling", *("kept" if one.scaling else "not kept" for one in (plan, begun))),
+        ("changes of experts", *("kept" if one.routing else "not kept" for one in (plan, begun))),
         ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
         ("KV cache", *("kept" if one.kv_cache else "not kept" for one in (plan, begun))),
     ):
@@ -445,7 +473,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
     for corpus in plan.corpora:
         inputs = []
         kept = stats.sequence_files(corpus.name)
-        for file in (*kept, *stats.gains_files(corpus.name)):
+        for file in stats.files(corpus.name):
             entry = _FileEntry(file.stat().st_size, _sha256(file))
             files[f"{corpus.name}/{file.name}"] = entry
         for file in kept:

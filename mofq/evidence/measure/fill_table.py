@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -19,8 +19,10 @@ from mofq.evidence.calibration.stats import (
     earlier_stats,
     verify_sequences,
 )
+from mofq.evidence.calibration.visits import expert_visits
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
+from mofq.evidence.measure.flips import corpus_flips
 from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.magnitudes import group_profiles
@@ -45,6 +47,7 @@ from mofq.evidence.table import (
     TableSpace,
     TableStats,
     TableWriter,
+    Visits,
     header_of,
     open_table,
 )
@@ -58,7 +61,7 @@ from mofq.model.checkpoint.tensors import (
     read_shared_amax,
 )
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, is_expert
 from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
 from mofq.numbers.quantize.compiled import Kind, pass_maker
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate
@@ -169,9 +172,13 @@ def measure(
         table.add_space(table_space(space, engine))
         here = partial(measure_groups, tell=tell)
         measured = partial(remotely or here, checkpoint, stats=stats, device=device)
-        _fill(table, offers, missing, measured, progress=progress)
+        visits = {} if stats is None else _visits(stats, model_layers)
+        _fill(table, offers, missing, measured, visits=visits, progress=progress)
         if cached_stats is not None:
             fill_caches(table, cache_offers, cached_stats, device=device)
+        if stats is not None:
+            caches = model_layers.caches if stats.plan.kv_cache else ()
+            table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
 
 
 def table_space(space: SearchSpace, engine: str | None) -> TableSpace:
@@ -206,6 +213,7 @@ def _fill(
     missing: Sequence[Sequence[Work]],
     measure_all: Callable[[Sequence[Work]], Generator[Measured, None, None]],
     *,
+    visits: Mapping[str, Sequence[Visits]],
     progress: Progress | None,
 ) -> None:
     work = [one for of_group in missing for one in of_group]
@@ -221,7 +229,12 @@ def _fill(
                 if not table.has(row.group, row.scheme, unit=row.unit, corpus=row.corpus)
             ]
             profiles = {one.key: one for each in found for one in each.profiles}
-            table.add_group(new, rejected, profiles=profiles.values())
+            table.add_group(
+                new,
+                rejected,
+                profiles=profiles.values(),
+                visits=visits.get(offer.group.name, ()),
+            )
             if progress is not None:
                 progress("measure", done + 1, len(offers))
 
@@ -389,6 +402,24 @@ def table_stats(stats: Stats) -> TableStats:
         sequence_length=stats.plan.sequence_length,
         bos=stats.plan.bos,
     )
+
+
+def _visits(stats: Stats, model_layers: ModelLayers) -> dict[str, list[Visits]]:
+    """Fusion group of experts -> the visits to it, of each corpus."""
+    known = expert_visits(stats)
+    return {
+        group.name: [
+            Visits(
+                group.name,
+                corpus,
+                tokens=len(stats.sequence_files(corpus)) * stats.plan.sequence_length,
+                layers={layer.name: of_corpus[layer.name] for layer in group.layers},
+            )
+            for corpus, of_corpus in known.items()
+        ]
+        for group in model_layers.groups
+        if any(map(is_expert, group.layers))
+    }
 
 
 def _missing(table: TableWriter, offer: Offer, stats: Stats | None) -> list[Work]:

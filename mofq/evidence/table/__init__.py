@@ -4,7 +4,8 @@
 that names the model, the statistics and the fusion groups; every later line is
 a ``space`` (what was asked), ``corpora`` (which were added to the statistics), a
 ``rejection`` (why a scheme was not measured), a
-``profile`` (how large the weights and inputs of a layer are), a ``cache`` (an attention
+``profile`` (how large the weights and inputs of a layer are), ``visits`` (how many tokens
+came to each expert), ``flips`` (what their changes of experts cost), a ``cache`` (an attention
 layer whose cache's format was asked for) or a ``row`` (a measured choice).
 ``TABLE_LINE_SCHEMA`` specifies each of them.
 """
@@ -16,6 +17,7 @@ from mofq.evidence.table.lines import (
     TABLE_LINE_SCHEMA,
     UNITS,
     Extent,
+    Flips,
     Profile,
     Rejection,
     Row,
@@ -26,6 +28,7 @@ from mofq.evidence.table.lines import (
     TableModel,
     TableSpace,
     TableStats,
+    Visits,
     bin_width,
     header_of,
 )
@@ -37,6 +40,7 @@ __all__ = [
     "TABLE_LINE_SCHEMA",
     "UNITS",
     "Extent",
+    "Flips",
     "Profile",
     "Rejection",
     "Row",
@@ -48,6 +52,7 @@ __all__ = [
     "TableSpace",
     "TableStats",
     "TableWriter",
+    "Visits",
     "bin_width",
     "header_of",
     "open_table",

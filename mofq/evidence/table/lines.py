@@ -343,6 +343,40 @@ class Profile:
         return (self.group, self.module)
 
 
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """How many of the kept tokens of a corpus came to each expert's layers of a fusion group."""
+
+    group: Name
+    corpus: Text
+    tokens: Count  #: of all kept sequences
+    layers: Annotated[
+        dict[Text, Bytes], Field(min_length=1, description="layer -> tokens that it saw")
+    ]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the visits."""
+        return (self.group, self.corpus)
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class Flips:
+    """What errors cost by sending tokens of a mixture to other experts, on one corpus.
+
+    A recipe whose groups ``g`` have the errors ``KL_g`` costs ``sqrt(sum rate_g KL_g)`` beside
+    their sum. See `mofq.evidence.calibration.routing`.
+    """
+
+    corpus: Text
+    rates: Annotated[
+        dict[Text, NotNegative],
+        Field(description="fusion group or cache -> nats per token; 0 behind the last router"),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table in memory. Lines keep the order of the file."""
@@ -354,6 +388,9 @@ class Table:
     sha256: str  #: of the complete lines of the file
     profiles: tuple[Profile, ...] = ()
     caches: tuple[CacheLayer, ...] = ()  #: whose formats were asked for
+    #: Of groups of experts; none in tables of before they were noted, and without statistics.
+    visits: tuple[Visits, ...] = ()
+    flips: tuple[Flips, ...] = ()  #: of each corpus; none where nothing is known of routers
 
     @property
     def measures(self) -> tuple[tuple[Unit, str | None], ...]:
@@ -375,7 +412,17 @@ def bin_width(channels: int) -> int:
     return -(-channels // MOST_BINS)
 
 
-Line = TableHeader | AddedCorpora | TableSpace | Rejection | Profile | TableCache | Row
+Line = (
+    TableHeader
+    | AddedCorpora
+    | TableSpace
+    | Rejection
+    | Profile
+    | Visits
+    | Flips
+    | TableCache
+    | Row
+)
 
 _KINDS: dict[str, type[Line]] = {
     "header": TableHeader,
@@ -383,6 +430,8 @@ _KINDS: dict[str, type[Line]] = {
     "space": TableSpace,
     "rejection": Rejection,
     "profile": Profile,
+    "visits": Visits,
+    "flips": Flips,
     "cache": TableCache,
     "row": Row,
 }
@@ -419,6 +468,10 @@ def describe(line: Line) -> str:
             return f"row of {line.group} under {line.scheme} in {line.unit}"
         case Profile():
             return f"profile of {line.module} in {line.group}"
+        case Flips():
+            return f"changes of experts on {line.corpus}"
+        case Visits():
+            return f"visits to {line.group}"
         case Rejection():
             return f"rejection of {line.scheme} for {line.group}"
         case TableCache():

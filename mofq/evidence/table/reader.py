@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Flips,
     Line,
     Profile,
     Rejection,
@@ -21,6 +22,7 @@ from mofq.evidence.table.lines import (
     TableLayer,
     TableSpace,
     TableStats,
+    Visits,
     bin_width,
     decode_line,
     describe,
@@ -50,6 +52,8 @@ class TableLines:
         self.header = header
         self.rows: dict[RowKey, Row] = {}
         self.profiles: dict[tuple[str, str], Profile] = {}
+        self.visits: dict[tuple[str, str], Visits] = {}
+        self.flips: dict[str, Flips] = {}
         self._spaces: dict[TableSpace, None] = {}
         self._rejections: dict[Rejection, None] = {}
         self._caches: dict[str, CacheLayer] = {}
@@ -82,6 +86,8 @@ class TableLines:
             sha256=sha256,
             profiles=tuple(self.profiles.values()),
             caches=tuple(self._caches.values()),
+            visits=tuple(self.visits.values()),
+            flips=tuple(self.flips.values()),
         )
 
     def add(self, line: Line, where: str) -> bool:
@@ -118,6 +124,14 @@ class TableLines:
             case Profile():
                 self._check_profile(line, where)
                 return self._add_profile(line, where)
+            case Visits():
+                self._check_visits(line, where)
+                return _add(self.visits, line.key, line, where)
+            case Flips():
+                self._check_corpus(line.corpus, where)
+                if missing := self._layers.keys() - line.rates.keys():
+                    raise TableError(f"{where}: has no rate of {min(missing)}.")
+                return _add(self.flips, line.corpus, line, where)
             case Row():
                 self._check_row(line, where)
                 return _add(self.rows, line.key, line, where)
@@ -182,6 +196,16 @@ class TableLines:
                     f"{where}: {profile.channels} input channels need {bins} numbers in amax and "
                     f"rms, found {len(one.amax)} and {len(one.rms)}."
                 )
+
+    def _check_visits(self, visits: Visits, where: str) -> None:
+        """Refuse visits to layers that do not exist, or of more tokens than there are."""
+        self._check_corpus(visits.corpus, where)
+        layers = self._layers_of(visits.group, where)
+        if visits.layers.keys() != layers.keys():
+            name = min(visits.layers.keys() ^ layers.keys())
+            raise TableError(f"{where}: needed each layer of {visits.group} once, see {name!r}.")
+        if max(visits.layers.values()) > visits.tokens:
+            raise TableError(f"{where}: a layer saw more than the {visits.tokens} tokens.")
 
     def _check_row(self, row: Row, where: str) -> None:
         """Refuse a row whose corpus, layers or samples are not those of the header."""

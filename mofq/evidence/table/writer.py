@@ -11,6 +11,7 @@ from types import TracebackType
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
+    Flips,
     Line,
     Profile,
     Rejection,
@@ -19,6 +20,7 @@ from mofq.evidence.table.lines import (
     TableHeader,
     TableSpace,
     TableStats,
+    Visits,
     decode_line,
     describe,
     encode_line,
@@ -92,12 +94,17 @@ class TableWriter:
         """Note the caches whose rows will follow."""
         self._append([TableCache(**asdict(cache)) for cache in caches])
 
+    def add_flips(self, flips: Iterable[Flips]) -> None:
+        """Note what changes of experts cost."""
+        self._append(list(flips))
+
     def add_group(
         self,
         rows: Iterable[Row],
         rejections: Iterable[Rejection] = (),
         *,
         profiles: Iterable[Profile] = (),
+        visits: Iterable[Visits] = (),
     ) -> None:
         """Append what is known of a fusion group, and wait until it is on the disk.
 
@@ -109,7 +116,7 @@ class TableWriter:
                 none is written. Or the disk is full; then earlier lines are kept.
         """
         fresh = [new for one in profiles if (new := self._fresh(one)) is not None]
-        self._append([*rejections, *fresh, *rows])
+        self._append([*rejections, *fresh, *visits, *rows])
 
     def _fresh(self, profile: Profile) -> Profile | None:
         """What a profile adds: itself, or the inputs of corpora that are not there yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mofq.model.layers.experts import EXPERTS_BY, ExpertsBy, is_expert, split_experts
 from mofq.model.layers.families import FUSION_RULES, lm_heads_of
 from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
@@ -20,9 +21,11 @@ from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
 
 __all__ = [
     "CONFIG_KEY",
+    "EXPERTS_BY",
     "FUSION_RULES",
     "PARTS",
     "CacheLayer",
+    "ExpertsBy",
     "FusionGroup",
     "LinearLayer",
     "LoadedWeight",
@@ -33,8 +36,10 @@ __all__ = [
     "find_loaded_module",
     "find_loaded_names",
     "find_loaded_weight",
+    "is_expert",
     "layers_of",
     "lm_heads_of",
     "load_layers",
     "share_amax",
+    "split_experts",
 ]

@@ -1,0 +1,131 @@
+"""What it would cost if tokens of a mixture changed their experts, and which errors make them.
+
+A router sends a token to the K experts with the largest scores. The *margin* is the score of the
+last of them less that of the first that is left out. An error that comes before the router moves
+the margin; where it falls below zero the token changes an expert, which no gradient knows of. With
+a margin ``m``, an error of it with standard deviation ``s`` and a cost ``c`` of the exchange, the
+expected cost is ``c P(error > m)``, summed over tokens and routers. Of tokens with small margins,
+whose density is ``d``, that is ``s c d / sqrt(2 pi)``: it grows as ``s`` and not as its square.
+
+Two numbers of each sequence that is run follow, and one for each layer:
+
+``cost``
+    ``A = sum c d / T``. The cost of an exchange is ``(g . D)^2 / 2``: ``D`` is the output of the
+    expert that would come in less that of the one that would go, times the weight that the router
+    gives the latter, and ``g`` the gradient of the scores at the output of the experts.
+``gains``
+    ``|| sum_t h_t x_t^T ||^2`` of each layer, as its gain in nats is, with ``h`` the gradient of
+    ``sum +- sqrt(c d) m`` over all tokens and routers, with random signs: what noise of one size
+    in every weight does to the margins that cost something. The ratio to the gain in nats says
+    what variance ``V`` of such margins comes with each nat that is predicted of the layer.
+
+By Cauchy's inequality the sum over tokens is at most ``sqrt(A V / 2 pi)``, and close to it where
+margins are moved alike.
+
+Source: the projected cost is the expansion of the divergence of `mofq.evidence.measure.score`;
+random signs are those of `mofq.evidence.calibration.calibrate.sample_scores`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from mofq.evidence.calibration.capture import Captured
+from mofq.evidence.calibration.gains import weight_gain
+from mofq.evidence.calibration.sequence_file import renamed_when_written
+from mofq.exceptions import StatsError
+from mofq.files.documents import parse_json, read_text
+from mofq.files.validated import NotNegative, Text, only_these_keys, validate
+
+_MAX_BYTES = 64_000_000
+
+
+@only_these_keys
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Of one sequence: what exchanges of experts would cost, and what moves the margins."""
+
+    cost: NotNegative  #: nats per token, for each unit of score
+    gains: dict[Text, NotNegative]  #: layer -> gain; layers behind the last router have none
+
+
+_ROUTING = TypeAdapter(Routing)
+
+
+def run_margins(captured: Captured, *, seed: int) -> Routing:
+    """Run the margins backward behind the scores, whose graph is still there.
+
+    Args:
+        captured: After the backward passes of the scores; its gradients stay theirs.
+        seed: Of the random signs.
+    """
+    assert captured.routers is not None
+    objective, cost = captured.routers.objective(seed=seed), captured.routers.cost
+    if objective is None:
+        return Routing(cost=0.0, gains={})
+    of_scores = captured.grads, captured.input_gains
+    captured.grads, captured.input_gains = {}, {}
+    objective.backward()
+    gains = {name: weight_gain(captured, name, grad) for name, (grad,) in captured.grads.items()}
+    captured.grads, captured.input_gains = of_scores
+    return Routing(cost, gains)
+
+
+def routing_path(folder: Path, corpus: str, index: int) -> Path:
+    """Where a sequence's routing is kept."""
+    return folder / corpus / f"routing-{index:05d}.json"
+
+
+def write_routing(path: Path, routing: Routing) -> None:
+    """Write it beside its final name, then rename it.
+
+    Raises:
+        StatsError: A number is not finite, or the file cannot be written.
+    """
+    values = {"cost": routing.cost, "gains": routing.gains}
+    try:
+        text = json.dumps(values, allow_nan=False)
+    except ValueError:
+        raise StatsError(
+            f"{path}: what exchanges of experts cost is not finite. Look for broken weights."
+        ) from None
+    with renamed_when_written(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_routing(path: Path) -> Routing:
+    """Read a sequence's routing.
+
+    Raises:
+        StatsError: The file is missing, damaged, or holds a number that is not finite.
+    """
+    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    return validate(_ROUTING, content, str(path), StatsError)
+
+
+def flip_rate(routing: Sequence[Routing], nats: Sequence[float], layers: Iterable[str]) -> float:
+    """What a layer's or group's predicted KL makes of changes of experts: their square over it.
+
+    A recipe whose groups ``g`` are predicted to cost ``KL_g`` costs ``sqrt(sum rate_g KL_g)``
+    more by tokens that change experts.
+
+    Args:
+        routing: Of each sequence of a corpus.
+        nats: The gain in nats of the same layers, of each sequence.
+        layers: Of the group.
+
+    Returns:
+        Nats per token.
+    """
+    total = math.fsum(nats)
+    names = tuple(layers)
+    moved = math.fsum(one.gains.get(name, 0.0) for one in routing for name in names)
+    cost = math.fsum(one.cost for one in routing) / len(routing)
+    # KL is half the square of what the scores see, over T; the margins' variance a whole one.
+    return cost * 2 * moved / total / (2 * math.pi) if total > 0 else 0.0
