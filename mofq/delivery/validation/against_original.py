@@ -204,6 +204,8 @@ def _validate_one(
         deviations=deviations or (),
         windows=agreement.windows,
         tasks=compare_tasks(task_scores, original.task_scores),
+        predicted_kl_low=None if recipe is None else recipe.result.kl_low,
+        predicted_kl_high=None if recipe is None else recipe.result.kl_high,
         seconds=monotonic() - start,
         seconds_original=original.seconds,
     )

@@ -321,7 +321,7 @@ function frontierLines(point) {
 function makeKey() {
   const kinds = new Set(marks().map((one) => one.kind));
   const all = [
-    ["line", data.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
+    ["line", data.is_kl ? "frontier, predicted, 95 % interval" : "frontier"],
     ...(kinds.has("uniform") ? [["uniform", "one scheme for every layer"]] : []),
     ...(kinds.has("greedy") ? [["greedy", "greedy, at the size of a uniform scheme"]] : []),
     ...(kinds.has("recipe") ? [["recipe", "compared recipe"]] : []),
