@@ -12,7 +12,7 @@ from mofq.decision.choice import Chosen, choose
 from mofq.decision.from_table import request_problem
 from mofq.decision.model_error import model_error
 from mofq.decision.offers import asked_constraints
-from mofq.decision.prediction import CROSSFITTED, Estimate, error_together, predict, sample_sums
+from mofq.decision.prediction import Estimate, error_together, is_crossfitted, predict, sample_sums
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, without
@@ -186,8 +186,8 @@ def notes_of_prediction(
         return ()
     few = (
         f"{count} calibration sequences are too few for error bars that mean anything"
-        f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}; calibrate with at least "
-        f"{FEW_SAMPLES}."
+        f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}, and to cross-fit the prediction; "
+        f"calibrate with at least {FEW_SAMPLES}."
         for corpus, count in _samples(table, problem).items()
         if count < FEW_SAMPLES
     )
@@ -195,19 +195,19 @@ def notes_of_prediction(
         *few,
         *_outlying_sequences(problem, choice_F),
         *_without_answers(problem, choice_F),
-        *_in_sample(prediction),
+        *_in_sample(problem, prediction),
         *_out_of_range(prediction),
     )
 
 
-def _in_sample(prediction: Estimate) -> list[str]:
-    """That a prediction is not cross-fitted."""
-    if not prediction.is_in_sample:
+def _in_sample(problem: Problem, prediction: Estimate) -> list[str]:
+    """That a prediction is not cross-fitted, although there are samples enough."""
+    if not prediction.is_in_sample or not is_crossfitted(problem):
         return []
     return [
-        f"The prediction is not cross-fitted, for half of the calibration sequences do not make "
-        f"such a choice: it is of the very sequences that the recipe was chosen on, and likely a "
-        f"few percent too low. Calibrate on more; {CROSSFITTED} of each corpus are the least."
+        "The prediction is not cross-fitted, since half of the calibration sequences do not offer "
+        "what the budgets need: it is of the very sequences that the recipe was chosen on, and "
+        "likely a few percent too low. Calibrate on more, or measure with `mofq validate`."
     ]
 
 

@@ -20,8 +20,6 @@ from mofq.decision.problem import (
 
 #: Fewer samples than this in each half, and a choice made on one says nothing.
 _LEAST_IN_HALF = 2
-#: Samples of a corpus from which on predictions are cross-fitted.
-CROSSFITTED = 2 * _LEAST_IN_HALF
 
 #: A 95 % interval reaches so many standard errors to both sides.
 INTERVAL_STDERRS = 2.0
@@ -172,7 +170,7 @@ def crossfit(
 def is_crossfitted(problem: Problem) -> bool:
     """Whether there are samples enough for `crossfit`."""
     errors = problem.sample_errors
-    return errors is not None and min(e.shape[1] for e in errors) >= CROSSFITTED
+    return errors is not None and min(e.shape[1] for e in errors) >= 2 * _LEAST_IN_HALF
 
 
 def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Estimate:

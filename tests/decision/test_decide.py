@@ -16,12 +16,15 @@ from mofq.decision import (
     Request,
     Solution,
     check_budget,
+    choice,
     decide,
     solve_exact,
     uniform_recipe,
     uniform_recipes,
 )
 from mofq.decision.measured.measurement import decide_again
+from mofq.decision.model_error import model_error
+from mofq.decision.prediction import Estimate, stated
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
@@ -45,6 +48,8 @@ ERRORS = {
     "b": {"int4.g32": (3.0, 576), "int8.channel": (2.0, 1088), "bf16": (0.0, 2048)},
 }
 OTHER_BYTES = 1000
+#: Of the errors, where a table is in nats.
+NATS = 1e-3
 
 
 def table_of(
@@ -53,7 +58,7 @@ def table_of(
     spaces: tuple[TableSpace, ...] = (),
     samples: int | None = None,
 ) -> Table:
-    """A table of weight errors; or in nats, with as many samples scattered by a tenth."""
+    """A table of weight errors; or in thousandths of nats, with samples scattered by a tenth."""
     groups = tuple(
         TableGroup(
             name,
@@ -84,6 +89,7 @@ def table_of(
 def row(group: str, scheme: str, error: float, size: int, samples: int | None) -> Row:
     if samples is None:
         return Row(group, scheme, "relative_weight_error", None, error, None, size, None)
+    error *= NATS
     errors = tuple(error * (1.1 if n % 2 else 0.9) for n in range(samples))
     return Row(
         group,
@@ -161,8 +167,13 @@ def test_a_decision_is_written_and_read_back_as_it_is(tmp_path: Path) -> None:
 
 def test_in_nats_the_recipe_predicts_with_an_error_bar() -> None:
     recipe = decide(table_of(samples=8), Request(Budgets(max_bits=6.5))).recipe
-    assert recipe.kl_nats_per_token == pytest.approx(1 + 3)
-    assert recipe.result.kl_stderr > 0  # type: ignore[operator]
+    predicted = stated(Estimate((1 + 3) * NATS, stderr=0.0))
+    assert recipe.kl_nats_per_token == pytest.approx(predicted.value)
+    assert predicted.stderr is not None
+    assert recipe.result.kl_stderr > predicted.stderr  # type: ignore[operator]
+    ends = recipe.result.kl_low, recipe.result.kl_high
+    middle, half = recipe.kl_nats_per_token, 2 * recipe.result.kl_stderr  # type: ignore[operator]
+    assert ends == pytest.approx((middle - half, middle + half))
     assert recipe.made_by["seed"] == 7
     assert recipe.made_by["stats_sha256"] == "5" * 64
 
@@ -220,6 +231,41 @@ def test_too_few_samples_for_error_bars_are_said(samples: int) -> None:
         True
     ]
     assert decide(table_of(samples=4), Request(Budgets(max_bits=6.5))).notes == ()
+
+
+def test_a_prediction_out_of_range_says_so() -> None:
+    def notes(scale: float) -> tuple[str, ...]:
+        errors = {
+            name: {scheme: (scale * error, size) for scheme, (error, size) in schemes.items()}
+            for name, schemes in ERRORS.items()
+        }
+        return decide(table_of(errors, samples=4), Request(Budgets(max_bits=6.5))).notes
+
+    assert notes(0.9 * 250 / 4 / (1 + model_error().curvature * 0.25)) == ()
+    (note,) = notes(250 / 4)
+    assert note.startswith("The predicted KL is out of the range")
+
+
+def test_a_prediction_that_could_not_be_cross_fitted_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetError("half of the samples do not offer it")
+
+    monkeypatch.setattr(choice, "crossfit", refuse)
+    (note,) = decide(table_of(samples=4), Request(Budgets(max_bits=6.5))).notes
+    assert note.startswith("The prediction is not cross-fitted")
+
+
+def test_few_bits_on_statistics_without_answers_are_said() -> None:
+    errors = {name: {"int3.g32": (3.0, 448), "int8.channel": (1.0, 1088)} for name in ("a", "b")}
+    table = table_of(errors, samples=4)
+    (note,) = decide(table, Request(Budgets(max_bits=4))).notes
+    assert note.startswith("The table rests on statistics of before the answers")
+    assert decide(table, Request(Budgets(max_bits=9))).notes == ()
+    answers = tuple((0.01,) for _ in range(4))
+    rows = tuple(replace(one, answers=answers) for one in table.rows)
+    assert decide(replace(table, rows=rows), Request(Budgets(max_bits=4))).notes == ()
 
 
 def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:
@@ -342,7 +388,8 @@ def test_every_scheme_that_all_groups_have_makes_a_uniform_recipe() -> None:
     errors["a"]["int6.channel"] = (2.0, 800)
     recipes = uniform_recipes(table_of(errors, samples=4), Request(Budgets()))
     assert set(recipes) == {"int4.g32", "int8.channel", "bf16"}
-    assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(3.0)
+    predicted = stated(Estimate(3 * NATS, None)).value
+    assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(predicted)
     assert recipes["int8.channel"].bits_per_weight == 8.5
     served = uniform_recipes(table_of(samples=4), Request(Budgets(), engine="vllm-cpu"))
     assert set(served) == {"int4.g32", "bf16"}
