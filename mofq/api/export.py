@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import with_error
+from mofq.api.figures import with_error, with_interval
 from mofq.api.inputs import open_recipe
 from mofq.api.options import AnyRecipe, Model, Option, Stats, documented
 from mofq.api.preconditions import check_folder, check_output
@@ -166,6 +166,10 @@ def _measured(
 def _accuracy(validation: Validation) -> str:
     """What the model card says of accuracy."""
     kl = with_error(validation.kl_nats_per_token, validation.kl_stderr)
+    low, high = validation.predicted_kl_low, validation.predicted_kl_high
+    predicted = validation.predicted_kl_nats_per_token
+    if low is not None and high is not None:
+        kl += f" (predicted, with a 95 % interval: {with_interval(predicted, low, high)})"
     begin = ", in windows that begin with BOS" if validation.lineage.bos else ""
     lines = [
         f"On {validation.tokens} tokens of `{Path(validation.lineage.text).name}`{begin}: KL "

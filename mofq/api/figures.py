@@ -1,4 +1,4 @@
-"""Figures as people read them: sizes, and values with their standard errors."""
+"""Figures as people read them: sizes, and values with their standard errors or intervals."""
 
 from __future__ import annotations
 
@@ -23,3 +23,23 @@ def with_error(value: float | None, stderr: float | None) -> str:
         return f"{value:.2g} ± {stderr:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(stderr)))
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def with_interval(
+    value: float | None, low: float | None, high: float | None, *, stderr: float | None = None
+) -> str:
+    """``0.0412 (0.0370 to 0.0454)``, a predicted value with its 95 % interval.
+
+    Args:
+        value: None is a dash.
+        low: None where no interval is known, as in recipes of before there was one.
+        high: As ``low``.
+        stderr: Shown in place of an interval that is not known.
+    """
+    if value is None or low is None or high is None or not high > low:
+        return with_error(value, stderr)
+    width = (high - low) / 2
+    if value < 1e-4:
+        return f"{value:.2g} ({low:.2g} to {high:.2g})"
+    decimals = max(0, 1 - math.floor(math.log10(width)))
+    return f"{value:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"

@@ -35,6 +35,8 @@ class FrontierPoint:
     #: Predicted, as a recipe of it says; None: not in nats, or one of very many points.
     kl_nats_per_token: float | None
     kl_stderr: float | None
+    kl_low: float | None = None  #: of the 95 % interval of the prediction
+    kl_high: float | None = None
     kv_bits: float | None = None  #: per cached number; None: the cache is not decided
     kv_bytes_per_token: float | None = None
     kv_cache: dict[str, int] | None = None  #: format -> layers
@@ -91,6 +93,8 @@ class FrontierResult:
             bound=None if math.isnan(bound) else bound,
             kl_nats_per_token=None if kl is None else kl.value,
             kl_stderr=None if kl is None else kl.stderr,
+            kl_low=None if kl is None or kl.stderr is None else kl.lower,
+            kl_high=None if kl is None or kl.stderr is None else kl.upper,
             kv_bits=used.kv_bits,
             kv_bytes_per_token=int(problem.cache_bits_P[choice_F].sum()) / 8
             if problem.cached

@@ -278,7 +278,10 @@ class Budget:
     ] = None
     max_kl: Annotated[
         float | None,
-        Option("Predicted nats per token, at most; alone: the smallest model within it."),
+        Option(
+            "Nats per token, at most, of the end of the predicted interval, or measured with a "
+            "text; alone: the smallest model within it."
+        ),
     ] = None
     max_finer: Annotated[
         float | None, Option("Share of linear layers that leave the base schemes.")
@@ -349,9 +352,11 @@ class Method:
 class OnModel:
     """What measures a recipe on the model itself."""
 
-    model: Annotated[str | Path | None, Option("For --refine and optuna.", read_as=str)] = None
-    text: Annotated[str | None, Option("For --refine and optuna.")] = None
-    tokens: Annotated[int, Option("Of the text, for --refine and optuna.", least=2)] = 4096
+    model: Annotated[
+        str | Path | None, Option("For --refine, optuna, and a measured --max-kl.", read_as=str)
+    ] = None
+    text: Annotated[str | None, Option("For --refine, optuna, and a measured --max-kl.")] = None
+    tokens: Annotated[int, Option("Of the text.", least=2)] = 4096
     sequence_length: WindowLength = 512
     bos: WindowBos = "auto"
     device: Device = "cpu"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from mofq.api.options import (
     Method,
     Model,
     Objective,
+    OnModel,
     Option,
     Samples,
     Sequences,
@@ -241,7 +243,25 @@ def run(
             _tell_all(measured.summary(), tell)
         table = measured.table
         with _timed(seconds, "search"):
-            found = search(table, budget=budget, choices=choices, method=method, tell=tell)
+            # A budget in nats is proved on the text that validates.
+            on_model = OnModel(
+                model=model,
+                text=text,
+                tokens=windows.tokens,
+                sequence_length=windows.sequence_length,
+                bos=windows.bos,
+                device=device,
+                stats=stats,
+            )
+            found = search(
+                table,
+                budget=budget,
+                choices=choices,
+                method=method,
+                on_model=OnModel() if budget.max_kl is None else on_model,
+                progress=progress,
+                tell=tell,
+            )
             _tell_all(found.decision.notes, tell)
             uniform = _uniform_recipes(table, request, found.recipe)
             candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
@@ -419,21 +439,35 @@ def _preferred(
     """The searched recipe's name, or that of a uniform one no larger and measured no worse.
 
     A mixture that does not pay is not worth its complexity; what is preferred becomes
-    ``recipe.yaml``.
+    ``recipe.yaml``. It is chosen on every other window, so that the rest, which had no part in the
+    choice, say what it costs.
     """
     searched = validations[SEARCHED]
     for name, one in validations.items():
         is_smaller = one.bits_per_weight <= searched.bits_per_weight
-        is_better = one.kl_nats_per_token <= searched.kl_nats_per_token
+        # Of a single window there is no rest.
+        ours, theirs = (fmean(each.windows[::2]) for each in (one, searched))
+        is_better = ours <= theirs
         if name != SEARCHED and is_smaller and is_better:
             is_everywhere = {group.scheme for group in candidates[name].groups} == {name}
             every = "layer" if is_everywhere else "layer that has a choice"
             tell(
                 f"{name} for every {every} is as small as the mixture and measured as good: the "
-                f"recipe is this uniform one."
+                f"recipe is this uniform one." + _on_the_rest(one, searched)
             )
             return name
     return SEARCHED
+
+
+def _on_the_rest(one: Validation, searched: Validation) -> str:
+    """What the windows say that had no part in choosing one of two."""
+    ours, theirs = one.windows[1::2], searched.windows[1::2]
+    if not ours:
+        return ""
+    return (
+        f" Chosen on every other window; on the {len(ours)} in between it has {fmean(ours):.3g} "
+        f"nats per token, the mixture {fmean(theirs):.3g}."
+    )
 
 
 def _export(

@@ -107,7 +107,8 @@ def search(
     """Choose one scheme for each fusion group under a budget.
 
     Needs neither the model nor torch, unless the method measures recipes on the model
-    (``Method(refine=…)`` and ``Method(solver="optuna")``).
+    (``Method(refine=…)`` and ``Method(solver="optuna")``), or a budget in nats is to be proved:
+    ``Budget(max_kl=…)`` with ``OnModel(model=…, text=…)``.
 
     Returns:
         The recipe, what the engine refused, and explanations.
@@ -130,7 +131,7 @@ def search(
             f"{option('kv_tokens')} counts the cache into a size; give {option('max_size')} or "
             f"{option('max_kl')}."
         )
-    measures = _measures(method, study, on_model)
+    measures = _measures(method, study, on_model, max_kl=budget.max_kl)
     if path is not None:
         _check_output(path, table, on_model, timing, name="output")
     if measures and method.solver == "optuna":
@@ -170,7 +171,7 @@ def search(
     )
 
 
-def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
+def _measures(method: Method, study: Study, on_model: OnModel, *, max_kl: float | None) -> bool:
     """Whether the model itself is run.
 
     Raises:
@@ -185,9 +186,12 @@ def _measures(method: Method, study: Study, on_model: OnModel) -> bool:
         raise MofqError(
             f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
         )
-    if not is_study and not method.refine:
+    proves = not is_study and not method.refine
+    if proves and (max_kl is None or on_model.text is None):
         return False
     asked = option("solver", "optuna") if is_study else option("refine", method.refine)
+    if proves:
+        asked = option("max_kl", max_kl) + " with " + option("text")
     for name, value in (("model", on_model.model), ("text", on_model.text)):
         if value is None:
             raise MofqError(
@@ -242,6 +246,7 @@ def _decide_on_model(
     tell: Tell,
 ) -> Decision:
     """Decide, and let measurements have the last word."""
+    from mofq.decision.measured.prove import decide_proved
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
     from mofq.delivery.validation.streamed_kl import StreamedKl
@@ -278,6 +283,15 @@ def _decide_on_model(
             )
         if calibrated is not None and bool(calibrated.bos) != begins_with_bos:
             tell(differing_bos(windows=begins_with_bos))
+        if not refine and request.solver != "optuna":
+            return decide_proved(
+                table,
+                request,
+                evaluate=objective.evaluate,
+                text_sha256=objective.text.sha256,
+                tokens=objective.tokens,
+                progress=progress,
+            )
         if not refine:
             with _other_workers(table, request, on_model, study, tell=tell):
                 return _decide_in_study(

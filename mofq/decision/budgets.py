@@ -30,7 +30,7 @@ class Budgets:
 
     max_bits: float | None = None  #: true bits per weight over all groups [bits]
     max_bytes: int | None = None  #: all tensors of the checkpoint [bytes]
-    max_kl: float | None = None  #: predicted, plus two standard errors [nats per token]
+    max_kl: float | None = None  #: of the end of the predicted interval [nats per token]
     max_finer: float | None = None  #: share of the layers whose scheme is not a base scheme
     linear: tuple[LinearBudget, ...] = ()
     max_kv_bits: float | None = None  #: true bits per cached number [bits]

@@ -10,7 +10,7 @@ from mofq.decision.budgets import Budgets, check_kl_unit
 from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.frontier import sized
 from mofq.decision.greedy import solve_greedy
-from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict
+from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict, stated
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
 from mofq.decision.together import Solver, act_together, solve_together
@@ -41,7 +41,7 @@ def choose(
 ) -> Chosen:
     """Choose one option of each fusion group under budgets.
 
-    ``max_kl`` is held against the cross-fitted prediction plus two standard errors
+    ``max_kl`` is held against the upper end of the prediction's 95 % interval
     where samples are kept: with a budget of size too, it is checked; without one the size
     is lowered until it is just met (see `solve_smallest`).
 
@@ -99,8 +99,16 @@ def predict_chosen(
         The prediction; where there are too few samples to cross-fit, or half of them do not
         offer what the budgets need, that on the samples themselves.
     """
+    return stated(expand_chosen(problem, budgets, choice_F, is_optimum=is_optimum), problem.unit)
+
+
+def expand_chosen(
+    problem: Problem, budgets: Budgets, choice_F: IntArray, *, is_optimum: bool = False
+) -> Estimate:
+    """The sum of errors that `predict_chosen` rests on, cross-fitted, by the same arguments."""
+    in_sample = replace(predict(problem, choice_F), is_in_sample=problem.sample_errors is not None)
     if not is_crossfitted(problem):
-        return predict(problem, choice_F)
+        return in_sample
     try:
         best_F = choice_F
         # A choice that is best as a sum may not be best together.
@@ -117,7 +125,7 @@ def predict_chosen(
     except BudgetError:
         # A finer scheme may be on offer with all samples and not with half of them.
         fitted = None
-    return predict(problem, choice_F) if fitted is None else fitted
+    return in_sample if fitted is None else fitted
 
 
 def _own_size(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets:
@@ -137,8 +145,8 @@ def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> 
     if upper > budgets.max_kl:
         raise BudgetError(
             f"{option('max_kl')}: asked for {budgets.max_kl:.4g} nats per token; the least under "
-            f"the other budgets is {upper:.4g}, two standard errors included. Allow more, or a "
-            f"larger size."
+            f"the other budgets is {upper:.4g}, the upper end of its 95 % interval. Allow "
+            f"more, or a larger size."
         )
     return found
 
@@ -146,7 +154,7 @@ def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> 
 def solve_smallest(
     problem: Problem, budgets: Budgets, *, solver: str = "exact", ties: bool = True
 ) -> Chosen:
-    """The smallest recipe whose cross-fitted KL plus two standard errors is within ``max_kl``.
+    """The smallest recipe whose predicted KL's upper end is within ``max_kl``.
 
     The figure falls as the size grows, so the size is searched; see `predict_chosen`.
 
@@ -170,7 +178,7 @@ def solve_smallest(
     if best.reported.upper > limit:
         raise BudgetError(
             f"{option('max_kl')}: asked for {limit:.4g} nats per token; the smallest possible is "
-            f"{best.reported.upper:.4g}, two standard errors included. "
+            f"{best.reported.upper:.4g}, the upper end of its 95 % interval. "
             f"Offer finer schemes, or calibrate with more samples."
         )
 

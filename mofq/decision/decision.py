@@ -11,8 +11,9 @@ from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offere
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.expert_visits import rare_experts
 from mofq.decision.from_table import request_problem
+from mofq.decision.model_error import model_error
 from mofq.decision.offers import asked_constraints
-from mofq.decision.prediction import error_together, predict, sample_sums
+from mofq.decision.prediction import Estimate, error_together, is_crossfitted, predict, sample_sums
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, without
@@ -34,10 +35,14 @@ from mofq.decision.timing import (
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.evidence.constraints import named
 from mofq.evidence.table import FEW_SAMPLES, Table
-from mofq.exceptions import BudgetError, Remark
+from mofq.exceptions import BudgetError, Remark, option
+from mofq.model.kv_schemes import is_cache_scheme
+from mofq.numbers.schemes import parse_scheme
 
 #: The share of a predicted KL from which one calibration sequence is an outlier.
 _OUTLYING = 0.5
+#: Rounding to fewer bits makes weights smaller, see `mofq.decision.size_answers`.
+_FEW_BITS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +115,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         uniform_error=None if uniform is None else error_together(problem, uniform[1]),
         notes=(
             *_notes_of_search(problem, chosen, uniform, budgets=budgets),
-            *notes_of_prediction(table, problem, chosen.choice_F),
+            *notes_of_prediction(table, problem, chosen.choice_F, prediction=chosen.reported),
         ),
         prices=chosen.solution.prices,
         unquantized_seconds=unquantized_seconds(table, request),
@@ -169,24 +174,74 @@ def _notes_of_search(
     ]
 
 
-def notes_of_prediction(table: Table, problem: Problem, choice_F: IntArray) -> tuple[str, ...]:
+def notes_of_prediction(
+    table: Table, problem: Problem, choice_F: IntArray, *, prediction: Estimate
+) -> tuple[str, ...]:
     """What a user should know of a choice's prediction before trusting it.
 
     Args:
         table: That the problem is of.
         problem: What might be chosen.
         choice_F: One option of each fusion group.
+        prediction: Of the choice, from `predict_chosen`.
     """
     if problem.unit != KL_UNIT:
         return ()
     few = (
         f"{count} calibration sequences are too few for error bars that mean anything"
-        f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}; calibrate with at least "
-        f"{FEW_SAMPLES}."
+        f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}, and to cross-fit the prediction; "
+        f"calibrate with at least {FEW_SAMPLES}."
         for corpus, count in _samples(table, problem).items()
         if count < FEW_SAMPLES
     )
-    return (*few, *_outlying_sequences(problem, choice_F), *rare_experts(table))
+    return (
+        *few,
+        *_outlying_sequences(problem, choice_F),
+        *_without_answers(problem, choice_F),
+        *_in_sample(problem, prediction),
+        *_out_of_range(prediction),
+        *rare_experts(table),
+    )
+
+
+def _in_sample(problem: Problem, prediction: Estimate) -> list[str]:
+    """That a prediction is not cross-fitted, although there are samples enough."""
+    if not prediction.is_in_sample or not is_crossfitted(problem):
+        return []
+    return [
+        "The prediction is not cross-fitted, since half of the calibration sequences do not offer "
+        "what the budgets need: it is of the very sequences that the recipe was chosen on, and "
+        "likely a few percent too low. Calibrate on more, or measure with `mofq validate`."
+    ]
+
+
+def _out_of_range(prediction: Estimate) -> list[str]:
+    """That the expansion says little of errors so large."""
+    if not prediction.is_out_of_range:
+        return []
+    return [
+        Remark(
+            f"The predicted KL is out of the range in which predictions were compared with "
+            f"measurements, {model_error().largest:g} nats per token: the recipe may cost much "
+            f"more. Measure it with `mofq validate`, or search with {option('max_kl')}, "
+            f"{option('model')} and {option('text')}, which measures."
+        )
+    ]
+
+
+def _without_answers(problem: Problem, choice_F: IntArray) -> list[str]:
+    """That statistics of before are silent on what few bits do together."""
+    if problem.answers is not None or problem.sample_errors is None:
+        return []
+    schemes = {problem.schemes[p] for p in choice_F if not is_cache_scheme(problem.schemes[p])}
+    weights = (parse_scheme(name).weight for name in schemes)
+    if not any(weight is not None and weight.element.bits < _FEW_BITS for weight in weights):
+        return []
+    return [
+        "The table rests on statistics of before the answers to a change of size were kept: what "
+        "layers of 2 and 3 bits do together is not in the prediction, which may be a third too "
+        "low or too high. Calibrate again, and measure into a new table."
+    ]
 
 
 def _outlying_sequences(problem: Problem, choice_F: IntArray) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
 from mofq.decision.exact import least_bytes, solve_exact
-from mofq.decision.prediction import error_together, predict
+from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.decision.together import act_together, solve_together
 from mofq.exceptions import BudgetError
@@ -124,13 +124,13 @@ def solve_frontier(
 
 
 def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
-    """The points that are predicted to be within a budget in nats, two standard errors included."""
-    upper_K = [predict(problem, choice_F).upper for choice_F in frontier.choice_KF]
+    """The points whose predicted KL's upper end is within a budget in nats."""
+    upper_K = [stated(predict(problem, one_F), problem.unit).upper for one_F in frontier.choice_KF]
     kept = [k for k, upper in enumerate(upper_K) if upper <= max_kl]
     if not kept:
         raise BudgetError(
             f"{spelled('max_kl')}: asked for {max_kl:.4g} nats per token; the least under the "
-            f"other budgets is {min(upper_K):.4g}, two standard errors included."
+            f"other budgets is {min(upper_K):.4g}, the upper end of its 95 % interval."
         )
     return Frontier(
         choice_KF=frontier.choice_KF[kept],

@@ -1,15 +1,17 @@
-"""What a recipe is predicted to cost, with its error bar."""
+"""What a recipe is predicted to cost, with its interval."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mofq.decision.flips import with_flips
+from mofq.decision.model_error import model_error
 from mofq.decision.problem import (
+    KL_UNIT,
     FloatArray,
     IntArray,
     Problem,
@@ -20,18 +22,33 @@ from mofq.decision.problem import (
 #: Fewer samples than this in each half, and a choice made on one says nothing.
 _LEAST_IN_HALF = 2
 
+#: A 95 % interval reaches so many standard errors to both sides.
+INTERVAL_STDERRS = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error, in the problem's unit (nats per token)."""
+    """A value and its standard error, in the problem's unit (nats per token)."""
 
     value: float
     stderr: float | None  #: None: not known
+    #: Whether it is of the very samples that a recipe was chosen on, and flatters that.
+    is_in_sample: bool = False
 
     @property
     def upper(self) -> float:
-        """Two standard errors above: what a budget in nats is held against."""
-        return math.inf if self.stderr is None else self.value + 2 * self.stderr
+        """Two standard errors above, an end of the 95 % interval: budgets are held against it."""
+        return math.inf if self.stderr is None else self.value + INTERVAL_STDERRS * self.stderr
+
+    @property
+    def lower(self) -> float:
+        """The other end of the 95 % interval; a KL is not below 0."""
+        return 0.0 if self.stderr is None else max(0.0, self.value - INTERVAL_STDERRS * self.stderr)
+
+    @property
+    def is_out_of_range(self) -> bool:
+        """Whether it is larger than any that was compared with measurements."""
+        return self.value > model_error().largest
 
 
 def estimate(values: Sequence[float] | FloatArray) -> Estimate:
@@ -39,6 +56,28 @@ def estimate(values: Sequence[float] | FloatArray) -> Estimate:
     stderr = float(standard_error(np.asarray(values)))
     mean = math.fsum(values) / len(values)
     return Estimate(mean, stderr if math.isfinite(stderr) else None)
+
+
+def stated(expansion: Estimate, unit: str = KL_UNIT) -> Estimate:
+    """What is said of a recipe whose errors amount to something by the second-order expansion.
+
+    Args:
+        expansion: The sum of its errors, with the standard error of the sampling of sequences.
+        unit: Of the errors.
+
+    Returns:
+        In nats, the KL that recipes of such a sum measure on other text of the kind
+        (`mofq.decision.model_error`); the standard error is that of sampling and that of the
+        model's own in quadrature. In other units the same.
+    """
+    if unit != KL_UNIT:
+        return expansion
+    model = model_error()
+    value = model.corrected(expansion.value)
+    if expansion.stderr is None:
+        return replace(expansion, value=value)
+    sampling = model.slope(expansion.value) * expansion.stderr
+    return replace(expansion, value=value, stderr=math.hypot(sampling, model.stderr(value)))
 
 
 def predict(problem: Problem, choice_F: IntArray) -> Estimate:

@@ -90,6 +90,7 @@ class MadeByKeys:
     #: whether the sequences of the statistics begin with it
     bos: Annotated[bool, Strict()] | None = None
     text_sha256: _Hash | None = None  #: of the text that a measured objective used
+    text_tokens: Count | None = None  #: of it that were compared
     #: hashes of the texts that were calibrated on, the first digits of each, by commas
     corpora_sha256: Text | None = None
     trials: Index | None = None
@@ -122,8 +123,11 @@ class RecipeResult:
     bytes: Index | None = None  #: of the fusion groups' tensors
     checkpoint_bytes: Index | None = None
     error: NotNegative | None = None  #: summed, in the unit of made_by
+    #: predicted; where there is an interval, corrected by what recipes of such a sum measure
     kl_nats_per_token: NotNegative | None = None
-    kl_stderr: NotNegative | None = None
+    kl_stderr: NotNegative | None = None  #: without an interval, of the sampled sequences alone
+    kl_low: NotNegative | None = None  #: of the 95 % interval of the predicted KL
+    kl_high: NotNegative | None = None
     # Read from older recipes and no longer written: the prediction with interactions of layers.
     kl_joint: NotNegative | None = None
     kl_joint_stderr: NotNegative | None = None

@@ -10,7 +10,7 @@ from mofq.decision.exact import Solution
 from mofq.decision.expert_visits import active_weights
 from mofq.decision.flips import flip_cost
 from mofq.decision.offers import asked_constraints, spaces_of
-from mofq.decision.prediction import Estimate, error_together, predict
+from mofq.decision.prediction import Estimate, error_together, predict, stated
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
@@ -149,7 +149,7 @@ def with_uniform(
     result: RecipeResult, problem: Problem, name: str, choice_F: IntArray
 ) -> RecipeResult:
     """What the best uniform scheme of no more bytes would be, beside the recipe."""
-    kl = predict(problem, choice_F).value if problem.unit == KL_UNIT else None
+    kl = stated(predict(problem, choice_F), problem.unit).value if problem.unit == KL_UNIT else None
     return replace(
         result,
         uniform_scheme=name,
@@ -174,5 +174,8 @@ def sizes_of(problem: Problem, choice_F: IntArray) -> RecipeResult:
 
 
 def with_prediction(result: RecipeResult, prediction: Estimate) -> RecipeResult:
-    """The predicted KL, and its standard error where samples are kept."""
-    return replace(result, kl_nats_per_token=prediction.value, kl_stderr=prediction.stderr)
+    """The predicted KL, and its interval where samples are kept."""
+    result = replace(result, kl_nats_per_token=prediction.value, kl_stderr=prediction.stderr)
+    if prediction.stderr is None:
+        return result
+    return replace(result, kl_low=prediction.lower, kl_high=prediction.upper)

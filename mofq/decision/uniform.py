@@ -8,7 +8,7 @@ from mofq import __version__
 from mofq.decision.budgets import Budgets
 from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
-from mofq.decision.prediction import error_together, predict
+from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
@@ -123,7 +123,7 @@ def uniform_recipes(
         if choice_F is not None:
             result = sizes_of(problem, choice_F)
             if problem.unit == KL_UNIT:
-                result = with_prediction(result, predict(problem, choice_F))
+                result = with_prediction(result, stated(predict(problem, choice_F), problem.unit))
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),

@@ -100,7 +100,7 @@ def _frontier(figure: Figure, drawing: Drawing) -> None:
     points = frontier_recipes(drawing, most=_POINTS)
     at_K = np.array([_place(problem, axis_value(problem, one.choice_F)) for one in points])
     value_K = _results(points, "kl_nats_per_token" if problem.unit == KL_UNIT else "error")
-    axes.plot(at_K, value_K, color="#0b62d6", label="frontier, predicted")
+    axes.plot(at_K, value_K, color="#0b62d6", label="frontier, predicted, 95 %")
     if problem.unit == KL_UNIT:
         stderr_K = _results(points, "kl_stderr")
         low_K, high_K = value_K - 2 * stderr_K, value_K + 2 * stderr_K

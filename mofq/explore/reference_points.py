@@ -20,6 +20,7 @@ from mofq.decision import (
 )
 from mofq.decision.from_table import pricing_problem
 from mofq.decision.frontier import axis_value
+from mofq.decision.prediction import stated
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import weights_text
@@ -216,7 +217,7 @@ def _predicted(
         # A uniform scheme is not chosen on the samples, and has nothing of their luck.
         is_uniform = solver == "uniform"
         predicted = (
-            predict(problem, choice_F)
+            stated(predict(problem, choice_F), problem.unit)
             if is_uniform
             else predict_chosen(problem, Budgets(), choice_F)
         )

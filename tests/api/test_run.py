@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -49,8 +50,23 @@ def test_a_uniform_scheme_is_said_to_be_of_the_layers_that_have_it(
             RecipeGroup("router", of_router, ("router",)),
         ),
     )
-    measured = Mock(spec=Validation, bits_per_weight=4.5, kl_nats_per_token=0.1)
+    measured = Mock(spec=Validation, bits_per_weight=4.5, windows=(0.1, 0.2))
     told: list[str] = []
     names = {"recipe": RECIPE, "int4.g32": uniform}
     assert _preferred(dict.fromkeys(names, measured), names, told.append) == "int4.g32"
     assert told[0].startswith(f"int4.g32 {words} as small as the mixture")
+
+
+def test_a_uniform_scheme_is_chosen_on_other_windows_than_are_told() -> None:
+    def measured(*windows: float) -> Mock:
+        return Mock(spec=Validation, bits_per_weight=4.5, windows=windows)
+
+    uniform = replace(RECIPE, groups=(RecipeGroup("mlp.down", "int4.g32", ("mlp.down_proj",)),))
+    candidates = {"recipe": RECIPE, "int4.g32": uniform}
+    told: list[str] = []
+    # Better on the first and third window, and worse on all of them.
+    found = {"recipe": measured(0.2, 0.2, 0.2, 0.2), "int4.g32": measured(0.1, 0.5, 0.1, 0.5)}
+    assert _preferred(found, candidates, told.append) == "int4.g32"
+    assert "on the 2 in between it has 0.5 nats per token, the mixture 0.2" in told[0]
+    found = {"recipe": measured(0.2, 0.5), "int4.g32": measured(0.3, 0.1)}
+    assert _preferred(found, candidates, told.append) == "recipe"

@@ -117,7 +117,7 @@ def test_frontier_search_and_page_predict_the_same(measured: Measured, tmp_path:
     bits, _, _, kl, *_ = shown.out.splitlines()[8].split()
     size = ("--max-bits", bits, "--ties", "off")
     found = ok("search", measured.table, *size, "-o", recipe).out
-    assert f"KL, predicted [nats/token] {kl} ±" in " ".join(found.split())
+    assert f"KL, predicted, 95 % [nats/token] {kl} (" in " ".join(found.split())
     assert "no doubt about a point" not in shown.err
     polished = ok("frontier", measured.table, "--polish", "30")
     assert "The gap is no doubt about a point: each has the least error" in polished.err

@@ -50,6 +50,36 @@ def test_people_are_shown_what_was_measured(measured: Measured, tmp_path: Path) 
 
 
 @pytest.mark.long
+def test_a_budget_of_kl_with_a_text_is_measured_to_be_kept(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path, limit = tmp_path / "recipe.yaml", 0.01
+    arguments = ("--max-kl", limit, "--model", DEMO, *TEXT, "-o", path, "--json")
+    content = ok("search", measured.table, *arguments).json
+    recipe = package.load_recipe(path)
+    assert content["kl_measured"] + 2 * content["kl_measured_stderr"] <= limit
+    assert recipe.budget == {"kl_nats_per_token": limit}
+    assert recipe.made_by["text_sha256"] == load_text("demo-en").sha256
+    assert recipe.made_by["text_tokens"] == 512
+    assert 1 <= int(str(recipe.made_by["trials"])) <= 6
+    validation = ok("validate", DEMO, path, *TEXT, "--json").json
+    assert validation["kl_nats_per_token"] == pytest.approx(content["kl_measured"], rel=1e-9)
+    assert validation["within_kl_budget"]
+    assert validation["predicted_kl_low"] < validation["predicted_kl_high"]
+    # Half as much needs a larger recipe; nothing measures a millionth.
+    arguments = ("--max-kl", limit / 2, "--model", DEMO, *TEXT, "-o", path, "--json")
+    smaller = ok("search", measured.table, *arguments).json
+    assert smaller["bits_per_weight"] > content["bits_per_weight"]
+    arguments = ("--max-kl", 1e-8, "--model", DEMO, *TEXT, "--at-most", "*=8", "-o", path)
+    assert "recipes that were measured has" in refused("search", measured.table, *arguments)
+
+
+def test_a_text_for_a_budget_of_kl_needs_a_model(measured: Measured, tmp_path: Path) -> None:
+    arguments = ("--max-kl", 0.01, *TEXT, "-o", tmp_path / "recipe.yaml")
+    assert "needs --model" in refused("search", measured.table, *arguments)
+
+
+@pytest.mark.long
 def test_a_second_run_of_a_study_measures_nothing_that_is_there(
     measured: Measured, tmp_path: Path
 ) -> None:

@@ -16,12 +16,15 @@ from mofq.decision import (
     Request,
     Solution,
     check_budget,
+    choice,
     decide,
     solve_exact,
     uniform_recipe,
     uniform_recipes,
 )
 from mofq.decision.measured.measurement import decide_again
+from mofq.decision.model_error import model_error
+from mofq.decision.prediction import Estimate, stated
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
@@ -45,6 +48,8 @@ ERRORS = {
     "b": {"int4.g32": (3.0, 576), "int8.channel": (2.0, 1088), "bf16": (0.0, 2048)},
 }
 OTHER_BYTES = 1000
+#: A scale at which predictions are in range.
+NATS = 1e-3
 
 
 def table_of(
@@ -52,8 +57,9 @@ def table_of(
     *,
     spaces: tuple[TableSpace, ...] = (),
     samples: int | None = None,
+    scale: float = 1.0,
 ) -> Table:
-    """A table of weight errors; or in nats, with as many samples scattered by a tenth."""
+    """A table of weight errors; or in nats times a scale, with samples scattered by a tenth."""
     groups = tuple(
         TableGroup(
             name,
@@ -63,7 +69,7 @@ def table_of(
         for name in errors
     )
     rows = tuple(
-        row(name, scheme, error, size, samples)
+        row(name, scheme, scale * error, size, samples)
         for name, schemes in errors.items()
         for scheme, (error, size) in schemes.items()
     )
@@ -155,15 +161,20 @@ def test_a_recipe_tells_its_size_its_budget_and_its_lineage() -> None:
 
 
 def test_a_decision_is_written_and_read_back_as_it_is(tmp_path: Path) -> None:
-    recipe = decide(table_of(samples=8), Request(Budgets(max_bits=6.5))).recipe
+    recipe = decide(table_of(scale=NATS, samples=8), Request(Budgets(max_bits=6.5))).recipe
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 def test_in_nats_the_recipe_predicts_with_an_error_bar() -> None:
-    recipe = decide(table_of(samples=8), Request(Budgets(max_bits=6.5))).recipe
-    assert recipe.kl_nats_per_token == pytest.approx(1 + 3)
-    assert recipe.result.kl_stderr > 0  # type: ignore[operator]
+    recipe = decide(table_of(scale=NATS, samples=8), Request(Budgets(max_bits=6.5))).recipe
+    predicted = stated(Estimate((1 + 3) * NATS, stderr=0.0))
+    assert recipe.kl_nats_per_token == pytest.approx(predicted.value)
+    assert predicted.stderr is not None
+    assert recipe.result.kl_stderr > predicted.stderr  # type: ignore[operator]
+    ends = recipe.result.kl_low, recipe.result.kl_high
+    middle, half = recipe.kl_nats_per_token, 2 * recipe.result.kl_stderr  # type: ignore[operator]
+    assert ends == pytest.approx((middle - half, middle + half))
     assert recipe.made_by["seed"] == 7
     assert recipe.made_by["stats_sha256"] == "5" * 64
 
@@ -216,15 +227,50 @@ def test_a_uniform_scheme_that_breaks_a_budget_is_not_said_to_be_as_good() -> No
 
 @pytest.mark.parametrize("samples", [2, 3])
 def test_too_few_samples_for_error_bars_are_said(samples: int) -> None:
-    decision = decide(table_of(samples=samples), Request(Budgets(max_bits=6.5)))
+    decision = decide(table_of(scale=NATS, samples=samples), Request(Budgets(max_bits=6.5)))
     assert [f"{samples} calibration sequences are too few" in one for one in decision.notes] == [
         True
     ]
-    assert decide(table_of(samples=4), Request(Budgets(max_bits=6.5))).notes == ()
+    assert decide(table_of(scale=NATS, samples=4), Request(Budgets(max_bits=6.5))).notes == ()
+
+
+def test_a_prediction_out_of_range_says_so() -> None:
+    def notes(scale: float) -> tuple[str, ...]:
+        errors = {
+            name: {scheme: (scale * error, size) for scheme, (error, size) in schemes.items()}
+            for name, schemes in ERRORS.items()
+        }
+        return decide(table_of(errors, scale=NATS, samples=4), Request(Budgets(max_bits=6.5))).notes
+
+    assert notes(0.9 * 250 / 4 / (1 + model_error().curvature * 0.25)) == ()
+    (note,) = notes(250 / 4)
+    assert note.startswith("The predicted KL is out of the range")
+
+
+def test_a_prediction_that_could_not_be_cross_fitted_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetError("half of the samples do not offer it")
+
+    monkeypatch.setattr(choice, "crossfit", refuse)
+    (note,) = decide(table_of(scale=NATS, samples=4), Request(Budgets(max_bits=6.5))).notes
+    assert note.startswith("The prediction is not cross-fitted")
+
+
+def test_few_bits_on_statistics_without_answers_are_said() -> None:
+    errors = {name: {"int3.g32": (3.0, 448), "int8.channel": (1.0, 1088)} for name in ("a", "b")}
+    table = table_of(errors, scale=NATS, samples=4)
+    (note,) = decide(table, Request(Budgets(max_bits=4))).notes
+    assert note.startswith("The table rests on statistics of before the answers")
+    assert decide(table, Request(Budgets(max_bits=9))).notes == ()
+    answers = tuple((0.01,) for _ in range(4))
+    rows = tuple(replace(one, answers=answers) for one in table.rows)
+    assert decide(replace(table, rows=rows), Request(Budgets(max_bits=4))).notes == ()
 
 
 def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:
-    table = table_of(samples=4)
+    table = table_of(scale=NATS, samples=4)
 
     def of(first: float) -> tuple[str, ...]:
         rows = [
@@ -241,7 +287,7 @@ def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:
 
 
 def test_notes_on_sequences_are_of_the_corpora_that_count() -> None:
-    one = table_of(samples=4)
+    one = table_of(scale=NATS, samples=4)
     assert one.header.stats is not None
     stats = replace(one.header.stats, corpora={"en": "6" * 64, "pt": "7" * 64})
     # In en one sequence of four makes three quarters, in pt all are alike.
@@ -265,7 +311,7 @@ def test_notes_on_sequences_are_of_the_corpora_that_count() -> None:
 
 
 def test_a_choice_made_anew_has_notes_of_its_own_prediction() -> None:
-    table = table_of(samples=4)
+    table = table_of(scale=NATS, samples=4)
     rows = [
         replace(one, sample_errors=(9 * one.error, one.error, one.error, one.error))
         if one.group == "b"
@@ -341,11 +387,12 @@ def test_an_impossible_budget_names_the_tightest() -> None:
 def test_every_scheme_that_all_groups_have_makes_a_uniform_recipe() -> None:
     errors = {name: dict(schemes) for name, schemes in ERRORS.items()}
     errors["a"]["int6.channel"] = (2.0, 800)
-    recipes = uniform_recipes(table_of(errors, samples=4), Request(Budgets()))
+    recipes = uniform_recipes(table_of(errors, scale=NATS, samples=4), Request(Budgets()))
     assert set(recipes) == {"int4.g32", "int8.channel", "bf16"}
-    assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(3.0)
+    predicted = stated(Estimate(3 * NATS, None)).value
+    assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(predicted)
     assert recipes["int8.channel"].bits_per_weight == 8.25
-    served = uniform_recipes(table_of(samples=4), Request(Budgets(), engine="vllm-cpu"))
+    served = uniform_recipes(table_of(scale=NATS, samples=4), Request(Budgets(), engine="vllm-cpu"))
     assert set(served) == {"int4.g32", "bf16"}
 
 

@@ -180,7 +180,7 @@ def test_a_table_of_before_exclusions_were_noted_is_read_where_that_changes_noth
 
 
 def test_constraints_are_kept_by_every_solver_and_along_the_frontier() -> None:
-    table, four = table_of(samples=8), constraint("fixed", A, "int4.g32")
+    table, four = table_of(samples=8, scale=1e-3), constraint("fixed", A, "int4.g32")
     for solver in SOLVERS:
         request = Request(SIX_AND_A_HALF, solver=solver, constraints=(four,))
         assert chosen(table, request)["a"] == "int4.g32"
@@ -277,10 +277,11 @@ def test_the_cost_in_nats_has_an_error_bar_and_under_max_kl_it_is_in_bytes() -> 
     note = constraint_note(table, request, decide(table, request))
     assert note is not None
     assert note.startswith("The constraints cost 6 ± 0.2 nats per token (150 %)")
+    table = table_of(samples=8, scale=1e-3)
     sized = replace(
-        request, budgets=Budgets(max_kl=4.5), constraints=(constraint("fixed", A, "bf16"),)
+        request, budgets=Budgets(max_kl=5.5e-3), constraints=(constraint("fixed", A, "bf16"),)
     )
-    # 4 nats and two standard errors of 0.15 hold: INT8 and INT4. With a in bf16, b in INT4.
+    # Four thousandths and their interval hold: INT8 and INT4. With a in bf16, b in INT4.
     assert constraint_note(table, sized, decide(table, sized)) == (
         "The constraints cost 960 bytes (58 %): without them 6.2500 bits per weight keep the "
         "budget."
@@ -288,8 +289,8 @@ def test_the_cost_in_nats_has_an_error_bar_and_under_max_kl_it_is_in_bytes() -> 
 
 
 def test_a_search_stands_where_the_one_without_its_constraints_breaks_the_budget_of_kl() -> None:
-    # Without: a in INT8, 1 ± 0.38, which two standard errors lift over 1.5. With: 1.2 for sure.
-    samples = {("a", "int8.channel"): (0.0, 2.0) * 4, ("a", "int4.g32"): (1.2,) * 8}
+    # Without: a in INT8, 0.01 ± 0.0038, whose interval ends above 0.016. With: 0.012 for sure.
+    samples = {("a", "int8.channel"): (0.0, 0.02) * 4, ("a", "int4.g32"): (0.012,) * 8}
     drawn = table_of(samples=8)
     rows = [
         replace(one, error=sum(errors) / 8, sample_errors=errors)
@@ -297,9 +298,9 @@ def test_a_search_stands_where_the_one_without_its_constraints_breaks_the_budget
         for errors in [samples.get((one.group, one.scheme), (0.0,) * 8)]
     ]
     table = replace(drawn, rows=tuple(rows))
-    budgets = replace(SIX_AND_A_HALF, max_kl=1.5)
+    budgets = replace(SIX_AND_A_HALF, max_kl=0.016)
     request = Request(budgets, constraints=(constraint("fixed", A, "int4.g32"),), ties=False)
-    with pytest.raises(BudgetError, match="two standard errors included"):
+    with pytest.raises(BudgetError, match="the upper end of its 95 % interval"):
         decide(table, replace(request, constraints=()))
     decision = decide(table, request)
     assert decision.recipe.scheme_of_group["a"] == "int4.g32"

@@ -11,13 +11,14 @@ import torch
 from conftest import TinyCheckpoint
 from emulated import recipe_of, validate
 
-from mofq.decision.recipe import RecipeResult, write_recipe
+from mofq.decision.recipe import RecipeResult, load_recipe, write_recipe
 from mofq.delivery.apply import emulate
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.validation import (
     validate_many,
     write_validation,
 )
+from mofq.delivery.validation.report import read_validation
 from mofq.evidence.corpora import Corpus, load_text, tokenize
 from mofq.exceptions import (
     BackendError,
@@ -91,6 +92,32 @@ def test_the_report_says_what_was_predicted_and_whether_the_budget_was_met(
     assert found.bits_per_weight == pytest.approx(8 * stored_bytes / weights)
     assert found.enforced is True
     assert found.deviations == ()
+
+
+def test_what_was_measured_is_said_to_be_inside_of_the_predicted_interval_or_not(
+    tiny_llama: Path, recipe_file: Path, text: Corpus, tmp_path: Path
+) -> None:
+    plain = validate(str(tiny_llama), str(recipe_file), text, **PLAN)
+    assert plain.within_prediction is None  # a recipe of before has no interval
+    assert "predicted_kl_low" not in plain.to_json()
+    kl, noise = plain.kl_nats_per_token, 2 * (plain.kl_stderr or 0.0)
+    recipe = load_recipe(recipe_file)
+
+    def inside(value: float, half: float) -> bool | None:
+        ends = {"kl_low": value - half, "kl_high": value + half}
+        result = RecipeResult(kl_nats_per_token=value, kl_stderr=half / 2, **ends)
+        write_recipe(replace(recipe, result=result), tmp_path / "with.yaml")
+        found = validate(str(tiny_llama), str(tmp_path / "with.yaml"), text, **PLAN)
+        assert found.to_json()["predicted_kl_high"] == pytest.approx(value + half)
+        write_validation(found, tmp_path / "validation.json")
+        assert read_validation(tmp_path / "validation.json") == found
+        return found.within_prediction
+
+    assert inside(1.1 * kl, 0.2 * kl)
+    # The noise of what was measured counts too, in quadrature.
+    far = 1.5 * math.hypot(0.01 * kl, noise)
+    assert inside(kl + far, 0.01 * kl) is False
+    assert inside(kl + far / 2, 0.01 * kl)
 
 
 def test_a_recipe_that_quantizes_nothing_diverges_by_exactly_nothing(

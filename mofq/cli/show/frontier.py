@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes, with_error
+from mofq.api.figures import short_bytes, with_interval
 from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def show_frontier(result: FrontierResult) -> None:
     proof = "no bound" if gap is None else f"largest gap to the bound {100 * gap:.3g} %"
     if gap is not None and unbounded:
         proof += f", {unbounded} points have none"
-    quantity = "KL, predicted [nats/token]" if problem.unit == KL_UNIT else problem.unit
+    quantity = "KL, predicted, 95 % [nats/token]" if problem.unit == KL_UNIT else problem.unit
     print_table(
         f"{len(shown)} of {count} points; {proof}",
         [*columns, quantity],
@@ -70,5 +70,7 @@ def _row(point: FrontierPoint) -> list[str]:
     if point.size_bytes is not None:
         row.append(short_bytes(point.size_bytes))
     if point.kl_nats_per_token is not None:
-        return [*row, with_error(point.kl_nats_per_token, point.kl_stderr)]
+        ends = point.kl_low, point.kl_high
+        shown = with_interval(point.kl_nats_per_token, *ends, stderr=point.kl_stderr)
+        return [*row, shown]
     return [*row, f"{point.error:.4g}"]

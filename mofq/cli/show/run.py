@@ -11,6 +11,7 @@ from mofq.api.inputs import needs_stats
 from mofq.api.run_folder import finished_runs
 from mofq.cli.show.search import note_engines
 from mofq.cli.show.terminal import next_step, print_table, say
+from mofq.cli.show.validate import predicted_text
 
 if TYPE_CHECKING:
     from mofq.api import RunResult
@@ -23,7 +24,7 @@ def show_run(result: RunResult) -> None:
     rows = [["original", f"{result.original_bits:.4f}", "", "", f"{original:.4g}", ""]]
     ranked = sorted(result.validations.items(), key=lambda item: item[1].kl_nats_per_token)
     rows += [_row(_label(result, name), one) for name, one in ranked]
-    columns = ["", "bits/weight", "KL predicted", "KL measured", "perplexity", "top-1"]
+    columns = ["", "bits/weight", "KL predicted, 95 %", "KL measured", "perplexity", "top-1"]
     print_table(f"{result.title}, KL in nats per token", columns, rows)
     schemes = Counter(group.scheme for group in result.recipe.groups)
     counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
@@ -66,7 +67,7 @@ def _row(name: str, one: Validation) -> list[str]:
     return [
         name,
         f"{one.bits_per_weight:.4f}",
-        with_error(one.predicted_kl_nats_per_token, one.predicted_kl_stderr),
+        predicted_text(one),
         with_error(one.kl_nats_per_token, one.kl_stderr),
         f"{one.perplexity:.4g}",
         f"{100 * one.top1_agreement:.2f} %",

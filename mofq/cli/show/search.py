@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes, with_error
+from mofq.api.figures import short_bytes, with_error, with_interval
 from mofq.api.inputs import needs_stats
 from mofq.cli.flags import with_flags
 from mofq.cli.show.histogram import print_histogram
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mofq.api import RunResult, SearchResult
     from mofq.decision import Decision
     from mofq.decision.explain import Alternative, Explanation
+    from mofq.decision.recipe import RecipeResult
 
 #: Budget -> what its price is of, and how many of its units that is.
 _PRICED = {
@@ -58,6 +59,12 @@ def note_engines(result: SearchResult | RunResult) -> None:
         )
 
 
+def predicted_text(result: RecipeResult) -> str:
+    """The predicted KL of a recipe with its interval, as far as its file says."""
+    ends = result.kl_low, result.kl_high
+    return with_interval(result.kl_nats_per_token, *ends, stderr=result.kl_stderr)
+
+
 def _print_decision(decision: Decision, *, title: str) -> None:
     from mofq.decision import KL_UNIT
     from mofq.decision.uniform import has_uniform
@@ -74,8 +81,7 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         per_token = f"{short_bytes(round(result.kv_bytes_per_token or 0))} a token"
         rows.append(["KV cache, bits per number", f"{result.kv_bits:.4f}, {per_token}"])
     if recipe.made_by.get("unit") == KL_UNIT:
-        predicted = with_error(result.kl_nats_per_token, result.kl_stderr)
-        rows.append(["KL, predicted [nats/token]", predicted])
+        rows.append(["KL, predicted, 95 % [nats/token]", predicted_text(result)])
         if result.kl_routing:
             rows.append(["of it by tokens that change experts", f"{result.kl_routing:.2g}"])
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import with_error
+from mofq.api.figures import with_error, with_interval
 from mofq.api.inputs import needs_stats
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say
@@ -58,13 +58,12 @@ def end_validation(result: ValidateResult) -> int:
 
 
 def _print_validation(validation: Validation) -> None:
-    predicted = with_error(validation.predicted_kl_nats_per_token, validation.predicted_kl_stderr)
     rows = [
         [
             "KL, measured [nats/token]",
             with_error(validation.kl_nats_per_token, validation.kl_stderr),
         ],
-        ["KL, predicted [nats/token]", predicted],
+        ["KL, predicted, 95 % [nats/token]", predicted_text(validation)],
         *_budget_rows(validation),
         ["perplexity", f"{validation.perplexity:.4g}"],
         ["perplexity of the original", f"{validation.perplexity_original:.4g}"],
@@ -95,6 +94,16 @@ def _print_validation(validation: Validation) -> None:
         f"seconds: original {validation.seconds_original:.1f}, "
         f"apply, enforce and run {validation.seconds:.1f}"
     )
+
+
+def predicted_text(validation: Validation) -> str:
+    """The prediction with its interval, and whether what was measured is inside."""
+    one = validation
+    ends = one.predicted_kl_low, one.predicted_kl_high
+    shown = with_interval(one.predicted_kl_nats_per_token, *ends, stderr=one.predicted_kl_stderr)
+    if one.within_prediction is None:
+        return shown
+    return f"{shown}, {'inside' if one.within_prediction else 'OUTSIDE'}"
 
 
 def _print_tasks(validation: Validation) -> None:

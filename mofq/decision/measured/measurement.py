@@ -177,7 +177,7 @@ def decide_again(
         choice_F=choice_F,
         finer_layers=used.finer_layers,
         uniform_error=None if uniform is None else error_together(problem, uniform[1]),
-        notes=notes_of_prediction(table, problem, choice_F),
+        notes=notes_of_prediction(table, problem, choice_F, prediction=prediction),
     )
 
 

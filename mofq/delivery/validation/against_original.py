@@ -277,6 +277,8 @@ def validation_of(
         deviations=deviations or (),
         windows=agreement.windows,
         tasks=tasks,
+        predicted_kl_low=None if recipe is None else recipe.result.kl_low,
+        predicted_kl_high=None if recipe is None else recipe.result.kl_high,
         seconds=seconds,
         seconds_original=original.seconds,
     )

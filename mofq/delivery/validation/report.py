@@ -72,6 +72,24 @@ class Validation:
     seconds: float  #: to apply, enforce and run the quantized model
     seconds_original: float  #: to run the original, once for all that is compared with it
     tasks: tuple[TaskResult, ...] = ()  #: by lm-eval, where any were asked for
+    #: Of the prediction's 95 % interval; None where the recipe has none, as those of before.
+    predicted_kl_low: float | None = None
+    predicted_kl_high: float | None = None
+
+    @property
+    def within_prediction(self) -> bool | None:
+        """Whether the measured KL is inside of the predicted interval; None: there is none.
+
+        The interval is of what is measured on much text; what was measured on this one has noise
+        of its own, of which two standard errors are added to both ends.
+        """
+        low, high = self.predicted_kl_low, self.predicted_kl_high
+        predicted = self.predicted_kl_nats_per_token
+        if low is None or high is None or predicted is None:
+            return None
+        noise = 2 * (self.kl_stderr or 0.0)
+        below, above = (math.hypot(end - predicted, noise) for end in (low, high))
+        return predicted - below <= self.kl_nats_per_token <= predicted + above
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``validation.json``."""
@@ -83,6 +101,8 @@ class Validation:
                 del lineage["bos"]
         if self.lineage.text_use is None:
             del lineage["text_use"]
+        if self.within_prediction is None:
+            del content["predicted_kl_low"], content["predicted_kl_high"]
         return {"version": VALIDATION_VERSION, **lineage, **content}
 
 

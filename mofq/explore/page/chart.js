@@ -302,8 +302,8 @@ function tipOfChart(event) {
   const lines = near ? [
     [near.label, near.kind === "measured" ? `measured on ${near.text}` : near.kind],
     [axisName(true), axisText(near.at)],
-    [QUANTITY, withError(near.value, near.stderr)],
-    ...(near.from ? [["predicted", withError(near.from, near.fromStderr)]] : []),
+    [QUANTITY, (near.kind === "measured" ? withError : withInterval)(near.value, near.stderr)],
+    ...(near.from ? [["predicted, 95 %", withInterval(near.from, near.fromStderr)]] : []),
   ] : frontierLines(points[pointOfPixel(left)]);
   tipOfPairs(event, lines);
 }
@@ -314,14 +314,14 @@ function frontierLines(point) {
     [axisName(true), axisText(point.at)],
     ...(HAS_CONTEXT ? [["bits per weight", bitsText(point.bits_per_weight)]] : []),
     ...(data.cached ? [["bits per cached number", bitsText(point.kv_bits)]] : []),
-    [QUANTITY, withError(pointValue(point), data.is_kl ? point.kl_stderr : null)],
+    [data.is_kl ? `${QUANTITY}, 95 %` : QUANTITY, withInterval(pointValue(point), data.is_kl ? point.kl_stderr : null)],
   ];
 }
 
 function makeKey() {
   const kinds = new Set(marks().map((one) => one.kind));
   const all = [
-    ["line", data.is_kl ? "frontier, predicted, ± 2 standard errors" : "frontier"],
+    ["line", data.is_kl ? "frontier, predicted, 95 % interval" : "frontier"],
     ...(kinds.has("uniform") ? [["uniform", "one scheme for every layer"]] : []),
     ...(kinds.has("greedy") ? [["greedy", "greedy, at the size of a uniform scheme"]] : []),
     ...(kinds.has("recipe") ? [["recipe", "compared recipe"]] : []),

@@ -17,7 +17,7 @@ function paint() {
   slider.setAttribute("aria-valuetext", `${axisText(point.at)}${HAS_CONTEXT ? "" : " bits per weight"}, `
     + `${QUANTITY} ${numberText(pointValue(point))}`);
   if (document.activeElement !== byId("bits")) byId("bits").value = axisUp(point);
-  byId("now").textContent = `${QUANTITY} ${withError(pointValue(point),
+  byId("now").textContent = `${QUANTITY} ${withInterval(pointValue(point),
     data.is_kl ? point.kl_stderr : null)} · ${HAS_CONTEXT
     ? `${bitsText(point.bits_per_weight)} + ${bitsText(point.kv_bits)} bits` : bytesText(point.checkpoint_bytes)}`;
   paintCard(point);
@@ -48,8 +48,8 @@ function paintCard(point) {
     ...(data.cached ? [pair("KV cache, true bits per number",
       `${bitsText(point.kv_bits)}, ${bytesText(point.kv_bytes_per_token)} a token`)] : []),
     pair("checkpoint", bytesText(point.checkpoint_bytes)),
-    pair(UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY,
-      withError(pointValue(point), data.is_kl ? point.kl_stderr : null)),
+    pair(data.is_kl ? `${QUANTITY}, ${UNIT}, 95 %` : UNIT ? `${QUANTITY}, ${UNIT}` : QUANTITY,
+      withInterval(pointValue(point), data.is_kl ? point.kl_stderr : null)),
   ];
   byId("figures").replaceChildren(...figures);
   byId("command").replaceChildren(...point.command.split(/(?<= )/).map((word) =>
@@ -184,12 +184,12 @@ function paintPoints() {
   const measuredText = (some) => some.map((one) =>
     `${withError(one.kl_nats_per_token, one.kl_stderr)} on ${one.text}`).join("; ") || "–";
   const rows = data.references.map((one, number) => [one.at, one.label, kinds[one.kind](one), ...sizes(one),
-    withError(one.value, one.stderr), measuredText(data.measured.filter((other) => other.reference === number))]);
+    withInterval(one.value, one.stderr), measuredText(data.measured.filter((other) => other.reference === number))]);
   data.measured.filter((one) => one.reference === null).forEach((one) => rows.push([one.at, one.label, "–",
-    ...sizes(one), withError(one.predicted, one.predicted_stderr), measuredText([one])]));
+    ...sizes(one), withInterval(one.predicted, one.predicted_stderr), measuredText([one])]));
   rows.sort((a, b) => (a[0] || 0) - (b[0] || 0));
   const columns = ["recipe", "made by", "bits", ...(data.cached ? ["KV bits"] : []), ...(HAS_CONTEXT ? ["size"] : []),
-    `${QUANTITY}, predicted`].concat(data.measured.length ? [`${QUANTITY}, measured`] : []);
+    data.is_kl ? `${QUANTITY}, predicted, 95 %` : `${QUANTITY}, predicted`].concat(data.measured.length ? [`${QUANTITY}, measured`] : []);
   byId("points").replaceChildren(stackedTable(columns, rows.map(([, label, ...values]) => element("tr", {},
     element("th", { scope: "row", text: label }),
     ...values.slice(0, columns.length - 1).map((text) => element("td", { text }))))));

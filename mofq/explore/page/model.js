@@ -205,6 +205,11 @@ function withError(value, stderr) {
   return exponent === 0 ? text : `(${text})${powerText(exponent)}`;
 }
 
+// A prediction and half of its 95 % interval.
+function withInterval(value, stderr) {
+  return withError(value, stderr && 2 * stderr);
+}
+
 function signedText(value, text) {
   return value > 0 ? `+${text(value)}` : text(value);
 }

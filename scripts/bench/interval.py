@@ -1,0 +1,213 @@
+"""Recipes from 2 to 8 bits of one model: what is predicted, with its interval, and measured.
+
+    python scripts/bench/interval.py MODEL --calibration FILE --text FILE --work FOLDER
+
+Some forty recipes, uniform, searched and random, of weights, activations and the KV cache, are
+measured on another text than was calibrated on. Prints how many lie inside of the interval that is
+predicted, and how far off predictions are. With --budgets also searches under so many budgets of
+KL, with and without formats of fewer than 4 bits: whether the predicted recipe keeps the budget,
+whether the proved one does, and how much larger it is than the smallest point of the frontier that
+measures within it. What was measured is kept in the folder, and measured once.
+
+``interval_fit.py`` makes the error model of predictions from several such folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from mofq.decision import Budgets, Problem, choose, solve_frontier
+from mofq.decision.choice import expand_chosen
+from mofq.decision.measured.measurement import Measured
+from mofq.decision.measured.prove import measured_upper, prove
+from mofq.decision.prediction import Estimate, stated
+from mofq.evidence.table import Table
+from mofq.exceptions import BudgetError
+from scripts.bench.interval_recipes import (
+    SPACE,
+    MeasuredText,
+    measured_text,
+    prepared_table,
+    restricted,
+    searched_recipes,
+    weight_bits,
+    whole_problem,
+)
+from scripts.shared.command import model_parser, parse_into_work, print_markdown, with_error
+
+#: Budgets of KL are spread over these by their logarithm [nats per token].
+_LEAST, _MOST = 0.002, 0.2
+_SPACES: dict[str, Callable[[str], bool]] = {
+    "2 to 8 bits": lambda scheme: True,
+    "4 to 8 bits": lambda scheme: weight_bits(scheme) >= 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A recipe [nats per token]."""
+
+    label: str
+    expansion: float  #: of second order, cross-fitted
+    expansion_stderr: float  #: of the sampled sequences
+    measured: float
+    measured_stderr: float  #: over windows
+
+    @property
+    def predicted(self) -> Estimate:
+        """As commands say it."""
+        return stated(Estimate(self.expansion, self.expansion_stderr))
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what was measured is inside of the interval, without any allowance."""
+        return self.predicted.lower <= self.measured <= self.predicted.upper
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing and print the tables."""
+    options = _options(arguments)
+    table = prepared_table(options)
+    recipes = searched_recipes(table, path=options.work / "recipes.json", seed=0)
+    problem = whole_problem(table)
+    compared = []
+    with measured_text(options, table) as text:
+        for label, schemes in list(recipes.items())[: options.recipes]:
+            choice_F, measured = problem.choice_of(schemes), text.measure(label, schemes)
+            expansion = expand_chosen(problem, Budgets(), choice_F)
+            values = (expansion.value, expansion.stderr or 0.0, measured.kl, measured.stderr)
+            compared.append(Compared(label, *values))
+        _write(options, table, compared)
+        print_recipes(compared)
+        print_scores([(table.header.model_name, compared)])
+        if options.budgets:
+            _print_budgets(options, table, text)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    paths = (
+        ("--calibration", "text file, or the name of a bundled text"),
+        ("--text", "text to measure on"),
+    )
+    parser = model_parser(__doc__, *paths, tokens=8192)
+    parser.add_argument("--sequence-length", type=int, default=512, help="of both")
+    parser.add_argument("--space", default=str(SPACE), help="search space to measure")
+    parser.add_argument("--recipes", type=int, help="so many of them; all by default")
+    parser.add_argument("--budgets", type=int, default=0, help="of KL, in each space")
+    return parse_into_work(parser, arguments)
+
+
+def _write(options: argparse.Namespace, table: Table, compared: Sequence[Compared]) -> None:
+    content = {
+        "model": table.header.model_name,
+        "calibration": str(options.calibration),
+        "text": str(options.text),
+        "tokens": options.tokens,
+        "recipes": [asdict(one) for one in compared],
+    }
+    (options.work / "interval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def print_recipes(compared: Sequence[Compared]) -> None:
+    """One row for each, by what it measured."""
+    rows = [
+        [
+            one.label,
+            f"{one.expansion:.5f}",
+            f"{one.predicted.value:.5f} ({one.predicted.lower:.5f} to {one.predicted.upper:.5f})",
+            with_error(one.measured, one.measured_stderr, digits=5),
+            f"{one.predicted.value / one.measured:.3f}",
+            "" if one.is_inside else "outside",
+        ]
+        for one in sorted(compared, key=lambda one: one.measured)
+    ]
+    columns = ("recipe", "expansion", "predicted, 95 %", "measured", "ratio", "")
+    print_markdown(columns, rows)
+
+
+def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
+    """How often what was measured is inside of the interval, and how far off predictions are."""
+    rows = []
+    for name, compared in runs:
+        in_range = [one for one in compared if not one.predicted.is_out_of_range]
+        ratio = np.array([one.predicted.value / one.measured for one in in_range])
+        raw = np.array([one.expansion / one.measured for one in in_range])
+        small = np.array([one.measured < 0.1 for one in in_range])
+        rows.append(
+            [
+                name,
+                f"{len(in_range)} of {len(compared)}",
+                f"{np.mean([one.is_inside for one in in_range]):.0%}",
+                f"{np.median(raw):.3f}",
+                f"{np.median(ratio):.3f}",
+                f"{np.abs(raw[small] - 1).max():.0%}",
+                f"{np.abs(ratio[small] - 1).max():.0%}",
+            ]
+        )
+    heads = ("", "recipes in range", "inside", "median: expansion", "predicted")
+    print_markdown((*heads, "worst below 0.1: expansion", "predicted"), rows)
+
+
+def _print_budgets(options: argparse.Namespace, table: Table, text: MeasuredText) -> None:
+    rows = []
+    for name, is_wanted in _SPACES.items():
+        problem = restricted(table, is_wanted)
+        points = list(_frontier_points(problem, text))
+        for limit in np.geomspace(_LEAST, _MOST, options.budgets).tolist():
+            if row := _budget_row(problem, text, limit, points):
+                rows.append([name, *row])
+    heads = ("schemes", "budget", "predicted recipe", "measured", "proved recipe", "measured")
+    print_markdown((*heads, "recipes run", "smallest on the frontier"), rows)
+
+
+def _frontier_points(problem: Problem, text: MeasuredText) -> Iterator[tuple[float, float]]:
+    """Size and measured KL plus two standard errors of every point, for brute force."""
+    frontier = solve_frontier(problem)
+    for choice_F, size in zip(frontier.choice_KF, frontier.bytes_K.tolist(), strict=True):
+        found = text.measure(f"frontier, {size} bytes", problem.schemes_of(choice_F))
+        yield 8 * size / problem.weights, found.kl + 2 * found.stderr
+
+
+def _budget_row(
+    problem: Problem, text: MeasuredText, limit: float, points: Sequence[tuple[float, float]]
+) -> list[str] | None:
+    within = [bits for bits, upper in points if upper <= limit]
+    try:
+        chosen = choose(problem, Budgets(max_kl=limit))
+    except BudgetError:
+        return None
+    predicted_bits = 8 * problem.axis_of(chosen.choice_F) / problem.weights
+    measured = text.measure(f"budget {limit:.4g}", problem.schemes_of(chosen.choice_F))
+
+    def measure_at(size: int) -> Measured:
+        own = Budgets(max_bytes=size + problem.other_bytes)
+        choice_F = choose(problem, own).choice_F
+        schemes = problem.schemes_of(choice_F)
+        found = text.measure(f"budget {limit:.4g}, {size} bytes", schemes)
+        return Measured(choice_F, found.windows)
+
+    tried = prove(solve_frontier(problem), limit, measure_at=measure_at)
+    keeping = [one for one in tried if measured_upper(one) <= limit]
+    shown = ["none", ""]
+    if keeping:
+        found = min(keeping, key=lambda one: problem.axis_of(one.choice_F))
+        bits = 8 * problem.axis_of(found.choice_F) / problem.weights
+        shown = [f"{bits:.3f} bits", f"{found.kl.value:.4f}, kept"]
+    is_kept = "kept" if measured.kl <= limit else "NOT kept"
+    return [
+        f"{limit:.4f}",
+        f"{predicted_bits:.3f} bits",
+        f"{measured.kl:.4f}, {is_kept}",
+        *shown,
+        str(len(tried)),
+        f"{min(within):.3f} bits" if within else "none",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A budget in nats that is measured: few recipes, and hardly larger than need be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from mofq.decision import Frontier
+from mofq.decision.measured.measurement import Measured
+from mofq.decision.measured.prove import MOST_MEASURED, measured_upper, prove, secant
+
+#: Sizes in steps of half a percent, and errors that fall by 1.5 % a step.
+SIZES = np.round(10_000 * 1.005 ** np.arange(400)).astype(np.int64)
+ERRORS = 0.5 * 0.985 ** np.arange(400)
+FRONTIER = Frontier(
+    choice_KF=np.arange(400)[:, None], bytes_K=SIZES, error_K=ERRORS, bound_K=ERRORS
+)
+
+
+def measuring(truth: Callable[[float], float]) -> Callable[[int], Measured]:
+    """Measures what the errors truly amount to, on windows that differ."""
+
+    def measure_at(size: int) -> Measured:
+        k = int(np.searchsorted(SIZES, size, side="right")) - 1
+        kl = truth(float(ERRORS[k]))
+        return Measured(FRONTIER.choice_KF[k], (0.97 * kl, kl, kl, 1.03 * kl))
+
+    return measure_at
+
+
+TRUTHS: dict[str, Callable[[float], float]] = {
+    "as predicted": lambda x: x,
+    "a half more": lambda x: 1.5 * x,
+    "a third less": lambda x: 0.67 * x,
+    "curved": lambda x: x * (1 + 3 * x),
+    "of another slope": lambda x: x**1.3,
+}
+
+
+@pytest.mark.parametrize("limit", [0.004, 0.02, 0.1])
+@pytest.mark.parametrize("name", TRUTHS)
+def test_a_budget_is_kept_and_nearly_used_whatever_the_truth_is(name: str, limit: float) -> None:
+    measure_at = measuring(TRUTHS[name])
+    tried = prove(FRONTIER, limit, measure_at=measure_at)
+    kept = [one for one in tried if measured_upper(one) <= limit]
+    within = [s for s in SIZES.tolist() if measured_upper(measure_at(s)) <= limit]
+    found = min(int(SIZES[one.choice_F[0]]) for one in kept)
+    assert len(tried) <= MOST_MEASURED
+    assert found <= 1.02 * min(within)
+
+
+def test_no_recipe_is_measured_twice() -> None:
+    for limit in np.geomspace(1e-3, 0.6, 20).tolist():
+        tried = prove(FRONTIER, limit, measure_at=measuring(TRUTHS["curved"]))
+        chosen = [int(one.choice_F[0]) for one in tried]
+        assert len(set(chosen)) == len(chosen)
+
+
+def test_a_budget_that_nothing_keeps_is_tried_at_the_finest_recipe() -> None:
+    tried = prove(FRONTIER, 1e-6, measure_at=measuring(TRUTHS["as predicted"]))
+    assert [int(one.choice_F[0]) for one in tried] == [399]
+
+
+def test_a_budget_that_everything_keeps_takes_the_smallest_recipe() -> None:
+    tried = prove(FRONTIER, 10.0, measure_at=measuring(TRUTHS["as predicted"]))
+    assert min(int(one.choice_F[0]) for one in tried) == 0
+    assert len(tried) == 1
+
+
+def test_a_secant_meets_a_power_law_at_once() -> None:
+    points = [(x, 2 * x**1.2) for x in (0.01, 0.02)]
+    wanted = secant(points, 0.05)
+    assert 2 * wanted**1.2 == pytest.approx(0.05)
+    assert secant(points[:1], 0.05) == pytest.approx(0.01 * 0.05 / points[0][1])
+
+
+def test_noise_does_not_turn_the_secant_round() -> None:
+    falling = [(0.010, 0.020), (0.011, 0.019)]
+    for one, other in itertools.permutations(falling):
+        assert 0.011 < secant([one, other], 0.03) < 0.03
