@@ -39,9 +39,12 @@ from mofq.evidence.calibration.sequence_file import LayerSamples, SequenceFile
 from mofq.evidence.calibration.stats import Stats, open_sequences
 from mofq.exceptions import StatsError, option
 from mofq.model.layers import LinearLayer
-from mofq.numbers.quantize import Feedback, factorise_hessian, one_thread
+from mofq.numbers.quantize import Feedback, one_thread
+from mofq.numbers.quantize.gptq import factorise_flipped
 from mofq.numbers.schemes import TensorScheme
 
+#: Columns of a Hessian that are summed at once.
+_STRIP = 2048
 #: Which sequences of each corpus a fit sees: all, or those of one half.
 Part = Literal["all", "first", "second"]
 
@@ -182,12 +185,17 @@ class Fits:
         return relative_I.bfloat16().float()
 
     def _feedback(self, layer: LinearLayer, part: Part) -> Feedback:
-        total_II = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+        columns = layer.in_features
+        # From the last column to the first, as it is factorised, and its lower triangle alone.
+        total_II = torch.zeros(columns, columns, dtype=torch.float64)
         for samples, share in self._samples(layer, part):
             norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
-            weighted_TI = samples.x_TI.double() * norm_T[:, None]
-            total_II += share * (weighted_TI.T @ weighted_TI)
-        return factorise_hessian(total_II, name=layer.name)
+            weighted_TI = (samples.x_TI.double() * norm_T[:, None]).flip(1)
+            for start in range(0, columns, _STRIP):
+                stop = min(start + _STRIP, columns)
+                strip_SI = weighted_TI[:, start:stop].T @ weighted_TI[:, :stop]
+                total_II[start:stop, :stop] += strip_SI.mul_(share)
+        return factorise_flipped(total_II, name=layer.name)
 
     def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
         """The samples of the sequences that reached a layer, and what each sequence counts."""

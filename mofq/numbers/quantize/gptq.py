@@ -79,20 +79,41 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     Raises:
         SchemeError: The matrix is not finite, or not positive definite even when damped.
     """
-    damped_II = hessian_II.detach().to("cpu", torch.float64, copy=True)
-    damping = DAMPING * float(damped_II.diagonal().mean())
-    damped_II.diagonal().add_(damping if damping > 0 else 1.0)
+    whole_II = hessian_II.detach().to("cpu", torch.float64)
+    return factorise_flipped(whole_II.flip(0, 1), name=name)
+
+
+def factorise_flipped(flipped_II: Tensor, *, name: str = "weight") -> Feedback:
+    """As `factorise_hessian`, of a Hessian whose columns and rows come from the last to the first.
+
+    Beside it the lower factor is held, of the same size, and the result, of half of it.
+
+    Args:
+        flipped_II: [in_features, in_features], float64, on the CPU. Only its lower triangle is
+            read; its diagonal is damped in place.
+        name: Of the layer, for messages.
+
+    Raises:
+        SchemeError: As `factorise_hessian`.
+    """
+    damping = DAMPING * float(flipped_II.diagonal().flip(0).mean())
+    flipped_II.diagonal().add_(damping if damping > 0 else 1.0)
     with one_thread():
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
-    if int(failed) or not bool(torch.isfinite(lower_II).all()):
+        lower_II, failed = torch.linalg.cholesky_ex(flipped_II)
+    root_I = lower_II.diagonal().flip(0)
+    if int(failed) or not bool(torch.isfinite(root_I).all()):
         raise SchemeError(
             f"{name}: the Hessian of its inputs is not positive definite, so ~gptq cannot round "
             f"by it. Calibrate again, on more text."
         )
-    upper_II = lower_II.flip(0, 1)
-    root_I = upper_II.diagonal()
+    columns = len(root_I)
+    passed_II = torch.empty(columns, columns)
+    for start in range(0, columns, _BATCH):
+        stop = min(start + _BATCH, columns)
+        upper_IB = lower_II[:, columns - stop : columns - start].flip(0, 1)
+        passed_II[:, start:stop] = _to_22_bits(upper_IB / root_I[start:stop], 0)
     cost_I = root_I.square()
-    return Feedback(_to_22_bits(upper_II / root_I, 0).float(), (cost_I / cost_I.max()).float())
+    return Feedback(passed_II, (cost_I / cost_I.max()).float())
 
 
 @contextmanager
