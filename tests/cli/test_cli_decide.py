@@ -95,7 +95,8 @@ def test_a_difference_says_where_the_figures_of_two_recipes_do_not_compare(tmp_p
     assert "do not compare" not in priced.err
     content = ok("diff", english, worst, "--table", table, "--json").json
     first, second = content["kl_nats_per_token"]
-    assert second - first == pytest.approx(content["difference"]["error"], abs=1e-9)
+    # Differences are of the expansion, predictions are corrected by a factor near 1.
+    assert second - first == pytest.approx(content["difference"]["error"], rel=0.02)
     own = [load_recipe(one).kl_nats_per_token for one in (english, worst)]
     assert first != own[0]
     assert second != own[1]
