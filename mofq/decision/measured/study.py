@@ -91,6 +91,8 @@ def _noted(request: Request) -> dict[str, Any]:
         del content["corpus_weights"]
     if not request.constraints:
         del content["constraints"]
+    if request.budgets.max_active_bits is None:
+        del content["budgets"]["max_active_bits"]
     return content
 
 
