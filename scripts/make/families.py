@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FUSION_RULES, ModelLayers, find_layers
+from mofq.model.layers.names_in_memory import known_types
 from mofq.model.loading import load_model
 from scripts.shared.command import script_parser
 
@@ -65,8 +66,10 @@ do the files of its processor.
 *Passes* says that structure, arithmetic and files agree with transformers. It says nothing of
 quality, which random weights do not have, and nothing of engines: the last column is the class
 that vLLM 0.33.0 lists for the architecture, and only of mixtures with
-[rules](../architecture.md#a-model-family) was it executed that it reads every exported name. KV
-caches, devices that share layers and `rewrite` are for types with rules, which are in bold.
+[rules](../architecture.md#a-model-family) was it executed that it reads every exported name.
+Devices that share layers and `rewrite` are for types with rules, which are in bold. KV caches are
+for types whose attention `self_attn` caches keys and values of one shape ({cached} of all types);
+a test runs a sample with them.
 
 A fusion group is one choice: [engines](engines.md) concatenate its layers. What a type has beside
 its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`).
@@ -248,6 +251,7 @@ def _page(causal: Matrix, multimodal: Matrix) -> Iterator[str]:
         causal=_counts(causal),
         images=_counts(images),
         others=_counts(multimodal),
+        cached=sum(bool(one.caches) for one in known_types().values()),
     )
     yield "## Causal types"
     yield ""

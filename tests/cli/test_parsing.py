@@ -18,12 +18,12 @@ from mofq.cli.parsing import as_command
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
-    "inspect": "model --engine --space",
+    "inspect": "model --engine --space --layers",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
-    "--execution --kv-cache --cluster --cluster-cpus",
+    "--execution --kv-cache --layers --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
-    "measure": "model --space -o --output --stats --engine --experts --device "
+    "measure": "model --space -o --output --stats --engine --experts --layers --device "
     "--cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
@@ -37,7 +37,7 @@ FLAGS = {
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
     "--device --corpus-weights --objective "
-    "--fix --at-least --at-most --execution",
+    "--fix --at-least --at-most --execution --layers",
     "demo": "-o --output --mixture",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
     "--kv-tokens --kv-cache --polish --corpus-weights",
@@ -51,7 +51,7 @@ FLAGS = {
     "--max-kv-bits --kv-tokens --kv-cache -o --output --corpus-weights",
     "plot": "table recipes --kind -o --output --validation --unit --engine --space --fix "
     "--at-least --at-most --max-kv-bits --kv-tokens --kv-cache --corpus-weights",
-    "recipe uniform": "model scheme -o --output --stats",
+    "recipe uniform": "model scheme -o --output --stats --layers",
     "recipe from": "folder -o --output --model",
 }
 
