@@ -257,7 +257,8 @@ def main(given: Sequence[str] | None = None) -> int:
             folder = Path(made) / f"of-{name}"
             os.makedirs(folder)
             rows += compare(name, model, folder, options)
-            print(f"{name}: done", file=sys.stderr, flush=True)
+            for row in rows[-3:]:
+                print(*row, sep=", ", file=sys.stderr, flush=True)
     heads = ["model", "what", "same", "whole", "streamed", "ratio", "memory, whole", "streamed"]
     print_markdown(heads, rows)
     return int(any(row[2] != "yes" for row in rows))
