@@ -206,7 +206,7 @@ class RecipeFile:
     groups: dict[Text, GroupEntry]
     unquantized: tuple[Name, ...] = ()
     layers: Annotated[
-        StatedLayers | None, Field(description="what was said of the layers: --layers")
+        StatedLayers | None, Field(description="what the user said of the model's layers")
     ] = None
     kv_cache: Annotated[
         dict[Text, CacheEntry],

@@ -170,7 +170,7 @@ _NUMBERS = (
     ),
     Fault(
         "experts: what they compute is taken on trust",
-        'return None if is_same else f"{kind}, {_ANOTHER_FORMULA}"',
+        'return None if is_same else f"{name}, {_ANOTHER_FORMULA}"',
         "return None",
         "modules",
     ),

@@ -15,6 +15,7 @@ from families import long_but
 from tiny_types import CAUSAL_TYPES, IMAGE_TYPES, MULTIMODAL_TYPES, write_type
 from type_flow import run_flow
 
+from mofq.decision.recipe import load_recipe
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import FUSION_RULES, find_layers
 from mofq.model.layers.names_in_memory import known_types
@@ -52,6 +53,21 @@ def test_a_type_without_rules_goes_through_the_whole_flow(name: str, tmp_path: P
     model, work = write_type(name, tmp_path / name), tmp_path / "work"
     work.mkdir()
     assert run_flow(model, work) > 0
+
+
+_CACHED = sample([name for name in PASSING if known_types()[name].caches])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", _CACHED)
+def test_the_kv_cache_of_a_type_without_rules_is_decided_too(name: str, tmp_path: Path) -> None:
+    model = write_type(name, tmp_path / name)
+    (work := tmp_path / "work").mkdir()
+    assert run_flow(model, work, kv_cache=True) > 0
+    layers = find_layers(open_checkpoint(str(model)))
+    chosen = load_recipe(work / "recipe.yaml").kv_cache
+    assert {one.name for one in chosen} == {cache.name for cache in layers.caches}
+    assert {one.scheme for one in chosen} == {"kv:fp8_e4m3.tensor"}
 
 
 _SOME = sample(PASSING_WITH_TOWERS, _SAMPLE_WITH_TOWERS)

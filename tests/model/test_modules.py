@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mofq.model.modules import experts_problem, is_plain_linear
+from mofq.model.modules import (
+    experts_problem,
+    find_kind,
+    is_plain_linear,
+    multiply,
+    run_experts,
+)
 
 
 class Experts(nn.Module):
@@ -62,19 +68,92 @@ def test_experts_that_state_their_own_gate_are_run_with_it() -> None:
     assert experts_problem(Limited(limit=100.0)) is None
 
 
-@pytest.mark.parametrize(
-    ("attribute", "value"),
-    [("is_transposed", True), ("has_bias", True), ("is_concatenated", False)],
-)
-def test_experts_of_another_layout_are_refused_by_what_they_say(
-    attribute: str, value: bool
-) -> None:
+class Swapped(Experts):
+    """The same weights, [E, in, out], and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            weight_EIO = nn.Parameter(
+                self.get_parameter(name).detach().transpose(1, 2).contiguous()
+            )
+            self.register_parameter(name, weight_EIO)
+            self.register_parameter(f"{name}_bias", nn.Parameter(weight_EIO.detach()[:, 0] * 2))
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for token, (experts, shares) in enumerate(zip(index, weights, strict=True)):
+            for expert, share in zip(experts.tolist(), shares, strict=True):
+                inner = hidden[token] @ self.gate_up_proj[expert] + self.gate_up_proj_bias[expert]
+                gate, up = inner.chunk(2)
+                inner = self.act_fn(gate) * up
+                out = inner @ self.down_proj[expert] + self.down_proj_bias[expert]
+                output[token] += share * out
+        return output
+
+
+class GivenRows(Swapped):
+    """As Llama 4 is called: each expert's own inputs, one expert after the other; no biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gate_up_proj_bias, self.down_proj_bias
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        x_ETI = hidden.view(2, -1, hidden.shape[-1])
+        gate, up = torch.bmm(x_ETI, self.gate_up_proj).chunk(2, dim=-1)
+        return torch.bmm(self.act_fn(gate) * up, self.down_proj).flatten(0, 1)
+
+
+class WithInputs(Experts):
+    """A third expert gives back what it reads, as in LongCat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity_expert = nn.Identity()
+        more = torch.cat([self.gate_up_proj.detach(), torch.zeros(1, 16, 4)])
+        self.gate_up_proj = nn.Parameter(more)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        known = super().forward(hidden, index.clamp(max=1), weights * (index < 2))
+        return known + (weights * (index == 2)).sum(1, keepdim=True) * hidden
+
+
+@pytest.mark.parametrize("kind", [Swapped, GivenRows, WithInputs])
+def test_experts_of_another_layout_are_run_as_they_are_multiplied(kind: type[Experts]) -> None:
+    experts = kind()
+    assert experts_problem(experts) is None
+    assert find_kind(experts).transposed == (kind is not WithInputs)
+
+
+def test_experts_that_are_given_their_rows_are_shown_the_chosen_ones_alone() -> None:
+    experts, seen = GivenRows(), []
+    kind = find_kind(experts)
+    hidden_TI = torch.randn(6, 4)  # three tokens for each of two experts
+    hidden_TI[[1, 2, 3]] = 0
+
+    def linear(parameter: str, expert: int, x_TI: Tensor, token_T: Tensor, /) -> Tensor:
+        if parameter == kind.first:
+            seen.append((expert, token_T.tolist()))
+        return multiply(experts, kind, parameter, expert, x_TI)
+
+    found_TI = run_experts(kind, hidden_TI, linear=linear)
+    assert seen == [(0, [0]), (1, [1, 2])]
+    assert torch.allclose(found_TI, experts(hidden_TI), atol=1e-6)
+
+
+def test_experts_that_count_a_token_otherwise_than_by_its_weight_are_refused() -> None:
+    class Squared(Experts):
+        def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return super().forward(hidden, index, weights.square())
+
+    assert "compute something else" in (experts_problem(Squared()) or "")
+
+
+def test_experts_that_normalize_what_each_gives_are_refused() -> None:
     experts: Any = Experts()
-    setattr(experts, attribute, value)
-    assert (
-        experts_problem(experts)
-        == f"experts of class Experts, whose {attribute} is not {not value}"
-    )
+    experts.has_post_expert_norm = True
+    assert "normalize the output of each expert" in (experts_problem(experts) or "")
 
 
 def test_experts_with_other_parameters_are_refused() -> None:
