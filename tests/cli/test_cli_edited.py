@@ -35,7 +35,7 @@ def test_it_is_priced_by_the_table_and_has_no_figures_without(
     problem = request_problem(table, Request(Budgets()))
     choice_F = problem.choice_of(load_recipe(edited).scheme_of_group)
     kl = predict_chosen(problem, Budgets(), choice_F).value
-    bits = 8 * problem.bytes_of(choice_F) / problem.weights
+    bits = 8 * int(problem.layer_bytes_P[choice_F].sum()) / problem.weights
     before = load_recipe(measured.recipe)
     priced = ok("diff", measured.recipe, edited, "--table", measured.table, "--json").json
     assert priced["bits_per_weight"] == [before.bits_per_weight, bits]

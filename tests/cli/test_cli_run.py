@@ -327,8 +327,12 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     def poor(*arguments: object, **options: object) -> object:
         """The measurement, with the mixture's recipe said to be no better than the uniform."""
         found = measure(*arguments, **options)
-        worst = max(one.kl_nats_per_token for one in found.values())
-        found["recipe"] = replace(found["recipe"], kl_nats_per_token=worst)
+        worst = max((one for one in found.values()), key=lambda one: one.kl_nats_per_token)
+        found["recipe"] = replace(
+            found["recipe"],
+            kl_nats_per_token=worst.kl_nats_per_token,
+            windows=worst.windows,
+        )
         return found
 
     measure = run._validate

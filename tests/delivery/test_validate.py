@@ -27,7 +27,7 @@ from mofq.exceptions import (
     MofqError,
     RecipeError,
 )
-from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.loading import load_model, load_tokenizer
 
 #: Tokens and sequence length of the tests: three windows of 16.
@@ -85,10 +85,10 @@ def test_the_report_says_what_was_predicted_and_whether_the_budget_was_met(
     assert found.predicted_kl_nats_per_token == 0.125
     assert found.predicted_kl_stderr == 0.5
     assert found.within_kl_budget is False
-    # 4-bit codes, one 16-bit scale for 32 of them, and 16 bytes of shape for each matrix.
+    # 4-bit codes, and one 16-bit scale for 32 of them.
     per_layer = {"128x128": 2, "64x128": 2, "256x128": 2, "128x256": 1}
     weights = 2 * sum(n * math.prod(map(int, k.split("x"))) for k, n in per_layer.items())
-    stored_bytes = weights / 2 + weights / 32 * 2 + 14 * 16
+    stored_bytes = weights / 2 + weights / 32 * 2
     assert found.bits_per_weight == pytest.approx(8 * stored_bytes / weights)
     assert found.enforced is True
     assert found.deviations == ()
@@ -273,7 +273,7 @@ def test_an_exported_folder_with_an_edited_byte_is_run_with_it_and_not_enforced(
     checkpoint = open_checkpoint(str(tiny_llama))
     folder = tmp_path / "exported"
     export_compressed_tensors(checkpoint, recipe_of(checkpoint, "int4.g32"), folder)
-    info = open_checkpoint(str(folder)).tensors[f"{UP}.weight_packed"]
+    info = open_stored(str(folder)).tensors[f"{UP}.weight_packed"]
     with info.file.open("r+b") as file:
         file.seek(info.start + 40)
         byte = file.read(1)[0]

@@ -12,7 +12,7 @@ from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, copy_with_tensors, long_but
 
 from mofq.decision.recipe import load_recipe
-from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import FUSION_RULES
 from mofq.model.loading import load_model, load_tokenizer
 
@@ -73,7 +73,7 @@ def test_a_family_goes_through_the_whole_flow(
     reloaded = ok("validate", model, exported, *TEXT, "--json").json
     assert reloaded["enforced"] is True
     assert reloaded["kl_nats_per_token"] == emulated["kl_nats_per_token"]
-    opened = open_checkpoint(str(exported))
+    opened = open_stored(str(exported))
     original = open_checkpoint(str(model))
     quantized = {name for name, scheme in schemes.items() if scheme != "bf16"}
     biases = {name for name in original.tensors if name.endswith(".bias")}

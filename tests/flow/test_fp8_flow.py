@@ -117,7 +117,7 @@ def test_what_is_kept_is_written_in_bf16_and_no_scale_is_left(
     assert not [n for n, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]
     assert exported.config["quantization_config"]["quant_method"] == "compressed-tensors"
     card = (exported.folder / "README.md").read_text("utf-8")
-    assert "The original is FP8 (fp8, a scale for each block of 128 x 128)" in card
+    assert "The original is quantized (fp8, a scale for each block of 128 x 128)" in card
     layers = find_layers(checkpoint)
     for group in layers.groups:
         for layer in group.layers:

@@ -407,13 +407,17 @@ def table_stats(stats: Stats) -> TableStats:
 def _visits(stats: Stats, model_layers: ModelLayers) -> dict[str, list[Visits]]:
     """Fusion group of experts -> the visits to it, of each corpus."""
     known = expert_visits(stats)
+    tokens = {
+        corpus: len(stats.sequence_files(corpus)) * stats.plan.sequence_length for corpus in known
+    }
     return {
         group.name: [
             Visits(
                 group.name,
                 corpus,
-                tokens=len(stats.sequence_files(corpus)) * stats.plan.sequence_length,
-                layers={layer.name: of_corpus[layer.name] for layer in group.layers},
+                tokens=tokens[corpus],
+                # A router may send a token to one expert twice, which is read once.
+                layers={la.name: min(of_corpus[la.name], tokens[corpus]) for la in group.layers},
             )
             for corpus, of_corpus in known.items()
         ]
