@@ -34,7 +34,7 @@ from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model, load_tokenizer
-from mofq.model.sizes import bits_per_weight, group_bytes, weights_of
+from mofq.model.sizes import bits_per_weight, counted_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import (
     Argument,
@@ -376,10 +376,10 @@ def run_over(model: PreTrainedModel, windows_NT: Tensor) -> None:
 
 
 def true_bits(checkpoint: Checkpoint, of: Recipe) -> float:
-    """Bits per weight, all that is stored."""
+    """Bits per weight: codes, scales, zero points and padding."""
     groups = find_layers(checkpoint).groups
     size = sum(
-        group_bytes(group, parse_scheme(of.schemes[group.layers[0].name])) for group in groups
+        counted_bytes(group, parse_scheme(of.schemes[group.layers[0].name])) for group in groups
     )
     return bits_per_weight(size, weights_of(groups))
 
