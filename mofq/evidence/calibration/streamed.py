@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,17 @@ from mofq.evidence.calibration.calibrate import (
     is_done,
     kept_layers,
     sample_scores,
+    score_seed,
     seeds_of,
 )
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
+from mofq.evidence.calibration.routing import (
+    join_routers,
+    margin_gains,
+    routing_path,
+    write_routing,
+)
 from mofq.evidence.calibration.sequence_file import (
     is_complete,
     sequence_path,
@@ -46,7 +54,7 @@ from mofq.exceptions import StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.within import layers_within
-from mofq.model.streaming.backward import Gradients, collect, needs_gradients, step_back
+from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel
@@ -59,12 +67,23 @@ class Running:
     corpus: CorpusPlan
     index: int
     seeds: tuple[int, ...]  #: of the scores, one for each draw
+    margin_seed: int  #: of what runs backward from the margins of routers
     streamed: StreamedSequence
 
     @property
     def gradients(self) -> Gradients:
         """What its steps sent down."""
         return Gradients(self.streamed)
+
+    @property
+    def margins(self) -> Gradients:
+        """What its steps sent down of the margins of routers."""
+        return Gradients(self.streamed, "margins")
+
+    def keep(self, step: int, sent: Sent, of_margins: Sent) -> None:
+        """Write what a step sent; from then on it is done."""
+        self.margins.keep(step, of_margins)
+        self.gradients.keep(step, sent)
 
     def piece(self, step: int) -> Path:
         """What is kept of the layers of a step."""
@@ -80,6 +99,8 @@ class Seen:
     unit: str
     layer_names: tuple[str, ...]
     captured: Captured  #: of these layers; the next sequence takes its place
+    costs: list[float]  #: of exchanges at each router of the unit
+    margin_gains: Mapping[str, float]  #: of the layers that a margin depends on
 
 
 def calibrate_streamed(
@@ -119,6 +140,7 @@ def calibrate_streamed(
                 corpus,
                 index,
                 tuple(seeds_of(plan, corpus, index)),
+                score_seed(plan.seed, corpus.name, index, plan.draws),
                 StreamedSequence(
                     windows[corpus.name][index],
                     folder / UNFINISHED / corpus.name / f"{index:05d}",
@@ -169,6 +191,8 @@ def _run(
             "inputs": {name: seen.captured.source.get(name) for name in seen.layer_names},
             "names": list(tensors),
             "gains": gains,
+            "costs": seen.costs,
+            "margin_gains": seen.margin_gains,
         }
         write_tensors(running.piece(seen.step), content, list(tensors.values()))
         if running is sequences[-1]:
@@ -219,26 +243,47 @@ def run_backward(
         call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
         if not needs_gradients(call):
             for running in left:
-                running.gradients.keep(step, {})
+                running.keep(step, {}, {})
             continue
         names = tuple(kept_layers(inside, plan))
         with (
             streamed.weights.loaded(unit, ahead=streamed.next_unit(unit, backwards=True)),
-            capture_layers(streamed.model, inside, kv_cache=bool(plan.kv_cache)) as captured,
+            capture_layers(
+                streamed.model,
+                inside,
+                kv_cache=bool(plan.kv_cache),
+                routing=bool(plan.routing),
+            ) as captured,
         ):
             for running in left:
                 captured.clear()
-                gradients = running.gradients
-                sent = step_back(
-                    streamed.replayer,
-                    running.streamed,
-                    step,
-                    arrived=gradients.arrived(step, last=steps),
-                    draws=len(running.seeds),
-                )
-                yield Seen(running, step, unit, names, captured)
-                gradients.keep(step, sent)
-                gradients.drop(step, last=steps)
+                gradients, margins = running.gradients, running.margins
+                back = StepBack(streamed.replayer, running.streamed, step)
+                arrived = gradients.arrived(step, last=steps)
+                sent: Sent = {}
+                for draw in range(len(running.seeds)):
+                    back.send(
+                        {index: grad[draw] for index, grad in arrived.items()},
+                        sent,
+                        keep_graph=bool(plan.routing) or draw < len(running.seeds) - 1,
+                    )
+                of_margins: Sent = {}
+                costs: list[float] = []
+                gains: dict[str, float] = {}
+                if captured.routers is not None:
+                    costs = captured.routers.costs
+                    send = partial(
+                        back.send,
+                        {i: grad[0] for i, grad in margins.arrived(step, last=steps).items()},
+                        of_margins,
+                        objective=captured.routers.objective(seed=running.margin_seed),
+                    )
+                    gains = margin_gains(captured, send)
+                del back
+                yield Seen(running, step, unit, names, captured, costs, gains)
+                running.keep(step, sent, of_margins)
+                for each in (margins, gradients):
+                    each.drop(step, last=steps)
 
 
 def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int) -> None:
@@ -260,7 +305,7 @@ def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int)
                     score_TV = sample_scores(logits_TV.detach(), seed=seed)
                     logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
                     collect(leaves, sent)
-                running.gradients.keep(steps, sent)
+                running.keep(steps, sent, {})
     finally:
         start.remove()
 
@@ -277,11 +322,15 @@ def _assemble(
     tensors: dict[str, Tensor] = {}
     inputs: dict[str, str | None] = {}
     gains: dict[str, Mapping[str, Sequence[float]]] = {}
+    costs: list[float] = []
+    moved: dict[str, float] = {}
     for step in range(steps):
         if running.piece(step).exists():
             content, mapped = read_content(running.piece(step))
             inputs |= content["inputs"]
             gains |= content["gains"]
+            costs += content["costs"]
+            moved |= content["margin_gains"]
             tensors |= zip(content["names"], mapped, strict=True)
     names = kept_layers(layers, plan)
     missing = [name for name in names if name not in inputs]
@@ -294,6 +343,9 @@ def _assemble(
     if has_gains(plan, corpus):
         path = gains_path(folder, corpus.name, index)
         write_content(path, {name: gains[name] for name in names})
+    if plan.routing:
+        routing = join_routers(costs, moved)
+        write_routing(routing_path(folder, corpus.name, index), routing)
     path = sequence_path(folder, corpus.name, index)
     if index in corpus.kept_indices and not is_complete(path):
         write_samples(path, tensors, {name: inputs[name] for name in names})
@@ -308,7 +360,7 @@ def _check_disk(
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     itemsize = getattr(torch, plan.dtype).itemsize
     boundary = len(sequences) * plan.sequence_length * hidden * itemsize
-    needed = boundary * (len(streamed.weights.units) + 2 * plan.draws)
+    needed = boundary * (len(streamed.weights.units) + 2 * (plan.draws + bool(plan.routing)))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StatsError(
