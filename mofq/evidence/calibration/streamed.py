@@ -3,13 +3,13 @@
 Forward, layer after layer, over all sequences; then backward, each layer computed again from its
 arguments. What is kept on the way lies in ``.streamed`` in the stats folder until the last
 sequence is written: a run that was stopped goes on from there, and what it writes has the very
-bytes of a run with the whole model in memory.
+bytes of a run with the whole model in memory. Samples can be handed on, unit by unit, and dropped.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from mofq.evidence.calibration.stats import (
     finish_stats,
     has_gains,
     open_plan,
+    passing_stats,
 )
 from mofq.exceptions import StatsError, option
 from mofq.files.progress import Progress
@@ -103,6 +104,11 @@ class Seen:
     margin_gains: Mapping[str, float]  #: of the layers that a margin depends on
 
 
+#: Step, statistics of the layers of one unit alone, these layers. The folder is deleted then;
+#: after a run that was stopped, the same step may come again.
+Take = Callable[[int, Stats, ModelLayers], None]
+
+
 def calibrate_streamed(
     streamed: StreamedModel,
     layers: ModelLayers,
@@ -110,6 +116,7 @@ def calibrate_streamed(
     plan: Plan,
     windows: Mapping[str, Tensor],
     folder: Path,
+    take: Take | None = None,
     progress: Progress | None = None,
 ) -> Stats:
     """As `mofq.evidence.calibration.calibrate.calibrate`, with one decoder layer in memory.
@@ -120,10 +127,12 @@ def calibrate_streamed(
         plan: What is computed; a folder begun with the same plan is continued.
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
         folder: Where the stats go.
-        progress: Called with ``"calibrate"``, steps done, steps in all.
+        take: Gets the samples, unit after unit, the last first; no others are kept then.
+        progress: Called with ``"calibrate"``, or where samples are taken ``"measure"``, steps
+            done, steps in all.
 
     Returns:
-        The finished stats.
+        The finished stats; where samples are taken, gains and routing alone.
 
     Raises:
         StatsError: As `calibrate`.
@@ -148,7 +157,7 @@ def calibrate_streamed(
             )
             for corpus in plan.corpora
             for index in range(corpus.sequences)
-            if not is_done(folder, plan, corpus, index)
+            if not is_done(folder, plan, corpus, index, with_samples=take is None)
         ]
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
@@ -156,10 +165,19 @@ def calibrate_streamed(
             running.streamed.folder.mkdir(parents=True, exist_ok=True)
         if every:
             _check_disk(streamed, every, plan, folder)
-            steps = _run(streamed, layers, every, plan=plan, folder=folder, progress=progress)
+            steps = _run(
+                streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress
+            )
             for running in every:
-                _assemble(running, steps, plan=plan, folder=folder, layers=layers)
-        return finish_stats(folder, begun)
+                _assemble(
+                    running,
+                    steps,
+                    plan=plan,
+                    folder=folder,
+                    layers=layers,
+                    with_samples=take is None,
+                )
+        return finish_stats(folder, begun) if take is None else passing_stats(folder, plan)
 
 
 def _run(
@@ -169,6 +187,7 @@ def _run(
     *,
     plan: Plan,
     folder: Path,
+    take: Take | None,
     progress: Progress | None,
 ) -> int:
     """Forward and backward; what is kept of each step of each sequence is a file then."""
@@ -176,7 +195,7 @@ def _run(
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress("calibrate", min(done, total), total)
+            progress("calibrate" if take is None else "measure", min(done, total), total)
 
     steps = streamed.forward([one.streamed for one in sequences], for_gradients=True, on_step=tell)
     for seen in run_backward(streamed, layers, sequences, steps=steps, plan=plan):
@@ -187,8 +206,12 @@ def _run(
             tensors = sequence_tensors(seen.captured, seen.layer_names, path)
         if has_gains(plan, running.corpus):
             gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
+        inputs = {name: seen.captured.source.get(name) for name in seen.layer_names}
+        if take is not None:
+            _hand_on(seen, tensors, inputs, gains, plan=plan, folder=folder)
+            tensors = {}
         content = {
-            "inputs": {name: seen.captured.source.get(name) for name in seen.layer_names},
+            "inputs": inputs,
             "names": list(tensors),
             "gains": gains,
             "costs": seen.costs,
@@ -196,8 +219,38 @@ def _run(
         }
         write_tensors(running.piece(seen.step), content, list(tensors.values()))
         if running is sequences[-1]:
+            if take is not None:
+                unit = passing_stats(_unit_folder(folder, seen.step), plan)
+                take(seen.step, unit, layers_within(layers, seen.unit))
             tell(2 * steps - seen.step)
     return steps
+
+
+def _unit_folder(folder: Path, step: int) -> Path:
+    """Of the samples of one unit; no corpus has such a name."""
+    return folder / UNFINISHED / f".unit-{step:05d}"
+
+
+def _hand_on(
+    seen: Seen,
+    tensors: Mapping[str, Tensor],
+    inputs: Mapping[str, str | None],
+    gains: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    plan: Plan,
+    folder: Path,
+) -> None:
+    """Write what one unit has of a sequence into a stats folder of this unit alone."""
+    corpus, index = seen.running.corpus, seen.running.index
+    unit = _unit_folder(folder, seen.step)
+    for other in unit.parent.glob(".unit-*"):
+        if other != unit:  # the unit behind, which is taken
+            shutil.rmtree(other)
+    (unit / corpus.name).mkdir(parents=True, exist_ok=True)
+    if index in corpus.kept_indices:
+        write_samples(sequence_path(unit, corpus.name, index), tensors, inputs)
+    if has_gains(plan, corpus):
+        write_content(gains_path(unit, corpus.name, index), gains)
 
 
 def run_backward(
@@ -315,7 +368,13 @@ def _start_gradient(_module: object, _inputs: object, output: Tensor) -> Tensor:
 
 
 def _assemble(
-    running: Running, steps: int, *, plan: Plan, folder: Path, layers: ModelLayers
+    running: Running,
+    steps: int,
+    *,
+    plan: Plan,
+    folder: Path,
+    layers: ModelLayers,
+    with_samples: bool,
 ) -> None:
     """Make the files of a sequence of those of its steps, and delete these."""
     corpus, index = running.corpus, running.index
@@ -347,7 +406,7 @@ def _assemble(
         routing = join_routers(costs, moved)
         write_routing(routing_path(folder, corpus.name, index), routing)
     path = sequence_path(folder, corpus.name, index)
-    if index in corpus.kept_indices and not is_complete(path):
+    if with_samples and index in corpus.kept_indices and not is_complete(path):
         write_samples(path, tensors, {name: inputs[name] for name in names})
     shutil.rmtree(running.streamed.folder)
 
