@@ -14,6 +14,7 @@ from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
     Corpora,
+    DeviceMap,
     Execution,
     GradientDtype,
     LayersFile,
@@ -145,7 +146,7 @@ def calibrate(
     samples: Samples = Samples(),
     dtype: GradientDtype = "float32",
     where: Where = Where(),
-    device_map: Annotated[str | None, Option("Spread over devices, e.g. auto.")] = None,
+    device_map: DeviceMap = None,
     activation_checkpointing: Annotated[
         bool,
         Option(
