@@ -212,7 +212,7 @@ def measure(
     check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
-        fill_table(
+        measured_on = fill_table(
             checkpoint,
             found,
             loaded_space,
@@ -238,6 +238,7 @@ def measure(
             ),
         )
     if calibration is not None:
+        opened = measured_on or opened
         rmtree(calibration.folder, ignore_errors=True)
     offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
     caches = offer_caches(loaded_space, found.caches, legality=check_cache)

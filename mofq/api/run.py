@@ -12,7 +12,7 @@ from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import calibrate, check_gradient_dtype
+from mofq.api.calibrate import calibrate, check_gradient_dtype, plan_calibration
 from mofq.api.export import ExportResult, export
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
@@ -237,7 +237,7 @@ def run(
             sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
         )
         is_stored = not no_stats and _can_store(
-            checkpoint, layers, files, samples, corpora=len(sources), told=tell
+            checkpoint, layers, files, samples, sources=sources, dtype=dtype, tell=tell
         )
         if is_stored:
             with _timed(seconds, "calibrate"):
@@ -414,27 +414,36 @@ def _can_store(
     files: RunFiles,
     samples: Samples,
     *,
-    corpora: int,
-    told: Tell,
+    sources: Sequence[str],
+    dtype: str,
+    tell: Tell,
 ) -> bool:
     """Whether statistics are stored: as a former run did, else where the disk has room for them."""
     from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+    from mofq.evidence.calibration.stats import passing_stats
+    from mofq.evidence.table import read_table
     from mofq.model.layers import find_layers
 
-    if files.stats.exists() or files.table.exists():
-        return files.stats.exists()
+    if files.stats.exists():
+        return True
     found = find_layers(checkpoint, stated=open_layers(layers))
+    if files.table.exists():
+        plan, _ = plan_calibration(
+            checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
+        )
+        of_table = read_table(files.table).header.stats
+        return of_table is None or of_table.sha256 != passing_stats(files.folder, plan).sha256
     kept = min(samples.keep, samples.sequences or samples.keep)
     needed = samples_bytes(
         found,
-        tokens=corpora * kept * samples.sequence_length,
+        tokens=len(sources) * kept * samples.sequence_length,
         draws=samples.draws,
         experts_per_token=experts_per_token(checkpoint.config),
     )
     free = disk_usage(files.folder).free
     if needed <= _SHARE_OF_DISK * free:
         return True
-    told(
+    tell(
         Remark(
             f"Statistics would take about {short_bytes(needed)}, and {short_bytes(free)} are free "
             f"in {files.folder}: schemes are measured while the model is calibrated, and no "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,6 +14,7 @@ from mofq.api import Choices, Samples, Where, calibrate, export, measure, search
 from mofq.api.measure import fits_beside, work_of
 from mofq.api.options import Budget, Windows
 from mofq.api.run import run
+from mofq.decision.recipe import Recipe
 from mofq.demo import demo_mixture_folder, demo_model_folder
 from mofq.evidence.measure import while_calibrating
 from mofq.exceptions import ClusterError, MofqError, RecipeError, StatsError, TableError
@@ -20,7 +22,10 @@ from mofq.exceptions import ClusterError, MofqError, RecipeError, StatsError, Ta
 CORPORA = {"en": "demo-en-calibration", "pt": "demo-pt-calibration"}
 SAMPLES = Samples(sequences=4, keep=2, sequence_length=32)
 PLAIN = ("int4.g32", "int8.channel+int8.token", "bf16")
-FITTED = ("int4.g32@nats", "int4.g32@nats~gptq", "int8.channel", "bf16")
+FITTED = ("int4.g32@nats", "int4.g32@nats~gptq", "bf16")
+
+
+CACHES = "kv_cache:\n  - kv:fp8_e4m3.tensor\n  - kv:int8.head\n"
 
 
 def write_space(path: Path, schemes: tuple[str, ...], more: str = "") -> Path:
@@ -46,18 +51,73 @@ def in_passing(model: Path, space: Path, out: Path, **more: Any) -> Path:
     return measure(model, space, out / "table.jsonl", **named).output
 
 
+class Fitted(NamedTuple):
+    """Fitted schemes of the bundled model, measured in both ways."""
+
+    folder: Path
+    passing: Path
+    stored: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        fixed = {"*.0.*": "int4.g32@nats~gptq", "*.1.*": "int4.g32@nats"}
+        choices = Choices(fixed=fixed)
+        return search(self.passing, budget=Budget(max_bits=8.0), choices=choices).decision.recipe
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    folder = tmp_path_factory.mktemp("fitted")
+    space = write_space(folder / "some.yaml", FITTED)
+    model = demo_model_folder()
+    return Fitted(folder, in_passing(model, space, folder), through_a_folder(model, space, folder))
+
+
+@pytest.mark.long
+def test_a_recipe_of_fitted_schemes_is_exported_and_validated_without_statistics(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    assert lines_of(fitted.passing) == lines_of(fitted.stored)
+    model, fits = demo_model_folder(), fits_beside(fitted.passing)
+    folders = {}
+    for name, stats in (("kept", fits), ("stored", fitted.folder / "stats")):
+        folders[name] = tmp_path / name
+        export(model, fitted.recipe, folders[name], stats=stats)
+    files = {path.name: path for path in folders["kept"].glob("*.safetensors")}
+    assert files
+    for path in folders["stored"].glob("*.safetensors"):
+        assert path.read_bytes() == files.pop(path.name).read_bytes()
+    assert not files
+    windows = Windows(tokens=64, sequence_length=32)
+    result = validate(model, fitted.recipe, "demo-en", windows=windows, stats=fits)
+    assert result.worst.enforced
+
+
+@pytest.mark.long
+def test_fits_that_changed_or_are_of_another_calibration_are_refused(
+    fitted: Fitted, tmp_path: Path
+) -> None:
+    model, recipe, fits = demo_model_folder(), fitted.recipe, tmp_path / "fits"
+    shutil.copytree(fits_beside(fitted.passing), fits)
+    other = replace(recipe, made_by={**recipe.made_by, "stats_sha256": "0" * 64})
+    with pytest.raises(RecipeError, match="is fitted to stats_sha256"):
+        export(model, other, tmp_path / "model", stats=fits)
+    with next(fits.glob("unit-*")).open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\xff")
+    with pytest.raises(StatsError, match="changed since it was written"):
+        export(model, recipe, tmp_path / "model", stats=fits)
+
+
 @pytest.mark.parametrize(
-    ("model", "schemes", "more"),
+    ("model", "more"),
     [
-        pytest.param(demo_model_folder(), PLAIN, "kv_cache:\n  - kv:fp8_e4m3.tensor\n  - kv:int8.head\n", id="caches"),
-        pytest.param(demo_model_folder(), FITTED, "", id="fitted"),
-        pytest.param(demo_mixture_folder(), PLAIN, "", id="mixture", marks=pytest.mark.long),
+        pytest.param(demo_model_folder(), CACHES, id="caches"),
+        pytest.param(demo_mixture_folder(), "", id="mixture", marks=pytest.mark.long),
     ],
 )
-def test_the_table_is_that_through_a_stats_folder(
-    model: Path, schemes: tuple[str, ...], more: str, tmp_path: Path
-) -> None:
-    space = write_space(tmp_path / "some.yaml", schemes, more)
+def test_the_table_is_that_through_a_stats_folder(model: Path, more: str, tmp_path: Path) -> None:
+    space = write_space(tmp_path / "some.yaml", PLAIN, more)
     table = in_passing(model, space, tmp_path)
     stored = through_a_folder(model, space, tmp_path, kv_cache=bool(more))
     assert lines_of(table) == lines_of(stored)
@@ -65,53 +125,6 @@ def test_the_table_is_that_through_a_stats_folder(
     assert ("cache" in kinds) == bool(more)
     assert ({"visits", "flips"} <= kinds) == (model == demo_mixture_folder())
     assert not work_of(table).exists()
-
-
-def test_a_recipe_of_fitted_schemes_is_exported_and_validated_without_statistics(
-    tmp_path: Path,
-) -> None:
-    model = demo_model_folder()
-    space = write_space(tmp_path / "some.yaml", FITTED)
-    table = in_passing(model, space, tmp_path)
-    choices = Choices(fixed={"*.0.*": "int4.g32@nats~gptq", "*.1.*": "int4.g32@nats"})
-    recipe = search(table, budget=Budget(max_bits=8.0), choices=choices).decision.recipe
-    fits = fits_beside(table)
-    through_a_folder(model, space, tmp_path)
-    folders = {}
-    for name, stats in (("kept", fits), ("stored", tmp_path / "stats")):
-        folders[name] = tmp_path / name
-        export(model, recipe, folders[name], stats=stats)
-    assert [path.name for path in sorted(folders["kept"].iterdir())] == [
-        path.name for path in sorted(folders["stored"].iterdir())
-    ]
-    for path in folders["stored"].glob("*.safetensors"):
-        assert path.read_bytes() == (folders["kept"] / path.name).read_bytes()
-    windows = Windows(tokens=64, sequence_length=32)
-    result = validate(model, recipe, "demo-en", windows=windows, stats=fits)
-    assert result.worst.enforced
-
-
-def test_fits_of_another_calibration_and_changed_ones_are_refused(tmp_path: Path) -> None:
-    model = demo_model_folder()
-    space = write_space(tmp_path / "some.yaml", FITTED)
-    tables = [
-        in_passing(model, space, tmp_path / name, samples=samples)
-        for name, samples in (
-            ("a", SAMPLES),
-            ("b", Samples(sequences=3, keep=2, sequence_length=32)),
-        )
-        if (tmp_path / name).mkdir() is None
-    ]
-    choices = Choices(fixed={"*": "int4.g32@nats"})
-    recipe = search(tables[0], budget=Budget(max_bits=8.0), choices=choices).decision.recipe
-    with pytest.raises(RecipeError, match="is fitted to stats_sha256"):
-        export(model, recipe, tmp_path / "model", stats=fits_beside(tables[1]))
-    file = next(fits_beside(tables[0]).glob("unit-*"))
-    with file.open("r+b") as stream:
-        stream.seek(-1, 2)
-        stream.write(b"\xff")
-    with pytest.raises(StatsError, match="changed since it was written"):
-        export(model, recipe, tmp_path / "model", stats=fits_beside(tables[0]))
 
 
 class Stop(BaseException):
@@ -141,6 +154,7 @@ def test_a_run_that_is_stopped_measures_no_unit_twice_but_that_it_was_at(
     assert lines_of(table) == lines_of(through_a_folder(model, space, tmp_path))
 
 
+@pytest.mark.long
 def test_a_table_grows_by_schemes_and_by_corpora(tmp_path: Path) -> None:
     model = demo_model_folder()
     space = write_space(tmp_path / "some.yaml", PLAIN[1:])
@@ -183,9 +197,8 @@ def test_what_does_not_go_with_corpora_is_refused(
 
 
 @pytest.fixture
-def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mofq.api.run.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
-    yield
 
 
 @pytest.mark.long

@@ -29,6 +29,7 @@ from mofq.evidence.calibration.calibrate import (
 )
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
+from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
 from mofq.evidence.calibration.routing import (
     join_routers,
     margin_gains,
@@ -164,7 +165,7 @@ def calibrate_streamed(
         for running in every:
             running.streamed.folder.mkdir(parents=True, exist_ok=True)
         if every:
-            _check_disk(streamed, every, plan, folder)
+            _check_disk(streamed, layers, every, plan, folder, with_samples=take is None)
             steps = _run(
                 streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress
             )
@@ -310,33 +311,44 @@ def run_backward(
         ):
             for running in left:
                 captured.clear()
-                gradients, margins = running.gradients, running.margins
-                back = StepBack(streamed.replayer, running.streamed, step)
-                arrived = gradients.arrived(step, last=steps)
-                sent: Sent = {}
-                for draw in range(len(running.seeds)):
-                    back.send(
-                        {index: grad[draw] for index, grad in arrived.items()},
-                        sent,
-                        keep_graph=bool(plan.routing) or draw < len(running.seeds) - 1,
-                    )
-                of_margins: Sent = {}
-                costs: list[float] = []
-                gains: dict[str, float] = {}
-                if captured.routers is not None:
-                    costs = captured.routers.costs
-                    send = partial(
-                        back.send,
-                        {i: grad[0] for i, grad in margins.arrived(step, last=steps).items()},
-                        of_margins,
-                        objective=captured.routers.objective(seed=running.margin_seed),
-                    )
-                    gains = margin_gains(captured, send)
-                del back
+                sent, of_margins, costs, gains = _step_back(
+                    streamed, running, captured, step, steps=steps
+                )
                 yield Seen(running, step, unit, names, captured, costs, gains)
                 running.keep(step, sent, of_margins)
-                for each in (margins, gradients):
+                for each in (running.margins, running.gradients):
                     each.drop(step, last=steps)
+
+
+def _step_back(
+    streamed: StreamedModel, running: Running, captured: Captured, step: int, *, steps: int
+) -> tuple[Sent, Sent, list[float], dict[str, float]]:
+    """One step of one sequence, for all draws of the scores and then for margins of routers.
+
+    Returns:
+        What is sent down of both; of the unit's routers, what exchanges cost; and the gains of
+        layers that margins depend on.
+    """
+    back = StepBack(streamed.replayer, running.streamed, step)
+    arrived = running.gradients.arrived(step, last=steps)
+    sent: Sent = {}
+    for draw in range(len(running.seeds)):
+        back.send(
+            {index: grad[draw] for index, grad in arrived.items()},
+            sent,
+            keep_graph=captured.routers is not None or draw < len(running.seeds) - 1,
+        )
+    of_margins: Sent = {}
+    if captured.routers is None:
+        return sent, of_margins, [], {}
+    costs = captured.routers.costs
+    send = partial(
+        back.send,
+        {i: grad[0] for i, grad in running.margins.arrived(step, last=steps).items()},
+        of_margins,
+        objective=captured.routers.objective(seed=running.margin_seed),
+    )
+    return sent, of_margins, costs, margin_gains(captured, send)
 
 
 def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int) -> None:
@@ -412,17 +424,45 @@ def _assemble(
 
 
 def _check_disk(
-    streamed: StreamedModel, sequences: Sequence[Running], plan: Plan, folder: Path
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[Running],
+    plan: Plan,
+    folder: Path,
+    *,
+    with_samples: bool,
 ) -> None:
-    """Refuse to begin what the disk cannot hold."""
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        streamed: The model.
+        layers: Of it.
+        sequences: That are run.
+        plan: Of the run.
+        folder: That all is written to.
+        with_samples: Whether the samples of all layers are kept, and not of one unit at a time.
+    """
     config = streamed.model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     itemsize = getattr(torch, plan.dtype).itemsize
+    units = list(streamed.weights.units)
     boundary = len(sequences) * plan.sequence_length * hidden * itemsize
-    needed = boundary * (len(streamed.weights.units) + 2 * (plan.draws + bool(plan.routing)))
+    needed = boundary * (len(units) + 2 * (plan.draws + bool(plan.routing)))
+    kept = sum(one.index in one.corpus.kept_indices for one in sequences)
+    samples = partial(
+        samples_bytes,
+        tokens=kept * plan.sequence_length,
+        draws=plan.draws,
+        experts_per_token=experts_per_token(config.to_dict()),
+    )
+    parts = [layers] if with_samples else [layers_within(layers, unit) for unit in units]
+    needed += max(map(samples, parts))
+    # What a run that was stopped has written already takes no more.
+    files = (path for path in (folder / UNFINISHED).rglob("*") if path.is_file())
+    needed = max(0, needed - sum(path.stat().st_size for path in files))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StatsError(
-            f"{folder}: what is kept between decoder layers needs about {needed:,} bytes, found "
-            f"{free:,} free. Free some space, or take fewer {option('sequences')}."
+            f"{folder}: what is kept needs about {needed:,} bytes, found {free:,} free. Free some "
+            f"space, or take fewer {option('sequences')}."
         )

@@ -144,7 +144,7 @@ def measure(
     tell: Tell = lambda message: None,
     remotely: Remotely | None = None,
     while_calibrating: WhileCalibrating | None = None,
-) -> None:
+) -> Stats | None:
     """Measure every offered (fusion group, scheme) that the table does not have yet.
 
     Args:
@@ -162,6 +162,9 @@ def measure(
         remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
         while_calibrating: What calibrates and measures; needed where the samples of ``stats`` are
             not stored.
+
+    Returns:
+        The stats that something was measured on, with the experts that no token reached.
 
     Raises:
         StatsError: The stats belong to another model, or are too few to fit a scheme to.
@@ -214,6 +217,7 @@ def measure(
                     fill_caches(table, cache_offers, formats, rows_of)
         if stats is not None:
             table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
+    return stats
 
 
 def _all(parts: Sequence[Sequence[Part]]) -> list[Part]:
