@@ -14,7 +14,9 @@ from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
     Corpora,
+    DeviceMap,
     Execution,
+    GradientDtype,
     LayersFile,
     Model,
     Option,
@@ -120,6 +122,19 @@ def few_sequences(plan: Plan) -> list[str]:
     ]
 
 
+def check_gradient_dtype(dtype: str) -> None:
+    """Refuse a dtype that a model cannot be calibrated in.
+
+    Raises:
+        MofqError: As said.
+    """
+    if dtype == "float16":
+        raise StatsError(
+            f"gradients underflow in float16. Use {option('dtype', 'bfloat16')} or float32."
+        )
+    check_dtype(dtype)
+
+
 @documented
 def calibrate(
     model: Model,
@@ -129,9 +144,9 @@ def calibrate(
     output: Annotated[str | Path, Option("The stats folder.", short="-o")],
     *,
     samples: Samples = Samples(),
-    dtype: Annotated[str, Option("Of the arithmetic: float32 or bfloat16.")] = "float32",
+    dtype: GradientDtype = "float32",
     where: Where = Where(),
-    device_map: Annotated[str | None, Option("Spread over devices, e.g. auto.")] = None,
+    device_map: DeviceMap = None,
     activation_checkpointing: Annotated[
         bool,
         Option(
@@ -159,11 +174,7 @@ def calibrate(
     start = monotonic()
     folder = Path(output)
     texts = load_corpora(sources_of(corpora), tell)
-    if dtype == "float16":
-        raise StatsError(
-            f"gradients underflow in float16. Use {option('dtype', 'bfloat16')} or float32."
-        )
-    check_dtype(dtype)
+    check_gradient_dtype(dtype)
     if where.cluster is not None and device_map is not None:
         raise ClusterError(
             f"{option('device_map')} spreads a model over one machine. Drop it or "
@@ -172,7 +183,7 @@ def calibrate(
     check_folder(folder, folders=[model])
 
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers, is_expert
+    from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
     found = find_layers(checkpoint, stated=open_layers(layers))  # refuses what it does not know
@@ -187,13 +198,10 @@ def calibrate(
             f"a {found.architecture!r} caches is latent vectors in engines, or not known. Leave "
             "the option out."
         )
-    windows, bos = _windows(checkpoint, texts, samples)
-    plan = _plan(
-        checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
+    plan, windows = plan_calibration(
+        checkpoint, found, texts, samples=samples, dtype=dtype, kv_cache=kv_cache
     )
-    plan = replace(plan, layers=found.stated)
-    if any(map(is_expert, found.grouped_layers)) and not activation_checkpointing:
-        plan = _as_begun(replace(plan, routing=True), folder)
+    plan = replace(plan, routing=None) if activation_checkpointing else _as_begun(plan, folder)
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -297,6 +305,26 @@ def _over_corpora(progress: Progress, plan: Plan) -> Progress:
     counts = [one.sequences for one in plan.corpora]
     before = dict(zip((one.name for one in plan.corpora), accumulate([0, *counts]), strict=False))
     return lambda corpus, done, _: progress("calibrate", before[corpus] + done, sum(counts))
+
+
+def plan_calibration(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    texts: Sequence[Corpus],
+    *,
+    samples: Samples,
+    dtype: str,
+    kv_cache: bool,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """What is computed, and corpus name -> token ids, [sequences, sequence_length]."""
+    from mofq.model.layers import is_expert
+
+    windows, bos = _windows(checkpoint, texts, samples)
+    plan = _plan(
+        checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
+    )
+    is_mixture = any(map(is_expert, layers.grouped_layers))
+    return replace(plan, layers=layers.stated, routing=is_mixture or None), windows
 
 
 def _windows(

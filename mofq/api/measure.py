@@ -8,16 +8,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from shutil import rmtree
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import unseen_experts
-from mofq.api.inputs import open_layers
+from mofq.api.calibrate import check_gradient_dtype, plan_calibration, unseen_experts
+from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
+    Corpora,
     Engine,
+    GradientDtype,
     LayersFile,
     Model,
     Option,
+    Samples,
     Space,
     Tell,
     Where,
@@ -25,7 +29,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_engine, check_output
-from mofq.exceptions import EngineError, MofqError, Remark, nearest_name, option
+from mofq.exceptions import ClusterError, EngineError, MofqError, Remark, nearest_name, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -113,6 +117,16 @@ def measure(
     output: Annotated[str | Path, Option("The table, table.jsonl.", short="-o")],
     *,
     stats: Annotated[str | Path | None, Option("From `mofq calibrate`.")] = None,
+    corpora: Annotated[
+        Corpora,
+        Option(
+            "NAME=FILE: calibrate while measuring, layer by layer, and store no statistics; "
+            "repeatable.",
+            flag="--corpus",
+        ),
+    ] = (),
+    samples: Samples = Samples(),
+    dtype: GradientDtype = "float32",
     engine: Engine = None,
     layers: LayersFile = None,
     experts: Annotated[
@@ -128,7 +142,10 @@ def measure(
 ) -> MeasureResult:
     """Measure every scheme of a search space on the weights.
 
-    Rows that the table has already are kept. Without ``stats``, errors are relative weight errors.
+    Rows that the table has already are kept. Without ``stats``, errors are relative weight errors;
+    with ``corpora`` in their place the model is run too, and the rows are those through a stats
+    folder. What fitted schemes need afterwards is kept beside the table, in ``table.fits``, and is
+    given as ``stats`` to validate and export.
 
     Returns:
         The table.
@@ -152,6 +169,9 @@ def measure(
     start = monotonic()
     path = Path(output)
     check_output(path, files=[space], folders=[model, stats])
+    texts = load_corpora(sources_of(corpora), tell) if corpora else []
+    _check_corpora(bool(texts), stats, where, experts)
+    check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))
@@ -170,16 +190,29 @@ def measure(
 
     from mofq.evidence.calibration.stats import read_stats
     from mofq.evidence.measure.fill_table import measure as fill_table
+    from mofq.evidence.measure.while_calibrating import Calibration, measure_while_calibrating
 
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
+    calibration = None
+    if texts:
+        plan, windows = plan_calibration(
+            checkpoint,
+            found,
+            texts,
+            samples=samples,
+            dtype=dtype,
+            kv_cache=bool(loaded_space.kv_cache and found.caches),
+        )
+        calibration = Calibration(plan, windows, work_of(path), fits_beside(path))
+        opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
     check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
-        fill_table(
+        measured_on = fill_table(
             checkpoint,
             found,
             loaded_space,
@@ -192,7 +225,21 @@ def measure(
             progress=progress,
             tell=tell or silent,
             remotely=remotely,
+            while_calibrating=None
+            if calibration is None
+            else partial(
+                measure_while_calibrating,
+                checkpoint,
+                found,
+                calibration,
+                device=where.device,
+                progress=progress,
+                tell=tell or silent,
+            ),
         )
+    if calibration is not None:
+        opened = measured_on or opened
+        rmtree(calibration.folder, ignore_errors=True)
     offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
     caches = offer_caches(loaded_space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
@@ -210,6 +257,41 @@ def measure(
         seconds=monotonic() - start,
         selections=selections,
     )
+
+
+def fits_beside(table: Path) -> Path:
+    """Where what fitted schemes need is kept, of a table whose statistics were not stored."""
+    return table.with_suffix(".fits")
+
+
+def work_of(table: Path) -> Path:
+    """Where a run that calibrates while it measures is continued, if it was stopped."""
+    return table.with_name(f".{table.name}.streamed")
+
+
+def _check_corpora(are_given: bool, stats: str | Path | None, where: Where, experts: str) -> None:
+    """Refuse what does not go with calibrating while measuring.
+
+    Raises:
+        MofqError: As said.
+    """
+    if not are_given:
+        return
+    if stats is not None:
+        raise MofqError(
+            f"{option('corpora')}: {option('stats')} has corpora of its own. Leave one of the two "
+            f"out."
+        )
+    if where.cluster is not None:
+        raise ClusterError(
+            f"{option('corpora')}: the model is calibrated layer by layer on one machine. "
+            f"Calibrate into a folder, and give it as {option('stats')} with {option('cluster')}."
+        )
+    if experts != "layer":
+        raise MofqError(
+            f"{option('experts', experts)}: which experts no token reaches has to be known before. "
+            f"Calibrate into a folder, and give it as {option('stats')}."
+        )
 
 
 @contextmanager

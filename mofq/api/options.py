@@ -209,6 +209,8 @@ Execution = Annotated[
     Literal["auto", "resident", "streamed"],
     Option("The whole model in memory (resident), or a layer (streamed); auto: as it fits."),
 ]
+GradientDtype = Annotated[str, Option("Of the arithmetic: float32 or bfloat16.")]
+DeviceMap = Annotated[str | None, Option("Spread over devices, e.g. auto.")]
 DeviceModel = Annotated[
     str | None, Option("Whose figures give times: h100 … of `mofq devices`, or a YAML file.")
 ]

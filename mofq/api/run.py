@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import disk_usage
 from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import calibrate
+from mofq.api.calibrate import calibrate, check_gradient_dtype, plan_calibration
 from mofq.api.export import ExportResult, export
+from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
-from mofq.api.measure import measure
+from mofq.api.measure import fits_beside, measure
 from mofq.api.options import (
     AtLeast,
     AtMost,
@@ -23,9 +25,11 @@ from mofq.api.options import (
     Corpora,
     CorpusWeights,
     Device,
+    DeviceMap,
     Engine,
     Execution,
     Fixed,
+    GradientDtype,
     LayersFile,
     Method,
     Model,
@@ -70,8 +74,8 @@ if TYPE_CHECKING:
 _BUNDLED_TEXT = "demo-en-calibration"
 #: What a recipe notes of the request, beside its budget.
 _ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights", "objective")
-#: Uniform schemes that the recipe is compared with on the real model.
-_MOST_UNIFORM = 4
+#: Of the free disk, what statistics may take; the rest is for what is exported and in between.
+_SHARE_OF_DISK = 0.5
 #: What another tool's recipe is called in the folder of a run.
 _FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
 
@@ -150,8 +154,20 @@ def run(
     layers: LayersFile = None,
     windows: Windows = Windows(),
     sequences: Sequences = None,
+    dtype: GradientDtype = "float32",
     device: Device = "cpu",
+    device_map: DeviceMap = None,
     execution: Execution = "auto",
+    no_stats: Annotated[
+        bool,
+        Option(
+            "Measure while calibrating and store no statistics; so by itself where the disk is "
+            "too small for them."
+        ),
+    ] = False,
+    rivals: Annotated[
+        int, Option("Uniform schemes to validate beside the recipe, at most.", least=0)
+    ] = 4,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
@@ -189,6 +205,12 @@ def run(
     checkpoint, selections = _check_request(model, loaded, request, layers)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
+    check_gradient_dtype(dtype)
+    if no_stats and device_map is not None:
+        raise MofqError(
+            f"{option('no_stats')}: the model is run layer by layer then. Leave "
+            f"{option('device_map')} out."
+        )
     windows = _checked_windows(checkpoint, text, windows)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -211,29 +233,38 @@ def run(
                 )
             )
         seconds: dict[str, float] = {}
-        stats = files.stats
-        with _timed(seconds, "calibrate"):
-            calibrated = calibrate(
-                model,
-                sources,
-                stats,
-                samples=Samples(
-                    sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
-                ),
-                where=Where(device=device),
-                execution=execution,
-                kv_cache=bool(loaded.kv_cache),
-                layers=layers,
-                progress=progress,
-                tell=tell,
-            )
-            _tell_all(calibrated.summary(), tell)
+        samples = Samples(
+            sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
+        )
+        is_stored = not no_stats and _can_store(
+            checkpoint, layers, files, samples, sources=sources, dtype=dtype, tell=tell
+        )
+        if is_stored:
+            with _timed(seconds, "calibrate"):
+                calibrated = calibrate(
+                    model,
+                    sources,
+                    files.stats,
+                    samples=samples,
+                    dtype=dtype,
+                    where=Where(device=device),
+                    device_map=device_map,
+                    execution=execution,
+                    kv_cache=bool(loaded.kv_cache),
+                    layers=layers,
+                    progress=progress,
+                    tell=tell,
+                )
+                _tell_all(calibrated.summary(), tell)
         with _timed(seconds, "measure"):
             measured = measure(
                 model,
                 space,
                 files.table,
-                stats=stats,
+                stats=files.stats if is_stored else None,
+                corpora=() if is_stored else sources,
+                samples=samples,
+                dtype=dtype,
                 engine=engine,
                 layers=layers,
                 where=Where(device=device),
@@ -241,6 +272,8 @@ def run(
                 tell=tell,
             )
             _tell_all(measured.summary(), tell)
+        # Looked at where a recipe has fitted schemes.
+        stats = files.stats if is_stored else fits_beside(files.table)
         table = measured.table
         with _timed(seconds, "search"):
             # A budget in nats is proved on the text that validates.
@@ -263,7 +296,7 @@ def run(
                 tell=tell,
             )
             _tell_all(found.decision.notes, tell)
-            uniform = _uniform_recipes(table, request, found.recipe)
+            uniform = _uniform_recipes(table, request, found.recipe, most=rivals)
             candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
         with _timed(seconds, "validate"):
             validations = _validate(
@@ -272,6 +305,7 @@ def run(
                 text,
                 stats=stats,
                 windows=windows,
+                dtype=dtype,
                 device=device,
                 execution=execution,
                 work=files.folder / ".streamed",
@@ -288,6 +322,7 @@ def run(
                     candidates[name],
                     files,
                     engine=engine,
+                    stats=stats,
                     validation=validations[name],
                     progress=progress,
                 )
@@ -373,7 +408,54 @@ def _tell_all(lines: Iterable[str], tell: Tell) -> None:
         tell(line)
 
 
-def _uniform_recipes(table: Table, request: Request, recipe: Recipe) -> dict[str, Recipe]:
+def _can_store(
+    checkpoint: Checkpoint,
+    layers: LayersFile,
+    files: RunFiles,
+    samples: Samples,
+    *,
+    sources: Sequence[str],
+    dtype: str,
+    tell: Tell,
+) -> bool:
+    """Whether statistics are stored: as a former run did, else where the disk has room for them."""
+    from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+    from mofq.evidence.calibration.stats import passing_stats
+    from mofq.evidence.table import read_table
+    from mofq.model.layers import find_layers
+
+    if files.stats.exists():
+        return True
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    if files.table.exists():
+        plan, _ = plan_calibration(
+            checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
+        )
+        of_table = read_table(files.table).header.stats
+        return of_table is None or of_table.sha256 != passing_stats(files.folder, plan).sha256
+    kept = min(samples.keep, samples.sequences or samples.keep)
+    needed = samples_bytes(
+        found,
+        tokens=len(sources) * kept * samples.sequence_length,
+        draws=samples.draws,
+        experts_per_token=experts_per_token(checkpoint.config),
+    )
+    free = disk_usage(files.folder).free
+    if needed <= _SHARE_OF_DISK * free:
+        return True
+    tell(
+        Remark(
+            f"Statistics would take about {short_bytes(needed)}, and {short_bytes(free)} are free "
+            f"in {files.folder}: schemes are measured while the model is calibrated, and no "
+            f"statistics are stored ({option('no_stats')})."
+        )
+    )
+    return False
+
+
+def _uniform_recipes(
+    table: Table, request: Request, recipe: Recipe, *, most: int
+) -> dict[str, Recipe]:
     """The best uniform schemes of about the recipe's size, or the smallest where all are larger.
 
     Each notes the request that it answers as the recipe does: one of them may take its place.
@@ -382,14 +464,14 @@ def _uniform_recipes(table: Table, request: Request, recipe: Recipe) -> dict[str
 
     every = uniform_recipes(table, request)
     others = {name: one for name, one in every.items() if one.schemes != recipe.schemes}
-    most = 1.02 * (recipe.bits_per_weight or 0.0)
-    fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= most]
+    largest = 1.02 * (recipe.bits_per_weight or 0.0)
+    fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= largest]
     fitting.sort(key=lambda name: others[name].kl_nats_per_token or 0.0)
     smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
     asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
     return {
         name: replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget)
-        for name in (fitting or smallest)[:_MOST_UNIFORM]
+        for name in (fitting or smallest)[:most]
     }
 
 
@@ -400,6 +482,7 @@ def _validate(
     *,
     stats: Path,
     windows: Windows,
+    dtype: str,
     device: str,
     execution: Literal["auto", "resident", "streamed"],
     work: Path,
@@ -416,6 +499,7 @@ def _validate(
         tokens=windows.tokens,
         sequence_length=windows.sequence_length,
         bos=windows.bos,
+        dtype=dtype,
         device=device,
         stats=stats,
         execution=execution,
@@ -476,6 +560,7 @@ def _export(
     files: RunFiles,
     *,
     engine: str,
+    stats: Path,
     validation: Validation,
     progress: Progress | None,
 ) -> ExportResult:
@@ -487,21 +572,21 @@ def _export(
     if reads in RECIPE_EXPORTERS:
         return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
     if files.model.exists() and any(files.model.iterdir()):
-        return _read_export(model, recipe, files, engine=engine, to=reads)
+        return _read_export(model, recipe, files, engine=engine, stats=stats, to=reads)
     return export(
         model,
         recipe,
         files.model,
         to=reads,
         engine=engine,
-        stats=files.stats,
+        stats=stats,
         validations=[validation],
         progress=progress,
     )
 
 
 def _read_export(
-    model: str, recipe: Recipe, files: RunFiles, *, engine: str, to: str
+    model: str, recipe: Recipe, files: RunFiles, *, engine: str, stats: Path, to: str
 ) -> ExportResult:
     """What a former run exported, proved byte for byte.
 
@@ -516,7 +601,7 @@ def _read_export(
 
     start = monotonic()
     checkpoint, exported = open_checkpoint(model), files.model
-    with open_fits(recipe, files.stats, index_sha256=checkpoint.index_sha256) as fits:
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())

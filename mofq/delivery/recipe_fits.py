@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe
-from mofq.evidence.calibration.stats import Stats, earlier_stats, read_stats, verify_sequences
+from mofq.evidence.calibration.stats import (
+    Stats,
+    earlier_stats,
+    passing_stats,
+    read_stats,
+    verify_sequences,
+)
 from mofq.evidence.fits import Fits, needs_stats
+from mofq.evidence.kept_fits import KeptFits, has_kept_fits
 from mofq.exceptions import RecipeError, StatsError
 from mofq.model.layers import FusionGroup
 from mofq.numbers.numerics import NUMERICS, SAME_FITTED_CODES
@@ -43,8 +50,13 @@ def open_fits(
     _check_numerics(recipe, fitted.scheme)
     if stats is None:
         raise needs_stats(fitted.layers[0])
-    opened = read_stats(stats)
     recorded = recipe.made_by.get("stats_sha256")
+    if has_kept_fits(stats):
+        with KeptFits(stats) as kept:
+            _check_kept(recipe, kept.stats, index_sha256)
+            yield kept
+        return
+    opened = read_stats(stats)
     # Corpora may have been added to the folder since.
     fitted_to = opened if recorded is None else _of_hash(opened, str(recorded))
     if fitted_to is None:
@@ -65,10 +77,32 @@ def open_fits(
 
 
 def _of_hash(stats: Stats, sha256: str) -> Stats | None:
-    """The folder, or what it was before corpora were added, as a recipe names it."""
-    if stats.sha256.startswith(sha256):
+    """The folder, or what it was before corpora were added, as a recipe names it.
+
+    Samples that were not stored when the recipe was measured may be stored now.
+    """
+    if stats.sha256.startswith(sha256) or _passing(stats).startswith(sha256):
         return stats
     return next((one for one in earlier_stats(stats) if one.sha256.startswith(sha256)), None)
+
+
+def _passing(stats: Stats) -> str:
+    return passing_stats(stats.folder, stats.plan).sha256
+
+
+def _check_kept(recipe: Recipe, kept: Stats, index_sha256: str | None) -> None:
+    """Refuse fits that a recipe does not rest on."""
+    recorded = recipe.made_by.get("stats_sha256")
+    if recorded is not None and not kept.sha256.startswith(str(recorded)):
+        raise RecipeError(
+            f"{kept.folder}: {recipe.title} is fitted to stats_sha256 {str(recorded)[:8]}, and "
+            f"these are fits to {kept.sha256[:8]}. Give those beside the table that was searched."
+        )
+    if index_sha256 is not None and kept.plan.index_sha256 != index_sha256:
+        raise StatsError(
+            f"{kept.folder}: made of {kept.plan.model_name} ({kept.plan.index_sha256[:8]}), but "
+            f"the model is {recipe.model_name} ({index_sha256[:8]}). Measure this model."
+        )
 
 
 def _check_numerics(recipe: Recipe, scheme: str) -> None:

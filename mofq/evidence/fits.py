@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ class FitArguments(TypedDict):
 
     importance: Tensor | None
     feedback: Feedback | None
+
+
+class KeptSequence(NamedTuple):
+    """What a Hessian is made of, of one sequence."""
+
+    key: tuple[str, int, str]  #: the same for layers that read the very same inputs
+    x_TI: Tensor  #: bfloat16
+    norm_T: Tensor  #: of the gradient at each token, float64
+    share: float  #: what the sequence counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +179,21 @@ class Fits:
                 self._feedback(layer, part) if by_feedback else None,
             )
 
+    def importance(self, layer: LinearLayer) -> Tensor:
+        """Of the columns of a layer, [in_features], float32: what ``@nats`` needs."""
+        with one_thread():
+            return self._importance(layer, "all")
+
+    def kept(self, layer: LinearLayer) -> Iterator[KeptSequence]:
+        """What ``~gptq`` needs of the sequences that reached a layer, in order."""
+        for corpus, files in self._files.items():
+            for index, file in enumerate(files):
+                samples = file.read(layer.name)
+                if samples is not None:
+                    norm_T = _gradient_norms(samples)
+                    key = (corpus, index, samples.source)
+                    yield KeptSequence(key, samples.x_TI, norm_T, 1.0 / len(files))
+
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
         total_I = torch.zeros(layer.in_features, dtype=torch.float64)
         for samples, share in self._samples(layer, part):
@@ -188,14 +212,18 @@ class Fits:
         columns = layer.in_features
         # From the last column to the first, as it is factorised, and its lower triangle alone.
         total_II = torch.zeros(columns, columns, dtype=torch.float64)
-        for samples, share in self._samples(layer, part):
-            norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
-            weighted_TI = (samples.x_TI.double() * norm_T[:, None]).flip(1)
+        for x_TI, norm_T, share in self._weighted(layer, part):
+            weighted_TI = (x_TI.double() * norm_T[:, None]).flip(1)
             for start in range(0, columns, _STRIP):
                 stop = min(start + _STRIP, columns)
                 strip_SI = weighted_TI[:, start:stop].T @ weighted_TI[:, :stop]
                 total_II[start:stop, :stop] += strip_SI.mul_(share)
         return factorise_flipped(total_II, name=layer.name)
+
+    def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Inputs, norm of each token's gradient (float64), and what the sequence counts."""
+        for samples, share in self._samples(layer, part):
+            yield samples.x_TI, _gradient_norms(samples), share
 
     def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
         """The samples of the sequences that reached a layer, and what each sequence counts."""
@@ -205,6 +233,11 @@ class Fits:
                 samples = file.read(layer.name)
                 if samples is not None:
                     yield samples, 1.0 / len(chosen)
+
+
+def _gradient_norms(samples: LayerSamples) -> Tensor:
+    """Of each token, over all draws, float64."""
+    return samples.grad_DTO.double().square().sum((0, 2)).sqrt()
 
 
 def part_of(sequences: int, part: Part) -> slice:

@@ -14,6 +14,7 @@ from tiny_types import write_type
 
 from mofq.api import Samples, Where, calibrate
 from mofq.demo import demo_model_folder
+from mofq.evidence.calibration.routing import read_routing
 from mofq.evidence.calibration.stats import UNFINISHED
 from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
 from mofq.exceptions import MofqError, StreamingError
@@ -55,6 +56,17 @@ def test_a_family_has_the_same_statistics_streamed(
     family: str, tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:
     assert_same_bytes(tiny(family), tmp_path, draws=2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("changes", [{"draws": 2}, {"dtype": "bfloat16"}])
+def test_what_changes_of_experts_cost_is_the_same_streamed(
+    family: str, changes: dict[str, Any], tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    assert_same_bytes(tiny(family), tmp_path, routing=True, **changes)
+    routing = read_routing(tmp_path / "streamed" / "a" / "routing-00000.json")
+    assert routing.cost > 0
+    assert any(routing.gains.values())
 
 
 @pytest.mark.parametrize("name", long_but(ODD_TYPES, "gemma4_text", "doge"))

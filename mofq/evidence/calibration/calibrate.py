@@ -183,14 +183,16 @@ def check_windows(model: PreTrainedModel, token_NT: Tensor, corpus: CorpusPlan, 
     check_context(model, plan.sequence_length)
 
 
-def is_done(folder: Path, plan: Plan, corpus: CorpusPlan, index: int) -> bool:
+def is_done(
+    folder: Path, plan: Plan, corpus: CorpusPlan, index: int, *, with_samples: bool = True
+) -> bool:
     """Whether all that is kept of a sequence is there."""
     path = sequence_path(folder, corpus.name, index)
     if plan.routing and not routing_path(folder, corpus.name, index).exists():
         return False
     if has_gains(plan, corpus) and not gains_path(folder, corpus.name, index).exists():
         return False
-    return index not in corpus.kept_indices or is_complete(path)
+    return not with_samples or index not in corpus.kept_indices or is_complete(path)
 
 
 def _write(

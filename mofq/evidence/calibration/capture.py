@@ -167,7 +167,7 @@ def capture_layers(
         modules = {gate.name.rpartition(".")[0] for gate in gates}
         handles += watch_routers(map(model.get_submodule, sorted(modules)), captured.routers)
     for path, parts in experts.items():
-        restore.append(_watch_experts(model.get_submodule(path), parts, captured))
+        restore.append(_watch_experts(model.get_submodule(path), path, parts, captured))
     if activation_checkpointing:
         restore.append(_recompute_decoder_layers(model))
     try:
@@ -308,12 +308,13 @@ def _put_forward_back(module: nn.Module, forward: Any) -> None:
 
 
 def _watch_experts(
-    experts: nn.Module, layers: ExpertLayers, captured: Captured
+    experts: nn.Module, path: str, layers: ExpertLayers, captured: Captured
 ) -> Callable[[], None]:
     """Replace the forward of an experts module by one that shows each expert's layers.
 
     Args:
         experts: With two parameters of three dimensions.
+        path: Of the module.
         layers: The linear layers that they hold.
         captured: Where inputs and gradients go.
 
@@ -331,12 +332,13 @@ def _watch_experts(
         )
     module: Any = experts
     forward = vars(module).get("forward")
-    module.forward = partial(_run_experts, module, find_kind(module), layers, captured)
+    module.forward = partial(_run_experts, module, path, find_kind(module), layers, captured)
     return partial(_put_forward_back, module, forward)
 
 
 def _run_experts(
     module: Any,
+    path: str,
     kind: ExpertsKind,
     layers: ExpertLayers,
     captured: Captured,
@@ -352,7 +354,7 @@ def _run_experts(
 
     output_TI = run_experts(kind, *given, linear=linear)
     if captured.routers is not None:
-        captured.routers.see_experts(module, kind, given, output_TI)
+        captured.routers.see_experts(module, kind, given, output_TI, path=path)
     return output_TI
 
 

@@ -5,7 +5,7 @@ See `mofq.evidence.calibration.routing`.
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ _NEAR = 0.15
 class Exchange:
     """At one router: each token's margin, and what its exchange would do."""
 
+    experts: str  #: path of the module of experts that it chooses from
     margin_T: Tensor  #: with its graph
     difference_TI: Tensor  #: of the experts' output
     cost_T: Tensor  #: of an exchange, summed over the draws that ran backward [nats]
@@ -53,7 +54,13 @@ class Routers:
         self.last = None
 
     def see_experts(
-        self, module: nn.Module, kind: ExpertsKind, given: Sequence[Tensor], output_TI: Tensor
+        self,
+        module: nn.Module,
+        kind: ExpertsKind,
+        given: Sequence[Tensor],
+        output_TI: Tensor,
+        *,
+        path: str,
     ) -> None:
         """Note what exchanges would do at a module of experts that has just run.
 
@@ -63,6 +70,7 @@ class Routers:
             given: Its input, and the experts of each token and their weights, [T, K] each; where
                 these are not given nothing is noted.
             output_TI: What it gave.
+            path: Of the module.
         """
         if len(given) != 3:
             return
@@ -80,33 +88,35 @@ class Routers:
             difference_TI = run(comes_T1, weight_T1) - run(leaves_T1, weight_T1)
         margin_T = ordered.values[:, count - 1] - ordered.values[:, count]
         exchange = Exchange(
-            margin_T, difference_TI, torch.zeros(len(margin_T), device=margin_T.device)
+            path, margin_T, difference_TI, torch.zeros(len(margin_T), device=margin_T.device)
         )
         self.exchanges.append(exchange)
         output_TI.register_hook(partial(_add_cost, exchange))
 
     def objective(self, *, seed: int) -> Tensor | None:
-        """What runs backward from the margins; None where there are none, or none costs anything.
+        """What runs backward from the margins; None where there are none.
 
         Args:
-            seed: Of the random signs.
+            seed: Of the sequence. Each router's random signs have a seed of their own, so that it
+                does not matter which other routers are seen with it.
         """
-        generator = torch.Generator().manual_seed(seed)
         parts = []
         for one in self.exchanges:
+            generator = torch.Generator().manual_seed(_seed_at(seed, one.experts))
             sign_T = torch.randint(2, one.margin_T.shape, generator=generator) * 2 - 1
             weight_T = one.density_cost_T.sqrt() * sign_T.to(one.cost_T.device)
             parts.append((weight_T.to(one.margin_T.dtype) * one.margin_T).sum().cpu())
-        return torch.stack(parts).sum() if any(map(_costs, self.exchanges)) else None
+        return torch.stack(parts).sum() if parts else None
 
     @property
-    def cost(self) -> float:
-        """``A``: nats per token for each unit of score."""
-        return math.fsum(float(one.density_cost_T.mean()) for one in self.exchanges)
+    def costs(self) -> list[float]:
+        """Of each router, nats per token for each unit of score; their sum is ``A``."""
+        return [float(one.density_cost_T.mean()) for one in self.exchanges]
 
 
-def _costs(exchange: Exchange) -> bool:
-    return bool(exchange.density_cost_T.any())
+def _seed_at(seed: int, experts: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{experts}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _add_cost(exchange: Exchange, grad: Tensor) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +66,30 @@ def run_margins(captured: Captured, *, seed: int) -> Routing:
         seed: Of the random signs.
     """
     assert captured.routers is not None
-    objective, cost = captured.routers.objective(seed=seed), captured.routers.cost
-    if objective is None:
-        return Routing(cost=0.0, gains={})
+    objective, costs = captured.routers.objective(seed=seed), captured.routers.costs
+    gains = {} if objective is None else margin_gains(captured, objective.backward)
+    return join_routers(costs, gains)
+
+
+def margin_gains(captured: Captured, run: Callable[[], None]) -> dict[str, float]:
+    """What moves the margins: layer -> gain, of those that a backward pass from margins reaches.
+
+    Args:
+        captured: After the backward passes of the scores; its gradients stay theirs.
+        run: The backward pass.
+    """
     of_scores = captured.grads, captured.input_gains
     captured.grads, captured.input_gains = {}, {}
-    objective.backward()
+    run()
     gains = {name: weight_gain(captured, name, grad) for name, (grad,) in captured.grads.items()}
     captured.grads, captured.input_gains = of_scores
-    return Routing(cost, gains)
+    return gains
+
+
+def join_routers(costs: Iterable[float], gains: Mapping[str, float]) -> Routing:
+    """The routing of a sequence from what all of its routers cost, and what moves their margins."""
+    cost = math.fsum(costs)
+    return Routing(cost, dict(gains) if cost > 0 else {})
 
 
 def routing_path(folder: Path, corpus: str, index: int) -> Path:
@@ -88,7 +103,8 @@ def write_routing(path: Path, routing: Routing) -> None:
     Raises:
         StatsError: A number is not finite, or the file cannot be written.
     """
-    values = {"cost": routing.cost, "gains": routing.gains}
+    gains = {name: routing.gains[name] for name in sorted(routing.gains)}
+    values = {"cost": routing.cost, "gains": gains}
     try:
         text = json.dumps(values, allow_nan=False)
     except ValueError:

@@ -137,6 +137,8 @@ class Stats:
     sha256: str
     #: Corpus -> experts that none of its tokens reached; only corpora that have such.
     unseen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: False: samples are measured as the model is calibrated, and are nowhere afterwards.
+    is_stored: bool = True
 
     def sequence_files(self, corpus: str) -> tuple[Path, ...]:
         """The kept sequences of a corpus, in order."""
@@ -205,6 +207,20 @@ def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
     return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
 
 
+def passing_stats(folder: Path, plan: Plan) -> Stats:
+    """Statistics whose samples are not stored; their hash is that of what decides them.
+
+    Args:
+        folder: Where gains and routing are while the model is calibrated.
+        plan: What is computed. Where model and texts lie is not part of the hash, nor whether
+            caches are watched, which changes no other number.
+    """
+    corpora = tuple(replace(one, source=one.name) for one in plan.corpora)
+    content = replace(plan, model_name="model", corpora=corpora, kv_cache=None).to_json()
+    sha256 = hashlib.sha256(_json_text(content).encode()).hexdigest()
+    return Stats(folder, plan, sha256, is_stored=False)
+
+
 def earlier_stats(stats: Stats) -> tuple[Stats, ...]:
     """The folder as it was before its last corpus was added, and before that.
 
@@ -215,10 +231,13 @@ def earlier_stats(stats: Stats) -> tuple[Stats, ...]:
         With one corpus less each, the most first: what `read_stats` gave, if the folder was
         finished with these corpora.
     """
+    counts = range(len(stats.plan.corpora) - 1, 0, -1)
+    plans = [replace(stats.plan, corpora=stats.plan.corpora[:count]) for count in counts]
+    if not stats.is_stored:
+        return tuple(passing_stats(stats.folder, plan) for plan in plans)
     _, files = _read_stats(stats.folder / "stats.json")
     found = []
-    for count in range(len(stats.plan.corpora) - 1, 0, -1):
-        plan = replace(stats.plan, corpora=stats.plan.corpora[:count])
+    for plan in plans:
         names = [corpus.name for corpus in plan.corpora]
         unseen = {name: stats.unseen[name] for name in names if name in stats.unseen}
         text = _json_text(_content(plan, files, unseen))
@@ -465,6 +484,15 @@ def _corpus_differences(plan: Plan, begun: Plan) -> Iterator[str]:
                 yield f"corpus {name}: {what} {found}, asked for {asked}"
 
 
+def read_plan(content: dict[str, Any], path: Path) -> Plan:
+    """A plan as `Plan.to_json` gives it.
+
+    Raises:
+        StatsError: It is damaged, or of another version.
+    """
+    return _plan(_of_this_version(content, path), path)
+
+
 def finish_stats(folder: Path, plan: Plan) -> Stats:
     """Write ``stats.json`` over complete sequences and open the folder."""
     files: dict[str, _FileEntry] = {}
@@ -490,6 +518,10 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a file of this version, but for the version."""
     content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    return _of_this_version(content, path)
+
+
+def _of_this_version(content: Any, path: Path) -> dict[str, Any]:
     version = content.pop("version", None) if isinstance(content, dict) else None
     if version != VERSION:
         raise StatsError(

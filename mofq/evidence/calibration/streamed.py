@@ -3,14 +3,15 @@
 Forward, layer after layer, over all sequences; then backward, each layer computed again from its
 arguments. What is kept on the way lies in ``.streamed`` in the stats folder until the last
 sequence is written: a run that was stopped goes on from there, and what it writes has the very
-bytes of a run with the whole model in memory.
+bytes of a run with the whole model in memory. Samples can be handed on, unit by unit, and dropped.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,18 @@ from mofq.evidence.calibration.calibrate import (
     is_done,
     kept_layers,
     sample_scores,
+    score_seed,
     seeds_of,
 )
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
+from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+from mofq.evidence.calibration.routing import (
+    join_routers,
+    margin_gains,
+    routing_path,
+    write_routing,
+)
 from mofq.evidence.calibration.sequence_file import (
     is_complete,
     sequence_path,
@@ -41,12 +50,13 @@ from mofq.evidence.calibration.stats import (
     finish_stats,
     has_gains,
     open_plan,
+    passing_stats,
 )
 from mofq.exceptions import StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.within import layers_within
-from mofq.model.streaming.backward import Gradients, collect, needs_gradients, step_back
+from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel
@@ -59,12 +69,23 @@ class Running:
     corpus: CorpusPlan
     index: int
     seeds: tuple[int, ...]  #: of the scores, one for each draw
+    margin_seed: int  #: of what runs backward from the margins of routers
     streamed: StreamedSequence
 
     @property
     def gradients(self) -> Gradients:
         """What its steps sent down."""
         return Gradients(self.streamed)
+
+    @property
+    def margins(self) -> Gradients:
+        """What its steps sent down of the margins of routers."""
+        return Gradients(self.streamed, "margins")
+
+    def keep(self, step: int, sent: Sent, of_margins: Sent) -> None:
+        """Write what a step sent; from then on it is done."""
+        self.margins.keep(step, of_margins)
+        self.gradients.keep(step, sent)
 
     def piece(self, step: int) -> Path:
         """What is kept of the layers of a step."""
@@ -80,6 +101,13 @@ class Seen:
     unit: str
     layer_names: tuple[str, ...]
     captured: Captured  #: of these layers; the next sequence takes its place
+    costs: list[float]  #: of exchanges at each router of the unit
+    margin_gains: Mapping[str, float]  #: of the layers that a margin depends on
+
+
+#: Step, statistics of the layers of one unit alone, these layers. The folder is deleted then;
+#: after a run that was stopped, the same step may come again.
+Take = Callable[[int, Stats, ModelLayers], None]
 
 
 def calibrate_streamed(
@@ -89,6 +117,7 @@ def calibrate_streamed(
     plan: Plan,
     windows: Mapping[str, Tensor],
     folder: Path,
+    take: Take | None = None,
     progress: Progress | None = None,
 ) -> Stats:
     """As `mofq.evidence.calibration.calibrate.calibrate`, with one decoder layer in memory.
@@ -99,10 +128,12 @@ def calibrate_streamed(
         plan: What is computed; a folder begun with the same plan is continued.
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
         folder: Where the stats go.
-        progress: Called with ``"calibrate"``, steps done, steps in all.
+        take: Gets the samples, unit after unit, the last first; no others are kept then.
+        progress: Called with ``"calibrate"``, or where samples are taken ``"measure"``, steps
+            done, steps in all.
 
     Returns:
-        The finished stats.
+        The finished stats; where samples are taken, gains and routing alone.
 
     Raises:
         StatsError: As `calibrate`.
@@ -119,6 +150,7 @@ def calibrate_streamed(
                 corpus,
                 index,
                 tuple(seeds_of(plan, corpus, index)),
+                score_seed(plan.seed, corpus.name, index, plan.draws),
                 StreamedSequence(
                     windows[corpus.name][index],
                     folder / UNFINISHED / corpus.name / f"{index:05d}",
@@ -126,18 +158,27 @@ def calibrate_streamed(
             )
             for corpus in plan.corpora
             for index in range(corpus.sequences)
-            if not is_done(folder, plan, corpus, index)
+            if not is_done(folder, plan, corpus, index, with_samples=take is None)
         ]
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
         for running in every:
             running.streamed.folder.mkdir(parents=True, exist_ok=True)
         if every:
-            _check_disk(streamed, every, plan, folder)
-            steps = _run(streamed, layers, every, plan=plan, folder=folder, progress=progress)
+            _check_disk(streamed, layers, every, plan, folder, with_samples=take is None)
+            steps = _run(
+                streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress
+            )
             for running in every:
-                _assemble(running, steps, plan=plan, folder=folder, layers=layers)
-        return finish_stats(folder, begun)
+                _assemble(
+                    running,
+                    steps,
+                    plan=plan,
+                    folder=folder,
+                    layers=layers,
+                    with_samples=take is None,
+                )
+        return finish_stats(folder, begun) if take is None else passing_stats(folder, plan)
 
 
 def _run(
@@ -147,6 +188,7 @@ def _run(
     *,
     plan: Plan,
     folder: Path,
+    take: Take | None,
     progress: Progress | None,
 ) -> int:
     """Forward and backward; what is kept of each step of each sequence is a file then."""
@@ -154,7 +196,7 @@ def _run(
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress("calibrate", min(done, total), total)
+            progress("calibrate" if take is None else "measure", min(done, total), total)
 
     steps = streamed.forward([one.streamed for one in sequences], for_gradients=True, on_step=tell)
     for seen in run_backward(streamed, layers, sequences, steps=steps, plan=plan):
@@ -165,15 +207,51 @@ def _run(
             tensors = sequence_tensors(seen.captured, seen.layer_names, path)
         if has_gains(plan, running.corpus):
             gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
+        inputs = {name: seen.captured.source.get(name) for name in seen.layer_names}
+        if take is not None:
+            _hand_on(seen, tensors, inputs, gains, plan=plan, folder=folder)
+            tensors = {}
         content = {
-            "inputs": {name: seen.captured.source.get(name) for name in seen.layer_names},
+            "inputs": inputs,
             "names": list(tensors),
             "gains": gains,
+            "costs": seen.costs,
+            "margin_gains": seen.margin_gains,
         }
         write_tensors(running.piece(seen.step), content, list(tensors.values()))
         if running is sequences[-1]:
+            if take is not None:
+                unit = passing_stats(_unit_folder(folder, seen.step), plan)
+                take(seen.step, unit, layers_within(layers, seen.unit))
             tell(2 * steps - seen.step)
     return steps
+
+
+def _unit_folder(folder: Path, step: int) -> Path:
+    """Of the samples of one unit; no corpus has such a name."""
+    return folder / UNFINISHED / f".unit-{step:05d}"
+
+
+def _hand_on(
+    seen: Seen,
+    tensors: Mapping[str, Tensor],
+    inputs: Mapping[str, str | None],
+    gains: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    plan: Plan,
+    folder: Path,
+) -> None:
+    """Write what one unit has of a sequence into a stats folder of this unit alone."""
+    corpus, index = seen.running.corpus, seen.running.index
+    unit = _unit_folder(folder, seen.step)
+    for other in unit.parent.glob(".unit-*"):
+        if other != unit:  # the unit behind, which is taken
+            shutil.rmtree(other)
+    (unit / corpus.name).mkdir(parents=True, exist_ok=True)
+    if index in corpus.kept_indices:
+        write_samples(sequence_path(unit, corpus.name, index), tensors, inputs)
+    if has_gains(plan, corpus):
+        write_content(gains_path(unit, corpus.name, index), gains)
 
 
 def run_backward(
@@ -219,26 +297,58 @@ def run_backward(
         call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
         if not needs_gradients(call):
             for running in left:
-                running.gradients.keep(step, {})
+                running.keep(step, {}, {})
             continue
         names = tuple(kept_layers(inside, plan))
         with (
             streamed.weights.loaded(unit, ahead=streamed.next_unit(unit, backwards=True)),
-            capture_layers(streamed.model, inside, kv_cache=bool(plan.kv_cache)) as captured,
+            capture_layers(
+                streamed.model,
+                inside,
+                kv_cache=bool(plan.kv_cache),
+                routing=bool(plan.routing),
+            ) as captured,
         ):
             for running in left:
                 captured.clear()
-                gradients = running.gradients
-                sent = step_back(
-                    streamed.replayer,
-                    running.streamed,
-                    step,
-                    arrived=gradients.arrived(step, last=steps),
-                    draws=len(running.seeds),
+                sent, of_margins, costs, gains = _step_back(
+                    streamed, running, captured, step, steps=steps
                 )
-                yield Seen(running, step, unit, names, captured)
-                gradients.keep(step, sent)
-                gradients.drop(step, last=steps)
+                yield Seen(running, step, unit, names, captured, costs, gains)
+                running.keep(step, sent, of_margins)
+                for each in (running.margins, running.gradients):
+                    each.drop(step, last=steps)
+
+
+def _step_back(
+    streamed: StreamedModel, running: Running, captured: Captured, step: int, *, steps: int
+) -> tuple[Sent, Sent, list[float], dict[str, float]]:
+    """One step of one sequence, for all draws of the scores and then for margins of routers.
+
+    Returns:
+        What is sent down of both; of the unit's routers, what exchanges cost; and the gains of
+        layers that margins depend on.
+    """
+    back = StepBack(streamed.replayer, running.streamed, step)
+    arrived = running.gradients.arrived(step, last=steps)
+    sent: Sent = {}
+    for draw in range(len(running.seeds)):
+        back.send(
+            {index: grad[draw] for index, grad in arrived.items()},
+            sent,
+            keep_graph=captured.routers is not None or draw < len(running.seeds) - 1,
+        )
+    of_margins: Sent = {}
+    if captured.routers is None:
+        return sent, of_margins, [], {}
+    costs = captured.routers.costs
+    send = partial(
+        back.send,
+        {i: grad[0] for i, grad in running.margins.arrived(step, last=steps).items()},
+        of_margins,
+        objective=captured.routers.objective(seed=running.margin_seed),
+    )
+    return sent, of_margins, costs, margin_gains(captured, send)
 
 
 def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int) -> None:
@@ -260,7 +370,7 @@ def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int)
                     score_TV = sample_scores(logits_TV.detach(), seed=seed)
                     logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
                     collect(leaves, sent)
-                running.gradients.keep(steps, sent)
+                running.keep(steps, sent, {})
     finally:
         start.remove()
 
@@ -270,18 +380,28 @@ def _start_gradient(_module: object, _inputs: object, output: Tensor) -> Tensor:
 
 
 def _assemble(
-    running: Running, steps: int, *, plan: Plan, folder: Path, layers: ModelLayers
+    running: Running,
+    steps: int,
+    *,
+    plan: Plan,
+    folder: Path,
+    layers: ModelLayers,
+    with_samples: bool,
 ) -> None:
     """Make the files of a sequence of those of its steps, and delete these."""
     corpus, index = running.corpus, running.index
     tensors: dict[str, Tensor] = {}
     inputs: dict[str, str | None] = {}
     gains: dict[str, Mapping[str, Sequence[float]]] = {}
+    costs: list[float] = []
+    moved: dict[str, float] = {}
     for step in range(steps):
         if running.piece(step).exists():
             content, mapped = read_content(running.piece(step))
             inputs |= content["inputs"]
             gains |= content["gains"]
+            costs += content["costs"]
+            moved |= content["margin_gains"]
             tensors |= zip(content["names"], mapped, strict=True)
     names = kept_layers(layers, plan)
     missing = [name for name in names if name not in inputs]
@@ -294,24 +414,55 @@ def _assemble(
     if has_gains(plan, corpus):
         path = gains_path(folder, corpus.name, index)
         write_content(path, {name: gains[name] for name in names})
+    if plan.routing:
+        routing = join_routers(costs, moved)
+        write_routing(routing_path(folder, corpus.name, index), routing)
     path = sequence_path(folder, corpus.name, index)
-    if index in corpus.kept_indices and not is_complete(path):
+    if with_samples and index in corpus.kept_indices and not is_complete(path):
         write_samples(path, tensors, {name: inputs[name] for name in names})
     shutil.rmtree(running.streamed.folder)
 
 
 def _check_disk(
-    streamed: StreamedModel, sequences: Sequence[Running], plan: Plan, folder: Path
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[Running],
+    plan: Plan,
+    folder: Path,
+    *,
+    with_samples: bool,
 ) -> None:
-    """Refuse to begin what the disk cannot hold."""
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        streamed: The model.
+        layers: Of it.
+        sequences: That are run.
+        plan: Of the run.
+        folder: That all is written to.
+        with_samples: Whether the samples of all layers are kept, and not of one unit at a time.
+    """
     config = streamed.model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     itemsize = getattr(torch, plan.dtype).itemsize
+    units = list(streamed.weights.units)
     boundary = len(sequences) * plan.sequence_length * hidden * itemsize
-    needed = boundary * (len(streamed.weights.units) + 2 * plan.draws)
+    needed = boundary * (len(units) + 2 * (plan.draws + bool(plan.routing)))
+    kept = sum(one.index in one.corpus.kept_indices for one in sequences)
+    samples = partial(
+        samples_bytes,
+        tokens=kept * plan.sequence_length,
+        draws=plan.draws,
+        experts_per_token=experts_per_token(config.to_dict()),
+    )
+    parts = [layers] if with_samples else [layers_within(layers, unit) for unit in units]
+    needed += max(map(samples, parts))
+    # What a run that was stopped has written already takes no more.
+    files = (path for path in (folder / UNFINISHED).rglob("*") if path.is_file())
+    needed = max(0, needed - sum(path.stat().st_size for path in files))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StatsError(
-            f"{folder}: what is kept between decoder layers needs about {needed:,} bytes, found "
-            f"{free:,} free. Free some space, or take fewer {option('sequences')}."
+            f"{folder}: what is kept needs about {needed:,} bytes, found {free:,} free. Free some "
+            f"space, or take fewer {option('sequences')}."
         )

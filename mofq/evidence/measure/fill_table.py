@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -23,7 +23,13 @@ from mofq.evidence.calibration.visits import expert_visits
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
 from mofq.evidence.measure.flips import corpus_flips
-from mofq.evidence.measure.kv_cache import check_cache_stats, fill_caches
+from mofq.evidence.measure.kv_cache import (
+    CacheWork,
+    cache_rows,
+    check_cache_stats,
+    fill_caches,
+    missing_formats,
+)
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.magnitudes import group_profiles
 from mofq.evidence.measure.rows import group_rows
@@ -34,6 +40,7 @@ from mofq.evidence.measure.stored_inputs import SharedInputs
 from mofq.evidence.measure.workers import Workers, worker_threads
 from mofq.evidence.spaces import (
     CacheLegality,
+    CacheOffer,
     Legality,
     Offer,
     SearchSpace,
@@ -87,6 +94,7 @@ _IN_BF16 = TensorScheme(
 )
 
 Tell = Callable[[str], None]
+Part = TypeVar("Part")
 
 
 class Work(NamedTuple):
@@ -104,6 +112,17 @@ class Measured(NamedTuple):
     profiles: list[Profile]
 
 
+class Scored(NamedTuple):
+    """What was measured while the model was calibrated."""
+
+    groups: list[Measured]  #: in the order of the work
+    caches: dict[str, list[Row]]  #: cache -> rows, in the order of the work
+    visits: dict[str, list[Visits]]  #: fusion group of experts -> of each corpus
+    stats: Stats  #: gains and routing alone
+
+
+#: Work, and that of caches -> what is measured of both while the model is calibrated.
+WhileCalibrating = Callable[[Sequence[Work], Sequence[CacheWork]], Scored]
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
 Remotely = Callable[..., Generator[Measured, None, None]]
 #: Layer, what the pass gives, schemes that are all candidates -> the pass.
@@ -124,7 +143,8 @@ def measure(
     progress: Progress | None = None,
     tell: Tell = lambda message: None,
     remotely: Remotely | None = None,
-) -> None:
+    while_calibrating: WhileCalibrating | None = None,
+) -> Stats | None:
     """Measure every offered (fusion group, scheme) that the table does not have yet.
 
     Args:
@@ -140,6 +160,11 @@ def measure(
         progress: Called with ``"measure"``, fusion groups done and in all.
         tell: Gets a line about what takes its time before the first group is done.
         remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
+        while_calibrating: What calibrates and measures; needed where the samples of ``stats`` are
+            not stored.
+
+    Returns:
+        The stats that something was measured on, with the experts that no token reached.
 
     Raises:
         StatsError: The stats belong to another model, or are too few to fit a scheme to.
@@ -169,16 +194,61 @@ def measure(
     with open_table(table_path, header, earlier=earlier) as table:
         missing = [_missing(table, offer, stats) for offer in offers]
         _check_samples(stats, missing)
+        corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
+        formats = [missing_formats(table, offer, corpora) for offer in cache_offers]
         table.add_space(table_space(space, engine))
-        here = partial(measure_groups, tell=tell)
-        measured = partial(remotely or here, checkpoint, stats=stats, device=device)
-        visits = {} if stats is None else _visits(stats, model_layers)
-        _fill(table, offers, missing, measured, visits=visits, progress=progress)
-        if cached_stats is not None:
-            fill_caches(table, cache_offers, cached_stats, device=device)
+        caches = model_layers.caches if stats is not None and stats.plan.kv_cache else ()
+        if while_calibrating is not None:
+            scored = None
+            if any(missing) or any(formats):
+                scored = while_calibrating(_all(missing), _all(formats))
+            _fill_scored(
+                table, offers, missing, cache_offers, formats, scored=scored, progress=progress
+            )
+            stats = None if scored is None else scored.stats
+        else:
+            here = partial(measure_groups, tell=tell)
+            measured = partial(remotely or here, checkpoint, stats=stats, device=device)
+            visits = {} if stats is None else visits_of(stats, model_layers.groups)
+            _fill(table, offers, missing, measured, visits=visits, progress=progress)
+            if cached_stats is not None:
+                with SampleReader(cached_stats) as reader:
+                    rows_of = partial(_cache_rows, reader, device=device)
+                    fill_caches(table, cache_offers, formats, rows_of)
         if stats is not None:
-            caches = model_layers.caches if stats.plan.kv_cache else ()
             table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
+    return stats
+
+
+def _all(parts: Sequence[Sequence[Part]]) -> list[Part]:
+    return [one for some in parts for one in some]
+
+
+def _cache_rows(reader: SampleReader, work: CacheWork, *, device: str) -> list[Row]:
+    return cache_rows(reader, work.corpora, work.cache, work.schemes, device=device)
+
+
+def _fill_scored(
+    table: TableWriter,
+    offers: Sequence[Offer],
+    missing: Sequence[Sequence[Work]],
+    cache_offers: Sequence[CacheOffer],
+    formats: Sequence[Sequence[CacheWork]],
+    *,
+    scored: Scored | None,
+    progress: Progress | None,
+) -> None:
+    """Write what was measured while the model was calibrated; None: nothing was missing."""
+    groups = [] if scored is None else scored.groups
+    visits = {} if scored is None else scored.visits
+    caches = {} if scored is None else scored.caches
+
+    def measured(_work: Sequence[Work]) -> Generator[Measured, None, None]:
+        yield from groups
+
+    _fill(table, offers, missing, measured, visits=visits, progress=progress)
+    if cache_offers:
+        fill_caches(table, cache_offers, formats, lambda one: caches.pop(one.cache.name, []))
 
 
 def table_space(space: SearchSpace, engine: str | None) -> TableSpace:
@@ -204,7 +274,8 @@ def _check_samples(stats: Stats | None, missing: Sequence[Sequence[Work]]) -> No
     schemes = [scheme for of_group in missing for one in of_group for scheme in one.schemes]
     if stats is not None and schemes:
         check_sequences(stats, schemes)
-        verify_sequences(stats)
+        if stats.is_stored:
+            verify_sequences(stats)
 
 
 def _fill(
@@ -404,7 +475,7 @@ def table_stats(stats: Stats) -> TableStats:
     )
 
 
-def _visits(stats: Stats, model_layers: ModelLayers) -> dict[str, list[Visits]]:
+def visits_of(stats: Stats, groups: Sequence[FusionGroup]) -> dict[str, list[Visits]]:
     """Fusion group of experts -> the visits to it, of each corpus."""
     known = expert_visits(stats)
     tokens = {
@@ -421,7 +492,7 @@ def _visits(stats: Stats, model_layers: ModelLayers) -> dict[str, list[Visits]]:
             )
             for corpus, of_corpus in known.items()
         ]
-        for group in model_layers.groups
+        for group in groups
         if any(map(is_expert, group.layers))
     }
 

@@ -8,8 +8,9 @@ nothing is assumed. Keys and values are rounded apart, and their squares added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,39 +54,45 @@ def check_cache_stats(stats: Stats | None) -> Stats:
     return stats
 
 
+class CacheWork(NamedTuple):
+    """Formats of one layer's cache that a table lacks on the same corpora."""
+
+    cache: CacheLayer
+    schemes: list[CacheScheme]
+    corpora: tuple[str, ...]
+
+
 def fill_caches(
-    table: TableWriter, offers: Sequence[CacheOffer], stats: Stats, *, device: str = "cpu"
+    table: TableWriter,
+    offers: Sequence[CacheOffer],
+    missing: Sequence[Sequence[CacheWork]],
+    rows_of: Callable[[CacheWork], list[Row]],
 ) -> None:
     """Measure every offered format of every layer's cache that a table does not have yet.
 
     Args:
         table: Open for writing.
         offers: What each layer's cache may be kept in.
-        stats: That hold the cache.
-        device: Where the arithmetic runs.
+        missing: Of each offer, from `missing_formats`.
+        rows_of: Measures some of them.
     """
-    corpora = [corpus.name for corpus in stats.plan.corpora]
     table.add_caches(offer.cache for offer in offers)
-    with SampleReader(stats) as reader:
-        for offer in offers:
-            rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
-            rows = []
-            for lacking, schemes in _missing(table, offer, corpora).items():
-                rows += cache_rows(reader, lacking, offer.cache, schemes, device=device)
-            table.add_group(rows, rejected)
+    for offer, lacking in zip(offers, missing, strict=True):
+        rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
+        table.add_group([row for one in lacking for row in rows_of(one)], rejected)
 
 
-def _missing(
+def missing_formats(
     table: TableWriter, offer: CacheOffer, corpora: Sequence[str]
-) -> dict[tuple[str, ...], list[CacheScheme]]:
-    """Corpora -> the formats of a layer's cache that a table has no row of on any of them."""
+) -> list[CacheWork]:
+    """The formats of a layer's cache that a table has no row of on some corpora."""
     schemes_of: dict[tuple[str, ...], list[CacheScheme]] = {}
     for scheme in offer.schemes:
         has = partial(table.has, offer.cache.name, scheme.name, unit="kl_nats_per_token")
         lacking = tuple(corpus for corpus in corpora if not has(corpus=corpus))
         if lacking:
             schemes_of.setdefault(lacking, []).append(scheme)
-    return schemes_of
+    return [CacheWork(offer.cache, schemes, lacking) for lacking, schemes in schemes_of.items()]
 
 
 def cache_rows(

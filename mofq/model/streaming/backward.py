@@ -8,6 +8,7 @@ gradients: it is complete or not there, so that nothing is counted twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,11 @@ class Gradients:
     """What the steps of one sequence sent down."""
 
     sequence: StreamedSequence
+    name: str = "back"  #: of the files; gradients of something else than the scores have another
 
     def file(self, step: int) -> Path:
         """What a step sent."""
-        return self.sequence.folder / f"back-{step:05d}"
+        return self.sequence.folder / f"{self.name}-{step:05d}"
 
     def has(self, step: int) -> bool:
         """Whether a step is done."""
@@ -78,52 +80,54 @@ def collect(leaves: dict[int, list[Tensor]], sent: Sent) -> None:
                 one.grad = None
 
 
-def step_back(
-    replayer: Replayer,
-    sequence: StreamedSequence,
-    step: int,
-    *,
-    arrived: dict[int, Tensor],
-    draws: int,
-) -> Sent:
-    """Compute a step again, whose weights are there, and send its gradients down.
+class StepBack:
+    """A step that is computed again, whose weights are there, to send gradients down."""
 
-    Args:
-        replayer: Of the model.
-        sequence: All steps before are done forward.
-        step: Which.
-        arrived: From `Gradients.arrived`.
-        draws: How many gradients of each tensor there are.
+    def __init__(self, replayer: Replayer, sequence: StreamedSequence, step: int) -> None:
+        """Compute it; hooks inside the unit see that.
 
-    Returns:
-        What is sent to earlier steps; hooks inside the unit saw all of it.
-    """
-    call, leaves = replayer.reach(sequence, step, with_gradients=True)
-    again, pairs = detached(call)
-    with torch.enable_grad():
-        returned = run(again).tensors
-    sent: Sent = {}
-    ends = [(returned[index], grad) for index, grad in arrived.items()]
-    ends = [(one, grad) for one, grad in ends if one.requires_grad]
-    for draw in range(draws):
-        is_last = draw == draws - 1
+        Args:
+            replayer: Of the model.
+            sequence: All steps before are done forward.
+            step: Which.
+        """
+        call, self._leaves = replayer.reach(sequence, step, with_gradients=True)
+        again, self._pairs = detached(call)
+        with torch.enable_grad():
+            self._returned = run(again).tensors
+
+    def send(
+        self,
+        arrived: Mapping[int, Tensor],
+        sent: Sent,
+        *,
+        objective: Tensor | None = None,
+        keep_graph: bool = False,
+    ) -> None:
+        """Run backward once; hooks inside the unit see that.
+
+        Args:
+            arrived: A gradient for each of the tensors that the step returned.
+            sent: What is sent to earlier steps; is added to.
+            objective: A number computed inside the step, that runs backward too.
+            keep_graph: Whether it is run backward again.
+        """
+        ends = [(self._returned[index], grad) for index, grad in arrived.items()]
+        ends = [(one, grad.to(one.device)) for one, grad in ends if one.requires_grad]
+        if objective is not None:
+            ends.append((objective, torch.ones_like(objective)))
         if ends:
             torch.autograd.backward(
-                [one for one, _ in ends],
-                [grad[draw].to(one.device) for one, grad in ends],
-                retain_graph=not is_last,
+                [one for one, _ in ends], [grad for _, grad in ends], retain_graph=keep_graph
             )
-        down = [(given, leaf.grad) for given, leaf in pairs if leaf.grad is not None]
+        down = [(given, leaf.grad) for given, leaf in self._pairs if leaf.grad is not None]
         if down:
             torch.autograd.backward(
-                [given for given, _ in down],
-                [grad for _, grad in down],
-                retain_graph=not is_last,
+                [given for given, _ in down], [grad for _, grad in down], retain_graph=keep_graph
             )
-        for _, leaf in pairs:
+        for _, leaf in self._pairs:
             leaf.grad = None
-        collect(leaves, sent)
-    return sent
+        collect(self._leaves, sent)
 
 
 def needs_gradients(call: Call) -> bool:
