@@ -27,13 +27,14 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, static_amax
-from mofq.evidence.fits import Fits, fit_arguments
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
 from mofq.model.modules import is_plain_linear
-from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.quantize import FakeQuantLinear
 from mofq.numbers.schemes import Scheme
 
 
@@ -265,13 +266,14 @@ def apply_group(
     for layer in group.layers:
         weight_OI = sources[layer.name]
         if scheme.weight is not None:
-            weight_OI = fake_quantize_weight(
-                weight_OI,
+            codes = layer_codes(
+                fits,
+                layer,
                 scheme.weight,
+                partial(rows_of, weight_OI),
                 tensor_amax=amax.get(layer.name),
-                name=layer.name,
-                **fit_arguments(fits, layer, scheme.weight),
             )
+            weight_OI = codes.decoded(0, len(weight_OI))
         if layer.expert is not None:
             loaded_weight(model, layer).copy_(weight_OI)
             continue
@@ -284,6 +286,11 @@ def apply_group(
             name=layer.name,
         )
         replace_module(model, path, linear)
+
+
+def rows_of(weight_OI: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of a weight that is in memory, as `layer_codes` reads them."""
+    return weight_OI[start:stop]
 
 
 def _replace_experts(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
-from mofq.evidence.fits import NO_ARGUMENTS, FitArguments, Fits, fit_arguments
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import (
@@ -39,7 +41,7 @@ from mofq.model.layers import (
     find_loaded_weight,
     lm_heads_of,
 )
-from mofq.numbers.quantize import FakeQuantLinear, fake_quantize_weight
+from mofq.numbers.quantize import FakeQuantLinear
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -61,9 +63,8 @@ class _Expected:
     layer: LinearLayer
     group: FusionGroup | None  #: None: left alone
     scheme: Scheme
-    tensor_amax: float | None  #: of the weights that share a global scale
     static_amax: float | None  #: of the inputs
-    fit: FitArguments = field(default_factory=NO_ARGUMENTS.copy)
+    codes: LayerCodes | None = None  #: of its weight, where the scheme has some
 
 
 def find_deviations(
@@ -154,7 +155,7 @@ def unquantized_deviations(
         for layer in layers.unquantized
         for deviation in _check_layer(
             model,
-            _Expected(layer, None, _UNQUANTIZED, tensor_amax=None, static_amax=None),
+            _Expected(layer, None, _UNQUANTIZED, static_amax=None),
             checkpoint,
             layers.architecture,
         )
@@ -181,14 +182,12 @@ def _expect_group(
     inputs = static_amax(group, scheme, recipe)
     weights = read_shared_amax(checkpoint, group) if scheme.needs_weight_amax else {}
     for layer in group.layers:
-        yield _Expected(
-            layer,
-            group,
-            scheme,
-            tensor_amax=weights.get(layer.name),
-            static_amax=inputs.get(layer.name),
-            fit=fit_arguments(fits, layer, scheme.weight),
-        )
+        codes = None
+        if scheme.weight is not None:
+            read_rows = partial(read_layer_rows, checkpoint, layer)
+            amax = weights.get(layer.name)
+            codes = layer_codes(fits, layer, scheme.weight, read_rows, tensor_amax=amax)
+        yield _Expected(layer, group, scheme, static_amax=inputs.get(layer.name), codes=codes)
 
 
 def _check_layer(
@@ -212,7 +211,7 @@ def _check_layer(
     if reason is not None:
         yield Deviation(layer.name, reason)
     if isinstance(module, TorchaoLinear):
-        reason = _torchao_deviation(module, expected, checkpoint)
+        reason = _torchao_deviation(module, expected)
         if reason is not None:
             yield Deviation(layer.name, reason)
         return
@@ -262,22 +261,17 @@ def _scheme_and_amax(
     return module.schemes.get(key), module.static_amax.get(key)
 
 
-def _torchao_deviation(
-    module: TorchaoLinear, expected: _Expected, checkpoint: Checkpoint
-) -> str | None:
+def _torchao_deviation(module: TorchaoLinear, expected: _Expected) -> str | None:
     """How a layer that runs a kernel of TorchAO's differs from the scheme, if it does."""
     layer, scheme = expected.layer, expected.scheme
-    if expected.group is None or scheme.weight is None:
+    if expected.group is None or expected.codes is None:
         return f"needed scheme {scheme.name!r}, found {type(module.weight.data).__name__}"
     return weight_deviation(
         module,
-        read_layer_rows(checkpoint, layer, 0, layer.out_features),
+        expected.codes.rows(0, layer.out_features),
         scheme=scheme,
         group=expected.group,
-        tensor_amax=expected.tensor_amax,
         static_amax=expected.static_amax,
-        fit=expected.fit,
-        name=layer.name,
     )
 
 
@@ -297,16 +291,10 @@ def _weight_deviation(
     tile_rows = 1 if scheme.weight is None else scheme.weight.granularity.rows
     for start, stop in row_blocks(*shape, elements=_BLOCK_ELEMENTS, tile_rows=tile_rows):
         source = read_layer_rows(checkpoint, layer, start, stop)
-        if scheme.weight is None:
+        if expected.codes is None:
             needed = read_kept_layer(checkpoint, layer, start, stop)
         else:
-            needed = fake_quantize_weight(
-                source,
-                scheme.weight,
-                tensor_amax=expected.tensor_amax,
-                name=layer.name,
-                **expected.fit,
-            )
+            needed = expected.codes.decoded(start, stop)
         found = weight_OI[start:stop].cpu()
         differs = _bits_differ(found, needed)
         if rounding:

@@ -19,12 +19,12 @@ from mofq.delivery.apply.torchao.weights import Target, make_weight
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import static_amax
 from mofq.engines import ENGINES, Engine, matching_rule, rule_refusal
-from mofq.evidence.fits import Fits, fit_arguments
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError, how_to_install
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup
-from mofq.numbers.quantize import quantize_weight
 from mofq.numbers.schemes import Scheme
 
 
@@ -193,13 +193,15 @@ def _apply_group(
     for layer in group.layers:
         path = module_path(layer)
         linear = model.get_submodule(path)
-        quantized = quantize_weight(
-            sources[layer.name].to(linear.get_parameter("weight").device),
+        weight_OI = sources[layer.name].to(linear.get_parameter("weight").device)
+        codes = layer_codes(
+            fits,
+            layer,
             weight,
+            partial(emulation.rows_of, weight_OI),
             tensor_amax=amax.get(layer.name),
-            name=layer.name,
-            **fit_arguments(fits, layer, weight),
         )
+        quantized = codes.rows(0, len(weight_OI))
         target = make_target(
             scheme, group, engine=engine, dtype=dtype, static_amax=inputs.get(layer.name)
         )

@@ -11,9 +11,8 @@ from torch import Tensor
 from mofq.delivery.apply.torchao.apply import device_engine, kernel_refusal, make_target
 from mofq.delivery.apply.torchao.linear import TorchaoLinear
 from mofq.delivery.apply.torchao.weights import make_weight
-from mofq.evidence.fits import FitArguments
 from mofq.model.layers import FusionGroup
-from mofq.numbers.quantize import dequantize_weight, quantize_weight
+from mofq.numbers.quantize import QuantizedWeight, dequantize_weight
 from mofq.numbers.schemes import Scheme
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,14 +20,11 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def weight_deviation(
     module: TorchaoLinear,
-    source_OI: Tensor,
+    quantized: QuantizedWeight,
     *,
     scheme: Scheme,
     group: FusionGroup,
-    tensor_amax: float | None,
     static_amax: float | None,
-    fit: FitArguments,
-    name: str,
 ) -> str | None:
     """How a layer's weight differs from the scheme's, if it does.
 
@@ -39,13 +35,10 @@ def weight_deviation(
 
     Args:
         module: Of the model.
-        source_OI: The original weight, [out_features, in_features].
+        quantized: The original weight under the scheme.
         scheme: That the layer should have; it quantizes the weight.
         group: The layer's fusion group.
-        tensor_amax: Of the weights that share a global scale, where the scheme has one.
         static_amax: Largest magnitude of the inputs, where the scheme has static ones.
-        fit: What the scheme is fitted to, where it is.
-        name: Of the layer.
 
     Returns:
         One sentence, or None.
@@ -55,7 +48,6 @@ def weight_deviation(
     engine = device_engine(found.device)
     if reason := kernel_refusal(scheme, group, engine=engine, dtype=found.dtype):
         return f"needed scheme {scheme.name!r} emulated ({reason}), found {type(found).__name__}"
-    quantized = quantize_weight(source_OI, weight, tensor_amax=tensor_amax, name=name, **fit)
     target = make_target(scheme, group, engine=engine, dtype=found.dtype, static_amax=static_amax)
     needed: Any = make_weight(quantized, scheme, target)
     if type(found) is not type(needed):

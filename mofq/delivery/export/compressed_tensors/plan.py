@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,7 +22,8 @@ from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCa
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.engines.exports import group_problem
 from mofq.engines.exports.compressed_tensors import Storage, storage_of
-from mofq.evidence.fits import FitArguments, Fits, fit_arguments
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import layer_codes
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
@@ -40,7 +42,6 @@ from mofq.model.layers import (
     find_exported_name,
 )
 from mofq.numbers.quantize.tiles import row_blocks
-from mofq.numbers.quantize.weights import quantize_weight
 from mofq.numbers.schemes import Scheme
 
 #: Elements of a weight that are worked on at a time, unless one tile has more.
@@ -223,11 +224,9 @@ def encoded_parts(
         SchemeError: A weight is not finite; the message names the layer.
         StatsError: The scheme is fitted to statistics, and there are none.
     """
-    weight = planned.scheme.quantized_weight
     amax = read_shared_amax(checkpoint, planned.group) if planned.scheme.needs_weight_amax else {}
     for layer in planned.group.layers:
-        fit = fit_arguments(fits, layer, weight)
-        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.name), fit=fit)
+        yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.name), fits=fits)
 
 
 def _encoded_layer(
@@ -236,15 +235,16 @@ def _encoded_layer(
     layer: LinearLayer,
     amax: float | None,
     *,
-    fit: FitArguments,
+    fits: Fits | None,
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
     weight = planned.scheme.quantized_weight
+    read_rows = partial(read_layer_rows, checkpoint, layer)
+    codes = layer_codes(fits, layer, weight, read_rows, tensor_amax=amax)
     zero_points = []
     done: dict[str, int] = {}
 
     def encode(block: tuple[int, int]) -> tuple[int, Tensor | None, dict[str, Tensor]]:
-        rows_OI = read_layer_rows(checkpoint, layer, *block)
-        quantized = quantize_weight(rows_OI, weight, tensor_amax=amax, name=layer.name, **fit)
+        quantized = codes.rows(*block)
         return block[0], quantized.zero_point, encode_rows(quantized, planned.scheme)
 
     blocks = row_blocks(
