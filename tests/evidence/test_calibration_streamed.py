@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calibrated import calibrate_folder, plan_of, some_tokens
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, long_but
@@ -17,7 +18,7 @@ from mofq.demo import demo_model_folder
 from mofq.evidence.calibration.routing import read_routing
 from mofq.evidence.calibration.stats import UNFINISHED
 from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
-from mofq.exceptions import MofqError, StreamingError
+from mofq.exceptions import MofqError, StatsError, StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.streaming.streamed import open_streamed
@@ -163,3 +164,19 @@ def test_a_disk_that_is_too_small_is_said_before_anything_runs(
         )
         with pytest.raises(MofqError, match=r"needs about [\d,]+ bytes, found 1,000 free"):
             streamed(tiny("llama"), tmp_path / "out")
+
+
+def test_a_layer_that_runs_twice_is_refused_again_when_the_command_is_given_again(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    plain = torch.nn.ModuleList.__getitem__
+
+    def twice(modules: Any, index: Any) -> Any:
+        return [*modules] * 2 if isinstance(index, slice) else plain(modules, index)
+
+    folder = tiny("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.ModuleList, "__getitem__", twice)
+        for _ in range(2):
+            with pytest.raises(StatsError, match="runs more than once"):
+                streamed(folder, tmp_path / "stats")

@@ -282,10 +282,7 @@ def run_backward(
     _run_head(streamed, [one for one in sequences if not one.gradients.has(steps)], steps)
     last_step: dict[str, int] = {}
     for step in range(steps - 1, -1, -1):
-        left = [one for one in sequences if not one.gradients.has(step)]
-        if not left:
-            continue
-        content, _ = read_content(left[0].streamed.record(step))
+        content, _ = read_content(sequences[0].streamed.record(step))
         unit: str = content["unit"]
         inside = layers_within(layers, unit)
         if inside.groups and last_step.setdefault(unit, step) != step:
@@ -294,6 +291,9 @@ def run_backward(
                 f"error counts more than once, which is not predicted. Measure without "
                 f"{option('stats')}."
             )
+        left = [one for one in sequences if not one.gradients.has(step)]
+        if not left:
+            continue
         call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
         if not needs_gradients(call):
             for running in left:
