@@ -99,7 +99,7 @@ def predict_chosen(
         The prediction; where there are too few samples to cross-fit, or half of them do not
         offer what the budgets need, that on the samples themselves.
     """
-    return stated(expand_chosen(problem, budgets, choice_F, is_optimum=is_optimum), problem.unit)
+    return stated(problem, expand_chosen(problem, budgets, choice_F, is_optimum=is_optimum))
 
 
 def expand_chosen(

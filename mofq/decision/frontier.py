@@ -125,7 +125,7 @@ def solve_frontier(
 
 def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
     """The points whose predicted KL's upper end is within a budget in nats."""
-    upper_K = [stated(predict(problem, one_F), problem.unit).upper for one_F in frontier.choice_KF]
+    upper_K = [stated(problem, predict(problem, one_F)).upper for one_F in frontier.choice_KF]
     kept = [k for k, upper in enumerate(upper_K) if upper <= max_kl]
     if not kept:
         raise BudgetError(

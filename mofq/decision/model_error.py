@@ -3,7 +3,9 @@
 The expansion (`mofq.decision.prediction`) says what small errors cost. Larger ones cost more than
 it says, by about a share that grows with them, and recipes scatter around that by more than the
 sampling of sequences explains. Both were estimated from recipes of several models that were
-measured, and are shipped as data: ``model_error.json``, which ``scripts/bench/interval.py`` writes.
+measured, and are shipped as data: ``model_error.json``, which ``scripts/bench/interval_fit.py``
+writes. What tokens that change their experts cost (`mofq.decision.flips`) is known less well than
+the rest, so recipes of mixtures have an error model of their own.
 """
 
 from __future__ import annotations
@@ -55,8 +57,12 @@ class ModelError:
 
 
 @cache
-def model_error() -> ModelError:
-    """What is shipped."""
+def model_error(*, has_flips: bool = False) -> ModelError:
+    """What is shipped.
+
+    Args:
+        has_flips: Of predictions with what changes of experts cost.
+    """
     text = files("mofq.decision").joinpath("model_error.json").read_text("utf-8")
-    content = json.loads(text)
+    content = json.loads(text)["mixture" if has_flips else "dense"]
     return ModelError(**{**content, "models": tuple(content["models"])})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mofq.decision.flips import with_flips
-from mofq.decision.model_error import model_error
+from mofq.decision.model_error import ModelError, model_error
 from mofq.decision.problem import (
     KL_UNIT,
     FloatArray,
@@ -58,21 +58,27 @@ def estimate(values: Sequence[float] | FloatArray) -> Estimate:
     return Estimate(mean, stderr if math.isfinite(stderr) else None)
 
 
-def stated(expansion: Estimate, unit: str = KL_UNIT) -> Estimate:
+def stated(problem: Problem, expansion: Estimate) -> Estimate:
     """What is said of a recipe whose errors amount to something by the second-order expansion.
 
     Args:
+        problem: That the recipe is of.
         expansion: The sum of its errors, with the standard error of the sampling of sequences.
-        unit: Of the errors.
 
     Returns:
-        In nats, the KL that recipes of such a sum measure on other text of the kind
-        (`mofq.decision.model_error`); the standard error is that of sampling and that of the
-        model's own in quadrature. In other units the same.
+        In nats, the KL that recipes of such a sum measure on other text of the kind, by the error
+        model of their kind (`mofq.decision.model_error`). In other units the same.
     """
-    if unit != KL_UNIT:
-        return expansion
-    model = model_error()
+    return expansion if problem.unit != KL_UNIT else with_model_error(expansion, error_of(problem))
+
+
+def error_of(problem: Problem) -> ModelError:
+    """What predictions of its recipes are off by."""
+    return model_error(has_flips=problem.flip_FC is not None)
+
+
+def with_model_error(expansion: Estimate, model: ModelError) -> Estimate:
+    """An expansion in nats, corrected; its standard error and the model's add in quadrature."""
     value = model.corrected(expansion.value)
     if expansion.stderr is None:
         return replace(expansion, value=value)

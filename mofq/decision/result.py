@@ -149,7 +149,7 @@ def with_uniform(
     result: RecipeResult, problem: Problem, name: str, choice_F: IntArray
 ) -> RecipeResult:
     """What the best uniform scheme of no more bytes would be, beside the recipe."""
-    kl = stated(predict(problem, choice_F), problem.unit).value if problem.unit == KL_UNIT else None
+    kl = stated(problem, predict(problem, choice_F)).value if problem.unit == KL_UNIT else None
     return replace(
         result,
         uniform_scheme=name,

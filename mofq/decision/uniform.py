@@ -123,7 +123,7 @@ def uniform_recipes(
         if choice_F is not None:
             result = sizes_of(problem, choice_F)
             if problem.unit == KL_UNIT:
-                result = with_prediction(result, stated(predict(problem, choice_F), problem.unit))
+                result = with_prediction(result, stated(problem, predict(problem, choice_F)))
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),

@@ -217,7 +217,7 @@ def _predicted(
         # A uniform scheme is not chosen on the samples, and has nothing of their luck.
         is_uniform = solver == "uniform"
         predicted = (
-            stated(predict(problem, choice_F), problem.unit)
+            stated(problem, predict(problem, choice_F))
             if is_uniform
             else predict_chosen(problem, Budgets(), choice_F)
         )

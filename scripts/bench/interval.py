@@ -18,6 +18,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from mofq.decision import Budgets, Problem, choose, solve_frontier
 from mofq.decision.choice import expand_chosen
 from mofq.decision.measured.measurement import Measured
 from mofq.decision.measured.prove import measured_upper, prove
-from mofq.decision.prediction import Estimate, stated
+from mofq.decision.model_error import model_error
+from mofq.decision.prediction import Estimate, error_of, with_model_error
+from mofq.demo import demo_mixture_folder, demo_model_folder
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError
 from scripts.bench.interval_recipes import (
@@ -42,6 +45,11 @@ from scripts.shared.command import model_parser, parse_into_work, print_markdown
 
 #: Budgets of KL are spread over these by their logarithm [nats per token].
 _LEAST, _MOST = 0.002, 0.2
+
+_BUNDLED = {
+    demo_model_folder().resolve(): "bundled",
+    demo_mixture_folder().resolve(): "bundled mixture",
+}
 _SPACES: dict[str, Callable[[str], bool]] = {
     "2 to 8 bits": lambda scheme: True,
     "4 to 8 bits": lambda scheme: weight_bits(scheme) >= 4,
@@ -57,11 +65,13 @@ class Compared:
     expansion_stderr: float  #: of the sampled sequences
     measured: float
     measured_stderr: float  #: over windows
+    has_flips: bool  #: changes of experts are predicted
 
     @property
     def predicted(self) -> Estimate:
         """As commands say it."""
-        return stated(Estimate(self.expansion, self.expansion_stderr))
+        expansion = Estimate(self.expansion, self.expansion_stderr)
+        return with_model_error(expansion, model_error(has_flips=self.has_flips))
 
     @property
     def is_inside(self) -> bool:
@@ -81,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             choice_F, measured = problem.choice_of(schemes), text.measure(label, schemes)
             expansion = expand_chosen(problem, Budgets(), choice_F)
             values = (expansion.value, expansion.stderr or 0.0, measured.kl, measured.stderr)
-            compared.append(Compared(label, *values))
+            compared.append(Compared(label, *values, has_flips=problem.flip_FC is not None))
         _write(options, table, compared)
         print_recipes(compared)
-        print_scores([(table.header.model_name, compared)])
+        print_scores([(_model_name(options, table), compared)])
         if options.budgets:
             _print_budgets(options, table, text)
 
@@ -104,13 +114,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _write(options: argparse.Namespace, table: Table, compared: Sequence[Compared]) -> None:
     content = {
-        "model": table.header.model_name,
+        "model": _model_name(options, table),
         "calibration": str(options.calibration),
         "text": str(options.text),
         "tokens": options.tokens,
         "recipes": [asdict(one) for one in compared],
     }
     (options.work / "interval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _model_name(options: argparse.Namespace, table: Table) -> str:
+    """The folder's; of what is bundled one that says so."""
+    return _BUNDLED.get(Path(options.model).resolve(), table.header.model_name)
 
 
 def print_recipes(compared: Sequence[Compared]) -> None:
@@ -191,7 +206,8 @@ def _budget_row(
         found = text.measure(f"budget {limit:.4g}, {size} bytes", schemes)
         return Measured(choice_F, found.windows)
 
-    tried = prove(solve_frontier(problem), limit, measure_at=measure_at)
+    model = error_of(problem)
+    tried = prove(solve_frontier(problem), limit, measure_at=measure_at, model=model)
     keeping = [one for one in tried if measured_upper(one) <= limit]
     shown = ["none", ""]
     if keeping:

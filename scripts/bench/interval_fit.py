@@ -2,21 +2,21 @@
 
     python scripts/bench/interval_fit.py WORK [WORK ...] [--write]
 
-From folders of ``interval.py``. Of each model, prints how its recipes are predicted with the error
-model of the *other* models, and how with that of all. ``--write`` writes the latter to
-``mofq/decision/model_error.json``.
+From folders of ``interval.py``. Dense models and mixtures have an error model each. Of each model
+(of an only one each pair of texts) prints how its recipes are predicted with the error model of
+the *others* of its kind, and how with that of all; of mixtures also with that of dense models.
+``--write`` writes those of all to ``mofq/decision/model_error.json``.
 
 Measured KL over the expansion is ``1 + curvature x expansion``, up to noise that is normal in the
 logarithm: of the sampled sequences, of the windows that were measured on, of each recipe (growing
-with its KL), and of each pair of texts, which all recipes of a run share.
+with its KL), and of each run, whose texts and whose draws of calibration all its recipes share.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -25,8 +25,8 @@ import numpy as np
 from scipy.optimize import minimize
 
 from mofq.decision import model_error as shipped
-from mofq.decision import prediction
 from mofq.decision.model_error import ModelError
+from scripts.bench import interval
 from scripts.bench.interval import Compared, print_scores
 from scripts.shared.command import print_markdown, script_parser
 
@@ -52,6 +52,11 @@ class Run:
         """The model and its texts."""
         return f"{self.model}, {Path(self.calibration).name} to {Path(self.text).name}"
 
+    @property
+    def has_flips(self) -> bool:
+        """Whether it is of a mixture whose changes of experts are predicted."""
+        return self.recipes[0].has_flips
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, compare with what was left out, print and perhaps write."""
@@ -60,23 +65,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write what mofq ships")
     options = parser.parse_args(arguments)
     runs = [_read(work / "interval.json") for work in options.works]
-    by_model: dict[str, list[Run]] = {}
-    for run in runs:
-        by_model.setdefault(run.model, []).append(run)
-    fits = {"all": fitted(runs)}
-    for model in by_model if len(by_model) > 1 else ():
-        others = [run for run in runs if run.model != model]
-        fits[f"all but {model}"] = fitted(others)
-        with _with(fits[f"all but {model}"]):
-            print(f"{model}, with the error model of the others:\n")
-            print_scores([(run.title, run.recipes) for run in by_model[model]])
-    with _with(fits["all"]):
-        print("With the error model of all:\n")
-        print_scores([(run.title, run.recipes) for run in runs])
+    fits: dict[str, ModelError] = {}
+    for kind in ("dense", "mixture"):
+        own = [run for run in runs if run.has_flips == (kind == "mixture")]
+        if own:
+            fits |= _compare(kind, own, fits.get("dense"))
     _print_fits(fits)
     if options.write:
-        content = json.dumps(asdict(fits["all"]), indent=1)
+        content = json.dumps({kind: asdict(fits[kind]) for kind in ("dense", "mixture")}, indent=1)
         _FILE.write_text(content + "\n", encoding="utf-8")
+
+
+def _compare(kind: str, runs: Sequence[Run], dense: ModelError | None) -> dict[str, ModelError]:
+    """Print how runs of one kind are predicted; the error models that were fitted."""
+    by_part: dict[str, list[Run]] = {}
+    is_one_model = len({run.model for run in runs}) == 1
+    for run in runs:
+        texts = sorted({Path(run.calibration).name, Path(run.text).name})
+        part = f"{run.model}, {', '.join(texts)}" if is_one_model else run.model
+        by_part.setdefault(part, []).append(run)
+    fits = {kind: fitted(runs)}
+    if kind == "mixture" and dense is not None:
+        _print_with(f"{kind}, with the error model of dense models", dense, runs)
+    for part, own in by_part.items() if len(by_part) > 1 else ():
+        fits[f"{kind}, all but {part}"] = fitted([run for run in runs if run not in own])
+        title = f"{part}, with the error model of the others"
+        _print_with(title, fits[f"{kind}, all but {part}"], own)
+    _print_with(f"{kind}, with the error model of all", fits[kind], runs)
+    return fits
+
+
+def _print_with(title: str, model: ModelError, runs: Sequence[Run]) -> None:
+    """Scores of runs, predicted as this error model has them."""
+    print(f"{title}:\n")
+    with patch.object(interval, "model_error", lambda **_: model):
+        print_scores([(run.title, run.recipes) for run in runs])
 
 
 def _read(path: Path) -> Run:
@@ -122,13 +145,6 @@ def _surprise(run: Run, parameters: Sequence[float]) -> float:
     residual = np.log(measured / value)
     _, logarithm = np.linalg.slogdet(covariance)
     return 0.5 * float(logarithm + residual @ np.linalg.solve(covariance, residual))
-
-
-@contextmanager
-def _with(model: ModelError) -> Iterator[None]:
-    """Predictions as this error model has them."""
-    with patch.object(prediction, "model_error", lambda: model):
-        yield
 
 
 def _print_fits(fits: Mapping[str, ModelError]) -> None:

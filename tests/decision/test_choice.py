@@ -184,7 +184,7 @@ def test_too_few_samples_cannot_be_cross_fitted() -> None:
     assert crossfit(problem, best_of) is None
     found = choose(problem, Budgets())
     in_sample = replace(predict(problem, found.choice_F), is_in_sample=True)
-    assert found.reported == stated(in_sample)
+    assert found.reported == stated(problem, in_sample)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_accuracy_budget_beside_one_of_size_is_checked() -> None:
 
 def test_an_accuracy_budget_that_no_recipe_meets_names_the_least() -> None:
     problem = problem_of([[sampled("int8.channel", 100, [0.01, 0.02, 0.01, 0.02])]])
-    upper = stated(predict(problem, np.array([0]))).upper
+    upper = stated(problem, predict(problem, np.array([0]))).upper
     words = rf"max_kl: asked for 0\.01 nats.*smallest possible is {upper:.4g}, the upper end"
     with pytest.raises(BudgetError, match=words):
         choose(problem, Budgets(max_kl=0.01))

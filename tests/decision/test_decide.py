@@ -24,7 +24,7 @@ from mofq.decision import (
 )
 from mofq.decision.measured.measurement import decide_again
 from mofq.decision.model_error import model_error
-from mofq.decision.prediction import Estimate, stated
+from mofq.decision.prediction import Estimate, with_model_error
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
@@ -168,7 +168,7 @@ def test_a_decision_is_written_and_read_back_as_it_is(tmp_path: Path) -> None:
 
 def test_in_nats_the_recipe_predicts_with_an_error_bar() -> None:
     recipe = decide(table_of(scale=NATS, samples=8), Request(Budgets(max_bits=6.5))).recipe
-    predicted = stated(Estimate((1 + 3) * NATS, stderr=0.0))
+    predicted = with_model_error(Estimate((1 + 3) * NATS, stderr=0.0), model_error())
     assert recipe.kl_nats_per_token == pytest.approx(predicted.value)
     assert predicted.stderr is not None
     assert recipe.result.kl_stderr > predicted.stderr  # type: ignore[operator]
@@ -389,7 +389,7 @@ def test_every_scheme_that_all_groups_have_makes_a_uniform_recipe() -> None:
     errors["a"]["int6.channel"] = (2.0, 800)
     recipes = uniform_recipes(table_of(errors, scale=NATS, samples=4), Request(Budgets()))
     assert set(recipes) == {"int4.g32", "int8.channel", "bf16"}
-    predicted = stated(Estimate(3 * NATS, None)).value
+    predicted = with_model_error(Estimate(3 * NATS, None), model_error()).value
     assert recipes["int8.channel"].kl_nats_per_token == pytest.approx(predicted)
     assert recipes["int8.channel"].bits_per_weight == 8.25
     served = uniform_recipes(table_of(scale=NATS, samples=4), Request(Budgets(), engine="vllm-cpu"))

@@ -11,6 +11,7 @@ import pytest
 from mofq.decision import Frontier
 from mofq.decision.measured.measurement import Measured
 from mofq.decision.measured.prove import MOST_MEASURED, measured_upper, prove, secant
+from mofq.decision.model_error import model_error
 
 #: Sizes in steps of half a percent, and errors that fall by 1.5 % a step.
 SIZES = np.round(10_000 * 1.005 ** np.arange(400)).astype(np.int64)
@@ -44,7 +45,7 @@ TRUTHS: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("name", TRUTHS)
 def test_a_budget_is_kept_and_nearly_used_whatever_the_truth_is(name: str, limit: float) -> None:
     measure_at = measuring(TRUTHS[name])
-    tried = prove(FRONTIER, limit, measure_at=measure_at)
+    tried = prove(FRONTIER, limit, measure_at=measure_at, model=model_error())
     kept = [one for one in tried if measured_upper(one) <= limit]
     within = [s for s in SIZES.tolist() if measured_upper(measure_at(s)) <= limit]
     found = min(int(SIZES[one.choice_F[0]]) for one in kept)
@@ -54,18 +55,18 @@ def test_a_budget_is_kept_and_nearly_used_whatever_the_truth_is(name: str, limit
 
 def test_no_recipe_is_measured_twice() -> None:
     for limit in np.geomspace(1e-3, 0.6, 20).tolist():
-        tried = prove(FRONTIER, limit, measure_at=measuring(TRUTHS["curved"]))
+        tried = prove(FRONTIER, limit, measure_at=measuring(TRUTHS["curved"]), model=model_error())
         chosen = [int(one.choice_F[0]) for one in tried]
         assert len(set(chosen)) == len(chosen)
 
 
 def test_a_budget_that_nothing_keeps_is_tried_at_the_finest_recipe() -> None:
-    tried = prove(FRONTIER, 1e-6, measure_at=measuring(TRUTHS["as predicted"]))
+    tried = prove(FRONTIER, 1e-6, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
     assert [int(one.choice_F[0]) for one in tried] == [399]
 
 
 def test_a_budget_that_everything_keeps_takes_the_smallest_recipe() -> None:
-    tried = prove(FRONTIER, 10.0, measure_at=measuring(TRUTHS["as predicted"]))
+    tried = prove(FRONTIER, 10.0, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
     assert min(int(one.choice_F[0]) for one in tried) == 0
     assert len(tried) == 1
 

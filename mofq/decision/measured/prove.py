@@ -24,7 +24,8 @@ from mofq.decision.measured.measurement import (
     shown,
     with_measured,
 )
-from mofq.decision.prediction import INTERVAL_STDERRS, Estimate, stated
+from mofq.decision.model_error import ModelError
+from mofq.decision.prediction import INTERVAL_STDERRS, error_of
 from mofq.decision.request import Request
 from mofq.decision.result import budget_figures
 from mofq.decision.timing import request_budgets, time_budget_figures
@@ -99,7 +100,7 @@ def decide_proved(
 
     if request.budgets.minimises_bytes:
         frontier = solve_frontier(problem, request_budgets(table, problem, free))
-        measured = prove(frontier, limit, measure_at=measure_at)
+        measured = prove(frontier, limit, measure_at=measure_at, model=error_of(problem))
     else:
         measured = [measure(free, 1)]
     pairs = list(zip(measured, decisions, strict=True))
@@ -135,6 +136,7 @@ def prove(
     limit: float,
     *,
     measure_at: Callable[[int], Measured],
+    model: ModelError,
     most: int = MOST_MEASURED,
 ) -> list[Measured]:
     """Measure recipes along a frontier until one just keeps a budget.
@@ -143,13 +145,14 @@ def prove(
         frontier: In nats, under the other budgets.
         limit: What measured KL plus two standard errors must not exceed [nats per token].
         measure_at: From a size on the frontier's axis to the recipe of that size, measured.
+        model: What predictions are off by.
         most: Recipes at most.
 
     Returns:
         All that were measured, in their order.
     """
     error_K = np.maximum(frontier.error_K, np.finfo(np.float64).tiny)
-    predicted_K = np.array([stated(Estimate(e, 0.0)).value for e in error_K.tolist()])
+    predicted_K = np.array([model.corrected(e) for e in error_K.tolist()])
     fails, keeps = -1, len(error_K)  # the largest that is over, the smallest that is within
     aim = limit * _FIRST_AIM
     trials: dict[int, Measured] = {}
