@@ -22,7 +22,7 @@ from mofq.delivery.validation.streamed_kl import StreamedKl
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import find_layers
+from mofq.model.layers import find_layers, split_experts
 from mofq.model.streaming.streamed import StreamedModel
 
 SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
@@ -120,6 +120,26 @@ def test_a_head_with_a_scheme_and_rounded_caches_are_the_same_streamed(tiny_llam
     assert streamed == resident
     assert all(one.enforced for one in streamed)
     assert len({one.kl_nats_per_token for one in streamed}) == 3
+
+
+def test_experts_with_schemes_of_their_own_are_the_same_streamed(tiny: TinyCheckpoint) -> None:
+    checkpoint = open_checkpoint(str(tiny("qwen3_moe")))
+    layers = find_layers(checkpoint)
+    mixed: list[Recipe] = []
+    for by, others in (("expert", "int4.g32+int8.token"), ("projection", "bf16"), ("layer", "")):
+        entries = [
+            RecipeGroup(
+                group.name,
+                others if number % 2 and "moe.experts." in group.name else "int8.channel",
+                tuple(layer.name for layer in group.layers),
+            )
+            for number, group in enumerate(split_experts(layers, by).groups)  # type: ignore[arg-type]
+        ]
+        mixed.append(replace(recipe_of(checkpoint, "int8.channel"), groups=tuple(entries)))
+    resident, streamed = both(checkpoint.folder, [*mixed, mixed[0]])
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert len({one.kl_nats_per_token for one in streamed}) == len(mixed)
 
 
 def test_a_layer_is_read_once_for_all_recipes(tiny_llama: Path) -> None:

@@ -19,6 +19,8 @@ from mofq.model.layers.within import layers_within
 #: A fusion group, its scheme, its static scales and the statistics that the scheme is fitted to:
 #: what makes the same of the same weights.
 Choice = tuple[str, str, tuple[tuple[str, float], ...], str]
+#: Of all fusion groups that have their weights in the same modules: experts may have several.
+Choices = tuple[Choice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,18 @@ class Applied:
         """The quantized fusion groups inside a unit."""
         inside = {group.name for group in layers_within(self.prepared.layers, unit).groups}
         return tuple(group for group in self.prepared.quantized if group.name in inside)
+
+    def together_within(self, unit: str) -> tuple[tuple[FusionGroup, ...], ...]:
+        """The same, those together that have their weights in the same modules."""
+        found: dict[frozenset[str], list[FusionGroup]] = {}
+        for group in self.groups_within(unit):
+            paths = frozenset(module_path(layer) for layer in group.layers)
+            found.setdefault(paths, []).append(group)
+        return tuple(tuple(groups) for groups in found.values())
+
+    def choices(self, groups: Sequence[FusionGroup]) -> Choices:
+        """What groups get that are together."""
+        return tuple(map(self.choice, groups))
 
     def choice(self, group: FusionGroup) -> Choice:
         """What a group gets."""
@@ -48,8 +62,8 @@ class UnitModules:
 
     model: nn.Module
     unit: str
-    _left: Counter[Choice]  #: how often each will be asked for yet
-    _made: dict[Choice, dict[str, nn.Module]] = field(default_factory=dict)
+    _left: Counter[Choices]  #: how often each will be asked for yet
+    _made: dict[Choices, dict[str, nn.Module]] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, one: Applied) -> Iterator[None]:
@@ -63,8 +77,8 @@ class UnitModules:
             rounded = _copy_parameters(self.model.get_submodule(self.unit))
             round_kept(self.model, inside, checkpoint=prepared.checkpoint, on_disk=prepared.on_disk)
         try:
-            for group in groups:
-                self._put(one, group)
+            for together in one.together_within(self.unit):
+                self._put(one, together)
             handles = apply_caches(self.model, prepared.recipe, inside)
             try:
                 yield
@@ -77,25 +91,28 @@ class UnitModules:
             for module, parameters in rounded.items():
                 module._parameters.update(parameters)
 
-    def _put(self, one: Applied, group: FusionGroup) -> None:
-        choice = one.choice(group)
-        self._left[choice] -= 1
-        paths = list(dict.fromkeys(module_path(layer) for layer in group.layers))
-        if choice in self._made:
-            for path, module in self._made[choice].items():
+    def _put(self, one: Applied, groups: Sequence[FusionGroup]) -> None:
+        choices, layers = one.choices(groups), tuple(layers_of(groups))
+        self._left[choices] -= 1
+        paths = list(dict.fromkeys(module_path(layer) for layer in layers))
+        if choices in self._made:
+            for path, module in self._made[choices].items():
                 replace_module(self.model, path, module)
         else:
-            check_modules(self.model, group, one.prepared.schemes[group.name], one.prepared.recipe)
+            for group in groups:
+                scheme = one.prepared.schemes[group.name]
+                check_modules(self.model, group, scheme, one.prepared.recipe)
             originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
-            if any(layer.expert is not None for layer in group.layers):
+            if any(layer.expert is not None for layer in layers):
                 for path in paths:  # experts are rounded in place
                     originals |= _copy_parameters(self.model.get_submodule(path))
-            apply_prepared(self.model, one.prepared, group, one.apply_one)
+            for group in groups:
+                apply_prepared(self.model, one.prepared, group, one.apply_one)
             for module, parameters in originals.items():
                 module._parameters.update(parameters)
-            self._made[choice] = {path: self.model.get_submodule(path) for path in paths}
-        if self._left[choice] <= 0:
-            del self._made[choice]
+            self._made[choices] = {path: self.model.get_submodule(path) for path in paths}
+        if self._left[choices] <= 0:
+            del self._made[choices]
 
 
 def unit_modules(
@@ -109,7 +126,7 @@ def unit_modules(
         recipes: Each is applied so many times.
         times: How often; what was made is kept until the last.
     """
-    asked = Counter(one.choice(group) for one in recipes for group in one.groups_within(unit))
+    asked = Counter(one.choices(of) for one in recipes for of in one.together_within(unit))
     return UnitModules(model, unit, Counter({key: times * n for key, n in asked.items()}))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mofq import __version__
 from mofq.delivery.apply.emulate import apply_group, prepare
-from mofq.delivery.apply.unit import Applied, Choice, UnitModules, unit_modules
+from mofq.delivery.apply.unit import Applied, Choices, UnitModules, unit_modules
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.export.compressed_tensors.model_from_folder import (
     quantize_inputs,
@@ -270,7 +270,7 @@ def _open_original(
                 folder / f"candidate-{number}",
                 candidate,
                 applied,
-                layers=checked_layers(checkpoint, recipe),
+                layers=checked_layers(checkpoint, recipe, experts_apart=True),
                 fits=fits,
             )
         )
@@ -309,7 +309,9 @@ def _open_folder(
         folder,
         candidate,
         applied,
-        layers=checked_layers(checkpoint, recipe) if is_enforced and recipe else None,
+        layers=checked_layers(checkpoint, recipe, experts_apart=True)
+        if is_enforced and recipe
+        else None,
         fits=fits,
     )
     run = Run(streamed, [subject])
@@ -367,7 +369,7 @@ def _run_unit(
     """Apply every recipe to a unit whose weights are there, prove it, and run the windows."""
     recipes = [one.applied for one in subjects if one.applied is not None]
     modules = unit_modules(run.streamed.model, unit, recipes)
-    known: dict[Choice, list[Deviation]] = {}
+    known: dict[tuple[str, Choices], list[Deviation]] = {}
     for subject in subjects:
         with subject.timed(), _applied(modules, subject):
             if not subject.findings(unit).exists():
@@ -390,7 +392,7 @@ def _enforce(
     subject: Subject,
     unit: str,
     checkpoint: Checkpoint,
-    known: dict[Choice, list[Deviation]],
+    known: dict[tuple[str, Choices], list[Deviation]],
 ) -> _Found:
     """What differs from the recipe in a unit, to which it is applied.
 
@@ -414,14 +416,11 @@ def _enforce(
     )
     inside = layers_within(layers, unit)
     schemes = group_schemes(inside, recipe)
-    applied = (
-        {}
-        if subject.applied is None
-        else {
-            group.name: subject.applied.choice(group)
-            for group in subject.applied.groups_within(unit)
-        }
-    )
+    applied: dict[str, tuple[str, Choices]] = {}
+    if subject.applied is not None:
+        for together in subject.applied.together_within(unit):
+            choices = subject.applied.choices(together)
+            applied |= {group.name: (group.name, choices) for group in together}
     for group in inside.groups:
         choice = None if decoded else applied.get(group.name)
         deviations = known.get(choice) if choice is not None else None
@@ -491,7 +490,7 @@ def _compare(
                 modules = unit_modules(
                     run.streamed.model, unit, run.recipes, times=count_of_windows + 1
                 )
-                known: dict[Choice, list[Deviation]] = {}
+                known: dict[tuple[str, Choices], list[Deviation]] = {}
                 for subject in run.subjects:
                     with subject.timed(), _applied(modules, subject):
                         found = _enforce(run, subject, unit, original.checkpoint, known)
