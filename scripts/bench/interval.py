@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from mofq.decision.choice import expand_chosen
 from mofq.decision.measured.measurement import Measured
 from mofq.decision.measured.prove import measured_upper, prove
 from mofq.decision.model_error import model_error
-from mofq.decision.prediction import Estimate, error_of, with_model_error
+from mofq.decision.prediction import INTERVAL_STDERRS, Estimate, error_of, with_model_error
 from mofq.demo import demo_mixture_folder, demo_model_folder
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError
@@ -77,6 +78,12 @@ class Compared:
     def is_inside(self) -> bool:
         """Whether what was measured is inside of the interval, without any allowance."""
         return self.predicted.lower <= self.measured <= self.predicted.upper
+
+    @property
+    def is_inside_of_noise(self) -> bool:
+        """Whether it is with two standard errors of both, its own in quadrature."""
+        both = math.hypot(self.predicted.stderr or 0.0, self.measured_stderr)
+        return abs(self.predicted.value - self.measured) <= INTERVAL_STDERRS * both
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,13 +165,14 @@ def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
                 name,
                 f"{len(in_range)} of {len(compared)}",
                 f"{np.mean([one.is_inside for one in in_range]):.0%}",
+                f"{np.mean([one.is_inside_of_noise for one in in_range]):.0%}",
                 f"{np.median(raw):.3f}",
                 f"{np.median(ratio):.3f}",
                 f"{np.abs(raw[small] - 1).max():.0%}",
                 f"{np.abs(ratio[small] - 1).max():.0%}",
             ]
         )
-    heads = ("", "recipes in range", "inside", "median: expansion", "predicted")
+    heads = ("", "recipes in range", "inside", "with its noise", "median: expansion", "predicted")
     print_markdown((*heads, "worst below 0.1: expansion", "predicted"), rows)
 
 

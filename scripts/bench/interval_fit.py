@@ -96,10 +96,13 @@ def _compare(kind: str, runs: Sequence[Run], dense: ModelError | None) -> dict[s
 
 
 def _print_with(title: str, model: ModelError, runs: Sequence[Run]) -> None:
-    """Scores of runs, predicted as this error model has them."""
+    """Scores of runs, predicted as this error model has them; draws of one calibration together."""
+    by_title: dict[str, list[Compared]] = {}
+    for run in runs:
+        by_title.setdefault(run.title, []).extend(run.recipes)
     print(f"{title}:\n")
     with patch.object(interval, "model_error", lambda **_: model):
-        print_scores([(run.title, run.recipes) for run in runs])
+        print_scores(list(by_title.items()))
 
 
 def _read(path: Path) -> Run:
@@ -119,8 +122,8 @@ def fitted(runs: Sequence[Run]) -> ModelError:
     curvature, text, recipe, growth = found.x
     return ModelError(
         source=_COMMAND,
-        models=tuple(run.title for run in runs),
-        recipes=sum(len(run.recipes) for run in runs),
+        models=tuple(dict.fromkeys(run.title for run in runs)),
+        recipes=len({(run.title, one.label) for run in runs for one in run.recipes}),
         curvature=float(f"{max(curvature, 0.0):.3g}"),
         spread=float(f"{math.hypot(math.exp(text), math.exp(recipe)):.3g}"),
         growth=float(f"{math.exp(growth):.3g}"),
