@@ -209,7 +209,7 @@ def test_a_changed_static_scale_is_caught(tiny: TinyCheckpoint, family: str) -> 
         model.get_submodule(UP).static_amax = 3.0
         named = UP
     else:
-        model.get_submodule("model.layers.1.mlp.experts").static_amax["down_proj"][3] = 3.0
+        model.get_submodule("model.layers.1.mlp.experts").static_amax["down_proj", 3] = 3.0
         named = "model.layers.1.block_sparse_moe.experts.3.w2"
     (deviation,) = find_deviations(model, recipe, checkpoint=checkpoint)
     assert deviation.layer == named
