@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, NamedTuple, TypedDict
 
@@ -40,7 +41,7 @@ from mofq.evidence.calibration.stats import Stats, open_sequences
 from mofq.exceptions import StatsError, option
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import Feedback, one_thread
-from mofq.numbers.quantize.gptq import factorise_flipped
+from mofq.numbers.quantize.gptq import RunAll, factorise_flipped, run_in_turn
 from mofq.numbers.schemes import TensorScheme
 
 #: Columns of a Hessian that are summed at once.
@@ -155,7 +156,12 @@ class Fits:
         self._stack.close()
 
     def of(
-        self, layer: LinearLayer, weights: Iterable[TensorScheme | None], *, part: Part = "all"
+        self,
+        layer: LinearLayer,
+        weights: Iterable[TensorScheme | None],
+        *,
+        part: Part = "all",
+        run_all: RunAll = run_in_turn,
     ) -> LayerFit:
         """Fit a layer.
 
@@ -163,6 +169,7 @@ class Fits:
             layer: Any of the model's.
             weights: The schemes that it will be quantized by.
             part: The sequences to fit to.
+            run_all: Runs the work on strips and tiles of a Hessian, on any number of threads.
 
         Returns:
             What those of the schemes need that are fitted at all.
@@ -176,7 +183,7 @@ class Fits:
         with one_thread():
             return LayerFit(
                 self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
-                self._feedback(layer, part) if by_feedback else None,
+                self._feedback(layer, part, run_all) if by_feedback else None,
             )
 
     def importance(self, layer: LinearLayer) -> Tensor:
@@ -208,17 +215,17 @@ class Fits:
         relative_I = torch.clamp(total_I / total_I.max(), min=2.0**-40)
         return relative_I.bfloat16().float()
 
-    def _feedback(self, layer: LinearLayer, part: Part) -> Feedback:
+    def _feedback(self, layer: LinearLayer, part: Part, run_all: RunAll) -> Feedback:
         columns = layer.in_features
         # From the last column to the first, as it is factorised, and its lower triangle alone.
         total_II = torch.zeros(columns, columns, dtype=torch.float64)
         for x_TI, norm_T, share in self._weighted(layer, part):
             weighted_TI = (x_TI.double() * norm_T[:, None]).flip(1)
-            for start in range(0, columns, _STRIP):
-                stop = min(start + _STRIP, columns)
-                strip_SI = weighted_TI[:, start:stop].T @ weighted_TI[:, :stop]
-                total_II[start:stop, :stop] += strip_SI.mul_(share)
-        return factorise_flipped(total_II, name=layer.name)
+            run_all(
+                partial(_add_strip, total_II, weighted_TI, start, share=share)
+                for start in range(0, columns, _STRIP)
+            )
+        return factorise_flipped(total_II, name=layer.name, run_all=run_all)
 
     def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs, norm of each token's gradient (float64), and what the sequence counts."""
@@ -238,6 +245,13 @@ class Fits:
 def _gradient_norms(samples: LayerSamples) -> Tensor:
     """Of each token, over all draws, float64."""
     return samples.grad_DTO.double().square().sum((0, 2)).sqrt()
+
+
+def _add_strip(total_II: Tensor, weighted_TI: Tensor, start: int, *, share: float) -> None:
+    """Add a sequence to some rows of a Hessian, up to its diagonal."""
+    stop = min(start + _STRIP, len(total_II))
+    strip_SI = weighted_TI[:, start:stop].T @ weighted_TI[:, :stop]
+    total_II[start:stop, :stop] += strip_SI.mul_(share)
 
 
 def part_of(sequences: int, part: Part) -> slice:

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
@@ -225,7 +226,8 @@ def _read(store: Path, key: str) -> QuantizedWeight | None:
         _log.warning(
             f"{path}: changed since it was written; the codes of this layer are fitted again."
         )
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is only read
+            path.unlink()
     return None
 
 
@@ -250,5 +252,6 @@ def _write(store: Path, key: str, found: QuantizedWeight) -> None:
         for old in used[:-_SETS]:
             old.unlink(missing_ok=True)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         _log.warning(f"{store}: fitted codes are not kept: {problem.strerror}.")

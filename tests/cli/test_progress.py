@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
+from time import sleep
 
 import pytest
 from command_line import DEMO, ok
@@ -40,6 +41,7 @@ def test_without_a_terminal_a_long_stage_prints_a_line_every_30_seconds(
 ) -> None:
     stream, clock = shown_on(monkeypatch, is_terminal=False), Clock()
     monkeypatch.setattr(terminal, "monotonic", clock)
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LOOKS", 1000.0)
     with Bars() as bars:
         for step in range(1, 101):
             clock.now += 1
@@ -48,6 +50,28 @@ def test_without_a_terminal_a_long_stage_prints_a_line_every_30_seconds(
         "measure: 30 of 100, 30 s since the start",
         "measure: 60 of 100, 60 s since the start",
         "measure: 90 of 100, 90 s since the start",
+    ]
+
+
+def test_without_a_terminal_one_step_that_takes_long_prints_lines_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream, clock = shown_on(monkeypatch, is_terminal=False), Clock()
+    monkeypatch.setattr(terminal, "monotonic", clock)
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LOOKS", 0.001)
+    with Bars() as bars:
+        bars.stage("measure", 0, 1)
+        for seconds in (45, 90):
+            clock.now = 100.0 + seconds
+            while f"{seconds} s" not in stream.getvalue():
+                sleep(0.001)
+        clock.now += 10
+        bars.stage("measure", 1, 1)
+        clock.now += 100  # what comes after the last step is no step
+        sleep(0.05)
+    assert stream.getvalue().splitlines() == [
+        "measure: 0 of 1, 45 s since the start",
+        "measure: 0 of 1, 90 s since the start",
     ]
 
 

@@ -290,5 +290,7 @@ def test_the_command_line_measures_on_a_cluster_of_its_own_without_noise(tmp_pat
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        assert (ran.returncode, ran.stderr) == (0, "")
+        # Where half a minute is not enough, how far it is is no noise.
+        noise = [line for line in ran.stderr.splitlines() if " s since the start" not in line]
+        assert (ran.returncode, noise) == (0, [])
     assert tables[0].read_bytes() == tables[1].read_bytes()

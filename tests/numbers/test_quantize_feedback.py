@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ from mofq.numbers.quantize import (
     Feedback,
     dequantize_weight,
     factorise_hessian,
+    gptq,
     quantize_weight,
     quantize_with_scales,
 )
-from mofq.numbers.quantize.gptq import DAMPING
+from mofq.numbers.quantize.gptq import DAMPING, factorise_flipped
 
 #: The schemes with room for a rounding; microexponents and four over six refuse one.
 SCHEMES = [f"{name}~gptq" for name in WEIGHT_SCHEMES if not name.startswith("mx") or "fp" in name]
@@ -183,6 +187,32 @@ def test_the_scale_of_the_hessian_and_the_number_of_threads_do_not_matter() -> N
         assert torch.equal(rounded("int4.g32@nats~gptq", weight_OI, other), expected_OI)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_wide_hessian_is_factorised_in_tiles_to_the_same_bits_on_any_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hessian_II = hessian(columns=320)
+    whole = factorise_hessian(hessian_II)
+    monkeypatch.setattr(gptq, "_WIDE", 1)
+    monkeypatch.setattr(gptq, "_TILE", 96)  # the last tile is smaller
+    flipped_II = hessian_II.flip(0, 1)
+    # What lies above the diagonal is not read.
+    upper_II = torch.full_like(flipped_II, float("nan")).triu(1)
+    in_turn = factorise_flipped(flipped_II.tril() + upper_II)
+    assert torch.allclose(in_turn.passed_II, whole.passed_II, rtol=0, atol=2**-20)
+    assert torch.allclose(in_turn.cost_I, whole.cost_I, rtol=1e-6)
+    with ThreadPoolExecutor(4) as threads:
+
+        def side_by_side(work: Iterable[Callable[[], None]]) -> None:
+            list(threads.map(lambda one: one(), work))
+
+        at_once = factorise_flipped(flipped_II.clone(), run_all=side_by_side)
+    assert torch.equal(at_once.passed_II, in_turn.passed_II)
+    assert torch.equal(at_once.cost_I, in_turn.cost_I)
+    indefinite_II = hessian_II - 50 * hessian_II.diagonal().mean() * torch.eye(320)
+    with pytest.raises(SchemeError, match="not positive definite"):
+        factorise_hessian(indefinite_II)
 
 
 def test_the_rule_nats_weighs_columns_by_what_they_cost_after_feedback() -> None:

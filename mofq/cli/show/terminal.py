@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
 
 #: Of a long stage, where there is no terminal.
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 #: Logger -> beginning of a message that says nothing to a user of mofq: transformers imports
 #: torchao where it is installed, whatever the model.
@@ -112,18 +114,27 @@ def say(message: str) -> None:
 
 
 class Bars:
-    """How far a stage is: one bar on a terminal; elsewhere a line every 30 seconds."""
+    """How far a stage is: one bar on a terminal; elsewhere a line every 30 seconds.
+
+    The line is printed by a thread: one step of a stage may take an hour.
+    """
 
     def __init__(self) -> None:
         self._progress: Any = None
         self._task: Any = None
         self._name = ""  #: of the stage that is drawn
         self._began = self._told = monotonic()
+        self._step = ("", 0, 0)  #: the last
+        self._lock, self._ended = Lock(), Event()
+        self._thread: Thread | None = None
 
     def __enter__(self) -> Bars:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
         if self._progress is not None:
             self._progress.stop()
 
@@ -131,9 +142,26 @@ class Bars:
         """Show that ``done`` of ``total`` are finished."""
         if console().is_terminal:
             self._draw(name, done, total)
-        elif (now := monotonic()) - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = now
-            note(f"{name}: {done} of {total}, {now - self._began:.0f} s since the start")
+            return
+        self._step = (name, done, total)
+        self._tell()
+        if self._thread is None:
+            self._thread = Thread(target=self._watch, name="mofq-progress", daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
+            _, done, total = self._step
+            if done < total:
+                self._tell()
+
+    def _tell(self) -> None:
+        """Print how far it is, unless it was printed a moment ago."""
+        with self._lock:
+            now, (name, done, total) = monotonic(), self._step
+            if now - self._told >= _SECONDS_BETWEEN_LINES:
+                self._told = now
+                note(f"{name}: {done} of {total}, {now - self._began:.0f} s since the start")
 
     def _draw(self, name: str, done: int, total: int) -> None:
         if self._progress is None:

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
-from mofq.evidence.fits import Fits, Part, part_of
+from mofq.evidence.fits import Part, part_of
+from mofq.evidence.measure.fit_ahead import Asked, FitsAhead
 from mofq.evidence.measure.gain_correction import cluster_shares, corrected
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.samples import ChunkedSamples
 from mofq.evidence.measure.score import CorpusScore, LayerScore
 from mofq.exceptions import StatsError
 from mofq.model.layers import LinearLayer
-from mofq.numbers.schemes import Scheme
+from mofq.numbers.schemes import Scheme, TensorScheme
 
 #: The parts of a layer: schemes that are not fitted; those that are, as they are shipped; and
 #: as each half judges them, fitted to the other half.
@@ -63,7 +64,7 @@ def prepare_parts(
     schemes: Sequence[Scheme],
     *,
     samples: Mapping[str, ChunkedSamples],
-    fits: Fits | None,
+    fits: FitsAhead | None,
 ) -> Iterator[PreparedLayer]:
     """A layer as the parts that it is measured in.
 
@@ -72,7 +73,7 @@ def prepare_parts(
         layer: The layer.
         schemes: All of its candidates.
         samples: Corpus name -> samples of this layer.
-        fits: Of the same stats; needed if a scheme is fitted.
+        fits: Gives those of `fits_of`, of all layers in their order; needed if a scheme is fitted.
 
     Yields:
         A layer for each of ``parts_of(schemes)``, for ``join_parts``.
@@ -83,12 +84,24 @@ def prepare_parts(
     if not fitted:
         return
     assert fits is not None
-    weights = [scheme.weight for scheme in fitted]
+    weights = _weights(fitted)
     of_fitted = partial(prepare, schemes=fitted, static_amax=first.static_amax)
-    yield of_fitted(part=SHIPPED, samples={}, fit=fits.of(layer, weights))
+    yield of_fitted(part=SHIPPED, samples={}, fit=fits.of(layer, weights, part="all"))
     for judge, fitting in _HALVES.items():
         fit = fits.of(layer, weights, part=fitting)
         yield of_fitted(part=judge, samples=_half(samples, judge), fit=fit)
+
+
+def fits_of(layer: LinearLayer, schemes: Sequence[Scheme]) -> Iterator[Asked]:
+    """The fits that the parts of a layer need, in their order."""
+    _, fitted = _divide(schemes)
+    if fitted:
+        for part in ("all", *_HALVES.values()):
+            yield Asked(layer, _weights(fitted), part)
+
+
+def _weights(schemes: Sequence[Scheme]) -> tuple[TensorScheme, ...]:
+    return tuple(scheme.quantized_weight for scheme in schemes)
 
 
 def parts_of(schemes: Sequence[Scheme]) -> tuple[str, ...]:

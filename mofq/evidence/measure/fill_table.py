@@ -21,7 +21,14 @@ from mofq.evidence.calibration.stats import (
 )
 from mofq.evidence.calibration.visits import expert_visits
 from mofq.evidence.fits import Fits
-from mofq.evidence.measure.crossfit import check_sequences, join_parts, parts_of, prepare_parts
+from mofq.evidence.measure.crossfit import (
+    check_sequences,
+    fits_of,
+    join_parts,
+    parts_of,
+    prepare_parts,
+)
+from mofq.evidence.measure.fit_ahead import FitsAhead
 from mofq.evidence.measure.flips import corpus_flips
 from mofq.evidence.measure.kv_cache import (
     CacheWork,
@@ -288,6 +295,8 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     work = [one for of_group in missing for one in of_group]
+    if progress is not None and work:
+        progress("measure", 0, len(offers))
     with closing(measure_all(work)) as measured:
         for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
@@ -345,10 +354,17 @@ def measure_groups(
     with ExitStack() as stack:
         if reader is None and stats is not None:
             reader = stack.enter_context(SampleReader(stats))
+        workers = stack.enter_context(worker_threads(device))
         fits = None
         if reader is not None and stats is not None:
-            fits = stack.enter_context(Fits(stats, files=reader.files))
-        workers = stack.enter_context(worker_threads(device))
+            asked = (
+                one
+                for group, schemes, _ in written
+                for layer in group.layers
+                for one in fits_of(layer, schemes)
+            )
+            opened = stack.enter_context(Fits(stats, files=reader.files))
+            fits = stack.enter_context(closing(FitsAhead(opened, asked, workers=workers)))
         prepared = _prepare_all(
             checkpoint,
             written,
@@ -435,7 +451,7 @@ def _prepare_all(
     checkpoint: Checkpoint,
     work: Sequence[Work],
     reader: SampleReader | None,
-    fits: Fits | None,
+    fits: FitsAhead | None,
     *,
     device: str,
     pass_of: LayerPasses,

@@ -73,10 +73,12 @@ class PreparedLayer:
 
     @property
     def memory(self) -> dict[int, int]:
-        """Where the inputs are in memory, and how large they are there [bytes]."""
+        """Where inputs and fit are in memory, and how large they are there [bytes]."""
         stored = [one for inputs in self.inputs.values() for one in inputs.x.values()]
         tensors = [tensor for one in stored for tensor in one.tensors]
         tensors += [inputs.grad_MCO for inputs in self.inputs.values()]
+        if self.fit.feedback is not None:
+            tensors.append(self.fit.feedback.passed_II)
         return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 

@@ -20,7 +20,8 @@ grid, granularity and rule can be had. The rule ``nats`` weighs the error of col
 The numbers do not depend on how many rows, threads or devices work on them. Feedback within a
 batch of columns is elementwise; what a batch sends to later columns is a sum of at most 128
 products of integers below 2**22 in float64, which is exact in any order; ``N`` is kept to 22
-bits. Only the factorisation itself is LAPACK's, in float64 on one thread.
+bits. The factorisation is LAPACK's, in float64: of a whole matrix on one thread, or, where it is
+wide, of tiles of a fixed size, each on one thread, in an order that no number of threads changes.
 
 How tokens and damping were chosen is measured in docs/rounding-and-rewrites.md.
 
@@ -30,9 +31,10 @@ form without an inverse is LDLQ of QuIP, arXiv:2307.13304.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,6 +49,10 @@ from mofq.numbers.schemes import TensorScheme
 DAMPING = 0.1
 #: Most columns whose errors are sent on together, and fewest where groups are smaller.
 _BATCH, _SMALL_BATCH = 128, 64
+#: Later columns that errors are sent on to at once: what is sent stays in the cache.
+_SENT_COLUMNS = 512
+#: Inputs from which on a Hessian is factorised in tiles, and rows and columns of a tile.
+_WIDE, _TILE = 4096 + 1, 1024
 _INTEGER_BITS = 22
 _SMALLEST_UNIT = 2.0**-122
 _LARGEST = float(torch.finfo(torch.float32).max)
@@ -83,15 +89,34 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
     return factorise_flipped(whole_II.flip(0, 1), name=name)
 
 
-def factorise_flipped(flipped_II: Tensor, *, name: str = "weight") -> Feedback:
+#: Does all of some work, side by side or not.
+RunAll = Callable[[Iterable[Callable[[], None]]], None]
+
+
+def run_in_turn(work: Iterable[Callable[[], None]]) -> None:
+    """Run all of some work, one after the other."""
+    for one in work:
+        one()
+
+
+def fit_bytes(columns: int) -> int:
+    """Memory that a layer's Hessian takes while it is factorised, the result included."""
+    return columns**2 * (8 + 4 if columns >= _WIDE else 8 + 8 + 4)
+
+
+def factorise_flipped(
+    flipped_II: Tensor, *, name: str = "weight", run_all: RunAll = run_in_turn
+) -> Feedback:
     """As `factorise_hessian`, of a Hessian whose columns and rows come from the last to the first.
 
-    Beside it the lower factor is held, of the same size, and the result, of half of it.
+    Of a wide one the factor takes the place; of another it is held beside it. The result takes
+    half of its memory.
 
     Args:
         flipped_II: [in_features, in_features], float64, on the CPU. Only its lower triangle is
-            read; its diagonal is damped in place.
+            read; it is changed.
         name: Of the layer, for messages.
+        run_all: Runs the work on the tiles of a wide one, on any number of threads.
 
     Raises:
         SchemeError: As `factorise_hessian`.
@@ -99,9 +124,13 @@ def factorise_flipped(flipped_II: Tensor, *, name: str = "weight") -> Feedback:
     damping = DAMPING * float(flipped_II.diagonal().flip(0).mean())
     flipped_II.diagonal().add_(damping if damping > 0 else 1.0)
     with one_thread():
-        lower_II, failed = torch.linalg.cholesky_ex(flipped_II)
+        if len(flipped_II) < _WIDE:
+            lower_II, info = torch.linalg.cholesky_ex(flipped_II)
+            failed = bool(info)
+        else:
+            lower_II, failed = flipped_II, not _factorise_tiles(flipped_II, run_all)
     root_I = lower_II.diagonal().flip(0)
-    if int(failed) or not bool(torch.isfinite(root_I).all()):
+    if failed or not bool(torch.isfinite(root_I).all()):
         raise SchemeError(
             f"{name}: the Hessian of its inputs is not positive definite, so ~gptq cannot round "
             f"by it. Calibrate again, on more text."
@@ -114,6 +143,48 @@ def factorise_flipped(flipped_II: Tensor, *, name: str = "weight") -> Feedback:
         passed_II[:, start:stop] = _to_22_bits(upper_IB / root_I[start:stop], 0)
     cost_I = root_I.square()
     return Feedback(passed_II, (cost_I / cost_I.max()).float())
+
+
+def _factorise_tiles(matrix_II: Tensor, run_all: RunAll) -> bool:
+    """Put the lower factor of a symmetric matrix in its place, tile by tile.
+
+    Each tile takes what the columns of tiles before it say of it, one after the other. An update
+    of one tile depends on no other of the same column, so they may run side by side.
+
+    Args:
+        matrix_II: float64; its lower triangle is read.
+        run_all: Runs work on tiles.
+
+    Returns:
+        Whether it is positive definite.
+
+    Source: the right-looking form of LAPACK's ``dpotrf``.
+    """
+    starts = range(0, len(matrix_II), _TILE)
+    for k in starts:
+        own = slice(k, k + _TILE)
+        pivot_TT, failed = torch.linalg.cholesky_ex(matrix_II[own, own])
+        if int(failed):
+            return False
+        matrix_II[own, own] = pivot_TT
+        below = [slice(i, i + _TILE) for i in starts if i > k]
+        run_all(partial(_solve_tile, matrix_II[rows, own], pivot_TT) for rows in below)
+        run_all(
+            partial(_update_tile, matrix_II[rows, of], matrix_II[rows, own], matrix_II[of, own])
+            for of in below
+            for rows in below
+            if rows.start >= of.start
+        )
+    matrix_II.tril_()
+    return True
+
+
+def _solve_tile(tile_RT: Tensor, pivot_TT: Tensor) -> None:
+    tile_RT.copy_(torch.linalg.solve_triangular(pivot_TT.T, tile_RT, upper=True, left=False))
+
+
+def _update_tile(tile_RS: Tensor, row_RT: Tensor, column_ST: Tensor) -> None:
+    tile_RS.addmm_(row_RT, column_ST.T, alpha=-1)
 
 
 @contextmanager
@@ -174,7 +245,9 @@ def round_with_feedback(
             # Two operations and not a fused one, whose rounding is the machine's own affair.
             adjusted_OI[:, later] += errors[-1] * passed_II[column, later].double()
         sent_OB = _to_22_bits(torch.cat(errors, 1), 1)
-        adjusted_OI[:, stop:] += sent_OB @ passed_II[start:stop, stop:].double()
+        for first in range(stop, weight_OI.shape[1], _SENT_COLUMNS):
+            some = slice(first, first + _SENT_COLUMNS)
+            adjusted_OI[:, some] += sent_OB @ passed_II[start:stop, some].double()
     return torch.cat(codes, 1), join_scales(found, 2) if found else None
 
 
