@@ -284,6 +284,7 @@ def run(
                 sequence_length=windows.sequence_length,
                 bos=windows.bos,
                 device=device,
+                execution=execution,
                 stats=stats,
             )
             found = search(
@@ -312,7 +313,8 @@ def run(
                 progress=progress,
                 tell=tell,
             )
-        name = _preferred(validations, candidates, tell)
+        may_be = _within_budgets(table, request, candidates, validations)
+        name = _preferred(may_be, candidates, tell)
         check_ends_as_before(files, candidates[name])
         exported = None
         if engine is not None:
@@ -515,6 +517,35 @@ def _validate(
             f"This is a fault of mofq; please report it."
         )
     return validations
+
+
+def _within_budgets(
+    table: Table,
+    request: Request,
+    candidates: Mapping[str, Recipe],
+    validations: Mapping[str, Validation],
+) -> dict[str, Validation]:
+    """What may become the recipe: the searched one, and the uniform ones that keep the budgets."""
+    from mofq.decision import request_problem
+    from mofq.decision.budgets import budget_constraints, keeps_all
+    from mofq.decision.prediction import INTERVAL_STDERRS
+    from mofq.decision.timing import request_budgets
+
+    problem = request_problem(table, request)
+    constraints = budget_constraints(problem, request_budgets(table, problem, request))
+    max_kl = request.budgets.max_kl
+    found = {}
+    for name, one in validations.items():
+        recipe = candidates[name]
+        upper = one.kl_nats_per_token + INTERVAL_STDERRS * (one.kl_stderr or 0.0)
+        schemes = {group.name: group.scheme for group in recipe.groups}
+        schemes |= {cache.name: cache.scheme for cache in recipe.kv_cache}
+        if name == SEARCHED or (
+            (max_kl is None or upper <= max_kl)
+            and keeps_all(constraints, problem.choice_of(schemes))
+        ):
+            found[name] = one
+    return found
 
 
 def _preferred(

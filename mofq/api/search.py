@@ -187,11 +187,12 @@ def _measures(method: Method, study: Study, on_model: OnModel, *, max_kl: float 
             f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
         )
     proves = not is_study and not method.refine
-    if proves and (max_kl is None or on_model.text is None):
+    if proves and (max_kl is None or on_model.text is on_model.model is None):
         return False
     asked = option("solver", "optuna") if is_study else option("refine", method.refine)
     if proves:
-        asked = option("max_kl", max_kl) + " with " + option("text")
+        given = "model" if on_model.text is None else "text"
+        asked = option("max_kl", max_kl) + " with " + option(given)
     for name, value in (("model", on_model.model), ("text", on_model.text)):
         if value is None:
             raise MofqError(

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
-from mofq.decision.exact import least_bytes, solve_exact
+from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.decision.together import act_together, solve_together
@@ -41,8 +41,8 @@ class Frontier:
     def gap(self) -> float | None:
         """The largest distance of a point from its bound, as a share of its error.
 
-        Of points whose groups act together (`mofq.decision.size_answers`) the error is no sum, and
-        has no bound; None where that is all of them.
+        Of points whose groups act together (`mofq.decision.together`) the error is no sum, and has
+        no bound; None where that is all of them.
         """
         is_known_K = ~np.isnan(self.bound_K)
         if not is_known_K.any():
@@ -91,7 +91,7 @@ def solve_frontier(
         BudgetError: No recipe keeps the budgets.
     """
     budgets = budgets or Budgets()
-    if problem.answers is not None and budgets.max_kl is not None:
+    if problem.acts_together and budgets.max_kl is not None:
         # A solver would hold the budget against a sum, which what groups do together is not.
         whole = solve_frontier(problem, replace(budgets, max_kl=None), sizes=sizes)
         return _within_kl(problem, whole, budgets.max_kl)
@@ -114,13 +114,16 @@ def solve_frontier(
     if has_hull:
         paths = [_hull(problem, allowed_P) for allowed_P in _hull_sets(problem, cached_F)]
         points = [point for point in _bounded(paths) if point.bytes <= most]
-        if not _in_file(problem, budgets, points):
+        if not points:
             solve_exact(problem, budgets)  # says what the smallest size is
     if sizes is not None or not has_hull:
         points += _solved(problem, other, most=most, sizes=sizes or _SIZES)
-    if problem.answers is not None:
+    if problem.acts_together:
         points = _together(problem, other, points)
-    return _non_dominated(_in_file(problem, budgets, points))
+    in_file = _in_file(problem, budgets, points)
+    if not in_file:  # a larger one on the axis may have the smaller file, or the error says so
+        in_file = [_solved_point(problem, solve_exact(problem, budgets))]
+    return _non_dominated(in_file)
 
 
 def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
@@ -316,8 +319,11 @@ def _solved(problem: Problem, budgets: Budgets, *, most: int, sizes: int) -> lis
     ):
         limit = min(max(int(size), least), most)
         found = solve_exact(problem, sized(problem, budgets, limit))
-        error = problem.error_of(found.choice_F)
-        used = problem.axis_of(found.choice_F)
-        bound = error if found.bound is None or math.isnan(found.bound) else found.bound
-        points.append(_Point(found.choice_F, used, error, bound=bound))
+        points.append(_solved_point(problem, found))
     return points
+
+
+def _solved_point(problem: Problem, found: Solution) -> _Point:
+    error = problem.error_of(found.choice_F)
+    bound = error if found.bound is None or math.isnan(found.bound) else found.bound
+    return _Point(found.choice_F, problem.axis_of(found.choice_F), error, bound=bound)

@@ -9,9 +9,9 @@ from unittest.mock import Mock
 import pytest
 from explore_tables import write_explore_table
 
-from mofq.api.options import Choices
+from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
-from mofq.api.run import _preferred, _uniform_recipes
+from mofq.api.run import _preferred, _uniform_recipes, _within_budgets
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.validation import Validation
 from mofq.evidence.table import read_table
@@ -70,3 +70,24 @@ def test_a_uniform_scheme_is_chosen_on_other_windows_than_are_told() -> None:
     assert "on the 2 in between it has 0.5 nats per token, the mixture 0.2" in told[0]
     found = {"recipe": measured(0.2, 0.5), "int4.g32": measured(0.3, 0.1)}
     assert _preferred(found, candidates, told.append) == "recipe"
+
+
+def test_a_uniform_scheme_that_breaks_a_budget_does_not_become_the_recipe(tmp_path: Path) -> None:
+    table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
+    every = _uniform_recipes(table, make_request(Choices()), RECIPE)
+    names = ("int4.g128", "int4.g32")
+    candidates = {"recipe": RECIPE, **{name: every[name] for name in names}}
+
+    def kept(budget: Budget, *, stderr: float = 0.001) -> set[str]:
+        request = make_request(Choices(), budget=budget)
+        one = Mock(spec=Validation, kl_nats_per_token=0.1, kl_stderr=stderr)
+        return set(_within_budgets(table, request, candidates, dict.fromkeys(candidates, one)))
+
+    assert kept(Budget(max_bits=4.6)) == {"recipe", *names}
+    assert kept(Budget(max_bits=4.2)) == {"recipe", "int4.g128"}
+    file = every["int4.g128"].result.checkpoint_bytes
+    assert file is not None
+    assert kept(Budget(max_size=str(file))) == {"recipe", "int4.g128"}
+    assert kept(Budget(max_size=str(file - 1))) == {"recipe"}
+    assert kept(Budget(max_kl=0.1021)) == {"recipe", *names}
+    assert kept(Budget(max_kl=0.1021), stderr=0.0011) == {"recipe"}

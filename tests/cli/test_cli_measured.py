@@ -75,8 +75,9 @@ def test_a_budget_of_kl_with_a_text_is_measured_to_be_kept(
 
 
 def test_a_text_for_a_budget_of_kl_needs_a_model(measured: Measured, tmp_path: Path) -> None:
-    arguments = ("--max-kl", 0.01, *TEXT, "-o", tmp_path / "recipe.yaml")
-    assert "needs --model" in refused("search", measured.table, *arguments)
+    search = ("search", measured.table, "--max-kl", 0.01, "-o", tmp_path / "recipe.yaml")
+    assert "needs --model" in refused(*search, *TEXT)
+    assert "needs --text" in refused(*search, "--model", DEMO)
 
 
 @pytest.mark.long

@@ -12,7 +12,8 @@ from solver_problems import problem_of, sampled
 from mofq.decision import Budgets, Problem
 from mofq.decision.choice import choose
 from mofq.decision.flips import flip_cost, flip_costs, flip_shares
-from mofq.decision.prediction import error_together, predict
+from mofq.decision.frontier import solve_frontier
+from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.together import around
 
 RNG = np.random.default_rng(0)
@@ -107,3 +108,15 @@ def test_a_budget_in_nats_counts_changes_of_experts() -> None:
     without = choose(mixture_like(problem), budgets, ties=False)
     assert with_flips.reported.upper <= 0.03
     assert problem.bytes_of(with_flips.choice_F) > problem.bytes_of(without.choice_F)
+
+
+def test_the_frontier_has_changes_of_experts_in_errors_and_under_a_budget_in_nats() -> None:
+    problem = mixture()
+    assert problem.answers is None
+    whole = solve_frontier(problem)
+    for choice_F, error in zip(whole.choice_KF, whole.error_K, strict=True):
+        assert error == pytest.approx(error_together(problem, choice_F))
+    for max_kl in (0.02, 0.03):
+        kept = solve_frontier(problem, Budgets(max_kl=max_kl))
+        uppers = [stated(predict(problem, one)).upper for one in kept.choice_KF]
+        assert 0 < max(uppers) <= max_kl

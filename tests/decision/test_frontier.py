@@ -110,3 +110,17 @@ def test_the_frontier_of_the_worst_corpus_is_exact_too(data: st.DataObject) -> N
 
 
 ERRORS = st.tuples(st.integers(0, 9).map(float), st.integers(0, 9).map(float))
+
+
+def test_a_budget_of_bytes_that_only_schemes_without_shapes_keep_has_a_frontier() -> None:
+    groups = [
+        [option("int8.g128", 1032, 1.0, shape_bytes=16), option("fp8_e4m3.g128", 1016, 2.0)]
+    ] * 3
+    problem = problem_of(groups, other_bytes=100)
+    for shapes in range(4):
+        limit = 100 + 3 * 1016 + 16 * shapes
+        frontier = solve_frontier(problem, Budgets(max_bytes=limit))
+        assert frontier.error_K.tolist() == [6.0 - shapes]
+        assert problem.size_of(frontier.choice_KF[0]) + 100 <= limit
+    with pytest.raises(BudgetError, match="max_size"):
+        solve_frontier(problem, Budgets(max_bytes=100 + 3 * 1016 - 1))

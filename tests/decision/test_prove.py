@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from explore_tables import write_explore_table
 
-from mofq.decision import Frontier
+from mofq.decision import Budgets, Frontier
 from mofq.decision.measured.measurement import Measured
-from mofq.decision.measured.prove import MOST_MEASURED, measured_upper, prove, secant
+from mofq.decision.measured.prove import (
+    MOST_MEASURED,
+    decide_proved,
+    measured_upper,
+    prove,
+    secant,
+)
 from mofq.decision.model_error import model_error
+from mofq.decision.request import Request
+from mofq.evidence.table import read_table
+from mofq.exceptions import BudgetError
 
 #: Sizes in steps of half a percent, and errors that fall by 1.5 % a step.
 SIZES = np.round(10_000 * 1.005 ** np.arange(400)).astype(np.int64)
@@ -82,3 +95,25 @@ def test_noise_does_not_turn_the_secant_round() -> None:
     falling = [(0.010, 0.020), (0.011, 0.019)]
     for one, other in itertools.permutations(falling):
         assert 0.011 < secant([one, other], 0.03) < 0.03
+
+
+def test_a_budget_of_nothing_and_measurements_of_nothing_are_numbers_too() -> None:
+    tried = prove(FRONTIER, 0.0, measure_at=measuring(TRUTHS["as predicted"]))
+    assert [int(one.choice_F[0]) for one in tried] == [399]
+    assert secant([(1e-300, 1e-300), (1e300, 0.0)], 1e300) > 0
+
+
+def test_a_budget_that_is_no_number_or_not_in_the_unit_is_refused_before_measuring(
+    tmp_path: Path,
+) -> None:
+    table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
+
+    def proved(max_kl: float, unit: str | None = None) -> None:
+        request = Request(budgets=Budgets(max_kl=max_kl), unit=unit)
+        decide_proved(table, request, evaluate=Mock(), text_sha256="0" * 64, tokens=2)
+
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(BudgetError, match=r"must be a number of at least 0"):
+            proved(wrong)
+    with pytest.raises(BudgetError, match=r"says nothing about nats"):
+        proved(0.1, "tensor_mse")

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from mofq.decision.budgets import Budgets, budget_constraints, check_kl_unit
 from mofq.decision.decision import Decision, decide
 from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import Frontier, sized, solve_frontier
@@ -26,6 +27,7 @@ from mofq.decision.measured.measurement import (
 )
 from mofq.decision.model_error import ModelError
 from mofq.decision.prediction import INTERVAL_STDERRS, error_of
+from mofq.decision.problem import KL_UNIT
 from mofq.decision.request import Request
 from mofq.decision.result import budget_figures
 from mofq.decision.timing import request_budgets, time_budget_figures
@@ -44,6 +46,8 @@ _FIRST_AIM, _CAUTION = 0.93, 0.97
 _SAME_SIZE = 0.001
 #: Of the logarithm of measured over that of predicted, between neighbours of the frontier.
 _SLOPES = (0.5, 2.0)
+#: Of what `secant` returns, which points at 0 may send anywhere.
+_LARGEST_LOG = 700.0
 
 
 def measured_upper(measured: Measured) -> float:
@@ -76,13 +80,18 @@ def decide_proved(
         budget. The recipe notes the text, its tokens and how many were measured.
 
     Raises:
-        BudgetError: None is; the message says what the best one measured.
+        BudgetError: None is; the message says what the best one measured. Or errors are not in
+            nats, or the budget is no number of at least 0.
         MofqError: As `decide`, and as the objective.
     """
     limit = request.budgets.max_kl
     assert limit is not None
     free = replace(request, budgets=replace(request.budgets, max_kl=None))
     problem = request_problem(table, request)
+    # `decide` will not see this budget.
+    budget_constraints(problem, Budgets(max_kl=limit))
+    if problem.unit != KL_UNIT:
+        check_kl_unit(problem)
     decisions: list[Decision] = []
 
     def measure(asked: Request, total: int) -> Measured:
@@ -187,12 +196,13 @@ def secant(points: Sequence[tuple[float, float]], limit: float) -> float:
         By the line, in logarithms, through the two points whose measured values are nearest to
         the limit; through the only one, of slope 1.
     """
-    logs = [(math.log(x), math.log(max(y, np.finfo(np.float64).tiny))) for x, y in points]
-    wanted = math.log(limit)
+    tiny = float(np.finfo(np.float64).tiny)
+    logs = [(math.log(x), math.log(max(y, tiny))) for x, y in points]
+    wanted = math.log(max(limit, tiny))
     nearest = sorted(logs, key=lambda one: abs(one[1] - wanted))[:2]
     slope = 1.0
     for (x, y), (other_x, other_y) in pairwise(nearest):
         if x != other_x:
             slope = min(max((other_y - y) / (other_x - x), _SLOPES[0]), _SLOPES[1])
     x, y = nearest[0]
-    return math.exp(x + (wanted - y) / slope)
+    return math.exp(min(x + (wanted - y) / slope, _LARGEST_LOG))

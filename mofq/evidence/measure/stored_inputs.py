@@ -2,8 +2,9 @@
 
 Float32 numbers of 4,096 tokens and 28,672 channels are 0.5 GB for each scheme. What is kept is
 what a code is worth (a byte where it is an integer, else two) and the scales, and chunks of tokens
-are multiplied out as they are needed: the numbers are those of `fake_quantize_activation`, in
-every bit. Layers that read the same inputs (q, k and v; gate and up) share what is kept.
+are multiplied out as they are needed: the numbers are those of `fake_quantize_activation`,
+exactly (a zero has no sign). Layers that read the same inputs (q, k and v; gate and up) share what
+is kept.
 """
 
 from __future__ import annotations
