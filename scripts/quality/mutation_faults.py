@@ -206,8 +206,8 @@ _NUMBERS = (
     ),
     Fault(
         "enforcement of the first layer of each fusion group",
-        "    for layer in group.layers:\n        yield _Expected(",
-        "    for layer in group.layers[:1]:\n        yield _Expected(",
+        "    for layer in group.layers:\n        codes = None",
+        "    for layer in group.layers[:1]:\n        codes = None",
         "enforcement",
     ),
     Fault(
@@ -260,8 +260,8 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: tokens count alike in GPTQ's Hessian",
-        "samples.x_TI.double() * norm_T[:, None]",
-        "samples.x_TI.double() * norm_T.sign()[:, None]",
+        "x_TI.double() * norm_T[:, None]",
+        "x_TI.double() * norm_T.sign()[:, None]",
         "fits",
     ),
     Fault(
@@ -332,8 +332,8 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: nothing is passed on beyond a batch",
-        "adjusted_OI[:, stop:] += sent_OB",
-        "adjusted_OI[:, stop:] += 0 * sent_OB",
+        "adjusted_OI[:, some] += sent_OB",
+        "adjusted_OI[:, some] += 0 * sent_OB",
         "quantize_feedback",
     ),
     Fault(

@@ -28,7 +28,7 @@ RECIPE = Recipe(
 
 def test_uniform_recipes_note_the_request_that_they_answer(tmp_path: Path) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
-    found = _uniform_recipes(table, make_request(Choices()), RECIPE)
+    found = _uniform_recipes(table, make_request(Choices()), RECIPE, most=4)
     assert {"int4.g128", "int4.g32"} <= set(found)
     for one in found.values():
         assert RECIPE.made_by.items() <= one.made_by.items()
@@ -74,7 +74,7 @@ def test_a_uniform_scheme_is_chosen_on_other_windows_than_are_told() -> None:
 
 def test_a_uniform_scheme_that_breaks_a_budget_does_not_become_the_recipe(tmp_path: Path) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
-    every = _uniform_recipes(table, make_request(Choices()), RECIPE)
+    every = _uniform_recipes(table, make_request(Choices()), RECIPE, most=4)
     names = ("int4.g128", "int4.g32")
     candidates = {"recipe": RECIPE, **{name: every[name] for name in names}}
 

@@ -23,8 +23,8 @@ FLAGS = {
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
     "--execution --kv-cache --layers --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
-    "measure": "model --space -o --output --stats --engine --experts --layers --device "
-    "--cluster --cluster-cpus",
+    "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
+    "--bos --draws --seed --dtype --engine --experts --layers --device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
     "--workload --explain --space --fix --at-least --at-most --unit --objective --ties --model "
@@ -36,7 +36,7 @@ FLAGS = {
     "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
-    "--device --corpus-weights --objective "
+    "--dtype --device --device-map --corpus-weights --objective --rivals --no-stats "
     "--fix --at-least --at-most --execution --layers",
     "demo": "-o --output --mixture",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "

@@ -118,5 +118,5 @@ def test_the_frontier_has_changes_of_experts_in_errors_and_under_a_budget_in_nat
         assert error == pytest.approx(error_together(problem, choice_F))
     for max_kl in (0.02, 0.03):
         kept = solve_frontier(problem, Budgets(max_kl=max_kl))
-        uppers = [stated(predict(problem, one)).upper for one in kept.choice_KF]
+        uppers = [stated(problem, predict(problem, one)).upper for one in kept.choice_KF]
         assert 0 < max(uppers) <= max_kl

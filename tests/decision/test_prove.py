@@ -98,7 +98,7 @@ def test_noise_does_not_turn_the_secant_round() -> None:
 
 
 def test_a_budget_of_nothing_and_measurements_of_nothing_are_numbers_too() -> None:
-    tried = prove(FRONTIER, 0.0, measure_at=measuring(TRUTHS["as predicted"]))
+    tried = prove(FRONTIER, 0.0, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
     assert [int(one.choice_F[0]) for one in tried] == [399]
     assert secant([(1e-300, 1e-300), (1e300, 0.0)], 1e300) > 0
 
