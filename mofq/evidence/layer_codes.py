@@ -10,9 +10,10 @@ scales in the stats folder:
     the numerics. ``SHA256`` is the hash of the file itself.
 
 A file is read whole and its hash compared with its name before it is used: one that is damaged,
-or was changed, is deleted and fitted again. Codes that are read are those that are fitted, in
-every bit, so that the folder may be deleted at any time. Of each layer the sets that were used
-last are there, as many as `_SETS`.
+or was changed, is deleted and fitted again. (Whoever may write to the folder can write another
+file with a right name; so they can with the statistics.) Codes that are read are those that are
+fitted, in every bit, so that the folder may be deleted at any time. Of each layer the sets that
+were used last are there, as many as `_SETS`.
 """
 
 from __future__ import annotations

@@ -427,7 +427,8 @@ def test_the_chart_has_a_scale_of_sizes_and_greedy_choices(browser: Chrome, page
     ends = "return [points[0], points.at(-1)]"
     for point in run(browser, ends):
         size = run(browser, "return sizeAt(arguments[0])", point["bits_per_weight"])
-        assert abs(size - point["checkpoint_bytes"]) < 1
+        # Bits per weight leave out the 16 bytes in which a packed layer notes its shape.
+        assert 0 <= point["checkpoint_bytes"] - size < 1e-4 * size
 
 
 def test_each_corpus_shows_what_it_alone_would_choose(browser: Chrome, page: Path) -> None:

@@ -14,7 +14,7 @@ from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize.gptq import fit_bytes
 from mofq.numbers.schemes import TensorScheme
 
-#: Memory of all Hessians that are alive, unless one alone takes more [bytes].
+#: Memory of all fits that are made at once, unless one alone takes more [bytes].
 _FIT_BYTES = 2_000_000_000
 
 
@@ -81,5 +81,11 @@ class FitsAhead:
 
 
 def _bytes(asked: Asked) -> int:
-    is_by_feedback = any(weight.rounding == "gptq" for weight in asked.weights)
-    return fit_bytes(asked.layer.in_features) if is_by_feedback else 0
+    """Memory that a fit takes while it is made."""
+    layer = asked.layer
+    by_feedback = [weight.rounding == "gptq" for weight in asked.weights]
+    hessian_bytes = fit_bytes(layer.in_features) if any(by_feedback) else 0
+    if all(by_feedback):
+        return hessian_bytes
+    # Importance is found by the gradient of the whole weight, and its squares, in float64.
+    return max(hessian_bytes, 2 * 8 * layer.out_features * layer.in_features)
