@@ -68,7 +68,8 @@ def active_budget(table: Table, problem: Problem, max_active_bits: float) -> Lin
     if active is None:
         raise BudgetError(
             f"{option('max_active_bits')}: how many tokens come to each expert is not in the "
-            f"table. Run the same `mofq measure` again, with {option('stats')}."
+            f"table. Run the same `mofq measure` again; a table without {option('stats')} cannot "
+            f"know it, measure with them into a new one."
         )
     return LinearBudget(
         "max_active_bits",

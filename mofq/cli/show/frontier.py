@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _SHOWN = 24
 #: Where the error is no sum over groups.
 _NO_BOUND = (
-    "Rounding to few bits makes weights smaller, and what several groups do together then is no "
+    "What several groups do together (few bits make weights smaller, errors move tokens of a "
+    "mixture to other experts) is no "
     "sum, so that no bound of it is known."
 )
 #: Where a point does not meet its bound.
