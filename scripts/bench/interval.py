@@ -113,6 +113,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser = model_parser(__doc__, *paths, tokens=8192)
     parser.add_argument("--sequence-length", type=int, default=512, help="of both")
+    parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration's draws")
     parser.add_argument("--space", default=str(SPACE), help="search space to measure")
     parser.add_argument("--recipes", type=int, help="so many of them; all by default")
     parser.add_argument("--budgets", type=int, default=0, help="of KL, in each space")

