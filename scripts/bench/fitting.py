@@ -1,13 +1,13 @@
 """What fitting `~gptq` takes: one wide layer's Hessian, its factor and its rows, and a model's sum.
 
     python scripts/bench/fitting.py --inputs 4096 --rows 1024
-    python scripts/bench/fitting.py --inputs 8192 --rows 1024 --threads 2
+    python scripts/bench/fitting.py --inputs 28672 --rows 2048 --threads 2   # takes 12 GB
     python scripts/bench/fitting.py --precision mofq/demo/model --stats STATS
 
 Processor and wall time of each step for random inputs, with the operations (a multiplication and
-an addition are two) that it needs and their rate. *70B* is the same operations of all linear layers
-of Llama-3-70B at these rates, for `mofq measure` of one scheme: each layer is fitted three times
-(to all sequences and to each half) to 8 x 512 tokens.
+an addition are two) that it needs and their rate. *70B* is the same operations of the linear layers
+of Llama-3-70B with as many inputs (8,192 or 28,672) at these rates, for `mofq measure` of one
+scheme: each layer is fitted three times (to all sequences and to each half) to 8 x 512 tokens.
 
 ``--precision`` compares codes that are fitted by a Hessian and a factor in float32 with those in
 float64, for each layer of a model: how many differ, and what the change costs by the Hessian.
@@ -100,20 +100,19 @@ def wide_layer(inputs: int, rows: int, tokens: int, threads: int, scheme: str) -
     return rates
 
 
-def seventy_billion(rates: list[float], threads: int) -> None:
-    """Print the sum over a model's layers at some rates."""
-    hessian, factor, rows = (
-        sum(DECODER_LAYERS * operations(out, inputs) for out, inputs in LLAMA3_70B)
-        for operations in (
-            lambda _, inputs: 2 * TOKENS * inputs**2,
-            lambda _, inputs: inputs**3,
-            lambda out, inputs: 3 * out * inputs**2,
-        )
+def seventy_billion(rates: list[float], inputs: int, threads: int) -> None:
+    """Print what a model's layers of this many inputs take at some rates."""
+    outputs = [out for out, columns in LLAMA3_70B if columns == inputs]
+    operations = (
+        2 * TOKENS * inputs**2 * len(outputs),
+        inputs**3 * len(outputs),
+        3 * inputs**2 * sum(outputs),
     )
-    hours = [n / rate / 3600 for n, rate in zip((hessian, factor, rows), rates, strict=True)]
+    hours = [DECODER_LAYERS * n / rate / 3600 for n, rate in zip(operations, rates, strict=True)]
     print(
-        f"70B, processor hours: Hessians {hours[0]:.1f}, factors {hours[1]:.1f}, rows of each "
-        f"scheme {hours[2]:.1f}; on {threads} threads {sum(hours) / threads:.1f} h"
+        f"70B, layers of {inputs} inputs, processor hours: Hessians {hours[0]:.1f}, factors "
+        f"{hours[1]:.1f}, rows of each scheme {hours[2]:.1f}; on {threads} threads "
+        f"{sum(hours) / threads:.1f} h"
     )
 
 
@@ -177,7 +176,7 @@ def main() -> None:
     rates = wide_layer(
         options.inputs, options.rows, options.tokens, options.threads, options.scheme
     )
-    seventy_billion(rates, options.for_threads)
+    seventy_billion(rates, options.inputs, options.for_threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory {peak / 1e6:.2f} GB")
 
