@@ -224,7 +224,7 @@ def fill_table(folder: Path, stats: Path, path: Path, *, threads: int = 1, kill:
     """The table of a checkpoint, measured on some threads, killed after so many groups."""
 
     def progress(_: str, done: int, __: int) -> None:
-        if done == kill:
+        if kill and done == kill:
             raise _Killed
 
     checkpoint = open_checkpoint(str(folder))
