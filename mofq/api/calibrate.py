@@ -100,8 +100,8 @@ def unknown_routers(stats: Stats) -> list[str]:
     if not files or any(read_routing(path).cost for path in files):
         return []
     return [
-        "  Its routers choose by more than the scores that they return, so that what tokens cost "
-        "which change their experts is not in predictions: `mofq validate` measures it."
+        "  What its routers choose by is not seen, so that what tokens cost which change their "
+        "experts is not in predictions: `mofq validate` measures it."
     ]
 
 

@@ -181,6 +181,20 @@ def run_experts(
     return output_TI
 
 
+def put_forward_back(module: nn.Module, forward: Any) -> None:
+    """Undo an assignment to ``module.forward``.
+
+    Args:
+        module: Any.
+        forward: What stood in the module's own dictionary before; None where its class's
+            method was in force, which a bound copy would keep alive in a cycle.
+    """
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
 def experts_problem(experts: nn.Module) -> str | None:
     """Why `run_experts` does not compute what a module of experts does, or None.
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from calibrated import calibrate_folder, scores_of, some_tokens
 from conftest import TinyCheckpoint
+from tiny_types import write_type
+from torch import Tensor
 from torch.nn import functional
 
 from mofq.evidence.calibration.calibrate import run_sequence, score_seed
@@ -143,16 +145,95 @@ def test_routers_that_choose_by_the_scores_that_they_return_are_known(
     assert any(routing.gains.values())
 
 
+#: Sixteen experts in four groups, of which two are chosen from.
+GROUPED = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_hidden_layers": 2}
+
+
+def chosen_by_hand(scores_TE: Tensor, bias_E: Tensor, swap: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts, weights and the margin of what is swapped, as DeepSeek-V3 defines them."""
+    experts, weights, margins = [], [], []
+    for score_E in scores_TE:
+        biased = (score_E + bias_E).tolist()
+        groups = [range(4 * g, 4 * g + 4) for g in range(4)]
+        best_two = [sum(sorted(biased[e] for e in group)[-2:]) for group in groups]
+        order = sorted(range(4), key=lambda g: -best_two[g])
+        if swap == "group":
+            order[1], order[2] = order[2], order[1]
+            margins.append(best_two[order[2]] - best_two[order[1]])
+        allowed = [e for g in order[:2] for e in groups[g]]
+        ranked = sorted(allowed, key=lambda e: -biased[e])
+        if swap == "expert":
+            ranked[1], ranked[2] = ranked[2], ranked[1]
+            margins.append(biased[ranked[2]] - biased[ranked[1]])
+        experts.append(ranked[:2])
+        weights.append((score_E[ranked[:2]] / score_E[ranked[:2]].sum()).tolist())
+    return torch.tensor(experts), torch.tensor(weights), torch.tensor(margins)
+
+
+@pytest.mark.parametrize(("swap", "number"), [("group", 0), ("expert", 1)])
+def test_a_biased_router_with_groups_exchanges_groups_and_experts_as_by_hand(
+    swap: str, number: int, tiny: TinyCheckpoint
+) -> None:
+    model, watching = watched(tiny("deepseek_v3", routed_scaling_factor=1.0, **GROUPED))
+    block = model.get_submodule("model.layers.1.mlp")
+    assert block.gate.e_score_correction_bias.abs().min() > 0
+    seen: list[Any] = []
+    block.experts.register_forward_hook(lambda _m, inputs, output: seen.append((inputs, output)))
+    with watching as captured:
+        run_sequence(model, TOKENS[0], [SEED], keep_graph=True)
+        exchange = captured.routers.exchanges[number]
+    x_TI = seen[-1][0][0].detach()
+    scores_TE = functional.linear(x_TI, block.gate.weight.float()).sigmoid()
+    index_TK, weight_TK, margin_T = chosen_by_hand(
+        scores_TE, block.gate.e_score_correction_bias, swap
+    )
+    torch.testing.assert_close(exchange.margin_T, margin_T, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        after = type(block.experts).forward(block.experts, x_TI, index_TK, weight_TK)
+    expected = after - seen[-1][1].detach()
+    torch.testing.assert_close(exchange.difference_TI, expected, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_a_router_that_chooses_by_other_scores_is_not_known_of(
+def test_a_router_that_adds_biases_is_known_by_what_it_chooses_by(
     family: str, tiny: TinyCheckpoint
 ) -> None:
-    """One of DeepSeek's gives biased scores, in groups: nothing is predicted of its margins."""
     model, watching = watched(tiny(family))
+    with watching as captured:
+        run_sequence(model, TOKENS[0], [SEED], keep_graph=True)
+        (exchange,) = captured.routers.exchanges  # of one group no other may be chosen
+        routing = run_margins(captured, seed=0)
+    assert (exchange.margin_T >= 0).all()
+    assert routing.cost > 0
+    assert any(routing.gains.values())
+
+
+def test_a_token_without_another_candidate_has_no_exchange(tiny: TinyCheckpoint) -> None:
+    """Two groups of two experts, one of them chosen, and both of its experts."""
+    model, watching = watched(tiny("deepseek_v3", n_group=2, topk_group=1))
+    with watching as captured:
+        run_sequence(model, TOKENS[0], [SEED], keep_graph=True)
+        of_groups, of_experts = captured.routers.exchanges
+        routing = run_margins(captured, seed=0)
+    assert (of_experts.density_cost_T == 0).all()
+    assert routing.cost == pytest.approx(float(of_groups.density_cost_T.mean())) != 0
+    assert all(map(math.isfinite, routing.gains.values()))
+
+
+def test_of_a_router_that_takes_no_largest_scores_nothing_is_known(tmp_path: Path) -> None:
+    """One of Phi-3.5's takes an expert, and the next among those that are left."""
+    model, watching = watched(write_type("phimoe", tmp_path / "model"))
     with watching as captured:
         run_sequence(model, TOKENS[0], [SEED], keep_graph=True)
         assert captured.routers.exchanges == []
         assert run_margins(captured, seed=0) == Routing(cost=0.0, gains={})
+
+
+def test_the_forwards_of_routers_are_put_back(tiny: TinyCheckpoint) -> None:
+    model, watching = watched(tiny("glm4_moe"))
+    with watching:
+        assert any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_rate_is_the_cost_of_exchanges_times_what_moves_margins_over_nats() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import calibrate_folder, space_of
+from calibrated import calibrate_folder, some_tokens, space_of
+from conftest import TinyCheckpoint
 from emulated import recipe_of
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -70,3 +71,28 @@ def test_a_mixture_is_predicted_with_its_changes_of_experts(
     assert predict(problem, choice_F).value == pytest.approx(measured, rel=0.2)
     # Without them, a third to a half of it is missing.
     assert predict(replace(problem, flip_FC=None), choice_F).value < 0.7 * measured
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_routers_with_biases_and_groups_are_predicted_too(
+    groups: int, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Of random weights, whose experts are all different: most of the loss is by changes."""
+    sizes = {"n_routed_experts": 16, "n_group": groups, "topk_group": max(1, groups // 2)}
+    checkpoint = open_checkpoint(str(tiny("deepseek_v3", num_hidden_layers=4, **sizes)))
+    tokens_NT = some_tokens(24, 128)
+    stats = calibrate_folder(
+        checkpoint.folder, tmp_path / "stats", {"a": tokens_NT[::2]}, kept=6, routing=True
+    )
+    path, schemes = tmp_path / "table.jsonl", ("int8.channel", "fp8_e4m3.channel")
+    measure(checkpoint, find_layers(checkpoint), space_of(*schemes), table_path=path, stats=stats)
+    problem = problem_from_table(read_table(path))
+    original_TV = logits_of(load_model(checkpoint.folder), tokens_NT[1::2])
+    for scheme in schemes:
+        model = load_model(checkpoint.folder)
+        emulate.apply(model, recipe_of(checkpoint, scheme), checkpoint=checkpoint)
+        changed_TV = logits_of(model, tokens_NT[1::2])
+        measured = float(kl_divergence(original_TV, changed_TV).mean())
+        choice_F = problem.choice_of({group.name: scheme for group in problem.groups})
+        assert predict(problem, choice_F).value == pytest.approx(measured, rel=0.3)
+        assert predict(replace(problem, flip_FC=None), choice_F).value < 0.7 * measured

@@ -33,6 +33,7 @@ from mofq.model.modules import (
     is_conv1d,
     is_plain_linear,
     multiply,
+    put_forward_back,
     run_experts,
 )
 
@@ -165,7 +166,8 @@ def capture_layers(
         captured.routers = Routers()
         gates = (find_loaded_weight(one, layers.architecture) for one in layers.unquantized)
         modules = {gate.name.rpartition(".")[0] for gate in gates}
-        handles += watch_routers(map(model.get_submodule, sorted(modules)), captured.routers)
+        seen = map(model.get_submodule, sorted(modules))
+        restore.append(watch_routers(seen, captured.routers))
     for path, parts in experts.items():
         restore.append(_watch_experts(model.get_submodule(path), path, parts, captured))
     if activation_checkpointing:
@@ -288,23 +290,9 @@ def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         for layer, forward in wrapped:
-            _put_forward_back(layer, forward)
+            put_forward_back(layer, forward)
 
     return restore
-
-
-def _put_forward_back(module: nn.Module, forward: Any) -> None:
-    """Undo an assignment to ``module.forward``.
-
-    Args:
-        module: Any.
-        forward: What stood in the module's own dictionary before; None where its class's
-            method was in force, which a bound copy would keep alive in a cycle.
-    """
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
 
 
 def _watch_experts(
@@ -333,7 +321,7 @@ def _watch_experts(
     module: Any = experts
     forward = vars(module).get("forward")
     module.forward = partial(_run_experts, module, path, find_kind(module), layers, captured)
-    return partial(_put_forward_back, module, forward)
+    return partial(put_forward_back, module, forward)
 
 
 def _run_experts(

@@ -6,15 +6,16 @@ See `mofq.evidence.calibration.routing`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from mofq.model.modules import ExpertsKind, multiply, run_experts
+from mofq.evidence.calibration.choices import Choice, Routed, SeenChoices
+from mofq.model.modules import ExpertsKind, multiply, put_forward_back, run_experts
 
 #: The share of a sequence's tokens whose margins are small enough to know the density at 0.
 _NEAR = 0.15
@@ -22,9 +23,9 @@ _NEAR = 0.15
 
 @dataclass(slots=True)
 class Exchange:
-    """At one router: each token's margin, and what its exchange would do."""
+    """Of one choice of a router: each token's margin, and what its exchange would do."""
 
-    experts: str  #: path of the module of experts that it chooses from
+    name: str  #: path of the module of experts that it chooses from, and which choice
     margin_T: Tensor  #: with its graph
     difference_TI: Tensor  #: of the experts' output
     cost_T: Tensor  #: of an exchange, summed over the draws that ran backward [nats]
@@ -45,8 +46,7 @@ class Routers:
     """The routers of a model while it runs; filled by hooks, emptied by `clear`."""
 
     exchanges: list[Exchange] = field(default_factory=list)
-    #: Scores [T, E] and choice [T, K] of the router that ran last.
-    last: tuple[Tensor, Tensor] | None = None
+    last: Routed | None = None  #: the router that ran last
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -72,24 +72,27 @@ class Routers:
             output_TI: What it gave.
             path: Of the module.
         """
-        if len(given) != 3:
+        if len(given) != 3 or self.last is None or not output_TI.requires_grad:
             return
         hidden_TI, index_TK, weight_TK = given
-        if self.last is None or self.last[1] is not index_TK or not output_TI.requires_grad:
+        if self.last.index_TK is not index_TK:
             return
-        scores_TE, count = self.last[0], index_TK.shape[-1]
-        ordered = scores_TE.topk(count + 1, dim=-1)
-        if not torch.equal(ordered.indices[:, :count].sort().values, index_TK.sort().values):
-            return  # it chooses by something else than these scores
-        leaves_T1, comes_T1 = ordered.indices[:, count - 1 : count], ordered.indices[:, count:]
-        with torch.no_grad():
-            weight_T1 = (weight_TK * (index_TK == leaves_T1)).sum(-1, keepdim=True)
-            run = partial(_run_plain, module, kind, hidden_TI.detach())
-            difference_TI = run(comes_T1, weight_T1) - run(leaves_T1, weight_T1)
-        margin_T = ordered.values[:, count - 1] - ordered.values[:, count]
-        exchange = Exchange(
-            path, margin_T, difference_TI, torch.zeros(len(margin_T), device=margin_T.device)
-        )
+        run = partial(_run_plain, module, kind, hidden_TI.detach())
+        if self.last.chooses_by_scores:
+            choice = Choice(self.last.scores_TE, index_TK)
+            self._note(path, choice, _change_one(choice, weight_TK, run), output_TI)
+            return
+        for number in self.last.free_choices:
+            with torch.no_grad():
+                weights_TK, experts_TK = self.last.exchange(number)
+                difference_TI = run(experts_TK, weights_TK) - output_TI
+            choice = self.last.choices[number]
+            self._note(f"{path}/{number}", choice, difference_TI, output_TI)
+
+    def _note(self, name: str, choice: Choice, difference_TI: Tensor, output_TI: Tensor) -> None:
+        _, _, margin_T = choice.next_best()
+        cost_T = torch.zeros(len(margin_T), device=margin_T.device)
+        exchange = Exchange(name, margin_T, difference_TI, cost_T)
         self.exchanges.append(exchange)
         output_TI.register_hook(partial(_add_cost, exchange))
 
@@ -97,12 +100,12 @@ class Routers:
         """What runs backward from the margins; None where there are none.
 
         Args:
-            seed: Of the sequence. Each router's random signs have a seed of their own, so that it
-                does not matter which other routers are seen with it.
+            seed: Of the sequence. The random signs of each exchange have a seed of their own, so
+                that it does not matter which others are seen with it.
         """
         parts = []
         for one in self.exchanges:
-            generator = torch.Generator().manual_seed(_seed_at(seed, one.experts))
+            generator = torch.Generator().manual_seed(_seed_at(seed, one.name))
             sign_T = torch.randint(2, one.margin_T.shape, generator=generator) * 2 - 1
             weight_T = one.density_cost_T.sqrt() * sign_T.to(one.cost_T.device)
             parts.append((weight_T.to(one.margin_T.dtype) * one.margin_T).sum().cpu())
@@ -110,12 +113,12 @@ class Routers:
 
     @property
     def costs(self) -> list[float]:
-        """Of each router, nats per token for each unit of score; their sum is ``A``."""
+        """Of each exchange, nats per token for each unit of score; their sum is ``A``."""
         return [float(one.density_cost_T.mean()) for one in self.exchanges]
 
 
-def _seed_at(seed: int, experts: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{experts}".encode()).digest()
+def _seed_at(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -125,18 +128,31 @@ def _add_cost(exchange: Exchange, grad: Tensor) -> None:
     exchange.draws += 1
 
 
-def _run_plain(
-    module: nn.Module, kind: ExpertsKind, hidden_TI: Tensor, expert_T1: Tensor, weight_T1: Tensor
+@torch.no_grad()
+def _change_one(
+    choice: Choice, weight_TK: Tensor, run: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The output of one expert for each token."""
+    """What the next expert gives with the weight of the last, less what that gives.
+
+    Equal scores have equal weights, so that an exchange at a margin of 0 changes no other's.
+    """
+    leaves_T1, comes_T1, _ = choice.next_best()
+    weight_T1 = (weight_TK * (choice.index_TK == leaves_T1)).sum(-1, keepdim=True)
+    return run(comes_T1, weight_T1) - run(leaves_T1, weight_T1)
+
+
+def _run_plain(
+    module: nn.Module, kind: ExpertsKind, hidden_TI: Tensor, expert_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """The output of some experts for each token."""
 
     def linear(parameter: str, expert: int, x_TI: Tensor, _token_T: Tensor) -> Tensor:
         return multiply(module, kind, parameter, expert, x_TI)
 
-    return run_experts(kind, hidden_TI, expert_T1, weight_T1, linear=linear)
+    return run_experts(kind, hidden_TI, expert_TK, weight_TK, linear=linear)
 
 
-def watch_routers(modules: Iterable[nn.Module], routers: Routers) -> list[RemovableHandle]:
+def watch_routers(modules: Iterable[nn.Module], routers: Routers) -> Callable[[], None]:
     """Note what each router scores and chooses.
 
     Args:
@@ -144,14 +160,38 @@ def watch_routers(modules: Iterable[nn.Module], routers: Routers) -> list[Remova
         routers: Where it is noted.
 
     Returns:
-        What ends it.
+        A function that ends it.
     """
+    watched: list[tuple[Any, Any]] = []  # with what stood in the module's own dictionary
+    for module in modules:
+        watched.append((module, vars(module).get("forward")))
+        module.forward = partial(_run_router, module.forward, routers)
 
-    def note(_module: nn.Module, _inputs: object, output: object) -> None:
-        match output:
-            case (Tensor() as scores_TE, Tensor(), Tensor() as index_TK):
-                routers.last = (scores_TE, index_TK)
-            case _:
-                routers.last = None
+    def restore() -> None:
+        for module, forward in watched:
+            put_forward_back(module, forward)
 
-    return [module.register_forward_hook(note) for module in modules]
+    return restore
+
+
+def _run_router(forward: Callable[..., Any], routers: Routers, *given: Any, **options: Any) -> Any:
+    """A router's forward, noted."""
+    with SeenChoices() as noted:
+        output = forward(*given, **options)
+    match output:
+        case (Tensor() as scores_TE, Tensor(), Tensor() as index_TK):
+            routers.last = Routed(
+                scores_TE, index_TK, tuple(noted.seen), partial(_exchanged, forward, given, options)
+            )
+        case _:
+            routers.last = None
+    return output
+
+
+def _exchanged(
+    forward: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any], number: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and experts that a router gives where one of its choices is exchanged."""
+    with torch.no_grad(), SeenChoices(number):
+        _, weight_TK, index_TK = forward(*given, **options)
+    return weight_TK, index_TK
