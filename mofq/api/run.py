@@ -56,13 +56,13 @@ from mofq.api.run_folder import (
     keep_former,
     write_results,
 )
-from mofq.api.search import search
+from mofq.api.search import prove_on_every_other
 from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
-    from mofq.decision import Request
+    from mofq.decision import Decision, Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
     from mofq.evidence.constraints import Selection
@@ -211,7 +211,7 @@ def run(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
             f"{option('device_map')} out."
         )
-    windows = _checked_windows(checkpoint, text, windows)
+    windows = _checked_windows(checkpoint, text, windows, least=1 if budget.max_kl is None else 4)
     folder.mkdir(parents=True, exist_ok=True)
 
     def busy(who: str) -> MofqError:
@@ -276,7 +276,6 @@ def run(
         stats = files.stats if is_stored else fits_beside(files.table)
         table = measured.table
         with _timed(seconds, "search"):
-            # A budget in nats is proved on the text that validates.
             on_model = OnModel(
                 model=model,
                 text=text,
@@ -287,18 +286,10 @@ def run(
                 execution=execution,
                 stats=stats,
             )
-            found = search(
-                table,
-                budget=budget,
-                choices=choices,
-                method=method,
-                on_model=OnModel() if budget.max_kl is None else on_model,
-                progress=progress,
-                tell=tell,
-            )
-            _tell_all(found.decision.notes, tell)
-            uniform = _uniform_recipes(table, request, found.recipe, most=rivals)
-            candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
+            decision = _decide(table, request, on_model, progress=progress, tell=tell)
+            _tell_all(decision.notes, tell)
+            uniform = _uniform_recipes(table, request, decision.recipe, most=rivals)
+            candidates = keep_former(files, {SEARCHED: decision.recipe, **uniform})
         with _timed(seconds, "validate"):
             validations = _validate(
                 model,
@@ -313,6 +304,8 @@ def run(
                 progress=progress,
                 tell=tell,
             )
+        if budget.max_kl is not None:
+            tell(_beside_the_proof(validations[SEARCHED], budget.max_kl))
         may_be = _within_budgets(table, request, candidates, validations)
         name = _preferred(may_be, candidates, tell)
         check_ends_as_before(files, candidates[name])
@@ -455,6 +448,39 @@ def _can_store(
     return False
 
 
+def _decide(
+    table: Table,
+    request: Request,
+    on_model: OnModel,
+    *,
+    progress: Progress | None,
+    tell: Tell,
+) -> Decision:
+    """Decide; a budget in nats is proved on every other window of the text that validates."""
+    from mofq.decision import decide
+    from mofq.decision.constraint_cost import constraint_note
+
+    if request.budgets.max_kl is not None:
+        found = prove_on_every_other(table, request, on_model, progress=progress, tell=tell)
+    else:
+        found = decide(table, request)
+    note = constraint_note(table, request, found)
+    return replace(found, notes=(*found.notes, note)) if note else found
+
+
+def _beside_the_proof(validation: Validation, max_kl: float) -> str:
+    """What the windows say that had no part in the proof of a budget in nats."""
+    from mofq.decision.prediction import estimate
+
+    found = estimate(validation.windows[1::2])
+    kept = "within" if found.upper <= max_kl else "not within"
+    return (
+        f"On the {len(validation.windows[1::2])} windows in between, which had no part in the "
+        f"choice, the recipe has {found.value:.3g} nats per token, with two standard errors "
+        f"{found.upper:.3g}: {kept} {max_kl:.4g}."
+    )
+
+
 def _uniform_recipes(
     table: Table, request: Request, recipe: Recipe, *, most: int
 ) -> dict[str, Recipe]:
@@ -528,7 +554,6 @@ def _within_budgets(
     """What may become the recipe: the searched one, and the uniform ones that keep the budgets."""
     from mofq.decision import request_problem
     from mofq.decision.budgets import budget_constraints, keeps_all
-    from mofq.decision.prediction import INTERVAL_STDERRS
     from mofq.decision.timing import request_budgets
 
     problem = request_problem(table, request)
@@ -537,11 +562,10 @@ def _within_budgets(
     found = {}
     for name, one in validations.items():
         recipe = candidates[name]
-        upper = one.kl_nats_per_token + INTERVAL_STDERRS * (one.kl_stderr or 0.0)
         schemes = {group.name: group.scheme for group in recipe.groups}
         schemes |= {cache.name: cache.scheme for cache in recipe.kv_cache}
         if name == SEARCHED or (
-            (max_kl is None or upper <= max_kl)
+            (max_kl is None or one.kl_upper <= max_kl)
             and keeps_all(constraints, problem.choice_of(schemes))
         ):
             found[name] = one
@@ -707,19 +731,27 @@ def _check_texts(
             )
 
 
-def _checked_windows(checkpoint: Checkpoint, source: str, windows: Windows) -> Windows:
-    """Windows no longer than the model's context, of which the text fills at least one."""
+def _checked_windows(
+    checkpoint: Checkpoint, source: str, windows: Windows, *, least: int
+) -> Windows:
+    """Windows no longer than the model's context, of which the text fills enough."""
     from mofq.evidence.corpora import leading_tokens, tokenize
     from mofq.model.loading import load_tokenizer
 
     limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
     length = min(windows.sequence_length, int(limit or windows.sequence_length))
     tokenizer = load_tokenizer(checkpoint.folder)
-    tokenize(
+    windows_NT = tokenize(
         load_named(source),
         tokenizer,
         tokens=windows.tokens,
         sequence_length=length,
         leading=leading_tokens(tokenizer, windows.bos),
     )
+    if len(windows_NT) < least:
+        raise CorpusError(
+            f"{source}: {option('max_kl')} is proved on every other window, and the others say "
+            f"what the recipe costs; that needs {least} windows, found {len(windows_NT)}. Give "
+            f"more {option('tokens')}, a longer text, or a shorter {option('sequence_length')}."
+        )
     return replace(windows, sequence_length=length)

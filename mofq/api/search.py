@@ -171,6 +171,33 @@ def search(
     )
 
 
+def prove_on_every_other(
+    table: Table,
+    request: Request,
+    on_model: OnModel,
+    *,
+    progress: Progress | None = None,
+    tell: Tell = silent,
+) -> Decision:
+    """Decide under a budget in nats that is proved on every other window of a text.
+
+    The windows in between have no part in the choice, and may say what it costs.
+
+    Args:
+        table: Of the model.
+        request: With a budget in nats.
+        on_model: Whose windows these are.
+        progress: Told what is done.
+        tell: Told what is worth knowing.
+
+    Raises:
+        MofqError: As `search`.
+    """
+    return _decide_on_model(
+        table, request, 0, on_model, Study(), progress=progress, tell=tell, step=2
+    )
+
+
 def _measures(method: Method, study: Study, on_model: OnModel, *, max_kl: float | None) -> bool:
     """Whether the model itself is run.
 
@@ -245,8 +272,9 @@ def _decide_on_model(
     *,
     progress: Progress | None,
     tell: Tell,
+    step: int = 1,
 ) -> Decision:
-    """Decide, and let measurements have the last word."""
+    """Decide, and let measurements have the last word; on every so many-th window of the text."""
     from mofq.decision.measured.prove import decide_proved
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
@@ -269,6 +297,7 @@ def _decide_on_model(
         str(on_model.model),
         load_named(on_model.text),
         tokens=on_model.tokens,
+        step=step,
         sequence_length=on_model.sequence_length,
         bos=on_model.bos,
         device=on_model.device,

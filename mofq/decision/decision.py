@@ -33,6 +33,7 @@ from mofq.decision.timing import (
     unquantized_seconds,
 )
 from mofq.decision.uniform import best_uniform, has_uniform
+from mofq.engines.groups import is_experts
 from mofq.evidence.constraints import named
 from mofq.evidence.table import FEW_SAMPLES, Table
 from mofq.exceptions import BudgetError, Remark, option
@@ -200,6 +201,7 @@ def notes_of_prediction(
         *_without_answers(problem, choice_F),
         *_in_sample(problem, prediction),
         *_out_of_range(prediction),
+        *_unknown_routers(table, problem),
         *rare_experts(table),
     )
 
@@ -225,6 +227,28 @@ def _out_of_range(prediction: Estimate) -> list[str]:
             f"measurements, {model_error().largest:g} nats per token: the recipe may cost much "
             f"more. Measure it with `mofq validate`, or search with {option('max_kl')}, "
             f"{option('model')} and {option('text')}, which measures."
+        )
+    ]
+
+
+def _unknown_routers(table: Table, problem: Problem) -> list[str]:
+    """That a mixture's changes of experts are not in the prediction, nor in its interval."""
+    if not any(map(is_experts, table.header.groups)):
+        return []
+    known = {one.corpus for one in table.flips}
+    counted = zip(problem.corpora, problem.corpus_weights, strict=True)
+    unknown = [str(corpus) for corpus, weight in counted if weight and corpus not in known]
+    if not unknown:
+        return []
+    return [
+        Remark(
+            f"What it costs that tokens change their experts is not known of "
+            f"{', '.join(unknown)}: predictions are too low, where errors are small by several "
+            f"times, and their intervals do not cover it. Run the same `mofq measure` again, which "
+            f"adds it where the calibration has it; else calibrate with this version, without "
+            f"{option('activation_checkpointing')}, and measure into a new table. Where `mofq "
+            f"calibrate` says that routers are not seen, measure: `mofq validate`, or a search "
+            f"with {option('max_kl')}, {option('model')} and {option('text')}."
         )
     ]
 

@@ -4,10 +4,11 @@
 
 Some forty recipes, uniform, searched and random, of weights, activations and the KV cache, are
 measured on another text than was calibrated on. Prints how many lie inside of the interval that is
-predicted, and how far off predictions are. With --budgets also searches under so many budgets of
-KL, with and without formats of fewer than 4 bits: whether the predicted recipe keeps the budget,
-whether the proved one does, and how much larger it is than the smallest point of the frontier that
-measures within it. What was measured is kept in the folder, and measured once.
+predicted, and how far off predictions are. With --rows so many single rows of the table: one fusion
+group under one scheme, and all others as they are. With --budgets also searches under so many
+budgets of KL, with and without formats of fewer than 4 bits: whether the predicted recipe keeps the
+budget, whether the proved one does, and how much larger it is than the smallest point of the
+frontier that measures within it. What was measured is kept in the folder, and measured once.
 
 ``interval_fit.py`` makes the error model of predictions from several such folders.
 """
@@ -17,43 +18,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mofq.decision import Budgets, Problem, choose, solve_frontier
+from mofq.decision import Budgets, Problem
 from mofq.decision.choice import expand_chosen
-from mofq.decision.measured.measurement import Measured
-from mofq.decision.measured.prove import measured_upper, prove
 from mofq.decision.model_error import model_error
-from mofq.decision.prediction import INTERVAL_STDERRS, Estimate, error_of, with_model_error
+from mofq.decision.prediction import INTERVAL_STDERRS, Estimate, predict, with_model_error
+from mofq.decision.problem import IntArray
 from mofq.demo import demo_mixture_folder, demo_model_folder
 from mofq.evidence.table import Table
-from mofq.exceptions import BudgetError
+from scripts.bench.interval_budgets import print_budgets
 from scripts.bench.interval_recipes import (
     SPACE,
     MeasuredText,
     measured_text,
     prepared_table,
-    restricted,
     searched_recipes,
-    weight_bits,
+    single_rows,
     whole_problem,
 )
 from scripts.shared.command import model_parser, parse_into_work, print_markdown, with_error
 
-#: Budgets of KL are spread over these by their logarithm [nats per token].
-_LEAST, _MOST = 0.002, 0.2
+#: The worst is of what measures less [nats per token].
+_SMALL = 0.1
 
 _BUNDLED = {
     demo_model_folder().resolve(): "bundled",
     demo_mixture_folder().resolve(): "bundled mixture",
-}
-_SPACES: dict[str, Callable[[str], bool]] = {
-    "2 to 8 bits": lambda scheme: True,
-    "4 to 8 bits": lambda scheme: weight_bits(scheme) >= 4,
 }
 
 
@@ -95,15 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compared = []
     with measured_text(options, table) as text:
         for label, schemes in list(recipes.items())[: options.recipes]:
-            choice_F, measured = problem.choice_of(schemes), text.measure(label, schemes)
+            choice_F = problem.choice_of(schemes)
             expansion = expand_chosen(problem, Budgets(), choice_F)
-            values = (expansion.value, expansion.stderr or 0.0, measured.kl, measured.stderr)
-            compared.append(Compared(label, *values, has_flips=problem.flip_FC is not None))
+            compared.append(_compared(label, expansion, text, problem, choice_F))
         _write(options, table, compared)
         print_recipes(compared)
         print_scores([(_model_name(options, table), compared)])
+        if options.rows:
+            rows = [
+                _compared(label, predict(problem, choice_F), text, problem, choice_F)
+                for label, choice_F in single_rows(problem, options.rows)
+            ]
+            print_rows(_model_name(options, table), rows)
         if options.budgets:
-            _print_budgets(options, table, text)
+            print_budgets(table, text, count=options.budgets, points=options.points)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -117,8 +117,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's draws")
     parser.add_argument("--space", default=str(SPACE), help="search space to measure")
     parser.add_argument("--recipes", type=int, help="so many of them; all by default")
+    parser.add_argument("--rows", type=int, default=0, help="of the table, each by itself")
     parser.add_argument("--budgets", type=int, default=0, help="of KL, in each space")
+    parser.add_argument(
+        "--points", type=int, help="of the frontier that are measured below each proved recipe; all"
+    )
     return parse_into_work(parser, arguments)
+
+
+def _compared(
+    label: str, expansion: Estimate, text: MeasuredText, problem: Problem, choice_F: IntArray
+) -> Compared:
+    measured = text.measure(label, problem.schemes_of(choice_F))
+    values = (expansion.value, expansion.stderr or 0.0, measured.kl, measured.stderr)
+    return Compared(label, *values, has_flips=problem.flip_FC is not None)
 
 
 def _write(options: argparse.Namespace, table: Table, compared: Sequence[Compared]) -> None:
@@ -161,7 +173,7 @@ def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
         in_range = [one for one in compared if not one.predicted.is_out_of_range]
         ratio = np.array([one.predicted.value / one.measured for one in in_range])
         raw = np.array([one.expansion / one.measured for one in in_range])
-        small = np.array([one.measured < 0.1 for one in in_range])
+        small = np.array([one.measured < _SMALL for one in in_range])
         rows.append(
             [
                 name,
@@ -178,61 +190,21 @@ def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
     print_markdown((*heads, "worst below 0.1: expansion", "predicted"), rows)
 
 
-def _print_budgets(options: argparse.Namespace, table: Table, text: MeasuredText) -> None:
-    rows = []
-    for name, is_wanted in _SPACES.items():
-        problem = restricted(table, is_wanted)
-        points = list(_frontier_points(problem, text))
-        for limit in np.geomspace(_LEAST, _MOST, options.budgets).tolist():
-            if row := _budget_row(problem, text, limit, points):
-                rows.append([name, *row])
-    heads = ("schemes", "budget", "predicted recipe", "measured", "proved recipe", "measured")
-    print_markdown((*heads, "recipes run", "smallest on the frontier"), rows)
-
-
-def _frontier_points(problem: Problem, text: MeasuredText) -> Iterator[tuple[float, float]]:
-    """Size and measured KL plus two standard errors of every point, for brute force."""
-    frontier = solve_frontier(problem)
-    for choice_F, size in zip(frontier.choice_KF, frontier.bytes_K.tolist(), strict=True):
-        found = text.measure(f"frontier, {size} bytes", problem.schemes_of(choice_F))
-        yield 8 * size / problem.weights, found.kl + 2 * found.stderr
-
-
-def _budget_row(
-    problem: Problem, text: MeasuredText, limit: float, points: Sequence[tuple[float, float]]
-) -> list[str] | None:
-    within = [bits for bits, upper in points if upper <= limit]
-    try:
-        chosen = choose(problem, Budgets(max_kl=limit))
-    except BudgetError:
-        return None
-    predicted_bits = 8 * problem.axis_of(chosen.choice_F) / problem.weights
-    measured = text.measure(f"budget {limit:.4g}", problem.schemes_of(chosen.choice_F))
-
-    def measure_at(size: int) -> Measured:
-        own = Budgets(max_bytes=size + problem.other_bytes)
-        choice_F = choose(problem, own).choice_F
-        schemes = problem.schemes_of(choice_F)
-        found = text.measure(f"budget {limit:.4g}, {size} bytes", schemes)
-        return Measured(choice_F, found.windows)
-
-    model = error_of(problem)
-    tried = prove(solve_frontier(problem), limit, measure_at=measure_at, model=model)
-    keeping = [one for one in tried if measured_upper(one) <= limit]
-    shown = ["none", ""]
-    if keeping:
-        found = min(keeping, key=lambda one: problem.axis_of(one.choice_F))
-        bits = 8 * problem.axis_of(found.choice_F) / problem.weights
-        shown = [f"{bits:.3f} bits", f"{found.kl.value:.4f}, kept"]
-    is_kept = "kept" if measured.kl <= limit else "NOT kept"
-    return [
-        f"{limit:.4f}",
-        f"{predicted_bits:.3f} bits",
-        f"{measured.kl:.4f}, {is_kept}",
-        *shown,
-        str(len(tried)),
-        f"{min(within):.3f} bits" if within else "none",
+def print_rows(name: str, rows: Sequence[Compared]) -> None:
+    """How single rows follow what they measure."""
+    ratio = np.array([one.predicted.value / one.measured for one in rows])
+    logs = np.log([[one.predicted.value, one.measured] for one in rows])
+    small = np.array([one.measured < _SMALL for one in rows])
+    row = [
+        name,
+        str(len(rows)),
+        f"{np.corrcoef(logs.T)[0, 1]:.4f}",
+        f"{np.median(ratio):.3f}",
+        f"{math.exp(float(np.log(ratio).std())):.2f}×",
+        f"{np.abs(ratio[small] - 1).max():.0%}",
     ]
+    heads = ("", "single rows", "log-correlation", "median of predicted / measured", "spread")
+    print_markdown((*heads, "worst below 0.1 nats"), [row])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 from mofq.decision import Budgets, Problem, choose
 from mofq.decision.from_table import CacheRequest, problem_from_table
 from mofq.decision.prediction import estimate
+from mofq.decision.problem import IntArray
 from mofq.decision.result import recipe_from_table
 from mofq.decision.uniform import uniform_choice
 from mofq.delivery.validation.measured_kl import MeasuredKl
@@ -92,6 +93,16 @@ def searched_recipes(table: Table, *, path: Path, seed: int) -> dict[str, Scheme
     order = sorted(found, key=lambda label: hashlib.sha256(label.encode()).hexdigest())
     path.write_text(json.dumps({label: found[label] for label in order}, indent=1))
     return {label: found[label] for label in order}
+
+
+def single_rows(problem: Problem, count: int) -> Iterator[tuple[str, IntArray]]:
+    """So many rows of all groups and schemes, drawn at random: one group's, and no other's."""
+    unquantized_F = problem.choice_of({group.name: "bf16" for group in problem.groups})
+    rows = [p for p in range(len(problem.schemes)) if problem.schemes[p] != "bf16"]
+    for p in random.Random(0).sample(rows, min(count, len(rows))):
+        choice_F = unquantized_F.copy()
+        choice_F[problem.group_P[p]] = p
+        yield f"{problem.groups[problem.group_P[p]].name} {problem.schemes[p]}", choice_F
 
 
 def _recipes(table: Table, seed: int) -> Iterator[tuple[str, Schemes]]:

@@ -80,7 +80,7 @@ def test_a_uniform_scheme_that_breaks_a_budget_does_not_become_the_recipe(tmp_pa
 
     def kept(budget: Budget, *, stderr: float = 0.001) -> set[str]:
         request = make_request(Choices(), budget=budget)
-        one = Mock(spec=Validation, kl_nats_per_token=0.1, kl_stderr=stderr)
+        one = Mock(spec=Validation, kl_upper=0.1 + 2 * stderr)
         return set(_within_budgets(table, request, candidates, dict.fromkeys(candidates, one)))
 
     assert kept(Budget(max_bits=4.6)) == {"recipe", *names}

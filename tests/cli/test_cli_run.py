@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from unittest.mock import patch
 
 import pytest
@@ -19,6 +20,7 @@ from command_line import DEMO, Measured, Ran, mofq, ok, refused, tree
 import mofq as package
 from mofq.cli.show.terminal import Bars
 from mofq.decision.recipe import RecipeResult, write_recipe
+from mofq.delivery.validation import read_validation
 from mofq.exceptions import MofqError
 
 SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
@@ -150,9 +152,25 @@ def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_come
     folder = tmp_path / "model-mofq"
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert recipe.budget == {"kl_nats_per_token": 0.05}
+    # Proved on two of the four windows; the others had no part in the choice.
+    assert recipe.made_by["text_tokens"] == 128
+    windows = read_validation(folder / "validation.json").windows
+    assert (
+        f"On the 2 windows in between, which had no part in the choice, the recipe has "
+        f"{fmean(windows[1::2]):.3g} nats per token" in ran.err
+    )
     assert (recipe.kl_nats_per_token or 1) < 0.05
     assert f"mofq export {DEMO} model-mofq/recipe.yaml --to compressed-tensors" in ran.err
     assert "mofq explore model-mofq/table.jsonl model-mofq/recipe.yaml" in ran.err
+
+
+def test_run_to_an_accuracy_needs_windows_that_have_no_part_in_the_choice(
+    space: Path, tmp_path: Path
+) -> None:
+    few = ("--sequences", "4", "--sequence-length", "64", "--tokens", "192")
+    run = ("run", DEMO, "--space", space, "--max-kl", "0.05", *few, "-o", tmp_path / "run")
+    assert "needs 4 windows, found 3" in refused(*run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(

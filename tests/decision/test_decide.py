@@ -29,6 +29,7 @@ from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.evidence.table import (
+    Flips,
     Row,
     Table,
     TableGroup,
@@ -267,6 +268,23 @@ def test_few_bits_on_statistics_without_answers_are_said() -> None:
     answers = tuple((0.01,) for _ in range(4))
     rows = tuple(replace(one, answers=answers) for one in table.rows)
     assert decide(replace(table, rows=rows), Request(Budgets(max_bits=4))).notes == ()
+
+
+def test_a_mixture_of_whose_routers_nothing_is_known_is_said_to_cost_more_than_predicted() -> None:
+    dense = table_of(scale=NATS, samples=4)
+    first, *others = dense.header.groups
+    experts = replace(
+        first, layers=tuple(replace(one, module="experts.up_proj") for one in first.layers)
+    )
+    mixture = replace(dense, header=replace(dense.header, groups=(experts, *others)))
+    request = Request(Budgets(max_bits=6.5))
+    (note,) = decide(mixture, request).notes
+    assert note.startswith("What it costs that tokens change their experts is not known of en:")
+    # What another corpus says of it is not enough.
+    (note,) = decide(replace(mixture, flips=(Flips("pt", {"a": 0.0}),)), request).notes
+    assert "is not known of en:" in note
+    assert decide(replace(mixture, flips=(Flips("en", {"a": 0.0}),)), request).notes == ()
+    assert decide(dense, request).notes == ()
 
 
 def test_one_sequence_that_makes_most_of_a_prediction_is_said() -> None:

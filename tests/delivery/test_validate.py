@@ -120,6 +120,21 @@ def test_what_was_measured_is_said_to_be_inside_of_the_predicted_interval_or_not
     assert inside(kl + far / 2, 0.01 * kl)
 
 
+def test_a_budget_is_kept_with_two_standard_errors_as_it_is_proved(
+    tiny_llama: Path, recipe_file: Path, text: Corpus, tmp_path: Path
+) -> None:
+    plain = validate(str(tiny_llama), str(recipe_file), text, **PLAN)
+    upper = plain.kl_nats_per_token + 2 * (plain.kl_stderr or 0.0)
+    assert upper > plain.kl_nats_per_token
+
+    def is_kept(budget: float) -> bool | None:
+        asked = replace(load_recipe(recipe_file), budget={"kl_nats_per_token": budget})
+        return validate(str(tiny_llama), asked, text, **PLAN).within_kl_budget
+
+    assert is_kept(1.001 * upper)
+    assert is_kept(0.999 * upper) is False
+
+
 def test_a_recipe_that_quantizes_nothing_diverges_by_exactly_nothing(
     tiny_llama: Path, text: Corpus
 ) -> None:

@@ -128,4 +128,6 @@ def _budget_rows(validation: Validation) -> list[list[str]]:
     if budget is None:
         return []
     kept = "kept" if validation.within_kl_budget else "NOT kept"
+    if not validation.within_kl_budget and validation.kl_nats_per_token <= budget:
+        kept = f"NOT kept with two standard errors, {validation.kl_upper:.4g}"
     return [["KL, budget [nats/token]", f"{budget:.4g}, {kept}"]]

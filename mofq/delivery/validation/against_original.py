@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -260,7 +260,7 @@ def validation_of(
     agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
     asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
     budget = float(asked) if isinstance(asked, int | float) else None
-    return Validation(
+    found = Validation(
         lineage=_lineage(candidate, original),
         tokens=original.windows_NT.numel(),
         kl_nats_per_token=agreement.kl_nats_per_token,
@@ -268,7 +268,7 @@ def validation_of(
         predicted_kl_nats_per_token=None if recipe is None else recipe.kl_nats_per_token,
         predicted_kl_stderr=None if recipe is None else recipe.result.kl_stderr,
         kl_budget_nats_per_token=budget,
-        within_kl_budget=None if budget is None else agreement.kl_nats_per_token <= budget,
+        within_kl_budget=None,
         perplexity=agreement.perplexity,
         perplexity_original=agreement.perplexity_original,
         top1_agreement=agreement.top1_agreement,
@@ -282,6 +282,7 @@ def validation_of(
         seconds=seconds,
         seconds_original=original.seconds,
     )
+    return found if budget is None else replace(found, within_kl_budget=found.kl_upper <= budget)
 
 
 def tokens_of(candidate: Candidate, original: Original) -> tuple[PreTrainedTokenizerBase, Tensor]:

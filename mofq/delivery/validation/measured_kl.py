@@ -61,6 +61,7 @@ class MeasuredKl:
         text: Corpus,
         *,
         tokens: int,
+        step: int = 1,
         sequence_length: int = 512,
         bos: Bos = "auto",
         dtype: str = "float32",
@@ -75,6 +76,7 @@ class MeasuredKl:
             model_source: A folder, or a hub id.
             text: To predict; neither what was calibrated on nor what will validate.
             tokens: How many to use, at most, in windows spread over it.
+            step: Of these windows every so many-th is run, from the first on.
             sequence_length: Tokens of a window.
             bos: Whether windows begin with BOS, as in ``leading_tokens``.
             dtype: Of the arithmetic.
@@ -99,7 +101,7 @@ class MeasuredKl:
             sequence_length=sequence_length,
             leading=self.leading,
             vocabulary_size=self._model.get_input_embeddings().weight.shape[0],
-        )
+        )[::step]
         self._stats = stats
         self._fits: Fits | None = None  # opened for the first recipe that needs it
         self._stack = ExitStack()

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from mofq.decision.prediction import INTERVAL_STDERRS
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.divergence import WindowScore
 from mofq.delivery.validation.tasks import TaskResult
@@ -61,7 +62,7 @@ class Validation:
     predicted_kl_nats_per_token: float | None  #: the recipe's; None where it is not in nats
     predicted_kl_stderr: float | None
     kl_budget_nats_per_token: float | None  #: the accuracy that the recipe was asked for
-    within_kl_budget: bool | None
+    within_kl_budget: bool | None  #: with two standard errors, as a budget is proved
     perplexity: float  #: of the next tokens within the windows
     perplexity_original: float
     top1_agreement: float  #: 0 to 1, share of positions
@@ -77,6 +78,11 @@ class Validation:
     predicted_kl_high: float | None = None
 
     @property
+    def kl_upper(self) -> float:
+        """What is held against a budget: measured KL and two standard errors [nats per token]."""
+        return self.kl_nats_per_token + INTERVAL_STDERRS * (self.kl_stderr or 0.0)
+
+    @property
     def within_prediction(self) -> bool | None:
         """Whether the measured KL is inside of the predicted interval; None: there is none.
 
@@ -87,7 +93,7 @@ class Validation:
         predicted = self.predicted_kl_nats_per_token
         if low is None or high is None or predicted is None:
             return None
-        noise = 2 * (self.kl_stderr or 0.0)
+        noise = INTERVAL_STDERRS * (self.kl_stderr or 0.0)
         below, above = (math.hypot(end - predicted, noise) for end in (low, high))
         return predicted - below <= self.kl_nats_per_token <= predicted + above
 

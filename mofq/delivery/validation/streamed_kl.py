@@ -35,6 +35,7 @@ class StreamedKl:
         text: Corpus,
         *,
         tokens: int,
+        step: int = 1,
         sequence_length: int = 512,
         bos: Bos = "auto",
         dtype: str = "float32",
@@ -63,7 +64,7 @@ class StreamedKl:
                 sequence_length=sequence_length,
                 leading=self.leading,
                 vocabulary_size=model.get_input_embeddings().weight.shape[0],
-            )
+            )[::step]
             temporary = tempfile.TemporaryDirectory(prefix="mofq-")
             self._folder = Path(self._stack.enter_context(temporary))
             self._original = Subject(self._folder / "original")
