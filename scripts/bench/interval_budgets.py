@@ -58,8 +58,8 @@ def _budget_row(
         label = f"budget {limit:.4g}, {problem.axis_of(choice_F)} bytes"
         return Measured(choice_F, text.measure(label, problem.schemes_of(choice_F)).windows)
 
-    def measure_at(size: int) -> Measured:
-        return measure(choose(problem, sized(problem, Budgets(), size)).choice_F)
+    def solve_at(size: int) -> IntArray:
+        return choose(problem, sized(problem, Budgets(), size)).choice_F
 
     try:
         predicted = measure(choose(problem, Budgets(max_kl=limit)).choice_F)
@@ -68,7 +68,14 @@ def _budget_row(
     bits = f"{axis_value(problem, predicted.choice_F):.3f}"
     is_kept = "kept" if predicted.kl.value <= limit else "NOT kept"
     row = [f"{limit:.4f}", bits, f"{predicted.kl.value:.4f}", is_kept]
-    tried = prove(frontier, limit, measure_at=measure_at, model=error_of(problem))
+    tried = prove(
+        frontier,
+        limit,
+        solve_at=solve_at,
+        size_of=problem.axis_of,
+        measure=measure,
+        model=error_of(problem),
+    )
     keeping = [one for one in tried if measured_upper(one) <= limit]
     if not keeping:
         return [*row, "none", "", "", str(len(tried)), "", ""]
@@ -76,8 +83,9 @@ def _budget_row(
     size = problem.axis_of(found.choice_F)
     smaller = [measure(frontier.choice_KF[k]) for k in _smaller(frontier, size, points)]
     best = min(
-        (problem.axis_of(one.choice_F) for one in smaller if measured_upper(one) <= limit),
-        default=size,
+        problem.axis_of(one.choice_F)
+        for one in (found, predicted, *smaller)
+        if measured_upper(one) <= limit
     )
     upper = measured_upper(found)
     proved = [f"{axis_value(problem, found.choice_F):.3f}", f"{found.kl.value:.4f}"]

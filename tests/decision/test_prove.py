@@ -22,6 +22,7 @@ from mofq.decision.measured.prove import (
     secant,
 )
 from mofq.decision.model_error import model_error
+from mofq.decision.problem import IntArray
 from mofq.decision.request import Request
 from mofq.evidence.table import read_table
 from mofq.exceptions import BudgetError
@@ -34,15 +35,30 @@ FRONTIER = Frontier(
 )
 
 
-def measuring(truth: Callable[[float], float]) -> Callable[[int], Measured]:
+def solve_at(size: int) -> IntArray:
+    """The best that is no larger."""
+    return FRONTIER.choice_KF[int(np.searchsorted(SIZES, size, side="right")) - 1]
+
+
+def size_of(choice_F: IntArray) -> int:
+    return int(SIZES[choice_F[0]])
+
+
+def measuring(truth: Callable[[float], float]) -> Callable[[IntArray], Measured]:
     """Measures what the errors truly amount to, on windows that differ."""
 
-    def measure_at(size: int) -> Measured:
-        k = int(np.searchsorted(SIZES, size, side="right")) - 1
-        kl = truth(float(ERRORS[k]))
-        return Measured(FRONTIER.choice_KF[k], (0.97 * kl, kl, kl, 1.03 * kl))
+    def measure(choice_F: IntArray) -> Measured:
+        kl = truth(float(ERRORS[choice_F[0]]))
+        return Measured(choice_F, (0.97 * kl, kl, kl, 1.03 * kl))
 
-    return measure_at
+    return measure
+
+
+def proved(
+    limit: float, truth: Callable[[float], float] = lambda x: x, frontier: Frontier = FRONTIER
+) -> list[Measured]:
+    functions = {"solve_at": solve_at, "size_of": size_of, "measure": measuring(truth)}
+    return prove(frontier, limit, model=model_error(), **functions)
 
 
 TRUTHS: dict[str, Callable[[float], float]] = {
@@ -57,29 +73,48 @@ TRUTHS: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("limit", [0.004, 0.02, 0.1])
 @pytest.mark.parametrize("name", TRUTHS)
 def test_a_budget_is_kept_and_nearly_used_whatever_the_truth_is(name: str, limit: float) -> None:
-    measure_at = measuring(TRUTHS[name])
-    tried = prove(FRONTIER, limit, measure_at=measure_at, model=model_error())
+    measure = measuring(TRUTHS[name])
+    tried = proved(limit, TRUTHS[name])
     kept = [one for one in tried if measured_upper(one) <= limit]
-    within = [s for s in SIZES.tolist() if measured_upper(measure_at(s)) <= limit]
+    within = [size_of(c) for c in FRONTIER.choice_KF if measured_upper(measure(c)) <= limit]
     found = min(int(SIZES[one.choice_F[0]]) for one in kept)
+    assert len(tried) <= MOST_MEASURED
+    assert found <= 1.02 * min(within)
+
+
+@pytest.mark.parametrize("limit", [0.004, 0.02, 0.1])
+@pytest.mark.parametrize("name", TRUTHS)
+def test_a_recipe_between_two_points_of_the_frontier_is_found(name: str, limit: float) -> None:
+    """Points of a frontier may be far apart; the best of any size between them is solved for."""
+    few = np.arange(0, 400, 21)
+    sparse = Frontier(
+        choice_KF=FRONTIER.choice_KF[few],
+        bytes_K=SIZES[few],
+        error_K=ERRORS[few],
+        bound_K=ERRORS[few],
+    )
+    measure = measuring(TRUTHS[name])
+    tried = proved(limit, TRUTHS[name], sparse)
+    within = [size_of(c) for c in FRONTIER.choice_KF if measured_upper(measure(c)) <= limit]
+    found = min(size_of(one.choice_F) for one in tried if measured_upper(one) <= limit)
     assert len(tried) <= MOST_MEASURED
     assert found <= 1.02 * min(within)
 
 
 def test_no_recipe_is_measured_twice() -> None:
     for limit in np.geomspace(1e-3, 0.6, 20).tolist():
-        tried = prove(FRONTIER, limit, measure_at=measuring(TRUTHS["curved"]), model=model_error())
+        tried = proved(limit, TRUTHS["curved"])
         chosen = [int(one.choice_F[0]) for one in tried]
         assert len(set(chosen)) == len(chosen)
 
 
 def test_a_budget_that_nothing_keeps_is_tried_at_the_finest_recipe() -> None:
-    tried = prove(FRONTIER, 1e-6, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
+    tried = proved(1e-6)
     assert [int(one.choice_F[0]) for one in tried] == [399]
 
 
 def test_a_budget_that_everything_keeps_takes_the_smallest_recipe() -> None:
-    tried = prove(FRONTIER, 10.0, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
+    tried = proved(10.0)
     assert min(int(one.choice_F[0]) for one in tried) == 0
     assert len(tried) == 1
 
@@ -98,7 +133,7 @@ def test_noise_does_not_turn_the_secant_round() -> None:
 
 
 def test_a_budget_of_nothing_and_measurements_of_nothing_are_numbers_too() -> None:
-    tried = prove(FRONTIER, 0.0, measure_at=measuring(TRUTHS["as predicted"]), model=model_error())
+    tried = proved(0.0)
     assert [int(one.choice_F[0]) for one in tried] == [399]
     assert secant([(1e-300, 1e-300), (1e300, 0.0)], 1e300) > 0
 
@@ -108,12 +143,12 @@ def test_a_budget_that_is_no_number_or_not_in_the_unit_is_refused_before_measuri
 ) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
 
-    def proved(max_kl: float, unit: str | None = None) -> None:
+    def decided(max_kl: float, unit: str | None = None) -> None:
         request = Request(budgets=Budgets(max_kl=max_kl), unit=unit)
         decide_proved(table, request, evaluate=Mock(), text_sha256="0" * 64, tokens=2)
 
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(BudgetError, match=r"must be a number of at least 0"):
-            proved(wrong)
+            decided(wrong)
     with pytest.raises(BudgetError, match=r"says nothing about nats"):
-        proved(0.1, "tensor_mse")
+        decided(0.1, "tensor_mse")

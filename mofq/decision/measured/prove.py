@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +27,7 @@ from mofq.decision.measured.measurement import (
 )
 from mofq.decision.model_error import ModelError
 from mofq.decision.prediction import INTERVAL_STDERRS, error_of
-from mofq.decision.problem import KL_UNIT
+from mofq.decision.problem import KL_UNIT, FloatArray, IntArray
 from mofq.decision.request import Request
 from mofq.decision.result import budget_figures
 from mofq.decision.timing import request_budgets, time_budget_figures
@@ -92,26 +92,34 @@ def decide_proved(
     budget_constraints(problem, Budgets(max_kl=limit))
     if problem.unit != KL_UNIT:
         check_kl_unit(problem)
+    solved: dict[bytes, Decision] = {}
     decisions: list[Decision] = []
 
-    def measure(asked: Request, total: int) -> Measured:
+    def solve(asked: Request) -> IntArray:
         decision = decide(table, asked, problem=problem)
+        solved[decision.choice_F.tobytes()] = decision
+        return decision.choice_F
+
+    def measure(choice_F: IntArray, total: int = MOST_MEASURED) -> Measured:
+        decision = solved[choice_F.tobytes()]
         windows = tuple(evaluate(decision.recipe))
         require_windows(windows)
         decisions.append(decision)
         if progress is not None:
             progress("prove", len(decisions), total)
-        return Measured(decision.choice_F, windows)
-
-    def measure_at(size: int) -> Measured:
-        own = sized(problem, free.budgets, size)
-        return measure(replace(free, budgets=own), MOST_MEASURED)
+        return Measured(choice_F, windows)
 
     if request.budgets.minimises_bytes:
-        frontier = solve_frontier(problem, request_budgets(table, problem, free))
-        measured = prove(frontier, limit, measure_at=measure_at, model=error_of(problem))
+        measured = prove(
+            solve_frontier(problem, request_budgets(table, problem, free)),
+            limit,
+            solve_at=lambda size: solve(replace(free, budgets=sized(problem, free.budgets, size))),
+            size_of=problem.axis_of,
+            measure=measure,
+            model=error_of(problem),
+        )
     else:
-        measured = [measure(free, 1)]
+        measured = [measure(solve(free), total=1)]
     pairs = list(zip(measured, decisions, strict=True))
     within = [pair for pair in pairs if measured_upper(pair[0]) <= limit]
     if not within:
@@ -144,45 +152,81 @@ def prove(
     frontier: Frontier,
     limit: float,
     *,
-    measure_at: Callable[[int], Measured],
+    solve_at: Callable[[int], IntArray],
+    size_of: Callable[[IntArray], int],
+    measure: Callable[[IntArray], Measured],
     model: ModelError,
     most: int = MOST_MEASURED,
 ) -> list[Measured]:
-    """Measure recipes along a frontier until one just keeps a budget.
+    """Measure recipes along a frontier, and between its points, until one just keeps a budget.
 
     Args:
         frontier: In nats, under the other budgets.
         limit: What measured KL plus two standard errors must not exceed [nats per token].
-        measure_at: From a size on the frontier's axis to the recipe of that size, measured.
+        solve_at: The best choice of at most a size on the frontier's axis [bytes].
+        size_of: A choice's size on that axis [bytes].
+        measure: Measures a choice.
         model: What predictions are off by.
         most: Recipes at most.
 
     Returns:
         All that were measured, in their order.
     """
-    error_K = np.maximum(frontier.error_K, np.finfo(np.float64).tiny)
-    predicted_K = np.array([model.corrected(e) for e in error_K.tolist()])
-    fails, keeps = -1, len(error_K)  # the largest that is over, the smallest that is within
+    curve = _Curve(frontier.bytes_K, np.array([model.corrected(e) for e in frontier.error_K]))
+    # The largest size that is over and the smallest that is within, so far; none at first.
+    fails, keeps = curve.least - 1, curve.most + 1
     aim = limit * _FIRST_AIM
-    trials: dict[int, Measured] = {}
-    while len(trials) < most and keeps - fails > 1:
-        k = int(np.searchsorted(-predicted_K, -aim))  # the smallest that is predicted within
-        k = min(max(k, fails + 1), keeps - 1)
-        trial = trials[k] = measure_at(int(frontier.bytes_K[k]))
-        if measured_upper(trial) <= limit:
-            keeps = k
-            if measured_upper(trial) >= _NEAR * limit:
+    tried: list[Measured] = []
+    points: list[tuple[float, float]] = []  # predicted and measured
+    step = 1  # doubles where a little more size has no other recipe
+    while len(tried) < most and keeps - fails > _near_sizes(keeps, curve):
+        size = min(max(curve.size_at(aim), fails + step), keeps - 1)
+        choice_F = solve_at(size)
+        if any((one.choice_F == choice_F).all() for one in tried):
+            # What was over is still the best of this size.
+            fails, step = size, max(2 * step, _near_sizes(size, curve))
+            continue
+        step = 1
+        trial = measure(choice_F)
+        upper = measured_upper(trial)
+        tried.append(trial)
+        points.append((curve.predicted_at(size_of(choice_F)), upper))
+        if upper <= limit:
+            keeps = size_of(choice_F)
+            if upper >= _NEAR * limit:
                 break
         else:
-            fails = k
-        if fails >= 0 and keeps < len(error_K):
-            low, high = frontier.bytes_K[[fails, keeps]]
-            if high - low <= _SAME_SIZE * high:
-                break
-        caution = _CAUTION ** len(trials) if keeps == len(error_K) else 1.0
-        points = [(float(predicted_K[n]), measured_upper(one)) for n, one in trials.items()]
+            fails = size
+        caution = 1.0 if keeps <= curve.most else _CAUTION ** len(tried)
         aim = secant(points, limit * _AIM * caution)
-    return list(trials.values())
+    return tried
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Curve:
+    """What is predicted of a size; between two points of the frontier, the line through them."""
+
+    size_K: IntArray  #: rises
+    predicted_K: FloatArray  #: falls
+
+    @property
+    def least(self) -> int:
+        return int(self.size_K[0])
+
+    @property
+    def most(self) -> int:
+        return int(self.size_K[-1])
+
+    def size_at(self, predicted: float) -> int:
+        return math.ceil(np.interp(predicted, self.predicted_K[::-1], self.size_K[::-1]))
+
+    def predicted_at(self, size: int) -> float:
+        return float(np.interp(size, self.size_K, self.predicted_K))
+
+
+def _near_sizes(keeps: int, curve: _Curve) -> int:
+    """How close two sizes are one; all are told apart while none is within the budget."""
+    return max(1, int(_SAME_SIZE * keeps)) if keeps <= curve.most else 1
 
 
 def secant(points: Sequence[tuple[float, float]], limit: float) -> float:
@@ -197,7 +241,7 @@ def secant(points: Sequence[tuple[float, float]], limit: float) -> float:
         the limit; through the only one, of slope 1.
     """
     tiny = float(np.finfo(np.float64).tiny)
-    logs = [(math.log(x), math.log(max(y, tiny))) for x, y in points]
+    logs = [(math.log(max(x, tiny)), math.log(max(y, tiny))) for x, y in points]
     wanted = math.log(max(limit, tiny))
     nearest = sorted(logs, key=lambda one: abs(one[1] - wanted))[:2]
     slope = 1.0
