@@ -8,9 +8,17 @@ from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, check_kl_unit
 from mofq.decision.exact import Solution, least_bytes, solve_exact
+from mofq.decision.flips import flip_costs
 from mofq.decision.frontier import sized
 from mofq.decision.greedy import solve_greedy
-from mofq.decision.prediction import Estimate, crossfit, is_crossfitted, predict, stated
+from mofq.decision.prediction import (
+    Estimate,
+    crossfit,
+    is_crossfitted,
+    predict,
+    stated,
+    with_flip_noise,
+)
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
 from mofq.decision.together import Solver, act_together, solve_together
@@ -125,7 +133,9 @@ def expand_chosen(
     except BudgetError:
         # A finer scheme may be on offer with all samples and not with half of them.
         fitted = None
-    return in_sample if fitted is None else fitted
+    if fitted is None:
+        return in_sample
+    return with_flip_noise(problem, fitted, flip_costs(problem, choice_F))
 
 
 def _own_size(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets:

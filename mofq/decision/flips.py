@@ -41,6 +41,22 @@ def flip_cost(problem: Problem, choice_F: IntArray) -> float | None:
     return float(np.average(cost_C, weights=problem.corpus_weights))
 
 
+def flip_stderr(problem: Problem, cost_C: FloatArray) -> float:
+    """The standard error of what changes of experts cost, over corpora by the objective.
+
+    Args:
+        problem: What might be chosen.
+        cost_C: From `flip_costs`, or a difference of two.
+    """
+    if problem.flip_stderr_C is None:
+        return 0.0
+    stderr_C = np.abs(cost_C) * np.array(problem.flip_stderr_C)
+    if problem.objective == "worst-corpus":
+        return float(stderr_C.max())
+    weight_C = np.array(problem.corpus_weights)
+    return float(np.sqrt(np.square(weight_C * stderr_C).sum()) / weight_C.sum())
+
+
 def with_flips(
     problem: Problem, choice_F: IntArray, sums: Sequence[FloatArray]
 ) -> list[FloatArray]:

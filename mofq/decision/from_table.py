@@ -174,6 +174,7 @@ def problem_from_table(
         kv_tokens=0 if caches is None else caches.tokens,
         one_format=caches is not None and caches.one_format,
         flip_FC=_flips(table, [group for group, _ in groups], names) if unit == KL_UNIT else None,
+        flip_stderr_C=_flip_stderrs(table, names) if unit == KL_UNIT else None,
     )
 
 
@@ -185,6 +186,12 @@ def _flips(
     if not rates:
         return None
     return np.array([[rates.get(c or "", {}).get(g.name, 0.0) for c in corpora] for g in groups])
+
+
+def _flip_stderrs(table: Table, corpora: Sequence[str | None]) -> tuple[float, ...] | None:
+    """The standard error of what changes of experts cost, as a share of it, of each corpus."""
+    known = {one.corpus: one.stderr or 0.0 for one in table.flips}
+    return tuple(known.get(c or "", 0.0) for c in corpora) if known else None
 
 
 def _unit(table: Table, unit: str | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision.flips import with_flips
+from mofq.decision.flips import flip_costs, flip_stderr, with_flips
 from mofq.decision.model_error import ModelError, model_error
 from mofq.decision.problem import (
     KL_UNIT,
@@ -95,12 +95,27 @@ def predict(problem: Problem, choice_F: IntArray) -> Estimate:
 
     Returns:
         The sum of the errors of its choices, and what they do together; its standard error is
-        that of the sums of each sample, since all groups share their samples. A recipe that was
+        that of the sums of each sample, since all groups share their samples, with that of what
+        changes of experts cost. A recipe that was
         chosen on these very samples looks better here than it is; `predict_chosen` corrects that.
     """
     if problem.sample_errors is None:
         return Estimate(problem.error_of(choice_F), stderr=None)
-    return _combine(problem, sample_sums(problem, choice_F))
+    found = _combine(problem, sample_sums(problem, choice_F))
+    return with_flip_noise(problem, found, flip_costs(problem, choice_F))
+
+
+def with_flip_noise(problem: Problem, estimate: Estimate, cost_C: FloatArray) -> Estimate:
+    """An estimate whose standard error has that of what changes of experts cost too.
+
+    Args:
+        problem: That it is of.
+        estimate: Of a recipe, or of a difference of two.
+        cost_C: What changes of experts cost it, or the difference.
+    """
+    if estimate.stderr is None:
+        return estimate
+    return replace(estimate, stderr=math.hypot(estimate.stderr, flip_stderr(problem, cost_C)))
 
 
 def error_together(problem: Problem, choice_F: IntArray) -> float:
@@ -192,7 +207,11 @@ def paired_loss(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Esti
         The mean of the differences, positive where the second is worse.
     """
     sums = (sample_sums(problem, each_F) for each_F in (choice_F, other_F))
-    return _combine(problem, [after - before for before, after in zip(*sums, strict=True)])
+    found = _combine(problem, [after - before for before, after in zip(*sums, strict=True)])
+    if len(choice_F) < len(problem.groups):
+        return found
+    more_C = flip_costs(problem, other_F) - flip_costs(problem, choice_F)
+    return with_flip_noise(problem, found, more_C)
 
 
 def sample_sums(problem: Problem, choice_F: IntArray) -> list[FloatArray]:

@@ -85,6 +85,8 @@ class Problem:
     #: What a nat of each group costs by changes of experts, squared over nats [nats per token];
     #: see `mofq.decision.flips`. None: no mixture, or nothing is known of its routers.
     flip_FC: FloatArray | None = None
+    #: The standard error of what changes of experts cost, as a share of it.
+    flip_stderr_C: tuple[float, ...] | None = None  #: None: not known
 
     def __post_init__(self) -> None:
         """No solver has to ask whether there is a recipe at all."""
@@ -231,6 +233,7 @@ def build_problem(
     kv_tokens: int = 0,
     one_format: bool = False,
     flip_FC: FloatArray | None = None,
+    flip_stderr_C: tuple[float, ...] | None = None,
 ) -> Problem:
     """Arrays from options.
 
@@ -246,6 +249,7 @@ def build_problem(
         kv_tokens: Of context, whose cache counts as size.
         one_format: Whether a recipe may have one quantized format of the cache alone.
         flip_FC: Rates of what changes of experts cost.
+        flip_stderr_C: The standard error of that, as a share of it.
 
     Raises:
         TableError: A group has no option, or an option not one error for each corpus; or no
@@ -278,6 +282,7 @@ def build_problem(
         format_P=_formats(groups, ordered, starts) if one_format else None,
         answers=_answers(ordered),
         flip_FC=flip_FC,
+        flip_stderr_C=flip_stderr_C,
     )
 
 

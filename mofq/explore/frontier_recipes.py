@@ -121,6 +121,7 @@ def best_for_corpus(
         else problem.sample_errors[corpus : corpus + 1],
         answers=None if problem.answers is None else problem.answers[corpus : corpus + 1],
         flip_FC=None if problem.flip_FC is None else problem.flip_FC[:, corpus : corpus + 1],
+        flip_stderr_C=problem.flip_stderr_C and problem.flip_stderr_C[corpus : corpus + 1],
     )
     frontier = solve_frontier(alone, budgets)
     best = []

@@ -10,10 +10,10 @@ import pytest
 from solver_problems import problem_of, sampled
 
 from mofq.decision import Budgets, Problem
-from mofq.decision.choice import choose
-from mofq.decision.flips import flip_cost, flip_costs, flip_shares
+from mofq.decision.choice import choose, expand_chosen
+from mofq.decision.flips import flip_cost, flip_costs, flip_shares, flip_stderr
 from mofq.decision.frontier import solve_frontier
-from mofq.decision.prediction import error_together, predict, stated
+from mofq.decision.prediction import error_together, paired_loss, predict, stated
 from mofq.decision.together import around
 
 RNG = np.random.default_rng(0)
@@ -65,6 +65,33 @@ def test_error_bars_grow_by_the_slope_of_the_root() -> None:
     slope = float(flip_costs(problem, choice_F)[0]) / (2 * plain.value)
     assert plain.stderr is not None
     assert whole.stderr == pytest.approx((1 + slope) * plain.stderr)
+
+
+def test_error_bars_have_the_noise_of_what_changes_cost() -> None:
+    problem = mixture()
+    noisy = replace(problem, flip_stderr_C=(0.1,))
+    first_F, other_F = choices(problem)[0], choices(problem)[5]
+    flips, others = (float(flip_costs(problem, one)[0]) for one in (first_F, other_F))
+    plain, wide = (predict(one, first_F) for one in (problem, noisy))
+    assert plain.stderr is not None
+    assert wide.stderr == pytest.approx(np.hypot(plain.stderr, 0.1 * flips))
+    assert wide.value == plain.value
+    plain, wide = (expand_chosen(one, Budgets(), first_F) for one in (problem, noisy))
+    assert plain.stderr is not None
+    assert wide.stderr == pytest.approx(np.hypot(plain.stderr, 0.1 * flips))
+    # Of two recipes the noise is that of the difference.
+    plain, wide = (paired_loss(one, first_F, other_F) for one in (problem, noisy))
+    assert plain.stderr is not None
+    assert wide.stderr == pytest.approx(np.hypot(plain.stderr, 0.1 * abs(others - flips)))
+
+
+def test_the_noise_of_several_corpora_is_that_of_their_mean_or_of_the_worst() -> None:
+    problem = replace(mixture(), corpora=("a", "b"), corpus_weights=(3.0, 1.0))
+    noisy = replace(problem, flip_stderr_C=(0.1, 0.2))
+    cost_C = np.array([0.02, 0.03])
+    assert flip_stderr(noisy, cost_C) == pytest.approx(np.hypot(3 * 0.002, 0.006) / 4)
+    assert flip_stderr(replace(noisy, objective="worst-corpus"), cost_C) == pytest.approx(0.006)
+    assert flip_stderr(problem, cost_C) == 0.0
 
 
 def mixture_like(problem: Problem) -> Problem:

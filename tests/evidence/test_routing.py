@@ -20,6 +20,7 @@ from mofq.evidence.calibration.capture import capture_layers
 from mofq.evidence.calibration.routing import (
     Routing,
     flip_rate,
+    flip_stderr,
     read_routing,
     run_margins,
 )
@@ -241,6 +242,17 @@ def test_a_rate_is_the_cost_of_exchanges_times_what_moves_margins_over_nats() ->
     assert flip_rate(routing, [5.0, 3.0], ["a", "b"]) == pytest.approx(0.3 * 6 / 8 / math.pi)
     assert flip_rate(routing, [5.0, 3.0], ["c"]) == 0.0
     assert flip_rate(routing, [0.0, 0.0], ["a"]) == 0.0
+
+
+def test_the_noise_of_changes_is_what_leaving_out_one_sequence_moves() -> None:
+    routing = [Routing(1.0, {"a": 1.0}), Routing(3.0, {"a": 1.0})]
+    # The root of the mean cost is √2; without one of them √3 and √1, half as far from their mean
+    # as from one another.
+    expected = (math.sqrt(3) - 1) / 2 / math.sqrt(2)
+    assert flip_stderr(routing, [1.0, 1.0], ["a"]) == pytest.approx(expected)
+    assert flip_stderr([Routing(1.0, {"a": 2.0})] * 3, [1.0] * 3, ["a"]) == pytest.approx(0.0)
+    assert flip_stderr(routing[:1], [1.0], ["a"]) is None
+    assert flip_stderr(routing, [1.0, 1.0], ["b"]) is None
 
 
 def test_a_damaged_routing_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import (
+    Flips,
     Rejection,
     Row,
     TableHeader,
@@ -98,6 +99,20 @@ def test_a_table_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert table.rejections == (rejection,)
     assert table.rows == (weight_row(), nats_row(), static)
     assert table.sha256 == sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_an_earlier_version_noted_of_changes_of_experts_stays(tmp_path: Path) -> None:
+    rates = {"layers.0.attn.qk": 0.5, "layers.0.attn.o": 0.25}
+    path, before = tmp_path / "table.jsonl", Flips("wiki", rates)
+    with open_table(path, header()) as writer:
+        writer.add_flips([before])
+    with open_table(path, header()) as writer:
+        writer.add_flips([Flips("wiki", rates, stderr=0.1)])
+    assert read_table(path).flips == (before,)
+    again = tmp_path / "again.jsonl"
+    with open_table(again, header()) as writer:
+        writer.add_flips([Flips("wiki", rates, stderr=0.1)])
+    assert read_table(again).flips[0].stderr == 0.1
 
 
 def test_a_space_keeps_its_exclusions_and_constraints_in_the_table(tmp_path: Path) -> None:

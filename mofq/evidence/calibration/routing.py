@@ -145,3 +145,31 @@ def flip_rate(routing: Sequence[Routing], nats: Sequence[float], layers: Iterabl
     cost = math.fsum(one.cost for one in routing) / len(routing)
     # KL is half the square of what the scores see, over T; the margins' variance a whole one.
     return cost * 2 * moved / total / (2 * math.pi) if total > 0 else 0.0
+
+
+def flip_stderr(
+    routing: Sequence[Routing], nats: Sequence[float], layers: Iterable[str]
+) -> float | None:
+    """The standard error of what changes of experts cost, as a share of it: the root of rates.
+
+    Args:
+        routing: Of each sequence of a corpus.
+        nats: The gain in nats of the same layers, of each sequence.
+        layers: All that errors come from.
+
+    Returns:
+        By leaving out one sequence after the other; None of fewer than two, or without a cost.
+
+    Source: the jackknife; B. Efron, "The jackknife, the bootstrap and other resampling plans",
+    1982, chapter 3.
+    """
+    names, count = tuple(layers), len(routing)
+    whole = math.sqrt(flip_rate(routing, nats, names))
+    if count < 2 or not whole:
+        return None
+    without = [
+        math.sqrt(flip_rate([*routing[:n], *routing[n + 1 :]], [*nats[:n], *nats[n + 1 :]], names))
+        for n in range(count)
+    ]
+    mean = math.fsum(without) / count
+    return math.sqrt(math.fsum((one - mean) ** 2 for one in without) * (count - 1) / count) / whole

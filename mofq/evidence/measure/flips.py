@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
-from mofq.evidence.calibration.gains import read_gains
-from mofq.evidence.calibration.routing import flip_rate, read_routing
+from mofq.evidence.calibration.gains import Gains, read_gains
+from mofq.evidence.calibration.routing import flip_rate, flip_stderr, read_routing
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.table import Flips
 from mofq.model.layers import PARTS, CacheLayer, FusionGroup
@@ -31,9 +32,17 @@ def corpus_flips(
         if not any(one.cost for one in routing):
             continue
         gains = [read_gains(path) for path in stats.gains_files(corpus.name)]
-        rates = {}
-        for name, layers in members.items():
-            nats = [sum(sum(one[layer].weight) for layer in layers) for one in gains]
-            draws = stats.plan.draws
-            rates[name] = flip_rate(routing, [value / draws for value in nats], layers)
-        yield Flips(corpus.name, rates)
+        nats_of = partial(_nats, gains, draws=stats.plan.draws)
+        rates = {
+            name: flip_rate(routing, nats_of(layers), layers) for name, layers in members.items()
+        }
+        every = [layer for layers in members.values() for layer in layers]
+        yield Flips(corpus.name, rates, flip_stderr(routing, nats_of(every), every))
+
+
+def _nats(
+    gains: Sequence[Mapping[str, Gains]], layers: Iterable[str], *, draws: int
+) -> list[float]:
+    """The gain in nats of some layers in each sequence."""
+    names = tuple(layers)
+    return [sum(sum(one[layer].weight) for layer in names) / draws for one in gains]

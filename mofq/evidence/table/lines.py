@@ -375,6 +375,8 @@ class Flips:
         dict[Text, NotNegative],
         Field(description="fusion group or cache -> nats per token; 0 behind the last router"),
     ]
+    #: Over the sequences that were run; None in tables of before it was noted.
+    stderr: Annotated[NotNegative | None, Field(description="of the root, as a share of it")] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,8 +95,8 @@ class TableWriter:
         self._append([TableCache(**asdict(cache)) for cache in caches])
 
     def add_flips(self, flips: Iterable[Flips]) -> None:
-        """Note what changes of experts cost."""
-        self._append(list(flips))
+        """Note what changes of experts cost on corpora of which that is not noted yet."""
+        self._append([one for one in flips if one.corpus not in self._lines.flips])
 
     def add_group(
         self,
