@@ -123,7 +123,7 @@ class RecipeResult:
     bytes: Index | None = None  #: of the fusion groups' tensors
     checkpoint_bytes: Index | None = None
     error: NotNegative | None = None  #: summed, in the unit of made_by
-    #: predicted; where there is an interval, corrected by what recipes of such a sum measure
+    #: predicted, and corrected by what recipes of such a sum measure; not in recipes of before
     kl_nats_per_token: NotNegative | None = None
     kl_stderr: NotNegative | None = None  #: without an interval, of the sampled sequences alone
     kl_low: NotNegative | None = None  #: of the 95 % interval of the predicted KL

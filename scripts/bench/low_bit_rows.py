@@ -33,6 +33,7 @@ from scripts.shared.command import calibrate, model_parser, parse_into_work, pri
 
 _SCHEMES = ("int2.g32@mse", "int3.g32@mse", "int3.channel@mse")
 _PART = 0.25
+_NEAR = 0.1
 _WAYS = ("squares of rows", "share of the weights", "share of the answers")
 _CORPUS = "text"
 #: Of the sequences of the calibration, every second one is run.
@@ -43,10 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare every group under every scheme and print sums and spreads."""
     parser = model_parser(__doc__, ("--calibration", "text file, or the name of a bundled text"))
     parser.add_argument("--sequence-length", type=int, default=256, help="of calibration")
+    parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
     options = parse_into_work(parser, arguments)
     stats_folder = options.work / "stats"
     corpora = [f"{_CORPUS}={options.calibration}"]
-    calibrate(options.model, corpora, stats_folder, "--sequence-length", options.sequence_length)
+    more = ("--sequence-length", options.sequence_length, "--sequences", options.sequences)
+    calibrate(options.model, corpora, stats_folder, *more)
     stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
     model = load_model(checkpoint.folder)
     windows_NT = spread_windows(
@@ -69,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 total = float((ratio_G * truth_G).sum() / truth_G.sum())
                 spread = math.exp(float(np.log(ratio_G).std()))
                 ends = f"{ratio_G.min():.2f} to {ratio_G.max():.2f}"
-                rows.append([name, way, f"{total:.3f}", f"{spread:.2f}×", ends])
-    print_markdown(("scheme", "taken out", "sum of groups", "spread", "groups"), rows)
+                within = f"{np.mean(np.abs(ratio_G - 1) <= _NEAR):.0%}"
+                rows.append([name, way, f"{total:.3f}", f"{spread:.2f}×", ends, within])
+    heads = ("scheme", "taken out", "sum of groups", "spread", "groups", "groups within 10 %")
+    print_markdown(heads, rows)
 
 
 def _rounding(

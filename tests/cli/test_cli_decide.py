@@ -200,5 +200,6 @@ def test_a_difference_says_how_its_corpora_count(tmp_path: Path) -> None:
     assert (content["objective"], content["corpus_weights"]) == ("mean", {"en": 3.0, "pt": 1.0})
     shown = ok("diff", *recipes, "--table", table, "--corpus-weights", "en=1,pt=0")
     assert "errors in kl_nats_per_token, mean of en=1,pt=0" in shown.out
+    assert "Differences are of the second-order expansion" in shown.err
     message = refused("diff", *recipes, "--corpus-weights", "en=1,pt=0")
     assert "--corpus-weights is of a cost; give --table too." in message

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def show_diff(result: DiffResult) -> None:
     """One row for each group that differs, priced where a table was given."""
+    from mofq.decision.problem import KL_UNIT
     from mofq.decision.request import weights_text
 
     found, (a, b) = result.difference, result.recipes
@@ -43,6 +44,11 @@ def show_diff(result: DiffResult) -> None:
     elif found.objective is not None:
         title += f", {found.objective}"
     print_table(title, columns, rows)
+    if found.unit == KL_UNIT:
+        note(
+            "Differences are of the second-order expansion; the KL of either recipe is corrected "
+            "by what such recipes measure."
+        )
     minimised = [_minimised(one) for one in (a, b)]
     # A table prices both on one scale.
     are_own = found.total is None and None not in (a.kl_nats_per_token, b.kl_nats_per_token)

@@ -13,9 +13,8 @@ from mofq.numbers.schemes import Scheme
 class FakeQuantExperts(nn.Module):
     """All experts of one decoder layer; the inputs of each are fake-quantized on the fly.
 
-    It keeps the parameters of the module that it replaces, as `ExpertsKind` describes them;
-    whoever applies a scheme rounds the weights in place,
-    and tells of it with `set_scheme`.
+    It keeps the parameters of the module that it replaces, as `ExpertsKind` describes them; whoever
+    applies a scheme rounds the weights in place, and tells of it with `set_scheme`.
     """
 
     def __init__(self, experts: nn.Module, *, name: str = "experts") -> None:
