@@ -245,9 +245,9 @@ def _unknown_routers(table: Table, problem: Problem) -> list[str]:
             f"What it costs that tokens change their experts is not known of "
             f"{', '.join(unknown)}: predictions are too low, where errors are small by several "
             f"times, and their intervals do not cover it. Run the same `mofq measure` again, which "
-            f"adds it where the calibration has it; else calibrate with this version, without "
-            f"{option('activation_checkpointing')}, and measure into a new table. Where `mofq "
-            f"calibrate` says that routers are not seen, measure: `mofq validate`, or a search "
+            f"adds it where the calibration has it; else calibrate again, and measure into a new "
+            f"table (`mofq calibrate --activation-checkpointing` sees no routers). Where "
+            f"`mofq calibrate` says that they are not seen, measure: `mofq validate`, or a search "
             f"with {option('max_kl')}, {option('model')} and {option('text')}."
         )
     ]
