@@ -193,6 +193,7 @@ def _set(end: str, to: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor
         ("int4 groups", _drop("weight_shape"), r"needs .*weight_shape' .*found none"),
         ("int4 groups", _set("weight_shape", lambda t: t + 8), r"is no weight of \[136, 104\]"),
         ("int4 groups", _set("weight_scale", lambda t: t[:4]), r"needs \[128, 3\] or .*found \[4"),
+        ("int4 groups", _set("weight_scale", lambda t: t[:, :2]), r"2 scales a row.* is \[32\]"),
         ("int4 groups", _set("weight_scale", lambda t: -t), r"holds -.* needed positive"),
         ("gptq", _drop("qzeros"), r"qweight' needs .*qzeros' .*found none"),
         ("gptq", _set("g_idx", lambda t: t + 9), r"g_idx' needs numbers of 3 groups, found 9 to"),

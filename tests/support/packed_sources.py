@@ -131,18 +131,17 @@ def _eight_a_word(code_HW: Tensor) -> Tensor:
 def modelopt(weight_OI: Tensor) -> tuple[Any, Stored]:
     """NVFP4 of ModelOpt: the same codes and scales, the global scale the other way round."""
     args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "symmetric": True}
-    _, (stored, values) = compressed_tensors(
+    _, (stored, _) = compressed_tensors(
         "nvfp4-pack-quantized", weight_OI.float(), group_size=16, **args
     )
     whole = stored["weight_global_scale"]
-    values = values * 0 + _modelopt_values(stored)
     parts = {
         "weight": stored["weight_packed"],
         "weight_scale": stored["weight_scale"],
         "weight_scale_2": (1 / whole).reshape(()),
         "input_scale": torch.tensor(0.5),
     }
-    return {"quant_method": "modelopt", "quant_algo": "NVFP4"}, (parts, values)
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4"}, (parts, _modelopt_values(stored))
 
 
 def _modelopt_values(stored: dict[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mofq.exceptions import CheckpointError, nearest_name
 from mofq.files.documents import parse_json, shown
@@ -85,6 +85,10 @@ class Scaling:
     tile_columns: int  #: columns that do
 
 
+#: How codes, scales and zero points lie; see `mofq.model.checkpoint.packed`.
+Layout = Literal["words", "bytes", "fp4", "gptq", "awq", "experts"]
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """How a weight [out, in] lies in several tensors of a quantized source.
@@ -92,7 +96,7 @@ class Packed:
     A weight is ``(code - zero point) * scale``; see `mofq.model.checkpoint.packed`.
     """
 
-    layout: str  #: of codes, scales and zero points; one of `mofq.model.checkpoint.packed.LAYOUTS`
+    layout: Layout
     scale: TensorInfo
     group_size: int  #: columns that share a scale
     zero_point: TensorInfo | None = None
