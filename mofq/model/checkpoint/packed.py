@@ -219,7 +219,12 @@ def _packed_integers(
     words = -(-rows * fitting[0] // _WORD_BITS)
     point = source.maybe(codes, f"{stem}weight_zero_point", [(words, columns // group)], ("I32",))
     order = source.maybe(codes, f"{stem}weight_g_idx", [(columns,)], ("I32", "I64"))
-    packed = Packed("words", scale, group, point, group_of_I=order)
+    packed = Packed(
+        *("words", scale, group, point),
+        group_of_I=order,
+        is_sorted=order is not None,
+        is_symmetric=point is None,
+    )
     return _weight(codes, f"{stem}weight", f"INT{fitting[0]}", (rows, columns), packed)
 
 
@@ -230,7 +235,8 @@ def _plain_integers(source: _Source, codes: TensorInfo, stated: frozenset[_Integ
     sizes = [one.group_size for one in stated if one.bits == _INT8_BITS]
     scale, group = _group_scale(source, codes, f"{codes.name}_scale", (rows, columns), sizes)
     point = source.maybe(codes, f"{codes.name}_zero_point", [scale.shape], ("I8",))
-    return _weight(codes, codes.name, "INT8", (rows, columns), Packed("bytes", scale, group, point))
+    packed = Packed("bytes", scale, group, point, is_symmetric=point is None)
+    return _weight(codes, codes.name, "INT8", (rows, columns), packed)
 
 
 def _group_scale(
@@ -322,7 +328,12 @@ def _read_gptq(source: _Source) -> list[TensorInfo]:
         point = source.part(codes, f"{stem}qzeros", shapes, ("I32",))
         order = source.maybe(codes, f"{stem}g_idx", [(columns,)], ("I32", "I64"))
         offset = 1 if layout == "gptq" else 0
-        packed = Packed("gptq", scale, group, point, offset, group_of_I=order)
+        packed = Packed(
+            *("gptq", scale, group, point, offset),
+            group_of_I=order,
+            is_sorted=bool(source.config.get("desc_act")),
+            is_symmetric=source.config.get("sym") is True,
+        )
         found.append(_weight(codes, f"{stem}weight", f"INT{bits}", (rows, columns), packed))
     return found
 
@@ -342,7 +353,7 @@ def _read_awq(source: _Source) -> list[TensorInfo]:
         scale, group = _group_scale_in_columns(source, codes, stem, rows, columns)
         shapes = [(columns // group, codes.shape[1])]
         point = source.maybe(codes, f"{stem}qzeros", shapes, ("I32",))
-        packed = Packed("awq", scale, group, point)
+        packed = Packed("awq", scale, group, point, is_symmetric=point is None)
         found.append(_weight(codes, f"{stem}weight", f"INT{bits}", (rows, columns), packed))
     return found
 
