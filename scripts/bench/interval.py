@@ -173,19 +173,18 @@ def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
         in_range = [one for one in compared if not one.predicted.is_out_of_range]
         ratio = np.array([one.predicted.value / one.measured for one in in_range])
         raw = np.array([one.expansion / one.measured for one in in_range])
-        small = np.array([one.measured < _SMALL for one in in_range])
-        rows.append(
-            [
-                name,
-                f"{len(in_range)} of {len(compared)}",
+        small = np.array([one.measured < _SMALL for one in in_range], dtype=np.bool_)
+        row = [name, f"{len(in_range)} of {len(compared)}"]
+        if in_range:
+            row += [
                 f"{np.mean([one.is_inside for one in in_range]):.0%}",
                 f"{np.mean([one.is_inside_of_noise for one in in_range]):.0%}",
                 f"{np.median(raw):.3f}",
                 f"{np.median(ratio):.3f}",
-                f"{np.abs(raw[small] - 1).max():.0%}",
-                f"{np.abs(ratio[small] - 1).max():.0%}",
             ]
-        )
+        if small.any():
+            row += [f"{np.abs(one[small] - 1).max():.0%}" for one in (raw, ratio)]
+        rows.append([*row, *[""] * (8 - len(row))])
     heads = ("", "recipes in range", "inside", "with its noise", "median: expansion", "predicted")
     print_markdown((*heads, "worst below 0.1: expansion", "predicted"), rows)
 

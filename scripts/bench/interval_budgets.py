@@ -30,7 +30,10 @@ _SPACES: dict[str, Callable[[str], bool]] = {
 
 
 def print_budgets(table: Table, text: MeasuredText, *, count: int, points: int | None) -> None:
-    """One row for each space and budget.
+    """One row for each space and budget: sizes in bits per weight, KL in nats per token.
+
+    *At most* is measured KL and two standard errors; *best* the smallest recipe of which that is
+    within the budget, of the frontier's points, the predicted recipe and the proved one.
 
     Args:
         table: That recipes are searched in.
@@ -45,8 +48,8 @@ def print_budgets(table: Table, text: MeasuredText, *, count: int, points: int |
         for limit in np.geomspace(_LEAST, _MOST, count).tolist():
             if row := _budget_row(problem, frontier, text, limit, points):
                 rows.append([name, *row])
-    heads = ("schemes", "budget", "predicted", "measures", "", "proved", "measures", "")
-    print_markdown((*heads, "recipes run", "best", "proved is larger by"), rows)
+    heads = ("schemes", "budget", "predicted", "measures", "kept", "proved", "measures", "at most")
+    print_markdown((*heads, "recipes run", "best", "larger by"), rows)
 
 
 def _budget_row(
@@ -66,7 +69,7 @@ def _budget_row(
     except BudgetError:
         return None
     bits = f"{axis_value(problem, predicted.choice_F):.3f}"
-    is_kept = "kept" if predicted.kl.value <= limit else "NOT kept"
+    is_kept = "yes" if predicted.kl.value <= limit else "NO"
     row = [f"{limit:.4f}", bits, f"{predicted.kl.value:.4f}", is_kept]
     tried = prove(
         frontier,
@@ -87,13 +90,12 @@ def _budget_row(
         for one in (found, predicted, *smaller)
         if measured_upper(one) <= limit
     )
-    upper = measured_upper(found)
     proved = [f"{axis_value(problem, found.choice_F):.3f}", f"{found.kl.value:.4f}"]
-    kept = f"kept, {upper:.4f} with two standard errors"
+    upper = f"{measured_upper(found):.4f}"
     return [
         *row,
         *proved,
-        kept,
+        upper,
         str(len(tried)),
         f"{8 * best / problem.weights:.3f}",
         f"{size / best - 1:.1%}",

@@ -44,12 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare every group under every scheme and print sums and spreads."""
     parser = model_parser(__doc__, ("--calibration", "text file, or the name of a bundled text"))
     parser.add_argument("--sequence-length", type=int, default=256, help="of calibration")
-    parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
     options = parse_into_work(parser, arguments)
     stats_folder = options.work / "stats"
     corpora = [f"{_CORPUS}={options.calibration}"]
-    more = ("--sequence-length", options.sequence_length, "--sequences", options.sequences)
-    calibrate(options.model, corpora, stats_folder, *more)
+    calibrate(options.model, corpora, stats_folder, "--sequence-length", options.sequence_length)
     stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
     model = load_model(checkpoint.folder)
     windows_NT = spread_windows(
