@@ -65,7 +65,7 @@ class Routed:
     @property
     def chooses_by_scores(self) -> bool:
         """Whether the returned scores order the experts of every token as what it chooses by."""
-        if not self._is_seen:
+        if not self._is_seen or not self.scores_TE.requires_grad:
             return False
         order_TE = self.scores_TE.argsort(dim=-1, descending=True)
         return bool((self.choices[-1].scores_TC.gather(-1, order_TE).diff(dim=-1) <= 0).all())
