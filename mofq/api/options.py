@@ -393,6 +393,25 @@ class Where:
     cluster_cpus: Annotated[int, Option("CPUs of each worker of --cluster.", least=1)] = 1
 
 
+#: Why a model is run whole for matrices of the vocabulary.
+WHOLE_MODEL = "lm_head and embedding are not watched"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Which matrices of the vocabulary get schemes too."""
+
+    lm_head: Annotated[bool, Option("The lm_head gets a scheme too.")] = False
+    embeddings: Annotated[
+        bool, Option("The embedding gets one; tied to the lm_head, either option asks for it.")
+    ] = False
+
+    @property
+    def asked(self) -> dict[str, bool]:
+        """What `find_layers` is told."""
+        return {"include_lm_head": self.lm_head, "include_embeddings": self.embeddings}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """What is drawn from the calibration text, and kept of it."""

@@ -152,6 +152,8 @@ def _loss(scheme: Scheme, kind: str) -> str:
 
 
 def _tensor_name(layer: LinearLayer) -> str:
+    if layer.role != "linear":  # of a tied one, llama.cpp multiplies by the same tensor
+        return "token_embd.weight"
     if layer.name.endswith("lm_head"):
         return "output.weight"
     match = re.search(r"layers\.(\d+)\.(.+)$", layer.name)
