@@ -30,7 +30,7 @@ from mofq.api.options import (
     documented,
     silent,
 )
-from mofq.api.preconditions import check_device, check_engine, check_output
+from mofq.api.preconditions import check_device, check_engine, check_output, check_vocabulary
 from mofq.exceptions import (
     ClusterError,
     EngineError,
@@ -197,6 +197,12 @@ def measure(
             f"scheme. Leave it or {option('engine')} out."
         )
     selections = selected_layers(loaded_space, found)
+    check = None if engine is None else legality(engine, found.architecture)
+    offered = partial(
+        offer_schemes, loaded_space, legality=check, has_stats=bool(texts) or stats is not None
+    )
+    if any(vocabulary.asked.values()):
+        check_vocabulary(offered(found.groups), loaded_space)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
@@ -222,7 +228,6 @@ def measure(
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
-    check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         measured_on = fill_table(
@@ -253,7 +258,7 @@ def measure(
     if calibration is not None:
         opened = measured_on or opened
         rmtree(calibration.folder, ignore_errors=True)
-    offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
+    offers = offered(found.groups)
     caches = offer_caches(loaded_space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
     rejected += [(one.cache.name, one.rejected) for one in caches]

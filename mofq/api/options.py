@@ -34,6 +34,7 @@ from mofq.exceptions import MofqError
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.evidence.table import Table
+    from mofq.model.layers import Included
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 #: Called with remarks of one line, which a user should read.
@@ -407,7 +408,7 @@ class Vocabulary:
     ] = False
 
     @property
-    def asked(self) -> dict[str, bool]:
+    def asked(self) -> Included:
         """What `find_layers` is told."""
         return {"include_lm_head": self.lm_head, "include_embeddings": self.embeddings}
 

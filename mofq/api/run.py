@@ -47,7 +47,12 @@ from mofq.api.options import (
     documented,
     silent,
 )
-from mofq.api.preconditions import check_device, check_engine, check_folder
+from mofq.api.preconditions import (
+    check_device,
+    check_engine,
+    check_folder,
+    check_vocabulary,
+)
 from mofq.api.request import make_request, read_corpus_weights
 from mofq.api.run_folder import (
     SEARCHED,
@@ -692,6 +697,7 @@ def _check_request(
     offers = offer_schemes(
         space, found.groups, legality=check, has_stats=True, constraints=request.constraints
     )
+    check_vocabulary(offers, space)
     if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
         raise BudgetError(
             f"needed a budget, found none; without one every layer stays as it is. Give "

@@ -31,7 +31,6 @@ Layers = Literal[
     "shared",
     "lm_head",
     "embeddings",
-    "tied",
 ]
 
 
@@ -183,8 +182,8 @@ def readable(rule: Rule | CacheRule) -> str:
     for regular, plain in words.items():
         text = text.replace(regular, plain)
     if isinstance(rule, Rule):
-        words_after = (rule.layers, *rule.model_types, *rule.versions)
-        text += "".join(f" ({word})" for word in words_after if word != "any")
+        words_after = (rule.layers, ", ".join(rule.model_types), *rule.versions)
+        text += "".join(f" ({word})" for word in words_after if word not in ("", "any"))
     return text
 
 
@@ -215,7 +214,7 @@ def _kinds(group: ServedGroup) -> set[Layers]:
     """The kinds of layers that a fusion group is of."""
     role = embedding_role(group)
     if role is not None:
-        return {"tied" if role == "tied" else "embeddings"}
+        return {"embeddings"} if role == "lookup" else set()
     kinds: set[Layers] = {"any", "experts" if is_experts(group) else "dense"}
     if group.name.endswith(_LATENT):
         kinds.add("latent")
@@ -266,9 +265,13 @@ def refusal(
     """
     if scheme.is_unquantized:
         return None
-    reason = storage_problem(engine, group) or rule_refusal(engine, scheme, group, model_type)
-    if reason is None and (problem := export_problem(engine.reads, scheme, group)):
-        return f"{engine.title} reads {engine.reads}, which {problem}"
+    if reason := storage_problem(engine, group):
+        return reason
+    reason = rule_refusal(engine, scheme, group, model_type)
+    # Of a tied embedding no engine has rules, since no export holds it.
+    if reason is None or embedding_role(group) == "tied":
+        problem = export_problem(engine.reads, scheme, group)
+        return f"{engine.title} reads {engine.reads}, which {problem}" if problem else reason
     return reason
 
 

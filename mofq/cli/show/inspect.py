@@ -53,7 +53,7 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
     ]
     title = f"{checkpoint.name}: {layers.architecture}, {len(layers.groups)} fusion groups"
     print_table(title, ["fusion group", "count", "layers [out, in]", "weights", "size"], rows)
-    if layers.tied_lm_head:
+    if layers.tied_lm_head and not any(one.role == "tied" for one in layers.grouped_layers):
         note("The lm_head is tied to the embeddings and left alone.")
     total = layers.other_bytes + sum(map(source_bytes, layers.groups))
     note(f"{short_bytes(total)} in all, {short_bytes(layers.other_bytes)} outside of the groups.")

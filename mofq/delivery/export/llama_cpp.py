@@ -104,7 +104,8 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
             )
     text = [f"# {recipe.model_name}: the nearest llama.cpp types, and what each loses."]
     for name, (type_name, loss) in lines.items():
-        escaped = name.replace(".", r"\.")
+        # Searched for anywhere in a name, and the last that is found counts: attn_output.weight.
+        escaped = ("" if name.startswith("blk.") else "^") + name.replace(".", r"\.")
         text += [f"# {name}: {loss}", f"--tensor-type {escaped}={type_name}"]
     return "\n".join(text) + "\n"
 

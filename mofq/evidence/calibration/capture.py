@@ -348,7 +348,7 @@ def _scale_of(module: nn.Module, row: Tensor, output: Tensor) -> float:
     Raises:
         StatsError: It does something else with them.
     """
-    rows = module.weight.detach()[row].double()  # type: ignore[index, operator]
+    rows = module.weight.detach()[row].double()  # type: ignore[operator]
     found = output.detach().double()
     scale = float((rows * found).sum() / rows.square().sum().clamp(min=1e-300))
     if float((found - scale * rows).norm()) > _SCALED * float(found.norm()):

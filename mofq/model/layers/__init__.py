@@ -20,6 +20,7 @@ from mofq.model.layers.linear import (
 )
 from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
 from mofq.model.layers.vocabulary import (
+    Included,
     included,
     included_groups,
     vocabulary_names,
@@ -34,6 +35,7 @@ __all__ = [
     "CacheLayer",
     "ExpertsBy",
     "FusionGroup",
+    "Included",
     "LinearLayer",
     "LoadedWeight",
     "ModelLayers",

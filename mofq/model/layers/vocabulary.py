@@ -8,6 +8,7 @@ roles, a lookup and a product: one group, ``embeddings``, whichever of the two i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypedDict
 
 from mofq.exceptions import CheckpointError
 from mofq.model.layers.families import lm_heads_of
@@ -51,7 +52,14 @@ def vocabulary_groups(
         yield FusionGroup(EMBEDDINGS, (find_embedding("tied" if is_tied else "lookup"),))
 
 
-def included(layer_names: Iterable[str], architecture: str) -> dict[str, bool]:
+class Included(TypedDict):
+    """What `find_layers` is told of these matrices."""
+
+    include_lm_head: bool
+    include_embeddings: bool
+
+
+def included(layer_names: Iterable[str], architecture: str) -> Included:
     """What `find_layers` is told, so that layers of these names are in fusion groups.
 
     Args:
@@ -65,7 +73,7 @@ def included(layer_names: Iterable[str], architecture: str) -> dict[str, bool]:
     }
 
 
-def included_groups(names: Iterable[str]) -> dict[str, bool]:
+def included_groups(names: Iterable[str]) -> Included:
     """The same, from the names of fusion groups."""
     known = set(names)
     return {"include_lm_head": LM_HEAD in known, "include_embeddings": EMBEDDINGS in known}
