@@ -431,5 +431,7 @@ def test_an_lm_head_is_a_linear_layer_but_in_classes_that_do_not_quantize_theirs
     head = FusionGroup("lm_head", (layer("lm_head", 1024, 256),))
     for engine in ("vllm-hopper", "vllm-cpu", "sglang-hopper", "transformers"):
         assert legality(engine, "llama")(parse_scheme("int4.g32"), head) is None
+    for engine in ("tensorrt-llm-hopper", "torchao-cpu"):
+        assert legality(engine, "llama")(parse_scheme("int4.g128"), head) is not None
     refused = legality("vllm-hopper", "opt")(parse_scheme("int4.g32"), head)
     assert "its class reads the lm_head as it is" in (refused or "")

@@ -184,7 +184,9 @@ def _group_bytes(
 def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
     first = group.layers[0]
     storage = storage_of(scheme, where=first.name)
-    if problem := group_problem(group) or tied_problem(group):
+    if problem := tied_problem(group):
+        raise BackendError(f"{first.name}: compressed-tensors {problem}.")
+    if problem := group_problem(group):
         raise BackendError(f"{first.name}: compressed-tensors {problem}. Take bf16 for it.")
     for layer in group.layers:
         if reason := shape_rejection(scheme, layer):
