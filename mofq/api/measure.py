@@ -172,6 +172,7 @@ def measure(
         offer_caches,
         offer_schemes,
         selected_layers,
+        with_stored,
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -198,11 +199,14 @@ def measure(
         )
     selections = selected_layers(loaded_space, found)
     check = None if engine is None else legality(engine, found.architecture)
-    offered = partial(
-        offer_schemes, loaded_space, legality=check, has_stats=bool(texts) or stats is not None
-    )
     if any(vocabulary.asked.values()):
-        check_vocabulary(offered(found.groups), loaded_space)
+        offers = offer_schemes(
+            with_stored(loaded_space, checkpoint, found.groups),
+            found.groups,
+            legality=check,
+            has_stats=bool(texts) or stats is not None,
+        )
+        check_vocabulary(offers, loaded_space)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
@@ -228,6 +232,7 @@ def measure(
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
+    loaded_space = with_stored(loaded_space, checkpoint, found.groups)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         measured_on = fill_table(
@@ -258,7 +263,7 @@ def measure(
     if calibration is not None:
         opened = measured_on or opened
         rmtree(calibration.folder, ignore_errors=True)
-    offers = offered(found.groups)
+    offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
     caches = offer_caches(loaded_space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
     rejected += [(one.cache.name, one.rejected) for one in caches]
