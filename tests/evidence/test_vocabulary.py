@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mofq.api import calibrate, measure
 from mofq.api.options import Samples, Vocabulary
+from mofq.delivery.apply.emulate import rows_of
 from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
 from mofq.evidence.calibration.gains import read_gains
 from mofq.evidence.calibration.stats import Stats
@@ -64,7 +66,7 @@ def test_the_score_of_a_row_is_the_square_of_all_that_autograd_finds_for_it(
             samples = reader.read_all(layer.name, ["a"])
             answers = reader.scaling("a", layer.name)
         prepared = prepare_layer(
-            lambda start, stop, weight_OI=weight_OI: weight_OI[start:stop].bfloat16(),
+            partial(rows_of, weight_OI.bfloat16()),
             (layer.out_features, layer.in_features),
             schemes,
             samples=samples,
