@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from mofq.decision.timing import TimeRequest, recipe_seconds
+from mofq.decision.request import TimeRequest
+from mofq.decision.timing import recipe_seconds
 from mofq.engines.devices import DEVICE_MODELS, DeviceModel, load_device_model
 from mofq.engines.latency import (
     arithmetic,
