@@ -88,6 +88,7 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
 
         return run
 
+    packed = getattr(model, "packed_modules_mapping", None) or {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
             module.register_forward_hook(recorder(name))
@@ -95,7 +96,7 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
             # Logits are made of its method: the module itself is never called.
             method = module.quant_method
             method.apply = recorded(method.apply, recorder(name))
-    return {key: list(names) for key, names in (model.packed_modules_mapping or {}).items()}
+    return {key: list(names) for key, names in packed.items()}
 
 
 def score(llm: Any, request: dict[str, Any], result: dict[str, Any]) -> None:
