@@ -68,7 +68,6 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
 def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]]:
     """Record the first input and output of every linear layer; say what each was fused from."""
     from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     def recorder(name: str) -> Any:
         def record(module: Any, inputs: Any, output: Any) -> None:
@@ -80,22 +79,10 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
 
         return record
 
-    def recorded(apply: Any, record: Any) -> Any:
-        def run(layer: Any, x: Any, *arguments: Any, **named: Any) -> Any:
-            output = apply(layer, x, *arguments, **named)
-            record(layer, (x,), output)
-            return output
-
-        return run
-
     packed = getattr(model, "packed_modules_mapping", None) or {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
             module.register_forward_hook(recorder(name))
-        elif isinstance(module, ParallelLMHead) and hasattr(module, "scheme"):
-            # Logits are made of its method: the module itself is never called.
-            method = module.quant_method
-            method.apply = recorded(method.apply, recorder(name))
     return {key: list(names) for key, names in packed.items()}
 
 
