@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
+    WHOLE_MODEL,
     Corpora,
     DeviceMap,
     Execution,
@@ -22,6 +23,7 @@ from mofq.api.options import (
     Option,
     Samples,
     Tell,
+    Vocabulary,
     Where,
     documented,
     silent,
@@ -157,6 +159,7 @@ def calibrate(
     execution: Execution = "auto",
     kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
     layers: LayersFile = None,
+    vocabulary: Vocabulary = Vocabulary(),
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CalibrateResult:
@@ -186,7 +189,9 @@ def calibrate(
     from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(checkpoint, stated=open_layers(layers))  # refuses what it does not know
+    found = find_layers(
+        checkpoint, **vocabulary.asked, stated=open_layers(layers)
+    )  # refuses what it does not know
     if where.cluster is None:
         check_device(where.device)
 
@@ -270,6 +275,8 @@ def _chosen(
         unless = f"a worker of {option('cluster')} holds the whole model"
     elif device_map is not None:
         unless = f"{option('device_map')} spreads the whole model"
+    elif plan.vocabulary is not None:
+        unless = f"layer by layer, {WHOLE_MODEL} ({option('lm_head')}, {option('embeddings')})"
     config = checkpoint.config
     text_config = config.get("text_config")
     inner = text_config if isinstance(text_config, dict) else config
@@ -317,14 +324,19 @@ def plan_calibration(
     kv_cache: bool,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """What is computed, and corpus name -> token ids, [sequences, sequence_length]."""
-    from mofq.model.layers import is_expert
+    from mofq.model.layers import is_expert, vocabulary_names
 
     windows, bos = _windows(checkpoint, texts, samples)
     plan = _plan(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
     is_mixture = any(map(is_expert, layers.grouped_layers))
-    return replace(plan, layers=layers.stated, routing=is_mixture or None), windows
+    return replace(
+        plan,
+        layers=layers.stated,
+        routing=is_mixture or None,
+        vocabulary=vocabulary_names(layers.groups) or None,
+    ), windows
 
 
 def _windows(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_layers
-from mofq.api.options import Engine, LayersFile, Model, Option, documented
+from mofq.api.options import Engine, LayersFile, Model, Option, Vocabulary, documented
 from mofq.api.preconditions import check_engine
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def inspect(
         str | Path | None, Option("What of this search space fits (serving).", read_as=str)
     ] = None,
     layers: LayersFile = None,
+    vocabulary: Vocabulary = Vocabulary(),
 ) -> InspectResult:
     """List linear layers and fusion groups, from headers alone.
 
@@ -99,7 +100,7 @@ def inspect(
     from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(checkpoint, stated=open_layers(layers))
+    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check_engine(engine, found)
     offers = None
     selections: tuple[Selection, ...] = ()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mofq.api.calibrate import check_gradient_dtype, plan_calibration, unseen_experts
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
+    WHOLE_MODEL,
     Corpora,
     Engine,
     GradientDtype,
@@ -24,12 +25,21 @@ from mofq.api.options import (
     Samples,
     Space,
     Tell,
+    Vocabulary,
     Where,
     documented,
     silent,
 )
-from mofq.api.preconditions import check_device, check_engine, check_output
-from mofq.exceptions import ClusterError, EngineError, MofqError, Remark, nearest_name, option
+from mofq.api.preconditions import check_device, check_engine, check_output, check_vocabulary
+from mofq.exceptions import (
+    ClusterError,
+    EngineError,
+    MofqError,
+    Remark,
+    StatsError,
+    nearest_name,
+    option,
+)
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     from mofq.evidence.measure.fill_table import Remotely
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
+    from mofq.model.layers import ModelLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ def measure(
     dtype: GradientDtype = "float32",
     engine: Engine = None,
     layers: LayersFile = None,
+    vocabulary: Vocabulary = Vocabulary(),
     experts: Annotated[
         Literal["layer", "projection", "expert", "matrix"],
         Option(
@@ -171,12 +183,12 @@ def measure(
     path = Path(output)
     check_output(path, files=[space], folders=[model, stats])
     texts = load_corpora(sources_of(corpora), tell) if corpora else []
-    _check_corpora(bool(texts), stats, where, experts)
+    _check_corpora(bool(texts), stats, where, experts, vocabulary)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
     loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(checkpoint, stated=open_layers(layers))
+    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check_engine(engine, found)
     if experts not in EXPERTS_BY:
         raise MofqError(f"no experts={experts!r}." + nearest_name(experts, EXPERTS_BY))
@@ -186,6 +198,15 @@ def measure(
             f"scheme. Leave it or {option('engine')} out."
         )
     selections = selected_layers(loaded_space, found)
+    check = None if engine is None else legality(engine, found.architecture)
+    if any(vocabulary.asked.values()):
+        offers = offer_schemes(
+            with_stored(loaded_space, checkpoint, found.groups),
+            found.groups,
+            legality=check,
+            has_stats=bool(texts) or stats is not None,
+        )
+        check_vocabulary(offers, loaded_space)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
@@ -196,6 +217,7 @@ def measure(
     if where.cluster is None:
         check_device(where.device)
     opened = None if stats is None else read_stats(stats)
+    _check_vocabulary(opened, found)
     calibration = None
     if texts:
         plan, windows = plan_calibration(
@@ -211,7 +233,6 @@ def measure(
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
     loaded_space = with_stored(loaded_space, checkpoint, found.groups)
-    check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         measured_on = fill_table(
@@ -271,7 +292,9 @@ def work_of(table: Path) -> Path:
     return table.with_name(f".{table.name}.streamed")
 
 
-def _check_corpora(are_given: bool, stats: str | Path | None, where: Where, experts: str) -> None:
+def _check_corpora(
+    are_given: bool, stats: str | Path | None, where: Where, experts: str, vocabulary: Vocabulary
+) -> None:
     """Refuse what does not go with calibrating while measuring.
 
     Raises:
@@ -289,10 +312,33 @@ def _check_corpora(are_given: bool, stats: str | Path | None, where: Where, expe
             f"{option('corpora')}: the model is calibrated layer by layer on one machine. "
             f"Calibrate into a folder, and give it as {option('stats')} with {option('cluster')}."
         )
+    if any(vocabulary.asked.values()):
+        raise MofqError(
+            f"{option('corpora')}: the model is calibrated layer by layer, where {WHOLE_MODEL}. "
+            f"Calibrate into a folder, and give it as {option('stats')}."
+        )
     if experts != "layer":
         raise MofqError(
             f"{option('experts', experts)}: which experts no token reaches has to be known before. "
             f"Calibrate into a folder, and give it as {option('stats')}."
+        )
+
+
+def _check_vocabulary(stats: Stats | None, layers: ModelLayers) -> None:
+    """Refuse statistics that do not have the lm_head or the embedding, where they are asked for.
+
+    Raises:
+        StatsError: As said.
+    """
+    from mofq.model.layers import vocabulary_names
+
+    if stats is None:
+        return
+    missing = set(vocabulary_names(layers.groups)) - set(stats.plan.vocabulary or ())
+    if missing:
+        raise StatsError(
+            f"{stats.folder}: was calibrated without {' and '.join(sorted(missing))}. Calibrate "
+            f"into another folder with {option('lm_head')} or {option('embeddings')} too."
         )
 
 

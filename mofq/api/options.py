@@ -34,6 +34,7 @@ from mofq.exceptions import MofqError
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.evidence.table import Table
+    from mofq.model.layers import Included
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 #: Called with remarks of one line, which a user should read.
@@ -391,6 +392,25 @@ class Where:
         str | None, Option("Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT.")
     ] = None
     cluster_cpus: Annotated[int, Option("CPUs of each worker of --cluster.", least=1)] = 1
+
+
+#: Why a model is run whole for matrices of the vocabulary.
+WHOLE_MODEL = "lm_head and embedding are not watched"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Which matrices of the vocabulary get schemes too."""
+
+    lm_head: Annotated[bool, Option("The lm_head gets a scheme too.")] = False
+    embeddings: Annotated[
+        bool, Option("The embedding gets one; tied to the lm_head, either option asks for it.")
+    ] = False
+
+    @property
+    def asked(self) -> Included:
+        """What `find_layers` is told."""
+        return {"include_lm_head": self.lm_head, "include_embeddings": self.embeddings}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from mofq.exceptions import EngineError, MofqError, option
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
+    from mofq.evidence.spaces import Offer, SearchSpace
     from mofq.model.layers import ModelLayers
 
 _MODEL = "a model"
@@ -61,6 +62,29 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
             f"{problem}: nothing of this model can be exported for it. Leave {option('engine')} out"
             f" to measure, search and validate it, or name another engine."
         )
+
+
+def check_vocabulary(offers: Iterable[Offer], space: SearchSpace) -> None:
+    """Refuse an lm_head or an embedding that is asked for and may be nothing but left as it is.
+
+    Args:
+        offers: Of all fusion groups.
+        space: What they are of.
+
+    Raises:
+        MofqError: As said, with the reasons why it may not have the other schemes.
+    """
+    from mofq.model.layers import vocabulary_names
+
+    for offer in offers:
+        is_left = all(scheme.is_unquantized for scheme in offer.schemes)
+        if is_left and offer.rejected and vocabulary_names([offer.group]):
+            reasons = "; ".join(dict.fromkeys(offer.rejected.values()))
+            raise MofqError(
+                f"{offer.group.name}: may have no scheme of the search space {space.name}: "
+                f"{reasons}. Leave {option('lm_head')} and {option('embeddings')} out, or give "
+                f"another space or {option('engine')}."
+            )
 
 
 def check_output(

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_layers, save_recipe
-from mofq.api.options import LayersFile, Model, Option, RecipeOutput, Stats, Tell, documented
+from mofq.api.options import (
+    LayersFile,
+    Model,
+    Option,
+    RecipeOutput,
+    Stats,
+    Tell,
+    Vocabulary,
+    documented,
+)
 from mofq.api.preconditions import check_output
 
 if TYPE_CHECKING:
@@ -60,6 +69,7 @@ def uniform(
     *,
     stats: Stats = None,
     layers: LayersFile = None,
+    vocabulary: Vocabulary = Vocabulary(),
     tell: Tell | None = None,
 ) -> UniformResult:
     """One scheme for every linear layer of a model.
@@ -76,7 +86,7 @@ def uniform(
 
     path = _checked(output, model, stats)
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(checkpoint, stated=open_layers(layers))
+    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     rests_on: dict[str, Any] = {}
     if stats is not None:
         from mofq.evidence.calibration.stats import read_stats
@@ -110,13 +120,14 @@ def recipe_from(
     from mofq.decision.recipe import check_recipe
     from mofq.delivery.export.compressed_tensors import recipe_from_compressed_tensors
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
+    from mofq.model.layers import find_layers, included, layers_of
 
     path = _checked(output, folder, model)
     recipe = recipe_from_compressed_tensors(Path(folder))
     if model is not None:
         checkpoint = open_checkpoint(str(model))
-        check_recipe(recipe, find_layers(checkpoint, stated=recipe.layers))
+        asked = included(layers_of(recipe.groups), str(checkpoint.config.get("model_type")))
+        check_recipe(recipe, find_layers(checkpoint, **asked, stated=recipe.layers))
         recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
     return RecipeFromResult(_written(recipe, path, tell), path, Path(folder))
 

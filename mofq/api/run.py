@@ -18,6 +18,7 @@ from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
 from mofq.api.measure import fits_beside, measure
 from mofq.api.options import (
+    WHOLE_MODEL,
     AtLeast,
     AtMost,
     Budget,
@@ -40,12 +41,18 @@ from mofq.api.options import (
     Sequences,
     Space,
     Tell,
+    Vocabulary,
     Where,
     Windows,
     documented,
     silent,
 )
-from mofq.api.preconditions import check_device, check_engine, check_folder
+from mofq.api.preconditions import (
+    check_device,
+    check_engine,
+    check_folder,
+    check_vocabulary,
+)
 from mofq.api.request import make_request, read_corpus_weights
 from mofq.api.run_folder import (
     SEARCHED,
@@ -152,6 +159,7 @@ def run(
     text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
     engine: Engine = None,
     layers: LayersFile = None,
+    vocabulary: Vocabulary = Vocabulary(),
     windows: Windows = Windows(),
     sequences: Sequences = None,
     dtype: GradientDtype = "float32",
@@ -202,10 +210,15 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, loaded, selections = _check_request(model, loaded, request, layers)
+    checkpoint, loaded, selections = _check_request(model, loaded, request, layers, vocabulary)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     check_gradient_dtype(dtype)
+    if no_stats and any(vocabulary.asked.values()):
+        raise MofqError(
+            f"{option('no_stats')}: the model is run layer by layer then, where {WHOLE_MODEL}. "
+            f"Leave {option('no_stats')} out."
+        )
     if no_stats and device_map is not None:
         raise MofqError(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
@@ -237,7 +250,14 @@ def run(
             sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
         )
         is_stored = not no_stats and _can_store(
-            checkpoint, layers, files, samples, sources=sources, dtype=dtype, tell=tell
+            checkpoint,
+            layers,
+            files,
+            samples,
+            vocabulary=vocabulary,
+            sources=sources,
+            dtype=dtype,
+            tell=tell,
         )
         if is_stored:
             with _timed(seconds, "calibrate"):
@@ -252,6 +272,7 @@ def run(
                     execution=execution,
                     kv_cache=bool(loaded.kv_cache),
                     layers=layers,
+                    vocabulary=vocabulary,
                     progress=progress,
                     tell=tell,
                 )
@@ -267,6 +288,7 @@ def run(
                 dtype=dtype,
                 engine=engine,
                 layers=layers,
+                vocabulary=vocabulary,
                 where=Where(device=device),
                 progress=progress,
                 tell=tell,
@@ -409,6 +431,7 @@ def _can_store(
     files: RunFiles,
     samples: Samples,
     *,
+    vocabulary: Vocabulary,
     sources: Sequence[str],
     dtype: str,
     tell: Tell,
@@ -419,9 +442,9 @@ def _can_store(
     from mofq.evidence.table import read_table
     from mofq.model.layers import find_layers
 
-    if files.stats.exists():
+    if files.stats.exists() or any(vocabulary.asked.values()):
         return True
-    found = find_layers(checkpoint, stated=open_layers(layers))
+    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     if files.table.exists():
         plan, _ = plan_calibration(
             checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
@@ -666,7 +689,11 @@ def _read_export(
 
 
 def _check_request(
-    model: str, space: SearchSpace, request: Request, layers: LayersFile
+    model: str,
+    space: SearchSpace,
+    request: Request,
+    layers: LayersFile,
+    vocabulary: Vocabulary,
 ) -> tuple[Checkpoint, SearchSpace, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
@@ -686,7 +713,7 @@ def _check_request(
 
     engine, budgets = request.engine, request.budgets
     checkpoint = open_checkpoint(model)
-    found = find_layers(checkpoint, stated=open_layers(layers))
+    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check = None if engine is None else legality(engine, found.architecture)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, found)
@@ -696,6 +723,7 @@ def _check_request(
     offers = offer_schemes(
         space, found.groups, legality=check, has_stats=True, constraints=request.constraints
     )
+    check_vocabulary(offers, space)
     if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
         raise BudgetError(
             f"needed a budget, found none; without one every layer stays as it is. Give "

@@ -44,7 +44,13 @@ from mofq.model.kv_schemes import (
     parse_cache_scheme,
     static_keys,
 )
-from mofq.model.layers import CacheLayer, FusionGroup, ModelLayers, StatedLayers
+from mofq.model.layers import (
+    CacheLayer,
+    FusionGroup,
+    ModelLayers,
+    StatedLayers,
+    vocabulary_rejection,
+)
 from mofq.numbers.schemes import parse_scheme
 
 RECIPE_VERSION: Literal[1] = 1
@@ -535,7 +541,10 @@ def check_recipe(
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
     for layer in (layer for group in model_layers.groups for layer in group.layers):
-        reason = shape_rejection(parse_scheme(schemes[layer.name]), layer)
+        scheme = parse_scheme(schemes[layer.name])
+        reason = shape_rejection(scheme, layer)
+        if reason is None and layer.role != "linear":
+            reason = vocabulary_rejection(scheme, layer)
         if reason is not None:
             raise RecipeError(f"{recipe.title}: {reason}. Give its fusion group another scheme.")
 

@@ -99,12 +99,17 @@ def engines_for(device: DeviceModel) -> tuple[str, ...]:
 
 def constant_seconds(table: Table, time: TimeRequest) -> float:
     """What no choice changes [s]; see `mofq.engines.latency.other_seconds`."""
+    groups = table.header.groups
+    # An lm_head that is a group has a time of its own, and what is left is looked up.
+    has_head = any(group.layers[0].module == "lm_head" for group in groups)
+    has_embedding = any(group.layers[0].role is not None for group in groups)
     return other_seconds(
-        table.header.groups,
+        groups,
         time.device,
         time.workload,
-        other_bytes=table.header.other_bytes,
-        has_own_lm_head=any(name.endswith("lm_head") for name in table.header.unquantized),
+        other_bytes=0 if has_head else table.header.other_bytes,
+        has_own_lm_head=not has_embedding
+        and any(name.endswith("lm_head") for name in table.header.unquantized),
     )
 
 

@@ -18,7 +18,7 @@ from mofq.evidence.table import Table
 from mofq.exceptions import SchemeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import ModelLayers
+from mofq.model.layers import ModelLayers, vocabulary_rejection
 from mofq.model.sizes import bits_per_weight, counted_bytes, shape_bytes, weights_of
 from mofq.numbers.numerics import NUMERICS
 from mofq.numbers.schemes import parse_scheme
@@ -55,7 +55,7 @@ def uniform_recipe(
         reason
         for group in layers.groups
         for layer in group.layers
-        if (reason := shape_rejection(scheme, layer)) is not None
+        if (reason := vocabulary_rejection(scheme, layer) or shape_rejection(scheme, layer))
     ]
     if reasons:
         raise SchemeError(

@@ -10,8 +10,8 @@ from mofq.model.layers import (
     FusionGroup,
     ModelLayers,
     find_layers,
+    included,
     layers_of,
-    lm_heads_of,
     share_amax,
     split_experts,
 )
@@ -77,7 +77,8 @@ def find_recipe_layers(
 
     Args:
         checkpoint: Of the model.
-        recipe: Has the lm_head in a fusion group, or not; gives experts one scheme, or several.
+        recipe: Has the lm_head and the embedding in fusion groups, or not; gives experts one
+            scheme, or several.
         experts_apart: Whether it may give them several.
 
     Returns:
@@ -87,13 +88,15 @@ def find_recipe_layers(
     Raises:
         CheckpointError: As ``find_layers``.
     """
-    heads = lm_heads_of(str(checkpoint.config.get("model_type")))
-    grouped = set(layers_of(recipe.groups))
-    layers = find_layers(
-        checkpoint, include_lm_head=not grouped.isdisjoint(heads), stated=recipe.layers
-    )
+    asked = included(layers_of(recipe.groups), str(checkpoint.config.get("model_type")))
+    layers = find_layers(checkpoint, **asked, stated=recipe.layers)
     divided = (split_experts(layers, by) for by in (EXPERTS_BY if experts_apart else ()))
     return next((one for one in divided if _has_one_scheme_each(one, recipe)), layers)
+
+
+def has_embedding(recipe: Recipe) -> bool:
+    """Whether a recipe gives the embedding a scheme, or leaves it in a fusion group."""
+    return included(layers_of(recipe.groups), "")["include_embeddings"]
 
 
 def _has_one_scheme_each(layers: ModelLayers, recipe: Recipe) -> bool:

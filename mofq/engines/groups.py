@@ -21,6 +21,11 @@ class ServedLayer(Matrix, Protocol):
         ...
 
     @property
+    def role(self) -> str | None:
+        """``"lookup"`` or ``"tied"`` of an embedding; anything else of other layers."""
+        ...
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         ...
@@ -43,6 +48,12 @@ class ServedGroup(Protocol):
 def is_experts(group: ServedGroup) -> bool:
     """Whether the layers are the experts of a mixture."""
     return group.layers[0].module.startswith("experts.")
+
+
+def embedding_role(group: ServedGroup) -> str | None:
+    """``"lookup"`` of an embedding, ``"tied"`` of one that is the lm_head too; None of others."""
+    role = group.layers[0].role
+    return role if role in ("lookup", "tied") else None
 
 
 def experts_apart(groups: Iterable[ServedGroup]) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mofq.engines.devices import DeviceModel
-from mofq.engines.groups import ServedGroup, is_experts
+from mofq.engines.groups import ServedGroup, embedding_role, is_experts
 from mofq.exceptions import BudgetError, nearest_name
 from mofq.model.layers import FUSION_RULES
 from mofq.model.sizes import layer_bytes
@@ -133,7 +133,7 @@ def group_seconds(
 
     Args:
         group: Layers that are multiplied by one kernel; experts are multiplied with those
-            tokens that are routed to them, evenly.
+            tokens that are routed to them, evenly; an embedding is looked up, in no time.
         scheme: Of its weights and inputs.
         device: Its memory and its arithmetic.
         workload: How many tokens there are.
@@ -141,6 +141,8 @@ def group_seconds(
     Raises:
         BudgetError: The group has experts, and the workload does not say how many a token takes.
     """
+    if embedding_role(group) == "lookup":
+        return 0.0  # a few rows
     layers = group.layers
     tokens, touched = float(workload.positions), 1.0
     inputs: float = tokens * layers[0].in_features

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mofq.engines.exports import export_problem, group_problem
-from mofq.engines.groups import ServedGroup, experts_apart, is_experts
+from mofq.engines.groups import ServedGroup, embedding_role, experts_apart, is_experts
 from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
 from mofq.model.layers import CacheLayer
@@ -21,7 +21,17 @@ _LATENT = ".attn.kv"
 _JOINED_LATENT = ".attn.latent"
 #: The same of the first layers of experts that every token goes through.
 _SHARED = ".mlp.shared_gate_up"
-Layers = Literal["any", "dense", "experts", "latent", "joined latent", "shared"]
+#: Of these, "any" and "dense" are no embeddings: what looks rows up multiplies nothing.
+Layers = Literal[
+    "any",
+    "dense",
+    "experts",
+    "latent",
+    "joined latent",
+    "shared",
+    "lm_head",
+    "embeddings",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +182,8 @@ def readable(rule: Rule | CacheRule) -> str:
     for regular, plain in words.items():
         text = text.replace(regular, plain)
     if isinstance(rule, Rule):
-        words_after = (rule.layers, *rule.model_types, *rule.versions)
-        text += "".join(f" ({word})" for word in words_after if word != "any")
+        words_after = (rule.layers, ", ".join(rule.model_types), *rule.versions)
+        text += "".join(f" ({word})" for word in words_after if word not in ("", "any"))
     return text
 
 
@@ -191,19 +201,30 @@ def matching_rule(
     if scheme.is_unquantized:
         return None
     name = format_name(scheme)
-    kinds = {"any", "experts" if is_experts(group) else "dense"}
-    if group.name.endswith(_LATENT):
-        kinds.add("latent")
-    if group.name.endswith(_JOINED_LATENT) and len(group.layers) > 1:
-        kinds.add("joined latent")
-    if group.name.endswith(_SHARED):
-        kinds.add("shared")
+    kinds = _kinds(group)
     for rule in engine.applicable_rules:
         if rule.model_types and model_type not in rule.model_types:
             continue
         if rule.layers in kinds and re.fullmatch(rule.schemes, name):
             return rule
     return None
+
+
+def _kinds(group: ServedGroup) -> set[Layers]:
+    """The kinds of layers that a fusion group is of."""
+    role = embedding_role(group)
+    if role is not None:
+        return {"embeddings"} if role == "lookup" else set()
+    kinds: set[Layers] = {"any", "experts" if is_experts(group) else "dense"}
+    if group.name.endswith(_LATENT):
+        kinds.add("latent")
+    if group.name.endswith(_JOINED_LATENT) and len(group.layers) > 1:
+        kinds.add("joined latent")
+    if group.name.endswith(_SHARED):
+        kinds.add("shared")
+    if group.layers[0].module == "lm_head":
+        kinds.add("lm_head")
+    return kinds
 
 
 def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
@@ -244,9 +265,13 @@ def refusal(
     """
     if scheme.is_unquantized:
         return None
-    reason = storage_problem(engine, group) or rule_refusal(engine, scheme, group, model_type)
-    if reason is None and (problem := export_problem(engine.reads, scheme, group)):
-        return f"{engine.title} reads {engine.reads}, which {problem}"
+    if reason := storage_problem(engine, group):
+        return reason
+    reason = rule_refusal(engine, scheme, group, model_type)
+    # Of a tied embedding no engine has rules, since no export holds it.
+    if reason is None or embedding_role(group) == "tied":
+        problem = export_problem(engine.reads, scheme, group)
+        return f"{engine.title} reads {engine.reads}, which {problem}" if problem else reason
     return reason
 
 
@@ -259,8 +284,7 @@ def rule_refusal(
     rule = matching_rule(engine, scheme, group, model_type)
     where = engine.title
     if rule is None:
-        what = "experts" if is_experts(group) else "linear layers"
-        return f"{where} has no kernel for {what} in {format_name(scheme)}"
+        return f"{where} has no kernel for {_plural(group)} in {format_name(scheme)}"
     if rule.refused:
         return f"{where}: {rule.refused} ({rule.source})"
     for problem in cut_problems(scheme, group, engine.devices):
@@ -268,6 +292,13 @@ def rule_refusal(
     for problem in _shape_problems(rule, group, engine.devices):
         return f"{where}: {rule.kernel} needs {problem} ({rule.source})"
     return None
+
+
+def _plural(group: ServedGroup) -> str:
+    role = embedding_role(group)
+    if role is not None:
+        return "embeddings" if role == "lookup" else "embeddings that the lm_head is tied to"
+    return "experts" if is_experts(group) else "linear layers"
 
 
 def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:

@@ -12,6 +12,12 @@ _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 _RULES: tuple[Rule, ...] = (
     Rule(
         r".*",
+        layers="embeddings",
+        refused="embeddings are read as they are; take bf16",
+        source=f"{_CT}:182-255",
+    ),
+    Rule(
+        r".*",
         layers="experts",
         model_types=("gpt_oss",),
         refused="whether quantized experts with biases are read is not known; take bf16",

@@ -10,6 +10,12 @@ _NO_NAME = "ModelOpt's config has no name for such layers, and nothing else is w
 
 _RULES: tuple[Rule, ...] = (
     Rule(
+        r".*",
+        layers="lm_head",
+        refused="its lm_head takes no quantization; take bf16",
+        source="TensorRT-LLM tensorrt_llm/_torch/models/modeling_utils.py, DecoderModelForCausalLM",
+    ),
+    Rule(
         r"fp8_e4m3\.tensor(\.s-f32)?\+fp8_e4m3\.tensor",
         kernel="FP8QDQLinearMethod",
         min_capability=(8, 9),

@@ -10,11 +10,19 @@ from dataclasses import replace
 
 from mofq.engines.rules import Rule
 from mofq.engines.vllm_cache import VLLM_CPU_CACHE
-from mofq.engines.vllm_gpu import VLLM_GPU
+from mofq.engines.vllm_gpu import PLAIN_HEADS, VLLM_GPU
 
 _MOE = "experts on CPU need AMX tiles, or an Arm or POWER CPU; take bf16"
 
 _RULES: tuple[Rule, ...] = (
+    PLAIN_HEADS,
+    Rule(
+        r".*",
+        layers="embeddings",
+        refused="the kernel that looks up quantized embeddings is in Triton, which CPUs have not; "
+        "take bf16",
+        source="vllm 0.32.0 ct/compressed_tensors_embedding.py:63-91",
+    ),
     Rule(
         r".*",
         layers="latent",

@@ -23,7 +23,27 @@ _TILES = "g(16|32|64|128|256)"
 #: Weight scales are ue8m0-rounded and codes rounded again unless DeepGEMM is off.
 _NO_DEEP_GEMM = ("VLLM_USE_DEEP_GEMM=0",)
 
+#: Types whose classes hand ``quant_config`` to their embedding.
+#: Source: vLLM 0.32.0 ``models/*.py``, the calls of ``VocabParallelEmbedding``.
+_LOOKS_UP_CODES = (
+    *("llama", "mistral", "phi3", "qwen2", "qwen3", "granite", "gemma3", "gemma3_text"),
+    *("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt2", "exaone4"),
+    *("apertus", "stablelm", "minimax_m2"),
+)
+#: For types whose classes do not hand it to their lm_head.
+PLAIN_HEADS = Rule(
+    r".*",
+    layers="lm_head",
+    model_types=(
+        *("opt", "bloom", "gpt_oss", "falcon_h1", "jamba", "mamba", "mamba2", "qwen3_next"),
+        "zamba2",
+    ),
+    refused="its class reads the lm_head as it is; take bf16",
+    source="vllm 0.32.0 models/*.py, the calls of ParallelLMHead",
+)
+
 _RULES: tuple[Rule, ...] = (
+    PLAIN_HEADS,
     Rule(
         r".*",
         layers="experts",
@@ -31,6 +51,22 @@ _RULES: tuple[Rule, ...] = (
         refused="experts with biases are read in OpenAI's own MXFP4 alone: elsewhere biases and "
         "most scales have no name; take bf16",
         source="vllm 0.33.0 models/gpt_oss.py:73-82, 1147-1260; executed",
+    ),
+    Rule(
+        r"int(2|4|8)\.(channel|g\d+)",
+        kernel="CompressedTensorsEmbeddingWNA16Int, Triton",
+        layers="embeddings",
+        model_types=_LOOKS_UP_CODES,
+        source="vllm 0.32.0 ct/compressed_tensors_embedding.py:94-160",
+    ),
+    Rule(
+        r".*",
+        layers="embeddings",
+        refused="looks up symmetric integers of 2, 4 and 8 bits alone, whose packed words hold "
+        "whole codes, and in models that hand their embedding the quantization; take "
+        "int8.channel or int4.gN where it does, or bf16",
+        source="vllm 0.32.0 ct/compressed_tensors_embedding.py:51-57, 108, 122-130; "
+        "ct/compressed_tensors.py:195-211",
     ),
     Rule(
         r".*\+.*",

@@ -43,7 +43,14 @@ from mofq.files.validated import (
 )
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
-from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer, ModelLayers, lm_heads_of
+from mofq.model.layers import (
+    CacheLayer,
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    lm_heads_of,
+    vocabulary_rejection,
+)
 from mofq.model.sizes import counted_bytes
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -554,7 +561,10 @@ def _offer(
 def _rejection(
     scheme: Scheme, group: FusionGroup, legality: Legality | None, has_stats: bool
 ) -> str | None:
-    reasons = (shape_rejection(scheme, layer) for layer in group.layers)
+    reasons = (
+        vocabulary_rejection(scheme, layer) or shape_rejection(scheme, layer)
+        for layer in group.layers
+    )
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None and not has_stats:
         reason = statistics_rejection(scheme)

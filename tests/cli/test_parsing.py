@@ -18,13 +18,14 @@ from mofq.cli.parsing import as_command
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
-    "inspect": "model --engine --space --layers",
+    "inspect": "model --engine --space --layers --lm-head --embeddings",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
     "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
-    "--execution --kv-cache --layers --cluster --cluster-cpus",
+    "--execution --kv-cache --layers --lm-head --embeddings --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
     "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
-    "--bos --draws --seed --dtype --engine --experts --layers --device --cluster --cluster-cpus",
+    "--bos --draws --seed --dtype --engine --experts --layers --lm-head --embeddings --device "
+    "--cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
     "--workload --explain --space --fix --at-least --at-most --unit --objective --ties --model "
@@ -37,7 +38,7 @@ FLAGS = {
     "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
     "--dtype --device --device-map --corpus-weights --objective --rivals --no-stats "
-    "--fix --at-least --at-most --execution --layers",
+    "--fix --at-least --at-most --execution --layers --lm-head --embeddings",
     "demo": "-o --output --mixture",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
     "--kv-tokens --kv-cache --polish --corpus-weights",
@@ -51,7 +52,7 @@ FLAGS = {
     "--max-kv-bits --kv-tokens --kv-cache -o --output --corpus-weights",
     "plot": "table recipes --kind -o --output --validation --unit --engine --space --fix "
     "--at-least --at-most --max-kv-bits --kv-tokens --kv-cache --corpus-weights",
-    "recipe uniform": "model scheme -o --output --stats --layers",
+    "recipe uniform": "model scheme -o --output --stats --layers --lm-head --embeddings",
     "recipe from": "folder -o --output --model",
 }
 

@@ -13,10 +13,12 @@ from emulated import recipe_of
 from families import TINY_FAMILIES
 from torch import nn
 
+from mofq.decision import uniform_recipe
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.apply import emulate
 from mofq.delivery.validation import find_deviations
 from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import FakeQuantLinear
 from mofq.numbers.schemes import parse_scheme
@@ -170,6 +172,30 @@ def test_a_change_to_what_the_recipe_leaves_alone_is_caught(
     model.get_parameter(parameter).view(-1)[7] += 0.5
     deviations = find_deviations(model, recipe, checkpoint=checkpoint)
     assert [deviation.layer for deviation in deviations] == [named]
+
+
+@pytest.mark.parametrize("change", ["left alone", "one weight", "untied"])
+def test_a_tied_embedding_is_compared_in_both_roles(tiny: TinyCheckpoint, change: str) -> None:
+    checkpoint = open_checkpoint(str(tiny("llama", tie_word_embeddings=True)))
+    layers = find_layers(checkpoint, include_embeddings=True)
+    recipe = uniform_recipe(checkpoint, layers, "int8.channel")
+    model = emulate.apply(load_model(checkpoint.folder), recipe)
+    assert find_deviations(model, recipe, checkpoint=checkpoint) == ()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    original = load_model(checkpoint.folder).get_input_embeddings().weight
+    if change == "left alone":
+        embedding.weight.data = original
+        head.weight = embedding.weight
+        reason = "found the layer left unquantized"
+    elif change == "one weight":
+        embedding.weight.view(-1)[7] += 0.5
+        reason = "1 of 32768 weights"
+    else:
+        head.weight = torch.nn.Parameter(original)
+        reason = "the lm_head has another weight"
+    (deviation,) = find_deviations(model, recipe, checkpoint=checkpoint)
+    assert deviation.layer == "model.embed_tokens"
+    assert reason in deviation.reason
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "qwen2"])

@@ -481,16 +481,16 @@ def test_a_backend_is_refused_for_a_folder(original: Path, folder: Path, text_fi
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_a_folder_is_proved_whether_its_lm_head_is_quantized_or_nothing_is(
+def test_a_folder_is_proved_whether_its_head_and_embedding_are_quantized_or_nothing_is(
     quantized: bool, original: Path, text_file: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(original))
     scheme = "int8.channel" if quantized else "bf16"
     groups = tuple(
         RecipeGroup(group.name, scheme, tuple(layer.name for layer in group.layers))
-        for group in find_layers(checkpoint, include_lm_head=True).groups
+        for group in find_layers(checkpoint, include_lm_head=True, include_embeddings=True).groups
     )
-    assert groups[-1].layers == ("lm_head",)
+    assert [group.layers for group in groups[-2:]] == [("lm_head",), ("model.embed_tokens",)]
     recipe = Recipe(checkpoint.name, checkpoint.index_sha256, groups, ())
     exported = export(original, recipe, tmp_path / "out").folder
     text = load_text(str(text_file))

@@ -12,8 +12,10 @@ from compressed_tensors.quantization import QuantizationScheme
 from conftest import TinyCheckpoint
 from exported import make_recipe, mixed_recipe, uniform_recipe
 
+from mofq.decision import uniform_recipe as uniform_of_layers
 from mofq.delivery.backends import RECIPE_EXPORTERS, find_exporter
 from mofq.delivery.export.auto_round import auto_round_config
+from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.export.llama_cpp import llama_cpp_arguments
 from mofq.delivery.export.llm_compressor import llm_compressor_recipe
 from mofq.delivery.export.modelopt import modelopt_config
@@ -121,6 +123,31 @@ def test_auto_round_gets_bits_and_groups(tiny_llama: Path) -> None:
     assert config["lm_head"]["bits"] == 16
     with pytest.raises(BackendError, match="no words for nf4"):
         auto_round_config(checkpoint, uniform_recipe(checkpoint, "nf4.g64"))
+
+
+def test_llama_cpp_does_not_take_the_lm_head_for_the_output_of_attention(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    layers = find_layers(checkpoint, include_lm_head=True, include_embeddings=True)
+    recipe = uniform_of_layers(checkpoint, layers, "int8.channel")
+    patterns = re.findall(r"--tensor-type (\S+)=", llama_cpp_arguments(checkpoint, recipe))
+    names = ["token_embd.weight", "output.weight", "blk.0.attn_output.weight"]
+    found = {name: [one for one in patterns if re.search(one, name)] for name in names}
+    assert {name: len(some) for name, some in found.items()} == dict.fromkeys(names, 1)
+
+
+def test_a_tied_embedding_is_for_llama_cpp_alone(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny("llama", tie_word_embeddings=True)))
+    layers = find_layers(checkpoint, include_embeddings=True)
+    recipe = uniform_of_layers(checkpoint, layers, "int8.channel")
+    arguments = llama_cpp_arguments(checkpoint, recipe)
+    assert r"--tensor-type ^token_embd\.weight=q8_0" in arguments
+    assert " output" not in arguments
+    with pytest.raises(BackendError, match=r"embed_tokens: compressed-tensors .* tie an lm_head"):
+        export_compressed_tensors(checkpoint, recipe, tmp_path / "out")
+    with pytest.raises(BackendError, match=r"embed_tokens: AutoRound quantizes linear layers"):
+        auto_round_config(checkpoint, recipe)
+    left = uniform_of_layers(checkpoint, layers, "bf16")
+    assert "model.embed_tokens" not in auto_round_config(checkpoint, left)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from conftest import TinyCheckpoint
 from emulated import recipe_of, validate
 from families import TINY_FAMILIES, long_but
 
+from mofq.decision import uniform_recipe
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.demo import demo_model_folder
 from mofq.evidence.corpora import Corpus, load_text
 from mofq.exceptions import CorpusError, MofqError, RecipeError
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.layers import find_layers
 
 MIXED = {"layers_0_attn_qkv": "bf16", "layers_3_mlp_down": "int8.channel+int8.token"}
 
@@ -51,6 +53,22 @@ def test_going_to_another_recipe_and_back_gives_the_bits_of_validate(
     assert others != windows
     assert list(objective.evaluate(first)) == windows
     assert list(objective.evaluate(second)) == others
+
+
+def test_a_tied_embedding_goes_and_comes_back(demo: Checkpoint, objective: MeasuredKl) -> None:
+    layers = find_layers(demo, include_embeddings=True)
+    rounded = uniform_recipe(demo, layers, "int4.g32")
+    windows = list(objective.evaluate(rounded))
+    expected = validate(
+        str(demo.folder), rounded, load_text("demo-en"), tokens=512, sequence_length=128
+    )
+    assert expected.enforced
+    assert tuple(windows) == expected.windows
+    left = uniform_recipe(demo, layers, "bf16")
+    assert list(objective.evaluate(left)) == [0.0] * len(windows)
+    assert list(objective.evaluate(rounded)) == windows  # from the cache
+    with_linear = recipe_of(demo, "int4.g32")
+    assert max(objective.evaluate(with_linear)) < max(windows)
 
 
 @pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "gpt2", "gemma3_text", "olmoe"))

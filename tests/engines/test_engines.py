@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mofq.engines import (
 from mofq.engines.rules import CacheRule, Rule, readable
 from mofq.exceptions import EngineError
 from mofq.model.kv_schemes import parse_cache_scheme
-from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer
+from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer, Role
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -48,6 +49,11 @@ def gate_up(out_features: int = 1536, in_features: int = 1024) -> FusionGroup:
     names = ("gate_proj", "up_proj")
     layers = tuple(layer(prefix + name, out_features, in_features) for name in names)
     return FusionGroup("layers.0.mlp.gate_up", layers)
+
+
+def embedding(role: Role) -> FusionGroup:
+    one = replace(layer("model.embed_tokens", 1024, 256), module="embeddings", role=role)
+    return FusionGroup("embeddings", (one,))
 
 
 def experts() -> FusionGroup:
@@ -386,3 +392,46 @@ def test_engines_need_no_torch() -> None:
 )
 def test_a_kernel_sees_no_rules_of_weights_but_those_of_inputs(name: str, seen: str) -> None:
     assert format_name(parse_scheme(name)) == seen
+
+
+@pytest.mark.parametrize(
+    ("engine", "model_type", "scheme", "reason"),
+    [
+        ("vllm-hopper", "llama", "int4.g32", None),
+        ("vllm-hopper", "llama", "int8.channel@mse", None),
+        ("vllm-hopper", "llama", "int5.g32", "2, 4 and 8 bits alone"),
+        ("vllm-hopper", "llama", "int4.g32.asym", "symmetric integers"),
+        ("vllm-hopper", "llama", "fp8_e4m3.channel", "symmetric integers"),
+        ("vllm-hopper", "mixtral", "int4.g32", "hand their embedding the quantization"),
+        ("vllm-cpu", "llama", "int4.g32", "in Triton"),
+        ("sglang-hopper", "llama", "int4.g32", "read as they are"),
+        ("transformers", "llama", "int4.g32", "it stops"),
+        ("tensorrt-llm-hopper", "llama", "int4.g128", "no kernel for embeddings"),
+        ("torchao-cpu", "llama", "int8.channel", "no kernel for embeddings"),
+    ],
+)
+def test_embeddings_are_looked_up_where_an_engine_reads_their_codes(
+    engine: str, model_type: str, scheme: str, reason: str | None
+) -> None:
+    check = legality(engine, model_type)
+    found = check(parse_scheme(scheme), embedding("lookup"))
+    assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_engine_reads_a_tied_embedding_that_is_quantized(engine: str) -> None:
+    found = legality(engine, "llama")(parse_scheme("int8.channel"), embedding("tied"))
+    assert found is not None
+    assert legality(engine, "llama")(parse_scheme("bf16"), embedding("tied")) is None
+    if ENGINES[engine].reads == "compressed-tensors":
+        assert "loaders tie an lm_head to a `weight` alone" in found
+
+
+def test_an_lm_head_is_a_linear_layer_but_in_classes_that_do_not_quantize_theirs() -> None:
+    head = FusionGroup("lm_head", (layer("lm_head", 1024, 256),))
+    for engine in ("vllm-hopper", "vllm-cpu", "sglang-hopper", "transformers"):
+        assert legality(engine, "llama")(parse_scheme("int4.g32"), head) is None
+    for engine in ("tensorrt-llm-hopper", "torchao-cpu"):
+        assert legality(engine, "llama")(parse_scheme("int4.g128"), head) is not None
+    refused = legality("vllm-hopper", "opt")(parse_scheme("int4.g32"), head)
+    assert "its class reads the lm_head as it is" in (refused or "")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 
+from mofq.decision.request import TimeRequest
+from mofq.decision.timing import recipe_seconds
 from mofq.engines.devices import DEVICE_MODELS, DeviceModel, load_device_model
 from mofq.engines.latency import (
     arithmetic,
@@ -230,3 +234,49 @@ def test_a_device_of_ones_own_is_a_file(tmp_path: Path) -> None:
         load_device_model(str(path))
     with pytest.raises(BudgetError, match="Did you mean 'h100'"):
         load_device_model("h1000")
+
+
+@pytest.mark.parametrize(
+    ("roles", "unquantized", "head_bytes"),
+    [
+        ((), ("lm_head",), 300),  # of 600, the half that is multiplied
+        ((), (), 600),  # tied
+        (("linear",), (), 64 * 32 * 2),  # what is left is the embedding, which is looked up
+        (("lookup",), ("lm_head",), 300),
+        (("linear", "lookup"), (), 64 * 32 * 2),
+        (("tied",), (), 64 * 32 * 2),
+    ],
+)
+def test_what_is_multiplied_by_for_logits_takes_time_and_lookups_none(
+    roles: tuple[Literal["linear", "lookup", "tied"], ...],
+    unquantized: tuple[str, ...],
+    head_bytes: int,
+) -> None:
+    names = {"linear": "lm_head", "lookup": "embeddings", "tied": "embeddings"}
+    groups = tuple(
+        TableGroup(
+            names[role],
+            (
+                TableLayer(
+                    names[role],
+                    64,
+                    32,
+                    dtype="BF16",
+                    decoder_layer=None,
+                    module=names[role],
+                    role=None if role == "linear" else role,
+                ),
+            ),
+            4096,
+        )
+        for role in roles
+    )
+    # Of a table: bytes of what is in no group. A matrix that is decided is not among them.
+    other = 0 if roles in (("linear", "lookup"), ("tied",)) else 300 if roles else 600
+    header = SimpleNamespace(groups=groups, other_bytes=other, unquantized=unquantized)
+    table: Any = SimpleNamespace(header=header, caches=())
+    fast = DeviceModel("d", 1, 1e3, {"bf16": 1e12}, None, "test")
+    time = TimeRequest(fast, parse_workload("decode:batch=1,context=1"))
+    seconds = recipe_seconds(table, dict.fromkeys(names.values(), "bf16"), time)
+    moved = 2 * (32 + 64) if {"linear", "tied"} & set(roles) else 0  # inputs and logits
+    assert seconds == pytest.approx((head_bytes + moved) / 1e3)

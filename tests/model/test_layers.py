@@ -18,10 +18,13 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import (
     FUSION_RULES,
+    StatedLayers,
     find_layers,
     find_loaded_weight,
 )
+from mofq.model.loading import load_model
 from mofq.model.notes import notes_on
+from mofq.model.sizes import source_bytes
 
 LLAMA_GROUPS = {
     "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -350,16 +353,48 @@ def test_an_untied_lm_head_is_a_group_when_asked_for(tiny_llama: Path) -> None:
     assert not without.tied_lm_head
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-def test_a_tied_lm_head_is_no_layer_and_cannot_be_asked_for(
-    tiny: TinyCheckpoint, family: str
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2"])
+@pytest.mark.parametrize("asked", ["include_lm_head", "include_embeddings"])
+def test_a_tied_lm_head_is_one_matrix_with_the_embedding(
+    tiny: TinyCheckpoint, family: str, asked: str
 ) -> None:
-    checkpoint = open_checkpoint(str(tiny(family, tie_word_embeddings=True)))
-    layers = find_layers(checkpoint)
+    folder = tiny(family, tie_word_embeddings=True)
+    layers = find_layers(open_checkpoint(str(folder)))
     assert layers.tied_lm_head
-    assert "lm_head" not in [layer.module for layer in layers.linear_layers]
-    with pytest.raises(CheckpointError, match=r"tied to the embedding .*embed_tokens"):
-        find_layers(checkpoint, include_lm_head=True)
+    assert {layer.role for layer in layers.linear_layers} == {"linear"}
+    found = find_layers(open_checkpoint(str(folder)), **{asked: True})
+    assert found.groups[:-1] == layers.groups
+    assert found.groups[-1].name == "embeddings"
+    (layer,) = found.groups[-1].layers
+    model = load_model(folder)
+    weight = model.get_parameter(find_loaded_weight(layer, found.architecture).name)
+    assert layer.role == "tied"
+    assert weight is model.get_input_embeddings().weight
+    assert weight is model.get_output_embeddings().weight
+    assert layers.other_bytes - found.other_bytes == source_bytes(found.groups[-1])
+
+
+def test_an_embedding_of_its_own_is_a_group_that_is_looked_up(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    found = find_layers(checkpoint, include_embeddings=True)
+    assert [layer.name for layer in found.unquantized] == ["lm_head"]
+    assert [(la.name, la.role) for la in found.groups[-1].layers] == [
+        ("model.embed_tokens", "lookup")
+    ]
+
+
+def test_the_embedding_of_an_inferred_type_is_found(tiny_llama: Path, tmp_path: Path) -> None:
+    ruled = find_layers(open_checkpoint(str(tiny_llama)), include_embeddings=True)
+    inferred = find_layers(
+        open_checkpoint(str(tiny_llama)), include_embeddings=True, stated=StatedLayers()
+    )
+    (one,), (other,) = ruled.groups[-1].layers, inferred.groups[-1].layers
+    assert (one.name, one.tensor, one.role) == (other.name, other.tensor, other.role)
+    assert other.tensor not in inferred.left_out
+    assert (
+        "model.embed_tokens.weight"
+        in find_layers(open_checkpoint(str(tiny_llama)), stated=StatedLayers()).left_out
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

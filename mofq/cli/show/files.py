@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import needs_stats
+from mofq.cli.flags import default_flag
 from mofq.cli.show.terminal import next_step, note, print_table, say
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def show_calibration(result: CalibrateResult) -> None:
         note(line)
     table = result.folder.parent / "table.jsonl"
     space = ("--space", "serving", "--engine", "ENGINE")
-    next_step("measure", result.model, *space, "--stats", result.folder, "-o", table)
+    asked = map(default_flag, result.stats.plan.vocabulary or ())
+    next_step("measure", result.model, *space, *asked, "--stats", result.folder, "-o", table)
 
 
 def show_measurement(result: MeasureResult) -> None:

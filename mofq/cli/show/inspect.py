@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes
+from mofq.cli.flags import default_flag
 from mofq.cli.show.terminal import next_step, note, print_table
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def show_inspection(result: InspectResult) -> None:
         _print_offers(f"search space {result.space}{engine}", result.offers)
         for selection in result.selections:
             note(selection.remark)
-    next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", "-o", "stats")
+    from mofq.model.layers import vocabulary_names
+
+    asked = map(default_flag, vocabulary_names(result.layers.groups))
+    next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", *asked, "-o", "stats")
 
 
 def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
@@ -53,7 +57,7 @@ def _print_groups(checkpoint: Checkpoint, layers: ModelLayers) -> None:
     ]
     title = f"{checkpoint.name}: {layers.architecture}, {len(layers.groups)} fusion groups"
     print_table(title, ["fusion group", "count", "layers [out, in]", "weights", "size"], rows)
-    if layers.tied_lm_head:
+    if layers.tied_lm_head and not any(one.role == "tied" for one in layers.grouped_layers):
         note("The lm_head is tied to the embeddings and left alone.")
     total = layers.other_bytes + sum(map(source_bytes, layers.groups))
     note(f"{short_bytes(total)} in all, {short_bytes(layers.other_bytes)} outside of the groups.")

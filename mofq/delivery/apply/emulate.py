@@ -21,7 +21,9 @@ from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
     loaded_weight,
     module_path,
+    module_paths,
     replace_module,
+    replace_weight,
     round_kept,
     scheme_source,
 )
@@ -60,7 +62,8 @@ def apply(
 
     Returns:
         The model. Each layer with a scheme is a ``FakeQuantLinear`` now, and
-        the experts of a mixture are a ``FakeQuantExperts``; layers without one
+        the experts of a mixture are a ``FakeQuantExperts``; an embedding is what it
+        was, with other weights; layers without a scheme
         are untouched, except that FP8 weights of the checkpoint are rounded to
         bf16 as an export rounds them. Attention reads
         keys and values as the recipe's cache keeps them.
@@ -221,6 +224,9 @@ def check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: 
     """
     static_amax(group, scheme, recipe)
     for layer in group.layers:
+        if layer.role != "linear":
+            module_paths(model, layer)
+            continue
         module = model.get_submodule(module_path(layer))
         if isinstance(module, FakeQuantLinear | FakeQuantExperts):
             raise BackendError(
@@ -276,6 +282,9 @@ def apply_group(
             weight_OI = codes.decoded(0, len(weight_OI))
         if layer.expert is not None:
             loaded_weight(model, layer).copy_(weight_OI)
+            continue
+        if layer.role != "linear":
+            replace_weight(model, layer, weight_OI)
             continue
         path = module_path(layer)
         linear = FakeQuantLinear.from_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.recipe_layers import find_recipe_layers
+from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import (
@@ -88,6 +90,40 @@ def loaded_tensor(tensors: Mapping[str, Tensor], name: str, architecture: str) -
 def module_path(layer: LinearLayer) -> str:
     """Where a model in memory has the module of a layer that ``find_loaded_layers`` found."""
     return layer.tensor.rpartition(".")[0]
+
+
+def module_paths(model: nn.Module, layer: LinearLayer) -> tuple[str, ...]:
+    """The same, and the lm_head's module where the layer is an embedding that it is tied to.
+
+    Raises:
+        BackendError: The model's lm_head is not tied, as its config says.
+    """
+    path = module_path(layer)
+    if layer.role != "tied":
+        return (path,)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or head.weight is not model.get_parameter(layer.tensor):
+        raise BackendError(
+            f"{layer.name}: the loaded model's lm_head does not share its weight, as the config "
+            f"says. Load the model as transformers does."
+        )
+    return (path, next(name for name, module in model.named_modules() if module is head))
+
+
+def replace_weight(model: nn.Module, layer: LinearLayer, weight_OI: Tensor) -> None:
+    """Put copies of an embedding's modules in their place, which have another weight.
+
+    Args:
+        model: Is changed; whoever keeps the modules that it had can put them back.
+        layer: An embedding. Where the lm_head is tied to it, it stays so.
+        weight_OI: Of any float dtype.
+    """
+    before = model.get_parameter(layer.tensor)
+    weight = nn.Parameter(weight_OI.to(before).contiguous(), requires_grad=False)
+    for path in module_paths(model, layer):
+        module = copy(model.get_submodule(path))
+        module._parameters = {**module._parameters, "weight": weight}
+        replace_module(model, path, module)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -35,10 +35,16 @@ def auto_round_config(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """
     layers = checked_layers(checkpoint, recipe)
     schemes = recipe.schemes
-    config = {
-        layer.name: _layer_config(parse_scheme(schemes[layer.name]), layer.name)
-        for layer in layers.linear_layers
-    }
+    config = {}
+    for layer in layers.linear_layers:
+        scheme = parse_scheme(schemes[layer.name])
+        if layer.role == "linear":
+            config[layer.name] = _layer_config(scheme, layer.name)
+        elif not scheme.is_unquantized:
+            raise BackendError(
+                f"{layer.name}: AutoRound quantizes linear layers alone. Take bf16 for the "
+                f"embedding."
+            )
     return json.dumps(config, indent=2) + "\n"
 
 

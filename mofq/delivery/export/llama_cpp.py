@@ -104,7 +104,8 @@ def llama_cpp_arguments(checkpoint: Checkpoint, recipe: Recipe) -> str:
             )
     text = [f"# {recipe.model_name}: the nearest llama.cpp types, and what each loses."]
     for name, (type_name, loss) in lines.items():
-        escaped = name.replace(".", r"\.")
+        # Searched for anywhere in a name, and the last that is found counts: attn_output.weight.
+        escaped = ("" if name.startswith("blk.") else "^") + name.replace(".", r"\.")
         text += [f"# {name}: {loss}", f"--tensor-type {escaped}={type_name}"]
     return "\n".join(text) + "\n"
 
@@ -152,6 +153,8 @@ def _loss(scheme: Scheme, kind: str) -> str:
 
 
 def _tensor_name(layer: LinearLayer) -> str:
+    if layer.role != "linear":  # of a tied one, llama.cpp multiplies by the same tensor
+        return "token_embd.weight"
     if layer.name.endswith("lm_head"):
         return "output.weight"
     match = re.search(r"layers\.(\d+)\.(.+)$", layer.name)

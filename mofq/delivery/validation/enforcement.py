@@ -224,6 +224,14 @@ def _check_layer(
     reason = _weight_deviation(weight_OI, expected, checkpoint, decoded=decoded)
     if reason is not None:
         yield Deviation(layer.name, reason)
+    if layer.role == "tied" and not _is_head(model, weight):
+        yield Deviation(layer.name, "the lm_head has another weight, and is tied to it")
+
+
+def _is_head(model: nn.Module, weight: Tensor) -> bool:
+    """Whether the lm_head has that very weight."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    return head is not None and head.get_parameter("weight").data_ptr() == weight.data_ptr()
 
 
 def _module_deviation(

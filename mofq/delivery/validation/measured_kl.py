@@ -17,7 +17,7 @@ from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
     find_loaded_layers,
     loaded_weight,
-    module_path,
+    module_paths,
     replace_module,
     round_kept,
     scheme_source,
@@ -204,8 +204,7 @@ class MeasuredKl:
 
     def _restore(self, group: FusionGroup, stored: Mapping[str, LinearLayer]) -> None:
         """Put the original's modules and weights back."""
-        for layer in group.layers:
-            path = module_path(layer)
+        for layer, path in self._paths(group):
             module = self._model.get_submodule(path)
             if layer.expert is not None:  # others of its module may keep their schemes
                 if isinstance(module, FakeQuantExperts):
@@ -219,6 +218,12 @@ class MeasuredKl:
                 source = stored[layer.name]
                 weight_OI = read_kept_layer(self.checkpoint, source, 0, source.out_features)
                 loaded_weight(self._model, layer).copy_(weight_OI)
+
+    def _paths(self, group: FusionGroup) -> list[tuple[LinearLayer, str]]:
+        """The modules of a group's layers; an embedding may have two."""
+        return [
+            (layer, path) for layer in group.layers for path in module_paths(self._model, layer)
+        ]
 
     def _quantize(
         self,
@@ -243,7 +248,7 @@ class MeasuredKl:
             self._model, group, scheme, sources=sources, recipe=recipe, fits=self._fits
         )
         if all(layer.expert is None for layer in group.layers):
-            paths = [module_path(layer) for layer in group.layers]
+            paths = [path for _, path in self._paths(group)]
             self._cache[key] = {path: self._model.get_submodule(path) for path in paths}
             while sum(map(_bytes, self._cache.values())) > self._cache_bytes:
                 self._cache.popitem(last=False)
@@ -261,4 +266,5 @@ def _choice(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> _Choice:
 
 
 def _bytes(modules: Mapping[str, nn.Module]) -> int:
-    return sum(p.nbytes for module in modules.values() for p in module.parameters())
+    parameters = (p for module in modules.values() for p in module.parameters())
+    return sum({id(one): one.nbytes for one in parameters}.values())  # tied ones once

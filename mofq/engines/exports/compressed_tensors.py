@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mofq.engines.groups import ServedGroup
+from mofq.engines.groups import ServedGroup, embedding_role
 from mofq.engines.names import format_name
 from mofq.exceptions import BackendError
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, IntFormat
@@ -54,13 +54,30 @@ class _CannotHoldError(Exception):
 
 
 def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
-    """Why compressed-tensors cannot hold a quantized scheme of any fusion group, or None."""
-    del group  # experts are stored as linear layers are
+    """Why compressed-tensors cannot hold a quantized scheme of a fusion group, or None."""
+    # Experts and embeddings are stored as linear layers are.
+    if problem := tied_problem(group):
+        return problem
     try:
         _storage(scheme)
     except _CannotHoldError as reason:
         return f"cannot hold layers in {format_name(scheme)}: {reason}"
     return None
+
+
+def tied_problem(group: ServedGroup) -> str | None:
+    """Why no loader reads a quantized fusion group, where it is a tied embedding, or None.
+
+    Source: compressed-tensors 0.20.0 ``compressors/base.py``; transformers 5.23.0
+    ``modeling_utils.py``, ``tie_weights``; vLLM 0.32.0 ``layers/vocab_parallel_embedding.py:634``:
+    what is tied is ``weight``.
+    """
+    if embedding_role(group) != "tied":
+        return None
+    return (
+        "stores codes and scales, and loaders tie an lm_head to a `weight` alone, so that it would "
+        "have none; take bf16 for the embedding, or llama.cpp"
+    )
 
 
 def storage_of(scheme: Scheme, *, where: str) -> Storage:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mofq.engines.groups import ServedGroup
+from mofq.engines.groups import ServedGroup, embedding_role
 from mofq.engines.names import format_name
 from mofq.numbers.schemes import Scheme
 
@@ -32,8 +32,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
-    """Why ModelOpt's config cannot name a quantized scheme of any fusion group, or None."""
-    del group  # experts have the algorithms of linear layers
+    """Why ModelOpt's config cannot name a quantized scheme of a fusion group, or None."""
+    if embedding_role(group) is not None:
+        return "has algorithms for linear layers alone; take bf16 for the embedding"
     name = format_name(scheme)
     if name in ALGORITHMS:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from mofq.engines.groups import ServedGroup, is_experts
+from mofq.engines.groups import ServedGroup, embedding_role, is_experts
 from mofq.engines.names import format_name
 from mofq.numbers.schemes import Scheme
 
@@ -37,6 +37,8 @@ def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
             "has configs for linear layers, and transformers keeps experts as one tensor; take "
             "bf16 for them"
         )
+    if embedding_role(group) is not None:
+        return "has configs for linear layers alone; take bf16 for the embedding"
     if group.name == "lm_head":
         return "is told by transformers to leave the lm_head as it is; take bf16 for it"
     if config_class(scheme) is None:

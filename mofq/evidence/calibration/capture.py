@@ -37,8 +37,22 @@ from mofq.model.modules import (
     run_experts,
 )
 
+#: By how much an embedding's output may differ from a multiple of its rows.
+_SCALED = 0.01
+
 #: (expert, parameter) -> the layers whose rows the parameter holds, and the first row of each.
 ExpertLayers = Mapping[tuple[int, str], Sequence[tuple[LinearLayer, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """The rows of an embedding that one sequence looked up."""
+
+    row_T: Tensor  #: of each token, int64
+    #: Gradients of the tokens' rows, a draw each: [tokens, in_features], bfloat16.
+    grads: list[Tensor] = field(default_factory=list)
+    #: Products of these with the rows, summed, a draw each: see `calibration.gains`.
+    scaling: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -56,6 +70,7 @@ class Captured:
     source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
     grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
     tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
+    looked_up: dict[str, LookedUp] = field(default_factory=dict)  #: embedding -> its rows
     #: Layer with inputs of its own -> a number a draw; see `mofq.evidence.calibration.gains`.
     input_gains: dict[str, list[float]] = field(default_factory=dict)
     length: int = 0  #: tokens of the sequence
@@ -66,6 +81,7 @@ class Captured:
         """Forget the sequence."""
         for part in (self.x, self.y, self.source, self.grads, self.tokens, self.input_gains):
             part.clear()
+        self.looked_up.clear()
         if self.routers is not None:
             self.routers.clear()
 
@@ -101,6 +117,26 @@ class Captured:
         """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""
         self.source[layer] = source
         y_TO.register_hook(partial(self._on_output_gradient, layer))
+
+    def keep_lookup(self, layer: str, row: Tensor, scale: float, y: Tensor) -> None:
+        """Keep which rows of an embedding are looked up, and the gradients of these.
+
+        Args:
+            layer: The embedding.
+            row: Of each token.
+            scale: What the module multiplies them by.
+            y: Its output.
+        """
+        looked_up = LookedUp(row.detach().reshape(-1).to(device="cpu", dtype=torch.int64))
+        self.looked_up[layer] = looked_up
+        y.register_hook(partial(self._on_lookup_gradient, looked_up, scale, y.detach()))
+
+    def _on_lookup_gradient(
+        self, looked_up: LookedUp, scale: float, y: Tensor, grad: Tensor
+    ) -> None:
+        looked_up.scaling.append(float((grad.float() * y).sum(dtype=torch.float64)))
+        grad_TI = grad.reshape(-1, grad.shape[-1]).float() * scale
+        looked_up.grads.append(grad_TI.to(device="cpu", dtype=torch.bfloat16))
 
     def _on_input_gradient(self, layer: str, amax_T: Tensor, grad: Tensor) -> None:
         square_T = grad.float().square().sum(-1, dtype=torch.float64)
@@ -143,13 +179,17 @@ def capture_layers(
     )
     check_weights_apart(model, layers)
     last_input: list[tuple[Tensor, str]] = []
-    handles = [_start_gradient_at_embeddings(model, captured)]
+    embedding = next((one for one in layers.grouped_layers if one.role != "linear"), None)
+    handles = [_start_gradient_at_embeddings(model, captured, embedding)]
     restore: list[Callable[[], None]] = []
     experts: dict[str, dict[tuple[int, str], list[tuple[LinearLayer, int]]]] = {}
     for layer in layers.grouped_layers:
+        if layer.role == "lookup":
+            continue
         loaded = find_loaded_weight(layer, layers.architecture)
         path, _, parameter = loaded.name.rpartition(".")
-        module = _module(model, path, layer)
+        tied = layer.role == "tied"
+        module = _head_of(model, layer) if tied else _module(model, path, layer)
         if loaded.expert is None:
             _check_module(module, layer)
             hook = partial(_on_forward, captured, last_input, layer.name)
@@ -189,6 +229,18 @@ def _module(model: nn.Module, path: str, layer: LinearLayer | CacheLayer) -> nn.
             f"{layer.name}: the loaded model has no module {path!r}. "
             f"The checkpoint's names and the model's class disagree."
         ) from None
+
+
+def _head_of(model: nn.Module, layer: LinearLayer) -> nn.Module:
+    """The module that multiplies by a tied embedding."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    if head is None or head.weight is not embedding.weight:
+        raise StatsError(
+            f"{layer.name}: the loaded model's lm_head is not tied to it, as the config says. "
+            f"Leave {option('embeddings')} and {option('lm_head')} out."
+        )
+    return head
 
 
 def check_weights_apart(model: nn.Module, layers: ModelLayers) -> None:
@@ -262,15 +314,52 @@ def _see_cache(captured: Captured, cache: CacheLayer, *states: Tensor) -> tuple[
     return seen[0], seen[1]
 
 
-def _start_gradient_at_embeddings(model: nn.Module, captured: Captured) -> RemovableHandle:
+def _start_gradient_at_embeddings(
+    model: nn.Module, captured: Captured, layer: LinearLayer | None
+) -> RemovableHandle:
+    """Have gradients start at the embeddings, and keep them where these are a layer."""
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
 
-    def start(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    def start(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         captured.length = output[..., 0].numel()
-        return output.requires_grad_(True).clone()
+        output = output.requires_grad_(True)
+        if layer is not None:
+            if layer.name in captured.looked_up:
+                raise StatsError(
+                    f"{layer.name}: runs more than once for a token, so that its error counts more "
+                    f"than once, which is not predicted. Leave {option('embeddings')} out."
+                )
+            scale = _scale_of(module, inputs[0], output)
+            captured.keep_lookup(layer.name, inputs[0], scale, output)
+            if layer.role == "lookup":
+                captured.source[layer.name] = layer.name
+        return output.clone()
 
     # A copy, which a model may scale in place.
+    if layer is not None and embeddings.weight.shape != (layer.out_features, layer.in_features):
+        raise StatsError(
+            f"{layer.name}: the loaded model looks tokens up in a matrix of another shape. Leave "
+            f"{option('embeddings')} and {option('lm_head')} out."
+        )
     return embeddings.register_forward_hook(start)
+
+
+def _scale_of(module: nn.Module, row: Tensor, output: Tensor) -> float:
+    """What an embedding multiplies its rows by: Gemma's by the root of their length.
+
+    Raises:
+        StatsError: It does something else with them.
+    """
+    rows = module.weight.detach()[row].double()  # type: ignore[operator]
+    found = output.detach().double()
+    scale = float((rows * found).sum() / rows.square().sum().clamp(min=1e-300))
+    if float((found - scale * rows).norm()) > _SCALED * float(found.norm()):
+        raise StatsError(
+            f"{type(module).__name__}: its output is no multiple of the rows that it looks up, so "
+            f"that what their errors do is not predicted. Leave {option('embeddings')} and "
+            f"{option('lm_head')} out."
+        )
+    return scale
 
 
 def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:

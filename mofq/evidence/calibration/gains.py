@@ -33,7 +33,11 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from mofq.evidence.calibration.capture import Captured
-from mofq.evidence.calibration.sequence_file import layer_gradients, renamed_when_written
+from mofq.evidence.calibration.sequence_file import (
+    layer_gradients,
+    renamed_when_written,
+    stack_gradients,
+)
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text
 from mofq.files.validated import NotNegative, Number, Text, only_these_keys, validate
@@ -113,11 +117,16 @@ def write_content(path: Path, content: Mapping[str, Mapping[str, Sequence[float]
 
 def _scaling(captured: Captured, name: str, path: Path, zeros: Sequence[float]) -> Sequence[float]:
     """Of a layer; of cached keys and values, which are no layer's output, and unseen experts: 0."""
+    looked_up = captured.looked_up.get(name)
+    of_rows = zeros if looked_up is None else looked_up.scaling
     if name not in captured.y:
-        return zeros
+        return of_rows
     y_TO = captured.y[name].to(captured.device).float()
     grad_DTO = layer_gradients(captured, name, path).to(captured.device)
-    return [float((grad_TO.float() * y_TO).sum(dtype=torch.float64)) for grad_TO in grad_DTO]
+    return [
+        float((grad_TO.float() * y_TO).sum(dtype=torch.float64)) + of_row
+        for grad_TO, of_row in zip(grad_DTO, of_rows, strict=True)
+    ]
 
 
 def _weight_gains(
@@ -130,6 +139,9 @@ def _weight_gains(
         source = captured.source.get(name)
         if source is None:
             continue
+        if name in captured.looked_up:
+            found[name] = _lookup_gains(captured, name, path)
+            continue
         if gram_of[0] != source:
             gram_of = source, _gram(captured.x[source].to(captured.device).float())
         grad_DTO = layer_gradients(captured, name, path).to(captured.device)
@@ -138,6 +150,28 @@ def _weight_gains(
             for grad_TO in grad_DTO
         ]
     return found
+
+
+def _lookup_gains(captured: Captured, name: str, path: Path) -> list[float]:
+    """Of an embedding: a lookup is a product with ``onehot(row)``, and its gradient with a row.
+
+    So ``G = sum_t g_t x_t^T + sum_t onehot(row_t) e_t^T``, without the first where nothing is
+    multiplied by it.
+    """
+    device, looked_up = captured.device, captured.looked_up[name]
+    row_T = looked_up.row_T.to(device)
+    same_TT = (row_T[:, None] == row_T).float()
+    e_DTI = stack_gradients(looked_up.grads, name, path).to(device)
+    found = [(same_TT * _gram(e_TI.float())).sum(dtype=torch.float64) for e_TI in e_DTI]
+    if name in captured.x:
+        x_TI = captured.x[name].to(device).float()
+        gram_TT = _gram(x_TI)
+        for draw, grad_TO in enumerate(layer_gradients(captured, name, path).to(device)):
+            g_TO, e_TI = grad_TO.float(), e_DTI[draw].float()
+            found[draw] += (gram_TT * _gram(g_TO)).sum(dtype=torch.float64)
+            cross_TT = g_TO[:, row_T] * (x_TI @ e_TI.T)
+            found[draw] += 2 * cross_TT.sum(dtype=torch.float64)
+    return [float(one.clamp(min=0)) for one in found]
 
 
 def weight_gain(captured: Captured, layer: str, grad_TO: Tensor) -> float:

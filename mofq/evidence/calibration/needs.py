@@ -33,7 +33,9 @@ def samples_bytes(layers: ModelLayers, *, tokens: int, draws: int, experts_per_t
     channels = 0.0
     for group in layers.groups:
         experts = [layer for layer in group.layers if is_expert(layer)]
-        dense = [layer for layer in group.layers if not is_expert(layer)]
+        looked_up = [layer for layer in group.layers if layer.role != "linear"]
+        channels += sum(draws * layer.in_features for layer in looked_up)
+        dense = [la for la in group.layers if not is_expert(la) and la.role != "lookup"]
         channels += sum({layer.in_features for layer in dense})
         channels += sum(draws * layer.out_features for layer in dense)
         if experts:

@@ -18,7 +18,7 @@ from mofq.evidence.cluster import run_units
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import open_shared
-from mofq.model.layers import find_layers
+from mofq.model.layers import find_layers, included_groups
 from mofq.model.loading import load_model
 
 
@@ -97,7 +97,8 @@ def run_unit(unit: SequenceUnit) -> int:
     model, checkpoint = _open_model(
         unit.model, plan.index_sha256, plan.weights_sha256, plan.dtype, unit.device
     )
-    layers = find_layers(checkpoint, stated=plan.layers)
+    asked = included_groups(plan.vocabulary or ())
+    layers = find_layers(checkpoint, **asked, stated=plan.layers)
     check_model(model, plan)
     token_NT = torch.tensor(unit.tokens, dtype=torch.int64)[None]
     check_windows(model, token_NT, replace(unit.corpus, sequences=1, kept=None), plan)

@@ -3,8 +3,10 @@
 ``x/LAYER`` [T, in_features] and ``grad/LAYER`` [draws, T, out_features], bfloat16.
 Layers that read the very same input share one ``x``; the metadata ``inputs`` says whose,
 null where no token reached the layer. A layer of experts has only the tokens that were
-routed to it, and ``tokens/LAYER`` [t] says which, in order. The version of the format is
-that of the folder, in its ``plan.json`` and ``stats.json``.
+routed to it, and ``tokens/LAYER`` [t] says which, in order. An embedding has ``rows/LAYER`` [T],
+which rows its tokens looked up, and ``lookup/LAYER`` [draws, T, in_features], the gradients of
+these; it has the others as well where the lm_head is tied to it. The version of the format is that
+of the folder, in its ``plan.json`` and ``stats.json``.
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ _INPUTS = TypeAdapter(dict[Text, Text | None])
 
 
 @dataclass(frozen=True, slots=True)
+class LookupSamples:
+    """Which rows of an embedding one sequence looked up."""
+
+    row_T: Tensor  #: int64
+    grad_DTI: Tensor  #: gradients of these rows, [draws, tokens, in_features], bfloat16
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSamples:
     """What one layer saw in one sequence."""
 
@@ -40,6 +50,7 @@ class LayerSamples:
     grad_DTO: Tensor  #: output gradients, [draws, tokens, out_features], bfloat16
     token_T: Tensor | None  #: position of each token where not all are here (experts), int64
     source: str = ""  #: the layer whose inputs these are, of those that read the very same
+    lookup: LookupSamples | None = None  #: where it is an embedding; alone, there are no inputs
 
 
 def sequence_path(folder: Path, corpus: str, index: int) -> Path:
@@ -101,14 +112,29 @@ class SequenceFile:
             return None
         tokens = f"tokens/{layer}"
         try:
+            lookup = self._lookup(layer)
+            if lookup is not None and f"x/{source}" not in self._keys:
+                draws, _, columns = lookup.grad_DTI.shape
+                none = lookup.grad_DTI.new_empty
+                return LayerSamples(
+                    none(0, columns), none(draws, 0, 0), None, source=source, lookup=lookup
+                )
             return LayerSamples(
                 x_TI=self._file.get_tensor(f"x/{source}"),
                 grad_DTO=self._file.get_tensor(f"grad/{layer}"),
                 token_T=self._file.get_tensor(tokens) if tokens in self._keys else None,
                 source=source,
+                lookup=lookup,
             )
         except SafetensorError as problem:
             raise _unreadable(self.path, problem) from None
+
+    def _lookup(self, layer: str) -> LookupSamples | None:
+        if f"rows/{layer}" not in self._keys:
+            return None
+        return LookupSamples(
+            self._file.get_tensor(f"rows/{layer}"), self._file.get_tensor(f"lookup/{layer}")
+        )
 
     def counts(self) -> dict[str, int]:
         """How many tokens came to each layer of an expert; no other layer is in it."""
@@ -168,6 +194,12 @@ def sequence_tensors(
     tensors: dict[str, Tensor] = {}
     for name in layer_names:
         if name not in captured.source:
+            continue
+        if name in captured.looked_up:
+            looked_up = captured.looked_up[name]
+            tensors[f"rows/{name}"] = looked_up.row_T
+            tensors[f"lookup/{name}"] = stack_gradients(looked_up.grads, name, path)
+        if captured.source[name] not in captured.x:  # an embedding that is looked up alone
             continue
         tensors[f"grad/{name}"] = layer_gradients(captured, name, path)
         if captured.source[name] == name:
@@ -250,13 +282,17 @@ def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
     Raises:
         StatsError: They are missing or not finite; ``path`` says of which sequence.
     """
-    grads = captured.grads.get(name)
-    if grads is None:
+    return stack_gradients(captured.grads.get(name), name, path)
+
+
+def stack_gradients(grads: Sequence[Tensor] | None, name: str, path: Path) -> Tensor:
+    """The gradients of several draws, [draws, tokens, channels]; raises as `layer_gradients`."""
+    if not grads:
         raise StatsError(
             f"{name}: no gradient reached its output in {path.name}; it does not take part in "
             f"the model's prediction. List the layer under `exclude` and report the model."
         )
-    grad_DTO = torch.stack(grads)
+    grad_DTO = torch.stack(list(grads))
     if not torch.isfinite(grad_DTO).all():
         raise StatsError(
             f"{name}: an output gradient is not finite in {path.name}. "

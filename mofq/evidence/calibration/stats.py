@@ -42,7 +42,16 @@ from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import holder, try_lock
-from mofq.files.validated import Count, Integer, Name, Sha256, Text, only_these_keys, validate
+from mofq.files.validated import (
+    Count,
+    Integer,
+    Name,
+    Sha256,
+    SomeNames,
+    Text,
+    only_these_keys,
+    validate,
+)
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import StatedLayers
 
@@ -104,6 +113,7 @@ class Plan:
     layers: StatedLayers | None = None  #: what the user said of the model's layers
     #: True: what tokens that change experts cost, of every sequence; see ``routing``.
     routing: Literal[True] | None = None
+    vocabulary: SomeNames | None = None  #: fusion groups of the lm_head and the embedding
 
     def corpus(self, name: str) -> CorpusPlan:
         """One of the corpora."""
@@ -454,10 +464,15 @@ def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
         ("answers to scaling", *("kept" if one.scaling else "not kept" for one in (plan, begun))),
         ("changes of experts", *("kept" if one.routing else "not kept" for one in (plan, begun))),
         ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
+        ("lm_head and embeddings", *(_vocabulary(one) for one in (plan, begun))),
         ("KV cache", *("kept" if one.kv_cache else "not kept" for one in (plan, begun))),
     ):
         if ours != theirs:
             yield f"{what} {theirs}, asked for {ours}"
+
+
+def _vocabulary(plan: Plan) -> str:
+    return " and ".join(plan.vocabulary or ("not",)) + " kept"
 
 
 def _beginning(bos: bool | None) -> str:

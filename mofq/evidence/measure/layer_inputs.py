@@ -11,7 +11,7 @@ from torch import Tensor
 from mofq.evidence.fits import NO_FIT, LayerFit
 from mofq.evidence.measure.gain_correction import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums
-from mofq.evidence.measure.samples import ChunkedSamples
+from mofq.evidence.measure.samples import ChunkedSamples, LookedUpRows
 from mofq.evidence.measure.stored_inputs import SharedInputs, StoredInputs
 from mofq.evidence.measure.workers import Workers
 from mofq.numbers.quantize.compiled import Kind, eager_pass
@@ -48,6 +48,7 @@ class Inputs:
     tokens: int  #: T of one sequence
     source: str  #: the layer whose inputs these are
     gains: LayerGains | None
+    lookup: LookedUpRows | None = None  #: of an embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class PreparedLayer:
         stored = [one for inputs in self.inputs.values() for one in inputs.x.values()]
         tensors = [tensor for one in stored for tensor in one.tensors]
         tensors += [inputs.grad_MCO for inputs in self.inputs.values()]
+        lookups = [inputs.lookup for inputs in self.inputs.values() if inputs.lookup is not None]
+        tensors += [one.grad_NTI for one in lookups]
         if self.fit.feedback is not None:
             tensors.append(self.fit.feedback.passed_II)
         return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
@@ -127,7 +130,9 @@ def prepare_layer(
         corpus: shared.of(corpus, part, one, device=device) for corpus, one in samples.items()
     }
     extents = {
-        corpus: one.extent_of(samples[corpus], workers=workers) for corpus, one in prepared.items()
+        corpus: one.extent_of(samples[corpus], workers=workers)
+        for corpus, one in prepared.items()
+        if one.x_MCI.shape[1]  # an embedding that is looked up alone has none
     }
     if static_amax is None:
         static_amax = max((float(one.amax_I.max()) for one in extents.values()), default=None)
@@ -151,6 +156,7 @@ def prepare_layer(
                 prepared[corpus].under(
                     activations, one, static_amax=static_amax, name=name, workers=workers
                 ),
+                out_features=shape[0],
                 device=device,
             )
             for corpus, one in samples.items()
@@ -187,16 +193,24 @@ def _inputs(
     samples: ChunkedSamples,
     x: Mapping[TensorScheme | None, StoredInputs],
     *,
+    out_features: int,
     device: str,
 ) -> Inputs:
+    lookup, (chunks, tokens) = samples.lookup, samples.offset_MC.shape
+    grad_MCO = samples.grad_MCO
+    if not tokens:
+        grad_MCO = grad_MCO.new_empty((chunks, 0, out_features))
     token_T = samples.is_token_MC.flatten().nonzero()[:, 0]
     return Inputs(
         x=x,
-        grad_MCO=samples.grad_MCO.to(device=device),
+        grad_MCO=grad_MCO.to(device=device),
         offset_MC=samples.offset_MC,
         sample_T=token_T[:: max(1, len(token_T) // _OUTPUT_TOKENS)].to(device),
         sequences=samples.sequences,
         tokens=samples.tokens,
         source=samples.source,
         gains=samples.gains,
+        lookup=None
+        if lookup is None
+        else LookedUpRows(lookup.row_NT.to(device), lookup.grad_NTI.to(device)),
     )

@@ -12,13 +12,25 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.gains import read_gains
-from mofq.evidence.calibration.sequence_file import LayerSamples
+from mofq.evidence.calibration.sequence_file import LayerSamples, LookupSamples
 from mofq.evidence.calibration.stats import Stats, open_sequences
 from mofq.evidence.measure.gain_correction import LayerGains, layer_gains
 
 #: Neighbouring tokens that are multiplied together. A constant of the numerics: other chunks
 #: give other last digits.
 CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUpRows:
+    """Which rows of an embedding each of N samples looked up."""
+
+    row_NT: Tensor  #: int64
+    grad_NTI: Tensor  #: gradients of these rows, bfloat16
+
+    def of(self, samples: slice) -> LookedUpRows:
+        """Those of some of the samples."""
+        return LookedUpRows(self.row_NT[samples], self.grad_NTI[samples])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class ChunkedSamples:
     source: str = ""  #: the layer whose inputs these are; see `calibration.sequence_file`
     gains: LayerGains | None = None  #: None: all sequences that were run are here
     draws: int = 1  #: of each sequence; so many samples of a sequence follow one another
+    lookup: LookedUpRows | None = None  #: of an embedding; of one that is no lm_head, C is 0
 
     @property
     def is_token_MC(self) -> Tensor:
@@ -187,7 +200,17 @@ def arrange_samples(
         tokens=sequence_length,
         source=like.source,
         draws=draws,
+        lookup=_looked_up([one.lookup for one in seen if one.lookup is not None]),
     )
+
+
+def _looked_up(sequences: Sequence[LookupSamples]) -> LookedUpRows | None:
+    """The lookups of all sequences, a sequence's draws after one another."""
+    if not sequences:
+        return None
+    draws = len(sequences[0].grad_DTI)
+    row_NT = torch.stack([one.row_T for one in sequences]).repeat_interleave(draws, 0)
+    return LookedUpRows(row_NT, torch.cat([one.grad_DTI for one in sequences]))
 
 
 def _positions(samples: LayerSamples) -> Tensor:
@@ -197,7 +220,7 @@ def _positions(samples: LayerSamples) -> Tensor:
 
 
 def _longest_chunk(samples: LayerSamples) -> int:
-    return int(torch.bincount(_positions(samples) // CHUNK_TOKENS).max())
+    return max(torch.bincount(_positions(samples) // CHUNK_TOKENS).tolist(), default=0)
 
 
 def _places(samples: LayerSamples, chunks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ sequences. What rounding does has more structure, and this module uses it:
   ``sum_t (v_t . dx_t)^2`` with ``v_t = W^T g_t``. Layers that read the very same inputs (q, k
   and v; gate and up; the experts that a token visits) share ``dx_t`` too, so ``v_t`` is the
   sum over them: `with_shared_inputs`.
+- **Lookups.** An embedding's are products with one-hot vectors: `mofq.evidence.measure.lookup`.
 - **Both.** ``e_t = (W + dW)(x_t + dx_t) - W x_t = dW xq_t + W dx_t``: the sum of the two,
   ``G`` taken with the quantized inputs.
 
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from mofq.evidence.measure.gain_correction import SampleGains, corrected
 from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
+from mofq.evidence.measure.lookup import lookup_errors, project_lookups
 from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
 from mofq.evidence.measure.samples import CHUNK_TOKENS
 from mofq.exceptions import SchemeError
@@ -165,7 +167,9 @@ def score_rows(layer: PreparedLayer, rows_RI: Tensor, *, start: int) -> BlockSum
         weight_RI, stop = block_RI.float(), start + len(block_RI)
         for corpus, inputs in layer.inputs.items():
             grad_MCR = inputs.grad_MCO[:, :, start:stop].float()
-            corpora[corpus] = _corpus_sums(layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI)
+            corpora[corpus] = _corpus_sums(
+                layer, inputs, grad_MCR, weight_RI, rounded.delta_WRI, start
+            )
     number = start // layer.blocks[0][1]
     extent = rows_extent(block_RI, number=number, amax_I=rounded.amax_I, square_I=rounded.square_I)
     return BlockSums(
@@ -193,7 +197,12 @@ def _check_finite(layer: PreparedLayer, block_RI: Tensor, start: int) -> None:
 
 
 def _corpus_sums(
-    layer: PreparedLayer, inputs: Inputs, grad_MCR: Tensor, weight_RI: Tensor, delta_WRI: Tensor
+    layer: PreparedLayer,
+    inputs: Inputs,
+    grad_MCR: Tensor,
+    weight_RI: Tensor,
+    delta_WRI: Tensor,
+    start: int,
 ) -> CorpusSums:
     schemes = layer.schemes
     row_NS = weight_RI.new_zeros((inputs.sequences, len(schemes)), dtype=torch.float64)
@@ -217,6 +226,9 @@ def _corpus_sums(
         activation: torch.cat([some, weight_RI[None]]) for activation, some in delta_SRI.items()
     }
     projected, changes = _over_tokens(inputs, grad_MCR, weight_RI, factors_SRI)
+    lookup, looked_up_RNS = inputs.lookup, None
+    if lookup is not None and None in factors_SRI:
+        looked_up_RNS = project_lookups(lookup, factors_SRI[None], start=start)
     del factors_SRI
     for activation, some in columns.items():
         change_MCR = changes.get(activation)
@@ -226,12 +238,19 @@ def _corpus_sums(
             alone = [i for i in some if schemes[i].weight is None]
             output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
         if activation in delta_SRI:
-            found_NS = _row_errors(projected[activation], sequences=inputs.sequences)
+            whole_RNS = projected[activation].unflatten(1, (inputs.sequences, -1)).sum(2)
+            if looked_up_RNS is not None:
+                whole_RNS += looked_up_RNS
+            found_NS = whole_RNS.square().sum(0, dtype=torch.float64)
             row_NS[:, weighted[activation]] = found_NS[:, :-1]
             size_NS[:, weighted[activation]] = found_NS[:, -1:]
-            output_S[weighted[activation]] = _output_errors(
-                inputs, activation, delta_SRI.pop(activation), change_MCR
-            )
+            deltas_SRI = delta_SRI.pop(activation)
+            if lookup is not None and not len(inputs.sample_T):
+                output_S[weighted[activation]] = lookup_errors(lookup, deltas_SRI, start=start)
+            else:
+                output_S[weighted[activation]] = _output_errors(
+                    inputs, activation, deltas_SRI, change_MCR
+                )
     return CorpusSums(row_NS, size_NS, token_AMC, output_S)
 
 
@@ -300,13 +319,6 @@ def _project(x_MCI: Tensor, gradient_MRC: Tensor, factors_SRI: Tensor, outer: Te
         torch.bmm(some_MRC, x_MCI, out=outer_MRI)
         parts.append(torch.bmm(outer_MRI.transpose(0, 1), factors_RIS[start : start + _ROWS]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _row_errors(projection_RMS: Tensor, *, sequences: int) -> Tensor:
-    """Squared over whole sequences and summed over rows, [sequences, schemes], float64."""
-    whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)
-    error_NS: Tensor = whole_RNS.square().sum(0, dtype=torch.float64)
-    return error_NS
 
 
 def _output_errors(
@@ -472,6 +484,8 @@ def _corpus_score(layer: PreparedLayer, corpus: str, sums: CorpusSums) -> Corpus
 
 def _share_of_tokens(inputs: Inputs) -> float:
     """Of the corpus's tokens, those that the layer sees."""
+    if inputs.lookup is not None:
+        return 1.0
     return int((inputs.offset_MC >= 0).sum()) / (inputs.sequences * inputs.tokens)
 
 

@@ -104,6 +104,8 @@ class TableLayer:
     dtype: Name  #: of the checkpoint, as its header writes it
     decoder_layer: Index | None
     module: Name  #: last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``
+    #: Of an embedding: whether it is the lm_head too (tied) or not (lookup); None: no embedding.
+    role: Literal["lookup", "tied"] | None = None
 
     @property
     def weights(self) -> int:
@@ -567,6 +569,7 @@ def header_of(
                     dtype=layer.dtype,
                     decoder_layer=layer.decoder_layer,
                     module=layer.module,
+                    role=None if layer.role == "linear" else layer.role,
                 )
                 for layer in group.layers
             ),

@@ -11,6 +11,7 @@ from mofq.model.layers.linear import (
     LinearLayer,
     LoadedWeight,
     ModelLayers,
+    Role,
     find_exported_name,
     find_loaded_names,
     find_loaded_weight,
@@ -18,6 +19,13 @@ from mofq.model.layers.linear import (
     share_amax,
 )
 from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
+from mofq.model.layers.vocabulary import (
+    Included,
+    included,
+    included_groups,
+    vocabulary_names,
+    vocabulary_rejection,
+)
 
 __all__ = [
     "CONFIG_KEY",
@@ -27,19 +35,25 @@ __all__ = [
     "CacheLayer",
     "ExpertsBy",
     "FusionGroup",
+    "Included",
     "LinearLayer",
     "LoadedWeight",
     "ModelLayers",
+    "Role",
     "StatedLayers",
     "find_exported_name",
     "find_layers",
     "find_loaded_module",
     "find_loaded_names",
     "find_loaded_weight",
+    "included",
+    "included_groups",
     "is_expert",
     "layers_of",
     "lm_heads_of",
     "load_layers",
     "share_amax",
     "split_experts",
+    "vocabulary_names",
+    "vocabulary_rejection",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mofq.exceptions import CheckpointError
@@ -26,7 +27,7 @@ from mofq.model.layers.families import (
 )
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.kv_cache import CacheLayer
-from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, layers_of
+from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, Role, layers_of
 from mofq.model.layers.making import (
     SOURCE_DTYPES,
     check_tied,
@@ -40,6 +41,7 @@ from mofq.model.layers.making import (
 )
 from mofq.model.layers.model_class import check_class, computes_hidden_states
 from mofq.model.layers.stated import StatedLayers, layers_of_config
+from mofq.model.layers.vocabulary import EMBEDDINGS, vocabulary_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,18 @@ class _Declared:
 
 
 def find_layers(
-    checkpoint: Checkpoint, *, include_lm_head: bool = False, stated: StatedLayers | None = None
+    checkpoint: Checkpoint,
+    *,
+    include_lm_head: bool = False,
+    include_embeddings: bool = False,
+    stated: StatedLayers | None = None,
 ) -> ModelLayers:
     """Find every linear layer of the language model in a checkpoint.
 
     Args:
         checkpoint: From ``open_checkpoint``.
-        include_lm_head: Make the lm_head a fusion group, the last one.
+        include_lm_head: Make the lm_head a fusion group, or the embedding that it is tied to.
+        include_embeddings: Make the embedding one; both come last.
         stated: What the user says of the layers; what is inferred otherwise, and what rules say,
             gives way to it. By default what an exported folder says of itself.
 
@@ -74,11 +81,16 @@ def find_layers(
         CheckpointError: The family is unknown, the checkpoint is quantized already (and is
             no FP8 source), its class predicts no tokens, config and tensors disagree, a matrix
             is covered by no rule, the embedding is tied to an lm_head that is stored and differs,
-            or the lm_head is asked for and there is none of its own.
+            or the lm_head is asked for and there is none.
     """
     stated = stated or layers_of_config(checkpoint.config, config_path(checkpoint))
     if stated is not None or read_architecture(checkpoint) not in FUSION_RULES:
-        return infer_layers(checkpoint, include_lm_head=include_lm_head, stated=stated)
+        return infer_layers(
+            checkpoint,
+            include_lm_head=include_lm_head,
+            include_embeddings=include_embeddings,
+            stated=stated,
+        )
     model = _read_model(checkpoint)
     _check_decoder_layers(model)
     groups: list[FusionGroup] = []
@@ -96,18 +108,16 @@ def find_layers(
     unquantized += _find_outside(model)
     is_tied = _is_tied(model)
     head = None if is_tied else _find_lm_head(model)
-    if head is not None and include_lm_head:
-        groups.append(FusionGroup("lm_head", (head,)))
-    elif head is not None:
+    groups += vocabulary_groups(
+        head,
+        partial(_embedding_layer, model),
+        is_tied=is_tied,
+        include_lm_head=include_lm_head,
+        include_embeddings=include_embeddings,
+        where=str(checkpoint.folder),
+    )
+    if head is not None and not include_lm_head:
         unquantized.append(head)
-    elif include_lm_head:
-        embedding = model.body + model.family.embedding
-        why = (
-            f"the lm_head is tied to the embedding {embedding!r} and" if is_tied else "the lm_head"
-        )
-        raise CheckpointError(
-            f"{checkpoint.folder}: {why} has no weight of its own to quantize. Leave it out."
-        )
     grouped = {layer.tensor for layer in layers_of(groups)}
     _refuse_uncovered(model, grouped | {layer.tensor for layer in unquantized})
     return ModelLayers(
@@ -300,6 +310,20 @@ def _find_embedding(model: _Declared) -> TensorInfo:
     rows = tensors[name].shape[0] if name in tensors and tensors[name].shape else 0
     shape = (model.sizes.get("vocabulary", rows), model.sizes["embedding"])
     return _require_tensor(model, name, shape)
+
+
+def _embedding_layer(model: _Declared, role: Role) -> LinearLayer:
+    """The embedding, as one whose rows get a scheme."""
+    info = _find_embedding(model)
+    rows, columns = info.shape
+    return linear_layer(
+        info,
+        model.family.body + model.family.embedding,
+        shape=(rows, columns),
+        module=EMBEDDINGS,
+        shares_scale=EMBEDDINGS,
+        role=role,
+    )
 
 
 def _find_layer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mofq.exceptions import CheckpointError, option
@@ -17,6 +18,7 @@ from mofq.model.layers.linear import (
     LinearLayer,
     LoadedWeight,
     ModelLayers,
+    Role,
     layers_of,
 )
 from mofq.model.layers.making import (
@@ -38,16 +40,22 @@ from mofq.model.layers.names_in_memory import (
     known_type,
 )
 from mofq.model.layers.stated import StatedLayers
+from mofq.model.layers.vocabulary import EMBEDDINGS, vocabulary_groups
 
 
 def infer_layers(
-    checkpoint: Checkpoint, *, include_lm_head: bool = False, stated: StatedLayers | None = None
+    checkpoint: Checkpoint,
+    *,
+    include_lm_head: bool = False,
+    include_embeddings: bool = False,
+    stated: StatedLayers | None = None,
 ) -> ModelLayers:
     """As `find_layers`, whether or not the type has a row in ``FUSION_RULES``.
 
     Args:
         checkpoint: From ``open_checkpoint``.
-        include_lm_head: Make the lm_head a fusion group, the last one.
+        include_lm_head: Make the lm_head a fusion group, or the embedding that it is tied to.
+        include_embeddings: Make the embedding one; both come last.
         stated: What the user says of it.
 
     Returns:
@@ -69,15 +77,16 @@ def infer_layers(
     _check_names(groups)
     unquantized = [_inferred_layer(m, short, "router") for m in structure.unquantized]
     head, is_tied = _find_head(checkpoint, config, structure)
-    if head is not None and include_lm_head:
-        groups.append(FusionGroup("lm_head", (head,)))
-    elif head is not None:
+    groups += vocabulary_groups(
+        head,
+        partial(_embedding_layer, checkpoint, structure.embedding),
+        is_tied=is_tied,
+        include_lm_head=include_lm_head,
+        include_embeddings=include_embeddings,
+        where=str(checkpoint.folder),
+    )
+    if head is not None and not include_lm_head:
         unquantized.append(head)
-    elif include_lm_head:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the lm_head {'is tied to the embedding and ' if is_tied else ''}"
-            "has no weight of its own to quantize. Leave it out."
-        )
     grouped = {layer.tensor for layer in layers_of(groups)}
     return ModelLayers(
         architecture=architecture,
@@ -89,7 +98,7 @@ def infer_layers(
         ),
         caches=tuple(_find_caches(groups, config, architecture)),
         body=structure.body,
-        left_out=structure.reasons,
+        left_out={name: why for name, why in structure.reasons.items() if name not in grouped},
         stated=stated,
     )
 
@@ -181,6 +190,27 @@ def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> Lin
         expert=matrix.expert,
         row_start=matrix.row_start,
         loaded=matrix.loaded,
+    )
+
+
+def _embedding_layer(checkpoint: Checkpoint, info: TensorInfo | None, role: Role) -> LinearLayer:
+    """The embedding, as one whose rows get a scheme."""
+    if info is None or len(info.shape) != 2:
+        raise CheckpointError(
+            f"{checkpoint.folder}: which tensor is the embedding is not known. Leave it as it is."
+        )
+    architecture = read_architecture(checkpoint)
+    rows, columns = info.shape
+    return linear_layer(
+        info,
+        find_stored_name(info.name, architecture).removesuffix(".weight"),
+        shape=(rows, columns),
+        module=EMBEDDINGS,
+        shares_scale=EMBEDDINGS,
+        loaded=LoadedWeight(
+            find_in_memory(info.name, architecture).name, None, 0, transposed=False
+        ),
+        role=role,
     )
 
 

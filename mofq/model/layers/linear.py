@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _Layer_co = TypeVar("_Layer_co", covariant=True)
 _Layer = TypeVar("_Layer")
 _Number = TypeVar("_Number", float, "Tensor")
+
+#: What a model does with a matrix: multiply by it, look its rows up, or both (a tied embedding).
+Role = Literal["linear", "lookup", "tied"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class LinearLayer:
     row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
     loaded: LoadedWeight | None = None  #: in the loaded model, where no family's rule says it
+    role: Role = "linear"
 
     @property
     def weights(self) -> int:

@@ -12,7 +12,7 @@ from mofq.model.checkpoint.fp8 import SUPPORTED as FP8_KINDS
 from mofq.model.checkpoint.fp8 import find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
 from mofq.model.checkpoint.packed import SUPPORTED as PACKED_KINDS
-from mofq.model.layers.linear import LinearLayer, LoadedWeight
+from mofq.model.layers.linear import LinearLayer, LoadedWeight, Role
 from mofq.model.layers.names_in_memory import known_type
 
 #: That weights are quantized from.
@@ -31,6 +31,7 @@ def linear_layer(
     expert: int | None = None,
     row_start: int = 0,
     loaded: LoadedWeight | None = None,
+    role: Role = "linear",
 ) -> LinearLayer:
     """The layer [out, in] = ``shape`` that lies in a tensor."""
     return LinearLayer(
@@ -48,6 +49,7 @@ def linear_layer(
         # Its share of the scales of the tensor.
         scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
         loaded=loaded,
+        role=role,
     )
 
 

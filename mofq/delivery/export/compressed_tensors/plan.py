@@ -21,7 +21,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.engines.exports import group_problem
-from mofq.engines.exports.compressed_tensors import Storage, storage_of
+from mofq.engines.exports.compressed_tensors import Storage, storage_of, tied_problem
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.evidence.spaces import shape_rejection
@@ -184,6 +184,8 @@ def _group_bytes(
 def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
     first = group.layers[0]
     storage = storage_of(scheme, where=first.name)
+    if problem := tied_problem(group):
+        raise BackendError(f"{first.name}: compressed-tensors {problem}.")
     if problem := group_problem(group):
         raise BackendError(f"{first.name}: compressed-tensors {problem}. Take bf16 for it.")
     for layer in group.layers:

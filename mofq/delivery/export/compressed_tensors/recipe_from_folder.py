@@ -22,7 +22,7 @@ from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers, lm_heads_of
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers, included
 from mofq.model.sizes import bits_per_weight, counted_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -122,17 +122,17 @@ def find_stored_layers(stored: Checkpoint) -> ModelLayers:
         stored: The quantized checkpoint.
 
     Returns:
-        What ``find_layers`` finds in the model before it was quantized, with the lm_head in a
-        fusion group where it is quantized; the tensors of quantized layers are not those on disk.
+        What ``find_layers`` finds in the model before it was quantized, with lm_head and
+        embedding in fusion groups where they are quantized; the tensors of quantized layers are
+        not those on disk.
 
     Raises:
         CheckpointError: The model is of an unknown family.
     """
-    heads = lm_heads_of(str(stored.config.get("model_type")))
-    return find_layers(
-        _without_quantization(stored),
-        include_lm_head=any(_is_quantized(stored, name) for name in heads),
-    )
+    names = {name.rpartition(".")[0] for name in stored.tensors}
+    quantized = (name for name in names if _is_quantized(stored, name))
+    asked = included(quantized, str(stored.config.get("model_type")))
+    return find_layers(_without_quantization(stored), **asked)
 
 
 def _without_quantization(stored: Checkpoint) -> Checkpoint:
