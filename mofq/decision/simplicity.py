@@ -58,7 +58,7 @@ def _operand(operand: TensorScheme | None) -> Rank:
     )
     return (
         1,
-        operand.rounding == "gptq",
+        operand.rounding != "nearest",
         not operand.symmetric,
         _KINDS.index(kind),
         {"group": -1, "block": -1, "peg": 1}.get(kind, 0) * operand.granularity.columns,

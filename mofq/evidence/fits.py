@@ -83,7 +83,7 @@ class LayerFit:
 
     def arguments(self, scheme: TensorScheme) -> FitArguments:
         """What ``quantize_weight`` is to be given for a scheme."""
-        by_feedback = scheme.rounding == "gptq"
+        by_feedback = scheme.rounds_by_hessian
         by_importance = scheme.scale_rule == "nats" and not by_feedback
         return {
             "importance": self.importance_I if by_importance else None,
@@ -179,11 +179,18 @@ class Fits:
             SchemeError: The Hessian cannot be factorised.
         """
         fitted = [weight for weight in weights if weight is not None and weight.is_fitted]
-        by_feedback = [weight for weight in fitted if weight.rounding == "gptq"]
+        by_feedback = [weight for weight in fitted if weight.rounds_by_hessian]
         with one_thread():
             return LayerFit(
                 self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
-                self._feedback(layer, part, run_all) if by_feedback else None,
+                self._feedback(
+                    layer,
+                    part,
+                    run_all,
+                    keep=any(weight.rounding == "descent" for weight in by_feedback),
+                )
+                if by_feedback
+                else None,
             )
 
     def importance(self, layer: LinearLayer) -> Tensor:
@@ -215,7 +222,7 @@ class Fits:
         relative_I = torch.clamp(total_I / total_I.max(), min=2.0**-40)
         return relative_I.bfloat16().float()
 
-    def _feedback(self, layer: LinearLayer, part: Part, run_all: RunAll) -> Feedback:
+    def _feedback(self, layer: LinearLayer, part: Part, run_all: RunAll, *, keep: bool) -> Feedback:
         columns = layer.in_features
         # From the last column to the first, as it is factorised, and its lower triangle alone.
         total_II = torch.zeros(columns, columns, dtype=torch.float64)
@@ -225,7 +232,7 @@ class Fits:
                 partial(_add_strip, total_II, weighted_TI, start, share=share)
                 for start in range(0, columns, _STRIP)
             )
-        return factorise_flipped(total_II, name=layer.name, run_all=run_all)
+        return factorise_flipped(total_II, name=layer.name, run_all=run_all, keep=keep)
 
     def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs, norm of each token's gradient (float64), and what the sequence counts."""
