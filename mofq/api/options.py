@@ -216,7 +216,7 @@ DeviceModel = Annotated[
 ]
 Stats = Annotated[
     str | Path | None,
-    Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq)."),
+    Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq, ~descent)."),
 ]
 Sequences = Annotated[
     int | None, Option("Of each corpus; 32 by default, or what a text holds.", least=1)
