@@ -160,6 +160,7 @@ def measure(
         offer_caches,
         offer_schemes,
         selected_layers,
+        with_stored,
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -209,6 +210,7 @@ def measure(
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
+    loaded_space = with_stored(loaded_space, checkpoint, found.groups)
     check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:

@@ -202,7 +202,7 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, selections = _check_request(model, loaded, request, layers)
+    checkpoint, loaded, selections = _check_request(model, loaded, request, layers)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     check_gradient_dtype(dtype)
@@ -643,17 +643,18 @@ def _read_export(
 
 def _check_request(
     model: str, space: SearchSpace, request: Request, layers: LayersFile
-) -> tuple[Checkpoint, tuple[Selection, ...]]:
+) -> tuple[Checkpoint, SearchSpace, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        The model, opened, and how many layers each of the request's constraints names.
+        The model, opened; the space as it is for this model; how many layers each of the
+        request's constraints names.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
     from mofq.evidence.constraints import selections_of
-    from mofq.evidence.spaces import offer_schemes, selected_layers
+    from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.layers.model_class import check_next_tokens
@@ -666,6 +667,7 @@ def _check_request(
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, found)
     selected_layers(space, found)
+    space = with_stored(space, checkpoint, found.groups)
     selections = selections_of(request.constraints, found.groups)
     offers = offer_schemes(
         space, found.groups, legality=check, has_stats=True, constraints=request.constraints
@@ -687,7 +689,7 @@ def _check_request(
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    return checkpoint, selections
+    return checkpoint, space, selections
 
 
 def _check_texts(
