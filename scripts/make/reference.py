@@ -60,7 +60,7 @@ inputs of one output), `blockN` or `blockRxC` (a tile); `unscaled`: no scale |
 | `.s-SCALE` | how scales are stored, see below |
 | `@RULE` | how scales are chosen, see below |
 | `~gptq` | rounding that compensates the errors of earlier columns, as GPTQ does |
-| `~descent` | the same, and then scales and codes one after another, each knowing all other errors |
+| `~descent` | `~gptq`, then each scale and code in turn, beside the errors of all others |
 
 Examples are `int8.channel+int8.token`, `fp4_e2m1.g32@mse` and `fp8_e4m3.block128+fp8_e4m3.g128`.
 A name defines a scheme completely, and each scheme has one name.
