@@ -287,7 +287,7 @@ def test_codes_rounded_to_nearest_are_not_those_of_gptq(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scheme", ["int4.g32@nats", "int4.g32@mse~gptq", "nvfp4@nats~gptq"])
+@pytest.mark.parametrize("scheme", ["int4.g32@nats", "int4.g32@mse~gptq", "nvfp4@nats~descent"])
 def test_fitted_codes_are_exported_and_read_back(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path, scheme: str
 ) -> None:
@@ -363,8 +363,9 @@ def test_a_recipe_keeps_its_codes_when_a_corpus_is_added_to_its_statistics(
 
 
 def test_a_uniform_recipe_of_a_fitted_scheme_needs_statistics(checkpoint: Checkpoint) -> None:
-    with pytest.raises(SchemeError, match="gptq needs calibration statistics"):
-        uniform_recipe(checkpoint, find_layers(checkpoint), "int4.g32~gptq")
+    for rounding in ("gptq", "descent"):
+        with pytest.raises(SchemeError, match=f"{rounding} needs calibration statistics"):
+            uniform_recipe(checkpoint, find_layers(checkpoint), f"int4.g32~{rounding}")
     with pytest.raises(SchemeError, match="a static scale"):
         uniform_recipe(
             checkpoint,
