@@ -29,7 +29,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_folder
-from mofq.exceptions import ClusterError, Remark, StatsError, option
+from mofq.exceptions import ClusterError, Remark, StatsError, nearest_name, option
 from mofq.files.progress import Progress
 from mofq.model.dtypes import check_dtype
 
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 #: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
 SEQUENCES = 32
+#: What the inputs of all sequences may take where nothing is said of them [bytes].
+_INPUTS_BYTES = 8e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,10 @@ class CalibrateResult:
         plan = self.stats.plan
         count = sum(corpus.sequences for corpus in plan.corpora)
         kept = sum(len(corpus.kept_indices) for corpus in plan.corpora)
+        inputs = " and the inputs of all" if plan.inputs else ""
         first = (
             f"{self.folder}: {count} sequences of {plan.sequence_length} tokens, "
-            f"{kept} of them kept, {short_bytes(self.bytes)}, {self.seconds:.1f} s"
+            f"{kept} of them kept{inputs}, {short_bytes(self.bytes)}, {self.seconds:.1f} s"
         )
         end = "; they were there already." if self.was_there else "."
         return [first + end, *unseen_experts(self.stats), *unknown_routers(self.stats)]
@@ -206,7 +209,8 @@ def calibrate(
     plan, windows = plan_calibration(
         checkpoint, found, texts, samples=samples, dtype=dtype, kv_cache=kv_cache
     )
-    plan = replace(plan, routing=None) if activation_checkpointing else _as_begun(plan, folder)
+    plan = _as_begun(plan, folder, inputs=samples.inputs)
+    plan = replace(plan, routing=None) if activation_checkpointing else plan
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -294,12 +298,18 @@ def _chosen(
     )
 
 
-def _as_begun(plan: Plan, folder: Path) -> Plan:
+def _as_begun(plan: Plan, folder: Path, *, inputs: str) -> Plan:
     """A plan that goes on without what a folder of an earlier version did not keep."""
     from mofq.evidence.calibration.stats import begun_plan
 
     begun = begun_plan(folder)
-    return plan if begun is None or begun.routing else replace(plan, routing=None)
+    if begun is None:
+        return plan
+    return replace(
+        plan,
+        routing=plan.routing and begun.routing,
+        inputs=begun.inputs if inputs == "auto" else plan.inputs,
+    )
 
 
 def _texts(plan: Plan) -> list[CorpusPlan]:
@@ -331,12 +341,29 @@ def plan_calibration(
         checkpoint, texts, windows, samples=samples, dtype=dtype, kv_cache=kv_cache, bos=bos
     )
     is_mixture = any(map(is_expert, layers.grouped_layers))
+    inputs = _keeps_inputs(checkpoint, layers, plan, asked=samples.inputs)
     return replace(
         plan,
         layers=layers.stated,
         routing=is_mixture or None,
+        inputs=inputs or None,
         vocabulary=vocabulary_names(layers.groups) or None,
     ), windows
+
+
+def _keeps_inputs(checkpoint: Checkpoint, layers: ModelLayers, plan: Plan, *, asked: str) -> bool:
+    """Whether inputs are kept of the sequences of which nothing else is."""
+    from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes
+
+    if asked not in (known := ("auto", "all", "kept")):
+        raise StatsError(f"{option('inputs')}: unknown {asked!r}." + nearest_name(asked, known))
+    others = sum(one.sequences - len(one.kept_indices) for one in plan.corpora)
+    needed = inputs_bytes(
+        layers,
+        tokens=others * plan.sequence_length,
+        experts_per_token=experts_per_token(checkpoint.config),
+    )
+    return others > 0 and (asked == "all" or (asked == "auto" and needed <= _INPUTS_BYTES))
 
 
 def _windows(

@@ -217,7 +217,7 @@ DeviceModel = Annotated[
 ]
 Stats = Annotated[
     str | Path | None,
-    Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq)."),
+    Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq, ~descent)."),
 ]
 Sequences = Annotated[
     int | None, Option("Of each corpus; 32 by default, or what a text holds.", least=1)
@@ -421,6 +421,13 @@ class Samples:
     keep: Annotated[int, Option("Of how many the samples are kept.", least=1)] = 8
     sequence_length: Annotated[int, Option("Tokens of a sequence.", least=2)] = 512
     bos: WindowBos = "auto"
+    inputs: Annotated[
+        Literal["auto", "all", "kept"],
+        Option(
+            "Whose inputs codes are fitted to: of all sequences, or of those that are kept; auto: "
+            "all, where they take at most 8 GB."
+        ),
+    ] = "auto"
     draws: Annotated[int, Option("Random draws for each sequence.", least=1)] = 1
     seed: Annotated[int, Option("Of the random draws.")] = 0
 

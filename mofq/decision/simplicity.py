@@ -8,6 +8,7 @@ from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
 
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
 _SCALE_RULES = ("absmax", "fullrange", "fouroversix", "stored", "mse", "nats")
+_ROUNDINGS = ("nearest", "gptq", "descent")
 _SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "micro16", "e4m3")
 _KINDS = ("unscaled", "tensor", "channel", "token", "block", "group", "peg")
 
@@ -18,8 +19,8 @@ def simplicity(scheme_name: str, *, base: bool = False) -> Rank:
     """Sort key of a scheme: the simpler, the smaller.
 
     In this order: the unquantized scheme; schemes of the search space's
-    ``base``; weights rounded to nearest before GPTQ; symmetric before
-    asymmetric; coarse scales before fine (unscaled, tensor, channel, block,
+    ``base``; weights rounded to nearest before GPTQ before descent; symmetric
+    before asymmetric; coarse scales before fine (unscaled, tensor, channel, block,
     groups, large groups before small); integers before floating point before
     codebooks; scales in bf16 or f32 before E8M0 before E4M3 under a global scale; the
     scale rules absmax, fullrange, fouroversix, mse, nats; for the activations, none before
@@ -58,7 +59,7 @@ def _operand(operand: TensorScheme | None) -> Rank:
     )
     return (
         1,
-        operand.rounding == "gptq",
+        _ROUNDINGS.index(operand.rounding),
         not operand.symmetric,
         _KINDS.index(kind),
         {"group": -1, "block": -1, "peg": 1}.get(kind, 0) * operand.granularity.columns,

@@ -12,9 +12,11 @@ corpus has the same weight, whatever its length:
     over, because a row's own eight sequences say too little of it. Kept to 8 bits.
 ``~gptq``
     The Hessian ``sum_c mean_n sum_t |g_t|^2 x_t x_t^T``, factorised: see
-    ``mofq.numbers.quantize.gptq``. A token counts as much as the model's prediction depends on the
-    layer's output there. GPTQ itself gives all tokens the same weight, and in a model with massive
-    activations that makes it good at the few tokens that hold them and matter least.
+    ``mofq.numbers.quantize.gptq``. Where the inputs of all sequences are in the folder, and not
+    those of a few alone, it is the mean over all. The same for ``~descent``. A token counts as
+    much as the model's prediction depends on the layer's output there. GPTQ itself gives all
+    tokens the same weight, and in a model with massive activations that makes it good at the few
+    tokens that hold them and matter least.
 
 The same numbers come out of the same folder on any number of threads: sequences are summed in
 their order, each on one thread. An expert that no token reached has importance one and no
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor
 
 from mofq.evidence.calibration.sequence_file import LayerSamples, SequenceFile
-from mofq.evidence.calibration.stats import Stats, open_sequences
+from mofq.evidence.calibration.stats import CorpusPlan, Stats, open_sequences
 from mofq.exceptions import StatsError, option
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import Feedback, one_thread
@@ -83,7 +85,7 @@ class LayerFit:
 
     def arguments(self, scheme: TensorScheme) -> FitArguments:
         """What ``quantize_weight`` is to be given for a scheme."""
-        by_feedback = scheme.rounding == "gptq"
+        by_feedback = scheme.rounds_by_hessian
         by_importance = scheme.scale_rule == "nats" and not by_feedback
         return {
             "importance": self.importance_I if by_importance else None,
@@ -143,6 +145,14 @@ class Fits:
         if files is None:
             self._stack, files = open_sequences(stats)
         self._files = files
+        self._inputs: dict[str, list[SequenceFile]] = {}
+        if files:
+            more, others = open_sequences(stats, inputs=True)
+            self._stack.enter_context(more)
+            self._inputs = {
+                corpus: _in_order(stats.plan.corpus(corpus), kept, others[corpus])
+                for corpus, kept in files.items()
+            }
 
     def __enter__(self) -> Fits:
         return self
@@ -179,11 +189,18 @@ class Fits:
             SchemeError: The Hessian cannot be factorised.
         """
         fitted = [weight for weight in weights if weight is not None and weight.is_fitted]
-        by_feedback = [weight for weight in fitted if weight.rounding == "gptq"]
+        by_feedback = [weight for weight in fitted if weight.rounds_by_hessian]
         with one_thread():
             return LayerFit(
                 self._importance(layer, part) if len(by_feedback) < len(fitted) else None,
-                self._feedback(layer, part, run_all) if by_feedback else None,
+                self._feedback(
+                    layer,
+                    part,
+                    run_all,
+                    keep=any(weight.rounding == "descent" for weight in by_feedback),
+                )
+                if by_feedback
+                else None,
             )
 
     def importance(self, layer: LinearLayer) -> Tensor:
@@ -193,13 +210,12 @@ class Fits:
 
     def kept(self, layer: LinearLayer) -> Iterator[KeptSequence]:
         """What ``~gptq`` needs of the sequences that reached a layer, in order."""
-        for corpus, files in self._files.items():
+        for corpus, files in self._inputs.items():
             for index, file in enumerate(files):
-                samples = file.read(layer.name)
-                if samples is not None:
-                    norm_T = _gradient_norms(samples)
-                    key = (corpus, index, samples.source)
-                    yield KeptSequence(key, samples.x_TI, norm_T, 1.0 / len(files))
+                found = file.weighted(layer.name)
+                if found is not None:
+                    key = (corpus, index, found.source)
+                    yield KeptSequence(key, found.x_TI, found.norm_T, 1.0 / len(files))
 
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
         total_I = torch.zeros(layer.in_features, dtype=torch.float64)
@@ -215,7 +231,7 @@ class Fits:
         relative_I = torch.clamp(total_I / total_I.max(), min=2.0**-40)
         return relative_I.bfloat16().float()
 
-    def _feedback(self, layer: LinearLayer, part: Part, run_all: RunAll) -> Feedback:
+    def _feedback(self, layer: LinearLayer, part: Part, run_all: RunAll, *, keep: bool) -> Feedback:
         columns = layer.in_features
         # From the last column to the first, as it is factorised, and its lower triangle alone.
         total_II = torch.zeros(columns, columns, dtype=torch.float64)
@@ -225,12 +241,16 @@ class Fits:
                 partial(_add_strip, total_II, weighted_TI, start, share=share)
                 for start in range(0, columns, _STRIP)
             )
-        return factorise_flipped(total_II, name=layer.name, run_all=run_all)
+        return factorise_flipped(total_II, name=layer.name, run_all=run_all, keep=keep)
 
     def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Inputs, norm of each token's gradient (float64), and what the sequence counts."""
-        for samples, share in self._samples(layer, part):
-            yield samples.x_TI, _gradient_norms(samples), share
+        for corpus, files in self._inputs.items():
+            chosen = files[_inputs_of(self.stats.plan.corpus(corpus), part, len(files))]
+            for file in chosen:
+                found = file.weighted(layer.name)
+                if found is not None:
+                    yield found.x_TI, found.norm_T, 1.0 / len(chosen)
 
     def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
         """The samples of the sequences that reached a layer, and what each sequence counts."""
@@ -242,9 +262,23 @@ class Fits:
                     yield samples, 1.0 / len(chosen)
 
 
-def _gradient_norms(samples: LayerSamples) -> Tensor:
-    """Of each token, over all draws, float64."""
-    return samples.grad_DTO.double().square().sum((0, 2)).sqrt()
+def _in_order(
+    plan: CorpusPlan, kept: Sequence[SequenceFile], others: Sequence[SequenceFile]
+) -> list[SequenceFile]:
+    """The sequences of a corpus whose inputs are kept, as they stand in its text."""
+    if not others:
+        return list(kept)
+    ours, theirs, indices = iter(kept), iter(others), set(plan.kept_indices)
+    return [next(ours if n in indices else theirs) for n in range(plan.sequences)]
+
+
+def _inputs_of(plan: CorpusPlan, part: Part, count: int) -> slice:
+    """Of the sequences whose inputs are kept, those of a part: neighbours of its kept ones."""
+    chosen = part_of(len(plan.kept_indices), part)
+    if count < plan.sequences:
+        return chosen
+    clusters = plan.clusters[chosen]
+    return slice(clusters[0].start, clusters[-1].stop) if clusters else slice(0, 0)
 
 
 def _add_strip(total_II: Tensor, weighted_TI: Tensor, start: int, *, share: float) -> None:

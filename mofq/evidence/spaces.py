@@ -426,8 +426,8 @@ def statistics_rejection(scheme: Scheme) -> str | None:
         return f"a static scale of the activations {remedy}"
     if weight is not None and weight.scale_rule == "nats":
         return f"the scale rule nats {remedy}"
-    if weight is not None and weight.rounding == "gptq":
-        return f"gptq {remedy}"
+    if weight is not None and weight.rounds_by_hessian:
+        return f"{weight.rounding} {remedy}"
     return None
 
 

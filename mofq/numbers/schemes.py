@@ -1,10 +1,12 @@
 """Schemes: what is done to the weights and activations of a layer, under one name.
 
-``element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]`` for the weights,
+``element.granularity[.asym][.outN][.s-SCALE][@RULE][~ROUNDING]`` for the weights,
 then optionally ``+`` and the same for the activations. Defaults (symmetric, bf16
-scale for weights and f32 for activations, absmax) are not written. ``.outN``, for
-activations alone, leaves input columns that reach the magnitude N as they are. ``pegK``, for
-activations alone, sorts the columns of a sequence by range before it cuts them into K groups.
+scale for weights and f32 for activations, absmax, to nearest) are not written. ``~gptq``
+rounds column by column, by what calibration says of the inputs; ``~descent`` goes over its
+columns again. ``.outN``, for activations alone, leaves input columns that reach the magnitude N
+as they are. ``pegK``, for activations alone, sorts the columns of a sequence by range before it
+cuts them into K groups.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mofq.numbers.formats import (
 
 GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "peg", "block"]
 ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix", "stored"]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "descent"]
 _Value = TypeVar("_Value")
 
 
@@ -85,7 +87,12 @@ class TensorScheme:
     @property
     def is_fitted(self) -> bool:
         """Whether scales or codes follow from calibration statistics of the layer."""
-        return self.scale_rule == "nats" or self.rounding == "gptq"
+        return self.scale_rule == "nats" or self.rounds_by_hessian
+
+    @property
+    def rounds_by_hessian(self) -> bool:
+        """Whether codes are chosen by what they cost together, from the layer's inputs."""
+        return self.rounding != "nearest"
 
     @property
     def columns_multiple(self) -> int:
@@ -177,6 +184,7 @@ _OUTLIERS = re.compile(r"out[1-9]\d{0,8}")
 _SCALE_RULES: tuple[ScaleRule, ...] = (
     *("absmax", "fullrange", "mse", "nats", "fouroversix", "stored"),
 )
+_ROUNDINGS: Mapping[str, Rounding] = {"gptq": "gptq", "descent": "descent"}
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
 _ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group", "peg")
 
@@ -246,9 +254,10 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
             f"Write e.g. {words[0] + '.channel'!r} or {words[0] + '.g128'!r}."
         )
     rule = _look_up(scheme_name, "scale rule", rule_word or "absmax", {r: r for r in _SCALE_RULES})
-    if (at and not rule_word) or (tilde and rounding_word != "gptq"):
+    if (at and not rule_word) or (tilde and rounding_word not in _ROUNDINGS):
         raise SchemeError(
-            f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' follows '~'."
+            f"scheme {scheme_name!r}: '@' needs a scale rule, and only 'gptq' and 'descent' follow "
+            f"'~'."
         )
     granularity = parse_granularity(words[1], where=f"scheme {scheme_name!r}")
     outliers = [word for word in words[2:] if _OUTLIERS.fullmatch(word)][:1]
@@ -260,7 +269,7 @@ def _parse_operand(scheme_name: str, text: str, default_scale: str) -> TensorSch
         symmetric=symmetric,
         scale=_look_up(scheme_name, "scale format", scale_word, SCALE_FORMATS),
         scale_rule=rule,
-        rounding="gptq" if tilde else "nearest",
+        rounding=_ROUNDINGS[rounding_word] if tilde else "nearest",
         outliers=int(outliers[0].removeprefix("out")) if outliers else 0,
     )
     _check_operand(scheme_name, operand, default_scale=default_scale)
@@ -394,6 +403,6 @@ def _operand_name(operand: TensorScheme, default_scale: str) -> str:
     name = _ALIAS_OF.get(name, name)
     if operand.scale_rule != "absmax":
         name += f"@{operand.scale_rule}"
-    if operand.rounding == "gptq":
-        name += "~gptq"
+    if operand.rounding != "nearest":
+        name += f"~{operand.rounding}"
     return name

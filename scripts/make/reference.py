@@ -41,7 +41,7 @@ RULES = {
 _GRAMMAR = """\
 A scheme says how the weights of a layer are stored and, after a `+`, how its inputs are rounded:
 
-    element.granularity[.asym][.outN][.s-SCALE][@RULE][~gptq]
+    element.granularity[.asym][.outN][.s-SCALE][@RULE][~ROUNDING]
 
 Parts in brackets are optional. Without them codes are symmetric, scales are bf16 (f32 for inputs)
 and chosen by the rule `absmax`, and values are rounded to nearest. `bf16` alone means that a layer
@@ -60,6 +60,7 @@ inputs of one output), `blockN` or `blockRxC` (a tile); `unscaled`: no scale |
 | `.s-SCALE` | how scales are stored, see below |
 | `@RULE` | how scales are chosen, see below |
 | `~gptq` | rounding that compensates the errors of earlier columns, as GPTQ does |
+| `~descent` | `~gptq`, then each scale and code in turn, beside the errors of all others |
 
 Examples are `int8.channel+int8.token`, `fp4_e2m1.g32@mse` and `fp8_e4m3.block128+fp8_e4m3.g128`.
 A name defines a scheme completely, and each scheme has one name.

@@ -20,12 +20,13 @@ from mofq.cli.parsing import as_command
 FLAGS = {
     "inspect": "model --engine --space --layers --lm-head --embeddings",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
-    "--seed --dtype --device --device-map --activation-checkpointing --no-activation-checkpointing "
-    "--execution --kv-cache --layers --lm-head --embeddings --cluster --cluster-cpus",
+    "--inputs --seed --dtype --device --device-map --activation-checkpointing "
+    "--no-activation-checkpointing --execution --kv-cache --layers --lm-head --embeddings "
+    "--cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
     "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
-    "--bos --draws --seed --dtype --engine --experts --layers --lm-head --embeddings --device "
-    "--cluster --cluster-cpus",
+    "--bos --draws --inputs --seed --dtype --engine --experts --layers --lm-head --embeddings "
+    "--device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
     "--workload --explain --space --fix --at-least --at-most --unit --objective --ties --model "

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from mofq.api import Samples
+from mofq.api import calibrate as calibrate_model
+from mofq.demo import demo_model_folder
 from mofq.evidence.calibration import calibrate as calibration
 from mofq.evidence.calibration import sequence_file as sequences
 from mofq.evidence.calibration.calibrate import calibrate
@@ -196,6 +200,30 @@ def test_the_refusal_of_a_folder_names_the_options_that_it_was_begun_with(
         pass
     assert "Name another folder (output), or" in str(refused.value)
     assert remedy in str(refused.value)
+
+
+def test_inputs_of_all_sequences_are_kept_where_they_are_small_or_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ["en=demo-en-calibration"]
+
+    def kept(name: str, **options: Any) -> list[str]:
+        samples = Samples(sequences=3, keep=1, sequence_length=16, **options)
+        calibrate_model(demo_model_folder(), text, tmp_path / name, samples=samples)
+        return sorted(path.name for path in (tmp_path / name / "en").glob("inputs-*"))
+
+    every = ["inputs-00000.safetensors", "inputs-00002.safetensors"]
+    assert kept("small") == every
+    assert kept("never", inputs="kept") == []
+    monkeypatch.setattr(import_module("mofq.api.calibrate"), "_INPUTS_BYTES", 1e5)
+    assert kept("large") == []
+    assert kept("asked", inputs="all") == every
+    assert kept("small") == every  # as it was begun
+    assert kept("never") == []
+    with pytest.raises(StatsError, match="inputs of all sequences not kept, asked for kept"):
+        kept("never", inputs="all")
+    with pytest.raises(StatsError, match="Did you mean 'all'"):
+        kept("other", inputs="al")
 
 
 @pytest.mark.parametrize("is_finished", [False, True])

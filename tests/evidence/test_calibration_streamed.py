@@ -82,7 +82,7 @@ def test_caches_draws_and_bfloat16_are_the_same_streamed(
     assert_same_bytes(tiny("llama"), tmp_path, **changes)
 
 
-def test_of_sequences_that_are_not_kept_the_gains_are_the_same(tmp_path: Path) -> None:
+def test_of_sequences_that_are_not_kept_gains_and_inputs_are_the_same(tmp_path: Path) -> None:
     text, samples = ["en=demo-en-calibration"], Samples(sequences=4, keep=2, sequence_length=24)
     folders = {}
     for execution in ("resident", "streamed"):
@@ -95,6 +95,7 @@ def test_of_sequences_that_are_not_kept_the_gains_are_the_same(tmp_path: Path) -
             execution=execution,  # type: ignore[arg-type]
         )
     assert content(folders["streamed"]) == content(folders["resident"])
+    assert "en/inputs-00001.safetensors" in content(folders["streamed"])
 
 
 def test_a_run_that_is_stopped_computes_no_layer_of_a_sequence_twice(

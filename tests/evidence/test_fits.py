@@ -39,7 +39,10 @@ from mofq.numbers.schemes import parse_scheme
 
 LENGTH, SEQUENCES = 96, 5
 CORPORA = {"a": some_tokens(SEQUENCES, LENGTH), "b": some_tokens(3, LENGTH, seed=1)}
-FITTED = ("int4.g32@nats", "int4.g32~gptq", "int4.channel@nats~gptq+int8.token", "nvfp4@mse~gptq")
+FITTED = (
+    *("int4.g32@nats", "int4.g32~gptq", "int4.channel@nats~gptq+int8.token", "nvfp4@mse~gptq"),
+    "int4.g32@nats~descent",
+)
 LAYER = "model.layers.1.mlp.down_proj"
 
 
@@ -106,6 +109,34 @@ def test_a_layer_is_fitted_to_the_sequences_of_its_part(
     expected = factorise_hessian(hessian_II)
     assert torch.allclose(fit.feedback.passed_II, expected.passed_II, atol=2e-4)
     assert torch.allclose(fit.feedback.cost_I, expected.cost_I, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("part", "sequences"), [("all", range(7)), ("first", range(4)), ("second", range(4, 7))]
+)
+def test_a_hessian_is_that_of_all_sequences_whose_inputs_are_kept(
+    checkpoint: Checkpoint, part: str, sequences: range, tmp_path: Path
+) -> None:
+    windows = {"a": some_tokens(7, LENGTH)}
+    model = checkpoint.folder
+    every = calibrate_folder(model, tmp_path / "every", windows)
+    # Three of seven are kept, the middle ones of 0-1, 2-3 and 4-6; two of them are the first half.
+    some = calibrate_folder(model, tmp_path / "some", windows, kept=3, inputs=True)
+    few = calibrate_folder(model, tmp_path / "few", windows, kept=3)
+    assert [len(one.inputs_files("a")) for one in (every, some, few)] == [0, 4, 0]
+    weights = [parse_scheme("int4.g32@nats~descent").weight]
+    found = []
+    for stats in (some, few):
+        with Fits(stats) as fits:
+            found.append(fits.of(find_layer(checkpoint), weights, part=part).feedback)  # type: ignore[arg-type]
+    expected = factorise_hessian(fit_by_hand(every, {"a": sequences})[1], keep=True)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].hessian_II is not None
+    assert expected.hessian_II is not None
+    assert torch.allclose(found[0].passed_II, expected.passed_II, atol=2e-4)
+    assert torch.allclose(found[0].hessian_II, expected.hessian_II, rtol=0, atol=1e-5)
+    assert not torch.allclose(found[1].passed_II, expected.passed_II, atol=2e-2)
 
 
 def test_threads_change_no_bit_of_a_fit(checkpoint: Checkpoint, stats: Stats) -> None:
@@ -256,7 +287,7 @@ def test_codes_rounded_to_nearest_are_not_those_of_gptq(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scheme", ["int4.g32@nats", "int4.g32@mse~gptq", "nvfp4@nats~gptq"])
+@pytest.mark.parametrize("scheme", ["int4.g32@nats", "int4.g32@mse~gptq", "nvfp4@nats~descent"])
 def test_fitted_codes_are_exported_and_read_back(
     checkpoint: Checkpoint, stats: Stats, tmp_path: Path, scheme: str
 ) -> None:
@@ -332,8 +363,9 @@ def test_a_recipe_keeps_its_codes_when_a_corpus_is_added_to_its_statistics(
 
 
 def test_a_uniform_recipe_of_a_fitted_scheme_needs_statistics(checkpoint: Checkpoint) -> None:
-    with pytest.raises(SchemeError, match="gptq needs calibration statistics"):
-        uniform_recipe(checkpoint, find_layers(checkpoint), "int4.g32~gptq")
+    for rounding in ("gptq", "descent"):
+        with pytest.raises(SchemeError, match=f"{rounding} needs calibration statistics"):
+            uniform_recipe(checkpoint, find_layers(checkpoint), f"int4.g32~{rounding}")
     with pytest.raises(SchemeError, match="a static scale"):
         uniform_recipe(
             checkpoint,

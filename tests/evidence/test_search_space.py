@@ -108,6 +108,7 @@ def integer_bits(schemes: tuple[Scheme, ...]) -> set[int]:
     [
         ("serving", {4, 5, 6, 7, 8}),
         ("serving_fitted", {4, 5, 6, 7, 8}),
+        ("serving_descent", {4, 5, 6, 7, 8}),
         ("serving_low_bits", {2, 3, 4, 5, 6, 7, 8}),
     ],
 )
@@ -129,6 +130,14 @@ def test_the_space_of_low_bits_has_all_of_the_fitted_one() -> None:
     added = set(low.schemes) - set(fitted.schemes)
     assert integer_bits(tuple(added)) == {2, 3}
     assert [one for one in low.schemes if one not in added] == list(fitted.schemes)
+
+
+def test_the_space_of_descent_has_it_wherever_the_fitted_one_has_gptq() -> None:
+    fitted, descent = load_search_space("serving_fitted"), load_search_space("serving_descent")
+    assert names(descent.schemes) == [
+        one.replace("~gptq", "~descent") for one in names(fitted.schemes)
+    ]
+    assert any("~descent" in one for one in names(descent.schemes))
 
 
 def test_a_space_is_loaded_from_a_path_too(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_bf16_quantizes_nothing_and_may_stand_before_activations() -> None:
         ("int8.channel+int8.token.out6.asym.s-f32", "int8.channel+int8.token.asym.out6"),
         ("int8.tensor+int8.peg8.s-f32", "int8.tensor+int8.peg8"),
         ("int4.g128@mse~gptq", "int4.g128@mse~gptq"),
+        ("fp4_e2m1.g16.s-e4m3@nats~descent", "nvfp4@nats~descent"),
     ],
 )
 def test_every_scheme_has_one_name(written: str, canonical: str) -> None:
@@ -107,8 +108,8 @@ def test_an_alias_and_its_expansion_are_the_same_scheme(alias: str, expansion: s
         ("int4.g32.s-f23", "unknown scale format 'f23'"),
         ("int4.g32@", "needs a scale rule"),
         ("int4.g32@msee", "Did you mean 'mse'"),
-        ("int4.g32~", "only 'gptq' follows"),
-        ("int4.g32~awq", "only 'gptq' follows"),
+        ("int4.g32~", "only 'gptq' and 'descent' follow"),
+        ("int4.g32~awq", "only 'gptq' and 'descent' follow"),
         ("int4.token", "weights cannot be quantized per token"),
         ("int8.channel+", "nothing follows the '+'"),
         ("int8.channel+int8.channel", "activations have granularity 'channel'"),

@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
 from mofq.evidence.calibration.routing import routing_path, run_margins, write_routing
-from mofq.evidence.calibration.sequence_file import is_complete, sequence_path, write_sequence
+from mofq.evidence.calibration.sequence_file import (
+    inputs_path,
+    is_complete,
+    sequence_path,
+    write_sequence,
+)
 from mofq.evidence.calibration.stats import (
     CorpusPlan,
     Plan,
@@ -187,12 +192,19 @@ def is_done(
     folder: Path, plan: Plan, corpus: CorpusPlan, index: int, *, with_samples: bool = True
 ) -> bool:
     """Whether all that is kept of a sequence is there."""
-    path = sequence_path(folder, corpus.name, index)
     if plan.routing and not routing_path(folder, corpus.name, index).exists():
         return False
     if has_gains(plan, corpus) and not gains_path(folder, corpus.name, index).exists():
         return False
-    return not with_samples or index not in corpus.kept_indices or is_complete(path)
+    path = samples_path(folder, plan, corpus, index)
+    return not with_samples or path is None or is_complete(path)
+
+
+def samples_path(folder: Path, plan: Plan, corpus: CorpusPlan, index: int) -> Path | None:
+    """Where what is kept of a sequence is: its samples, or its inputs; None: nowhere."""
+    if index in corpus.kept_indices:
+        return sequence_path(folder, corpus.name, index)
+    return inputs_path(folder, corpus.name, index) if plan.inputs else None
 
 
 def _write(
@@ -206,13 +218,15 @@ def _write(
 ) -> None:
     if has_gains(plan, corpus):
         write_gains(gains_path(folder, corpus.name, index), captured, layer_names)
-    if index in corpus.kept_indices:
-        path = sequence_path(folder, corpus.name, index)
-        write_sequence(path, captured, layer_names)
-        left = sum(
-            kept > index and not is_complete(sequence_path(folder, corpus.name, kept))
-            for kept in corpus.kept_indices
+    path = samples_path(folder, plan, corpus, index)
+    if path is not None:
+        is_kept = index in corpus.kept_indices
+        write_sequence(path, captured, layer_names, inputs_alone=not is_kept)
+        others = (
+            samples_path(folder, plan, corpus, other)
+            for other in range(index + 1, corpus.sequences)
         )
+        left = sum(other is not None and not is_complete(other) for other in others)
         _check_disk(folder, path, left=left)
 
 

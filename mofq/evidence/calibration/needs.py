@@ -17,6 +17,11 @@ def experts_per_token(config: Mapping[str, Any]) -> int:
     return found if isinstance(found, int) else 8
 
 
+def inputs_bytes(layers: ModelLayers, *, tokens: int, experts_per_token: int) -> int:
+    """Bytes of the inputs of some tokens without gradients; arguments as `samples_bytes`."""
+    return samples_bytes(layers, tokens=tokens, draws=0, experts_per_token=experts_per_token)
+
+
 def samples_bytes(layers: ModelLayers, *, tokens: int, draws: int, experts_per_token: int) -> int:
     """Bytes of the samples of some tokens.
 

@@ -7,6 +7,10 @@ routed to it, and ``tokens/LAYER`` [t] says which, in order. An embedding has ``
 which rows its tokens looked up, and ``lookup/LAYER`` [draws, T, in_features], the gradients of
 these; it has the others as well where the lm_head is tied to it. The version of the format is that
 of the folder, in its ``plan.json`` and ``stats.json``.
+
+Codes are fitted to the inputs, and to how much each token counts. Where these are kept of the
+other sequences too, a file ``inputs-00001.safetensors`` has ``x/LAYER`` as above and, in the place
+of gradients, their norm ``norm/LAYER`` [T], float32: about half of the size.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -30,7 +34,7 @@ from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json
 from mofq.files.validated import Text, validate
 
-_DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32"}
 _INPUTS = TypeAdapter(dict[Text, Text | None])
 
 
@@ -56,6 +60,19 @@ class LayerSamples:
 def sequence_path(folder: Path, corpus: str, index: int) -> Path:
     """Where a sequence's samples are kept."""
     return folder / corpus / f"sequence-{index:05d}.safetensors"
+
+
+class WeightedInputs(NamedTuple):
+    """What codes of a layer are fitted to, of one sequence."""
+
+    x_TI: Tensor  #: bfloat16
+    norm_T: Tensor  #: of the gradient at each token, over all draws, float64
+    source: str  #: as in `LayerSamples`
+
+
+def inputs_path(folder: Path, corpus: str, index: int) -> Path:
+    """Where the inputs of a sequence are kept whose samples are not."""
+    return folder / corpus / f"inputs-{index:05d}.safetensors"
 
 
 class SequenceFile:
@@ -102,12 +119,7 @@ class SequenceFile:
         Raises:
             StatsError: The file does not know the layer.
         """
-        if layer not in self.inputs:
-            raise StatsError(
-                f"{self.path}: has no layer {layer!r}. The stats are of another model; "
-                f"calibrate this one."
-            )
-        source = self.inputs[layer]
+        source = self._source(layer)
         if source is None:
             return None
         tokens = f"tokens/{layer}"
@@ -136,6 +148,33 @@ class SequenceFile:
             self._file.get_tensor(f"rows/{layer}"), self._file.get_tensor(f"lookup/{layer}")
         )
 
+    def weighted(self, layer: str) -> WeightedInputs | None:
+        """Read what codes of one layer are fitted to; also of a file of inputs alone.
+
+        Raises:
+            StatsError: As `read`.
+        """
+        source = self._source(layer)
+        if source is None:
+            return None
+        try:
+            x_TI = self._file.get_tensor(f"x/{source}")
+            if f"norm/{layer}" in self._keys:
+                norm_T = self._file.get_tensor(f"norm/{layer}").double()
+            else:
+                norm_T = gradient_norms(self._file.get_tensor(f"grad/{layer}"))
+        except SafetensorError as problem:
+            raise _unreadable(self.path, problem) from None
+        return WeightedInputs(x_TI, norm_T, source)
+
+    def _source(self, layer: str) -> str | None:
+        if layer not in self.inputs:
+            raise StatsError(
+                f"{self.path}: has no layer {layer!r}. The stats are of another model; "
+                f"calibrate this one."
+            )
+        return self.inputs[layer]
+
     def counts(self) -> dict[str, int]:
         """How many tokens came to each layer of an expert; no other layer is in it."""
         return {
@@ -163,19 +202,23 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def write_sequence(path: Path, captured: Captured, layer_names: Sequence[str]) -> None:
+def write_sequence(
+    path: Path, captured: Captured, layer_names: Sequence[str], *, inputs_alone: bool = False
+) -> None:
     """Write one sequence's samples beside its final name and rename it.
 
     Args:
         path: Final name.
         captured: After the last backward pass.
         layer_names: All layers; those without a token are noted as such.
+        inputs_alone: Norms in the place of gradients.
 
     Raises:
         StatsError: A gradient is missing or not finite, or the file cannot be written.
     """
     inputs = {name: captured.source.get(name) for name in layer_names}
-    write_samples(path, sequence_tensors(captured, layer_names, path), inputs)
+    tensors_of = input_tensors if inputs_alone else sequence_tensors
+    write_samples(path, tensors_of(captured, layer_names, path), inputs)
 
 
 def sequence_tensors(
@@ -209,6 +252,24 @@ def sequence_tensors(
     return tensors
 
 
+def gradient_norms(grad_DTO: Tensor) -> Tensor:
+    """Of each token, over all draws, float64."""
+    return grad_DTO.double().square().sum((0, 2)).sqrt()
+
+
+def input_tensors(captured: Captured, layer_names: Sequence[str], path: Path) -> dict[str, Tensor]:
+    """What is kept of some layers where gradients are not; arguments and errors as above."""
+    tensors: dict[str, Tensor] = {}
+    for name in layer_names:
+        if captured.source.get(name) not in captured.x:  # unseen, or looked up alone
+            continue
+        grad_DTO = layer_gradients(captured, name, path)
+        tensors[f"norm/{name}"] = gradient_norms(grad_DTO).float()
+        if captured.source[name] == name:
+            tensors[f"x/{name}"] = captured.x[name]
+    return tensors
+
+
 def write_samples(
     path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, str | None]
 ) -> None:
@@ -216,7 +277,7 @@ def write_samples(
 
     Args:
         path: Final name.
-        tensors: From `sequence_tensors`, of all layers.
+        tensors: From `sequence_tensors` or `input_tensors`, of all layers.
         inputs: Layer -> the layer whose ``x`` it reads; None where no token reached it. In the
             order of the layers.
 

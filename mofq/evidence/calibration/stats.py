@@ -7,6 +7,8 @@
 ``CORPUS/sequence-00000.safetensors``
     One sequence each, complete when it has this name; see ``sequence_file``. Where fewer
     sequences are kept than are run, one out of each range of neighbours.
+``CORPUS/inputs-00001.safetensors``
+    Of the sequences that are run and not kept, what codes are fitted to; where it is kept.
 ``CORPUS/gains-00000.json``
     Three numbers for each layer of every sequence that is run; see ``gains``.
 ``CORPUS/routing-00000.json``
@@ -37,7 +39,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
-from mofq.evidence.calibration.sequence_file import SequenceFile, sequence_path
+from mofq.evidence.calibration.sequence_file import SequenceFile, inputs_path, sequence_path
 from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
@@ -113,6 +115,8 @@ class Plan:
     layers: StatedLayers | None = None  #: what the user said of the model's layers
     #: True: what tokens that change experts cost, of every sequence; see ``routing``.
     routing: Literal[True] | None = None
+    #: True: inputs are kept of every sequence, for codes that are fitted to them.
+    inputs: Literal[True] | None = None
     vocabulary: SomeNames | None = None  #: fusion groups of the lm_head and the embedding
 
     def corpus(self, name: str) -> CorpusPlan:
@@ -155,6 +159,13 @@ class Stats:
         indices = self.plan.corpus(corpus).kept_indices
         return tuple(sequence_path(self.folder, corpus, index) for index in indices)
 
+    def inputs_files(self, corpus: str) -> tuple[Path, ...]:
+        """The inputs of the sequences of a corpus that are not kept, in order; none if unknown."""
+        plan = self.plan.corpus(corpus)
+        others = sorted(set(range(plan.sequences)) - set(plan.kept_indices))
+        indices = others if self.plan.inputs else []
+        return tuple(inputs_path(self.folder, corpus, index) for index in indices)
+
     def gains_files(self, corpus: str) -> tuple[Path, ...]:
         """The gains of all sequences of a corpus, in order.
 
@@ -173,6 +184,7 @@ class Stats:
         """Every file of a corpus."""
         return (
             *self.sequence_files(corpus),
+            *self.inputs_files(corpus),
             *self.gains_files(corpus),
             *self.routing_files(corpus),
         )
@@ -328,11 +340,14 @@ def _remedy(file: Path) -> str:
     return f"Delete {file} and run the same `mofq calibrate` again: it makes only this file."
 
 
-def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile]]]:
+def open_sequences(
+    stats: Stats, *, inputs: bool = False
+) -> tuple[ExitStack, dict[str, list[SequenceFile]]]:
     """Open every kept sequence of a stats folder.
 
     Args:
         stats: An open stats folder.
+        inputs: In their place those of which inputs alone are kept.
 
     Returns:
         What closes them all, and the sequences of each corpus, in order.
@@ -344,7 +359,7 @@ def open_sequences(stats: Stats) -> tuple[ExitStack, dict[str, list[SequenceFile
         files = {
             corpus.name: [
                 opening.enter_context(SequenceFile(file))
-                for file in stats.sequence_files(corpus.name)
+                for file in (stats.inputs_files if inputs else stats.sequence_files)(corpus.name)
             ]
             for corpus in stats.plan.corpora
         }
@@ -462,6 +477,10 @@ def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
         ("dtype", plan.dtype, begun.dtype),
         ("scores", plan.scores, begun.scores or "not noted"),
         ("answers to scaling", *("kept" if one.scaling else "not kept" for one in (plan, begun))),
+        (
+            "inputs of all sequences",
+            *("kept" if one.inputs else "not kept" for one in (plan, begun)),
+        ),
         ("changes of experts", *("kept" if one.routing else "not kept" for one in (plan, begun))),
         ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
         ("lm_head and embeddings", *(_vocabulary(one) for one in (plan, begun))),

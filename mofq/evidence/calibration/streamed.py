@@ -24,12 +24,13 @@ from mofq.evidence.calibration.calibrate import (
     is_done,
     kept_layers,
     sample_scores,
+    samples_path,
     score_seed,
     seeds_of,
 )
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
-from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
 from mofq.evidence.calibration.routing import (
     join_routers,
     margin_gains,
@@ -37,6 +38,7 @@ from mofq.evidence.calibration.routing import (
     write_routing,
 )
 from mofq.evidence.calibration.sequence_file import (
+    input_tensors,
     is_complete,
     sequence_path,
     sequence_tensors,
@@ -203,8 +205,10 @@ def _run(
         running = seen.running
         path = sequence_path(folder, running.corpus.name, running.index)
         tensors, gains = {}, {}
-        if running.index in running.corpus.kept_indices:
-            tensors = sequence_tensors(seen.captured, seen.layer_names, path)
+        if samples_path(folder, plan, running.corpus, running.index) is not None:
+            is_kept = running.index in running.corpus.kept_indices
+            tensors_of = sequence_tensors if is_kept else input_tensors
+            tensors = tensors_of(seen.captured, seen.layer_names, path)
         if has_gains(plan, running.corpus):
             gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
         inputs = {name: seen.captured.source.get(name) for name in seen.layer_names}
@@ -248,8 +252,9 @@ def _hand_on(
         if other != unit:  # the unit behind, which is taken
             shutil.rmtree(other)
     (unit / corpus.name).mkdir(parents=True, exist_ok=True)
-    if index in corpus.kept_indices:
-        write_samples(sequence_path(unit, corpus.name, index), tensors, inputs)
+    path = samples_path(unit, plan, corpus, index)
+    if path is not None:
+        write_samples(path, tensors, inputs)
     if has_gains(plan, corpus):
         write_content(gains_path(unit, corpus.name, index), gains)
 
@@ -417,9 +422,9 @@ def _assemble(
     if plan.routing:
         routing = join_routers(costs, moved)
         write_routing(routing_path(folder, corpus.name, index), routing)
-    path = sequence_path(folder, corpus.name, index)
-    if with_samples and index in corpus.kept_indices and not is_complete(path):
-        write_samples(path, tensors, {name: inputs[name] for name in names})
+    of_samples = samples_path(folder, plan, corpus, index) if with_samples else None
+    if of_samples is not None and not is_complete(of_samples):
+        write_samples(of_samples, tensors, {name: inputs[name] for name in names})
     shutil.rmtree(running.streamed.folder)
 
 
@@ -449,12 +454,15 @@ def _check_disk(
     boundary = len(sequences) * plan.sequence_length * hidden * itemsize
     needed = boundary * (len(units) + 2 * (plan.draws + bool(plan.routing)))
     kept = sum(one.index in one.corpus.kept_indices for one in sequences)
-    samples = partial(
-        samples_bytes,
-        tokens=kept * plan.sequence_length,
-        draws=plan.draws,
-        experts_per_token=experts_per_token(config.to_dict()),
-    )
+    others = len(sequences) - kept if plan.inputs else 0
+    experts = experts_per_token(config.to_dict())
+
+    def samples(part: ModelLayers) -> int:
+        length = plan.sequence_length
+        return samples_bytes(
+            part, tokens=kept * length, draws=plan.draws, experts_per_token=experts
+        ) + inputs_bytes(part, tokens=others * length, experts_per_token=experts)
+
     parts = [layers] if with_samples else [layers_within(layers, unit) for unit in units]
     needed += max(map(samples, parts))
     # What a run that was stopped has written already takes no more.

@@ -83,7 +83,7 @@ class FitsAhead:
 def _bytes(asked: Asked) -> int:
     """Memory that a fit takes while it is made."""
     layer = asked.layer
-    by_feedback = [weight.rounding == "gptq" for weight in asked.weights]
+    by_feedback = [weight.rounds_by_hessian for weight in asked.weights]
     hessian_bytes = fit_bytes(layer.in_features) if any(by_feedback) else 0
     if all(by_feedback):
         return hessian_bytes

@@ -182,7 +182,7 @@ def _blocks(
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
     elements = _block_elements(device, needs_deltas=needs_deltas)
-    if any(weight.rounding == "gptq" for weight in weights):
+    if any(weight.rounds_by_hessian for weight in weights):
         rows = _FEEDBACK_ROWS if device == "cpu" else _GPU_FEEDBACK_ROWS
         elements = max(elements, rows * in_features)
     unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))

@@ -31,6 +31,7 @@ form without an inverse is LDLQ of QuIP, arXiv:2307.13304.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import SchemeError
+from mofq.numbers.quantize.descent import descend
+from mofq.numbers.quantize.exact_sums import SUMMED, as_float32, send, to_22_bits
 from mofq.numbers.quantize.scale_rules import tile_scales
 from mofq.numbers.quantize.scales import Scales, join_scales
 from mofq.numbers.quantize.tiles import decode_tiles, encode_tiles, from_tiles, to_tiles
@@ -47,15 +50,10 @@ from mofq.numbers.schemes import TensorScheme
 
 #: Share of the mean of the Hessian's diagonal that is added to it.
 DAMPING = 0.1
-#: Most columns whose errors are sent on together, and fewest where groups are smaller.
-_BATCH, _SMALL_BATCH = 128, 64
-#: Later columns that errors are sent on to at once: what is sent stays in the cache.
-_SENT_COLUMNS = 512
+#: Fewest columns whose errors are sent on together where groups are smaller.
+_SMALL_BATCH = 64
 #: Inputs from which on a Hessian is factorised in tiles, and rows and columns of a tile.
 _WIDE, _TILE = 4096 + 1, 1024
-_INTEGER_BITS = 22
-_SMALLEST_UNIT = 2.0**-122
-_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +62,15 @@ class Feedback:
 
     passed_II: Tensor  #: N: how much of a row's error each column takes over, float32
     cost_I: Tensor  #: D relative to its largest, float32
+    hessian_II: Tensor | None = None  #: H itself, damped, float32; kept for ``~descent`` alone
 
     def to(self, device: str | torch.device) -> Feedback:
         """The same on a device."""
-        return Feedback(self.passed_II.to(device), self.cost_I.to(device))
+        hessian_II = None if self.hessian_II is None else self.hessian_II.to(device)
+        return Feedback(self.passed_II.to(device), self.cost_I.to(device), hessian_II)
 
 
-def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
+def factorise_hessian(hessian_II: Tensor, *, name: str = "weight", keep: bool = False) -> Feedback:
     """Factorise a Hessian for rounding with feedback.
 
     Args:
@@ -78,6 +78,7 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
             does not matter. All zeros (an expert that no token reached) give
             rounding to nearest.
         name: Of the layer, for messages.
+        keep: The Hessian itself too, which ``~descent`` needs.
 
     Returns:
         The factors, on the CPU.
@@ -86,7 +87,7 @@ def factorise_hessian(hessian_II: Tensor, *, name: str = "weight") -> Feedback:
         SchemeError: The matrix is not finite, or not positive definite even when damped.
     """
     whole_II = hessian_II.detach().to("cpu", torch.float64)
-    return factorise_flipped(whole_II.flip(0, 1), name=name)
+    return factorise_flipped(whole_II.flip(0, 1), name=name, keep=keep)
 
 
 #: Does all of some work, side by side or not.
@@ -100,12 +101,16 @@ def run_in_turn(work: Iterable[Callable[[], None]]) -> None:
 
 
 def fit_bytes(columns: int) -> int:
-    """Memory that a layer's Hessian takes while it is factorised, the result included."""
-    return columns**2 * (8 + 4 if columns >= _WIDE else 8 + 8 + 4)
+    """Memory that a layer's Hessian takes while it is factorised, the results included."""
+    return columns**2 * (8 + 4 + 4 if columns >= _WIDE else 8 + 8 + 4 + 4)
 
 
 def factorise_flipped(
-    flipped_II: Tensor, *, name: str = "weight", run_all: RunAll = run_in_turn
+    flipped_II: Tensor,
+    *,
+    name: str = "weight",
+    run_all: RunAll = run_in_turn,
+    keep: bool = False,
 ) -> Feedback:
     """As `factorise_hessian`, of a Hessian whose columns and rows come from the last to the first.
 
@@ -117,12 +122,14 @@ def factorise_flipped(
             read; it is changed.
         name: Of the layer, for messages.
         run_all: Runs the work on the tiles of a wide one, on any number of threads.
+        keep: As for `factorise_hessian`.
 
     Raises:
         SchemeError: As `factorise_hessian`.
     """
     damping = DAMPING * float(flipped_II.diagonal().flip(0).mean())
     flipped_II.diagonal().add_(damping if damping > 0 else 1.0)
+    hessian_II = _unflipped(flipped_II) if keep else None
     with one_thread():
         if len(flipped_II) < _WIDE:
             lower_II, info = torch.linalg.cholesky_ex(flipped_II)
@@ -137,12 +144,34 @@ def factorise_flipped(
         )
     columns = len(root_I)
     passed_II = torch.empty(columns, columns)
-    for start in range(0, columns, _BATCH):
-        stop = min(start + _BATCH, columns)
+    for start in range(0, columns, SUMMED):
+        stop = min(start + SUMMED, columns)
         upper_IB = lower_II[:, columns - stop : columns - start].flip(0, 1)
-        passed_II[:, start:stop] = _to_22_bits(upper_IB / root_I[start:stop], 0)
+        passed_II[:, start:stop] = to_22_bits(upper_IB / root_I[start:stop], 0)
     cost_I = root_I.square()
-    return Feedback(passed_II, (cost_I / cost_I.max()).float())
+    return Feedback(passed_II, (cost_I / cost_I.max()).float(), hessian_II)
+
+
+def _unflipped(flipped_II: Tensor) -> Tensor:
+    """The whole of a Hessian from the lower triangle of the flipped one, in 22 bits by column."""
+    columns = len(flipped_II)
+    largest = float(flipped_II.diagonal().max())
+    if not 0 < largest < math.inf:  # the factorisation says what is wrong
+        return torch.zeros(columns, columns)
+    unit = 2.0 ** math.frexp(largest)[1]  # float32 holds no large numbers
+    hessian_II = torch.empty(columns, columns)
+    for start in range(0, columns, SUMMED):
+        stop = min(start + SUMMED, columns)
+        strip = slice(columns - stop, columns - start)
+        square_BB = flipped_II[strip, strip].tril()
+        square_BB = square_BB + square_BB.tril(-1).T
+        above_IB, below_BI = (
+            flipped_II[columns - start :, strip],
+            flipped_II[strip, : columns - stop],
+        )
+        whole_IB = torch.cat([below_BI.T, square_BB, above_IB]).flip(0, 1)
+        hessian_II[:, start:stop] = to_22_bits(whole_IB / unit, 0)
+    return hessian_II
 
 
 def _factorise_tiles(matrix_II: Tensor, run_all: RunAll) -> bool:
@@ -232,11 +261,11 @@ def round_with_feedback(
         for column in range(start, stop):
             if column % columns == 0:
                 whole = slice(column, column + columns)
-                x_ARGK = to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)
+                x_ARGK = to_tiles(as_float32(adjusted_OI[:, whole]), rows, columns)
                 weigh = None if cost_I is None else cost_I[whole].reshape(1, 1, 1, -1)
                 scales = tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=weigh)
                 found += [] if scales is None else [scales]
-            x_AR11 = to_tiles(_as_float32(adjusted_OI[:, column, None]), rows, 1)
+            x_AR11 = to_tiles(as_float32(adjusted_OI[:, column, None]), rows, 1)
             code_AR11 = encode_tiles(x_AR11, scheme, scales)
             codes.append(from_tiles(code_AR11))
             value_O1 = from_tiles(decode_tiles(code_AR11, scheme, scales))
@@ -244,11 +273,20 @@ def round_with_feedback(
             later = slice(column + 1, stop)
             # Two operations and not a fused one, whose rounding is the machine's own affair.
             adjusted_OI[:, later] += errors[-1] * passed_II[column, later].double()
-        sent_OB = _to_22_bits(torch.cat(errors, 1), 1)
-        for first in range(stop, weight_OI.shape[1], _SENT_COLUMNS):
-            some = slice(first, first + _SENT_COLUMNS)
-            adjusted_OI[:, some] += sent_OB @ passed_II[start:stop, some].double()
-    return torch.cat(codes, 1), join_scales(found, 2) if found else None
+        later = slice(stop, None)
+        send(torch.cat(errors, 1), passed_II[start:stop, later], into_OI=adjusted_OI[:, later])
+    codes_OI, joined = torch.cat(codes, 1), join_scales(found, 2) if found else None
+    if scheme.rounding != "descent":
+        return codes_OI, joined
+    assert feedback.hessian_II is not None  # whoever asks for it had it kept
+    return descend(
+        weight_OI,
+        codes_OI,
+        joined,
+        scheme=scheme,
+        hessian_II=feedback.hessian_II,
+        tile=(rows, columns),
+    )
 
 
 def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -256,19 +294,5 @@ def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:
     step = columns * max(1, _SMALL_BATCH // columns)
     for first in range(0, in_features, step):
         last = min(first + step, in_features)
-        for start in range(first, last, _BATCH):
-            yield start, min(start + _BATCH, last)
-
-
-def _to_22_bits(x: Tensor, dim: int) -> Tensor:
-    """Round every line along a dimension to integers below 2**22 times a power of two."""
-    amax = torch.amax(torch.abs(x), dim=dim, keepdim=True)
-    mantissa, _ = torch.frexp(amax)
-    power = torch.where(amax > 0, amax / mantissa, 1.0)  # exactly a power of two
-    # Not below float32's normal numbers, in which factors are kept.
-    unit = torch.clamp(power * 2.0**-_INTEGER_BITS, min=_SMALLEST_UNIT)
-    return torch.round(x / unit) * unit
-
-
-def _as_float32(x: Tensor) -> Tensor:
-    return torch.clamp(x, -_LARGEST, _LARGEST).float()
+        for start in range(first, last, SUMMED):
+            yield start, min(start + SUMMED, last)

@@ -74,8 +74,8 @@ def quantize_weight(
         importance: Weight of each element's squared error, [in_features] or
             [out_features, in_features], float32, at least 0. Needed by the rule
             ``nats`` where codes are rounded to nearest, and refused elsewhere.
-        feedback: The layer's factorised Hessian. Needed by ``~gptq``, where it
-            is the importance too, and refused elsewhere.
+        feedback: The layer's factorised Hessian. Needed by ``~gptq`` and ``~descent``,
+            where it is the importance too, and refused elsewhere.
         name: Of the tensor, for messages.
 
     Returns:
@@ -141,7 +141,7 @@ def fake_quantize_weight(
         scheme: Of the weight.
         tensor_amax: Largest magnitude of the whole tensor, where needed.
         importance: For the rule ``nats``.
-        feedback: For ``~gptq``.
+        feedback: For ``~gptq`` and ``~descent``.
         name: Of the tensor, for messages.
 
     Returns:
@@ -216,12 +216,17 @@ def _check(
 def _check_statistics(
     scheme: TensorScheme, importance: Tensor | None, feedback: Feedback | None, *, name: str
 ) -> None:
-    needs_feedback = scheme.rounding == "gptq"
+    needs_feedback = scheme.rounds_by_hessian
     needs_importance = scheme.scale_rule == "nats" and not needs_feedback
     if (needs_importance, needs_feedback) == (importance is not None, feedback is not None):
+        if scheme.rounding == "descent" and feedback is not None and feedback.hessian_II is None:
+            raise SchemeError(
+                f"{name}: '~descent' needs the Hessian itself beside its factors; factorise it "
+                f"with keep=True."
+            )
         return
     raise SchemeError(
-        f"{name}: the rule 'nats' weighs errors by `importance`; rounding by 'gptq' needs "
+        f"{name}: the rule 'nats' weighs errors by `importance`; '~gptq' and '~descent' need "
         f"calibration statistics as `feedback`; no other scheme takes either. Got "
         f"{'no' if importance is None else 'an'} importance and "
         f"{'no' if feedback is None else 'a'} feedback with rule {scheme.scale_rule!r} and "
