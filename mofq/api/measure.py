@@ -35,8 +35,9 @@ from mofq.files.progress import Progress
 if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.constraints import Selection
-    from mofq.evidence.measure.fill_table import Remotely
+    from mofq.evidence.measure.fill_table import Remotely, Wanted
     from mofq.evidence.refusals import Refused
+    from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import Table
 
 
@@ -153,14 +154,54 @@ def measure(
     Raises:
         MofqError: An input is not valid; the message says which and what to do.
     """
+    from mofq.evidence.spaces import load_search_space
+
+    check_output(Path(output), files=[space], folders=[model, stats])
+    return measure_space(
+        model,
+        load_search_space(space),
+        output,
+        stats=stats,
+        corpora=corpora,
+        samples=samples,
+        dtype=dtype,
+        engine=engine,
+        layers=layers,
+        experts=experts,
+        where=where,
+        progress=progress,
+        tell=tell,
+    )
+
+
+def measure_space(
+    model: str | Path,
+    space: SearchSpace,
+    output: str | Path,
+    *,
+    stats: str | Path | None = None,
+    corpora: Corpora = (),
+    samples: Samples = Samples(),
+    dtype: str = "float32",
+    engine: str | None = None,
+    layers: str | Path | None = None,
+    experts: Literal["layer", "projection", "expert", "matrix"] = "layer",
+    where: Where = Where(),
+    wanted: Wanted | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> MeasureResult:
+    """As `measure`, of a search space that is open already, and of some of its schemes.
+
+    The output is one that may be written. ``wanted`` says of a fusion group and the name of a
+    scheme whether it is to be measured; None: all are.
+
+    Raises:
+        MofqError: As `measure`.
+    """
     from mofq.engines import cache_legality, legality
     from mofq.evidence.refusals import count_refusals
-    from mofq.evidence.spaces import (
-        load_search_space,
-        offer_caches,
-        offer_schemes,
-        selected_layers,
-    )
+    from mofq.evidence.spaces import offer_caches, offer_schemes, selected_layers
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import EXPERTS_BY, find_layers, split_experts
@@ -168,12 +209,10 @@ def measure(
 
     start = monotonic()
     path = Path(output)
-    check_output(path, files=[space], folders=[model, stats])
     texts = load_corpora(sources_of(corpora), tell) if corpora else []
     _check_corpora(bool(texts), stats, where, experts)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
-    loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))
     found = find_layers(checkpoint, stated=open_layers(layers))
     check_engine(engine, found)
@@ -184,7 +223,7 @@ def measure(
             f"{option('experts', experts)}: engines give all experts of a decoder layer one "
             f"scheme. Leave it or {option('engine')} out."
         )
-    selections = selected_layers(loaded_space, found)
+    selections = selected_layers(space, found)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
@@ -203,7 +242,7 @@ def measure(
             texts,
             samples=samples,
             dtype=dtype,
-            kv_cache=bool(loaded_space.kv_cache and found.caches),
+            kv_cache=bool(space.kv_cache and found.caches),
         )
         calibration = Calibration(plan, windows, work_of(path), fits_beside(path))
         opened = calibration.stats
@@ -215,7 +254,7 @@ def measure(
         measured_on = fill_table(
             checkpoint,
             found,
-            loaded_space,
+            space,
             table_path=path,
             stats=opened,
             engine=engine,
@@ -225,6 +264,7 @@ def measure(
             progress=progress,
             tell=tell or silent,
             remotely=remotely,
+            wanted=wanted,
             while_calibrating=None
             if calibration is None
             else partial(
@@ -240,8 +280,8 @@ def measure(
     if calibration is not None:
         opened = measured_on or opened
         rmtree(calibration.folder, ignore_errors=True)
-    offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
-    caches = offer_caches(loaded_space, found.caches, legality=check_cache)
+    offers = offer_schemes(space, found.groups, legality=check, has_stats=opened is not None)
+    caches = offer_caches(space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
     rejected += [(one.cache.name, one.rejected) for one in caches]
     return MeasureResult(

@@ -16,7 +16,7 @@ from mofq.api.calibrate import calibrate, check_gradient_dtype, plan_calibration
 from mofq.api.export import ExportResult, export
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
-from mofq.api.measure import fits_beside, measure
+from mofq.api.measure import fits_beside, measure_space
 from mofq.api.options import (
     AtLeast,
     AtMost,
@@ -47,6 +47,16 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
 from mofq.api.request import make_request, read_corpus_weights
+from mofq.api.run_effort import (
+    EFFORTS,
+    ROUNDS,
+    ROUNDS_WITHOUT_STATS,
+    Effort,
+    Offered,
+    Tried,
+    Twins,
+    fit_where_chosen,
+)
 from mofq.api.run_folder import (
     SEARCHED,
     Asked,
@@ -57,11 +67,12 @@ from mofq.api.run_folder import (
     write_results,
 )
 from mofq.api.search import search
-from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
+    from mofq.api.measure import MeasureResult
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation import Validation
@@ -73,7 +84,17 @@ if TYPE_CHECKING:
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
 #: What a recipe notes of the request, beside its budget.
-_ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights", "objective")
+_ASKED = (
+    "engine",
+    "space",
+    "space_sha256",
+    "effort",
+    "constraints",
+    "corpus_weights",
+    "objective",
+)
+#: Sequences of each corpus whose samples are kept with the effort ``best``.
+_KEPT_AT_BEST = 32
 #: Of the free disk, what statistics may take; the rest is for what is exported and in between.
 _SHARE_OF_DISK = 0.5
 #: What another tool's recipe is called in the folder of a run.
@@ -94,6 +115,7 @@ class RunResult:
     request: Request  #: that the recipe answers
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
+    tried: Sequence[Tried]  #: in order, each with all before it
 
     @property
     def original_bits(self) -> float:
@@ -123,6 +145,7 @@ class RunResult:
             "enforced": chosen.enforced,
             "preferred": self.preferred,
             "schemes": dict(Counter(group.scheme for group in self.recipe.groups)),
+            "tried": [one.to_json() for one in self.tried],
             "validations": {name: one.to_json() for name, one in self.validations.items()},
             "exported": None if self.export is None else str(self.export.output),
             "serve_command": None if self.export is None else self.export.serve_command,
@@ -139,6 +162,7 @@ def run(
     ] = None,
     *,
     space: Space = "serving",
+    effort: Effort = "normal",
     budget: Budget = Budget(),
     corpora: Annotated[
         Corpora,
@@ -174,9 +198,9 @@ def run(
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
     Recipe, validation and model appear when all of them are there. What a former run into the
-    folder measured is kept and not done again. Its results for another budget, space, engine or
-    constraint on layers, or for corpora that count otherwise, stay; those of this run then say in
-    their names how they differ, as ``recipe-5.0bits.yaml``.
+    folder measured is kept and not done again. Its results for another budget, space, engine,
+    effort or constraint on layers, or for corpora that count otherwise, stay; those of this run
+    then say in their names how they differ, as ``recipe-5.0bits.yaml``.
     Calibration takes sequences as long as the windows.
 
     Returns:
@@ -191,10 +215,12 @@ def run(
     check_folder(folder, folders=[model])
     from mofq.evidence.spaces import load_search_space
 
+    _check_effort(effort)
     loaded = load_search_space(space)
+    offered = Offered.at(effort, loaded)
     choices = Choices(
         engine=engine,
-        space=loaded.name,
+        space=offered.space.name,
         fixed=fixed,
         at_least=at_least,
         at_most=at_most,
@@ -202,7 +228,7 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, selections = _check_request(model, loaded, request, layers)
+    checkpoint, selections = _check_request(model, loaded, offered, request, layers)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     check_gradient_dtype(dtype)
@@ -212,16 +238,21 @@ def run(
             f"{option('device_map')} out."
         )
     windows = _checked_windows(checkpoint, text, windows)
+    samples = Samples(sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos)
+    if effort == "best":
+        samples = replace(samples, keep=_KEPT_AT_BEST)
+    _check_halves(checkpoint, layers, samples, effort=effort, sources=sources, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
 
     def busy(who: str) -> MofqError:
         return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
 
+    from mofq.decision.guesses import rows_for
     from mofq.evidence.measure.fill_table import table_space
 
     with hold_folder(folder, busy):
-        asked = Asked.of_request(request, loaded)
-        files = find_files(folder, asked, table_space(loaded, engine))
+        asked = Asked.of_request(request, offered.space, effort=effort)
+        files = find_files(folder, asked, table_space(offered.space, engine))
         _tell_all((one.remark for one in selections), tell)
         if not corpora:
             tell(
@@ -233,9 +264,6 @@ def run(
                 )
             )
         seconds: dict[str, float] = {}
-        samples = Samples(
-            sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
-        )
         is_stored = not no_stats and _can_store(
             checkpoint, layers, files, samples, sources=sources, dtype=dtype, tell=tell
         )
@@ -256,10 +284,13 @@ def run(
                     tell=tell,
                 )
                 _tell_all(calibrated.summary(), tell)
-        with _timed(seconds, "measure"):
-            measured = measure(
+        # Looked at where a recipe has fitted schemes.
+        stats = files.stats if is_stored else fits_beside(files.table)
+
+        def measure_asked(twins: Twins) -> MeasureResult:
+            return measure_space(
                 model,
-                space,
+                offered.space,
                 files.table,
                 stats=files.stats if is_stored else None,
                 corpora=() if is_stored else sources,
@@ -268,13 +299,30 @@ def run(
                 engine=engine,
                 layers=layers,
                 where=Where(device=device),
+                wanted=offered.wants(twins),
                 progress=progress,
                 tell=tell,
             )
+
+        tried: list[Tried] = []
+        with _timed(seconds, "measure"):
+            measured = measure_asked({})
             _tell_all(measured.summary(), tell)
-        # Looked at where a recipe has fitted schemes.
-        stats = files.stats if is_stored else fits_beside(files.table)
-        table = measured.table
+            table = rows_for(measured.table, offered.twins, {})
+        tried.append(_predicted("codes rounded to nearest", table, request, seconds["measure"]))
+        if offered.twins:
+            with _timed(seconds, "fit"):
+                if effort == "best":
+                    table = measure_asked(offered.everything(table)).table
+                else:
+                    table = fit_where_chosen(
+                        table,
+                        request,
+                        offered,
+                        measure=lambda twins: measure_asked(twins).table,
+                        rounds=ROUNDS if is_stored else ROUNDS_WITHOUT_STATS,
+                    )
+            tried.append(_predicted("fitted codes", table, request, seconds["fit"]))
         with _timed(seconds, "search"):
             # A budget in nats is proved on the text that validates.
             on_model = OnModel(
@@ -297,8 +345,9 @@ def run(
                 tell=tell,
             )
             _tell_all(found.decision.notes, tell)
-            uniform = _uniform_recipes(table, request, found.recipe, most=rivals)
-            candidates = keep_former(files, {SEARCHED: found.recipe, **uniform})
+            searched = _noting(found.recipe, effort, tried)
+            uniform = _uniform_recipes(table, request, searched, most=rivals)
+            candidates = keep_former(files, {SEARCHED: searched, **uniform})
         with _timed(seconds, "validate"):
             validations = _validate(
                 model,
@@ -341,6 +390,7 @@ def run(
         request=request,
         seconds=seconds,
         export=exported,
+        tried=tried,
     )
 
 
@@ -374,6 +424,7 @@ def demo(
             demo_mixture_folder() if mixture else demo_model_folder(),
             output,
             space="serving",
+            effort="quick",
             # On a CPU no engine runs quantized experts.
             engine="vllm-hopper" if mixture else "vllm-cpu",
             budget=Budget(max_bits=5.0),
@@ -453,6 +504,60 @@ def _can_store(
         )
     )
     return False
+
+
+def _check_effort(effort: str) -> None:
+    """Refuse an effort that there is not."""
+    if effort not in EFFORTS:
+        raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
+
+
+def _check_halves(
+    checkpoint: Checkpoint,
+    layers: LayersFile,
+    samples: Samples,
+    *,
+    effort: str,
+    sources: Sequence[str],
+    dtype: str,
+) -> None:
+    """Refuse to fit codes to a corpus that cannot be halved, before anything runs."""
+    from mofq.model.layers import find_layers
+
+    if effort == "quick":
+        return
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    plan, _ = plan_calibration(
+        checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
+    )
+    for corpus in plan.corpora:
+        if len(corpus.kept_indices) < 2:
+            raise MofqError(
+                f"{option('effort', effort)}: codes are fitted to one half of the sequences of a "
+                f"corpus and judged by the other, and {corpus.name!r} has one sequence. Calibrate "
+                f"on more, or run with {option('effort', 'quick')}."
+            )
+
+
+def _predicted(name: str, table: Table, request: Request, seconds: float) -> Tried:
+    """What the best recipe of a table costs, as it is predicted."""
+    from mofq.decision import decide
+
+    try:
+        recipe = decide(table, request).recipe
+    except BudgetError:
+        return Tried(name, None, None, seconds)
+    return Tried(name, recipe.kl_nats_per_token, recipe.bits_per_weight, seconds)
+
+
+def _noting(recipe: Recipe, effort: str, tried: Sequence[Tried]) -> Recipe:
+    """A recipe that says what was tried on the way to it."""
+    found = (
+        f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
+        for one in tried
+        for kl in [one.kl_nats_per_token]
+    )
+    return replace(recipe, made_by={**recipe.made_by, "effort": effort, "tried": "; ".join(found)})
 
 
 def _uniform_recipes(
@@ -642,7 +747,7 @@ def _read_export(
 
 
 def _check_request(
-    model: str, space: SearchSpace, request: Request, layers: LayersFile
+    model: str, space: SearchSpace, offered: Offered, request: Request, layers: LayersFile
 ) -> tuple[Checkpoint, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
@@ -668,7 +773,7 @@ def _check_request(
     selected_layers(space, found)
     selections = selections_of(request.constraints, found.groups)
     offers = offer_schemes(
-        space, found.groups, legality=check, has_stats=True, constraints=request.constraints
+        offered.space, found.groups, legality=check, has_stats=True, constraints=request.constraints
     )
     if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
         raise BudgetError(

@@ -58,7 +58,7 @@ _TEXTS = ("text_sha256", "corpora_sha256")
 #: The solver of a recipe whose decisions are no longer those that were found.
 EDITED = "edited"
 #: Keys of made_by that say how decisions were found, and nothing of edited ones.
-_OF_SOLVER = ("seed", "tie_rule", "trials", "constraints")
+_OF_SOLVER = ("seed", "tie_rule", "trials", "constraints", "tried")
 
 Scalar = str | int | float | bool | None
 
@@ -84,6 +84,8 @@ class MadeByKeys:
     engine: Text | None = None
     space: Text | None = None
     space_sha256: _Hash | None = None
+    effort: Name | None = None  #: of `mofq run`: quick, normal or best
+    tried: Text | None = None  #: by `mofq run`, with the nats per token that each predicts
     constraints: Text | None = None  #: on layers, of the search space and the request
     table_sha256: _Hash | None = None
     stats_sha256: _Hash | None = None

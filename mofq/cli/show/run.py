@@ -26,6 +26,7 @@ def show_run(result: RunResult) -> None:
     rows += [_row(_label(result, name), one) for name, one in ranked]
     columns = ["", "bits/weight", "KL predicted, 95 %", "KL measured", "perplexity", "top-1"]
     print_table(f"{result.title}, KL in nats per token", columns, rows)
+    _show_tried(result)
     schemes = Counter(group.scheme for group in result.recipe.groups)
     counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
     say(f"recipe, fusion groups: {counts}")
@@ -35,6 +36,20 @@ def show_run(result: RunResult) -> None:
         to = f"For {result.recipe.made_by['engine']}: {result.export.output}"
         say(result.export.how_to_use or to)
     _suggest(result)
+
+
+def _show_tried(result: RunResult) -> None:
+    """What was tried, each with all before it, and what the best recipe is predicted to cost."""
+    rows, before = [], None
+    for one in result.tried:
+        kl = one.kl_nats_per_token
+        gain = "" if kl is None or before is None else f"{before - kl:+.4f}"
+        bits = "" if one.bits_per_weight is None else f"{one.bits_per_weight:.4f}"
+        shown = "no recipe" if kl is None else f"{kl:.4f}"
+        rows.append([one.name, bits, shown, gain, f"{one.seconds:.0f}"])
+        before = kl if kl is not None else before
+    columns = ["tried", "bits/weight", "KL predicted", "gained", "seconds"]
+    print_table("what was tried, the best recipe with each and all before it", columns, rows)
 
 
 def _suggest(result: RunResult) -> None:
