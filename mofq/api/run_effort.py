@@ -129,6 +129,7 @@ def fit_where_chosen(
         more = chosen()
         if not more:
             break
-        asked |= {group: asked.get(group, frozenset()) | {name} for group, name in more.items()}
+        added = {group: asked.get(group, frozenset()) | {name} for group, name in more.items()}
+        asked = {**asked, **added}
         table = measure(asked)
     return rows_for(table, twins, asked)
