@@ -47,16 +47,8 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_device, check_engine, check_folder
 from mofq.api.request import make_request, read_corpus_weights
-from mofq.api.run_effort import (
-    EFFORTS,
-    ROUNDS,
-    ROUNDS_WITHOUT_STATS,
-    Effort,
-    Offered,
-    Tried,
-    Twins,
-    fit_where_chosen,
-)
+from mofq.api.run_effort import EFFORTS, Effort, Offered, Timed, Tried, Twins
+from mofq.api.run_evidence import Evidence, Original, Subject, gather_evidence
 from mofq.api.run_folder import (
     SEARCHED,
     Asked,
@@ -72,9 +64,9 @@ from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
-    from mofq.api.measure import MeasureResult
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
+    from mofq.decision.rewriting import Rewriting
     from mofq.delivery.validation import Validation
     from mofq.evidence.constraints import Selection
     from mofq.evidence.spaces import SearchSpace
@@ -116,6 +108,7 @@ class RunResult:
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
     tried: Sequence[Tried]  #: in order, each with all before it
+    subject: Subject  #: the model that was quantized: as it was, or rewritten
 
     @property
     def original_bits(self) -> float:
@@ -138,7 +131,8 @@ class RunResult:
             "folder": str(self.files.folder),
             "recipe": str(self.files.recipe),
             "validation": str(self.files.validation),
-            "table": str(self.files.table),
+            "table": str(self.subject.table),
+            "rewritten": None if self.subject.rewriting is None else self.subject.model,
             "bits_per_weight": chosen.bits_per_weight,
             "kl_nats_per_token": chosen.kl_nats_per_token,
             "predicted_kl_nats_per_token": chosen.predicted_kl_nats_per_token,
@@ -247,7 +241,6 @@ def run(
     def busy(who: str) -> MofqError:
         return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
 
-    from mofq.decision.guesses import rows_for
     from mofq.evidence.measure.fill_table import table_space
 
     with hold_folder(folder, busy):
@@ -263,12 +256,12 @@ def run(
                     f"{option('text')} to validate on."
                 )
             )
-        seconds: dict[str, float] = {}
+        timed = Timed()
         is_stored = not no_stats and _can_store(
             checkpoint, layers, files, samples, sources=sources, dtype=dtype, tell=tell
         )
         if is_stored:
-            with _timed(seconds, "calibrate"):
+            with timed("calibrate"):
                 calibrated = calibrate(
                     model,
                     sources,
@@ -284,15 +277,13 @@ def run(
                     tell=tell,
                 )
                 _tell_all(calibrated.summary(), tell)
-        # Looked at where a recipe has fitted schemes.
-        stats = files.stats if is_stored else fits_beside(files.table)
 
-        def measure_asked(twins: Twins) -> MeasureResult:
-            return measure_space(
-                model,
+        def measured(subject: Subject, twins: Twins) -> Table:
+            found = measure_space(
+                subject.model,
                 offered.space,
-                files.table,
-                stats=files.stats if is_stored else None,
+                subject.table,
+                stats=subject.stats if is_stored else None,
                 corpora=() if is_stored else sources,
                 samples=samples,
                 dtype=dtype,
@@ -303,39 +294,48 @@ def run(
                 progress=progress,
                 tell=tell,
             )
+            if not twins and subject.rewriting is None:  # what is refused is told once
+                _tell_all(found.summary(), tell)
+            return found.table
 
-        tried: list[Tried] = []
-        with _timed(seconds, "measure"):
-            measured = measure_asked({})
-            _tell_all(measured.summary(), tell)
-            table = rows_for(measured.table, offered.twins, {})
-        tried.append(_predicted("codes rounded to nearest", table, request, seconds["measure"]))
-        if offered.twins:
-            with _timed(seconds, "fit"):
-                if effort == "best":
-                    table = measure_asked(offered.everything(table)).table
-                else:
-                    table = fit_where_chosen(
-                        table,
-                        request,
-                        offered,
-                        measure=lambda twins: measure_asked(twins).table,
-                        rounds=ROUNDS if is_stored else ROUNDS_WITHOUT_STATS,
-                    )
-            tried.append(_predicted("fitted codes", table, request, seconds["fit"]))
-        with _timed(seconds, "search"):
+        stats = files.stats if is_stored else fits_beside(files.table)
+        evidence = gather_evidence(
+            Subject(model, stats, files.table),
+            request,
+            offered=offered,
+            effort=effort,
+            measure=measured,
+            is_stored=is_stored,
+            rewritable=_rewritable(
+                checkpoint,
+                layers,
+                files,
+                offered=offered,
+                engine=engine,
+                on=execution,
+                dtype=dtype,
+                device=device,
+            )
+            if is_stored
+            else None,
+            timed=timed,
+            progress=progress,
+            tell=tell,
+        )
+        subject, table = evidence.subject, evidence.table
+        with timed("search"):
             # A budget in nats is proved on the text that validates.
             on_model = OnModel(
-                model=model,
+                model=subject.model,
                 text=text,
                 tokens=windows.tokens,
                 sequence_length=windows.sequence_length,
                 bos=windows.bos,
                 device=device,
                 execution=execution,
-                stats=stats,
+                stats=subject.stats,
             )
-            found = search(
+            decided = search(
                 table,
                 budget=budget,
                 choices=choices,
@@ -344,16 +344,16 @@ def run(
                 progress=progress,
                 tell=tell,
             )
-            _tell_all(found.decision.notes, tell)
-            searched = _noting(found.recipe, effort, tried)
+            _tell_all(decided.decision.notes, tell)
+            searched = _noting(decided.recipe, effort, evidence)
             uniform = _uniform_recipes(table, request, searched, most=rivals)
             candidates = keep_former(files, {SEARCHED: searched, **uniform})
-        with _timed(seconds, "validate"):
+        with timed("validate"):
             validations = _validate(
                 model,
                 candidates,
                 text,
-                stats=stats,
+                subject=subject,
                 windows=windows,
                 dtype=dtype,
                 device=device,
@@ -367,13 +367,13 @@ def run(
         check_ends_as_before(files, candidates[name])
         exported = None
         if engine is not None:
-            with _timed(seconds, "export"):
+            with timed("export"):
                 exported = _export(
                     model,
                     candidates[name],
                     files,
                     engine=engine,
-                    stats=stats,
+                    subject=subject,
                     validation=validations[name],
                     progress=progress,
                 )
@@ -388,9 +388,10 @@ def run(
         validations=validations,
         table=table,
         request=request,
-        seconds=seconds,
+        seconds=timed.seconds,
         export=exported,
-        tried=tried,
+        tried=evidence.tried,
+        subject=subject,
     )
 
 
@@ -449,13 +450,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = monotonic()
-    yield
-    seconds[stage] = monotonic() - start
-
-
 def _tell_all(lines: Iterable[str], tell: Tell) -> None:
     for line in lines:
         tell(line)
@@ -506,6 +500,36 @@ def _can_store(
     return False
 
 
+def _rewritable(
+    checkpoint: Checkpoint,
+    layers: LayersFile,
+    files: RunFiles,
+    *,
+    offered: Offered,
+    engine: str | None,
+    on: Execution,
+    dtype: str,
+    device: str,
+) -> Original | None:
+    """The model, where what comes out of rewriting it can be measured, validated and exported.
+
+    Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
+    validated with recipes of itself alone; and files for other tools are of a model that is there.
+    """
+    from mofq.delivery.backends import RECIPE_EXPORTERS
+    from mofq.engines import find_engine
+    from mofq.model.layers import find_layers
+    from mofq.model.streaming.execution import choose_execution
+
+    if not offered.twins or offered.space.kv_cache:
+        return None
+    if engine is not None and find_engine(engine).reads in RECIPE_EXPORTERS:
+        return None
+    if choose_execution(on, checkpoint, dtype=dtype, device=device).is_streamed:
+        return None
+    return Original(checkpoint, find_layers(checkpoint, stated=open_layers(layers)), files)
+
+
 def _check_effort(effort: str) -> None:
     """Refuse an effort that there is not."""
     if effort not in EFFORTS:
@@ -539,25 +563,21 @@ def _check_halves(
             )
 
 
-def _predicted(name: str, table: Table, request: Request, seconds: float) -> Tried:
-    """What the best recipe of a table costs, as it is predicted."""
-    from mofq.decision import decide
-
-    try:
-        recipe = decide(table, request).recipe
-    except BudgetError:
-        return Tried(name, None, None, seconds)
-    return Tried(name, recipe.kl_nats_per_token, recipe.bits_per_weight, seconds)
-
-
-def _noting(recipe: Recipe, effort: str, tried: Sequence[Tried]) -> Recipe:
-    """A recipe that says what was tried on the way to it."""
+def _noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
+    """A recipe that says what was tried on the way to it, and which model it is for."""
     found = (
         f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
-        for one in tried
+        for one in evidence.tried
         for kl in [one.kl_nats_per_token]
     )
-    return replace(recipe, made_by={**recipe.made_by, "effort": effort, "tried": "; ".join(found)})
+    made_by = {**recipe.made_by, "effort": effort, "tried": "; ".join(found)}
+    return _rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
+
+
+def _rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:
+    """A recipe of a table of a rewritten model, with what was rewritten among its decisions."""
+    result = replace(recipe.result, decisions_sha256=None)
+    return replace(recipe, rewriting=rewriting, result=result)
 
 
 def _uniform_recipes(
@@ -577,7 +597,10 @@ def _uniform_recipes(
     smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
     asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
     return {
-        name: replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget)
+        name: _rewriting(
+            replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget),
+            recipe.rewriting,
+        )
         for name in (fitting or smallest)[:most]
     }
 
@@ -587,7 +610,7 @@ def _validate(
     candidates: Mapping[str, Recipe],
     text: str,
     *,
-    stats: Path,
+    subject: Subject,
     windows: Windows,
     dtype: str,
     device: str,
@@ -597,8 +620,13 @@ def _validate(
     tell: Tell,
 ) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original."""
+    from mofq.delivery.rewriting.remake import Base
     from mofq.delivery.validation import validate_many
+    from mofq.model.checkpoint.headers import open_checkpoint
 
+    rewritten = None
+    if subject.rewriting is not None:
+        rewritten = Base(open_checkpoint(subject.model), subject.stats)
     done = validate_many(
         model,
         list(candidates.values()),
@@ -608,7 +636,8 @@ def _validate(
         bos=windows.bos,
         dtype=dtype,
         device=device,
-        stats=stats,
+        stats=subject.stats,
+        rewritten=rewritten,
         execution=execution,
         work=work,
         progress=progress,
@@ -696,7 +725,7 @@ def _export(
     files: RunFiles,
     *,
     engine: str,
-    stats: Path,
+    subject: Subject,
     validation: Validation,
     progress: Progress | None,
 ) -> ExportResult:
@@ -708,21 +737,21 @@ def _export(
     if reads in RECIPE_EXPORTERS:
         return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
     if files.model.exists() and any(files.model.iterdir()):
-        return _read_export(model, recipe, files, engine=engine, stats=stats, to=reads)
+        return _read_export(recipe, files, engine=engine, subject=subject, to=reads)
     return export(
-        model,
+        subject.model,
         recipe,
         files.model,
         to=reads,
         engine=engine,
-        stats=stats,
+        stats=subject.stats,
         validations=[validation],
         progress=progress,
     )
 
 
 def _read_export(
-    model: str, recipe: Recipe, files: RunFiles, *, engine: str, stats: Path, to: str
+    recipe: Recipe, files: RunFiles, *, engine: str, subject: Subject, to: str
 ) -> ExportResult:
     """What a former run exported, proved byte for byte.
 
@@ -736,14 +765,14 @@ def _read_export(
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
-    checkpoint, exported = open_checkpoint(model), files.model
-    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+    checkpoint, exported = open_checkpoint(subject.model), files.model
+    with open_fits(recipe, subject.stats, index_sha256=checkpoint.index_sha256) as fits:
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
     command = serve_command(plan, exported, engine=engine)
     done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
-    return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
+    return ExportResult(subject.model, recipe, exported, to, engine, done, monotonic() - start)
 
 
 def _check_request(

@@ -15,11 +15,14 @@ do not count, so that a run which is stopped, or repeated later, ends with the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.options import Option
+from mofq.exceptions import BudgetError
 
 if TYPE_CHECKING:
     from mofq.decision import Request
@@ -87,6 +90,32 @@ class Offered:
     def everything(self, table: Table) -> Twins:
         """Every twin in every fusion group."""
         return {group.name: frozenset(self.twins) for group in table.header.groups}
+
+
+def predicted(name: str, table: Table, request: Request, seconds: float) -> Tried:
+    """What the best recipe of a table costs, as it is predicted."""
+    from mofq.decision import decide
+
+    try:
+        recipe = decide(table, request).recipe
+    except BudgetError:
+        return Tried(name, None, None, seconds)
+    return Tried(name, recipe.kl_nats_per_token, recipe.bits_per_weight, seconds)
+
+
+class Timed:
+    """How long the stages of a run took, in their order."""
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[Callable[[], float]]:
+        """Time a stage; yields what says how long it has taken so far, or took."""
+        start = monotonic()
+        yield lambda: self.seconds.get(stage, monotonic() - start)
+        self.seconds[stage] = monotonic() - start
 
 
 def fit_where_chosen(

@@ -321,10 +321,11 @@ def _other_result(files: RunFiles, path: Path) -> MofqError:
 
 def _decides_as(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes of a model do the same to it."""
-    return (one.groups, one.unquantized, one.kv_cache) == (
+    return (one.groups, one.unquantized, one.kv_cache, one.rewriting) == (
         other.groups,
         other.unquantized,
         other.kv_cache,
+        other.rewriting,
     )
 
 

@@ -54,6 +54,7 @@ def _show_tried(result: RunResult) -> None:
 
 def _suggest(result: RunResult) -> None:
     """What to do with the folder."""
+    from mofq.decision.recipe import load_recipe
     from mofq.decision.request import request_flags
 
     files = result.files
@@ -64,11 +65,16 @@ def _suggest(result: RunResult) -> None:
             to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
             next_step("export", result.model, files.recipe, *to)
     asked = shlex.split(request_flags(result.request))
-    runs = finished_runs(files.folder)
+    # Those of the same model: a rewritten one has a table of its own.
+    runs = [
+        one
+        for one in finished_runs(files.folder)
+        if load_recipe(one.recipe).rewriting == result.recipe.rewriting
+    ]
     validations = (word for one in runs for word in ("--validation", one.validation))
     page = files.folder / "explorer.html"
     recipes = (one.recipe for one in runs)
-    next_step("explore", files.table, *recipes, *validations, *asked, "-o", page)
+    next_step("explore", result.subject.table, *recipes, *validations, *asked, "-o", page)
 
 
 def _label(result: RunResult, name: str) -> str:
