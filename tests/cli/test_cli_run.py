@@ -149,7 +149,13 @@ def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so
     rounded, fitted = content["tried"]
     assert fitted["kl_nats_per_token"] < rounded["kl_nats_per_token"]
     assert fitted["kl_nats_per_token"] == content["predicted_kl_nats_per_token"]
-    assert set(content["seconds"]) == {"calibrate", "measure", "fit", "search", "validate"}
+    assert set(content["seconds"]) - {"rewrite"} == {
+        "calibrate",
+        "measure",
+        "fit",
+        "search",
+        "validate",
+    }
 
 
 @pytest.mark.long
@@ -198,6 +204,40 @@ def test_without_stored_samples_fitted_codes_are_chosen_too(space: Path, tmp_pat
     before = tree(folder)
     ok(*run, "--engine", "vllm-hopper")
     assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
+
+
+@pytest.mark.long
+def test_a_run_for_rounded_inputs_moves_scales_and_one_recipe_makes_its_folder_again(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", "w8a8", "--max-bits", "8.2", "--engine", "vllm-cpu", *TEXT)
+    ran = ok(*run, "-o", folder)
+    assert "scales moved at" in ran.out
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.rewriting is not None
+    assert recipe.rewriting.model == Path(DEMO).name
+    assert not recipe.is_edited
+    (table,) = folder.glob("table-rewritten-*.jsonl")
+    assert f"mofq explore {table} {folder / 'recipe.yaml'}" in ran.err
+    before = tree(folder)
+    content = ok(*run, "-o", folder, "--json").json
+    assert content["enforced"] is True
+    assert content["table"] == str(table)
+    assert [one["name"].split()[0] for one in content["tried"]] == ["codes", "scales", "fitted"]
+    after = tree(folder)
+    assert {name for name in before if after[name] != before[name]} <= {"validation.json"}
+    # From the original, the recipe and the statistics, whatever else is in the folder.
+    stats, again = ("--stats", folder / "stats"), tmp_path / "again"
+    ok("export", DEMO, folder / "recipe.yaml", *stats, "-o", again)
+    exported = tree(folder / "model")
+    exported.pop("README.md")
+    assert {name: data for name, data in tree(again).items() if name != "README.md"} == exported
+    size = ("--text", "demo-en", "--tokens", "256", "--sequence-length", "64")
+    assert ok("validate", DEMO, again, *stats, *size, "--json").json["enforced"] is True
+    assert "as --stats" in refused("validate", DEMO, folder / "recipe.yaml", *size)
+    to = ("--to", "llama.cpp", "-o", tmp_path / "file")
+    assert "rewrites model to" in refused("export", DEMO, folder / "recipe.yaml", *stats, *to)
 
 
 def test_efforts_that_there_are_not_and_texts_of_one_sequence_are_refused_before_anything_is_run(
