@@ -1,4 +1,4 @@
-"""How much `mofq run` tries: rounding alone, fitted codes where they pay, or everything.
+"""How much `mofq run` tries: rounding alone, what pays beside it, or everything.
 
 ``quick``
     The schemes of the search space.
@@ -6,8 +6,10 @@
     Beside each scheme that rounds its fitted twin (`mofq.evidence.fitted_space`): what it costs is
     guessed, and measured where a search chooses it (`mofq.decision.guesses`), first in a few
     fusion groups of each kind, until the search chooses nothing that is not measured.
+    Where the best recipe rounds inputs, the model is rewritten for them (`run_evidence`).
 ``best``
-    Every twin in every fusion group.
+    Every twin in every fusion group, of the model as it is and rewritten, with four times the
+    samples kept.
 
 What a run measured depends on its own request alone: rows that other requests added to the table
 do not count, so that a run which is stopped, or repeated later, ends with the same recipe.
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 Effort = Annotated[
     Literal["quick", "normal", "best"],
     Option(
-        "quick: round to nearest; normal: fit codes where that pays, in two to three times the "
-        "time; best: fit all."
+        "quick: round to nearest; normal: also fit codes and move scales where that pays; best: "
+        "everywhere."
     ),
 ]
 EFFORTS = ("quick", "normal", "best")
