@@ -107,7 +107,7 @@ class RunResult:
     request: Request  #: that the recipe answers
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
-    tried: Sequence[Tried]  #: in order, each with all before it
+    tried: Sequence[Tried]  #: in order, each with all before it that was taken
     subject: Subject  #: the model that was quantized: as it was, or rewritten
 
     @property
@@ -514,14 +514,15 @@ def _rewritable(
     """The model, where what comes out of rewriting it can be measured, validated and exported.
 
     Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
-    validated with recipes of itself alone; and files for other tools are of a model that is there.
+    validated with recipes of itself alone; files for other tools are of a model that is there; and
+    a quantized source would be written in bf16.
     """
     from mofq.delivery.backends import RECIPE_EXPORTERS
     from mofq.engines import find_engine
     from mofq.model.layers import find_layers
     from mofq.model.streaming.execution import choose_execution
 
-    if not offered.twins or offered.space.kv_cache:
+    if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
         return None
     if engine is not None and find_engine(engine).reads in RECIPE_EXPORTERS:
         return None
@@ -567,6 +568,7 @@ def _noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
     """A recipe that says what was tried on the way to it, and which model it is for."""
     found = (
         f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
+        + ("" if one.is_taken else " (not taken)")
         for one in evidence.tried
         for kl in [one.kl_nats_per_token]
     )

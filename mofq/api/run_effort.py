@@ -57,6 +57,7 @@ class Tried:
     kl_nats_per_token: float | None  #: predicted; None: no recipe meets the budgets with it alone
     bits_per_weight: float | None
     seconds: float  #: to measure and search
+    is_taken: bool = True  #: whether what was tried after it, and the recipe, are with it
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -64,6 +65,7 @@ class Tried:
             "name": self.name,
             "kl_nats_per_token": self.kl_nats_per_token,
             "bits_per_weight": self.bits_per_weight,
+            "taken": self.is_taken,
             "seconds": round(self.seconds, 2),
         }
 

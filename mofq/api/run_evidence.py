@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
@@ -115,8 +115,8 @@ def gather_evidence(
 
     with timed("measure") as seconds:
         table = rows_for(measure(first, {}), offered.twins, {})
-    tried = [predicted("codes rounded to nearest", table, request, seconds())]
-    tables = {first: table}
+    rounded = predicted("codes rounded to nearest", table, request, seconds())
+    tables, moved = {first: table}, list[Tried]()
     if rewritable is not None:
         with timed("rewrite") as seconds:
             rewritten = rewrite_where_it_pays(
@@ -126,21 +126,21 @@ def gather_evidence(
                 tables[rewritten] = rows_for(measure(rewritten, {}), offered.twins, {})
         if rewritten is not None and rewritten.rewriting is not None:
             name = f"scales moved at {len(rewritten.rewriting.sites)} inputs"
-            tried.append(predicted(name, tables[rewritten], request, seconds()))
+            moved.append(predicted(name, tables[rewritten], request, seconds()))
         if effort == "normal":
             tables = _best(tables, request)
     if offered.twins:
         with timed("fit") as seconds:
             tables = {
                 subject: _fitted(
-                    subject, rounded, request, offered, effort, measure, is_stored=is_stored
+                    subject, table, request, offered, effort, measure, is_stored=is_stored
                 )
-                for subject, rounded in tables.items()
+                for subject, table in tables.items()
             }
-        tables = _best(tables, request)
-        (table,) = tables.values()
-        tried.append(predicted("fitted codes", table, request, seconds()))
     ((subject, table),) = _best(tables, request).items()
+    tried = [rounded, *(replace(one, is_taken=subject is not first) for one in moved)]
+    if offered.twins:
+        tried.append(predicted("fitted codes", table, request, seconds()))
     return Evidence(subject, table, tuple(tried))
 
 

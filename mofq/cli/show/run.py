@@ -39,17 +39,18 @@ def show_run(result: RunResult) -> None:
 
 
 def _show_tried(result: RunResult) -> None:
-    """What was tried, each with all before it, and what the best recipe is predicted to cost."""
+    """What was tried, each with all before it that was taken, and what the best recipe costs."""
     rows, before = [], None
     for one in result.tried:
         kl = one.kl_nats_per_token
         gain = "" if kl is None or before is None else f"{before - kl:+.4f}"
         bits = "" if one.bits_per_weight is None else f"{one.bits_per_weight:.4f}"
         shown = "no recipe" if kl is None else f"{kl:.4f}"
-        rows.append([one.name, bits, shown, gain, f"{one.seconds:.0f}"])
-        before = kl if kl is not None else before
+        name = one.name if one.is_taken else f"{one.name}: not taken"
+        rows.append([name, bits, shown, gain, f"{one.seconds:.0f}"])
+        before = kl if kl is not None and one.is_taken else before
     columns = ["tried", "bits/weight", "KL predicted", "gained", "seconds"]
-    print_table("what was tried, the best recipe with each and all before it", columns, rows)
+    print_table("what was tried, the best recipe with each and all taken before", columns, rows)
 
 
 def _suggest(result: RunResult) -> None:
