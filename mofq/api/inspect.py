@@ -88,7 +88,12 @@ def inspect(
         MofqError: The model, the engine or the search space is not valid.
     """
     from mofq.engines import legality
-    from mofq.evidence.spaces import load_search_space, offer_schemes, selected_layers
+    from mofq.evidence.spaces import (
+        load_search_space,
+        offer_schemes,
+        selected_layers,
+        with_stored,
+    )
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.notes import notes_on
@@ -99,7 +104,7 @@ def inspect(
     offers = None
     selections: tuple[Selection, ...] = ()
     if space is not None or engine is not None:
-        loaded = load_search_space(space or DEFAULT_SPACE)
+        loaded = with_stored(load_search_space(space or DEFAULT_SPACE), checkpoint, found.groups)
         selections = selected_layers(loaded, found)
         offers = tuple(
             offer_schemes(

@@ -201,7 +201,12 @@ def measure_space(
     """
     from mofq.engines import cache_legality, legality
     from mofq.evidence.refusals import count_refusals
-    from mofq.evidence.spaces import offer_caches, offer_schemes, selected_layers
+    from mofq.evidence.spaces import (
+        offer_caches,
+        offer_schemes,
+        selected_layers,
+        with_stored,
+    )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import EXPERTS_BY, find_layers, split_experts
@@ -248,6 +253,7 @@ def measure_space(
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
+    space = with_stored(space, checkpoint, found.groups)
     check = None if engine is None else legality(engine, found.architecture)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:

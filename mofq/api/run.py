@@ -211,10 +211,9 @@ def run(
 
     _check_effort(effort)
     loaded = load_search_space(space)
-    offered = Offered.at(effort, loaded)
     choices = Choices(
         engine=engine,
-        space=offered.space.name,
+        space=Offered.at(effort, loaded).space.name,
         fixed=fixed,
         at_least=at_least,
         at_most=at_most,
@@ -222,7 +221,7 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, selections = _check_request(model, loaded, offered, request, layers)
+    checkpoint, offered, selections = _check_request(model, loaded, effort, request, layers)
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     check_gradient_dtype(dtype)
@@ -778,18 +777,19 @@ def _read_export(
 
 
 def _check_request(
-    model: str, space: SearchSpace, offered: Offered, request: Request, layers: LayersFile
-) -> tuple[Checkpoint, tuple[Selection, ...]]:
+    model: str, space: SearchSpace, effort: str, request: Request, layers: LayersFile
+) -> tuple[Checkpoint, Offered, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        The model, opened, and how many layers each of the request's constraints names.
+        The model, opened; what the space offers of this model at the effort; how many layers each
+        of the request's constraints names.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
     from mofq.engines import find_engine, legality
     from mofq.evidence.constraints import selections_of
-    from mofq.evidence.spaces import offer_schemes, selected_layers
+    from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
     from mofq.model.layers import find_layers
     from mofq.model.layers.model_class import check_next_tokens
@@ -802,6 +802,7 @@ def _check_request(
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, found)
     selected_layers(space, found)
+    offered = Offered.at(effort, with_stored(space, checkpoint, found.groups))
     selections = selections_of(request.constraints, found.groups)
     offers = offer_schemes(
         offered.space, found.groups, legality=check, has_stats=True, constraints=request.constraints
@@ -823,7 +824,7 @@ def _check_request(
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    return checkpoint, selections
+    return checkpoint, offered, selections
 
 
 def _check_texts(

@@ -50,27 +50,20 @@ def open_fits(
     _check_numerics(recipe, fitted.scheme)
     if stats is None:
         raise needs_stats(fitted.layers[0])
-    recorded = recipe.made_by.get("stats_sha256")
+    recorded = _recorded(recipe)
     if has_kept_fits(stats):
         with KeptFits(stats) as kept:
-            _check_kept(recipe, kept.stats, index_sha256)
+            if not kept.stats.sha256.startswith(recorded or ""):
+                raise _is_fitted_to_others(recipe, kept.stats, "these are fits to")
+            _check_model(recipe, kept.stats, index_sha256)
             yield kept
         return
     opened = read_stats(stats)
     # Corpora may have been added to the folder since.
-    fitted_to = opened if recorded is None else _of_hash(opened, str(recorded))
+    fitted_to = opened if recorded is None else _of_hash(opened, recorded)
     if fitted_to is None:
-        raise RecipeError(
-            f"{stats}: {recipe.title} is fitted to stats_sha256 "
-            f"{str(recorded)[:8]}, and this folder has {opened.sha256[:8]}. Its codes would "
-            f"differ from those that were measured; give the folder that was measured with."
-        )
-    if index_sha256 is not None and opened.plan.index_sha256 != index_sha256:
-        raise StatsError(
-            f"{stats}: calibrated on {opened.plan.model_name} "
-            f"({opened.plan.index_sha256[:8]}), but the model is {recipe.model_name} "
-            f"({index_sha256[:8]}). Calibrate this model."
-        )
+        raise _is_fitted_to_others(recipe, opened, "this folder has")
+    _check_model(recipe, opened, index_sha256)
     verify_sequences(opened)
     with Fits(fitted_to) as fits:
         yield fits
@@ -90,18 +83,28 @@ def _passing(stats: Stats) -> str:
     return passing_stats(stats.folder, stats.plan).sha256
 
 
-def _check_kept(recipe: Recipe, kept: Stats, index_sha256: str | None) -> None:
-    """Refuse fits that a recipe does not rest on."""
-    recorded = recipe.made_by.get("stats_sha256")
-    if recorded is not None and not kept.sha256.startswith(str(recorded)):
-        raise RecipeError(
-            f"{kept.folder}: {recipe.title} is fitted to stats_sha256 {str(recorded)[:8]}, and "
-            f"these are fits to {kept.sha256[:8]}. Give those beside the table that was searched."
-        )
-    if index_sha256 is not None and kept.plan.index_sha256 != index_sha256:
+def _recorded(recipe: Recipe) -> str | None:
+    """The hash of the statistics that a recipe rests on; None where it is written by hand."""
+    found = recipe.made_by.get("stats_sha256")
+    return None if found is None else str(found)
+
+
+def _is_fitted_to_others(recipe: Recipe, found: Stats, what: str) -> RecipeError:
+    recorded = _recorded(recipe) or "(not noted)"
+    return RecipeError(
+        f"{found.folder}: {recipe.title} is fitted to stats_sha256 {recorded[:8]}, and {what} "
+        f"{found.sha256[:8]}. Its codes would differ from those that were measured; give "
+        "what was measured with: the folder of statistics, or the fits beside the table."
+    )
+
+
+def _check_model(recipe: Recipe, found: Stats, index_sha256: str | None) -> None:
+    """Refuse what was calibrated on another model than the recipe is applied to."""
+    if index_sha256 is not None and found.plan.index_sha256 != index_sha256:
         raise StatsError(
-            f"{kept.folder}: made of {kept.plan.model_name} ({kept.plan.index_sha256[:8]}), but "
-            f"the model is {recipe.model_name} ({index_sha256[:8]}). Measure this model."
+            f"{found.folder}: calibrated on {found.plan.model_name} "
+            f"({found.plan.index_sha256[:8]}), but the model is {recipe.model_name} "
+            f"({index_sha256[:8]}). Calibrate this model."
         )
 
 

@@ -45,6 +45,8 @@ def with_fitted(space: SearchSpace) -> FittedSpace:
     rounded: dict[str, list[str]] = {}
     added: dict[tuple[Scheme, ...], Candidate] = {}
     for candidate in space.candidates:
+        if candidate.groups is not None:  # what a source keeps, whose codes are there
+            continue
         twins = tuple(map(fitted_twin, candidate.schemes))
         for scheme, twin in zip(candidate.schemes, twins, strict=True):
             if twin is not None and twin.name not in known:

@@ -28,6 +28,7 @@ from mofq.evidence.constraints import (
     parse_constraint,
     select,
 )
+from mofq.evidence.stored_schemes import stored_schemes
 from mofq.exceptions import Remark, SchemeError, SearchSpaceError, nearest_name
 from mofq.files.documents import parse_yaml, read_text
 from mofq.files.validated import (
@@ -40,6 +41,7 @@ from mofq.files.validated import (
     published_schema,
     validate,
 )
+from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.kv_schemes import CacheScheme, cache_rejection, parse_cache_scheme
 from mofq.model.layers import CacheLayer, FusionGroup, LinearLayer, ModelLayers, lm_heads_of
 from mofq.model.sizes import counted_bytes
@@ -53,6 +55,9 @@ Legality = Callable[[Scheme, FusionGroup], str | None]
 
 #: The same of the name of a cache's scheme.
 CacheLegality = Callable[[str, CacheLayer], str | None]
+
+#: The entry of ``schemes`` for what a quantized source keeps each layer in.
+STORED = "stored"
 
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 
@@ -89,7 +94,10 @@ class SearchSpaceFile:
     description: Annotated[Text, Field(description="what the space is for, in a sentence")] = ""
     schemes: Annotated[
         SomeNames,
-        Field(description="scheme names; g[128,64,32] stands for the first size that fits"),
+        Field(
+            description="scheme names; g[128,64,32] stands for the first size that fits, stored "
+            "for what a quantized source keeps each layer in"
+        ),
     ]
     base: Annotated[
         SomeNames,
@@ -141,6 +149,7 @@ class Candidate:
 
     text: str  #: as the file writes it
     schemes: tuple[Scheme, ...]  #: more than one where it has a bracket
+    groups: frozenset[str] | None = None  #: that it is offered to; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +165,7 @@ class SearchSpace:
     sha256: str  #: of all that changes a number (not of comments and description)
     kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
     constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen; all is measured
+    offers_stored: bool = False  #: what a source keeps layers in; `with_stored` says what that is
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -227,7 +237,8 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     value = parse_yaml(text, where, SearchSpaceError)
     check_version(value, SEARCH_SPACE_VERSION, where, SearchSpaceError)
     file = validate(_SPACE_FILE, value, where, SearchSpaceError)
-    candidates = [_candidate(entry, f"{where}: schemes") for entry in file.schemes]
+    written = [entry for entry in file.schemes if entry != STORED]
+    candidates = [_candidate(entry, f"{where}: schemes") for entry in written]
     if file.offer_unquantized:
         candidates.append(_candidate("bf16", where))
     elif any(scheme.is_unquantized for one in candidates for scheme in one.schemes):
@@ -247,6 +258,37 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
         sha256="",
         kv_cache=kv_cache,
         constraints=_constraints(file, candidates, where),
+        offers_stored=STORED in file.schemes,
+    )
+    return replace(space, sha256=space_digest(space))
+
+
+def with_stored(
+    space: SearchSpace, checkpoint: Checkpoint, groups: Sequence[FusionGroup]
+) -> SearchSpace:
+    """A space whose entry ``stored`` is what the source of a model keeps each layer in.
+
+    Args:
+        space: The search space; it is returned as it is where it has no such entry, or where the
+            source is not quantized.
+        checkpoint: The source.
+        groups: Of the model.
+    """
+    if not space.offers_stored:
+        return space
+    kept: dict[Scheme, set[str]] = {}
+    for group in groups:
+        for scheme in stored_schemes(checkpoint, group):
+            kept.setdefault(scheme, set()).add(group.name)
+    found = [Candidate(STORED, (scheme,), frozenset(names)) for scheme, names in kept.items()]
+    if not found:
+        return space
+    base = (*(one.schemes[0].name for one in found), *space.base) if space.base else ()
+    space = replace(
+        space,
+        candidates=(*found, *space.candidates),
+        base=tuple(dict.fromkeys(base)),
+        offers_stored=False,  # it says now what that is
     )
     return replace(space, sha256=space_digest(space))
 
@@ -484,6 +526,8 @@ def _offer(
     offered: dict[Scheme, None] = {}
     rejected = {}
     for candidate in space.candidates:
+        if candidate.groups is not None and group.name not in candidate.groups:
+            continue
         for scheme in candidate.schemes:
             reason = _rejection(scheme, group, legality, has_stats)
             if reason is None:

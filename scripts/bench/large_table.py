@@ -24,7 +24,7 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, find_layers
 from mofq.model.sizes import group_bytes
 from mofq.numbers.schemes import Scheme
-from scripts.make.synthetic_checkpoint import _COMMON, CONFIGS, shapes_of
+from scripts.make.synthetic_checkpoint import COMMON, CONFIGS, shapes_of
 
 SAMPLES = 16
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--space", default="serving")
     options = parser.parse_args()
     model = options.output / "model"
-    write_sparse({**_COMMON, **CONFIGS[options.model]}, model)
+    write_sparse({**COMMON, **CONFIGS[options.model]}, model)
     checkpoint = open_checkpoint(str(model))
     layers, space = find_layers(checkpoint), load_search_space(options.space)
     header = header_of(

@@ -67,7 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
-_COMMON = {
+COMMON = {
     "hidden_act": "silu",
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    config = {**_COMMON, **CONFIGS[options.model]}
+    config = {**COMMON, **CONFIGS[options.model]}
     if options.decoder_layers is not None:
         config["num_hidden_layers"] = options.decoder_layers
     write_checkpoint(

@@ -36,10 +36,11 @@ class Part(NamedTuple):
 
 #: In order of value.
 PARTS = {
-    "numbers": Part("codes and scales bit for bit, eager and compiled", 150),
+    "numbers": Part("codes and scales bit for bit, eager and compiled", 135),
     "applier": Part("TorchAO's kernels under a mixed recipe", 75),
-    "models": Part("calibration and validation, 8B's shapes", 100),
-    "measure": Part("the compiled pass, with and without statistics", 95),
+    "models": Part("calibration and validation, 8B's shapes", 85),
+    "measure": Part("the compiled pass, with and without statistics", 85),
+    "streamed": Part("models run layer by layer", 50),
     "fitting": Part("~gptq on wide layers", 40),
 }
 #: All of them together.

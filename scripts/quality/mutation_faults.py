@@ -218,8 +218,8 @@ _NUMBERS = (
     ),
     Fault(
         "an exported folder scored on the original's tokens",
-        "windows_NT = original.tokenize(tokenizer)",
-        "windows_NT = original.windows_NT",
+        "windows_NT = original.windows.cut_by(tokenizer)",
+        "windows_NT = original.windows.tokens_NT",
         "exported_folder",
     ),
     Fault(

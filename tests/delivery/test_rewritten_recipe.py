@@ -123,6 +123,12 @@ def test_an_exported_folder_is_made_again_from_the_recipe_bit_for_bit(
     assert len(files) > 3
     for path in files:
         assert path.read_bytes() == (tmp_path / "b" / "m" / path.name).read_bytes(), path.name
+    # A corpus that was added to the statistics since changes nothing.
+    texts = {"a": some_tokens(4, 24), "b": some_tokens(4, 24)}
+    more = calibrate_folder(model, stats.folder, texts, kept=2)
+    assert more.sha256 != stats.sha256
+    with base_of(loaded, original, stats.folder) as grown:
+        assert read_stats(str(grown.stats)).sha256 == read_stats(str(base.stats)).sha256
     with base_of(loaded, base.checkpoint, base.stats) as same:  # the rewritten model itself
         assert same.checkpoint is base.checkpoint
 

@@ -179,3 +179,20 @@ def test_a_search_measures_the_same_recipes_streamed(family: str, tiny: TinyChec
             found.append([list(objective.evaluate(one)) for one in (first, second)])
     assert found[0] == found[1]
     assert len(found[0][0]) == PLAN["tokens"] // PLAN["sequence_length"]
+
+
+def test_what_a_stopped_streamed_run_kept_goes_when_a_resident_one_ends(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / ".validation.json.streamed"
+
+    def stop(stage: str, done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt(stage)
+
+    arguments: Any = (str(tiny_llama), recipes(tiny_llama)[:1], load_text("demo-en"))
+    with pytest.raises(KeyboardInterrupt):
+        validate_many(*arguments, execution="streamed", work=work, progress=stop, **PLAN)
+    assert any(work.rglob("*"))
+    validate_many(*arguments, execution="resident", work=work, **PLAN)
+    assert not work.exists()

@@ -93,7 +93,7 @@ def test_a_division_by_a_plain_number_would_be_found(
     assert any(name.startswith("eager int8.channel.s-f32, ") for name in found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_is_measured_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With statistics, inputs that are rounded, and rounding that is fitted."""
     monkeypatch.setattr(report, "machine", lambda device: {})

@@ -12,11 +12,14 @@ from command_line import ok
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from conftest import TinyCheckpoint
 from families import copy_with_config, copy_with_tensors
-from packed_sources import PACKINGS, write_packed
+from packed_sources import PACKINGS, pack_experts, write_packed
+from tiny_types import write_type
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from mofq.decision.recipe import load_recipe
+from mofq.evidence.table import read_table
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.packed import read_packed
@@ -193,6 +196,7 @@ def _set(end: str, to: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor
         ("int4 groups", _drop("weight_shape"), r"needs .*weight_shape' .*found none"),
         ("int4 groups", _set("weight_shape", lambda t: t + 8), r"is no weight of \[136, 104\]"),
         ("int4 groups", _set("weight_scale", lambda t: t[:4]), r"needs \[128, 3\] or .*found \[4"),
+        ("int4 groups", _set("weight_scale", lambda t: t[:, :2]), r"2 scales a row.* is \[32\]"),
         ("int4 groups", _set("weight_scale", lambda t: -t), r"holds -.* needed positive"),
         ("gptq", _drop("qzeros"), r"qweight' needs .*qzeros' .*found none"),
         ("gptq", _set("g_idx", lambda t: t + 9), r"g_idx' needs numbers of 3 groups, found 9 to"),
@@ -258,3 +262,21 @@ def test_the_whole_flow_starts_from_a_packed_source(
     text = ("--text", "demo-en", "--tokens", "96", "--sequence-length", "32")
     out = ok("validate", folder, tmp_path / "out", *text).out
     assert "enforced" in out
+
+
+@pytest.mark.long
+def test_a_release_of_gpt_oss_is_made_smaller_where_it_is_not_in_mxfp4(tmp_path: Path) -> None:
+    folder, run = write_type("gpt_oss", tmp_path / "model"), tmp_path / "run"
+    pack_experts(folder)
+    short = ("--sequences", "4", "--sequence-length", "32", "--tokens", "96")
+    text = ("--corpus", "demo-en-calibration", "--text", "demo-en")
+    ok("run", folder, "--max-bits", "4.5", *text, *short, "-o", run)
+    recipe = load_recipe(run / "recipe.yaml")
+    experts = [group for group in recipe.groups if "experts" in group.layers[0]]
+    assert {group.scheme for group in experts} == {"mxfp4"}
+    assert recipe.bits_per_weight <= 4.5
+    assert {
+        row.error
+        for row in read_table(run / "table.jsonl").rows
+        if row.scheme == "mxfp4" and "experts" in row.group
+    } == {0.0}

@@ -131,18 +131,17 @@ def _eight_a_word(code_HW: Tensor) -> Tensor:
 def modelopt(weight_OI: Tensor) -> tuple[Any, Stored]:
     """NVFP4 of ModelOpt: the same codes and scales, the global scale the other way round."""
     args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "symmetric": True}
-    _, (stored, values) = compressed_tensors(
+    _, (stored, _) = compressed_tensors(
         "nvfp4-pack-quantized", weight_OI.float(), group_size=16, **args
     )
     whole = stored["weight_global_scale"]
-    values = values * 0 + _modelopt_values(stored)
     parts = {
         "weight": stored["weight_packed"],
         "weight_scale": stored["weight_scale"],
         "weight_scale_2": (1 / whole).reshape(()),
         "input_scale": torch.tensor(0.5),
     }
-    return {"quant_method": "modelopt", "quant_algo": "NVFP4"}, (parts, values)
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4"}, (parts, _modelopt_values(stored))
 
 
 def _modelopt_values(stored: dict[str, Tensor]) -> Tensor:
@@ -221,3 +220,23 @@ def write_packed(source: Path, target: Path, packing: str) -> dict[str, Tensor]:
     (target / "config.json").write_text(json.dumps(config))
     save(tensors, target / "model.safetensors")
     return values
+
+
+def pack_experts(folder: Path) -> None:
+    """Write the experts of a gpt-oss checkpoint in MXFP4, as it is released, in their place."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = read_all(folder)
+    for name in [one for one in tensors if one.endswith(("experts.gate_up_proj", "down_proj"))]:
+        weight_EOGK = tensors.pop(name).float().transpose(1, 2).unflatten(2, (-1, 32))
+        exponent_EOG = weight_EOGK.abs().amax(-1).log2().floor() - 2
+        value_EOGK = weight_EOGK / torch.exp2(exponent_EOG)[..., None]
+        magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        code_EOGK = (value_EOGK.abs()[..., None] - magnitudes).abs().argmin(-1)
+        code_EOGK = (code_EOGK + 8 * (value_EOGK < 0)).to(torch.uint8)
+        tensors[f"{name}_blocks"] = code_EOGK[..., ::2] | (code_EOGK[..., 1::2] << 4)
+        tensors[f"{name}_scales"] = (exponent_EOG + 127).to(torch.uint8)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save(tensors, folder / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mofq.evidence.measure import schedule
+from mofq.evidence.measure import schedule, workers
 
 GPU = torch.device("cuda:0")
 _aten = torch.ops.aten
@@ -148,9 +148,10 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         for name in ("tensor", "as_tensor"):  # which set the device before any mode sees it
             patch.setattr(torch, name, partial(_made_there, getattr(torch, name)))
-        patch.setattr(
-            schedule, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=_enter)
-        )
+        for module in (schedule, workers):
+            patch.setattr(
+                module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=_enter)
+            )
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:

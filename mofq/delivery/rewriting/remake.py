@@ -20,7 +20,13 @@ from mofq.delivery.rewriting.moved_stats import write_moved_stats
 from mofq.delivery.rewriting.scales import METHODS, Strength
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
-from mofq.evidence.calibration.stats import Stats, check_same_model, read_stats, verify_sequences
+from mofq.evidence.calibration.stats import (
+    Stats,
+    check_same_model,
+    earlier_stats,
+    read_stats,
+    verify_sequences,
+)
 from mofq.exceptions import RecipeError, RewriteError, StatsError, nearest_name, option
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -136,14 +142,17 @@ def _checked_stats(
             f"folder that was measured with, as {option('stats')}."
         )
     opened = read_stats(stats)
-    if opened.sha256 != rewriting.stats_sha256:
+    # Corpora may have been added to the folder since.
+    every = (opened, *earlier_stats(opened))
+    known = next((one for one in every if one.sha256 == rewriting.stats_sha256), None)
+    if known is None:
         raise RecipeError(
             f"{stats}: {recipe.title} rewrites by stats_sha256 {rewriting.stats_sha256[:8]}, and "
             f"this folder has {opened.sha256[:8]}. Give the folder that was measured with."
         )
     check_same_model(opened, checkpoint, weights_sha256=rewriting.weights_sha256)
     verify_sequences(opened)
-    return opened
+    return known
 
 
 def _choices(rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats) -> list[Choice]:

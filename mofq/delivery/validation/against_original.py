@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -39,7 +39,8 @@ from mofq.delivery.validation.tasks import (
     TaskScore,
     compare_tasks,
 )
-from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.delivery.validation.windows import Windows, cut_windows
+from mofq.evidence.corpora import Bos, Corpus
 from mofq.exceptions import EnforcementError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -153,12 +154,15 @@ def validate_many(
                 runner=runner,
                 progress=progress,
             )
-            return tuple(
+            validations = tuple(
                 _validate_one(
                     each, original, progress=progress and _part(progress, number, len(opened))
                 )
                 for number, each in enumerate(opened)
             )
+    if work is not None:  # of a streamed run that was stopped
+        shutil.rmtree(work, ignore_errors=True)
+    return validations
 
 
 def _open(
@@ -194,9 +198,7 @@ class Original:
 
     checkpoint: Checkpoint
     text: Corpus
-    tokenize: Callable[[PreTrainedTokenizerBase], Tensor]  #: the text in windows
-    windows_NT: Tensor
-    bos: bool  #: whether the windows begin with it
+    windows: Windows  #: of the text
     entropies: tuple[float, ...]
     dtype: str
     device: str
@@ -220,32 +222,21 @@ def _run_original(
     progress: Progress | None,
 ) -> Original:
     start = monotonic()
-    tokenizer = load_tokenizer(checkpoint.folder)
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
-    check_context(model, sequence_length)
-    leading = leading_tokens(tokenizer, bos)
-    in_windows = partial(
-        tokenize,
-        text,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        leading=leading,
-        vocabulary_size=model.get_input_embeddings().weight.shape[0],
+    windows = cut_windows(
+        checkpoint, model, text, tokens=tokens, sequence_length=sequence_length, bos=bos
     )
-    windows_NT = in_windows(tokenizer)
-    entropies = run_original(model, windows_NT, into=logits, progress=progress)
+    entropies = run_original(model, windows.tokens_NT, into=logits, progress=progress)
     return Original(
         checkpoint=checkpoint,
         text=text,
-        tokenize=in_windows,
-        windows_NT=windows_NT,
-        bos=bool(leading),
+        windows=windows,
         logits=logits,
         entropies=entropies,
         dtype=dtype,
         device=device,
         runner=runner,
-        task_scores=() if runner is None else runner.run(model, tokenizer),
+        task_scores=() if runner is None else runner.run(model, windows.tokenizer),
         seconds=monotonic() - start,
     )
 
@@ -297,12 +288,13 @@ def validation_of(
         seconds: To apply, enforce and run the candidate.
     """
     recipe = candidate.recipe
-    agreement = summarize(scores, original.entropies, sequence_length=original.windows_NT.shape[1])
+    windows_NT = original.windows.tokens_NT
+    agreement = summarize(scores, original.entropies, sequence_length=windows_NT.shape[1])
     asked = None if recipe is None else recipe.budget.get("kl_nats_per_token")
     budget = float(asked) if isinstance(asked, int | float) else None
     return Validation(
         lineage=_lineage(candidate, original),
-        tokens=original.windows_NT.numel(),
+        tokens=windows_NT.numel(),
         kl_nats_per_token=agreement.kl_nats_per_token,
         kl_stderr=agreement.kl_stderr,
         predicted_kl_nats_per_token=None if recipe is None else recipe.kl_nats_per_token,
@@ -331,13 +323,13 @@ def tokens_of(candidate: Candidate, original: Original) -> tuple[PreTrainedToken
         EnforcementError: The folder's tokenizer cuts the text into another number of windows.
     """
     if candidate.folder is None or candidate.recipe is None or candidate.is_foreign:
-        return load_tokenizer(original.checkpoint.folder), original.windows_NT
+        return original.windows.tokenizer, original.windows.tokens_NT
     tokenizer = load_tokenizer(candidate.folder.folder)
-    windows_NT = original.tokenize(tokenizer)
-    if windows_NT.shape != original.windows_NT.shape:
+    windows_NT = original.windows.cut_by(tokenizer)
+    if windows_NT.shape != original.windows.tokens_NT.shape:
         raise EnforcementError(
             f"{candidate.source}: its tokenizer makes {windows_NT.numel()} tokens of the text, "
-            f"the original's {original.windows_NT.numel()}, so the two cannot be compared."
+            f"the original's {original.windows.tokens_NT.numel()}, so the two cannot be compared."
         )
     return tokenizer, windows_NT
 
@@ -393,8 +385,8 @@ def _lineage(candidate: Candidate, original: Original) -> Lineage:
         dtype=original.dtype,
         device=original.device,
         backend=candidate.backend,
-        sequence_length=original.windows_NT.shape[1],
-        bos=original.bos,
+        sequence_length=original.windows.tokens_NT.shape[1],
+        bos=bool(original.windows.leading),
         stats_bos=_stats_bos(candidate.recipe),
         text_use=None if candidate.recipe is None else candidate.recipe.use_of(text.sha256),
     )

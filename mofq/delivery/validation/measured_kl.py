@@ -29,14 +29,15 @@ from mofq.delivery.validation.divergence import (
     compare_windows,
     run_original,
 )
-from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.delivery.validation.windows import cut_windows
+from mofq.evidence.corpora import Bos, Corpus
 from mofq.evidence.fits import Fits
 from mofq.exceptions import MofqError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_kept_layer
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
-from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.loading import load_model
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Quantized weights that are kept for when a scheme comes back [bytes].
@@ -89,17 +90,15 @@ class MeasuredKl:
         self.checkpoint: Checkpoint = open_checkpoint(model_source)
         self.text = text
         self._model = load_model(self.checkpoint.folder, dtype=dtype, device=device)
-        check_context(self._model, sequence_length)
-        tokenizer = load_tokenizer(self.checkpoint.folder)
-        self.leading = leading_tokens(tokenizer, bos)  # of every window
-        self.windows_NT = tokenize(
+        windows = cut_windows(
+            self.checkpoint,
+            self._model,
             text,
-            tokenizer,
             tokens=tokens,
             sequence_length=sequence_length,
-            leading=self.leading,
-            vocabulary_size=self._model.get_input_embeddings().weight.shape[0],
+            bos=bos,
         )
+        self.windows_NT, self.leading = windows.tokens_NT, windows.leading
         self._stats = stats
         self._fits: Fits | None = None  # opened for the first recipe that needs it
         self._stack = ExitStack()

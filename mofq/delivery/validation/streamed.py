@@ -52,7 +52,8 @@ from mofq.delivery.validation.enforcement import (
     unquantized_deviations,
 )
 from mofq.delivery.validation.report import Validation
-from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.delivery.validation.windows import cut_windows
+from mofq.evidence.corpora import Bos, Corpus
 from mofq.evidence.fits import Fits
 from mofq.exceptions import StreamingError
 from mofq.files.documents import write_beside_and_rename
@@ -61,7 +62,6 @@ from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers, layers_of
 from mofq.model.layers.within import layers_within
-from mofq.model.loading import load_tokenizer
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
 
@@ -163,23 +163,13 @@ def validate_streamed(
         )
         start = monotonic()
         model = first.streamed.model
-        check_context(model, sequence_length)
-        tokenizer = load_tokenizer(checkpoint.folder)
-        leading = leading_tokens(tokenizer, bos)
-        in_windows = partial(
-            tokenize,
-            text,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            leading=leading,
-            vocabulary_size=model.get_input_embeddings().weight.shape[0],
+        windows = cut_windows(
+            checkpoint, model, text, tokens=tokens, sequence_length=sequence_length, bos=bos
         )
         original = Original(
             checkpoint=checkpoint,
             text=text,
-            tokenize=in_windows,
-            windows_NT=in_windows(tokenizer),
-            bos=bool(leading),
+            windows=windows,
             entropies=(),
             dtype=dtype,
             device=device,
@@ -192,7 +182,7 @@ def validate_streamed(
                 runs.append(_open_folder(stack, candidate, original, folder=at))
         for run in runs:
             for subject in run.subjects:
-                own = original.windows_NT
+                own = original.windows.tokens_NT
                 if subject.candidate is not None:
                     with naming_deviations(subject.candidate):
                         _, own = tokens_of(subject.candidate, original)
@@ -481,7 +471,7 @@ def _compare(
     first, the_original = runs[0], runs[0].subjects[0]
     entropies: list[float] = []
     scores: dict[int, list[WindowScore]] = {}
-    count_of_windows = len(original.windows_NT)
+    count_of_windows = len(original.windows.tokens_NT)
     with first.streamed.weights.loaded(first.streamed.head):
         for number, (run, head) in enumerate(zip(runs, heads, strict=True)):
             unit = run.streamed.head
@@ -495,7 +485,7 @@ def _compare(
                     with subject.timed(), _applied(modules, subject):
                         found = _enforce(run, subject, unit, original.checkpoint, known)
                         _write_findings(subject.findings(unit), found)
-                for index, window_T in enumerate(original.windows_NT):
+                for index, window_T in enumerate(original.windows.tokens_NT):
                     with the_original.timed():
                         reference_TV = first.streamed.logits(
                             the_original.sequences[index], heads[0]

@@ -14,11 +14,11 @@ from mofq.delivery.apply.unit import Applied, unit_modules
 from mofq.delivery.recipe_fits import check_fits, open_fits
 from mofq.delivery.validation.divergence import check_logits, score_window
 from mofq.delivery.validation.streamed import Run, Subject, check_units, run_layers
-from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.delivery.validation.windows import cut_windows
+from mofq.evidence.corpora import Bos, Corpus
 from mofq.evidence.fits import Fits
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
-from mofq.model.loading import load_tokenizer
 from mofq.model.streaming.streamed import open_streamed
 
 
@@ -52,18 +52,15 @@ class StreamedKl:
             self._streamed = self._stack.enter_context(
                 open_streamed(self.checkpoint.folder, dtype=dtype, device=device)
             )
-            model = self._streamed.model
-            check_context(model, sequence_length)
-            tokenizer = load_tokenizer(self.checkpoint.folder)
-            self.leading = leading_tokens(tokenizer, bos)  # of every window
-            self.windows_NT = tokenize(
+            windows = cut_windows(
+                self.checkpoint,
+                self._streamed.model,
                 text,
-                tokenizer,
                 tokens=tokens,
                 sequence_length=sequence_length,
-                leading=self.leading,
-                vocabulary_size=model.get_input_embeddings().weight.shape[0],
+                bos=bos,
             )
+            self.windows_NT, self.leading = windows.tokens_NT, windows.leading
             temporary = tempfile.TemporaryDirectory(prefix="mofq-")
             self._folder = Path(self._stack.enter_context(temporary))
             self._original = Subject(self._folder / "original")

@@ -32,14 +32,12 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mofq.exceptions import CheckpointError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.safetensors_header import AGAIN, Packed, TensorInfo
 
-#: How codes lie; what else is true of each is said above.
-LAYOUTS = ("words", "bytes", "fp4", "gptq", "awq", "experts")
 #: What a source may be quantized as besides FP8, for messages.
 SUPPORTED = (
     "'compressed-tensors' with integers or FP4, 'gptq', 'awq', 'mxfp4' of gpt-oss, or 'modelopt'"
@@ -47,6 +45,7 @@ SUPPORTED = (
 )
 
 _WORD_BITS = 32
+_INT8_BITS = 8
 _FLOATS = ("F16", "BF16", "F32")
 _NVFP4_GROUP = 16
 _MXFP4_GROUP = 32
@@ -169,68 +168,103 @@ def _weight(
 
 
 def _read_compressed_tensors(source: _Source) -> list[TensorInfo]:
-    widths = _stated_widths(source)
+    stated = _stated_integers(source)
     found = []
     for name, codes in source.tensors.items():
         stem = name.removesuffix("weight_packed")
         if name.endswith(".weight_packed") and codes.dtype == "U8":
             found.append(_fp4_weight(source, codes, stem))
         elif name.endswith(".weight_packed"):
-            found.append(_packed_integers(source, codes, stem, widths))
+            found.append(_packed_integers(source, codes, stem, stated))
         elif name.endswith(".weight") and codes.dtype == "I8" and f"{name}_scale" in source.tensors:
-            found.append(_plain_integers(source, codes))
+            found.append(_plain_integers(source, codes, stated))
     return found
 
 
-def _stated_widths(source: _Source) -> frozenset[int]:
-    """The widths of integers that a config's groups have [bits]."""
+class _Integers(NamedTuple):
+    """What a config says of some weights in integers."""
+
+    bits: int
+    group_size: int | None  #: columns that share a scale; None: all of a row
+
+
+def _stated_integers(source: _Source) -> frozenset[_Integers]:
     groups = source.config.get("config_groups")
     stated = groups.values() if isinstance(groups, dict) else ()
     weights = [group.get("weights") for group in stated if isinstance(group, dict)]
-    return frozenset(
-        one["num_bits"]
-        for one in weights
-        if isinstance(one, dict) and one.get("type") == "int" and type(one.get("num_bits")) is int
-    )
+    found = set()
+    for one in weights:
+        if isinstance(one, dict) and one.get("type") == "int" and type(one.get("num_bits")) is int:
+            size = one.get("group_size")
+            found.add(_Integers(one["num_bits"], size if type(size) is int and size > 0 else None))
+    return frozenset(found)
 
 
 def _packed_integers(
-    source: _Source, codes: TensorInfo, stem: str, widths: frozenset[int]
+    source: _Source, codes: TensorInfo, stem: str, stated: frozenset[_Integers]
 ) -> TensorInfo:
     if codes.dtype != "I32" or len(codes.shape) != 2:
         raise source.wrong(codes, "words of I32 in two dimensions")
     shape = source.part(codes, f"{stem}weight_shape", [(2,)], ("I64", "I32"))
     rows, columns = _read_integers(shape)
+    widths = {one.bits for one in stated}
     fitting = [b for b in widths if 2 <= b <= 8 and -(-columns * b // 32) == codes.shape[1]]
     if rows != codes.shape[0] or columns < 1 or len(fitting) != 1:
         raise CheckpointError(
             f"{codes.file}: {codes.name!r} of {list(codes.shape)} is no weight of {[rows, columns]}"
             f" (weight_shape) in integers of {shown(sorted(widths))} bits. {AGAIN}"
         )
-    scale, group = _group_scale(source, codes, f"{stem}weight_scale", rows, columns)
+    sizes = [one.group_size for one in stated if one.bits == fitting[0]]
+    scale, group = _group_scale(source, codes, f"{stem}weight_scale", (rows, columns), sizes)
     words = -(-rows * fitting[0] // _WORD_BITS)
     point = source.maybe(codes, f"{stem}weight_zero_point", [(words, columns // group)], ("I32",))
     order = source.maybe(codes, f"{stem}weight_g_idx", [(columns,)], ("I32", "I64"))
-    packed = Packed("words", scale, group, point, group_of_I=order)
+    packed = Packed(
+        *("words", scale, group, point),
+        group_of_I=order,
+        is_sorted=order is not None,
+        is_symmetric=point is None,
+    )
     return _weight(codes, f"{stem}weight", f"INT{fitting[0]}", (rows, columns), packed)
 
 
-def _plain_integers(source: _Source, codes: TensorInfo) -> TensorInfo:
+def _plain_integers(source: _Source, codes: TensorInfo, stated: frozenset[_Integers]) -> TensorInfo:
     if len(codes.shape) != 2:
         raise source.wrong(codes, "INT8 codes in two dimensions")
     rows, columns = codes.shape
-    scale, group = _group_scale(source, codes, f"{codes.name}_scale", rows, columns)
+    sizes = [one.group_size for one in stated if one.bits == _INT8_BITS]
+    scale, group = _group_scale(source, codes, f"{codes.name}_scale", (rows, columns), sizes)
     point = source.maybe(codes, f"{codes.name}_zero_point", [scale.shape], ("I8",))
-    return _weight(codes, codes.name, "INT8", (rows, columns), Packed("bytes", scale, group, point))
+    packed = Packed("bytes", scale, group, point, is_symmetric=point is None)
+    return _weight(codes, codes.name, "INT8", (rows, columns), packed)
 
 
 def _group_scale(
-    source: _Source, codes: TensorInfo, name: str, rows: int, columns: int
+    source: _Source,
+    codes: TensorInfo,
+    name: str,
+    shape: tuple[int, int],
+    sizes: Sequence[int | None],
 ) -> tuple[TensorInfo, int]:
-    """The scales of integers, one for each group, row, or for all; and the columns of a group."""
+    """The scales of integers, one for each group, row, or for all; and the columns of a group.
+
+    Args:
+        source: All tensors.
+        codes: Of the weight.
+        name: Of the scales.
+        shape: Of the weight.
+        sizes: Of groups, that the config has for integers of this width.
+    """
+    rows, columns = shape
     stored = source.tensors.get(name)
     groups = stored.shape[1] if stored is not None and len(stored.shape) == 2 else 1
-    groups = groups if groups and columns % groups == 0 else 1
+    wide = [columns if size is None else min(size, columns) for size in sizes]
+    if stored is not None and not any(columns == groups * size for size in wide):
+        raise CheckpointError(
+            f"{codes.file}: {codes.name!r} has {columns} columns and {groups} scales a row, and"
+            f" 'group_size' is {shown(sorted(size or -1 for size in sizes))}; needed groups that"
+            f" divide the columns. {AGAIN}"
+        )
     shapes: list[tuple[int, ...]] = [(rows, groups), (rows, 1), (rows,), (1,), ()]
     return source.part(codes, name, shapes, _FLOATS), columns // groups
 
@@ -294,7 +328,12 @@ def _read_gptq(source: _Source) -> list[TensorInfo]:
         point = source.part(codes, f"{stem}qzeros", shapes, ("I32",))
         order = source.maybe(codes, f"{stem}g_idx", [(columns,)], ("I32", "I64"))
         offset = 1 if layout == "gptq" else 0
-        packed = Packed("gptq", scale, group, point, offset, group_of_I=order)
+        packed = Packed(
+            *("gptq", scale, group, point, offset),
+            group_of_I=order,
+            is_sorted=bool(source.config.get("desc_act")),
+            is_symmetric=source.config.get("sym") is True,
+        )
         found.append(_weight(codes, f"{stem}weight", f"INT{bits}", (rows, columns), packed))
     return found
 
@@ -314,7 +353,7 @@ def _read_awq(source: _Source) -> list[TensorInfo]:
         scale, group = _group_scale_in_columns(source, codes, stem, rows, columns)
         shapes = [(columns // group, codes.shape[1])]
         point = source.maybe(codes, f"{stem}qzeros", shapes, ("I32",))
-        packed = Packed("awq", scale, group, point)
+        packed = Packed("awq", scale, group, point, is_symmetric=point is None)
         found.append(_weight(codes, f"{stem}weight", f"INT{bits}", (rows, columns), packed))
     return found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mofq.exceptions import CheckpointError, nearest_name
 from mofq.files.documents import parse_json, shown
@@ -85,6 +85,10 @@ class Scaling:
     tile_columns: int  #: columns that do
 
 
+#: How codes, scales and zero points lie; see `mofq.model.checkpoint.packed`.
+Layout = Literal["words", "bytes", "fp4", "gptq", "awq", "experts"]
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """How a weight [out, in] lies in several tensors of a quantized source.
@@ -92,14 +96,16 @@ class Packed:
     A weight is ``(code - zero point) * scale``; see `mofq.model.checkpoint.packed`.
     """
 
-    layout: str  #: of codes, scales and zero points; one of `mofq.model.checkpoint.packed.LAYOUTS`
+    layout: Layout
     scale: TensorInfo
     group_size: int  #: columns that share a scale
     zero_point: TensorInfo | None = None
     zero_offset: int = 0  #: what is to be added to the stored zero points
     global_scale: TensorInfo | None = None  #: that scales are multiplied by
     is_divisor: bool = False  #: or divided by
-    group_of_I: TensorInfo | None = None  #: which group each column is in, where not in order
+    group_of_I: TensorInfo | None = None  #: which group each column is in, if that is stored
+    is_sorted: bool = False  #: whether columns of a group lie apart
+    is_symmetric: bool = False  #: whether zero points, if there are any, are all in the middle
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

@@ -11,7 +11,9 @@ import errno
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +56,24 @@ def write_tensors(path: Path, content: Any, tensors: Sequence[Tensor]) -> None:
         position += -(-one.nbytes // _ALIGN) * _ALIGN
     raw = json.dumps({"content": content, "tensors": described, "bytes": position}).encode()
     raw += b" " * (-(len(raw) + 8) % _ALIGN)
+    with _writing(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for one, (_, _, offset) in zip(tensors, described, strict=True):
+            file.seek(8 + len(raw) + offset)
+            flat = one.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            written, data = 0, flat.numpy().data
+            while written < len(data):
+                written += file.write(data[written:])
+        file.truncate(8 + len(raw) + position)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[FileIO]:
+    """A file that has its name once it is complete."""
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb", buffering=0) as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for one, (_, _, offset) in zip(tensors, described, strict=True):
-                file.seek(8 + len(raw) + offset)
-                flat = one.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                written, data = 0, flat.numpy().data
-                while written < len(data):
-                    written += file.write(data[written:])
-            file.truncate(8 + len(raw) + position)
+            yield file
         os.replace(temporary, path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
@@ -101,9 +110,8 @@ def drop_tensors(path: Path) -> None:
         return
     raw = json.dumps({"content": content, "tensors": described, "bytes": 0}).encode()
     raw += b" " * (-(len(raw) + 8) % _ALIGN)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(len(raw).to_bytes(8, "little") + raw)
-    os.replace(temporary, path)
+    with _writing(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
 
 
 def _header(path: Path) -> tuple[Any, _Described, int]:

@@ -60,7 +60,11 @@ class _Absent:
 
 @dataclass(slots=True)
 class UnitWeights:
-    """Reads the weights of one unit after the other, the next one ahead; close it after use."""
+    """Reads the weights of one unit after the other, the next one ahead; close it after use.
+
+    On a GPU the next unit is copied there too while this one computes, on a stream of its own: two
+    units are on the device at a time.
+    """
 
     model: PreTrainedModel
     units: Mapping[str, nn.Module]  #: path -> module, in the order of the model
@@ -108,7 +112,10 @@ class UnitWeights:
             self._ahead[ahead] = self._pool.submit(self._read, ahead)
         before = {name: _get(self.model, name) for name in weights}
         for name in list(weights):
-            _put(self.model, name, weights.pop(name).to(self.device, non_blocking=True))
+            tensor = weights.pop(name)
+            if tensor.is_cuda:  # its memory was taken on another stream than it is used on
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            _put(self.model, name, tensor)
         try:
             yield self.units[unit]
         finally:
@@ -119,10 +126,10 @@ class UnitWeights:
         """Read what is a unit's tensor under another name, outside of it: it stays."""
         if self._sources[""]:
             for name, tensor in self._read("").items():
-                _put(self.model, name, tensor.to(self.device))
+                _put(self.model, name, tensor)
 
     def _read(self, unit: str) -> dict[str, Tensor]:
-        """Model's tensor -> its values, of a unit, on the CPU."""
+        """Model's tensor -> its values, of a unit, on the device."""
         lazy: dict[str, Any] = {name: Lazy(read) for name, read in self._readers[unit].items()}
         sources = self._sources[unit]
         before = {source: _get(self._shadow, source) for source in sources.values()}
@@ -130,11 +137,21 @@ class UnitWeights:
         found = {name: _get(self._shadow, source) for name, source in sources.items()}
         for source, tensor in before.items():
             _put(self._shadow, source, tensor)
-        pinned = self.device.type == "cuda"
-        return {
-            name: one.detach().pin_memory() if pinned else one.detach()
-            for name, one in found.items()
-        }
+        return self._send({name: one.detach() for name, one in found.items()})
+
+    def _send(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the device, and wait for that alone."""
+        if self.device.type != "cuda":
+            return {name: one.to(self.device) for name, one in tensors.items()}
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            sent = {
+                name: one.pin_memory().to(self.device, non_blocking=True)
+                for name, one in tensors.items()
+            }
+        # Here, in the reading thread: whoever takes the tensors need not wait for the stream.
+        stream.synchronize()
+        return sent
 
 
 def open_unit_weights(
