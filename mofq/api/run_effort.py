@@ -41,7 +41,7 @@ Effort = Annotated[
 EFFORTS = ("quick", "normal", "best")
 #: Searches over measured and guessed rows, at most. Where samples are not stored, each takes a
 #: calibration.
-ROUNDS, ROUNDS_WITHOUT_STATS = 4, 1
+ROUNDS, ROUNDS_WITHOUT_STATS = 3, 1
 
 #: Fusion group -> twins that are measured.
 Twins = Mapping[str, frozenset[str]]

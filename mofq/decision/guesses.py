@@ -5,10 +5,10 @@ groups would not choose it. How much fitting saves depends on the format and the
 more than on the decoder layer. So twins are measured in a few fusion groups of each kind, guessed
 in the others, and a search over measured and guessed rows says where the next measurement pays.
 
-A guess is the rounded scheme's row times the ratio that was measured of that twin in groups of
-its kind: the lower quartile, so that a twin which might be chosen is measured rather than passed
-over. Before any is measured, it is the usual ratio of its number of bits. No recipe rests on a
-guess: what is chosen is measured, and chosen again.
+A guess is the rounded scheme's row times the median ratio that was measured of that twin in groups
+of its kind, before any is measured the usual ratio of its number of bits. Where other twins of the
+group are measured, the ratio is larger or smaller by as much as theirs are: groups differ, and a
+group's twins are alike. No recipe rests on a guess: what is chosen is measured, and chosen again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import geometric_mean, median
 
 from mofq.decision.problem import KL_UNIT
 from mofq.evidence.table import Row, Table, TableGroup
 from mofq.numbers.schemes import parse_scheme
 
-#: Of the measured ratios, the share that is below the one that is guessed with.
-_QUANTILE = 0.25
+#: An error that fitting removes altogether is taken for so small a share of it.
+_LEAST_RATIO = 1e-3
 #: Of how many fusion groups of a kind one is a pilot, and how many are at most.
 _GROUPS_OF_A_PILOT, _MOST_PILOTS = 8, 3
 #: Bits of a twin's codes -> the usual ratio; of more bits than these it is 1.
@@ -110,22 +111,31 @@ def _error(rows: Sequence[Row]) -> float:
 def _ratios(
     table: Table, twins: Twins, rows: Mapping[str, _Rows]
 ) -> Callable[[str, TableGroup], float]:
-    """What fitting does to the error: of a group's kind, else of the twin, else of its bits."""
+    """What fitting does to the error of a group, by twin and fusion group."""
+    by_group: dict[str, dict[str, float]] = {}
     found: dict[object, list[float]] = defaultdict(list)
     for group in table.header.groups:
         for twin, rounded in twins.items():
             of_twin, best = rows[group.name].get(twin), _best(rows[group.name], rounded)
             if of_twin is None or best is None or not _error(best) > 0:
                 continue
-            ratio = _error(of_twin) / _error(best)
+            ratio = max(_error(of_twin) / _error(best), _LEAST_RATIO)
+            by_group.setdefault(group.name, {})[twin] = ratio
             found[twin, _kind(group)].append(ratio)
             found[twin].append(ratio)
 
-    def ratio_of(twin: str, group: TableGroup) -> float:
+    def usual(twin: str, group: TableGroup) -> float:
+        """Of groups of its kind, else of all, else of its bits."""
         some = found.get((twin, _kind(group))) or found.get(twin)
         if not some:
             return _USUAL.get(parse_scheme(twin).quantized_weight.element.bits, 1.0)
-        return sorted(some)[int(_QUANTILE * (len(some) - 1))]
+        return median(some)
+
+    def ratio_of(twin: str, group: TableGroup) -> float:
+        known = by_group.get(group.name, {})
+        return usual(twin, group) * geometric_mean(
+            [1.0, *(ratio / usual(one, group) for one, ratio in known.items())][bool(known) :]
+        )
 
     return ratio_of
 
