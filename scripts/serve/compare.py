@@ -136,7 +136,8 @@ def _summary(shares: dict[str, float], *, experts: int) -> dict[str, Any]:
 def _unfused(name: str, packed: dict[str, list[str]]) -> list[str]:
     parent, _, word = name.rpartition(".")
     # GLM-4 has joined on disk what vLLM would join.
-    return [f"{parent}.{part}" for part in (word, *packed.get(word, ()))]
+    # Phi-3's is packed of itself.
+    return [f"{parent}.{part}" for part in dict.fromkeys((word, *packed.get(word, ())))]
 
 
 def _emulate(

@@ -79,10 +79,11 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
 
         return record
 
+    packed = getattr(model, "packed_modules_mapping", None) or {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
             module.register_forward_hook(recorder(name))
-    return {key: list(names) for key, names in (model.packed_modules_mapping or {}).items()}
+    return {key: list(names) for key, names in packed.items()}
 
 
 def score(llm: Any, request: dict[str, Any], result: dict[str, Any]) -> None:

@@ -145,8 +145,9 @@ def test_the_reference_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) ->
     script = import_module("scripts.make.reference")
     texts: dict[str, str] = script.reference_texts()
     folder = DOCS / "reference"
-    # families.md is what minutes of scripts.make.families found: tests/flow/test_any_model.py
-    assert {path.name for path in folder.iterdir()} == {*texts, "families.md"}
+    # What minutes of scripts.make.families and scripts.serve.structures found.
+    found = {"families.md", "served.md"}
+    assert {path.name for path in folder.iterdir()} == texts.keys() | found
     # To bring them up to date: python scripts/make/reference.py
     assert [name for name in texts if (folder / name).read_text("utf-8") != texts[name]] == []
     assert set(script.RULES) == set(get_args(ScaleRule))

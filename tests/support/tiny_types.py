@@ -63,7 +63,7 @@ def _each(value: int, names: str) -> dict[str, int]:
 
 
 #: A size under all names that configs have for it. In-features are multiples of 32.
-_SIZES: dict[str, int] = {
+SIZES: dict[str, int] = {
     **_each(
         64,
         "hidden_size d_model n_embd embed_dim embedding_size embedding_dim emb_dim dim_model_base"
@@ -136,7 +136,7 @@ _SET_IF_NONE = (
 )
 #: Of what is no language model: sizes of towers.
 _TOWER: dict[str, int] = {
-    **{name: size for name, size in _SIZES.items() if not name.endswith(("_id", "_index"))},
+    **{name: size for name, size in SIZES.items() if not name.endswith(("_id", "_index"))},
     **_each(
         32,
         "hidden_size intermediate_size embed_dim d_model output_dim projection_dim",
@@ -304,16 +304,22 @@ _OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(
+    model_type: str, sizes: Mapping[str, int] | None = None, **changes: Any
+) -> PretrainedConfig:
     """A config of a type with small sizes, in which every kind of decoder layer occurs.
 
     Args:
         model_type: One of ``CAUSAL_TYPES`` or ``MULTIMODAL_TYPES``.
+        sizes: Under all names that configs have for them, others than `SIZES`.
+        changes: Fields of this config alone.
     """
-    return _shrink(CONFIG_MAPPING[model_type], _SIZES)
+    return _shrink(CONFIG_MAPPING[model_type], {**SIZES, **(sizes or {})}, changes)
 
 
-def _shrink(kind: type[PretrainedConfig], sizes: Mapping[str, int]) -> Any:
+def _shrink(
+    kind: type[PretrainedConfig], sizes: Mapping[str, int], changes: Mapping[str, Any] | None = None
+) -> Any:
     try:
         defaults = kind().to_dict()
     except Exception:  # some need arguments
@@ -338,9 +344,9 @@ def _shrink(kind: type[PretrainedConfig], sizes: Mapping[str, int]) -> Any:
             part = CONFIG_MAPPING[stated["model_type"]]
         if isinstance(stated, dict) or name in known:
             is_text = any(word in name for word in ("text", "decoder", "llm", "language"))
-            options[name] = _shrink(part, _SIZES if is_text else _TOWER).to_dict()
+            options[name] = _shrink(part, sizes if is_text else _TOWER).to_dict()
     own = {**_OPTIONS, **_OPTIONS_MULTIMODAL}.get(kind.model_type, {})
-    return kind(**{**options, **own})
+    return kind(**{**options, **own, **(changes or {})})
 
 
 def _spread_kinds(
@@ -366,7 +372,11 @@ def _arguments(kind: type) -> set[str]:
 
 
 def build_type(
-    model_type: str, *, multimodal: bool | None = None, seed: int = 0
+    model_type: str,
+    *,
+    multimodal: bool | None = None,
+    seed: int = 0,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """A tiny model of a type with seeded random weights, biases and norms, in bf16.
 
@@ -374,13 +384,14 @@ def build_type(
         model_type: One of ``CAUSAL_TYPES`` or ``MULTIMODAL_TYPES``.
         multimodal: Of the class with towers, where a type has two; by default the causal one.
         seed: Of the weights.
+        config: From `tiny_config`, by default without changes.
 
     Raises:
         Exception: transformers cannot build it from a shrunken config.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = tiny_config(model_type)
+    config = config or tiny_config(model_type)
     with_towers = model_type not in CAUSAL_TYPES if multimodal is None else multimodal
     auto = AutoModelForMultimodalLM if with_towers else AutoModelForCausalLM
     with torch.device("meta"):
@@ -398,7 +409,12 @@ def build_type(
 
 
 def write_type(
-    model_type: str, folder: Path, *, fused: bool = False, multimodal: bool | None = None
+    model_type: str,
+    folder: Path,
+    *,
+    fused: bool = False,
+    multimodal: bool | None = None,
+    config: PretrainedConfig | None = None,
 ) -> Path:
     """Write a tiny checkpoint of a type, with a tokenizer, as the real transformers class does.
 
@@ -407,9 +423,10 @@ def write_type(
         folder: Is written anew.
         multimodal: As for `build_type`.
         fused: As for `write_family`.
+        config: As for `build_type`.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    model = build_type(model_type, multimodal=multimodal)
+    model = build_type(model_type, multimodal=multimodal, config=config)
     model.save_pretrained(folder, save_original_format=not fused)
     write_byte_tokenizer(folder)
     return folder

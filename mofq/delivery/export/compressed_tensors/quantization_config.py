@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
+from mofq.engines.vllm_names import vllm_prefix
 from mofq.model.layers import FUSION_RULES, FusionGroup, find_loaded_weight, layers_of
+from mofq.model.layers.words import LAYER_COUNTS
 
 #: Last words of layers that engines join -> last words of the module that they make of them. Most
 #: classes of SGLang 0.5.23, and vLLM's ``Qwen3MoeForCausalLM`` for ``gate_up_proj``, do not say
@@ -76,7 +78,7 @@ def _config_group(
     groups = [planned.group for planned in members]
     names = _names(groups, architecture)
     if names_of_engines:
-        names += _engine_names(groups, architecture)
+        names += _engine_names(groups, plan)
     return {
         "targets": list(dict.fromkeys(names)),
         "weights": storage.weights,
@@ -89,7 +91,7 @@ def _config_group(
 def _ignored_names(plan: ExportPlan) -> list[str]:
     quantized = {planned.group.name for planned in plan.quantized}
     rest = [group for group in plan.model_layers.groups if group.name not in quantized]
-    engines = _engine_names(rest, plan.model_layers.architecture)
+    engines = _engine_names(rest, plan)
     return list(dict.fromkeys([*plan.ignored, *engines]))
 
 
@@ -105,16 +107,17 @@ def _names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
     return names
 
 
-def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
-    """Names that only engines have: of joined layers, and of the first expert.
+def _engine_names(groups: Iterable[FusionGroup], plan: ExportPlan) -> list[str]:
+    """Names that only engines have: of joined layers, of the first expert, and prefixes of vLLM.
 
     SGLang looks the experts of any family up as ``experts.0.gate_proj``, ``up_proj`` and
     ``down_proj``.
 
     Source: SGLang 0.5.23 ``compressed_tensors/compressed_tensors.py:883-898``.
     """
-    names = []
+    architecture, names, on_disk = plan.model_layers.architecture, [], []
     for group in groups:
+        on_disk += [layer.name for layer in group.layers]
         parents = [layer.name.rpartition(".")[0] for layer in group.layers]
         words = [layer.name.rpartition(".")[2] for layer in group.layers]
         names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
@@ -127,4 +130,9 @@ def _engine_names(groups: Iterable[FusionGroup], architecture: str) -> list[str]
     if architecture in _WITHOUT_BODY:
         body = FUSION_RULES[architecture].body
         names += [name.removeprefix(body) for name in names]
-    return names
+    config = plan.checkpoint.config
+    count = next((int(config[key]) for key in LAYER_COUNTS if key in config), 0)
+    prefixes = [
+        vllm_prefix(name, architecture, decoder_layers=count) for name in (*on_disk, *names)
+    ]
+    return names + [name for name in prefixes if name is not None]
