@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -116,21 +117,42 @@ def export(
         raise MofqError(f"{option('validations')}: a file for {to} has no model card to say it in.")
     measured = [_measured(one, recipe, loaded, checkpoint) for one in validations]
     if to in RECIPE_EXPORTERS:
+        if loaded.rewriting is not None:
+            raise MofqError(
+                f"{loaded.title}: is for the model that it rewrites {loaded.rewriting.model} to. "
+                f"A file for {to} is of a model that is there: search with "
+                f"{option('effort', 'quick')}, or rewrite with `mofq rewrite` and run on that."
+            )
         check_output(path, files=[recipe], folders=[model])
         path = exporter(checkpoint, loaded, path)
     else:
         check_folder(path, folders=[model, stats])
         engine = engine or _engine_of(loaded, to)
-        done = exporter(
-            checkpoint,
-            loaded,
-            path,
-            engine=engine,
-            stats=stats,
-            validation="\n\n".join(map(_accuracy, measured)),
-            progress=progress,
-        )
+        with _base_of(loaded, checkpoint, stats) as (base, fitted_to):
+            done = exporter(
+                base,
+                loaded,
+                path,
+                engine=engine,
+                stats=fitted_to,
+                validation="\n\n".join(map(_accuracy, measured)),
+                progress=progress,
+            )
     return ExportResult(str(model), loaded, path, to, engine, done, monotonic() - start)
+
+
+@contextmanager
+def _base_of(
+    recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None
+) -> Iterator[tuple[Checkpoint, str | Path | None]]:
+    """What is exported, and the statistics: the model as it is, or rewritten as the recipe says."""
+    if recipe.rewriting is None:
+        yield checkpoint, stats
+        return
+    from mofq.delivery.rewriting.remake import base_of
+
+    with base_of(recipe, checkpoint, stats) as base:
+        yield base.checkpoint, base.stats
 
 
 def _measured(

@@ -45,8 +45,9 @@ from mofq.files.progress import Progress
 if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.constraints import Selection
-    from mofq.evidence.measure.fill_table import Remotely
+    from mofq.evidence.measure.fill_table import Remotely, Wanted
     from mofq.evidence.refusals import Refused
+    from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import Table
     from mofq.model.layers import ModelLayers
 
@@ -165,10 +166,56 @@ def measure(
     Raises:
         MofqError: An input is not valid; the message says which and what to do.
     """
+    from mofq.evidence.spaces import load_search_space
+
+    check_output(Path(output), files=[space], folders=[model, stats])
+    return measure_space(
+        model,
+        load_search_space(space),
+        output,
+        stats=stats,
+        corpora=corpora,
+        samples=samples,
+        dtype=dtype,
+        engine=engine,
+        layers=layers,
+        vocabulary=vocabulary,
+        experts=experts,
+        where=where,
+        progress=progress,
+        tell=tell,
+    )
+
+
+def measure_space(
+    model: str | Path,
+    space: SearchSpace,
+    output: str | Path,
+    *,
+    stats: str | Path | None = None,
+    corpora: Corpora = (),
+    samples: Samples = Samples(),
+    dtype: str = "float32",
+    engine: str | None = None,
+    layers: str | Path | None = None,
+    vocabulary: Vocabulary = Vocabulary(),
+    experts: Literal["layer", "projection", "expert", "matrix"] = "layer",
+    where: Where = Where(),
+    wanted: Wanted | None = None,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> MeasureResult:
+    """As `measure`, of a search space that is open already, and of some of its schemes.
+
+    The output is one that may be written. ``wanted`` says of a fusion group and the name of a
+    scheme whether it is to be measured; None: all are.
+
+    Raises:
+        MofqError: As `measure`.
+    """
     from mofq.engines import cache_legality, legality
     from mofq.evidence.refusals import count_refusals
     from mofq.evidence.spaces import (
-        load_search_space,
         offer_caches,
         offer_schemes,
         selected_layers,
@@ -181,12 +228,10 @@ def measure(
 
     start = monotonic()
     path = Path(output)
-    check_output(path, files=[space], folders=[model, stats])
     texts = load_corpora(sources_of(corpora), tell) if corpora else []
     _check_corpora(bool(texts), stats, where, experts, vocabulary)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
-    loaded_space = load_search_space(space)
     checkpoint = open_checkpoint(str(model))
     found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check_engine(engine, found)
@@ -197,16 +242,16 @@ def measure(
             f"{option('experts', experts)}: engines give all experts of a decoder layer one "
             f"scheme. Leave it or {option('engine')} out."
         )
-    selections = selected_layers(loaded_space, found)
+    selections = selected_layers(space, found)
     check = None if engine is None else legality(engine, found.architecture)
     if any(vocabulary.asked.values()):
         offers = offer_schemes(
-            with_stored(loaded_space, checkpoint, found.groups),
+            with_stored(space, checkpoint, found.groups),
             found.groups,
             legality=check,
             has_stats=bool(texts) or stats is not None,
         )
-        check_vocabulary(offers, loaded_space)
+        check_vocabulary(offers, space)
     for note in notes_on(checkpoint, found):
         (tell or silent)(note)
 
@@ -226,19 +271,19 @@ def measure(
             texts,
             samples=samples,
             dtype=dtype,
-            kv_cache=bool(loaded_space.kv_cache and found.caches),
+            kv_cache=bool(space.kv_cache and found.caches),
         )
         calibration = Calibration(plan, windows, work_of(path), fits_beside(path))
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))
     found = split_experts(found, experts, unseen=unseen)
-    loaded_space = with_stored(loaded_space, checkpoint, found.groups)
+    space = with_stored(space, checkpoint, found.groups)
     check_cache = None if engine is None else cache_legality(engine)
     with _connected(where, tell or silent) as remotely:
         measured_on = fill_table(
             checkpoint,
             found,
-            loaded_space,
+            space,
             table_path=path,
             stats=opened,
             engine=engine,
@@ -248,6 +293,7 @@ def measure(
             progress=progress,
             tell=tell or silent,
             remotely=remotely,
+            wanted=wanted,
             while_calibrating=None
             if calibration is None
             else partial(
@@ -263,8 +309,8 @@ def measure(
     if calibration is not None:
         opened = measured_on or opened
         rmtree(calibration.folder, ignore_errors=True)
-    offers = offer_schemes(loaded_space, found.groups, legality=check, has_stats=opened is not None)
-    caches = offer_caches(loaded_space, found.caches, legality=check_cache)
+    offers = offer_schemes(space, found.groups, legality=check, has_stats=opened is not None)
+    caches = offer_caches(space, found.caches, legality=check_cache)
     rejected = [(one.group.name, one.rejected) for one in offers]
     rejected += [(one.cache.name, one.rejected) for one in caches]
     return MeasureResult(

@@ -16,7 +16,7 @@ from mofq.api.calibrate import calibrate, check_gradient_dtype, plan_calibration
 from mofq.api.export import ExportResult, export
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
-from mofq.api.measure import fits_beside, measure
+from mofq.api.measure import fits_beside, measure_space
 from mofq.api.options import (
     WHOLE_MODEL,
     AtLeast,
@@ -54,6 +54,8 @@ from mofq.api.preconditions import (
     check_vocabulary,
 )
 from mofq.api.request import make_request, read_corpus_weights
+from mofq.api.run_effort import EFFORTS, Effort, Offered, Timed, Tried, Twins
+from mofq.api.run_evidence import Evidence, Original, Subject, gather_evidence
 from mofq.api.run_folder import (
     SEARCHED,
     Asked,
@@ -64,13 +66,14 @@ from mofq.api.run_folder import (
     write_results,
 )
 from mofq.api.search import prove_on_every_other
-from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.decision import Decision, Request
     from mofq.decision.recipe import Recipe
+    from mofq.decision.rewriting import Rewriting
     from mofq.delivery.validation import Validation
     from mofq.evidence.constraints import Selection
     from mofq.evidence.spaces import SearchSpace
@@ -80,7 +83,17 @@ if TYPE_CHECKING:
 #: What is calibrated on where no corpus is named.
 _BUNDLED_TEXT = "demo-en-calibration"
 #: What a recipe notes of the request, beside its budget.
-_ASKED = ("engine", "space", "space_sha256", "constraints", "corpus_weights", "objective")
+_ASKED = (
+    "engine",
+    "space",
+    "space_sha256",
+    "effort",
+    "constraints",
+    "corpus_weights",
+    "objective",
+)
+#: Sequences of each corpus whose samples are kept with the effort ``best``.
+_KEPT_AT_BEST = 32
 #: Of the free disk, what statistics may take; the rest is for what is exported and in between.
 _SHARE_OF_DISK = 0.5
 #: What another tool's recipe is called in the folder of a run.
@@ -101,6 +114,8 @@ class RunResult:
     request: Request  #: that the recipe answers
     seconds: Mapping[str, float]  #: of each stage
     export: ExportResult | None  #: None: no engine was named
+    tried: Sequence[Tried]  #: in order, each with all before it that was taken
+    subject: Subject  #: the model that was quantized: as it was, or rewritten
 
     @property
     def original_bits(self) -> float:
@@ -123,13 +138,15 @@ class RunResult:
             "folder": str(self.files.folder),
             "recipe": str(self.files.recipe),
             "validation": str(self.files.validation),
-            "table": str(self.files.table),
+            "table": str(self.subject.table),
+            "rewritten": None if self.subject.rewriting is None else self.subject.model,
             "bits_per_weight": chosen.bits_per_weight,
             "kl_nats_per_token": chosen.kl_nats_per_token,
             "predicted_kl_nats_per_token": chosen.predicted_kl_nats_per_token,
             "enforced": chosen.enforced,
             "preferred": self.preferred,
             "schemes": dict(Counter(group.scheme for group in self.recipe.groups)),
+            "tried": [one.to_json() for one in self.tried],
             "validations": {name: one.to_json() for name, one in self.validations.items()},
             "exported": None if self.export is None else str(self.export.output),
             "serve_command": None if self.export is None else self.export.serve_command,
@@ -146,6 +163,7 @@ def run(
     ] = None,
     *,
     space: Space = "serving",
+    effort: Effort = "normal",
     budget: Budget = Budget(),
     corpora: Annotated[
         Corpora,
@@ -182,9 +200,9 @@ def run(
     """The whole flow into one folder, ready to serve: give a budget, and the engine.
 
     Recipe, validation and model appear when all of them are there. What a former run into the
-    folder measured is kept and not done again. Its results for another budget, space, engine or
-    constraint on layers, or for corpora that count otherwise, stay; those of this run then say in
-    their names how they differ, as ``recipe-5.0bits.yaml``.
+    folder measured is kept and not done again. Its results for another budget, space, engine,
+    effort or constraint on layers, or for corpora that count otherwise, stay; those of this run
+    then say in their names how they differ, as ``recipe-5.0bits.yaml``.
     Calibration takes sequences as long as the windows.
 
     Returns:
@@ -199,10 +217,11 @@ def run(
     check_folder(folder, folders=[model])
     from mofq.evidence.spaces import load_search_space
 
+    _check_effort(effort)
     loaded = load_search_space(space)
     choices = Choices(
         engine=engine,
-        space=loaded.name,
+        space=Offered.at(effort, loaded).space.name,
         fixed=fixed,
         at_least=at_least,
         at_most=at_most,
@@ -210,7 +229,9 @@ def run(
     )
     method = Method(objective=objective)
     request = make_request(choices, budget=budget, method=method)
-    checkpoint, loaded, selections = _check_request(model, loaded, request, layers, vocabulary)
+    checkpoint, offered, selections = _check_request(
+        model, loaded, effort, request, layers, vocabulary
+    )
     _check_texts(sources, text, corpus_weights)
     check_device(device)
     check_gradient_dtype(dtype)
@@ -225,6 +246,10 @@ def run(
             f"{option('device_map')} out."
         )
     windows = _checked_windows(checkpoint, text, windows, least=1 if budget.max_kl is None else 4)
+    samples = Samples(sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos)
+    if effort == "best":
+        samples = replace(samples, keep=_KEPT_AT_BEST)
+    _check_halves(checkpoint, layers, samples, effort=effort, sources=sources, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
 
     def busy(who: str) -> MofqError:
@@ -233,8 +258,8 @@ def run(
     from mofq.evidence.measure.fill_table import table_space
 
     with hold_folder(folder, busy):
-        asked = Asked.of_request(request, loaded)
-        files = find_files(folder, asked, table_space(loaded, engine))
+        asked = Asked.of_request(request, offered.space, effort=effort)
+        files = find_files(folder, asked, table_space(offered.space, engine))
         _tell_all((one.remark for one in selections), tell)
         if not corpora:
             tell(
@@ -245,10 +270,7 @@ def run(
                     f"{option('text')} to validate on."
                 )
             )
-        seconds: dict[str, float] = {}
-        samples = Samples(
-            sequences=sequences, sequence_length=windows.sequence_length, bos=windows.bos
-        )
+        timed = Timed()
         is_stored = not no_stats and _can_store(
             checkpoint,
             layers,
@@ -260,7 +282,7 @@ def run(
             tell=tell,
         )
         if is_stored:
-            with _timed(seconds, "calibrate"):
+            with timed("calibrate"):
                 calibrated = calibrate(
                     model,
                     sources,
@@ -277,12 +299,13 @@ def run(
                     tell=tell,
                 )
                 _tell_all(calibrated.summary(), tell)
-        with _timed(seconds, "measure"):
-            measured = measure(
-                model,
-                space,
-                files.table,
-                stats=files.stats if is_stored else None,
+
+        def measured(subject: Subject, twins: Twins) -> Table:
+            found = measure_space(
+                subject.model,
+                offered.space,
+                subject.table,
+                stats=subject.stats if is_stored else None,
                 corpora=() if is_stored else sources,
                 samples=samples,
                 dtype=dtype,
@@ -290,34 +313,61 @@ def run(
                 layers=layers,
                 vocabulary=vocabulary,
                 where=Where(device=device),
+                wanted=offered.wants(twins),
                 progress=progress,
                 tell=tell,
             )
-            _tell_all(measured.summary(), tell)
-        # Looked at where a recipe has fitted schemes.
+            if not twins and subject.rewriting is None:  # what is refused is told once
+                _tell_all(found.summary(), tell)
+            return found.table
+
         stats = files.stats if is_stored else fits_beside(files.table)
-        table = measured.table
-        with _timed(seconds, "search"):
+        evidence = gather_evidence(
+            Subject(model, stats, files.table),
+            request,
+            offered=offered,
+            effort=effort,
+            measure=measured,
+            is_stored=is_stored,
+            rewritable=_rewritable(
+                checkpoint,
+                layers,
+                files,
+                offered=offered,
+                engine=engine,
+                on=execution,
+                dtype=dtype,
+                device=device,
+            )
+            if is_stored and not any(vocabulary.asked.values())
+            else None,
+            timed=timed,
+            progress=progress,
+            tell=tell,
+        )
+        subject, table = evidence.subject, evidence.table
+        with timed("search"):
             on_model = OnModel(
-                model=model,
+                model=subject.model,
                 text=text,
                 tokens=windows.tokens,
                 sequence_length=windows.sequence_length,
                 bos=windows.bos,
                 device=device,
                 execution=execution,
-                stats=stats,
+                stats=subject.stats,
             )
             decision = _decide(table, request, on_model, progress=progress, tell=tell)
             _tell_all(decision.notes, tell)
-            uniform = _uniform_recipes(table, request, decision.recipe, most=rivals)
-            candidates = keep_former(files, {SEARCHED: decision.recipe, **uniform})
-        with _timed(seconds, "validate"):
+            searched = _noting(decision.recipe, effort, evidence)
+            uniform = _uniform_recipes(table, request, searched, most=rivals)
+            candidates = keep_former(files, {SEARCHED: searched, **uniform})
+        with timed("validate"):
             validations = _validate(
                 model,
                 candidates,
                 text,
-                stats=stats,
+                subject=subject,
                 windows=windows,
                 dtype=dtype,
                 device=device,
@@ -333,13 +383,13 @@ def run(
         check_ends_as_before(files, candidates[name])
         exported = None
         if engine is not None:
-            with _timed(seconds, "export"):
+            with timed("export"):
                 exported = _export(
                     model,
                     candidates[name],
                     files,
                     engine=engine,
-                    stats=stats,
+                    subject=subject,
                     validation=validations[name],
                     progress=progress,
                 )
@@ -354,8 +404,10 @@ def run(
         validations=validations,
         table=table,
         request=request,
-        seconds=seconds,
+        seconds=timed.seconds,
         export=exported,
+        tried=evidence.tried,
+        subject=subject,
     )
 
 
@@ -389,6 +441,7 @@ def demo(
             demo_mixture_folder() if mixture else demo_model_folder(),
             output,
             space="serving",
+            effort="quick",
             # On a CPU no engine runs quantized experts.
             engine="vllm-hopper" if mixture else "vllm-cpu",
             budget=Budget(max_bits=5.0),
@@ -411,13 +464,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = monotonic()
-    yield
-    seconds[stage] = monotonic() - start
 
 
 def _tell_all(lines: Iterable[str], tell: Tell) -> None:
@@ -504,6 +550,88 @@ def _beside_the_proof(validation: Validation, max_kl: float) -> str:
     )
 
 
+def _rewritable(
+    checkpoint: Checkpoint,
+    layers: LayersFile,
+    files: RunFiles,
+    *,
+    offered: Offered,
+    engine: str | None,
+    on: Execution,
+    dtype: str,
+    device: str,
+) -> Original | None:
+    """The model, where what comes out of rewriting it can be measured, validated and exported.
+
+    Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
+    validated with recipes of itself alone; files for other tools are of a model that is there; and
+    a quantized source would be written in bf16.
+    """
+    from mofq.delivery.backends import RECIPE_EXPORTERS
+    from mofq.engines import find_engine
+    from mofq.model.layers import find_layers
+    from mofq.model.streaming.execution import choose_execution
+
+    if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
+        return None
+    if engine is not None and find_engine(engine).reads in RECIPE_EXPORTERS:
+        return None
+    if choose_execution(on, checkpoint, dtype=dtype, device=device).is_streamed:
+        return None
+    return Original(checkpoint, find_layers(checkpoint, stated=open_layers(layers)), files)
+
+
+def _check_effort(effort: str) -> None:
+    """Refuse an effort that there is not."""
+    if effort not in EFFORTS:
+        raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
+
+
+def _check_halves(
+    checkpoint: Checkpoint,
+    layers: LayersFile,
+    samples: Samples,
+    *,
+    effort: str,
+    sources: Sequence[str],
+    dtype: str,
+) -> None:
+    """Refuse to fit codes to a corpus that cannot be halved, before anything runs."""
+    from mofq.model.layers import find_layers
+
+    if effort == "quick":
+        return
+    found = find_layers(checkpoint, stated=open_layers(layers))
+    plan, _ = plan_calibration(
+        checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
+    )
+    for corpus in plan.corpora:
+        if len(corpus.kept_indices) < 2:
+            raise MofqError(
+                f"{option('effort', effort)}: codes are fitted to one half of the sequences of a "
+                f"corpus and judged by the other, and {corpus.name!r} has one sequence. Calibrate "
+                f"on more, or run with {option('effort', 'quick')}."
+            )
+
+
+def _noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
+    """A recipe that says what was tried on the way to it, and which model it is for."""
+    found = (
+        f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
+        + ("" if one.is_taken else " (not taken)")
+        for one in evidence.tried
+        for kl in [one.kl_nats_per_token]
+    )
+    made_by = {**recipe.made_by, "effort": effort, "tried": "; ".join(found)}
+    return _rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
+
+
+def _rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:
+    """A recipe of a table of a rewritten model, with what was rewritten among its decisions."""
+    result = replace(recipe.result, decisions_sha256=None)
+    return replace(recipe, rewriting=rewriting, result=result)
+
+
 def _uniform_recipes(
     table: Table, request: Request, recipe: Recipe, *, most: int
 ) -> dict[str, Recipe]:
@@ -521,7 +649,10 @@ def _uniform_recipes(
     smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
     asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
     return {
-        name: replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget)
+        name: _rewriting(
+            replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget),
+            recipe.rewriting,
+        )
         for name in (fitting or smallest)[:most]
     }
 
@@ -531,7 +662,7 @@ def _validate(
     candidates: Mapping[str, Recipe],
     text: str,
     *,
-    stats: Path,
+    subject: Subject,
     windows: Windows,
     dtype: str,
     device: str,
@@ -541,8 +672,13 @@ def _validate(
     tell: Tell,
 ) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original."""
+    from mofq.delivery.rewriting.remake import Base
     from mofq.delivery.validation import validate_many
+    from mofq.model.checkpoint.headers import open_checkpoint
 
+    rewritten = None
+    if subject.rewriting is not None:
+        rewritten = Base(open_checkpoint(subject.model), subject.stats)
     done = validate_many(
         model,
         list(candidates.values()),
@@ -552,7 +688,8 @@ def _validate(
         bos=windows.bos,
         dtype=dtype,
         device=device,
-        stats=stats,
+        stats=subject.stats,
+        rewritten=rewritten,
         execution=execution,
         work=work,
         progress=progress,
@@ -638,7 +775,7 @@ def _export(
     files: RunFiles,
     *,
     engine: str,
-    stats: Path,
+    subject: Subject,
     validation: Validation,
     progress: Progress | None,
 ) -> ExportResult:
@@ -650,21 +787,21 @@ def _export(
     if reads in RECIPE_EXPORTERS:
         return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
     if files.model.exists() and any(files.model.iterdir()):
-        return _read_export(model, recipe, files, engine=engine, stats=stats, to=reads)
+        return _read_export(recipe, files, engine=engine, subject=subject, to=reads)
     return export(
-        model,
+        subject.model,
         recipe,
         files.model,
         to=reads,
         engine=engine,
-        stats=stats,
+        stats=subject.stats,
         validations=[validation],
         progress=progress,
     )
 
 
 def _read_export(
-    model: str, recipe: Recipe, files: RunFiles, *, engine: str, stats: Path, to: str
+    recipe: Recipe, files: RunFiles, *, engine: str, subject: Subject, to: str
 ) -> ExportResult:
     """What a former run exported, proved byte for byte.
 
@@ -678,28 +815,29 @@ def _read_export(
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
-    checkpoint, exported = open_checkpoint(model), files.model
-    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+    checkpoint, exported = open_checkpoint(subject.model), files.model
+    with open_fits(recipe, subject.stats, index_sha256=checkpoint.index_sha256) as fits:
         check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
     plan = plan_export(checkpoint, recipe)
     size = sum(tensor.nbytes for tensor in plan.tensors.values())
     command = serve_command(plan, exported, engine=engine)
     done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
-    return ExportResult(model, recipe, exported, to, engine, done, monotonic() - start)
+    return ExportResult(subject.model, recipe, exported, to, engine, done, monotonic() - start)
 
 
 def _check_request(
     model: str,
     space: SearchSpace,
+    effort: str,
     request: Request,
     layers: LayersFile,
     vocabulary: Vocabulary,
-) -> tuple[Checkpoint, SearchSpace, tuple[Selection, ...]]:
+) -> tuple[Checkpoint, Offered, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        The model, opened; the space as it is for this model; how many layers each of the
-        request's constraints names.
+        The model, opened; what the space offers of this model at the effort; how many layers each
+        of the request's constraints names.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
@@ -718,10 +856,10 @@ def _check_request(
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, found)
     selected_layers(space, found)
-    space = with_stored(space, checkpoint, found.groups)
+    offered = Offered.at(effort, with_stored(space, checkpoint, found.groups))
     selections = selections_of(request.constraints, found.groups)
     offers = offer_schemes(
-        space, found.groups, legality=check, has_stats=True, constraints=request.constraints
+        offered.space, found.groups, legality=check, has_stats=True, constraints=request.constraints
     )
     check_vocabulary(offers, space)
     if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
@@ -741,7 +879,7 @@ def _check_request(
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    return checkpoint, space, selections
+    return checkpoint, offered, selections
 
 
 def _check_texts(

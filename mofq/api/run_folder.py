@@ -1,8 +1,8 @@
 """The folder of `mofq run`: statistics and table once, and the results of each request by name.
 
 The first request has the plain names: ``recipe.yaml``, ``validation.json``, ``model``. Those of
-another budget, engine, space or constraint on layers, or of corpora that count otherwise, say in
-their names how they differ: ``recipe-5.0bits.yaml``, ``validation-5.0bits.json``,
+another budget, engine, space, effort or constraint on layers, or of corpora that count otherwise,
+say in their names how they differ: ``recipe-5.0bits.yaml``, ``validation-5.0bits.json``,
 ``model-5.0bits``.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.api.request import read_corpus_weights
+from mofq.evidence.fitted_space import FITTED_SUFFIX
 from mofq.exceptions import BackendError, MofqError, option
 
 if TYPE_CHECKING:
@@ -95,21 +96,23 @@ class Asked:
     objective: str = "mean"  #: over corpora
     #: On layers, of the space and the request, each once in the order of their text.
     constraints: tuple[str, ...] = ()
+    effort: str = "quick"  #: that of versions before there was another
 
     @classmethod
-    def of_request(cls, request: Request, space: SearchSpace) -> Asked:
-        """What a run asks for, before it has a table."""
+    def of_request(cls, request: Request, space: SearchSpace, *, effort: str = "quick") -> Asked:
+        """What a run asks for, before it has a table; of the space that the table will note."""
         from mofq.decision.request import lowest_terms
         from mofq.decision.result import budget_figures
 
         return cls(
             budget_figures(request),
             request.engine,
-            request.space,
+            _plain(request.space),
             space.sha256,
             lowest_terms(request.corpus_weights),
             request.objective,
             _in_order(map(str, (*space.constraints, *request.constraints))),
+            effort,
         )
 
     @classmethod
@@ -125,11 +128,12 @@ class Asked:
         return cls(
             dict(recipe.budget),
             noted("engine"),
-            noted("space"),
+            _plain(noted("space")),
             noted("space_sha256"),
             lowest_terms(read_corpus_weights(noted("corpus_weights"))),
             noted("objective") or "mean",
             _in_order(constraints.split("; ") if constraints else ()),
+            noted("effort") or "quick",
         )
 
     def differences_from(self, other: Asked) -> list[str]:
@@ -145,6 +149,8 @@ class Asked:
             parts.append(self.objective)
         if self.constraints != other.constraints:
             parts.append(self._constraints_part())
+        if self.effort != other.effort:
+            parts.append(self.effort)
         if parts or self.budget != other.budget:
             parts = [*self._budget_parts(), *parts]
         return [_UNFIT.sub("-", part) for part in parts]
@@ -152,7 +158,13 @@ class Asked:
     def has_changed_space(self, other: Asked) -> bool:
         """Whether the search space is another one than that of the same name was."""
         hashes = {self.space_sha256, other.space_sha256}
-        return self.space == other.space and None not in hashes and len(hashes) > 1
+        is_named_so = self.space == other.space and self.has_twins == other.has_twins
+        return is_named_so and None not in hashes and len(hashes) > 1
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether the space is one with fitted twins, which has a name and hash of its own."""
+        return self.effort != "quick"
 
     def _budget_parts(self) -> list[str]:
         parts = [f"{value}{_UNITS[key]}" for key, value in self.budget.items()]
@@ -174,9 +186,16 @@ class Asked:
             asked.append(f"corpus weights {self.corpus_weights}")
         if self.objective != "mean":
             asked.append(f"objective {self.objective}")
+        if self.effort != "quick":
+            asked.append(f"effort {self.effort}")
         if self.constraints:
             asked.append(f"constraints {'; '.join(self.constraints)}")
         return ", ".join(asked)
+
+
+def _plain(space: str | None) -> str | None:
+    """The name of a space, of one with fitted twins that of the space that they were added to."""
+    return None if space is None else space.removesuffix(FITTED_SUFFIX)
 
 
 def _in_order(constraints: Iterable[str]) -> tuple[str, ...]:
@@ -302,10 +321,11 @@ def _other_result(files: RunFiles, path: Path) -> MofqError:
 
 def _decides_as(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes of a model do the same to it."""
-    return (one.groups, one.unquantized, one.kv_cache) == (
+    return (one.groups, one.unquantized, one.kv_cache, one.rewriting) == (
         other.groups,
         other.unquantized,
         other.kv_cache,
+        other.rewriting,
     )
 
 

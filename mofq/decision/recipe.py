@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict, TypeAdapter
 
+from mofq.decision.rewriting import Rewriting
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.files.documents import (
@@ -64,7 +65,7 @@ _TEXTS = ("text_sha256", "corpora_sha256")
 #: The solver of a recipe whose decisions are no longer those that were found.
 EDITED = "edited"
 #: Keys of made_by that say how decisions were found, and nothing of edited ones.
-_OF_SOLVER = ("seed", "tie_rule", "trials", "constraints")
+_OF_SOLVER = ("seed", "tie_rule", "trials", "constraints", "tried")
 
 Scalar = str | int | float | bool | None
 
@@ -90,6 +91,8 @@ class MadeByKeys:
     engine: Text | None = None
     space: Text | None = None
     space_sha256: _Hash | None = None
+    effort: Name | None = None  #: of `mofq run`: quick, normal or best
+    tried: Text | None = None  #: by `mofq run`, with the nats per token that each predicts
     constraints: Text | None = None  #: on layers, of the search space and the request
     table_sha256: _Hash | None = None
     stats_sha256: _Hash | None = None
@@ -214,6 +217,10 @@ class RecipeFile:
     layers: Annotated[
         StatedLayers | None, Field(description="what the user said of the model's layers")
     ] = None
+    rewriting: Annotated[
+        Rewriting | None,
+        Field(description="of which model, and how, the one that this recipe is for was made"),
+    ] = None
     kv_cache: Annotated[
         dict[Text, CacheEntry],
         Field(
@@ -223,6 +230,7 @@ class RecipeFile:
 
 
 _RECIPE_FILE = TypeAdapter(RecipeFile)
+_REWRITING = TypeAdapter(Rewriting)
 RECIPE_SCHEMA = published_schema(_RECIPE_FILE, "A mofq recipe (recipe.yaml)")
 
 
@@ -272,6 +280,7 @@ class Recipe:
     weights_sha256: str | None = None
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
     layers: StatedLayers | None = None  #: what the user said of the model's layers
+    rewriting: Rewriting | None = None  #: that made the model of another; None: it is as it was
     #: The file that it was read from, for messages; no part of what a recipe says.
     file: str | None = field(default=None, compare=False, repr=False)
 
@@ -286,9 +295,11 @@ class Recipe:
 
     @property
     def decisions_sha256(self) -> str:
-        """Hash of what is decided: each layer's and each cache's scheme and static ranges."""
+        """Hash of what is decided: schemes and static ranges, and what is rewritten before."""
         caches = {one.name: (one.scheme, one.static_amax) for one in self.kv_cache}
-        decided = [self.schemes, self.static_amax, caches]
+        decided: list[object] = [self.schemes, self.static_amax, caches]
+        if self.rewriting is not None:  # recipes of before there was any keep their hash
+            decided.append(_REWRITING.dump_python(self.rewriting, mode="json"))
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -384,6 +395,7 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         weights_sha256=file.model.weights_sha256,
         kv_cache=tuple(_cache(name, cache, where) for name, cache in file.kv_cache.items()),
         layers=file.layers,
+        rewriting=file.rewriting,
     )
     _check_layers_once(recipe, where)
     return recipe
@@ -459,6 +471,7 @@ def recipe_header(recipe: Recipe) -> str:
             lines.append(f"{name}: {_flow(values)}")
     if recipe.layers is not None:
         lines.append(f"layers: {json.dumps(recipe.layers.to_json())}  # what names do not say")
+    lines += _rewriting_lines(recipe.rewriting)
     return "\n".join(lines)
 
 
@@ -479,6 +492,19 @@ def recipe_text(recipe: Recipe) -> str:
 def _with_hash(result: RecipeResult) -> Mapping[str, Scalar]:
     known = result.known()
     return known | {"decisions_sha256": result.decisions_sha256} if known else {}
+
+
+def _rewriting_lines(rewriting: Rewriting | None) -> list[str]:
+    """The YAML of the section; nothing where the model is as it was."""
+    if rewriting is None:
+        return []
+    content = _REWRITING.dump_python(rewriting, mode="json", exclude_defaults=True)
+    sites = content.pop("sites", {})
+    lines = ["rewriting:  # scales that moved between tensors before anything was quantized"]
+    lines += [f"  {yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in content.items()]
+    lines.append("  sites:" if sites else "  sites: {}")
+    lines += [f"    {yaml_scalar(name)}: {_flow(one)}" for name, one in sites.items()]
+    return lines
 
 
 def cache_lines(caches: Sequence[RecipeCache]) -> list[str]:

@@ -255,19 +255,19 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
     candidates = _without_repeats(candidates)
     base = _base(file.base, candidates, f"{where}: base")
     kv_cache = _cache_schemes(file.kv_cache, f"{where}: kv_cache")
-    constraints = _constraints(file, candidates, where)
-    return SearchSpace(
+    space = SearchSpace(
         name,
         file.description,
         candidates=tuple(candidates),
         base=base,
         min_gain=file.min_gain,
         exclude=file.exclude,
-        sha256=_digest(candidates, base, file.min_gain, file.exclude, kv_cache, constraints),
+        sha256="",
         kv_cache=kv_cache,
-        constraints=constraints,
+        constraints=_constraints(file, candidates, where),
         offers_stored=STORED in file.schemes,
     )
+    return replace(space, sha256=space_digest(space))
 
 
 def with_stored(
@@ -290,16 +290,14 @@ def with_stored(
     found = [Candidate(STORED, (scheme,), frozenset(names)) for scheme, names in kept.items()]
     if not found:
         return space
-    candidates = [*found, *space.candidates]
     base = (*(one.schemes[0].name for one in found), *space.base) if space.base else ()
-    return replace(
+    space = replace(
         space,
-        candidates=tuple(candidates),
+        candidates=(*found, *space.candidates),
         base=tuple(dict.fromkeys(base)),
-        sha256=_digest(
-            candidates, base, space.min_gain, space.exclude, space.kv_cache, space.constraints
-        ),
+        offers_stored=False,  # it says now what that is
     )
+    return replace(space, sha256=space_digest(space))
 
 
 def _constraints(
@@ -378,24 +376,18 @@ def _base(entries: Sequence[str], candidates: Sequence[Candidate], where: str) -
     return tuple(dict.fromkeys(scheme.name for scheme in base))
 
 
-def _digest(
-    candidates: Sequence[Candidate],
-    base: tuple[str, ...],
-    min_gain: float,
-    exclude: tuple[str, ...],
-    kv_cache: tuple[CacheScheme, ...],
-    constraints: tuple[LayerConstraint, ...],
-) -> str:
+def space_digest(space: SearchSpace) -> str:
+    """Hash of all of a search space that changes a number."""
     content: dict[str, Any] = {
-        "candidates": [[scheme.name for scheme in one.schemes] for one in candidates],
-        "base": base,
-        "min_gain": min_gain,
-        "exclude": exclude,
+        "candidates": [[scheme.name for scheme in one.schemes] for one in space.candidates],
+        "base": space.base,
+        "min_gain": space.min_gain,
+        "exclude": space.exclude,
     }
-    if kv_cache:  # spaces of before there was such a key keep their hash
-        content["kv_cache"] = [scheme.name for scheme in kv_cache]
-    if constraints:
-        content["constraints"] = list(map(str, constraints))
+    if space.kv_cache:  # spaces of before there was such a key keep their hash
+        content["kv_cache"] = [scheme.name for scheme in space.kv_cache]
+    if space.constraints:
+        content["constraints"] = list(map(str, space.constraints))
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -55,6 +55,7 @@ def finished(tmp_path: Path) -> Path:
         ({"objective": "worst-corpus"}, ["5.0bits", "worst-corpus"]),
         ({"constraints": ("at_least *.o_proj=8",)}, ["5.0bits", "at-least--.o-proj=8"]),
         ({"space": "a/b", "engine": "e"}, ["5.0bits", "e", "a-b"]),
+        ({"effort": "best", "space_sha256": "b" * 64}, ["5.0bits", "best"]),
     ],
 )
 def test_a_request_is_named_by_what_sets_it_apart(
@@ -86,6 +87,18 @@ def test_a_space_has_changed_where_its_name_is_the_same_and_its_hash_is_not() ->
     assert replace(FIRST, space_sha256="b" * 64).has_changed_space(FIRST)
     assert not replace(FIRST, space_sha256="b" * 64, space="w8a8").has_changed_space(FIRST)
     assert not replace(FIRST, space_sha256=None).has_changed_space(FIRST)
+
+
+def test_a_space_with_fitted_twins_is_no_other_space_than_its_own() -> None:
+    text = "version: 1\nschemes: [int4.g64]\n"
+    space = parse_search_space(text, name="serving+fitted", where="s")
+    asked = Asked.of_request(make_request(Choices(space=space.name)), space, effort="normal")
+    assert asked.space == "serving"
+    assert not asked.has_changed_space(replace(FIRST, effort="quick"))
+    assert asked.has_changed_space(replace(FIRST, effort="best"))
+    noted = {"space": "serving+fitted", "space_sha256": space.sha256, "effort": "normal"}
+    assert Asked.of_recipe(replace(RECIPE, made_by=noted)).space == "serving"
+    assert "effort normal" in str(asked)
 
 
 def test_the_first_request_has_the_plain_names() -> None:

@@ -23,7 +23,9 @@ from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.delivery.validation import read_validation
 from mofq.exceptions import MofqError
 
-SMALL = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
+TEXT = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
+#: What is asked of runs has nothing to do with how much they try.
+SMALL = (*TEXT, "--effort", "quick")
 
 #: Runs mofq, and sends itself Ctrl-C when a stage has come so far.
 INTERRUPTED = """
@@ -119,6 +121,135 @@ def test_run_refuses_a_text_that_fills_no_window_before_anything_is_run(tmp_path
         *run, "--tokens", "100"
     )
     assert "short" in refused(*run, "--text", tmp_path / "short.txt")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so(
+    space: Path, tmp_path: Path
+) -> None:
+    folder, quick = tmp_path / "run", tmp_path / "quick"
+    run = ("run", DEMO, "--space", space, "--max-bits", "6", *TEXT)
+    first = ok(*run, "-o", folder)
+    assert "what was tried" in first.out
+    assert "codes rounded to nearest" in first.out
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert "int4.g64@nats~gptq" in recipe.schemes.values()
+    assert recipe.made_by["effort"] == "normal"
+    assert recipe.made_by["space"] == "space+fitted"
+    rounded, fitted = str(recipe.made_by["tried"]).split("; ")
+    assert (rounded[: len("codes ro")], fitted[:6]) == ("codes ro", "fitted")
+    before = tree(folder)
+    content = ok(*run, "-o", folder, "--json").json
+    assert {name for name, data in tree(folder).items() if data != before[name]} <= {
+        "validation.json"
+    }
+    assert (
+        content["kl_nats_per_token"]
+        < 0.8 * ok(*run, "--effort", "quick", "-o", quick, "--json").json["kl_nats_per_token"]
+    )
+    rounded, fitted = content["tried"]
+    assert fitted["kl_nats_per_token"] < rounded["kl_nats_per_token"]
+    assert fitted["kl_nats_per_token"] == content["predicted_kl_nats_per_token"]
+    assert set(content["seconds"]) - {"rewrite"} == {
+        "calibrate",
+        "measure",
+        "fit",
+        "search",
+        "validate",
+    }
+
+
+@pytest.mark.long
+def test_a_request_ends_as_before_although_another_one_measured_more_codes(
+    space: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", space, *TEXT, "-o", folder)
+    ok(*run, "--max-bits", "6")
+    before = tree(folder)
+    ok(*run, "--max-bits", "6", "--effort", "best")
+    assert (folder / "recipe-6.0bits-best.yaml").is_file()
+    ok(*run, "--max-bits", "6")
+    assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
+
+
+def test_a_folder_of_a_version_without_efforts_is_continued_as_quick_and_normal_stands_beside(
+    space: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ok(*run_options(space, folder))
+    path = folder / "recipe.yaml"
+    recipe = package.load_recipe(path)
+    new = ("effort", "tried")
+    former = {key: one for key, one in recipe.made_by.items() if key not in new}
+    write_recipe(replace(recipe, made_by=former), path)
+    data = path.read_bytes()
+    assert ok(*run_options(space, folder)).err.count("there already") == 2
+    assert path.read_bytes() == data
+    run = ("run", DEMO, "--space", space, "--max-bits", "6", *TEXT, "-o", folder)
+    assert "there already" in ok(*run).err
+    assert {one.name for one in folder.glob("recipe*")} == {
+        "recipe.yaml",
+        "recipe-6.0bits-normal.yaml",
+    }
+
+
+@pytest.mark.long
+def test_without_stored_samples_fitted_codes_are_chosen_too(space: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", space, "--max-bits", "6", *TEXT, "--no-stats", "-o", folder)
+    content = ok(*run, "--engine", "vllm-hopper", "--json").json
+    assert not (folder / "stats").exists()
+    assert content["enforced"] is True
+    assert any("gptq" in name for name in content["schemes"])
+    before = tree(folder)
+    ok(*run, "--engine", "vllm-hopper")
+    assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
+
+
+@pytest.mark.long
+def test_a_run_for_rounded_inputs_moves_scales_and_one_recipe_makes_its_folder_again(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", "w8a8", "--max-bits", "8.2", "--engine", "vllm-cpu", *TEXT)
+    ran = ok(*run, "-o", folder)
+    assert "scales moved at" in ran.out
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.rewriting is not None
+    assert recipe.rewriting.model == Path(DEMO).name
+    assert not recipe.is_edited
+    (table,) = folder.glob("table-rewritten-*.jsonl")
+    assert f"mofq explore {table} {folder / 'recipe.yaml'}" in ran.err
+    before = tree(folder)
+    content = ok(*run, "-o", folder, "--json").json
+    assert content["enforced"] is True
+    assert content["table"] == str(table)
+    assert [one["name"].split()[0] for one in content["tried"]] == ["codes", "scales", "fitted"]
+    after = tree(folder)
+    assert {name for name in before if after[name] != before[name]} <= {"validation.json"}
+    # From the original, the recipe and the statistics, whatever else is in the folder.
+    stats, again = ("--stats", folder / "stats"), tmp_path / "again"
+    ok("export", DEMO, folder / "recipe.yaml", *stats, "-o", again)
+    exported = tree(folder / "model")
+    exported.pop("README.md")
+    assert {name: data for name, data in tree(again).items() if name != "README.md"} == exported
+    size = ("--text", "demo-en", "--tokens", "256", "--sequence-length", "64")
+    assert ok("validate", DEMO, again, *stats, *size, "--json").json["enforced"] is True
+    assert "as --stats" in refused("validate", DEMO, folder / "recipe.yaml", *size)
+    to = ("--to", "llama.cpp", "-o", tmp_path / "file")
+    assert "rewrites model to" in refused("export", DEMO, folder / "recipe.yaml", *stats, *to)
+
+
+def test_efforts_that_there_are_not_and_texts_of_one_sequence_are_refused_before_anything_is_run(
+    tmp_path: Path,
+) -> None:
+    run = ("run", DEMO, "--max-bits", "5", *TEXT, "-o", tmp_path / "run")
+    assert "quick" in refused(*run, "--effort", "quik")
+    message = refused(*run, "--sequences", "1")
+    assert "has one sequence" in message
+    assert "--effort quick" in message
     assert not (tmp_path / "run").exists()
 
 

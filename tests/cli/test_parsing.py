@@ -36,7 +36,7 @@ FLAGS = {
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",
-    "run": "model -o --output --space --max-bits --max-size --max-kl --max-finer "
+    "run": "model -o --output --space --effort --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
     "--dtype --device --device-map --corpus-weights --objective --rivals --no-stats "
     "--fix --at-least --at-most --execution --layers --lm-head --embeddings",

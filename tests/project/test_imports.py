@@ -50,6 +50,7 @@ WITHOUT_TORCH = (
     "mofq.model.sizes",
     "mofq.engines.*",
     "mofq.evidence",
+    "mofq.evidence.fitted_space",
     "mofq.evidence.refusals",
     "mofq.evidence.spaces",
     "mofq.evidence.table.*",

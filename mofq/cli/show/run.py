@@ -26,6 +26,7 @@ def show_run(result: RunResult) -> None:
     rows += [_row(_label(result, name), one) for name, one in ranked]
     columns = ["", "bits/weight", "KL predicted, 95 %", "KL measured", "perplexity", "top-1"]
     print_table(f"{result.title}, KL in nats per token", columns, rows)
+    _show_tried(result)
     schemes = Counter(group.scheme for group in result.recipe.groups)
     counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
     say(f"recipe, fusion groups: {counts}")
@@ -37,8 +38,24 @@ def show_run(result: RunResult) -> None:
     _suggest(result)
 
 
+def _show_tried(result: RunResult) -> None:
+    """What was tried, each with all before it that was taken, and what the best recipe costs."""
+    rows, before = [], None
+    for one in result.tried:
+        kl = one.kl_nats_per_token
+        gain = "" if kl is None or before is None else f"{before - kl:+.4f}"
+        bits = "" if one.bits_per_weight is None else f"{one.bits_per_weight:.4f}"
+        shown = "no recipe" if kl is None else f"{kl:.4f}"
+        name = one.name if one.is_taken else f"{one.name}: not taken"
+        rows.append([name, bits, shown, gain, f"{one.seconds:.0f}"])
+        before = kl if kl is not None and one.is_taken else before
+    columns = ["tried", "bits/weight", "KL predicted", "gained", "seconds"]
+    print_table("what was tried, the best recipe with each and all taken before", columns, rows)
+
+
 def _suggest(result: RunResult) -> None:
     """What to do with the folder."""
+    from mofq.decision.recipe import load_recipe
     from mofq.decision.request import request_flags
 
     files = result.files
@@ -49,11 +66,16 @@ def _suggest(result: RunResult) -> None:
             to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
             next_step("export", result.model, files.recipe, *to)
     asked = shlex.split(request_flags(result.request))
-    runs = finished_runs(files.folder)
+    # Those of the same model: a rewritten one has a table of its own.
+    runs = [
+        one
+        for one in finished_runs(files.folder)
+        if load_recipe(one.recipe).rewriting == result.recipe.rewriting
+    ]
     validations = (word for one in runs for word in ("--validation", one.validation))
     page = files.folder / "explorer.html"
     recipes = (one.recipe for one in runs)
-    next_step("explore", files.table, *recipes, *validations, *asked, "-o", page)
+    next_step("explore", result.subject.table, *recipes, *validations, *asked, "-o", page)
 
 
 def _label(result: RunResult, name: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from mofq.delivery.rewriting.scales import InputRanges, Strength, propose_scales
 from mofq.delivery.rewriting.sites import Site
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import Stats
+from mofq.exceptions import RewriteError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
@@ -51,6 +52,7 @@ class Choice:
     scale_P: Tensor  #: as the stored tensors can hold it, float64
     nats_before: float  #: predicted KL of the site's layers [nats per token]
     nats_after: float
+    method: str = ""  #: whose proposal it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,71 @@ def choose_scales(
         scales = [scale_P[list(site.scale_of_I)] for _, scale_P in proposals]
         nats = _predict(checkpoint, site, scheme, sequences=sequences, scales=scales)
     best = min(range(len(nats)), key=lambda i: nats[i])
-    return Choice(site, scheme.name, *proposals[best], nats_before=nats[0], nats_after=nats[best])
+    return Choice(
+        site,
+        scheme.name,
+        *proposals[best],
+        nats_before=nats[0],
+        nats_after=nats[best],
+        method=method,
+    )
+
+
+def choose_best(
+    checkpoint: Checkpoint,
+    site: Site,
+    schemes: Sequence[Scheme],
+    *,
+    stats: Stats,
+    methods: Sequence[str],
+) -> Choice:
+    """The best proposal for a site of several methods, under whichever scheme is best then.
+
+    Args:
+        checkpoint: The model.
+        site: Of the model.
+        schemes: That the site's layers may have, not fitted to statistics.
+        stats: Of the model.
+        methods: Of ``METHODS``, the simplest first.
+
+    Returns:
+        The choice; ``nats_before`` is that of the scheme that was best before.
+
+    Raises:
+        MofqError: As `choose_scales`.
+    """
+    every = [
+        choose_scales(checkpoint, site, scheme, stats=stats, method=method)
+        for scheme in schemes
+        for method in methods
+    ]
+    best = min(every, key=lambda one: one.nats_after)
+    return replace(best, nats_before=min(one.nats_before for one in every))
+
+
+def scales_of(
+    checkpoint: Checkpoint,
+    site: Site,
+    strength: Strength,
+    *,
+    stats: Stats,
+    method: str,
+    powers_of_two: bool = False,
+) -> Tensor:
+    """The scales that `choose_scales` proposes for a site at one strength, float64.
+
+    Raises:
+        RewriteError: The method proposes no such strength here.
+    """
+    with one_thread():
+        ranges = _ranges(checkpoint, site, stats)
+        for proposed, scale_P in propose_scales(method, ranges, powers_of_two=powers_of_two):
+            if proposed == strength:
+                return storable_scale(checkpoint, site, scale_P)
+    raise RewriteError(
+        f"{site.group}: {method} proposes no scales with alpha {strength.alpha:g} and beta "
+        f"{strength.beta:g}."
+    )
 
 
 def storable_scale(checkpoint: Checkpoint, site: Site, scale_P: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ def lineage(
         "sites": {
             choice.site.group: {
                 "scheme": choice.scheme,
+                "method": choice.method,
                 "strength": None if choice.strength is None else asdict(choice.strength),
                 "kl_nats_per_token_before": choice.nats_before,
                 "kl_nats_per_token_after": choice.nats_after,

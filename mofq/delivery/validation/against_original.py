@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -16,11 +17,13 @@ from mofq.decision.recipe import Recipe
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import has_embedding
+from mofq.delivery.rewriting.remake import Base, base_of
 from mofq.delivery.validation.candidates import (
     Candidate,
     load_candidate,
     naming_deviations,
     open_candidate,
+    recipe_of,
 )
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
@@ -61,6 +64,7 @@ def validate_many(
     backend: str = "emulate",
     emulated: Sequence[str] = (),
     stats: str | Path | None = None,
+    rewritten: Base | None = None,
     execution: Execution = "auto",
     work: Path | None = None,
     progress: Progress | None = None,
@@ -85,6 +89,8 @@ def validate_many(
         backend: That applies recipes, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
         stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``) rest on.
+        rewritten: What recipes with a rewriting are applied to, where it is there already; None:
+            it is made again.
         execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.
         work: Where a streamed run keeps what it needs to be continued; None: nowhere.
         progress: Called with a stage, what is done of it, and all of it.
@@ -97,58 +103,91 @@ def validate_many(
         MofqError: Any input is not valid; all are read before a model runs.
     """
     checkpoint = open_checkpoint(model_source)
-    opened = [
-        open_candidate(candidate, checkpoint, backend=backend, emulated=emulated, stats=stats)
-        for candidate in candidates
-    ]
-    runner = None if tasks is None else TaskRunner(tasks)
-    unless = None
-    if tasks is not None:
-        unless = "lm-eval runs a whole model"
-    elif backend != "emulate":
-        unless = f"the backend {backend!r} changes a whole model"
-    elif any(one.recipe is not None and has_embedding(one.recipe) for one in opened):
-        unless = WHOLE_FOR_EMBEDDING
-    chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
-    if chosen.remark is not None and tell is not None:
-        tell(chosen.remark)
-    if chosen.is_streamed:
-        from mofq.delivery.validation.streamed import validate_streamed
-
-        return validate_streamed(
-            checkpoint,
-            opened,
-            text,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            bos=bos,
-            dtype=dtype,
-            device=device,
-            work=work,
-            progress=progress,
-        )
-    with OriginalLogits() as logits:
-        original = _run_original(
-            checkpoint,
-            text,
-            logits=logits,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            bos=bos,
-            dtype=dtype,
-            device=device,
-            runner=runner,
-            progress=progress,
-        )
-        validations = tuple(
-            _validate_one(
-                each, original, progress=progress and _part(progress, number, len(opened))
+    with ExitStack() as stack:
+        opened = [
+            _open(
+                candidate,
+                checkpoint,
+                stack,
+                backend=backend,
+                emulated=emulated,
+                stats=stats,
+                rewritten=rewritten,
             )
-            for number, each in enumerate(opened)
-        )
+            for candidate in candidates
+        ]
+        runner = None if tasks is None else TaskRunner(tasks)
+        unless = None
+        if tasks is not None:
+            unless = "lm-eval runs a whole model"
+        elif backend != "emulate":
+            unless = f"the backend {backend!r} changes a whole model"
+        elif any(one.rewritten is not None for one in opened):
+            unless = "a recipe that rewrites the model is applied to a whole one"
+        elif any(one.recipe is not None and has_embedding(one.recipe) for one in opened):
+            unless = WHOLE_FOR_EMBEDDING
+        chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
+        if chosen.remark is not None and tell is not None:
+            tell(chosen.remark)
+        if chosen.is_streamed:
+            from mofq.delivery.validation.streamed import validate_streamed
+
+            return validate_streamed(
+                checkpoint,
+                opened,
+                text,
+                tokens=tokens,
+                sequence_length=sequence_length,
+                bos=bos,
+                dtype=dtype,
+                device=device,
+                work=work,
+                progress=progress,
+            )
+        with OriginalLogits() as logits:
+            original = _run_original(
+                checkpoint,
+                text,
+                logits=logits,
+                tokens=tokens,
+                sequence_length=sequence_length,
+                bos=bos,
+                dtype=dtype,
+                device=device,
+                runner=runner,
+                progress=progress,
+            )
+            validations = tuple(
+                _validate_one(
+                    each, original, progress=progress and _part(progress, number, len(opened))
+                )
+                for number, each in enumerate(opened)
+            )
     if work is not None:  # of a streamed run that was stopped
         shutil.rmtree(work, ignore_errors=True)
     return validations
+
+
+def _open(
+    source: str | Path | Recipe,
+    checkpoint: Checkpoint,
+    stack: ExitStack,
+    *,
+    backend: str,
+    emulated: Sequence[str],
+    stats: str | Path | None,
+    rewritten: Base | None,
+) -> Candidate:
+    """A candidate, on the model that its recipe is applied to: rewritten, where it says so."""
+    recipe = recipe_of(source)
+    base = Base(checkpoint, stats)
+    if recipe is not None and recipe.rewriting is not None:
+        base = rewritten or stack.enter_context(base_of(recipe, checkpoint, stats))
+    candidate = open_candidate(
+        source, base.checkpoint, backend=backend, emulated=emulated, stats=base.stats
+    )
+    is_other = base.checkpoint is not checkpoint
+    return replace(candidate, rewritten=base.checkpoint if is_other else None)
 
 
 def _part(progress: Progress, number: int, count: int) -> Progress:
@@ -213,7 +252,8 @@ def _validate_one(
     model = load_candidate(
         candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
     )
-    deviations = _enforce(model, candidate, checkpoint, progress=progress)
+    base = candidate.base(checkpoint)
+    deviations = _enforce(model, candidate, base, progress=progress)
     with naming_deviations(candidate):
         tokenizer, windows_NT = tokens_of(candidate, original)
         assert original.logits is not None

@@ -46,6 +46,12 @@ class Candidate:
     backend: str = "emulate"  #: that applies the recipe
     emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
     stats: str | Path | None = None  #: that fitted schemes rest on
+    #: The rewritten model that the recipe is applied to; None: the original.
+    rewritten: Checkpoint | None = None
+
+    def base(self, original: Checkpoint) -> Checkpoint:
+        """The checkpoint that the recipe is applied to."""
+        return original if self.rewritten is None else self.rewritten
 
 
 def open_candidate(
@@ -61,7 +67,7 @@ def open_candidate(
     Args:
         source: A recipe, its file, a folder that mofq exported, a compressed-tensors
             folder of another tool, or the folder of an unquantized model.
-        checkpoint: The original.
+        checkpoint: The original, or the rewritten model that a recipe is for.
         backend: That will apply the recipe, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
         stats: The folder that the recipe rests on, where a scheme is fitted to it.
@@ -134,6 +140,17 @@ def _read_served(folder: Checkpoint, recipe: Recipe) -> Recipe | None:
     return replace(served, kv_cache=tuple(caches.values()))
 
 
+def recipe_of(source: str | Path | Recipe) -> Recipe | None:
+    """The recipe of a candidate, before it is opened; None where it has none of mofq's."""
+    if isinstance(source, Recipe):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        path = path / RECIPE_FILE
+        return load_recipe(path) if holds_recipe(path) else None
+    return load_recipe(path)
+
+
 def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
     if isinstance(source, Recipe):
         return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))
@@ -191,12 +208,13 @@ def load_candidate(
                 candidate.folder, candidate.served, dtype=dtype, device=device, progress=progress
             )
     assert candidate.recipe is not None
-    model = load_model(checkpoint.folder, dtype=dtype, device=device)
+    base = candidate.base(checkpoint)
+    model = load_model(base.folder, dtype=dtype, device=device)
     apply_recipe(
         model,
         candidate.recipe,
         candidate.backend,
-        checkpoint=checkpoint,
+        checkpoint=base,
         stats=candidate.stats,
         emulate=candidate.emulated,
         progress=progress,

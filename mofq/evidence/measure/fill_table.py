@@ -132,6 +132,8 @@ class Scored(NamedTuple):
 WhileCalibrating = Callable[[Sequence[Work], Sequence[CacheWork]], Scored]
 #: Checkpoint, work, ``stats=``, ``device=`` -> what is measured, in the order of the work.
 Remotely = Callable[..., Generator[Measured, None, None]]
+#: Fusion group, name of a scheme -> whether it is to be measured.
+Wanted = Callable[[str, str], bool]
 #: Layer, what the pass gives, schemes that are all candidates -> the pass.
 LayerPasses = Callable[[LinearLayer, Kind, Sequence[TensorScheme]], Pass]
 
@@ -150,6 +152,7 @@ def measure(
     progress: Progress | None = None,
     tell: Tell = lambda message: None,
     remotely: Remotely | None = None,
+    wanted: Wanted | None = None,
     while_calibrating: WhileCalibrating | None = None,
 ) -> Stats | None:
     """Measure every offered (fusion group, scheme) that the table does not have yet.
@@ -167,6 +170,7 @@ def measure(
         progress: Called with ``"measure"``, fusion groups done and in all.
         tell: Gets a line about what takes its time before the first group is done.
         remotely: What measures in the place of `measure_groups`: the same rows, elsewhere.
+        wanted: Which of the offered schemes are measured; None: all.
         while_calibrating: What calibrates and measures; needed where the samples of ``stats`` are
             not stored.
 
@@ -199,7 +203,7 @@ def measure(
     )
     earlier = [] if stats is None else [one.sha256 for one in earlier_stats(stats)]
     with open_table(table_path, header, earlier=earlier) as table:
-        missing = [_missing(table, offer, stats) for offer in offers]
+        missing = [_missing(table, offer, stats, wanted) for offer in offers]
         _check_samples(stats, missing)
         corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
         formats = [missing_formats(table, offer, corpora) for offer in cache_offers]
@@ -513,11 +517,15 @@ def visits_of(stats: Stats, groups: Sequence[FusionGroup]) -> dict[str, list[Vis
     }
 
 
-def _missing(table: TableWriter, offer: Offer, stats: Stats | None) -> list[Work]:
+def _missing(
+    table: TableWriter, offer: Offer, stats: Stats | None, wanted: Wanted | None
+) -> list[Work]:
     """What a table lacks of a fusion group: the schemes that lack the same corpora, together."""
     corpora = [] if stats is None else [corpus.name for corpus in stats.plan.corpora]
     schemes_of: dict[tuple[str, ...], list[Scheme]] = {}
     for scheme in offer.schemes:
+        if wanted is not None and not wanted(offer.group.name, scheme.name):
+            continue
         has = partial(table.has, offer.group.name, scheme.name)
         lacking = tuple(
             corpus

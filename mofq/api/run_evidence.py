@@ -1,0 +1,273 @@
+"""What `mofq run` measures before it decides: the model as it is, and rewritten where that pays.
+
+A rewriting (`mofq.delivery.rewriting`) moves scales between tensors; the function stays. It is
+chosen under the schemes that a search chooses for the model as it is, its statistics follow from
+those that are there, and its schemes are measured into a table of its own. The model whose best
+recipe is predicted to cost least goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from shutil import disk_usage
+from typing import TYPE_CHECKING
+
+from mofq.api.figures import short_bytes
+from mofq.api.options import Tell
+from mofq.api.run_effort import (
+    ROUNDS,
+    ROUNDS_WITHOUT_STATS,
+    Offered,
+    Timed,
+    Tried,
+    Twins,
+    fit_where_chosen,
+    predicted,
+)
+from mofq.exceptions import BudgetError, Remark, RewriteError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.api.run_folder import RunFiles
+    from mofq.decision import Request
+    from mofq.decision.problem import Problem
+    from mofq.decision.rewriting import Rewriting
+    from mofq.evidence.table import Table
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import ModelLayers
+
+#: Of the free disk, what a rewritten model and its statistics may take.
+_SHARE_OF_DISK = 0.5
+#: The share of the predicted KL that a rewriting must be expected to save to be measured.
+_WORTH_MEASURING = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A model whose schemes are measured."""
+
+    model: str
+    stats: Path  #: that fitted schemes rest on
+    table: Path
+    rewriting: Rewriting | None = None  #: that made it of the original
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a run decides by."""
+
+    subject: Subject
+    table: Table  #: rows that this request asked for
+    tried: tuple[Tried, ...]
+
+
+#: Measures a model's schemes, of the twins those that are named, and returns all of its table.
+Measure = Callable[[Subject, Twins], "Table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The model as it is, where it may be rewritten."""
+
+    checkpoint: Checkpoint
+    layers: ModelLayers
+    files: RunFiles
+
+
+def gather_evidence(
+    first: Subject,
+    request: Request,
+    *,
+    offered: Offered,
+    effort: str,
+    measure: Measure,
+    is_stored: bool,
+    rewritable: Original | None,
+    timed: Timed,
+    progress: Progress | None,
+    tell: Tell,
+) -> Evidence:
+    """Measure what the effort asks for, and keep the model that is predicted best.
+
+    Args:
+        first: The model as it is.
+        request: Of the run.
+        offered: The search space.
+        effort: quick, normal or best.
+        measure: Measures.
+        is_stored: Whether the samples of the statistics are stored.
+        rewritable: The model, where it may be rewritten; None: it may not.
+        timed: Times a stage under a name.
+        progress: As of `run`.
+        tell: As of `run`.
+
+    Returns:
+        Model, table, and what was tried.
+
+    Raises:
+        MofqError: As `measure`.
+    """
+    from mofq.decision.guesses import rows_for
+
+    with timed("measure") as seconds:
+        table = rows_for(measure(first, {}), offered.twins, {})
+    rounded = predicted("codes rounded to nearest", table, request, seconds())
+    tables, moved = {first: table}, list[Tried]()
+    if rewritable is not None:
+        with timed("rewrite") as seconds:
+            rewritten = rewrite_where_it_pays(
+                rewritable, table, request, effort=effort, first=first, progress=progress, tell=tell
+            )
+            if rewritten is not None:
+                tables[rewritten] = rows_for(measure(rewritten, {}), offered.twins, {})
+        if rewritten is not None and rewritten.rewriting is not None:
+            name = f"scales moved at {len(rewritten.rewriting.sites)} inputs"
+            moved.append(predicted(name, tables[rewritten], request, seconds()))
+        if effort == "normal":
+            tables = _best(tables, request)
+    if offered.twins:
+        with timed("fit") as seconds:
+            tables = {
+                subject: _fitted(
+                    subject, table, request, offered, effort, measure, is_stored=is_stored
+                )
+                for subject, table in tables.items()
+            }
+    ((subject, table),) = _best(tables, request).items()
+    tried = [rounded, *(replace(one, is_taken=subject is not first) for one in moved)]
+    if offered.twins:
+        tried.append(predicted("fitted codes", table, request, seconds()))
+    return Evidence(subject, table, tuple(tried))
+
+
+def _fitted(
+    subject: Subject,
+    table: Table,
+    request: Request,
+    offered: Offered,
+    effort: str,
+    measure: Measure,
+    *,
+    is_stored: bool,
+) -> Table:
+    """The table with the twins that the effort asks for."""
+    if effort == "best":
+        return measure(subject, offered.everything(table))
+    return fit_where_chosen(
+        table,
+        request,
+        offered,
+        measure=lambda twins: measure(subject, twins),
+        rounds=ROUNDS if is_stored else ROUNDS_WITHOUT_STATS,
+    )
+
+
+def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Table]:
+    """The model whose best recipe is predicted to cost least; the first where none meets."""
+
+    def cost(subject: Subject) -> tuple[bool, float]:
+        found = predicted("", tables[subject], request, 0.0)
+        if found.kl_nats_per_token is None:
+            return (True, 0.0)
+        # A budget in nats is met by all: of these the smallest counts.
+        by_size = request.budgets.max_kl is not None
+        return (False, (found.bits_per_weight if by_size else found.kl_nats_per_token) or 0.0)
+
+    best = min(tables, key=cost)
+    return {best: tables[best]}
+
+
+def rewrite_where_it_pays(
+    original: Original,
+    table: Table,
+    request: Request,
+    *,
+    effort: str,
+    first: Subject,
+    progress: Progress | None,
+    tell: Tell,
+) -> Subject | None:
+    """Rewrite the model for the recipe that is best as it is; None where that would not pay.
+
+    Args:
+        original: The model.
+        table: Of it, without fitted codes.
+        request: Of the run.
+        effort: With ``best`` sites of weight-only schemes are looked at too.
+        first: The model as it is.
+        progress: As of `run`.
+        tell: As of `run`.
+    """
+    from mofq.decision import decide, request_problem
+
+    try:
+        recipe = decide(table, request).recipe
+    except BudgetError:
+        return None
+    from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
+    from mofq.delivery.rewriting.remake import make_base, rewriting_of
+    from mofq.evidence.calibration.stats import read_stats
+
+    schemes = {group.name: group.scheme for group in recipe.groups}
+    if not (effort == "best" or rounds_inputs(schemes)) or not _fits_disk(original, first, tell):
+        return None
+    problem, stats = request_problem(table, request), read_stats(first.stats)
+    try:
+        choices = choose_for_recipe(
+            original.checkpoint,
+            original.layers,
+            stats=stats,
+            schemes=schemes,
+            offered=_offered_by_group(problem),
+            for_weights=effort == "best",
+            progress=progress,
+        )
+    except RewriteError as error:
+        tell(f"{error} It is not rewritten.")
+        return None
+    saved = sum(one.nats_before - one.nats_after for one in choices)
+    if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
+        return None
+    rewriting = rewriting_of(original.checkpoint, stats, choices)
+    subject = _subject(original, rewriting)
+    make_base(rewriting, original.checkpoint, stats, folders=(Path(subject.model), subject.stats))
+    return subject
+
+
+def _offered_by_group(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """Fusion group -> every scheme that it may have."""
+    ends = zip(problem.groups, problem.start_F[:-1], problem.start_F[1:], strict=True)
+    return {group.name: problem.schemes[start:stop] for group, start, stop in ends}
+
+
+def _subject(original: Original, rewriting: Rewriting) -> Subject:
+    """Where a rewritten model, its statistics and its table lie in the folder of a run."""
+    content = json.dumps(asdict(rewriting), sort_keys=True)
+    name = f"rewritten-{sha256(content.encode()).hexdigest()[:8]}"
+    folder = original.files.folder
+    return Subject(
+        str(folder / f"{Path(original.checkpoint.name).name}-{name}"),
+        folder / f"stats-{name}",
+        folder / f"table-{name}.jsonl",
+        rewriting,
+    )
+
+
+def _fits_disk(original: Original, first: Subject, tell: Tell) -> bool:
+    """Whether a second model and second statistics have room."""
+    needed = sum(one.nbytes for one in original.checkpoint.tensors.values())
+    needed += sum(path.stat().st_size for path in first.stats.rglob("*") if path.is_file())
+    free = disk_usage(original.files.folder).free
+    if needed <= _SHARE_OF_DISK * free:
+        return True
+    tell(
+        Remark(
+            f"A rewritten model and its statistics would take {short_bytes(needed)}, and "
+            f"{short_bytes(free)} are free in {original.files.folder}: scales are not moved."
+        )
+    )
+    return False

@@ -1,0 +1,81 @@
+"""Which scales move before a recipe's schemes are applied: the best of all methods, site by site.
+
+Scales help inputs that are rounded most, so sites are looked at under the schemes of the recipe
+that round inputs, and under INT8 per token where it is offered: after scales have moved it may be
+the better one. Weight-only schemes are looked at on demand; what AWQ gains there is mostly what
+fitted codes gain too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from mofq.delivery.rewriting.choose import Choice, choose_best
+from mofq.delivery.rewriting.sites import find_sites
+from mofq.evidence.calibration.stats import Stats
+from mofq.files.progress import Progress
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers import ModelLayers
+from mofq.numbers.schemes import Scheme, parse_scheme
+
+#: That smoothed inputs are made for.
+_SMOOTHED = "int8.channel+int8.token"
+_FOR_INPUTS: tuple[str, ...] = ("smoothquant", "bismooth")
+_FOR_WEIGHTS: tuple[str, ...] = ("awq",)
+_FITTED = re.compile(r"@nats|~gptq")
+
+
+def rounds_inputs(schemes: Mapping[str, str]) -> bool:
+    """Whether some fusion group's scheme rounds inputs: where moving scales pays."""
+    return any(parse_scheme(name).activation is not None for name in schemes.values())
+
+
+def choose_for_recipe(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    *,
+    stats: Stats,
+    schemes: Mapping[str, str],
+    offered: Mapping[str, Sequence[str]],
+    for_weights: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Choice, ...]:
+    """The best proposal of every method for each site, under schemes like a recipe's.
+
+    Args:
+        checkpoint: The model.
+        layers: Of it.
+        stats: Of it.
+        schemes: Fusion group -> the recipe's scheme.
+        offered: Fusion group -> names of all schemes that it may have.
+        for_weights: Whether sites of weight-only schemes are looked at.
+        progress: Called with ``"rewrite"``, sites done, and all of them.
+
+    Returns:
+        A choice for each site that was looked at.
+
+    Raises:
+        RewriteError: Nothing is known of the family, or it has no site.
+        MofqError: As `choose_scales`.
+    """
+    on_inputs = {name for name in schemes.values() if parse_scheme(name).activation is not None}
+    on_inputs |= {_SMOOTHED} if on_inputs else set()
+    choices = []
+    sites = find_sites(checkpoint, layers)
+    for done, site in enumerate(sites, start=1):
+        targets = [parse_scheme(one) for one in offered[site.group] if one in on_inputs]
+        methods = _FOR_INPUTS
+        if not targets and for_weights:
+            targets, methods = [parse_scheme(schemes[site.group])], _FOR_WEIGHTS
+        targets = [one for one in map(_rounded, targets) if not one.is_unquantized]
+        if targets:
+            choices.append(choose_best(checkpoint, site, targets, stats=stats, methods=methods))
+        if progress is not None:
+            progress("rewrite", done, len(sites))
+    return tuple(choices)
+
+
+def _rounded(scheme: Scheme) -> Scheme:
+    """A scheme without its fit, which is made after scales have moved."""
+    return parse_scheme(_FITTED.sub("", scheme.name)) if scheme.is_fitted else scheme

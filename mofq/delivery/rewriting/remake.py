@@ -1,0 +1,181 @@
+"""Makes the rewritten model that a recipe is for again, from the original and its statistics.
+
+From one recipe file, the original and its statistics an exported folder is made again, bit for
+bit: scales follow from the statistics, by the method and strengths that the recipe notes of each
+site. The hash of the weights shows that they are those that were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mofq.decision.recipe import Recipe
+from mofq.decision.rewriting import Rewriting, SiteRewriting
+from mofq.delivery.rewriting.choose import Choice, scales_of
+from mofq.delivery.rewriting.moved_stats import write_moved_stats
+from mofq.delivery.rewriting.scales import METHODS, Strength
+from mofq.delivery.rewriting.sites import find_sites
+from mofq.delivery.rewriting.write import write_rewritten
+from mofq.evidence.calibration.stats import (
+    Stats,
+    check_same_model,
+    earlier_stats,
+    read_stats,
+    verify_sequences,
+)
+from mofq.exceptions import RecipeError, RewriteError, StatsError, nearest_name, option
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import find_layers
+
+#: Of the method in ``rewrite.json`` where each site has its own.
+BY_SITE = "by site"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that a recipe is applied to, and the statistics that fitted schemes rest on."""
+
+    checkpoint: Checkpoint
+    stats: str | Path | None
+
+
+def rewriting_of(
+    checkpoint: Checkpoint, stats: Stats, choices: Sequence[Choice], *, powers_of_two: bool = False
+) -> Rewriting:
+    """What a recipe notes of choices that were made for a model."""
+    return Rewriting(
+        model=checkpoint.name,
+        index_sha256=checkpoint.index_sha256,
+        weights_sha256=hash_weights(checkpoint),
+        stats_sha256=stats.sha256,
+        sites={
+            one.site.group: SiteRewriting(one.method, one.strength.alpha, one.strength.beta)
+            for one in choices
+            if one.strength is not None
+        },
+        powers_of_two=powers_of_two,
+    )
+
+
+@contextmanager
+def base_of(recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None) -> Iterator[Base]:
+    """What a recipe is applied to: the checkpoint, or the one that it rewrites it to.
+
+    Args:
+        recipe: Any.
+        checkpoint: The original; or the rewritten model that the recipe is for, with its stats.
+        stats: The original's, where the recipe rewrites it.
+
+    Yields:
+        The base. One that was rewritten lies in a temporary folder.
+
+    Raises:
+        RecipeError: The recipe rewrites another model, or what comes out is not its model.
+        StatsError: There are no statistics where it needs them, or others.
+        RewriteError: Its sites are not those of the model.
+    """
+    rewriting = recipe.rewriting
+    if rewriting is None or hash_weights(checkpoint) == recipe.weights_sha256:
+        yield Base(checkpoint, stats)
+        return
+    opened = _checked_stats(recipe, rewriting, checkpoint, stats)
+    with TemporaryDirectory(prefix="mofq-rewritten-") as work:
+        folders = base_folders(Path(work), recipe.model_name)
+        base = make_base(rewriting, checkpoint, opened, folders)
+        if hash_weights(base.checkpoint) != recipe.weights_sha256:
+            raise RecipeError(
+                f"{recipe.title}: the rewriting gives other weights here than it gave where it was "
+                f"measured. Take the processor and the version of mofq that measured it "
+                f"({recipe.made_by.get('mofq', 'not noted')}), or run again."
+            )
+        yield base
+
+
+def base_folders(work: Path, name: str) -> tuple[Path, Path]:
+    """Where a rewritten model and its statistics lie in a folder."""
+    return work / name, work / f"{name}.stats"
+
+
+def make_base(
+    rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats, folders: tuple[Path, Path]
+) -> Base:
+    """Write a rewritten model and its statistics.
+
+    Args:
+        rewriting: Of the model.
+        checkpoint: The original.
+        stats: Of it.
+        folders: Of the model, and of the statistics; those that are there are complete, and kept.
+
+    Raises:
+        RewriteError: As `write_rewritten`; or a site is none of the model's.
+    """
+    model, moved = folders
+    if not (model.exists() and moved.exists()):
+        choices = _choices(rewriting, checkpoint, stats)
+        if not model.exists():
+            write_rewritten(checkpoint, choices, model, method=BY_SITE, stats=stats)
+        if not moved.exists():
+            write_moved_stats(stats, open_checkpoint(str(model)), choices, moved)
+    return Base(open_checkpoint(str(model)), moved)
+
+
+def _checked_stats(
+    recipe: Recipe, rewriting: Rewriting, checkpoint: Checkpoint, stats: str | Path | None
+) -> Stats:
+    """The statistics that scales follow from, once they and the model are known to be those."""
+    found = (checkpoint.index_sha256, hash_weights(checkpoint))
+    if found != (rewriting.index_sha256, rewriting.weights_sha256):
+        raise RecipeError(
+            f"{recipe.title}: rewrites {rewriting.model} with weights_sha256 "
+            f"{rewriting.weights_sha256[:8]}, and {checkpoint.folder} has {found[1][:8]}. Give "
+            f"the model that was measured."
+        )
+    if stats is None:
+        raise StatsError(
+            f"{recipe.title}: rewrites the model by scales that follow from statistics. Give the "
+            f"folder that was measured with, as {option('stats')}."
+        )
+    opened = read_stats(stats)
+    # Corpora may have been added to the folder since.
+    every = (opened, *earlier_stats(opened))
+    known = next((one for one in every if one.sha256 == rewriting.stats_sha256), None)
+    if known is None:
+        raise RecipeError(
+            f"{stats}: {recipe.title} rewrites by stats_sha256 {rewriting.stats_sha256[:8]}, and "
+            f"this folder has {opened.sha256[:8]}. Give the folder that was measured with."
+        )
+    check_same_model(opened, checkpoint, weights_sha256=rewriting.weights_sha256)
+    verify_sequences(opened)
+    return known
+
+
+def _choices(rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats) -> list[Choice]:
+    sites = {site.group: site for site in find_sites(checkpoint, find_layers(checkpoint))}
+    choices = []
+    for group, one in rewriting.sites.items():
+        if group not in sites:
+            raise RewriteError(
+                f"rewriting: {group}: no scale can move there." + nearest_name(group, sites)
+            )
+        if one.method not in METHODS:
+            raise RewriteError(
+                f"rewriting: {group}: unknown method {one.method!r}."
+                + nearest_name(one.method, METHODS)
+            )
+        strength = Strength(one.alpha, one.beta)
+        scale_P = scales_of(
+            checkpoint,
+            sites[group],
+            strength,
+            stats=stats,
+            method=one.method,
+            powers_of_two=rewriting.powers_of_two,
+        )
+        choices.append(Choice(sites[group], "", strength, scale_P, 0.0, 0.0, one.method))
+    return choices

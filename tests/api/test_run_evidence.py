@@ -1,0 +1,112 @@
+"""Which model a run goes on with: as it is, or rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from explore_tables import write_explore_table
+
+from mofq.api import run_evidence
+from mofq.api.options import Budget, Choices
+from mofq.api.request import make_request
+from mofq.api.run_effort import Offered, Timed, Twins
+from mofq.api.run_evidence import Evidence, Subject, gather_evidence
+from mofq.decision.rewriting import Rewriting, SiteRewriting
+from mofq.evidence.spaces import parse_search_space
+from mofq.evidence.table import Row, Table, read_table
+
+TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
+SITES = {"layers.0.attn.qkv": SiteRewriting("bismooth", 0.5, 0.5)}
+REWRITING = Rewriting("m", "a" * 64, "b" * 64, "c" * 64, SITES)
+FIRST = Subject("m", Path("stats"), Path("table.jsonl"))
+OTHER = Subject("m-rewritten", Path("stats-rewritten"), Path("table-rewritten.jsonl"), REWRITING)
+
+
+def times(row: Row, ratio: float, scheme: str | None = None) -> Row:
+    return replace(
+        row,
+        scheme=scheme or row.scheme,
+        error=ratio * row.error,
+        sample_errors=tuple(ratio * one for one in row.sample_errors or ()) or None,
+    )
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    found = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=4))
+    kept = [row for row in found.rows if row.scheme in ("int4.g32", "int8.channel", "bf16")]
+    return replace(found, rows=tuple(kept), spaces=())
+
+
+def gathered(
+    table: Table,
+    effort: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    rounded: float,
+    fitted: float,
+) -> tuple[Evidence, set[Subject]]:
+    """What comes of a rewritten model with so many times the errors; what was fitted of which."""
+    with_twins = set()
+
+    def measure(subject: Subject, twins: Twins) -> Table:
+        ratio, of_twins = (rounded, fitted) if subject is OTHER else (1.0, 0.5)
+        rows = [times(row, ratio) for row in table.rows]
+        if twins:
+            with_twins.add(subject)
+        rows += [
+            times(row, of_twins, twin)
+            for row in table.rows
+            for twin in twins.get(row.group, ())
+            if twin.startswith(row.scheme)
+        ]
+        return replace(table, rows=tuple(rows))
+
+    monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", lambda *_, **__: OTHER)
+    evidence = gather_evidence(
+        FIRST,
+        make_request(Choices(), budget=Budget(max_bits=5.0)),
+        offered=Offered.at(effort, parse_search_space(TEXT, name="some", where="s")),
+        effort=effort,
+        measure=measure,
+        is_stored=True,
+        rewritable=Mock(),
+        timed=Timed(),
+        progress=None,
+        tell=print,
+    )
+    return evidence, with_twins
+
+
+@pytest.mark.parametrize(("rounded", "taken"), [(0.5, True), (1.5, False)])
+def test_with_normal_effort_codes_are_fitted_to_the_model_that_rounds_better(
+    table: Table, monkeypatch: pytest.MonkeyPatch, rounded: float, taken: bool
+) -> None:
+    evidence, fitted = gathered(table, "normal", monkeypatch, rounded=rounded, fitted=0.1)
+    best = OTHER if taken else FIRST
+    assert evidence.subject is best
+    assert fitted == {best}
+    assert [one.is_taken for one in evidence.tried] == [True, taken, True]
+    assert evidence.tried[1].name == "scales moved at 1 inputs"
+
+
+@pytest.mark.parametrize(("fitted", "taken"), [(0.1, True), (0.6, False)])
+def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goes_on(
+    table: Table, monkeypatch: pytest.MonkeyPatch, fitted: float, taken: bool
+) -> None:
+    evidence, of = gathered(table, "best", monkeypatch, rounded=0.9, fitted=fitted)
+    assert of == {FIRST, OTHER}
+    assert evidence.subject is (OTHER if taken else FIRST)
+    assert [one.is_taken for one in evidence.tried] == [True, taken, True]
+    costs = [one.kl_nats_per_token or 0.0 for one in evidence.tried]
+    assert costs[2] < costs[0]
+
+
+def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence, fitted = gathered(table, "quick", monkeypatch, rounded=1.5, fitted=0.1)
+    assert evidence.subject is FIRST
+    assert fitted == set()
+    assert len(evidence.tried) == 2
