@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.api.request import read_corpus_weights
-from mofq.evidence.fitted_space import FITTED_SUFFIX
 from mofq.exceptions import BackendError, MofqError, option
 
 if TYPE_CHECKING:
@@ -195,6 +194,8 @@ class Asked:
 
 def _plain(space: str | None) -> str | None:
     """The name of a space, of one with fitted twins that of the space that they were added to."""
+    from mofq.evidence.fitted_space import FITTED_SUFFIX
+
     return None if space is None else space.removesuffix(FITTED_SUFFIX)
 
 

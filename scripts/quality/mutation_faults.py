@@ -115,8 +115,8 @@ _NUMBERS = (
     ),
     Fault(
         "estimator: tokens squared before they are summed",
-        "whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).sum(2)",
-        "whole_RNS = projection_RMS.unflatten(1, (sequences, -1)).square().sum(2).sqrt()",
+        ".unflatten(1, (inputs.sequences, -1)).sum(2)",
+        ".unflatten(1, (inputs.sequences, -1)).square().sum(2).sqrt()",
         "measure_score prediction",
     ),
     Fault(
@@ -326,14 +326,14 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: a scale from the weight as it was",
-        "to_tiles(_as_float32(adjusted_OI[:, whole]), rows, columns)",
+        "to_tiles(as_float32(adjusted_OI[:, whole]), rows, columns)",
         "to_tiles(weight_OI[:, whole], rows, columns)",
         "quantize_feedback::test_the_scale_of_a_group_is_that_of_the_weights_as_feedback_left_them",
     ),
     Fault(
         "fitted codes: nothing is passed on beyond a batch",
-        "adjusted_OI[:, some] += sent_OB",
-        "adjusted_OI[:, some] += 0 * sent_OB",
+        "send(torch.cat(errors, 1), passed_II",
+        "send(0 * torch.cat(errors, 1), passed_II",
         "quantize_feedback",
     ),
     Fault(

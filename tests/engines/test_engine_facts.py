@@ -387,7 +387,10 @@ def test_every_served_rule_was_met_by_an_answer_of_the_engine(path: Path) -> Non
         if found and not reason
     }
     served = {rule for engine in engines.values() for rule in engine.applicable_rules}
-    assert [r.schemes for r in served if r.kernel and r not in met] == []
+    # Embeddings are not asked for: what is served of them was read.
+    assert [
+        r.schemes for r in served if r.kernel and r.layers != "embeddings" and r not in met
+    ] == []
 
 
 def test_every_excuse_is_still_needed() -> None:

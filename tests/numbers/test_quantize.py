@@ -224,7 +224,7 @@ def test_a_shape_that_does_not_fit_is_refused_by_name(
         ("int8.tensor", "needs `tensor_amax`"),
         ("nvfp4", "needs `tensor_amax`"),
         ("int4.g32@nats", "weighs errors by `importance`"),
-        ("int4.g32~gptq", "needs calibration statistics"),
+        ("int4.g32~gptq", "need calibration statistics"),
     ],
 )
 def test_what_a_scheme_needs_beyond_the_weight_is_asked_for(name: str, message: str) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
 from mofq.engines.vllm_names import vllm_prefix
 from mofq.model.layers import FUSION_RULES, FusionGroup, find_loaded_weight, layers_of
-from mofq.model.layers.words import LAYER_COUNTS
 
 #: Last words of layers that engines join -> last words of the module that they make of them. Most
 #: classes of SGLang 0.5.23, and vLLM's ``Qwen3MoeForCausalLM`` for ``gate_up_proj``, do not say
@@ -130,8 +129,10 @@ def _engine_names(groups: Iterable[FusionGroup], plan: ExportPlan) -> list[str]:
     if architecture in _WITHOUT_BODY:
         body = FUSION_RULES[architecture].body
         names += [name.removeprefix(body) for name in names]
-    config = plan.checkpoint.config
-    count = next((int(config[key]) for key in LAYER_COUNTS if key in config), 0)
+    every = layers_of(plan.model_layers.groups)
+    count = 1 + max(
+        (one.decoder_layer for one in every if one.decoder_layer is not None), default=0
+    )
     prefixes = [
         vllm_prefix(name, architecture, decoder_layers=count) for name in (*on_disk, *names)
     ]
