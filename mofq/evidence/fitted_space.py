@@ -1,7 +1,7 @@
 """A search space with a fitted twin beside each scheme that rounds: the same bytes and kernels.
 
-Of a scheme such as ``int4.g32@mse+int8.token`` the twin is ``int4.g32@nats~gptq+int8.token``: the
-engine that serves the one serves the other, and the codes are those that `mofq.evidence.fits`
+Of a scheme such as ``int4.g32@mse+int8.token`` the twin is ``int4.g32@nats~descent+int8.token``:
+the engine that serves the one serves the other, and the codes are those that `mofq.evidence.fits`
 fits to the calibration. `mofq run` decides where measuring a twin pays.
 """
 
@@ -17,7 +17,7 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: What a space is called when it has the twins too.
 FITTED_SUFFIX = "+fitted"
-_FITTED = "@nats~gptq"
+_FITTED = "@nats~descent"
 #: How scales and codes of an operand are chosen, behind its format.
 _CHOSEN_BY = re.compile(r"[@~].*")
 

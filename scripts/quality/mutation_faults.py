@@ -115,8 +115,8 @@ _NUMBERS = (
     ),
     Fault(
         "estimator: tokens squared before they are summed",
-        ".unflatten(1, (inputs.sequences, -1)).sum(2)",
-        ".unflatten(1, (inputs.sequences, -1)).square().sum(2).sqrt()",
+        "projected[activation].unflatten(1, (inputs.sequences, -1)).sum(2)",
+        "projected[activation].unflatten(1, (inputs.sequences, -1)).square().sum(2).sqrt()",
         "measure_score prediction",
     ),
     Fault(

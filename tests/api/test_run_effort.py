@@ -18,7 +18,7 @@ from mofq.evidence.table import Table, read_table
 
 TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
 REQUEST = make_request(Choices(), budget=Budget(max_bits=5.0))
-INT4, INT8 = "int4.g32@nats~gptq", "int8.channel@nats~gptq"
+INT4, INT8 = "int4.g32@nats~descent", "int8.channel@nats~descent"
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so
     assert "what was tried" in first.out
     assert "codes rounded to nearest" in first.out
     recipe = package.load_recipe(folder / "recipe.yaml")
-    assert "int4.g64@nats~gptq" in recipe.schemes.values()
+    assert "int4.g64@nats~descent" in recipe.schemes.values()
     assert recipe.made_by["effort"] == "normal"
     assert recipe.made_by["space"] == "space+fitted"
     rounded, fitted = str(recipe.made_by["tried"]).split("; ")

@@ -11,8 +11,8 @@ from explore_tables import write_explore_table
 from mofq.decision.guesses import pilot_groups, rows_for, with_guesses
 from mofq.evidence.table import Row, Table, read_table
 
-TWIN = "int4.g32@nats~gptq"
-TWINS = {TWIN: ("int4.g32",), "int8.channel@nats~gptq": ("int8.channel",)}
+TWIN = "int4.g32@nats~descent"
+TWINS = {TWIN: ("int4.g32",), "int8.channel@nats~descent": ("int8.channel",)}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_guess_is_the_median_of_what_fitting_did_to_groups_of_the_kind(
     (guess,) = rows_of(guessed, of_none, TWIN)
     assert guess.error == pytest.approx(0.45 * rows_of(table, of_none, "int4.g32")[0].error)
     # Of a twin that was measured nowhere, the usual ratio of 8 bits.
-    (guess,) = rows_of(guessed, of_kind, "int8.channel@nats~gptq")
+    (guess,) = rows_of(guessed, of_kind, "int8.channel@nats~descent")
     assert guess.error == pytest.approx(0.85 * rows_of(table, of_kind, "int8.channel")[0].error)
 
 
@@ -73,17 +73,17 @@ def test_a_group_in_which_one_twin_did_worse_is_guessed_to_do_so_with_others(tab
     known = measured(table, ratios)
     guessed = with_guesses(known, TWINS, asked={group: [TWIN] for group in ratios})
     for group, worse in (("layers.0.attn.qkv", 0.5 / 0.4), ("layers.1.attn.qkv", 1.0)):
-        (guess,) = rows_of(guessed, group, "int8.channel@nats~gptq")
+        (guess,) = rows_of(guessed, group, "int8.channel@nats~descent")
         rounded = rows_of(table, group, "int8.channel")[0].error
         assert guess.error == pytest.approx(0.85 * worse * rounded)
 
 
 def test_nothing_is_guessed_of_what_was_asked_for_or_has_no_rounded_row(table: Table) -> None:
     asked = {"layers.0.attn.o": [TWIN]}  # an engine may have refused it: there is no row
-    guessed = with_guesses(table, {**TWINS, "int5.g32@nats~gptq": ("int5.g32",)}, asked=asked)
+    guessed = with_guesses(table, {**TWINS, "int5.g32@nats~descent": ("int5.g32",)}, asked=asked)
     assert rows_of(guessed, "layers.0.attn.o", TWIN) == []
     assert len(rows_of(guessed, "layers.1.attn.o", TWIN)) == 1
-    assert all(row.scheme != "int5.g32@nats~gptq" for row in guessed.rows)
+    assert all(row.scheme != "int5.g32@nats~descent" for row in guessed.rows)
 
 
 def test_twins_that_another_request_measured_do_not_count(table: Table) -> None:
