@@ -312,6 +312,24 @@ def _as_begun(plan: Plan, folder: Path, *, inputs: str) -> Plan:
     )
 
 
+def without_inputs(plan: Plan) -> Plan:
+    """A plan as versions made it that kept no inputs of sequences without samples."""
+    return replace(plan, inputs=None)
+
+
+def as_measured(plan: Plan, table: Path, *, inputs: str) -> Plan:
+    """A plan of statistics that are not stored, as a table that is there was measured by them."""
+    from mofq.evidence.calibration.stats import passing_stats
+    from mofq.evidence.table import read_table
+
+    if inputs != "auto" or not table.exists():
+        return plan
+    noted = read_table(table).header.stats
+    before = without_inputs(plan)
+    is_of_before = noted is not None and noted.sha256 == passing_stats(table.parent, before).sha256
+    return before if is_of_before else plan
+
+
 def _texts(plan: Plan) -> list[CorpusPlan]:
     """The corpora of a plan, wherever their files lie."""
     return [replace(one, source="") for one in plan.corpora]

@@ -12,7 +12,7 @@ from shutil import rmtree
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import check_gradient_dtype, plan_calibration, unseen_experts
+from mofq.api.calibrate import as_measured, check_gradient_dtype, plan_calibration, unseen_experts
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
     WHOLE_MODEL,
@@ -273,6 +273,7 @@ def measure_space(
             dtype=dtype,
             kv_cache=bool(space.kv_cache and found.caches),
         )
+        plan = as_measured(plan, path, inputs=samples.inputs)
         calibration = Calibration(plan, windows, work_of(path), fits_beside(path))
         opened = calibration.stats
     unseen = set() if opened is None else set(chain.from_iterable(opened.unseen.values()))

@@ -12,7 +12,12 @@ from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import calibrate, check_gradient_dtype, plan_calibration
+from mofq.api.calibrate import (
+    calibrate,
+    check_gradient_dtype,
+    plan_calibration,
+    without_inputs,
+)
 from mofq.api.export import ExportResult, export
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
@@ -339,7 +344,7 @@ def run(
                 dtype=dtype,
                 device=device,
             )
-            if is_stored and not any(vocabulary.asked.values())
+            if is_stored and not any(vocabulary.asked.values()) and budget.max_kl is None
             else None,
             timed=timed,
             progress=progress,
@@ -483,7 +488,7 @@ def _can_store(
     tell: Tell,
 ) -> bool:
     """Whether statistics are stored: as a former run did, else where the disk has room for them."""
-    from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+    from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
     from mofq.evidence.calibration.stats import passing_stats
     from mofq.evidence.table import read_table
     from mofq.model.layers import find_layers
@@ -491,19 +496,19 @@ def _can_store(
     if files.stats.exists() or any(vocabulary.asked.values()):
         return True
     found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
-    if files.table.exists():
-        plan, _ = plan_calibration(
-            checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
-        )
-        of_table = read_table(files.table).header.stats
-        return of_table is None or of_table.sha256 != passing_stats(files.folder, plan).sha256
-    kept = min(samples.keep, samples.sequences or samples.keep)
-    needed = samples_bytes(
-        found,
-        tokens=len(sources) * kept * samples.sequence_length,
-        draws=samples.draws,
-        experts_per_token=experts_per_token(checkpoint.config),
+    plan, _ = plan_calibration(
+        checkpoint, found, load_corpora(sources), samples=samples, dtype=dtype, kv_cache=False
     )
+    if files.table.exists():
+        of_table = read_table(files.table).header.stats
+        passing = {passing_stats(files.folder, one).sha256 for one in (plan, without_inputs(plan))}
+        return of_table is None or of_table.sha256 not in passing
+    count = sum(len(one.kept_indices) for one in plan.corpora)
+    others = sum(one.sequences for one in plan.corpora) - count if plan.inputs else 0
+    experts = experts_per_token(checkpoint.config)
+    length, draws = plan.sequence_length, plan.draws
+    needed = samples_bytes(found, tokens=count * length, draws=draws, experts_per_token=experts)
+    needed += inputs_bytes(found, tokens=others * length, experts_per_token=experts)
     free = disk_usage(files.folder).free
     if needed <= _SHARE_OF_DISK * free:
         return True
@@ -564,8 +569,9 @@ def _rewritable(
     """The model, where what comes out of rewriting it can be measured, validated and exported.
 
     Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
-    validated with recipes of itself alone; files for other tools are of a model that is there; and
-    a quantized source would be written in bf16.
+    validated with recipes of itself alone; files for other tools are of a model that is there; a
+    quantized source would be written in bf16; and sites are those of inferred or ruled layers, not
+    of stated ones.
     """
     from mofq.delivery.backends import RECIPE_EXPORTERS
     from mofq.engines import find_engine
@@ -574,11 +580,13 @@ def _rewritable(
 
     if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
         return None
+    if layers is not None:
+        return None
     if engine is not None and find_engine(engine).reads in RECIPE_EXPORTERS:
         return None
     if choose_execution(on, checkpoint, dtype=dtype, device=device).is_streamed:
         return None
-    return Original(checkpoint, find_layers(checkpoint, stated=open_layers(layers)), files)
+    return Original(checkpoint, find_layers(checkpoint), files)
 
 
 def _check_effort(effort: str) -> None:

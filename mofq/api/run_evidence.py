@@ -226,15 +226,16 @@ def rewrite_where_it_pays(
             for_weights=effort == "best",
             progress=progress,
         )
+        saved = sum(one.nats_before - one.nats_after for one in choices)
+        if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
+            return None
+        rewriting = rewriting_of(original.checkpoint, stats, choices)
+        subject = _subject(original, rewriting)
+        folders = (Path(subject.model), subject.stats)
+        make_base(rewriting, original.checkpoint, stats, folders=folders)
     except RewriteError as error:
         tell(f"{error} It is not rewritten.")
         return None
-    saved = sum(one.nats_before - one.nats_after for one in choices)
-    if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
-        return None
-    rewriting = rewriting_of(original.checkpoint, stats, choices)
-    subject = _subject(original, rewriting)
-    make_base(rewriting, original.checkpoint, stats, folders=(Path(subject.model), subject.stats))
     return subject
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mofq.decision.recipe import Recipe
 from mofq.engines import ENGINES
-from mofq.exceptions import BackendError, how_to_install, nearest_name, option
+from mofq.exceptions import BackendError, RecipeError, how_to_install, nearest_name, option
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
 
@@ -62,7 +62,7 @@ def apply_recipe(
         backend: A key of ``APPLIERS``.
         checkpoint: The model's own, where the backend should read weights from it.
         stats: The folder from `mofq calibrate` that the recipe rests on; needed where a
-            scheme is fitted to it (``@nats``, ``~gptq``).
+            scheme is fitted to it (``@nats``, ``~gptq``, ``~descent``).
         emulate: Names of layers, or patterns such as ``*``, that the backend
             ``torchao`` emulates where it has no kernel; the backend ``emulate``
             emulates every layer.
@@ -83,6 +83,12 @@ def apply_recipe(
     options = {} if backend == "emulate" else {"emulate": emulate}
     from mofq.delivery.recipe_fits import open_fits
 
+    if recipe.rewriting is not None and checkpoint is None:
+        raise RecipeError(
+            f"{recipe.title}: is for the model that it rewrites {recipe.rewriting.model} to. "
+            f"Export it and load the folder; or load the rewritten model, and give its checkpoint "
+            f"and its statistics too."
+        )
     index_sha256 = None if checkpoint is None else checkpoint.index_sha256
     with open_fits(recipe, stats, index_sha256=index_sha256) as fits:
         applied: Module = apply(

@@ -120,8 +120,8 @@ def fit_arguments(
 def needs_stats(layer: str) -> StatsError:
     """What to say where a fitted scheme is to be applied without its statistics."""
     return StatsError(
-        f"{layer}: its codes are fitted to calibration statistics (@nats or ~gptq), and there are "
-        f"none here. Give the folder that was measured with, as {option('stats')}."
+        f"{layer}: its codes are fitted to calibration statistics (@nats, ~gptq or ~descent), and "
+        f"there are none here. Give the folder that was measured with, as {option('stats')}."
     )
 
 

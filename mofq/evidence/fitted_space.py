@@ -42,6 +42,8 @@ def with_fitted(space: SearchSpace) -> FittedSpace:
         The space, its twins behind its own schemes; those of base schemes are base schemes.
     """
     known = {scheme.name for scheme in space.schemes}
+    # Of a format that the space has fitted in any way there is no other twin.
+    known |= {_twin_text(scheme.name) for scheme in space.schemes if scheme.is_fitted}
     rounded: dict[str, list[str]] = {}
     added: dict[tuple[Scheme, ...], Candidate] = {}
     for candidate in space.candidates:

@@ -21,17 +21,20 @@ from mofq.decision.recipe import (
     write_recipe,
 )
 from mofq.decision.rewriting import SiteRewriting
+from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.rewriting.choose import choose_best, choose_scales, scales_of
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
 from mofq.delivery.rewriting.moved_stats import write_moved_stats
 from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_of
 from mofq.delivery.rewriting.sites import find_sites
+from mofq.delivery.validation import find_deviations
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.exceptions import MofqError, RecipeError, RewriteError, StatsError
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import find_layers
+from mofq.model.loading import load_model
 from mofq.numbers.schemes import parse_scheme
 
 INT8, FITTED = "int8.channel+int8.token", "int8.channel@nats~gptq+int8.token"
@@ -53,7 +56,8 @@ def model(tiny: TinyCheckpoint, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stats(model: Path, tmp_path: Path) -> Stats:
-    return calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(4, 24)}, kept=2)
+    windows = {"a": some_tokens(4, 24)}
+    return calibrate_folder(model, tmp_path / "stats", windows, kept=2, inputs=True)
 
 
 def make(model: Path, stats: Stats, folder: Path, scheme: str = FITTED) -> tuple[Recipe, Base]:
@@ -125,7 +129,7 @@ def test_an_exported_folder_is_made_again_from_the_recipe_bit_for_bit(
         assert path.read_bytes() == (tmp_path / "b" / "m" / path.name).read_bytes(), path.name
     # A corpus that was added to the statistics since changes nothing.
     texts = {"a": some_tokens(4, 24), "b": some_tokens(4, 24)}
-    more = calibrate_folder(model, stats.folder, texts, kept=2)
+    more = calibrate_folder(model, stats.folder, texts, kept=2, inputs=True)
     assert more.sha256 != stats.sha256
     with base_of(loaded, original, stats.folder) as grown:
         assert read_stats(str(grown.stats)).sha256 == read_stats(str(base.stats)).sha256
@@ -168,6 +172,18 @@ def test_what_a_recipe_does_not_rewrite_is_refused(
     fewer = {name: one for name, one in rewriting.sites.items() if name != site}
     bad = replace(recipe, rewriting=replace(rewriting, sites=fewer))
     refused(RecipeError, "gives other weights here", recipe=bad)
+
+
+def test_a_recipe_that_rewrites_is_not_applied_to_a_model_that_may_be_another(
+    model: Path, stats: Stats, tmp_path: Path
+) -> None:
+    recipe, base = make(model, stats, tmp_path, INT8)
+    with pytest.raises(RecipeError, match=r"is for the model that it rewrites .* to\. Export it"):
+        apply_recipe(load_model(model), recipe)
+    with pytest.raises(RecipeError, match="weights_sha256"):
+        apply_recipe(load_model(model), recipe, checkpoint=open_checkpoint(str(model)))
+    found = apply_recipe(load_model(base.checkpoint.folder), recipe, checkpoint=base.checkpoint)
+    assert find_deviations(found, recipe, checkpoint=base.checkpoint) == ()
 
 
 def test_a_rewriting_is_a_decision_that_shows_where_it_is_edited(

@@ -16,6 +16,7 @@ from mofq.api.options import Samples, Vocabulary
 from mofq.delivery.apply.emulate import rows_of
 from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
 from mofq.evidence.calibration.gains import read_gains
+from mofq.evidence.calibration.routing import read_routing
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.samples import SampleReader
@@ -220,3 +221,22 @@ def _by_autograd(
         (gradient,) = torch.autograd.grad(logits_TV, weight, scores_of(logits_TV, sequence=index))
         gradients.append(gradient)
     return weight.detach(), torch.stack(gradients)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_margins_of_routers_are_no_draw_of_an_embedding_and_its_gain_is_there(
+    tied: bool, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder, windows = tiny("qwen3_moe", tie_word_embeddings=tied), {"a": some_tokens(2, 32)}
+    checkpoint = open_checkpoint(str(folder))
+    layers = find_layers(checkpoint, include_lm_head=True, include_embeddings=True)
+    names = vocabulary_names(layers.groups)
+    plan = plan_of(folder, windows, vocabulary=names, routing=True)
+    stats = calibrate_here(
+        load_model(folder), layers, plan=plan, windows=windows, folder=tmp_path / "stats"
+    )
+    embedding = next(one for one in layers.grouped_layers if one.role != "linear").name
+    gains = read_gains(stats.gains_files("a")[0])[embedding]
+    assert len(gains.weight) == len(gains.scaling) == 1
+    routing = read_routing(stats.routing_files("a")[0])
+    assert routing.gains[embedding] > 0

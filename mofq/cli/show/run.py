@@ -43,9 +43,9 @@ def _show_tried(result: RunResult) -> None:
     rows, before = [], None
     for one in result.tried:
         kl = one.kl_nats_per_token
-        gain = "" if kl is None or before is None else f"{before - kl:+.4f}"
+        gain = "" if kl is None or before is None else f"{before - kl:+.3g}"
         bits = "" if one.bits_per_weight is None else f"{one.bits_per_weight:.4f}"
-        shown = "no recipe" if kl is None else f"{kl:.4f}"
+        shown = "no recipe" if kl is None else f"{kl:.3g}"
         name = one.name if one.is_taken else f"{one.name}: not taken"
         rows.append([name, bits, shown, gain, f"{one.seconds:.0f}"])
         before = kl if kl is not None and one.is_taken else before

@@ -23,7 +23,7 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 _SMOOTHED = "int8.channel+int8.token"
 _FOR_INPUTS: tuple[str, ...] = ("smoothquant", "bismooth")
 _FOR_WEIGHTS: tuple[str, ...] = ("awq",)
-_FITTED = re.compile(r"@nats|~gptq")
+_FITTED = re.compile(r"@nats|~[a-z]+")
 
 
 def rounds_inputs(schemes: Mapping[str, str]) -> bool:

@@ -47,7 +47,14 @@ def write_moved_stats(
             f"{stats.folder}: holds samples of the KV cache, which are not those of a rewritten "
             f"model. Calibrate that model."
         )
-    plan = replace(stats.plan, model_name=rewritten.name, weights_sha256=hash_weights(rewritten))
+    # A norm says nothing of a gradient whose channels are multiplied each by its own scale: codes
+    # of the rewritten model are fitted to the sequences of which samples are kept.
+    plan = replace(
+        stats.plan,
+        model_name=rewritten.name,
+        weights_sha256=hash_weights(rewritten),
+        inputs=None,
+    )
     inputs, outputs = _moved(choices)
     with new_folder(Path(folder), RewriteError, last="stats.json") as target:
         write_json(target / "plan.json", plan.to_json())

@@ -97,7 +97,8 @@ def _target(text: str, group: FusionGroup) -> Scheme:
         if scheme.is_fitted:
             raise RewriteError(
                 f"{option('scheme', text)}: codes are fitted to a model after it was rewritten. "
-                f"Give the scheme without @nats and ~gptq here, and let the search choose those."
+                f"Give the scheme without @nats, ~gptq and ~descent here, and let the search "
+                f"choose those."
             )
     (offer,) = offer_schemes(space, [group], has_stats=True)
     return offer.schemes[0]

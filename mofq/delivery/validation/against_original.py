@@ -88,7 +88,8 @@ def validate_many(
         tasks: That lm-eval scores both models by, besides the text.
         backend: That applies recipes, as in ``apply_recipe``.
         emulated: Layers that it may emulate, likewise.
-        stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``) rest on.
+        stats: The folder that recipes with fitted schemes (``@nats``, ``~gptq``, ``~descent``)
+            rest on.
         rewritten: What recipes with a rewriting are applied to, where it is there already; None:
             it is made again.
         execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.

@@ -225,6 +225,7 @@ def _write(
         others = (
             samples_path(folder, plan, corpus, other)
             for other in range(index + 1, corpus.sequences)
+            if (other in corpus.kept_indices) == is_kept  # the others have another size
         )
         left = sum(other is not None and not is_complete(other) for other in others)
         _check_disk(folder, path, left=left)

@@ -54,6 +54,19 @@ class LookedUp:
     #: Products of these with the rows, summed, a draw each: see `calibration.gains`.
     scaling: list[float] = field(default_factory=list)
 
+    def set_aside(self) -> Callable[[], list[Tensor]]:
+        """Forget what was kept, until the result puts it back and gives what came in between."""
+        grads, scaling = list(self.grads), list(self.scaling)
+        self.grads.clear()
+        self.scaling.clear()
+
+        def restore() -> list[Tensor]:
+            between = list(self.grads)
+            self.grads[:], self.scaling[:] = grads, scaling
+            return between
+
+        return restore
+
 
 @dataclass(slots=True)
 class Captured:

@@ -160,9 +160,8 @@ def _lookup_gains(captured: Captured, name: str, path: Path) -> list[float]:
     """
     device, looked_up = captured.device, captured.looked_up[name]
     row_T = looked_up.row_T.to(device)
-    same_TT = (row_T[:, None] == row_T).float()
     e_DTI = stack_gradients(looked_up.grads, name, path).to(device)
-    found = [(same_TT * _gram(e_TI.float())).sum(dtype=torch.float64) for e_TI in e_DTI]
+    found = [_lookup_gain(row_T, e_TI) for e_TI in e_DTI]
     if name in captured.x:
         x_TI = captured.x[name].to(device).float()
         gram_TT = _gram(x_TI)
@@ -172,6 +171,17 @@ def _lookup_gains(captured: Captured, name: str, path: Path) -> list[float]:
             cross_TT = g_TO[:, row_T] * (x_TI @ e_TI.T)
             found[draw] += 2 * cross_TT.sum(dtype=torch.float64)
     return [float(one.clamp(min=0)) for one in found]
+
+
+def lookup_gain(captured: Captured, embedding: str, grad_TI: Tensor) -> float:
+    """``|| sum_t onehot(row_t) e_t^T ||^2`` of any gradient of an embedding's rows."""
+    row_T = captured.looked_up[embedding].row_T.to(captured.device)
+    return float(_lookup_gain(row_T, grad_TI.to(captured.device)).clamp(min=0))
+
+
+def _lookup_gain(row_T: Tensor, grad_TI: Tensor) -> Tensor:
+    same_TT = (row_T[:, None] == row_T).float()
+    return (same_TT * _gram(grad_TI.float())).sum(dtype=torch.float64)
 
 
 def weight_gain(captured: Captured, layer: str, grad_TO: Tensor) -> float:

@@ -82,6 +82,8 @@ class PreparedLayer:
         tensors += [one.grad_NTI for one in lookups]
         if self.fit.feedback is not None:
             tensors.append(self.fit.feedback.passed_II)
+            if self.fit.feedback.hessian_II is not None:
+                tensors.append(self.fit.feedback.hessian_II)
         return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 
