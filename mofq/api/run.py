@@ -207,7 +207,8 @@ def run(
     Recipe, validation and model appear when all of them are there. What a former run into the
     folder measured is kept and not done again. Its results for another budget, space, engine,
     effort or constraint on layers, or for corpora that count otherwise, stay; those of this run
-    then say in their names how they differ, as ``recipe-5.0bits.yaml``.
+    then say in their names how they differ, as ``recipe-5.0bits.yaml``. The effort ``best`` keeps
+    other samples, and needs a folder of its own.
     Calibration takes sequences as long as the windows.
 
     Returns:

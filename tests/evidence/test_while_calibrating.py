@@ -224,3 +224,19 @@ def test_a_run_whose_disk_is_too_small_for_statistics_stores_none_and_says_so(
     assert len(result.validations) == 2
     assert result.validations[result.preferred].enforced
     assert (tmp_path / "run" / "model" / "recipe.yaml").is_file()
+
+
+@pytest.mark.long
+def test_a_table_of_a_version_that_kept_fewer_inputs_goes_on(tmp_path: Path) -> None:
+    """By default inputs of all sequences decide codes; its rows rest on those that were kept."""
+    space = write_space(tmp_path / "space.yaml", PLAIN)
+    before = replace(SAMPLES, inputs="kept")
+    table = in_passing(demo_model_folder(), space, tmp_path, samples=before)
+    rows = table.read_text("utf-8").splitlines()
+    write_space(space, (*PLAIN, "int6.channel"))
+    in_passing(demo_model_folder(), space, tmp_path)
+    longer = table.read_text("utf-8").splitlines()
+    assert longer[1 : len(rows)] == rows[1:]
+    assert any('"int6.channel"' in line for line in longer[len(rows) :])
+    with pytest.raises(MofqError, match="differs in stats"):
+        in_passing(demo_model_folder(), space, tmp_path, samples=replace(SAMPLES, inputs="all"))
