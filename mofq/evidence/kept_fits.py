@@ -2,9 +2,9 @@
 
 ``unit-00012-1b2c3d4e``
     Of the layers of one unit that a fitted scheme was offered to: the importance of the columns;
-    and of each sequence whose inputs are kept and that reached a layer, these inputs [T, in_features] in bfloat16, once
-    for layers that read the same, and the norm of the gradient at each token [T] in float64. The
-    format is that of `mofq.model.streaming.records`.
+    and of each sequence whose inputs are kept and that reached a layer, these inputs
+    [T, in_features] in bfloat16, once for layers that read the same, and the norm of the gradient
+    at each token [T] in float64. The format is that of `mofq.model.streaming.records`.
 ``fits.json``
     Written last: the plan of the calibration, and which file has which layer.
 
