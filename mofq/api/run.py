@@ -21,7 +21,7 @@ from mofq.api.calibrate import (
 from mofq.api.export import ExportResult, export
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers, sources_of
-from mofq.api.measure import fits_beside, measure_space
+from mofq.api.measure import MeasureResult, fits_beside, measure_space
 from mofq.api.options import (
     WHOLE_MODEL,
     AtLeast,
@@ -324,7 +324,7 @@ def run(
                 tell=tell,
             )
             if not twins and subject.rewriting is None:  # what is refused is told once
-                _tell_all(found.summary(), tell)
+                _tell_all(_without_twins(found, offered).summary(), tell)
             return found.table
 
         stats = files.stats if is_stored else fits_beside(files.table)
@@ -621,6 +621,15 @@ def _check_halves(
                 f"corpus and judged by the other, and {corpus.name!r} has one sequence. Calibrate "
                 f"on more, or run with {option('effort', 'quick')}."
             )
+
+
+def _without_twins(found: MeasureResult, offered: Offered) -> MeasureResult:
+    """What was measured, without refusals of twins: those of the schemes beside them say it."""
+    refused = (
+        replace(one, schemes=tuple(name for name in one.schemes if name not in offered.twins))
+        for one in found.refused
+    )
+    return replace(found, refused=tuple(one for one in refused if one.schemes))
 
 
 def _noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:

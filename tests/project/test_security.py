@@ -235,6 +235,7 @@ def test_every_output_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> No
         space = folder / "space.yaml"
         space.write_text("version: 1\nschemes: [int4.g64, int8.channel]\n")
         run = ("run", DEMO, "--space", space, "--max-bits", "6", "--engine", "vllm-hopper")
+        run += ("--effort", "quick")
         size = ("--sequences", "4", "--sequence-length", "64", "--tokens", "128")
         ok(*run, *size, "-o", folder / "run")
         table = folder / "run" / "table.jsonl"
