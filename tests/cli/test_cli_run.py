@@ -202,7 +202,7 @@ def test_without_stored_samples_fitted_codes_are_chosen_too(space: Path, tmp_pat
     content = ok(*run, "--engine", "vllm-hopper", "--json").json
     assert not (folder / "stats").exists()
     assert content["enforced"] is True
-    assert any("gptq" in name for name in content["schemes"])
+    assert any("descent" in name for name in content["schemes"])
     before = tree(folder)
     ok(*run, "--engine", "vllm-hopper")
     assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
