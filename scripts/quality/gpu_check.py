@@ -41,7 +41,7 @@ PARTS = {
     "models": Part("calibration and validation, 8B's shapes", 85),
     "measure": Part("the compiled pass, with and without statistics", 85),
     "streamed": Part("models run layer by layer", 50),
-    "fitting": Part("~gptq on wide layers", 40),
+    "fitting": Part("~gptq and ~descent on wide layers", 40),
 }
 #: All of them together.
 _TOTAL_S = 470.0

@@ -13,7 +13,7 @@ from pretend_gpu import pretend_gpu
 
 from mofq.numbers.quantize import scales
 from scripts.quality import gpu_check
-from scripts.quality.gpu import measure, numbers, report
+from scripts.quality.gpu import fitting, measure, numbers, report
 from scripts.quality.gpu.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +105,15 @@ def test_a_table_is_measured_on_one_device(tmp_path: Path, monkeypatch: pytest.M
     checks = json.loads(path.read_text("utf-8"))["checks"]
     assert len(checks) == 4
     assert all(one["holds"] for one in checks)
+
+
+@pytest.mark.long
+def test_descent_stays_on_one_device_and_has_the_bits_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "machine", lambda device: {})
+    path = tmp_path / "fitting.json"
+    with pretend_gpu():
+        fitting.check_descent(Report(path, device="cuda", small=True), 256, 64)
+    (check,) = json.loads(path.read_text("utf-8"))["checks"]
+    assert check["holds"]

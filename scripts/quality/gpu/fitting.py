@@ -1,4 +1,4 @@
-"""Rounding fitted to statistics, ``~gptq``: layers of 4,096 and of 28,672 inputs."""
+"""Rounding fitted to statistics, ``~gptq`` and ``~descent``: layers of 4,096 and 28,672 inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scripts.quality.gpu.measure import random_weight
 from scripts.quality.gpu.report import Report, best_seconds, peak_gb
 
 SCHEME = "int4.g128~gptq"
+DESCENT = "int4.g128~descent"
 
 
 def measure_rounding(report: Report, inputs: int, outputs: int) -> None:
@@ -30,6 +31,33 @@ def measure_rounding(report: Report, inputs: int, outputs: int) -> None:
     report.figure(f"rounding {outputs} by {inputs}, peak memory", peak_gb(device), "GB")
 
 
+def check_descent(report: Report, inputs: int, outputs: int) -> None:
+    """The bits of the CPU on a few rows, and the time of all."""
+    device = report.device
+    scheme = parse_scheme(DESCENT).weight
+    assert scheme is not None
+    weight_OI = random_weight(outputs, inputs, "cpu").to(device)
+    x_TI = random_weight(2 * inputs, inputs, "cpu").float()
+    hessian_II = (x_TI.T @ x_TI).double()
+    hessian_II.diagonal().add_(float(hessian_II.diagonal().mean()))
+    feedback = factorise_hessian(hessian_II, keep=True)
+    some_OI, on_device = weight_OI[:64], feedback.to(device)
+    needed = quantize_weight(some_OI.cpu(), scheme, feedback=feedback)
+    found = quantize_weight(some_OI, scheme, feedback=on_device)
+    assert needed.scale is not None
+    assert found.scale is not None
+    report.check(
+        f"descent over 64 by {inputs}",
+        torch.equal(found.codes_OI.cpu(), needed.codes_OI)
+        and torch.equal(found.scale.cpu(), needed.scale),
+        f"{int((found.codes_OI.cpu() != needed.codes_OI).sum())} codes differ",
+    )
+    seconds = best_seconds(
+        lambda: quantize_weight(weight_OI, scheme, feedback=on_device), device, repeats=1
+    )
+    report.figure(f"descent over {outputs} by {inputs}", seconds, "s")
+
+
 def measure_factors(report: Report, inputs: int) -> None:
     """The factors: on the CPU, whose bits count, and what the device would take."""
     device = report.device
@@ -48,6 +76,7 @@ def measure_factors(report: Report, inputs: int) -> None:
 def run(report: Report) -> None:
     """The usual width, then that of the widest layer of Llama-3-70B."""
     shapes = [(128, 64), (256, 64)] if report.small else [(4096, 4096), (28672, 8192)]
+    check_descent(report, *((256, 64) if report.small else (2048, 2048)))
     for inputs, outputs in shapes:
         measure_rounding(report, inputs, outputs)
         measure_factors(report, inputs)
