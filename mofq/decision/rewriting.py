@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field, Strict
+from pydantic import Field
 
 from mofq.files.validated import Name, NotNegative, Sha256, Text, only_these_keys
 
@@ -37,4 +37,3 @@ class Rewriting:
         Mapping[Text, SiteRewriting],
         Field(description="fusion group -> what moved at its input; none at the others"),
     ] = field(default_factory=dict)
-    powers_of_two: Annotated[bool, Strict()] = False

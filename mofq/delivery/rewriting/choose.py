@@ -149,7 +149,6 @@ def scales_of(
     *,
     stats: Stats,
     method: str,
-    powers_of_two: bool = False,
 ) -> Tensor:
     """The scales that `choose_scales` proposes for a site at one strength, float64.
 
@@ -158,7 +157,7 @@ def scales_of(
     """
     with one_thread():
         ranges = _ranges(checkpoint, site, stats)
-        for proposed, scale_P in propose_scales(method, ranges, powers_of_two=powers_of_two):
+        for proposed, scale_P in propose_scales(method, ranges, powers_of_two=False):
             if proposed == strength:
                 return storable_scale(checkpoint, site, scale_P)
     raise RewriteError(

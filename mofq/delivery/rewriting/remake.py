@@ -44,9 +44,7 @@ class Base:
     stats: str | Path | None
 
 
-def rewriting_of(
-    checkpoint: Checkpoint, stats: Stats, choices: Sequence[Choice], *, powers_of_two: bool = False
-) -> Rewriting:
+def rewriting_of(checkpoint: Checkpoint, stats: Stats, choices: Sequence[Choice]) -> Rewriting:
     """What a recipe notes of choices that were made for a model."""
     return Rewriting(
         model=checkpoint.name,
@@ -58,7 +56,6 @@ def rewriting_of(
             for one in choices
             if one.strength is not None
         },
-        powers_of_two=powers_of_two,
     )
 
 
@@ -181,7 +178,6 @@ def _choices(rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats) -> list
             strength,
             stats=stats,
             method=one.method,
-            powers_of_two=rewriting.powers_of_two,
         )
         choices.append(Choice(sites[group], "", strength, scale_P, 0.0, 0.0, one.method))
     return choices
