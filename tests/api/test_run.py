@@ -11,7 +11,7 @@ from explore_tables import write_explore_table
 
 from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
-from mofq.api.run import _preferred, _uniform_recipes, _within_budgets
+from mofq.api.run_outcome import preferred, uniform_rivals, within_budgets
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.validation import Validation
 from mofq.evidence.table import read_table
@@ -28,7 +28,7 @@ RECIPE = Recipe(
 
 def test_uniform_recipes_note_the_request_that_they_answer(tmp_path: Path) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
-    found = _uniform_recipes(table, make_request(Choices()), RECIPE, most=4)
+    found = uniform_rivals(table, make_request(Choices()), RECIPE, most=4)
     assert {"int4.g128", "int4.g32"} <= set(found)
     for one in found.values():
         assert RECIPE.made_by.items() <= one.made_by.items()
@@ -53,7 +53,7 @@ def test_a_uniform_scheme_is_said_to_be_of_the_layers_that_have_it(
     measured = Mock(spec=Validation, bits_per_weight=4.5, windows=(0.1, 0.2))
     told: list[str] = []
     names = {"recipe": RECIPE, "int4.g32": uniform}
-    assert _preferred(dict.fromkeys(names, measured), names, told.append) == "int4.g32"
+    assert preferred(dict.fromkeys(names, measured), names, told.append) == "int4.g32"
     assert told[0].startswith(f"int4.g32 {words} as small as the mixture")
 
 
@@ -66,22 +66,22 @@ def test_a_uniform_scheme_is_chosen_on_other_windows_than_are_told() -> None:
     told: list[str] = []
     # Better on the first and third window, and worse on all of them.
     found = {"recipe": measured(0.2, 0.2, 0.2, 0.2), "int4.g32": measured(0.1, 0.5, 0.1, 0.5)}
-    assert _preferred(found, candidates, told.append) == "int4.g32"
+    assert preferred(found, candidates, told.append) == "int4.g32"
     assert "on the 2 in between it has 0.5 nats per token, the mixture 0.2" in told[0]
     found = {"recipe": measured(0.2, 0.5), "int4.g32": measured(0.3, 0.1)}
-    assert _preferred(found, candidates, told.append) == "recipe"
+    assert preferred(found, candidates, told.append) == "recipe"
 
 
 def test_a_uniform_scheme_that_breaks_a_budget_does_not_become_the_recipe(tmp_path: Path) -> None:
     table = read_table(write_explore_table(tmp_path / "table.jsonl", decoder_layers=1))
-    every = _uniform_recipes(table, make_request(Choices()), RECIPE, most=4)
+    every = uniform_rivals(table, make_request(Choices()), RECIPE, most=4)
     names = ("int4.g128", "int4.g32")
     candidates = {"recipe": RECIPE, **{name: every[name] for name in names}}
 
     def kept(budget: Budget, *, stderr: float = 0.001) -> set[str]:
         request = make_request(Choices(), budget=budget)
         one = Mock(spec=Validation, kl_upper=0.1 + 2 * stderr)
-        return set(_within_budgets(table, request, candidates, dict.fromkeys(candidates, one)))
+        return set(within_budgets(table, request, candidates, dict.fromkeys(candidates, one)))
 
     assert kept(Budget(max_bits=4.6)) == {"recipe", *names}
     assert kept(Budget(max_bits=4.2)) == {"recipe", "int4.g128"}

@@ -1,0 +1,314 @@
+"""From evidence to what is served: the recipe, what it measures beside uniform ones, the export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from mofq.api.export import ExportResult, export
+from mofq.api.inputs import load_named
+from mofq.api.options import OnModel, Tell
+from mofq.api.run_evidence import Evidence, Subject
+from mofq.api.run_folder import SEARCHED, RunFiles
+from mofq.api.run_request import RunRequest
+from mofq.api.search import prove_on_every_other
+from mofq.exceptions import MofqError
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision import Decision, Request
+    from mofq.decision.recipe import Recipe
+    from mofq.decision.rewriting import Rewriting
+    from mofq.delivery.validation import Validation
+    from mofq.evidence.table import Table
+
+#: What a recipe notes of the request, beside its budget.
+_ASKED = (
+    "engine",
+    "space",
+    "space_sha256",
+    "effort",
+    "constraints",
+    "corpus_weights",
+    "objective",
+)
+#: What another tool's recipe is called in the folder of a run.
+_FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
+
+
+def decide_run(
+    asked: RunRequest,
+    table: Table,
+    subject: Subject,
+    *,
+    progress: Progress | None,
+    tell: Tell,
+) -> Decision:
+    """Decide; a budget in nats is proved on every other window of the text that validates.
+
+    Args:
+        asked: The run's options.
+        table: What was measured for it.
+        subject: The model that it was measured of.
+        progress: As of `run`.
+        tell: As of `run`.
+
+    Raises:
+        BudgetError: No recipe meets the budgets.
+    """
+    from mofq.decision import decide
+    from mofq.decision.constraint_cost import constraint_note
+
+    request, windows = asked.request, asked.windows
+    if request.budgets.max_kl is not None:
+        on_model = OnModel(
+            model=subject.model,
+            text=asked.text,
+            tokens=windows.tokens,
+            sequence_length=windows.sequence_length,
+            bos=windows.bos,
+            device=asked.device,
+            execution=asked.execution,
+            stats=subject.stats,
+        )
+        found = prove_on_every_other(table, request, on_model, progress=progress, tell=tell)
+    else:
+        found = decide(table, request)
+    note = constraint_note(table, request, found)
+    return replace(found, notes=(*found.notes, note)) if note else found
+
+
+def beside_the_proof(validation: Validation, max_kl: float) -> str:
+    """What the windows say that had no part in the proof of a budget in nats."""
+    from mofq.decision.prediction import estimate
+
+    found = estimate(validation.windows[1::2])
+    kept = "within" if found.upper <= max_kl else "not within"
+    return (
+        f"On the {len(validation.windows[1::2])} windows in between, which had no part in the "
+        f"choice, the recipe has {found.value:.3g} nats per token, with two standard errors "
+        f"{found.upper:.3g}: {kept} {max_kl:.4g}."
+    )
+
+
+def noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
+    """A recipe that says what was tried on the way to it, and which model it is for."""
+    found = (
+        f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
+        + ("" if one.is_taken else " (not taken)")
+        for one in evidence.tried
+        for kl in [one.kl_nats_per_token]
+    )
+    made_by = {**recipe.made_by, "effort": effort, "tried": "; ".join(found)}
+    return _rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
+
+
+def _rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:
+    """A recipe of a table of a rewritten model, with what was rewritten among its decisions."""
+    result = replace(recipe.result, decisions_sha256=None)
+    return replace(recipe, rewriting=rewriting, result=result)
+
+
+def uniform_rivals(
+    table: Table, request: Request, recipe: Recipe, *, most: int
+) -> dict[str, Recipe]:
+    """The best uniform schemes of about the recipe's size, or the smallest where all are larger.
+
+    Each notes the request that it answers as the recipe does: one of them may take its place.
+    """
+    from mofq.decision import uniform_recipes
+
+    every = uniform_recipes(table, request)
+    others = {name: one for name, one in every.items() if one.schemes != recipe.schemes}
+    largest = 1.02 * (recipe.bits_per_weight or 0.0)
+    fitting = [name for name, one in others.items() if (one.bits_per_weight or 0.0) <= largest]
+    fitting.sort(key=lambda name: others[name].kl_nats_per_token or 0.0)
+    smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
+    asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
+    return {
+        name: _rewriting(
+            replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget),
+            recipe.rewriting,
+        )
+        for name in (fitting or smallest)[:most]
+    }
+
+
+def validate_candidates(
+    asked: RunRequest,
+    candidates: Mapping[str, Recipe],
+    subject: Subject,
+    *,
+    work: Path,
+    progress: Progress | None,
+    tell: Tell,
+) -> dict[str, Validation]:
+    """Every candidate on the real model, against one run of the original.
+
+    Args:
+        asked: The run's options.
+        candidates: Name -> recipe; the searched one among them.
+        subject: The model that was quantized.
+        work: For what a model that is run layer by layer leaves in between.
+        progress: As of `run`.
+        tell: As of `run`.
+
+    Raises:
+        MofqError: The searched recipe is not enforced, or as `validate`.
+    """
+    from mofq.delivery.rewriting.remake import Base
+    from mofq.delivery.validation import validate_many
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    rewritten = None
+    if subject.rewriting is not None:
+        rewritten = Base(open_checkpoint(subject.model), subject.stats)
+    windows = asked.windows
+    done = validate_many(
+        asked.model,
+        list(candidates.values()),
+        load_named(asked.text),
+        tokens=windows.tokens,
+        sequence_length=windows.sequence_length,
+        bos=windows.bos,
+        dtype=asked.dtype,
+        device=asked.device,
+        stats=subject.stats,
+        rewritten=rewritten,
+        execution=asked.execution,
+        work=work,
+        progress=progress,
+        tell=tell,
+    )
+    validations = dict(zip(candidates, done, strict=True))
+    searched = validations[SEARCHED]
+    if not searched.enforced:
+        raise MofqError(
+            f"the recipe that was found is not enforced: {searched.deviations[0]}. "
+            f"This is a fault of mofq; please report it."
+        )
+    return validations
+
+
+def within_budgets(
+    table: Table,
+    request: Request,
+    candidates: Mapping[str, Recipe],
+    validations: Mapping[str, Validation],
+) -> dict[str, Validation]:
+    """What may become the recipe: the searched one, and the uniform ones that keep the budgets."""
+    from mofq.decision import request_problem
+    from mofq.decision.budgets import budget_constraints, keeps_all
+    from mofq.decision.timing import request_budgets
+
+    problem = request_problem(table, request)
+    constraints = budget_constraints(problem, request_budgets(table, problem, request))
+    max_kl = request.budgets.max_kl
+    found = {}
+    for name, one in validations.items():
+        recipe = candidates[name]
+        schemes = {group.name: group.scheme for group in recipe.groups}
+        schemes |= {cache.name: cache.scheme for cache in recipe.kv_cache}
+        if name == SEARCHED or (
+            (max_kl is None or one.kl_upper <= max_kl)
+            and keeps_all(constraints, problem.choice_of(schemes))
+        ):
+            found[name] = one
+    return found
+
+
+def preferred(
+    validations: Mapping[str, Validation], candidates: Mapping[str, Recipe], tell: Tell
+) -> str:
+    """The searched recipe's name, or that of a uniform one no larger and measured no worse.
+
+    A mixture that does not pay is not worth its complexity; what is preferred becomes
+    ``recipe.yaml``. It is chosen on every other window, so that the rest, which had no part in the
+    choice, say what it costs.
+    """
+    searched = validations[SEARCHED]
+    for name, one in validations.items():
+        is_smaller = one.bits_per_weight <= searched.bits_per_weight
+        # Of a single window there is no rest.
+        ours, theirs = (fmean(each.windows[::2]) for each in (one, searched))
+        is_better = ours <= theirs
+        if name != SEARCHED and is_smaller and is_better:
+            is_everywhere = {group.scheme for group in candidates[name].groups} == {name}
+            every = "layer" if is_everywhere else "layer that has a choice"
+            tell(
+                f"{name} for every {every} is as small as the mixture and measured as good: the "
+                f"recipe is this uniform one." + _on_the_rest(one, searched)
+            )
+            return name
+    return SEARCHED
+
+
+def _on_the_rest(one: Validation, searched: Validation) -> str:
+    """What the windows say that had no part in choosing one of two."""
+    ours, theirs = one.windows[1::2], searched.windows[1::2]
+    if not ours:
+        return ""
+    return (
+        f" Chosen on every other window; on the {len(ours)} in between it has {fmean(ours):.3g} "
+        f"nats per token, the mixture {fmean(theirs):.3g}."
+    )
+
+
+def export_recipe(
+    model: str,
+    recipe: Recipe,
+    files: RunFiles,
+    *,
+    engine: str,
+    subject: Subject,
+    validation: Validation,
+    progress: Progress | None,
+) -> ExportResult:
+    """What the engine reads; a checkpoint that a former run wrote is proved and kept."""
+    from mofq.delivery.backends import RECIPE_EXPORTERS
+    from mofq.engines import find_engine
+
+    reads = find_engine(engine).reads
+    if reads in RECIPE_EXPORTERS:
+        return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
+    if files.model.exists() and any(files.model.iterdir()):
+        return _read_export(recipe, files, engine=engine, subject=subject, to=reads)
+    return export(
+        subject.model,
+        recipe,
+        files.model,
+        to=reads,
+        engine=engine,
+        stats=subject.stats,
+        validations=[validation],
+        progress=progress,
+    )
+
+
+def _read_export(
+    recipe: Recipe, files: RunFiles, *, engine: str, subject: Subject, to: str
+) -> ExportResult:
+    """What a former run exported, proved byte for byte.
+
+    Raises:
+        EnforcementError: The folder is not what the recipe makes of the model.
+    """
+    from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
+    from mofq.delivery.export.compressed_tensors.export import load_code, serve_command
+    from mofq.delivery.export.compressed_tensors.plan import plan_export
+    from mofq.delivery.recipe_fits import open_fits
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    start = monotonic()
+    checkpoint, exported = open_checkpoint(subject.model), files.model
+    with open_fits(recipe, subject.stats, index_sha256=checkpoint.index_sha256) as fits:
+        check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
+    plan = plan_export(checkpoint, recipe)
+    size = sum(tensor.nbytes for tensor in plan.tensors.values())
+    command = serve_command(plan, exported, engine=engine)
+    done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
+    return ExportResult(subject.model, recipe, exported, to, engine, done, monotonic() - start)

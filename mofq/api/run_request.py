@@ -1,0 +1,304 @@
+"""What a run is asked for, checked from headers and texts before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from shutil import disk_usage
+from typing import TYPE_CHECKING
+
+from mofq.api.calibrate import check_gradient_dtype, plan_calibration, without_inputs
+from mofq.api.figures import short_bytes
+from mofq.api.inputs import load_corpora, load_named, open_layers
+from mofq.api.options import (
+    WHOLE_MODEL,
+    Execution,
+    LayersFile,
+    Samples,
+    Vocabulary,
+    Windows,
+)
+from mofq.api.preconditions import check_device, check_engine, check_vocabulary
+from mofq.api.run_effort import EFFORTS, Offered
+from mofq.api.run_evidence import Original
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
+
+if TYPE_CHECKING:
+    from mofq.api.run_folder import RunFiles
+    from mofq.decision import Request
+    from mofq.evidence.calibration.stats import Plan
+    from mofq.evidence.constraints import Selection
+    from mofq.evidence.spaces import SearchSpace
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import ModelLayers
+
+#: Sequences of each corpus whose samples are kept with the effort ``best``.
+_KEPT_AT_BEST = 32
+#: Of the free disk, what statistics may take; the rest is for what is exported and in between.
+_SHARE_OF_DISK = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """The options of a run."""
+
+    model: str
+    request: Request  #: what is searched for
+    space: SearchSpace  #: as it is named
+    effort: str
+    engine: str | None
+    sources: Sequence[str]  #: NAME=FILE of each corpus
+    text: str  #: to validate on
+    windows: Windows
+    samples: Samples
+    layers: LayersFile
+    vocabulary: Vocabulary
+    dtype: str
+    device: str
+    device_map: str | None
+    execution: Execution
+    no_stats: bool
+    rivals: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A request that can be met, and what it means for the model."""
+
+    request: RunRequest  #: with windows no longer than the model's context, and samples as long
+    checkpoint: Checkpoint
+    offered: Offered  #: what the space offers of this model at the effort
+    selections: tuple[Selection, ...]  #: how many layers each constraint names
+
+
+def check_run(asked: RunRequest) -> Checked:
+    """Refuse what cannot end well, before anything runs.
+
+    Raises:
+        MofqError: No recipe can meet the request, no engine serves one, a text is too short or
+            is used twice, or an option does not go with another.
+    """
+    checkpoint, offered, selections = _check_request(asked)
+    _check_texts(asked)
+    check_device(asked.device)
+    check_gradient_dtype(asked.dtype)
+    if asked.no_stats and any(asked.vocabulary.asked.values()):
+        raise MofqError(
+            f"{option('no_stats')}: the model is run layer by layer then, where {WHOLE_MODEL}. "
+            f"Leave {option('no_stats')} out."
+        )
+    if asked.no_stats and asked.device_map is not None:
+        raise MofqError(
+            f"{option('no_stats')}: the model is run layer by layer then. Leave "
+            f"{option('device_map')} out."
+        )
+    windows = _checked_windows(checkpoint, asked)
+    samples = replace(asked.samples, sequence_length=windows.sequence_length, bos=windows.bos)
+    if asked.effort == "best":
+        samples = replace(samples, keep=_KEPT_AT_BEST)
+    found = Checked(
+        replace(asked, windows=windows, samples=samples), checkpoint, offered, selections
+    )
+    _check_halves(found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Whether the samples of the statistics are stored."""
+
+    is_stored: bool
+    remark: Remark | None = None  #: why they are not, where that was not asked for
+
+
+def storage_of(run: Checked, files: RunFiles) -> Storage:
+    """Statistics are stored as a former run did it, else where the disk has room for them."""
+    from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
+    from mofq.evidence.calibration.stats import passing_stats
+    from mofq.evidence.table import read_table
+
+    if run.request.no_stats:
+        return Storage(False)
+    if files.stats.exists() or any(run.request.vocabulary.asked.values()):
+        return Storage(True)
+    found, plan = _planned(run)
+    if files.table.exists():
+        of_table = read_table(files.table).header.stats
+        passing = {passing_stats(files.folder, one).sha256 for one in (plan, without_inputs(plan))}
+        return Storage(of_table is None or of_table.sha256 not in passing)
+    count = sum(len(one.kept_indices) for one in plan.corpora)
+    others = sum(one.sequences for one in plan.corpora) - count if plan.inputs else 0
+    experts = experts_per_token(run.checkpoint.config)
+    length, draws = plan.sequence_length, plan.draws
+    needed = samples_bytes(found, tokens=count * length, draws=draws, experts_per_token=experts)
+    needed += inputs_bytes(found, tokens=others * length, experts_per_token=experts)
+    free = disk_usage(files.folder).free
+    if needed <= _SHARE_OF_DISK * free:
+        return Storage(True)
+    return Storage(
+        False,
+        Remark(
+            f"Statistics would take about {short_bytes(needed)}, and {short_bytes(free)} are free "
+            f"in {files.folder}: schemes are measured while the model is calibrated, and no "
+            f"statistics are stored ({option('no_stats')})."
+        ),
+    )
+
+
+def rewritable(run: Checked, files: RunFiles) -> Original | None:
+    """The model, where what comes out of rewriting it can be measured, validated and exported.
+
+    Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
+    validated with recipes of itself alone; files for other tools are of a model that is there; a
+    quantized source would be written in bf16; sites are those of inferred or ruled layers, not of
+    stated ones, and none is a matrix of the vocabulary; and a budget in nats is proved against
+    the model that is searched.
+    """
+    from mofq.delivery.backends import RECIPE_EXPORTERS
+    from mofq.engines import find_engine
+    from mofq.model.layers import find_layers
+    from mofq.model.streaming.execution import choose_execution
+
+    asked, checkpoint, offered = run.request, run.checkpoint, run.offered
+    if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
+        return None
+    if asked.layers is not None or any(asked.vocabulary.asked.values()):
+        return None
+    if asked.request.budgets.max_kl is not None:
+        return None
+    if asked.engine is not None and find_engine(asked.engine).reads in RECIPE_EXPORTERS:
+        return None
+    execution = choose_execution(
+        asked.execution, checkpoint, dtype=asked.dtype, device=asked.device
+    )
+    return None if execution.is_streamed else Original(checkpoint, find_layers(checkpoint), files)
+
+
+def check_effort(effort: str) -> None:
+    """Refuse an effort that there is not."""
+    if effort not in EFFORTS:
+        raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
+
+
+def _planned(run: Checked) -> tuple[ModelLayers, Plan]:
+    """The layers that get schemes, and what is drawn from the corpora."""
+    from mofq.model.layers import find_layers
+
+    asked = run.request
+    found = find_layers(run.checkpoint, **asked.vocabulary.asked, stated=open_layers(asked.layers))
+    plan, _ = plan_calibration(
+        run.checkpoint,
+        found,
+        load_corpora(asked.sources),
+        samples=asked.samples,
+        dtype=asked.dtype,
+        kv_cache=False,
+    )
+    return found, plan
+
+
+def _check_halves(run: Checked) -> None:
+    """Refuse to fit codes to a corpus that cannot be halved."""
+    effort = run.request.effort
+    if effort == "quick":
+        return
+    _, plan = _planned(run)
+    for corpus in plan.corpora:
+        if len(corpus.kept_indices) < 2:
+            raise MofqError(
+                f"{option('effort', effort)}: codes are fitted to one half of the sequences of a "
+                f"corpus and judged by the other, and {corpus.name!r} has one sequence. Calibrate "
+                f"on more, or run with {option('effort', 'quick')}."
+            )
+
+
+def _check_request(asked: RunRequest) -> tuple[Checkpoint, Offered, tuple[Selection, ...]]:
+    """Refuse what no recipe can meet, or no engine serves, from headers alone.
+
+    Returns:
+        The model, opened; what the space offers of this model at the effort; how many layers each
+        of the request's constraints names.
+    """
+    from mofq.decision import check_budget
+    from mofq.delivery.backends import find_exporter
+    from mofq.engines import find_engine, legality
+    from mofq.evidence.constraints import selections_of
+    from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
+    from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
+    from mofq.model.layers import find_layers
+    from mofq.model.layers.model_class import check_next_tokens
+    from mofq.model.notes import wider_dtype
+
+    request, space = asked.request, asked.space
+    engine, budgets = request.engine, request.budgets
+    checkpoint = open_checkpoint(asked.model)
+    found = find_layers(checkpoint, **asked.vocabulary.asked, stated=open_layers(asked.layers))
+    check = None if engine is None else legality(engine, found.architecture)
+    check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
+    check_engine(engine, found)
+    selected_layers(space, found)
+    offered = Offered.at(asked.effort, with_stored(space, checkpoint, found.groups))
+    selections = selections_of(request.constraints, found.groups)
+    offers = offer_schemes(
+        offered.space, found.groups, legality=check, has_stats=True, constraints=request.constraints
+    )
+    check_vocabulary(offers, space)
+    if not budgets.any_given and any(one.is_unquantized for one in space.schemes):
+        raise BudgetError(
+            f"needed a budget, found none; without one every layer stays as it is. Give "
+            f"{option('max_bits', 5)}, {option('max_size', '4GB')} or {option('max_kl', 0.02)}, "
+            f"for example."
+        )
+    if budgets.max_finer is not None and not space.base:
+        raise BudgetError(
+            f"{option('max_finer')}: the search space {space.name} names no `base` schemes, so "
+            f"that nothing is finer. Add the key `base`, or drop the budget."
+        )
+    try:
+        check_budget(offers, budgets, other_bytes=found.other_bytes)
+    except BudgetError as error:
+        raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
+    if engine is not None:
+        find_exporter(find_engine(engine).reads)
+    return checkpoint, offered, selections
+
+
+def _check_texts(asked: RunRequest) -> None:
+    """Refuse to validate on a text that was calibrated on, and weights of other corpora."""
+    from mofq.decision.request import weights_in_order
+
+    text, corpora = load_named(asked.text), load_corpora(asked.sources)
+    if (found := asked.request.corpus_weights) is not None:
+        weights_in_order(found, [corpus.name for corpus in corpora])
+    for corpus in corpora:
+        if corpus.sha256 == text.sha256:
+            raise CorpusError(
+                f"{asked.text}: is the calibration corpus {corpus.name!r} too, and would flatter "
+                f"the recipe. Validate on another text."
+            )
+
+
+def _checked_windows(checkpoint: Checkpoint, asked: RunRequest) -> Windows:
+    """Windows no longer than the model's context, of which the text fills enough."""
+    from mofq.evidence.corpora import leading_tokens, tokenize
+    from mofq.model.loading import load_tokenizer
+
+    windows, source = asked.windows, asked.text
+    least = 1 if asked.request.budgets.max_kl is None else 4
+    limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    length = min(windows.sequence_length, int(limit or windows.sequence_length))
+    tokenizer = load_tokenizer(checkpoint.folder)
+    windows_NT = tokenize(
+        load_named(source),
+        tokenizer,
+        tokens=windows.tokens,
+        sequence_length=length,
+        leading=leading_tokens(tokenizer, windows.bos),
+    )
+    if len(windows_NT) < least:
+        raise CorpusError(
+            f"{source}: {option('max_kl')} is proved on every other window, and the others say "
+            f"what the recipe costs; that needs {least} windows, found {len(windows_NT)}. Give "
+            f"more {option('tokens')}, a longer text, or a shorter {option('sequence_length')}."
+        )
+    return replace(windows, sequence_length=length)
