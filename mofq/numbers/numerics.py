@@ -13,7 +13,9 @@ from __future__ import annotations
 #: 3  What a change of size of all weights does is added up over rows and layers before it is
 #:    squared, and over the groups of a recipe; experts of one token are rounded once; draws of one
 #:    sequence are one sample; the output error of an expert counts by its tokens.
-NUMERICS = 3
+#: 4  Errors of the weights of fitted schemes, and their change of size, are the mean over the fits
+#:    to either half, and not those of the fit to all.
+NUMERICS = 4
 
 #: Numbers under which codes are fitted alike.
-SAME_FITTED_CODES = (2, NUMERICS)
+SAME_FITTED_CODES = (2, 3, NUMERICS)

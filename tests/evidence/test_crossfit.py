@@ -16,7 +16,8 @@ from mofq.evidence.measure.gain_correction import LayerGains, SampleGains
 from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.samples import CHUNK_TOKENS, ChunkedSamples, arrange_samples
 from mofq.evidence.measure.schedule import score_layers
-from mofq.evidence.measure.score import CorpusScore
+from mofq.evidence.measure.score import CorpusScore, LayerScore
+from mofq.numbers.quantize import dequantize_weight, quantize_weight
 from mofq.numbers.schemes import parse_scheme
 
 #: With importance one of every column, ``@nats`` rounds as ``@mse``.
@@ -39,10 +40,24 @@ ROUNDINGS = {"rtol": 2 * apart(SUMMANDS), "atol": 0.0}
 
 
 class ImportanceOne:
-    """Fits of a layer that says nothing of its columns."""
+    """Fits of a layer that says nothing of its columns; what was asked for is noted."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
 
     def of(self, layer: object, weights: object, *, part: str = "all") -> LayerFit:
+        self.parts.append(part)
         return LayerFit(importance_I=torch.ones(WEIGHT.shape[1]))
+
+
+class OtherHalves(ImportanceOne):
+    """The same, but that the halves weigh the columns differently."""
+
+    def of(self, layer: object, weights: object, *, part: str = "all") -> LayerFit:
+        super().of(layer, weights, part=part)
+        importance_I = torch.ones(WEIGHT.shape[1])
+        importance_I[:: 2 if part == "first" else 3] = 50.0
+        return LayerFit(importance_I=importance_I)
 
 
 def gains(kind: str, is_seen: tuple[bool, ...]) -> SampleGains:
@@ -61,6 +76,10 @@ def samples(is_seen: tuple[bool, ...], *, has_gains: bool) -> ChunkedSamples:
 
 
 def score(is_seen: tuple[bool, ...], *, has_gains: bool) -> CorpusScore:
+    return layer_score(is_seen, has_gains=has_gains, fits=ImportanceOne()).corpora["a"]
+
+
+def layer_score(is_seen: tuple[bool, ...], *, has_gains: bool, fits: ImportanceOne) -> LayerScore:
     prepare = partial(
         prepare_layer,
         lambda start, stop: WEIGHT[start:stop],
@@ -72,9 +91,28 @@ def score(is_seen: tuple[bool, ...], *, has_gains: bool) -> CorpusScore:
         None,  # type: ignore[arg-type]
         SCHEMES,
         samples={"a": samples(is_seen, has_gains=has_gains)},
-        fits=ImportanceOne(),  # type: ignore[arg-type]
+        fits=fits,  # type: ignore[arg-type]
     )
-    return join_parts(SCHEMES, {one.part: one for one in score_layers(parts)}).corpora["a"]
+    return join_parts(SCHEMES, {one.part: one for one in score_layers(parts)})
+
+
+def test_schemes_are_fitted_to_either_half_and_not_to_all_where_they_are_measured() -> None:
+    fits = OtherHalves()
+    found = layer_score((True,) * 4, has_gains=False, fits=fits)
+    assert sorted(fits.parts) == ["first", "second"]
+    of_halves = [
+        quantize_weight(WEIGHT, scheme, **fits.of(None, (), part=half).arguments(scheme))
+        for scheme in [SCHEMES[1].quantized_weight]
+        for half in ("first", "second")
+    ]
+    errors = [
+        float(
+            (dequantize_weight(one, SCHEMES[1].quantized_weight) - WEIGHT).double().square().sum()
+        )
+        for one in of_halves
+    ]
+    assert errors[0] != errors[1]
+    assert float(found.error_energy_S[1]) == pytest.approx(sum(errors) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("has_gains", [False, True])

@@ -2,12 +2,12 @@
 
 A scheme whose codes follow from the calibration (``@nats``, ``~gptq``) does better on that text
 than on any other: on SmolLM2, in 4 bits, GPTQ's codes by about a third. So a layer is measured
-in parts: the schemes that are not fitted, on all sequences; those that are, three times. What
-is shipped is fitted to all sequences, and its weight errors are in the table. Its errors in
-nats and at the output are predicted from codes that were fitted to one half of the sequences
-and judged by the other half, and the reverse. Half the text makes a slightly worse fit than the
-whole, so that the prediction, if anything, is on the high side; how it compares with measured KL
-is in docs/rounding-and-rewrites.md.
+in parts: the schemes that are not fitted, on all sequences; those that are, twice: fitted to one
+half of the sequences and judged by the other half, and the reverse. What is shipped is fitted to
+all sequences; few of the schemes that are measured are shipped, so that is done where a recipe is
+applied. Half the text makes a slightly worse fit than the whole, so that the prediction, if
+anything, is on the high side; how it compares with measured KL is in
+docs/rounding-and-rewrites.md. Errors of weights are the mean of those of both fits.
 
 An expert that the kept sequences of one half alone reached is judged there, by codes that no
 sequence was fitted to; in the other half it loses in proportion to its gains.
@@ -35,9 +35,9 @@ from mofq.exceptions import StatsError
 from mofq.model.layers import LinearLayer
 from mofq.numbers.schemes import Scheme, TensorScheme
 
-#: The parts of a layer: schemes that are not fitted; those that are, as they are shipped; and
-#: as each half judges them, fitted to the other half.
-PLAIN, SHIPPED = "plain", "shipped"
+#: The parts of a layer: schemes that are not fitted; and those that are, as each half judges them,
+#: fitted to the other half.
+PLAIN = "plain"
 _HALVES: dict[Part, Part] = {"first": "second", "second": "first"}
 
 
@@ -86,7 +86,6 @@ def prepare_parts(
     assert fits is not None
     weights = _weights(fitted)
     of_fitted = partial(prepare, schemes=fitted, static_amax=first.static_amax)
-    yield of_fitted(part=SHIPPED, samples={}, fit=fits.of(layer, weights, part="all"))
     for judge, fitting in _HALVES.items():
         fit = fits.of(layer, weights, part=fitting)
         yield of_fitted(part=judge, samples=_half(samples, judge), fit=fit)
@@ -96,7 +95,7 @@ def fits_of(layer: LinearLayer, schemes: Sequence[Scheme]) -> Iterator[Asked]:
     """The fits that the parts of a layer need, in their order."""
     _, fitted = _divide(schemes)
     if fitted:
-        for part in ("all", *_HALVES.values()):
+        for part in _HALVES.values():
             yield Asked(layer, _weights(fitted), part)
 
 
@@ -106,7 +105,7 @@ def _weights(schemes: Sequence[Scheme]) -> tuple[TensorScheme, ...]:
 
 def parts_of(schemes: Sequence[Scheme]) -> tuple[str, ...]:
     """The parts that a layer is measured in under some schemes."""
-    return (PLAIN, SHIPPED, *_HALVES) if any(scheme.is_fitted for scheme in schemes) else (PLAIN,)
+    return (PLAIN, *_HALVES) if any(scheme.is_fitted for scheme in schemes) else (PLAIN,)
 
 
 def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> LayerScore:
@@ -123,16 +122,20 @@ def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> La
     first = parts[PLAIN]
     if not fitted:
         return first
-    shipped = parts[SHIPPED]
+    halves = [parts[half] for half in _HALVES]
     order = [*plain, *fitted]
     column_S = [order.index(scheme) for scheme in schemes]
     return replace(
         first,
         relative_weight_error_S=_join(
-            first.relative_weight_error_S, shipped.relative_weight_error_S, column_S
+            first.relative_weight_error_S,
+            _mean([half.relative_weight_error_S for half in halves]),
+            column_S,
         ),
-        error_energy_S=_join(first.error_energy_S, shipped.error_energy_S, column_S),
-        along_S=_join(first.along_S, shipped.along_S, column_S),
+        error_energy_S=_join(
+            first.error_energy_S, _mean([half.error_energy_S for half in halves]), column_S
+        ),
+        along_S=_join(first.along_S, _mean([half.along_S for half in halves]), column_S),
         corpora={
             corpus: _join_schemes(
                 ours,
@@ -144,6 +147,10 @@ def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> La
             for corpus, ours in first.corpora.items()
         },
     )
+
+
+def _mean(found: list[Tensor]) -> Tensor:
+    return torch.stack(found).mean(0)
 
 
 def _join(first: Tensor, second: Tensor, column_S: list[int]) -> Tensor:
