@@ -46,8 +46,8 @@ from mofq.numbers.quantize import Feedback, one_thread
 from mofq.numbers.quantize.gptq import RunAll, factorise_flipped, run_in_turn
 from mofq.numbers.schemes import TensorScheme
 
-#: Columns of a Hessian that are summed at once.
-_STRIP = 2048
+#: Columns of a Hessian that are summed at once: few, since only what is left of the diagonal is.
+_STRIP = 512
 #: Which sequences of each corpus a fit sees: all, or those of one half.
 Part = Literal["all", "first", "second"]
 
