@@ -31,6 +31,7 @@ from mofq.evidence.calibration.calibrate import (
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
 from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
+from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.calibration.routing import (
     join_routers,
     margin_gains,
@@ -312,6 +313,7 @@ def run_backward(
                 inside,
                 kv_cache=bool(plan.kv_cache),
                 routing=bool(plan.routing),
+                place=captured_place(streamed.model, inside, plan),
             ) as captured,
         ):
             for running in left:
