@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mofq.evidence.measure import schedule, workers
-from mofq.model.streaming import weights
+from mofq.model.streaming import weights, writer
 
 GPU = torch.device("cuda:0")
 _aten = torch.ops.aten
@@ -265,7 +265,7 @@ def pretend_gpu() -> Iterator[Gpu]:
         patch.setattr(torch.cuda, "stream", lambda stream: stream)
         for name in ("tensor", "as_tensor"):  # which set the device before any mode sees it
             patch.setattr(torch, name, partial(_made_there, getattr(torch, name)))
-        for module in (schedule, workers, weights):
+        for module in (schedule, workers, weights, writer):
             patch.setattr(
                 module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=_enter)
             )
