@@ -19,6 +19,8 @@ from mofq.evidence.calibration.capture import capture_layers
 from mofq.evidence.calibration.gains import write_gains
 from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.corpora import load_text
+from mofq.evidence.measure.layer_inputs import prepare_layer
+from mofq.evidence.measure.score import score_rows
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
@@ -157,6 +159,19 @@ def test_a_weight_is_waited_for_a_few_times_whatever_its_columns(name: str) -> N
             quantize_weight(weight_OI, scheme, **options)
         counts[columns] = len(gpu.waits)
     assert counts[256] == counts[64] <= 4
+
+
+def test_a_block_of_weights_is_sent_once_and_its_sums_are_waited_for() -> None:
+    weight_OI = torch.randn(64, 128).bfloat16()
+    schemes = [parse_scheme("int8.channel"), parse_scheme("int4.g32")]
+    with pretend_gpu() as gpu:
+        layer = prepare_layer(
+            lambda start, stop: weight_OI[start:stop], (64, 128), schemes, samples={}, device="cuda"
+        )
+        gpu.waits.clear()
+        score_rows(layer, weight_OI, start=0)
+    # The block; whether its sums are finite; crest factors and their number, of one block in eight.
+    assert gpu.waits == ["to cuda", "_local_scalar_dense", "to cpu", "to cpu"]
 
 
 @pytest.mark.parametrize("name", ["bf16+int8.token", "bf16+fp8_e4m3.tensor", "bf16+nvfp4"])
