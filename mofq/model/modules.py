@@ -166,9 +166,15 @@ def run_experts(
         owner = torch.arange(len(hidden_TI), device=hidden_TI.device) // tokens
         is_chosen = (hidden_TI != 0).any(-1)
         top_k_index = torch.where(is_chosen, owner, kind.count)[:, None]
-    for expert in torch.unique(top_k_index).tolist():
-        # By rank among the token's experts, then by token, as in transformers.
-        rank, row = torch.where((top_k_index == expert).T)
+    # By expert, then by rank among the token's experts, then by token, as in transformers; what
+    # each of them gets is known at once, for which a GPU is waited for once and not for each.
+    chosen_A = top_k_index.T.flatten()
+    experts_E, count_E = chosen_A.unique(return_counts=True)
+    order_A = chosen_A.argsort(stable=True)
+    counts: list[list[int]] = torch.stack([experts_E, count_E], 1).tolist()
+    parts = order_A.split([count for _, count in counts])
+    for (expert, _), part in zip(counts, parts, strict=True):
+        rank, row = part // len(top_k_index), part % len(top_k_index)
         y = hidden_TI[row]
         if expert < kind.count:
             y = kind.activation(linear(kind.first, expert, y, row % tokens))

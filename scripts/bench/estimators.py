@@ -157,7 +157,7 @@ def _input_sums(
         float(together_T.square().sum()),
         float(together_T.sum()) ** 2,
         float(token_LT.square().sum()),
-        captured.input_gains[source][draw],
+        float(captured.input_gains[source][draw]),
     )
 
 

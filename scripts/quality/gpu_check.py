@@ -82,9 +82,10 @@ def start_part(name: str, folder: Path, options: argparse.Namespace, limit_s: fl
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
     failed = [one for one in found["checks"] if not one["holds"]]
+    is_complete = found.pop("complete")
     if code is None:
         state = "out of time"
-    elif code or not found.pop("complete"):
+    elif code or not is_complete:
         state = f"ended with {code}"
     else:
         state = "failed" if failed or not found["checks"] else "passed"

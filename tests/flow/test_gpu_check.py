@@ -63,6 +63,76 @@ def test_a_part_that_is_slow_or_ends_by_itself_stops_no_other(tmp_path: Path) ->
     assert end_of("numbers", tmp_path, slow, limit_s=1.0) == "out of time, 1"
 
 
+PLANTED = """
+import os, signal, sys, time, types
+from scripts.quality import gpu_check
+
+def run(report):
+    report.check("the first", True)
+    report.figure("a figure", 1.0, "s")
+    if name == "applier":
+        raise ValueError("planted")
+    if name == "models":
+        time.sleep(600)
+    if name == "measure":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "streamed":
+        report.check("the second", False, "planted detail")
+
+name = sys.argv[sys.argv.index("--run") + 1]
+if name == "fitting":
+    sys.exit("planted: what it needs cannot be imported")
+module = types.ModuleType(name)
+module.run = run
+sys.modules[f"scripts.quality.gpu.{name}"] = module
+gpu_check.main()
+"""
+STATES = {
+    "numbers": ("passed", 1, 1),
+    "applier": ("ended with 1", 1, 2),
+    "models": ("out of time", 1, 1),
+    "measure": ("ended with -9", 1, 1),
+    "streamed": ("failed", 1, 2),
+    "fitting": ("ended with 1", 0, 0),
+}
+
+
+@pytest.mark.long
+def test_table_and_file_are_whole_when_parts_crash_fail_and_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, out = tmp_path / "planted.py", tmp_path / "found.json"
+    script.write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    limits = {
+        name: gpu_check.Part("", 15.0 if name == "models" else 60.0) for name in gpu_check.PARTS
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", limits)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--json", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert ended.value.code == 1
+    found = json.loads(out.read_text("utf-8"))
+    assert found["versions"]["torch"]
+    assert found["machine"]["device"] == "cpu"
+    table = capsys.readouterr().out
+    assert list(found["parts"]) == list(STATES)
+    for name, (state, holding, checks) in STATES.items():
+        part = found["parts"][name]
+        assert part.keys() == {"checks", "figures", "state", "seconds", "limit_s"}
+        assert part["state"] == state
+        assert len(part["checks"]) == checks
+        assert sum(one["holds"] for one in part["checks"]) == holding
+        assert len(part["figures"]) == min(1, checks)
+        assert any(
+            line.startswith(f"{name} ") and state in line and f"{holding} of {checks}" in line
+            for line in table.splitlines()
+        )
+    assert "ValueError: planted" in table
+    assert "FAILED the second: planted detail" in table
+
+
 def checks_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     monkeypatch.setattr(report, "machine", lambda device: {})
     monkeypatch.setattr(numbers, "FEW", ("int8.channel", "int4.g32.asym", "nvfp4"))

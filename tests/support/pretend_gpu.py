@@ -1,8 +1,9 @@
 """A GPU that is not there: tensors that say they are on it, hold numbers of the CPU, and mind.
 
 What CUDA does otherwise than the CPU is done here too, so that a test without a GPU fails where
-one with it would: tensors of two devices do not meet, and a division by a plain number is a
-product with its rounded reciprocal.
+one with it would: tensors of two devices do not meet, a division by a plain number is a product
+with its rounded reciprocal, and a copy to the host that is not waited for holds no numbers yet.
+What a host waits for is noted.
 """
 
 from __future__ import annotations
@@ -10,23 +11,108 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mofq.evidence.measure import schedule, workers
+from mofq.model.streaming import weights, writer
 
 GPU = torch.device("cuda:0")
 _aten = torch.ops.aten
 #: Their operands may be on two devices.
 _COPIES = (_aten.copy_.default, _aten._to_copy.default)
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default)
+#: Torch makes numbers for them where it holds a tensor to be.
+_OF_WHAT_IS_HELD = (functional.one_hot, Tensor.quantile)
+#: Divisions by a plain number, and what CUDA does in their place.
+_PRODUCTS = {
+    _aten.div.Tensor: _aten.mul.Tensor,
+    _aten.div.Scalar: _aten.mul.Tensor,
+    _aten.div_.Tensor: _aten.mul_.Tensor,
+    _aten.div_.Scalar: _aten.mul_.Tensor,
+}
+#: Autograd's own calls of these name the device.
+_LIKE = (_aten._to_copy.default, _aten.new_zeros.default)
+#: What they give, or its shape, is known when the device is done.
+_WAITING = (
+    *(_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default),
+    *(_aten.masked_select.default, _aten._unique2.default, _aten.bincount.default),
+)
+_FREE_BYTES = 2**36
+
+
+@dataclass(slots=True)
+class Gpu:
+    """What was asked of the GPU that is not there."""
+
+    #: What the host waited for the device for: operators, and copies as ``to cpu``, ``to cuda``.
+    waits: list[str] = field(default_factory=list)
+    to_host_bytes: int = 0
+    to_device_bytes: int = 0
+    free_bytes: int = _FREE_BYTES
+    #: Copies on their way to the host: where to, and what.
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def synchronize(self, device: Any = None) -> None:
+        """Have all copies done."""
+        while self.pending:
+            target, source = self.pending.pop()
+            with torch._C._DisableTorchDispatch():
+                target.copy_(source)
+
+    def to_host(self, held: Tensor, *, is_waited_for: bool) -> Tensor:
+        """A copy on the host, which holds zeros until it is waited for."""
+        self.to_host_bytes += held.nbytes
+        if is_waited_for:
+            self.waits.append("to cpu")
+            return held.clone()
+        found = torch.zeros_like(held)
+        self.pending.append((found, held.clone()))
+        return found
+
+    def to_device(self, held: Tensor, *, is_waited_for: bool) -> Tensor:
+        """What is held of a copy on the device."""
+        self.to_device_bytes += held.nbytes
+        if is_waited_for:
+            self.waits.append("to cuda")
+        return held.detach().clone()
+
+
+#: That of the context which is entered.
+_here: list[Gpu] = []
+
+
+class _Stream:
+    """A queue of the GPU, or a place in it: all that is awaited is all there is."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        _here[-1].synchronize()
+
+    def record(self, stream: Any = None) -> None:
+        """It is where the stream is now."""
+
+    def wait_event(self, event: Any) -> None:
+        """On the device, in order."""
+
+    wait_stream = wait_event
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The one before is current again."""
 
 
 class OnGpu(Tensor):
@@ -50,6 +136,9 @@ class OnGpu(Tensor):
     def is_cuda(self) -> bool:
         return True
 
+    def record_stream(self, stream: Any) -> None:
+        """The memory is used there too."""
+
     def __repr__(self, **_: Any) -> str:
         return f"OnGpu({self.held!r})"
 
@@ -61,6 +150,7 @@ class OnGpu(Tensor):
 def run_on_gpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator, on the device that its operands and its arguments say."""
     target = torch.device(kwargs.get("device") or "cpu")
+    kwargs.pop("pin_memory", None)
     operands: list[Tensor] = []
     tree_map_only(Tensor, operands.append, (args, kwargs))
     is_on_gpu = [isinstance(one, OnGpu) for one in operands]
@@ -70,25 +160,35 @@ def run_on_gpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         strangers = [t for t in here if not isinstance(t, OnGpu) and t.ndim]
         if strangers or not is_on_gpu[0]:
             raise RuntimeError(f"{func}: expected all tensors to be on {GPU}, found some on cpu")
-    if func in (_aten.div.Tensor, _aten.div.Scalar, _aten.div_.Tensor) and any(is_on_gpu):
-        args = _as_product(*args)
-        func = _aten.mul_.Tensor if func is _aten.div_.Tensor else _aten.mul.Tensor
-        if args[1] is None:
-            func, args = _aten.div.Tensor, args[:1] + args[2:]
+    if func in _PRODUCTS and any(is_on_gpu) and (factors := _as_product(*args)) is not None:
+        func, args = _PRODUCTS[func], factors
+    if any(is_on_gpu) and (func in _WAITING or _looks_for_places(func, args)):
+        _here[-1].waits.append(func.name().removeprefix("aten::").partition(".")[0])
     inner = partial(tree_map_only, OnGpu, lambda one: one.held)
     own = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
     found = func(*inner(args), **inner(own))
     if func._schema.is_mutable and operands:
         return operands[0]
     goes_there = target.type == "cuda" if kwargs.get("device") else any(is_on_gpu)
+    if func in _LIKE and is_on_gpu[0]:
+        # To another device a tensor goes by `_Moves`. Here autograd asks for a gradient of the
+        # dtype that a tensor had, on the device that torch holds it to be on.
+        goes_there = True
     return tree_map_only(Tensor, OnGpu, found) if goes_there else found
 
 
-def _as_product(x: Any, by: Any) -> tuple[Any, ...]:
-    """Factors, or (x, None, by) where the division stays one."""
+def _looks_for_places(func: Any, args: Any) -> bool:
+    """Whether places are given by where something is true."""
+    if func not in _INDEXING:
+        return False
+    return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1])
+
+
+def _as_product(x: Any, by: Any) -> tuple[Tensor, float] | None:
+    """Factors, or None where a division stays one."""
     is_plain = not isinstance(by, Tensor) or (not isinstance(by, OnGpu) and by.ndim == 0)
     if not is_plain or not x.dtype.is_floating_point:
-        return x, None, by
+        return None
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32))
     return x, float(one / float(by))
 
@@ -108,22 +208,32 @@ class _Moves(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy) and isinstance(args[0], OnGpu):
             if func is Tensor.numpy:
                 raise TypeError("can't convert a tensor of the GPU to numpy")
+            _here[-1].waits.append("tolist")
             return args[0].held.tolist()
+        if func in _OF_WHAT_IS_HELD and isinstance(args[0], OnGpu):
+            return OnGpu(func(args[0].held, *args[1:], **kwargs))
+        if func is Tensor.pin_memory:
+            return args[0].clone()
         if func is Tensor.cpu:
             func, args = Tensor.to, (args[0], "cpu")
         if func is not Tensor.to:
             return func(*args, **kwargs)
         x, *rest = args
+        for like in [one for one in rest if isinstance(one, Tensor)]:
+            rest = [like.device, like.dtype, *(one for one in rest if one is not like)]
         named = [kwargs.pop("device", None), *rest]
         devices = [d for d in named if isinstance(d, str | torch.device)]
         others = [one for one in rest if isinstance(one, torch.dtype)]
-        kwargs.pop("non_blocking", None)
+        is_waited_for = not kwargs.pop("non_blocking", False)
         if not devices:
             return func(x, *rest, **kwargs)
         is_there = torch.device(devices[0]).type == "cuda"
         if isinstance(x, OnGpu) == is_there:
             return func(x, *others, **kwargs) if others or kwargs else x
-        moved = _Move.apply(x)
+        if isinstance(x, OnGpu):  # in the dtype that it has there
+            x = func(x, *others, **kwargs) if others or kwargs else x
+            return _Move.apply(x, is_waited_for)
+        moved = _Move.apply(x, is_waited_for)
         return func(moved, *others, **kwargs) if others or kwargs else moved
 
 
@@ -131,32 +241,44 @@ class _Move(torch.autograd.Function):
     """To the other device, and its gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.held.clone() if isinstance(x, OnGpu) else OnGpu(x.detach().clone())
+    def forward(ctx: Any, x: Tensor, is_waited_for: bool) -> Tensor:
+        if isinstance(x, OnGpu):
+            return _here[-1].to_host(x.held, is_waited_for=is_waited_for)
+        return OnGpu(_here[-1].to_device(x, is_waited_for=is_waited_for))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Move.apply(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Move.apply(grad, True), None
 
 
 @contextmanager
-def pretend_gpu() -> Iterator[None]:
+def pretend_gpu() -> Iterator[Gpu]:
     """Have a GPU of compute capability 9.0 as long as the context lasts."""
+    gpu = Gpu()
     with pytest.MonkeyPatch.context() as patch, _Devices(), _Moves():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gpu.free_bytes, _FREE_BYTES))
+        for name in ("Stream", "Event", "current_stream"):
+            patch.setattr(torch.cuda, name, _Stream)
+        patch.setattr(torch.cuda, "stream", lambda stream: stream)
         for name in ("tensor", "as_tensor"):  # which set the device before any mode sees it
             patch.setattr(torch, name, partial(_made_there, getattr(torch, name)))
-        for module in (schedule, workers):
+        for module in (schedule, workers, weights, writer):
             patch.setattr(
                 module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=_enter)
             )
+        patch.setattr(
+            autograd, "_engine_run_backward", partial(_run_backward, autograd._engine_run_backward)
+        )
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        _here.append(gpu)
         try:
-            yield
+            yield gpu
         finally:
+            _here.remove(gpu)
             torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
@@ -164,6 +286,12 @@ def _enter() -> None:
     """A thread has modes of its own."""
     _Devices().__enter__()
     _Moves().__enter__()
+
+
+def _run_backward(run: Any, *args: Any, **kwargs: Any) -> Any:
+    """Autograd has left the mode when it comes to the hooks."""
+    with _Moves():
+        return run(*args, **kwargs)
 
 
 def _made_there(make: Any, values: Any, *, device: Any = None, **options: Any) -> Tensor:

@@ -342,6 +342,7 @@ def run_layers(run: Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> in
         if left:
             with streamed.weights.loaded(unit, ahead=streamed.next_unit(unit)):
                 _run_unit(run, left, unit, step, checkpoint)
+                streamed.writer.wait()
         streamed.replayer.forget([s for one in run.subjects for s in one.sequences], step)
         tell()
     for unit in streamed.weights.units:

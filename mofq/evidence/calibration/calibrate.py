@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mofq.evidence.calibration.capture import Captured, capture_layers
 from mofq.evidence.calibration.gains import gains_path, write_gains
+from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.calibration.routing import routing_path, run_margins, write_routing
 from mofq.evidence.calibration.sequence_file import (
     inputs_path,
@@ -125,6 +126,7 @@ def run_and_write(
         kv_cache=bool(plan.kv_cache),
         activation_checkpointing=activation_checkpointing,
         routing=bool(plan.routing),
+        place=captured_place(model, layers, plan),
     ) as captured:
         for corpus, index, token_T in sequences:
             if not is_done(folder, plan, corpus, index):
@@ -302,7 +304,9 @@ def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
     for start in range(0, logits_TV.shape[0], _SCORE_ROWS):
         log_p_RV = logits_TV[start : start + _SCORE_ROWS].float().log_softmax(-1)
         sign_RV = torch.randint(2, log_p_RV.shape, generator=generator, dtype=torch.int8)
-        root_RV = (log_p_RV / 2).exp() * (2 * sign_RV.to(log_p_RV.device) - 1)
+        # Not waited for: the host draws on while the device works.
+        sign_RV = sign_RV.to(log_p_RV.device, non_blocking=True)
+        root_RV = (log_p_RV / 2).exp() * (2 * sign_RV - 1)
         mean_R1 = root_RV.sum(-1, keepdim=True)
         score_TV[start : start + _SCORE_ROWS] = root_RV - log_p_RV.exp() * mean_R1
     return score_TV

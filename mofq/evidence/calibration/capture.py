@@ -51,8 +51,8 @@ class LookedUp:
     row_T: Tensor  #: of each token, int64
     #: Gradients of the tokens' rows, a draw each: [tokens, in_features], bfloat16.
     grads: list[Tensor] = field(default_factory=list)
-    #: Products of these with the rows, summed, a draw each: see `calibration.gains`.
-    scaling: list[float] = field(default_factory=list)
+    #: Products of these with the rows, summed, a draw each, float64: see `calibration.gains`.
+    scaling: list[Tensor] = field(default_factory=list)
 
     def set_aside(self) -> Callable[[], list[Tensor]]:
         """Forget what was kept, until the result puts it back and gives what came in between."""
@@ -72,20 +72,22 @@ class LookedUp:
 class Captured:
     """What one sequence left behind; filled by hooks, emptied by `clear`.
 
-    Everything is moved to the CPU as bfloat16 when it is seen, so that a device holds the
-    activations of autograd and no more.
+    Everything is kept as bfloat16, at one place. Sums stay where they are made until all are
+    there: the host does not wait for a GPU at every layer.
     """
 
     #: Of the model; large products are made there.
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    #: The device where all of a sequence fits, else the CPU: see `calibration.place`.
+    place: torch.device = field(default_factory=lambda: torch.device("cpu"))
     x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
     y: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, out], without bias
     source: dict[str, str] = field(default_factory=dict)  #: layer -> layer whose x it shares
     grads: dict[str, list[Tensor]] = field(default_factory=dict)  #: layer -> [tokens, out] a draw
     tokens: dict[str, Tensor] = field(default_factory=dict)  #: expert -> its tokens' positions
     looked_up: dict[str, LookedUp] = field(default_factory=dict)  #: embedding -> its rows
-    #: Layer with inputs of its own -> a number a draw; see `mofq.evidence.calibration.gains`.
-    input_gains: dict[str, list[float]] = field(default_factory=dict)
+    #: Layer with inputs of its own -> a number a draw, float64; see `calibration.gains`.
+    input_gains: dict[str, list[Tensor]] = field(default_factory=dict)
     length: int = 0  #: tokens of the sequence
     runs_again: bool = False  #: whether layers run a second time in the backward pass
     routers: Routers | None = None  #: None: they are not watched
@@ -111,7 +113,7 @@ class Captured:
                 "errors are predicted of layers that see one for each token. Leave the model's "
                 f"type out, or measure without {option('stats')}."
             )
-        self.x[layer] = x_TI.to(device="cpu", dtype=torch.bfloat16)
+        self.x[layer] = x_TI.to(device=self.place, dtype=torch.bfloat16)
         self.keep_input_gain(layer, x)
         self.keep_gradient(layer, layer, y)
 
@@ -124,7 +126,7 @@ class Captured:
         """Keep a layer's output without its bias: the part that follows the size of the weights."""
         y_TO = y.detach().reshape(-1, y.shape[-1])
         y_TO = y_TO if bias is None else y_TO.float() - bias.float()
-        self.y[layer] = y_TO.to(device="cpu", dtype=torch.bfloat16)
+        self.y[layer] = y_TO.to(device=self.place, dtype=torch.bfloat16)
 
     def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:
         """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""
@@ -140,24 +142,24 @@ class Captured:
             scale: What the module multiplies them by.
             y: Its output.
         """
-        looked_up = LookedUp(row.detach().reshape(-1).to(device="cpu", dtype=torch.int64))
+        looked_up = LookedUp(row.detach().reshape(-1).to(device=self.place, dtype=torch.int64))
         self.looked_up[layer] = looked_up
         y.register_hook(partial(self._on_lookup_gradient, looked_up, scale, y.detach()))
 
     def _on_lookup_gradient(
         self, looked_up: LookedUp, scale: float, y: Tensor, grad: Tensor
     ) -> None:
-        looked_up.scaling.append(float((grad.float() * y).sum(dtype=torch.float64)))
+        looked_up.scaling.append((grad.float() * y).sum(dtype=torch.float64))
         grad_TI = grad.reshape(-1, grad.shape[-1]).float() * scale
-        looked_up.grads.append(grad_TI.to(device="cpu", dtype=torch.bfloat16))
+        looked_up.grads.append(grad_TI.to(device=self.place, dtype=torch.bfloat16))
 
     def _on_input_gradient(self, layer: str, amax_T: Tensor, grad: Tensor) -> None:
         square_T = grad.float().square().sum(-1, dtype=torch.float64)
-        gain = float((square_T * amax_T.square()).sum())
+        gain = (square_T * amax_T.square()).sum()
         self.input_gains.setdefault(layer, []).append(gain)
 
     def _on_output_gradient(self, layer: str, grad: Tensor) -> None:
-        grad_TO = grad.reshape(-1, grad.shape[-1]).to(device="cpu", dtype=torch.bfloat16)
+        grad_TO = grad.reshape(-1, grad.shape[-1]).to(device=self.place, dtype=torch.bfloat16)
         self.grads.setdefault(layer, []).append(grad_TO)
 
 
@@ -169,6 +171,7 @@ def capture_layers(
     kv_cache: bool = False,
     activation_checkpointing: bool = False,
     routing: bool = False,
+    place: torch.device | None = None,
 ) -> Iterator[Captured]:
     """Watch every linear layer of the fusion groups for as long as the context lasts.
 
@@ -179,6 +182,7 @@ def capture_layers(
         activation_checkpointing: Run each decoder layer again in the backward pass instead
             of keeping its activations.
         routing: Watch what routers score, see `mofq.evidence.calibration.routing`.
+        place: Where what is seen is kept; by default the CPU.
 
     Yields:
         What the last sequence left; call `Captured.clear` before each sequence.
@@ -188,6 +192,7 @@ def capture_layers(
     """
     captured = Captured(
         model.get_input_embeddings().weight.device,  # type: ignore[operator]
+        place or torch.device("cpu"),
         runs_again=activation_checkpointing,
     )
     check_weights_apart(model, layers)
@@ -461,10 +466,10 @@ def _see(
     if source in captured.source or not y.requires_grad:
         return
     order = token.argsort()
-    captured.x[source] = x.detach()[order].to(device="cpu", dtype=torch.bfloat16)
+    captured.x[source] = x.detach()[order].to(device=captured.place, dtype=torch.bfloat16)
     captured.keep_input_gain(source, x)
     for layer, start in layers:
-        captured.tokens[layer.name] = token[order].to("cpu")
+        captured.tokens[layer.name] = token[order].to(captured.place)
         captured.source[layer.name] = source
         rows = slice(start, start + layer.out_features)
         bias = None if bias_O is None else bias_O[rows]
@@ -473,5 +478,5 @@ def _see(
 
 
 def _keep(captured: Captured, layer: str, rows: slice, order: Tensor, grad: Tensor) -> None:
-    part_TO = grad[order, rows].to(device="cpu", dtype=torch.bfloat16)
+    part_TO = grad[order, rows].to(device=captured.place, dtype=torch.bfloat16)
     captured.grads.setdefault(layer, []).append(part_TO)

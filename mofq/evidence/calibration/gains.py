@@ -23,6 +23,7 @@ Source: double sampling with a ratio estimate, W. G. Cochran, "Sampling Techniqu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.sequence_file import (
+    check_gradients,
     layer_gradients,
     renamed_when_written,
     stack_gradients,
@@ -95,14 +97,30 @@ def gains_of(
         StatsError: A gradient is missing or not finite.
     """
     weight, zeros = _weight_gains(captured, layer_names, path), [0.0] * draws
-    return {
+    found = {
         name: {
-            "weight": weight.get(name, zeros),
-            "input": captured.input_gains.get(captured.source.get(name, ""), zeros),
-            "scaling": _scaling(captured, name, path, zeros),
+            "weight": weight.get(name, []),
+            "input": captured.input_gains.get(captured.source.get(name, ""), []),
+            "scaling": _scaling(captured, name, path),
         }
         for name in layer_names
     }
+    flat = [one for gains in found.values() for values in gains.values() for one in values]
+    numbers = iter(numbers_of(flat))
+    taken: dict[str, dict[str, Sequence[float]]] = {
+        name: {kind: [next(numbers) for _ in values] or zeros for kind, values in gains.items()}
+        for name, gains in found.items()
+    }
+    for name, gains in taken.items():
+        if not all(map(math.isfinite, (*gains["weight"], *gains["scaling"]))):
+            check_gradients({name: layer_gradients(captured, name, path)}, path)
+    return taken
+
+
+def numbers_of(values: Sequence[Tensor]) -> list[float]:
+    """What some sums are, float64; whatever made them is waited for once."""
+    numbers: list[float] = torch.stack(list(values)).tolist() if values else []
+    return numbers
 
 
 def write_content(path: Path, content: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -115,25 +133,23 @@ def write_content(path: Path, content: Mapping[str, Mapping[str, Sequence[float]
         temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _scaling(captured: Captured, name: str, path: Path, zeros: Sequence[float]) -> Sequence[float]:
-    """Of a layer; of cached keys and values, which are no layer's output, and unseen experts: 0."""
+def _scaling(captured: Captured, name: str, path: Path) -> list[Tensor]:
+    """Of a layer; none of cached keys and values, which no layer puts out, and unseen experts."""
     looked_up = captured.looked_up.get(name)
-    of_rows = zeros if looked_up is None else looked_up.scaling
+    of_rows = [] if looked_up is None else looked_up.scaling
     if name not in captured.y:
         return of_rows
     y_TO = captured.y[name].to(captured.device).float()
     grad_DTO = layer_gradients(captured, name, path).to(captured.device)
-    return [
-        float((grad_TO.float() * y_TO).sum(dtype=torch.float64)) + of_row
-        for grad_TO, of_row in zip(grad_DTO, of_rows, strict=True)
-    ]
+    found = [(grad_TO.float() * y_TO).sum(dtype=torch.float64) for grad_TO in grad_DTO]
+    return [one + of_row for one, of_row in zip(found, of_rows, strict=True)] if of_rows else found
 
 
 def _weight_gains(
     captured: Captured, layer_names: Sequence[str], path: Path
-) -> dict[str, list[float]]:
-    """Through the tokens' own products: ``sum_st (g_s . g_t) (x_s . x_t)``."""
-    found: dict[str, list[float]] = {}
+) -> dict[str, list[Tensor]]:
+    """Through the tokens' own products: ``sum_st (g_s . g_t) (x_s . x_t)``, float64."""
+    found: dict[str, list[Tensor]] = {}
     gram_of = ("", torch.empty(0))
     for name in layer_names:
         source = captured.source.get(name)
@@ -146,13 +162,13 @@ def _weight_gains(
             gram_of = source, _gram(captured.x[source].to(captured.device).float())
         grad_DTO = layer_gradients(captured, name, path).to(captured.device)
         found[name] = [
-            float((gram_of[1] * _gram(grad_TO.float())).sum(dtype=torch.float64).clamp(min=0))
+            (gram_of[1] * _gram(grad_TO.float())).sum(dtype=torch.float64).clamp(min=0)
             for grad_TO in grad_DTO
         ]
     return found
 
 
-def _lookup_gains(captured: Captured, name: str, path: Path) -> list[float]:
+def _lookup_gains(captured: Captured, name: str, path: Path) -> list[Tensor]:
     """Of an embedding: a lookup is a product with ``onehot(row)``, and its gradient with a row.
 
     So ``G = sum_t g_t x_t^T + sum_t onehot(row_t) e_t^T``, without the first where nothing is
@@ -170,13 +186,13 @@ def _lookup_gains(captured: Captured, name: str, path: Path) -> list[float]:
             found[draw] += (gram_TT * _gram(g_TO)).sum(dtype=torch.float64)
             cross_TT = g_TO[:, row_T] * (x_TI @ e_TI.T)
             found[draw] += 2 * cross_TT.sum(dtype=torch.float64)
-    return [float(one.clamp(min=0)) for one in found]
+    return [one.clamp(min=0) for one in found]
 
 
-def lookup_gain(captured: Captured, embedding: str, grad_TI: Tensor) -> float:
-    """``|| sum_t onehot(row_t) e_t^T ||^2`` of any gradient of an embedding's rows."""
+def lookup_gain(captured: Captured, embedding: str, grad_TI: Tensor) -> Tensor:
+    """``|| sum_t onehot(row_t) e_t^T ||^2`` of any gradient of an embedding's rows, float64."""
     row_T = captured.looked_up[embedding].row_T.to(captured.device)
-    return float(_lookup_gain(row_T, grad_TI.to(captured.device)).clamp(min=0))
+    return _lookup_gain(row_T, grad_TI.to(captured.device)).clamp(min=0)
 
 
 def _lookup_gain(row_T: Tensor, grad_TI: Tensor) -> Tensor:
@@ -184,11 +200,11 @@ def _lookup_gain(row_T: Tensor, grad_TI: Tensor) -> Tensor:
     return (same_TT * _gram(grad_TI.float())).sum(dtype=torch.float64)
 
 
-def weight_gain(captured: Captured, layer: str, grad_TO: Tensor) -> float:
-    """``|| sum_t g_t x_t^T ||^2`` of any gradient of a layer's output."""
+def weight_gain(captured: Captured, layer: str, grad_TO: Tensor) -> Tensor:
+    """``|| sum_t g_t x_t^T ||^2`` of any gradient of a layer's output, float64."""
     x_TI = captured.x[captured.source[layer]].to(captured.device).float()
     gram_TT = _gram(x_TI) * _gram(grad_TO.to(captured.device).float())
-    return float(gram_TT.sum(dtype=torch.float64).clamp(min=0))
+    return gram_TT.sum(dtype=torch.float64).clamp(min=0)
 
 
 def _gram(value_TI: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ class Exchange:
         """``c d`` of each token: 0 where its margin is not small."""
         margin_T = self.margin_T.detach().float()
         near = margin_T.quantile(_NEAR)
-        if not near > 0:
-            return torch.zeros_like(margin_T)
-        return self.cost_T / max(1, self.draws) * (margin_T < near) / near
+        density_T = self.cost_T / max(1, self.draws) * (margin_T < near) / near
+        # And no branch, for which the host would wait for the device.
+        return torch.where(near > 0, density_T, 0.0)
 
 
 @dataclass(slots=True)
@@ -103,18 +103,26 @@ class Routers:
             seed: Of the sequence. The random signs of each exchange have a seed of their own, so
                 that it does not matter which others are seen with it.
         """
-        parts = []
+        if not self.exchanges:
+            return None
+        device, parts = self.exchanges[0].margin_T.device, []
         for one in self.exchanges:
             generator = torch.Generator().manual_seed(_seed_at(seed, one.name))
             sign_T = torch.randint(2, one.margin_T.shape, generator=generator) * 2 - 1
-            weight_T = one.density_cost_T.sqrt() * sign_T.to(one.cost_T.device)
-            parts.append((weight_T.to(one.margin_T.dtype) * one.margin_T).sum().cpu())
-        return torch.stack(parts).sum() if parts else None
+            sign_T = sign_T.to(one.cost_T.device, non_blocking=True)
+            weight_T = (one.density_cost_T.sqrt() * sign_T).to(one.margin_T.dtype)
+            parts.append((weight_T * one.margin_T).sum().to(device))  # where layers are spread
+        return torch.stack(parts).sum()
 
     @property
     def costs(self) -> list[float]:
         """Of each exchange, nats per token for each unit of score; their sum is ``A``."""
-        return [float(one.density_cost_T.mean()) for one in self.exchanges]
+        if not self.exchanges:
+            return []
+        device = self.exchanges[0].margin_T.device
+        found = [one.density_cost_T.mean().to(device) for one in self.exchanges]
+        numbers: list[float] = torch.stack(found).tolist()
+        return numbers
 
 
 def _seed_at(seed: int, name: str) -> int:

@@ -39,7 +39,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from mofq.evidence.calibration.capture import Captured
-from mofq.evidence.calibration.gains import lookup_gain, weight_gain
+from mofq.evidence.calibration.gains import lookup_gain, numbers_of, weight_gain
 from mofq.evidence.calibration.sequence_file import renamed_when_written
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text
@@ -84,12 +84,12 @@ def margin_gains(captured: Captured, run: Callable[[], None]) -> dict[str, float
     captured.grads, captured.input_gains = {}, {}
     of_margins = {name: one.set_aside() for name, one in captured.looked_up.items()}
     run()
-    gains = {name: weight_gain(captured, name, grad) for name, (grad,) in captured.grads.items()}
+    found = {name: weight_gain(captured, name, grad) for name, (grad,) in captured.grads.items()}
     for name, restore in of_margins.items():
         for grad_TI in restore():
-            gains[name] = lookup_gain(captured, name, grad_TI)
+            found[name] = lookup_gain(captured, name, grad_TI)
     captured.grads, captured.input_gains = of_scores
-    return gains
+    return dict(zip(found, numbers_of(list(found.values())), strict=True))
 
 
 def join_routers(costs: Iterable[float], gains: Mapping[str, float]) -> Routing:

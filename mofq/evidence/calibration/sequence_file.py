@@ -242,6 +242,7 @@ def sequence_tensors(
             looked_up = captured.looked_up[name]
             tensors[f"rows/{name}"] = looked_up.row_T
             tensors[f"lookup/{name}"] = stack_gradients(looked_up.grads, name, path)
+            check_gradients({name: tensors[f"lookup/{name}"]}, path)
         if captured.source[name] not in captured.x:  # an embedding that is looked up alone
             continue
         tensors[f"grad/{name}"] = layer_gradients(captured, name, path)
@@ -249,6 +250,8 @@ def sequence_tensors(
             tensors[f"x/{name}"] = captured.x[name]
         if name in captured.tokens:
             tensors[f"tokens/{name}"] = captured.tokens[name]
+    grads = {name: tensors[f"grad/{name}"] for name in layer_names if f"grad/{name}" in tensors}
+    check_gradients(grads, path)
     return tensors
 
 
@@ -260,13 +263,15 @@ def gradient_norms(grad_DTO: Tensor) -> Tensor:
 def input_tensors(captured: Captured, layer_names: Sequence[str], path: Path) -> dict[str, Tensor]:
     """What is kept of some layers where gradients are not; arguments and errors as above."""
     tensors: dict[str, Tensor] = {}
+    grads: dict[str, Tensor] = {}
     for name in layer_names:
         if captured.source.get(name) not in captured.x:  # unseen, or looked up alone
             continue
-        grad_DTO = layer_gradients(captured, name, path)
-        tensors[f"norm/{name}"] = gradient_norms(grad_DTO).float()
+        grads[name] = layer_gradients(captured, name, path)
+        tensors[f"norm/{name}"] = gradient_norms(grads[name]).float()
         if captured.source[name] == name:
             tensors[f"x/{name}"] = captured.x[name]
+    check_gradients(grads, path)
     return tensors
 
 
@@ -332,7 +337,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
-            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -341,7 +346,7 @@ def layer_gradients(captured: Captured, name: str, path: Path) -> Tensor:
     """The gradients of one layer's output, [draws, tokens, out_features].
 
     Raises:
-        StatsError: They are missing or not finite; ``path`` says of which sequence.
+        StatsError: They are missing; ``path`` says of which sequence.
     """
     return stack_gradients(captured.grads.get(name), name, path)
 
@@ -353,10 +358,25 @@ def stack_gradients(grads: Sequence[Tensor] | None, name: str, path: Path) -> Te
             f"{name}: no gradient reached its output in {path.name}; it does not take part in "
             f"the model's prediction. List the layer under `exclude` and report the model."
         )
-    grad_DTO = torch.stack(list(grads))
-    if not torch.isfinite(grad_DTO).all():
-        raise StatsError(
-            f"{name}: an output gradient is not finite in {path.name}. "
-            f"Use {option('dtype', 'float32')}, or look for broken weights in this layer."
-        )
-    return grad_DTO
+    return torch.stack(list(grads))
+
+
+def check_gradients(grads: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse gradients that are not finite; a GPU is waited for once.
+
+    Args:
+        grads: Layer -> gradients of its output, or sums of them.
+        path: Of the file, for messages.
+
+    Raises:
+        StatsError: One is not finite.
+    """
+    are_finite = [torch.isfinite(one).all() for one in grads.values()]
+    for name, is_finite in zip(
+        grads, torch.stack(are_finite).tolist() if grads else (), strict=True
+    ):
+        if not is_finite:
+            raise StatsError(
+                f"{name}: an output gradient is not finite in {path.name}. "
+                f"Use {option('dtype', 'float32')}, or look for broken weights in this layer."
+            )

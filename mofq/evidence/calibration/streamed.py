@@ -31,6 +31,7 @@ from mofq.evidence.calibration.calibrate import (
 from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
 from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
+from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.calibration.routing import (
     join_routers,
     margin_gains,
@@ -59,9 +60,10 @@ from mofq.files.progress import Progress
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.within import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
-from mofq.model.streaming.records import read_content, write_tensors
+from mofq.model.streaming.records import read_content
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel
+from mofq.model.streaming.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,10 @@ class Running:
         """What its steps sent down of the margins of routers."""
         return Gradients(self.streamed, "margins")
 
-    def keep(self, step: int, sent: Sent, of_margins: Sent) -> None:
-        """Write what a step sent; from then on it is done."""
-        self.margins.keep(step, of_margins)
-        self.gradients.keep(step, sent)
+    def keep(self, step: int, sent: Sent, of_margins: Sent, *, writer: Writer) -> None:
+        """Have what a step sent written; from then on it is done."""
+        self.margins.keep(step, of_margins, writer=writer)
+        self.gradients.keep(step, sent, writer=writer)
 
     def piece(self, step: int) -> Path:
         """What is kept of the layers of a step."""
@@ -222,7 +224,7 @@ def _run(
             "costs": seen.costs,
             "margin_gains": seen.margin_gains,
         }
-        write_tensors(running.piece(seen.step), content, list(tensors.values()))
+        streamed.writer.write(running.piece(seen.step), content, list(tensors.values()))
         if running is sequences[-1]:
             if take is not None:
                 unit = passing_stats(_unit_folder(folder, seen.step), plan)
@@ -302,7 +304,8 @@ def run_backward(
         call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
         if not needs_gradients(call):
             for running in left:
-                running.keep(step, {}, {})
+                running.keep(step, {}, {}, writer=streamed.writer)
+            streamed.writer.wait()
             continue
         names = tuple(kept_layers(inside, plan))
         with (
@@ -312,6 +315,7 @@ def run_backward(
                 inside,
                 kv_cache=bool(plan.kv_cache),
                 routing=bool(plan.routing),
+                place=captured_place(streamed.model, inside, plan),
             ) as captured,
         ):
             for running in left:
@@ -320,9 +324,10 @@ def run_backward(
                     streamed, running, captured, step, steps=steps
                 )
                 yield Seen(running, step, unit, names, captured, costs, gains)
-                running.keep(step, sent, of_margins)
+                running.keep(step, sent, of_margins, writer=streamed.writer)
                 for each in (running.margins, running.gradients):
                     each.drop(step, last=steps)
+            streamed.writer.wait()
 
 
 def _step_back(
@@ -375,7 +380,8 @@ def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int)
                     score_TV = sample_scores(logits_TV.detach(), seed=seed)
                     logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
                     collect(leaves, sent)
-                running.keep(steps, sent, {})
+                running.keep(steps, sent, {}, writer=streamed.writer)
+            streamed.writer.wait()
     finally:
         start.remove()
 

@@ -422,7 +422,7 @@ def _candidate_deltas(
 
 def _amax(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
     amax = 0.0 if layer.tensor_amax is None else layer.tensor_amax
-    return torch.tensor(amax, dtype=torch.float32, device=block_RI.device)
+    return torch.full((), amax, dtype=torch.float32, device=block_RI.device)  # made there
 
 
 def layer_score(layer: PreparedLayer, sums: BlockSums) -> LayerScore:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import Call, Replayer, StreamedSequence, detached, run
+from mofq.model.streaming.writer import Writer
 
 #: (step, which of the tensors that it returned) -> a gradient for each draw.
 Sent = dict[tuple[int, int], list[Tensor]]
@@ -37,11 +38,11 @@ class Gradients:
         """Whether a step is done."""
         return self.file(step).exists()
 
-    def keep(self, step: int, sent: Sent) -> None:
-        """Write what a step sent; from then on it is done."""
+    def keep(self, step: int, sent: Sent, *, writer: Writer) -> None:
+        """Have what a step sent written; from then on it is done."""
         targets = sorted(sent)
         tensors = [torch.stack(sent[target]) for target in targets]
-        write_tensors(self.file(step), targets, tensors)
+        writer.write(self.file(step), targets, tensors)
 
     def arrived(self, step: int, *, last: int) -> dict[int, Tensor]:
         """The gradients of what a step returned: which tensor -> [draws, …].
@@ -113,7 +114,9 @@ class StepBack:
             keep_graph: Whether it is run backward again.
         """
         ends = [(self._returned[index], grad) for index, grad in arrived.items()]
-        ends = [(one, grad.to(one.device)) for one, grad in ends if one.requires_grad]
+        ends = [
+            (one, grad.to(one.device, non_blocking=True)) for one, grad in ends if one.requires_grad
+        ]
         if objective is not None:
             ends.append((objective, torch.ones_like(objective)))
         if ends:

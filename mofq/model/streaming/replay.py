@@ -39,8 +39,8 @@ from mofq.model.streaming.records import (
     drop_tensors,
     read_content,
     read_placeholders,
-    write_tensors,
 )
+from mofq.model.streaming.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class Replayer:
         self._state = state
         try:
             with torch.set_grad_enabled(tracked):
-                self.model(sequence.token_T[None].to(self._device))
+                self.model(sequence.token_T[None].to(self._device, non_blocking=True))
         except _ReachedError as reached:
             if not probed and not with_gradients:
                 self._dead[step] = state.dead | _unreferenced(state)
@@ -180,7 +180,9 @@ class Replayer:
         state = _State(sequence, -1, tracked, tracked, self._dead.get(step, set()))
         self._state = state
         try:
-            logits_TV: Tensor = self.model(sequence.token_T[None].to(self._device)).logits[0]
+            logits_TV: Tensor = self.model(
+                sequence.token_T[None].to(self._device, non_blocking=True)
+            ).logits[0]
         finally:
             self._state = None
         return logits_TV, state.leaves
@@ -212,7 +214,8 @@ class Replayer:
             raise StreamingError(
                 f"{type(self.model).__name__} called {content['unit']}, and now calls {unit}"
             )
-        leaves = [one.to(self._device) for one in tensors]
+        # Not waited for: the host goes on to what the device will do with them.
+        leaves = [one.to(self._device, non_blocking=True) for one in tensors]
         if state.with_gradients and not (state.as_resident and unit in self._frozen):
             for one in leaves:
                 if one.is_floating_point():
@@ -276,15 +279,15 @@ def run(call: Call) -> Returned:
     return Returned(output, watched.changes(where=call.unit))
 
 
-def keep(returned: Returned, call: Call, path: Path) -> None:
-    """Write what a call gave."""
+def keep(returned: Returned, call: Call, path: Path, *, writer: Writer) -> None:
+    """Have what a call gave written."""
     packed = pack([returned.output, [value for _, value in returned.changes]], where=call.unit)
     output, values = packed.form["list"]
     changes = [
         [place, form] for (place, _), form in zip(returned.changes, values["list"], strict=True)
     ]
     form = {"output": output, "changes": changes}
-    write_tensors(path, {"unit": call.unit, "form": form}, packed.tensors)
+    writer.write(path, {"unit": call.unit, "form": form}, packed.tensors)
 
 
 def detached(call: Call) -> tuple[Call, list[tuple[Tensor, Tensor]]]:

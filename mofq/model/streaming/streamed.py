@@ -22,6 +22,7 @@ from mofq.model.streaming.replay import (
     run,
 )
 from mofq.model.streaming.weights import Readers, UnitWeights, open_unit_weights
+from mofq.model.streaming.writer import Writer
 
 _HOW = "cannot be run layer by layer"
 #: Called with the steps that are done.
@@ -34,6 +35,7 @@ class StreamedModel:
 
     weights: UnitWeights
     replayer: Replayer
+    writer: Writer  #: waited for before what it writes is looked for
 
     @property
     def model(self) -> PreTrainedModel:
@@ -92,6 +94,7 @@ class StreamedModel:
                 with self.weights.loaded(unit, ahead=self.next_unit(unit)):
                     for sequence in left:
                         self.run_step(sequence, step, unit, for_gradients=for_gradients)
+                    self.writer.wait()
             if on_step is not None:
                 on_step(step + 1)
         raise AssertionError
@@ -99,7 +102,10 @@ class StreamedModel:
     def run_step(
         self, sequence: StreamedSequence, step: int, unit: str, *, for_gradients: bool = False
     ) -> None:
-        """Call the unit, whose weights are there, for one sequence, and keep what it returns."""
+        """Call the unit, whose weights are there, for one sequence, and keep what it returns.
+
+        `writer` is waited for before the next step.
+        """
         call, _ = self.replayer.reach(sequence, step, with_gradients=for_gradients)
         if call.unit != unit:
             raise StreamingError(
@@ -109,7 +115,7 @@ class StreamedModel:
         if for_gradients:
             call, _ = detached(call)
         with torch.set_grad_enabled(for_gradients):
-            keep(run(call), call, sequence.record(step))
+            keep(run(call), call, sequence.record(step), writer=self.writer)
 
     def logits(self, sequence: StreamedSequence, step: int) -> Tensor:
         """Logits [T, V] of a sequence, with the head's weights there and no gradients."""
@@ -135,8 +141,9 @@ def open_streamed(
         with (
             open_unit_weights(folder, dtype=dtype, device=device, tensors=tensors) as weights,
             replaying(weights.model, weights.units, weights.head, weights.device) as replayer,
+            Writer(weights.device) as writer,
         ):
-            yield StreamedModel(weights, replayer)
+            yield StreamedModel(weights, replayer, writer)
     except StreamingError as problem:
         if _HOW in problem.template:  # of another model, opened inside
             raise

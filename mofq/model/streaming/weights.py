@@ -78,6 +78,7 @@ class UnitWeights:
     _config: LoadStateDictConfig
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _ahead: dict[str, Future[dict[str, Tensor]]] = field(default_factory=dict)
+    _stream: torch.cuda.Stream | None = None  #: that weights are copied on
 
     def __enter__(self) -> UnitWeights:
         return self
@@ -143,14 +144,16 @@ class UnitWeights:
         """Copy tensors to the device, and wait for that alone."""
         if self.device.type != "cuda":
             return {name: one.to(self.device) for name, one in tensors.items()}
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        if self._stream is None:
+            # Always the same: memory that was taken on one is not used again on another.
+            self._stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._stream):
             sent = {
                 name: one.pin_memory().to(self.device, non_blocking=True)
                 for name, one in tensors.items()
             }
         # Here, in the reading thread: whoever takes the tensors need not wait for the stream.
-        stream.synchronize()
+        self._stream.synchronize()
         return sent
 
 

@@ -180,9 +180,17 @@ def _tiles(
     check_shared_scales(shape, scheme, name=name)
     amax = None
     if scheme.needs_tensor_amax:
-        amax = torch.as_tensor(static_amax, dtype=torch.float32, device=x.device).reshape(())
+        amax = _on_device_of(x, static_amax)
     tiles = to_tiles(x_TI, rows, columns)
     return tiles, tile_scales(tiles, scheme, tensor_amax=amax)
+
+
+def _on_device_of(x: Tensor, static_amax: float | Tensor | None) -> Tensor:
+    """A number, float32; a plain one is made there, not sent, which a GPU would be waited for."""
+    if isinstance(static_amax, Tensor):
+        return static_amax.to(x.device, torch.float32).reshape(())
+    assert static_amax is not None
+    return torch.full((), static_amax, dtype=torch.float32, device=x.device)
 
 
 def _outlier_columns(x: Tensor, scheme: TensorScheme) -> Tensor | None:
