@@ -95,7 +95,7 @@ class Compared:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and print the tables."""
-    options = _options(arguments)
+    options = parse_interval(__doc__, arguments)
     table = prepared_table(options)
     recipes = searched_recipes(table, path=options.work / "recipes.json", seed=0)
     problem = whole_problem(table)
@@ -118,12 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_budgets(table, text, count=options.budgets, points=options.points)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_interval(
+    documentation: str | None, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The options of a folder of this script, None for the command line's own."""
     paths = (
         ("--calibration", "text file, or the name of a bundled text"),
         ("--text", "text to measure on"),
     )
-    parser = model_parser(__doc__, *paths, tokens=8192)
+    parser = model_parser(documentation, *paths, tokens=8192)
     parser.add_argument("--sequence-length", type=int, default=512, help="of both")
     parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's draws")
