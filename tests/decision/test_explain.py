@@ -127,8 +127,8 @@ def test_differences_are_paired_and_rejections_are_told() -> None:
     assert int8.difference.value == pytest.approx(-1.0)
     # Samples scatter by a tenth of the error: the difference's by a tenth of the difference.
     assert int8.difference.stderr == pytest.approx(0.1 / 7**0.5)
-    assert int8.stderr == pytest.approx(math.hypot(0.2 / 8**0.5, row_error().stderr(1.0)))
-    assert (int8.low, int8.high) == pytest.approx((1 - 2 * int8.stderr, 1 + 2 * int8.stderr))
+    assert int8.stderr == pytest.approx(math.hypot(0.2 / 8**0.5, row_error().stderr(2.0)))
+    assert (int8.low, int8.high) == pytest.approx((2 - 2 * int8.stderr, 2 + 2 * int8.stderr))
     with pytest.raises(MofqError, match=r"Did you mean 'm\.b\.1'"):
         explain(table, request, decide(table, request), "m.b.11")
 
