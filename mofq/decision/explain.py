@@ -10,7 +10,7 @@ import numpy as np
 from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
 from mofq.decision.decision import Decision
 from mofq.decision.offers import refused_schemes
-from mofq.decision.prediction import Estimate, paired_loss
+from mofq.decision.prediction import Estimate, paired_loss, predict_row
 from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
@@ -29,7 +29,9 @@ class Alternative:
     bits_per_weight: float
     bytes: int
     error: float  #: in the unit of the explanation
-    stderr: float | None
+    stderr: float | None  #: in nats with what rows are off by, see `predict_row`
+    low: float | None  #: of the 95 % interval; None: not known
+    high: float | None
     difference: Estimate | None  #: error minus the chosen one's, paired; None: it is the chosen
     #: Error plus what its bytes, ms and finer layers are worth, minus the same of the chosen.
     priced_difference: float | None  #: None: the solver knows no prices
@@ -47,6 +49,7 @@ class Explanation:
     why: str  #: one sentence
     prices: Mapping[str, float]  #: error that one more byte, layer or ms of a budget would save
     alternatives: tuple[Alternative, ...]  #: with the chosen one, the best deal first
+    has_flips: bool  #: changes of experts are predicted, and in none of these errors
     rejected: Mapping[str, str]  #: scheme -> why it was not to be had
 
 
@@ -91,6 +94,7 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
         why=_why(chosen, alternatives, prices, was_measured=_was_measured(decision)),
         prices=prices,
         alternatives=tuple(alternatives),
+        has_flips=problem.flip_FC is not None,
         rejected=refused_schemes(table, request).get(group.name, {}) | apart,
     )
 
@@ -146,21 +150,20 @@ def _alternative(
     is_offered: bool,
 ) -> Alternative:
     size = int(problem.bytes_P[option])
-    error = float(problem.cost_PK[option].max())
-    stderr = None
-    if problem.stderr_PC is not None:
-        stderr = float(problem.stderr_of_mean(problem.stderr_PC[[option]])[0])
+    row = predict_row(problem, option)
     difference = None
     if option != chosen and problem.sample_errors is not None:
         difference = paired_loss(problem, np.array([chosen]), np.array([option]))
     elif option != chosen:
-        difference = Estimate(error - float(problem.cost_PK[chosen].max()), stderr=None)
+        difference = Estimate(row.value - float(problem.cost_PK[chosen].max()), stderr=None)
     return Alternative(
         problem.schemes[option],
         bits_per_weight=option_bits(problem, option),
         bytes=size,
-        error=error,
-        stderr=stderr,
+        error=row.value,
+        stderr=row.stderr,
+        low=None if row.stderr is None else row.lower,
+        high=None if row.stderr is None else row.upper,
         difference=difference,
         priced_difference=(
             None if priced_P is None else float(priced_P[option] - priced_P[chosen])

@@ -6,6 +6,10 @@ sampling of sequences explains. Both were estimated from recipes of several mode
 measured, and are shipped as data: ``model_error.json``, which ``scripts/bench/interval_fit.py``
 writes. What tokens that change their experts cost (`mofq.decision.flips`) is known less well than
 the rest, so recipes of mixtures have an error model of their own.
+
+A single row of the table, one fusion group or cache under one scheme, is known less well than a
+recipe, whose groups are off in different directions. Its error model is of rows that were measured
+by themselves; it widens them and corrects nothing.
 """
 
 from __future__ import annotations
@@ -63,6 +67,16 @@ def model_error(*, has_flips: bool = False) -> ModelError:
     Args:
         has_flips: Of predictions with what changes of experts cost.
     """
+    return _shipped("mixture" if has_flips else "dense")
+
+
+@cache
+def row_error() -> ModelError:
+    """What is shipped of single rows, whose ``recipes`` are rows that were measured."""
+    return _shipped("row")
+
+
+def _shipped(kind: str) -> ModelError:
     text = files("mofq.decision").joinpath("model_error.json").read_text("utf-8")
-    content = json.loads(text)["mixture" if has_flips else "dense"]
+    content = json.loads(text)[kind]
     return ModelError(**{**content, "models": tuple(content["models"])})

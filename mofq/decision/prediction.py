@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mofq.decision.flips import flip_costs, flip_stderr, with_flips
-from mofq.decision.model_error import ModelError, model_error
+from mofq.decision.model_error import ModelError, model_error, row_error
 from mofq.decision.problem import (
     KL_UNIT,
     FloatArray,
@@ -84,6 +84,28 @@ def with_model_error(expansion: Estimate, model: ModelError) -> Estimate:
         return replace(expansion, value=value)
     sampling = model.slope(expansion.value) * expansion.stderr
     return replace(expansion, value=value, stderr=math.hypot(sampling, model.stderr(value)))
+
+
+def predict_row(problem: Problem, option: int) -> Estimate:
+    """The error of one option by itself, all other groups left as they are.
+
+    Args:
+        problem: What might be chosen.
+        option: Of a fusion group or a cache.
+
+    Returns:
+        In nats, its term of the sum over groups, of tokens that stay with their experts; the
+        standard error is of the samples and of what rows measure by themselves
+        (`mofq.decision.model_error.row_error`). In other units of the samples alone.
+    """
+    value, stderr = float(problem.cost_PK[option].max()), math.inf
+    if problem.stderr_PC is not None:
+        each_C = problem.stderr_PC[[option]]
+        worst = int(problem.error_PC[option].argmax())
+        is_mean = problem.objective == "mean"
+        stderr = float(problem.stderr_of_mean(each_C)[0] if is_mean else each_C[0, worst])
+    row = Estimate(value, stderr if math.isfinite(stderr) else None)
+    return row if problem.unit != KL_UNIT else with_model_error(row, row_error())
 
 
 def predict(problem: Problem, choice_F: IntArray) -> Estimate:

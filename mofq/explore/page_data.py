@@ -13,6 +13,7 @@ import numpy as np
 
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
+from mofq.decision.model_error import row_error
 from mofq.decision.offers import asked_constraints, refused_schemes
 from mofq.decision.prediction import errors_by_corpus
 from mofq.decision.problem import IntArray, option_bits
@@ -83,6 +84,7 @@ def page_data(
         "table_sha256": table.sha256,
         "unit": problem.unit,
         "is_kl": problem.unit == KL_UNIT,
+        "row_error": _row_error() if problem.unit == KL_UNIT else None,
         "corpora": list(problem.corpora),
         "corpus_weights": list(problem.corpus_weights),
         "samples": None if table.header.stats is None else table.header.stats.samples,
@@ -101,6 +103,12 @@ def page_data(
         "measured": _measured(drawing, references, first_recipe),
         **_corpora(drawing, points),
     }
+
+
+def _row_error() -> dict[str, float]:
+    """What widens single rows; they are corrected by nothing."""
+    model = row_error()
+    return {"spread": model.spread, "growth": model.growth, "largest": model.largest}
 
 
 def _measured(

@@ -10,7 +10,7 @@ budgets of KL, with and without formats of fewer than 4 bits: whether the predic
 budget, whether the proved one does, and how much larger it is than the smallest point of the
 frontier that measures within it. What was measured is kept in the folder, and measured once.
 
-``interval_fit.py`` makes the error model of predictions from several such folders.
+``interval_fit.py`` makes the error models of predictions and of single rows from such folders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from mofq.decision import Budgets, Problem
 from mofq.decision.choice import expand_chosen
-from mofq.decision.model_error import model_error
+from mofq.decision.model_error import ModelError, model_error, row_error
 from mofq.decision.prediction import INTERVAL_STDERRS, Estimate, predict, with_model_error
 from mofq.decision.problem import IntArray
 from mofq.demo import demo_mixture_folder, demo_model_folder
@@ -65,14 +65,26 @@ class Compared:
 
     @property
     def predicted(self) -> Estimate:
-        """As commands say it."""
-        expansion = Estimate(self.expansion, self.expansion_stderr)
-        return with_model_error(expansion, model_error(has_flips=self.has_flips))
+        """As commands say it of a recipe."""
+        return self._by(model_error(has_flips=self.has_flips))
+
+    @property
+    def predicted_row(self) -> Estimate:
+        """As commands say it of a single row."""
+        return self._by(row_error())
+
+    def _by(self, model: ModelError) -> Estimate:
+        return with_model_error(Estimate(self.expansion, self.expansion_stderr), model)
 
     @property
     def is_inside(self) -> bool:
         """Whether what was measured is inside of the interval, without any allowance."""
         return self.predicted.lower <= self.measured <= self.predicted.upper
+
+    @property
+    def is_inside_of_row(self) -> bool:
+        """As `is_inside`, of a single row."""
+        return self.predicted_row.lower <= self.measured <= self.predicted_row.upper
 
     @property
     def is_inside_of_noise(self) -> bool:
@@ -83,9 +95,12 @@ class Compared:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and print the tables."""
-    options = _options(arguments)
+    options = parse_interval(__doc__, arguments)
     table = prepared_table(options)
-    recipes = searched_recipes(table, path=options.work / "recipes.json", seed=0)
+    # A space of weights alone has not all kinds of them.
+    asked = options.recipes != 0
+    path = options.work / "recipes.json"
+    recipes = searched_recipes(table, path=path, seed=0) if asked else {}
     problem = whole_problem(table)
     compared = []
     with measured_text(options, table) as text:
@@ -93,25 +108,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             choice_F = problem.choice_of(schemes)
             expansion = expand_chosen(problem, Budgets(), choice_F)
             compared.append(_compared(label, expansion, text, problem, choice_F))
-        _write(options, table, compared)
+        rows = [
+            _compared(label, predict(problem, choice_F), text, problem, choice_F)
+            for label, choice_F in single_rows(problem, options.rows)
+        ]
+        _write(options, table, compared, rows)
         print_recipes(compared)
         print_scores([(_model_name(options, table), compared)])
-        if options.rows:
-            rows = [
-                _compared(label, predict(problem, choice_F), text, problem, choice_F)
-                for label, choice_F in single_rows(problem, options.rows)
-            ]
+        if rows:
             print_rows(_model_name(options, table), rows)
         if options.budgets:
             print_budgets(table, text, count=options.budgets, points=options.points)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_interval(
+    documentation: str | None, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The options of a folder of this script, None for the command line's own."""
     paths = (
         ("--calibration", "text file, or the name of a bundled text"),
         ("--text", "text to measure on"),
     )
-    parser = model_parser(__doc__, *paths, tokens=8192)
+    parser = model_parser(documentation, *paths, tokens=8192)
     parser.add_argument("--sequence-length", type=int, default=512, help="of both")
     parser.add_argument("--sequences", type=int, default=32, help="to calibrate on")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's draws")
@@ -133,13 +151,19 @@ def _compared(
     return Compared(label, *values, has_flips=problem.flip_FC is not None)
 
 
-def _write(options: argparse.Namespace, table: Table, compared: Sequence[Compared]) -> None:
+def _write(
+    options: argparse.Namespace,
+    table: Table,
+    compared: Sequence[Compared],
+    rows: Sequence[Compared],
+) -> None:
     content = {
         "model": _model_name(options, table),
         "calibration": str(options.calibration),
         "text": str(options.text),
         "tokens": options.tokens,
         "recipes": [asdict(one) for one in compared],
+        "rows": [asdict(one) for one in rows],
     }
     (options.work / "interval.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -190,10 +214,11 @@ def print_scores(runs: Sequence[tuple[str, Sequence[Compared]]]) -> None:
 
 
 def print_rows(name: str, rows: Sequence[Compared]) -> None:
-    """How single rows follow what they measure."""
+    """How single rows follow what they measure; the interval is said without changes of experts."""
     ratio = np.array([one.predicted.value / one.measured for one in rows])
     logs = np.log([[one.predicted.value, one.measured] for one in rows])
     small = np.array([one.measured < _SMALL for one in rows])
+    inside = "" if rows[0].has_flips else f"{np.mean([one.is_inside_of_row for one in rows]):.0%}"
     row = [
         name,
         str(len(rows)),
@@ -201,9 +226,10 @@ def print_rows(name: str, rows: Sequence[Compared]) -> None:
         f"{np.median(ratio):.3f}",
         f"{math.exp(float(np.log(ratio).std())):.2f}×",
         f"{np.abs(ratio[small] - 1).max():.0%}",
+        inside,
     ]
     heads = ("", "single rows", "log-correlation", "median of predicted / measured", "spread")
-    print_markdown((*heads, "worst below 0.1 nats"), [row])
+    print_markdown((*heads, "worst below 0.1 nats", "inside"), [row])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """How far predictions are from what recipes measure: the model error that mofq ships.
 
-    python scripts/bench/interval_fit.py WORK [WORK ...] [--write]
+    python scripts/bench/interval_fit.py [WORK ...] [--rows WORK ...] [--write]
 
 From folders of ``interval.py``. Dense models and mixtures have an error model each. Of each model
 (of an only one each pair of texts) prints how its recipes are predicted with the error model of
 the *others* of its kind, and how with that of all; of mixtures also with that of dense models.
-``--write`` writes those of all to ``mofq/decision/model_error.json``.
+With ``--rows``, from folders that measured single rows of dense models, prints how many of them lie
+inside of the interval of a row, which corrects nothing and grows as that of dense recipes.
+``--write`` writes what was fitted to ``mofq/decision/model_error.json``; the rest of it stays.
 
 Measured KL over the expansion is ``1 + curvature x expansion``, up to noise that is normal in the
 logarithm: of the sampled sequences, of the windows that were measured on, of each recipe (growing
@@ -17,21 +19,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
 from mofq.decision import model_error as shipped
-from mofq.decision.model_error import ModelError
+from mofq.decision.model_error import ModelError, model_error
 from scripts.bench import interval
 from scripts.bench.interval import Compared, print_scores
 from scripts.shared.command import print_markdown, script_parser
 
 _FILE = Path(shipped.__file__).with_suffix(".json")
 _COMMAND = "scripts/bench/interval.py, scripts/bench/interval_fit.py"
+_SHIPPED = ("dense", "mixture", "row")
 #: Predictions above are said to be out of range [nats per token].
 _LARGEST = 0.25
 _START = (0.5, math.log(0.05), math.log(0.03), math.log(0.5))
@@ -46,6 +49,7 @@ class Run:
     text: str
     tokens: int
     recipes: tuple[Compared, ...]
+    rows: tuple[Compared, ...] = ()
 
     @property
     def title(self) -> str:
@@ -61,7 +65,8 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, compare with what was left out, print and perhaps write."""
     parser = script_parser(__doc__)
-    parser.add_argument("works", nargs="+", type=Path, help="folders of interval.py")
+    parser.add_argument("works", nargs="*", type=Path, help="folders of interval.py")
+    parser.add_argument("--rows", nargs="*", type=Path, default=[], help="such with single rows")
     parser.add_argument("--write", action="store_true", help="write what mofq ships")
     options = parser.parse_args(arguments)
     runs = [_read(work / "interval.json") for work in options.works]
@@ -70,10 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = [run for run in runs if run.has_flips == (kind == "mixture")]
         if own:
             fits |= _compare(kind, own, fits.get("dense"))
+    if options.rows:
+        measured = [_read(work / "interval.json") for work in options.rows]
+        fits["row"] = fitted_rows(measured, growth=fits.get("dense", model_error()).growth)
+        _print_rows(measured, fits["row"])
     _print_fits(fits)
     if options.write:
-        content = json.dumps({kind: asdict(fits[kind]) for kind in ("dense", "mixture")}, indent=1)
-        _FILE.write_text(content + "\n", encoding="utf-8")
+        content = json.loads(_FILE.read_text("utf-8"))
+        content |= {kind: asdict(fit) for kind, fit in fits.items() if kind in _SHIPPED}
+        _FILE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _compare(kind: str, runs: Sequence[Run], dense: ModelError | None) -> dict[str, ModelError]:
@@ -108,7 +118,8 @@ def _print_with(title: str, model: ModelError, runs: Sequence[Run]) -> None:
 def _read(path: Path) -> Run:
     content = json.loads(path.read_text("utf-8"))
     recipes = tuple(Compared(**one) for one in content.pop("recipes"))
-    return Run(**content, recipes=recipes)
+    rows = tuple(Compared(**one) for one in content.pop("rows", ()))
+    return Run(**content, recipes=recipes, rows=rows)
 
 
 def fitted(runs: Sequence[Run]) -> ModelError:
@@ -129,6 +140,43 @@ def fitted(runs: Sequence[Run]) -> ModelError:
         growth=float(f"{math.exp(growth):.3g}"),
         largest=_LARGEST,
     )
+
+
+def fitted_rows(runs: Sequence[Run], *, growth: float) -> ModelError:
+    """The error model of single rows, by themselves, under which they are most likely.
+
+    Args:
+        runs: With rows.
+        growth: Of the spread, as that of recipes.
+    """
+    rows = [replace(run, recipes=run.rows) for run in runs]
+    found = minimize_scalar(
+        lambda spread: sum(
+            _surprise(run, (0.0, -math.inf, spread, math.log(growth))) for run in rows
+        ),
+        bounds=(math.log(0.01), 0.0),
+        method="bounded",
+    )
+    return ModelError(
+        source=_COMMAND,
+        models=tuple(dict.fromkeys(run.title for run in runs)),
+        recipes=sum(len(run.rows) for run in runs),
+        curvature=0.0,
+        spread=float(f"{math.exp(found.x):.3g}"),
+        growth=growth,
+        largest=_LARGEST,
+    )
+
+
+def _print_rows(runs: Sequence[Run], model: ModelError) -> None:
+    """How often what single rows measured is inside of the interval of a row."""
+    lines = []
+    with patch.object(interval, "row_error", lambda: model):
+        for run in runs:
+            ratio = np.array([one.expansion / one.measured for one in run.rows])
+            inside = np.mean([one.is_inside_of_row for one in run.rows])
+            lines.append([run.title, str(len(ratio)), f"{np.median(ratio):.3f}", f"{inside:.0%}"])
+    print_markdown(("", "single rows", "median of predicted / measured", "inside"), lines)
 
 
 def _surprise(run: Run, parameters: Sequence[float]) -> float:

@@ -72,8 +72,8 @@ def prepared_table(options: argparse.Namespace) -> Table:
 
 
 def whole_problem(table: Table) -> Problem:
-    """All that was measured, the cache included."""
-    return problem_from_table(table, caches=CacheRequest())
+    """All that was measured, the cache included where the space has formats of it."""
+    return problem_from_table(table, caches=CacheRequest() if table.caches else None)
 
 
 def restricted(table: Table, is_wanted: Callable[[str], bool]) -> Problem:

@@ -1,4 +1,4 @@
-"""Rows of 2 and 3 bits beside the KL of a small part of their rounding errors.
+"""Rows of few bits beside the KL of a small part of their rounding errors.
 
     python scripts/bench/low_bit_rows.py MODEL --calibration FILE --work FOLDER
 
@@ -7,34 +7,46 @@ that it causes on sequences of the calibration, divided by the square of a quart
 expansion of second order should say, without its higher orders. Beside it stand three ways to take
 the change of size out of the rounding errors ``d`` of rows, from gradients and inputs ``G`` of the
 kept sequences: none; by the share of the weights ``W`` in ``d``, as the table has it; by the share
-of what the model answers, ``sum (d.G)(W.G) / sum (W.G)^2`` over rows and sequences.
+of what the model answers, ``sum (d.G)(W.G) / sum (W.G)^2`` over rows and sequences. And the row of
+the table itself, from all sequences that were run, with how often the KL is inside of its interval.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mofq.decision import problem_from_table
+from mofq.decision.prediction import predict_row
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.corpora import load_text, spread_windows
 from mofq.evidence.measure.samples import SampleReader
+from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import FusionGroup, find_layers
 from mofq.model.loading import load_model, load_tokenizer
 from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
-from scripts.shared.command import calibrate, model_parser, parse_into_work, print_markdown
+from scripts.shared.command import (
+    calibrate,
+    model_parser,
+    mofq,
+    parse_into_work,
+    print_markdown,
+)
 
-_SCHEMES = ("int2.g32@mse", "int3.g32@mse", "int3.channel@mse")
+_SPACE = Path(__file__).with_suffix(".yaml")
 _PART = 0.25
 _NEAR = 0.1
 _WAYS = ("squares of rows", "share of the weights", "share of the answers")
+_ROW = "the table's row"
 _CORPUS = "text"
 #: Of the sequences of the calibration, every second one is run.
 _STEP = 2
@@ -48,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stats_folder = options.work / "stats"
     corpora = [f"{_CORPUS}={options.calibration}"]
     calibrate(options.model, corpora, stats_folder, "--sequence-length", options.sequence_length)
+    table_path = options.work / "table.jsonl"
+    mofq("measure", options.model, "--space", _SPACE, "--stats", stats_folder, "-o", table_path)
+    problem = problem_from_table(read_table(table_path))
     stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
+    layers = {group.name: group for group in find_layers(checkpoint).groups}
     model = load_model(checkpoint.folder)
     windows_NT = spread_windows(
         load_text(options.calibration),
@@ -59,21 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     original_NTV = _log_softmax(model, windows_NT)
     rows = []
     with SampleReader(stats) as reader:
-        for name in _SCHEMES:
-            found = []
-            for group in find_layers(checkpoint).groups:
-                pairs = dict(_rounding(checkpoint, group, name))
+        for name in (one for one in dict.fromkeys(problem.schemes) if one != "bf16"):
+            found, inside = [], []
+            for number, group in enumerate(problem.groups):
+                pairs = dict(_rounding(checkpoint, layers[group.name], name))
                 truth = _part_of_kl(model, windows_NT, original_NTV, pairs)
-                found.append([one / truth for one in _estimates(reader, pairs)] + [truth])
+                option = next(p for p in problem.options_of(number) if problem.schemes[p] == name)
+                row = predict_row(problem, option)
+                inside.append(row.lower <= truth <= row.upper)
+                estimates = (*_estimates(reader, pairs), row.value)
+                found.append([one / truth for one in estimates] + [truth])
             ratio_GW, truth_G = np.array(found)[:, :-1], np.array(found)[:, -1]
-            for way, ratio_G in zip(_WAYS, ratio_GW.T, strict=True):
+            for way, ratio_G in zip((*_WAYS, _ROW), ratio_GW.T, strict=True):
                 total = float((ratio_G * truth_G).sum() / truth_G.sum())
                 spread = math.exp(float(np.log(ratio_G).std()))
                 ends = f"{ratio_G.min():.2f} to {ratio_G.max():.2f}"
                 within = f"{np.mean(np.abs(ratio_G - 1) <= _NEAR):.0%}"
-                rows.append([name, way, f"{total:.3f}", f"{spread:.2f}×", ends, within])
+                kept = f"{np.mean(inside):.0%}" if way == _ROW else ""
+                rows.append([name, way, f"{total:.3f}", f"{spread:.2f}×", ends, within, kept])
     heads = ("scheme", "taken out", "sum of groups", "spread", "groups", "groups within 10 %")
-    print_markdown(heads, rows)
+    print_markdown((*heads, "inside of its interval"), rows)
 
 
 def _rounding(

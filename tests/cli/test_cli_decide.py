@@ -8,6 +8,8 @@ import pytest
 from command_line import DEMO, Measured, ok, refused
 from explore_tables import write_explore_table
 
+from mofq.api.figures import with_interval
+from mofq.decision.model_error import row_error
 from mofq.decision.recipe import load_recipe
 from mofq.engines.devices import DEVICE_MODELS
 
@@ -29,7 +31,15 @@ def test_a_layer_is_explained_and_a_time_is_told(measured: Measured, tmp_path: P
     assert all(
         one["difference"]["stderr"] > 0 for one in first["alternatives"] if one not in chosen
     )
+    for one in first["alternatives"]:
+        wide = 2 * row_error().spread * one["error"]
+        assert one["low"] <= one["error"] - wide + 1e-12
+        assert one["error"] + wide - 1e-12 <= one["high"]
+    assert not first["has_flips"]
     shown = ok(*asked).out
+    dearest = max(first["alternatives"], key=lambda one: one["error"])
+    assert with_interval(dearest["error"], dearest["low"], dearest["high"]) in shown
+    assert "error, 95 %" in shown
     assert "◀ chosen" in shown
     assert "1 MB more would save" in shown
     assert "decode:batch=8,context=128 on h100, at least" in shown
@@ -201,5 +211,6 @@ def test_a_difference_says_how_its_corpora_count(tmp_path: Path) -> None:
     shown = ok("diff", *recipes, "--table", table, "--corpus-weights", "en=1,pt=0")
     assert "errors in kl_nats_per_token, mean of en=1,pt=0" in shown.out
     assert "Differences are of the second-order expansion" in shown.err
+    assert f"scatters by another {row_error().spread:.0%} of their error" in shown.err
     message = refused("diff", *recipes, "--corpus-weights", "en=1,pt=0")
     assert "--corpus-weights is of a cost; give --table too." in message

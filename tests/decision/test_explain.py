@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from mofq.decision import Budgets, Decision, Request, decide
 from mofq.decision.advice import Situation, advise
 from mofq.decision.difference import compare_recipes
 from mofq.decision.explain import explain
+from mofq.decision.model_error import row_error
 from mofq.decision.recipe import RecipeGroup, load_recipe, write_recipe
 from mofq.decision.request import TimeRequest
 from mofq.decision.timing import recipe_seconds
@@ -125,7 +127,8 @@ def test_differences_are_paired_and_rejections_are_told() -> None:
     assert int8.difference.value == pytest.approx(-1.0)
     # Samples scatter by a tenth of the error: the difference's by a tenth of the difference.
     assert int8.difference.stderr == pytest.approx(0.1 / 7**0.5)
-    assert int8.stderr == pytest.approx(0.2 / 8**0.5)
+    assert int8.stderr == pytest.approx(math.hypot(0.2 / 8**0.5, row_error().stderr(2.0)))
+    assert (int8.low, int8.high) == pytest.approx((2 - 2 * int8.stderr, 2 + 2 * int8.stderr))
     with pytest.raises(MofqError, match=r"Did you mean 'm\.b\.1'"):
         explain(table, request, decide(table, request), "m.b.11")
 

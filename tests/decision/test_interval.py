@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from solver_problems import option, problem_of, sampled_problem
+from solver_problems import option, problem_of, sampled, sampled_problem
 
 from mofq.decision import Budgets, choose, predict, predict_chosen
 from mofq.decision.choice import expand_chosen
-from mofq.decision.model_error import ModelError, model_error
-from mofq.decision.prediction import Estimate, stated, with_model_error
+from mofq.decision.model_error import ModelError, model_error, row_error
+from mofq.decision.prediction import Estimate, predict_row, stated, with_model_error
 
 MODEL = ModelError("", ("one",), recipes=10, curvature=1.0, spread=0.1, growth=0.5, largest=0.25)
 
@@ -26,6 +26,45 @@ def test_what_is_shipped_rests_on_measured_recipes(has_flips: bool) -> None:
     assert "scripts/bench/interval" in shipped.source
     assert 0.01 < shipped.spread < 0.3
     assert shipped.largest == model_error().largest  # one end of the range is said for all
+
+
+def test_what_is_shipped_of_rows_rests_on_rows_that_were_measured() -> None:
+    shipped = row_error()
+    assert shipped.recipes >= 60
+    assert shipped.models
+    assert "scripts/bench/interval" in shipped.source
+    assert model_error().spread < shipped.spread < 0.3
+    assert shipped.corrected(0.1) == 0.1  # a row is a term of the sum, and stays one
+
+
+def test_the_interval_of_a_row_is_wider_than_that_of_its_samples() -> None:
+    samples = [0.008, 0.012, 0.009, 0.011]
+    problem = problem_of([[option("bf16", 200, 0.0), sampled("int2.g32@mse", 20, samples)]])
+    assert problem.stderr_PC is not None
+    row = predict_row(problem, 1)
+    assert row.value == pytest.approx(0.01)
+    own = math.hypot(row_error().spread, row_error().growth * 0.01) * 0.01
+    assert row.stderr == pytest.approx(math.hypot(problem.stderr_PC[1, 0], own))
+    assert row.upper - row.value > 0.2 * row.value
+    assert predict_row(problem, 0) == Estimate(0.0, 0.0)  # what is left as it is costs nothing
+    other_unit = replace(problem, unit="output_mse")
+    assert predict_row(other_unit, 1).stderr == problem.stderr_PC[1, 0]
+
+
+def test_a_row_under_the_worst_of_corpora_is_that_of_one_corpus() -> None:
+    rows = [option("int4.g32", 50, 0.01, 0.03, stderrs=(0.004, 0.001))]
+    corpora = ("a", "b")
+    worst = problem_of([rows], corpora=corpora, objective="worst-corpus", unit="output_mse")
+    assert predict_row(worst, 0) == Estimate(0.03, 0.001)
+    mean = replace(worst, objective="mean")
+    both = predict_row(mean, 0)
+    assert both.value == pytest.approx(0.02)
+    assert both.stderr == pytest.approx(math.hypot(0.004, 0.001) / 2)
+
+
+def test_a_row_without_samples_has_no_interval() -> None:
+    problem = problem_of([[option("int4.g32", 50, 0.01)]])
+    assert predict_row(problem, 0) == Estimate(0.01, None)
 
 
 def test_a_prediction_with_changes_of_experts_is_less_certain() -> None:

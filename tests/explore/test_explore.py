@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
+from mofq.decision.model_error import row_error
 from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.evidence.constraints import parse_constraint
 from mofq.evidence.table import Extent, Profile, Table, read_table
@@ -136,6 +137,7 @@ def test_the_page_holds_all_groups_options_and_uniform_schemes(data: dict[str, A
     assert all(len(group["options"]) == len(SCHEMES) for group in data["groups"])
     uniforms = [one["label"] for one in data["references"] if one["kind"] == "uniform"]
     assert set(uniforms) == set(SCHEMES)
+    assert data["row_error"]["spread"] == row_error().spread
     assert data["groups"][5]["module"] == "attn.o"
     assert data["groups"][5]["decoder_layer"] == 1
     assert data["groups"][5]["rejected"] == [["int4.g512", "256 is not divisible by 512"]]

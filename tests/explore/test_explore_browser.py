@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from mofq.cli.commands import app
 from mofq.decision import Budgets, Request, decide
+from mofq.decision.model_error import row_error
 from mofq.decision.recipe import load_recipe, write_recipe
 from mofq.evidence.table import read_table
 
@@ -353,6 +355,24 @@ def test_numbers_have_one_notation(browser: Chrome, page: Path) -> None:
         "(1.50 ± 0.20)·10⁻⁷",
         "(1.234560 ± 0.000070)·10⁵",
     ]
+
+
+def test_a_row_is_shown_with_the_interval_that_the_command_line_says(
+    browser: Chrome, page: Path
+) -> None:
+    open_page(browser, page)
+    error, sampling = 0.01, 0.0005
+    half = 2 * math.hypot(sampling, row_error().stderr(error))
+    text = run(browser, "return rowText(...arguments[0])", [error, sampling])
+    assert text == f"{error:.4f} ± {half:.4f}"
+    shown = run(browser, "return tipOfCell(0), document.getElementById('tip').textContent")
+    first = run(
+        browser,
+        "const error = optionError(sortedOptions(0)[0]), known = optionStderr(sortedOptions(0)[0]);"
+        "return withInterval(error, rowStderr(error, known))",
+    )
+    assert "KL, 95 %" in shown
+    assert first in shown
 
 
 def test_recipes_at_one_place_have_one_label_there(browser: Chrome, page: Path) -> None:

@@ -70,6 +70,15 @@ def test_a_recipe_with_experts_apart_is_applied_layer_by_layer(
     assert ok("validate", mixture.folder, recipe, *TEXT, "--json").json["enforced"] is True
 
 
+def test_an_explanation_says_that_changes_of_experts_are_in_none_of_its_errors(
+    mixture: Checkpoint, stats: Path, tmp_path: Path
+) -> None:
+    table = measured(mixture, stats, "layer", tmp_path / "table.jsonl")
+    explain = ("--explain", "layers.0.attn.o", "-o", tmp_path / "recipe.yaml")
+    shown = ok("search", table, "--max-bits", "6", *explain)
+    assert "Errors are of tokens that stay with their experts" in shown.err
+
+
 def test_engines_are_given_no_experts_apart(
     mixture: Checkpoint, stats: Path, tmp_path: Path
 ) -> None:

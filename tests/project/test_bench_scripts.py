@@ -20,6 +20,8 @@ from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model, load_tokenizer
+from scripts.bench.interval import Compared
+from scripts.bench.interval_fit import Run, fitted_rows
 from scripts.bench.prediction_recipes import choose_pairs
 from scripts.bench.sample_plan import BASE, PARTS, SamplePlan, part_of
 from scripts.make.split_articles import article_halves
@@ -186,3 +188,16 @@ def test_articles_go_to_the_halves_in_turn() -> None:
         " = A = \na\n = = Part = = \nb\n = C = \nd\n",
         " = B = \nc\n",
     )
+
+
+def test_the_spread_of_rows_is_what_is_left_of_their_ratios_beside_all_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, sampling, measuring = 0.15, 0.05, 0.04
+    ratios = (math.hypot(own, sampling, measuring) * torch.randn(300, generator=generator)).exp()
+    rows = tuple(
+        Compared("row", 1e-4, sampling * 1e-4, 1e-4 * ratio, measuring * 1e-4 * ratio, False)
+        for ratio in ratios.tolist()
+    )
+    found = fitted_rows([Run("model", "a", "b", 4096, (), rows)], growth=0.5)
+    assert found.spread == pytest.approx(own, rel=0.1)
+    assert (found.curvature, found.growth, found.recipes) == (0.0, 0.5, 300)

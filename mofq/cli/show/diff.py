@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def show_diff(result: DiffResult) -> None:
     """One row for each group that differs, priced where a table was given."""
+    from mofq.decision.model_error import row_error
     from mofq.decision.problem import KL_UNIT
     from mofq.decision.request import weights_text
 
@@ -47,7 +48,8 @@ def show_diff(result: DiffResult) -> None:
     if found.unit == KL_UNIT:
         note(
             "Differences are of the second-order expansion; the KL of either recipe is corrected "
-            "by what such recipes measure."
+            "by what such recipes measure. ± is of the samples alone: what single groups measure "
+            f"by themselves scatters by another {row_error().spread:.0%} of their error."
         )
     minimised = [_minimised(one) for one in (a, b)]
     # A table prices both on one scale.

@@ -119,7 +119,7 @@ def _time_row(decision: Decision, seconds: float) -> list[str]:
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    columns = ["scheme", "bits", "error", "against the chosen", "with bytes priced"]
+    columns = ["scheme", "bits", "error, 95 %", "against the chosen", "with bytes priced"]
     rows = [_alternative(one) for one in explanation.alternatives]
     if any(not one.is_offered for one in explanation.alternatives):
         columns.append("")
@@ -129,6 +129,11 @@ def _print_explanation(explanation: Explanation) -> None:
     title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
     print_table(title, columns, rows)
     say(explanation.why)
+    if explanation.has_flips:
+        note(
+            "Errors are of tokens that stay with their experts; what changes of experts cost is "
+            "predicted of the recipe alone."
+        )
     from mofq.decision.budgets import option_of
 
     for budget, price in explanation.prices.items():
@@ -151,7 +156,7 @@ def _alternative(one: Alternative) -> list[str]:
     return [
         one.scheme,
         f"{one.bits_per_weight:.3f}",
-        f"{one.error:.3g}",
+        with_interval(one.error, one.low, one.high),
         difference,
         "–" if one.priced_difference is None else f"{one.priced_difference:+.2g}",
     ]

@@ -228,14 +228,14 @@ function tipOfCell(group) {
   const rows = sortedOptions(group).map((option) =>
     element("tr", option[SCHEME] === chosen ? { class: "chosen" } : {},
       element("td", {}, swatch(option[SCHEME]), schemeName(option[SCHEME])),
-      element("td", { text: withError(optionError(option), optionStderr(option)) }),
+      element("td", { text: rowText(optionError(option), optionStderr(option)) }),
       element("td", { text: sizeText(group, sizeOf(group, option)) })));
   const box = cells[group].getBoundingClientRect();
   showTip(box.right - 6, box.top + box.height / 2,
     element("strong", { text: one.name }),
     wallLine(one),
     element("table", {}, element("thead", {}, element("tr", {},
-      element("th", { text: "scheme" }), element("th", { text: QUANTITY }),
+      element("th", { text: "scheme" }), element("th", { text: ROW_QUANTITY }),
       element("th", { text: "size" }))), element("tbody", {}, ...rows)));
 }
 
@@ -281,7 +281,7 @@ function whySentences(group, chosen) {
   const total = pointValue(points[state.point]);
   const share = state.show === "frontier" && total > 0 && optionError(here) > 0
     ? `, ${numberText((100 * optionError(here)) / total, 2)} % of the whole recipe's` : "";
-  const sentences = [`${schemeName(chosen)}: ${amount(withError(optionError(here), optionStderr(here)))}`
+  const sentences = [`${schemeName(chosen)}: ${amount(rowText(optionError(here), optionStderr(here)))}`
     + `${share}, ${sizeText(group, sizeOf(group, here))} `
     + `(${bitsText(here[BITS])} bits per ${groups[group].cached ? "number" : "weight"}).`];
   const size = (option) => sizeOf(group, option);
@@ -327,8 +327,8 @@ function errorTable(one, chosen) {
     element("td", { text: sizeText(group, sizeOf(group, option)) }),
     element("td", { class: "dots" }, positive.length ? dots(option, along) : null),
     ...option[ERRORS].map((error, corpus) => element("td", {
-      text: withError(error, option[STDERRS] && option[STDERRS][corpus]) }))));
-  const heads = data.corpora.length < 2 ? [QUANTITY] : data.corpora.map((name, corpus) => element("span", {},
+      text: rowText(error, option[STDERRS] && option[STDERRS][corpus]) }))));
+  const heads = data.corpora.length < 2 ? [ROW_QUANTITY] : data.corpora.map((name, corpus) => element("span", {},
     element("span", { class: `dot corpus-${corpus % 4}`, "aria-hidden": "true" }), name));
   const table = stackedTable(["scheme", "bits", "size", "error, log scale", ...heads], rows);
   table.classList.add("errors");
@@ -340,7 +340,7 @@ function dots(option, along) {
   const track = element("div", { class: "track" });
   option[ERRORS].forEach((error, corpus) => {
     if (!(error > 0)) return;
-    const stderr = (option[STDERRS] && option[STDERRS][corpus]) || 0;
+    const stderr = rowStderr(error, option[STDERRS] && option[STDERRS][corpus]) || 0;
     const bar = element("span", { class: "bar-line" });
     const [low, high] = [along(error - 2 * stderr), Math.min(100, along(error + 2 * stderr))];
     bar.style.left = `${low}%`;

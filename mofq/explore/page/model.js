@@ -89,6 +89,18 @@ function optionStderr(option) {
   return Math.hypot(...known.map((stderr, corpus) => shareOf(corpus) * stderr));
 }
 
+// The standard error of a row: of the samples, and what rows measure by themselves.
+function rowStderr(error, sampling) {
+  if (sampling === null || !data.row_error) return sampling;
+  const { spread, growth, largest } = data.row_error;
+  return Math.hypot(sampling, error * Math.hypot(spread, growth * Math.min(error, largest)));
+}
+
+// A row and half of its 95 % interval; of an error that is no KL its standard error.
+function rowText(error, sampling) {
+  return (data.is_kl ? withInterval : withError)(error, rowStderr(error, sampling));
+}
+
 function optionOf(group, scheme) {
   return groups[group].options.find((option) => option[SCHEME] === scheme) || null;
 }
@@ -241,6 +253,7 @@ const UNITS = {
   relative_weight_error: ["Weight error", "relative"],
 };
 const [QUANTITY, UNIT] = UNITS[data.unit] || [data.unit, ""];
+const ROW_QUANTITY = data.is_kl ? `${QUANTITY}, 95 %` : QUANTITY;
 
 // An error with its unit, where the unit is a word that can follow a number.
 function amount(text) {
