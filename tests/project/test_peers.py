@@ -34,6 +34,7 @@ from scripts.reproduce.peers.results import (
     result_name,
     write_result,
 )
+from scripts.shared.environment import python_with
 from scripts.shared.reproduction import uniform_of
 
 PEERS = Path(compare.__file__).parent
@@ -245,6 +246,26 @@ def test_every_entry_has_a_column_a_script_and_an_environment_of_pinned_packages
         lines = pins(peer).splitlines()
         assert "torch==2.13.0" in lines
         assert [one for one in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", one)] == []
+
+
+def test_an_environment_is_made_once_from_its_pins_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> None:
+        commands.append(command)
+        (tmp_path / "venv").mkdir(exist_ok=True)
+
+    monkeypatch.setattr("scripts.shared.environment.subprocess.run", run)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)  # of a try that was stopped
+    for _ in range(2):
+        python = python_with("torch==2.13.0\n", tmp_path / "venv")
+        assert python == tmp_path / "venv" / "bin" / "python"
+        assert [command[1:3] for command in commands] == [["-m", "venv"], ["-m", "pip"]]
+    assert "--no-deps" in commands[1]
+    assert Path(commands[1][-1]).read_text("utf-8") == "torch==2.13.0\n"
+    assert not (tmp_path / "venv" / "bin").exists()
 
 
 def test_settings_are_the_same_after_they_were_given_on_a_command_line() -> None:
