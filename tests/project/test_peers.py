@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,9 +204,9 @@ def test_a_rerun_takes_the_results_that_are_there_and_scores_a_folder_that_it_is
 ) -> None:
     made: list[str] = []
 
-    def make(entry: Entry, _setting: Setting, _made: Path) -> bool:
+    def make(entry: Entry, _setting: Setting, _made: Path) -> None:
         made.append(entry.name)
-        return False  # as a peer that failed
+        raise MofqError("could not be made")
 
     monkeypatch.setattr(compare, "make", make)
     text = setting.text
@@ -218,19 +219,50 @@ def test_a_rerun_takes_the_results_that_are_there_and_scores_a_folder_that_it_is
     words += ["--work", str(tmp_path / "work")]
     folder = tmp_path / "work" / Path(DEMO).name
     path = folder / result_name(_entry("mofq-4.5"), setting)
-    for _ in range(2):
-        compare.main([*words, "--take", "mofq-4.5", str(tmp_path / "mine"), "12.5"])
+    for given, seconds in (("12.5", 12.5), ("-", None)):
+        compare.main([*words, "--take", "mofq-4.5", str(tmp_path / "mine"), given])
         assert made == []
         result = read_result(path)
         assert result is not None
-        assert (result.bits_per_weight, result.processor_seconds) == (4.5, 12.5)
-        monkeypatch.setattr(compare, "Judge", None)  # nothing is run any more
+        assert (result.bits_per_weight, result.processor_seconds) == (4.5, seconds)
     assert (tmp_path / "mine" / "config.json").exists()
+    monkeypatch.setattr(compare, "Judge", None)  # nothing is run any more
     write_result(RESULT, folder / result_name(_entry("torchao-int8"), setting))
-    compare.main([*words, "--only", "torchao-int*", "--only", "mofq-4.5"])
+    with pytest.raises(SystemExit, match=r"^not scored: torchao-int4-g32, torchao-int4-g64$"):
+        compare.main([*words, "--only", "torchao-int*", "--only", "mofq-4.5"])
     assert made == ["torchao-int4-g32", "torchao-int4-g64"]
     with pytest.raises(SystemExit, match="--take mofq-44: there is no such entry"):
         compare.main([*words, "--take", "mofq-44", str(tmp_path / "mine"), "-"])
+
+
+def test_a_peer_that_fails_is_refused_with_the_end_of_what_it_printed(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "print('first'); print(*'abcde', sep=chr(10)); raise SystemExit(3)"
+    monkeypatch.setattr(compare, "_command", lambda *_: [sys.executable, "-c", program])
+    with pytest.raises(MofqError, match=r"entry\.log, which ends:\na\nb\nc\nd\ne$"):
+        compare.make(_entry("torchao-int8"), setting, tmp_path / "entry")
+
+
+def test_of_a_run_of_mofq_the_folder_for_the_engine_is_kept_and_its_processor_time(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import os, pathlib, sys; assert os.environ['OMP_NUM_THREADS'] == '1';"
+        "sum(range(10**6)); run = pathlib.Path(sys.argv[1]) / 'run';"
+        "(run / 'stats').mkdir(parents=True); (run / 'model').mkdir();"
+        "(run / 'model' / 'config.json').write_text('{}')"
+    )
+    made = tmp_path / "entry"
+    command = [sys.executable, "-c", program, str(made)]
+    monkeypatch.setattr(compare, "_command", lambda *_: command)
+    compare.make(_entry("mofq-5"), setting, made)
+    assert {str(path.relative_to(made)) for path in made.rglob("*")} == {
+        MADE,
+        "model",
+        "model/config.json",
+    }
+    assert 0 < json.loads((made / MADE).read_text())["processor_seconds"] < 60
 
 
 def _entry(name: str) -> Entry:

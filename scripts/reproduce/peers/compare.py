@@ -25,6 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mofq import __version__
+from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
 from scripts.reproduce.peers.calibration import write_windows
 from scripts.reproduce.peers.entries import ENTRIES, MOFQ, Entry
@@ -68,23 +69,31 @@ def main(given: Sequence[str] | None = None) -> None:
     ]
     if unknown := taken.keys() - {entry.name for entry in asked}:
         raise SystemExit(f"--take {min(unknown)}: there is no such entry.")
+    failed = []
     with ExitStack() as stack:
         judge: Judge | None = None
         for entry in asked:
-            result = work / result_name(entry, setting)
-            if result.exists():
-                continue
-            made = work / made_name(entry, setting)
+            result, made = work / result_name(entry, setting), work / made_name(entry, setting)
             if entry.name in taken:
                 take(made, *taken[entry.name])
-            if not (made / MADE).exists() and not make(entry, setting, made):
+            elif result.exists():
                 continue
-            judge = judge or stack.enter_context(_judge(setting))
-            write_result(judged(judge, made), result)
+            try:
+                if not (made / MADE).exists():
+                    make(entry, setting, made)
+                judge = judge or stack.enter_context(_judge(setting))
+                write_result(judged(judge, made), result)
+            except MofqError as error:
+                # The others do not depend on it.
+                print(f"{entry.name}: {error}", file=sys.stderr, flush=True)
+                failed.append(entry.name)
+                continue
             if not options.keep:
                 shutil.rmtree(made)
     if options.page is not None:
         write_table(options.page, setting, work)
+    if failed:
+        raise SystemExit(f"not scored: {', '.join(failed)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +140,7 @@ def take(made: Path, folder: Path, seconds: str) -> None:
     _note(made, None if seconds == "-" else float(seconds))
 
 
-def make(entry: Entry, setting: Setting, made: Path) -> bool:
+def make(entry: Entry, setting: Setting, made: Path) -> None:
     """Have a peer make its entry on one thread; what it prints goes to a file beside the folder.
 
     Args:
@@ -139,8 +148,8 @@ def make(entry: Entry, setting: Setting, made: Path) -> bool:
         setting: Of all entries.
         made: Folder; what an earlier try has left there is removed.
 
-    Returns:
-        Whether it could: if not, the end of what it printed was shown.
+    Raises:
+        MofqError: It failed; says how what it printed ends.
     """
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -158,13 +167,14 @@ def make(entry: Entry, setting: Setting, made: Path) -> bool:
         )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
-        print(*log.read_text("utf-8").splitlines()[-5:], f"see {log}", sep="\n", file=sys.stderr)
-        return False
+        printed = "\n".join(log.read_text("utf-8").splitlines()[-5:])
+        raise MofqError(
+            f"could not be made. All that it printed is in {log}, which ends:\n{printed}"
+        )
     if entry.peer == MOFQ:
         os.replace(made / _RUN / MODEL, made / MODEL)
         shutil.rmtree(made / _RUN)  # statistics of gigabytes
         _note(made, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return True
 
 
 def _command(entry: Entry, setting: Setting, made: Path) -> list[str]:
