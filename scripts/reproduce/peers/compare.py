@@ -5,9 +5,9 @@ r"""The public table: every peer's method and ours, made anew and scored by one 
 
 Each peer runs in an environment of its own, which is made in the user's cache when first needed,
 on one thread. What it makes is scored at once, and the result kept as a file of JSON, which a rerun
-takes. `--only` names entries by patterns, `--only ''` none: then the page alone is written. An
-entry that has not run is listed on it as such. `--take` scores a folder in compressed-tensors that
-was made elsewhere.
+takes. `--only` names entries by patterns and runs them in this order; `--only ''` runs none and writes the
+page alone. An entry that has not run is listed on it as such. `--take` scores a folder in
+compressed-tensors that was made elsewhere.
 """
 
 from __future__ import annotations
@@ -62,13 +62,10 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     taken = {name: (Path(folder), seconds) for name, folder, seconds in options.take}
     only = options.only or ([] if taken else ["*"])
-    asked = [
-        entry
-        for entry in ENTRIES
-        if entry.name in taken or any(fnmatchcase(entry.name, pattern) for pattern in only)
-    ]
-    if unknown := taken.keys() - {entry.name for entry in asked}:
+    if unknown := taken.keys() - {entry.name for entry in ENTRIES}:
         raise SystemExit(f"--take {min(unknown)}: there is no such entry.")
+    matching = (e for name in (*taken, *only) for e in ENTRIES if fnmatchcase(e.name, name))
+    asked = list(dict.fromkeys(matching))
     failed = []
     with ExitStack() as stack:
         judge: Judge | None = None
