@@ -174,11 +174,12 @@ def test_the_table_has_the_least_kl_of_a_column_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("old", ["", "old\n"])
 def test_the_table_of_one_model_replaces_what_stood_there_and_names_what_has_not_run(
-    setting: Setting, tmp_path: Path
+    old: str, setting: Setting, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
-    table = "<!-- table: model -->\nold\n<!-- end of table -->"
+    table = f"<!-- table: model -->\n{old}<!-- end of table -->"
     page.write_text(f"before\n{table}\nother <!-- table: other -->\nkept\n<!-- end of table -->\n")
     write_result(RESULT, tmp_path / result_name(ENTRIES[0], setting))
     for _ in range(2):
@@ -192,9 +193,12 @@ def test_the_table_of_one_model_replaces_what_stood_there_and_names_what_has_not
         assert re.findall(r"`([\w.-]+)`", left) == [one.name for one in ENTRIES[1:]]
 
 
-def test_a_page_without_a_place_for_the_table_is_refused(setting: Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", ["", "<!-- table: model -->"])
+def test_a_page_without_a_place_for_the_table_is_refused(
+    begin: str, setting: Setting, tmp_path: Path
+) -> None:
     page = tmp_path / "page.md"
-    page.write_text("<!-- table: another -->\n<!-- end of table -->\n")
+    page.write_text(f"{begin}<!-- table: another -->\n<!-- end of table -->\n")
     with pytest.raises(MofqError, match="Write both where the table"):
         write_table(page, setting, tmp_path)
 

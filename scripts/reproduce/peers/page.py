@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from mofq.exceptions import MofqError
@@ -30,15 +29,16 @@ def write_table(page: Path, setting: Setting, work: Path) -> None:
     done = {entry: result for entry, result in results.items() if result is not None}
     left = [entry for entry in ENTRIES if entry not in done]
     lines = [*table_lines(done), *_original(done), *_left(left)]
-    begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
-    pattern = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
-    text, count = pattern.subn(lambda _: "\n" + "\n".join(lines) + "\n\n", page.read_text("utf-8"))
-    if count != 1:
+    begin, end = f"<!-- table: {name} -->", "<!-- end of table -->"
+    before, _, rest = page.read_text("utf-8").partition(begin)
+    old, found, after = rest.partition(end)
+    if not found or "<!-- table:" in old:
         raise MofqError(
-            f"{page}: needed one {begin.strip()!r} with an {end!r} behind it, found {count}. "
-            "Write both where the table of this model should stand."
+            f"{page}: needed {begin!r} with {end!r} behind it, and found none. Write both where "
+            "the table of this model should stand."
         )
-    write_beside_and_rename(page, text)
+    text = "\n".join(["", "", *lines, "", ""])
+    write_beside_and_rename(page, before + begin + text + end + after)
 
 
 def table_lines(done: dict[Entry, Result]) -> list[str]:
