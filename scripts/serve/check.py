@@ -33,7 +33,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,6 +51,7 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from scripts.serve.ask_http import ask_server
 from scripts.serve.compare import compare_layers, compare_logprobs, window_tokens
 from scripts.shared.command import script_parser
+from scripts.shared.environment import python_with
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
@@ -99,18 +99,7 @@ def make_venv() -> Path:
     lines = REQUIREMENTS.read_text("utf-8").splitlines()
     wanted = "\n".join(line for line in lines if not line.startswith("#"))
     digest = hashlib.sha256(wanted.encode()).hexdigest()[:8]
-    folder = Path(cache).expanduser() / "mofq" / f"vllm-{digest}"
-    python = folder / "bin" / "python"
-    done = folder / ".installed"
-    if done.is_file():
-        return python
-    print(f"installing vLLM into {folder} (minutes)", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--requirement", str(REQUIREMENTS)], check=True, stdout=sys.stderr)
-    done.touch()
-    return python
+    return python_with(wanted, Path(cache).expanduser() / "mofq" / f"vllm-{digest}")
 
 
 def serving_variables() -> dict[str, str]:
