@@ -239,7 +239,14 @@ def run(
     def busy(who: str) -> MofqError:
         return MofqError(f"{folder}: {who} runs into this folder. Wait for it, or name another.")
 
+    from mofq.evidence.measure.fill_table import table_space
+
     with hold_folder(folder, busy):
+        files = find_files(
+            folder,
+            Asked.of_request(checked.request.request, checked.offered.space, effort=effort),
+            table_space(checked.offered.space, engine),
+        )
         _tell_all((one.remark for one in checked.selections), tell)
         if not corpora:
             tell(
@@ -250,20 +257,13 @@ def run(
                     f"{option('text')} to validate on."
                 )
             )
-        return _run(checked, folder, progress=progress, tell=tell)
+        return _run(checked, files, progress=progress, tell=tell)
 
 
-def _run(run: Checked, folder: Path, *, progress: Progress | None, tell: Tell) -> RunResult:
+def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell) -> RunResult:
     """The stages, in their order."""
-    from mofq.evidence.measure.fill_table import table_space
-
     asked, offered, timed = run.request, run.offered, Timed()
     request = asked.request
-    files = find_files(
-        folder,
-        Asked.of_request(request, offered.space, effort=asked.effort),
-        table_space(offered.space, asked.engine),
-    )
     storage = storage_of(run, files)
     if storage.remark is not None:
         tell(storage.remark)
@@ -294,8 +294,9 @@ def _run(run: Checked, folder: Path, *, progress: Progress | None, tell: Tell) -
         uniform = uniform_rivals(table, request, searched, most=asked.rivals)
         candidates = keep_former(files, {SEARCHED: searched, **uniform})
     with timed("validate"):
+        work = files.folder / ".streamed"
         validations = validate_candidates(
-            asked, candidates, subject, work=folder / ".streamed", progress=progress, tell=tell
+            asked, candidates, subject, work=work, progress=progress, tell=tell
         )
     if request.budgets.max_kl is not None:
         tell(beside_the_proof(validations[SEARCHED], request.budgets.max_kl))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.api.request import read_corpus_weights
-from mofq.exceptions import BackendError, MofqError, option
+from mofq.exceptions import BackendError, MofqError, TableError, option
 
 if TYPE_CHECKING:
     from mofq.decision import Request
@@ -214,12 +214,13 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
     Raises:
         BackendError: There is a model that no run wrote.
         RecipeError: A recipe that is there cannot be read.
-        TableError: The table that is there cannot be read.
+        TableError: The table that is there cannot be read, or has other numerics.
         MofqError: What has the request's name is of another one or was edited, or the search
             space is another than when its schemes were measured here, and not that one with more
             schemes.
     """
     first = RunFiles(folder)
+    _check_numerics(first.table)
     for files in dict.fromkeys((first, *finished_runs(folder))):
         for path, recipe in former_recipes(files).items():
             found = Asked.of_recipe(recipe)
@@ -245,6 +246,19 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
                 f"another {option('output')}, or move it away."
             )
     return files
+
+
+def _check_numerics(table: Path) -> None:
+    """Refuse, before anything runs, a table that nothing can be added to."""
+    from mofq.evidence.table import read_table
+    from mofq.numbers.numerics import NUMERICS
+
+    if table.is_file() and (found := read_table(table).header.numerics) != NUMERICS:
+        raise TableError(
+            f"{table}: was measured by numerics {found or '(not noted)'}, and this mofq measures "
+            f"by numerics {NUMERICS}. It can be searched and explored as it is; run with another "
+            f"{option('output')}."
+        )
 
 
 def _continues(space: TableSpace, table: Path) -> bool:

@@ -18,7 +18,7 @@ from mofq.evidence.fits import Fits, needs_stats
 from mofq.evidence.kept_fits import KeptFits, has_kept_fits
 from mofq.exceptions import RecipeError, StatsError
 from mofq.model.layers import FusionGroup
-from mofq.numbers.numerics import NUMERICS, SAME_FITTED_CODES
+from mofq.numbers.numerics import EARLIER_FITTED_CODES, NUMERICS
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 
@@ -112,7 +112,7 @@ def _check_numerics(recipe: Recipe, scheme: str) -> None:
     """Refuse fitted codes that would be computed otherwise than those that were measured."""
     found = recipe.made_by.get("numerics")
     is_by_hand = found is None and "stats_sha256" not in recipe.made_by
-    if found not in SAME_FITTED_CODES and not is_by_hand:
+    if found not in (NUMERICS, *EARLIER_FITTED_CODES) and not is_by_hand:
         raise RecipeError(
             f"{recipe.title}: made_by: numerics: the codes of {scheme} were "
             f"fitted by numerics {found or '(not noted)'}, and this mofq fits by numerics "

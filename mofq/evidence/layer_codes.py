@@ -7,7 +7,8 @@ scales in the stats folder:
 ``.codes/LAYER/KEY-SHA256.safetensors``
     ``LAYER`` stands for the layer's name. ``KEY`` is the hash of all that decides the codes: the
     layer's name and weights, the statistics, the scheme, the magnitude behind a global scale and
-    the numerics. ``SHA256`` is the hash of the file itself.
+    the numerics; codes that were kept under earlier numerics which fit alike are taken too.
+    ``SHA256`` is the hash of the file itself.
 
 A file is read whole and its hash compared with its name before it is used: one that is damaged,
 or was changed, is deleted and fitted again. (Whoever may write to the folder can write another
@@ -37,7 +38,7 @@ from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.fits import Fits, needs_stats
 from mofq.evidence.measure.workers import worker_threads
 from mofq.model.layers import LinearLayer
-from mofq.numbers.numerics import NUMERICS
+from mofq.numbers.numerics import EARLIER_FITTED_CODES, NUMERICS
 from mofq.numbers.quantize import QuantizedWeight, dequantize_weight, quantize_weight
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import TensorScheme
@@ -123,15 +124,19 @@ def layer_codes(
     if not scheme.needs_tensor_amax:
         tensor_amax = None
     weight_sha256, device = _hash_rows(layer, read_rows)
-    parts = [fits.stats.sha256, layer.name, weight_sha256, repr(scheme), NUMERICS]
-    parts += [None if tensor_amax is None else float(tensor_amax)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    parts = [fits.stats.sha256, layer.name, weight_sha256, repr(scheme)]
+    amax = None if tensor_amax is None else float(tensor_amax)
+    keys = [_key(*parts, numerics, amax) for numerics in (NUMERICS, *EARLIER_FITTED_CODES)]
     store = _folder(fits.stats, layer)
-    kept = _read(store, key)
+    kept = next((one for key in keys if (one := _read(store, key)) is not None), None)
     if kept is None:
         kept = _fit(fits, found, device)
-        _write(store, key, kept)
+        _write(store, keys[0], kept)
     return replace(found, kept=kept, device=device)
+
+
+def _key(*parts: str | int | float | None) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _folder(stats: Stats, layer: LinearLayer) -> Path:

@@ -17,5 +17,6 @@ from __future__ import annotations
 #:    to either half, and not those of the fit to all.
 NUMERICS = 4
 
-#: Numbers under which codes are fitted alike.
-SAME_FITTED_CODES = (2, 3, NUMERICS)
+#: Earlier numbers under which codes are fitted alike; but that Hessians are summed in another order
+#: since 4, so that a code at a tie may be another where it is fitted again.
+EARLIER_FITTED_CODES = (3, 2)

@@ -7,7 +7,7 @@
 Processor and wall time of each step for random inputs, with the operations (a multiplication and
 an addition are two) that it needs and their rate. *70B* is the same operations of the linear layers
 of Llama-3-70B with as many inputs (8,192 or 28,672) at these rates, for `mofq measure` of one
-scheme: each layer is fitted three times (to all sequences and to each half) to 8 x 512 tokens.
+scheme: each layer is fitted twice, to each half of 8 x 512 tokens.
 
 ``--precision`` compares codes that are fitted by a Hessian and a factor in float32 with those in
 float64, for each layer of a model: how many differ, and what the change costs by the Hessian.
@@ -39,7 +39,7 @@ LLAMA3_70B = (
     (28672, 8192),
     (8192, 28672),
 )
-DECODER_LAYERS, TOKENS, STRIP, ROWS = 80, 4096, 2048, 1024
+DECODER_LAYERS, TOKENS, STRIP, ROWS = 80, 4096, 512, 1024
 
 
 def run_on(threads: ThreadPoolExecutor) -> Callable[[Iterable[Callable[[], None]]], None]:
@@ -104,9 +104,9 @@ def seventy_billion(rates: list[float], inputs: int, threads: int) -> None:
     """Print what a model's layers of this many inputs take at some rates."""
     outputs = [out for out, columns in LLAMA3_70B if columns == inputs]
     operations = (
-        2 * TOKENS * inputs**2 * len(outputs),
-        inputs**3 * len(outputs),
-        3 * inputs**2 * sum(outputs),
+        TOKENS * inputs**2 * len(outputs),
+        2 * inputs**3 / 3 * len(outputs),
+        2 * inputs**2 * sum(outputs),
     )
     hours = [DECODER_LAYERS * n / rate / 3600 for n, rate in zip(operations, rates, strict=True)]
     print(

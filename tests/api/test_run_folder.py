@@ -154,3 +154,17 @@ def test_weights_of_corpora_that_mean_the_same_are_one_request(
     assert Asked.of_request(request, space).corpus_weights == meant
     made_by = {} if spelled is None else {"corpus_weights": spelled}
     assert Asked.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant
+
+
+@pytest.mark.parametrize("earlier", [None, 3])
+def test_a_table_of_other_numerics_is_refused_before_anything_is_run(
+    finished: Path, earlier: int | None
+) -> None:
+    path = finished / "table.jsonl"
+    header = replace(read_table(path).header, numerics=earlier)
+    path.unlink()
+    with open_table(path, header):
+        pass
+    said = rf"numerics {earlier or re.escape('(not noted)')}, and this .* another output"
+    with pytest.raises(MofqError, match=said):
+        find_files(finished, FIRST, SPACE)

@@ -131,3 +131,14 @@ def test_where_every_sequence_is_kept_the_unseen_half_costs_nothing() -> None:
     error_NS = score((True, True, False, False), has_gains=False).error_NS
     assert bool((error_NS[:2] > 0).all())
     assert not bool(error_NS[2:].any())
+
+
+def test_weight_errors_of_an_expert_that_one_half_reached_are_those_of_its_only_fit() -> None:
+    found = layer_score((True, True, False, False), has_gains=False, fits=OtherHalves())
+    scheme = SCHEMES[1].quantized_weight
+    (alone,) = (
+        OtherHalves().of(None, (), part="first").arguments(scheme),  # what was fitted to it
+    )
+    error_OI = dequantize_weight(quantize_weight(WEIGHT, scheme, **alone), scheme) - WEIGHT
+    expected = float(error_OI.double().square().sum())
+    assert float(found.error_energy_S[1]) == pytest.approx(expected, rel=1e-6)

@@ -218,3 +218,19 @@ def test_a_scheme_that_is_not_fitted_keeps_nothing_and_needs_no_statistics(
     with pytest.raises(StatsError, match="there are none here"):
         layer_codes(None, layer, parse_scheme(SCHEMES[0]).quantized_weight, read_rows)
     assert read_stats(stats.folder).sha256 == stats.sha256
+
+
+def test_codes_that_earlier_numerics_kept_are_taken(
+    checkpoint: Checkpoint,
+    stats: Stats,
+    layer: LinearLayer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("mofq.evidence.layer_codes.NUMERICS", 3)
+        codes_of(checkpoint, stats, layer)
+    (kept,) = files(stats)
+    before = kept.stat().st_mtime_ns
+    codes_of(checkpoint, stats, layer)
+    assert files(stats) == [kept]
+    assert kept.stat().st_mtime_ns != before  # it was read, and used last now

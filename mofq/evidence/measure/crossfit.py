@@ -7,7 +7,8 @@ half of the sequences and judged by the other half, and the reverse. What is shi
 all sequences; few of the schemes that are measured are shipped, so that is done where a recipe is
 applied. Half the text makes a slightly worse fit than the whole, so that the prediction, if
 anything, is on the high side; how it compares with measured KL is in
-docs/rounding-and-rewrites.md. Errors of weights are the mean of those of both fits.
+docs/rounding-and-rewrites.md. Errors of weights are the mean of those of both fits; of an expert
+that one half alone reached, those of its only fit.
 
 An expert that the kept sequences of one half alone reached is judged there, by codes that no
 sequence was fitted to; in the other half it loses in proportion to its gains.
@@ -122,7 +123,9 @@ def join_parts(schemes: Sequence[Scheme], parts: Mapping[str, LayerScore]) -> La
     first = parts[PLAIN]
     if not fitted:
         return first
-    halves = [parts[half] for half in _HALVES]
+    # An expert that one half alone reached was fitted to that half alone.
+    fitted_to = [parts[judge] for judge, fitting in _HALVES.items() if parts[fitting].corpora]
+    halves = fitted_to or [parts[judge] for judge in _HALVES]
     order = [*plain, *fitted]
     column_S = [order.index(scheme) for scheme in schemes]
     return replace(

@@ -258,8 +258,7 @@ def _check_same(
         raise TableError(
             f"{path}: the table differs in numerics: {found.numerics or 'not noted'} in the table, "
             f"{asked.numerics} of this mofq, whose errors cannot be compared. It can be searched "
-            f"and explored as it is; to measure, write to another table, or `mofq run` "
-            f"into another folder."
+            f"and explored as it is; to measure, write to another table."
         )
     for name in ("index_sha256", "weights_sha256", "stats", "groups", "unquantized", "other_bytes"):
         here, there = getattr(asked, name), getattr(found, name)
