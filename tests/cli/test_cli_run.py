@@ -447,7 +447,7 @@ def test_what_was_measured_beside_the_recipe_is_kept_and_drawn(space: Path, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", ["_validate", "_export"])
+@pytest.mark.parametrize("stage", ["validate_candidates", "export_recipe"])
 def test_a_run_that_fails_leaves_no_result(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -484,8 +484,8 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
         )
         return found
 
-    measure = run._validate
-    monkeypatch.setattr(run, "_validate", poor)
+    measure = run.validate_candidates
+    monkeypatch.setattr(run, "validate_candidates", poor)
     folder = tmp_path / "run"
     ran = ok(*run_options(space, folder))
     assert "int4.g64 for every layer is as small as the mixture" in ran.err
@@ -500,7 +500,7 @@ def test_a_mixture_that_does_not_pay_gives_way_to_the_uniform_scheme(
     ok(*run_options(space, folder))
     assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
     # Where another text would prefer the mixture, the recipe and its validation stay together.
-    monkeypatch.setattr(run, "_validate", measure)
+    monkeypatch.setattr(run, "validate_candidates", measure)
     before = tree(folder)
     assert "another recipe than this run" in mofq(*run_options(space, folder)).err
     assert tree(folder) == before
