@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,8 +198,9 @@ def test_what_does_not_go_with_corpora_is_refused(
 
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("mofq.api.run")  # the package's name for it is the function
-    monkeypatch.setattr(module, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+    monkeypatch.setattr(
+        "mofq.api.run_request.disk_usage", lambda _: type("Usage", (), {"free": 10**6})
+    )
 
 
 @pytest.mark.long
