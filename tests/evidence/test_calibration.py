@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.calibrate import sample_scores, score_seed
+from mofq.evidence.calibration.calibrate import run_sequence, sample_scores, score_seed
+from mofq.evidence.calibration.capture import capture_layers
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
@@ -108,6 +109,23 @@ def test_the_outer_products_are_autograds_gradient_of_the_weight(
     product = found[f"grad/{name}"][0].double().T @ found[f"x/{name}"].double()
     # Rounding to bfloat16 moves each of 16 terms by at most 2**-8 of itself.
     assert (product - expected).norm() < 2**-8 * expected.norm()
+
+
+def test_what_a_model_changes_in_place_is_kept_as_it_was(tiny: TinyCheckpoint) -> None:
+    folder = tiny("olmoe", clip_qkv=0.001)
+    model = load_model(folder, dtype="bfloat16")
+    layers = find_layers(open_checkpoint(str(folder)))
+    inputs = []
+    name = "model.layers.0.self_attn.v_proj"
+    projection = model.get_submodule(name)
+    with capture_layers(model, layers) as captured:
+        projection.register_forward_hook(lambda _module, given, _output: inputs.append(given[0]))
+        run_sequence(model, TOKENS[0], [0])
+    needed = nn.functional.linear(inputs[0].detach()[0], projection.weight)
+    assert needed.abs().max() > 0.01
+    assert torch.equal(captured.y[name], needed)
+    inputs[0].detach().zero_()
+    assert captured.x[captured.source[name]].abs().max() > 0
 
 
 def test_layers_that_read_the_same_input_share_one_copy_of_it(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from tiny_types import write_type
 
 from mofq.api import Samples, Where, calibrate
 from mofq.demo import demo_model_folder
+from mofq.evidence.calibration import streamed as streamed_calibration
 from mofq.evidence.calibration.routing import read_routing
 from mofq.evidence.calibration.stats import UNFINISHED
 from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
 from mofq.exceptions import MofqError, StatsError, StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
+from mofq.model.streaming.records import write_tensors
 from mofq.model.streaming.streamed import open_streamed
 
 WINDOWS = {"a": some_tokens(3, 16, vocabulary=200), "b": some_tokens(1, 16, seed=1)}
@@ -126,6 +130,31 @@ def test_a_run_that_is_stopped_computes_no_layer_of_a_sequence_twice(
     assert seen[5] == seen[6]
     calibrate_folder(folder, tmp_path / "resident", WINDOWS)
     assert content(out) == content(tmp_path / "resident")
+
+
+def test_nothing_of_a_sequence_is_in_memory_when_the_next_one_runs(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[ref[torch.Tensor]] = []
+    steps = []
+
+    def write_noted(path: Path, given: Any, tensors: Sequence[torch.Tensor]) -> None:
+        kept.extend(map(ref, tensors))
+        write_tensors(path, given, tensors)
+
+    def step_noted(*arguments: Any, **named: Any) -> Any:
+        assert [one for one in kept if one() is not None] == []
+        steps.append(len(kept))
+        found = step_back(*arguments, **named)
+        kept.extend(ref(one) for tensors in found[0].values() for one in tensors)
+        return found
+
+    step_back = streamed_calibration._step_back
+    monkeypatch.setattr(streamed_calibration, "_step_back", step_noted)
+    monkeypatch.setattr("mofq.model.streaming.writer.write_tensors", write_noted)
+    streamed(tiny("llama"), tmp_path / "streamed", draws=2)
+    assert len(steps) == 8
+    assert steps == sorted(set(steps))
 
 
 @pytest.mark.parametrize("named", [{"device_map": "auto"}, {"where": Where(cluster="ray")}])

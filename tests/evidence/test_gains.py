@@ -10,8 +10,10 @@ import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens, space_of
 from conftest import TinyCheckpoint
+from pretend_gpu import pretend_gpu
 
-from mofq.evidence.calibration.gains import Gains, gains_path, read_gains
+from mofq.evidence.calibration.capture import Captured, LookedUp
+from mofq.evidence.calibration.gains import Gains, gains_of, gains_path, numbers_of, read_gains
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import CorpusPlan, Stats, read_stats, verify_sequences
 from mofq.evidence.measure.fill_table import measure
@@ -231,3 +233,44 @@ def test_a_row_says_of_the_kept_sequences_what_their_clusters_say(
         parts.append(float(found_N.mean()))
     both = torch.tensor(nats(few, "int4.channel+int8.token")[group]).double()
     assert float(both.mean()) == pytest.approx(sum(parts), rel=0.02)
+
+
+def captured_of(layer: str, *, role: str) -> Captured:
+    """What four tokens of eight channels leave of a layer, and of an embedding its lookup."""
+    captured = Captured()
+    captured.source[layer] = layer
+    if role != "lookup":
+        captured.x[layer] = torch.randn(4, 8).bfloat16()
+        captured.y[layer] = torch.randn(4, 6).bfloat16()
+        captured.grads[layer] = [torch.randn(4, 6).bfloat16()]
+        captured.input_gains[layer] = [torch.ones((), dtype=torch.float64)]
+    if role != "linear":
+        scaling = [torch.ones((), dtype=torch.float64)]
+        grads = [torch.randn(4, 8).bfloat16()]
+        captured.looked_up[layer] = LookedUp(torch.arange(4), grads, scaling)
+    return captured
+
+
+@pytest.mark.parametrize("role", ["lookup", "tied"])
+def test_an_embedding_whose_gradient_is_not_finite_is_named(role: str) -> None:
+    captured = captured_of("embed", role=role)
+    captured.looked_up["embed"].grads[0][0, 0] = torch.inf
+    with pytest.raises(StatsError, match=r"embed: an output gradient is not finite in a\.json"):
+        gains_of(captured, ["embed"], Path("a.json"), draws=1)
+
+
+def test_gains_that_are_not_finite_of_gradients_that_are_name_the_layer() -> None:
+    captured = captured_of("layer", role="linear")
+    captured.x["layer"][0, 0] = torch.inf
+    with pytest.raises(StatsError, match=r"layer: its gradients are finite in a\.json, and sums"):
+        gains_of(captured, ["layer"], Path("a.json"), draws=1)
+
+
+def test_sums_on_several_devices_keep_their_order_and_each_device_is_waited_for_once() -> None:
+    with pretend_gpu() as gpu:
+        sums = [torch.tensor(float(number), dtype=torch.float64) for number in range(6)]
+        spread = [one.to("cuda") if place % 2 else one for place, one in enumerate(sums)]
+        gpu.waits.clear()
+        assert numbers_of(spread) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        assert gpu.waits == ["tolist"]
+    assert numbers_of([]) == []

@@ -17,14 +17,19 @@ from mofq.demo import demo_model_folder
 from mofq.evidence.calibration.calibrate import run_sequence
 from mofq.evidence.calibration.capture import capture_layers
 from mofq.evidence.calibration.gains import write_gains
+from mofq.evidence.calibration.needs import samples_bytes
 from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.corpora import load_text
 from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.score import score_rows
+from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
+from mofq.model.layers.within import layers_within
 from mofq.model.loading import load_model
 from mofq.model.modules import find_kind, multiply, run_experts
+from mofq.model.streaming import writer
+from mofq.model.streaming.records import write_tensors
 from mofq.numbers.quantize import factorise_hessian, fake_quantize_activation, quantize_weight
 from mofq.numbers.schemes import parse_scheme
 from scripts.quality.gpu.applier import mixed_recipe
@@ -73,6 +78,63 @@ def test_statistics_of_a_gpu_are_those_of_the_cpu(
     assert any(name.startswith("a/sequence-") for name in found)
 
 
+@pytest.mark.parametrize(
+    ("family", "file", "changes"),
+    [
+        ("llama", "back-00001", {}),
+        ("llama", "piece-00001", {"draws": 2}),
+        pytest.param("mixtral", "margins-00001", {"routing": True}, marks=pytest.mark.long),
+        pytest.param("mixtral", "back-00001", {"routing": True}, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_whose_writes_fail_goes_on_to_the_same_statistics(
+    family: str, file: str, changes: dict[str, Any], tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny(family)
+    needed = calibrated_on("cpu", folder, tmp_path / "cpu", streamed=True, **changes)
+    behind: list[str] = []
+
+    def write_but_one(path: Path, given: Any, tensors: Any) -> None:
+        if path.name == file or behind:
+            behind.append(path.name)
+            raise MofqError(f"{path}: cannot be written")
+        write_tensors(path, given, tensors)
+
+    with pytest.MonkeyPatch.context() as patch, pretend_gpu():
+        patch.setattr(writer, "write_tensors", write_but_one)
+        with pytest.raises(MofqError, match=file):
+            calibrate_by_layers(folder, tmp_path / "gpu", WINDOWS, "cuda", **changes)
+    assert behind == [file]
+    with pretend_gpu():
+        found = calibrated_on("cuda", folder, tmp_path / "gpu", streamed=True, **changes)
+    assert found == needed
+
+
+def test_what_layers_see_stays_on_a_gpu_that_has_room_for_the_largest_part(
+    tiny: TinyCheckpoint,
+) -> None:
+    folder = tiny("llama")
+    layers = find_layers(open_checkpoint(str(folder)))
+    halves = [layers_within(layers, f"model.layers.{number}") for number in (0, 1)]
+    needed = 4 * samples_bytes(layers, tokens=16, draws=2, experts_per_token=0)
+    caches = 4 * 2 * 16 * sum(2 * one.numbers for one in layers.caches)
+    assert min(needed, caches) > 0
+
+    def place(free: int, parts: Any = (layers,), *, held: int = 0, **changes: Any) -> str:
+        gpu.free_bytes, gpu.reserved_bytes = free, held
+        return captured_place(model, parts, plan_of(folder, WINDOWS, **changes)).type
+
+    with pretend_gpu() as gpu:
+        model = load_model(folder, device="cuda")
+        assert place(needed) == "cuda"
+        assert place(needed - 1) == "cpu"
+        assert place(needed // 2, halves) == "cuda"
+        assert place(needed // 2 - 1, halves) == "cpu"
+        assert place(0, held=needed) == "cuda"  # torch has it, and no tensor does
+        assert place(needed, kv_cache=True) == "cpu"
+        assert place(needed + caches, kv_cache=True) == "cuda"
+
+
 @pytest.mark.long
 def test_statistics_are_the_same_where_a_gpu_has_no_room_for_a_sequence(
     tiny: TinyCheckpoint, tmp_path: Path
@@ -94,7 +156,7 @@ def gains_on_gpu(folder: Path, out: Path, layers_of_model: int) -> Gpu:
     assert len(layers.groups) == layers_of_model
     with pretend_gpu() as gpu:
         model = load_model(folder, device="cuda")
-        place = captured_place(model, layers, plan_of(folder, WINDOWS))
+        place = captured_place(model, [layers], plan_of(folder, WINDOWS))
         gpu.waits.clear()
         gpu.to_host_bytes = 0
         with capture_layers(model, layers, place=place) as captured:
@@ -180,7 +242,8 @@ def test_rounding_inputs_waits_for_nothing(name: str) -> None:
     scheme = parse_scheme(name).activation
     assert scheme is not None
     with pretend_gpu() as gpu:
-        x_TI = torch.randn(8, 64).to("cuda", non_blocking=True)
+        x_TI = torch.randn(8, 64).to("cuda")
+        gpu.waits.clear()
         fake_quantize_activation(x_TI, scheme, static_amax=2.0)
     assert gpu.waits == []
 

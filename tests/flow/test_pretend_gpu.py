@@ -48,9 +48,23 @@ def test_a_copy_to_the_host_holds_nothing_until_it_is_waited_for() -> None:
         assert gpu.to_host_bytes == found.nbytes
 
 
+def test_an_event_is_behind_what_began_before_it_alone() -> None:
+    with pretend_gpu():
+        before = torch.ones(3).to("cuda").to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        behind = torch.ones(3).to("cuda").to("cpu", non_blocking=True)
+        event.synchronize()
+        assert before.tolist() == [1.0] * 3
+        assert behind.tolist() == [0.0] * 3
+
+
 def test_what_the_host_waits_for_is_noted() -> None:
     with pretend_gpu() as gpu:
-        x = torch.ones(3).to("cuda", non_blocking=True)
+        torch.ones(3).to("cuda", non_blocking=True)
+        assert gpu.waits == ["to cuda"]
+        gpu.waits.clear()
+        x = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
         assert gpu.waits == []
         float(x.sum())
         x[x > 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,22 @@ def test_a_file_that_cannot_be_written_is_an_error_when_it_is_waited_for(tmp_pat
         writer.write(tmp_path / "no such folder" / "a", None, [torch.ones(2).to("cuda")])
         with pytest.raises(MofqError, match="cannot be written"):
             writer.wait()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_behind_a_file_that_cannot_be_written_there_is_none(device: str, tmp_path: Path) -> None:
+    target = torch.device(device)
+    with pretend_gpu(), Writer(target) as writer:
+
+        def write(name: str) -> None:
+            writer.write(tmp_path / name, None, [torch.ones(2).to(target)])
+
+        def write_all() -> None:
+            for name in ("before", "no such folder/data", "done"):
+                write(name)
+            writer.wait()
+
+        for attempt in (write_all, partial(write, "done"), writer.wait):
+            with pytest.raises(MofqError, match="no such folder"):
+                attempt()
+    assert [one.name for one in tmp_path.iterdir()] == ["before"]

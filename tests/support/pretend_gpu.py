@@ -3,16 +3,17 @@
 What CUDA does otherwise than the CPU is done here too, so that a test without a GPU fails where
 one with it would: tensors of two devices do not meet, a division by a plain number is a product
 with its rounded reciprocal, and a copy to the host that is not waited for holds no numbers yet.
-What a host waits for is noted.
+What a host waits for is noted; of a copy to the GPU that is all but those from pinned memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ _WAITING = (
 _FREE_BYTES = 2**36
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copy:
+    """On its way to the host."""
+
+    target: Tensor
+    source: Tensor
+
+
 @dataclass(slots=True)
 class Gpu:
     """What was asked of the GPU that is not there."""
@@ -59,15 +68,26 @@ class Gpu:
     to_host_bytes: int = 0
     to_device_bytes: int = 0
     free_bytes: int = _FREE_BYTES
-    #: Copies on their way to the host: where to, and what.
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    reserved_bytes: int = 0  #: that torch holds; none is any tensor's
+    pending: list[_Copy] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)  #: of these: threads wait for them too
 
     def synchronize(self, device: Any = None) -> None:
         """Have all copies done."""
-        while self.pending:
-            target, source = self.pending.pop()
-            with torch._C._DisableTorchDispatch():
-                target.copy_(source)
+        self.complete(self.under_way())
+
+    def under_way(self) -> list[_Copy]:
+        """The copies that have begun and are not done."""
+        with self.lock:
+            return list(self.pending)
+
+    def complete(self, copies: Iterable[_Copy]) -> None:
+        """Have some copies done, if they are not."""
+        with self.lock, torch._C._DisableTorchDispatch():
+            for copy in copies:
+                if copy in self.pending:
+                    copy.target.copy_(copy.source)
+                    self.pending.remove(copy)
 
     def to_host(self, held: Tensor, *, is_waited_for: bool) -> Tensor:
         """A copy on the host, which holds zeros until it is waited for."""
@@ -76,7 +96,8 @@ class Gpu:
             self.waits.append("to cpu")
             return held.clone()
         found = torch.zeros_like(held)
-        self.pending.append((found, held.clone()))
+        with self.lock:
+            self.pending.append(_Copy(found, held.clone()))
         return found
 
     def to_device(self, held: Tensor, *, is_waited_for: bool) -> Tensor:
@@ -92,16 +113,13 @@ _here: list[Gpu] = []
 
 
 class _Stream:
-    """A queue of the GPU, or a place in it: all that is awaited is all there is."""
+    """A queue of the GPU: all that is awaited is all there is."""
 
     def __init__(self, device: Any = None) -> None:
         self.device = device
 
     def synchronize(self) -> None:
         _here[-1].synchronize()
-
-    def record(self, stream: Any = None) -> None:
-        """It is where the stream is now."""
 
     def wait_event(self, event: Any) -> None:
         """On the device, in order."""
@@ -113,6 +131,19 @@ class _Stream:
 
     def __exit__(self, *_: object) -> None:
         """The one before is current again."""
+
+
+class _Event:
+    """A place in a queue: what began before it is awaited, and nothing else."""
+
+    def __init__(self) -> None:
+        self.copies: list[_Copy] = []
+
+    def record(self, stream: Any = None) -> None:
+        self.copies = _here[-1].under_way()
+
+    def synchronize(self) -> None:
+        _here[-1].complete(self.copies)
 
 
 class OnGpu(Tensor):
@@ -213,7 +244,9 @@ class _Moves(TorchFunctionMode):
         if func in _OF_WHAT_IS_HELD and isinstance(args[0], OnGpu):
             return OnGpu(func(args[0].held, *args[1:], **kwargs))
         if func is Tensor.pin_memory:
-            return args[0].clone()
+            pinned = args[0].clone()
+            pinned.is_in_pinned_memory = True
+            return pinned
         if func is Tensor.cpu:
             func, args = Tensor.to, (args[0], "cpu")
         if func is not Tensor.to:
@@ -233,7 +266,8 @@ class _Moves(TorchFunctionMode):
         if isinstance(x, OnGpu):  # in the dtype that it has there
             x = func(x, *others, **kwargs) if others or kwargs else x
             return _Move.apply(x, is_waited_for)
-        moved = _Move.apply(x, is_waited_for)
+        is_pinned = getattr(x, "is_in_pinned_memory", False)
+        moved = _Move.apply(x, is_waited_for or not is_pinned)
         return func(moved, *others, **kwargs) if others or kwargs else moved
 
 
@@ -260,7 +294,10 @@ def pretend_gpu() -> Iterator[Gpu]:
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "synchronize", gpu.synchronize)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gpu.free_bytes, _FREE_BYTES))
-        for name in ("Stream", "Event", "current_stream"):
+        patch.setattr(torch.cuda, "memory_reserved", lambda device=None: gpu.reserved_bytes)
+        patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
+        patch.setattr(torch.cuda, "Event", _Event)
+        for name in ("Stream", "current_stream"):
             patch.setattr(torch.cuda, name, _Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: stream)
         for name in ("tensor", "as_tensor"):  # which set the device before any mode sees it

@@ -34,6 +34,7 @@ from mofq.evidence.corpora import CORPUS_NAME, check_context
 from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
+from mofq.model.streaming.send import send
 from mofq.model.streaming.weights import has_values
 
 #: Positions whose scores are drawn at once.
@@ -126,7 +127,7 @@ def run_and_write(
         kv_cache=bool(plan.kv_cache),
         activation_checkpointing=activation_checkpointing,
         routing=bool(plan.routing),
-        place=captured_place(model, layers, plan),
+        place=captured_place(model, [layers], plan),
     ) as captured:
         for corpus, index, token_T in sequences:
             if not is_done(folder, plan, corpus, index):
@@ -304,8 +305,7 @@ def sample_scores(logits_TV: Tensor, *, seed: int) -> Tensor:
     for start in range(0, logits_TV.shape[0], _SCORE_ROWS):
         log_p_RV = logits_TV[start : start + _SCORE_ROWS].float().log_softmax(-1)
         sign_RV = torch.randint(2, log_p_RV.shape, generator=generator, dtype=torch.int8)
-        # Not waited for: the host draws on while the device works.
-        sign_RV = sign_RV.to(log_p_RV.device, non_blocking=True)
+        sign_RV = send(sign_RV, log_p_RV.device)  # and draws on while the device works
         root_RV = (log_p_RV / 2).exp() * (2 * sign_RV - 1)
         mean_R1 = root_RV.sum(-1, keepdim=True)
         score_TV[start : start + _SCORE_ROWS] = root_RV - log_p_RV.exp() * mean_R1

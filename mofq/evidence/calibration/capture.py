@@ -113,7 +113,7 @@ class Captured:
                 "errors are predicted of layers that see one for each token. Leave the model's "
                 f"type out, or measure without {option('stats')}."
             )
-        self.x[layer] = x_TI.to(device=self.place, dtype=torch.bfloat16)
+        self.x[layer] = self._copy(x_TI)
         self.keep_input_gain(layer, x)
         self.keep_gradient(layer, layer, y)
 
@@ -126,7 +126,11 @@ class Captured:
         """Keep a layer's output without its bias: the part that follows the size of the weights."""
         y_TO = y.detach().reshape(-1, y.shape[-1])
         y_TO = y_TO if bias is None else y_TO.float() - bias.float()
-        self.y[layer] = y_TO.to(device=self.place, dtype=torch.bfloat16)
+        self.y[layer] = self._copy(y_TO)
+
+    def _copy(self, value: Tensor) -> Tensor:
+        """A copy also where nothing is to be converted: a model may change its own in place."""
+        return value.to(device=self.place, dtype=torch.bfloat16, copy=True)
 
     def keep_gradient(self, layer: str, source: str, y_TO: Tensor) -> None:
         """Keep the gradient of a layer's output, when it comes; its input is that of ``source``."""

@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -112,14 +112,33 @@ def gains_of(
         for name, gains in found.items()
     }
     for name, gains in taken.items():
-        if not all(map(math.isfinite, (*gains["weight"], *gains["scaling"]))):
-            check_gradients({name: layer_gradients(captured, name, path)}, path)
+        if not all(math.isfinite(one) for numbers in gains.values() for one in numbers):
+            _refuse(captured, name, path)
     return taken
 
 
+def _refuse(captured: Captured, name: str, path: Path) -> NoReturn:
+    """Say why the gains of a layer are not finite."""
+    looked_up = captured.looked_up.get(name)
+    for grads in (captured.grads.get(name), looked_up and looked_up.grads):
+        if grads:
+            check_gradients({name: stack_gradients(grads, name, path)}, path)
+    raise StatsError(
+        f"{name}: its gradients are finite in {path.name}, and sums of their products with its "
+        f"inputs are not. Look for broken weights in this layer and those before it."
+    )
+
+
 def numbers_of(values: Sequence[Tensor]) -> list[float]:
-    """What some sums are, float64; whatever made them is waited for once."""
-    numbers: list[float] = torch.stack(list(values)).tolist() if values else []
+    """What some sums are, float64, in their order; each device that has any is waited for once."""
+    places: dict[torch.device, list[int]] = {}
+    for place, one in enumerate(values):
+        places.setdefault(one.device, []).append(place)
+    numbers = [0.0] * len(values)
+    for here in places.values():
+        found: list[float] = torch.stack([values[place] for place in here]).tolist()
+        for place, number in zip(here, found, strict=True):
+            numbers[place] = number
     return numbers
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mofq.model.layers import ModelLayers, is_expert
+from mofq.model.layers import CacheLayer, ModelLayers, is_expert
 
 _BYTES = 2  #: of a number, bfloat16
 
@@ -48,3 +48,8 @@ def samples_bytes(layers: ModelLayers, *, tokens: int, draws: int, experts_per_t
             numbers = sum(layer.in_features + draws * layer.out_features for layer in experts)
             channels += numbers / count * min(experts_per_token, count)
     return int(tokens * channels * _BYTES)
+
+
+def caches_bytes(caches: Iterable[CacheLayer], *, tokens: int, draws: int) -> int:
+    """Bytes of what is kept of cached keys and values of some tokens: these and their gradients."""
+    return sum(one.numbers for one in caches) * tokens * (1 + draws) * _BYTES

@@ -8,10 +8,12 @@ sequence goes to the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.needs import experts_per_token, samples_bytes
+from mofq.evidence.calibration.needs import caches_bytes, experts_per_token, samples_bytes
 from mofq.evidence.calibration.stats import Plan
 from mofq.model.layers import ModelLayers
 from mofq.model.streaming.execution import free_bytes
@@ -20,22 +22,31 @@ from mofq.model.streaming.execution import free_bytes
 _SHARE = 0.25
 
 
-def captured_place(model: PreTrainedModel, layers: ModelLayers, plan: Plan) -> torch.device:
+def captured_place(
+    model: PreTrainedModel, parts: Sequence[ModelLayers], plan: Plan
+) -> torch.device:
     """The model's device where all of one sequence fits beside autograd, else the CPU.
 
     Args:
         model: With its weights where they are.
-        layers: That are watched.
+        parts: Layers that are watched at a time: those of the whole model, or of a unit each.
         plan: Of the run.
     """
     device: torch.device = model.get_input_embeddings().weight.device
     if device.type != "cuda":
         return torch.device("cpu")
-    needed = samples_bytes(
+    experts = experts_per_token(model.config.get_text_config().to_dict())
+    needed = max(_captured_bytes(one, plan, experts_per_token=experts) for one in parts)
+    free = free_bytes(str(device))
+    return device if free is not None and needed <= _SHARE * free else torch.device("cpu")
+
+
+def _captured_bytes(layers: ModelLayers, plan: Plan, *, experts_per_token: int) -> int:
+    """Of one sequence, of all that is watched at a time."""
+    caches = layers.caches if plan.kv_cache else ()
+    return samples_bytes(
         layers,
         tokens=plan.sequence_length,
         draws=plan.draws + 1,  # the outputs themselves are as many as a draw of their gradients
-        experts_per_token=experts_per_token(model.config.get_text_config().to_dict()),
-    )
-    free = free_bytes(str(device))
-    return device if free is not None and needed <= _SHARE * free else torch.device("cpu")
+        experts_per_token=experts_per_token,
+    ) + caches_bytes(caches, tokens=plan.sequence_length, draws=plan.draws)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mofq.evidence.calibration.choices import Choice, Routed, SeenChoices
 from mofq.model.modules import ExpertsKind, multiply, put_forward_back, run_experts
+from mofq.model.streaming.send import send
 
 #: The share of a sequence's tokens whose margins are small enough to know the density at 0.
 _NEAR = 0.15
@@ -109,7 +110,7 @@ class Routers:
         for one in self.exchanges:
             generator = torch.Generator().manual_seed(_seed_at(seed, one.name))
             sign_T = torch.randint(2, one.margin_T.shape, generator=generator) * 2 - 1
-            sign_T = sign_T.to(one.cost_T.device, non_blocking=True)
+            sign_T = send(sign_T, one.cost_T.device)
             weight_T = (one.density_cost_T.sqrt() * sign_T).to(one.margin_T.dtype)
             parts.append((weight_T * one.margin_T).sum().to(device))  # where layers are spread
         return torch.stack(parts).sum()

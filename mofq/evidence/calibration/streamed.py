@@ -91,6 +91,11 @@ class Running:
         self.margins.keep(step, of_margins, writer=writer)
         self.gradients.keep(step, sent, writer=writer)
 
+    def drop(self, step: int, *, last: int) -> None:
+        """Empty what later steps sent and no step before this one needs; what it sent is there."""
+        self.margins.drop(step, last=last)
+        self.gradients.drop(step, last=last)
+
     def piece(self, step: int) -> Path:
         """What is kept of the layers of a step."""
         return self.streamed.folder / f"piece-{step:05d}"
@@ -104,7 +109,7 @@ class Seen:
     step: int
     unit: str
     layer_names: tuple[str, ...]
-    captured: Captured  #: of these layers; the next sequence takes its place
+    captured: Captured  #: of these layers; emptied when the next is asked for
     costs: list[float]  #: of exchanges at each router of the unit
     margin_gains: Mapping[str, float]  #: of the layers that a margin depends on
 
@@ -204,33 +209,38 @@ def _run(
 
     steps = streamed.forward([one.streamed for one in sequences], for_gradients=True, on_step=tell)
     for seen in run_backward(streamed, layers, sequences, steps=steps, plan=plan):
-        running = seen.running
-        path = sequence_path(folder, running.corpus.name, running.index)
-        tensors, gains = {}, {}
-        if samples_path(folder, plan, running.corpus, running.index) is not None:
-            is_kept = running.index in running.corpus.kept_indices
-            tensors_of = sequence_tensors if is_kept else input_tensors
-            tensors = tensors_of(seen.captured, seen.layer_names, path)
-        if has_gains(plan, running.corpus):
-            gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
-        inputs = {name: seen.captured.source.get(name) for name in seen.layer_names}
-        if take is not None:
-            _hand_on(seen, tensors, inputs, gains, plan=plan, folder=folder)
-            tensors = {}
-        content = {
-            "inputs": inputs,
-            "names": list(tensors),
-            "gains": gains,
-            "costs": seen.costs,
-            "margin_gains": seen.margin_gains,
-        }
-        streamed.writer.write(running.piece(seen.step), content, list(tensors.values()))
-        if running is sequences[-1]:
+        _keep_seen(seen, plan=plan, folder=folder, hand_on=take is not None, writer=streamed.writer)
+        if seen.running is sequences[-1]:
             if take is not None:
                 unit = passing_stats(_unit_folder(folder, seen.step), plan)
                 take(seen.step, unit, layers_within(layers, seen.unit))
             tell(2 * steps - seen.step)
     return steps
+
+
+def _keep_seen(seen: Seen, *, plan: Plan, folder: Path, hand_on: bool, writer: Writer) -> None:
+    """Have what one unit has of a sequence written; none of its tensors is left behind."""
+    running = seen.running
+    path = sequence_path(folder, running.corpus.name, running.index)
+    tensors, gains = {}, {}
+    if samples_path(folder, plan, running.corpus, running.index) is not None:
+        is_kept = running.index in running.corpus.kept_indices
+        tensors_of = sequence_tensors if is_kept else input_tensors
+        tensors = tensors_of(seen.captured, seen.layer_names, path)
+    if has_gains(plan, running.corpus):
+        gains = gains_of(seen.captured, seen.layer_names, path, draws=plan.draws)
+    inputs = {name: seen.captured.source.get(name) for name in seen.layer_names}
+    if hand_on:
+        _hand_on(seen, tensors, inputs, gains, plan=plan, folder=folder)
+        tensors = {}
+    content = {
+        "inputs": inputs,
+        "names": list(tensors),
+        "gains": gains,
+        "costs": seen.costs,
+        "margin_gains": seen.margin_gains,
+    }
+    writer.write(running.piece(seen.step), content, list(tensors.values()))
 
 
 def _unit_folder(folder: Path, step: int) -> Path:
@@ -286,6 +296,8 @@ def run_backward(
         StatsError: The logits are not finite, or a layer runs more than once for a token.
         StreamingError: The model cannot be run so.
     """
+    parts = [layers_within(layers, unit) for unit in streamed.weights.units]
+    place = captured_place(streamed.model, parts, plan)
     _run_head(streamed, [one for one in sequences if not one.gradients.has(steps)], steps)
     last_step: dict[str, int] = {}
     for step in range(steps - 1, -1, -1):
@@ -315,19 +327,22 @@ def run_backward(
                 inside,
                 kv_cache=bool(plan.kv_cache),
                 routing=bool(plan.routing),
-                place=captured_place(streamed.model, inside, plan),
+                place=place,
             ) as captured,
         ):
             for running in left:
-                captured.clear()
                 sent, of_margins, costs, gains = _step_back(
                     streamed, running, captured, step, steps=steps
                 )
                 yield Seen(running, step, unit, names, captured, costs, gains)
                 running.keep(step, sent, of_margins, writer=streamed.writer)
-                for each in (running.margins, running.gradients):
-                    each.drop(step, last=steps)
+                # Nothing of it lies beside what the next sequence or unit has.
+                captured.clear()
+                del sent, of_margins
             streamed.writer.wait()
+        # Not before: until what this step sends is there, a run that was stopped needs the rest.
+        for running in left:
+            running.drop(step, last=steps)
 
 
 def _step_back(

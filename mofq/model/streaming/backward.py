@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import Call, Replayer, StreamedSequence, detached, run
+from mofq.model.streaming.send import send
 from mofq.model.streaming.writer import Writer
 
 #: (step, which of the tensors that it returned) -> a gradient for each draw.
@@ -114,9 +115,7 @@ class StepBack:
             keep_graph: Whether it is run backward again.
         """
         ends = [(self._returned[index], grad) for index, grad in arrived.items()]
-        ends = [
-            (one, grad.to(one.device, non_blocking=True)) for one, grad in ends if one.requires_grad
-        ]
+        ends = [(one, send(grad, one.device)) for one, grad in ends if one.requires_grad]
         if objective is not None:
             ends.append((objective, torch.ones_like(objective)))
         if ends:

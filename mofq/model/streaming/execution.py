@@ -88,14 +88,16 @@ def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
 def free_bytes(device: str) -> int | None:
     """Memory that is free on a device; None where the system does not say.
 
-    On the CPU, what the kernel calls available, and no more than a container may have.
+    On the CPU, what the kernel calls available, and no more than a container may have. On a GPU,
+    what torch holds for tensors to come is free too.
 
     Source: Linux, ``Documentation/filesystems/proc.rst`` and
     ``Documentation/admin-guide/cgroup-v2.rst``.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
-        return int(torch.cuda.mem_get_info(kind)[0])
+        held = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
+        return int(torch.cuda.mem_get_info(kind)[0]) + held
     if kind.type != "cpu" or not _MEMINFO.exists():
         return None
     lines = (line.split() for line in _MEMINFO.read_text().splitlines())

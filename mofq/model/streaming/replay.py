@@ -40,6 +40,7 @@ from mofq.model.streaming.records import (
     read_content,
     read_placeholders,
 )
+from mofq.model.streaming.send import send
 from mofq.model.streaming.writer import Writer
 
 
@@ -153,7 +154,7 @@ class Replayer:
         self._state = state
         try:
             with torch.set_grad_enabled(tracked):
-                self.model(sequence.token_T[None].to(self._device, non_blocking=True))
+                self.model(send(sequence.token_T[None], self._device))
         except _ReachedError as reached:
             if not probed and not with_gradients:
                 self._dead[step] = state.dead | _unreferenced(state)
@@ -180,9 +181,7 @@ class Replayer:
         state = _State(sequence, -1, tracked, tracked, self._dead.get(step, set()))
         self._state = state
         try:
-            logits_TV: Tensor = self.model(
-                sequence.token_T[None].to(self._device, non_blocking=True)
-            ).logits[0]
+            logits_TV: Tensor = self.model(send(sequence.token_T[None], self._device)).logits[0]
         finally:
             self._state = None
         return logits_TV, state.leaves
@@ -214,8 +213,7 @@ class Replayer:
             raise StreamingError(
                 f"{type(self.model).__name__} called {content['unit']}, and now calls {unit}"
             )
-        # Not waited for: the host goes on to what the device will do with them.
-        leaves = [one.to(self._device, non_blocking=True) for one in tensors]
+        leaves = [send(one, self._device) for one in tensors]
         if state.with_gradients and not (state.as_resident and unit in self._frozen):
             for one in leaves:
                 if one.is_floating_point():

@@ -35,6 +35,7 @@ from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_rows, read_tensor
 from mofq.model.loading import Lazy, auto_class, load_model, plain_config
+from mofq.model.streaming.send import send
 from mofq.numbers.quantize.tiles import row_blocks
 
 #: Of two tensors that may be copies, compared at once.
@@ -148,10 +149,7 @@ class UnitWeights:
             # Always the same: memory that was taken on one is not used again on another.
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
-            sent = {
-                name: one.pin_memory().to(self.device, non_blocking=True)
-                for name, one in tensors.items()
-            }
+            sent = {name: send(one, self.device) for name, one in tensors.items()}
         # Here, in the reading thread: whoever takes the tensors need not wait for the stream.
         self._stream.synchronize()
         return sent
