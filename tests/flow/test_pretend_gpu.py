@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pretend_gpu import OnGpu, pretend_gpu
+from torch.utils._device import _device_constructors
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:
@@ -57,6 +58,14 @@ def test_an_event_is_behind_what_began_before_it_alone() -> None:
         event.synchronize()
         assert before.tolist() == [1.0] * 3
         assert behind.tolist() == [0.0] * 3
+
+
+def test_tensors_without_numbers_are_made_behind_it_as_before() -> None:
+    _device_constructors.cache_clear()
+    with pretend_gpu(), torch.device("meta"):
+        torch.empty(1)
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta
 
 
 def test_what_the_host_waits_for_is_noted() -> None:

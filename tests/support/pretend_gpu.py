@@ -289,6 +289,8 @@ class _Move(torch.autograd.Function):
 def pretend_gpu() -> Iterator[Gpu]:
     """Have a GPU of compute capability 9.0 as long as the context lasts."""
     gpu = Gpu()
+    with torch.device("cpu"):  # torch looks up once what makes tensors: before it is replaced here
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch, _Devices(), _Moves():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
