@@ -67,6 +67,8 @@ class Checked:
 
     request: RunRequest  #: with windows no longer than the model's context, and samples as long
     checkpoint: Checkpoint
+    layers: ModelLayers  #: that get schemes
+    plan: Plan  #: what is drawn from the corpora
     offered: Offered  #: what the space offers of this model at the effort
     selections: tuple[Selection, ...]  #: how many layers each constraint names
 
@@ -78,7 +80,7 @@ def check_run(asked: RunRequest) -> Checked:
         MofqError: No recipe can meet the request, no engine serves one, a text is too short or
             is used twice, or an option does not go with another.
     """
-    checkpoint, offered, selections = _check_request(asked)
+    checkpoint, layers, offered, selections = _check_request(asked)
     _check_texts(asked)
     check_device(asked.device)
     check_gradient_dtype(asked.dtype)
@@ -96,11 +98,18 @@ def check_run(asked: RunRequest) -> Checked:
     samples = replace(asked.samples, sequence_length=windows.sequence_length, bos=windows.bos)
     if asked.effort == "best":
         samples = replace(samples, keep=_KEPT_AT_BEST)
-    found = Checked(
-        replace(asked, windows=windows, samples=samples), checkpoint, offered, selections
+    asked = replace(asked, windows=windows, samples=samples)
+    plan, _ = plan_calibration(
+        checkpoint,
+        layers,
+        load_corpora(asked.sources),
+        samples=samples,
+        dtype=asked.dtype,
+        kv_cache=False,
     )
-    _check_halves(found)
-    return found
+    if asked.effort != "quick":
+        _check_halves(plan, asked.effort)
+    return Checked(asked, checkpoint, layers, plan, offered, selections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,7 @@ def storage_of(run: Checked, files: RunFiles) -> Storage:
         return Storage(False)
     if files.stats.exists() or any(run.request.vocabulary.asked.values()):
         return Storage(True)
-    found, plan = _planned(run)
+    plan = run.plan
     if files.table.exists():
         of_table = read_table(files.table).header.stats
         passing = {passing_stats(files.folder, one).sha256 for one in (plan, without_inputs(plan))}
@@ -130,8 +139,10 @@ def storage_of(run: Checked, files: RunFiles) -> Storage:
     others = sum(one.sequences for one in plan.corpora) - count if plan.inputs else 0
     experts = experts_per_token(run.checkpoint.config)
     length, draws = plan.sequence_length, plan.draws
-    needed = samples_bytes(found, tokens=count * length, draws=draws, experts_per_token=experts)
-    needed += inputs_bytes(found, tokens=others * length, experts_per_token=experts)
+    needed = samples_bytes(
+        run.layers, tokens=count * length, draws=draws, experts_per_token=experts
+    )
+    needed += inputs_bytes(run.layers, tokens=others * length, experts_per_token=experts)
     free = disk_usage(files.folder).free
     if needed <= _SHARE_OF_DISK * free:
         return Storage(True)
@@ -156,7 +167,6 @@ def rewritable(run: Checked, files: RunFiles) -> Original | None:
     """
     from mofq.delivery.backends import RECIPE_EXPORTERS
     from mofq.engines import find_engine
-    from mofq.model.layers import find_layers
     from mofq.model.streaming.execution import choose_execution
 
     asked, checkpoint, offered = run.request, run.checkpoint, run.offered
@@ -171,7 +181,7 @@ def rewritable(run: Checked, files: RunFiles) -> Original | None:
     execution = choose_execution(
         asked.execution, checkpoint, dtype=asked.dtype, device=asked.device
     )
-    return None if execution.is_streamed else Original(checkpoint, find_layers(checkpoint), files)
+    return None if execution.is_streamed else Original(checkpoint, run.layers, files)
 
 
 def check_effort(effort: str) -> None:
@@ -180,29 +190,8 @@ def check_effort(effort: str) -> None:
         raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
 
 
-def _planned(run: Checked) -> tuple[ModelLayers, Plan]:
-    """The layers that get schemes, and what is drawn from the corpora."""
-    from mofq.model.layers import find_layers
-
-    asked = run.request
-    found = find_layers(run.checkpoint, **asked.vocabulary.asked, stated=open_layers(asked.layers))
-    plan, _ = plan_calibration(
-        run.checkpoint,
-        found,
-        load_corpora(asked.sources),
-        samples=asked.samples,
-        dtype=asked.dtype,
-        kv_cache=False,
-    )
-    return found, plan
-
-
-def _check_halves(run: Checked) -> None:
+def _check_halves(plan: Plan, effort: str) -> None:
     """Refuse to fit codes to a corpus that cannot be halved."""
-    effort = run.request.effort
-    if effort == "quick":
-        return
-    _, plan = _planned(run)
     for corpus in plan.corpora:
         if len(corpus.kept_indices) < 2:
             raise MofqError(
@@ -212,12 +201,14 @@ def _check_halves(run: Checked) -> None:
             )
 
 
-def _check_request(asked: RunRequest) -> tuple[Checkpoint, Offered, tuple[Selection, ...]]:
+def _check_request(
+    asked: RunRequest,
+) -> tuple[Checkpoint, ModelLayers, Offered, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
     Returns:
-        The model, opened; what the space offers of this model at the effort; how many layers each
-        of the request's constraints names.
+        The model, opened; its layers that get schemes; what the space offers of this model at the
+        effort; how many layers each of the request's constraints names.
     """
     from mofq.decision import check_budget
     from mofq.delivery.backends import find_exporter
@@ -260,7 +251,7 @@ def _check_request(asked: RunRequest) -> tuple[Checkpoint, Offered, tuple[Select
         raise BudgetError(" ".join(filter(None, [*error.args, wider_dtype(checkpoint)]))) from None
     if engine is not None:
         find_exporter(find_engine(engine).reads)
-    return checkpoint, offered, selections
+    return checkpoint, found, offered, selections
 
 
 def _check_texts(asked: RunRequest) -> None:
