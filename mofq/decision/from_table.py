@@ -282,7 +282,7 @@ def _layer_group(
     to_option = _tensor_option if unit == TENSOR_MSE else _option
     problem_group = ProblemGroup(
         name=group.name,
-        layers=tuple(layer.name for layer in group.layers),
+        layers=group.layer_names,
         weights=group.weights,
         counted=any(one[0].scheme != _UNQUANTIZED for one in legal),
     )

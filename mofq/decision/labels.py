@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,14 +82,21 @@ def _run(core: Core, prices: Prices, reach: float, most_labels: int) -> tuple[li
     kept = np.flatnonzero(prices.reduced_P <= reach)
     complete = len(kept) == len(prices.reduced_P)
     starts = np.flatnonzero(np.diff(core.group_P[kept], prepend=-1))
-    groups = np.split(kept, starts[1:])
-    # Large steps first: the last groups then fill what is left of a limit.
-    groups.sort(key=lambda one: (-float(np.ptp(core.row_PR[one], axis=0).max(initial=0.0)), one[0]))
     sums_PS = np.concatenate([core.cost_PK, core.row_PR], axis=1)
     columns = core.cost_PK.shape[1]
-    least_FR = _still_to_come(np.array([core.row_PR[one].min(axis=0) for one in groups]))
-    most_FR = _still_to_come(np.array([core.row_PR[one].max(axis=0) for one in groups]))
-    sums_LS = np.append(core.cost_K, np.zeros(len(core.limit_R)))[None, :]
+    # Most groups have their best option within reach and no other: these are decided.
+    count_F = np.diff(starts, append=len(kept))
+    decided = kept[starts[count_F == 1]]
+    groups = [kept[start : start + count] for start, count in zip(starts, count_F, strict=True)]
+    groups = [one for one in groups if len(one) > 1]
+    # Large steps first: the last groups then fill what is left of a limit.
+    groups.sort(key=lambda one: (-float(np.ptp(core.row_PR[one], axis=0).max(initial=0.0)), one[0]))
+    least_FR = _still_to_come(_of_each(np.min, core, groups))
+    most_FR = _still_to_come(_of_each(np.max, core, groups))
+    row_R = core.row_PR[decided].sum(axis=0)
+    if (row_R > core.limit_R).any():
+        return [], complete
+    sums_LS = np.append(core.cost_K + core.cost_PK[decided].sum(axis=0), row_R)[None, :]
     reduced_L = np.zeros(1)
     steps: list[_Step] = []
     for n, options in enumerate(groups):
@@ -107,8 +115,15 @@ def _run(core: Core, prices: Prices, reach: float, most_labels: int) -> tuple[li
         sums_LS, reduced_L = sums_LS[stay], reduced_LP[parent_L[stay], option_L[stay]]
         steps.append((parent_L[stay], options[option_L[stay]]))
     order = np.lexsort((*sums_LS[:, columns:].T, sums_LS[:, :columns].max(axis=1)))
-    chosen_LF = _trace(steps, order)
+    chosen_LF = np.pad(_trace(steps, order), ((0, 0), (len(decided), 0)))
+    chosen_LF[:, : len(decided)] = decided
     return list(core.option_P[np.sort(chosen_LF, axis=1)]), complete
+
+
+def _of_each(least_or_most: Any, core: Core, groups: Sequence[IntArray]) -> FloatArray:
+    """The least or the most that the options of each group use of each constraint, [F, R]."""
+    found = [least_or_most(core.row_PR[one], axis=0) for one in groups]
+    return np.array(found).reshape(len(groups), len(core.limit_R))
 
 
 def _still_to_come(values_FR: FloatArray) -> FloatArray:

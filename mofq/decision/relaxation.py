@@ -126,20 +126,24 @@ def _undominated(
 
     Of equal ones the smallest stays, then the simplest.
     """
+    group_P = problem.group_P[option_P]
+    order = option_P[np.lexsort((option_P, problem.size_P[option_P], group_P))]
+    starts = np.flatnonzero(np.diff(group_P, prepend=-1))
+    counts = np.diff(starts, append=len(option_P))
     kept: list[IntArray] = []
-    starts = np.flatnonzero(np.diff(problem.group_P[option_P], prepend=-1))
-    for members in np.split(option_P, starts[1:]):
-        order = members[np.lexsort((members, problem.size_P[members]))]
-        no_better_PP = np.ones((len(order), len(order)), dtype=np.bool_)  # row, than column
-        equal_PP = np.ones_like(no_better_PP)
+    for count in np.unique(counts):  # groups of as many options, all at once
+        place_FP = starts[counts == count][:, None] + np.arange(count)
+        option_FP = order[place_FP]
+        no_better_FPP = np.ones((*option_FP.shape, count), dtype=np.bool_)  # row, than column
+        equal_FPP = np.ones_like(no_better_FPP)
         for column in columns:
-            values = column[order]
-            no_better_PP &= values[None, :] <= values[:, None]
-            equal_PP &= values[None, :] == values[:, None]
-        earlier_PP = np.tri(len(order), k=-1, dtype=np.bool_)
-        beaten = (no_better_PP & (~equal_PP | earlier_PP)).any(axis=1)
-        kept.append(np.sort(order[~beaten]))
-    return np.concatenate(kept)
+            values_FP = column[option_FP]
+            no_better_FPP &= values_FP[:, None, :] <= values_FP[:, :, None]
+            equal_FPP &= values_FP[:, None, :] == values_FP[:, :, None]
+        earlier_PP = np.tri(count, k=-1, dtype=np.bool_)
+        beaten_FP = (no_better_FPP & (~equal_FPP | earlier_PP)).any(axis=2)
+        kept.append(option_FP[~beaten_FP])
+    return np.sort(np.concatenate(kept))
 
 
 def linear_program(core: Core, row_scale_R: FloatArray, largest: float) -> LinearProgram:

@@ -50,7 +50,7 @@ def recipe_from_table(
             RecipeGroup(
                 group.name,
                 schemes[group.name],
-                layers=tuple(layer.name for layer in group.layers),
+                layers=group.layer_names,
                 static_amax=amax.get((group.name, schemes[group.name])),
             )
             for group in table.header.groups

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mofq import __version__
 from mofq.decision.budgets import Budgets
 from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import error_together, predict, stated
-from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
+from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.decision.request import Request, weights_text
 from mofq.decision.result import MadeBy, recipe_from_table, sizes_of, with_prediction
@@ -142,9 +145,10 @@ def best_uniform(
     The KV cache, where it is decided too, is as in ``choice_F``.
     """
     found = []
+    layer_bytes_P = problem.layer_bytes_P
     for name in dict.fromkeys(problem.schemes):
         uniform_F = uniform_choice(problem, name, choice_F)
-        if uniform_F is not None and usage(problem, uniform_F).bytes <= most_bytes:
+        if uniform_F is not None and int(layer_bytes_P[uniform_F].sum()) <= most_bytes:
             found.append((error_together(problem, uniform_F), name, uniform_F))
     if not found:
         return None
@@ -180,15 +184,21 @@ def uniform_choice(
     Returns:
         One option of each group; None: a group does not have the scheme.
     """
-    chosen = []
-    for number, group in enumerate(problem.groups):
-        if group.cached and choice_F is not None:
-            chosen.append(int(choice_F[number]))
-            continue
-        options = problem.options_of(number)
-        wanted = cache if group.cached else scheme
-        same = [p for p in options if problem.schemes[p] == wanted]
-        if not same and len(options) > 1:
-            return None
-        chosen.append(same[0] if same else options[0])
-    return np.array(chosen, dtype=np.int64)
+    cached_F = np.array([group.cached > 0 for group in problem.groups])
+    same_P = _as_array(problem.schemes) == np.where(cached_F[problem.group_P], cache, scheme)
+    chosen_F = problem.start_F[:-1].copy()
+    has_same_F = np.zeros(len(problem.groups), dtype=np.bool_)
+    first = np.flatnonzero(same_P)[::-1]  # of several options of a group the first is written last
+    chosen_F[problem.group_P[first]] = first
+    has_same_F[problem.group_P[first]] = True
+    if choice_F is not None:
+        chosen_F[cached_F] = choice_F[cached_F]
+        has_same_F |= cached_F
+    has_choice_F = np.diff(problem.start_F) > 1
+    return None if (has_choice_F & ~has_same_F).any() else chosen_F
+
+
+@lru_cache(maxsize=1)
+def _as_array(names: tuple[str, ...]) -> NDArray[np.str_]:
+    """Names to compare all at once."""
+    return np.array(names)

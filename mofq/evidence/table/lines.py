@@ -10,6 +10,7 @@ import json
 import struct
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -114,7 +115,7 @@ class TableLayer:
 
 
 @only_these_keys
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TableGroup:
     """A fusion group: layers that get one scheme."""
 
@@ -126,6 +127,11 @@ class TableGroup:
     def weights(self) -> int:
         """Number of weights of all layers."""
         return sum(layer.weights for layer in self.layers)
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Of all layers, which are hundreds where they are experts."""
+        return tuple(layer.name for layer in self.layers)
 
 
 @only_these_keys
