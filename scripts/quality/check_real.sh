@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "$0")/../setup.sh" dev
 MOFQ_SMOLLM2=${MOFQ_SMOLLM2:-$(python scripts/make/fetch_smollm2.py)}
 export MOFQ_SMOLLM2 HF_HUB_OFFLINE=1
-exec python -m pytest -m real --durations=10 "$@"
+exec python -m pytest -m real --durations=10 tests/flow/test_real.py tests/flow/test_serve_real.py "$@"
