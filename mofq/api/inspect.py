@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_layers
 from mofq.api.options import Engine, LayersFile, Model, Option, Vocabulary, documented
-from mofq.api.preconditions import check_engine
+from mofq.api.preconditions import check_engine, vocabulary_problems
 
 if TYPE_CHECKING:
     from mofq.evidence.constraints import Selection
@@ -31,6 +32,8 @@ class InspectResult:
     space: str | Path
     offers: tuple[Offer, ...] | None  #: what each group may have; None: nothing was asked for
     notes: tuple[str, ...] = ()  #: what is unusual about the model
+    #: Of the lm_head and the embedding, what gets no scheme here -> why, and what to do
+    left_alone: Mapping[str, str] = field(default_factory=dict)
     selections: tuple[Selection, ...] = ()  #: how many layers each selector of the space names
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class InspectResult:
                 for one in self.offers
             }
             content["selections"] = [asdict(one) for one in self.selections]
+            content["left_alone"] = dict(self.left_alone)
         return content
 
 
@@ -104,6 +108,7 @@ def inspect(
     check_engine(engine, found)
     offers = None
     selections: tuple[Selection, ...] = ()
+    left_alone: Mapping[str, str] = {}
     if space is not None or engine is not None:
         loaded = with_stored(load_search_space(space or DEFAULT_SPACE), checkpoint, found.groups)
         selections = selected_layers(loaded, found)
@@ -115,6 +120,7 @@ def inspect(
                 has_stats=True,
             )
         )
+        left_alone = vocabulary_problems(offers, loaded)
     return InspectResult(
         str(model),
         checkpoint,
@@ -123,6 +129,7 @@ def inspect(
         space or DEFAULT_SPACE,
         offers,
         notes_on(checkpoint, found),
+        left_alone,
         selections,
     )
 

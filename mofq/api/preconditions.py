@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.exceptions import EngineError, MofqError, option
+from mofq.exceptions import EngineError, MofqError, Remark, option
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
     from mofq.evidence.spaces import Offer, SearchSpace
     from mofq.model.layers import ModelLayers
+    from mofq.numbers.schemes import Scheme
 
 _MODEL = "a model"
 
@@ -64,27 +66,47 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
         )
 
 
-def check_vocabulary(offers: Iterable[Offer], space: SearchSpace) -> None:
-    """Refuse an lm_head or an embedding that is asked for and may be nothing but left as it is.
+def vocabulary_problems(offers: Iterable[Offer], space: SearchSpace) -> dict[str, Remark]:
+    """Why an lm_head or an embedding that is asked for may be nothing but left as it is.
 
     Args:
         offers: Of all fusion groups.
         space: What they are of.
 
-    Raises:
-        MofqError: As said, with the reasons why it may not have the other schemes.
+    Returns:
+        Fusion group -> why it may not have most of the schemes, of those that a matrix of the
+        vocabulary can have where there are any, and what to do.
     """
     from mofq.model.layers import vocabulary_names
+    from mofq.numbers.schemes import parse_scheme
 
+    problems = {}
     for offer in offers:
         is_left = all(scheme.is_unquantized for scheme in offer.schemes)
         if is_left and offer.rejected and vocabulary_names([offer.group]):
-            reasons = "; ".join(dict.fromkeys(offer.rejected.values()))
-            raise MofqError(
+            plain = [why for name, why in offer.rejected.items() if _is_plain(parse_scheme(name))]
+            (reason, _), *_ = Counter(plain or offer.rejected.values()).most_common(1)
+            problems[offer.group.name] = Remark(
                 f"{offer.group.name}: may have no scheme of the search space {space.name}: "
-                f"{reasons}. Leave {option('lm_head')} and {option('embeddings')} out, or give "
+                f"{reason}. Leave {option('lm_head')} and {option('embeddings')} out, or give "
                 f"another space or {option('engine')}."
             )
+    return problems
+
+
+def check_vocabulary(offers: Iterable[Offer], space: SearchSpace) -> None:
+    """Refuse an lm_head or an embedding of which `vocabulary_problems` knows one.
+
+    Raises:
+        MofqError: As said.
+    """
+    for problem in vocabulary_problems(offers, space).values():
+        raise MofqError(problem.template)
+
+
+def _is_plain(scheme: Scheme) -> bool:
+    """Whether weights are rounded, and neither fitted to products nor beside rounded inputs."""
+    return scheme.activation is None and not scheme.is_fitted
 
 
 def check_output(

@@ -92,7 +92,12 @@ def uniform(
         from mofq.evidence.calibration.stats import read_stats
 
         read = read_stats(stats)
-        rests_on = {"stats_sha256": read.sha256, "bos": read.plan.bos}
+        plan = read.plan
+        rests_on = {
+            "stats_sha256": read.sha256,
+            "bos": plan.bos,
+            "sequence_length": plan.sequence_length,
+        }
     recipe = uniform_recipe(checkpoint, found, scheme, **rests_on)
     return UniformResult(_written(recipe, path, tell), path)
 

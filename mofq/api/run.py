@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult
 from mofq.api.inputs import sources_of
-from mofq.api.measure import MeasureResult, fits_beside, measure_space
+from mofq.api.measure import MeasureResult, measure_space
 from mofq.api.options import (
     AtLeast,
     AtMost,
@@ -69,7 +70,6 @@ from mofq.api.run_request import (
     RunRequest,
     check_effort,
     check_run,
-    rewritable,
     storage_of,
 )
 from mofq.exceptions import MofqError, Remark, option
@@ -262,8 +262,7 @@ def run(
 
 def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell) -> RunResult:
     """The stages, in their order."""
-    asked, offered, timed = run.request, run.offered, Timed()
-    request = asked.request
+    asked, request, timed = run.request, run.request.request, Timed()
     storage = storage_of(run, files)
     if storage.remark is not None:
         tell(storage.remark)
@@ -271,17 +270,10 @@ def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell
         with timed("calibrate"):
             _calibrate(asked, files, progress=progress, tell=tell)
     evidence = gather_evidence(
-        Subject(
-            asked.model,
-            files.stats if storage.is_stored else fits_beside(files.table),
-            files.table,
-        ),
-        request,
-        offered=offered,
-        effort=asked.effort,
+        run,
+        files,
         measure=_measurement(run, is_stored=storage.is_stored, progress=progress, tell=tell),
         is_stored=storage.is_stored,
-        rewritable=rewritable(run, files) if storage.is_stored else None,
         timed=timed,
         progress=progress,
         tell=tell,
@@ -359,8 +351,13 @@ def _measurement(
 ) -> Measure:
     """What measures schemes for this run."""
     asked, offered = run.request, run.offered
+    passes = count(1)
 
     def measured(subject: Subject, twins: Twins) -> Table:
+        name = "fit codes" if twins else "measure"
+        name += "" if subject.rewriting is None else ", scales moved"
+        if (number := next(passes)) > 1:
+            name = f"{name} (pass {number})"
         found = measure_space(
             subject.model,
             offered.space,
@@ -374,7 +371,7 @@ def _measurement(
             vocabulary=asked.vocabulary,
             where=Where(device=asked.device),
             wanted=offered.wants(twins),
-            progress=progress,
+            progress=progress and _named(progress, name),
             tell=tell,
         )
         if not twins and subject.rewriting is None:  # what is refused is told once
@@ -382,6 +379,11 @@ def _measurement(
         return found.table
 
     return measured
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    """Progress that calls the stage ``measure`` by another name."""
+    return lambda stage, done, total: progress(name if stage == "measure" else stage, done, total)
 
 
 @documented

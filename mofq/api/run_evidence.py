@@ -17,17 +17,18 @@ from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes
+from mofq.api.measure import fits_beside
 from mofq.api.options import Tell
 from mofq.api.run_effort import (
     ROUNDS,
     ROUNDS_WITHOUT_STATS,
-    Offered,
     Timed,
     Tried,
     Twins,
     fit_where_chosen,
     predicted,
 )
+from mofq.api.run_request import Checked, may_be_rewritten
 from mofq.exceptions import BudgetError, Remark, RewriteError
 from mofq.files.progress import Progress
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from mofq.decision.rewriting import Rewriting
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
-    from mofq.model.layers import ModelLayers
 
 #: Of the free disk, what a rewritten model and its statistics may take.
 _SHARE_OF_DISK = 0.5
@@ -69,24 +69,12 @@ class Evidence:
 Measure = Callable[[Subject, Twins], "Table"]
 
 
-@dataclass(frozen=True, slots=True)
-class Original:
-    """The model as it is, where it may be rewritten."""
-
-    checkpoint: Checkpoint
-    layers: ModelLayers
-    files: RunFiles
-
-
 def gather_evidence(
-    first: Subject,
-    request: Request,
+    run: Checked,
+    files: RunFiles,
     *,
-    offered: Offered,
-    effort: str,
     measure: Measure,
     is_stored: bool,
-    rewritable: Original | None,
     timed: Timed,
     progress: Progress | None,
     tell: Tell,
@@ -94,13 +82,10 @@ def gather_evidence(
     """Measure what the effort asks for, and keep the model that is predicted best.
 
     Args:
-        first: The model as it is.
-        request: Of the run.
-        offered: The search space.
-        effort: quick, normal or best.
+        run: What is asked for.
+        files: Of the run.
         measure: Measures.
         is_stored: Whether the samples of the statistics are stored.
-        rewritable: The model, where it may be rewritten; None: it may not.
         timed: Times a stage under a name.
         progress: As of `run`.
         tell: As of `run`.
@@ -113,33 +98,34 @@ def gather_evidence(
     """
     from mofq.decision.guesses import rows_for
 
+    request, twins = run.request.request, run.offered.twins
+    stats = files.stats if is_stored else fits_beside(files.table)
+    first = Subject(run.request.model, stats, files.table)
     with timed("measure") as seconds:
-        table = rows_for(measure(first, {}), offered.twins, {})
+        table = rows_for(measure(first, {}), twins, {})
     rounded = predicted("codes rounded to nearest", table, request, seconds())
     tables, moved = {first: table}, list[Tried]()
-    if rewritable is not None:
+    if is_stored and may_be_rewritten(run):
         with timed("rewrite") as seconds:
             rewritten = rewrite_where_it_pays(
-                rewritable, table, request, effort=effort, first=first, progress=progress, tell=tell
+                run, files, table, first=first, progress=progress, tell=tell
             )
             if rewritten is not None:
-                tables[rewritten] = rows_for(measure(rewritten, {}), offered.twins, {})
+                tables[rewritten] = rows_for(measure(rewritten, {}), twins, {})
         if rewritten is not None and rewritten.rewriting is not None:
             name = f"scales moved at {len(rewritten.rewriting.sites)} inputs"
             moved.append(predicted(name, tables[rewritten], request, seconds()))
-        if effort == "normal":
+        if run.request.effort == "normal":
             tables = _best(tables, request)
-    if offered.twins:
+    if twins:
         with timed("fit") as seconds:
             tables = {
-                subject: _fitted(
-                    subject, table, request, offered, effort, measure, is_stored=is_stored
-                )
+                subject: _fitted(subject, table, run, measure, is_stored=is_stored)
                 for subject, table in tables.items()
             }
     ((subject, table),) = _best(tables, request).items()
     tried = [rounded, *(replace(one, is_taken=subject is not first) for one in moved)]
-    if offered.twins:
+    if twins:
         tried.append(predicted("fitted codes", table, request, seconds()))
     return Evidence(subject, table, tuple(tried))
 
@@ -147,20 +133,18 @@ def gather_evidence(
 def _fitted(
     subject: Subject,
     table: Table,
-    request: Request,
-    offered: Offered,
-    effort: str,
+    run: Checked,
     measure: Measure,
     *,
     is_stored: bool,
 ) -> Table:
     """The table with the twins that the effort asks for."""
-    if effort == "best":
-        return measure(subject, offered.everything(table))
+    if run.request.effort == "best":
+        return measure(subject, run.offered.everything(table))
     return fit_where_chosen(
         table,
-        request,
-        offered,
+        run.request.request,
+        run.offered,
         measure=lambda twins: measure(subject, twins),
         rounds=ROUNDS if is_stored else ROUNDS_WITHOUT_STATS,
     )
@@ -182,11 +166,10 @@ def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Ta
 
 
 def rewrite_where_it_pays(
-    original: Original,
+    run: Checked,
+    files: RunFiles,
     table: Table,
-    request: Request,
     *,
-    effort: str,
     first: Subject,
     progress: Progress | None,
     tell: Tell,
@@ -194,16 +177,16 @@ def rewrite_where_it_pays(
     """Rewrite the model for the recipe that is best as it is; None where that would not pay.
 
     Args:
-        original: The model.
-        table: Of it, without fitted codes.
-        request: Of the run.
-        effort: With ``best`` sites of weight-only schemes are looked at too.
+        run: With the effort ``best`` sites of weight-only schemes are looked at too.
+        files: Of the run.
+        table: Of the model, without fitted codes.
         first: The model as it is.
         progress: As of `run`.
         tell: As of `run`.
     """
     from mofq.decision import decide, request_problem
 
+    checkpoint, request, is_best = run.checkpoint, run.request.request, run.request.effort == "best"
     try:
         recipe = decide(table, request).recipe
     except BudgetError:
@@ -213,26 +196,26 @@ def rewrite_where_it_pays(
     from mofq.evidence.calibration.stats import read_stats
 
     schemes = {group.name: group.scheme for group in recipe.groups}
-    if not (effort == "best" or rounds_inputs(schemes)) or not _fits_disk(original, first, tell):
+    if not (is_best or rounds_inputs(schemes)) or not _fits_disk(checkpoint, files, first, tell):
         return None
     problem, stats = request_problem(table, request), read_stats(first.stats)
     try:
         choices = choose_for_recipe(
-            original.checkpoint,
-            original.layers,
+            checkpoint,
+            run.layers,
             stats=stats,
             schemes=schemes,
             offered=_offered_by_group(problem),
-            for_weights=effort == "best",
+            for_weights=is_best,
             progress=progress,
         )
         saved = sum(one.nats_before - one.nats_after for one in choices)
         if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
             return None
-        rewriting = rewriting_of(original.checkpoint, stats, choices)
-        subject = _subject(original, rewriting)
+        rewriting = rewriting_of(checkpoint, stats, choices)
+        subject = _subject(checkpoint, files.folder, rewriting)
         folders = (Path(subject.model), subject.stats)
-        make_base(rewriting, original.checkpoint, stats, folders=folders)
+        make_base(rewriting, checkpoint, stats, folders=folders)
     except RewriteError as error:
         tell(f"{error} It is not rewritten.")
         return None
@@ -245,30 +228,29 @@ def _offered_by_group(problem: Problem) -> dict[str, tuple[str, ...]]:
     return {group.name: problem.schemes[start:stop] for group, start, stop in ends}
 
 
-def _subject(original: Original, rewriting: Rewriting) -> Subject:
+def _subject(checkpoint: Checkpoint, folder: Path, rewriting: Rewriting) -> Subject:
     """Where a rewritten model, its statistics and its table lie in the folder of a run."""
     content = json.dumps(asdict(rewriting), sort_keys=True)
     name = f"rewritten-{sha256(content.encode()).hexdigest()[:8]}"
-    folder = original.files.folder
     return Subject(
-        str(folder / f"{Path(original.checkpoint.name).name}-{name}"),
+        str(folder / f"{Path(checkpoint.name).name}-{name}"),
         folder / f"stats-{name}",
         folder / f"table-{name}.jsonl",
         rewriting,
     )
 
 
-def _fits_disk(original: Original, first: Subject, tell: Tell) -> bool:
+def _fits_disk(checkpoint: Checkpoint, files: RunFiles, first: Subject, tell: Tell) -> bool:
     """Whether a second model and second statistics have room."""
-    needed = sum(one.nbytes for one in original.checkpoint.tensors.values())
+    needed = sum(one.nbytes for one in checkpoint.tensors.values())
     needed += sum(path.stat().st_size for path in first.stats.rglob("*") if path.is_file())
-    free = disk_usage(original.files.folder).free
+    free = disk_usage(files.folder).free
     if needed <= _SHARE_OF_DISK * free:
         return True
     tell(
         Remark(
             f"A rewritten model and its statistics would take {short_bytes(needed)}, and "
-            f"{short_bytes(free)} are free in {original.files.folder}: scales are not moved."
+            f"{short_bytes(free)} are free in {files.folder}: scales are not moved."
         )
     )
     return False

@@ -20,7 +20,6 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_device, check_engine, check_vocabulary
 from mofq.api.run_effort import EFFORTS, Offered
-from mofq.api.run_evidence import Original
 from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
 
 if TYPE_CHECKING:
@@ -156,8 +155,8 @@ def storage_of(run: Checked, files: RunFiles) -> Storage:
     )
 
 
-def rewritable(run: Checked, files: RunFiles) -> Original | None:
-    """The model, where what comes out of rewriting it can be measured, validated and exported.
+def may_be_rewritten(run: Checked) -> bool:
+    """Whether what comes out of rewriting the model can be measured, validated and exported.
 
     Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
     validated with recipes of itself alone; files for other tools are of a model that is there; a
@@ -171,17 +170,17 @@ def rewritable(run: Checked, files: RunFiles) -> Original | None:
 
     asked, checkpoint, offered = run.request, run.checkpoint, run.offered
     if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
-        return None
+        return False
     if asked.layers is not None or any(asked.vocabulary.asked.values()):
-        return None
+        return False
     if asked.request.budgets.max_kl is not None:
-        return None
+        return False
     if asked.engine is not None and find_engine(asked.engine).reads in RECIPE_EXPORTERS:
-        return None
+        return False
     execution = choose_execution(
         asked.execution, checkpoint, dtype=asked.dtype, device=asked.device
     )
-    return None if execution.is_streamed else Original(checkpoint, run.layers, files)
+    return not execution.is_streamed
 
 
 def check_effort(effort: str) -> None:

@@ -15,13 +15,13 @@ def main() -> None:
 
     After ``--json`` an error is one JSON object on stdout too, of its type and message.
     """
-    from mofq.cli.commands import app
+    from mofq.cli.commands import command
     from mofq.cli.parsing import UsageError
     from mofq.cli.show.terminal import quiet_noise
 
     quiet_noise()
     try:
-        code = app(prog_name="mofq", standalone_mode=False)
+        code = command(prog_name="mofq", standalone_mode=False)
     except UsageError as error:
         error.show()
         _print_error(error.format_message(), kind="UsageError")

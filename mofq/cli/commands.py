@@ -73,3 +73,6 @@ app.command("plot")(as_command(api.plot, files.show_figure))
 app.add_typer(recipe, name="recipe")
 recipe.command("uniform")(as_command(api.uniform, files.show_uniform))
 recipe.command("from")(as_command(api.recipe_from, files.show_recipe_from))
+
+#: All of them as click's, which is what runs; made once, where several commands run in a process.
+command = typer.main.get_command(app)

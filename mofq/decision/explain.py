@@ -9,7 +9,7 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
 from mofq.decision.decision import Decision
-from mofq.decision.offers import refused_schemes
+from mofq.decision.offers import refused_schemes, spaces_of
 from mofq.decision.prediction import Estimate, paired_loss, predict_row
 from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
@@ -18,6 +18,9 @@ from mofq.exceptions import MofqError, nearest_name, option
 
 #: A difference below so many standard errors is noise.
 _NOISE_STDERRS = 2.0
+_NOT_MEASURED = (
+    "was not measured of this fusion group; `mofq run` measures fitted codes where they are chosen"
+)
 _ONE_FORMAT = "an engine keeps one format of the cache for the whole model, and that is another one"
 
 
@@ -95,8 +98,26 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
         prices=prices,
         alternatives=tuple(alternatives),
         has_flips=problem.flip_FC is not None,
-        rejected=refused_schemes(table, request).get(group.name, {}) | apart,
+        rejected=_unmeasured(table, request, group.name)
+        | refused_schemes(table, request).get(group.name, {})
+        | apart,
     )
+
+
+def _unmeasured(table: Table, request: Request, group: str) -> dict[str, str]:
+    """Schemes of the search spaces that a fusion group has no row of -> that it has none.
+
+    Of several in one entry of a space, only the first that fits is measured.
+    """
+    measured = {row.scheme for row in table.rows if row.group == group}
+    if group not in {one.name for one in table.header.groups}:
+        return {}  # a layer's cache, which has formats of its own
+    return {
+        entry[0]: _NOT_MEASURED
+        for space in spaces_of(table, request.space)
+        for entry in space.candidates or [(name,) for name in space.schemes]
+        if measured.isdisjoint(entry)
+    }
 
 
 def check_layers(table: Table, layers: Iterable[str]) -> None:

@@ -98,6 +98,7 @@ class MadeByKeys:
     stats_sha256: _Hash | None = None
     #: whether the sequences of the statistics begin with it
     bos: Annotated[bool, Strict()] | None = None
+    sequence_length: Count | None = None  #: tokens of each of these sequences
     text_sha256: _Hash | None = None  #: of the text that a measured objective used
     text_tokens: Count | None = None  #: of it that were compared
     #: hashes of the texts that were calibrated on, the first digits of each, by commas

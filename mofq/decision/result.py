@@ -94,6 +94,7 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         made["stats_sha256"] = stats.sha256
         hashes = sorted(one[:_HASH_DIGITS] for one in stats.corpora.values())
         made["corpora_sha256"] = ", ".join(hashes)
+        made["sequence_length"] = stats.sequence_length
         if stats.bos:
             made["bos"] = True
     return made

@@ -34,6 +34,7 @@ def uniform_recipe(
     *,
     stats_sha256: str | None = None,
     bos: bool | None = None,
+    sequence_length: int | None = None,
 ) -> Recipe:
     """One scheme for every linear layer, from headers alone.
 
@@ -43,6 +44,7 @@ def uniform_recipe(
         scheme_name: A scheme without static activations.
         stats_sha256: Of the statistics that the scheme is fitted to, where it is.
         bos: Whether their sequences begin with BOS; None: they do not.
+        sequence_length: Tokens of each of their sequences.
 
     Returns:
         The recipe, without predictions.
@@ -77,7 +79,10 @@ def uniform_recipe(
         ),
         unquantized=tuple(layer.name for layer in layers.unquantized),
         layers=layers.stated,
-        made_by=_made_by(NUMERICS, {"stats_sha256": stats_sha256, "bos": bos}),
+        made_by=_made_by(
+            NUMERICS,
+            {"stats_sha256": stats_sha256, "bos": bos, "sequence_length": sequence_length},
+        ),
         result=RecipeResult(
             bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
             bytes=size,
@@ -119,7 +124,11 @@ def uniform_recipes(
         "table_sha256": table.sha256,
     }
     if stats is not None:
-        rests_on |= {"stats_sha256": stats.sha256, "bos": stats.bos}
+        rests_on |= {
+            "stats_sha256": stats.sha256,
+            "bos": stats.bos,
+            "sequence_length": stats.sequence_length,
+        }
     made_by = _made_by(table.header.numerics, rests_on)
     for name in dict.fromkeys(problem.schemes):
         choice_F = uniform_choice(problem, name, cached_F, cache=cache or "bf16")

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import typer
-
-from mofq.cli.commands import app
+from mofq.cli.commands import command as mofq_command
 from mofq.engines import ENGINES
 from mofq.engines.rules import CacheRule, Engine, Rule, readable
 from mofq.evidence.spaces import find_search_spaces, load_search_space
@@ -98,9 +96,10 @@ def _prose(text: str) -> str:
 
 def command_page() -> str:
     """Every command with its arguments and options."""
-    command: Any = typer.main.get_command(app)
-    context = command.make_context("mofq", ["inspect"], resilient_parsing=True)
-    return f"{_MADE}# Commands\n\n{command.help}\n\n" + "\n".join(commands(command, context))
+    context = mofq_command.make_context("mofq", ["inspect"], resilient_parsing=True)
+    return f"{_MADE}# Commands\n\n{mofq_command.help}\n\n" + "\n".join(
+        commands(mofq_command, context)
+    )
 
 
 def format_page() -> str:

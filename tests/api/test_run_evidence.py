@@ -21,7 +21,6 @@ from mofq.evidence.table import Row, Table, read_table
 TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
 SITES = {"layers.0.attn.qkv": SiteRewriting("bismooth", 0.5, 0.5)}
 REWRITING = Rewriting("m", "a" * 64, "b" * 64, "c" * 64, SITES)
-FIRST = Subject("m", Path("stats"), Path("table.jsonl"))
 OTHER = Subject("m-rewritten", Path("stats-rewritten"), Path("table-rewritten.jsonl"), REWRITING)
 
 
@@ -48,15 +47,17 @@ def gathered(
     *,
     rounded: float,
     fitted: float,
-) -> tuple[Evidence, set[Subject]]:
+) -> tuple[Evidence, set[str]]:
     """What comes of a rewritten model with so many times the errors; what was fitted of which."""
     with_twins = set()
+    offered = Offered.at(effort, parse_search_space(TEXT, name="some", where="s"))
+    asked = Mock(request=make_request(Choices(), budget=Budget(max_bits=5.0)), effort=effort)
 
     def measure(subject: Subject, twins: Twins) -> Table:
         ratio, of_twins = (rounded, fitted) if subject is OTHER else (1.0, 0.5)
         rows = [times(row, ratio) for row in table.rows]
         if twins:
-            with_twins.add(subject)
+            with_twins.add(subject.model)
         rows += [
             times(row, of_twins, twin)
             for row in table.rows
@@ -65,15 +66,14 @@ def gathered(
         ]
         return replace(table, rows=tuple(rows))
 
+    asked.model = "m"
+    monkeypatch.setattr(run_evidence, "may_be_rewritten", lambda _: True)
     monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", lambda *_, **__: OTHER)
     evidence = gather_evidence(
-        FIRST,
-        make_request(Choices(), budget=Budget(max_bits=5.0)),
-        offered=Offered.at(effort, parse_search_space(TEXT, name="some", where="s")),
-        effort=effort,
+        Mock(request=asked, offered=offered),
+        Mock(stats=Path("stats"), table=Path("table.jsonl")),
         measure=measure,
         is_stored=True,
-        rewritable=Mock(),
         timed=Timed(),
         progress=None,
         tell=print,
@@ -86,9 +86,8 @@ def test_with_normal_effort_codes_are_fitted_to_the_model_that_rounds_better(
     table: Table, monkeypatch: pytest.MonkeyPatch, rounded: float, taken: bool
 ) -> None:
     evidence, fitted = gathered(table, "normal", monkeypatch, rounded=rounded, fitted=0.1)
-    best = OTHER if taken else FIRST
-    assert evidence.subject is best
-    assert fitted == {best}
+    assert (evidence.subject is OTHER) is taken
+    assert fitted == {evidence.subject.model}
     assert [one.is_taken for one in evidence.tried] == [True, taken, True]
     assert evidence.tried[1].name == "scales moved at 1 inputs"
 
@@ -98,8 +97,8 @@ def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goe
     table: Table, monkeypatch: pytest.MonkeyPatch, fitted: float, taken: bool
 ) -> None:
     evidence, of = gathered(table, "best", monkeypatch, rounded=0.9, fitted=fitted)
-    assert of == {FIRST, OTHER}
-    assert evidence.subject is (OTHER if taken else FIRST)
+    assert of == {"m", OTHER.model}
+    assert (evidence.subject is OTHER) is taken
     assert [one.is_taken for one in evidence.tried] == [True, taken, True]
     costs = [one.kl_nats_per_token or 0.0 for one in evidence.tried]
     assert costs[2] < costs[0]
@@ -107,6 +106,6 @@ def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goe
 
 def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence, fitted = gathered(table, "quick", monkeypatch, rounded=1.5, fitted=0.1)
-    assert evidence.subject is FIRST
+    assert evidence.subject.model == "m"
     assert fitted == set()
     assert len(evidence.tried) == 2

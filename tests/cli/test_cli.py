@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import mofq as package
 from mofq import api
+from mofq.delivery.validation import read_validation
 from mofq.evidence.corpora import BUNDLED_TEXT
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -196,10 +197,22 @@ def test_validate_gives_the_promised_keys(measured: Measured, tmp_path: Path) ->
 
 
 def test_validate_shows_people_predicted_beside_measured(measured: Measured) -> None:
-    shown = ok("validate", DEMO, measured.recipe, "--text", "demo-en", *WINDOWS).out
+    ran = ok("validate", DEMO, measured.recipe, "--text", "demo-en", *WINDOWS)
     for words in ("KL, measured", "KL, predicted", "enforced", "256 tokens of demo-en"):
-        assert words in shown
-    assert_ends_in_histogram(shown, measured.recipe)
+        assert words in ran.out
+    assert_ends_in_histogram(ran.out, measured.recipe)
+    assert "of the calibration" not in ran.err
+
+
+def test_validate_says_that_windows_are_longer_than_what_was_calibrated_on(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path = tmp_path / "validation.json"
+    longer = ("--text", "demo-en", "--tokens", "256", "--sequence-length", "128")
+    ran = ok("validate", DEMO, measured.recipe, *longer, "-o", path)
+    assert "have 128 tokens, and the sequences of the calibration 64" in ran.err
+    assert "Compare with --sequence-length 64" in ran.err
+    assert read_validation(path).lineage.stats_sequence_length == 64
 
 
 def assert_ends_in_histogram(shown: str, recipe: Path) -> None:

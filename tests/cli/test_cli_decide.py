@@ -41,7 +41,7 @@ def test_a_layer_is_explained_and_a_time_is_told(measured: Measured, tmp_path: P
     assert with_interval(dearest["error"], dearest["low"], dearest["high"]) in shown
     assert "error, 95 %" in shown
     assert "◀ chosen" in shown
-    assert "1 MB more would save" in shown
+    assert "--max-bits: 10 kB more would save" in shown  # of a checkpoint of 1.3 MB
     assert "decode:batch=8,context=128 on h100, at least" in shown
     assert "Did you mean" in refused(*search, "--explain", "model.layers.0.mlp.down")
 

@@ -130,7 +130,11 @@ def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so
 ) -> None:
     folder, quick = tmp_path / "run", tmp_path / "quick"
     run = ("run", DEMO, "--space", space, "--max-bits", "6", *TEXT)
-    first = ok(*run, "-o", folder)
+    stages: dict[str, None] = {}
+    with patch.object(Bars, "stage", lambda _, name, *__: stages.setdefault(name)):
+        first = ok(*run, "-o", folder)
+    measured = [name for name in stages if name.startswith(("measure", "fit codes"))]
+    assert measured[:2] == ["measure", "fit codes (pass 2)"]
     assert "what was tried" in first.out
     assert "codes rounded to nearest" in first.out
     recipe = package.load_recipe(folder / "recipe.yaml")

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from mofq.api.options import Option, Tell, documented
-from mofq.cli.commands import app
+from mofq.cli.commands import command
 from mofq.cli.parsing import as_command
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
@@ -59,7 +59,7 @@ FLAGS = {
 
 
 def made_commands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(app)
+    group: Any = command
     found = dict(group.commands)
     inner = found.pop("recipe").commands
     return found | {f"recipe {name}": one for name, one in inner.items()}

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_decide import space, table_of
+from test_decide import ERRORS, space, table_of
 
 from mofq.decision import Budgets, Decision, Request, decide
 from mofq.decision.advice import Situation, advise
@@ -131,6 +131,24 @@ def test_differences_are_paired_and_rejections_are_told() -> None:
     assert (int8.low, int8.high) == pytest.approx((2 - 2 * int8.stderr, 2 + 2 * int8.stderr))
     with pytest.raises(MofqError, match=r"Did you mean 'm\.b\.1'"):
         explain(table, request, decide(table, request), "m.b.11")
+
+
+def test_schemes_of_the_space_that_a_group_has_no_row_of_are_told() -> None:
+    # `mofq run` measures fitted twins where a search chooses them: here of group a alone.
+    errors = {
+        "a": {**ERRORS["a"], "int4.g32~gptq": (4.0, 576)},
+        "b": ERRORS["b"],
+    }
+    fitted = space("run", "int4.g32", "int8.channel", "bf16", "int4.g32~gptq")
+    either = replace(fitted, candidates=(("int4.g32", "int4.g16"), ("int4.g32~gptq",)))
+    request = Request(Budgets(max_bits=4.5), ties=False)
+    for one in (fitted, either):
+        table = table_of(errors, spaces=(one,))
+        decision = decide(table, request)
+        assert explain(table, request, decision, "a").rejected.get("int4.g32~gptq") is None
+        told = explain(table, request, decision, "b").rejected
+        assert "was not measured of this fusion group" in told["int4.g32~gptq"]
+        assert "int4.g16" not in told  # one entry with int4.g32, which is measured
 
 
 def test_a_finer_scheme_that_gains_too_little_is_marked() -> None:

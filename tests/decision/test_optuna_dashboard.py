@@ -10,7 +10,6 @@ from wsgiref.util import setup_testing_defaults
 
 import pytest
 from optuna.storages import RDBStorage
-from optuna_dashboard import wsgi
 from study_worker import BUDGETS, problem, truth
 
 from mofq.decision import solve_exact
@@ -42,6 +41,8 @@ def test_the_dashboard_shows_layers_schemes_and_the_recipe(tmp_path: Path) -> No
     run_trials(study, one, BUDGETS, start_F, measure=truth, trials=3)
     with quiet():
         database = RDBStorage(dashboard_url(storage))
+        from optuna_dashboard import wsgi  # two seconds that only this test needs to take
+
         application = wsgi(database)
     studies = get(application, "/api/studies")["study_summaries"]
     assert [study["study_name"] for study in studies] == ["SmolLM2 4c5ab9dd6f30"]

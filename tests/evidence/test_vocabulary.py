@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import plan_of, scores_of, some_tokens
+from command_line import ok
 from conftest import TinyCheckpoint
 from torch import Tensor
 
-from mofq.api import calibrate, measure
+from mofq.api import calibrate, inspect, measure
 from mofq.api.options import Samples, Vocabulary
 from mofq.delivery.apply.emulate import rows_of
 from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
@@ -170,6 +171,15 @@ def test_what_may_not_be_had_is_refused_before_anything_runs(
     space.write_text("version: 1\nschemes: [int4.g32, int8.channel+int8.token]\n")
     with pytest.raises(MofqError, match=r"embeddings: may have no scheme .* tie an lm_head to a"):
         measure(tied, space, output, engine="vllm-hopper", vocabulary=Vocabulary(lm_head=True))
+    looked_at = inspect(tied, engine="vllm-hopper", vocabulary=Vocabulary(lm_head=True))
+    assert list(looked_at.left_alone) == ["embeddings"]
+    ran = ok("inspect", tied, "--engine", "vllm-hopper", "--embeddings")
+    (problem,) = (line for line in ran.err.splitlines() if "may have no scheme" in line)
+    assert "tie an lm_head to a `weight` alone" in problem  # and not why fits and inputs cannot be
+    assert "activations" not in problem
+    assert "Leave --lm-head and --embeddings out" in problem
+    assert "--embeddings -o" not in ran.err  # calibrating with it would be in vain
+    assert "--embeddings -o" in ok("inspect", tied, "--embeddings").err
     space.write_text("version: 1\nschemes: [int8.channel+int8.token]\n")
     with pytest.raises(MofqError, match=r"take a scheme without activations"):
         measure(tied, space, output, vocabulary=Vocabulary(embeddings=True))

@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-import typer
 
 import mofq as package
-from mofq.cli.commands import app
+from mofq.cli.commands import command as mofq_command
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,7 +61,7 @@ def parse(words: tuple[str, ...]) -> None:
     Raises:
         UsageError: There is no such command or option, or a value is missing.
     """
-    command = typer.main.get_command(app)
+    command: Any = mofq_command
     context = command.make_context("mofq", list(words[1:]), resilient_parsing=False)
     while hasattr(command, "resolve_command"):
         rest = [*context._protected_args, *context.args]

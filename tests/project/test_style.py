@@ -1,4 +1,4 @@
-"""Names of modules say what is in them."""
+"""Names of modules say what is in them, and scripts name all files of the tests that they run."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ MEANINGLESS_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
     assert [str(p) for p in FILES if p.stem in MEANINGLESS_NAMES] == []
+
+
+def test_the_checks_on_a_real_model_name_every_file_of_theirs() -> None:
+    script = (ROOT / "scripts" / "quality" / "check_real.sh").read_text("utf-8")
+    marked = "mark." + "real"
+    paths = [path for path in FILES if marked in path.read_text("utf-8")]
+    assert len(paths) >= 2
+    assert [str(p) for p in paths if str(p.relative_to(ROOT)) not in script] == []

@@ -27,9 +27,12 @@ def show_inspection(result: InspectResult) -> None:
         _print_offers(f"search space {result.space}{engine}", result.offers)
         for selection in result.selections:
             note(selection.remark)
+    for problem in result.left_alone.values():
+        note(problem)
     from mofq.model.layers import vocabulary_names
 
-    asked = map(default_flag, vocabulary_names(result.layers.groups))
+    names = vocabulary_names(result.layers.groups)
+    asked = [default_flag(name) for name in names if name not in result.left_alone]
     next_step("calibrate", result.model, "--corpus", "en=TEXT.txt", *asked, "-o", "stats")
 
 

@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from mofq.decision.explain import Alternative, Explanation
     from mofq.decision.recipe import RecipeResult
 
-#: Budget -> what its price is of, and how many of its units that is.
+#: Budget that is not of bytes -> what its price is of, and how many of its units that is.
 _PRICED = {
     "max_time": ("0.1 ms", 0.1),
     "max_finer": ("one finer layer", 1.0),
     "max_active_bits": ("0.1 bits", 0.1),
     "max_kv_bits": ("1 kB a token", 8e3),
     "max_kl": ("0.001 nats", 1e-3),
-    "": ("1 MB", 1e6),
 }
 
 
@@ -37,7 +36,7 @@ def show_search(result: SearchResult) -> None:
         names = ", ".join(each.schemes)
         note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
     for one in result.explained:
-        _print_explanation(one)
+        _print_explanation(one, size=result.recipe.result.checkpoint_bytes or 0)
     if result.engine is None:
         note_engines(result)
     stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
@@ -118,7 +117,8 @@ def _time_row(decision: Decision, seconds: float) -> list[str]:
     return [what, f"{times} ({before / seconds:.2f}×)"]
 
 
-def _print_explanation(explanation: Explanation) -> None:
+def _print_explanation(explanation: Explanation, *, size: int) -> None:
+    """Its alternatives, why, and what more of budgets is worth: of bytes, up to 1 % of the size."""
     columns = ["scheme", "bits", "error, 95 %", "against the chosen", "with bytes priced"]
     rows = [_alternative(one) for one in explanation.alternatives]
     if any(not one.is_offered for one in explanation.alternatives):
@@ -137,7 +137,8 @@ def _print_explanation(explanation: Explanation) -> None:
     from mofq.decision.budgets import option_of
 
     for budget, price in explanation.prices.items():
-        what, times = _PRICED.get(budget, _PRICED[""])
+        step = 10 ** max(0, len(str(size)) - 3)
+        what, times = _PRICED.get(budget, (short_bytes(step), step))
         # Where size is minimised, no option asked for the bytes.
         name = budget if budget == "bytes" else with_flags(Remark(option_of(budget)))
         say(f"{name}: {what} more would save {price * times:.3g} {explanation.unit}.")

@@ -83,6 +83,13 @@ def _print_validation(validation: Validation) -> None:
     print_table(f"{lineage.candidate} on {windows}", ["", ""], rows)
     if lineage.differs_in_bos:
         note(differing_bos(windows=lineage.bos))
+    if lineage.is_longer_than_calibration:
+        note(
+            f"The windows have {lineage.sequence_length} tokens, and the sequences of the "
+            f"calibration {lineage.stats_sequence_length}: the prediction and its interval are of "
+            f"contexts as long as those. Compare with --sequence-length "
+            f"{lineage.stats_sequence_length}, or calibrate on longer sequences."
+        )
     if lineage.text_use is not None:
         note(
             f"The recipe was {lineage.text_use} on this very text, which flatters it: its KL on "

@@ -393,6 +393,7 @@ def _lineage(candidate: Candidate, original: Original) -> Lineage:
         sequence_length=original.windows.tokens_NT.shape[1],
         bos=bool(original.windows.leading),
         stats_bos=_stats_bos(candidate.recipe),
+        stats_sequence_length=_stats_sequence_length(candidate.recipe),
         text_use=None if candidate.recipe is None else candidate.recipe.use_of(text.sha256),
     )
 
@@ -402,3 +403,9 @@ def _stats_bos(recipe: Recipe | None) -> bool | None:
     if recipe is None or recipe.made_by.get("stats_sha256") is None:
         return None
     return bool(recipe.made_by.get("bos"))
+
+
+def _stats_sequence_length(recipe: Recipe | None) -> int | None:
+    """Tokens of each sequence that a recipe was calibrated on; None: on none, or not known."""
+    length = None if recipe is None else recipe.made_by.get("sequence_length")
+    return None if length is None else int(length)

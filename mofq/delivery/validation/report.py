@@ -41,6 +41,7 @@ class Lineage:
     sequence_length: int  #: tokens of a window
     bos: bool = False  #: whether every window begins with it
     stats_bos: bool | None = None  #: whether the recipe's calibration did; None: it had none
+    stats_sequence_length: int | None = None  #: tokens of a sequence of it; None: not known
     #: What the recipe was made with this very text for: calibrated or searched; None: nothing
     #: that it says.
     text_use: str | None = None
@@ -49,6 +50,12 @@ class Lineage:
     def differs_in_bos(self) -> bool:
         """Whether the recipe was calibrated on sequences that begin otherwise."""
         return self.stats_bos not in (None, self.bos)
+
+    @property
+    def is_longer_than_calibration(self) -> bool:
+        """Whether windows have more tokens than the sequences that the recipe was calibrated on."""
+        calibrated = self.stats_sequence_length
+        return calibrated is not None and self.sequence_length > calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,8 @@ class Validation:
             del lineage["stats_bos"]
             if not self.lineage.bos:  # as before it was an option
                 del lineage["bos"]
+        if self.lineage.stats_sequence_length is None:
+            del lineage["stats_sequence_length"]
         if self.lineage.text_use is None:
             del lineage["text_use"]
         if self.within_prediction is None:

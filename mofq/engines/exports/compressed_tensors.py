@@ -76,7 +76,7 @@ def tied_problem(group: ServedGroup) -> str | None:
         return None
     return (
         "stores codes and scales, and loaders tie an lm_head to a `weight` alone, so that it would "
-        "have none; take bf16 for the embedding, or llama.cpp"
+        "have none; take bf16 for the embedding"
     )
 
 
