@@ -1,6 +1,7 @@
-"""The whole flow on tiny models of types without rules: a few that change with the commit.
+"""The whole flow on tiny models of types without rules: one of every structure of fusion groups.
 
-Of multimodal types with the commit, too; all of them are run by ``scripts/make/families.py``.
+Which one changes with the commit, and so do the multimodal types; all of them are run by
+``scripts/make/families.py``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from mofq.model.layers.words import TOWERS
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")
 _ROW = re.compile(
-    r"^\| \**`(?P<name>[\w.-]+)`\** \| [^|]* \| (?P<result>passes|refused: [^|]*) \|", re.MULTILINE
+    r"^\| \**`(?P<name>[\w.-]+)`\** \| (?P<groups>[^|]*) \| (?P<result>passes|refused: [^|]*) \|",
+    re.MULTILINE,
 )
 CAUSAL, _, MULTIMODAL = PAGE.partition("## Types that read images")
 RESULTS = {row["name"]: row["result"] for row in _ROW.finditer(CAUSAL)}
+GROUPS = {row["name"]: row["groups"].strip() for row in _ROW.finditer(CAUSAL)}
 PASSING = [
     name for name, result in RESULTS.items() if result == "passes" and name not in FUSION_RULES
 ]
@@ -48,7 +51,15 @@ def sample(names: list[str], count: int = _SAMPLE) -> list[str]:
     return ordered[:count]
 
 
-@pytest.mark.parametrize("name", long_but(PASSING, *sample(PASSING)))
+def of_each_structure(names: list[str]) -> list[str]:
+    """One type of every set of fusion groups."""
+    return list({GROUPS[name]: name for name in sample(names, len(names))}.values())
+
+
+_DIFFERENT = of_each_structure(PASSING)
+
+
+@pytest.mark.parametrize("name", long_but(_DIFFERENT, *sample(_DIFFERENT)))
 def test_a_type_without_rules_goes_through_the_whole_flow(name: str, tmp_path: Path) -> None:
     model, work = write_type(name, tmp_path / name), tmp_path / "work"
     work.mkdir()
