@@ -310,21 +310,21 @@ def spread_windows(
 def unknown_words(tokenizer: Any, windows: Mapping[str, Tensor]) -> list[str]:
     """Sentences on texts that the tokenizer has no words for, as WikiText writes ``<unk>``.
 
-    Its token for that is one that a model is hardly trained on. A tokenizer whose token for it has
-    another office too, as the end of a text, says nothing of it.
+    Its token for that is one that a model is hardly trained on, unless its name says that it is
+    another, as the end of a text, which some tokenizers name here.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         windows: Name of a corpus -> token ids.
     """
-    unknown = tokenizer.unk_token_id
-    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+    word, unknown = tokenizer.unk_token, tokenizer.unk_token_id
+    if word is None or "unk" not in word.lower():
         return []
     shares = {name: float((some == unknown).float().mean()) for name, some in windows.items()}
     return [
-        f"corpus {name}: {share:.1%} of its tokens are {tokenizer.unk_token!r}, which models are "
-        f"hardly trained on: what errors cost there says little of other text. Take the word out "
-        f"of the text, or give another text."
+        f"corpus {name}: {share:.1%} of its tokens are {word!r}, which models are hardly trained "
+        f"on: what errors cost there says little of other text. Take the word out of the text, or "
+        f"give another text."
         for name, share in shares.items()
         if share >= _UNKNOWN_SHARE
     ]

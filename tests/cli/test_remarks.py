@@ -50,13 +50,15 @@ def test_too_few_sequences_are_told_with_the_options_of_the_reader(tmp_path: Pat
 
 
 def test_a_text_that_the_tokenizer_has_no_words_for_is_told(tmp_path: Path) -> None:
-    folder = write_family("llama", tmp_path / "model")
+    folder = write_family("llama", tmp_path / "model", vocab_size=260)
     tokenizer = load_tokenizer(folder)
-    tokenizer.unk_token = "e"  # of which English has many
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
     tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the <unk> of <unk> " * 40)
     told: list[str] = []
-    samples = Samples(sequences=8, sequence_length=16)
-    stats = tmp_path / "stats"
-    corpora = {"en": "demo-en-calibration"}
-    calibrate(folder, corpora, stats, samples=samples, tell=told.append)
-    assert any("of its tokens are 'e', which models are hardly trained on" in one for one in told)
+    samples, stats = Samples(sequences=8, sequence_length=16), tmp_path / "stats"
+    calibrate(folder, {"en": str(text)}, stats, samples=samples, tell=told.append)
+    assert any(
+        "of its tokens are '<unk>', which models are hardly trained on" in one for one in told
+    )
