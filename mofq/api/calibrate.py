@@ -218,7 +218,13 @@ def calibrate(
             stats = read_stats(folder)
     was_there = stats is not None and _texts(stats.plan) == _texts(plan)
     if stats is None or not was_there:
-        for remark in few_sequences(plan):
+        from mofq.evidence.corpora import unknown_words
+        from mofq.model.loading import load_tokenizer
+
+        for remark in [
+            *few_sequences(plan),
+            *unknown_words(load_tokenizer(checkpoint.folder), windows),
+        ]:
             (tell or silent)(remark)
         what: dict[str, Any] = {
             "plan": plan,

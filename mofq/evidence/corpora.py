@@ -54,6 +54,9 @@ _HUB_SOURCE = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?(:(?P<column>\w+))?"
 )
 
+#: Of the tokens of a text that a tokenizer has no words for, from which on it is told.
+_UNKNOWN_SHARE = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -302,6 +305,29 @@ def spread_windows(
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
     windows = [ids[start : start + sequence_length] for start in starts]
     return torch.tensor([_begun(window, leading) for window in windows])
+
+
+def unknown_words(tokenizer: Any, windows: Mapping[str, Tensor]) -> list[str]:
+    """Sentences on texts that the tokenizer has no words for, as WikiText writes ``<unk>``.
+
+    Its token for that is one that a model is hardly trained on, unless its name says that it is
+    another, as the end of a text, which some tokenizers name here.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        windows: Name of a corpus -> token ids.
+    """
+    word, unknown = tokenizer.unk_token, tokenizer.unk_token_id
+    if word is None or "unk" not in word.lower():
+        return []
+    shares = {name: float((some == unknown).float().mean()) for name, some in windows.items()}
+    return [
+        f"corpus {name}: {share:.1%} of its tokens are {word!r}, which models are hardly trained "
+        f"on: what errors cost there says little of other text. Take the word out of the text, or "
+        f"give another text."
+        for name, share in shares.items()
+        if share >= _UNKNOWN_SHARE
+    ]
 
 
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:

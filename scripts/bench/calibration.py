@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mofq.evidence.calibration.calibrate import calibrate, run_sequence
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats, read_stats, write_json
-from mofq.evidence.corpora import Corpus, spread_windows
+from mofq.evidence.corpora import Corpus, leading_tokens
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.spaces import SearchSpace
 from mofq.evidence.table import Table, read_table
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model, load_tokenizer
+from scripts.shared.windows import model_windows
 
 #: Sequences of which one is kept.
 _CLUSTER = 4
@@ -86,7 +87,7 @@ def _windows(
     checkpoint: Checkpoint, corpus: Corpus, sequences: int, sequence_length: int
 ) -> Tensor:
     tokenizer = load_tokenizer(checkpoint.folder)
-    return spread_windows(corpus, tokenizer, sequences=sequences, sequence_length=sequence_length)
+    return model_windows(tokenizer, corpus, windows=sequences, sequence_length=sequence_length)
 
 
 def _plan(
@@ -100,6 +101,7 @@ def _plan(
         sequence_length=windows_NT.shape[1],
         draws=draws,
         dtype="float32",
+        bos=bool(leading_tokens(load_tokenizer(checkpoint.folder), "auto")) or None,
         corpora=(
             CorpusPlan(corpus.name, corpus.source, corpus.sha256, len(windows_NT), kept=kept),
         ),

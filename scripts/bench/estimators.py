@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from mofq.evidence.calibration.calibrate import sample_scores
 from mofq.evidence.calibration.capture import Captured, capture_layers
-from mofq.evidence.corpora import load_text, spread_windows
+from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import LinearLayer, ModelLayers, find_layers
@@ -35,6 +35,7 @@ from mofq.model.loading import load_model, load_tokenizer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import markdown_table, script_parser
+from scripts.shared.windows import model_windows
 
 FloatArray = NDArray[np.float64]
 
@@ -65,10 +66,10 @@ def main() -> None:
         for group in layers.groups
         for layer in group.layers
     }
-    windows_NT = spread_windows(
-        load_text(options.text),
+    windows_NT = model_windows(
         load_tokenizer(checkpoint.folder),
-        sequences=options.windows,
+        load_text(options.text),
+        windows=options.windows,
         sequence_length=options.sequence_length,
     )
     found: dict[str, list[list[list[tuple[float, ...]]]]] = {}

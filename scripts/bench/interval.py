@@ -97,10 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and print the tables."""
     options = parse_interval(__doc__, arguments)
     table = prepared_table(options)
-    # A space of weights alone has not all kinds of them.
-    asked = options.recipes != 0
-    path = options.work / "recipes.json"
-    recipes = searched_recipes(table, path=path, seed=0) if asked else {}
+    recipes = searched_recipes(table, path=options.work / "recipes.json", seed=0)
     problem = whole_problem(table)
     compared = []
     with measured_text(options, table) as text:

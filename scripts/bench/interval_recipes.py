@@ -27,7 +27,7 @@ from mofq.decision.uniform import uniform_choice
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Table, read_table
-from mofq.exceptions import BudgetError
+from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import calibrate, mofq
 
@@ -121,7 +121,10 @@ def _recipes(table: Table, seed: int) -> Iterator[tuple[str, Schemes]]:
         ("4 bits and more", lambda scheme: weight_bits(scheme) >= 4, _FINE_BITS),
     )
     for kind, is_wanted, sizes in kinds:
-        part = restricted(table, is_wanted)
+        try:
+            part = restricted(table, is_wanted)
+        except TableError:  # the space has none of the kind
+            continue
         for bits in sizes:
             yield from _searched(f"{kind}, {bits} bits", part, Budgets(max_bits=bits))
     for bits in _KV_BITS:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from mofq.decision import problem_from_table
 from mofq.decision.prediction import predict_row
 from mofq.evidence.calibration.stats import read_stats
-from mofq.evidence.corpora import load_text, spread_windows
+from mofq.evidence.corpora import load_text
 from mofq.evidence.measure.samples import SampleReader
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
@@ -41,6 +41,7 @@ from scripts.shared.command import (
     parse_into_work,
     print_markdown,
 )
+from scripts.shared.windows import model_windows
 
 _SPACE = Path(__file__).with_suffix(".yaml")
 _PART = 0.25
@@ -66,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
     layers = {group.name: group for group in find_layers(checkpoint).groups}
     model = load_model(checkpoint.folder)
-    windows_NT = spread_windows(
-        load_text(options.calibration),
+    windows_NT = model_windows(
         load_tokenizer(checkpoint.folder),
-        sequences=stats.plan.corpora[0].sequences,
+        load_text(options.calibration),
+        windows=stats.plan.corpora[0].sequences,
         sequence_length=options.sequence_length,
     )[::_STEP]
     original_NTV = _log_softmax(model, windows_NT)

@@ -28,7 +28,7 @@ from mofq.evidence.calibration.gains import read_gains
 from mofq.evidence.calibration.routers import Routers
 from mofq.evidence.calibration.routing import margin_gains
 from mofq.evidence.calibration.stats import Stats, read_stats
-from mofq.evidence.corpora import load_text, spread_windows
+from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import PARTS, find_layers
 from mofq.model.loading import load_model, load_tokenizer
@@ -42,6 +42,7 @@ from scripts.bench.interval_recipes import (
     whole_problem,
 )
 from scripts.shared.command import print_markdown
+from scripts.shared.windows import model_windows
 
 #: Rows whose standard error over windows is above this share of what they measured say little.
 _CLEAR = 0.2
@@ -97,10 +98,10 @@ def _routers(checkpoint: Checkpoint, stats: Stats, source: str) -> list[Router]:
     """Each router of the calibration's sequences by itself."""
     layers, model = find_layers(checkpoint), load_model(checkpoint.folder)
     plan, corpus = stats.plan, stats.plan.corpora[0]
-    windows_NT = spread_windows(
-        load_text(source),
+    windows_NT = model_windows(
         load_tokenizer(checkpoint.folder),
-        sequences=corpus.sequences,
+        load_text(source),
+        windows=corpus.sequences,
         sequence_length=plan.sequence_length,
     )
     found: list[list[tuple[float, dict[str, float]]]] = []

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.delivery.backends import apply_recipe
-from mofq.evidence.corpora import Corpus, spread_windows
+from mofq.evidence.corpora import Corpus, leading_tokens
 from mofq.evidence.metrics import kl_divergence
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model, load_tokenizer
+from scripts.shared.windows import model_windows
 
 #: The version of mofq since which its quantizers give the same numbers; what was measured with
 #: another one is not used again.
@@ -88,10 +89,10 @@ def text_windows(
     """The first windows of a spread order over a whole text, [windows, sequence_length]."""
     if windows > WINDOWS:
         raise SystemExit(f"{windows} windows: at most {WINDOWS}. Use longer windows.")
-    spread_NT = spread_windows(
-        text,
+    spread_NT = model_windows(
         load_tokenizer(checkpoint.folder),
-        sequences=WINDOWS,
+        text,
+        windows=WINDOWS,
         sequence_length=sequence_length,
     )
     return spread_NT[spread_order(WINDOWS)[:windows]].contiguous()
@@ -110,13 +111,15 @@ def windows_between(
         sequence_length: Tokens of each, and of each sequence.
     """
     tokenizer = load_tokenizer(checkpoint.folder)
+    leading = leading_tokens(tokenizer, "auto")
     ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
     spacing = (len(ids) - sequence_length) / (sequences - 1)
     if len(text.text) > 64 * sequences * sequence_length or spacing < 2 * sequence_length:
         raise SystemExit("the text is too long or too short for windows between its sequences.")
     gaps = [(2 * n + 1) * (sequences - 1) // (2 * windows) for n in range(windows)]
     starts = [round((gap + 0.5) * spacing) for gap in gaps]
-    return torch.tensor([ids[start : start + sequence_length] for start in starts])
+    own = sequence_length - len(leading)
+    return torch.tensor([[*leading, *ids[start : start + own]] for start in starts])
 
 
 def spread_order(count: int) -> list[int]:

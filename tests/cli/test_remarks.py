@@ -7,11 +7,13 @@ import pickle
 from pathlib import Path
 
 from command_line import DEMO, Measured, ok
+from families import write_family
 
 from mofq import Budget, search
 from mofq.api import Samples, Timing, calibrate
 from mofq.cli.flags import with_flags
 from mofq.exceptions import Remark, option
+from mofq.model.loading import load_tokenizer
 
 
 def test_a_remark_reads_as_python_and_is_spelled_anew_for_the_shell() -> None:
@@ -45,3 +47,18 @@ def test_too_few_sequences_are_told_with_the_options_of_the_reader(tmp_path: Pat
     shell = ("--sequences", "1", "--sequence-length", "16", "-o", tmp_path / "other")
     ran = ok("calibrate", DEMO, "--corpus", "en=demo-en-calibration", *shell)
     assert "or larger --sequences and --keep, or a smaller --sequence-length." in ran.err
+
+
+def test_a_text_that_the_tokenizer_has_no_words_for_is_told(tmp_path: Path) -> None:
+    folder = write_family("llama", tmp_path / "model", vocab_size=260)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the <unk> of <unk> " * 40)
+    told: list[str] = []
+    samples, stats = Samples(sequences=8, sequence_length=16), tmp_path / "stats"
+    calibrate(folder, {"en": str(text)}, stats, samples=samples, tell=told.append)
+    assert any(
+        "of its tokens are '<unk>', which models are hardly trained on" in one for one in told
+    )

@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from mofq import demo
 from mofq.evidence import corpora
-from mofq.evidence.corpora import Corpus, leading_tokens, load_text, spread_windows, tokenize
+from mofq.evidence.corpora import (
+    Corpus,
+    leading_tokens,
+    load_text,
+    spread_windows,
+    tokenize,
+    unknown_words,
+)
 from mofq.exceptions import CorpusError
 from mofq.model.loading import load_tokenizer
 
@@ -462,3 +469,16 @@ def test_a_text_of_long_tokens_is_tokenized_whole() -> None:
     )
     assert windows_NT.tolist() == [list(range(10)), list(range(30, 40))]
     assert tokenizer.lengths == [10 * 64, 10 * 64, 4000]
+
+
+def test_a_text_is_told_by_the_share_that_the_tokenizer_has_no_words_for(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path, bos=True)
+    windows = {name: torch.full((1, 128), 5) for name in ("few", "many")}
+    assert unknown_words(tokenizer, windows) == []
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    windows["few"][0, :1] = windows["many"][0, :32] = tokenizer.unk_token_id
+    (told,) = unknown_words(tokenizer, windows)
+    assert told.startswith("corpus many: 25.0% of its tokens are '<unk>'")
+    tokenizer.unk_token = "<bos>"  # as tokenizers do that have no such word
+    windows["many"][0, :32] = tokenizer.unk_token_id
+    assert unknown_words(tokenizer, windows) == []

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated import calibrate_folder, some_tokens
+from command_line import Measured
 from conftest import TinyCheckpoint
+from families import write_byte_tokenizer, write_family
 
 from mofq.delivery.backends import apply_recipe
 from mofq.demo import demo_model_folder
@@ -17,11 +19,13 @@ from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.corpora import load_text
 from mofq.evidence.metrics import kl_divergence
 from mofq.evidence.spaces import offer_schemes, parse_search_space
+from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model, load_tokenizer
 from scripts.bench.interval import Compared
 from scripts.bench.interval_fit import Run, fitted_rows
+from scripts.bench.interval_recipes import searched_recipes
 from scripts.bench.prediction_recipes import choose_pairs
 from scripts.bench.sample_plan import BASE, PARTS, SamplePlan, part_of
 from scripts.make.split_articles import article_halves
@@ -32,6 +36,7 @@ from scripts.shared.kl_truth import (
     recipe_of,
     run_original,
     spread_order,
+    text_windows,
     true_kl,
     windows_between,
 )
@@ -180,6 +185,27 @@ def test_windows_between_lie_in_the_middle_of_the_gaps() -> None:
     spacing = (len(ids) - 128) / 8
     starts = [round(2.5 * spacing), round(6.5 * spacing)]
     assert found.tolist() == [ids[start : start + 128] for start in starts]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it_first(tmp_path: Path) -> None:
+    folder = write_family("llama", tmp_path / "model")
+    write_byte_tokenizer(folder, bos=True)
+    checkpoint = open_checkpoint(str(folder))
+    text = load_text("demo-en")
+    spread_NT = text_windows(checkpoint, text, windows=3, sequence_length=64)
+    between_NT = windows_between(checkpoint, text, sequences=9, windows=2, sequence_length=64)
+    for windows_NT in (spread_NT, between_NT):
+        assert windows_NT.shape[1] == 64
+        assert (windows_NT[:, 0] == 256).all()
+        assert (windows_NT[:, 1:] != 256).all()
+
+
+def test_a_space_of_weights_alone_has_recipes_too(measured: Measured, tmp_path: Path) -> None:
+    table = read_table(measured.table)
+    found = searched_recipes(table, path=tmp_path / "recipes.json", seed=0)
+    assert "uniform int8.channel" in found
+    assert "weights, 5.0 bits" in found
+    assert not [label for label in found if label.startswith("inputs too")]
 
 
 def test_articles_go_to_the_halves_in_turn() -> None:

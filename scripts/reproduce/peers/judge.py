@@ -33,12 +33,13 @@ from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
 )
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
 from mofq.delivery.validation.report import Agreement, summarize
-from mofq.evidence.corpora import leading_tokens, load_text, spread_windows
+from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model, load_tokenizer
 from scripts.reproduce.peers.handover import MADE, MODEL, WEIGHTS
+from scripts.shared.windows import model_windows
 
 #: Beside a layer's weight, and no part of what stands for it.
 _NOT_COUNTED = ("weight_shape", "bias")
@@ -62,12 +63,8 @@ class Judge:
         """Cut the text into windows spread over it, and run the original over them."""
         self.original = open_checkpoint(model)
         tokenizer = load_tokenizer(self.original.folder)
-        self.windows_NT = spread_windows(
-            load_text(text),
-            tokenizer,
-            sequences=windows,
-            sequence_length=sequence_length,
-            leading=leading_tokens(tokenizer, "auto"),
+        self.windows_NT = model_windows(
+            tokenizer, load_text(text), windows=windows, sequence_length=sequence_length
         )
         self._logits = OriginalLogits()
         self._entropies = run_original(
