@@ -82,8 +82,8 @@ def check_vocabulary(offers: Iterable[Offer], space: SearchSpace) -> None:
             reasons = "; ".join(dict.fromkeys(offer.rejected.values()))
             raise MofqError(
                 f"{offer.group.name}: may have no scheme of the search space {space.name}: "
-                f"{reasons}. Leave {option('lm_head')} and {option('embeddings')} out, or give "
-                f"another space or {option('engine')}."
+                f"{reasons}. Leave {option('lm_head')} and {option('embeddings')} (or the space's "
+                f"keys of these names) out, or give another space or {option('engine')}."
             )
 
 

@@ -144,6 +144,14 @@ class SearchSpaceFile:
     offer_unquantized: Annotated[
         bool, Strict(), Field(description="whether a layer may be left as it is")
     ] = True
+    lm_head: Annotated[bool, Strict(), Field(description="whether the lm_head is decided too")] = (
+        False
+    )
+    embeddings: Annotated[
+        bool,
+        Strict(),
+        Field(description="whether the embedding is; tied to the lm_head, either key asks for it"),
+    ] = False
 
 
 _SPACE_FILE = TypeAdapter(SearchSpaceFile)
@@ -173,6 +181,8 @@ class SearchSpace:
     kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
     constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen; all is measured
     offers_stored: bool = False  #: what a source keeps layers in; `with_stored` says what that is
+    lm_head: bool = False  #: whether the lm_head is decided too
+    embeddings: bool = False  #: whether the embedding is
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -266,6 +276,8 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
         kv_cache=kv_cache,
         constraints=_constraints(file, candidates, where),
         offers_stored=STORED in file.schemes,
+        lm_head=file.lm_head,
+        embeddings=file.embeddings,
     )
     return replace(space, sha256=space_digest(space))
 
