@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
-    WHOLE_MODEL,
     Corpora,
     DeviceMap,
     Execution,
@@ -285,8 +284,6 @@ def _chosen(
         unless = f"a worker of {option('cluster')} holds the whole model"
     elif device_map is not None:
         unless = f"{option('device_map')} spreads the whole model"
-    elif plan.vocabulary is not None:
-        unless = f"layer by layer, {WHOLE_MODEL} ({option('lm_head')}, {option('embeddings')})"
     config = checkpoint.config
     text_config = config.get("text_config")
     inner = text_config if isinstance(text_config, dict) else config

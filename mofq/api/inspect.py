@@ -104,13 +104,17 @@ def inspect(
     from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
+    loaded = None
+    if space is not None or engine is not None:
+        loaded = load_search_space(space or DEFAULT_SPACE)
+        vocabulary = vocabulary.and_of(loaded)
     found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check_engine(engine, found)
     offers = None
     selections: tuple[Selection, ...] = ()
     left_alone: Mapping[str, str] = {}
-    if space is not None or engine is not None:
-        loaded = with_stored(load_search_space(space or DEFAULT_SPACE), checkpoint, found.groups)
+    if loaded is not None:
+        loaded = with_stored(loaded, checkpoint, found.groups)
         selections = selected_layers(loaded, found)
         offers = tuple(
             offer_schemes(

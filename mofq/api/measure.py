@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mofq.api.calibrate import as_measured, check_gradient_dtype, plan_calibration, unseen_experts
 from mofq.api.inputs import load_corpora, open_layers, sources_of
 from mofq.api.options import (
-    WHOLE_MODEL,
     Corpora,
     Engine,
     GradientDtype,
@@ -229,10 +228,11 @@ def measure_space(
     start = monotonic()
     path = Path(output)
     texts = load_corpora(sources_of(corpora), tell) if corpora else []
-    _check_corpora(bool(texts), stats, where, experts, vocabulary)
+    _check_corpora(bool(texts), stats, where, experts)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
     checkpoint = open_checkpoint(str(model))
+    vocabulary = vocabulary.and_of(space)
     found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
     check_engine(engine, found)
     if experts not in EXPERTS_BY:
@@ -339,9 +339,7 @@ def work_of(table: Path) -> Path:
     return table.with_name(f".{table.name}.streamed")
 
 
-def _check_corpora(
-    are_given: bool, stats: str | Path | None, where: Where, experts: str, vocabulary: Vocabulary
-) -> None:
+def _check_corpora(are_given: bool, stats: str | Path | None, where: Where, experts: str) -> None:
     """Refuse what does not go with calibrating while measuring.
 
     Raises:
@@ -358,11 +356,6 @@ def _check_corpora(
         raise ClusterError(
             f"{option('corpora')}: the model is calibrated layer by layer on one machine. "
             f"Calibrate into a folder, and give it as {option('stats')} with {option('cluster')}."
-        )
-    if any(vocabulary.asked.values()):
-        raise MofqError(
-            f"{option('corpora')}: the model is calibrated layer by layer, where {WHOLE_MODEL}. "
-            f"Calibrate into a folder, and give it as {option('stats')}."
         )
     if experts != "layer":
         raise MofqError(

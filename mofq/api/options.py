@@ -33,6 +33,7 @@ from mofq.exceptions import MofqError
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
+    from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import Table
     from mofq.model.layers import Included
 
@@ -394,10 +395,6 @@ class Where:
     cluster_cpus: Annotated[int, Option("CPUs of each worker of --cluster.", least=1)] = 1
 
 
-#: Why a model is run whole for matrices of the vocabulary.
-WHOLE_MODEL = "lm_head and embedding are not watched"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """Which matrices of the vocabulary get schemes too."""
@@ -411,6 +408,12 @@ class Vocabulary:
     def asked(self) -> Included:
         """What `find_layers` is told."""
         return {"include_lm_head": self.lm_head, "include_embeddings": self.embeddings}
+
+    def and_of(self, space: SearchSpace) -> Vocabulary:
+        """These, and those that a search space names by its keys."""
+        return Vocabulary(
+            lm_head=self.lm_head or space.lm_head, embeddings=self.embeddings or space.embeddings
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -225,7 +225,7 @@ def run(
             windows=windows,
             samples=Samples(sequences=sequences),
             layers=layers,
-            vocabulary=vocabulary,
+            vocabulary=vocabulary.and_of(loaded),
             dtype=dtype,
             device=device,
             device_map=device_map,

@@ -11,7 +11,6 @@ from mofq.api.calibrate import check_gradient_dtype, plan_calibration, without_i
 from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, load_named, open_layers
 from mofq.api.options import (
-    WHOLE_MODEL,
     Execution,
     LayersFile,
     Samples,
@@ -83,11 +82,6 @@ def check_run(asked: RunRequest) -> Checked:
     _check_texts(asked)
     check_device(asked.device)
     check_gradient_dtype(asked.dtype)
-    if asked.no_stats and any(asked.vocabulary.asked.values()):
-        raise MofqError(
-            f"{option('no_stats')}: the model is run layer by layer then, where {WHOLE_MODEL}. "
-            f"Leave {option('no_stats')} out."
-        )
     if asked.no_stats and asked.device_map is not None:
         raise MofqError(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
@@ -127,7 +121,7 @@ def storage_of(run: Checked, files: RunFiles) -> Storage:
 
     if run.request.no_stats:
         return Storage(False)
-    if files.stats.exists() or any(run.request.vocabulary.asked.values()):
+    if files.stats.exists():
         return Storage(True)
     plan = run.plan
     if files.table.exists():

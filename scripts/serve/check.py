@@ -54,6 +54,7 @@ from scripts.shared.command import script_parser
 from scripts.shared.environment import python_with
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+AT_START = Path(__file__).with_name("sitecustomize.py")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,8 +99,9 @@ def make_venv() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     lines = REQUIREMENTS.read_text("utf-8").splitlines()
     wanted = "\n".join(line for line in lines if not line.startswith("#"))
-    digest = hashlib.sha256(wanted.encode()).hexdigest()[:8]
-    return python_with(wanted, Path(cache).expanduser() / "mofq" / f"vllm-{digest}")
+    digest = hashlib.sha256(wanted.encode() + AT_START.read_bytes()).hexdigest()[:8]
+    folder = Path(cache).expanduser() / "mofq" / f"vllm-{digest}"
+    return python_with(wanted, folder, at_start=AT_START)
 
 
 def serving_variables() -> dict[str, str]:

@@ -179,7 +179,11 @@ def _weight(
 
     if scheme.weight is None:
         return read(layer)
-    amax = read_shared_amax(checkpoint, group) if scheme.weight.needs_tensor_amax else {}
+    amax = (
+        read_shared_amax(checkpoint, group, scheme.weight)
+        if scheme.weight.needs_tensor_amax
+        else {}
+    )
     return fake_quantize_weight(
         read(layer),
         scheme.weight,

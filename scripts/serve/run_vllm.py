@@ -68,6 +68,7 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
 def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]]:
     """Record the first input and output of every linear layer; say what each was fused from."""
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     def recorder(name: str) -> Any:
         def record(module: Any, inputs: Any, output: Any) -> None:
@@ -79,10 +80,23 @@ def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]
 
         return record
 
+    def watch_head(name: str, head: Any) -> None:
+        # An lm_head is no module that is called: its method is, by what makes logits.
+        apply, record = head.quant_method.apply, recorder(name)
+
+        def recorded(layer: Any, x: Any, *more: Any, **named: Any) -> Any:
+            y = apply(layer, x, *more, **named)
+            record(layer, (x,), y[..., : head.org_vocab_size])  # rows behind are padding
+            return y
+
+        head.quant_method.apply = recorded
+
     packed = getattr(model, "packed_modules_mapping", None) or {}
     for name, module in model.named_modules():
         if isinstance(module, LinearBase):
             module.register_forward_hook(recorder(name))
+        elif isinstance(module, ParallelLMHead):
+            watch_head(name, module)
     return {key: list(names) for key, names in packed.items()}
 
 

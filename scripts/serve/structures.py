@@ -59,8 +59,8 @@ without a quantized layer either. Experts stay in bf16: quantized ones need AMX 
 POWER processor. What else an engine [serves](engines.md) and which types [pass the
 flow](families.md) are other pages.
 
-Classes of models with towers need torchvision, which has no build for a CPU on the package index
-and is not in the environment that this ran in.
+Classes of models with towers need torchvision, whose builds on the package index want CUDA: it is
+imported without its library (`scripts/serve/sitecustomize.py`). They are asked for text alone.
 
 """
 
@@ -112,6 +112,7 @@ STRUCTURES = {
     ),
     "granitemoehybrid": Structure("Mamba 2 and attention, experts", _MAMBA),
     "jamba": Structure("Mamba and attention, experts"),
+    "zamba2": Structure("Mamba 2, and attention shared by layers", {"num_mem_blocks": 1}),
     "nemotron_h": Structure("Mamba 2, attention, experts without gates"),
     "qwen2_5_vl": Structure("a language model with a tower for images"),
 }

@@ -10,7 +10,7 @@ from exported import make_recipe
 from tiny_types import write_type
 
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
-from mofq.engines.vllm_names import vllm_prefix
+from mofq.engines.vllm_names import vllm_prefixes
 from mofq.model.checkpoint.headers import open_checkpoint
 
 
@@ -24,13 +24,19 @@ from mofq.model.checkpoint.headers import open_checkpoint
         ("granitemoehybrid", "model.layers.1.self_attn.o_proj", None),
         ("jamba", "model.layers.0.mamba.x_proj", "model.layers.0.mixer.x_proj"),
         ("jamba", "model.layers.1.self_attn.o_proj", "model.layers.1.o_proj"),
+        ("zamba2", "model.layers.0.mamba.in_proj", "2.mixer.in_proj"),
+        ("zamba2", "model.layers.3.mamba_decoder.mamba.out_proj", "5.mixer.out_proj"),
+        ("zamba2", "model.layers.3.linear", "5.linear"),
         ("llama", "model.layers.1.self_attn.o_proj", None),
     ],
 )
 def test_a_layer_has_the_prefix_that_its_class_gives_it(
     architecture: str, name: str, expected: str | None
 ) -> None:
-    assert vllm_prefix(name, architecture, decoder_layers=4) == expected
+    every = [name, "model.layers.1.mamba_decoder.mamba.in_proj"]
+    every += ["model.layers.3.mamba_decoder.mamba.in_proj", "model.layers.2.mamba.in_proj"]
+    found = vllm_prefixes([name], architecture, every=every)
+    assert found == ([] if expected is None else [expected])
 
 
 def test_an_export_names_layers_by_prefixes_too(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from weakref import ref
 
 import pytest
 import torch
-from calibrated import calibrate_folder, plan_of, some_tokens
+from calibrated import calibrate_folder, keeping, plan_of, some_tokens
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, long_but
+from safetensors.torch import load_file
 from tiny_types import write_type
 
 from mofq.api import Samples, Where, calibrate
@@ -23,7 +24,7 @@ from mofq.evidence.calibration.stats import UNFINISHED
 from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
 from mofq.exceptions import MofqError, StatsError, StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import find_layers
+from mofq.model.layers import find_layers, included_groups, vocabulary_names
 from mofq.model.streaming.records import write_tensors
 from mofq.model.streaming.streamed import open_streamed
 
@@ -34,11 +35,12 @@ ODD_TYPES = ("gemma3n_text", "gemma4_text", "doge", "zamba2", "roc_bert", "qwen3
 
 def streamed(folder: Path, out: Path, *, kept: int | None = None, **changes: Any) -> None:
     plan = plan_of(folder, WINDOWS, **changes)
-    corpora = (replace(plan.corpora[0], kept=kept), *plan.corpora[1:])
+    vocabulary = included_groups(plan.vocabulary or ())
+    corpora = tuple(keeping(kept, one) for one in plan.corpora)
     with open_streamed(folder, dtype=plan.dtype) as model:
         calibrate_streamed(
             model,
-            find_layers(open_checkpoint(str(folder))),
+            find_layers(open_checkpoint(str(folder)), **vocabulary),
             plan=replace(plan, corpora=corpora),
             windows=WINDOWS,
             folder=out,
@@ -84,6 +86,40 @@ def test_caches_draws_and_bfloat16_are_the_same_streamed(
     changes: dict[str, Any], tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:
     assert_same_bytes(tiny("llama"), tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}, {"draws": 2, "kept": 1, "inputs": True}),
+        ("llama", {"tie_word_embeddings": False}, {"draws": 2}),
+        # Scales its rows and caps its logits.
+        pytest.param("gemma2", {}, {"dtype": "bfloat16"}, marks=pytest.mark.long),
+        ("qwen3_moe", {"tie_word_embeddings": True}, {"routing": True}),
+        pytest.param(
+            "qwen3_moe", {"tie_word_embeddings": False}, {"routing": True}, marks=pytest.mark.long
+        ),
+    ],
+)
+def test_lm_head_and_embedding_have_the_same_statistics_streamed(
+    family: str,
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    folder = tiny(family, **options)
+    layers = find_layers(
+        open_checkpoint(str(folder)), include_lm_head=True, include_embeddings=True
+    )
+    names = vocabulary_names(layers.groups)
+    assert_same_bytes(folder, tmp_path, vocabulary=names, **changes)
+    samples = load_file(next((tmp_path / "streamed" / "a").glob("sequence-*.safetensors")))
+    embedding = layers.grouped_layers[-1].name
+    assert {f"rows/{embedding}", f"lookup/{embedding}"} <= samples.keys()
+    if "routing" in changes:
+        routing = read_routing(tmp_path / "streamed" / "a" / "routing-00000.json")
+        assert routing.gains[embedding] > 0
 
 
 def test_of_sequences_that_are_not_kept_gains_and_inputs_are_the_same(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.samples import SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.table import read_table
-from mofq.exceptions import MofqError, StatsError, StreamingError
+from mofq.exceptions import MofqError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import LinearLayer, find_layers, vocabulary_names
 from mofq.model.loading import load_model
@@ -163,6 +163,28 @@ def test_a_table_has_them_where_they_are_asked_for_and_is_the_same_otherwise(
         )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_keys_of_a_space_ask_for_them_and_nothing_need_be_stored(
+    tied: bool, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder, text = tiny("llama", tie_word_embeddings=tied), tmp_path / "text.txt"
+    text.write_text("Rows are looked up, and logits are products of them. " * 40)
+    plain, keyed = tmp_path / "plain.yaml", tmp_path / "keyed.yaml"
+    plain.write_text("version: 1\nschemes: [int4.g32, int8.channel]\n")
+    keyed.write_text(plain.read_text("utf-8") + "lm_head: true\nembeddings: true\n")
+    corpora, samples = [f"a={text}"], Samples(sequences=2, sequence_length=32)
+    calibrate(folder, corpora, tmp_path / "stats", samples=samples, vocabulary=_BOTH)
+    stored = measure(
+        folder, plain, tmp_path / "stored.jsonl", stats=tmp_path / "stats", vocabulary=_BOTH
+    )
+    passing = measure(folder, keyed, tmp_path / "table.jsonl", corpora=corpora, samples=samples)
+    names = [group.name for group in inspect(folder, space=keyed).layers.groups]
+    assert names[-1] == "embeddings"
+    assert ("lm_head" in names) == (not tied)
+    assert [group.name for group in passing.table.header.groups] == names
+    assert passing.table.rows == stored.table.rows
+
+
 def test_what_may_not_be_had_is_refused_before_anything_runs(
     tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -183,17 +205,6 @@ def test_what_may_not_be_had_is_refused_before_anything_runs(
     space.write_text("version: 1\nschemes: [int8.channel+int8.token]\n")
     with pytest.raises(MofqError, match=r"take a scheme without activations"):
         measure(tied, space, output, vocabulary=Vocabulary(embeddings=True))
-    with pytest.raises(MofqError, match=r"layer by layer, where lm_head and embedding"):
-        measure(tied, space, output, corpora=["a=demo-en"], vocabulary=Vocabulary(lm_head=True))
-    with pytest.raises(StreamingError, match=r"layer by layer, lm_head and embedding"):
-        calibrate(
-            tied,
-            ["a=demo-en"],
-            tmp_path / "stats",
-            samples=Samples(sequences=1, sequence_length=32),
-            execution="streamed",
-            vocabulary=Vocabulary(lm_head=True),
-        )
     assert not output.exists()
 
 

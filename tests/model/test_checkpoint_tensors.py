@@ -21,6 +21,7 @@ from mofq.model.checkpoint.tensors import (
     read_tensor,
 )
 from mofq.model.layers import FusionGroup, LinearLayer
+from mofq.numbers.schemes import parse_scheme
 
 
 def layer_of(tensor: str, out_features: int, in_features: int, **place: Any) -> LinearLayer:
@@ -196,4 +197,5 @@ def test_layers_that_share_a_scale_share_the_largest_magnitude(tmp_path: Path) -
     group = FusionGroup(
         "qkv", tuple(replace(layer_of(n, 1, 2, shares_scale=s), name=n) for n, s in layers.items())
     )
-    assert read_shared_amax(checkpoint, group) == {"q": 3.0, "k": 3.0, "v": 0.25}
+    weight = parse_scheme("nvfp4").quantized_weight
+    assert read_shared_amax(checkpoint, group, weight) == {"q": 3.0, "k": 3.0, "v": 0.25}

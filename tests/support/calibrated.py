@@ -17,7 +17,7 @@ from mofq.evidence.calibration.calibrate import calibrate, sample_scores, score_
 from mofq.evidence.calibration.stats import CorpusPlan, Plan, Stats
 from mofq.evidence.spaces import SearchSpace, parse_search_space
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import find_layers
+from mofq.model.layers import find_layers, included_groups
 from mofq.model.loading import load_model
 
 
@@ -45,6 +45,11 @@ def plan_of(model_folder: Path, corpora: Mapping[str, Tensor], **changes: Any) -
     return Plan(**{**values, **changes})
 
 
+def keeping(kept: int | None, corpus: CorpusPlan) -> CorpusPlan:
+    """A corpus of which the samples of so many sequences are kept; of a shorter one, of all."""
+    return replace(corpus, kept=kept if kept is not None and kept < corpus.sequences else None)
+
+
 def calibrate_folder(
     model_folder: Path,
     out: Path,
@@ -57,10 +62,10 @@ def calibrate_folder(
 ) -> Stats:
     """Calibrate a checkpoint on windows of tokens; ``changes`` go to the plan."""
     plan = plan_of(model_folder, corpora, **changes)
-    plan = replace(plan, corpora=tuple(replace(one, kept=kept) for one in plan.corpora))
+    plan = replace(plan, corpora=tuple(keeping(kept, one) for one in plan.corpora))
     return calibrate(
         model or load_model(model_folder, dtype=plan.dtype),
-        find_layers(open_checkpoint(str(model_folder))),
+        find_layers(open_checkpoint(str(model_folder)), **included_groups(plan.vocabulary or ())),
         plan=plan,
         windows=corpora,
         folder=out,

@@ -23,7 +23,7 @@ WEIGHT_SCHEMES = (
     *("fp6_e3m2.g32", "fp6_e2m3.channel.s-f32", "mxfp6_e3m2", "mxfp6_e2m3@mse"),
     *("fp4_e2m1.channel", "fp4_e2m1.g32", "fp4_e2m1.g32@mse", "fp4_e2m1_ieee.g32"),
     *("mxfp4", "mxfp4@mse", "fp4_e2m1.g32.s-e8m0ceil", "nvfp4", "nvfp4@mse"),
-    *("mxint8", "mxfp8_e5m2", "mx9", "mx6", "mx4", "nvfp4@fouroversix"),
+    *("mxint8", "mxfp8_e5m2", "mx9", "mx6", "mx4", "nvfp4@fouroversix", "nvfp4@stored"),
     *("fp4_e2m1.block16.s-e4m3", "int8.g16.s-e4m3", "nf4.g64", "nf4.channel@mse", "nf4.g32.s-e4m3"),
 )
 

@@ -34,7 +34,7 @@ from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax, stored_amax
 from mofq.model.modules import is_plain_linear
 from mofq.numbers.quantize import FakeQuantLinear
 from mofq.numbers.schemes import Scheme
@@ -199,7 +199,7 @@ def apply_prepared(
 
 def weight_amax(
     group: FusionGroup, scheme: Scheme, sources: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | float]:
     """The largest magnitude behind the global scale of each weight of a fusion group.
 
     Args:
@@ -212,7 +212,10 @@ def weight_amax(
     """
     if not scheme.needs_weight_amax:
         return {}
-    return share_amax(group, {name: source.abs().amax() for name, source in sources.items()})
+    amax = {name: source.abs().amax() for name, source in sources.items()}
+    if scheme.quantized_weight.has_stored_global_scale:
+        return dict(stored_amax(group, {name: float(one) for name, one in amax.items()}))
+    return dict(share_amax(group, amax))
 
 
 def check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:

@@ -180,7 +180,11 @@ def _expect_group(
     fits: Fits | None,
 ) -> Iterator[_Expected]:
     inputs = static_amax(group, scheme, recipe)
-    weights = read_shared_amax(checkpoint, group) if scheme.needs_weight_amax else {}
+    weights = (
+        read_shared_amax(checkpoint, group, scheme.quantized_weight)
+        if scheme.needs_weight_amax
+        else {}
+    )
     for layer in group.layers:
         codes = None
         if scheme.weight is not None:

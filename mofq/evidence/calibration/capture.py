@@ -176,6 +176,7 @@ def capture_layers(
     activation_checkpointing: bool = False,
     routing: bool = False,
     place: torch.device | None = None,
+    lookups: bool = True,
 ) -> Iterator[Captured]:
     """Watch every linear layer of the fusion groups for as long as the context lasts.
 
@@ -187,6 +188,7 @@ def capture_layers(
             of keeping its activations.
         routing: Watch what routers score, see `mofq.evidence.calibration.routing`.
         place: Where what is seen is kept; by default the CPU.
+        lookups: Watch which rows of an embedding are looked up, too; see `watch_lookups`.
 
     Yields:
         What the last sequence left; call `Captured.clear` before each sequence.
@@ -202,7 +204,7 @@ def capture_layers(
     check_weights_apart(model, layers)
     last_input: list[tuple[Tensor, str]] = []
     embedding = next((one for one in layers.grouped_layers if one.role != "linear"), None)
-    handles = [_start_gradient_at_embeddings(model, captured, embedding)]
+    handles = [_start_gradient_at_embeddings(model, captured, embedding if lookups else None)]
     restore: list[Callable[[], None]] = []
     experts: dict[str, dict[tuple[int, str], list[tuple[LinearLayer, int]]]] = {}
     for layer in layers.grouped_layers:
@@ -241,6 +243,25 @@ def capture_layers(
             undo()
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watch_lookups(model: nn.Module, captured: Captured, embedding: LinearLayer) -> Iterator[None]:
+    """Watch which rows of an embedding are looked up, for as long as the context lasts.
+
+    Args:
+        model: As `capture_layers` has it.
+        captured: Is added to.
+        embedding: A layer of the role of one.
+
+    Raises:
+        StatsError: The model has no such embedding.
+    """
+    handle = _start_gradient_at_embeddings(model, captured, embedding)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _module(model: nn.Module, path: str, layer: LinearLayer | CacheLayer) -> nn.Module:

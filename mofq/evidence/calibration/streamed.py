@@ -28,7 +28,12 @@ from mofq.evidence.calibration.calibrate import (
     score_seed,
     seeds_of,
 )
-from mofq.evidence.calibration.capture import Captured, capture_layers, check_weights_apart
+from mofq.evidence.calibration.capture import (
+    Captured,
+    capture_layers,
+    check_weights_apart,
+    watch_lookups,
+)
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
 from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
 from mofq.evidence.calibration.place import captured_place
@@ -62,6 +67,7 @@ from mofq.model.layers.within import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content
 from mofq.model.streaming.replay import StreamedSequence
+from mofq.model.streaming.send import send
 from mofq.model.streaming.streamed import StreamedModel
 from mofq.model.streaming.writer import Writer
 
@@ -298,7 +304,8 @@ def run_backward(
     """
     parts = [layers_within(layers, unit) for unit in streamed.weights.units]
     place = captured_place(streamed.model, parts, plan)
-    _run_head(streamed, [one for one in sequences if not one.gradients.has(steps)], steps)
+    left = [one for one in sequences if not one.gradients.has(steps)]
+    yield from _run_head(streamed, layers, left, steps, plan=plan, place=place)
     last_step: dict[str, int] = {}
     for step in range(steps - 1, -1, -1):
         content, _ = read_content(sequences[0].streamed.record(step))
@@ -315,8 +322,13 @@ def run_backward(
             continue
         call, _ = streamed.replayer.reach(left[0].streamed, step, with_gradients=True)
         if not needs_gradients(call):
-            for running in left:
-                running.keep(step, {}, {}, writer=streamed.writer)
+            if inside.groups:
+                yield from _run_embedding(
+                    streamed, unit, inside, left, step, steps=steps, place=place
+                )
+            else:
+                for running in left:
+                    running.keep(step, {}, {}, writer=streamed.writer)
             streamed.writer.wait()
             continue
         names = tuple(kept_layers(inside, plan))
@@ -367,42 +379,107 @@ def _step_back(
     if captured.routers is None:
         return sent, of_margins, [], {}
     costs = captured.routers.costs
-    send = partial(
+    run = partial(
         back.send,
         {i: grad[0] for i, grad in running.margins.arrived(step, last=steps).items()},
         of_margins,
         objective=captured.routers.objective(seed=running.margin_seed),
     )
-    return sent, of_margins, costs, margin_gains(captured, send)
+    return sent, of_margins, costs, margin_gains(captured, run)
 
 
-def _run_head(streamed: StreamedModel, sequences: Sequence[Running], steps: int) -> None:
-    """Draw the scores of each sequence, and send their gradients down from the logits."""
+def _run_head(
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[Running],
+    steps: int,
+    *,
+    plan: Plan,
+    place: torch.device,
+) -> Iterator[Seen]:
+    """Draw the scores of each sequence, and send their gradients down from the logits.
+
+    Yields:
+        What an lm_head that is a layer of its own saw.
+    """
     if not sequences:
         return
-    embedding = streamed.model.get_input_embeddings()
-    start = embedding.register_forward_hook(_start_gradient)
+    inside = layers_within(layers, streamed.head)
+    names = tuple(kept_layers(inside, plan))
     before = streamed.next_unit(streamed.head, backwards=True)
-    try:
-        with streamed.weights.loaded(streamed.head, ahead=before):
-            for running in sequences:
-                with torch.enable_grad():
-                    logits_TV, leaves = streamed.replayer.finish(running.streamed, steps)
-                if not torch.isfinite(logits_TV.detach()).all():
-                    raise infinite_logits(streamed.model)
-                sent: dict[tuple[int, int], list[Tensor]] = {}
-                for draw, seed in enumerate(running.seeds):
-                    score_TV = sample_scores(logits_TV.detach(), seed=seed)
-                    logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
-                    collect(leaves, sent)
-                running.keep(steps, sent, {}, writer=streamed.writer)
-            streamed.writer.wait()
-    finally:
-        start.remove()
+    with (
+        streamed.weights.loaded(streamed.head, ahead=before),
+        capture_layers(streamed.model, inside, place=place) as captured,
+    ):
+        for running in sequences:
+            sent = _send_scores(streamed, running, steps)
+            if names:
+                yield Seen(running, steps, streamed.head, names, captured, [], {})
+            running.keep(steps, sent, {}, writer=streamed.writer)
+            captured.clear()
+            del sent
+        streamed.writer.wait()
 
 
-def _start_gradient(_module: object, _inputs: object, output: Tensor) -> Tensor:
-    return output.requires_grad_(True).clone()
+def _send_scores(streamed: StreamedModel, running: Running, steps: int) -> Sent:
+    """Draw the scores of a sequence, and run backward from the logits to what gave them.
+
+    The head's weights are there; hooks in it see that.
+    """
+    with torch.enable_grad():
+        logits_TV, leaves = streamed.replayer.finish(running.streamed, steps)
+    if not torch.isfinite(logits_TV.detach()).all():
+        raise infinite_logits(streamed.model)
+    sent: Sent = {}
+    for draw, seed in enumerate(running.seeds):
+        score_TV = sample_scores(logits_TV.detach(), seed=seed)
+        logits_TV.backward(score_TV, retain_graph=draw < len(running.seeds) - 1)
+        collect(leaves, sent)
+    return sent
+
+
+def _run_embedding(
+    streamed: StreamedModel,
+    unit: str,
+    inside: ModelLayers,
+    sequences: Sequence[Running],
+    step: int,
+    *,
+    steps: int,
+    place: torch.device,
+) -> Iterator[Seen]:
+    """Look the tokens' rows up again, and send them what arrived.
+
+    Where the lm_head is tied to the embedding, what its two roles see of a sequence is of one
+    layer: the head runs again here, at the last step of its matrix, so that nothing as long as
+    the vocabulary is kept of any sequence in between.
+    """
+    (embedding,) = inside.grouped_layers
+    head = streamed.head if embedding.role == "tied" else None
+    with (
+        streamed.weights.loaded(unit, beside=head) as module,
+        capture_layers(streamed.model, inside, place=place, lookups=False) as captured,
+    ):
+        for running in sequences:
+            captured.clear()
+            if head is not None:
+                _send_scores(streamed, running, steps)
+            call, _ = streamed.replayer.reach(running.streamed, step, with_gradients=True)
+            with torch.enable_grad(), watch_lookups(streamed.model, captured, embedding):
+                rows = module(*call.args, **call.kwargs)
+            for grad in _arrived(running.gradients, step, steps, like=rows):
+                rows.backward(grad, retain_graph=True)
+            moved: dict[str, float] = {}
+            for grad in _arrived(running.margins, step, steps, like=rows):
+                moved = margin_gains(captured, partial(rows.backward, grad))
+            yield Seen(running, step, unit, (embedding.name,), captured, [], moved)
+            running.keep(step, {}, {}, writer=streamed.writer)
+
+
+def _arrived(gradients: Gradients, step: int, steps: int, *, like: Tensor) -> Iterator[Tensor]:
+    """Of what a step returned, which is one tensor, the gradient of each draw."""
+    for grads in gradients.arrived(step, last=steps).values():
+        yield from (send(grad, like.device) for grad in grads)
 
 
 def _assemble(
@@ -421,7 +498,7 @@ def _assemble(
     gains: dict[str, Mapping[str, Sequence[float]]] = {}
     costs: list[float] = []
     moved: dict[str, float] = {}
-    for step in range(steps):
+    for step in range(steps + 1):  # the head's is the last
         if running.piece(step).exists():
             content, mapped = read_content(running.piece(step))
             inputs |= content["inputs"]

@@ -71,11 +71,18 @@ from mofq.model.checkpoint.safetensors_header import kept_dtype
 from mofq.model.checkpoint.tensors import (
     check_finite,
     check_scales,
+    read_amax,
     read_layer_rows,
-    read_shared_amax,
 )
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, is_expert
+from mofq.model.layers import (
+    FusionGroup,
+    LinearLayer,
+    ModelLayers,
+    is_expert,
+    share_amax,
+    stored_amax,
+)
 from mofq.numbers.formats import SCALE_FORMATS, FloatFormat
 from mofq.numbers.quantize.compiled import Kind, pass_maker
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate
@@ -465,13 +472,16 @@ def _prepare_all(
     shared = SharedInputs()
     for group, schemes, corpora in work:
         is_asked = any(scheme.needs_weight_amax for scheme in schemes)
-        weight_amax = read_shared_amax(checkpoint, group) if is_asked else {}
+        amax = read_amax(checkpoint, group) if is_asked else {}
+        of_scale = share_amax(group, amax) if amax else {}
+        of_stored = stored_amax(group, amax) if amax else {}
         for layer in group.layers:
             prepare = partial(
                 prepare_layer,
                 partial(read_layer_rows, checkpoint, layer),
                 (layer.out_features, layer.in_features),
-                tensor_amax=weight_amax.get(layer.name),
+                tensor_amax=of_scale.get(layer.name),
+                stored_amax=of_stored.get(layer.name),
                 device=device,
                 name=layer.name,
                 make_pass=partial(pass_of, layer),

@@ -66,6 +66,7 @@ class PreparedLayer:
     needs_deltas: bool  #: whether rounding errors themselves are needed, and not just their squares
     inputs: Mapping[str, Inputs]  #: corpus -> inputs
     tensor_amax: float | None
+    stored_amax: float | None  #: the same for a scheme that keeps the global scale of the source
     static_amax: float | None  #: largest magnitude of all inputs; None where there are none
     input_extents: Mapping[str, ExtentSums]  #: corpus -> of its inputs
     device: str
@@ -95,6 +96,7 @@ def prepare_layer(
     samples: Mapping[str, ChunkedSamples],
     part: str = "",
     tensor_amax: float | None = None,
+    stored_amax: float | None = None,
     static_amax: float | None = None,
     fit: LayerFit = NO_FIT,
     device: str = "cpu",
@@ -112,6 +114,7 @@ def prepare_layer(
         samples: Corpus name -> samples of this layer; may be empty.
         part: What the layer's score is found by, where it is scored in parts.
         tensor_amax: Largest magnitude of the weight and of all that share its scale.
+        stored_amax: What stands for it where a scheme keeps the global scale of the source.
         static_amax: Largest magnitude of all inputs; by default that of the samples.
         fit: What the schemes are fitted to, where some are.
         device: Where the arithmetic runs.
@@ -164,6 +167,7 @@ def prepare_layer(
             for corpus, one in samples.items()
         },
         tensor_amax=tensor_amax,
+        stored_amax=stored_amax,
         static_amax=static_amax,
         input_extents=extents,
         device=device,

@@ -402,7 +402,9 @@ def quantize_block(layer: PreparedLayer, block_RI: Tensor) -> Tensor:
             quantized_RI = fake_quantize_weight(
                 weight_RI,
                 weight,
-                tensor_amax=layer.tensor_amax,
+                tensor_amax=layer.stored_amax
+                if weight.has_stored_global_scale
+                else layer.tensor_amax,
                 name=layer.name,
                 **layer.fit.arguments(weight),
             )

@@ -18,7 +18,7 @@ releases write down:
 - ``modelopt`` NVFP4: ``X.weight`` [out, in / 2], ``X.weight_scale``, ``X.weight_scale_2`` that
   scales are multiplied by.
 
-Only headers are read here, and the sixteen bytes of ``weight_shape``.
+Only headers are read here, the sixteen bytes of ``weight_shape``, and global scales.
 
 Source: compressed-tensors 0.20 ``compressors/``; GPTQModel's ``qlinear``; AutoAWQ
 ``utils/packing_utils.py``; transformers 5.23 ``integrations/mxfp4.py``; vLLM 0.33
@@ -27,6 +27,7 @@ Source: compressed-tensors 0.20 ``compressors/``; GPTQModel's ``qlinear``; AutoA
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -295,7 +296,12 @@ def _fp4(
     """NVFP4, by either convention for the global scale."""
     scales = [(shape[0], shape[1] // _NVFP4_GROUP)]
     scale = source.part(codes, f"{name}_scale", scales, ("F8_E4M3",))
-    packed = Packed("fp4", scale, _NVFP4_GROUP, global_scale=whole, is_divisor=is_divisor)
+    packed = Packed(
+        *("fp4", scale, _NVFP4_GROUP),
+        global_scale=whole,
+        is_divisor=is_divisor,
+        global_value=_read_global(whole, is_divisor=is_divisor),
+    )
     return _weight(codes, name, "FP4", shape, packed)
 
 
@@ -411,10 +417,23 @@ _METHODS: Mapping[str, Callable[[_Source], list[TensorInfo]]] = {
 
 def _read_integers(info: TensorInfo) -> tuple[int, int]:
     """The two numbers of a ``weight_shape``."""
+    first, second = _read_numbers(info, "<2q" if info.dtype == "I64" else "<2i")
+    return int(first), int(second)
+
+
+def _read_global(info: TensorInfo, *, is_divisor: bool) -> float | None:
+    """A global scale as a multiplier; None where it is none, which reading the weight refuses."""
+    (value,) = _read_numbers(info, "<f")
+    if not (math.isfinite(value) and value > 0):
+        return None
+    return 1 / value if is_divisor else float(value)
+
+
+def _read_numbers(info: TensorInfo, form: str) -> tuple[float, ...]:
+    """A tensor of a few numbers, of the form that `struct` knows."""
     try:
         with open(info.file, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), info.nbytes, info.start)
-        first, second = struct.unpack("<2q" if info.dtype == "I64" else "<2i", data)
+        return struct.unpack(form, data)
     except (OSError, struct.error) as error:
         raise CheckpointError(f"{info.file}: {info.name!r} cannot be read: {error}.") from error
-    return first, second

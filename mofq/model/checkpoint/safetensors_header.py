@@ -103,6 +103,7 @@ class Packed:
     zero_offset: int = 0  #: what is to be added to the stored zero points
     global_scale: TensorInfo | None = None  #: that scales are multiplied by
     is_divisor: bool = False  #: or divided by
+    global_value: float | None = None  #: what scales are multiplied by, where it is a number
     group_of_I: TensorInfo | None = None  #: which group each column is in, if that is stored
     is_sorted: bool = False  #: whether columns of a group lie apart
     is_symmetric: bool = False  #: whether zero points, if there are any, are all in the middle

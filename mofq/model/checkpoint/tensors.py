@@ -18,8 +18,9 @@ from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.safetensors_header import Scaling
 from mofq.model.checkpoint.stored_bytes import read_strided, torch_dtype
 from mofq.model.checkpoint.unpacking import check_packed_scales, read_unpacked
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax, stored_amax
 from mofq.numbers.quantize.tiles import row_blocks
+from mofq.numbers.schemes import TensorScheme
 
 _E4M3_MAX = 448.0
 #: Elements of a tensor that are decoded at once on their way into an export.
@@ -148,20 +149,30 @@ def read_kept_layer(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
     return rows_RI.to(torch.bfloat16) if checkpoint.tensors[layer.tensor].decoded else rows_RI
 
 
-def read_shared_amax(checkpoint: Checkpoint, group: FusionGroup) -> dict[str, float]:
+def read_shared_amax(
+    checkpoint: Checkpoint, group: FusionGroup, weight: TensorScheme
+) -> dict[str, float]:
     """The largest magnitude that the global scale of each weight of a fusion group is made from.
 
     Args:
         checkpoint: Holds the weights, which are read block by block.
         group: Of its layers.
+        weight: What they are quantized by.
 
     Returns:
-        Layer name -> the largest among the layers that it shares the scale with.
+        Layer name -> the largest among the layers that it shares the scale with, or what stands
+        for the global scale that the source has.
 
     Raises:
         CheckpointError: As `read_rows`.
     """
-    return share_amax(group, {layer.name: _read_amax(checkpoint, layer) for layer in group.layers})
+    amax = read_amax(checkpoint, group)
+    return (stored_amax if weight.has_stored_global_scale else share_amax)(group, amax)
+
+
+def read_amax(checkpoint: Checkpoint, group: FusionGroup) -> dict[str, float]:
+    """Layer name -> its own largest magnitude; as `read_shared_amax`."""
+    return {layer.name: _read_amax(checkpoint, layer) for layer in group.layers}
 
 
 def _read_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:

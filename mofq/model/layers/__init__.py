@@ -17,6 +17,7 @@ from mofq.model.layers.linear import (
     find_loaded_weight,
     layers_of,
     share_amax,
+    stored_amax,
 )
 from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
 from mofq.model.layers.vocabulary import (
@@ -54,6 +55,7 @@ __all__ = [
     "load_layers",
     "share_amax",
     "split_experts",
+    "stored_amax",
     "vocabulary_names",
     "vocabulary_rejection",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
@@ -10,6 +11,7 @@ from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.names_in_memory import find_stored_name
 from mofq.model.layers.stated import StatedLayers
+from mofq.numbers.formats import FP4_E2M1, FP8_E4M3
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 _Layer_co = TypeVar("_Layer_co", covariant=True)
 _Layer = TypeVar("_Layer")
 _Number = TypeVar("_Number", float, "Tensor")
+
+#: Of the largest powers of two in both formats.
+_FP4_EXPONENT, _E4M3_EXPONENT = (math.floor(math.log2(one.max)) for one in (FP4_E2M1, FP8_E4M3))
 
 #: What a model does with a matrix: multiply by it, look its rows up, or both (a tied embedding).
 Role = Literal["linear", "lookup", "tied"]
@@ -57,6 +62,7 @@ class LinearLayer:
     expert: int | None = None  #: index into a tensor [experts, out, in]
     row_start: int = 0  #: first row in the stored matrix; not 0 where layers are stored fused
     scale_bytes: int = 0  #: of the scales that an FP8 source has for this layer [bytes]
+    global_scale: float | None = None  #: that an NVFP4 source has for it, a multiplier
     loaded: LoadedWeight | None = None  #: in the loaded model, where no family's rule says it
     role: Role = "linear"
 
@@ -98,6 +104,28 @@ def share_amax(group: FusionGroup, amax: Mapping[str, _Number]) -> dict[str, _Nu
         known = largest.get(layer.shares_scale, amax[layer.name])
         largest[layer.shares_scale] = max(known, amax[layer.name])
     return {layer.name: largest[layer.shares_scale] for layer in group.layers}
+
+
+def stored_amax(group: FusionGroup, amax: Mapping[str, float]) -> dict[str, float]:
+    """As `share_amax`, the magnitude that would give each layer the global scale that it has.
+
+    Of an NVFP4 source, to a unit in the last place of float32. MXFP4 has none: there it is a power
+    of two, so that the scales of all blocks are powers of two, as theirs, and that of the largest
+    one is at most the largest in E4M3.
+
+    Args:
+        group: Whose layers engines concatenate.
+        amax: Layer name -> its own largest magnitude.
+    """
+
+    def of(layer: LinearLayer) -> float:
+        largest = amax[layer.name]
+        of_largest = math.floor(math.log2(largest)) - _FP4_EXPONENT if largest else 0
+        power = math.ldexp(1.0, of_largest - _E4M3_EXPONENT)
+        scale = power if layer.global_scale is None else layer.global_scale
+        return scale * FP8_E4M3.max * FP4_E2M1.max
+
+    return share_amax(group, {layer.name: of(layer) for layer in group.layers})
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ def linear_layer(
         row_start=row_start,
         # Its share of the scales of the tensor.
         scale_bytes=info.scale_bytes * shape[0] * shape[1] // max(1, math.prod(info.shape)),
+        global_scale=None if info.packed is None else info.packed.global_value,
         loaded=loaded,
         role=role,
     )

@@ -97,18 +97,24 @@ class UnitWeights:
         self._pool.shutdown(cancel_futures=True)
 
     @contextmanager
-    def loaded(self, unit: str, *, ahead: str | None = None) -> Iterator[nn.Module]:
+    def loaded(
+        self, unit: str, *, ahead: str | None = None, beside: str | None = None
+    ) -> Iterator[nn.Module]:
         """Have a unit's weights in the model for as long as the context lasts.
 
         Args:
             unit: Its path.
             ahead: Another unit, which is read meanwhile.
+            beside: Another unit whose weights are there too; what the two have in common is one
+                parameter, as in a model that is loaded whole.
 
         Raises:
             CheckpointError: A file got shorter.
         """
         reading = self._ahead.pop(unit, None) or self._pool.submit(self._read, unit)
         weights = reading.result()
+        if beside is not None:
+            weights |= self._read_beside(unit, beside, weights)
         self._ahead.clear()
         if ahead is not None and ahead != unit:
             self._ahead[ahead] = self._pool.submit(self._read, ahead)
@@ -123,6 +129,16 @@ class UnitWeights:
         finally:
             for name, tensor in before.items():
                 _put(self.model, name, tensor)
+
+    def _read_beside(self, unit: str, other: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of another unit; those that are the first one's become its parameters."""
+        sources = self._sources[other]
+        ours = {source: name for name, source in self._sources[unit].items()}
+        shared = {name: ours[source] for name, source in sources.items() if source in ours}
+        for ours_name in shared.values():
+            weights[ours_name] = nn.Parameter(weights[ours_name], requires_grad=False)
+        read = {} if len(shared) == len(sources) else self._read(other)
+        return read | {name: weights[ours_name] for name, ours_name in shared.items()}
 
     def keep_tied(self) -> None:
         """Read what is a unit's tensor under another name, outside of it: it stays."""

@@ -36,6 +36,8 @@ Pass = Callable[[Tensor, Tensor], Tensor]
 
 def is_candidate(scheme: TensorScheme) -> bool:
     """Whether the weight alone says how a scheme rounds it."""
+    if scheme.has_stored_global_scale:
+        return False
     return scheme.rounding == "nearest" and scheme.scale_rule != "nats"
 
 

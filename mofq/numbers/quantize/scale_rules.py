@@ -23,7 +23,9 @@ stored             instead of all these r: that the largest magnitude has the co
                    ``2**(bits-1) - 1``, ``2**(bits-1)``, and then each smaller one, at most
                    16; asym. that the largest and the smallest number are ``2**bits - 1``
                    codes apart, ``2**bits - 2`` …, at most 16. One of them is the scale from
-                   which the values of an integer source were decoded, and has no error
+                   which the values of an integer source were decoded, and has no error.
+                   NVFP4: that the largest magnitude has each code above 0, the largest first,
+                   under the global scale of the source
 =================  =============================================================
 
 The smallest error wins, among equals the first, so that the result is never
@@ -48,7 +50,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mofq.numbers.formats import IntFormat
+from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.quantize.rounding import (
     SMALLEST_NORMAL,
     power_of_two_floor,
@@ -77,6 +79,7 @@ _CLIPS = (
     *(percent / 100 for percent in range(64, 22, -6)),
 )
 _STORED_CODES = 16
+_FP4_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
 _STRETCHES = tuple(part / 24 for part in range(48, 11, -1) if part != 24)
 
 
@@ -171,7 +174,7 @@ def _candidates(
     """All candidates, each value with one more dimension before the others."""
     ratio = partial(_ratios, like=amax)
     if scheme.scale_rule == "stored":
-        return _stored_scales(x_ARGK, amax, scheme)
+        return _stored_scales(x_ARGK, amax, scheme, global_scale=global_scale)
     if not scheme.symmetric:
         low, high = tile_range(x_ARGK)
         return asymmetric_scales(low * ratio(1.0, *_CLIPS), high * ratio(1.0, *_CLIPS), scheme)
@@ -193,8 +196,16 @@ def _candidates(
     return Scales(torch.cat([scale(1.0), signed]), None, global_scale)
 
 
-def _stored_scales(x_ARGK: Tensor, amax: Tensor, scheme: TensorScheme) -> Scales:
+def _stored_scales(
+    x_ARGK: Tensor, amax: Tensor, scheme: TensorScheme, *, global_scale: Tensor | None
+) -> Scales:
     """One scale for each code that the largest number of a tile may have been."""
+    if isinstance(scheme.element, FloatFormat):
+        scales = [
+            torch.where(amax == 0, 1.0, scale_for(amax, code, scheme, global_scale=global_scale))
+            for code in _FP4_CODES
+        ]
+        return Scales(torch.stack(scales), None, global_scale)
     low, high = code_range(scheme)
     codes = range(high, max(0, high - _STORED_CODES), -1)
     if scheme.symmetric:

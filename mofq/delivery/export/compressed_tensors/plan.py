@@ -226,7 +226,8 @@ def encoded_parts(
         SchemeError: A weight is not finite; the message names the layer.
         StatsError: The scheme is fitted to statistics, and there are none.
     """
-    amax = read_shared_amax(checkpoint, planned.group) if planned.scheme.needs_weight_amax else {}
+    weight = planned.scheme.quantized_weight
+    amax = read_shared_amax(checkpoint, planned.group, weight) if weight.needs_tensor_amax else {}
     for layer in planned.group.layers:
         yield from _encoded_layer(checkpoint, planned, layer, amax.get(layer.name), fits=fits)
 

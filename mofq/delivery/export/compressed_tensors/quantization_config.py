@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
-from mofq.engines.vllm_names import vllm_prefix
+from mofq.engines.vllm_names import vllm_prefixes
 from mofq.model.layers import FUSION_RULES, FusionGroup, find_loaded_weight, layers_of
 
 #: Last words of layers that engines join -> last words of the module that they make of them. Most
@@ -129,11 +129,5 @@ def _engine_names(groups: Iterable[FusionGroup], plan: ExportPlan) -> list[str]:
     if architecture in _WITHOUT_BODY:
         body = FUSION_RULES[architecture].body
         names += [name.removeprefix(body) for name in names]
-    every = layers_of(plan.model_layers.groups)
-    count = 1 + max(
-        (one.decoder_layer for one in every if one.decoder_layer is not None), default=0
-    )
-    prefixes = [
-        vllm_prefix(name, architecture, decoder_layers=count) for name in (*on_disk, *names)
-    ]
-    return names + [name for name in prefixes if name is not None]
+    every = [layer.name for layer in layers_of(plan.model_layers.groups)]
+    return names + vllm_prefixes([*on_disk, *names], architecture, every=every)
