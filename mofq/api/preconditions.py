@@ -88,8 +88,8 @@ def vocabulary_problems(offers: Iterable[Offer], space: SearchSpace) -> dict[str
             (reason, _), *_ = Counter(plain or offer.rejected.values()).most_common(1)
             problems[offer.group.name] = Remark(
                 f"{offer.group.name}: may have no scheme of the search space {space.name}: "
-                f"{reason}. Leave {option('lm_head')} and {option('embeddings')} (or the space's keys "
-                f"of these names) out, or give another space or {option('engine')}."
+                f"{reason}. Leave {option('lm_head')} and {option('embeddings')} (or the space's "
+                f"keys of these names) out, or give another space or {option('engine')}."
             )
     return problems
 
