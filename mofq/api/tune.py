@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.decision.tuning import Tuning
 
-#: Of four sequences each; chosen on SmolLM2-135M (docs/rounding-and-rewrites.md).
+#: Of four sequences each (docs/rounding-and-rewrites.md).
 STEPS = 16
 
 Steps = Annotated[int, Option("Of the optimizer, on four sequences each.", least=1)]

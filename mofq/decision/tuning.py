@@ -53,7 +53,8 @@ class Tuning:
     @property
     def gain(self) -> str:
         """What was gained on the sequences held out, for people."""
-        saved, share = self.kl_before - self.kl_after, 100 / self.kl_before
+        # Of a recipe that changes nothing there is no share.
+        saved, share = self.kl_before - self.kl_after, 100 / (self.kl_before or 1.0)
         return (
             f"{self.kl_before:.3g} to {self.kl_after:.3g} nats per token, "
             f"{-share * saved:.1f} ± {share * self.kl_saved_stderr:.1f} %, on {self.held_out} "

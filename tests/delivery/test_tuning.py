@@ -161,7 +161,7 @@ def test_a_recipe_without_its_norms_or_with_others_is_refused(
     file = written.parent / found.tuning.file
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"\0" if content[-1] else content[:-1] + b"\1")
-    with pytest.raises(RecipeError, match="was changed since .* Take the file as it was"):
+    with pytest.raises(RecipeError, match=r"was changed since .* Take the file as it was"):
         load_recipe(written)
     file.unlink()
     with pytest.raises(RecipeError, match="Copy it from where the recipe was, or remove `tuning`"):
