@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import DEMO, mofq, ok, refused
+from command_line import DEMO, mofq, ok, refused, tree
 
 import mofq as package
 
@@ -81,3 +81,27 @@ def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
         *("-o", tmp_path / "tuned.yaml"),
     )
     assert "judged by the others, of which there are 1. Give longer text, or a larger" in message
+
+
+@pytest.mark.long
+def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_path: Path) -> None:
+    space, folder = tmp_path / "space.yaml", tmp_path / "run"
+    space.write_text("version: 1\nschemes: ['int3.channel@nats']\n")
+    run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "16")
+    small = ("--tokens", "256", "--rivals", "0", "-o", folder)
+    first = ok(*run, *small)
+    assert "13 norms tuned after quantizing: KL" in first.out
+    assert "before norms were tuned" in first.out
+    before = tree(folder)
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.tuning is not None
+    assert recipe.tuning.held_out == 4
+    content = ok(*run, *small, "--json").json
+    assert content["tuned"]["kl_after"] == recipe.tuning.kl_after
+    assert "tune" not in content["seconds"]
+    assert {name for name, data in tree(folder).items() if data != before[name]} <= {
+        "validation.json"
+    }
+    quick = ok(*run, *small, "--effort", "quick", "--json").json
+    assert quick["tuned"] is None
+    assert content["kl_nats_per_token"] < quick["kl_nats_per_token"]
