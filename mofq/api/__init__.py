@@ -41,6 +41,7 @@ from mofq.api.recipe import RecipeFromResult, UniformResult, recipe_from, unifor
 from mofq.api.rewrite import RewriteResult, rewrite
 from mofq.api.run import RunResult, demo, run
 from mofq.api.search import SearchResult, search
+from mofq.api.tune import TuneResult, tune
 from mofq.api.validate import ValidateResult, validate
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "SpacesResult",
     "Study",
     "Timing",
+    "TuneResult",
     "UniformResult",
     "ValidateResult",
     "Where",
@@ -92,6 +94,7 @@ __all__ = [
     "run",
     "search",
     "spaces",
+    "tune",
     "uniform",
     "validate",
 ]

@@ -232,7 +232,9 @@ def calibrate(
             "activation_checkpointing": activation_checkpointing,
             "progress": progress and _over_corpora(progress, plan),
         }
-        chosen = _chosen(execution, checkpoint, found, plan, where=where, device_map=device_map)
+        chosen = chosen_execution(
+            execution, checkpoint, found, plan, where=where, device_map=device_map
+        )
         if chosen.remark is not None:
             (tell or silent)(chosen.remark)
         if where.cluster is None:
@@ -267,7 +269,7 @@ def calibrate(
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
 
 
-def _chosen(
+def chosen_execution(
     execution: ExecutionChoice,
     checkpoint: Checkpoint,
     layers: ModelLayers,
@@ -276,7 +278,7 @@ def _chosen(
     where: Where,
     device_map: str | None,
 ) -> Chosen:
-    """Whether the model is run whole."""
+    """Whether the model is run whole, forward and backward."""
     from mofq.model.streaming.execution import choose_execution
 
     unless = None

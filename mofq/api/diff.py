@@ -68,6 +68,8 @@ class DiffResult:
         }
         if self.with_cache:
             content["kv_bits"] = self.kv_bits
+        if any(one.tuning is not None for one in self.recipes):
+            content["tuned"] = [one.tuning and one.tuning.to_json() for one in self.recipes]
         if found.total is not None:
             content["unit"] = found.unit
             if found.objective is not None:

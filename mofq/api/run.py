@@ -52,6 +52,7 @@ from mofq.api.run_folder import (
     RunFiles,
     check_ends_as_before,
     find_files,
+    former_recipes,
     keep_former,
     write_results,
 )
@@ -72,6 +73,7 @@ from mofq.api.run_request import (
     check_run,
     storage_of,
 )
+from mofq.api.run_tuning import tune_where_it_helps
 from mofq.exceptions import MofqError, Remark, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
@@ -79,6 +81,7 @@ from mofq.files.progress import Progress
 if TYPE_CHECKING:
     from mofq.decision import Request
     from mofq.decision.recipe import Recipe
+    from mofq.decision.tuning import Tuning
     from mofq.delivery.validation import Validation
     from mofq.evidence.table import Table
 
@@ -102,6 +105,11 @@ class RunResult:
     export: ExportResult | None  #: None: no engine was named
     tried: Sequence[Tried]  #: in order, each with all before it that was taken
     subject: Subject  #: the model that was quantized: as it was, or rewritten
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the recipe's tuned norms were measured to gain; None where it has none."""
+        return self.recipe.tuning
 
     @property
     def original_bits(self) -> float:
@@ -133,6 +141,7 @@ class RunResult:
             "preferred": self.preferred,
             "schemes": dict(Counter(group.scheme for group in self.recipe.groups)),
             "tried": [one.to_json() for one in self.tried],
+            "tuned": None if self.tuning is None else self.tuning.to_json(),
             "validations": {name: one.to_json() for name, one in self.validations.items()},
             "exported": None if self.export is None else str(self.export.output),
             "serve_command": None if self.export is None else self.export.serve_command,
@@ -285,6 +294,11 @@ def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell
         searched = noting(decision.recipe, asked.effort, evidence)
         uniform = uniform_rivals(table, request, searched, most=asked.rivals)
         candidates = keep_former(files, {SEARCHED: searched, **uniform})
+    if asked.effort != "quick" and not former_recipes(files):
+        with timed("tune"):
+            candidates[SEARCHED] = tune_where_it_helps(
+                run, candidates[SEARCHED], subject, progress=progress, tell=tell
+            )
     with timed("validate"):
         work = files.folder / ".streamed"
         validations = validate_candidates(

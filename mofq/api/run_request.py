@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from shutil import disk_usage
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from mofq.api.run_effort import EFFORTS, Offered
 from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mofq.api.run_folder import RunFiles
     from mofq.decision import Request
     from mofq.evidence.calibration.stats import Plan
@@ -67,6 +69,7 @@ class Checked:
     checkpoint: Checkpoint
     layers: ModelLayers  #: that get schemes
     plan: Plan  #: what is drawn from the corpora
+    windows: Mapping[str, Tensor]  #: corpus -> what was drawn, [sequences, sequence_length]
     offered: Offered  #: what the space offers of this model at the effort
     selections: tuple[Selection, ...]  #: how many layers each constraint names
 
@@ -92,7 +95,7 @@ def check_run(asked: RunRequest) -> Checked:
     if asked.effort == "best":
         samples = replace(samples, keep=_KEPT_AT_BEST)
     asked = replace(asked, windows=windows, samples=samples)
-    plan, _ = plan_calibration(
+    plan, drawn = plan_calibration(
         checkpoint,
         layers,
         load_corpora(asked.sources),
@@ -102,7 +105,7 @@ def check_run(asked: RunRequest) -> Checked:
     )
     if asked.effort != "quick":
         _check_halves(plan, asked.effort)
-    return Checked(asked, checkpoint, layers, plan, offered, selections)
+    return Checked(asked, checkpoint, layers, plan, drawn, offered, selections)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, TypeAdapter
 
 from mofq.decision.rewriting import Rewriting
+from mofq.decision.tuning import Tuning, beside
 from mofq.evidence.spaces import shape_rejection
 from mofq.exceptions import RecipeError, SchemeError, nearest_name
 from mofq.files.documents import (
@@ -59,6 +60,8 @@ RECIPE_VERSION: Literal[1] = 1
 RECIPE_FILE = "recipe.yaml"
 #: A hash may be shortened by hand, but not to nothing.
 _SHORTEST_HASH = 8
+#: Of a text's hash, in a list of several.
+_HASH_DIGITS = 16
 
 #: Keys of made_by that have the hashes of texts.
 _TEXTS = ("text_sha256", "corpora_sha256")
@@ -222,6 +225,10 @@ class RecipeFile:
         Rewriting | None,
         Field(description="of which model, and how, the one that this recipe is for was made"),
     ] = None
+    tuning: Annotated[
+        Tuning | None,
+        Field(description="norms that were tuned after quantizing, in a file beside this one"),
+    ] = None
     kv_cache: Annotated[
         dict[Text, CacheEntry],
         Field(
@@ -232,6 +239,7 @@ class RecipeFile:
 
 _RECIPE_FILE = TypeAdapter(RecipeFile)
 _REWRITING = TypeAdapter(Rewriting)
+_TUNING = TypeAdapter(Tuning)
 RECIPE_SCHEMA = published_schema(_RECIPE_FILE, "A mofq recipe (recipe.yaml)")
 
 
@@ -282,6 +290,10 @@ class Recipe:
     kv_cache: tuple[RecipeCache, ...] = ()  #: of every attention layer; empty: as it is
     layers: StatedLayers | None = None  #: what the user said of the model's layers
     rewriting: Rewriting | None = None  #: that made the model of another; None: it is as it was
+    #: Of norms, after quantizing; no part of the decisions, and ``result`` is of before it.
+    tuning: Tuning | None = None
+    #: The content of its file, whose hash ``tuning`` has.
+    tuned: bytes = field(default=b"", compare=False, repr=False)
     #: The file that it was read from, for messages; no part of what a recipe says.
     file: str | None = field(default=None, compare=False, repr=False)
 
@@ -337,10 +349,12 @@ class Recipe:
     def use_of(self, text_sha256: str) -> str | None:
         """What a text was used for on the way to the recipe, as far as it says; None: nothing."""
         searched, corpora = (str(self.made_by.get(key) or "") for key in _TEXTS)
-        if searched and text_sha256.startswith(searched):
-            return "searched"
-        digits = [one for one in corpora.split(", ") if one]
-        return "calibrated" if any(map(text_sha256.startswith, digits)) else None
+        tuned = "" if self.tuning is None else self.tuning.corpora_sha256
+        uses = {"searched": searched, "tuned": tuned, "calibrated": corpora}
+        for use, hashes in uses.items():
+            if any(text_sha256.startswith(one) for one in hashes.split(", ") if one):
+                return use
+        return None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -351,6 +365,11 @@ class Recipe:
     def kl_nats_per_token(self) -> float | None:
         """Predicted; None where the recipe does not rest on a table in nats."""
         return self.result.kl_nats_per_token
+
+
+def join_hashes(hashes: Iterable[str]) -> str:
+    """Of texts, as a recipe notes them."""
+    return ", ".join(sorted(one[:_HASH_DIGITS] for one in hashes))
 
 
 def holds_recipe(path: Path) -> bool:
@@ -372,11 +391,12 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises:
         RecipeError: The file is missing or not valid, of another version, has an
-            unknown key or scheme, or names a layer twice.
+            unknown key or scheme, or names a layer twice; its tuned norms are not beside it, or
+            were tuned for other decisions.
     """
     path = Path(path)
     recipe = parse_recipe(read_text(path, RecipeError, kind="recipe"), where=str(path))
-    return replace(recipe, file=str(path))
+    return replace(recipe, file=str(path), tuned=_read_tuned(recipe, path))
 
 
 def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
@@ -397,8 +417,10 @@ def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
         kv_cache=tuple(_cache(name, cache, where) for name, cache in file.kv_cache.items()),
         layers=file.layers,
         rewriting=file.rewriting,
+        tuning=file.tuning,
     )
     _check_layers_once(recipe, where)
+    _check_tuned_for(recipe, where)
     return recipe
 
 
@@ -438,8 +460,42 @@ def _check_layers_once(recipe: Recipe, where: str) -> None:
         place[layer] = here
 
 
+def _check_tuned_for(recipe: Recipe, where: str) -> None:
+    """Refuse norms that were tuned for other schemes."""
+    tuning = recipe.tuning
+    if tuning is not None and tuning.decisions_sha256 != recipe.decisions_sha256:
+        raise RecipeError(
+            f"{where}: tuning: {tuning.file} was tuned for other schemes than the recipe has now, "
+            f"so that what it gains is not known. Remove `tuning` from the recipe; then run `mofq "
+            f"tune` to tune for these."
+        )
+
+
+def _read_tuned(recipe: Recipe, path: Path) -> bytes:
+    """The tuned norms beside a recipe; nothing where it has none."""
+    if recipe.tuning is None:
+        return b""
+    file = beside(path, recipe.tuning)
+    remedy = "or remove `tuning` from the recipe: its norms are then the original's"
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"{file}: cannot be read ({error.strerror or error}), and {path} needs the tuned norms "
+            f"in it. Copy it from where the recipe was, {remedy}."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != recipe.tuning.sha256:
+        raise RecipeError(
+            f"{file}: was changed since {path} was written, which names another hash of it. Take "
+            f"the file as it was, {remedy}."
+        )
+    return content
+
+
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe: beside its final name, then renamed. Equal recipes give equal bytes.
+
+    Tuned norms are written beside it, and are there before it is.
 
     Raises:
         RecipeError: The recipe would not be read back as it is.
@@ -448,6 +504,10 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
     text = recipe_text(recipe)
     if parse_recipe(text, where=str(path)) != recipe:
         raise RecipeError(f"{path}: the recipe holds values that its file format cannot keep.")
+    if recipe.tuning is not None:
+        if hashlib.sha256(recipe.tuned).hexdigest() != recipe.tuning.sha256:
+            raise RecipeError(f"{path}: the recipe's tuned norms are not those that it names.")
+        write_beside_and_rename(beside(path, recipe.tuning), recipe.tuned)
     write_beside_and_rename(Path(path), text)
 
 
@@ -473,6 +533,10 @@ def recipe_header(recipe: Recipe) -> str:
     if recipe.layers is not None:
         lines.append(f"layers: {json.dumps(recipe.layers.to_json())}  # what names do not say")
     lines += _rewriting_lines(recipe.rewriting)
+    if recipe.tuning is not None:
+        lines.append("tuning:  # of norms, after quantizing; what is predicted is of before it")
+        content = _TUNING.dump_python(recipe.tuning, mode="json")
+        lines += [f"  {yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in content.items()]
     return "\n".join(lines)
 
 

@@ -12,12 +12,15 @@ from mofq.decision.flips import flip_cost
 from mofq.decision.offers import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, error_together, predict, stated
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
-from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup, RecipeResult
+from mofq.decision.recipe import (
+    Recipe,
+    RecipeCache,
+    RecipeGroup,
+    RecipeResult,
+    join_hashes,
+)
 from mofq.decision.request import Request, weights_text
 from mofq.evidence.table import Table
-
-#: Of the hash of each text that was calibrated on.
-_HASH_DIGITS = 16
 
 #: Keys of `mofq.decision.recipe.MadeByKeys`.
 MadeBy = dict[str, str | int | None]
@@ -92,8 +95,7 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
         made["constraints"] = "; ".join(map(str, constraints))
     if stats is not None:
         made["stats_sha256"] = stats.sha256
-        hashes = sorted(one[:_HASH_DIGITS] for one in stats.corpora.values())
-        made["corpora_sha256"] = ", ".join(hashes)
+        made["corpora_sha256"] = join_hashes(stats.corpora.values())
         made["sequence_length"] = stats.sequence_length
         if stats.bos:
             made["bos"] = True

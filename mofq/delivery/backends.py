@@ -148,6 +148,12 @@ def _write_file(
             f"as it is. Export with {option('to', 'compressed-tensors')}, or remove kv_cache from "
             f"the recipe."
         )
+    if recipe.tuning is not None:
+        raise BackendError(
+            f"{recipe.title}: its norms are tuned, and {name} would quantize the model with those "
+            f"of the original. Export with {option('to', 'compressed-tensors')}, or remove "
+            f"`tuning` from the recipe."
+        )
     path = Path(file)
     write_beside_and_rename(path, text_of(checkpoint, recipe))
     return path

@@ -200,8 +200,8 @@ _NUMBERS = (
     ),
     Fault(
         "emulation without the rounding of activations",
-        "            x = fake_quantize_activation(\n                x, self",
-        "            _ = fake_quantize_activation(\n                x, self",
+        "            x = straight_through(round_to, x)",
+        "            _ = straight_through(round_to, x)",
         "emulate quantize_activations",
     ),
     Fault(

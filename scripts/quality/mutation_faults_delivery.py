@@ -194,4 +194,31 @@ _ENGINES = (
     ),
 )
 
-DELIVERY = (*_REWRITING, *_EXPORTS, *_ENGINES)
+_TUNING = (
+    Fault(
+        "tuning: norms that are tuned away from the original",
+        "(q_RV - p_RV) * (share",
+        "(p_RV - q_RV) * (share",
+        "tuning::test_tuned_norms_diverge_less_from_the_original_on_what_no_step_saw",
+    ),
+    Fault(
+        "tuning: kept without a gain",
+        "return saved > _SURE * self.saved_stderr",
+        "return saved >= 0",
+        "tuning::test_where_nothing_is_gained_it_says_so",
+    ),
+    Fault(
+        "tuning: 1 + weight taken for weight",
+        "(1 + gain_C if _adds_one(module, gain_C) else gain_C).abs()",
+        "gain_C.abs()",
+        "tuning::test_the_norms_of_families_are_found_with_the_size_of_their_gains",
+    ),
+    Fault(
+        "tuning: schemes that were edited since",
+        "tuning.decisions_sha256 != recipe.decisions_sha256",
+        "not recipe.decisions_sha256",
+        "tuning::test_a_recipe_whose_schemes_were_edited_is_refused_until_its_norms_are_removed",
+    ),
+)
+
+DELIVERY = (*_REWRITING, *_EXPORTS, *_ENGINES, *_TUNING)

@@ -59,6 +59,11 @@ def show_diff(result: DiffResult) -> None:
         each = "; ".join(f"that of {name} is {what}" for name, what in pairs)
         note(f"The two KL do not compare: {each}.")
     for name, recipe in zip(result.names, result.recipes, strict=True):
+        if recipe.tuning is not None:
+            note(
+                f"{name}: {recipe.tuning.tensors} norms were tuned, of which no figure above "
+                f"knows: KL {recipe.tuning.gain}."
+            )
         if recipe.is_edited and found.total is None:
             note(
                 f"{name}: was edited after it was found, so that its figures no longer hold. "

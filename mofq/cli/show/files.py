@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PlotResult,
         RecipeFromResult,
         RewriteResult,
+        TuneResult,
         UniformResult,
     )
 
@@ -57,6 +58,20 @@ def show_rewriting(result: RewriteResult) -> None:
         f"layers {content['kl_before']:.4g} before, {content['kl_after']:.4g} after; "
         f"{content['seconds']:.1f} s. Calibrate this folder before it is measured."
     )
+
+
+def show_tuning(result: TuneResult) -> None:
+    """`mofq tune`."""
+    gain, seconds = result.tuning.gain, f"{result.seconds:.1f} s"
+    if result.helps:
+        note(f"{result.output}: {result.tuning.tensors} norms tuned, KL {gain}; {seconds}.")
+    else:
+        note(
+            f"{result.output}: the recipe as it was. Tuned norms have KL {gain}: no less by more "
+            f"than its error; {seconds}."
+        )
+    stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
+    next_step("validate", result.model, str(result.output), *stats, "--text", "OTHER_TEXT")
 
 
 def show_export(result: ExportResult) -> None:

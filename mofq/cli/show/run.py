@@ -30,6 +30,8 @@ def show_run(result: RunResult) -> None:
     schemes = Counter(group.scheme for group in result.recipe.groups)
     counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
     say(f"recipe, fusion groups: {counts}")
+    if result.tuning is not None:
+        say(f"{result.tuning.tensors} norms tuned after quantizing: KL {result.tuning.gain}")
     times = ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items())
     say(f"seconds: {times}")
     if result.export is not None:

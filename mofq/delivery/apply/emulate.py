@@ -29,6 +29,7 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, static_amax
+from mofq.delivery.tuning.tensors import put_tensors, tuned_tensors
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError
@@ -66,7 +67,7 @@ def apply(
         was, with other weights; layers without a scheme
         are untouched, except that FP8 weights of the checkpoint are rounded to
         bf16 as an export rounds them. Attention reads
-        keys and values as the recipe's cache keeps them.
+        keys and values as the recipe's cache keeps them. Norms are as the recipe tuned them.
 
     Raises:
         RecipeError: The recipe does not cover the model, splits a fusion group,
@@ -117,6 +118,7 @@ def apply_groups(
     prepared = prepare(model, recipe, check=check, checkpoint=checkpoint)
     for group in prepared.quantized:
         check_modules(model, group, prepared.schemes[group.name], recipe)
+    tuned = tuned_tensors(recipe, checkpoint)
     if checkpoint is not None:
         round_kept(model, prepared.layers, checkpoint=checkpoint, on_disk=prepared.on_disk)
     for done, group in enumerate(prepared.quantized):
@@ -124,6 +126,7 @@ def apply_groups(
             progress(stage, done, len(prepared.quantized))
         apply_prepared(model, prepared, group, apply_one)
     apply_caches(model, recipe, prepared.layers)
+    put_tensors(model.state_dict(), tuned, prepared.layers.architecture, where=recipe.title)
     if progress is not None:
         progress(stage, len(prepared.quantized), len(prepared.quantized))
     return model

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from mofq.exceptions import BackendError
 from mofq.model.modules import experts_problem, find_bias, find_kind, multiply, run_experts
 from mofq.numbers.quantize import fake_quantize_activation
+from mofq.numbers.quantize.straight_through import straight_through
 from mofq.numbers.schemes import Scheme
 
 
@@ -80,12 +83,13 @@ class FakeQuantExperts(nn.Module):
         scheme = self.schemes.get((parameter, expert))
         if scheme is None or scheme.activation is None:
             return x_TI
-        return fake_quantize_activation(
-            x_TI,
-            scheme.activation,
+        round_to = partial(
+            fake_quantize_activation,
+            scheme=scheme.activation,
             static_amax=self.static_amax.get((parameter, expert)),
             name=f"{self.layer_name}.{expert}",
         )
+        return straight_through(round_to, x_TI)
 
     def extra_repr(self) -> str:
         """Number of experts and schemes, for ``print(model)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -14,6 +15,7 @@ from mofq.model.attention import cache_passages, pass_cache
 from mofq.model.kv_schemes import CacheScheme, part_amax
 from mofq.model.layers import PARTS, ModelLayers, find_loaded_module
 from mofq.numbers.quantize import fake_quantize_cache
+from mofq.numbers.quantize.straight_through import straight_through
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,15 @@ class RoundedCache:
         if how is None:
             return state_BHTD
         state_BTHD = state_BHTD.transpose(1, 2)
-        rounded_BTHD = fake_quantize_cache(
-            state_BTHD,
-            how.scheme,
+        round_to = partial(
+            fake_quantize_cache,
+            scheme=how.scheme,
             by_head=how.by_head,
             kernel=how.kernel,
             static_amax=part_amax(part, self.static_amax),
             name=self.name,
         )
-        return rounded_BTHD.transpose(1, 2)
+        return straight_through(round_to, state_BTHD).transpose(1, 2)
 
 
 def apply_caches(model: nn.Module, recipe: Recipe, layers: ModelLayers) -> list[RemovableHandle]:

@@ -125,6 +125,8 @@ def validate_many(
             unless = f"the backend {backend!r} changes a whole model"
         elif any(one.rewritten is not None for one in opened):
             unless = "a recipe that rewrites the model is applied to a whole one"
+        elif any(one.applied is not None and one.applied.tuning is not None for one in opened):
+            unless = "tuned norms are put into a whole model"
         elif any(one.recipe is not None and has_embedding(one.recipe) for one in opened):
             unless = WHOLE_FOR_EMBEDDING
         chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
@@ -315,6 +317,7 @@ def validation_of(
         tasks=tasks,
         predicted_kl_low=None if recipe is None else recipe.result.kl_low,
         predicted_kl_high=None if recipe is None else recipe.result.kl_high,
+        is_tuned=recipe is not None and recipe.tuning is not None,
         seconds=seconds,
         seconds_original=original.seconds,
     )

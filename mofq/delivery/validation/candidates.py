@@ -49,6 +49,11 @@ class Candidate:
     #: The rewritten model that the recipe is applied to; None: the original.
     rewritten: Checkpoint | None = None
 
+    @property
+    def applied(self) -> Recipe | None:
+        """The recipe that is applied in memory; None where a folder is run."""
+        return self.recipe if self.folder is None else None
+
     def base(self, original: Checkpoint) -> Checkpoint:
         """The checkpoint that the recipe is applied to."""
         return original if self.rewritten is None else self.rewritten

@@ -23,6 +23,7 @@ from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
+from mofq.delivery.tuning.tensors import tuned_tensors
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.files.progress import Progress
@@ -79,8 +80,8 @@ def find_deviations(
     """Compare every layer of a model with what a recipe makes of the original weights.
 
     Weights must be equal in every bit, after one rounding to the model's dtype;
-    so must everything that a recipe leaves alone, biases, norms and embeddings
-    included; what an FP8 checkpoint holds of that is rounded to bf16 first, as an
+    so must norms that it tuned, and everything that it leaves alone, biases, norms and
+    embeddings included; what an FP8 checkpoint holds of that is rounded to bf16 first, as an
     export rounds it.
 
     Args:
@@ -120,7 +121,7 @@ def find_deviations(
     if progress is not None:
         progress("enforce", total - 1, total)
     found += unquantized_deviations(model, layers, checkpoint)
-    found += other_deviations(model.state_dict(), checkpoint, layers)
+    found += other_deviations(model.state_dict(), checkpoint, layers, recipe)
     found += cache_deviations(model, recipe, layers, decoded=decoded)
     if progress is not None:
         progress("enforce", total, total)
@@ -335,7 +336,7 @@ def _bits_differ(found: Tensor, needed: Tensor) -> Tensor:
 
 
 def other_deviations(
-    loaded: Mapping[str, Tensor], checkpoint: Checkpoint, layers: ModelLayers
+    loaded: Mapping[str, Tensor], checkpoint: Checkpoint, layers: ModelLayers, recipe: Recipe
 ) -> Iterator[Deviation]:
     """Tensors that are no linear layer's weight: biases, norms, embeddings.
 
@@ -343,7 +344,9 @@ def other_deviations(
         loaded: A model's ``state_dict()``, or a part of it: no more is compared.
         checkpoint: The original.
         layers: Of the whole model.
+        recipe: For the checkpoint; norms that it tuned are compared with what it has of them.
     """
+    tuned = tuned_tensors(recipe, checkpoint)
     skipped = {layer.tensor for layer in layers.linear_layers}
     if layers.tied_lm_head:  # a copy on disk that is never loaded
         skipped |= {f"{name}.weight" for name in lm_heads_of(layers.architecture)}
@@ -351,8 +354,16 @@ def other_deviations(
         found = loaded_tensor(loaded, name, layers.architecture)
         if name in skipped or found is None or not found.is_floating_point():
             continue
-        needed = read_tensor(info)
+        needed = tuned.get(name)
+        is_tuned = needed is not None
+        if needed is None:
+            needed = read_tensor(info)
         if info.decoded:  # rounded as an export rounds it
             needed = needed.bfloat16()
         if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
-            yield Deviation(name, "differs from the original, and no recipe touches it")
+            what = (
+                "is not what the recipe tuned it to"
+                if is_tuned
+                else ("differs from the original, and no recipe touches it")
+            )
+            yield Deviation(name, what)

@@ -83,6 +83,7 @@ class Validation:
     #: Of the prediction's 95 % interval; None where the recipe has none, as those of before.
     predicted_kl_low: float | None = None
     predicted_kl_high: float | None = None
+    is_tuned: bool = False  #: whether norms were tuned, which no prediction knows of
 
     @property
     def kl_upper(self) -> float:
@@ -91,14 +92,14 @@ class Validation:
 
     @property
     def within_prediction(self) -> bool | None:
-        """Whether the measured KL is inside of the predicted interval; None: there is none.
+        """Whether the measured KL is inside of the predicted interval; None: there is none of it.
 
         The interval is of what is measured on much text; what was measured on this one has noise
         of its own, of which two standard errors are added to both ends.
         """
         low, high = self.predicted_kl_low, self.predicted_kl_high
         predicted = self.predicted_kl_nats_per_token
-        if low is None or high is None or predicted is None:
+        if low is None or high is None or predicted is None or self.is_tuned:
             return None
         noise = INTERVAL_STDERRS * (self.kl_stderr or 0.0)
         below, above = (math.hypot(end - predicted, noise) for end in (low, high))
@@ -116,8 +117,10 @@ class Validation:
             del lineage["stats_sequence_length"]
         if self.lineage.text_use is None:
             del lineage["text_use"]
-        if self.within_prediction is None:
+        if self.predicted_kl_low is None or self.predicted_kl_high is None:
             del content["predicted_kl_low"], content["predicted_kl_high"]
+        if not self.is_tuned:
+            del content["is_tuned"]
         return {"version": VALIDATION_VERSION, **lineage, **content}
 
 

@@ -431,7 +431,7 @@ def _enforce(
         found[0].extend(deviations)
     found[1].extend(unquantized_deviations(model, inside, checkpoint))
     state = model.get_submodule(unit).state_dict(prefix=f"{unit}.")
-    found[2].extend(other_deviations(state, checkpoint, layers))
+    found[2].extend(other_deviations(state, checkpoint, layers, recipe))
     found[3].extend(cache_deviations(model, recipe, inside, decoded=decoded))
     return found
 
@@ -447,6 +447,9 @@ def _deviations(
     """Every deviation of a subject, in the order of ``find_deviations``."""
     if subject.layers is None:
         return None
+    assert subject.candidate is not None
+    assert subject.candidate.recipe is not None
+    recipe = subject.candidate.recipe
     (run,) = (one for one in runs if subject in one.subjects)
     kinds: _Found = ([], [], [], [])
     for unit in run.streamed.weights.units:
@@ -456,12 +459,11 @@ def _deviations(
     units = tuple(f"{unit}." for unit in run.streamed.weights.units)
     state = run.streamed.model.state_dict()
     rest = {name: one for name, one in state.items() if not name.startswith(units)}
-    kinds[2].extend(other_deviations(rest, checkpoint, subject.layers))
+    kinds[2].extend(other_deviations(rest, checkpoint, subject.layers, recipe))
     order = {layer.name: n for n, layer in enumerate(layers_of(subject.layers.groups))}
     kinds[0].sort(key=lambda one: order[one.layer])
     names = {name: n for n, name in enumerate(checkpoint.tensors)}
     kinds[2].sort(key=lambda one: names[one.layer])
-    assert subject.candidate is not None
     return with_those_of_folder(subject.candidate, [one for kind in kinds for one in kind])
 
 

@@ -41,7 +41,13 @@ WEIGHT_FILES = (
 #: The original's weights, and what the export writes itself.
 _LEFT_OUT = (
     *WEIGHT_FILES,
-    *("config.json", "recipe.yaml", "hf_quant_config.json", "quantize_config.json"),
+    *(
+        "config.json",
+        "recipe.yaml",
+        "tuned-*.norms",
+        "hf_quant_config.json",
+        "quantize_config.json",
+    ),
 )
 _CARD = "README.md"
 _ORIGINAL_CARD = "README.original.md"

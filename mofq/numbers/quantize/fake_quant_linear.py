@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mofq.exceptions import SchemeError
 from mofq.numbers.quantize.activations import fake_quantize_activation
+from mofq.numbers.quantize.straight_through import straight_through
 from mofq.numbers.schemes import Scheme
 
 
@@ -75,9 +78,13 @@ class FakeQuantLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` [..., in_features] and apply the layer, to [..., out_features]."""
         if self.scheme.activation is not None:
-            x = fake_quantize_activation(
-                x, self.scheme.activation, static_amax=self.static_amax, name=self.layer_name
+            round_to = partial(
+                fake_quantize_activation,
+                scheme=self.scheme.activation,
+                static_amax=self.static_amax,
+                name=self.layer_name,
             )
+            x = straight_through(round_to, x)
         bias = self.bias if isinstance(self.bias, Tensor) else None
         return functional.linear(x, self.weight, bias)
 

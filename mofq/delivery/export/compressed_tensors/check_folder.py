@@ -105,6 +105,9 @@ def find_folder_deviations(
         if reason := _rows_deviation(exported.tensors[name], first_row, rows):
             skipped.add(name)
             yield Deviation(name, f"{reason} (an expert of the original)")
+    for name, tensor in plan.tuned.items():
+        if name not in skipped and (reason := _rows_deviation(exported.tensors[name], 0, tensor)):
+            yield Deviation(name, f"{reason} (a norm that the recipe tuned)")
     for info in plan.kept:
         if info.name in skipped:
             continue

@@ -60,8 +60,9 @@ def export_compressed_tensors(
     """Write a recipe's checkpoint in the compressed-tensors format.
 
     The folder appears under its name when it is complete. Codes and scales are
-    those of ``quantize_weight``; every other tensor is copied byte for byte, except that
-    FP8 weights of the source which stay unquantized are written in bf16.
+    those of ``quantize_weight``, tuned norms those of the recipe; every other tensor is copied
+    byte for byte, except that FP8 weights of the source which stay unquantized are written in
+    bf16.
 
     Args:
         checkpoint: The original model.
@@ -202,6 +203,8 @@ def _write_weights(
             writer.add_rows(name, scale)
         for name, _, rows in split_rows(plan):
             writer.add_rows(name, rows)
+        for name, tensor in plan.tuned.items():
+            writer.add_rows(name, tensor)
         for info in plan.kept:
             writer.keep(info)
 

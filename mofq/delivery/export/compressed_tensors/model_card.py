@@ -134,7 +134,7 @@ def _scheme_table(plan: ExportPlan, recipe: Recipe) -> str:
             f"times scales, and `bf16` means these products, rounded to bf16."
         )
     note = f"\n\n{note} The scheme of each layer is in `recipe.yaml`."
-    return head + "\n".join(rows) + note + _caches(recipe)
+    return head + "\n".join(rows) + note + _caches(recipe) + _tuned(recipe)
 
 
 def _caches(recipe: Recipe) -> str:
@@ -145,13 +145,24 @@ def _caches(recipe: Recipe) -> str:
     return f"\n\nKV cache, of {len(recipe.kv_cache)} attention layers: {named}."
 
 
+def _tuned(recipe: Recipe) -> str:
+    if recipe.tuning is None:
+        return ""
+    return (
+        f"\n\nAfter quantizing, {recipe.tuning.tensors} norms were tuned against the original: KL "
+        f"divergence {recipe.tuning.gain}."
+    )
+
+
 def _predicted(recipe: Recipe) -> str:
     predicted = recipe.kl_nats_per_token
     if predicted is None:
         edited = " The recipe was edited after it was found." if recipe.is_edited else ""
         return f"Not measured.{edited}"
+    before = "" if recipe.tuning is None else ", before norms were tuned"
     return (
-        f"Predicted KL divergence from the original: {predicted:.6f} nats per token. Not measured."
+        f"Predicted KL divergence from the original: {predicted:.6f} nats per token{before}. Not "
+        f"measured."
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
+from mofq.delivery.tuning.tensors import tuned_tensors
 from mofq.engines.exports import group_problem
 from mofq.engines.exports.compressed_tensors import Storage, storage_of, tied_problem
 from mofq.evidence.fits import Fits
@@ -81,6 +82,7 @@ class ExportPlan:
     tensors: dict[str, PlannedTensor]  #: every tensor of the export, in order
     group_bytes: int  #: of the fusion groups' tensors, quantized or not, without noted shapes
     cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)  #: name -> the recipe's own
 
 
 def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
@@ -135,16 +137,18 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         if name not in replaced
     }
     cache = plan_cache(recipe, model_layers)
+    tuned = tuned_tensors(recipe, checkpoint)
     return ExportPlan(
         checkpoint=checkpoint,
         model_layers=model_layers,
         quantized=tuple(quantized),
         ignored=tuple(ignored),
-        kept=tuple(kept.values()),
+        kept=tuple(info for name, info in kept.items() if name not in tuned),
         split=tuple(split),
         tensors=_order_tensors(checkpoint, model_layers, parts, kept) | cache.planned,
         group_bytes=_group_bytes(checkpoint, model_layers, parts),
         cache=cache,
+        tuned={kept[name].name: tensor for name, tensor in tuned.items()},
     )
 
 

@@ -1,0 +1,148 @@
+"""Tunes the norms of a recipe's model against the original, at no bit more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mofq.api.calibrate import check_gradient_dtype, chosen_execution, plan_calibration
+from mofq.api.inputs import load_corpora, open_recipe, save_recipe, sources_of, text_file
+from mofq.api.options import (
+    AnyRecipe,
+    Corpora,
+    Device,
+    GradientDtype,
+    Model,
+    Option,
+    RecipeOutput,
+    Samples,
+    Sequences,
+    Stats,
+    Tell,
+    Where,
+    WindowBos,
+    WindowLength,
+    documented,
+)
+from mofq.api.preconditions import check_device, check_output
+from mofq.exceptions import StreamingError, option
+from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.decision.recipe import Recipe
+    from mofq.decision.tuning import Tuning
+
+#: Of four sequences each (docs/rounding-and-rewrites.md).
+STEPS = 16
+
+Steps = Annotated[int, Option("Of the optimizer, on four sequences each.", least=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneResult:
+    """A recipe before and after its norms were tuned."""
+
+    model: str  #: as it was given
+    recipe: Recipe  #: with tuned norms where they help; else as it was, without any
+    tuning: Tuning  #: what was measured, whether or not the recipe has it
+    output: Path | None
+    seconds: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the recipe has the tuned norms."""
+        return self.recipe.tuning is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured, for machines."""
+        return {
+            "recipe": None if self.output is None else str(self.output),
+            "tuned": self.helps,
+            **self.tuning.to_json(),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@documented
+def tune(
+    model: Model,
+    recipe: AnyRecipe,
+    corpora: Annotated[
+        Corpora,
+        Option(
+            "NAME=FILE, what was calibrated on, not what validates; repeatable.", flag="--corpus"
+        ),
+    ],
+    output: RecipeOutput = None,
+    *,
+    stats: Stats = None,
+    steps: Steps = STEPS,
+    sequences: Sequences = None,
+    sequence_length: WindowLength = 512,
+    bos: WindowBos = "auto",
+    dtype: GradientDtype = "float32",
+    device: Device = "cpu",
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> TuneResult:
+    """Tune the norms of a quantized model against the original, at no bit more.
+
+    Some steps on the KL divergence, on three of four sequences; the others judge. Where the KL is
+    less there by more than its error, the recipe is written with the tuned norms, which lie in a
+    file beside it; else it is written as it was. Norms that a recipe has already are tuned anew.
+
+    Returns:
+        The recipe, and what was measured.
+
+    Raises:
+        MofqError: An input is not valid, or the whole model does not fit into memory.
+    """
+    start = monotonic()
+    check_gradient_dtype(dtype)
+    texts = load_corpora(sources_of(corpora), tell)
+    if output is not None:
+        check_output(
+            Path(output),
+            files=[text_file(text.source) for text in texts],
+            folders=[model, stats],
+        )
+    untuned = replace(open_recipe(recipe), tuning=None, tuned=b"")
+    check_device(device)
+
+    from mofq.delivery.recipe_layers import find_recipe_layers
+    from mofq.delivery.rewriting.remake import base_of
+    from mofq.delivery.tuning.tune_recipe import tune_recipe
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    checkpoint = open_checkpoint(str(model))
+    samples = Samples(sequences=sequences, sequence_length=sequence_length, bos=bos)
+    with base_of(untuned, checkpoint, stats) as base:
+        layers = find_recipe_layers(base.checkpoint, untuned)
+        plan, windows = plan_calibration(
+            checkpoint, layers, texts, samples=samples, dtype=dtype, kv_cache=False
+        )
+        where = Where(device=device)
+        chosen = chosen_execution("auto", checkpoint, layers, plan, where=where, device_map=None)
+        if chosen.is_streamed:
+            raise StreamingError(
+                f"{model}: norms are tuned on the whole model in memory, forward and backward, and "
+                f"too little is free on {device}. Take {option('dtype', 'bfloat16')}, or a device "
+                f"with more memory."
+            )
+        found = tune_recipe(
+            checkpoint,
+            untuned,
+            windows,
+            base=base,
+            plan=plan,
+            steps=steps,
+            device=device,
+            progress=progress,
+        )
+    written = found.recipe if found.helps else untuned
+    path = None if output is None else Path(output)
+    if path is not None:
+        save_recipe(written, path, tell)
+    return TuneResult(str(model), written, found.tuning, path, monotonic() - start)

@@ -1,0 +1,88 @@
+"""The tuned norms of a recipe, for whatever applies, checks or exports it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from mofq.decision.recipe import Recipe
+from mofq.delivery.apply.loaded_model import loaded_tensor
+from mofq.exceptions import RecipeError
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+
+
+def tuned_tensors(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+    """Name in the checkpoint -> tuned tensor; empty where a recipe has none.
+
+    Args:
+        recipe: From its file, or from `with_tuned`.
+        checkpoint: That it is applied to; None: there is none to compare with.
+
+    Raises:
+        RecipeError: They are not of this checkpoint, or the file holds something else.
+    """
+    tuning = recipe.tuning
+    if tuning is None:
+        return {}
+    where = f"{recipe.title}: tuning: {tuning.file}"
+    if hashlib.sha256(recipe.tuned).hexdigest() != tuning.sha256:
+        raise RecipeError(
+            f"{where}: is not there. Read the recipe from its file, which this one lies beside."
+        )
+    try:
+        tensors = load(recipe.tuned)
+    except (SafetensorError, ValueError) as error:
+        raise RecipeError(f"{where}: holds no tensors: {error}. Tune again.") from error
+    if checkpoint is not None:
+        for name, tensor in tensors.items():
+            _check_replaces(name, tensor, checkpoint, where=where)
+    return tensors
+
+
+def _check_replaces(name: str, tensor: Tensor, checkpoint: Checkpoint, *, where: str) -> None:
+    """Refuse a tensor that is no norm of the checkpoint, or no number."""
+    info = checkpoint.tensors.get(name)
+    needed = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+    is_vector = info is not None and len(info.shape) == 1 and not info.decoded
+    if not (
+        is_vector
+        and info is not None
+        and tuple(tensor.shape) == info.shape
+        and TORCH_DTYPES.get(info.dtype) == tensor.dtype
+        and bool(torch.isfinite(tensor).all())
+    ):
+        raise RecipeError(
+            f"{where}: has {name!r} as {tensor.dtype} {list(tensor.shape)}, and {checkpoint.folder}"
+            f" has {needed}, or it is not finite. Tune again for this model."
+        )
+
+
+def put_tensors(
+    loaded: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    architecture: str,
+    *,
+    where: str,
+) -> None:
+    """Copy tensors into those of a model.
+
+    Args:
+        loaded: The model's ``state_dict()``.
+        tensors: Name in the checkpoint -> tensor.
+        architecture: ``ModelLayers.architecture``.
+        where: Whose tensors they are, for messages.
+
+    Raises:
+        RecipeError: The model has no such tensor.
+    """
+    for name, tensor in tensors.items():
+        target = loaded_tensor(loaded, name, architecture)
+        if target is None or target.shape != tensor.shape:
+            raise RecipeError(f"{where}: tuning: the model has no norm {name!r}.")
+        target.copy_(tensor)

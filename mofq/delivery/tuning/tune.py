@@ -1,0 +1,202 @@
+"""Tunes the norms of a quantized model until it predicts more like the original.
+
+What is stepped on is KL(original || quantized), by Adam, some sequences of the calibration text at
+a time. A step is relative to the gain of each channel. The gains are rounded to the dtype of the
+checkpoint before every pass, so that what is measured is what is stored. Sequences that no step
+saw say whether it helped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq.delivery.tuning.norms import Norm
+from mofq.delivery.validation.divergence import (
+    OriginalLogits,
+    check_logits,
+    compare_windows,
+)
+from mofq.evidence.metrics import standard_error
+from mofq.files.progress import Progress
+
+#: Sequences of a step, and the first step relative to the gains; later ones fall to 0 by a cosine.
+BATCH, RATE = 4, 3e-3
+#: Of so many sequences of a corpus one is held out.
+_HOLD_OUT = 4
+#: How slowly Adam's means of gradients and of their squares forget.
+_BETAS = (0.9, 0.95)
+#: Far below any mean of squares: gradients of a small KL are small.
+_EPSILON = 1e-12
+#: What is saved must be so many of its standard errors.
+_SURE = 2.0
+#: Positions whose gradient is made at once.
+_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which sequences are stepped on, and which judge; token ids, [N, T], int64."""
+
+    stepped_NT: Tensor
+    held_out_NT: Tensor
+
+
+def split_sequences(windows: Mapping[str, Tensor]) -> Split:
+    """Hold every fourth sequence of each corpus out.
+
+    Args:
+        windows: Corpus -> token ids, [N, T], int64.
+    """
+    stepped, held_out = [], []
+    for tokens_NT in windows.values():
+        is_held = torch.arange(len(tokens_NT)) % _HOLD_OUT == _HOLD_OUT - 1
+        stepped.append(tokens_NT[~is_held])
+        held_out.append(tokens_NT[is_held])
+    return Split(torch.cat(stepped), torch.cat(held_out))
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Tuned norms, and what the model measures on the sequences that were held out."""
+
+    tensors: dict[str, Tensor]  #: name in the checkpoint -> [C], in the checkpoint's dtype
+    before_N: Tensor  #: KL of each sequence before [nats per token], float64
+    after_N: Tensor
+
+    @property
+    def saved_stderr(self) -> float:
+        """Of what is saved on average, sequence by sequence [nats per token]."""
+        stderr = standard_error(self.before_N - self.after_N)
+        return math.inf if stderr is None else stderr
+
+    @property
+    def helps(self) -> bool:
+        """Whether the KL is less by more than chance."""
+        saved = float((self.before_N - self.after_N).mean())
+        return saved > _SURE * self.saved_stderr
+
+
+def tune_norms(
+    model: PreTrainedModel,
+    norms: Sequence[Norm],
+    split: Split,
+    *,
+    stepped: OriginalLogits,
+    held_out: OriginalLogits,
+    steps: int,
+    batch: int = BATCH,
+    rate: float = RATE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Tune the norms of a model, in place.
+
+    Args:
+        model: To which a recipe was applied; frozen, in eval mode.
+        norms: Of the model.
+        split: What is stepped on, and what judges.
+        stepped: The original's logits of the first.
+        held_out: Those of the second.
+        steps: Of Adam.
+        batch: Sequences of each.
+        rate: Of the first step, relative to the gains.
+        seed: Of the order of the sequences.
+        progress: Called with ``"tune"``, sequences run, and all of them.
+
+    Returns:
+        The norms that changed, and what they do.
+
+    Raises:
+        MofqError: Logits are not finite.
+
+    Source: norms alone as what is tuned after quantizing, L. Li et al., "Norm Tweaking",
+    arXiv:2309.02784, which steps on distances of layers' outputs; D. P. Kingma, J. Ba, "Adam",
+    arXiv:1412.6980.
+    """
+    order = _order(len(split.stepped_NT), steps * batch, seed=seed)
+    total = len(order) + 2 * len(split.held_out_NT)
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("tune", done, total)
+
+    def judge() -> Tensor:
+        found = []
+        for score in compare_windows(model, split.held_out_NT, original=held_out):
+            found.append(score.kl_nats / split.held_out_NT.shape[1])
+            tell()
+        return torch.tensor(found, dtype=torch.float64)
+
+    before_N = judge()
+    start = [norm.parameter.detach().float().clone() for norm in norms]
+    moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
+    adam = torch.optim.Adam(moved, lr=rate, betas=_BETAS, eps=_EPSILON)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
+    for first in range(0, len(order), batch):
+        for norm in norms:
+            norm.parameter.requires_grad_(True)
+        for index in order[first : first + batch]:
+            _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / batch)
+            tell()
+        for norm, moved_C in zip(norms, moved, strict=True):
+            moved_C.grad = _take_gradient(norm)
+        adam.step()
+        schedule.step()
+        for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
+            _put(norm, start_C + norm.size_C * moved_C.detach())
+    after_N = judge()
+    changed = {
+        name: norm.parameter.detach().to(norm.dtype).cpu()
+        for norm, start_C in zip(norms, start, strict=True)
+        if not torch.equal(norm.parameter.float(), start_C)
+        for name in norm.names
+    }
+    return Tuned(changed, before_N, after_N)
+
+
+def _order(count: int, visits: int, *, seed: int) -> list[int]:
+    """Which sequence is visited when: each once, in a random order, then all again in another."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = math.ceil(visits / count)
+    order = [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)]
+    return order[:visits]
+
+
+def _run_backward(
+    model: PreTrainedModel, token_T: Tensor, reference_TV: Tensor, *, share: float
+) -> None:
+    """Add the gradient of a share of a sequence's KL per token to the parameters that want it."""
+    device = model.get_input_embeddings().weight.device
+    logits_TV = model(token_T[None].to(device)).logits[0]
+    check_logits(logits_TV.detach(), what="the quantized model")
+    gradient_TV = torch.empty_like(logits_TV)
+    for start in range(0, len(token_T), _ROWS):
+        rows = slice(start, start + _ROWS)
+        p_RV = reference_TV[rows].to(device).softmax(-1)
+        q_RV = logits_TV.detach()[rows].float().softmax(-1)
+        gradient_TV[rows] = (q_RV - p_RV) * (share / len(token_T))
+    logits_TV.backward(gradient_TV)
+
+
+def _take_gradient(norm: Norm) -> Tensor:
+    """Of the relative change of each channel; the parameter has none afterwards."""
+    gradient_C = norm.parameter.grad
+    norm.parameter.grad = None
+    norm.parameter.requires_grad_(False)
+    if gradient_C is None:  # of a tower that got no input
+        return torch.zeros_like(norm.size_C)
+    return gradient_C.float() * norm.size_C
+
+
+def _put(norm: Norm, value_C: Tensor) -> None:
+    with torch.no_grad():
+        norm.parameter.copy_(value_C.to(norm.dtype))

@@ -1,0 +1,145 @@
+"""From a recipe and some text to the recipe with tuned norms, where they help."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mofq import __version__
+from mofq.decision.recipe import Recipe, join_hashes
+from mofq.decision.tuning import Tuning, tuned_file
+from mofq.delivery.backends import apply_recipe
+from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.rewriting.remake import Base
+from mofq.delivery.tuning.norms import find_norms
+from mofq.delivery.tuning.tune import Split, Tuned, split_sequences, tune_norms
+from mofq.delivery.validation.divergence import OriginalLogits, run_original
+from mofq.evidence.calibration.stats import Plan
+from mofq.exceptions import CorpusError, RecipeError, option
+from mofq.files.progress import Progress
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.loading import load_model
+
+#: Fewer sequences that judge say nothing.
+_FEWEST_HELD_OUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TunedRecipe:
+    """A recipe with tuned norms, whether or not they help."""
+
+    recipe: Recipe
+    tuning: Tuning
+    helps: bool  #: whether less KL was measured on what was held out, beyond its error
+
+
+def tune_recipe(
+    original: Checkpoint,
+    recipe: Recipe,
+    windows: Mapping[str, Tensor],
+    *,
+    base: Base,
+    plan: Plan,
+    steps: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> TunedRecipe:
+    """Tune the norms of a recipe's model against the original.
+
+    Args:
+        original: The model as it is.
+        recipe: Of ``base``, not tuned.
+        windows: Corpus -> token ids, [N, T], int64: some are stepped on, others judge.
+        base: What the recipe is applied to.
+        plan: Of a calibration on the windows.
+        steps: Of four sequences each.
+        device: Where the models run, one after the other.
+        progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
+
+    Returns:
+        The recipe, and what its norms do on what no step saw.
+
+    Raises:
+        CorpusError: There are too few sequences.
+        RecipeError: The model has no norms that can be tuned, or as `apply_recipe`.
+        MofqError: There is no room for the original's logits, or logits are not finite.
+    """
+    split = split_sequences(windows)
+    if len(split.held_out_NT) < _FEWEST_HELD_OUT:
+        raise CorpusError(
+            f"norms are tuned on three sequences of four, and judged by the others, of which there "
+            f"are {len(split.held_out_NT)}. Give longer text, or a larger {option('sequences')}."
+        )
+    with OriginalLogits() as stepped, OriginalLogits() as held_out:
+        _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
+        model = load_model(base.checkpoint.folder, dtype=plan.dtype, device=device)
+        apply_recipe(model, recipe, checkpoint=base.checkpoint, stats=base.stats, progress=progress)
+        layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
+        norms = find_norms(model, base.checkpoint, layers.architecture)
+        if not norms:
+            raise RecipeError(
+                f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
+                f"which is what is tuned."
+            )
+        tuned = tune_norms(
+            model,
+            norms,
+            split,
+            stepped=stepped,
+            held_out=held_out,
+            steps=steps,
+            progress=progress,
+        )
+    done = _with_tuned(recipe, tuned, split, plan, steps=steps)
+    assert done.tuning is not None
+    return TunedRecipe(done, done.tuning, tuned.helps)
+
+
+def _run_original(
+    original: Checkpoint,
+    split: Split,
+    plan: Plan,
+    device: str,
+    *,
+    into: tuple[OriginalLogits, OriginalLogits],
+    progress: Progress | None,
+) -> None:
+    """Keep what the original predicts; it is out of memory afterwards."""
+    model: PreTrainedModel = load_model(original.folder, dtype=plan.dtype, device=device)
+    done, total = 0, len(split.stepped_NT) + len(split.held_out_NT)
+    for tokens_NT, logits in zip((split.stepped_NT, split.held_out_NT), into, strict=True):
+        before = done
+
+        def tell(stage: str, count: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(stage, before + count, total)
+
+        run_original(model, tokens_NT, into=logits, progress=tell)
+        done += len(tokens_NT)
+
+
+def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps: int) -> Recipe:
+    content = save({name: tuned.tensors[name].contiguous() for name in sorted(tuned.tensors)})
+    sha256 = hashlib.sha256(content).hexdigest()
+    tuning = Tuning(
+        file=tuned_file(sha256),
+        sha256=sha256,
+        decisions_sha256=recipe.decisions_sha256,
+        mofq=__version__,
+        tensors=len(tuned.tensors),
+        steps=steps,
+        sequences=len(split.stepped_NT),
+        sequence_length=plan.sequence_length,
+        bos=bool(plan.bos),
+        corpora_sha256=join_hashes(one.text_sha256 for one in plan.corpora),
+        held_out=len(split.held_out_NT),
+        kl_before=float(tuned.before_N.mean()),
+        kl_after=float(tuned.after_N.mean()),
+        kl_saved_stderr=tuned.saved_stderr,
+    )
+    return replace(recipe, tuning=tuning, tuned=content)

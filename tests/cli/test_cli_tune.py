@@ -1,0 +1,107 @@
+"""`mofq tune`, and what other commands say of a recipe with tuned norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import DEMO, mofq, ok, refused, tree
+
+import mofq as package
+
+ON = ("--corpus", "en=demo-en-calibration", "--sequence-length", "64")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of four bits, and the same with tuned norms. Not to be changed in place."""
+    folder = tmp_path_factory.mktemp("tuned")
+    ok("recipe", "uniform", DEMO, "int4.channel", "-o", folder / "plain.yaml")
+    ran = ok(
+        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "16", "--steps", "8"),
+        *("-o", folder / "tuned.yaml"),
+    )
+    assert "13 norms tuned, KL" in ran.err
+    assert "on 4 held-out sequences" in ran.err
+    return folder
+
+
+def test_validate_and_diff_say_that_norms_are_tuned(folder: Path) -> None:
+    measured = {
+        name: ok(
+            *("validate", DEMO, folder / name, "--text", "demo-en", "--tokens", "512"),
+            *("--sequence-length", "64", "--json"),
+        ).json
+        for name in ("plain.yaml", "tuned.yaml")
+    }
+    before, after = (one["kl_nats_per_token"] for one in measured.values())
+    assert after < before
+    assert measured["tuned.yaml"]["is_tuned"]
+    assert "is_tuned" not in measured["plain.yaml"]
+    compared = mofq("diff", folder / "plain.yaml", folder / "tuned.yaml")
+    assert "0 of 24 fusion groups differ" in compared.out
+    assert "tuned.yaml: 13 norms were tuned" in compared.err
+    tuning = ok("diff", folder / "plain.yaml", folder / "tuned.yaml", "--json").json["tuned"]
+    assert tuning[0] is None
+    assert tuning[1]["kl_after"] < tuning[1]["kl_before"]
+
+
+def test_text_that_norms_were_tuned_on_is_known_again(folder: Path) -> None:
+    ran = ok(
+        *("validate", DEMO, folder / "tuned.yaml", "--text", "demo-en-calibration"),
+        *("--tokens", "64", "--sequence-length", "32"),
+    )
+    assert "was tuned on this very text" in ran.err
+
+
+def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    ok("recipe", "uniform", DEMO, "bf16", "-o", tmp_path / "plain.yaml")
+    ran = ok(
+        *("tune", DEMO, tmp_path / "plain.yaml", *ON, "--sequences", "8", "--steps", "1"),
+        *("-o", tmp_path / "tuned.yaml"),
+    )
+    assert "the recipe as it was" in ran.err
+    assert (tmp_path / "tuned.yaml").read_bytes() == (tmp_path / "plain.yaml").read_bytes()
+
+
+def test_norms_that_were_tuned_are_tuned_anew(folder: Path, tmp_path: Path) -> None:
+    again = (*ON, "--sequences", "16", "--steps", "8", "-o", tmp_path / "again.yaml")
+    ok("tune", DEMO, folder / "tuned.yaml", *again)
+    first, second = (
+        package.load_recipe(path) for path in (folder / "tuned.yaml", tmp_path / "again.yaml")
+    )
+    assert first == second
+
+
+def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    message = refused(
+        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "4"),
+        *("-o", tmp_path / "tuned.yaml"),
+    )
+    assert "judged by the others, of which there are 1. Give longer text, or a larger" in message
+
+
+@pytest.mark.long
+def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_path: Path) -> None:
+    space, folder = tmp_path / "space.yaml", tmp_path / "run"
+    space.write_text("version: 1\nschemes: ['int3.channel@nats']\n")
+    run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "16")
+    small = ("--tokens", "256", "--rivals", "0", "-o", folder)
+    first = ok(*run, *small)
+    assert "13 norms tuned after quantizing: KL" in first.out
+    assert "before norms were tuned" in first.out
+    before = tree(folder)
+    recipe = package.load_recipe(folder / "recipe.yaml")
+    assert recipe.tuning is not None
+    assert recipe.tuning.held_out == 4
+    content = ok(*run, *small, "--json").json
+    assert content["tuned"]["kl_after"] == recipe.tuning.kl_after
+    assert "tune" not in content["seconds"]
+    assert {name for name, data in tree(folder).items() if data != before[name]} <= {
+        "validation.json"
+    }
+    quick = ok(*run, *small, "--effort", "quick", "--json").json
+    assert quick["tuned"] is None
+    assert content["kl_nats_per_token"] < quick["kl_nats_per_token"]
