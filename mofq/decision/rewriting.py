@@ -47,10 +47,10 @@ class Rewriting:
     weights_sha256: Sha256
     #: Of the original, from which scales follow; none where none moved.
     stats_sha256: Sha256 | None = None
-    rotation: Annotated[
-        RotatedModel | None, Field(description="how the model was rotated before; none: it was not")
-    ] = None
     sites: Annotated[
         Mapping[Text, SiteRewriting],
         Field(description="fusion group -> what moved at its input; none at the others"),
     ] = field(default_factory=dict)
+    rotation: Annotated[
+        RotatedModel | None, Field(description="how the model was rotated before; none: it was not")
+    ] = None
