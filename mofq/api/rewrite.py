@@ -67,7 +67,9 @@ def rewrite(
         str | None, Option("That it is to be quantized by, e.g. int8.channel+int8.token.")
     ] = None,
     powers_of_two: Annotated[bool, Option("Move powers of two alone: exact in bf16.")] = False,
-    seed: Annotated[int, Option("Of the random signs of a rotation.")] = 0,
+    seed: Annotated[
+        int | None, Option("Of the random signs of rotate; 0 if it is not given.")
+    ] = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Rewrite a model so that it computes the same and quantizes better.
@@ -91,11 +93,13 @@ def rewrite(
         return _rotate(
             checkpoint,
             folder,
-            seed,
+            seed or 0,
             unused={"stats": stats, "scheme": scheme, "powers_of_two": powers_of_two or None},
             start=start,
             progress=progress,
         )
+    if seed is not None:
+        raise MofqError(f"{option('seed')}: is for {option('method', ROTATE)}. Leave it out.")
     if stats is None:
         raise MofqError(
             f"{option('method', method)}: scales follow from statistics: give {option('stats')}, a "

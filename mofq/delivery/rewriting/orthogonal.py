@@ -27,8 +27,8 @@ _LARGEST_POWER = 64
 class Rotation:
     """An orthogonal matrix ``Q = diag(signs) (F1 x F2 x …) / sqrt(n)``, x the Kronecker product.
 
-    Factors of 1 and -1 make sums of numbers of few bits exact in float64, in any order: the same
-    bits come out on every machine.
+    With factors of 1 and -1, sums of numbers of few bits are exact in float64, in any order, until
+    they are scaled: the same bits come out on every machine.
     """
 
     signs_I: Tensor  #: float64
@@ -40,17 +40,19 @@ class Rotation:
         """How many channels it mixes."""
         return len(self.signs_I)
 
-    def turn(self, rows: Tensor) -> Tensor:
+    def turn(self, rows: Tensor, *, is_scaled: bool = True) -> Tensor:
         """``x Q`` of every ``width`` neighbours along the last dimension.
 
         Args:
             rows: [..., any multiple of the width].
+            is_scaled: Whether to multiply by the scale.
 
         Returns:
             Of the same shape, float64.
         """
         parts = rows.double().unflatten(-1, (-1, self.width)) * self.signs_I
-        return (self._mixed(parts, of_rows=0) * self.scale).flatten(-2)
+        mixed = self._mixed(parts, of_rows=0).flatten(-2)
+        return mixed * self.scale if is_scaled else mixed
 
     def turn_back(self, rows: Tensor) -> Tensor:
         """``x Q^T``, which undoes `turn`."""

@@ -9,8 +9,9 @@ into it, and not into the embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,24 @@ class Turning:
         Returns:
             Of the same shape, float64.
         """
-        turned = values.double()
+        turned, scale = values.double(), 1.0
         if place.norm is not None:
             turned = turned * self.gains[place.norm]
         if place.reads:
-            turned = self.hidden.turn(turned)
+            turned = self.hidden.turn(turned, is_scaled=False)
+            scale *= self.hidden.scale
         if place.reads_values:
-            turned = self.head.turn(turned)
-        return self._on_rows(turned, place)
+            turned = self.head.turn(turned, is_scaled=False)
+            scale *= self.head.scale
+        if place.writes:
+            scale *= self.hidden.scale
+        hidden = partial(self.hidden.turn, is_scaled=False)
+        return _on_rows(turned, place, hidden=hidden, head=self.head.turn) * scale
 
     def turn_outputs(self, values_TO: Tensor, place: Place) -> Tensor:
         """Gradients at what a layer gives, [..., out_features], after the rotation, float64."""
-        return self._on_rows(values_TO.double().mT, place).mT
+        values_OT = values_TO.double().mT
+        return _on_rows(values_OT, place, hidden=self.hidden.turn, head=self.head.turn).mT
 
     def turn_inputs(self, x_TI: Tensor, place: Place) -> Tensor:
         """What a layer reads, [..., in_features], after the rotation, float64."""
@@ -82,20 +89,28 @@ class Turning:
 
     def turn_back(self, turned: Tensor, place: Place) -> Tensor:
         """What `turn` was given, times the gain that is folded, float64."""
-        values = self._on_rows(turned.double(), place, back=True)
+        hidden, head = self.hidden.turn_back, self.head.turn_back
+        values = _on_rows(turned.double(), place, hidden=hidden, head=head)
         if place.reads_values:
-            values = self.head.turn_back(values)
-        return self.hidden.turn_back(values) if place.reads else values
+            values = head(values)
+        return hidden(values) if place.reads else values
 
-    def _on_rows(self, values: Tensor, place: Place, *, back: bool = False) -> Tensor:
-        hidden, head = (one.turn_back if back else one.turn for one in (self.hidden, self.head))
-        flat = values if values.ndim > 1 else values[:, None]
-        if place.writes:
-            flat = hidden(flat.mT).mT
-        for start, stop in place.values:
-            rows = head(flat[..., start:stop, :].mT).mT
-            flat = torch.cat([flat[..., :start, :], rows, flat[..., stop:, :]], dim=-2)
-        return flat if values.ndim > 1 else flat[:, 0]
+
+def _on_rows(
+    values: Tensor,
+    place: Place,
+    *,
+    hidden: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Mix the rows of [..., rows, columns], or of a bias, that are of the stream or of heads."""
+    rows = values if values.ndim > 1 else values[:, None]
+    if place.writes:
+        rows = hidden(rows.mT).mT
+    for start, stop in place.values:
+        turned = head(rows[..., start:stop, :].mT).mT
+        rows = torch.cat([rows[..., :start, :], turned, rows[..., stop:, :]], dim=-2)
+    return rows if values.ndim > 1 else rows[:, 0]
 
 
 def plan_rotation(checkpoint: Checkpoint, seed: int) -> Turning:
