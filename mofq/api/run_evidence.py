@@ -379,7 +379,7 @@ def _fits_disk(original: Original, first: Subject, tell: Tell) -> bool:
     tell(
         Remark(
             f"A rewritten model and its statistics would take {short_bytes(needed)}, and "
-            f"{short_bytes(free)} are free in {original.files.folder}: scales are not moved."
+            f"{short_bytes(free)} are free in {original.files.folder}: it is not rewritten."
         )
     )
     return False

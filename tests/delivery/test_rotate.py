@@ -12,6 +12,7 @@ import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
+from fp8_sources import write_fp8
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -153,6 +154,14 @@ def test_a_rotated_model_in_bfloat16_differs_by_its_rounding(
     noted = json.loads((tmp_path / "out" / "rewrite.json").read_text("utf-8"))
     assert noted["method"] == "rotate"
     assert noted["rotation"] == {"seed": SEED, "hidden": 128, "head": 32}
+
+
+def test_a_quantized_source_is_rotated_in_bfloat16(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = write_fp8(tiny("llama"), tmp_path / "model", "fp8 blocks")
+    rotate(model, tmp_path / "out")
+    found = open_checkpoint(str(tmp_path / "out"))
+    assert {one.dtype for one in found.tensors.values()} == {"BF16"}
+    assert_same_function(model, tmp_path / "out", tolerance=0.05)
 
 
 def test_what_stands_out_in_channels_is_spread(tiny: TinyCheckpoint, tmp_path: Path) -> None:
