@@ -22,7 +22,7 @@ Source: SliceGPT, arXiv:2401.15024; QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mofq.exceptions import RewriteError
@@ -53,8 +53,7 @@ _ATTENTION_NORM, _MLP_NORM = "input_layernorm", "post_attention_layernorm"
 #: what is added to the scores of a router, and tables that old checkpoints hold.
 _INSIDE = (
     r"self_attn\.(q_norm|k_norm|q_a_layernorm|kv_a_layernorm)\.weight"
-    r"|mlp\.gate\.e_score_correction_bias|mlp\.moe_statics\.e_score_correction_bias"
-    r"|self_attn\.rotary_emb\.inv_freq"
+    r"|mlp\.gate\.e_score_correction_bias|self_attn\.rotary_emb\.inv_freq"
 )
 
 
@@ -119,35 +118,20 @@ def find_stream(checkpoint: Checkpoint, layers: ModelLayers) -> Stream:
     }
     for layer in layers.linear_layers:
         if layer.decoder_layer is not None:
-            beside = f"{layers.body}{family.decoder}.{layer.decoder_layer}."
-            places[layer.tensor] = _place(
-                layer.name.removeprefix(f"{family.body}{family.decoder}.{layer.decoder_layer}."),
-                beside,
-                family,
-                sizes,
-            )
-    beside = f"{re.escape(layers.body + family.decoder)}\\."
-    numbers = "|".join(map(str, range(sizes["decoder_layers"])))  # those behind predict ahead
-    inside = re.compile(rf"{beside}({numbers})\.({_INSIDE})")
+            at = f"{family.decoder}.{layer.decoder_layer}."
+            path = layer.name.removeprefix(family.body + at)
+            places[layer.tensor] = _place(path, layers.body + at, family, sizes)
     norms = tuple(dict.fromkeys(place.norm for place in places.values() if place.norm))
-    for name in checkpoint.tensors:
-        owner = places.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
-        if owner is not None:
-            places[name] = Place(writes=owner.writes, values=owner.values)
-        elif name not in places and name not in norms and not inside.fullmatch(name):
-            raise RewriteError(
-                f"{where}: {name!r} may read or write the residual stream, and how is not known. A "
-                f"model with such a tensor is not rotated."
-            )
-    hidden = sizes["hidden"]
+    places |= _bias_places(checkpoint, places)
+    _check_known(checkpoint, {*places, *norms}, decoder=layers.body + family.decoder, sizes=sizes)
     for name in norms:
-        if name not in checkpoint.tensors or checkpoint.tensors[name].shape != (hidden,):
+        if name not in checkpoint.tensors or checkpoint.tensors[name].shape != (sizes["hidden"],):
             raise RewriteError(
-                f"{where}: needed a norm {name!r} of {hidden} channels. The model is not "
+                f"{where}: needed a norm {name!r} of {sizes['hidden']} channels. The model is not "
                 f"built as its family is."
             )
     return Stream(
-        hidden=hidden,
+        hidden=sizes["hidden"],
         head=sizes.get("latent_o", sizes["q"]) // sizes["heads"],
         places=places,
         norms=norms,
@@ -156,6 +140,30 @@ def find_stream(checkpoint: Checkpoint, layers: ModelLayers) -> Stream:
         lm_head=lm_head,
         is_tied=layers.tied_lm_head,
     )
+
+
+def _bias_places(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[str, Place]:
+    """Those of the biases: what the rows of the weight beside them touch."""
+    found = {}
+    for name, place in places.items():
+        bias = name.removesuffix("weight") + "bias"
+        if bias in checkpoint.tensors:
+            found[bias] = Place(writes=place.writes, values=place.values)
+    return found
+
+
+def _check_known(
+    checkpoint: Checkpoint, known: Collection[str], *, decoder: str, sizes: Mapping[str, int]
+) -> None:
+    """Refuse a tensor that may touch the residual stream in a way that is not known."""
+    numbers = "|".join(map(str, range(sizes["decoder_layers"])))  # those behind predict ahead
+    inside = re.compile(rf"{re.escape(decoder)}\.({numbers})\.({_INSIDE})")
+    for name in checkpoint.tensors:
+        if name not in known and not inside.fullmatch(name):
+            raise RewriteError(
+                f"{checkpoint.folder}: {name!r} may read or write the residual stream, and how is "
+                f"not known. A model with such a tensor is not rotated."
+            )
 
 
 def _place(path: str, beside: str, family: Family, sizes: Mapping[str, int]) -> Place:
