@@ -1,19 +1,22 @@
-"""Moves scales between tensors so that the model computes the same and quantizes better."""
+"""Moves scales between tensors, or rotates them: the same function, easier to quantize."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.options import Model, Option, documented
 from mofq.api.preconditions import check_folder
+from mofq.decision.rewriting import ROTATE, RotatedModel
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.delivery.rewriting.choose import Choice
+    from mofq.model.checkpoint.headers import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class RewriteResult:
     method: str
     choices: Sequence[Choice]  #: one for each site at which scales can be moved
     seconds: float
+    rotation: RotatedModel | None = None  #: by which the model was rotated
+    untied_bytes: int = 0  #: of an lm_head that is no longer the embedding [bytes]
 
     def to_json(self) -> dict[str, Any]:
         """What was moved, for machines."""
@@ -42,6 +47,8 @@ class RewriteResult:
             "moved": sum(one.strength is not None for one in self.choices),
             "kl_before": sum(one.nats_before for one in self.choices),
             "kl_after": sum(one.nats_after for one in self.choices),
+            "rotation": None if self.rotation is None else asdict(self.rotation),
+            "untied_bytes": self.untied_bytes,
             "folder": str(self.output),
             "seconds": round(self.seconds, 2),
         }
@@ -52,18 +59,26 @@ def rewrite(
     model: Model,
     output: Annotated[str | Path, Option("The folder to write.", short="-o")],
     *,
-    stats: Annotated[str | Path, Option("From `mofq calibrate`.")],
-    method: Annotated[str, Option("smoothquant, awq or bismooth.")],
+    stats: Annotated[
+        str | Path | None, Option("From `mofq calibrate`; all methods but rotate need it.")
+    ] = None,
+    method: Annotated[str, Option("smoothquant, awq, bismooth or rotate.")],
     scheme: Annotated[
         str | None, Option("That it is to be quantized by, e.g. int8.channel+int8.token.")
     ] = None,
     powers_of_two: Annotated[bool, Option("Move powers of two alone: exact in bf16.")] = False,
+    seed: Annotated[
+        int | None, Option("Of the random signs of rotate; 0 if it is not given.")
+    ] = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
-    """Move scales between tensors so that the model computes the same and quantizes better.
+    """Rewrite a model so that it computes the same and quantizes better.
+
+    Scales move between tensors, or the residual stream and the values of attention heads are
+    rotated.
 
     Returns:
-        What was moved, with the predicted KL before and after.
+        What was moved, with the predicted KL before and after; or how it was rotated.
 
     Raises:
         MofqError: An input is not valid, or the rewritten model would compute something else.
@@ -74,6 +89,22 @@ def rewrite(
     folder = Path(output)
     check_folder(folder, folders=[model, stats])
     checkpoint = open_checkpoint(str(model))
+    if method == ROTATE:
+        return _rotate(
+            checkpoint,
+            folder,
+            seed or 0,
+            unused={"stats": stats, "scheme": scheme, "powers_of_two": powers_of_two or None},
+            start=start,
+            progress=progress,
+        )
+    if seed is not None:
+        raise MofqError(f"{option('seed')}: is for {option('method', ROTATE)}. Leave it out.")
+    if stats is None:
+        raise MofqError(
+            f"{option('method', method)}: scales follow from statistics: give {option('stats')}, a "
+            f"folder of `mofq calibrate`."
+        )
 
     from mofq.delivery.rewriting.rewrite import rewrite as rewrite_checkpoint
     from mofq.evidence.calibration.stats import read_stats
@@ -88,3 +119,33 @@ def rewrite(
         progress=progress,
     )
     return RewriteResult(folder, method, choices, monotonic() - start)
+
+
+def _rotate(
+    checkpoint: Checkpoint,
+    folder: Path,
+    seed: int,
+    *,
+    unused: Mapping[str, object],
+    start: float,
+    progress: Progress | None,
+) -> RewriteResult:
+    """Write the rotated model; options of other methods are refused."""
+    from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model, write_rotated
+
+    for name, value in unused.items():
+        if value is not None:
+            raise MofqError(
+                f"{option(name)}: a rotation follows from its seed alone. Leave it out with "
+                f"{option('method', ROTATE)}."
+            )
+    turning = plan_rotation(checkpoint, seed)
+    write_rotated(turning, folder, seed=seed, progress=progress)
+    return RewriteResult(
+        folder,
+        ROTATE,
+        (),
+        monotonic() - start,
+        rotation=rotated_model(turning, seed),
+        untied_bytes=turning.untied_bytes,
+    )

@@ -1,9 +1,10 @@
 """What `mofq run` measures before it decides: the model as it is, and rewritten where that pays.
 
-A rewriting (`mofq.delivery.rewriting`) moves scales between tensors; the function stays. It is
-chosen under the schemes that a search chooses for the model as it is, its statistics follow from
-those that are there, and its schemes are measured into a table of its own. The model whose best
-recipe is predicted to cost least goes on.
+A rewriting (`mofq.delivery.rewriting`) moves scales between tensors, or rotates them; the function
+stays. Scales are chosen under the schemes that a search chooses for the model before they move, its
+statistics follow from those that are there, and its schemes are measured into a table of its own.
+The model whose best recipe is predicted to cost least goes on. With ``best`` the model is rotated
+too, and scales move in the rotated one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 _SHARE_OF_DISK = 0.5
 #: The share of the predicted KL that a rewriting must be expected to save to be measured.
 _WORTH_MEASURING = 0.05
+#: Of the signs of a rotation.
+_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,17 +108,22 @@ def gather_evidence(
     with timed("measure") as seconds:
         table = rows_for(measure(first, {}), twins, {})
     rounded = predicted("codes rounded to nearest", table, request, seconds())
-    tables, moved = {first: table}, list[Tried]()
+    tables, rewritten = {first: table}, list[tuple[Subject, Tried]]()
     if is_stored and may_be_rewritten(run):
-        with timed("rewrite") as seconds:
-            rewritten = rewrite_where_it_pays(
-                run, files, table, first=first, progress=progress, tell=tell
-            )
-            if rewritten is not None:
-                tables[rewritten] = rows_for(measure(rewritten, {}), twins, {})
-        if rewritten is not None and rewritten.rewriting is not None:
-            name = f"scales moved at {len(rewritten.rewriting.sites)} inputs"
-            moved.append(predicted(name, tables[rewritten], request, seconds()))
+        others = {}
+        for subject, of_subject, said in _rewritten(
+            run,
+            files,
+            table,
+            first=first,
+            measure=lambda subject: rows_for(measure(subject, {}), twins, {}),
+            timed=timed,
+            progress=progress,
+            tell=tell,
+        ):
+            others[subject] = of_subject
+            rewritten.append((subject, said))
+        tables |= _best(others, request) if others else {}
         if run.request.effort == "normal":
             tables = _best(tables, request)
     if twins:
@@ -124,7 +133,7 @@ def gather_evidence(
                 for subject, table in tables.items()
             }
     ((subject, table),) = _best(tables, request).items()
-    tried = [rounded, *(replace(one, is_taken=subject is not first) for one in moved)]
+    tried = [rounded, *(replace(one, is_taken=subject is of) for of, one in rewritten)]
     if twins:
         tried.append(predicted("fitted codes", table, request, seconds()))
     return Evidence(subject, table, tuple(tried))
@@ -165,22 +174,110 @@ def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Ta
     return {best: tables[best]}
 
 
+def _rewritten(
+    run: Checked,
+    files: RunFiles,
+    table: Table,
+    *,
+    first: Subject,
+    measure: Callable[[Subject], Table],
+    timed: Timed,
+    progress: Progress | None,
+    tell: Tell,
+) -> list[tuple[Subject, Table, Tried]]:
+    """The rewritten models that an effort tries, each with its table and what it predicts.
+
+    Args:
+        run: What is asked.
+        files: Of the run.
+        table: Of the model as it is.
+        first: The model as it is.
+        measure: Measures the schemes of a rewritten model, without fitted codes.
+        timed: As of `gather_evidence`.
+        progress: As of `run`.
+        tell: As of `run`.
+    """
+    made: list[tuple[Subject, Table, Tried]] = []
+
+    def added(stage: str, make: Callable[[], Subject | None]) -> bool:
+        with timed(stage) as seconds:
+            subject = make()
+            of_subject = None if subject is None else measure(subject)
+        if subject is None or of_subject is None:
+            return False
+        said = predicted(_words(subject), of_subject, run.request.request, seconds())
+        made.append((subject, of_subject, said))
+        return True
+
+    move = partial(rewrite_where_it_pays, run, files, first=first, progress=progress, tell=tell)
+    added("rewrite", lambda: move(table=table, before=first))
+    if run.request.effort == "best" and added(
+        "rotate", lambda: rotate_where_possible(run, files, first=first, tell=tell)
+    ):
+        rotated, of_rotated, _ = made[-1]
+        added("rewrite rotated", lambda: move(table=of_rotated, before=rotated))
+    return made
+
+
+def _words(subject: Subject) -> str:
+    """What was done to a model."""
+    assert subject.rewriting is not None
+    sites = len(subject.rewriting.sites)
+    scales = f"scales moved at {sites} inputs"
+    if subject.rewriting.rotation is None:
+        return scales
+    return f"rotated, and {scales}" if sites else "rotated"
+
+
+def rotate_where_possible(
+    run: Checked, files: RunFiles, *, first: Subject, tell: Tell
+) -> Subject | None:
+    """Rotate the model; None where that would not be exact, which is told.
+
+    Args:
+        run: Whose model it is.
+        files: Of the run.
+        first: The model as it is.
+        tell: As of `run`.
+    """
+    from mofq.delivery.rewriting.remake import make_base, rewriting_of
+    from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
+    from mofq.evidence.calibration.stats import read_stats
+
+    checkpoint = run.checkpoint
+    if not _fits_disk(checkpoint, files, first, tell):
+        return None
+    stats = read_stats(first.stats)
+    try:
+        rotation = rotated_model(plan_rotation(checkpoint, _SEED), _SEED)
+        rewriting = rewriting_of(checkpoint, stats, (), rotation=rotation)
+        subject = _subject(checkpoint, files.folder, rewriting)
+        folders = (Path(subject.model), subject.stats)
+        make_base(rewriting, checkpoint, stats, folders=folders)
+    except RewriteError as error:
+        tell(str(error))
+        return None
+    return subject
+
+
 def rewrite_where_it_pays(
     run: Checked,
     files: RunFiles,
     table: Table,
     *,
     first: Subject,
+    before: Subject,
     progress: Progress | None,
     tell: Tell,
 ) -> Subject | None:
-    """Rewrite the model for the recipe that is best as it is; None where that would not pay.
+    """Move scales for the recipe that is best before; None where that would not pay.
 
     Args:
         run: With the effort ``best`` sites of weight-only schemes are looked at too.
         files: Of the run.
-        table: Of the model, without fitted codes.
+        table: Of what scales move in, without fitted codes.
         first: The model as it is.
+        before: What scales move in: ``first``, or the rotated model.
         progress: As of `run`.
         tell: As of `run`.
     """
@@ -194,16 +291,21 @@ def rewrite_where_it_pays(
     from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
     from mofq.delivery.rewriting.remake import make_base, rewriting_of
     from mofq.evidence.calibration.stats import read_stats
+    from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.layers import find_layers
 
     schemes = {group.name: group.scheme for group in recipe.groups}
     if not (is_best or rounds_inputs(schemes)) or not _fits_disk(checkpoint, files, first, tell):
         return None
-    problem, stats = request_problem(table, request), read_stats(first.stats)
+    problem, rotation, layers = request_problem(table, request), None, run.layers
+    if before.rewriting is not None:
+        rotation, checkpoint = before.rewriting.rotation, open_checkpoint(before.model)
+        layers = find_layers(checkpoint)
     try:
         choices = choose_for_recipe(
             checkpoint,
-            run.layers,
-            stats=stats,
+            layers,
+            stats=read_stats(before.stats),
             schemes=schemes,
             offered=_offered_by_group(problem),
             for_weights=is_best,
@@ -212,10 +314,11 @@ def rewrite_where_it_pays(
         saved = sum(one.nats_before - one.nats_after for one in choices)
         if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
             return None
-        rewriting = rewriting_of(checkpoint, stats, choices)
-        subject = _subject(checkpoint, files.folder, rewriting)
+        stats = read_stats(first.stats)
+        rewriting = rewriting_of(run.checkpoint, stats, choices, rotation=rotation)
+        subject = _subject(run.checkpoint, files.folder, rewriting)
         folders = (Path(subject.model), subject.stats)
-        make_base(rewriting, checkpoint, stats, folders=folders)
+        make_base(rewriting, run.checkpoint, stats, folders=folders)
     except RewriteError as error:
         tell(f"{error} It is not rewritten.")
         return None
@@ -250,7 +353,7 @@ def _fits_disk(checkpoint: Checkpoint, files: RunFiles, first: Subject, tell: Te
     tell(
         Remark(
             f"A rewritten model and its statistics would take {short_bytes(needed)}, and "
-            f"{short_bytes(free)} are free in {files.folder}: scales are not moved."
+            f"{short_bytes(free)} are free in {files.folder}: it is not rewritten."
         )
     )
     return False

@@ -312,7 +312,7 @@ class Recipe:
         caches = {one.name: (one.scheme, one.static_amax) for one in self.kv_cache}
         decided: list[object] = [self.schemes, self.static_amax, caches]
         if self.rewriting is not None:  # recipes of before there was any keep their hash
-            decided.append(_REWRITING.dump_python(self.rewriting, mode="json"))
+            decided.append(_REWRITING.dump_python(self.rewriting, mode="json", exclude_none=True))
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -565,8 +565,10 @@ def _rewriting_lines(rewriting: Rewriting | None) -> list[str]:
         return []
     content = _REWRITING.dump_python(rewriting, mode="json", exclude_defaults=True)
     sites = content.pop("sites", {})
-    lines = ["rewriting:  # scales that moved between tensors before anything was quantized"]
+    rotation = content.pop("rotation", None)
+    lines = ["rewriting:  # of the model, before anything was quantized"]
     lines += [f"  {yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in content.items()]
+    lines += [f"  rotation: {_flow(rotation)}"] if rotation else []
     lines.append("  sites:" if sites else "  sites: {}")
     lines += [f"    {yaml_scalar(name)}: {_flow(one)}" for name, one in sites.items()]
     return lines

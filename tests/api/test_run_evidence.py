@@ -14,7 +14,7 @@ from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
 from mofq.api.run_effort import Offered, Timed, Twins
 from mofq.api.run_evidence import Evidence, Subject, gather_evidence
-from mofq.decision.rewriting import Rewriting, SiteRewriting
+from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import Row, Table, read_table
 
@@ -22,6 +22,19 @@ TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
 SITES = {"layers.0.attn.qkv": SiteRewriting("bismooth", 0.5, 0.5)}
 REWRITING = Rewriting("m", "a" * 64, "b" * 64, "c" * 64, SITES)
 OTHER = Subject("m-rewritten", Path("stats-rewritten"), Path("table-rewritten.jsonl"), REWRITING)
+ROTATION = RotatedModel(seed=0, hidden=64, head=16)
+ROTATED = Subject(
+    "m-rotated",
+    Path("stats-rotated"),
+    Path("table-rotated.jsonl"),
+    Rewriting("m", "a" * 64, "b" * 64, "c" * 64, rotation=ROTATION),
+)
+BOTH = Subject(
+    "m-both",
+    Path("stats-both"),
+    Path("table-both.jsonl"),
+    Rewriting("m", "a" * 64, "b" * 64, "c" * 64, SITES, rotation=ROTATION),
+)
 
 
 def times(row: Row, ratio: float, scheme: str | None = None) -> Row:
@@ -47,14 +60,21 @@ def gathered(
     *,
     rounded: float,
     fitted: float,
+    rotated: float | None = None,
 ) -> tuple[Evidence, set[str]]:
-    """What comes of a rewritten model with so many times the errors; what was fitted of which."""
+    """What comes of a rewritten model with so many times the errors; what was fitted of which.
+
+    One that is also rotated has half the errors of one that is rotated alone.
+    """
     with_twins = set()
     offered = Offered.at(effort, parse_search_space(TEXT, name="some", where="s"))
     asked = Mock(request=make_request(Choices(), budget=Budget(max_bits=5.0)), effort=effort)
+    ratios = {"m": (1.0, 0.5), OTHER.model: (rounded, fitted)}
+    if rotated is not None:
+        ratios |= {ROTATED.model: (rotated, fitted), BOTH.model: (rotated / 2, fitted / 2)}
 
     def measure(subject: Subject, twins: Twins) -> Table:
-        ratio, of_twins = (rounded, fitted) if subject is OTHER else (1.0, 0.5)
+        ratio, of_twins = ratios[subject.model]
         rows = [times(row, ratio) for row in table.rows]
         if twins:
             with_twins.add(subject.model)
@@ -67,8 +87,16 @@ def gathered(
         return replace(table, rows=tuple(rows))
 
     asked.model = "m"
+
+    def moved(*_: object, before: Subject, **__: object) -> Subject:
+        return OTHER if before.model == "m" else BOTH
+
+    def turned(*_: object, **__: object) -> Subject | None:
+        return None if rotated is None else ROTATED
+
     monkeypatch.setattr(run_evidence, "may_be_rewritten", lambda _: True)
-    monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", lambda *_, **__: OTHER)
+    monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", moved)
+    monkeypatch.setattr(run_evidence, "rotate_where_possible", turned)
     evidence = gather_evidence(
         Mock(request=asked, offered=offered),
         Mock(stats=Path("stats"), table=Path("table.jsonl")),
@@ -102,6 +130,32 @@ def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goe
     assert [one.is_taken for one in evidence.tried] == [True, taken, True]
     costs = [one.kl_nats_per_token or 0.0 for one in evidence.tried]
     assert costs[2] < costs[0]
+
+
+@pytest.mark.parametrize(("rotated", "best"), [(1.0, BOTH), (2.0, OTHER)])
+def test_with_best_effort_the_better_of_the_rewritten_models_is_compared_with_the_original(
+    table: Table, monkeypatch: pytest.MonkeyPatch, rotated: float, best: Subject
+) -> None:
+    evidence, fitted = gathered(
+        table, "best", monkeypatch, rounded=0.9, fitted=0.4, rotated=rotated
+    )
+    assert evidence.subject is best
+    assert fitted == {"m", best.model}
+    taken = {one.name: one.is_taken for one in evidence.tried}
+    assert taken == {
+        "codes rounded to nearest": True,
+        "scales moved at 1 inputs": best is OTHER,
+        "rotated": False,
+        "rotated, and scales moved at 1 inputs": best is BOTH,
+        "fitted codes": True,
+    }
+
+
+def test_with_normal_effort_nothing_is_rotated(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
+    assert evidence.subject is OTHER
 
 
 def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ FLAGS = {
     "--inputs --seed --dtype --device --device-map --activation-checkpointing "
     "--no-activation-checkpointing --execution --kv-cache --layers --lm-head --embeddings "
     "--cluster --cluster-cpus",
-    "rewrite": "model --stats --method -o --output --scheme --powers-of-two",
+    "rewrite": "model --stats --method -o --output --scheme --powers-of-two --seed",
     "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
     "--bos --draws --inputs --seed --dtype --engine --experts --layers --lm-head --embeddings "
     "--device --cluster --cluster-cpus",

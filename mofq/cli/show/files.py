@@ -44,6 +44,9 @@ def show_measurement(result: MeasureResult) -> None:
 
 def show_rewriting(result: RewriteResult) -> None:
     """`mofq rewrite`."""
+    if result.rotation is not None:
+        note(_rotated(result))
+        return
     rows = []
     for one in result.choices:
         moved = one.strength
@@ -57,6 +60,21 @@ def show_rewriting(result: RewriteResult) -> None:
         f"{result.output}: {content['moved']} of {len(rows)} sites moved; predicted KL of their "
         f"layers {content['kl_before']:.4g} before, {content['kl_after']:.4g} after; "
         f"{content['seconds']:.1f} s. Calibrate this folder before it is measured."
+    )
+
+
+def _rotated(result: RewriteResult) -> str:
+    rotation, untied = result.rotation, ""
+    assert rotation is not None
+    if result.untied_bytes:
+        untied = (
+            f" The lm_head was the embedding and is a tensor of its own now: "
+            f"{short_bytes(result.untied_bytes)} more."
+        )
+    return (
+        f"{result.output}: {rotation.hidden} channels of the residual stream rotated, and "
+        f"{rotation.head} of each head's values, with seed {rotation.seed}; {result.seconds:.1f} s."
+        f"{untied} Calibrate this folder before it is measured."
     )
 
 

@@ -1,39 +1,46 @@
 """The statistics of a rewritten model, from those of the original: the model is not run again.
 
 Where a scale ``s`` moved, the inputs of the layers behind it are divided by it, and the gradients
-at the outputs of the linear layer before it are multiplied. Nothing else changes, and with it no
-gain: see `mofq.evidence.calibration.gains`, of which only the ratios between sequences count.
-Samples are rounded to bfloat16 once more.
+at the outputs of the linear layer before it are multiplied. Where the model was rotated, inputs and
+gradients are rotated, inputs after they were divided by the gain of the norm that was folded.
+Nothing else changes, and with it no gain: see `mofq.evidence.calibration.gains`, of which only the
+ratios between sequences count. Samples are rounded to bfloat16 once more.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.rotate import Turning
+from mofq.delivery.rewriting.stream import Place
 from mofq.evidence.calibration.sequence_file import SequenceFile, write_samples
 from mofq.evidence.calibration.stats import Stats, finish_stats, write_json
 from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import find_layers
+
+#: A layer's samples, under its name, in the rewritten model.
+_Change = Callable[[str, Tensor], Tensor]
 
 
 def write_moved_stats(
     stats: Stats, rewritten: Checkpoint, choices: Sequence[Choice], folder: str | Path
 ) -> Path:
-    """Write the statistics of a rewritten model; the folder appears when it is complete.
+    """Write the statistics of a model in which scales moved.
 
     Args:
         stats: Of the original, without samples of the KV cache.
         rewritten: The model after ``choices``.
         choices: What was moved.
-        folder: A folder that does not exist yet, or is empty.
+        folder: A folder that does not exist yet, or is empty; it appears when it is complete.
 
     Returns:
         The folder, as `mofq calibrate` would have made it but for rounding.
@@ -42,20 +49,75 @@ def write_moved_stats(
         RewriteError: The folder is in the way, or samples of the cache are kept.
         StatsError: A file is missing or damaged, or the disk is full.
     """
-    if stats.plan.kv_cache:
-        raise RewriteError(
-            f"{stats.folder}: holds samples of the KV cache, which are not those of a rewritten "
-            f"model. Calibrate that model."
-        )
+    inputs, outputs = _moved(choices)
+
+    def move_x(layer: str, x_TI: Tensor) -> Tensor:
+        return x_TI.double() / inputs[layer] if layer in inputs else x_TI
+
+    def move_grad(layer: str, grad_DTO: Tensor) -> Tensor:
+        return grad_DTO.double() * outputs[layer] if layer in outputs else grad_DTO
+
     # A norm says nothing of a gradient whose channels are multiplied each by its own scale: codes
     # of the rewritten model are fitted to the sequences of which samples are kept.
+    return _write_stats(stats, rewritten, folder, move_x, move_grad, keeps_norms=False)
+
+
+def write_rotated_stats(
+    stats: Stats, rotated: Checkpoint, turning: Turning, folder: str | Path
+) -> Path:
+    """Write the statistics of a rotated model; a rotation keeps the norms of gradients.
+
+    Args:
+        stats: Of the original, without samples of the KV cache.
+        rotated: The model after the rotation.
+        turning: Of the original.
+        folder: As of `write_moved_stats`; so are what is returned and raised.
+
+    Raises:
+        RewriteError: A norm has a gain of 0: what it makes 0 is not known of the rotated model.
+    """
+    for name, gain in turning.gains.items():
+        if not bool(gain.all()):
+            raise RewriteError(
+                f"{turning.checkpoint.folder}: {name!r} multiplies a channel by 0, and statistics "
+                f"of the rotated model do not follow from these. Calibrate that model."
+            )
+    layers = find_layers(turning.checkpoint).linear_layers
+    places = {layer.name: turning.stream.places.get(layer.tensor, Place()) for layer in layers}
+
+    def turn_x(layer: str, x_TI: Tensor) -> Tensor:
+        place = places[layer]
+        return turning.turn_inputs(x_TI, place) if place.reads or place.reads_values else x_TI
+
+    def turn_grad(layer: str, grad_DTO: Tensor) -> Tensor:
+        place = places[layer]
+        return turning.turn_outputs(grad_DTO, place) if place.writes or place.values else grad_DTO
+
+    return _write_stats(stats, rotated, folder, turn_x, turn_grad, keeps_norms=True)
+
+
+def _write_stats(
+    stats: Stats,
+    rewritten: Checkpoint,
+    folder: str | Path,
+    change_x: _Change,
+    change_grad: _Change,
+    *,
+    keeps_norms: bool,
+) -> Path:
+    if stats.plan.kv_cache or stats.plan.vocabulary:
+        what = "the KV cache" if stats.plan.kv_cache else "matrices of the vocabulary"
+        raise RewriteError(
+            f"{stats.folder}: holds samples of {what}, which are not those of a rewritten model. "
+            f"Calibrate that model."
+        )
     plan = replace(
         stats.plan,
         model_name=rewritten.name,
+        index_sha256=rewritten.index_sha256,
         weights_sha256=hash_weights(rewritten),
-        inputs=None,
+        inputs=stats.plan.inputs if keeps_norms else None,
     )
-    inputs, outputs = _moved(choices)
     with new_folder(Path(folder), RewriteError, last="stats.json") as target:
         write_json(target / "plan.json", plan.to_json())
         for corpus in plan.corpora:
@@ -63,7 +125,9 @@ def write_moved_stats(
             for path in (*stats.gains_files(corpus.name), *stats.routing_files(corpus.name)):
                 shutil.copyfile(path, target / corpus.name / path.name)
             for path in stats.sequence_files(corpus.name):
-                _write_sequence(path, target / corpus.name / path.name, inputs, outputs)
+                _write_sequence(path, target / corpus.name / path.name, change_x, change_grad)
+            for path in stats.inputs_files(corpus.name) if keeps_norms else ():
+                _write_inputs(path, target / corpus.name / path.name, change_x)
         finish_stats(target, plan)
     return Path(folder)
 
@@ -82,9 +146,7 @@ def _moved(choices: Sequence[Choice]) -> tuple[dict[str, Tensor], dict[str, Tens
     return inputs, outputs
 
 
-def _write_sequence(
-    path: Path, target: Path, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> None:
+def _write_sequence(path: Path, target: Path, change_x: _Change, change_grad: _Change) -> None:
     tensors: dict[str, Tensor] = {}
     with SequenceFile(path) as file:
         for name in file.inputs:
@@ -92,14 +154,22 @@ def _write_sequence(
             if samples is None:
                 continue
             grad_DTO = samples.grad_DTO
-            if name in outputs:
-                grad_DTO = (grad_DTO.double() * outputs[name]).to(grad_DTO.dtype)
-            tensors[f"grad/{name}"] = grad_DTO
+            tensors[f"grad/{name}"] = change_grad(name, grad_DTO).to(grad_DTO.dtype)
             if samples.source == name:
-                x_TI = samples.x_TI
-                if name in inputs:
-                    x_TI = (x_TI.double() / inputs[name]).to(x_TI.dtype)
-                tensors[f"x/{name}"] = x_TI
+                tensors[f"x/{name}"] = change_x(name, samples.x_TI).to(samples.x_TI.dtype)
             if samples.token_T is not None:
                 tensors[f"tokens/{name}"] = samples.token_T
+        write_samples(target, tensors, file.inputs)
+
+
+def _write_inputs(path: Path, target: Path, change_x: _Change) -> None:
+    tensors: dict[str, Tensor] = {}
+    with SequenceFile(path) as file:
+        for name in file.inputs:
+            known = file.weighted(name)
+            if known is None:
+                continue
+            tensors[f"norm/{name}"] = known.norm_T.float()
+            if known.source == name:
+                tensors[f"x/{name}"] = change_x(name, known.x_TI).to(known.x_TI.dtype)
         write_samples(target, tensors, file.inputs)

@@ -1,8 +1,9 @@
 """Makes the rewritten model that a recipe is for again, from the original and its statistics.
 
 From one recipe file, the original and its statistics an exported folder is made again, bit for
-bit: scales follow from the statistics, by the method and strengths that the recipe notes of each
-site. The hash of the weights shows that they are those that were measured.
+bit: a rotation follows from its seed; scales that moved after it follow from the statistics, by the
+method and strengths that the recipe notes of each site. The hash of the weights shows that they
+are those that were measured.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mofq.decision.recipe import Recipe
-from mofq.decision.rewriting import Rewriting, SiteRewriting
+from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
 from mofq.delivery.rewriting.choose import Choice, scales_of
-from mofq.delivery.rewriting.moved_stats import write_moved_stats
+from mofq.delivery.rewriting.moved_stats import write_moved_stats, write_rotated_stats
+from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model, write_rotated
 from mofq.delivery.rewriting.scales import METHODS, Strength
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
@@ -44,13 +46,27 @@ class Base:
     stats: str | Path | None
 
 
-def rewriting_of(checkpoint: Checkpoint, stats: Stats, choices: Sequence[Choice]) -> Rewriting:
-    """What a recipe notes of choices that were made for a model."""
+def rewriting_of(
+    checkpoint: Checkpoint,
+    stats: Stats,
+    choices: Sequence[Choice],
+    *,
+    rotation: RotatedModel | None = None,
+) -> Rewriting:
+    """What a recipe notes of choices that were made for a model, or for it after a rotation.
+
+    Args:
+        checkpoint: The original.
+        stats: Of the original.
+        choices: What moved.
+        rotation: Of the original, before anything moved.
+    """
     return Rewriting(
         model=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
         weights_sha256=hash_weights(checkpoint),
         stats_sha256=stats.sha256,
+        rotation=rotation,
         sites={
             one.site.group: SiteRewriting(one.method, one.strength.alpha, one.strength.beta)
             for one in choices
@@ -66,7 +82,7 @@ def base_of(recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None) ->
     Args:
         recipe: Any.
         checkpoint: The original; or the rewritten model that the recipe is for, with its stats.
-        stats: The original's, where the recipe rewrites it.
+        stats: The original's, where the recipe rewrites it by them or has fitted schemes.
 
     Yields:
         The base. One that was rewritten lies in a temporary folder.
@@ -105,20 +121,38 @@ def base_folders(work: Path, name: str) -> tuple[Path, Path]:
 
 
 def make_base(
-    rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats, folders: tuple[Path, Path]
+    rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats | None, folders: tuple[Path, Path]
 ) -> Base:
     """Write a rewritten model and its statistics.
 
     Args:
         rewriting: Of the model.
         checkpoint: The original.
-        stats: Of it.
+        stats: Of it; None where no scales move, and then none are made.
         folders: Of the model, and of the statistics; those that are there are complete, and kept.
 
     Raises:
-        RewriteError: As `write_rewritten`; or a site is none of the model's.
+        RewriteError: As `write_rewritten` and `plan_rotation`; or a site is none of the model's.
     """
+    if rewriting.rotation is None:
+        return _move(rewriting, checkpoint, stats, folders)
+    if not rewriting.sites:
+        return _rotate(rewriting.rotation, checkpoint, stats, folders)
     model, moved = folders
+    if not (model.exists() and moved.exists()):
+        with TemporaryDirectory(prefix="mofq-rotated-") as work:
+            between = base_folders(Path(work), checkpoint.name)
+            rotated = _rotate(rewriting.rotation, checkpoint, stats, between)
+            assert rotated.stats is not None
+            _move(rewriting, rotated.checkpoint, read_stats(rotated.stats), folders)
+    return Base(open_checkpoint(str(model)), moved)
+
+
+def _move(
+    rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats | None, folders: tuple[Path, Path]
+) -> Base:
+    model, moved = folders
+    assert stats is not None
     if not (model.exists() and moved.exists()):
         choices = _choices(rewriting, checkpoint, stats)
         if not model.exists():
@@ -128,10 +162,38 @@ def make_base(
     return Base(open_checkpoint(str(model)), moved)
 
 
+def _rotate(
+    rotation: RotatedModel, checkpoint: Checkpoint, stats: Stats | None, folders: tuple[Path, Path]
+) -> Base:
+    model, moved = folders
+    if not model.exists() or (stats is not None and not moved.exists()):
+        turning = plan_rotation(checkpoint, rotation.seed)
+        found = rotated_model(turning, rotation.seed)
+        if found != rotation:
+            raise RewriteError(
+                f"rewriting: rotation: {checkpoint.folder} has {found.hidden} channels and "
+                f"{found.head} in a head, and the recipe says {rotation.hidden} and "
+                f"{rotation.head}. Give the model that was measured."
+            )
+        if not model.exists():
+            write_rotated(turning, model, seed=rotation.seed)
+        if stats is not None and not moved.exists():
+            write_rotated_stats(stats, open_checkpoint(str(model)), turning, moved)
+    return Base(open_checkpoint(str(model)), None if stats is None else moved)
+
+
 def _checked_stats(
     recipe: Recipe, rewriting: Rewriting, checkpoint: Checkpoint, stats: str | Path | None
-) -> Stats:
-    """The statistics that scales follow from, once they and the model are known to be those."""
+) -> Stats | None:
+    """The original's statistics, once they and the model are known to be those.
+
+    None where the recipe needs none: it moves no scales and none were given.
+    """
+    if rewriting.sites and rewriting.stats_sha256 is None:
+        raise RecipeError(
+            f"{recipe.title}: rewriting: stats_sha256 is missing, and scales at sites follow from "
+            f"statistics. Take the recipe as it was written."
+        )
     found = (checkpoint.index_sha256, hash_weights(checkpoint))
     if found != (rewriting.index_sha256, rewriting.weights_sha256):
         raise RecipeError(
@@ -139,6 +201,8 @@ def _checked_stats(
             f"{rewriting.weights_sha256[:8]}, and {checkpoint.folder} has {found[1][:8]}. Give "
             f"the model that was measured."
         )
+    if stats is None and rewriting.rotation is not None and not rewriting.sites:
+        return None
     if stats is None:
         raise StatsError(
             f"{recipe.title}: rewrites the model by scales that follow from statistics. Give the "
@@ -147,10 +211,11 @@ def _checked_stats(
     opened = read_stats(stats)
     # Corpora may have been added to the folder since.
     every = (opened, *earlier_stats(opened))
-    known = next((one for one in every if one.sha256 == rewriting.stats_sha256), None)
+    sha256 = rewriting.stats_sha256 or opened.sha256  # none was noted: no scales follow from it
+    known = next((one for one in every if one.sha256 == sha256), None)
     if known is None:
         raise RecipeError(
-            f"{stats}: {recipe.title} rewrites by stats_sha256 {rewriting.stats_sha256[:8]}, and "
+            f"{stats}: {recipe.title} rewrites by stats_sha256 {sha256[:8]}, and "
             f"this folder has {opened.sha256[:8]}. Give the folder that was measured with."
         )
     check_same_model(opened, checkpoint, weights_sha256=rewriting.weights_sha256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mofq.decision.rewriting import ROTATE
 from mofq.delivery.rewriting.choose import Choice, choose_scales
 from mofq.delivery.rewriting.scales import METHODS
 from mofq.delivery.rewriting.sites import find_sites
@@ -83,7 +84,7 @@ def rewrite(
 def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method: str) -> None:
     """Refuse what would only be found after the long work."""
     if method not in METHODS:
-        raise RewriteError(f"unknown method {method!r}." + nearest_name(method, METHODS))
+        raise RewriteError(f"unknown method {method!r}." + nearest_name(method, (*METHODS, ROTATE)))
     check_same_model(stats, checkpoint, weights_sha256=hash_weights(checkpoint))
     check_new_folder(out_folder, RewriteError)
 

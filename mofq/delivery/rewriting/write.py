@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,36 +67,82 @@ def write_rewritten(
             is not the original times its scales.
         CheckpointError: The disk is full.
     """
-    target = Path(out_folder)
     moved = _moved_tensors(choices)
     plan = {name: PlannedTensor(i.kept_dtype, i.shape) for name, i in checkpoint.tensors.items()}
-    for name in moved:
+    return write_folder(
+        checkpoint,
+        out_folder,
+        plan=plan,
+        changed={name: _moved_rows(checkpoint, name, one) for name, one in moved.items()},
+        config=checkpoint.config,
+        lineage=lineage(checkpoint, method)
+        | {
+            "stats_sha256": stats.sha256,
+            "sites": {one.site.group: _of_site(one) for one in choices},
+        },
+        check=lambda written: check_rewritten(checkpoint, written, choices),
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    out_folder: str | Path,
+    *,
+    plan: Mapping[str, PlannedTensor],
+    changed: Mapping[str, Iterable[Tensor]],
+    config: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    check: Callable[[Checkpoint], None],
+    shard_bytes: int,
+    progress: Progress | None,
+) -> Path:
+    """Write a model folder with other weights; it appears when it is complete and checked.
+
+    Args:
+        checkpoint: The original.
+        out_folder: A folder that does not exist yet, or is empty.
+        plan: Every tensor that it will have; those that do not change as the original has them.
+        changed: Tensor -> blocks of its rows, in order, in the dtype that is planned.
+        config: Its ``config.json``.
+        lineage: Its ``rewrite.json``.
+        check: Raises where what was written is not what was to be.
+        shard_bytes: Largest amount of data in one file [bytes].
+        progress: Called with ``"write"``, tensors done, and all of them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RewriteError: The folder is in the way, a dtype cannot be scaled, or as ``check``.
+        CheckpointError: The disk is full.
+    """
+    for name in changed:
         if plan[name].dtype not in ("BF16", "F16", "F32"):
             raise RewriteError(
                 f"{checkpoint.folder}: {name!r} is stored as {plan[name].dtype}, which cannot be "
                 f"scaled. Rewrite the unquantized model."
             )
-    with new_folder(target, RewriteError, last=CONFIG_FILE) as folder:
+    with new_folder(Path(out_folder), RewriteError, last=CONFIG_FILE) as folder:
         with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
             for done, name in enumerate(plan, start=1):
-                if name in moved:
-                    for rows in _moved_rows(checkpoint, name, moved[name]):
+                if name in changed:
+                    for rows in changed[name]:
                         writer.add_rows(name, rows)
                 else:
                     writer.keep(checkpoint.tensors[name])
                 if progress is not None:
                     progress("write", done, len(plan))
         copy_other_files(checkpoint.folder, folder)
-        _write_json(folder / CONFIG_FILE, checkpoint.config)
-        _write_json(folder / LINEAGE_FILE, lineage(checkpoint, choices, method, stats))
-        check_rewritten(checkpoint, open_checkpoint(str(folder)), choices)
-    return target
+        _write_json(folder / CONFIG_FILE, config)
+        _write_json(folder / LINEAGE_FILE, lineage)
+        check(open_checkpoint(str(folder)))
+    return Path(out_folder)
 
 
-def lineage(
-    checkpoint: Checkpoint, choices: Sequence[Choice], method: str, stats: Stats
-) -> dict[str, Any]:
-    """What ``rewrite.json`` holds."""
+def lineage(checkpoint: Checkpoint, method: str) -> dict[str, Any]:
+    """What every ``rewrite.json`` says: of which model, and by which method."""
     return {
         "version": VERSION,
         "mofq": __version__,
@@ -105,18 +151,17 @@ def lineage(
             "index_sha256": checkpoint.index_sha256,
             "weights_sha256": hash_weights(checkpoint),
         },
-        "stats_sha256": stats.sha256,
         "method": method,
-        "sites": {
-            choice.site.group: {
-                "scheme": choice.scheme,
-                "method": choice.method,
-                "strength": None if choice.strength is None else asdict(choice.strength),
-                "kl_nats_per_token_before": choice.nats_before,
-                "kl_nats_per_token_after": choice.nats_after,
-            }
-            for choice in choices
-        },
+    }
+
+
+def _of_site(choice: Choice) -> dict[str, Any]:
+    return {
+        "scheme": choice.scheme,
+        "method": choice.method,
+        "strength": None if choice.strength is None else asdict(choice.strength),
+        "kl_nats_per_token_before": choice.nats_before,
+        "kl_nats_per_token_after": choice.nats_after,
     }
 
 
