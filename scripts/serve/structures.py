@@ -112,7 +112,7 @@ STRUCTURES = {
     ),
     "granitemoehybrid": Structure("Mamba 2 and attention, experts", _MAMBA),
     "jamba": Structure("Mamba and attention, experts"),
-    "zamba2": Structure("Mamba 2, and attention shared by layers", {"num_mem_blocks": 1}),
+    "zamba2": Structure("Mamba 2, and attention shared by layers", {"attention_head_dim": 64}),
     "nemotron_h": Structure("Mamba 2, attention, experts without gates"),
     "qwen2_5_vl": Structure("a language model with a tower for images"),
 }
