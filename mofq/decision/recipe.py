@@ -461,8 +461,13 @@ def _check_layers_once(recipe: Recipe, where: str) -> None:
 
 
 def _check_tuned_for(recipe: Recipe, where: str) -> None:
-    """Refuse norms that were tuned for other schemes."""
+    """Refuse norms that were tuned for other schemes, or for any weights."""
     tuning = recipe.tuning
+    if tuning is not None and recipe.weights_sha256 is None:
+        raise RecipeError(
+            f"{where}: tuning: {tuning.file} was tuned for the weights of one model, which the "
+            f"recipe must name (weights_sha256). Name them, or remove `tuning` from the recipe too."
+        )
     if tuning is not None and tuning.decisions_sha256 != recipe.decisions_sha256:
         raise RecipeError(
             f"{where}: tuning: {tuning.file} was tuned for other schemes than the recipe has now, "

@@ -25,7 +25,7 @@ class Tuning:
     """Where the tuned norms are, how they came about, and what they were measured to gain."""
 
     #: beside the recipe
-    file: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    file: Annotated[str, Strict(), Field(pattern=r"^tuned-[0-9a-f]{16}\.norms$")]
     sha256: Sha256  #: of the file
     decisions_sha256: Sha256  #: of what the norms were tuned for, see `Recipe.decisions_sha256`
     mofq: Name

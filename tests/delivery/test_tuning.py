@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from emulated import recipe_of, validate
 from exported import export
 from families import copy_with_tensors
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from mofq.decision.recipe import RecipeResult, load_recipe, write_recipe
 from mofq.delivery.apply.emulate import apply
@@ -55,7 +56,7 @@ def model(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_with_tensors(original, tmp_path_factory.mktemp("model") / "m", put_off)
 
 
-def tune(original: Path, model: Path, scheme: str = INPUTS) -> TunedRecipe:
+def tune(original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 6) -> TunedRecipe:
     checkpoint = open_checkpoint(str(model))
     return tune_recipe(
         open_checkpoint(str(original)),
@@ -63,7 +64,7 @@ def tune(original: Path, model: Path, scheme: str = INPUTS) -> TunedRecipe:
         WINDOWS,
         base=Base(checkpoint, None),
         plan=plan_of(model, WINDOWS),
-        steps=6,
+        steps=steps,
     )
 
 
@@ -114,10 +115,31 @@ def test_too_few_sequences_are_refused(model: Path) -> None:
 
 
 def test_every_corpus_is_split() -> None:
-    split = split_sequences({"a": some_tokens(8, 4), "b": some_tokens(5, 4, seed=1)})
+    windows = {"a": some_tokens(8, 4), "b": some_tokens(5, 4, seed=1)}
+    split = split_sequences(windows, most=10)
     held = [*some_tokens(8, 4)[3::4], *some_tokens(5, 4, seed=1)[3::4]]
     assert torch.equal(split.held_out_NT, torch.stack(held))
     assert len(split.stepped_NT) == 13 - 3
+    # No more than the steps visit, of both.
+    few = split_sequences(windows, most=4)
+    assert torch.equal(few.held_out_NT, split.held_out_NT)
+    assert torch.equal(few.stepped_NT, split.stepped_NT[[0, 2, 5, 7]])
+
+
+def test_what_is_said_to_be_stepped_on_was(original: Path, model: Path) -> None:
+    tuning = tune(original, model, steps=1).tuning
+    assert (tuning.sequences, tuning.held_out) == (4, 3)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.BatchNorm1d(8), nn.BatchNorm2d(8)])
+def test_norms_of_a_tower_that_take_no_hidden_states_are_found(
+    norm: nn.Module, model: Path
+) -> None:
+    checkpoint = open_checkpoint(str(model))
+    loaded = load_model(model)
+    before = len(find_norms(loaded, checkpoint, find_layers(checkpoint).architecture))
+    loaded.add_module("tower", norm.eval())
+    assert len(find_norms(loaded, checkpoint, find_layers(checkpoint).architecture)) == before
 
 
 @pytest.mark.parametrize(
@@ -177,6 +199,33 @@ def test_a_recipe_whose_schemes_were_edited_is_refused_until_its_norms_are_remov
 ) -> None:
     written.write_text(written.read_text().replace(INPUTS, "int8.channel", 1))
     with pytest.raises(RecipeError, match="tuned for other schemes than the recipe has now"):
+        load_recipe(written)
+
+
+@pytest.mark.parametrize(
+    "name", ["../tuned-0123456789abcdef.norms", "recipe.yaml", "a.safetensors"]
+)
+def test_a_recipe_names_no_other_file_as_its_norms(
+    found: TunedRecipe, written: Path, name: str
+) -> None:
+    written.write_text(written.read_text().replace(found.tuning.file, name))
+    with pytest.raises(RecipeError, match=r"tuning.*file"):
+        load_recipe(written)
+
+
+def test_norms_of_a_model_are_not_put_into_another_training_of_it(
+    found: TunedRecipe, written: Path, original: Path, tmp_path: Path
+) -> None:
+    # Same names and shapes: as a fine-tune has them, or the same model rewritten.
+    text = load_text("demo-en")
+    with pytest.raises(RecipeError, match="a fine-tune or another revision"):
+        validate(str(original), found.recipe, text, tokens=32, sequence_length=16)
+    with pytest.raises(RecipeError, match="a fine-tune or another revision"):
+        export(original, found.recipe, tmp_path / "folder")
+    named = f"weights_sha256: {found.recipe.weights_sha256}"
+    assert named in written.read_text()
+    written.write_text(re.sub(f", {named}", "", written.read_text()))
+    with pytest.raises(RecipeError, match="Name them, or remove `tuning`"):
         load_recipe(written)
 
 

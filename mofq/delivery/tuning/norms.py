@@ -76,5 +76,6 @@ def _adds_one(module: nn.Module, gain_C: Tensor) -> bool:
     try:
         with torch.no_grad():
             return bool(functional_call(module, parameters, (x_TC,)).any())
-    except (TypeError, AttributeError):  # it takes a gate too; none of these adds 1
+    # It takes a gate too, or images or groups of channels: none of these adds 1.
+    except (TypeError, AttributeError, RuntimeError, ValueError):
         return False

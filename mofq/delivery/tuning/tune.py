@@ -47,18 +47,22 @@ class Split:
     held_out_NT: Tensor
 
 
-def split_sequences(windows: Mapping[str, Tensor]) -> Split:
+def split_sequences(windows: Mapping[str, Tensor], *, most: int) -> Split:
     """Hold every fourth sequence of each corpus out.
 
     Args:
         windows: Corpus -> token ids, [N, T], int64.
+        most: Sequences that are stepped on, at least 1; of more, some of every corpus are taken.
     """
     stepped, held_out = [], []
     for tokens_NT in windows.values():
         is_held = torch.arange(len(tokens_NT)) % _HOLD_OUT == _HOLD_OUT - 1
         stepped.append(tokens_NT[~is_held])
         held_out.append(tokens_NT[is_held])
-    return Split(torch.cat(stepped), torch.cat(held_out))
+    stepped_NT = torch.cat(stepped)
+    if len(stepped_NT) > most:
+        stepped_NT = stepped_NT[torch.arange(most) * len(stepped_NT) // most]
+    return Split(stepped_NT, torch.cat(held_out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.norms import find_norms
-from mofq.delivery.tuning.tune import Split, Tuned, split_sequences, tune_norms
+from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_norms
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.evidence.calibration.stats import Plan
 from mofq.exceptions import CorpusError, RecipeError, option
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model
 
 #: Fewer sequences that judge say nothing.
@@ -62,14 +63,15 @@ def tune_recipe(
         progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
 
     Returns:
-        The recipe, and what its norms do on what no step saw.
+        The recipe, which names the weights that it is for, and what its norms do on what no step
+        saw.
 
     Raises:
         CorpusError: There are too few sequences.
         RecipeError: The model has no norms that can be tuned, or as `apply_recipe`.
         MofqError: There is no room for the original's logits, or logits are not finite.
     """
-    split = split_sequences(windows)
+    split = split_sequences(windows, most=steps * BATCH)
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
         raise CorpusError(
             f"norms are tuned on three sequences of four, and judged by the others, of which there "
@@ -95,7 +97,8 @@ def tune_recipe(
             steps=steps,
             progress=progress,
         )
-    done = _with_tuned(recipe, tuned, split, plan, steps=steps)
+    bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
+    done = _with_tuned(bound, tuned, split, plan, steps=steps)
     assert done.tuning is not None
     return TunedRecipe(done, done.tuning, tuned.helps)
 
