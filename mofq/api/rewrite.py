@@ -139,6 +139,8 @@ def _rotate(
                 f"{option(name)}: a rotation follows from its seed alone. Leave it out with "
                 f"{option('method', ROTATE)}."
             )
+    if not 0 <= seed < 2**63:
+        raise MofqError(f"{option('seed', seed)}: needed an integer of 0 or more, below 2**63.")
     turning = plan_rotation(checkpoint, seed)
     write_rotated(turning, folder, seed=seed, progress=progress)
     return RewriteResult(

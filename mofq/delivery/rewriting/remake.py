@@ -140,7 +140,9 @@ def make_base(
         return _rotate(rewriting.rotation, checkpoint, stats, folders)
     model, moved = folders
     if not (model.exists() and moved.exists()):
-        with TemporaryDirectory(prefix="mofq-rotated-") as work:
+        model.parent.mkdir(parents=True, exist_ok=True)
+        # Where there is room for the other: the folder for temporary files may have none.
+        with TemporaryDirectory(prefix="mofq-rotated-", dir=model.parent) as work:
             between = base_folders(Path(work), checkpoint.name)
             rotated = _rotate(rewriting.rotation, checkpoint, stats, between)
             assert rotated.stats is not None

@@ -124,13 +124,12 @@ def plan_rotation(checkpoint: Checkpoint, seed: int) -> Turning:
         RewriteError: As `find_stream`.
     """
     stream = find_stream(checkpoint, find_layers(checkpoint))
-    stored = {name: read_tensor(checkpoint.tensors[name]).double() for name in stream.norms}
     return Turning(
         checkpoint,
         stream,
         random_rotation(stream.hidden, seed),
         random_rotation(stream.head, seed),
-        {name: gain + (1 - stream.stored_one) for name, gain in stored.items()},
+        {name: read_tensor(checkpoint.tensors[name]).double() for name in stream.norms},
     )
 
 
@@ -189,18 +188,21 @@ def check_rotated(turning: Turning, rotated: Checkpoint) -> None:
     for name in turning.stream.places:
         place = turning.stream.places[name]
         info = rotated.tensors[name]
-        half_ulp = torch.finfo(TORCH_DTYPES[info.dtype]).eps / 2
+        dtype = torch.finfo(TORCH_DTYPES[info.dtype])
+        half_ulp = dtype.eps / 2
         for (start, stop), original in _blocks(turning, name):
             gain = 1.0 if place.norm is None else turning.gains[place.norm]
             needed = original.double() * gain
             found = turning.turn_back(read_rows(info, start, stop), place)
-            if not float((found - needed).norm()) <= 1.01 * half_ulp * float(needed.norm()):
+            # Below the smallest normal number the steps are no finer than there.
+            size = float(needed.norm()) + dtype.smallest_normal * math.sqrt(needed.numel())
+            if not float((found - needed).norm()) <= 1.01 * half_ulp * size:
                 raise RewriteError(
                     f"{rotated.folder}: {name!r} is not the original after the rotation. "
                     f"Remove the folder and rewrite again."
                 )
     for name in turning.stream.norms:
-        if not bool((read_tensor(rotated.tensors[name]) == turning.stream.stored_one).all()):
+        if not bool((read_tensor(rotated.tensors[name]) == 1).all()):
             raise RewriteError(
                 f"{rotated.folder}: {name!r} does not multiply by 1. Remove the folder and "
                 f"rewrite again."
@@ -221,7 +223,7 @@ def _stored_blocks(turning: Turning, name: str) -> Iterator[Tensor]:
     stream = turning.stream
     if name in stream.norms:
         info = turning.checkpoint.tensors[name]
-        yield torch.full(info.shape, stream.stored_one, dtype=TORCH_DTYPES[info.kept_dtype])
+        yield torch.ones(info.shape, dtype=TORCH_DTYPES[info.kept_dtype])
         return
     dtype = TORCH_DTYPES[_source(turning, name).kept_dtype]
     for _, block in _blocks(turning, name):

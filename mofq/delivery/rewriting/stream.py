@@ -9,8 +9,8 @@ throughout:
 - what reads it (q, k, v, gate, up, routers, the lm_head) is multiplied by ``Q`` at its inputs.
 
 Attention mixes tokens and not channels of a value, so each head's values can be rotated too: v at
-its outputs, and o at its inputs. Scalars that a family multiplies by (Granite's multipliers, the
-scale of Gemma's embedding) commute.
+its outputs, and o at its inputs. Scalars that a family multiplies by (Granite's multipliers)
+commute.
 
 Refused, with the reason: norms that subtract a mean, whose direction ``Q`` turns; norms of what
 attention or MLP gives, whose gains stand before the residual stream and cannot be folded; and a
@@ -24,29 +24,35 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mofq.exceptions import RewriteError
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.families import Family, family_of, read_sizes
 from mofq.model.layers.making import text_config
+from mofq.model.layers.model_class import computes_hidden_states
 
 _ROTATABLE = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "ernie4_5", "seed_oss"),
-    *("gemma", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3"),
+    *("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3"),
 )
 _NORMS_OF_OUTPUTS = (
     "it norms what attention and MLP give before it is added to the residual stream. A gain "
     "there stands between channels that a rotation mixes, and no layer behind it can take it"
 )
 _MEANS = "its norms subtract the mean of all channels, which a rotation changes"
+#: vLLM's ``gemma.py`` asserts that the two are tied.
+_ALWAYS_TIED = (
+    "engines take its lm_head from its embedding, whatever its config says. The gain of the last "
+    "norm is folded into the one and not into the other"
+)
 _REFUSED: Mapping[str, str] = {
+    "gemma": _ALWAYS_TIED,
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _NORMS_OF_OUTPUTS),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4", "glm4"), _NORMS_OF_OUTPUTS),
     **dict.fromkeys(("cohere2", "starcoder2", "opt", "gpt2"), _MEANS),
 }
-#: Families whose norms multiply by ``1 + weight``.
-_ONE_MORE = ("gemma",)
 _FINAL_NORM = "norm"
 _ATTENTION_NORM, _MLP_NORM = "input_layernorm", "post_attention_layernorm"
 #: In a decoder layer, not of the residual stream: norms of queries, keys and latent vectors,
@@ -77,7 +83,6 @@ class Stream:
     head: int  #: channels of a head's values
     places: Mapping[str, Place]  #: tensor -> what it touches
     norms: tuple[str, ...]  #: tensors whose gains are folded
-    stored_one: float  #: what is stored of a norm that multiplies by 1
     embedding: str
     lm_head: str  #: its tensor, which is stored only after the rotation where it is tied
     is_tied: bool
@@ -97,12 +102,18 @@ def find_stream(checkpoint: Checkpoint, layers: ModelLayers) -> Stream:
     where, architecture = checkpoint.folder, layers.architecture
     if architecture in _REFUSED:
         raise RewriteError(f"{where}: a {architecture!r} is not rotated: {_REFUSED[architecture]}.")
-    if architecture not in _ROTATABLE or layers.stated is not None:
+    if layers.stated is not None:
+        raise RewriteError(
+            f"{where}: says which layers it has, and so it does not say where its residual stream "
+            f"goes. A model is rotated by the rules of its family alone."
+        )
+    if architecture not in _ROTATABLE:
         raise RewriteError(
             f"{where}: where the residual stream of a {architecture!r} goes is not known; "
             f"it is for {', '.join(_ROTATABLE)}."
         )
     config = text_config(checkpoint)
+    _check_config(checkpoint, config)
     family = family_of(architecture, config)
     sizes = read_sizes(config, family, where=str(where / CONFIG_FILE))
     embedding, final = (f"{layers.body}{name}" for name in (family.embedding, _FINAL_NORM))
@@ -111,7 +122,7 @@ def find_stream(checkpoint: Checkpoint, layers: ModelLayers) -> Stream:
     ]
     lm_head = stored[0] if stored else f"{family.lm_heads[0]}.weight"
     if not stored and not layers.tied_lm_head:
-        raise RewriteError(f"{where}: has no lm_head, which a rotation would change.")
+        raise RewriteError(f"{where}: has no lm_head, into which the last norm could be folded.")
     places = {
         f"{embedding}.weight": Place(reads=True),  # a row of it is a vector of the stream
         lm_head: Place(reads=True, norm=f"{final}.weight"),
@@ -135,11 +146,25 @@ def find_stream(checkpoint: Checkpoint, layers: ModelLayers) -> Stream:
         head=sizes.get("latent_o", sizes["q"]) // sizes["heads"],
         places=places,
         norms=norms,
-        stored_one=0.0 if architecture in _ONE_MORE else 1.0,
         embedding=f"{embedding}.weight",
         lm_head=lm_head,
         is_tied=layers.tied_lm_head,
     )
+
+
+def _check_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse what tensors do not show."""
+    where = checkpoint.folder / CONFIG_FILE
+    if computes_hidden_states(checkpoint.config):
+        raise RewriteError(
+            f"{where}: 'architectures' names an embedding model: engines serve its hidden states, "
+            f"which a rotation changes. A model whose lm_head is served is rotated."
+        )
+    if config.get("clip_qkv") is not None:  # OLMoE
+        raise RewriteError(
+            f"{where}: 'clip_qkv' clips each channel of the values of attention, which a rotation "
+            f"mixes. Such a model is not rotated."
+        )
 
 
 def _bias_places(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[str, Place]:
