@@ -219,6 +219,13 @@ def test_a_config_that_a_rotation_does_not_fit_is_refused(
         rotate(model, tmp_path / "out")
 
 
+def test_a_model_of_sentence_transformers_is_refused(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = copy_with_config(tiny("qwen3"), tmp_path / "model", lambda _: None)
+    (model / "modules.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(RewriteError, match=r"modules\.json: is of an embedding model"):
+        rotate(model, tmp_path / "out")
+
+
 def test_numbers_below_the_normal_ones_of_a_dtype_are_rounded_more_coarsely(
     tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -342,15 +349,16 @@ def test_statistics_in_which_a_channel_is_lost_are_not_rotated(
         tensors["model.layers.0.input_layernorm.weight"][0] = 0
 
     model = copy_with_tensors(tiny("llama", dtype=torch.float32), tmp_path / "model", lose)
-    turning = rotate(model, tmp_path / "out")
-    assert_same_function(model, tmp_path / "out")
+    stats, out = made(model, tmp_path / "stats"), tmp_path / "out"
+    turning = rotate(model, out)
+    assert_same_function(model, out)
     with pytest.raises(RewriteError, match=r"input_layernorm.weight' multiplies a channel by 0"):
-        write_rotated_stats(
-            made(model, tmp_path / "stats"),
-            open_checkpoint(str(tmp_path / "out")),
-            turning,
-            tmp_path / "turned",
-        )
+        write_rotated_stats(stats, open_checkpoint(str(out)), turning, tmp_path / "turned")
+    original, folders = open_checkpoint(str(model)), (tmp_path / "base", tmp_path / "base.s")
+    rewriting = rewriting_of(original, stats, (), rotation=rotated_model(turning, SEED))
+    with pytest.raises(RewriteError, match="multiplies a channel by 0"):
+        make_base(rewriting, original, stats, folders=folders)
+    assert not (tmp_path / "base").exists()
 
 
 def recipe_of(rewriting: Rewriting, base: Base, scheme: str = FITTED) -> Recipe:

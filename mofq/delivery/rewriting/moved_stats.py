@@ -3,8 +3,9 @@
 Where a scale ``s`` moved, the inputs of the layers behind it are divided by it, and the gradients
 at the outputs of the linear layer before it are multiplied. Where the model was rotated, inputs and
 gradients are rotated, inputs after they were divided by the gain of the norm that was folded.
-Nothing else changes, and with it no gain: see `mofq.evidence.calibration.gains`, of which only the
-ratios between sequences count. Samples are rounded to bfloat16 once more.
+Samples are rounded to bfloat16 once more. Gains (`mofq.evidence.calibration.gains`) are copied: of
+them only the ratios between sequences count. These are nearly those of the rewritten model and not
+exactly, since a token's largest input becomes another one.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ def write_moved_stats(
     return _write_stats(stats, rewritten, folder, move_x, move_grad, keeps_norms=False)
 
 
+def check_no_channel_lost(turning: Turning) -> None:
+    """Refuse a model whose statistics do not say those of the rotated one.
+
+    Raises:
+        RewriteError: A norm has a gain of 0: what it makes 0 is not known of the rotated model.
+    """
+    for name, gain in turning.gains.items():
+        if not bool(gain.all()):
+            raise RewriteError(
+                f"{turning.checkpoint.folder}: {name!r} multiplies a channel by 0, and statistics "
+                f"of the rotated model do not follow from these. Calibrate that model."
+            )
+
+
 def write_rotated_stats(
     stats: Stats, rotated: Checkpoint, turning: Turning, folder: str | Path
 ) -> Path:
@@ -74,14 +89,9 @@ def write_rotated_stats(
         folder: As of `write_moved_stats`; so are what is returned and raised.
 
     Raises:
-        RewriteError: A norm has a gain of 0: what it makes 0 is not known of the rotated model.
+        RewriteError: As `check_no_channel_lost`.
     """
-    for name, gain in turning.gains.items():
-        if not bool(gain.all()):
-            raise RewriteError(
-                f"{turning.checkpoint.folder}: {name!r} multiplies a channel by 0, and statistics "
-                f"of the rotated model do not follow from these. Calibrate that model."
-            )
+    check_no_channel_lost(turning)
     layers = find_layers(turning.checkpoint).linear_layers
     places = {layer.name: turning.stream.places.get(layer.tensor, Place()) for layer in layers}
 

@@ -17,7 +17,11 @@ from tempfile import TemporaryDirectory
 from mofq.decision.recipe import Recipe
 from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
 from mofq.delivery.rewriting.choose import Choice, scales_of
-from mofq.delivery.rewriting.moved_stats import write_moved_stats, write_rotated_stats
+from mofq.delivery.rewriting.moved_stats import (
+    check_no_channel_lost,
+    write_moved_stats,
+    write_rotated_stats,
+)
 from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model, write_rotated
 from mofq.delivery.rewriting.scales import METHODS, Strength
 from mofq.delivery.rewriting.sites import find_sites
@@ -177,6 +181,8 @@ def _rotate(
                 f"{found.head} in a head, and the recipe says {rotation.hidden} and "
                 f"{rotation.head}. Give the model that was measured."
             )
+        if stats is not None:
+            check_no_channel_lost(turning)  # before a model is written that would not be used
         if not model.exists():
             write_rotated(turning, model, seed=rotation.seed)
         if stats is not None and not moved.exists():

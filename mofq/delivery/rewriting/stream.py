@@ -42,6 +42,12 @@ _NORMS_OF_OUTPUTS = (
     "there stands between channels that a rotation mixes, and no layer behind it can take it"
 )
 _MEANS = "its norms subtract the mean of all channels, which a rotation changes"
+_EMBEDDING_MODEL = (
+    "an embedding model: engines serve its hidden states, which a rotation changes. A model whose "
+    "lm_head is served can be rotated."
+)
+#: By which sentence-transformers knows its models, such as Qwen3-Embedding, a ``ForCausalLM``.
+_SENTENCE_MODULES = "modules.json"
 #: vLLM's ``gemma.py`` asserts that the two are tied.
 _ALWAYS_TIED = (
     "engines take its lm_head from its embedding, whatever its config says. The gain of the last "
@@ -156,10 +162,10 @@ def _check_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """Refuse what tensors do not show."""
     where = checkpoint.folder / CONFIG_FILE
     if computes_hidden_states(checkpoint.config):
-        raise RewriteError(
-            f"{where}: 'architectures' names an embedding model: engines serve its hidden states, "
-            f"which a rotation changes. A model whose lm_head is served is rotated."
-        )
+        raise RewriteError(f"{where}: 'architectures' names {_EMBEDDING_MODEL}")
+    modules = checkpoint.folder / _SENTENCE_MODULES
+    if modules.is_file():
+        raise RewriteError(f"{modules}: is of {_EMBEDDING_MODEL}")
     if config.get("clip_qkv") is not None:  # OLMoE
         raise RewriteError(
             f"{where}: 'clip_qkv' clips each channel of the values of attention, which a rotation "
