@@ -215,9 +215,9 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
         BackendError: There is a model that no run wrote.
         RecipeError: A recipe that is there cannot be read.
         TableError: The table that is there cannot be read, or has other numerics.
-        MofqError: What has the request's name is of another one or was edited, or the search
-            space is another than when its schemes were measured here, and not that one with more
-            schemes.
+        MofqError: What has the request's name is of another one or was edited, its recipe and its
+            model have different tuned norms, or the search space is another than when its schemes
+            were measured here, and not that one with more schemes.
     """
     first = RunFiles(folder)
     _check_numerics(first.table)
@@ -232,7 +232,13 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
     former = list(former_recipes(first).values())
     different = asked.differences_from(Asked.of_recipe(former[0])) if former else []
     files = RunFiles(folder, "-" + "-".join(different)) if different else first
-    for path, recipe in former_recipes(files).items():
+    formers = former_recipes(files)
+    if len({recipe.tuning for recipe in formers.values()}) > 1:
+        raise MofqError(
+            f"{files.recipe}: has other tuned norms than {files.model}, or only one of the two has "
+            f"any. Move the other one away, or run with another {option('output')}."
+        )
+    for path, recipe in formers.items():
         if recipe.is_edited:
             raise MofqError(
                 f"{path}: was edited after it was found, and this run would end with what was "

@@ -25,7 +25,7 @@ class MeasuredPoint:
     at: float | None  #: on the axis of the frontier; None: the file does not say
     kl_nats_per_token: float
     kl_stderr: float | None
-    predicted: float | None
+    predicted: float | None  #: None too where norms were tuned, of which no prediction knows
     predicted_stderr: float | None
     recipe_sha256: str | None  #: of the text of the recipe that was measured
     recipe: int | None = None  #: its place among the recipes that are drawn
@@ -71,6 +71,7 @@ def _point(content: Any, path: Path, header: TableHeader, *, label: str | None) 
                 f"Take validations of the table's model."
             )
     bits_per_weight = _needed(content, "bits_per_weight", path)
+    predicted = _number(content, "predicted_kl_nats_per_token", path)
     return MeasuredPoint(
         label=label or Path(str(content.get("candidate", path.stem))).stem,
         text=Path(str(content.get("text", ""))).name,
@@ -78,7 +79,7 @@ def _point(content: Any, path: Path, header: TableHeader, *, label: str | None) 
         at=bits_per_weight,
         kl_nats_per_token=_needed(content, "kl_nats_per_token", path),
         kl_stderr=_number(content, "kl_stderr", path),
-        predicted=_number(content, "predicted_kl_nats_per_token", path),
+        predicted=None if content.get("is_tuned") else predicted,
         predicted_stderr=_number(content, "predicted_kl_stderr", path),
         recipe_sha256=content.get("recipe_sha256"),
     )

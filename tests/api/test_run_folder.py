@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from explore_tables import write_explore_table
+from safetensors.torch import save
 
 from mofq.api.options import Choices
 from mofq.api.request import make_request
 from mofq.api.run_folder import Asked, RunFiles, find_files
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
+from mofq.decision.tuning import Tuning, tuned_file
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import TableSpace, open_table, read_table
 from mofq.exceptions import MofqError
@@ -133,6 +137,35 @@ def test_a_recipe_that_was_edited_is_refused_before_anything_is_run(
     with pytest.raises(MofqError, match=rf"{name}: was edited after it was found, and .* move rec"):
         find_files(finished, FIRST, SPACE)
     assert find_files(finished, other, SPACE).suffix == "-6.0bits"
+
+
+def test_a_recipe_that_was_tuned_after_its_model_was_exported_is_refused(finished: Path) -> None:
+    content = save({"norm.weight": torch.ones(4)})
+    sha256 = hashlib.sha256(content).hexdigest()
+    tuning = Tuning(
+        file=tuned_file(sha256),
+        sha256=sha256,
+        decisions_sha256=RECIPE.decisions_sha256,
+        mofq="0.1.0",
+        tensors=1,
+        steps=16,
+        sequences=24,
+        sequence_length=512,
+        bos=False,
+        corpora_sha256="a" * 16,
+        held_out=8,
+        kl_before=0.2,
+        kl_after=0.1,
+        kl_saved_stderr=0.01,
+    )
+    tuned = replace(RECIPE, weights_sha256="a" * 64, tuning=tuning, tuned=content)
+    (finished / "model").mkdir()
+    write_recipe(RECIPE, finished / "model/recipe.yaml")
+    write_recipe(tuned, finished / "recipe.yaml")
+    with pytest.raises(MofqError, match=r"recipe\.yaml: has other tuned norms than .*model, or"):
+        find_files(finished, FIRST, SPACE)
+    write_recipe(tuned, finished / "model/recipe.yaml")
+    assert find_files(finished, FIRST, SPACE).suffix == ""
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_a_validation_that_a_figure_of_predictions_leaves_out_is_told(
     files = {
         "mine": {},
         "edited": {"predicted_kl_nats_per_token": None},
+        "tuned": {"is_tuned": True},  # what is predicted is of before
         "bf16": {"predicted_kl_nats_per_token": 0.0},
     }
     arguments = ["plot", str(folder / "table.jsonl"), "--kind", "prediction"]
@@ -135,8 +136,8 @@ def test_a_validation_that_a_figure_of_predictions_leaves_out_is_told(
     result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "f.svg")])
     assert result.exit_code == 0, result.output
     said = " ".join(result.stderr.split())
-    assert "1 of 3 validations not drawn (edited): no prediction is known" in said
-    assert "1 of 3 validations not drawn (bf16): a KL of 0, predicted or measured" in said
+    assert "2 of 4 validations not drawn (edited, tuned): no prediction is known" in said
+    assert "1 of 4 validations not drawn (bf16): a KL of 0, predicted or measured" in said
 
 
 @pytest.mark.parametrize(
