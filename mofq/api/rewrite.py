@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.options import Model, Option, documented
 from mofq.api.preconditions import check_folder
-from mofq.decision.rewriting import ROTATE, RotatedModel
 from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
+    from mofq.decision.rewriting import RotatedModel
     from mofq.delivery.rewriting.choose import Choice
     from mofq.model.checkpoint.headers import Checkpoint
 
@@ -83,6 +83,7 @@ def rewrite(
     Raises:
         MofqError: An input is not valid, or the rewritten model would compute something else.
     """
+    from mofq.decision.rewriting import ROTATE
     from mofq.model.checkpoint.headers import open_checkpoint
 
     start = monotonic()
@@ -131,6 +132,7 @@ def _rotate(
     progress: Progress | None,
 ) -> RewriteResult:
     """Write the rotated model; options of other methods are refused."""
+    from mofq.decision.rewriting import ROTATE
     from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model, write_rotated
 
     for name, value in unused.items():

@@ -48,6 +48,7 @@ def commands(given: Inputs) -> dict[str, tuple[Sequence[str | Path], Sequence[Pa
         "uniform": (("recipe", "uniform", model, "int4.g32", "--stats", stats), files),
         "recipe_from": (("recipe", "from", model), files),
         "validate": (("validate", model, given.recipe, *SHORT, "--stats", stats), files),
+        "tune": (("tune", model, given.recipe, "--corpus", "demo-en", "--stats", stats), files),
         "measure": (("measure", model, "--space", "w8a8", "--stats", stats), files),
         "search": (("search", given.table, "--max-bits", "5", *on_model), (*files, given.table)),
         "plot": (("plot", given.table, "--kind", "map"), (model / "map.png", stats / "map.png")),

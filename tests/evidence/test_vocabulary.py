@@ -199,7 +199,7 @@ def test_what_may_not_be_had_is_refused_before_anything_runs(
     (problem,) = (line for line in ran.err.splitlines() if "may have no scheme" in line)
     assert "tie an lm_head to a `weight` alone" in problem  # and not why fits and inputs cannot be
     assert "activations" not in problem
-    assert "Leave --lm-head and --embeddings out" in problem
+    assert "Leave --lm-head and --embeddings (or the space's keys of these names) out" in problem
     assert "--embeddings -o" not in ran.err  # calibrating with it would be in vain
     assert "--embeddings -o" in ok("inspect", tied, "--embeddings").err
     space.write_text("version: 1\nschemes: [int8.channel+int8.token]\n")

@@ -25,8 +25,12 @@ from mofq.numbers.quantize import (
 )
 from mofq.numbers.quantize.gptq import DAMPING, factorise_flipped
 
-#: The schemes with room for a rounding; microexponents and four over six refuse one.
-SCHEMES = [name for name in WEIGHT_SCHEMES if not name.startswith("mx") or "fp" in name]
+#: Schemes with room for a rounding; microexponents, four over six and what is stored refuse one.
+SCHEMES = [
+    name
+    for name in WEIGHT_SCHEMES
+    if (not name.startswith("mx") or "fp" in name) and not name.endswith("@stored")
+]
 
 
 def hessian(columns: int = 128) -> Tensor:

@@ -23,8 +23,12 @@ from mofq.numbers.quantize import (
 )
 from mofq.numbers.quantize.gptq import DAMPING, factorise_flipped
 
-#: The schemes with room for a rounding; microexponents and four over six refuse one.
-SCHEMES = [f"{name}~gptq" for name in WEIGHT_SCHEMES if not name.startswith("mx") or "fp" in name]
+#: Schemes with room for a rounding; microexponents, four over six and what is stored refuse one.
+SCHEMES = [
+    f"{name}~gptq"
+    for name in WEIGHT_SCHEMES
+    if (not name.startswith("mx") or "fp" in name) and not name.endswith("@stored")
+]
 SOME = ("int4.g32@mse~gptq", "int4.channel~gptq", "fp4_e2m1.g32~gptq", "int4.block16x32~gptq")
 
 
