@@ -42,6 +42,7 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        language_model_only=True,  # a model with towers is asked for text
         **(
             {"kv_cache_dtype_skip_layers": request["skip_layers"]}
             if request.get("skip_layers")
