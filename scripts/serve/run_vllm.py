@@ -54,6 +54,7 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         "load_cpu_seconds": time.process_time() - cpu_start,
     }
     records: dict[str, Any] = {}
+    (result["prefixes"],) = llm.apply_model(prefixes)
     (result["packed_modules"],) = llm.apply_model(
         lambda model: watch(model, records, request["rows"])
     )
@@ -64,6 +65,13 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
     save_file(records, records_path)
     with open(result_path, "w", encoding="utf-8") as file:
         json.dump(result, file)
+
+
+def prefixes(model: Any) -> dict[str, str]:
+    """What names begin with in the checkpoint -> in vLLM."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    found = getattr(mapper, "orig_to_new_prefix", None) or {}
+    return {old: new for old, new in found.items() if new}
 
 
 def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]]:
