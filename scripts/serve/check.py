@@ -184,9 +184,10 @@ def main() -> int:
             failures.append(f"bytes: {error}")
         result, records = run_vllm(python, request)
         logprobs, packed = result.pop("logprobs"), result.pop("packed_modules")
+        prefixes = result.pop("prefixes")
         report.update(result)
         failures += compare_layers(
-            checkpoint, recipe, records, packed, options.dtype, report, fits=fits
+            checkpoint, recipe, records, packed, prefixes, options.dtype, report, fits=fits
         )
         failures += compare_logprobs(
             checkpoint, recipe, windows, logprobs, options.dtype, report, fits=fits

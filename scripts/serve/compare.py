@@ -72,6 +72,7 @@ def compare_layers(
     recipe: Recipe,
     records: dict[str, Tensor],
     packed: dict[str, list[str]],
+    prefixes: dict[str, str],
     dtype: str,
     report: dict[str, Any],
     *,
@@ -84,6 +85,7 @@ def compare_layers(
         recipe: That was exported.
         records: ``name.x`` and ``name.y`` of vLLM's layers.
         packed: vLLM's fused name -> the names that it was fused from.
+        prefixes: What names begin with in the checkpoint -> in vLLM.
         dtype: Of vLLM's arithmetic.
         report: Gets ``layers``, ``worst_layer`` and its error as a share of the limit.
         fits: Of the recipe, where a scheme is fitted.
@@ -102,7 +104,12 @@ def compare_layers(
     shares: dict[str, float] = {}
     for key in sorted(key for key in records if key.endswith(".x")):
         name = key.removesuffix(".x")
-        members = [groups[part] for part in _unfused(name, packed) if part in groups]
+        names = [
+            name,
+            *(a + name.removeprefix(b) for a, b in prefixes.items() if name.startswith(b)),
+        ]
+        parts = (part for one in names for part in _unfused(one, packed))
+        members = [groups[part] for part in dict.fromkeys(parts) if part in groups]
         if not members:
             continue
         left -= {layer.name for _, layer in members}

@@ -42,6 +42,7 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        language_model_only=True,  # a model with towers is asked for text
         **(
             {"kv_cache_dtype_skip_layers": request["skip_layers"]}
             if request.get("skip_layers")
@@ -53,6 +54,7 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         "load_cpu_seconds": time.process_time() - cpu_start,
     }
     records: dict[str, Any] = {}
+    (result["prefixes"],) = llm.apply_model(prefixes)
     (result["packed_modules"],) = llm.apply_model(
         lambda model: watch(model, records, request["rows"])
     )
@@ -63,6 +65,13 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
     save_file(records, records_path)
     with open(result_path, "w", encoding="utf-8") as file:
         json.dump(result, file)
+
+
+def prefixes(model: Any) -> dict[str, str]:
+    """What names begin with in the checkpoint -> in vLLM."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    found = getattr(mapper, "orig_to_new_prefix", None) or {}
+    return {old: new for old, new in found.items() if new}
 
 
 def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]]:

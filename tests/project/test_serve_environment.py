@@ -1,10 +1,11 @@
-"""What the environment that serves exports needs beside its packages."""
+"""The environment that serves exports, and the page of what it served."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,18 @@ def test_torchvision_is_imported_without_its_library(tmp_path: Path) -> None:
 
     assert "torchvision::nms does not exist" in run().stderr
     assert run(SERVE).returncode == 0
+
+
+def test_the_page_keeps_the_rows_of_types_that_were_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SERVE.parents[1])
+    script = import_module("scripts.serve.structures")
+    before = script.PAGE.read_text("utf-8")
+    # Its text is changed in the script, which writes the page with any type that it tries.
+    assert script.page(before, {}) == before
+    row = "| `opt` | made anew |"
+    after = script.page(before, {"opt": row})
+    changed = set(after.splitlines()) ^ set(before.splitlines())
+    assert row in changed
+    assert len(changed) == 2
