@@ -41,7 +41,8 @@ _RULES: tuple[Rule, ...] = (
         kernel="CompressedTensorsW8A8Int8, CPUInt8ScaledMMLinearKernel (oneDNN)",
         source="vllm 0.32.0 ct/compressed_tensors.py:922-934; kernels/scaled_mm/cpu.py:38; run",
         note="int8 codes in -128..127 and scales of either sign: the scale is a factor of the "
-        "output",
+        "output; on x86 without AVX-512 the sums of two products saturate at 16 bits, and outputs "
+        "are wrong",
     ),
     Rule(
         r"int8\.g\d+.*\+int8\..*",
@@ -61,7 +62,8 @@ _RULES: tuple[Rule, ...] = (
         in_features_multiple=32,
         out_features_multiple=32,
         source="vllm 0.32.0 kernels/mixed_precision/cpu.py:21-62; run",
-        note="group sizes are even; VLLM_CPU_INT4_W4A8 makes it W4A8 on AMX with bfloat16",
+        note="group sizes are even; VLLM_CPU_INT4_W4A8 makes it W4A8 on AMX with bfloat16; on x86 "
+        "it needs AVX-512",
         settings=("VLLM_CPU_INT4_W4A8=0",),
     ),
     Rule(

