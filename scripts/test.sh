@@ -12,4 +12,4 @@ else
 fi
 # One thread per worker: two workers fill two cores better than one with two threads.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-exec python -m pytest -n "${MOFQ_TEST_WORKERS:-2}" -m "$chosen" "$@"
+exec python -m pytest -n "${MOFQ_TEST_WORKERS:-2}" --dist worksteal -m "$chosen" "$@"

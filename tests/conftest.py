@@ -19,6 +19,11 @@ from families import write_family
 TinyCheckpoint = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of minutes begin first, so that no process waits for another's at the end."""
+    items.sort(key=lambda item: all("first" not in m.kwargs for m in item.iter_markers("long")))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """Tiny checkpoints of every family, made when first asked for. Not to be changed in place."""

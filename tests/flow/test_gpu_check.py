@@ -19,7 +19,7 @@ from scripts.quality.gpu.report import Report
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     subprocess.run(
@@ -163,7 +163,7 @@ def test_a_division_by_a_plain_number_would_be_found(
     assert any(name.startswith("eager int8.channel.s-f32, ") for name in found)
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_a_table_is_measured_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With statistics, inputs that are rounded, and rounding that is fitted."""
     monkeypatch.setattr(report, "machine", lambda device: {})

@@ -33,7 +33,7 @@ SHORT = ("--corpus", "en=demo-en-calibration", "--sequences", "4", "--sequence-l
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "32")
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_every_command_killed_at_two_moments_resumes_to_the_same_bytes() -> None:
     # `python scripts/quality/kill_test.py` takes forty moments of each.
     command = [sys.executable, SCRIPTS / "quality/kill_test.py", "--moments", "2"]

@@ -79,7 +79,7 @@ def run(command: Command, words: tuple[str, ...]) -> None:
     assert done.code == 0, f"{command.where}: {' '.join(command.words)}: {done.err}"
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_every_command_of_the_tutorial_runs_as_it_stands(sandbox: Path) -> None:
     for command in commands_of(TUTORIAL):
         words = runnable(command, sandbox)
@@ -94,7 +94,7 @@ def test_every_command_of_the_tutorial_runs_as_it_stands(sandbox: Path) -> None:
     assert mixed < uniform / 2
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_the_commands_of_the_other_tutorials_run_on_the_bundled_model(sandbox: Path) -> None:
     (sandbox / "SmolLM2-135M").symlink_to(sandbox / "mofq/demo/model")
     for document in REAL_TUTORIALS:
@@ -116,7 +116,7 @@ def saved_files(document: str) -> Iterator[tuple[str, str]]:
     yield from re.findall(r"[Ss]ave this as `([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.M | re.S)
 
 
-@pytest.mark.long
+@pytest.mark.long(first=True)
 def test_the_commands_of_the_readme_and_how_tos_run_on_the_bundled_model(sandbox: Path) -> None:
     ran: dict[str, int] = {}
     for document in IN_ORDER:

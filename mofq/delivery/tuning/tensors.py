@@ -11,7 +11,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
@@ -81,6 +80,8 @@ def put_tensors(
     Raises:
         RecipeError: The model has no such tensor.
     """
+    from mofq.delivery.apply.loaded_model import loaded_tensor  # with transformers
+
     for name, tensor in tensors.items():
         target = loaded_tensor(loaded, name, architecture)
         if target is None or target.shape != tensor.shape:

@@ -103,12 +103,19 @@ def infer_layers(
     )
 
 
+#: In a config: heads of the decoder's attention, and its hidden size.
+_SIZES = (
+    ("num_attention_heads", "decoder_attention_heads", "attention_heads"),
+    ("hidden_size", "d_model"),
+)
+
+
 def _find_caches(
     groups: Iterable[FusionGroup], config: Mapping[str, Any], architecture: str
 ) -> Iterator[CacheLayer]:
     """What attention of the plain kind caches, by the sizes that the config states."""
     known = known_type(architecture)
-    heads, hidden = (config.get(key) for key in ("num_attention_heads", "hidden_size"))
+    heads, hidden = (next((config[k] for k in keys if k in config), None) for keys in _SIZES)
     size = config.get("head_dim")
     if size is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         size = hidden // heads
