@@ -369,7 +369,7 @@ def _measurement(
 
     def measured(subject: Subject, twins: Twins) -> Table:
         name = "fit codes" if twins else "measure"
-        name += "" if subject.rewriting is None else ", scales moved"
+        name += "" if subject.rewriting is None else ", rewritten"
         if (number := next(passes)) > 1:
             name = f"{name} (pass {number})"
         found = measure_space(

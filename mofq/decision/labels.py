@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -91,8 +90,8 @@ def _run(core: Core, prices: Prices, reach: float, most_labels: int) -> tuple[li
     groups = [one for one in groups if len(one) > 1]
     # Large steps first: the last groups then fill what is left of a limit.
     groups.sort(key=lambda one: (-float(np.ptp(core.row_PR[one], axis=0).max(initial=0.0)), one[0]))
-    least_FR = _still_to_come(_of_each(np.min, core, groups))
-    most_FR = _still_to_come(_of_each(np.max, core, groups))
+    least_FR = _still_to_come(_of_each(np.minimum, core, groups))
+    most_FR = _still_to_come(_of_each(np.maximum, core, groups))
     row_R = core.row_PR[decided].sum(axis=0)
     if (row_R > core.limit_R).any():
         return [], complete
@@ -120,9 +119,9 @@ def _run(core: Core, prices: Prices, reach: float, most_labels: int) -> tuple[li
     return list(core.option_P[np.sort(chosen_LF, axis=1)]), complete
 
 
-def _of_each(least_or_most: Any, core: Core, groups: Sequence[IntArray]) -> FloatArray:
+def _of_each(least_or_most: np.ufunc, core: Core, groups: Sequence[IntArray]) -> FloatArray:
     """The least or the most that the options of each group use of each constraint, [F, R]."""
-    found = [least_or_most(core.row_PR[one], axis=0) for one in groups]
+    found = [least_or_most.reduce(core.row_PR[one], axis=0) for one in groups]
     return np.array(found).reshape(len(groups), len(core.limit_R))
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens
 from conftest import TinyCheckpoint
+from exported import uniform_recipe
 from families import copy_with_tensors
 from torch import Tensor
 
 from mofq.decision.recipe import (
     EDITED,
     Recipe,
-    RecipeGroup,
     RecipeResult,
     load_recipe,
     write_recipe,
@@ -75,14 +75,8 @@ def make(model: Path, stats: Stats, folder: Path, scheme: str = FITTED) -> tuple
     rewriting = rewriting_of(checkpoint, stats, choices)
     assert rewriting.sites
     base = make_base(rewriting, checkpoint, stats, folders=(folder / "base", folder / "base.stats"))
-    recipe = Recipe(
-        base.checkpoint.name,
-        base.checkpoint.index_sha256,
-        tuple(
-            RecipeGroup(group.name, scheme, tuple(one.name for one in group.layers))
-            for group in layers.groups
-        ),
-        tuple(layer.name for layer in layers.unquantized),
+    recipe = replace(
+        uniform_recipe(base.checkpoint, scheme),
         weights_sha256=hash_weights(base.checkpoint),
         rewriting=rewriting,
     )

@@ -12,13 +12,14 @@ import pytest
 import torch
 from calibrated import calibrate_folder, read_sequence, some_tokens
 from conftest import TinyCheckpoint
+from exported import uniform_recipe
 from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
 from fp8_sources import write_fp8
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mofq.decision.recipe import Recipe, RecipeGroup, load_recipe, write_recipe
+from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.decision.rewriting import Rewriting, RotatedModel
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.rewriting.choose import Choice
@@ -363,15 +364,8 @@ def test_statistics_in_which_a_channel_is_lost_are_not_rotated(
 
 def recipe_of(rewriting: Rewriting, base: Base, scheme: str = FITTED) -> Recipe:
     """A uniform recipe of a rewritten model."""
-    layers = find_layers(base.checkpoint)
-    return Recipe(
-        base.checkpoint.name,
-        base.checkpoint.index_sha256,
-        tuple(
-            RecipeGroup(group.name, scheme, tuple(one.name for one in group.layers))
-            for group in layers.groups
-        ),
-        tuple(layer.name for layer in layers.unquantized),
+    return replace(
+        uniform_recipe(base.checkpoint, scheme),
         weights_sha256=hash_weights(base.checkpoint),
         rewriting=rewriting,
     )
