@@ -222,7 +222,10 @@ def calibrate(
 
         for remark in [
             *few_sequences(plan),
-            *unknown_words(load_tokenizer(checkpoint.folder), windows),
+            *unknown_words(
+                load_tokenizer(checkpoint.folder),
+                {f"corpus {name}": some for name, some in windows.items()},
+            ),
         ]:
             (tell or silent)(remark)
         what: dict[str, Any] = {

@@ -315,14 +315,14 @@ def unknown_words(tokenizer: Any, windows: Mapping[str, Tensor]) -> list[str]:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        windows: Name of a corpus -> token ids.
+        windows: What a text is to the reader, as ``corpus en`` -> token ids.
     """
     word, unknown = tokenizer.unk_token, tokenizer.unk_token_id
     if word is None or "unk" not in word.lower():
         return []
     shares = {name: float((some == unknown).float().mean()) for name, some in windows.items()}
     return [
-        f"corpus {name}: {share:.1%} of its tokens are {word!r}, which models are hardly trained "
+        f"{name}: {share:.1%} of its tokens are {word!r}, which models are hardly trained "
         f"on: what errors cost there says little of other text. Take the word out of the text, or "
         f"give another text."
         for name, share in shares.items()

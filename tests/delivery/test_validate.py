@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,31 @@ def test_what_was_measured_is_said_to_be_inside_of_the_predicted_interval_or_not
     far = 1.5 * math.hypot(0.01 * kl, noise)
     assert inside(kl + far, 0.01 * kl) is False
     assert inside(kl + far / 2, 0.01 * kl)
+
+
+@pytest.mark.parametrize("execution", ["resident", "streamed"])
+def test_a_text_that_the_tokenizer_has_no_words_for_is_told(
+    execution: Any, tiny_llama: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["<unk>"] = tokenizer["model"]["vocab"].pop("z")
+    tokenizer["model"]["unk_token"] = "<unk>"
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    path = tmp_path / "rare.txt"
+    path.write_text("az bz " * 20)
+    told: list[str] = []
+    validate_many(
+        str(model),
+        [recipe_file],
+        load_text(str(path)),
+        **PLAN,
+        execution=execution,
+        tell=told.append,
+    )
+    assert [line for line in told if line.startswith("text rare: 3")], told
 
 
 def test_a_budget_is_kept_with_two_standard_errors_as_it_is_proved(

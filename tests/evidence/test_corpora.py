@@ -478,7 +478,7 @@ def test_a_text_is_told_by_the_share_that_the_tokenizer_has_no_words_for(tmp_pat
     tokenizer.add_special_tokens({"unk_token": "<unk>"})
     windows["few"][0, :1] = windows["many"][0, :32] = tokenizer.unk_token_id
     (told,) = unknown_words(tokenizer, windows)
-    assert told.startswith("corpus many: 25.0% of its tokens are '<unk>'")
+    assert told.startswith("many: 25.0% of its tokens are '<unk>'")
     tokenizer.unk_token = "<bos>"  # as tokenizers do that have no such word
     windows["many"][0, :32] = tokenizer.unk_token_id
     assert unknown_words(tokenizer, windows) == []

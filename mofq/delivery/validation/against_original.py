@@ -146,6 +146,7 @@ def validate_many(
                 device=device,
                 work=work,
                 progress=progress,
+                tell=tell,
             )
         with OriginalLogits() as logits:
             original = _run_original(
@@ -159,6 +160,7 @@ def validate_many(
                 device=device,
                 runner=runner,
                 progress=progress,
+                tell=tell,
             )
             validations = tuple(
                 _validate_one(
@@ -226,12 +228,14 @@ def _run_original(
     device: str,
     runner: TaskRunner | None,
     progress: Progress | None,
+    tell: Callable[[str], None] | None,
 ) -> Original:
     start = monotonic()
     model = load_model(checkpoint.folder, dtype=dtype, device=device)
     windows = cut_windows(
         checkpoint, model, text, tokens=tokens, sequence_length=sequence_length, bos=bos
     )
+    windows.tell_unknown(text, tell)
     entropies = run_original(model, windows.tokens_NT, into=logits, progress=progress)
     return Original(
         checkpoint=checkpoint,

@@ -127,6 +127,7 @@ def validate_streamed(
     device: str,
     work: Path | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Validation, ...]:
     """As ``validate_many``, with one decoder layer in memory.
 
@@ -142,6 +143,7 @@ def validate_streamed(
         work: What is kept between layers lies here until all is done, so that a run that was
             stopped goes on; None: in a temporary folder.
         progress: Called with ``"validate"``, units done, units in all.
+        tell: Called with a remark on the text.
 
     Returns:
         One validation for each candidate, in their order.
@@ -166,6 +168,7 @@ def validate_streamed(
         windows = cut_windows(
             checkpoint, model, text, tokens=tokens, sequence_length=sequence_length, bos=bos
         )
+        windows.tell_unknown(text, tell)
         original = Original(
             checkpoint=checkpoint,
             text=text,

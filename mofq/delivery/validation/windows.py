@@ -9,7 +9,14 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mofq.evidence.corpora import Bos, Corpus, check_context, leading_tokens, tokenize
+from mofq.evidence.corpora import (
+    Bos,
+    Corpus,
+    check_context,
+    leading_tokens,
+    tokenize,
+    unknown_words,
+)
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.loading import load_tokenizer
 
@@ -22,6 +29,12 @@ class Windows:
     leading: tuple[int, ...]  #: token ids that each begins with
     tokenizer: PreTrainedTokenizerBase
     cut_by: Callable[[PreTrainedTokenizerBase], Tensor]  #: the same text by another tokenizer
+
+    def tell_unknown(self, text: Corpus, tell: Callable[[str], None] | None) -> None:
+        """Say where the tokenizer has no words for much of the text."""
+        if tell is not None:
+            for remark in unknown_words(self.tokenizer, {f"text {text.name}": self.tokens_NT}):
+                tell(remark)
 
 
 def cut_windows(
