@@ -18,11 +18,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     ok("recipe", "uniform", DEMO, "int4.channel", "-o", folder / "plain.yaml")
     ran = ok(
-        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "16", "--steps", "8"),
+        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "8"),
         *("-o", folder / "tuned.yaml"),
     )
     assert "13 norms tuned, KL" in ran.err
-    assert "on 4 held-out sequences" in ran.err
+    assert "on 8 held-out sequences" in ran.err
     return folder
 
 
@@ -59,7 +59,7 @@ def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
 ) -> None:
     ok("recipe", "uniform", DEMO, "bf16", "-o", tmp_path / "plain.yaml")
     ran = ok(
-        *("tune", DEMO, tmp_path / "plain.yaml", *ON, "--sequences", "8", "--steps", "1"),
+        *("tune", DEMO, tmp_path / "plain.yaml", *ON, "--sequences", "12", "--steps", "1"),
         *("-o", tmp_path / "tuned.yaml"),
     )
     assert "the recipe as it was" in ran.err
@@ -67,7 +67,7 @@ def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
 
 
 def test_norms_that_were_tuned_are_tuned_anew(folder: Path, tmp_path: Path) -> None:
-    again = (*ON, "--sequences", "16", "--steps", "8", "-o", tmp_path / "again.yaml")
+    again = (*ON, "--sequences", "32", "--steps", "8", "-o", tmp_path / "again.yaml")
     ok("tune", DEMO, folder / "tuned.yaml", *again)
     first, second = (
         package.load_recipe(path) for path in (folder / "tuned.yaml", tmp_path / "again.yaml")
@@ -87,7 +87,7 @@ def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_path: Path) -> None:
     space, folder = tmp_path / "space.yaml", tmp_path / "run"
     space.write_text("version: 1\nschemes: ['int3.channel@nats']\n")
-    run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "16")
+    run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "32")
     small = ("--tokens", "256", "--rivals", "0", "-o", folder)
     first = ok(*run, *small)
     assert "13 norms tuned after quantizing: KL" in first.out
@@ -95,7 +95,7 @@ def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_pat
     before = tree(folder)
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert recipe.tuning is not None
-    assert recipe.tuning.held_out == 4
+    assert recipe.tuning.held_out == 8
     content = ok(*run, *small, "--json").json
     assert content["tuned"]["kl_after"] == recipe.tuning.kl_after
     assert "tune" not in content["seconds"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,8 +34,9 @@ _HOLD_OUT = 4
 _BETAS = (0.9, 0.95)
 #: Far below any mean of squares: gradients of a small KL are small.
 _EPSILON = 1e-12
-#: What is saved must be so many of its standard errors.
-_SURE = 2.0
+#: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
+#: interval of a mean of few sequences.
+_SURE = 0.975
 #: Positions whose gradient is made at once.
 _ROWS = 128
 
@@ -82,8 +84,10 @@ class Tuned:
     @property
     def helps(self) -> bool:
         """Whether the KL is less by more than chance."""
-        saved = float((self.before_N - self.after_N).mean())
-        return saved > _SURE * self.saved_stderr
+        saved_N = self.before_N - self.after_N
+        if len(saved_N) < 2:
+            return False
+        return float(saved_N.mean()) > float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr
 
 
 def tune_norms(

@@ -27,7 +27,7 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model
 
 #: Fewer sequences that judge say nothing.
-_FEWEST_HELD_OUT = 2
+_FEWEST_HELD_OUT = 3
 
 
 @dataclass(frozen=True, slots=True)
