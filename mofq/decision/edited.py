@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mofq.decision.budgets import Budgets
 from mofq.decision.choice import predict_chosen
-from mofq.decision.from_table import pricing_problem
+from mofq.decision.from_table import request_problem
 from mofq.decision.pricing import counts_alike, pricing_request
 from mofq.decision.recipe import Recipe, RecipeResult
 from mofq.decision.request import Request
@@ -36,7 +36,7 @@ def with_figures(recipe: Recipe, table: Table, request: Request | None = None) -
     asked = own if request is None else replace(request, kv_cache=own.kv_cache)
     if not recipe.is_edited and counts_alike(asked, own):
         return recipe
-    problem = pricing_problem(table, asked)
+    problem = request_problem(table, asked, has_all_rows=True)
     choice_F = problem.choice_of(recipe.scheme_of_group)
     prediction = predict_chosen(problem, Budgets(), choice_F)
     return replace(recipe, result=chosen_result(problem, choice_F, prediction))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mofq.decision import Budgets, Request, decide, problem_from_table
+from mofq.decision import Budgets, Request, decide, request_problem
 from mofq.decision.expert_visits import FEW_VISITS, active_weights, rare_experts
 from mofq.evidence.table import (
     Row,
@@ -62,7 +62,7 @@ def schemes_of(table: Table, **budgets: float) -> dict[str, str]:
 
 def test_bits_per_active_weight_count_each_expert_by_its_share_of_tokens() -> None:
     table = table_of()
-    problem = problem_from_table(table)
+    problem = request_problem(table)
     active = active_weights(table, problem)
     assert active is not None
     schemes = dict(zip(SHARES, ("bf16", "int8.channel", "int4.g32"), strict=True))
