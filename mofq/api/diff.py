@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_recipe, open_table
-from mofq.api.options import Option, Tell, documented
+from mofq.api.options import Option, Tell, documented, silent
 from mofq.api.request import read_corpus_weights
 from mofq.exceptions import MofqError, option
 
@@ -112,7 +112,7 @@ def diff(
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")
     a, b = open_recipe(first), open_recipe(second)
-    opened = None if table is None else open_table(table, tell)
+    opened = None if table is None else open_table(table, tell or silent)
     weights = read_corpus_weights(corpus_weights)
     found = compare_recipes(a, b, opened, corpus_weights=weights)
     if opened is not None:

@@ -178,6 +178,12 @@ class Problem:
         """The options of a fusion group."""
         return range(int(self.start_F[group]), int(self.start_F[group + 1]))
 
+    @property
+    def schemes_by_group(self) -> dict[str, tuple[str, ...]]:
+        """Fusion group, or cache -> every scheme that it may have."""
+        ends = zip(self.groups, self.start_F[:-1], self.start_F[1:], strict=True)
+        return {group.name: self.schemes[start:stop] for group, start, stop in ends}
+
     def error_of(self, choice_F: IntArray) -> float:
         """The sum of the errors of one option in each group, in ``unit``: what solvers minimise.
 
