@@ -106,8 +106,7 @@ def diff(
         MofqError: The recipes are of two models, or an input is not valid.
     """
     from mofq.decision.difference import compare_recipes
-    from mofq.decision.edited import with_figures
-    from mofq.decision.pricing import pricing_request
+    from mofq.decision.pricing import pricing_request, with_figures
 
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")

@@ -96,9 +96,7 @@ class FrontierResult:
             kl_low=None if kl is None or kl.stderr is None else kl.lower,
             kl_high=None if kl is None or kl.stderr is None else kl.upper,
             kv_bits=used.kv_bits,
-            kv_bytes_per_token=int(problem.cache_bits_P[choice_F].sum()) / 8
-            if problem.cached
-            else None,
+            kv_bytes_per_token=used.kv_bytes_per_token,
             kv_cache=formats,
             size_bytes=context,
         )

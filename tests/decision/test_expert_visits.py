@@ -9,6 +9,7 @@ import pytest
 
 from mofq.decision import Budgets, Request, decide, request_problem
 from mofq.decision.expert_visits import FEW_VISITS, active_weights, rare_experts
+from mofq.decision.measured.measurement import decide_again
 from mofq.evidence.table import (
     Row,
     Table,
@@ -89,6 +90,17 @@ def test_a_recipe_says_what_a_token_reads_and_keeps_the_budget() -> None:
     assert recipe.result.active_bits <= 9.0
     bytes_per_token = recipe.result.active_bytes_per_token
     assert bytes_per_token == pytest.approx(recipe.result.active_bits * 162.5 / 8)
+
+
+def test_a_recipe_that_measuring_changed_says_what_a_token_reads_too() -> None:
+    table, request = table_of(), Request(Budgets(max_active_bits=9.0))
+    decision = decide(table, request)
+    other_F = decision.problem.choice_of(dict.fromkeys(SHARES, "int4.g32"))
+    active = active_weights(table, decision.problem)
+    assert active is not None
+    again = decide_again(table, request, decision, other_F).recipe.result
+    assert again.active_bits == active.bits(decision.problem, other_F)
+    assert again.active_bytes_per_token == active.bytes(decision.problem, other_F)
 
 
 def test_a_budget_of_active_bits_needs_visits_to_every_group_of_experts() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mofq.decision.edited import with_sizes
 from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
+from mofq.decision.result import sizes_by_shape
 from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
@@ -113,7 +113,9 @@ def export_compressed_tensors(
         if config["quantization_config"] is None:
             del config["quantization_config"]
         _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_recipe(with_sizes(recipe, plan.model_layers), folder / RECIPE_FILE)
+        if recipe.is_edited:
+            recipe = replace(recipe, result=sizes_by_shape(plan.model_layers, recipe.schemes))
+        write_recipe(recipe, folder / RECIPE_FILE)
         _write_text(folder / "README.md", card)
     return done
 
