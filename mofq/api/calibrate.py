@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.figures import short_bytes
-from mofq.api.inputs import load_corpora, open_layers, sources_of
+from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
     DeviceMap,
@@ -177,8 +177,9 @@ def calibrate(
         MofqError: An input is not valid; the message says which and what to do.
     """
     start = monotonic()
+    tell = tell or silent
     folder = Path(output)
-    texts = load_corpora(sources_of(corpora), tell)
+    texts = load_corpora(corpora, tell)
     check_gradient_dtype(dtype)
     if where.cluster is not None and device_map is not None:
         raise ClusterError(
@@ -188,12 +189,9 @@ def calibrate(
     check_folder(folder, folders=[model])
 
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
 
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(
-        checkpoint, **vocabulary.asked, stated=open_layers(layers)
-    )  # refuses what it does not know
+    found = open_layers(checkpoint, vocabulary, layers)
     if where.cluster is None:
         check_device(where.device)
 
@@ -217,59 +215,93 @@ def calibrate(
             stats = read_stats(folder)
     was_there = stats is not None and _texts(stats.plan) == _texts(plan)
     if stats is None or not was_there:
-        from mofq.evidence.corpora import unknown_words
-        from mofq.model.loading import load_tokenizer
-
-        for remark in [
-            *few_sequences(plan),
-            *unknown_words(
-                load_tokenizer(checkpoint.folder),
-                {f"corpus {name}": some for name, some in windows.items()},
-            ),
-        ]:
-            (tell or silent)(remark)
-        what: dict[str, Any] = {
-            "plan": plan,
-            "windows": windows,
-            "folder": folder,
-            "activation_checkpointing": activation_checkpointing,
-            "progress": progress and _over_corpora(progress, plan),
-        }
-        chosen = chosen_execution(
-            execution, checkpoint, found, plan, where=where, device_map=device_map
+        stats = _run_model(
+            checkpoint,
+            found,
+            plan,
+            windows,
+            folder,
+            execution=execution,
+            where=where,
+            device_map=device_map,
+            activation_checkpointing=activation_checkpointing,
+            progress=progress,
+            tell=tell,
         )
-        if chosen.remark is not None:
-            (tell or silent)(chosen.remark)
-        if where.cluster is None:
-            from mofq.model.checkpoint.tensors import check_finite
-
-            check_finite(checkpoint, found)
-        if chosen.is_streamed:
-            from mofq.evidence.calibration.streamed import calibrate_streamed
-            from mofq.model.streaming.streamed import open_streamed
-
-            del what["activation_checkpointing"]  # as is done here always
-            what["progress"] = progress
-            with open_streamed(checkpoint.folder, dtype=dtype, device=where.device) as streamed:
-                stats = calibrate_streamed(streamed, found, **what)
-        elif where.cluster is None:
-            from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
-            from mofq.model.loading import load_model
-
-            loaded = load_model(
-                checkpoint.folder, dtype=dtype, device=where.device, device_map=device_map
-            )
-            stats = calibrate_here(loaded, found, **what)
-        else:
-            from mofq.evidence.calibration.on_workers import calibrate_remotely
-            from mofq.evidence.cluster import cluster
-
-            with cluster(where.cluster, tell=tell or silent):
-                stats = calibrate_remotely(
-                    checkpoint, device=where.device, cpus=where.cluster_cpus, **what
-                )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return CalibrateResult(str(model), folder, stats, was_there, size, monotonic() - start)
+
+
+def _run_model(
+    checkpoint: Checkpoint,
+    layers: ModelLayers,
+    plan: Plan,
+    windows: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    execution: ExecutionChoice,
+    where: Where,
+    device_map: str | None,
+    activation_checkpointing: bool,
+    progress: Progress | None,
+    tell: Tell,
+) -> Stats:
+    """Calibrate: layer by layer, with the whole model in memory, or on a cluster."""
+    from mofq.evidence.corpora import unknown_words
+    from mofq.model.loading import load_tokenizer
+
+    for remark in (
+        *few_sequences(plan),
+        *unknown_words(
+            load_tokenizer(checkpoint.folder),
+            {f"corpus {name}": some for name, some in windows.items()},
+        ),
+    ):
+        tell(remark)
+    chosen = chosen_execution(
+        execution, checkpoint, layers, plan, where=where, device_map=device_map
+    )
+    if chosen.remark is not None:
+        tell(chosen.remark)
+    device, over_corpora = where.device, progress and _over_corpora(progress, plan)
+    if where.cluster is not None:
+        from mofq.evidence.calibration.on_workers import calibrate_remotely
+        from mofq.evidence.cluster import cluster
+
+        with cluster(where.cluster, tell=tell):
+            return calibrate_remotely(
+                checkpoint,
+                plan=plan,
+                windows=windows,
+                folder=folder,
+                activation_checkpointing=activation_checkpointing,
+                device=device,
+                cpus=where.cluster_cpus,
+                progress=over_corpora,
+            )
+    from mofq.model.checkpoint.tensors import check_finite
+
+    check_finite(checkpoint, layers)
+    if chosen.is_streamed:
+        from mofq.evidence.calibration.streamed import calibrate_streamed
+        from mofq.model.streaming.streamed import open_streamed
+
+        with open_streamed(checkpoint.folder, dtype=plan.dtype, device=device) as streamed:
+            return calibrate_streamed(
+                streamed, layers, plan=plan, windows=windows, folder=folder, progress=progress
+            )
+    from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
+    from mofq.model.loading import load_model
+
+    return calibrate_here(
+        load_model(checkpoint.folder, dtype=plan.dtype, device=device, device_map=device_map),
+        layers,
+        plan=plan,
+        windows=windows,
+        folder=folder,
+        activation_checkpointing=activation_checkpointing,
+        progress=over_corpora,
+    )
 
 
 def chosen_execution(
@@ -327,15 +359,19 @@ def without_inputs(plan: Plan) -> Plan:
 
 def as_measured(plan: Plan, table: Path, *, inputs: str) -> Plan:
     """A plan of statistics that are not stored, as a table that is there was measured by them."""
+    before = without_inputs(plan)
+    is_asked = inputs == "auto" and table.exists()
+    return before if is_asked and rests_on_passing(table, before) else plan
+
+
+def rests_on_passing(table: Path, *plans: Plan) -> bool:
+    """Whether a table was measured by statistics of one of some plans that were not stored."""
     from mofq.evidence.calibration.stats import passing_stats
     from mofq.evidence.table import read_table
 
-    if inputs != "auto" or not table.exists():
-        return plan
     noted = read_table(table).header.stats
-    before = without_inputs(plan)
-    is_of_before = noted is not None and noted.sha256 == passing_stats(table.parent, before).sha256
-    return before if is_of_before else plan
+    passing = (passing_stats(table.parent, plan).sha256 for plan in plans)
+    return noted is not None and noted.sha256 in passing
 
 
 def _texts(plan: Plan) -> list[CorpusPlan]:

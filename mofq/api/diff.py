@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_recipe, open_table
-from mofq.api.options import Option, Tell, documented
+from mofq.api.options import Option, Tell, documented, silent
 from mofq.api.request import read_corpus_weights
 from mofq.exceptions import MofqError, option
 
@@ -106,13 +106,12 @@ def diff(
         MofqError: The recipes are of two models, or an input is not valid.
     """
     from mofq.decision.difference import compare_recipes
-    from mofq.decision.edited import with_figures
-    from mofq.decision.pricing import pricing_request
+    from mofq.decision.pricing import pricing_request, with_figures
 
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")
     a, b = open_recipe(first), open_recipe(second)
-    opened = None if table is None else open_table(table, tell)
+    opened = None if table is None else open_table(table, tell or silent)
     weights = read_corpus_weights(corpus_weights)
     found = compare_recipes(a, b, opened, corpus_weights=weights)
     if opened is not None:

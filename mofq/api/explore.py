@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.frontier import frontier_request
 from mofq.api.inputs import open_table
-from mofq.api.options import Choices, Option, Recipes, TableFile, Tell, Validations, documented
+from mofq.api.options import (
+    Choices,
+    Option,
+    Recipes,
+    TableFile,
+    Tell,
+    Validations,
+    documented,
+    silent,
+)
 from mofq.api.preconditions import check_output
 from mofq.files.progress import Progress
+
+if TYPE_CHECKING:
+    from mofq.explore.drawing import Drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +85,12 @@ def explore(
     Raises:
         MofqError: An input is not valid.
     """
-    from mofq.explore.drawing import read_drawing
     from mofq.explore.html_page import write_page
     from mofq.explore.page_data import page_data
 
     start = monotonic()
     path = Path(output)
-    check_output(path, files=[table, *recipes, *validations])
-    drawing = read_drawing(
-        open_table(table, tell),
-        recipes=tuple(map(Path, recipes)),
-        validations=tuple(map(Path, validations)),
-        request=frontier_request(choices),
-    )
+    drawing = _read_drawing(path, table, recipes, validations, choices, tell or silent)
     data = page_data(drawing, Path(table), progress=progress)
     size = write_page(data, path)
     return ExploreResult(path, len(data["points"]), size, monotonic() - start)
@@ -109,20 +115,34 @@ def plot(
     Raises:
         MofqError: An input is not valid.
     """
-    from mofq.explore.drawing import read_drawing
     from mofq.explore.figures import draw_figure, undrawn_predictions
 
     start = monotonic()
+    tell = tell or silent
     path = Path(output)
-    check_output(path, files=[table, *recipes, *validations])
-    drawing = read_drawing(
+    drawing = _read_drawing(path, table, recipes, validations, choices, tell)
+    draw_figure(kind, drawing, path=path)
+    if kind == "prediction":
+        for line in undrawn_predictions(drawing):
+            tell(line)
+    return PlotResult(path, kind, Path(table), path.stat().st_size, monotonic() - start)
+
+
+def _read_drawing(
+    output: Path,
+    table: str | Path,
+    recipes: Sequence[str | Path],
+    validations: Sequence[str | Path],
+    choices: Choices,
+    tell: Tell,
+) -> Drawing:
+    """Read what is drawn, once it is known that the output takes the place of none of it."""
+    from mofq.explore.drawing import read_drawing
+
+    check_output(output, files=[table, *recipes, *validations])
+    return read_drawing(
         open_table(table, tell),
         recipes=tuple(map(Path, recipes)),
         validations=tuple(map(Path, validations)),
         request=frontier_request(choices),
     )
-    draw_figure(kind, drawing, path=path)
-    if kind == "prediction" and tell is not None:
-        for line in undrawn_predictions(drawing):
-            tell(line)
-    return PlotResult(path, kind, Path(table), path.stat().st_size, monotonic() - start)

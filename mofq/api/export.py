@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -128,31 +127,19 @@ def export(
     else:
         check_folder(path, folders=[model, stats])
         engine = engine or _engine_of(loaded, to)
-        with _base_of(loaded, checkpoint, stats) as (base, fitted_to):
+        from mofq.delivery.rewriting.remake import base_of
+
+        with base_of(loaded, checkpoint, stats) as base:
             done = exporter(
-                base,
+                base.checkpoint,
                 loaded,
                 path,
                 engine=engine,
-                stats=fitted_to,
+                stats=base.stats,
                 validation="\n\n".join(map(_accuracy, measured)),
                 progress=progress,
             )
     return ExportResult(str(model), loaded, path, to, engine, done, monotonic() - start)
-
-
-@contextmanager
-def _base_of(
-    recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None
-) -> Iterator[tuple[Checkpoint, str | Path | None]]:
-    """What is exported, and the statistics: the model as it is, or rewritten as the recipe says."""
-    if recipe.rewriting is None:
-        yield checkpoint, stats
-        return
-    from mofq.delivery.rewriting.remake import base_of
-
-    with base_of(recipe, checkpoint, stats) as base:
-        yield base.checkpoint, base.stats
 
 
 def _measured(

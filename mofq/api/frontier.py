@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import open_table
-from mofq.api.options import AnyTable, Choices, Method, Option, Tell, documented
+from mofq.api.options import AnyTable, Choices, Method, Option, Tell, documented, silent
 from mofq.api.request import make_request
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ class FrontierResult:
             kl_low=None if kl is None or kl.stderr is None else kl.lower,
             kl_high=None if kl is None or kl.stderr is None else kl.upper,
             kv_bits=used.kv_bits,
-            kv_bytes_per_token=int(problem.cache_bits_P[choice_F].sum()) / 8
-            if problem.cached
-            else None,
+            kv_bytes_per_token=used.kv_bytes_per_token,
             kv_cache=formats,
             size_bytes=context,
         )
@@ -140,7 +138,7 @@ def frontier(
     from mofq.decision import request_problem, solve_frontier
 
     request = frontier_request(choices)
-    problem = request_problem(open_table(table, tell), request)
+    problem = request_problem(open_table(table, tell or silent), request)
     start = monotonic()
     found = solve_frontier(problem, request.budgets, sizes=polish)
     source = str(table) if isinstance(table, str | Path) else "TABLE"

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.api.options import Corpora, Tell
+from mofq.api.options import Corpora, Tell, Vocabulary, silent
 from mofq.exceptions import CorpusError
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.evidence.corpora import Corpus
     from mofq.evidence.table import Table
-    from mofq.model.layers import StatedLayers
+    from mofq.model.checkpoint.headers import Checkpoint
+    from mofq.model.layers import ModelLayers
 
 
-def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
+def open_table(table: Table | str | Path, tell: Tell) -> Table:
     """Read a table; tell where its errors are not what this mofq would measure.
 
     Raises:
@@ -30,7 +31,7 @@ def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
         return table
     opened = read_table(Path(table))
     found = opened.header.numerics
-    if found != NUMERICS and tell is not None:
+    if found != NUMERICS:
         when = f"by numerics {found}" if found else "before numerics were noted"
         tell(
             f"{table}: measured {when}, and this mofq has numerics {NUMERICS}: do not compare its "
@@ -39,15 +40,23 @@ def open_table(table: Table | str | Path, tell: Tell | None) -> Table:
     return opened
 
 
-def open_layers(layers: str | Path | None) -> StatedLayers | None:
-    """Read what the user says of a model's layers.
+def open_layers(
+    checkpoint: Checkpoint, vocabulary: Vocabulary, layers: str | Path | None
+) -> ModelLayers:
+    """Find the layers of a model that get schemes.
+
+    Args:
+        checkpoint: The model.
+        vocabulary: Which matrices of the vocabulary are among them.
+        layers: The file in which the user says what names do not; None: there is none.
 
     Raises:
-        CheckpointError: The file is missing or not valid.
+        CheckpointError: The file is missing or not valid, or what a layer is remains unknown.
     """
-    from mofq.model.layers import load_layers
+    from mofq.model.layers import find_layers, load_layers
 
-    return None if layers is None else load_layers(layers)
+    stated = None if layers is None else load_layers(layers)
+    return find_layers(checkpoint, **vocabulary.asked, stated=stated)
 
 
 def open_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -61,7 +70,7 @@ def open_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
 
 
-def save_recipe(recipe: Recipe, path: Path, tell: Tell | None) -> None:
+def save_recipe(recipe: Recipe, path: Path, tell: Tell) -> None:
     """Write a recipe; tell where it takes the place of another one, which may be edited by hand.
 
     Raises:
@@ -72,15 +81,8 @@ def save_recipe(recipe: Recipe, path: Path, tell: Tell | None) -> None:
 
     replaces = path.is_file() and path.read_bytes() != recipe_text(recipe).encode()
     write_recipe(recipe, path)
-    if replaces and tell is not None:
+    if replaces:
         tell(f"{path}: replaces what was in this file.")
-
-
-def needs_stats(recipe: Recipe) -> bool:
-    """Whether codes or scales of a recipe are fitted to statistics of `mofq calibrate`."""
-    from mofq.numbers.schemes import parse_scheme
-
-    return any(parse_scheme(name).is_fitted for name in recipe.schemes.values())
 
 
 def load_named(source: str) -> Corpus:
@@ -102,14 +104,7 @@ def _named(source: str) -> tuple[str | None, str]:
     return (name, rest) if equals and not Path(source).exists() else (None, source)
 
 
-def sources_of(corpora: Corpora) -> Sequence[str]:
-    """Corpora as the command line writes them, ``NAME=SOURCE``."""
-    if isinstance(corpora, Mapping):
-        return [f"{name}={source}" for name, source in corpora.items()]
-    return corpora
-
-
-def load_corpora(sources: Sequence[str], tell: Tell | None = None) -> list[Corpus]:
+def load_corpora(corpora: Corpora, tell: Tell = silent) -> list[Corpus]:
     """Corpora of different names, each fit to be a folder's; tell what was left out of them.
 
     Raises:
@@ -117,7 +112,9 @@ def load_corpora(sources: Sequence[str], tell: Tell | None = None) -> list[Corpu
     """
     from mofq.evidence.corpora import CORPUS_NAME
 
-    texts = [load_named(one) for one in sources]
+    if isinstance(corpora, Mapping):
+        corpora = [f"{name}={source}" for name, source in corpora.items()]
+    texts = [load_named(one) for one in corpora]
     for text in texts:
         if not re.match(CORPUS_NAME, text.name):
             raise CorpusError(
@@ -128,8 +125,7 @@ def load_corpora(sources: Sequence[str], tell: Tell | None = None) -> list[Corpu
     for name in names:
         if names.count(name) > 1:
             raise CorpusError(f"two corpora have the name {name!r}. Write NAME=FILE for each.")
-    if tell is not None:
-        for text in texts:
-            for remark in text.remarks():
-                tell(remark)
+    for text in texts:
+        for remark in text.remarks():
+            tell(remark)
     return texts

@@ -100,7 +100,6 @@ def inspect(
         with_stored,
     )
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
     from mofq.model.notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
@@ -108,7 +107,7 @@ def inspect(
     if space is not None or engine is not None:
         loaded = load_search_space(space or DEFAULT_SPACE)
         vocabulary = vocabulary.and_of(loaded)
-    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
+    found = open_layers(checkpoint, vocabulary, layers)
     check_engine(engine, found)
     offers = None
     selections: tuple[Selection, ...] = ()

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.calibrate import as_measured, check_gradient_dtype, plan_calibration, unseen_experts
-from mofq.api.inputs import load_corpora, open_layers, sources_of
+from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
     Engine,
@@ -182,7 +182,7 @@ def measure(
         experts=experts,
         where=where,
         progress=progress,
-        tell=tell,
+        tell=tell or silent,
     )
 
 
@@ -191,18 +191,18 @@ def measure_space(
     space: SearchSpace,
     output: str | Path,
     *,
-    stats: str | Path | None = None,
-    corpora: Corpora = (),
-    samples: Samples = Samples(),
-    dtype: str = "float32",
-    engine: str | None = None,
-    layers: str | Path | None = None,
-    vocabulary: Vocabulary = Vocabulary(),
+    stats: str | Path | None,
+    corpora: Corpora,
+    samples: Samples,
+    dtype: str,
+    engine: str | None,
+    layers: str | Path | None,
+    vocabulary: Vocabulary,
     experts: Literal["layer", "projection", "expert", "matrix"] = "layer",
-    where: Where = Where(),
+    where: Where,
     wanted: Wanted | None = None,
-    progress: Progress | None = None,
-    tell: Tell | None = None,
+    progress: Progress | None,
+    tell: Tell,
 ) -> MeasureResult:
     """As `measure`, of a search space that is open already, and of some of its schemes.
 
@@ -222,18 +222,18 @@ def measure_space(
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import EXPERTS_BY, find_layers, split_experts
+    from mofq.model.layers import EXPERTS_BY, split_experts
     from mofq.model.notes import notes_on
 
     start = monotonic()
     path = Path(output)
-    texts = load_corpora(sources_of(corpora), tell) if corpora else []
+    texts = load_corpora(corpora, tell)
     _check_corpora(bool(texts), stats, where, experts)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
     checkpoint = open_checkpoint(str(model))
     vocabulary = vocabulary.and_of(space)
-    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
+    found = open_layers(checkpoint, vocabulary, layers)
     check_engine(engine, found)
     if experts not in EXPERTS_BY:
         raise MofqError(f"no experts={experts!r}." + nearest_name(experts, EXPERTS_BY))
@@ -253,7 +253,7 @@ def measure_space(
         )
         check_vocabulary(offers, space)
     for note in notes_on(checkpoint, found):
-        (tell or silent)(note)
+        tell(note)
 
     from mofq.evidence.calibration.stats import read_stats
     from mofq.evidence.measure.fill_table import measure as fill_table
@@ -280,7 +280,7 @@ def measure_space(
     found = split_experts(found, experts, unseen=unseen)
     space = with_stored(space, checkpoint, found.groups)
     check_cache = None if engine is None else cache_legality(engine)
-    with _connected(where, tell or silent) as remotely:
+    with _connected(where, tell) as remotely:
         measured_on = fill_table(
             checkpoint,
             found,
@@ -292,7 +292,7 @@ def measure_space(
             cache_legality=check_cache,
             device=where.device,
             progress=progress,
-            tell=tell or silent,
+            tell=tell,
             remotely=remotely,
             wanted=wanted,
             while_calibrating=None
@@ -304,7 +304,7 @@ def measure_space(
                 calibration,
                 device=where.device,
                 progress=progress,
-                tell=tell or silent,
+                tell=tell,
             ),
         )
     if calibration is not None:

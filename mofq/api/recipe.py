@@ -17,6 +17,7 @@ from mofq.api.options import (
     Tell,
     Vocabulary,
     documented,
+    silent,
 )
 from mofq.api.preconditions import check_output
 
@@ -82,11 +83,10 @@ def uniform(
     """
     from mofq.decision import uniform_recipe
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import find_layers
 
     path = _checked(output, model, stats)
     checkpoint = open_checkpoint(str(model))
-    found = find_layers(checkpoint, **vocabulary.asked, stated=open_layers(layers))
+    found = open_layers(checkpoint, vocabulary, layers)
     rests_on: dict[str, Any] = {}
     if stats is not None:
         from mofq.evidence.calibration.stats import read_stats
@@ -99,7 +99,9 @@ def uniform(
             "sequence_length": plan.sequence_length,
         }
     recipe = uniform_recipe(checkpoint, found, scheme, **rests_on)
-    return UniformResult(_written(recipe, path, tell), path)
+    if path is not None:
+        save_recipe(recipe, path, tell or silent)
+    return UniformResult(recipe, path)
 
 
 @documented
@@ -134,7 +136,9 @@ def recipe_from(
         asked = included(layers_of(recipe.groups), str(checkpoint.config.get("model_type")))
         check_recipe(recipe, find_layers(checkpoint, **asked, stated=recipe.layers))
         recipe = replace(recipe, model_name=checkpoint.name, index_sha256=checkpoint.index_sha256)
-    return RecipeFromResult(_written(recipe, path, tell), path, Path(folder))
+    if path is not None:
+        save_recipe(recipe, path, tell or silent)
+    return RecipeFromResult(recipe, path, Path(folder))
 
 
 def _checked(output: str | Path | None, *folders: object) -> Path | None:
@@ -142,9 +146,3 @@ def _checked(output: str | Path | None, *folders: object) -> Path | None:
         return None
     check_output(Path(output), folders=folders)
     return Path(output)
-
-
-def _written(recipe: Recipe, output: Path | None, tell: Tell | None) -> Recipe:
-    if output is not None:
-        save_recipe(recipe, output, tell)
-    return recipe

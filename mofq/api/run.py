@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult
-from mofq.api.inputs import sources_of
 from mofq.api.measure import MeasureResult, measure_space
 from mofq.api.options import (
     AtLeast,
@@ -62,18 +61,12 @@ from mofq.api.run_outcome import (
     export_recipe,
     noting,
     preferred,
+    tune_where_it_helps,
     uniform_rivals,
     validate_candidates,
     within_budgets,
 )
-from mofq.api.run_request import (
-    Checked,
-    RunRequest,
-    check_effort,
-    check_run,
-    storage_of,
-)
-from mofq.api.run_tuning import tune_where_it_helps
+from mofq.api.run_request import CheckedRun, RunOptions, check_run, stores_stats
 from mofq.exceptions import MofqError, Remark, option
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
@@ -207,12 +200,10 @@ def run(
     Raises:
         MofqError: An input is not valid, which is found before anything runs, or a stage fails.
     """
-    tell = tell or silent
     folder = Path(f"{Path(model).resolve().name}-mofq" if output is None else output)
     check_folder(folder, folders=[model])
     from mofq.evidence.spaces import load_search_space
 
-    check_effort(effort)
     loaded = load_search_space(space)
     choices = Choices(
         engine=engine,
@@ -223,13 +214,12 @@ def run(
         corpus_weights=corpus_weights,
     )
     checked = check_run(
-        RunRequest(
+        RunOptions(
             model=str(model),
             request=make_request(choices, budget=budget, method=Method(objective=objective)),
             space=loaded,
             effort=effort,
-            engine=engine,
-            sources=sources_of(corpora) or (_BUNDLED_TEXT,),
+            corpora=corpora or (_BUNDLED_TEXT,),
             text=text,
             windows=windows,
             samples=Samples(sequences=sequences),
@@ -241,6 +231,8 @@ def run(
             execution=execution,
             no_stats=no_stats,
             rivals=rivals,
+            progress=progress,
+            tell=tell or silent,
         )
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,12 +245,13 @@ def run(
     with hold_folder(folder, busy):
         files = find_files(
             folder,
-            Asked.of_request(checked.request.request, checked.offered.space, effort=effort),
+            Asked.of_request(checked.options.request, checked.offered.space, effort=effort),
             table_space(checked.offered.space, engine),
         )
-        _tell_all((one.remark for one in checked.selections), tell)
+        for selection in checked.selections:
+            checked.options.tell(selection.remark)
         if not corpora:
-            tell(
+            checked.options.tell(
                 Remark(
                     f"No corpus is named: calibrating on {_BUNDLED_TEXT}, a little English text on "
                     f"administering Debian. Errors differ between texts: give text like what the "
@@ -266,60 +259,40 @@ def run(
                     f"{option('text')} to validate on."
                 )
             )
-        return _run(checked, files, progress=progress, tell=tell)
+        return _run(checked, files)
 
 
-def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell) -> RunResult:
+def _run(run: CheckedRun, files: RunFiles) -> RunResult:
     """The stages, in their order."""
-    asked, request, timed = run.request, run.request.request, Timed()
-    storage = storage_of(run, files)
-    if storage.remark is not None:
-        tell(storage.remark)
-    if storage.is_stored:
+    asked, request, timed = run.options, run.options.request, Timed()
+    is_stored = stores_stats(run, files)
+    if is_stored:
         with timed("calibrate"):
-            _calibrate(asked, files, progress=progress, tell=tell)
-    evidence = gather_evidence(
-        run,
-        files,
-        measure=_measurement(run, is_stored=storage.is_stored, progress=progress, tell=tell),
-        is_stored=storage.is_stored,
-        timed=timed,
-        progress=progress,
-        tell=tell,
-    )
+            _calibrate(asked, files)
+    measure = _measurement(run, is_stored=is_stored)
+    evidence = gather_evidence(run, files, measure=measure, is_stored=is_stored, timed=timed)
     subject, table = evidence.subject, evidence.table
     with timed("search"):
-        decision = decide_run(asked, table, subject, progress=progress, tell=tell)
-        _tell_all(decision.notes, tell)
+        decision = decide_run(asked, table, subject)
+        for note in decision.notes:
+            asked.tell(note)
         searched = noting(decision.recipe, asked.effort, evidence)
         uniform = uniform_rivals(table, request, searched, most=asked.rivals)
         candidates = keep_former(files, {SEARCHED: searched, **uniform})
     if asked.effort != "quick" and not former_recipes(files):
         with timed("tune"):
-            candidates[SEARCHED] = tune_where_it_helps(
-                run, candidates[SEARCHED], subject, progress=progress, tell=tell
-            )
+            candidates[SEARCHED] = tune_where_it_helps(run, candidates[SEARCHED], subject)
     with timed("validate"):
-        work = files.folder / ".streamed"
-        validations = validate_candidates(
-            asked, candidates, subject, work=work, progress=progress, tell=tell
-        )
+        validations = validate_candidates(asked, files, candidates, subject)
     if request.budgets.max_kl is not None:
-        tell(beside_the_proof(validations[SEARCHED], request.budgets.max_kl))
-    name = preferred(within_budgets(table, request, candidates, validations), candidates, tell)
+        asked.tell(beside_the_proof(validations[SEARCHED], request.budgets.max_kl))
+    allowed = within_budgets(table, request, candidates, validations)
+    name = preferred(allowed, candidates, asked.tell)
     check_ends_as_before(files, candidates[name])
     exported = None
-    if asked.engine is not None:
+    if request.engine is not None:
         with timed("export"):
-            exported = export_recipe(
-                asked.model,
-                candidates[name],
-                files,
-                engine=asked.engine,
-                subject=subject,
-                validation=validations[name],
-                progress=progress,
-            )
+            exported = export_recipe(asked, files, candidates[name], subject, validations[name])
     # Last, when all is well: a run that fails leaves the folder as it was.
     write_results(files, candidates[name], validations, chosen=name)
     return RunResult(
@@ -338,13 +311,11 @@ def _run(run: Checked, files: RunFiles, *, progress: Progress | None, tell: Tell
     )
 
 
-def _calibrate(
-    asked: RunRequest, files: RunFiles, *, progress: Progress | None, tell: Tell
-) -> None:
+def _calibrate(asked: RunOptions, files: RunFiles) -> None:
     """Write the statistics; those that are there are kept."""
     calibrated = calibrate(
         asked.model,
-        asked.sources,
+        asked.corpora,
         files.stats,
         samples=asked.samples,
         dtype=asked.dtype,
@@ -354,17 +325,16 @@ def _calibrate(
         kv_cache=bool(asked.space.kv_cache),
         layers=asked.layers,
         vocabulary=asked.vocabulary,
-        progress=progress,
-        tell=tell,
+        progress=asked.progress,
+        tell=asked.tell,
     )
-    _tell_all(calibrated.summary(), tell)
+    for line in calibrated.summary():
+        asked.tell(line)
 
 
-def _measurement(
-    run: Checked, *, is_stored: bool, progress: Progress | None, tell: Tell
-) -> Measure:
+def _measurement(run: CheckedRun, *, is_stored: bool) -> Measure:
     """What measures schemes for this run."""
-    asked, offered = run.request, run.offered
+    asked, offered = run.options, run.offered
     passes = count(1)
 
     def measured(subject: Subject, twins: Twins) -> Table:
@@ -377,19 +347,20 @@ def _measurement(
             offered.space,
             subject.table,
             stats=subject.stats if is_stored else None,
-            corpora=() if is_stored else asked.sources,
+            corpora=() if is_stored else asked.corpora,
             samples=asked.samples,
             dtype=asked.dtype,
-            engine=asked.engine,
+            engine=asked.request.engine,
             layers=asked.layers,
             vocabulary=asked.vocabulary,
             where=Where(device=asked.device),
             wanted=offered.wants(twins),
-            progress=progress and _named(progress, name),
-            tell=tell,
+            progress=asked.progress and _named(asked.progress, name),
+            tell=asked.tell,
         )
         if not twins and subject.rewriting is None:  # what is refused is told once
-            _tell_all(_without_twins(found, offered).summary(), tell)
+            for line in _without_twins(found, offered).summary():
+                asked.tell(line)
         return found.table
 
     return measured
@@ -453,11 +424,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _tell_all(lines: Iterable[str], tell: Tell) -> None:
-    for line in lines:
-        tell(line)
 
 
 def _without_twins(found: MeasureResult, offered: Offered) -> MeasureResult:

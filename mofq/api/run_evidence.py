@@ -15,35 +15,29 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from shutil import disk_usage
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes
 from mofq.api.measure import fits_beside
-from mofq.api.options import Tell
 from mofq.api.run_effort import (
     ROUNDS,
     ROUNDS_WITHOUT_STATS,
+    MeasureTwins,
     Timed,
     Tried,
     Twins,
     fit_where_chosen,
     predicted,
 )
-from mofq.api.run_request import Checked, may_be_rewritten
-from mofq.exceptions import BudgetError, Remark, RewriteError
-from mofq.files.progress import Progress
+from mofq.api.run_folder import RunFiles, lack_of_space
+from mofq.api.run_request import CheckedRun, may_be_rewritten
+from mofq.exceptions import BudgetError, RewriteError
 
 if TYPE_CHECKING:
-    from mofq.api.run_folder import RunFiles
     from mofq.decision import Request
-    from mofq.decision.problem import Problem
     from mofq.decision.rewriting import Rewriting
+    from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.table import Table
-    from mofq.model.checkpoint.headers import Checkpoint
 
-#: Of the free disk, what a rewritten model and its statistics may take.
-_SHARE_OF_DISK = 0.5
 #: The share of the predicted KL that a rewriting must be expected to save to be measured.
 _WORTH_MEASURING = 0.05
 #: Of the signs of a rotation.
@@ -74,14 +68,7 @@ Measure = Callable[[Subject, Twins], "Table"]
 
 
 def gather_evidence(
-    run: Checked,
-    files: RunFiles,
-    *,
-    measure: Measure,
-    is_stored: bool,
-    timed: Timed,
-    progress: Progress | None,
-    tell: Tell,
+    run: CheckedRun, files: RunFiles, *, measure: Measure, is_stored: bool, timed: Timed
 ) -> Evidence:
     """Measure what the effort asks for, and keep the model that is predicted best.
 
@@ -91,8 +78,6 @@ def gather_evidence(
         measure: Measures.
         is_stored: Whether the samples of the statistics are stored.
         timed: Times a stage under a name.
-        progress: As of `run`.
-        tell: As of `run`.
 
     Returns:
         Model, table, and what was tried.
@@ -102,9 +87,9 @@ def gather_evidence(
     """
     from mofq.decision.guesses import rows_for
 
-    request, twins = run.request.request, run.offered.twins
+    request, twins = run.options.request, run.offered.twins
     stats = files.stats if is_stored else fits_beside(files.table)
-    first = Subject(run.request.model, stats, files.table)
+    first = Subject(run.options.model, stats, files.table)
     with timed("measure") as seconds:
         table = rows_for(measure(first, {}), twins, {})
     rounded = predicted("codes rounded to nearest", table, request, seconds())
@@ -118,18 +103,17 @@ def gather_evidence(
             first=first,
             measure=lambda subject: rows_for(measure(subject, {}), twins, {}),
             timed=timed,
-            progress=progress,
-            tell=tell,
         ):
             others[subject] = of_subject
             rewritten.append((subject, said))
         tables |= _best(others, request) if others else {}
-        if run.request.effort == "normal":
+        if run.options.effort == "normal":
             tables = _best(tables, request)
     if twins:
+        rounds = ROUNDS if is_stored else ROUNDS_WITHOUT_STATS
         with timed("fit") as seconds:
             tables = {
-                subject: _fitted(subject, table, run, measure, is_stored=is_stored)
+                subject: _fitted(table, run, partial(measure, subject), rounds=rounds)
                 for subject, table in tables.items()
             }
     ((subject, table),) = _best(tables, request).items()
@@ -139,24 +123,12 @@ def gather_evidence(
     return Evidence(subject, table, tuple(tried))
 
 
-def _fitted(
-    subject: Subject,
-    table: Table,
-    run: Checked,
-    measure: Measure,
-    *,
-    is_stored: bool,
-) -> Table:
+def _fitted(table: Table, run: CheckedRun, measure: MeasureTwins, *, rounds: int) -> Table:
     """The table with the twins that the effort asks for."""
-    if run.request.effort == "best":
-        return measure(subject, run.offered.everything(table))
-    return fit_where_chosen(
-        table,
-        run.request.request,
-        run.offered,
-        measure=lambda twins: measure(subject, twins),
-        rounds=ROUNDS if is_stored else ROUNDS_WITHOUT_STATS,
-    )
+    if run.options.effort == "best":
+        return measure(run.offered.everything(table))
+    request = run.options.request
+    return fit_where_chosen(table, request, run.offered, measure=measure, rounds=rounds)
 
 
 def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Table]:
@@ -175,15 +147,13 @@ def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Ta
 
 
 def _rewritten(
-    run: Checked,
+    run: CheckedRun,
     files: RunFiles,
     table: Table,
     *,
     first: Subject,
     measure: Callable[[Subject], Table],
     timed: Timed,
-    progress: Progress | None,
-    tell: Tell,
 ) -> list[tuple[Subject, Table, Tried]]:
     """The rewritten models that an effort tries, each with its table and what it predicts.
 
@@ -194,8 +164,6 @@ def _rewritten(
         first: The model as it is.
         measure: Measures the schemes of a rewritten model, without fitted codes.
         timed: As of `gather_evidence`.
-        progress: As of `run`.
-        tell: As of `run`.
     """
     made: list[tuple[Subject, Table, Tried]] = []
 
@@ -205,14 +173,14 @@ def _rewritten(
             of_subject = None if subject is None else measure(subject)
         if subject is None or of_subject is None:
             return False
-        said = predicted(_words(subject), of_subject, run.request.request, seconds())
+        said = predicted(_words(subject), of_subject, run.options.request, seconds())
         made.append((subject, of_subject, said))
         return True
 
-    move = partial(rewrite_where_it_pays, run, files, first=first, progress=progress, tell=tell)
+    move = partial(rewrite_where_it_pays, run, files, first=first)
     added("rewrite", lambda: move(table=table, before=first))
-    if run.request.effort == "best" and added(
-        "rotate", lambda: rotate_where_possible(run, files, first=first, tell=tell)
+    if run.options.effort == "best" and added(
+        "rotate", lambda: rotate_where_possible(run, files, first=first)
     ):
         rotated, of_rotated, _ = made[-1]
         added("rewrite rotated", lambda: move(table=of_rotated, before=rotated))
@@ -229,46 +197,32 @@ def _words(subject: Subject) -> str:
     return f"rotated, and {scales}" if sites else "rotated"
 
 
-def rotate_where_possible(
-    run: Checked, files: RunFiles, *, first: Subject, tell: Tell
-) -> Subject | None:
+def rotate_where_possible(run: CheckedRun, files: RunFiles, *, first: Subject) -> Subject | None:
     """Rotate the model; None where that would not be exact, which is told.
 
     Args:
         run: Whose model it is.
         files: Of the run.
         first: The model as it is.
-        tell: As of `run`.
     """
-    from mofq.delivery.rewriting.remake import make_base, rewriting_of
+    from mofq.delivery.rewriting.remake import rewriting_of
     from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
     from mofq.evidence.calibration.stats import read_stats
 
-    checkpoint = run.checkpoint
-    if not _fits_disk(checkpoint, files, first, tell):
+    if not _fits_disk(run, files, first):
         return None
     stats = read_stats(first.stats)
     try:
-        rotation = rotated_model(plan_rotation(checkpoint, _SEED), _SEED)
-        rewriting = rewriting_of(checkpoint, stats, (), rotation=rotation)
-        subject = _subject(checkpoint, files.folder, rewriting)
-        folders = (Path(subject.model), subject.stats)
-        make_base(rewriting, checkpoint, stats, folders=folders)
+        rotation = rotated_model(plan_rotation(run.checkpoint, _SEED), _SEED)
+        rewriting = rewriting_of(run.checkpoint, stats, (), rotation=rotation)
+        return _make_subject(run, files, rewriting, stats)
     except RewriteError as error:
-        tell(str(error))
+        run.options.tell(str(error))
         return None
-    return subject
 
 
 def rewrite_where_it_pays(
-    run: Checked,
-    files: RunFiles,
-    table: Table,
-    *,
-    first: Subject,
-    before: Subject,
-    progress: Progress | None,
-    tell: Tell,
+    run: CheckedRun, files: RunFiles, table: Table, *, first: Subject, before: Subject
 ) -> Subject | None:
     """Move scales for the recipe that is best before; None where that would not pay.
 
@@ -278,26 +232,25 @@ def rewrite_where_it_pays(
         table: Of what scales move in, without fitted codes.
         first: The model as it is.
         before: What scales move in: ``first``, or the rotated model.
-        progress: As of `run`.
-        tell: As of `run`.
     """
     from mofq.decision import decide, request_problem
 
-    checkpoint, request, is_best = run.checkpoint, run.request.request, run.request.effort == "best"
+    request, is_best = run.options.request, run.options.effort == "best"
     try:
         recipe = decide(table, request).recipe
     except BudgetError:
         return None
     from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
-    from mofq.delivery.rewriting.remake import make_base, rewriting_of
+    from mofq.delivery.rewriting.remake import rewriting_of
     from mofq.evidence.calibration.stats import read_stats
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
     schemes = {group.name: group.scheme for group in recipe.groups}
-    if not (is_best or rounds_inputs(schemes)) or not _fits_disk(checkpoint, files, first, tell):
+    if not (is_best or rounds_inputs(schemes)) or not _fits_disk(run, files, first):
         return None
-    problem, rotation, layers = request_problem(table, request), None, run.layers
+    problem, rotation = request_problem(table, request), None
+    checkpoint, layers = run.checkpoint, run.layers
     if before.rewriting is not None:
         rotation, checkpoint = before.rewriting.rotation, open_checkpoint(before.model)
         layers = find_layers(checkpoint)
@@ -307,53 +260,50 @@ def rewrite_where_it_pays(
             layers,
             stats=read_stats(before.stats),
             schemes=schemes,
-            offered=_offered_by_group(problem),
+            offered=problem.schemes_by_group,
             for_weights=is_best,
-            progress=progress,
+            progress=run.options.progress,
         )
         saved = sum(one.nats_before - one.nats_after for one in choices)
         if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
             return None
         stats = read_stats(first.stats)
         rewriting = rewriting_of(run.checkpoint, stats, choices, rotation=rotation)
-        subject = _subject(run.checkpoint, files.folder, rewriting)
-        folders = (Path(subject.model), subject.stats)
-        make_base(rewriting, run.checkpoint, stats, folders=folders)
+        return _make_subject(run, files, rewriting, stats)
     except RewriteError as error:
-        tell(f"{error} It is not rewritten.")
+        run.options.tell(f"{error} It is not rewritten.")
         return None
-    return subject
 
 
-def _offered_by_group(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """Fusion group -> every scheme that it may have."""
-    ends = zip(problem.groups, problem.start_F[:-1], problem.start_F[1:], strict=True)
-    return {group.name: problem.schemes[start:stop] for group, start, stop in ends}
+def _make_subject(run: CheckedRun, files: RunFiles, rewriting: Rewriting, stats: Stats) -> Subject:
+    """Write a rewritten model and its statistics into the folder of a run, unless they are there.
 
+    Args:
+        run: Whose model it is.
+        files: Of the run.
+        rewriting: Of the model.
+        stats: Of the model as it is.
 
-def _subject(checkpoint: Checkpoint, folder: Path, rewriting: Rewriting) -> Subject:
-    """Where a rewritten model, its statistics and its table lie in the folder of a run."""
+    Raises:
+        RewriteError: As `make_base`.
+    """
+    from mofq.delivery.rewriting.remake import make_base
+
     content = json.dumps(asdict(rewriting), sort_keys=True)
     name = f"rewritten-{sha256(content.encode()).hexdigest()[:8]}"
-    return Subject(
-        str(folder / f"{Path(checkpoint.name).name}-{name}"),
-        folder / f"stats-{name}",
-        folder / f"table-{name}.jsonl",
-        rewriting,
-    )
+    model = files.folder / f"{Path(run.checkpoint.name).name}-{name}"
+    moved = files.folder / f"stats-{name}"
+    make_base(rewriting, run.checkpoint, stats, folders=(model, moved))
+    return Subject(str(model), moved, files.folder / f"table-{name}.jsonl", rewriting)
 
 
-def _fits_disk(checkpoint: Checkpoint, files: RunFiles, first: Subject, tell: Tell) -> bool:
-    """Whether a second model and second statistics have room."""
-    needed = sum(one.nbytes for one in checkpoint.tensors.values())
+def _fits_disk(run: CheckedRun, files: RunFiles, first: Subject) -> bool:
+    """Whether a second model and second statistics have room; that they have none is told."""
+    needed = sum(one.nbytes for one in run.checkpoint.tensors.values())
     needed += sum(path.stat().st_size for path in first.stats.rglob("*") if path.is_file())
-    free = disk_usage(files.folder).free
-    if needed <= _SHARE_OF_DISK * free:
-        return True
-    tell(
-        Remark(
-            f"A rewritten model and its statistics would take {short_bytes(needed)}, and "
-            f"{short_bytes(free)} are free in {files.folder}: it is not rewritten."
+    lack = lack_of_space(needed, files.folder)
+    if lack is not None:
+        run.options.tell(
+            f"A rewritten model and its statistics would take {lack}: it is not rewritten."
         )
-    )
-    return False
+    return lack is None

@@ -13,8 +13,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING
 
+from mofq.api.figures import short_bytes
 from mofq.api.request import read_corpus_weights
 from mofq.exceptions import BackendError, MofqError, TableError, option
 
@@ -42,6 +44,9 @@ _UNITS = {
 }
 #: Characters of a name that say constraints; more of them are said by their hash.
 _LONGEST_PART = 60
+#: Of the free disk, what statistics or a rewritten model may take; the rest is for what is exported
+#: and in between.
+_SHARE_OF_DISK = 0.5
 _UNFIT = re.compile(r"[^A-Za-z0-9.=,@+-]")
 
 
@@ -375,6 +380,14 @@ def write_results(
     validation = named.pop(files.recipe.name)
     write_validation(validation, files.validation, alternatives=named)
     write_recipe(recipe, files.recipe)
+
+
+def lack_of_space(needed: int, folder: Path) -> str | None:
+    """How much is needed, and how much is free in a folder where that is too little; else None."""
+    free = disk_usage(folder).free
+    if needed <= _SHARE_OF_DISK * free:
+        return None
+    return f"{short_bytes(needed)}, and {short_bytes(free)} are free in {folder}"
 
 
 def finished_runs(folder: Path) -> list[RunFiles]:

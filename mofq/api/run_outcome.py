@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from mofq.api.calibrate import chosen_execution
 from mofq.api.export import ExportResult, export
 from mofq.api.inputs import load_named
-from mofq.api.options import OnModel, Tell
+from mofq.api.options import OnModel, Tell, Where
 from mofq.api.run_evidence import Evidence, Subject
 from mofq.api.run_folder import SEARCHED, RunFiles
-from mofq.api.run_request import RunRequest
-from mofq.api.search import prove_on_every_other
-from mofq.exceptions import MofqError
-from mofq.files.progress import Progress
+from mofq.api.run_request import CheckedRun, RunOptions
+from mofq.api.search import decide_on_model
+from mofq.api.tune import STEPS
+from mofq.exceptions import MofqError, Remark, option
 
 if TYPE_CHECKING:
     from mofq.decision import Decision, Request
@@ -40,22 +40,13 @@ _ASKED = (
 _FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
 
 
-def decide_run(
-    asked: RunRequest,
-    table: Table,
-    subject: Subject,
-    *,
-    progress: Progress | None,
-    tell: Tell,
-) -> Decision:
+def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
     """Decide; a budget in nats is proved on every other window of the text that validates.
 
     Args:
         asked: The run's options.
         table: What was measured for it.
         subject: The model that it was measured of.
-        progress: As of `run`.
-        tell: As of `run`.
 
     Raises:
         BudgetError: No recipe meets the budgets.
@@ -75,7 +66,9 @@ def decide_run(
             execution=asked.execution,
             stats=subject.stats,
         )
-        found = prove_on_every_other(table, request, on_model, progress=progress, tell=tell)
+        found = decide_on_model(
+            table, request, on_model, step=2, progress=asked.progress, tell=asked.tell
+        )
     else:
         found = decide(table, request)
     note = constraint_note(table, request, found)
@@ -138,24 +131,79 @@ def uniform_rivals(
     }
 
 
+def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Recipe:
+    """A recipe with tuned norms, where they help on what they were not tuned on.
+
+    Args:
+        run: That found the recipe.
+        recipe: Not tuned.
+        subject: The model that it is applied to.
+
+    Returns:
+        The recipe as it was where norms cannot be tuned here, or nothing is gained; that is told.
+    """
+    from mofq.delivery.rewriting.remake import Base
+    from mofq.delivery.tuning.tune_recipe import tune_recipe
+    from mofq.model.checkpoint.headers import open_checkpoint
+
+    tell = run.options.tell
+    if set(recipe.schemes.values()) == {"bf16"}:
+        return recipe
+    if reason := _why_not_tuned(run):
+        tell(Remark(f"Norms are not tuned: {reason}."))
+        return recipe
+    try:
+        found = tune_recipe(
+            run.checkpoint,
+            recipe,
+            run.windows,
+            base=Base(open_checkpoint(subject.model), subject.stats),
+            plan=run.plan,
+            steps=STEPS,
+            device=run.options.device,
+            progress=run.options.progress,
+        )
+    except MofqError as error:  # what is wrong with the recipe itself, its validation says
+        tell(Remark(f"Norms are not tuned: {error.template}"))
+        return recipe
+    if not found.helps:
+        tell(f"Norms are not tuned: tuned ones have KL {found.tuning.gain}.")
+        return recipe
+    return found.recipe
+
+
+def _why_not_tuned(run: CheckedRun) -> str | None:
+    """Why norms cannot be tuned in a run; None where they can."""
+    asked = run.options
+    if asked.request.budgets.max_kl is not None:
+        return "a budget in nats is proved of the recipe as it was found"
+    if asked.other_tool is not None:
+        return f"a file for {asked.other_tool} is of the model as it is"
+    if asked.device_map is not None:
+        return f"{option('device_map')} spreads the model"
+    execution = chosen_execution(
+        asked.execution,
+        run.checkpoint,
+        run.layers,
+        run.plan,
+        where=Where(device=asked.device),
+        device_map=None,
+    )
+    if execution.is_streamed or asked.no_stats:
+        return "the model is run layer by layer"
+    return None
+
+
 def validate_candidates(
-    asked: RunRequest,
-    candidates: Mapping[str, Recipe],
-    subject: Subject,
-    *,
-    work: Path,
-    progress: Progress | None,
-    tell: Tell,
+    asked: RunOptions, files: RunFiles, candidates: Mapping[str, Recipe], subject: Subject
 ) -> dict[str, Validation]:
     """Every candidate on the real model, against one run of the original.
 
     Args:
         asked: The run's options.
+        files: Of the run.
         candidates: Name -> recipe; the searched one among them.
         subject: The model that was quantized.
-        work: For what a model that is run layer by layer leaves in between.
-        progress: As of `run`.
-        tell: As of `run`.
 
     Raises:
         MofqError: The searched recipe is not enforced, or as `validate`.
@@ -180,9 +228,9 @@ def validate_candidates(
         stats=subject.stats,
         rewritten=rewritten,
         execution=asked.execution,
-        work=work,
-        progress=progress,
-        tell=tell,
+        work=files.folder / ".streamed",
+        progress=asked.progress,
+        tell=asked.tell,
     )
     validations = dict(zip(candidates, done, strict=True))
     searched = validations[SEARCHED]
@@ -210,12 +258,9 @@ def within_budgets(
     max_kl = request.budgets.max_kl
     found = {}
     for name, one in validations.items():
-        recipe = candidates[name]
-        schemes = {group.name: group.scheme for group in recipe.groups}
-        schemes |= {cache.name: cache.scheme for cache in recipe.kv_cache}
         if name == SEARCHED or (
             (max_kl is None or one.kl_upper <= max_kl)
-            and keeps_all(constraints, problem.choice_of(schemes))
+            and keeps_all(constraints, problem.choice_of(candidates[name].scheme_of_group))
         ):
             found[name] = one
     return found
@@ -259,24 +304,33 @@ def _on_the_rest(one: Validation, searched: Validation) -> str:
 
 
 def export_recipe(
-    model: str,
-    recipe: Recipe,
-    files: RunFiles,
-    *,
-    engine: str,
-    subject: Subject,
-    validation: Validation,
-    progress: Progress | None,
+    asked: RunOptions, files: RunFiles, recipe: Recipe, subject: Subject, validation: Validation
 ) -> ExportResult:
-    """What the engine reads; a checkpoint that a former run wrote is proved and kept."""
-    from mofq.delivery.backends import RECIPE_EXPORTERS
+    """What the engine reads; a checkpoint that a former run wrote is proved and kept.
+
+    Args:
+        asked: The run's options; they name an engine.
+        files: Of the run.
+        recipe: That the run ends with.
+        subject: The model that it is applied to.
+        validation: Of the recipe.
+    """
+    engine, tool = asked.request.engine, asked.other_tool
+    assert engine is not None
+    if tool is not None:
+        return export(asked.model, recipe, files.named(_FILES.get(tool, f"{tool}.txt")), to=tool)
     from mofq.engines import find_engine
 
     reads = find_engine(engine).reads
-    if reads in RECIPE_EXPORTERS:
-        return export(model, recipe, files.named(_FILES.get(reads, f"{reads}.txt")), to=reads)
     if files.model.exists() and any(files.model.iterdir()):
-        return _read_export(recipe, files, engine=engine, subject=subject, to=reads)
+        from mofq.delivery.export.compressed_tensors import read_export
+        from mofq.model.checkpoint.headers import open_checkpoint
+
+        start = monotonic()
+        model = open_checkpoint(subject.model)
+        done = read_export(model, recipe, files.model, engine=engine, stats=subject.stats)
+        seconds = monotonic() - start
+        return ExportResult(subject.model, recipe, files.model, reads, engine, done, seconds)
     return export(
         subject.model,
         recipe,
@@ -285,30 +339,5 @@ def export_recipe(
         engine=engine,
         stats=subject.stats,
         validations=[validation],
-        progress=progress,
+        progress=asked.progress,
     )
-
-
-def _read_export(
-    recipe: Recipe, files: RunFiles, *, engine: str, subject: Subject, to: str
-) -> ExportResult:
-    """What a former run exported, proved byte for byte.
-
-    Raises:
-        EnforcementError: The folder is not what the recipe makes of the model.
-    """
-    from mofq.delivery.export.compressed_tensors import Export, check_compressed_tensors
-    from mofq.delivery.export.compressed_tensors.export import load_code, serve_command
-    from mofq.delivery.export.compressed_tensors.plan import plan_export
-    from mofq.delivery.recipe_fits import open_fits
-    from mofq.model.checkpoint.headers import open_checkpoint
-
-    start = monotonic()
-    checkpoint, exported = open_checkpoint(subject.model), files.model
-    with open_fits(recipe, subject.stats, index_sha256=checkpoint.index_sha256) as fits:
-        check_compressed_tensors(checkpoint, recipe, exported, fits=fits)
-    plan = plan_export(checkpoint, recipe)
-    size = sum(tensor.nbytes for tensor in plan.tensors.values())
-    command = serve_command(plan, exported, engine=engine)
-    done = Export(exported, plan.group_bytes, size, command, load_code(exported, engine))
-    return ExportResult(subject.model, recipe, exported, to, engine, done, monotonic() - start)

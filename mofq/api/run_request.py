@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from shutil import disk_usage
 from typing import TYPE_CHECKING
 
-from mofq.api.calibrate import check_gradient_dtype, plan_calibration, without_inputs
-from mofq.api.figures import short_bytes
+from mofq.api.calibrate import (
+    check_gradient_dtype,
+    plan_calibration,
+    rests_on_passing,
+    without_inputs,
+)
 from mofq.api.inputs import load_corpora, load_named, open_layers
 from mofq.api.options import (
+    Corpora,
     Execution,
     LayersFile,
     Samples,
+    Tell,
     Vocabulary,
     Windows,
 )
 from mofq.api.preconditions import check_device, check_engine, check_vocabulary
 from mofq.api.run_effort import EFFORTS, Offered
+from mofq.api.run_folder import RunFiles, lack_of_space
 from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
+from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mofq.api.run_folder import RunFiles
     from mofq.decision import Request
     from mofq.evidence.calibration.stats import Plan
     from mofq.evidence.constraints import Selection
@@ -34,20 +40,17 @@ if TYPE_CHECKING:
 
 #: Sequences of each corpus whose samples are kept with the effort ``best``.
 _KEPT_AT_BEST = 32
-#: Of the free disk, what statistics may take; the rest is for what is exported and in between.
-_SHARE_OF_DISK = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class RunRequest:
+class RunOptions:
     """The options of a run."""
 
     model: str
     request: Request  #: what is searched for
     space: SearchSpace  #: as it is named
     effort: str
-    engine: str | None
-    sources: Sequence[str]  #: NAME=FILE of each corpus
+    corpora: Corpora
     text: str  #: to validate on
     windows: Windows
     samples: Samples
@@ -59,13 +62,25 @@ class RunRequest:
     execution: Execution
     no_stats: bool
     rivals: int
+    progress: Progress | None
+    tell: Tell
+
+    @property
+    def other_tool(self) -> str | None:
+        """The format of the file that the engine reads where it reads no checkpoint."""
+        from mofq.delivery.backends import RECIPE_EXPORTERS
+        from mofq.engines import find_engine
+
+        engine = self.request.engine
+        reads = None if engine is None else find_engine(engine).reads
+        return reads if reads in RECIPE_EXPORTERS else None
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A request that can be met, and what it means for the model."""
+class CheckedRun:
+    """A run that can be done, and what its options mean for the model."""
 
-    request: RunRequest  #: with windows no longer than the model's context, and samples as long
+    options: RunOptions  #: with windows no longer than the model's context, and samples as long
     checkpoint: Checkpoint
     layers: ModelLayers  #: that get schemes
     plan: Plan  #: what is drawn from the corpora
@@ -74,13 +89,14 @@ class Checked:
     selections: tuple[Selection, ...]  #: how many layers each constraint names
 
 
-def check_run(asked: RunRequest) -> Checked:
+def check_run(asked: RunOptions) -> CheckedRun:
     """Refuse what cannot end well, before anything runs.
 
     Raises:
         MofqError: No recipe can meet the request, no engine serves one, a text is too short or
             is used twice, or an option does not go with another.
     """
+    _check_effort(asked.effort)
     checkpoint, layers, offered, selections = _check_request(asked)
     _check_texts(asked)
     check_device(asked.device)
@@ -98,39 +114,30 @@ def check_run(asked: RunRequest) -> Checked:
     plan, drawn = plan_calibration(
         checkpoint,
         layers,
-        load_corpora(asked.sources),
+        load_corpora(asked.corpora),
         samples=samples,
         dtype=asked.dtype,
         kv_cache=False,
     )
     if asked.effort != "quick":
         _check_halves(plan, asked.effort)
-    return Checked(asked, checkpoint, layers, plan, drawn, offered, selections)
+    return CheckedRun(asked, checkpoint, layers, plan, drawn, offered, selections)
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """Whether the samples of the statistics are stored."""
+def stores_stats(run: CheckedRun, files: RunFiles) -> bool:
+    """Whether samples are stored: as a former run did it, else where the disk has room for them.
 
-    is_stored: bool
-    remark: Remark | None = None  #: why they are not, where that was not asked for
-
-
-def storage_of(run: Checked, files: RunFiles) -> Storage:
-    """Statistics are stored as a former run did it, else where the disk has room for them."""
+    That it has none is told.
+    """
     from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
-    from mofq.evidence.calibration.stats import passing_stats
-    from mofq.evidence.table import read_table
 
-    if run.request.no_stats:
-        return Storage(False)
+    if run.options.no_stats:
+        return False
     if files.stats.exists():
-        return Storage(True)
+        return True
     plan = run.plan
     if files.table.exists():
-        of_table = read_table(files.table).header.stats
-        passing = {passing_stats(files.folder, one).sha256 for one in (plan, without_inputs(plan))}
-        return Storage(of_table is None or of_table.sha256 not in passing)
+        return not rests_on_passing(files.table, plan, without_inputs(plan))
     count = sum(len(one.kept_indices) for one in plan.corpora)
     others = sum(one.sequences for one in plan.corpora) - count if plan.inputs else 0
     experts = experts_per_token(run.checkpoint.config)
@@ -139,20 +146,18 @@ def storage_of(run: Checked, files: RunFiles) -> Storage:
         run.layers, tokens=count * length, draws=draws, experts_per_token=experts
     )
     needed += inputs_bytes(run.layers, tokens=others * length, experts_per_token=experts)
-    free = disk_usage(files.folder).free
-    if needed <= _SHARE_OF_DISK * free:
-        return Storage(True)
-    return Storage(
-        False,
-        Remark(
-            f"Statistics would take about {short_bytes(needed)}, and {short_bytes(free)} are free "
-            f"in {files.folder}: schemes are measured while the model is calibrated, and no "
-            f"statistics are stored ({option('no_stats')})."
-        ),
-    )
+    lack = lack_of_space(needed, files.folder)
+    if lack is not None:
+        run.options.tell(
+            Remark(
+                f"Statistics would take about {lack}: schemes are measured while the model is "
+                f"calibrated, and no statistics are stored ({option('no_stats')})."
+            )
+        )
+    return lack is None
 
 
-def may_be_rewritten(run: Checked) -> bool:
+def may_be_rewritten(run: CheckedRun) -> bool:
     """Whether what comes out of rewriting the model can be measured, validated and exported.
 
     Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
@@ -161,18 +166,14 @@ def may_be_rewritten(run: Checked) -> bool:
     stated ones, and none is a matrix of the vocabulary; and a budget in nats is proved against
     the model that is searched.
     """
-    from mofq.delivery.backends import RECIPE_EXPORTERS
-    from mofq.engines import find_engine
     from mofq.model.streaming.execution import choose_execution
 
-    asked, checkpoint, offered = run.request, run.checkpoint, run.offered
+    asked, checkpoint, offered = run.options, run.checkpoint, run.offered
     if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
         return False
     if asked.layers is not None or any(asked.vocabulary.asked.values()):
         return False
-    if asked.request.budgets.max_kl is not None:
-        return False
-    if asked.engine is not None and find_engine(asked.engine).reads in RECIPE_EXPORTERS:
+    if asked.request.budgets.max_kl is not None or asked.other_tool is not None:
         return False
     execution = choose_execution(
         asked.execution, checkpoint, dtype=asked.dtype, device=asked.device
@@ -180,7 +181,7 @@ def may_be_rewritten(run: Checked) -> bool:
     return not execution.is_streamed
 
 
-def check_effort(effort: str) -> None:
+def _check_effort(effort: str) -> None:
     """Refuse an effort that there is not."""
     if effort not in EFFORTS:
         raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
@@ -198,7 +199,7 @@ def _check_halves(plan: Plan, effort: str) -> None:
 
 
 def _check_request(
-    asked: RunRequest,
+    asked: RunOptions,
 ) -> tuple[Checkpoint, ModelLayers, Offered, tuple[Selection, ...]]:
     """Refuse what no recipe can meet, or no engine serves, from headers alone.
 
@@ -212,14 +213,13 @@ def _check_request(
     from mofq.evidence.constraints import selections_of
     from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
-    from mofq.model.layers import find_layers
     from mofq.model.layers.model_class import check_next_tokens
     from mofq.model.notes import wider_dtype
 
     request, space = asked.request, asked.space
     engine, budgets = request.engine, request.budgets
     checkpoint = open_checkpoint(asked.model)
-    found = find_layers(checkpoint, **asked.vocabulary.asked, stated=open_layers(asked.layers))
+    found = open_layers(checkpoint, asked.vocabulary, asked.layers)
     check = None if engine is None else legality(engine, found.architecture)
     check_next_tokens(checkpoint.config, where=str(checkpoint.folder / CONFIG_FILE))
     check_engine(engine, found)
@@ -250,11 +250,11 @@ def _check_request(
     return checkpoint, found, offered, selections
 
 
-def _check_texts(asked: RunRequest) -> None:
+def _check_texts(asked: RunOptions) -> None:
     """Refuse to validate on a text that was calibrated on, and weights of other corpora."""
     from mofq.decision.request import weights_in_order
 
-    text, corpora = load_named(asked.text), load_corpora(asked.sources)
+    text, corpora = load_named(asked.text), load_corpora(asked.corpora)
     if (found := asked.request.corpus_weights) is not None:
         weights_in_order(found, [corpus.name for corpus in corpora])
     for corpus in corpora:
@@ -265,7 +265,7 @@ def _check_texts(asked: RunRequest) -> None:
             )
 
 
-def _checked_windows(checkpoint: Checkpoint, asked: RunRequest) -> Windows:
+def _checked_windows(checkpoint: Checkpoint, asked: RunOptions) -> Windows:
     """Windows no longer than the model's context, of which the text fills enough."""
     from mofq.evidence.corpora import leading_tokens, tokenize
     from mofq.model.loading import load_tokenizer

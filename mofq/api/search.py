@@ -124,6 +124,7 @@ def search(
     from mofq.evidence.constraints import selections_of
 
     start = monotonic()
+    tell = tell or silent
     path = None if output is None else Path(output)
     request = make_request(choices, budget=budget, timing=timing, method=method)
     if choices.kv_tokens and budget.max_size is None and budget.max_kl is None:
@@ -150,8 +151,14 @@ def search(
     check_layers(opened, explain)
     if measures:
         _check_inputs(on_model)
-        decision = _decide_on_model(
-            opened, request, method.refine, on_model, study, progress=progress, tell=tell or silent
+        decision = decide_on_model(
+            opened,
+            request,
+            on_model,
+            refine=method.refine,
+            study=study,
+            progress=progress,
+            tell=tell,
         )
     else:
         decision = decide(opened, request)
@@ -168,33 +175,6 @@ def search(
         explained=tuple(explain_layer(opened, request, decision, layer) for layer in explain),
         selections=selections_of(request.constraints, opened.header.groups),
         seconds=monotonic() - start,
-    )
-
-
-def prove_on_every_other(
-    table: Table,
-    request: Request,
-    on_model: OnModel,
-    *,
-    progress: Progress | None = None,
-    tell: Tell = silent,
-) -> Decision:
-    """Decide under a budget in nats that is proved on every other window of a text.
-
-    The windows in between have no part in the choice, and may say what it costs.
-
-    Args:
-        table: Of the model.
-        request: With a budget in nats.
-        on_model: Whose windows these are.
-        progress: Told what is done.
-        tell: Told what is worth knowing.
-
-    Raises:
-        MofqError: As `search`.
-    """
-    return _decide_on_model(
-        table, request, 0, on_model, Study(), progress=progress, tell=tell, step=2
     )
 
 
@@ -263,18 +243,33 @@ def _beside(output: Path | None) -> str:
     return str(output.with_suffix(".optuna.db"))
 
 
-def _decide_on_model(
+def decide_on_model(
     table: Table,
     request: Request,
-    refine: int,
     on_model: OnModel,
-    study: Study,
     *,
+    refine: int = 0,
+    study: Study = Study(),
+    step: int = 1,
     progress: Progress | None,
     tell: Tell,
-    step: int = 1,
 ) -> Decision:
-    """Decide, and let measurements have the last word; on every so many-th window of the text."""
+    """Decide, and let measurements on the model have the last word.
+
+    Args:
+        table: Of the model.
+        request: With a budget in nats, where neither swaps nor a study are asked for.
+        on_model: The model, and the text.
+        refine: Swaps to measure.
+        study: Of the solver ``optuna``.
+        step: Of the text's windows every so many-th is run; those in between have no part in the
+            choice, and may say what it costs.
+        progress: As of `search`.
+        tell: As of `search`.
+
+    Raises:
+        MofqError: As `search`.
+    """
     from mofq.decision.measured.prove import decide_proved
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
@@ -392,10 +387,10 @@ def _other_workers(
     from multiprocessing import get_context
 
     context = get_context("spawn")  # a fork of a process that uses torch hangs
-    arguments = (table, request, 0, on_model, replace(study, workers=1))
-    silence = {"progress": None, "tell": silent}
+    arguments = (table, request, on_model)
+    options = {"study": replace(study, workers=1), "progress": None, "tell": silent}
     processes = [
-        context.Process(target=_decide_on_model, args=arguments, kwargs=silence, daemon=True)
+        context.Process(target=decide_on_model, args=arguments, kwargs=options, daemon=True)
         for _ in range(study.workers - 1)
     ]
     for process in processes:

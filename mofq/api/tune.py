@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.calibrate import check_gradient_dtype, chosen_execution, plan_calibration
-from mofq.api.inputs import load_corpora, open_recipe, save_recipe, sources_of, text_file
+from mofq.api.inputs import load_corpora, open_recipe, save_recipe, text_file
 from mofq.api.options import (
     AnyRecipe,
     Corpora,
@@ -25,6 +25,7 @@ from mofq.api.options import (
     WindowBos,
     WindowLength,
     documented,
+    silent,
 )
 from mofq.api.preconditions import check_device, check_output
 from mofq.exceptions import StreamingError, option
@@ -101,7 +102,8 @@ def tune(
     """
     start = monotonic()
     check_gradient_dtype(dtype)
-    texts = load_corpora(sources_of(corpora), tell)
+    tell = tell or silent
+    texts = load_corpora(corpora, tell)
     if output is not None:
         check_output(
             Path(output),

@@ -18,6 +18,7 @@ from mofq.api.options import (
     Tell,
     Windows,
     documented,
+    silent,
 )
 from mofq.api.preconditions import check_device, check_output
 from mofq.exceptions import MofqError, option
@@ -94,19 +95,20 @@ def validate(
     Raises:
         MofqError: An input is not valid.
     """
+    from mofq.decision.recipe import find_recipe
     from mofq.model.checkpoint.headers import open_checkpoint
 
     check_dtype(dtype)
-    corpora = load_corpora([text] if isinstance(text, str) else text, tell)
+    corpora = load_corpora([text] if isinstance(text, str) else text, tell or silent)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
-    for path in outputs.values():
+    for output_path in outputs.values():
         check_output(
-            path,
+            output_path,
             files=[recipe_or_folder, *(text_file(corpus.source) for corpus in corpora)],
             folders=[model, recipe_or_folder, stats, lm_eval.task_folder],
         )
     open_checkpoint(str(model))
-    recipe = _recipe_of(recipe_or_folder)
+    recipe = find_recipe(recipe_or_folder)
     # From here on torch is imported, which takes seconds.
     from mofq.delivery.validation import validate_many, write_validation
 
@@ -114,6 +116,7 @@ def validate(
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:
+        path = outputs.get(corpus.name)
         (validations[corpus.name],) = validate_many(
             str(model),
             [recipe_or_folder],
@@ -129,12 +132,13 @@ def validate(
             emulated=emulate,
             stats=stats,
             execution=execution,
-            work=_work_of(outputs.get(corpus.name)),
+            # Where a run that was stopped is continued: beside what it will write.
+            work=path and path.with_name(f".{path.name}.streamed"),
             progress=progress,
             tell=tell,
         )
-        if corpus.name in outputs:
-            write_validation(validations[corpus.name], outputs[corpus.name])
+        if path is not None:
+            write_validation(validations[corpus.name], path)
     return ValidateResult(
         str(model), recipe_or_folder, recipe, validations, tuple(outputs.values())
     )
@@ -161,20 +165,3 @@ def _outputs(output: str | Path | None, names: Sequence[str]) -> dict[str, Path]
     if len(names) == 1:
         return {names[0]: path}
     return {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names}
-
-
-def _work_of(output: Path | None) -> Path | None:
-    """Where a run that was stopped is continued: beside what it will write."""
-    return None if output is None else output.with_name(f".{output.name}.streamed")
-
-
-def _recipe_of(recipe_or_folder: Recipe | str | Path) -> Recipe | None:
-    """The recipe of a file, or of a folder that `export` wrote; None where there is none."""
-    from mofq.decision.recipe import RECIPE_FILE, Recipe, holds_recipe, load_recipe
-
-    if isinstance(recipe_or_folder, Recipe):
-        return recipe_or_folder
-    path = Path(recipe_or_folder)
-    if path.is_dir():
-        return load_recipe(path / RECIPE_FILE) if holds_recipe(path / RECIPE_FILE) else None
-    return load_recipe(path)

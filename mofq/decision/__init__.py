@@ -12,7 +12,7 @@ from mofq.decision.budgets import Budgets, LinearBudget, finer_is_offered
 from mofq.decision.choice import SOLVERS, choose, predict_chosen
 from mofq.decision.decision import Decision, decide
 from mofq.decision.exact import Solution, least_bytes, solve_exact
-from mofq.decision.from_table import CacheRequest, problem_from_table, request_problem
+from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import Frontier, solve_frontier
 from mofq.decision.greedy import solve_greedy
 from mofq.decision.prediction import Estimate, predict
@@ -33,7 +33,6 @@ __all__ = [
     "KL_UNIT",
     "SOLVERS",
     "Budgets",
-    "CacheRequest",
     "Decision",
     "Estimate",
     "Frontier",
@@ -52,7 +51,6 @@ __all__ = [
     "least_bytes",
     "predict",
     "predict_chosen",
-    "problem_from_table",
     "recipe_from_table",
     "request_problem",
     "solve_exact",

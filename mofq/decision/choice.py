@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mofq.decision.budgets import Budgets, check_kl_unit
 from mofq.decision.exact import Solution, least_bytes, solve_exact
@@ -51,7 +52,7 @@ def choose(
 
     ``max_kl`` is held against the upper end of the prediction's 95 % interval
     where samples are kept: with a budget of size too, it is checked; without one the size
-    is lowered until it is just met (see `solve_smallest`).
+    is lowered until it is just met.
 
     Args:
         problem: What may be chosen.
@@ -68,17 +69,19 @@ def choose(
     """
     if solver not in SOLVERS:
         raise MofqError(f"no solver is called {solver!r}." + nearest_name(solver, SOLVERS))
+    once = partial(_choose_once, problem, solve=SOLVERS[solver], with_ties=ties)
     if budgets.max_kl is not None:
         check_kl_unit(problem)
         # The solver would hold the budget against a sum, which what groups do together is not.
         if is_crossfitted(problem) or problem.acts_together:
+            free = replace(budgets, max_kl=None)
             if budgets.minimises_bytes:
-                return solve_smallest(problem, budgets, solver=solver, ties=ties)
-            return _checked(problem, budgets, solver=solver, ties=ties)
-    return _choose_once(problem, budgets, SOLVERS[solver], ties)
+                return _smallest(problem, free, budgets.max_kl, once)
+            return _checked(once(free), budgets.max_kl)
+    return once(budgets)
 
 
-def _choose_once(problem: Problem, budgets: Budgets, solve: Solver, with_ties: bool) -> Chosen:
+def _choose_once(problem: Problem, budgets: Budgets, *, solve: Solver, with_ties: bool) -> Chosen:
     solution = solve_together(problem, budgets, solve)
     ties = move_ties(problem, budgets, solution.choice_F) if with_ties else None
     choice_F = solution.choice_F if ties is None else ties.choice_F
@@ -147,44 +150,38 @@ def _own_size(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets
     return sized(problem, others, problem.axis_of(choice_F))
 
 
-def _checked(problem: Problem, budgets: Budgets, *, solver: str, ties: bool) -> Chosen:
-    """Least error under the budgets of size; then its prediction must be within ``max_kl``."""
-    assert budgets.max_kl is not None
-    found = _choose_once(problem, replace(budgets, max_kl=None), SOLVERS[solver], ties)
+def _checked(found: Chosen, max_kl: float) -> Chosen:
+    """The least error under the budgets of size, whose prediction must be within ``max_kl``."""
     upper = found.reported.upper
-    if upper > budgets.max_kl:
+    if upper > max_kl:
         raise BudgetError(
-            f"{option('max_kl')}: asked for {budgets.max_kl:.4g} nats per token; the least under "
+            f"{option('max_kl')}: asked for {max_kl:.4g} nats per token; the least under "
             f"the other budgets is {upper:.4g}, the upper end of its 95 % interval. Allow "
             f"more, or a larger size."
         )
     return found
 
 
-def solve_smallest(
-    problem: Problem, budgets: Budgets, *, solver: str = "exact", ties: bool = True
+def _smallest(
+    problem: Problem, free: Budgets, limit: float, once: Callable[[Budgets], Chosen]
 ) -> Chosen:
-    """The smallest recipe whose predicted KL's upper end is within ``max_kl``.
+    """The smallest recipe whose predicted KL's upper end is within a limit.
 
     The figure falls as the size grows, so the size is searched; see `predict_chosen`.
 
     Args:
         problem: In nats, with sample errors.
-        budgets: ``max_kl``, and any that are not of size.
-        solver: A key of `SOLVERS`.
-        ties: Whether choices within noise move to simpler schemes.
+        free: Any budgets that are neither of size nor of KL.
+        limit: Of the figure [nats per token].
+        once: Chooses under budgets without one of KL.
 
     Returns:
         The choice, its size found to one part in ten thousand.
 
     Raises:
-        BudgetError: Not even the best recipe is within ``max_kl``; the message says how far it is.
+        BudgetError: Not even the best recipe is within the limit; the message says how far it is.
     """
-    assert budgets.max_kl is not None
-    limit = budgets.max_kl
-    free = replace(budgets, max_kl=None)
-    solve = SOLVERS[solver]
-    best = _choose_once(problem, free, solve, ties)
+    best = once(free)
     if best.reported.upper > limit:
         raise BudgetError(
             f"{option('max_kl')}: asked for {limit:.4g} nats per token; the smallest possible is "
@@ -193,9 +190,8 @@ def solve_smallest(
         )
 
     def at(size: int) -> Chosen | None:
-        sized = replace(free, max_bytes=size + problem.other_bytes)
         try:
-            return _choose_once(problem, sized, solve, ties)
+            return once(replace(free, max_bytes=size + problem.other_bytes))
         except BudgetError:
             return None
 

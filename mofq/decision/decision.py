@@ -19,19 +19,11 @@ from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, without
 from mofq.decision.result import (
     budget_figures,
-    chosen_result,
-    gap_of,
+    decided_result,
     made_by_request,
     recipe_from_table,
-    with_active_weights,
-    with_uniform,
 )
-from mofq.decision.timing import (
-    request_budgets,
-    time_budget_figures,
-    time_of,
-    unquantized_seconds,
-)
+from mofq.decision.timing import request_budgets, unquantized_seconds
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.engines.groups import is_experts
 from mofq.evidence.constraints import named
@@ -86,31 +78,27 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         chosen = choose(problem, budgets, solver=request.solver, ties=request.ties)
     except BudgetError as error:
         raise BudgetError(f"{error.template}{_blamed_constraints(table, request)}") from None
-    used = usage(problem, chosen.choice_F)
-    uniform = best_uniform(problem, used.bytes, chosen.choice_F)
-    schemes = problem.schemes_of(chosen.choice_F)
-    result = replace(
-        chosen_result(problem, chosen.choice_F, chosen.reported),
-        gap=gap_of(problem, chosen.solution),
-        seconds=time_of(table, schemes, request),
+    uniform = best_uniform(problem, chosen.choice_F)
+    result = decided_result(
+        table, request, problem, chosen.choice_F, chosen.reported, uniform=uniform
     )
-    result = with_active_weights(result, table, problem, chosen.choice_F)
-    if uniform is not None:
-        result = with_uniform(result, problem, *uniform)
+    solution, ties = chosen.solution, chosen.ties
+    if solution.bound is not None:
+        gap = max(0.0, problem.error_of(solution.choice_F) - solution.bound)
+        result = replace(result, gap=gap)
     recipe = recipe_from_table(
         table,
-        schemes,
+        problem.schemes_of(chosen.choice_F),
         made_by=made_by_request(table, problem, request),
-        budget=budget_figures(request) | time_budget_figures(request),
+        budget=budget_figures(request),
         result=result,
     )
-    ties = chosen.ties
     return Decision(
         recipe,
         problem,
         budgets,
         choice_F=chosen.choice_F,
-        finer_layers=used.finer_layers,
+        finer_layers=usage(problem, chosen.choice_F).finer_layers,
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
         uniform_error=None if uniform is None else error_together(problem, uniform[1]),
@@ -118,7 +106,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
             *_notes_of_search(problem, chosen, uniform, budgets=budgets),
             *notes_of_prediction(table, problem, chosen.choice_F, prediction=chosen.reported),
         ),
-        prices=chosen.solution.prices,
+        prices=solution.prices,
         unquantized_seconds=unquantized_seconds(table, request),
     )
 

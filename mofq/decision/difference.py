@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision.from_table import pricing_problem
+from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import Estimate, paired_loss
 from mofq.decision.pricing import pricing_request
 from mofq.decision.problem import IntArray, Objective, Problem
@@ -76,7 +76,7 @@ def compare_recipes(
     if table is None:
         return Difference(tuple(changed), unit=None, total=None)
     request = pricing_request([first, second], corpus_weights=corpus_weights)
-    problem = pricing_problem(table, request)
+    problem = request_problem(table, request, has_all_rows=True)
     first_F, second_F = problem.choice_of(ours), problem.choice_of(theirs)
     numbers = {group.name: n for n, group in enumerate(problem.groups)}
     priced = []

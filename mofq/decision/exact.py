@@ -48,9 +48,8 @@ class Optimum:
     choice_F: IntArray
     value: float  #: of the cost that was minimised
     bound: float  #: of the relaxation: no choice costs less
-    prices: tuple[
-        float, ...
-    ]  #: of each constraint: cost that one more unit of its limit would save
+    #: Of each constraint: cost that one more unit of its limit would save.
+    prices: tuple[float, ...]
 
 
 def solve_exact(problem: Problem, budgets: Budgets) -> Solution:
@@ -184,24 +183,22 @@ def minimise(
     tightest = _tightest_of_equal(constraints)
     cores = []
     for number, set_P in enumerate(problem.sets):
-        priced = _priced_core(problem, cost_PK, tightest, allowed_P & set_P)
-        if priced is not None:
-            cores.append((priced[1].bound, number, priced))
+        found_core = _priced_core(problem, cost_PK, tightest, allowed_P & set_P)
+        if found_core is not None:
+            cores.append((found_core[1].bound, number, found_core))
     best: Optimum | None = None
-    for bound, _, (core, prices) in sorted(cores, key=lambda one: one[:2]):
+    for bound, _, (core, priced) in sorted(cores, key=lambda one: one[:2]):
         if best is not None and bound > best.value:
             break
-        found = _search(core, prices, cost_PK, tightest)
+        found = _search(core, priced, cost_PK, tightest)
         if found is not None and (best is None or _rank(problem, found) < _rank(problem, best)):
             best = found
     if best is None:
         return None
-    shown = [
-        best.prices[n] if (n := _position(tightest, constraint)) is not None else 0.0
-        for constraint in constraints
-    ]
+    price_of = dict(zip(map(id, tightest), best.prices, strict=True))
+    prices = tuple(price_of.get(id(one), 0.0) for one in constraints)
     least = min(bound for bound, _, _ in cores)
-    return replace(best, bound=min(least, best.value), prices=tuple(shown))
+    return replace(best, bound=min(least, best.value), prices=prices)
 
 
 def _rank(problem: Problem, one: Optimum) -> tuple[float, int]:
@@ -242,7 +239,3 @@ def _tightest_of_equal(constraints: Sequence[Constraint]) -> list[Constraint]:
         if not any(np.array_equal(constraint.cost_P, other.cost_P) for other in kept):
             kept.append(constraint)
     return [constraint for constraint in constraints if any(constraint is one for one in kept)]
-
-
-def _position(constraints: Sequence[Constraint], constraint: Constraint) -> int | None:
-    return next((n for n, one in enumerate(constraints) if one is constraint), None)

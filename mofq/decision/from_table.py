@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,6 @@ from mofq.decision.offers import Legal, Offers, engine_legality, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
     FloatArray,
-    Objective,
     Option,
     Problem,
     ProblemGroup,
@@ -20,7 +19,6 @@ from mofq.decision.problem import (
 )
 from mofq.decision.request import Request, weights_in_order
 from mofq.engines import cache_legality
-from mofq.evidence.constraints import LayerConstraint
 from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
@@ -36,112 +34,54 @@ TENSOR_MSE = "tensor_mse"
 _PREFERRED_UNITS = (KL_UNIT, "output_mse", "relative_weight_error")
 
 
-@dataclass(frozen=True, slots=True)
-class CacheRequest:
-    """How the format of the KV cache is decided with the layers."""
-
-    tokens: int = 0  #: of context, whose cache counts as size
-    is_legal: Callable[[str, CacheLayer], bool] | None = None  #: what an engine adds
-    one_format: bool = False  #: for all layers but those that are left as they are
-
-
-def request_problem(table: Table, request: Request, *, is_constrained: bool = True) -> Problem:
-    """The rows of a table that a request may choose from; see `problem_from_table`."""
-    return problem_from_table(
-        table,
-        unit=request.unit,
-        corpus_weights=request.corpus_weights,
-        objective=request.objective,
-        space=request.space,
-        is_legal=engine_legality(request.engine, table.header),
-        constraints=request.constraints,
-        is_constrained=is_constrained,
-        caches=_cache_request(request) if request.kv_cache else None,
-    )
-
-
-def pricing_problem(table: Table, request: Request) -> Problem:
-    """All rows of a table as options, to price recipes that other requests decided.
-
-    Args:
-        table: From `mofq measure`.
-        request: Its unit, corpora and cache count; its engine, constraints and what its search
-            space offers do not.
-    """
-    return problem_from_table(
-        table,
-        unit=request.unit,
-        corpus_weights=request.corpus_weights,
-        objective=request.objective,
-        space=request.space,
-        has_all_rows=True,
-        caches=CacheRequest(request.kv_tokens) if request.kv_cache else None,
-    )
-
-
-def _cache_request(request: Request) -> CacheRequest:
-    refuses = None if request.engine is None else cache_legality(request.engine)
-
-    def is_legal(scheme: str, cache: CacheLayer) -> bool:
-        formats = request.kv_formats
-        if formats is not None and scheme != _UNQUANTIZED and scheme not in formats:
-            return False
-        return refuses is None or refuses(scheme, cache) is None
-
-    # An engine keeps one format for the whole model, and leaves single layers as they are.
-    return CacheRequest(request.kv_tokens, is_legal, one_format=request.engine is not None)
-
-
-def problem_from_table(
+def request_problem(
     table: Table,
+    request: Request | None = None,
     *,
-    unit: str | None = None,
-    corpus_weights: Mapping[str, float] | None = None,
-    objective: Objective = "mean",
-    space: str | None = None,
     is_legal: Legal | None = None,
-    constraints: Sequence[LayerConstraint] = (),
     is_constrained: bool = True,
     has_all_rows: bool = False,
-    caches: CacheRequest | None = None,
 ) -> Problem:
     """What a table offers, as a problem for the solvers.
 
     Args:
         table: With rows of every fusion group.
-        unit: Of the errors; by default nats where every group has them, else the output
-            error, else the relative weight error. Or ``tensor_mse``.
-        corpus_weights: What each corpus counts in the mean; None: all the same.
-        objective: What several corpora add up to.
-        space: Only what this search space offers to each fusion group, its base and its
-            min_gain; by default what any space of the table offers, with the largest min_gain.
-        is_legal: Which schemes a fusion group may have; by default all that are measured.
-        constraints: Beside those of the space.
+        request: By default all that was measured. Its unit is nats, unless it names one, where
+            every group has them, else the output error, else the relative weight error; it may be
+            ``tensor_mse``. Its search space: only what this offers to each fusion group, its base
+            and its min_gain; by default what any space of the table offers, with the largest
+            min_gain. Its constraints stand beside those of the space.
+        is_legal: Which schemes a fusion group may have; by default those that the engine serves.
         is_constrained: Whether constraints count, those of the space included.
-        has_all_rows: Whether a group may have all that is measured, whatever spaces offer.
-        caches: How the format of the KV cache is decided too; by default it is not.
+        has_all_rows: Whether a group may have all that is measured, whatever engine, constraints
+            and spaces say: to price recipes that other requests decided.
 
     Returns:
         The problem; within each group the simplest scheme first.
 
     Raises:
+        EngineError: There is no such engine, or it does not load the table's model.
         TableError: The unit or space is not in the table, or a group has no row; the weights
             are not of the table's corpora; or the cache is asked for, and the table has no
             formats of it in nats.
         SearchSpaceError: A constraint names no layer, or some leave a group no scheme.
     """
-    unit = _unit(table, unit)
+    request = request or Request()
+    if has_all_rows:
+        request = replace(request, engine=None, constraints=(), kv_formats=None)
+    is_legal = is_legal or engine_legality(request.engine, table.header)
+    unit = _unit(table, request.unit)
     unit_of_rows = _unit(table, None) if unit == TENSOR_MSE else unit
     names = _corpora(table, unit_of_rows)
-    spaces = spaces_of(table, space)
+    spaces = spaces_of(table, request.space)
     offers = Offers(
         table,
         () if has_all_rows else spaces,
         is_legal=is_legal,
-        constraints=constraints,
+        constraints=request.constraints,
         is_constrained=is_constrained,
     )
-    if caches is not None:
+    if request.kv_cache:
         _check_caches(table, unit)
     by_corpus = [table.rows_of(unit_of_rows, name) for name in names]
     rows_of = partial(_complete, unit_of_rows, names, by_corpus)
@@ -152,30 +92,44 @@ def problem_from_table(
         offer = offers.of(group, {one[0].scheme: one[0].bytes for one in rows})
         offered = [one for one in rows if one[0].scheme in offer.schemes]
         groups.append(_layer_group(group, unit, offered, rows))
-    if caches is not None:
+    if request.kv_cache:
         formats = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
+        may_have = _cache_legality(request, formats if spaces and not has_all_rows else None)
         for cache in table.caches:
-            legal = [
-                one
-                for one in rows_of(cache.name)
-                if (has_all_rows or not spaces or one[0].scheme in formats)
-                and (caches.is_legal is None or caches.is_legal(one[0].scheme, cache))
-            ]
+            legal = [one for one in rows_of(cache.name) if may_have(one[0].scheme, cache)]
             groups.append(_cache_group(cache, legal))
     return build_problem(
         groups,
         unit=unit,
         corpora=tuple(names),
-        corpus_weights=_corpus_weights(corpus_weights, names, unit),
-        objective=objective,
+        corpus_weights=_corpus_weights(request.corpus_weights, names, unit),
+        objective=request.objective,
         base=tuple(dict.fromkeys(name for one in spaces for name in one.base)),
         other_bytes=table.header.other_bytes,
         min_gain=max((one.min_gain for one in spaces), default=10.0),
-        kv_tokens=0 if caches is None else caches.tokens,
-        one_format=caches is not None and caches.one_format,
+        kv_tokens=request.kv_tokens if request.kv_cache else 0,
+        # An engine keeps one format for the whole model, and leaves single layers as they are.
+        one_format=request.kv_cache and request.engine is not None,
         flip_FC=_flips(table, [group for group, _ in groups], names) if unit == KL_UNIT else None,
         flip_stderr_C=_flip_stderrs(table, names) if unit == KL_UNIT else None,
     )
+
+
+def _cache_legality(
+    request: Request, offered: Container[str] | None
+) -> Callable[[str, CacheLayer], bool]:
+    """Whether a layer's cache may have a format, of those that spaces offer; None: of all."""
+    refuses = None if request.engine is None else cache_legality(request.engine)
+
+    def may_have(scheme: str, cache: CacheLayer) -> bool:
+        asked = request.kv_formats
+        if asked is not None and scheme != _UNQUANTIZED and scheme not in asked:
+            return False
+        if offered is not None and scheme not in offered:
+            return False
+        return refuses is None or refuses(scheme, cache) is None
+
+    return may_have
 
 
 def _flips(

@@ -178,6 +178,12 @@ class Problem:
         """The options of a fusion group."""
         return range(int(self.start_F[group]), int(self.start_F[group + 1]))
 
+    @property
+    def schemes_by_group(self) -> dict[str, tuple[str, ...]]:
+        """Fusion group, or cache -> every scheme that it may have."""
+        ends = zip(self.groups, self.start_F[:-1], self.start_F[1:], strict=True)
+        return {group.name: self.schemes[start:stop] for group, start, stop in ends}
+
     def error_of(self, choice_F: IntArray) -> float:
         """The sum of the errors of one option in each group, in ``unit``: what solvers minimise.
 
@@ -408,6 +414,7 @@ class Usage:
     finer_fraction: float  #: of the layers that have an offer
     finer_weight_fraction: float  #: of their weights
     kv_bits: float | None  #: per cached number; None: the format of the cache is not decided
+    kv_bytes_per_token: float | None  #: of all layers
 
 
 def usage(problem: Problem, choice_F: IntArray) -> Usage:
@@ -423,6 +430,7 @@ def usage(problem: Problem, choice_F: IntArray) -> Usage:
     layers = tuple(name for group in finer for name in group.layers)
     all_layers = sum(len(group.layers) for group in counted)
     all_weights = sum(group.weights for group in counted)
+    cached, cache_bits = problem.cached, int(problem.cache_bits_P[choice_F].sum())
     return Usage(
         bytes=size,
         checkpoint_bytes=problem.bytes_of(choice_F) + problem.other_bytes,
@@ -430,9 +438,8 @@ def usage(problem: Problem, choice_F: IntArray) -> Usage:
         finer_layers=layers,
         finer_fraction=len(layers) / all_layers if all_layers else 0.0,
         finer_weight_fraction=sum(g.weights for g in finer) / all_weights if all_weights else 0.0,
-        kv_bits=int(problem.cache_bits_P[choice_F].sum()) / problem.cached
-        if problem.cached
-        else None,
+        kv_bits=cache_bits / cached if cached else None,
+        kv_bytes_per_token=cache_bits / 8 if cached else None,
     )
 
 

@@ -380,6 +380,21 @@ def holds_recipe(path: Path) -> bool:
     return any(line.startswith("version:") for line in text.splitlines())
 
 
+def find_recipe(source: Recipe | str | Path) -> Recipe | None:
+    """The recipe of a file, or in a folder that `mofq export` wrote; None where there is none.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
+    if isinstance(source, Recipe):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        path = path / RECIPE_FILE
+        return load_recipe(path) if holds_recipe(path) else None
+    return load_recipe(path)
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe and check all that can be checked without the model.
 

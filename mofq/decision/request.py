@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from mofq.decision.budgets import Budgets
@@ -34,7 +34,7 @@ class TimeRequest:
 class Request:
     """What a recipe is asked to be."""
 
-    budgets: Budgets
+    budgets: Budgets = field(default_factory=Budgets)
     solver: str = "exact"
     unit: str | None = None  #: None: nats where the table has them, else what it has
     objective: Objective = "mean"

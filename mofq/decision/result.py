@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mofq import __version__
-from mofq.decision.exact import Solution
 from mofq.decision.expert_visits import active_weights
 from mofq.decision.flips import flip_cost
 from mofq.decision.offers import asked_constraints, spaces_of
@@ -20,7 +19,11 @@ from mofq.decision.recipe import (
     join_hashes,
 )
 from mofq.decision.request import Request, weights_text
+from mofq.decision.timing import time_of
 from mofq.evidence.table import Table
+from mofq.model.layers import ModelLayers
+from mofq.model.sizes import bits_per_weight, counted_bytes, group_bytes, weights_of
+from mofq.numbers.schemes import parse_scheme
 
 #: Keys of `mofq.decision.recipe.MadeByKeys`.
 MadeBy = dict[str, str | int | None]
@@ -103,8 +106,8 @@ def made_by_request(table: Table, problem: Problem, request: Request) -> MadeBy:
 
 
 def budget_figures(request: Request) -> dict[str, float | int | str]:
-    """The budgets that were asked for; `timing` has that of time."""
-    budgets = request.budgets
+    """The budgets that were asked for, and the workload whose time is told or kept."""
+    budgets, time = request.budgets, request.time
     named = {
         "bits_per_weight": budgets.max_bits,
         "checkpoint_bytes": budgets.max_bytes,
@@ -113,6 +116,9 @@ def budget_figures(request: Request) -> dict[str, float | int | str]:
         "kv_bits": budgets.max_kv_bits,
         "active_bits": budgets.max_active_bits,
         "kv_tokens": request.kv_tokens or None,
+        "device": None if time is None else time.device.name,
+        "workload": None if time is None else time.workload.text,
+        "seconds": None if time is None else time.max_seconds,
     }
     return {name: value for name, value in named.items() if value is not None}
 
@@ -127,31 +133,46 @@ def chosen_result(problem: Problem, choice_F: IntArray, prediction: Estimate) ->
     return with_prediction(result, prediction) if problem.unit == KL_UNIT else result
 
 
-def with_active_weights(
-    result: RecipeResult, table: Table, problem: Problem, choice_F: IntArray
+def decided_result(
+    table: Table,
+    request: Request,
+    problem: Problem,
+    choice_F: IntArray,
+    prediction: Estimate,
+    *,
+    uniform: tuple[str, IntArray] | None,
 ) -> RecipeResult:
-    """What a token reads of a mixture of experts, where the table knows it."""
-    active = active_weights(table, problem) if table.visits else None
-    if active is None:
-        return result
-    return replace(
-        result,
-        active_bits=active.bits(problem, choice_F),
-        active_bytes_per_token=active.bytes(problem, choice_F),
+    """What a decision says of its choice.
+
+    Args:
+        table: That was decided on.
+        request: As it was decided.
+        problem: What might be chosen.
+        choice_F: One option of each fusion group.
+        prediction: Of the choice, from `predict_chosen`.
+        uniform: The best uniform scheme of no more bytes, from `best_uniform`.
+
+    Returns:
+        Sizes and prediction, the time of a workload that was named, what a token reads of a
+        mixture where the table knows it, and what the uniform scheme would be.
+    """
+    result = replace(
+        chosen_result(problem, choice_F, prediction),
+        seconds=time_of(table, problem.schemes_of(choice_F), request),
     )
+    active = active_weights(table, problem) if table.visits else None
+    if active is not None:
+        result = replace(
+            result,
+            active_bits=active.bits(problem, choice_F),
+            active_bytes_per_token=active.bytes(problem, choice_F),
+        )
+    return result if uniform is None else _with_uniform(result, problem, *uniform)
 
 
-def gap_of(problem: Problem, solution: Solution) -> float | None:
-    """How far the solver's choice is from its bound, where it knows one."""
-    if solution.bound is None:
-        return None
-    return max(0.0, problem.error_of(solution.choice_F) - solution.bound)
-
-
-def with_uniform(
+def _with_uniform(
     result: RecipeResult, problem: Problem, name: str, choice_F: IntArray
 ) -> RecipeResult:
-    """What the best uniform scheme of no more bytes would be, beside the recipe."""
     kl = stated(problem, predict(problem, choice_F)).value if problem.unit == KL_UNIT else None
     return replace(
         result,
@@ -164,15 +185,30 @@ def with_uniform(
 def sizes_of(problem: Problem, choice_F: IntArray) -> RecipeResult:
     """Sizes and shares; no prediction yet."""
     used = usage(problem, choice_F)
-    cache_bits = int(problem.cache_bits_P[choice_F].sum())
     return RecipeResult(
         bits_per_weight=used.bits_per_weight,
         bytes=used.bytes,
         checkpoint_bytes=used.checkpoint_bytes,
         finer_fraction=used.finer_fraction,
         finer_weight_fraction=used.finer_weight_fraction,
-        kv_bits=cache_bits / problem.cached if problem.cached else None,
-        kv_bytes_per_token=cache_bits / 8 if problem.cached else None,
+        kv_bits=used.kv_bits,
+        kv_bytes_per_token=used.kv_bytes_per_token,
+    )
+
+
+def sizes_by_shape(layers: ModelLayers, schemes: Mapping[str, str]) -> RecipeResult:
+    """Sizes from shapes and schemes alone.
+
+    Args:
+        layers: Of the model.
+        schemes: Linear layer -> scheme; all layers of a fusion group have one.
+    """
+    chosen = [(one, parse_scheme(schemes[one.layers[0].name])) for one in layers.groups]
+    size = sum(counted_bytes(*one) for one in chosen)
+    return RecipeResult(
+        bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
+        bytes=size,
+        checkpoint_bytes=sum(group_bytes(*one) for one in chosen) + layers.other_bytes,
     )
 
 

@@ -154,19 +154,6 @@ def time_of(table: Table, schemes: Mapping[str, str], request: Request) -> float
     return None if request.time is None else recipe_seconds(table, schemes, request.time)
 
 
-def time_budget_figures(request: Request) -> dict[str, float | int | str]:
-    """What was asked for, for a recipe's budget."""
-    if request.time is None:
-        return {}
-    asked: dict[str, float | int | str] = {
-        "device": request.time.device.name,
-        "workload": request.time.workload.text,
-    }
-    if request.time.max_seconds is not None:
-        asked["seconds"] = request.time.max_seconds
-    return asked
-
-
 def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:
     groups = {group.name: group for group in table.header.groups}
     names = [cache.name for cache in table.caches]

@@ -13,16 +13,21 @@ from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
-from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
+from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.decision.request import Request, weights_text
-from mofq.decision.result import MadeBy, recipe_from_table, sizes_of, with_prediction
+from mofq.decision.result import (
+    MadeBy,
+    recipe_from_table,
+    sizes_by_shape,
+    sizes_of,
+    with_prediction,
+)
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
 from mofq.exceptions import SchemeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers, vocabulary_rejection
-from mofq.model.sizes import bits_per_weight, counted_bytes, shape_bytes, weights_of
 from mofq.numbers.numerics import NUMERICS
 from mofq.numbers.schemes import parse_scheme
 
@@ -67,8 +72,7 @@ def uniform_recipe(
             f"{reasons[0]} ({len(reasons)} such layers in all). Take another scheme, or a search "
             f"space with `mofq measure` and `mofq search`, which may mix."
         )
-    size = sum(counted_bytes(group, scheme) for group in layers.groups)
-    shapes = sum(shape_bytes(scheme, len(group.layers)) for group in layers.groups)
+    schemes = dict.fromkeys((layer.name for layer in layers.grouped_layers), scheme.name)
     return Recipe(
         model_name=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
@@ -83,11 +87,7 @@ def uniform_recipe(
             NUMERICS,
             {"stats_sha256": stats_sha256, "bos": bos, "sequence_length": sequence_length},
         ),
-        result=RecipeResult(
-            bits_per_weight=bits_per_weight(size, weights_of(layers.groups)),
-            bytes=size,
-            checkpoint_bytes=size + shapes + layers.other_bytes,
-        ),
+        result=sizes_by_shape(layers, schemes),
     )
 
 
@@ -146,23 +146,22 @@ def uniform_recipes(
     return recipes
 
 
-def best_uniform(
-    problem: Problem, most_bytes: int, choice_F: IntArray
-) -> tuple[str, IntArray] | None:
-    """The uniform scheme of least error among those of at most so many bytes.
+def best_uniform(problem: Problem, choice_F: IntArray) -> tuple[str, IntArray] | None:
+    """The uniform scheme of least error among those of no more bytes than a choice.
 
-    The KV cache, where it is decided too, is as in ``choice_F``.
+    The KV cache, where it is decided too, is as in the choice.
     """
     found = []
     layer_bytes_P = problem.layer_bytes_P
+    most_bytes = int(layer_bytes_P[choice_F].sum())
     for name in dict.fromkeys(problem.schemes):
         uniform_F = uniform_choice(problem, name, choice_F)
         if uniform_F is not None and int(layer_bytes_P[uniform_F].sum()) <= most_bytes:
             found.append((error_together(problem, uniform_F), name, uniform_F))
     if not found:
         return None
-    _, name, choice_F = min(found, key=lambda one: one[:2])
-    return name, choice_F
+    _, name, uniform_F = min(found, key=lambda one: one[:2])
+    return name, uniform_F
 
 
 def has_uniform(problem: Problem, scheme: str) -> bool:

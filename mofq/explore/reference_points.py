@@ -18,7 +18,7 @@ from mofq.decision import (
     uniform_recipes,
     usage,
 )
-from mofq.decision.from_table import pricing_problem
+from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.prediction import stated
 from mofq.decision.problem import IntArray
@@ -151,7 +151,7 @@ def recipe_point(path: Path, table: Table, problem: Problem, request: Request) -
             f"table ({weights}). Compare recipes of one model."
         )
     if not _has_options(problem, _schemes_of(recipe, problem, label=path.name)):
-        problem = pricing_problem(table, request)
+        problem = request_problem(table, request, has_all_rows=True)
     point = replace(
         _point(recipe, problem, kind="recipe", label=path.name),
         recipe_sha256=hashlib.sha256(path.read_text("utf-8").encode()).hexdigest(),

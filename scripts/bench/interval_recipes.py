@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mofq.decision import Budgets, Problem, choose
-from mofq.decision.from_table import CacheRequest, problem_from_table
+from mofq.decision import Budgets, Problem, Request, choose, request_problem
 from mofq.decision.prediction import estimate
 from mofq.decision.problem import IntArray
 from mofq.decision.result import recipe_from_table
@@ -73,12 +72,12 @@ def prepared_table(options: argparse.Namespace) -> Table:
 
 def whole_problem(table: Table) -> Problem:
     """All that was measured, the cache included where the space has formats of it."""
-    return problem_from_table(table, caches=CacheRequest() if table.caches else None)
+    return request_problem(table, Request(kv_cache=bool(table.caches)))
 
 
 def restricted(table: Table, is_wanted: Callable[[str], bool]) -> Problem:
     """Layers alone, under some of the schemes."""
-    return problem_from_table(table, is_legal=lambda _group, scheme: is_wanted(scheme))
+    return request_problem(table, is_legal=lambda _group, scheme: is_wanted(scheme))
 
 
 def searched_recipes(table: Table, *, path: Path, seed: int) -> dict[str, Schemes]:

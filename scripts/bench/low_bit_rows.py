@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.decision import problem_from_table
+from mofq.decision import request_problem
 from mofq.decision.prediction import predict_row
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.corpora import load_text
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibrate(options.model, corpora, stats_folder, "--sequence-length", options.sequence_length)
     table_path = options.work / "table.jsonl"
     mofq("measure", options.model, "--space", _SPACE, "--stats", stats_folder, "-o", table_path)
-    problem = problem_from_table(read_table(table_path))
+    problem = request_problem(read_table(table_path))
     stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
     layers = {group.name: group for group in find_layers(checkpoint).groups}
     model = load_model(checkpoint.folder)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mofq.decision import problem_from_table
+from mofq.decision import request_problem
 from mofq.decision.prediction import predict
 from mofq.decision.recipe import load_recipe
 from mofq.evidence.table import read_table
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = {bits: options.work / f"recipe-{bits}.yaml" for bits in BUDGETS}
     for bits, path in files.items():
         mofq("search", table, "--max-bits", bits, "-o", path)
-    problem = problem_from_table(read_table(table))
+    problem = request_problem(read_table(table))
     recipes = {str(bits): load_recipe(path) for bits, path in files.items()}
     done = measure_recipes(reference_of(options), recipes, stats=stats)
     rows = []

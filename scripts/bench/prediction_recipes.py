@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mofq.decision import Budgets, Estimate, Problem, choose, predict, problem_from_table, usage
+from mofq.decision import Budgets, Estimate, Problem, choose, predict, request_problem, usage
 from mofq.evidence.spaces import Offer
 from mofq.evidence.table import Table
 from mofq.numbers.schemes import parse_scheme
@@ -89,7 +89,7 @@ def choose_pairs(offers: Sequence[Offer], count: int, *, seed: int) -> list[Pair
 
 def uniform_recipes(table: Table) -> list[PredictedRecipe]:
     """Every scheme that all fusion groups may get."""
-    problem = problem_from_table(table)
+    problem = request_problem(table)
     recipes = []
     for name in dict.fromkeys(problem.schemes):
         at = [p for p, scheme in enumerate(problem.schemes) if scheme == name]
@@ -118,7 +118,7 @@ def eight_bit_mixture(table: Table, solver: str = "exact") -> PredictedRecipe:
 
 def _solved_recipes(table: Table) -> list[PredictedRecipe]:
     weights = _restricted(table, lambda scheme: kind_of(scheme) == "W")
-    everything = problem_from_table(table)
+    everything = request_problem(table)
     recipes = [eight_bit_mixture(table), eight_bit_mixture(table, solver="greedy")]
     for bits in MIXED_BITS:
         recipes.append(_solved(f"exact W {bits} bits", weights, Budgets(max_bits=bits), "exact"))
@@ -129,7 +129,7 @@ def _solved_recipes(table: Table) -> list[PredictedRecipe]:
 
 
 def _restricted(table: Table, is_wanted: Callable[[str], bool]) -> Problem:
-    return problem_from_table(
+    return request_problem(
         table, is_legal=lambda _group, scheme: scheme != "bf16" and is_wanted(scheme)
     )
 
@@ -140,7 +140,7 @@ def _solved(label: str, problem: Problem, budgets: Budgets, solver: str) -> Pred
 
 
 def _random_recipes(table: Table, seed: int) -> list[PredictedRecipe]:
-    problem = problem_from_table(table)
+    problem = request_problem(table)
     fine = {name for name in problem.schemes if name != "bf16" and not _is_coarse(name)}
     recipes = []
     for number in range(RANDOM_RECIPES):

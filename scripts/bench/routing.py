@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofq.decision import Problem, problem_from_table
+from mofq.decision import Problem, request_problem
 from mofq.decision.prediction import predict
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.delivery.backends import apply_recipe
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length = options.sequence_length
     calibrate(options.model, [f"en={options.calibration}"], stats, "--sequence-length", length)
     mofq("measure", options.model, "--space", SPACE, "--stats", stats, "-o", path)
-    problem = problem_from_table(read_table(path))
+    problem = request_problem(read_table(path))
     recipes: dict[str, Recipe] = {}
     for bits in BUDGETS:
         made = options.work / f"recipe-{bits}.yaml"

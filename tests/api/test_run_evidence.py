@@ -98,13 +98,11 @@ def gathered(
     monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", moved)
     monkeypatch.setattr(run_evidence, "rotate_where_possible", turned)
     evidence = gather_evidence(
-        Mock(request=asked, offered=offered),
+        Mock(options=asked, offered=offered),
         Mock(stats=Path("stats"), table=Path("table.jsonl")),
         measure=measure,
         is_stored=True,
         timed=Timed(),
-        progress=None,
-        tell=print,
     )
     return evidence, with_twins
 

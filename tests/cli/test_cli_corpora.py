@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import DEMO, Measured, mofq, ok, refused
 
-from mofq.decision import problem_from_table
+from mofq.decision import request_problem
 from mofq.decision.prediction import sample_sums
 from mofq.decision.recipe import load_recipe
 from mofq.evidence.corpora import load_text
@@ -56,7 +56,7 @@ def test_weights_of_corpora_are_noted_and_decide_what_is_predicted(
 
     weighted = search("--corpus-weights", "en=3,pt=1")
     recipe = load_recipe(tmp_path / "r.yaml")
-    problem = problem_from_table(read_table(two))
+    problem = request_problem(read_table(two))
     by_corpus = [
         float(np.mean(sums_N))
         for sums_N in sample_sums(problem, problem.choice_of(recipe.scheme_of_group))

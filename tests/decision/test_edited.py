@@ -8,7 +8,7 @@ import pytest
 from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Request, decide, predict_chosen, request_problem
-from mofq.decision.edited import with_figures
+from mofq.decision.pricing import with_figures
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import read_weights
 from mofq.evidence.constraints import parse_constraint

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from mofq.decision import Budgets, Request, decide, problem_from_table
+from mofq.decision import Budgets, Request, decide, request_problem
 from mofq.decision.expert_visits import FEW_VISITS, active_weights, rare_experts
+from mofq.decision.measured.measurement import decide_again
 from mofq.evidence.table import (
     Row,
     Table,
@@ -62,7 +63,7 @@ def schemes_of(table: Table, **budgets: float) -> dict[str, str]:
 
 def test_bits_per_active_weight_count_each_expert_by_its_share_of_tokens() -> None:
     table = table_of()
-    problem = problem_from_table(table)
+    problem = request_problem(table)
     active = active_weights(table, problem)
     assert active is not None
     schemes = dict(zip(SHARES, ("bf16", "int8.channel", "int4.g32"), strict=True))
@@ -89,6 +90,17 @@ def test_a_recipe_says_what_a_token_reads_and_keeps_the_budget() -> None:
     assert recipe.result.active_bits <= 9.0
     bytes_per_token = recipe.result.active_bytes_per_token
     assert bytes_per_token == pytest.approx(recipe.result.active_bits * 162.5 / 8)
+
+
+def test_a_recipe_that_measuring_changed_says_what_a_token_reads_too() -> None:
+    table, request = table_of(), Request(Budgets(max_active_bits=9.0))
+    decision = decide(table, request)
+    other_F = decision.problem.choice_of(dict.fromkeys(SHARES, "int4.g32"))
+    active = active_weights(table, decision.problem)
+    assert active is not None
+    again = decide_again(table, request, decision, other_F).recipe.result
+    assert again.active_bits == active.bits(decision.problem, other_F)
+    assert again.active_bytes_per_token == active.bytes(decision.problem, other_F)
 
 
 def test_a_budget_of_active_bits_needs_visits_to_every_group_of_experts() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mofq.decision import Budgets, problem_from_table, solve_exact
+from mofq.decision import Budgets, Request, request_problem, solve_exact
 from mofq.evidence.table import (
     Row,
     Table,
@@ -74,7 +74,7 @@ WEIGHT_ROWS = [
 
 def test_a_table_becomes_a_problem_that_can_be_solved() -> None:
     spaces = (space("w", ("int8.channel", "int4.g32"), base=("int8.channel",), gain=3.0),)
-    problem = problem_from_table(table_of(*WEIGHT_ROWS, spaces=spaces))
+    problem = request_problem(table_of(*WEIGHT_ROWS, spaces=spaces))
     assert (problem.unit, problem.corpora) == ("relative_weight_error", (None,))
     assert problem.other_bytes == 1000
     assert problem.min_gain == 3.0
@@ -92,11 +92,9 @@ def test_nats_are_preferred_once_every_group_has_them() -> None:
         for scheme in SCHEMES
         for corpus in ("en", "pt")
     ]
-    assert problem_from_table(table_of(*WEIGHT_ROWS, *nats, stats=STATS)).unit == (
-        "kl_nats_per_token"
-    )
+    assert request_problem(table_of(*WEIGHT_ROWS, *nats, stats=STATS)).unit == ("kl_nats_per_token")
     half = [one for one in nats if one.group == "a"]
-    assert problem_from_table(table_of(*WEIGHT_ROWS, *half, stats=STATS)).unit == (
+    assert request_problem(table_of(*WEIGHT_ROWS, *half, stats=STATS)).unit == (
         "relative_weight_error"
     )
 
@@ -108,7 +106,7 @@ def test_the_tensor_error_of_mofq_is_the_noise_of_the_weights() -> None:
         *(row(name, "int8.channel", 4.0, 136, sqnr_db=20.0) for name in ("a", "b")),
         *(row(name, "bf16", 0.0, 256, sqnr_db=None) for name in ("a", "b")),
     ]
-    problem = problem_from_table(table_of(*rows), unit="tensor_mse")
+    problem = request_problem(table_of(*rows), Request(unit="tensor_mse"))
     assert problem.unit == "tensor_mse"
     assert problem.error_PC[:, 0].tolist() == pytest.approx([0.0, 0.01, 0.1] * 2)
 
@@ -119,7 +117,7 @@ def test_samples_of_every_corpus_come_along() -> None:
         *(in_nats("a", "int4.g32", 2 * error, 72, corpus) for error, corpus in CORPORA),
         *(row("a", "bf16", 0.0, 256, unit="kl_nats_per_token", corpus=c) for _, c in CORPORA),
     ]
-    problem = problem_from_table(table_of(*rows, stats=STATS))
+    problem = request_problem(table_of(*rows, stats=STATS))
     assert problem.corpora == ("en", "pt")
     assert problem.sample_errors is not None
     assert problem.sample_errors[1].tolist() == [[0.0, 0.0], [1.5, 4.5], [3.0, 9.0]]
@@ -132,15 +130,15 @@ CORPORA = [(1.0, "en"), (3.0, "pt")]
 def test_weights_are_of_all_corpora_in_whatever_order() -> None:
     rows = [in_nats("a", "int8.channel", error, 136, corpus) for error, corpus in CORPORA]
     table = table_of(*rows, stats=STATS)
-    problem = problem_from_table(table, corpus_weights={"pt": 1.0, "en": 3.0})
+    problem = request_problem(table, Request(corpus_weights={"pt": 1.0, "en": 3.0}))
     assert problem.corpus_weights == (3.0, 1.0)
     assert problem.cost_PK.tolist() == [[1.5]]
     with pytest.raises(TableError, match=r"each corpus \(en, pt\), found none of 'pt'\. Give 0"):
-        problem_from_table(table, corpus_weights={"en": 1.0})
+        request_problem(table, Request(corpus_weights={"en": 1.0}))
     with pytest.raises(TableError, match="no corpus 'de'"):
-        problem_from_table(table, corpus_weights={"en": 1.0, "pt": 1.0, "de": 1.0})
+        request_problem(table, Request(corpus_weights={"en": 1.0, "pt": 1.0, "de": 1.0}))
     with pytest.raises(TableError, match="relative_weight_error, which rests on no corpus"):
-        problem_from_table(table_of(*WEIGHT_ROWS), corpus_weights={"en": 1.0})
+        request_problem(table_of(*WEIGHT_ROWS), Request(corpus_weights={"en": 1.0}))
 
 
 def test_a_space_by_name_leaves_the_schemes_of_the_others_out() -> None:
@@ -149,24 +147,24 @@ def test_a_space_by_name_leaves_the_schemes_of_the_others_out() -> None:
         space("w4", ("int4.g32",), base=("int4.g32",), gain=2.0),
     )
     table = table_of(*WEIGHT_ROWS, spaces=spaces)
-    four = problem_from_table(table, space="w4")
+    four = request_problem(table, Request(space="w4"))
     assert four.schemes == ("bf16", "int4.g32") * 2
     assert four.min_gain == 2.0
-    both = problem_from_table(table)
+    both = request_problem(table)
     assert set(both.schemes) == {"bf16", *SCHEMES}
     assert both.min_gain == 10.0
     with pytest.raises(TableError, match=r"'w5' was not measured. Did you mean 'w"):
-        problem_from_table(table, space="w5")
+        request_problem(table, Request(space="w5"))
 
 
 def test_a_space_that_grew_counts_as_it_was_measured_last() -> None:
     before = space("serving", ("int8.channel",))
-    assert problem_from_table(
-        table_of(*WEIGHT_ROWS, spaces=(before,)), space="serving"
+    assert request_problem(
+        table_of(*WEIGHT_ROWS, spaces=(before,)), Request(space="serving")
     ).schemes == (("bf16", "int8.channel") * 2)
     grown = space("serving", ("int8.channel", "int4.g32"))
     table = table_of(*WEIGHT_ROWS, spaces=(before, grown))
-    assert set(problem_from_table(table, space="serving").schemes) == {"bf16", *SCHEMES}
+    assert set(request_problem(table, Request(space="serving")).schemes) == {"bf16", *SCHEMES}
 
 
 def test_what_is_not_legal_is_not_offered_and_a_group_without_an_offer_does_not_count() -> None:
@@ -175,11 +173,11 @@ def test_what_is_not_legal_is_not_offered_and_a_group_without_an_offer_does_not_
     def is_legal(group: TableGroup, scheme: str) -> bool:
         return group.name == "a" or scheme == "bf16"
 
-    problem = problem_from_table(table, is_legal=is_legal)
+    problem = request_problem(table, is_legal=is_legal)
     assert [len(problem.options_of(g)) for g in (0, 1)] == [3, 1]
     assert [one.counted for one in problem.groups] == [True, False]
     with pytest.raises(TableError, match=r"a: none of its measured schemes .*int4.g32"):
-        problem_from_table(table, is_legal=lambda group, scheme: False)
+        request_problem(table, is_legal=lambda group, scheme: False)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +201,11 @@ def test_what_the_table_does_not_have_is_named(
 ) -> None:
     table = table_of(*rows, stats=STATS)
     with pytest.raises(TableError, match=message):
-        problem_from_table(table, **keys)  # type: ignore[arg-type]
+        request_problem(table, Request(**keys))  # type: ignore[arg-type]
 
 
 def test_a_table_that_is_not_finished_says_which_group_is_missing() -> None:
     table = table_of(*WEIGHT_ROWS)
     unfinished = replace(table, rows=tuple(one for one in table.rows if one.group == "a"))
     with pytest.raises(TableError, match=r"no row of b \(1 of 2 fusion groups are measured\)"):
-        problem_from_table(unfinished)
+        request_problem(unfinished)

@@ -13,18 +13,17 @@ from mofq.decision import (
     Budgets,
     Request,
     decide,
-    problem_from_table,
     request_problem,
     solve_frontier,
     uniform_recipes,
 )
 from mofq.decision.constraint_cost import constraint_note
 from mofq.decision.difference import compare_recipes
-from mofq.decision.edited import with_figures
 from mofq.decision.explain import explain
 from mofq.decision.measured.study import StudyPlan, study_name
 from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.offers import spaces_of
+from mofq.decision.pricing import with_figures
 from mofq.decision.problem import Problem
 from mofq.decision.recipe import Recipe, parse_recipe, recipe_text
 from mofq.decision.request import request_flags
@@ -115,14 +114,14 @@ def test_a_reason_of_another_engine_is_none_where_this_one_was_measured_too() ->
 
 def test_a_space_that_offers_no_bf16_offers_none_of_another_spaces() -> None:
     table = table_of(spaces=(PLAIN, space("two", *singly(*SCHEMES[:2]))))
-    assert options(problem_from_table(table, space="two"))["a"] == set(SCHEMES[:2])
+    assert options(request_problem(table, Request(space="two")))["a"] == set(SCHEMES[:2])
 
 
 def test_of_a_bracket_the_first_that_a_group_may_have_is_offered() -> None:
     table = table_of(spaces=(PLAIN, space("first", ("int8.channel", "int4.g32"), ("bf16",))))
-    assert options(problem_from_table(table, space="first"))["a"] == {"int8.channel", "bf16"}
-    served = problem_from_table(
-        table, space="first", is_legal=lambda group, scheme: scheme != "int8.channel"
+    assert options(request_problem(table, Request(space="first")))["a"] == {"int8.channel", "bf16"}
+    served = request_problem(
+        table, Request(space="first"), is_legal=lambda group, scheme: scheme != "int8.channel"
     )
     assert options(served)["a"] == {"int4.g32", "bf16"}
 
@@ -168,15 +167,15 @@ def test_a_table_of_before_exclusions_were_noted_is_read_where_that_changes_noth
     excluded = Rejection("a", "int8.channel", "m.a.1: excluded by '*.a.1'")
     alone, both = table_of(spaces=(old,)), table_of(spaces=(old, other))
     for table in (alone, both, replace(alone, rejections=(excluded,))):
-        assert options(problem_from_table(table, space="plain"))["a"] == set(SCHEMES)
+        assert options(request_problem(table, Request(space="plain")))["a"] == set(SCHEMES)
     unclear = replace(both, rejections=(excluded,))
     with pytest.raises(
         TableError, match=r"which layers the search space 'plain' excludes.*once mo"
     ):
-        problem_from_table(unclear, space="plain")
+        request_problem(unclear, Request(space="plain"))
     # Measured again, it says so; the rows are there already.
     noted = replace(unclear, spaces=(old, other, PLAIN))
-    assert options(problem_from_table(noted, space="plain"))["a"] == set(SCHEMES)
+    assert options(request_problem(noted, Request(space="plain")))["a"] == set(SCHEMES)
 
 
 def test_constraints_are_kept_by_every_solver_and_along_the_frontier() -> None:
@@ -214,7 +213,7 @@ def test_uniform_rivals_leave_alone_what_has_no_choice() -> None:
 
 def test_constraints_of_a_space_and_of_a_request_hold_together() -> None:
     table = table_of(spaces=(replace(PLAIN, constraints=(constraint("at_least", A, "8"),)),))
-    assert options(problem_from_table(table)) == {"a": {"int8.channel", "bf16"}, "b": set(SCHEMES)}
+    assert options(request_problem(table)) == {"a": {"int8.channel", "bf16"}, "b": set(SCHEMES)}
     both = Request(Budgets(), constraints=(constraint("at_most", "*", "9"),))
     assert options(request_problem(table, both)) == {
         "a": {"int8.channel"},

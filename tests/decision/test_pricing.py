@@ -9,7 +9,7 @@ from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Request, decide
 from mofq.decision.difference import Difference, compare_recipes
-from mofq.decision.edited import with_figures
+from mofq.decision.pricing import with_figures
 from mofq.decision.recipe import Recipe
 from mofq.evidence.table import Table, read_table
 

@@ -199,7 +199,7 @@ def test_what_does_not_go_with_corpora_is_refused(
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mofq.api.run_request.disk_usage", lambda _: type("Usage", (), {"free": 10**6})
+        "mofq.api.run_folder.disk_usage", lambda _: type("Usage", (), {"free": 10**6})
     )
 
 

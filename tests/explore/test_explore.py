@@ -18,7 +18,7 @@ from explore_tables import SCHEMES, STATIC, WALL_HEIGHT, write_explore_table
 from typer.testing import CliRunner
 
 from mofq.cli.commands import app
-from mofq.decision import Budgets, Request, decide, problem_from_table, solve_frontier
+from mofq.decision import Budgets, Request, decide, request_problem, solve_frontier
 from mofq.decision.model_error import row_error
 from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.evidence.constraints import parse_constraint
@@ -125,7 +125,7 @@ def test_points_grow_in_size_and_each_is_the_optimum_of_its_size(
 
 
 def test_a_long_frontier_is_thinned_and_keeps_both_ends(table: Table) -> None:
-    frontier = solve_frontier(problem_from_table(table))
+    frontier = solve_frontier(request_problem(table))
     points = spaced_points(frontier, 8)
     assert len(points) <= 8
     assert (points[0], points[-1]) == (0, len(frontier.bytes_K) - 1)

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from optuna.study import load_study
 from safetensors.torch import load_file, save_file
 
-from mofq.decision import Budgets, CacheRequest, choose, problem_from_table
+from mofq.decision import Budgets, Request, choose, request_problem
 from mofq.decision.recipe import (
     Recipe,
     RecipeCache,
@@ -197,7 +197,7 @@ def test_a_second_run_of_measure_adds_nothing(flow: Flow) -> None:
 
 @pytest.mark.parametrize("max_kv_bits", [4.5, 5.0, 6.1, 8.0, 11.0, 16.0])
 def test_bits_of_the_cache_are_never_overshot(flow: Flow, max_kv_bits: float) -> None:
-    problem = problem_from_table(flow.content, caches=CacheRequest())
+    problem = request_problem(flow.content, Request(kv_cache=True))
     budgets = Budgets(max_bits=9.0, max_kv_bits=max_kv_bits)
     choice_F = choose(problem, budgets, ties=False).choice_F
     schemes = problem.schemes_of(choice_F)
@@ -208,7 +208,7 @@ def test_bits_of_the_cache_are_never_overshot(flow: Flow, max_kv_bits: float) ->
 
 def test_the_best_mixture_under_bits_is_that_of_all_mixtures(flow: Flow) -> None:
     table = flow.content
-    problem = problem_from_table(table, caches=CacheRequest())
+    problem = request_problem(table, Request(kv_cache=True))
     chosen = choose(problem, Budgets(max_kv_bits=7.0), ties=False).choice_F
     groups = [number for number, group in enumerate(problem.groups) if group.cached]
     error_P, bits_P = problem.cost_PK[:, 0], problem.cache_bits_P
@@ -222,7 +222,7 @@ def test_the_best_mixture_under_bits_is_that_of_all_mixtures(flow: Flow) -> None
 
 def test_a_size_counts_the_cache_of_a_context(flow: Flow) -> None:
     table, tokens = flow.content, 8192
-    problem = problem_from_table(table, caches=CacheRequest(tokens))
+    problem = request_problem(table, Request(kv_cache=True, kv_tokens=tokens))
     limit = 6_000_000
     choice_F = choose(problem, Budgets(max_bytes=limit), ties=False).choice_F
     bits = int(problem.cache_bits_P[choice_F].sum())

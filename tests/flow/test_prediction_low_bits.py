@@ -10,7 +10,7 @@ import torch
 from calibrated import calibrate_folder, space_of
 from torch import Tensor
 
-from mofq.decision import Problem, problem_from_table
+from mofq.decision import Problem, request_problem
 from mofq.decision.prediction import predict
 from mofq.demo import demo_model_folder
 from mofq.evidence.corpora import BUNDLED_TEXT, load_text, spread_windows
@@ -47,7 +47,7 @@ def problem(windows_NT: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Pro
     checkpoint = open_checkpoint(str(demo_model_folder()))
     path = folder / "table.jsonl"
     measure(checkpoint, find_layers(checkpoint), space_of(SCHEME), table_path=path, stats=stats)
-    return problem_from_table(read_table(path))
+    return request_problem(read_table(path))
 
 
 def measured(groups: Collection[str], windows_NT: Tensor) -> float:

@@ -14,7 +14,7 @@ from emulated import recipe_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.decision import Problem, problem_from_table
+from mofq.decision import Problem, request_problem
 from mofq.decision.prediction import predict
 from mofq.delivery.apply import emulate
 from mofq.demo import demo_mixture_folder
@@ -51,7 +51,7 @@ def problem(mixture: Checkpoint, windows_NT: Tensor, tmp_path_factory: Any) -> P
     )
     path = folder / "table.jsonl"
     measure(mixture, find_layers(mixture), space_of(*SCHEMES), table_path=path, stats=stats)
-    return problem_from_table(read_table(path))
+    return request_problem(read_table(path))
 
 
 def logits_of(model: PreTrainedModel, windows_NT: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def test_routers_with_biases_and_groups_are_predicted_too(
     )
     path, schemes = tmp_path / "table.jsonl", ("int8.channel", "fp8_e4m3.channel")
     measure(checkpoint, find_layers(checkpoint), space_of(*schemes), table_path=path, stats=stats)
-    problem = problem_from_table(read_table(path))
+    problem = request_problem(read_table(path))
     original_TV = logits_of(load_model(checkpoint.folder), tokens_NT[1::2])
     for scheme in schemes:
         model = load_model(checkpoint.folder)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes
-from mofq.api.inputs import needs_stats
 from mofq.cli.flags import default_flag
-from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 
 if TYPE_CHECKING:
     from mofq.api import (
@@ -88,7 +87,7 @@ def show_tuning(result: TuneResult) -> None:
             f"{result.output}: the recipe as it was. Tuned norms have KL {gain}: no less by more "
             f"than its error; {seconds}."
         )
-    stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
+    stats = stats_option(result.recipe)
     next_step("validate", result.model, str(result.output), *stats, "--text", "OTHER_TEXT")
 
 
@@ -101,7 +100,7 @@ def show_export(result: ExportResult) -> None:
     size = short_bytes(done.checkpoint_bytes)
     note(f"{result.output}: {size} of tensors for {result.to}, {result.seconds:.1f} s.")
     say(str(result.how_to_use))
-    stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
+    stats = stats_option(result.recipe)
     next_step("validate", result.model, result.output, *stats, "--text", "FILE")
 
 

@@ -7,10 +7,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import with_error
-from mofq.api.inputs import needs_stats
 from mofq.api.run_folder import finished_runs
 from mofq.cli.show.search import note_engines
-from mofq.cli.show.terminal import next_step, print_table, say
+from mofq.cli.show.terminal import next_step, print_table, say, stats_option
 from mofq.cli.show.validate import predicted_text
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def _suggest(result: RunResult) -> None:
     if result.export is None:
         note_engines(result)
         if result.served_by():
-            stats = ("--stats", files.stats) if needs_stats(result.recipe) else ()
+            stats = stats_option(result.recipe, files.stats)
             to = ("--to", "compressed-tensors", "--engine", "ENGINE", *stats, "-o", "FOLDER")
             next_step("export", result.model, files.recipe, *to)
     asked = shlex.split(request_flags(result.request))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import short_bytes, with_error, with_interval
-from mofq.api.inputs import needs_stats
 from mofq.cli.flags import with_flags
 from mofq.cli.show.histogram import print_histogram
-from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 from mofq.exceptions import Remark
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def show_search(result: SearchResult) -> None:
         _print_explanation(one, size=result.recipe.result.checkpoint_bytes or 0)
     if result.engine is None:
         note_engines(result)
-    stats = ("--stats", "STATS") if needs_stats(result.recipe) else ()
+    stats = stats_option(result.recipe)
     next_step("validate", "MODEL", str(result.output), *stats, "--text", "FILE")
 
 

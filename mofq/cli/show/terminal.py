@@ -19,6 +19,8 @@ from mofq.cli.flags import with_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mofq.decision.recipe import Recipe
+
 #: A number, whatever follows it, or nothing.
 _FIGURE = re.compile(r"[+-]?\d|[–\s]*$")
 
@@ -106,6 +108,14 @@ def note(message: str) -> None:
 def next_step(*words: str | Path) -> None:
     """Tell the user which command comes next, on stderr; capitals stand for what they choose."""
     note("Next: mofq " + " ".join(quote(str(word)) for word in words))
+
+
+def stats_option(recipe: Recipe, folder: str | Path = "STATS") -> tuple[str | Path, ...]:
+    """The words of a next step that name statistics, where a recipe is fitted to them."""
+    from mofq.numbers.schemes import parse_scheme
+
+    is_fitted = any(parse_scheme(name).is_fitted for name in recipe.schemes.values())
+    return ("--stats", folder) if is_fitted else ()
 
 
 def say(message: str) -> None:

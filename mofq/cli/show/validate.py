@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mofq.api.figures import with_error, with_interval
-from mofq.api.inputs import needs_stats
 from mofq.cli.show.histogram import print_histogram
-from mofq.cli.show.terminal import next_step, note, print_table, say
+from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 from mofq.evidence.corpora import differing_bos
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def _suggest_export(result: ValidateResult) -> None:
     """Say how a recipe becomes a checkpoint; of a folder, nothing: it was exported already."""
     recipe, candidate = result.recipe, result.candidate
     if recipe is not None and isinstance(candidate, str) and not Path(candidate).is_dir():
-        stats = ("--stats", "STATS") if needs_stats(recipe) else ()
+        stats = stats_option(recipe)
         # Of a recipe's own engine, and its devices, the export takes what it needs.
         known = recipe.made_by.get("engine") is not None
         to = () if known else ("--to", "compressed-tensors", "--engine", "ENGINE")

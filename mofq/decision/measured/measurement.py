@@ -12,9 +12,8 @@ from mofq.decision.prediction import Estimate, error_together, estimate
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.decision.result import chosen_result, recipe_from_table, with_uniform
+from mofq.decision.result import decided_result, recipe_from_table
 from mofq.decision.ties import RECIPE_STDERRS
-from mofq.decision.timing import time_of
 from mofq.decision.uniform import best_uniform, uniform_choice
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, option
@@ -161,21 +160,15 @@ def decide_again(
     problem, before = decision.problem, decision.recipe
     schemes = problem.schemes_of(choice_F)
     prediction = predict_chosen(problem, decision.budgets, choice_F)
-    result = replace(
-        chosen_result(problem, choice_F, prediction),
-        seconds=time_of(table, schemes, request),
-    )
-    used = usage(problem, choice_F)
-    uniform = best_uniform(problem, used.bytes, choice_F)
-    if uniform is not None:
-        result = with_uniform(result, problem, *uniform)
+    uniform = best_uniform(problem, choice_F)
+    result = decided_result(table, request, problem, choice_F, prediction, uniform=uniform)
     again = recipe_from_table(table, schemes, made_by={}, budget={})
     recipe = replace(before, groups=again.groups, kv_cache=again.kv_cache, result=result)
     return replace(
         decision,
         recipe=recipe,
         choice_F=choice_F,
-        finer_layers=used.finer_layers,
+        finer_layers=usage(problem, choice_F).finer_layers,
         uniform_error=None if uniform is None else error_together(problem, uniform[1]),
         notes=notes_of_prediction(table, problem, choice_F, prediction=prediction),
     )

@@ -30,7 +30,7 @@ from mofq.decision.prediction import INTERVAL_STDERRS, error_of
 from mofq.decision.problem import KL_UNIT, FloatArray, IntArray
 from mofq.decision.request import Request
 from mofq.decision.result import budget_figures
-from mofq.decision.timing import request_budgets, time_budget_figures
+from mofq.decision.timing import request_budgets
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, option
 from mofq.files.progress import Progress
@@ -134,7 +134,7 @@ def decide_proved(
     recipe = replace(
         decision.recipe,
         # As it was asked for, and not the size at which it was found.
-        budget=budget_figures(request) | time_budget_figures(request),
+        budget=budget_figures(request),
         made_by={**decision.recipe.made_by, "text_tokens": tokens},
     )
     note = (

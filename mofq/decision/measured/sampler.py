@@ -12,11 +12,11 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from mofq.decision.budgets import Budgets, Constraint, keeps_all, offered
+from mofq.decision.budgets import Budgets, offered
 from mofq.decision.measured.thompson import Observation, propose
-from mofq.decision.problem import IntArray, Problem, usage
+from mofq.decision.problem import IntArray, Problem
 
 #: Name of the first recipe, which all others are compared with.
 START = "start"
@@ -41,19 +41,6 @@ def study_space(problem: Problem, budgets: Budgets) -> dict[str, CategoricalDist
         )
         for n, group in enumerate(problem.groups)
     }
-
-
-def is_allowed(problem: Problem, constraints: Sequence[Constraint], choice_F: IntArray) -> bool:
-    """Whether a recipe, which somebody may have queued by hand, keeps the budgets and is one."""
-    return keeps_all(constraints, choice_F) and problem.goes_together(choice_F)
-
-
-def set_sizes(trial: Trial, problem: Problem, choice_F: IntArray) -> None:
-    """Note the true bits of a recipe in its trial."""
-    used = usage(problem, choice_F)
-    trial.set_user_attr("bits_per_weight", used.bits_per_weight)
-    if used.kv_bits is not None:
-        trial.set_user_attr("kv_bits", used.kv_bits)
 
 
 class Sampler(optuna.samplers.BaseSampler):

@@ -21,7 +21,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mofq.decision.budgets import Budgets, budget_constraints
+from mofq.decision.budgets import Budgets, budget_constraints, keeps_all
 from mofq.decision.frontier import axis_value, sized
 from mofq.decision.measured.measurement import (
     Measure,
@@ -34,15 +34,13 @@ from mofq.decision.measured.measurement import (
 from mofq.decision.measured.sampler import (
     START,
     Sampler,
-    is_allowed,
     propose_new,
-    set_sizes,
     start_trial,
     study_space,
 )
 from mofq.decision.measured.storage import quiet
 from mofq.decision.measured.thompson import Observation
-from mofq.decision.problem import IntArray, Problem
+from mofq.decision.problem import IntArray, Problem, usage
 from mofq.decision.ties import TIE_STDERRS
 from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
@@ -134,10 +132,13 @@ def run_trials(
     def objective(trial: Trial) -> float | tuple[float, float]:
         chosen = {g: str(trial.suggest_categorical(g, d.choices)) for g, d in schemes.items()}
         choice_F = problem.choice_of(chosen)
-        if not is_allowed(problem, constraints, choice_F):
+        if not (keeps_all(constraints, choice_F) and problem.goes_together(choice_F)):
             raise optuna.TrialPruned("over the budget")  # queued by hand
+        used = usage(problem, choice_F)
         trial.set_user_attr("recipe", chosen)
-        set_sizes(trial, problem, choice_F)
+        trial.set_user_attr("bits_per_weight", used.bits_per_weight)
+        if used.kv_bits is not None:
+            trial.set_user_attr("kv_bits", used.kv_bits)
         windows: list[float] = []
         for window, value in enumerate(measure(chosen)):
             windows.append(value)

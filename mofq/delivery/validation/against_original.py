@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mofq import __version__
-from mofq.decision.recipe import Recipe
+from mofq.decision.recipe import Recipe, find_recipe
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import has_embedding
@@ -23,7 +23,6 @@ from mofq.delivery.validation.candidates import (
     load_candidate,
     naming_deviations,
     open_candidate,
-    recipe_of,
 )
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
@@ -184,7 +183,7 @@ def _open(
     rewritten: Base | None,
 ) -> Candidate:
     """A candidate, on the model that its recipe is applied to: rewritten, where it says so."""
-    recipe = recipe_of(source)
+    recipe = find_recipe(source)
     base = Base(checkpoint, stats)
     if recipe is not None and recipe.rewriting is not None:
         base = rewritten or stack.enter_context(base_of(recipe, checkpoint, stats))

@@ -145,17 +145,6 @@ def _read_served(folder: Checkpoint, recipe: Recipe) -> Recipe | None:
     return replace(served, kv_cache=tuple(caches.values()))
 
 
-def recipe_of(source: str | Path | Recipe) -> Recipe | None:
-    """The recipe of a candidate, before it is opened; None where it has none of mofq's."""
-    if isinstance(source, Recipe):
-        return source
-    path = Path(source)
-    if path.is_dir():
-        path = path / RECIPE_FILE
-        return load_recipe(path) if holds_recipe(path) else None
-    return load_recipe(path)
-
-
 def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
     if isinstance(source, Recipe):
         return _open_recipe(source, checkpoint, source="recipe", text=recipe_text(source))

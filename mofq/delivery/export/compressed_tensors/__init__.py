@@ -6,7 +6,11 @@ from mofq.delivery.export.compressed_tensors.check_folder import (
     check_compressed_tensors,
     find_folder_deviations,
 )
-from mofq.delivery.export.compressed_tensors.export import Export, export_compressed_tensors
+from mofq.delivery.export.compressed_tensors.export import (
+    Export,
+    export_compressed_tensors,
+    read_export,
+)
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     recipe_from_compressed_tensors,
 )
@@ -16,5 +20,6 @@ __all__ = [
     "check_compressed_tensors",
     "export_compressed_tensors",
     "find_folder_deviations",
+    "read_export",
     "recipe_from_compressed_tensors",
 ]

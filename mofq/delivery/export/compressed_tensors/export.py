@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mofq.decision.edited import with_sizes
 from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
+from mofq.decision.result import sizes_by_shape
+from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
     ExportPlan,
@@ -93,13 +94,13 @@ def export_compressed_tensors(
         _check_engine_cache(plan, recipe, engine)
     target = Path(out_folder)
     check_new_folder(target, BackendError)
-    command, code = serve_command(plan, target, engine=engine), load_code(target, engine)
+    done = _export_of(plan, target, engine)
     card = model_card(
         plan,
         recipe,
         target.resolve().name,
-        serve_command=command,
-        load_code=code,
+        serve_command=done.serve_command,
+        load_code=done.load_code,
         validation=validation,
     )
     with (
@@ -112,16 +113,49 @@ def export_compressed_tensors(
         if config["quantization_config"] is None:
             del config["quantization_config"]
         _write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        write_recipe(with_sizes(recipe, plan.model_layers), folder / RECIPE_FILE)
+        if recipe.is_edited:
+            recipe = replace(recipe, result=sizes_by_shape(plan.model_layers, recipe.schemes))
+        write_recipe(recipe, folder / RECIPE_FILE)
         _write_text(folder / "README.md", card)
-    checkpoint_bytes = sum(tensor.nbytes for tensor in plan.tensors.values())
-    return Export(target, plan.group_bytes, checkpoint_bytes, command, code)
+    return done
 
 
-def load_code(folder: Path, engine: str | None) -> str | None:
-    """The line of Python by which an engine that is no server loads a folder; None for a server."""
-    function = "" if engine is None else find_engine(engine).load
-    return f"{function}({str(folder)!r})" if function else None
+def read_export(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    engine: str,
+    stats: str | Path | None,
+) -> Export:
+    """What an earlier `export_compressed_tensors` wrote, proved byte for byte.
+
+    Args:
+        checkpoint: The original model.
+        recipe: Of that model.
+        folder: That was written.
+        engine: That serves it.
+        stats: The folder that the recipe rests on.
+
+    Raises:
+        EnforcementError: The folder is not what the recipe makes of the model.
+        MofqError: As `export_compressed_tensors`.
+    """
+    with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
+        check_compressed_tensors(checkpoint, recipe, folder, fits=fits)
+    return _export_of(plan_export(checkpoint, recipe), folder, engine)
+
+
+def _export_of(plan: ExportPlan, folder: Path, engine: str | None) -> Export:
+    """What is known of an export once it is written."""
+    load = "" if engine is None else find_engine(engine).load
+    return Export(
+        folder,
+        plan.group_bytes,
+        plan.checkpoint_bytes,
+        serve_command(plan, folder, engine=engine),
+        f"{load}({str(folder)!r})" if load else None,
+    )
 
 
 def serve_command(plan: ExportPlan, folder: Path, *, engine: str | None = None) -> str | None:

@@ -41,7 +41,7 @@ def model_card(
         recipe: That was exported.
         name: Of the new model.
         serve_command: From ``serve_command``; None where the engine is no server.
-        load_code: From ``load_code``; None where it is one.
+        load_code: The line of Python that loads it then; None where it is served.
         validation: Markdown, may be empty.
 
     Returns:
@@ -109,11 +109,10 @@ def _loading(load_code: str) -> str:
 
 def _sizes(plan: ExportPlan) -> str:
     weights = weights_of(plan.model_layers.groups)
-    total = sum(tensor.nbytes for tensor in plan.tensors.values())
     return (
         f"{bits_per_weight(plan.group_bytes, weights):.4f} bits per weight in the linear layers of "
         f"the decoder ({plan.group_bytes:,} bytes with scales and padding); "
-        f"{total:,} bytes in all tensors."
+        f"{plan.checkpoint_bytes:,} bytes in all tensors."
     )
 
 

@@ -84,6 +84,11 @@ class ExportPlan:
     cache: PlannedCache = NO_CACHE  #: what it says of the KV cache
     tuned: Mapping[str, Tensor] = field(default_factory=dict)  #: name -> the recipe's own
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
     """Check that a recipe can be written down for a checkpoint.

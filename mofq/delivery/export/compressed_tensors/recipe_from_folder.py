@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
+from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.result import sizes_by_shape
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
 from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_layers, included
-from mofq.model.sizes import bits_per_weight, counted_bytes, weights_of
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 #: Last words of the tensors of a quantized layer or cache, but for ``weight`` itself.
@@ -99,8 +99,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
                 f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
                 f"which is all that this recipe would hold. Give a folder where it is not."
             )
-    schemes = [parse_scheme(group.scheme) for group in groups]
-    size = sum(counted_bytes(*each) for each in zip(layers.groups, schemes, strict=True))
+    schemes = {layer: group.scheme for group in groups for layer in group.layers}
     return Recipe(
         stored.name,
         None,
@@ -109,9 +108,8 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         layers=layers.stated,
         kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
         made_by={"note": f"read from {stored.name}"},
-        result=RecipeResult(
-            bits_per_weight=bits_per_weight(size, weights_of(layers.groups)), bytes=size
-        ),
+        # Of the original's other tensors nothing is known.
+        result=replace(sizes_by_shape(layers, schemes), checkpoint_bytes=None),
     )
 
 
