@@ -138,6 +138,12 @@ class EnforcementError(MofqError):
     """A layer of a quantized model is not what the recipe says."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says first, without a full stop; else its kind."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
 def how_to_install(extra: str) -> str:
     """The end of a message: how a user gets the packages of an extra of mofq."""
     return f"Run `pip install '.[{extra}]'` in a checkout of mofq."

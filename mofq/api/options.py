@@ -30,6 +30,8 @@ from typing import (
 
 from mofq.evidence.corpora import Bos
 from mofq.exceptions import MofqError
+from mofq.files.progress import Tell as Tell
+from mofq.files.progress import silent as silent
 
 if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
@@ -38,12 +40,6 @@ if TYPE_CHECKING:
     from mofq.model.layers import Included
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-#: Called with remarks of one line, which a user should read.
-Tell = Callable[[str], None]
-
-
-def silent(message: str) -> None:
-    """Tell nobody: where the caller of a stage wants no remarks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,6 @@ _PAIRS = CacheRule(
     refused="keys and values have one format; take one for both",
     source="vllm 0.32.0 config/cache.py:39-60",
 )
-_VLLM_LAST = (
-    CacheRule(
-        r".*",
-        refused="no such format of the cache; take kv:int8.token_head, or leave it bf16",
-        source="vllm 0.32.0 config/cache.py:39-60",
-    ),
-)
 #: attention.py:469-486: where the cache is FP8 under static scales, in every CUDA backend.
 _QUERIES = "queries are rounded to FP8 too, which is not in what was measured (docs/kv-cache.md)"
 _TENSOR = r"kv:fp8_e4m3\.(tensor|unscaled)"
@@ -160,5 +153,9 @@ VLLM_GPU_CACHE: tuple[CacheRule, ...] = (
         source="vllm 0.32.0 model_executor/layers/quantization/compressed_tensors/"
         "compressed_tensors.py:1103-1145",
     ),
-    *_VLLM_LAST,
+    CacheRule(
+        r".*",
+        refused="no such format of the cache; take kv:int8.token_head, or leave it bf16",
+        source="vllm 0.32.0 config/cache.py:39-60",
+    ),
 )

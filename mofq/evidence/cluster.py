@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mofq import __version__
-from mofq.exceptions import ClusterError, MofqError, how_to_install, option
+from mofq.exceptions import ClusterError, MofqError, first_line, how_to_install, option
+from mofq.files.progress import Tell, silent
 from mofq.numbers.numerics import NUMERICS
 
-Tell = Callable[[str], None]
 _Unit = TypeVar("_Unit")
 _Result = TypeVar("_Result")
 
@@ -45,7 +45,7 @@ _QUIET = {
 
 
 @contextmanager
-def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None]:
+def cluster(address: str, *, tell: Tell = silent) -> Iterator[None]:
     """Connect to a cluster; leave it, or end it if it was begun here, at the end.
 
     Args:
@@ -62,7 +62,7 @@ def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None
     problem = (known and _unreached(known)) or _connect(ray, where)
     if problem is not None and not known:
         # Ray gives a node 30 seconds to start, which on a busy machine are not enough.
-        tell(f"Ray did not start: {_first_line(problem)}. It is tried once more.")
+        tell(f"Ray did not start: {first_line(problem)}. It is tried once more.")
         problem = _connect(ray, where)
     if problem is not None:
         remedy = (
@@ -73,7 +73,7 @@ def cluster(address: str, *, tell: Tell = lambda message: None) -> Iterator[None
             "ray://HOST:PORT of a cluster that runs."
         )
         raise ClusterError(
-            f"{option('cluster', address)}: {_first_line(problem)}. {remedy}"
+            f"{option('cluster', address)}: {first_line(problem)}. {remedy}"
         ) from problem
     try:
         yield
@@ -188,13 +188,13 @@ def _get(ray: Any, reference: Any) -> Any:
         raise
     except (ConnectionError, ray.exceptions.LocalRayletDiedError) as error:
         raise ClusterError(
-            f"the cluster went away: {_first_line(error)}. What is finished is kept; run the same "
+            f"the cluster went away: {first_line(error)}. What is finished is kept; run the same "
             f"command again, without {option('cluster')} or on one that runs."
         ) from error
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"a unit was begun {MAX_RETRIES + 1} times and its worker died each time: "
-            f"{_first_line(error)}. What is finished is kept; look at the memory of the workers, "
+            f"{first_line(error)}. What is finished is kept; look at the memory of the workers, "
             f"and run the same command again."
         ) from error
 
@@ -209,8 +209,3 @@ def _import_ray() -> Any:
             f"{option('cluster')} needs Ray, which is not installed. {how_to_install('ray')}"
         ) from error
     return ray
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

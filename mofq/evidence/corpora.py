@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mofq.exceptions import CorpusError, option
+from mofq.exceptions import CorpusError, first_line, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -466,14 +466,13 @@ def _dataset_rows(source: str, path: str, **options: Any) -> Iterator[Mapping[st
                 number += 1
                 yield row
     except Exception as error:  # the library raises dozens of kinds for a broken source
-        reason = str(error).partition("\n")[0] or type(error).__name__
         remedy = (
             "The file is damaged or of another kind: make it again."
             if "data_files" in options
             else "Give a local file, or a data set of the hub where there is a network."
         )
         raise CorpusError(
-            f"text {source!r} cannot be read after row {number}: {reason.rstrip('.')}. {remedy}"
+            f"text {source!r} cannot be read after row {number}: {first_line(error)}. {remedy}"
         ) from error
 
 

@@ -32,7 +32,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
@@ -94,27 +93,6 @@ class LayerFit:
 
 
 NO_FIT = LayerFit()
-NO_ARGUMENTS: FitArguments = {"importance": None, "feedback": None}
-
-
-def fit_arguments(
-    fits: Fits | None, layer: LinearLayer, weight: TensorScheme | None
-) -> FitArguments:
-    """What ``quantize_weight`` is to be given for one scheme of a layer.
-
-    Args:
-        fits: May be None where the scheme is not fitted.
-        layer: The layer.
-        weight: Its scheme.
-
-    Raises:
-        StatsError: The scheme is fitted and there are no statistics, or not of this layer.
-    """
-    if weight is None or not weight.is_fitted:
-        return NO_ARGUMENTS
-    if fits is None:
-        raise needs_stats(layer.name)
-    return fits.of(layer, [weight]).arguments(weight)
 
 
 def needs_stats(layer: str) -> StatsError:
@@ -157,12 +135,7 @@ class Fits:
     def __enter__(self) -> Fits:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def of(

@@ -27,7 +27,7 @@ from torch import Tensor
 from mofq.evidence.calibration.stats import Plan, passing_stats, read_plan, write_json
 from mofq.evidence.fits import Fits, Part
 from mofq.exceptions import StatsError
-from mofq.files.documents import parse_json, read_text
+from mofq.files.documents import hash_file, parse_json, read_text
 from mofq.files.validated import Sha256, Text, only_these_keys, validate
 from mofq.model.layers import LinearLayer
 from mofq.model.streaming.records import read_content, write_tensors
@@ -67,7 +67,7 @@ class KeptFits(Fits):
         super().__init__(passing_stats(folder, plan), files={})
         for name, file in files.items():
             path = folder / name
-            if not path.is_file() or _sha256(path) != file.sha256:
+            if not path.is_file() or hash_file(path) != file.sha256:
                 raise StatsError(
                     f"{path}: is missing, or changed since it was written. Measure again into "
                     f"another table."
@@ -143,7 +143,7 @@ def finish_fits(folder: Path, plan: Plan) -> None:
     files = {}
     for path in sorted(folder.glob("unit-*")):
         content, _ = read_content(path)
-        files[path.name] = {"sha256": _sha256(path), "layers": list(content)}
+        files[path.name] = {"sha256": hash_file(path), "layers": list(content)}
     if files:
         write_json(folder / INDEX_FILE, {"plan": plan.to_json(), "files": files})
 
@@ -155,8 +155,3 @@ def _read_index(folder: Path) -> tuple[Plan, Mapping[str, _File]]:
         raise StatsError(f"{path}: is no index of kept fits. Measure again into another table.")
     files = validate(_FILES, content["files"], f"{path}: files", StatsError)
     return read_plan(content["plan"], path), files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,10 +10,12 @@ twice, aliases, NaN, YAML 1.1's ``no`` for false), with the file and line in the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,30 @@ def write_beside_and_rename(path: Path, content: str | bytes) -> None:
             f"{path}: cannot be written: {problem.strerror}. Make room or name another place, and "
             f"run the same command again."
         ) from problem
+
+
+@contextmanager
+def renamed_when_written(path: Path, error: type[MofqError], remedy: str) -> Iterator[Path]:
+    """Yield a name beside that of a file, and give it its own when it is whole.
+
+    Args:
+        path: Of a file that no other process writes.
+        error: What is raised.
+        remedy: The end of its message.
+
+    Raises:
+        error: The file cannot be written; nothing of it is left.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise error(f"{path}: cannot be written: {problem.strerror}. {remedy}") from None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

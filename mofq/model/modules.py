@@ -56,7 +56,7 @@ def is_plain_linear(module: nn.Module) -> bool:
         ours = functional.linear(x_TI, weight_OI, module.bias)
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
         return False
-    return torch.allclose(theirs.float(), ours.float(), rtol=0, atol=_close(ours))
+    return _is_close(theirs, ours)
 
 
 class ExpertLinear(Protocol):
@@ -187,18 +187,21 @@ def run_experts(
     return output_TI
 
 
-def put_forward_back(module: nn.Module, forward: Any) -> None:
-    """Undo an assignment to ``module.forward``.
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Have something else run in the place of a module's forward; the result undoes it.
 
-    Args:
-        module: Any.
-        forward: What stood in the module's own dictionary before; None where its class's
-            method was in force, which a bound copy would keep alive in a cycle.
+    Its class's method is in force again then, which a bound copy would keep alive in a cycle.
     """
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
+    before = vars(module).get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    return undo
 
 
 def experts_problem(experts: nn.Module) -> str | None:
@@ -248,10 +251,9 @@ def _probe(experts: nn.Module, first: Tensor, scale: float) -> bool:
             return False
     if not bool(torch.isfinite(ours).all()):  # float16, of large inputs: nothing to compare
         return bool(theirs.shape == ours.shape)
-    return theirs.shape == ours.shape and torch.allclose(
-        theirs.float(), ours.float(), rtol=0, atol=_close(ours)
-    )
+    return theirs.shape == ours.shape and _is_close(theirs, ours)
 
 
-def _close(values: Tensor) -> float:
-    return _PROBE_TOLERANCE * float(values.abs().max())
+def _is_close(theirs: Tensor, ours: Tensor) -> bool:
+    tolerance = _PROBE_TOLERANCE * float(ours.abs().max())
+    return torch.allclose(theirs.float(), ours.float(), rtol=0, atol=tolerance)

@@ -26,13 +26,13 @@ rule for the widths that it does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.model.checkpoint.headers import DTYPE_BITS
 from mofq.model.checkpoint.safetensors_header import kept_dtype, source_bits
-from mofq.model.layers import FusionGroup, layers_of
+from mofq.model.layers import FusionGroup, LayerGroup, layers_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -78,11 +78,6 @@ class Matrix(Protocol):
 class _Weighted(Protocol):
     @property
     def weights(self) -> int: ...
-
-
-class _Group(Protocol):
-    @property
-    def layers(self) -> Sequence[_Weighted]: ...
 
 
 def layer_bytes(layer: Matrix, scheme: Scheme) -> int:
@@ -131,7 +126,7 @@ def counted_bytes(group: FusionGroup, scheme: Scheme) -> int:
     return group_bytes(group, scheme) - shape_bytes(scheme, len(group.layers))
 
 
-def weights_of(groups: Iterable[_Group]) -> int:
+def weights_of(groups: Iterable[LayerGroup[_Weighted]]) -> int:
     """Number of weights of all layers of some fusion groups."""
     return sum(layer.weights for layer in layers_of(groups))
 

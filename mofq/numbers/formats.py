@@ -125,36 +125,28 @@ NF4 = CodebookFormat(
 )
 
 ELEMENT_FORMATS: dict[str, ElementFormat] = {
-    "int2": INT2,
-    "int3": INT3,
-    "int4": INT4,
-    "int5": INT5,
-    "int6": INT6,
-    "int7": INT7,
-    "int8": INT8,
-    "fp8_e4m3": FP8_E4M3,
-    "fp8_e5m2": FP8_E5M2,
-    "fp6_e3m2": FP6_E3M2,
-    "fp6_e2m3": FP6_E2M3,
-    "fp4_e2m1": FP4_E2M1,
-    "fp4_e2m1_ieee": FP4_E2M1_IEEE,
-    "nf4": NF4,
+    one.name: one
+    for one in (
+        *(INT2, INT3, INT4, INT5, INT6, INT7, INT8),
+        *(FP8_E4M3, FP8_E5M2, FP6_E3M2, FP6_E2M3, FP4_E2M1, FP4_E2M1_IEEE, NF4),
+    )
 }
 
 SCALE_FORMATS: dict[str, ScaleFormat] = {
-    "bf16": ScaleFormat("bf16", 16, 0, source="bfloat16, nearest even"),
-    "f32": ScaleFormat("f32", 32, 0, source="IEEE 754 binary32"),
-    "e8m0": ScaleFormat("e8m0", 8, 0, source="OCP MX v1.0, section 6.3: floor of the exponent"),
-    "e8m0ceil": ScaleFormat(
-        "e8m0ceil", 8, 0, source="smallest power of two that saturates nothing"
-    ),
-    "micro16": ScaleFormat(
-        "micro16",
-        1,
-        0,
-        source="shared microexponents, arXiv:2302.08007: all or half of an E8M0 scale",
-        shared_bits=8,
-        shared_columns=16,
-    ),
-    "e4m3": ScaleFormat("e4m3", 8, 32, source="NVFP4: E4M3 group scales under one f32 scale"),
+    one.name: one
+    for one in (
+        ScaleFormat("bf16", 16, 0, source="bfloat16, nearest even"),
+        ScaleFormat("f32", 32, 0, source="IEEE 754 binary32"),
+        ScaleFormat("e8m0", 8, 0, source="OCP MX v1.0, section 6.3: floor of the exponent"),
+        ScaleFormat("e8m0ceil", 8, 0, source="smallest power of two that saturates nothing"),
+        ScaleFormat(
+            "micro16",
+            1,
+            0,
+            source="shared microexponents, arXiv:2302.08007: all or half of an E8M0 scale",
+            shared_bits=8,
+            shared_columns=16,
+        ),
+        ScaleFormat("e4m3", 8, 32, source="NVFP4: E4M3 group scales under one f32 scale"),
+    )
 }

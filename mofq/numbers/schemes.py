@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from mofq.exceptions import SchemeError, nearest_name
 from mofq.numbers.formats import (
@@ -188,9 +188,7 @@ _GRANULARITY = re.compile(
     r"unscaled|tensor|channel|token|(?:g|peg)([1-9]\d*)|block([1-9]\d*)(?:x([1-9]\d*))?"
 )
 _OUTLIERS = re.compile(r"out[1-9]\d{0,8}")
-_SCALE_RULES: tuple[ScaleRule, ...] = (
-    *("absmax", "fullrange", "mse", "nats", "fouroversix", "stored"),
-)
+_SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 _ROUNDINGS: Mapping[str, Rounding] = {"gptq": "gptq", "descent": "descent"}
 _WEIGHT_KINDS = ("unscaled", "tensor", "channel", "group", "block")
 _ACTIVATION_KINDS = ("unscaled", "tensor", "token", "group", "peg")

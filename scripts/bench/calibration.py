@@ -72,7 +72,9 @@ def run_calibration(
     """What `mofq calibrate` does, unless the folder is finished."""
     if (folder / "stats.json").exists():
         return read_stats(folder)
-    windows_NT = _windows(checkpoint, corpus, sequences, sequence_length)
+    windows_NT = model_windows(
+        checkpoint, corpus, windows=sequences, sequence_length=sequence_length
+    )
     return calibrate(
         load_model(checkpoint.folder),
         layers,
@@ -81,13 +83,6 @@ def run_calibration(
         folder=folder,
         progress=note,
     )
-
-
-def _windows(
-    checkpoint: Checkpoint, corpus: Corpus, sequences: int, sequence_length: int
-) -> Tensor:
-    tokenizer = load_tokenizer(checkpoint.folder)
-    return model_windows(tokenizer, corpus, windows=sequences, sequence_length=sequence_length)
 
 
 def _plan(
@@ -159,7 +154,9 @@ def calibration_time(
     what gains, and keeping inputs and gradients of one sequence of the four, cost: writing
     and hashing included.
     """
-    windows_NT = _windows(checkpoint, corpus, sequences, sequence_length)
+    windows_NT = model_windows(
+        checkpoint, corpus, windows=sequences, sequence_length=sequence_length
+    )
     model = load_model(checkpoint.folder)
     embeddings = model.get_input_embeddings()
     plain = calibrated = 0.0

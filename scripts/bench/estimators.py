@@ -31,7 +31,7 @@ from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import LinearLayer, ModelLayers, find_layers
-from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.loading import load_model
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import markdown_table, script_parser
@@ -63,11 +63,10 @@ def main() -> None:
     model = load_model(checkpoint.folder)
     weights = {
         layer.name: read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
-        for group in layers.groups
-        for layer in group.layers
+        for layer in layers.grouped_layers
     }
     windows_NT = model_windows(
-        load_tokenizer(checkpoint.folder),
+        checkpoint,
         load_text(options.text),
         windows=options.windows,
         sequence_length=options.sequence_length,

@@ -28,7 +28,7 @@ from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
-from scripts.shared.command import calibrate, mofq
+from scripts.shared.command import measured_table
 
 _MEASURED = "measured.jsonl"
 SPACE = Path(__file__).with_name("interval.yaml")
@@ -62,12 +62,9 @@ class Measurement:
 
 def prepared_table(options: argparse.Namespace) -> Table:
     """Calibrate and measure the space, unless that was done."""
-    stats, path = options.work / "stats", options.work / "table.jsonl"
     more = ("--sequence-length", options.sequence_length, "--sequences", options.sequences)
     more = (*more, "--seed", options.seed, "--kv-cache")
-    calibrate(options.model, [f"text={options.calibration}"], stats, *more)
-    mofq("measure", options.model, "--space", options.space, "--stats", stats, "-o", path)
-    return read_table(path)
+    return read_table(measured_table(options, options.space, "text", *more))
 
 
 def whole_problem(table: Table) -> Problem:

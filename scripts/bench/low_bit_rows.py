@@ -31,13 +31,12 @@ from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import FusionGroup, find_layers
-from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.loading import load_model
 from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import (
-    calibrate,
+    measured_table,
     model_parser,
-    mofq,
     parse_into_work,
     print_markdown,
 )
@@ -58,20 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = model_parser(__doc__, ("--calibration", "text file, or the name of a bundled text"))
     parser.add_argument("--sequence-length", type=int, default=256, help="of calibration")
     options = parse_into_work(parser, arguments)
-    stats_folder = options.work / "stats"
-    corpora = [f"{_CORPUS}={options.calibration}"]
-    calibrate(options.model, corpora, stats_folder, "--sequence-length", options.sequence_length)
-    table_path = options.work / "table.jsonl"
-    mofq("measure", options.model, "--space", _SPACE, "--stats", stats_folder, "-o", table_path)
-    problem = request_problem(read_table(table_path))
-    stats, checkpoint = read_stats(stats_folder), open_checkpoint(options.model)
+    length = options.sequence_length
+    table = measured_table(options, _SPACE, _CORPUS, "--sequence-length", length)
+    problem = request_problem(read_table(table))
+    stats, checkpoint = read_stats(options.work / "stats"), open_checkpoint(options.model)
     layers = {group.name: group for group in find_layers(checkpoint).groups}
     model = load_model(checkpoint.folder)
     windows_NT = model_windows(
-        load_tokenizer(checkpoint.folder),
+        checkpoint,
         load_text(options.calibration),
         windows=stats.plan.corpora[0].sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=length,
     )[::_STEP]
     original_NTV = _log_softmax(model, windows_NT)
     rows = []

@@ -19,7 +19,7 @@ from mofq.decision.prediction import predict
 from mofq.decision.recipe import load_recipe
 from mofq.evidence.table import read_table
 from scripts.shared.command import (
-    calibrate,
+    measured_table,
     model_parser,
     mofq,
     parse_into_work,
@@ -43,16 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = model_parser(__doc__, *paths, tokens=8192)
     parser.add_argument("--sequence-length", type=int, default=512, help="of calibration")
     options = parse_into_work(parser, arguments)
-    stats, table = options.work / "stats", options.work / "table.jsonl"
-    corpora = [f"en={options.calibration}"]
-    calibrate(options.model, corpora, stats, "--sequence-length", options.sequence_length)
-    mofq("measure", options.model, "--space", SPACE, "--stats", stats, "-o", table)
+    table = measured_table(options, SPACE, "en", "--sequence-length", options.sequence_length)
     files = {bits: options.work / f"recipe-{bits}.yaml" for bits in BUDGETS}
     for bits, path in files.items():
         mofq("search", table, "--max-bits", bits, "-o", path)
     problem = request_problem(read_table(table))
     recipes = {str(bits): load_recipe(path) for bits, path in files.items()}
-    done = measure_recipes(reference_of(options), recipes, stats=stats)
+    done = measure_recipes(reference_of(options), recipes, stats=options.work / "stats")
     rows = []
     for bits, recipe in recipes.items():
         choice_F = problem.choice_of({one.name: one.scheme for one in recipe.groups})

@@ -41,10 +41,7 @@ from scripts.bench.prediction_recipes import Pair, choose_pairs, mixed_recipes, 
 from scripts.bench.prediction_report import ANOTHER, SAME, Result, report_lines, report_values
 from scripts.shared.command import script_parser
 from scripts.shared.kl_truth import (
-    Truths,
-    Version,
     measure_truths,
-    open_truths,
     text_windows,
     windows_between,
 )
@@ -66,7 +63,12 @@ def main() -> None:
         windows=options.tokens // options.sequence_length,
         sequence_length=options.sequence_length,
     )
-    measure_kl = partial(_measure_kl, checkpoint, layers, options)
+    measure_kl = partial(
+        measure_truths,
+        checkpoint=checkpoint,
+        layers=layers,
+        path=options.truth or options.work / "truth.jsonl",
+    )
     if options.pairs_only:
         measure_kl(windows_NT, [pair.version for pair in pairs])
         return
@@ -92,19 +94,6 @@ def main() -> None:
         print(json.dumps(report_values(result), indent=1))
     else:
         print("\n".join(report_lines(result)))
-
-
-def _measure_kl(
-    checkpoint: Checkpoint,
-    layers: ModelLayers,
-    options: argparse.Namespace,
-    windows_NT: Tensor,
-    versions: Sequence[Version],
-) -> Truths:
-    path = options.truth or options.work / "truth.jsonl"
-    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
-    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
-    return truths
 
 
 def _windows_between(checkpoint: Checkpoint, stats: Stats, options: argparse.Namespace) -> Tensor:

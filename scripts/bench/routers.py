@@ -31,7 +31,7 @@ from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import PARTS, find_layers
-from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.loading import load_model
 from scripts.bench.interval import parse_interval
 from scripts.bench.interval_recipes import (
     MeasuredText,
@@ -99,7 +99,7 @@ def _routers(checkpoint: Checkpoint, stats: Stats, source: str) -> list[Router]:
     layers, model = find_layers(checkpoint), load_model(checkpoint.folder)
     plan, corpus = stats.plan, stats.plan.corpora[0]
     windows_NT = model_windows(
-        load_tokenizer(checkpoint.folder),
+        checkpoint,
         load_text(source),
         windows=corpus.sequences,
         sequence_length=plan.sequence_length,

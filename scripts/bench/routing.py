@@ -29,7 +29,13 @@ from mofq.evidence.metrics import kl_divergence
 from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.loading import load_model
-from scripts.shared.command import calibrate, model_parser, mofq, parse_into_work, print_markdown
+from scripts.shared.command import (
+    measured_table,
+    model_parser,
+    mofq,
+    parse_into_work,
+    print_markdown,
+)
 from scripts.shared.kl_truth import text_windows
 
 SPACE = Path(__file__).with_suffix(".yaml")
@@ -94,9 +100,9 @@ def run(model: Any, windows_NT: Tensor, routers: Sequence[Router], *, held: bool
     return torch.cat([model(token_T[None]).logits[0] for token_T in windows_NT])
 
 
-def random_recipes(problem: Problem, *, seed: int = 0) -> dict[str, dict[str, str]]:
+def random_recipes(problem: Problem) -> dict[str, dict[str, str]]:
     """Recipes that give each group one of a few schemes, weights alone and with inputs in turn."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     schemes = sorted(set(problem.schemes) - {"bf16"})
     weights_only = [name for name in schemes if "+" not in name]
     found = {}
@@ -121,10 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = model_parser(__doc__, *paths, tokens=4096)
     parser.add_argument("--sequence-length", type=int, default=512, help="of both")
     options = parse_into_work(parser, arguments)
-    stats, path = options.work / "stats", options.work / "table.jsonl"
-    length = options.sequence_length
-    calibrate(options.model, [f"en={options.calibration}"], stats, "--sequence-length", length)
-    mofq("measure", options.model, "--space", SPACE, "--stats", stats, "-o", path)
+    path = measured_table(options, SPACE, "en", "--sequence-length", options.sequence_length)
     problem = request_problem(read_table(path))
     recipes: dict[str, Recipe] = {}
     for bits in BUDGETS:

@@ -39,7 +39,6 @@ from scripts.shared.kl_truth import (
     Truths,
     Version,
     measure_truths,
-    open_truths,
     text_windows,
     windows_between,
 )
@@ -117,7 +116,10 @@ def main() -> None:
     versions = [*(pair.version for pair in pairs), *recipes]
     outcomes = []
     for text, windows_NT in _texts(checkpoint, options).items():
-        truths = _measured(windows_NT, versions, checkpoint, layers, options)
+        path = options.truth or options.work / "truth.jsonl"
+        truths = measure_truths(
+            windows_NT, versions, checkpoint=checkpoint, layers=layers, path=path
+        )
         outcomes += [
             outcome_of(plan, table, truths, pairs, recipes, text=text)
             for plan, table in tables.items()
@@ -239,19 +241,6 @@ def _texts(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, Ten
             sequence_length=length,
         ),
     }
-
-
-def _measured(
-    windows_NT: Tensor,
-    versions: Sequence[Version],
-    checkpoint: Checkpoint,
-    layers: ModelLayers,
-    options: argparse.Namespace,
-) -> Truths:
-    path = options.truth or options.work / "truth.jsonl"
-    truths = open_truths(path, index_sha256=checkpoint.index_sha256, windows_NT=windows_NT)
-    measure_truths(truths, versions, checkpoint=checkpoint, layers=layers, path=path)
-    return truths
 
 
 def outcome_of(

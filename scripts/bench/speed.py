@@ -80,12 +80,11 @@ def model_layers(checkpoint: Checkpoint) -> list[Layer]:
     """How to read every linear layer, and its shape."""
     return [
         (partial(read_layer_rows, checkpoint, layer), (layer.out_features, layer.in_features))
-        for group in find_layers(checkpoint).groups
-        for layer in group.layers
+        for layer in find_layers(checkpoint).grouped_layers
     ]
 
 
-def large_layer(folder: Path, size: int = 8192) -> list[Layer]:
+def large_layer(folder: Path, size: int) -> list[Layer]:
     """One layer of normal numbers in a file."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = (torch.randn(size, size, generator=generator) * 0.02).bfloat16()
@@ -276,7 +275,7 @@ def main() -> None:
     found: dict[str, Any] = {"threads": options.threads, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         found["layer"] = compare(
-            large_layer(Path(folder)), schemes_of(128), options.repeats, options.device
+            large_layer(Path(folder), 8192), schemes_of(128), options.repeats, options.device
         )
     if options.model is not None:
         layers = model_layers(open_checkpoint(str(options.model)))

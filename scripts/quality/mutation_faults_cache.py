@@ -55,8 +55,8 @@ CACHE_AND_SOURCES = (
     ),
     Fault(
         "FP8 source: the scales of the first expert for all",
-        "offset=(expert * scaling.rows + start) * row_bytes,",
-        "offset=start * row_bytes,",
+        "(expert * scaling.rows + row for row in (start, stop))",
+        "(start, stop)",
         "fp8_sources::test_experts_are_loaded_as_they_are_measured",
     ),
     Fault(

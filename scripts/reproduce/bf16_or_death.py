@@ -23,20 +23,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from mofq.evidence.calibration.stats import read_stats
-from scripts.shared.command import (
-    mofq,
-)
 from scripts.shared.reproduction import (
     Measured,
     arguments,
+    calibrated_anew,
     measure_recipes,
     measure_versions,
     print_measured,
     reference_of,
-    stats_of,
+    rewritten,
     uniform_of,
     version_of_rewritten,
 )
@@ -72,14 +68,9 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def smoothed(options: argparse.Namespace) -> dict[str, Measured]:
     """W8A8-INT of the model whose scales were moved, against the original."""
-    folder = options.work / "smoothquant"
-    if not folder.exists():
-        given = ("--stats", options.stats, "--method", "smoothquant")
-        mofq("rewrite", options.model, *given, "-o", folder)
-    plan = read_stats(Path(options.stats)).plan.corpora[0]
-    texts = {plan.name: options.calibration}
-    work = options.work / "smoothquant-stats"
-    own = stats_of(str(folder), texts, work, sequences=plan.sequences)
+    made, stats = options.work / "smoothquant", options.work / "smoothquant-stats"
+    folder = rewritten(options.model, options.stats, made, "smoothquant")
+    own = calibrated_anew(folder, options.calibration, stats, like=options.stats)
     versions = {
         f"{label}, smoothed `{SCHEMES[label][0]}`": version_of_rewritten(
             str(folder), uniform_of(str(folder), *SCHEMES[label]), own

@@ -30,6 +30,7 @@ from scripts.shared.reproduction import (
     arguments,
     measure_recipes,
     reference_of,
+    rewritten,
     stats_of,
     uniform_of,
 )
@@ -60,12 +61,11 @@ def seed_row(options: argparse.Namespace, seed: int) -> list[str]:
     walled, smoothed = work / f"walled-{seed}", work / f"bismooth-{seed}"
     if not walled.exists():
         write_walled(Path(options.model), walled, walls)
-    stats = stats_of(str(walled), {"en": options.calibration}, work / f"stats-{seed}")
+    stats = stats_of(walled, {"en": options.calibration}, work / f"stats-{seed}")
     table, found = work / f"{seed}.jsonl", work / f"{seed}.yaml"
     mofq("measure", walled, "--space", "llama3_70b_w8a8", "-o", table)
     mofq("search", table, "--max-finer", str(share), "-o", found)
-    if not smoothed.exists():
-        mofq("rewrite", walled, "--stats", stats, "--method", "bismooth", "-o", smoothed)
+    rewritten(walled, stats, smoothed, "bismooth")
     return [
         f"seed {seed}: 2^{walls[0].log2} in {len(walls[0].channels)} channels",
         ", ".join(wall.group.name for wall in walls),

@@ -67,10 +67,10 @@ def write_code(path: Path) -> Path:
     return path
 
 
-def write_random(model: str, path: Path, *, seed: int = 0) -> Path:
+def write_random(model: str, path: Path) -> Path:
     """Random tokens as text; read back, neighbours may join to other tokens."""
     tokenizer = load_tokenizer(open_checkpoint(model).folder)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(tokenizer), (RANDOM_TOKENS,), generator=generator)
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     path.write_text(str(text), encoding="utf-8", errors="replace")

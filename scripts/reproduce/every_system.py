@@ -26,24 +26,23 @@ from mofq.decision import KL_UNIT, Budgets, Request, decide
 from mofq.decision.from_table import TENSOR_MSE
 from mofq.decision.recipe import Recipe
 from mofq.decision.result import recipe_from_table
-from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import (
-    mofq,
     print_markdown,
     with_error,
 )
 from scripts.shared.reproduction import (
     Measured,
     arguments,
+    calibrated_anew,
     measure_recipes,
     measure_versions,
     predicted,
     reference_of,
+    rewritten,
     rows_by_scheme,
-    stats_of,
     table_of,
     version_of_rewritten,
 )
@@ -120,12 +119,8 @@ class Rewritten:
 
 def rewrite(model: str, method: str, *, stats: Path, calibration: str, work: Path) -> Rewritten:
     """Rewrite a model, calibrate it anew and measure it; what is there is left alone."""
-    folder = work / method
-    if not folder.exists():
-        mofq("rewrite", model, "--stats", stats, "--method", method, "-o", folder)
-    plan = read_stats(stats).plan.corpora[0]
-    texts = {plan.name: calibration}
-    own = stats_of(str(folder), texts, work / f"{method}-stats", sequences=plan.sequences)
+    folder = rewritten(model, stats, work / method, method)
+    own = calibrated_anew(folder, calibration, work / f"{method}-stats", like=stats)
     table = table_of(str(folder), REWRITTEN_SPACE, stats=own, path=work / f"{method}.jsonl")
     return Rewritten(str(folder), own, table)
 

@@ -14,12 +14,10 @@ INT8 and FP8 per fusion group makes of the rewritten model, calibrated anew.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe, load_recipe
-from mofq.evidence.calibration.stats import read_stats
 from mofq.model.loading import load_model
 from scripts.shared.command import (
     mofq,
@@ -30,10 +28,11 @@ from scripts.shared.reproduction import (
     Measured,
     Version,
     arguments,
+    calibrated_anew,
     measure_recipes,
     measure_versions,
     reference_of,
-    stats_of,
+    rewritten,
     uniform_of,
 )
 
@@ -50,18 +49,14 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 def main(given: Sequence[str] | None = None) -> None:
     """Rewrite, measure, search, print."""
-    words = list(sys.argv[1:] if given is None else given)
-    methods = list(METHODS)
-    if "--methods" in words:
-        at = words.index("--methods")
-        methods = words[at + 1].split(";")
-        del words[at : at + 2]
     paths = (
         ("--stats", "from mofq calibrate"),
         ("--calibration", "text that the stats are of"),
         ("--text", "that nothing was calibrated on"),
     )
-    options = arguments(__doc__, words, *paths)
+    some = [("--methods", "some of: " + ";".join(METHODS))]
+    options = arguments(__doc__, given, *paths, optional=some)
+    methods = options.methods.split(";") if options.methods else list(METHODS)
     print_markdown(
         ["model", "KL of rewriting", "scheme", "KL [nats/token]"],
         [row for label in ["plain", *methods] for row in uniform_rows(options, label, methods)],
@@ -76,13 +71,12 @@ def uniform_rows(
     options: argparse.Namespace, label: str, methods: Sequence[str]
 ) -> list[list[str]]:
     """The uniform schemes that a model was rewritten for."""
-    is_plain = label == "plain"
-    folder = options.model if is_plain else rewritten(options, label)
+    is_plain, folder = label == "plain", folder_of(options, label)
     recipes = {}
     if label != "awq":
-        recipes["INT8"] = uniform_of(folder, *INT8)
+        recipes["INT8"] = uniform_of(str(folder), *INT8)
     if label == "awq" or (is_plain and "awq" in methods):
-        recipes["INT4 g128"] = uniform_of(folder, *INT4)
+        recipes["INT4 g128"] = uniform_of(str(folder), *INT4)
     cost = "–"
     if not is_plain:
         cost = f"{rewriting_cost(options, folder).kl:.1e}"
@@ -95,14 +89,13 @@ def uniform_rows(
 def searched_row(options: argparse.Namespace, label: str) -> list[str]:
     """The best mixture of INT8 and FP8 in nats, by statistics of this very model."""
     name, work = file_name(label), options.work
-    folder = options.model if label == "plain" else rewritten(options, label)
+    folder = folder_of(options, label)
     path = work / f"{name}.yaml"
     if not path.exists():
         stats = options.stats
         if label != "plain":
-            plan = read_stats(Path(options.stats)).plan.corpora[0]
-            texts = {plan.name: options.calibration}
-            stats = stats_of(folder, texts, work / f"{name}-stats", sequences=plan.sequences)
+            anew = work / f"{name}-stats"
+            stats = calibrated_anew(folder, options.calibration, anew, like=options.stats)
         table = work / f"{name}.jsonl"
         mofq("measure", folder, "--space", "w8a8", "--stats", stats, "-o", table)
         mofq("search", table, "--max-bits", "8.2", "-o", path)
@@ -112,24 +105,22 @@ def searched_row(options: argparse.Namespace, label: str) -> list[str]:
     return [label, f"{one.bits_per_weight:.3f}", predicted, with_error(one.kl, one.kl_stderr)]
 
 
-def rewritten(options: argparse.Namespace, label: str) -> str:
-    """The folder of a rewritten model, made unless it is there."""
-    folder: Path = options.work / file_name(label)
-    if not folder.exists():
-        method, *words = METHODS[label]
-        given = ("--stats", options.stats, "--method", method)
-        mofq("rewrite", options.model, *given, *words, "-o", folder)
-    return str(folder)
+def folder_of(options: argparse.Namespace, label: str) -> Path:
+    """The model as it is, or rewritten."""
+    if label == "plain":
+        return Path(options.model)
+    folder = options.work / file_name(label)
+    return rewritten(options.model, options.stats, folder, *METHODS[label])
 
 
-def rewriting_cost(options: argparse.Namespace, folder: str) -> Measured:
+def rewriting_cost(options: argparse.Namespace, folder: Path) -> Measured:
     """The rewritten model against the original, nothing quantized."""
-    version = Version(folder, 16.0, lambda _model: load_model(Path(folder)))
-    return measure_versions(reference_of(options), {folder: version})[folder]
+    version = Version(str(folder), 16.0, lambda _model: load_model(folder))
+    return measure_versions(reference_of(options), {str(folder): version})[str(folder)]
 
 
 def measured(
-    options: argparse.Namespace, folder: str, recipes: Mapping[str, Recipe]
+    options: argparse.Namespace, folder: Path, recipes: Mapping[str, Recipe]
 ) -> dict[str, Measured]:
     """What recipes do to a model, on the text."""
     return measure_recipes(reference_of(options, model=folder), recipes)

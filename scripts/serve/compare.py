@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.emulate import apply, static_amax
-from mofq.delivery.recipe_layers import find_recipe_layers
+from mofq.delivery.apply.emulate import apply
+from mofq.delivery.recipe_layers import find_recipe_layers, static_amax
 from mofq.evidence.corpora import leading_tokens
-from mofq.evidence.fits import Fits, fit_arguments
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import layer_codes
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax, read_tensor
 from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.model.loading import load_model, load_tokenizer
-from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
+from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 UNITS = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
@@ -181,23 +182,12 @@ def _weight(
     *,
     fits: Fits | None,
 ) -> Tensor:
-    def read(each: LinearLayer) -> Tensor:
-        return read_layer_rows(checkpoint, each, 0, each.out_features).to(torch.float32)
-
-    if scheme.weight is None:
-        return read(layer)
-    amax = (
-        read_shared_amax(checkpoint, group, scheme.weight)
-        if scheme.weight.needs_tensor_amax
-        else {}
-    )
-    return fake_quantize_weight(
-        read(layer),
-        scheme.weight,
-        tensor_amax=amax.get(layer.name),
-        name=layer.name,
-        **fit_arguments(fits, layer, scheme.weight),
-    )
+    weight, rows = scheme.weight, partial(read_layer_rows, checkpoint, layer)
+    if weight is None:
+        return rows(0, layer.out_features).to(torch.float32)
+    amax = read_shared_amax(checkpoint, group, weight) if weight.needs_tensor_amax else {}
+    codes = layer_codes(fits, layer, weight, rows, tensor_amax=amax.get(layer.name))
+    return codes.decoded(0, layer.out_features)
 
 
 def compare_logprobs(

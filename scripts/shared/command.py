@@ -65,6 +65,28 @@ def calibrate(model: str | Path, corpora: Iterable[str], folder: Path, *options:
     return folder
 
 
+def measured_table(
+    options: argparse.Namespace, space: str | Path, corpus: str, *more: object
+) -> Path:
+    """Calibrate and measure a space in the folder of ``--work``, as far as that is not done.
+
+    Args:
+        options: Of the script, ``--calibration`` among them.
+        space: To measure.
+        corpus: The name of the text.
+        more: Options of `mofq calibrate`.
+
+    Returns:
+        The table.
+    """
+    named = [f"{corpus}={options.calibration}"]
+    work: Path = options.work
+    stats, table = work / "stats", work / "table.jsonl"
+    calibrate(options.model, named, stats, *more)
+    mofq("measure", options.model, "--space", space, "--stats", stats, "-o", table)
+    return table
+
+
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table whose source is aligned too; numbers to the right."""
     lines = [heads, *rows]

@@ -25,7 +25,7 @@ from mofq.delivery.backends import apply_recipe
 from mofq.evidence.corpora import Corpus, leading_tokens
 from mofq.evidence.metrics import kl_divergence
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import ModelLayers
+from mofq.model.layers import LinearLayer, ModelLayers
 from mofq.model.loading import load_model, load_tokenizer
 from scripts.shared.windows import model_windows
 
@@ -63,7 +63,7 @@ class Truths:
 
     index_sha256: str
     windows_NT: Tensor
-    known: dict[str, float]  #: grows as versions are measured
+    known: dict[str, float]
 
     def of(self, version: Version) -> list[float]:
         """KL of every window [nats per token]."""
@@ -90,7 +90,7 @@ def text_windows(
     if windows > WINDOWS:
         raise SystemExit(f"{windows} windows: at most {WINDOWS}. Use longer windows.")
     spread_NT = model_windows(
-        load_tokenizer(checkpoint.folder),
+        checkpoint,
         text,
         windows=WINDOWS,
         sequence_length=sequence_length,
@@ -132,42 +132,31 @@ def spread_order(count: int) -> list[int]:
     return [n for n in turned if n < count]
 
 
-def open_truths(path: Path, *, index_sha256: str, windows_NT: Tensor) -> Truths:
-    """Read what was measured before; a half last line is left out.
-
-    Args:
-        path: The file of JSON lines; it may not be there yet.
-        index_sha256: Of the model.
-        windows_NT: Token ids of each window.
-    """
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-    parsed = [json.loads(line) for line in lines]
-    return Truths(index_sha256, windows_NT, {one["key"]: one["kl"] for one in parsed})
-
-
 def measure_truths(
-    truths: Truths,
+    windows_NT: Tensor,
     versions: Sequence[Version],
     *,
     checkpoint: Checkpoint,
     layers: ModelLayers,
     path: Path,
-) -> None:
+) -> Truths:
     """Measure every version on every window where it is not known yet.
 
     Args:
-        truths: Grows.
+        windows_NT: Token ids of each window.
         versions: What to measure.
         checkpoint: The model.
         layers: Its layers.
-        path: Where each measurement is added as a line.
+        path: JSON lines of what was measured before, a half last one left out; each measurement
+            is added.
     """
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+    known = {one["key"]: one["kl"] for one in map(json.loads, lines)}
+    truths = Truths(checkpoint.index_sha256, windows_NT, known)
     waiting = [one for one in versions if truths.missing(one)]
     if not waiting:
-        return
-    original = run_original(
-        load_model(checkpoint.folder), layers=layers, windows_NT=truths.windows_NT
-    )
+        return truths
+    original = run_original(load_model(checkpoint.folder), layers=layers, windows_NT=windows_NT)
     for done, version in enumerate(waiting):
         windows, keys = truths.missing(version), truths.keys(version)
         for n, kl in zip(windows, true_kl(original, version, windows), strict=True):
@@ -175,6 +164,7 @@ def measure_truths(
             _append_line(path, json.dumps(line))
             truths.known[keys[n]] = kl
         print(f"{done + 1}/{len(waiting)} {version.label}", file=sys.stderr, flush=True)
+    return truths
 
 
 def _append_line(path: Path, line: str) -> None:
@@ -248,13 +238,13 @@ def true_kl(original: Original, version: Version, windows: Sequence[int]) -> lis
 
 
 def _first_decoder_layer(layers: ModelLayers, version: Version) -> int:
-    numbers = [
-        layer.decoder_layer
-        for group in layers.groups
-        for layer in group.layers
-        if version.schemes.get(group.name, "bf16") != "bf16"
-    ]
-    return min((0 if number is None else number for number in numbers), default=0)
+    return min((layer.decoder_layer or 0 for layer in _quantized(layers, version)), default=0)
+
+
+def _quantized(layers: ModelLayers, version: Version) -> Iterator[LinearLayer]:
+    for group in layers.groups:
+        if version.schemes.get(group.name, "bf16") != "bf16":
+            yield from group.layers
 
 
 def _run_from(original: Original, first: int, window: int) -> Tensor:
@@ -274,12 +264,7 @@ def _run_from(original: Original, first: int, window: int) -> Tensor:
 @contextmanager
 def _applied(original: Original, version: Version) -> Iterator[None]:
     """Emulate a version for as long as the context lasts."""
-    names = [
-        layer.name
-        for group in original.layers.groups
-        for layer in group.layers
-        if version.schemes.get(group.name, "bf16") != "bf16"
-    ]
+    names = [layer.name for layer in _quantized(original.layers, version)]
     modules = {name: original.model.get_submodule(name) for name in names}
     apply_recipe(original.model, recipe_of(original.layers, version))
     try:

@@ -132,11 +132,31 @@ def _joined(paths: Sequence[Path]) -> str:
 
 
 def stats_of(
-    model: str, corpora: Mapping[str, str], folder: Path, *, sequences: int = 8, seed: int = 0
+    model: str | Path, corpora: Mapping[str, str], folder: Path, *, sequences: int = 8
 ) -> Path:
     """Calibrate, unless that was done; corpus name -> text."""
     named = [f"{name}={text}" for name, text in corpora.items()]
-    return calibrate(model, named, folder, "--sequences", sequences, "--seed", seed)
+    return calibrate(model, named, folder, "--sequences", sequences)
+
+
+def rewritten(model: str | Path, stats: str | Path, folder: Path, *method: str) -> Path:
+    """Run `mofq rewrite` with a method and its options, unless that was done; the folder."""
+    if not folder.exists():
+        mofq("rewrite", model, "--stats", stats, "--method", *method, "-o", folder)
+    return folder
+
+
+def calibrated_anew(model: Path, text: str, folder: Path, *, like: str | Path) -> Path:
+    """Calibrate a rewritten model as the one that it was made of, unless that was done.
+
+    Args:
+        model: The rewritten one.
+        text: The one of the calibration that it was rewritten by.
+        folder: Of the new calibration, which is returned.
+        like: Of that one.
+    """
+    corpus = read_stats(Path(like)).plan.corpora[0]
+    return stats_of(model, {corpus.name: text}, folder, sequences=corpus.sequences)
 
 
 def rows_by_scheme(table: Table, unit: str, corpus: str | None = None) -> dict[str, dict[str, Row]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mofq.evidence.corpora import Corpus, leading_tokens, spread_windows
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.loading import load_tokenizer
 
 
 def model_windows(
-    tokenizer: PreTrainedTokenizerBase, text: Corpus, *, windows: int, sequence_length: int
+    checkpoint: Checkpoint, text: Corpus, *, windows: int, sequence_length: int
 ) -> Tensor:
     """Windows spread over a text, which begin with BOS where the tokenizer puts it first.
 
     Without the BOS that a model was trained with the same errors may cost several times as much.
 
     Args:
-        tokenizer: Of the model.
+        checkpoint: The model.
         text: To cut.
         windows: How many.
         sequence_length: Tokens of each, BOS included.
@@ -24,6 +25,7 @@ def model_windows(
     Returns:
         Token ids, [windows, sequence_length].
     """
+    tokenizer = load_tokenizer(checkpoint.folder)
     return spread_windows(
         text,
         tokenizer,

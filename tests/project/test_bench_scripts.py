@@ -32,7 +32,6 @@ from scripts.make.split_articles import article_halves
 from scripts.shared.kl_truth import (
     Version,
     measure_truths,
-    open_truths,
     recipe_of,
     run_original,
     spread_order,
@@ -104,10 +103,10 @@ def test_a_killed_measurement_continues_with_what_is_missing(
     version = last_group(layers, "int4.channel")
 
     def measure(count: int) -> list[float]:
-        truths = open_truths(
-            path, index_sha256=checkpoint.index_sha256, windows_NT=windows(checkpoint)[:count]
+        windows_NT = windows(checkpoint)[:count]
+        truths = measure_truths(
+            windows_NT, [version], checkpoint=checkpoint, layers=layers, path=path
         )
-        measure_truths(truths, [version], checkpoint=checkpoint, layers=layers, path=path)
         return truths.of(version)
 
     both = measure(2)

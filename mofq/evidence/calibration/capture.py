@@ -33,7 +33,7 @@ from mofq.model.modules import (
     is_conv1d,
     is_plain_linear,
     multiply,
-    put_forward_back,
+    replace_forward,
     run_experts,
 )
 
@@ -231,11 +231,11 @@ def capture_layers(
         gates = (find_loaded_weight(one, layers.architecture) for one in layers.unquantized)
         modules = {gate.name.rpartition(".")[0] for gate in gates}
         seen = map(model.get_submodule, sorted(modules))
-        restore.append(watch_routers(seen, captured.routers))
+        restore += watch_routers(seen, captured.routers)
     for path, parts in experts.items():
         restore.append(_watch_experts(model.get_submodule(path), path, parts, captured))
     if activation_checkpointing:
-        restore.append(_recompute_decoder_layers(model))
+        restore += _recompute_decoder_layers(model)
     try:
         yield captured
     finally:
@@ -405,26 +405,19 @@ def _scale_of(module: nn.Module, row: Tensor, output: Tensor) -> float:
     return scale
 
 
-def _recompute_decoder_layers(model: nn.Module) -> Callable[[], None]:
-    """Wrap each decoder layer's forward; the result undoes it.
+def _recompute_decoder_layers(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Wrap each decoder layer's forward; the results undo it.
 
     transformers' own gradient checkpointing works in training mode only, where dropout
     would change the numbers.
     """
-    wrapped: list[tuple[nn.Module, Any]] = []  # with what stood in the layer's own dictionary
     for stack in model.modules():
         if not isinstance(stack, nn.ModuleList):
             continue
         for layer in stack:
             if hasattr(layer, "self_attn") or hasattr(layer, "attn"):
-                wrapped.append((layer, vars(layer).get("forward")))
-                layer.forward = partial(recompute, layer.forward, use_reentrant=False)
-
-    def restore() -> None:
-        for layer, forward in wrapped:
-            put_forward_back(layer, forward)
-
-    return restore
+                again = partial(recompute, layer.forward, use_reentrant=False)
+                yield replace_forward(layer, again)
 
 
 def _watch_experts(
@@ -450,10 +443,8 @@ def _watch_experts(
             f"{name}: {problem}: what its layers receive cannot be shown. "
             f"Measure without {option('stats')}."
         )
-    module: Any = experts
-    forward = vars(module).get("forward")
-    module.forward = partial(_run_experts, module, path, find_kind(module), layers, captured)
-    return partial(put_forward_back, module, forward)
+    shown = partial(_run_experts, experts, path, find_kind(experts), layers, captured)
+    return replace_forward(experts, shown)
 
 
 def _run_experts(

@@ -37,7 +37,7 @@ from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.sequence_file import (
     check_gradients,
     layer_gradients,
-    renamed_when_written,
+    sequence_written,
     stack_gradients,
 )
 from mofq.exceptions import StatsError
@@ -148,7 +148,7 @@ def write_content(path: Path, content: Mapping[str, Mapping[str, Sequence[float]
     Raises:
         StatsError: The file cannot be written.
     """
-    with renamed_when_written(path) as temporary:
+    with sequence_written(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 

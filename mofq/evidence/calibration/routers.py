@@ -6,7 +6,7 @@ See `mofq.evidence.calibration.routing`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mofq.evidence.calibration.choices import Choice, Routed, SeenChoices
-from mofq.model.modules import ExpertsKind, multiply, put_forward_back, run_experts
+from mofq.model.modules import ExpertsKind, multiply, replace_forward, run_experts
 from mofq.model.streaming.send import send
 
 #: The share of a sequence's tokens whose margins are small enough to know the density at 0.
@@ -161,26 +161,18 @@ def _run_plain(
     return run_experts(kind, hidden_TI, expert_TK, weight_TK, linear=linear)
 
 
-def watch_routers(modules: Iterable[nn.Module], routers: Routers) -> Callable[[], None]:
+def watch_routers(modules: Iterable[nn.Module], routers: Routers) -> Iterator[Callable[[], None]]:
     """Note what each router scores and chooses.
 
     Args:
         modules: That may be routers: one that gives scores, weights and choice is.
         routers: Where it is noted.
 
-    Returns:
-        A function that ends it.
+    Yields:
+        For each module, what ends it.
     """
-    watched: list[tuple[Any, Any]] = []  # with what stood in the module's own dictionary
     for module in modules:
-        watched.append((module, vars(module).get("forward")))
-        module.forward = partial(_run_router, module.forward, routers)
-
-    def restore() -> None:
-        for module, forward in watched:
-            put_forward_back(module, forward)
-
-    return restore
+        yield replace_forward(module, partial(_run_router, module.forward, routers))
 
 
 def _run_router(forward: Callable[..., Any], routers: Routers, *given: Any, **options: Any) -> Any:

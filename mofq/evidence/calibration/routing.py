@@ -40,7 +40,7 @@ from pydantic import TypeAdapter
 
 from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.gains import lookup_gain, numbers_of, weight_gain
-from mofq.evidence.calibration.sequence_file import renamed_when_written
+from mofq.evidence.calibration.sequence_file import sequence_written
 from mofq.exceptions import StatsError
 from mofq.files.documents import parse_json, read_text
 from mofq.files.validated import NotNegative, Text, only_these_keys, validate
@@ -117,7 +117,7 @@ def write_routing(path: Path, routing: Routing) -> None:
         raise StatsError(
             f"{path}: what exchanges of experts cost is not finite. Look for broken weights."
         ) from None
-    with renamed_when_written(path) as temporary:
+    with sequence_written(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 

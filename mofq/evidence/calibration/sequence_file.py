@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,8 +30,9 @@ from torch import Tensor
 
 from mofq.evidence.calibration.capture import Captured
 from mofq.exceptions import StatsError, option
-from mofq.files.documents import parse_json
+from mofq.files.documents import parse_json, renamed_when_written
 from mofq.files.validated import Text, validate
+from mofq.model.checkpoint.safetensors_header import encode_header
 
 _DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32"}
 _INPUTS = TypeAdapter(dict[Text, Text | None])
@@ -75,6 +75,14 @@ def inputs_path(folder: Path, corpus: str, index: int) -> Path:
     return folder / corpus / f"inputs-{index:05d}.safetensors"
 
 
+#: Writes a file of a sequence beside its name, which it gets when it is whole.
+sequence_written = partial(
+    renamed_when_written,
+    error=StatsError,
+    remedy="The sequences before it are kept; free some space and run the same command again.",
+)
+
+
 class SequenceFile:
     """An open sequence; use it in a ``with`` statement."""
 
@@ -99,13 +107,8 @@ class SequenceFile:
         self._file.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, problem, trace)
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
 
     def read(self, layer: str) -> LayerSamples | None:
         """Read one layer's samples.
@@ -289,27 +292,8 @@ def write_samples(
     Raises:
         StatsError: The file cannot be written.
     """
-    with renamed_when_written(path) as temporary:
+    with sequence_written(path) as temporary:
         _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
-
-
-@contextmanager
-def renamed_when_written(path: Path) -> Iterator[Path]:
-    """Yield a name beside that of a file of a sequence, and give it its own when it is whole.
-
-    Raises:
-        StatsError: The file cannot be written; nothing of it is left.
-    """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise StatsError(
-            f"{path}: cannot be written: {problem.strerror}. The sequences before it are kept; "
-            f"free some space and run the same command again."
-        ) from None
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -322,20 +306,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     """
     # Widest first: every tensor begins at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    position = 0
-    for name in names:
-        stop = position + tensors[name].nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [position, stop],
-        }
-        position = stop
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    described = {name: (_DTYPES[tensors[name].dtype], tensors[name].shape) for name in names}
+    beginning, _ = encode_header(described, metadata)
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(beginning)
         for name in names:
             file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()

@@ -42,7 +42,7 @@ from mofq.evidence.calibration.gains import gains_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, inputs_path, sequence_path
 from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
-from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.documents import hash_file, parse_json, read_text, write_beside_and_rename
 from mofq.files.locks import holder, try_lock
 from mofq.files.validated import (
     Count,
@@ -225,8 +225,7 @@ def _read_stats(path: Path) -> tuple[Stats, dict[str, _FileEntry]]:
     content = _read(path)
     files = validate(_FILES, content.pop("files", None), f"{path}: files", StatsError)
     unseen = validate(_UNSEEN, content.pop("unseen", {}), f"{path}: unseen", StatsError)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Stats(path.parent, _plan(content, path), digest, unseen=unseen), files
+    return Stats(path.parent, _plan(content, path), hash_file(path), unseen=unseen), files
 
 
 def passing_stats(folder: Path, plan: Plan) -> Stats:
@@ -320,7 +319,7 @@ def verify_sequences(stats: Stats) -> None:
         StatsError: A sequence changed since.
     """
     for file, entry in _entries(*_read_stats(stats.folder / "stats.json")):
-        if _sha256(file) != entry.sha256:
+        if hash_file(file) != entry.sha256:
             raise StatsError(f"{file}: changed since it was written. {_remedy(file)}")
 
 
@@ -476,18 +475,19 @@ def _differences(plan: Plan, begun: Plan) -> Iterator[str]:
         ("seed", plan.seed, begun.seed),
         ("dtype", plan.dtype, begun.dtype),
         ("scores", plan.scores, begun.scores or "not noted"),
-        ("answers to scaling", *("kept" if one.scaling else "not kept" for one in (plan, begun))),
-        (
-            "inputs of all sequences",
-            *("kept" if one.inputs else "not kept" for one in (plan, begun)),
-        ),
-        ("changes of experts", *("kept" if one.routing else "not kept" for one in (plan, begun))),
-        ("sequences begin", *(_beginning(one.bos) for one in (plan, begun))),
-        ("lm_head and embeddings", *(_vocabulary(one) for one in (plan, begun))),
-        ("KV cache", *("kept" if one.kv_cache else "not kept" for one in (plan, begun))),
+        ("answers to scaling", _kept(plan.scaling), _kept(begun.scaling)),
+        ("inputs of all sequences", _kept(plan.inputs), _kept(begun.inputs)),
+        ("changes of experts", _kept(plan.routing), _kept(begun.routing)),
+        ("sequences begin", _beginning(plan.bos), _beginning(begun.bos)),
+        ("lm_head and embeddings", _vocabulary(plan), _vocabulary(begun)),
+        ("KV cache", _kept(plan.kv_cache), _kept(begun.kv_cache)),
     ):
         if ours != theirs:
             yield f"{what} {theirs}, asked for {ours}"
+
+
+def _kept(asked: bool | None) -> str:
+    return "kept" if asked else "not kept"
 
 
 def _vocabulary(plan: Plan) -> str:
@@ -536,7 +536,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
         inputs = []
         kept = stats.sequence_files(corpus.name)
         for file in stats.files(corpus.name):
-            entry = _FileEntry(file.stat().st_size, _sha256(file))
+            entry = _FileEntry(file.stat().st_size, hash_file(file))
             files[f"{corpus.name}/{file.name}"] = entry
         for file in kept:
             with SequenceFile(file) as sequence:
@@ -577,11 +577,6 @@ def _plan(content: dict[str, Any], path: Path) -> Plan:
     if len({corpus.name for corpus in plan.corpora}) < len(plan.corpora):
         raise StatsError(f"{path}: corpora: a name stands twice. Calibrate again.")
     return plan
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

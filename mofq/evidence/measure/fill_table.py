@@ -65,7 +65,7 @@ from mofq.evidence.table import (
     header_of,
     open_table,
 )
-from mofq.files.progress import Progress
+from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import kept_dtype
 from mofq.model.checkpoint.tensors import (
@@ -107,7 +107,6 @@ _IN_BF16 = TensorScheme(
     rounding="nearest",
 )
 
-Tell = Callable[[str], None]
 Part = TypeVar("Part")
 
 
@@ -157,7 +156,7 @@ def measure(
     cache_legality: CacheLegality | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-    tell: Tell = lambda message: None,
+    tell: Tell = silent,
     remotely: Remotely | None = None,
     wanted: Wanted | None = None,
     while_calibrating: WhileCalibrating | None = None,
@@ -336,7 +335,7 @@ def measure_groups(
     *,
     stats: Stats | None = None,
     device: str = "cpu",
-    tell: Tell = lambda message: None,
+    tell: Tell = silent,
     elements: int = 0,
     reader: SampleReader | None = None,
 ) -> Generator[Measured, None, None]:

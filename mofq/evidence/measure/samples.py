@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -86,12 +85,7 @@ class SampleReader:
     def __enter__(self) -> SampleReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def read_all(self, layer: str, corpora: Iterable[str]) -> dict[str, ChunkedSamples]:

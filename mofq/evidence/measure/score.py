@@ -116,9 +116,8 @@ class CorpusScore:
     """What one corpus says of one layer under each of S schemes."""
 
     error_NS: Tensor  #: nats per token of each sequence, float64
-    size_NS: (
-        Tensor  #: the same, of a change of size of each row by itself, by the square of its share
-    )
+    #: The same, of a change of size of each row by itself, by the square of its share.
+    size_NS: Tensor
     #: Summed over outputs, averaged over the tokens of the corpus, float64: an expert's, of which
     #: few tokens come by, counts as little as they are.
     output_mse_S: Tensor

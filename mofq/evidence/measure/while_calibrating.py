@@ -23,14 +23,14 @@ from mofq.evidence.calibration.stats import Plan, Stats, passing_stats, write_js
 from mofq.evidence.calibration.streamed import calibrate_streamed
 from mofq.evidence.fits import Fits
 from mofq.evidence.kept_fits import begin_fits, finish_fits, write_fits
-from mofq.evidence.measure.fill_table import Measured, Scored, Tell, Work, measure_groups, visits_of
+from mofq.evidence.measure.fill_table import Measured, Scored, Work, measure_groups, visits_of
 from mofq.evidence.measure.kv_cache import CacheWork, cache_rows
 from mofq.evidence.measure.samples import SampleReader
 from mofq.evidence.table import Profile, Row, Visits
 from mofq.evidence.table.lines import decode_line, encode_line
 from mofq.exceptions import StatsError, StreamingError, option
 from mofq.files.documents import parse_json, read_text, write_beside_and_rename
-from mofq.files.progress import Progress
+from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.within import layers_within
@@ -64,7 +64,7 @@ def measure_while_calibrating(
     caches: Sequence[CacheWork],
     *,
     device: str = "cpu",
-    tell: Tell = lambda message: None,
+    tell: Tell = silent,
     progress: Progress | None = None,
 ) -> Scored:
     """Calibrate a model layer by layer, and measure each layer when its samples are there.

@@ -243,7 +243,12 @@ class TableLines:
     def _check_samples(self, row: Row, samples: tuple[float, ...], where: str) -> None:
         if row.unit != "kl_nats_per_token":
             raise TableError(f"{where}: sample_errors are in nats, and the row in {row.unit}.")
-        self._check_count(row.corpus, len(samples), where)
+        known = self._samples.setdefault(row.corpus, len(samples))
+        if len(samples) != known:
+            raise TableError(
+                f"{where}: has {len(samples)} samples where earlier lines of corpus {row.corpus!r} "
+                f"have {known}; rows are compared sample by sample."
+            )
         mean = sum(samples) / len(samples)
         if not isclose(mean, row.error, rel_tol=_TOLERANCE):
             raise TableError(
@@ -258,14 +263,6 @@ class TableLines:
             raise TableError(
                 f"{where}: has answers of {lengths} sequences where earlier rows of corpus "
                 f"{row.corpus!r} have {known}, for each sample."
-            )
-
-    def _check_count(self, corpus: str | None, count: int, where: str) -> None:
-        known = self._samples.setdefault(corpus, count)
-        if count != known:
-            raise TableError(
-                f"{where}: has {count} samples where earlier lines of corpus {corpus!r} have "
-                f"{known}; rows are compared sample by sample."
             )
 
 

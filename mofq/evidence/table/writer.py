@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 
 from mofq.evidence.table.lines import (
     AddedCorpora,
@@ -53,12 +52,7 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._file)  # releases the lock too
 
     def has(self, group: str, scheme: str, *, unit: str, corpus: str | None = None) -> bool:

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, first_line
 from mofq.files.documents import shown
 from mofq.model.checkpoint.fp8 import (
     find_left_over,
@@ -322,9 +322,8 @@ def _fetch_from_hub(model: str) -> Path:
         if further := [f"{name}/*" for name in _modules(Path(folder))]:
             snapshot_download(model, allow_patterns=further, ignore_patterns=["*.bin"])
     except Exception as error:  # whatever the client raises, the model cannot be had
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{model}: no such folder, and as a hub id it cannot be fetched: {reason[0]}"
+            f"{model}: no such folder, and as a hub id it cannot be fetched: {first_line(error)}."
             f"{_nearest_folder(Path(model))} Check the spelling and the network, or give a folder."
         ) from error
     return Path(folder)

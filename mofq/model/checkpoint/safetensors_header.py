@@ -9,7 +9,9 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +181,31 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     infos = [_parse_entry(path, name, entry, data_start) for name, entry in entries.items()]
     _check_byte_ranges(path, infos, data_start, data_bytes)
     return {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file.
+
+    Args:
+        tensors: Name -> dtype and shape, in the order in which their values follow one another.
+        metadata: Of the file.
+
+    Returns:
+        All before the first value; and where in the file those of each tensor begin [bytes].
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        offsets[name], position = position, stop
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    beginning = len(raw).to_bytes(8, "little") + raw
+    return beginning, {name: len(beginning) + offset for name, offset in offsets.items()}
 
 
 def _read_raw_header(path: Path) -> tuple[bytes, int, int]:

@@ -78,6 +78,69 @@ def read_strided(info: TensorInfo, *, offset: int, count: int, nbytes: int, stri
     return data
 
 
+def read_matrix_rows(
+    info: TensorInfo, dtype: torch.dtype, columns: int, start: int, stop: int
+) -> Tensor:
+    """Rows of a matrix of so many columns that lies in a tensor, [stop - start, columns].
+
+    Args:
+        info: The tensor.
+        dtype: Of the matrix; that of codes is not the weight's.
+        columns: Of the matrix.
+        start: First row.
+        stop: One past the last.
+
+    Raises:
+        CheckpointError: As `read_strided`.
+    """
+    size = columns * dtype.itemsize
+    data = read_strided(info, offset=start * size, count=1, nbytes=(stop - start) * size, stride=0)
+    return data.view(dtype).reshape(stop - start, columns)
+
+
+def read_matrix_columns(
+    info: TensorInfo,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+    *,
+    matrix: int = 0,
+) -> Tensor:
+    """Columns of a matrix [rows, columns] that lies in a tensor, [rows, stop - start].
+
+    Args:
+        info: The tensor.
+        dtype: Of the matrix.
+        shape: Of the matrix.
+        start: First column.
+        stop: One past the last.
+        matrix: Which, where the tensor holds several of this shape.
+
+    Raises:
+        CheckpointError: As `read_strided`.
+    """
+    (rows, columns), size = shape, dtype.itemsize
+    data = read_strided(
+        info,
+        offset=(matrix * rows * columns + start) * size,
+        count=rows,
+        nbytes=(stop - start) * size,
+        stride=columns * size,
+    )
+    return data.view(dtype).reshape(rows, stop - start)
+
+
+def read_whole(info: TensorInfo) -> Tensor:
+    """A tensor as it is stored.
+
+    Raises:
+        CheckpointError: As `read_strided` and `torch_dtype`.
+    """
+    data = read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
+    return data.view(torch_dtype(info)).reshape(info.shape)
+
+
 def _fill(file: FileIO, memory: memoryview, info: TensorInfo) -> None:
     while memory:
         read = file.readinto(memory)

@@ -16,7 +16,12 @@ from torch import Tensor
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.safetensors_header import Scaling
-from mofq.model.checkpoint.stored_bytes import read_strided, torch_dtype
+from mofq.model.checkpoint.stored_bytes import (
+    read_matrix_columns,
+    read_matrix_rows,
+    read_whole,
+    torch_dtype,
+)
 from mofq.model.checkpoint.unpacking import check_packed_scales, read_unpacked
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax, stored_amax
 from mofq.numbers.quantize.tiles import row_blocks
@@ -53,11 +58,8 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
         raise ValueError(f"{info.name}: rows {start} to {stop} of shape {list(info.shape)}")
     if info.packed is not None:
         return read_unpacked(info, start, stop)
-    row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
-    data = read_strided(
-        info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
-    )
-    values = data.view(torch_dtype(info)).reshape(stop - start, *info.shape[1:])
+    values = read_matrix_rows(info, torch_dtype(info), math.prod(info.shape[1:]), start, stop)
+    values = values.reshape(stop - start, *info.shape[1:])
     if not info.decoded:
         return values
     if len(info.shape) < 3:
@@ -74,8 +76,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """
     if info.decoded and info.shape:
         return read_rows(info, 0, info.shape[0])
-    data = read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
-    values = data.view(torch_dtype(info)).reshape(info.shape)
+    values = read_whole(info)
     return decode_codes(values) if info.decoded else values
 
 
@@ -103,27 +104,16 @@ def read_layer_rows(checkpoint: Checkpoint, layer: LinearLayer, start: int, stop
     if info.packed is not None:
         first = layer.row_start + start
         return read_unpacked(info, first, first + stop - start, expert=layer.expert)
-    dtype = torch_dtype(info)
-    matrix_at = (layer.expert or 0) * rows * columns
+    dtype, matrix = torch_dtype(info), layer.expert or 0
     first, count = layer.row_start + start, stop - start
     if layer.transposed:
-        data = read_strided(
-            info,
-            offset=(matrix_at + first) * dtype.itemsize,
-            count=rows,
-            nbytes=count * dtype.itemsize,
-            stride=columns * dtype.itemsize,
+        values_IR = read_matrix_columns(
+            info, dtype, (rows, columns), first, first + count, matrix=matrix
         )
-        return _decode(info, data.view(dtype).reshape(rows, count).T.contiguous())
-    data = read_strided(
-        info,
-        offset=(matrix_at + first * columns) * dtype.itemsize,
-        count=1,
-        nbytes=count * columns * dtype.itemsize,
-        stride=0,
-    )
-    values = data.view(dtype).reshape(count, columns)
-    return _decode(info, values, expert=layer.expert or 0, start=first)
+        return _decode(info, values_IR.T.contiguous())
+    at = matrix * rows + first
+    values_RI = read_matrix_rows(info, dtype, columns, at, at + count)
+    return _decode(info, values_RI, expert=matrix, start=first)
 
 
 def read_kept_rows(info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
@@ -180,9 +170,7 @@ def _read_amax(checkpoint: Checkpoint, layer: LinearLayer) -> float:
     for block in row_blocks(layer.out_features, layer.in_features, elements=_AMAX_ELEMENTS):
         # One pass, where abs() and max() are three.
         low, high = torch.aminmax(read_layer_rows(checkpoint, layer, *block))
-        largest = max(
-            largest, -float(low), float(high)
-        )  # one pass, where abs() and max() are three
+        largest = max(largest, -float(low), float(high))
     return largest
 
 
@@ -296,16 +284,8 @@ def _decode(info: TensorInfo, values_RI: Tensor, *, expert: int = 0, start: int 
 def _read_scales(scaling: Scaling, expert: int, start: int, stop: int) -> Tensor:
     """Rows of the matrix of scales of one expert, [stop - start, columns], float32."""
     info = scaling.scale
-    dtype = torch_dtype(info)
-    row_bytes = scaling.columns * dtype.itemsize
-    data = read_strided(
-        info,
-        offset=(expert * scaling.rows + start) * row_bytes,
-        count=1,
-        nbytes=(stop - start) * row_bytes,
-        stride=0,
-    )
-    scale_GC = data.view(dtype).float().reshape(stop - start, scaling.columns)
+    first, last = (expert * scaling.rows + row for row in (start, stop))
+    scale_GC = read_matrix_rows(info, torch_dtype(info), scaling.columns, first, last).float()
     is_scale_GC = torch.isfinite(scale_GC) & (scale_GC > 0)
     if not bool(is_scale_GC.all()):
         row, column = (~is_scale_GC).nonzero()[0].tolist()

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.safetensors_header import PACKED_BITS, Packed, TensorInfo
-from mofq.model.checkpoint.stored_bytes import read_strided, torch_dtype
+from mofq.model.checkpoint.stored_bytes import (
+    read_matrix_columns,
+    read_matrix_rows,
+    read_whole,
+    torch_dtype,
+)
 
 _WORD_BITS = 32
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -18,7 +23,6 @@ _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _E8M0_NAN = 255
 _E8M0_BIAS = 127
-_E4M3 = torch.float8_e4m3fn
 
 
 def read_unpacked(info: TensorInfo, start: int, stop: int, *, expert: int | None = None) -> Tensor:
@@ -54,7 +58,7 @@ def check_packed_scales(info: TensorInfo) -> None:
         CheckpointError: One is no positive number, or a file got shorter.
     """
     scale = _packed(info).scale
-    _read_scale(scale, _whole(scale))
+    _read_scale(scale, read_whole(scale))
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -99,7 +103,7 @@ def _read_matrix(info: TensorInfo, packed: Packed, start: int, stop: int) -> Ten
     columns, bits = info.shape[1], PACKED_BITS[info.dtype]
     group_I = torch.arange(columns) // packed.group_size
     if packed.group_of_I is not None:
-        group_I = _whole(packed.group_of_I).to(torch.int64)
+        group_I = read_whole(packed.group_of_I).to(torch.int64)
         groups = columns // packed.group_size
         if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
             raise CheckpointError(
@@ -108,13 +112,14 @@ def _read_matrix(info: TensorInfo, packed: Packed, start: int, stop: int) -> Ten
             )
     if packed.layout in ("gptq", "awq"):
         code_RI = _codes_in_columns(info, packed, bits, start, stop)
-        scale_RG = _columns_of(packed.scale, packed.scale.shape[1], start, stop)
+        stored, dtype = packed.scale, torch_dtype(packed.scale)
+        scale_RG = read_matrix_columns(stored, dtype, stored.shape, start, stop).T
     else:
         code_RI = _codes_in_rows(info, packed, bits, start, stop)
         scale_RG = _rows_of(packed.scale, start, stop)
     scale_RG = _read_scale(packed.scale, scale_RG)
     if packed.global_scale is not None:
-        whole = _whole(packed.global_scale).float().reshape(())
+        whole = read_whole(packed.global_scale).float().reshape(())
         if not bool(torch.isfinite(whole)) or float(whole) <= 0:
             raise _no_scale(packed.global_scale, float(whole))
         scale_RG = scale_RG / whole if packed.is_divisor else scale_RG * whole
@@ -126,10 +131,7 @@ def _read_matrix(info: TensorInfo, packed: Packed, start: int, stop: int) -> Ten
 
 def _codes_in_rows(info: TensorInfo, packed: Packed, bits: int, start: int, stop: int) -> Tensor:
     """Signed codes, or FP4 values, [rows, in] in float32."""
-    row_bytes = info.nbytes // info.shape[0]
-    data = read_strided(
-        info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
-    ).reshape(stop - start, row_bytes)
+    data = read_matrix_rows(info, torch.uint8, info.nbytes // info.shape[0], start, stop)
     if packed.layout == "fp4":
         return unpack_fp4(data)
     if packed.layout == "bytes":
@@ -143,25 +145,15 @@ def _codes_in_columns(info: TensorInfo, packed: Packed, bits: int, start: int, s
     rows, columns = info.shape
     if packed.layout == "awq":
         return _awq_columns(info, columns, rows * bits // _WORD_BITS, start, stop).T.float()
-    word_rows = columns * bits // _WORD_BITS
-    data = read_strided(
-        info,
-        offset=4 * start,
-        count=word_rows,
-        nbytes=4 * (stop - start),
-        stride=4 * rows,
-    )
-    words = data.view(torch.int32).reshape(word_rows, stop - start)
+    shape = (columns * bits // _WORD_BITS, rows)
+    words = read_matrix_columns(info, torch.int32, shape, start, stop)
     return unpack_words(words.T.contiguous(), bits, columns).float()
 
 
 def _awq_columns(info: TensorInfo, height: int, width: int, start: int, stop: int) -> Tensor:
     """Columns of a matrix [height, width] of words, each of eight codes of 4 bits."""
     first, last = start // 8, -(-stop // 8)
-    data = read_strided(
-        info, offset=4 * first, count=height, nbytes=4 * (last - first), stride=4 * width
-    )
-    words = data.view(torch.int32).reshape(height, last - first)
+    words = read_matrix_columns(info, torch.int32, (height, width), first, last)
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     codes = (unsigned[:, :, None] >> (4 * torch.tensor(_AWQ_PLACES))) & 0xF
     return codes.reshape(height, -1)[:, start - 8 * first : stop - 8 * first]
@@ -173,7 +165,7 @@ def _zero_points(
     """What codes are too large by, [rows, groups] or [rows, 1], float32."""
     point, middle = packed.zero_point, 1 << (bits - 1)
     if packed.layout == "gptq" and point is not None:
-        words = _whole(point)
+        words = read_whole(point)
         codes = unpack_words(words, bits, info.shape[0])[:, start:stop]
         return (codes + packed.zero_offset).T.float()
     if packed.layout == "awq":
@@ -187,14 +179,10 @@ def _zero_points(
         return _rows_of(point, start, stop).float()
     # Packed down the rows, [words, groups].
     first, last = start * bits // _WORD_BITS, -(-stop * bits // _WORD_BITS)
-    row_bytes = 4 * point.shape[1]
-    data = read_strided(
-        point, offset=first * row_bytes, count=1, nbytes=(last - first) * row_bytes, stride=0
-    )
-    words = data.view(torch.int32).reshape(last - first, point.shape[1])
+    words = read_matrix_rows(point, torch.int32, point.shape[1], first, last)
     skipped = start - first * _WORD_BITS // bits
     if first * _WORD_BITS % bits:  # a code that lies in two words
-        words, skipped = _whole(point), start
+        words, skipped = read_whole(point), start
     codes = unpack_words(words.T.contiguous(), bits, skipped + stop - start)
     return (codes[:, skipped:] - middle).T.float()
 
@@ -202,50 +190,19 @@ def _zero_points(
 def _rows_of(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Rows of a matrix of scales; where one stands for all rows, that one, [rows, columns]."""
     if len(info.shape) < 2 and info.shape in ((), (1,)):
-        return _whole(info).reshape(1, 1).expand(stop - start, 1)
+        return read_whole(info).reshape(1, 1).expand(stop - start, 1)
     columns = info.shape[1] if len(info.shape) > 1 else 1
-    dtype = torch_dtype(info)
-    row_bytes = columns * dtype.itemsize
-    data = read_strided(
-        info, offset=start * row_bytes, count=1, nbytes=(stop - start) * row_bytes, stride=0
-    )
-    return data.view(dtype).reshape(stop - start, columns)
-
-
-def _columns_of(info: TensorInfo, width: int, start: int, stop: int) -> Tensor:
-    """Columns of a matrix [height, width], as [columns, height]."""
-    dtype = torch_dtype(info)
-    height = info.shape[0]
-    data = read_strided(
-        info,
-        offset=start * dtype.itemsize,
-        count=height,
-        nbytes=(stop - start) * dtype.itemsize,
-        stride=width * dtype.itemsize,
-    )
-    return data.view(dtype).reshape(height, stop - start).T
+    return read_matrix_rows(info, torch_dtype(info), columns, start, stop)
 
 
 def _read_expert(info: TensorInfo, packed: Packed, expert: int, start: int, stop: int) -> Tensor:
     """Rows of one expert's matrix [out, in] in MXFP4."""
     _, columns, rows = info.shape
-    count, groups = stop - start, columns // packed.group_size
-    data = read_strided(
-        info,
-        offset=(expert * rows + start) * columns // 2,
-        count=1,
-        nbytes=count * columns // 2,
-        stride=0,
-    )
-    value_RI = unpack_fp4(data.reshape(count, columns // 2))
-    scales = read_strided(
-        packed.scale,
-        offset=(expert * rows + start) * groups,
-        count=1,
-        nbytes=count * groups,
-        stride=0,
-    )
-    scale_RG = _read_scale(packed.scale, scales.reshape(count, groups))
+    groups = columns // packed.group_size
+    first, last = (expert * rows + row for row in (start, stop))
+    value_RI = unpack_fp4(read_matrix_rows(info, torch.uint8, columns // 2, first, last))
+    scales = read_matrix_rows(packed.scale, torch.uint8, groups, first, last)
+    scale_RG = _read_scale(packed.scale, scales)
     value_RI.unflatten(1, (groups, -1)).mul_(scale_RG[:, :, None])
     return value_RI
 
@@ -277,8 +234,3 @@ def _no_scale(info: TensorInfo, value: float) -> CheckpointError:
         " damaged, or was written by a tool that failed: fetch it again, or give the checkpoint"
         " before it was quantized."
     )
-
-
-def _whole(info: TensorInfo) -> Tensor:
-    data = read_strided(info, offset=0, count=1, nbytes=info.nbytes, stride=0)
-    return data.view(torch_dtype(info)).reshape(info.shape)

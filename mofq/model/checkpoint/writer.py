@@ -27,6 +27,7 @@ from mofq.model.checkpoint.headers import (
     TensorInfo,
     find_model_folders,
 )
+from mofq.model.checkpoint.safetensors_header import encode_header
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_kept_rows
 
@@ -228,25 +229,12 @@ class ShardWriter:
         names = [name for name, where in self._shard_of.items() if where == shard]
         # Widest first keeps every tensor aligned to its own element.
         names.sort(key=lambda name: (-_RANK[self._plan[name].dtype], name))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name in names:
-            planned = self._plan[name]
-            self._offsets[name] = position
-            stop = position + planned.nbytes
-            header[name] = {
-                "dtype": planned.dtype,
-                "shape": list(planned.shape),
-                "data_offsets": [position, stop],
-            }
-            position = stop
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        for name in names:
-            self._offsets[name] += 8 + len(raw)
+        planned = {name: (self._plan[name].dtype, self._plan[name].shape) for name in names}
+        beginning, offsets = encode_header(planned, {"format": "pt"})
+        self._offsets |= offsets
         path = self._partial(shard)
         try:
-            path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+            path.write_bytes(beginning)
         except OSError as error:
             raise _cannot_write(path, error) from error
 

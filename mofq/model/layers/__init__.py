@@ -8,6 +8,7 @@ from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
     FusionGroup,
+    LayerGroup,
     LinearLayer,
     LoadedWeight,
     ModelLayers,
@@ -37,6 +38,7 @@ __all__ = [
     "ExpertsBy",
     "FusionGroup",
     "Included",
+    "LayerGroup",
     "LinearLayer",
     "LoadedWeight",
     "ModelLayers",

@@ -6,7 +6,7 @@ Coverage is total: a matrix in a decoder layer that no rule knows is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,10 +26,10 @@ from mofq.model.layers.families import (
     read_sizes,
 )
 from mofq.model.layers.infer_layers import infer_layers
-from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, Role, layers_of
 from mofq.model.layers.making import (
-    SOURCE_DTYPES,
+    cache_layer,
+    check_source_dtype,
     check_tied,
     config_path,
     few,
@@ -38,10 +38,11 @@ from mofq.model.layers.making import (
     refuse_quantized,
     short_names,
     text_config,
+    vocabulary_layer,
 )
 from mofq.model.layers.model_class import check_class, computes_hidden_states
 from mofq.model.layers.stated import StatedLayers, layers_of_config
-from mofq.model.layers.vocabulary import EMBEDDINGS, vocabulary_groups
+from mofq.model.layers.vocabulary import EMBEDDINGS, LM_HEAD, vocabulary_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,28 +129,17 @@ def find_layers(
         other_bytes=sum(
             info.kept_bytes for name, info in checkpoint.tensors.items() if name not in grouped
         ),
-        caches=_find_caches(model, groups),
-        body=model.body,
-    )
-
-
-def _find_caches(model: _Declared, groups: Iterable[FusionGroup]) -> tuple[CacheLayer, ...]:
-    """What the attention of every decoder layer caches."""
-    found = []
-    for group in groups:
-        decoder, is_attention, rest = group.name.partition(".attn.qkv")
-        if is_attention and not rest:
-            first = group.layers[0]
-            assert first.decoder_layer is not None
-            cache = CacheLayer(
-                name=f"{decoder}.attn.kv_cache",
-                module=first.name.rpartition(".")[0],
+        caches=tuple(
+            cache_layer(
+                group,
                 kv_heads=model.sizes["kv"] // model.sizes["head"],
                 head_size=model.sizes["head"],
-                decoder_layer=first.decoder_layer,
             )
-            found.append(cache)
-    return tuple(found)
+            for group in groups
+            if group.name.endswith(".attn.qkv")
+        ),
+        body=model.body,
+    )
 
 
 def _join_rules(model: _Declared, index: int, rules: Rules) -> list[FusionGroup]:
@@ -288,14 +278,7 @@ def _find_lm_head(model: _Declared) -> LinearLayer | None:
         return None
     name = stored[0].name if stored else f"{model.family.lm_heads[0]}.weight"
     info = _require_tensor(model, name, embedding.shape)
-    rows, columns = info.shape
-    return linear_layer(
-        info,
-        model.family.lm_heads[0],
-        shape=(rows, columns),
-        module="lm_head",
-        shares_scale="lm_head",
-    )
+    return vocabulary_layer(info, model.family.lm_heads[0], LM_HEAD)
 
 
 def _stored_lm_heads(model: _Declared) -> list[TensorInfo]:
@@ -314,16 +297,8 @@ def _find_embedding(model: _Declared) -> TensorInfo:
 
 def _embedding_layer(model: _Declared, role: Role) -> LinearLayer:
     """The embedding, as one whose rows get a scheme."""
-    info = _find_embedding(model)
-    rows, columns = info.shape
-    return linear_layer(
-        info,
-        model.family.body + model.family.embedding,
-        shape=(rows, columns),
-        module=EMBEDDINGS,
-        shares_scale=EMBEDDINGS,
-        role=role,
-    )
+    name = model.family.body + model.family.embedding
+    return vocabulary_layer(_find_embedding(model), name, EMBEDDINGS, role=role)
 
 
 def _find_layer(
@@ -422,11 +397,7 @@ def _require_tensor(model: _Declared, key: str, shape: tuple[int, ...]) -> Tenso
             f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
             " models."
         )
-    if info.dtype not in SOURCE_DTYPES and not info.decoded:
-        raise CheckpointError(
-            f"{info.file}: tensor {key!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
-            f" {info.dtype}. Give the original checkpoint, or convert it."
-        )
+    check_source_dtype(info)
     return info
 
 

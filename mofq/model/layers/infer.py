@@ -442,9 +442,9 @@ def _like(first: Matrix, info: TensorInfo, number: int) -> Matrix:
     assert first.of_expert is not None
     own = first.loaded
     loaded = (
-        LoadedWeight(info.name, None, 0, transposed=False)
+        LoadedWeight(info.name)
         if own.expert is None
-        else LoadedWeight(own.name, number, own.row_start, transposed=False)
+        else LoadedWeight(own.name, number, own.row_start)
     )
     return Matrix(
         info.name.removesuffix(".weight"),

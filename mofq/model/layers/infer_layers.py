@@ -22,7 +22,8 @@ from mofq.model.layers.linear import (
     layers_of,
 )
 from mofq.model.layers.making import (
-    SOURCE_DTYPES,
+    cache_layer,
+    check_source_dtype,
     check_tied,
     config_path,
     linear_layer,
@@ -30,6 +31,7 @@ from mofq.model.layers.making import (
     refuse_quantized,
     short_names,
     text_config,
+    vocabulary_layer,
 )
 from mofq.model.layers.model_class import check_class
 from mofq.model.layers.names_in_memory import (
@@ -40,7 +42,7 @@ from mofq.model.layers.names_in_memory import (
     known_type,
 )
 from mofq.model.layers.stated import StatedLayers
-from mofq.model.layers.vocabulary import EMBEDDINGS, vocabulary_groups
+from mofq.model.layers.vocabulary import EMBEDDINGS, LM_HEAD, vocabulary_groups
 
 
 def infer_layers(
@@ -122,21 +124,13 @@ def _find_caches(
     if known is None or not isinstance(size, int) or not isinstance(heads, int) or size < 1:
         return
     for group in groups:
-        first, *others = group.layers
-        place, is_attention, rest = group.name.partition(".attn.qkv")
-        if not is_attention or rest:
+        if not group.name.endswith(".attn.qkv"):
             continue
+        first, *others = group.layers
         rows = others[0].out_features if len(others) == 2 else first.out_features - heads * size
         kv_heads, left = divmod(rows, size if others else 2 * size)
         if len(others) in (0, 2) and kv_heads > 0 and not left:
-            assert first.decoder_layer is not None
-            cache = CacheLayer(
-                name=f"{place}.attn.kv_cache",
-                module=first.name.rpartition(".")[0],
-                kv_heads=kv_heads,
-                head_size=size,
-                decoder_layer=first.decoder_layer,
-            )
+            cache = cache_layer(group, kv_heads=kv_heads, head_size=size)
             if as_pattern(find_loaded_module(cache, architecture)) in known.caches:
                 yield cache
 
@@ -172,11 +166,7 @@ def _uncertain(info: TensorInfo, question: str) -> CheckpointError:
 
 def _inferred_layer(matrix: Matrix, short: Mapping[str, str], group: str) -> LinearLayer:
     info, word = matrix.info, matrix.name.rpartition(".")[2]
-    if info.dtype not in SOURCE_DTYPES and not info.decoded:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
-            f" {info.dtype}. Give the original checkpoint, or convert it."
-        )
+    check_source_dtype(info)
     if matrix.of_expert is None:
         if _IN_EXPERT.search(matrix.name):
             raise _uncertain(info, "which expert's matrix it is")
@@ -206,19 +196,17 @@ def _embedding_layer(checkpoint: Checkpoint, info: TensorInfo | None, role: Role
         raise CheckpointError(
             f"{checkpoint.folder}: which tensor is the embedding is not known. Leave it as it is."
         )
+    return _of_vocabulary(checkpoint, info, EMBEDDINGS, role)
+
+
+def _of_vocabulary(
+    checkpoint: Checkpoint, info: TensorInfo, module: str, role: Role = "linear"
+) -> LinearLayer:
+    """An lm_head or an embedding, under the names of engines and of the loaded model."""
     architecture = read_architecture(checkpoint)
-    rows, columns = info.shape
-    return linear_layer(
-        info,
-        find_stored_name(info.name, architecture).removesuffix(".weight"),
-        shape=(rows, columns),
-        module=EMBEDDINGS,
-        shares_scale=EMBEDDINGS,
-        loaded=LoadedWeight(
-            find_in_memory(info.name, architecture).name, None, 0, transposed=False
-        ),
-        role=role,
-    )
+    name = find_stored_name(info.name, architecture).removesuffix(".weight")
+    loaded = LoadedWeight(find_in_memory(info.name, architecture).name)
+    return vocabulary_layer(info, name, module, role=role, loaded=loaded)
 
 
 def _find_head(
@@ -240,15 +228,4 @@ def _find_head(
     info = stored[0]
     if len(info.shape) != 2:
         raise CheckpointError(f"{info.file}: tensor {info.name!r} needs two dimensions.")
-    rows, columns = info.shape
-    head = linear_layer(
-        info,
-        find_stored_name(info.name, architecture).removesuffix(".weight"),
-        shape=(rows, columns),
-        module="lm_head",
-        shares_scale="lm_head",
-        loaded=LoadedWeight(
-            find_in_memory(info.name, architecture).name, None, 0, transposed=False
-        ),
-    )
-    return head, False
+    return _of_vocabulary(checkpoint, info, LM_HEAD), False

@@ -36,9 +36,9 @@ class LoadedWeight:
     """
 
     name: str
-    expert: int | None
-    row_start: int
-    transposed: bool
+    expert: int | None = None
+    row_start: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,16 @@ class ModelLayers:
         return (*self.grouped_layers, *self.unquantized)
 
 
-class _Group(Protocol[_Layer_co]):
+class LayerGroup(Protocol[_Layer_co]):
+    """Layers that take one scheme: of a model, a table or a recipe."""
+
     @property
-    def layers(self) -> Sequence[_Layer_co]: ...
+    def layers(self) -> Sequence[_Layer_co]:
+        """In order."""
+        ...
 
 
-def layers_of(groups: Iterable[_Group[_Layer]]) -> Iterator[_Layer]:
+def layers_of(groups: Iterable[LayerGroup[_Layer]]) -> Iterator[_Layer]:
     """The layers of some fusion groups, of a model, a table or a recipe, in order."""
     return (layer for group in groups for layer in group.layers)
 
@@ -181,18 +185,18 @@ def find_loaded_weight(layer: LinearLayer, architecture: str) -> LoadedWeight:
         return layer.loaded
     family = FUSION_RULES[architecture]
     if layer.name in family.lm_heads:
-        return LoadedWeight("lm_head.weight", None, 0, transposed=False)
+        return LoadedWeight("lm_head.weight")
     name = family.loaded_body + layer.name.removeprefix(family.body)
     if family.experts is None:
-        return LoadedWeight(f"{name}.weight", None, 0, layer.transposed)
+        return LoadedWeight(f"{name}.weight", transposed=layer.transposed)
     name = name.replace(f".{family.experts.module}.", f".{family.experts.fused_module}.")
     head, is_expert, tail = name.partition(".experts.")
     if not is_expert:
-        return LoadedWeight(f"{name}.weight", None, 0, layer.transposed)
+        return LoadedWeight(f"{name}.weight", transposed=layer.transposed)
     expert, word = tail.split(".")
     fused = "down_proj" if word == family.experts.down else "gate_up_proj"
     row_start = layer.out_features if word == family.experts.up else 0
-    return LoadedWeight(f"{head}.experts.{fused}", int(expert), row_start, transposed=False)
+    return LoadedWeight(f"{head}.experts.{fused}", int(expert), row_start)
 
 
 def find_exported_name(name: str, layers: ModelLayers) -> str:

@@ -12,7 +12,8 @@ from mofq.model.checkpoint.fp8 import SUPPORTED as FP8_KINDS
 from mofq.model.checkpoint.fp8 import find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
 from mofq.model.checkpoint.packed import SUPPORTED as PACKED_KINDS
-from mofq.model.layers.linear import LinearLayer, LoadedWeight, Role
+from mofq.model.layers.kv_cache import CacheLayer
+from mofq.model.layers.linear import FusionGroup, LinearLayer, LoadedWeight, Role
 from mofq.model.layers.names_in_memory import known_type
 
 #: That weights are quantized from.
@@ -52,6 +53,53 @@ def linear_layer(
         loaded=loaded,
         role=role,
     )
+
+
+def vocabulary_layer(
+    info: TensorInfo,
+    name: str,
+    module: str,
+    *,
+    role: Role = "linear",
+    loaded: LoadedWeight | None = None,
+) -> LinearLayer:
+    """A matrix [vocabulary, hidden] as a layer: ``module`` is ``lm_head`` or ``embeddings``."""
+    rows, columns = info.shape
+    return linear_layer(
+        info,
+        name,
+        shape=(rows, columns),
+        module=module,
+        shares_scale=module,
+        loaded=loaded,
+        role=role,
+    )
+
+
+def cache_layer(qkv: FusionGroup, *, kv_heads: int, head_size: int) -> CacheLayer:
+    """What attention caches, by its fusion group ``….attn.qkv``."""
+    first = qkv.layers[0]
+    assert first.decoder_layer is not None
+    return CacheLayer(
+        name=f"{qkv.name.removesuffix('.qkv')}.kv_cache",
+        module=first.name.rpartition(".")[0],
+        kv_heads=kv_heads,
+        head_size=head_size,
+        decoder_layer=first.decoder_layer,
+    )
+
+
+def check_source_dtype(info: TensorInfo) -> None:
+    """Refuse a tensor that weights are not quantized from.
+
+    Raises:
+        CheckpointError: As said.
+    """
+    if info.dtype not in SOURCE_DTYPES and not info.decoded:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} needs dtype {', '.join(SOURCE_DTYPES)}, found"
+            f" {info.dtype}. Give the original checkpoint, or convert it."
+        )
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

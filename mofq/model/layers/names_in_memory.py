@@ -10,80 +10,56 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 _FACTS = Path(__file__).parent / "facts" / "transformers-5.23.0.json"
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
-class InMemory:
-    """Where a stored tensor lies in the loaded model."""
+class Place:
+    """A parameter of the loaded model that a tensor lies in, or a tensor that lies in one."""
 
-    name: str  #: of the parameter
-    expert: int | None = None  #: index into it
+    name: str
+    expert: int | None = None  #: index into the parameter
     part: int = 0  #: which of ``parts`` equal shares of its rows
     parts: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor as a checkpoint of the hub has it, inside a parameter of the loaded model."""
-
-    name: str
-    expert: int | None
-    part: int
-    parts: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KnownType:
     """What transformers does with a ``model_type``."""
 
-    kind: str  #: the class that it builds
+    kind: Annotated[str, Field(alias="class")]  #: the class that it builds
     tied: bool  #: what it assumes where the config does not say
-    stacks: tuple[str, ...]  #: the lists of layers that run on text: "model.layers"
-    experts: str | None  #: why its fused experts cannot be run one by one; "" where they can
-    fused: tuple[str, ...]  #: modules of experts that even the hub stores as they are in memory
-    transposed: bool  #: these hold [E, in, out]
+    stacks: tuple[str, ...] = ()  #: the lists of layers that run on text: "model.layers"
+    experts: str | None = None  #: why its fused experts cannot be run one by one; "" where they can
+    fused: tuple[str, ...] = ()  #: modules of experts that even the hub stores as in memory
+    transposed: bool = False  #: these hold [E, in, out]
     names: Mapping[str, tuple[str, int, int]]  #: pattern on disk -> pattern in memory, part, parts
-    reused: tuple[str, ...]  #: patterns of modules that run more than once for a token
-    odd: Mapping[str, str]  #: pattern of a linear module with a forward of its own -> its class
-    uncalled: tuple[str, ...]  #: of linear modules that do not run on text
-    partly: tuple[str, ...]  #: of linear modules that run in some decoder layers only
+    reused: tuple[str, ...] = ()  #: patterns of modules that run more than once for a token
+    #: Pattern of a linear module with a forward of its own -> its class.
+    odd: Mapping[str, str] = field(default_factory=dict)
+    uncalled: tuple[str, ...] = ()  #: of linear modules that do not run on text
+    partly: tuple[str, ...] = ()  #: of linear modules that run in some decoder layers only
     #: Attention modules that cache keys and values of heads as the config counts them.
-    caches: tuple[str, ...]
-    with_towers: tuple[str, ...]  #: as ``stacks``, of a second class, which reads images too
-    text: str  #: the key of the config that describes the language model, if it is one of several
-    needs: str | None  #: why its class does not run on text alone
+    caches: tuple[str, ...] = ()
+    with_towers: tuple[str, ...] = ()  #: as ``stacks``, of a second class, which reads images too
+    #: The key of the config that describes the language model, if it is one of several.
+    text: str = "text_config"
+    needs: str | None = None  #: why its class does not run on text alone
 
 
 @cache
 def known_types() -> Mapping[str, KnownType]:
     """``model_type`` -> what transformers does with it."""
-    content = json.loads(_FACTS.read_text("utf-8"))
-    return {
-        name: KnownType(
-            kind=one.get("class", ""),
-            tied=one["tied"],
-            stacks=tuple(one.get("stacks", ())),
-            experts=one.get("experts"),
-            fused=tuple(one.get("fused", ())),
-            transposed=one.get("transposed", False),
-            names={key: (value[0], value[1], value[2]) for key, value in one["names"].items()},
-            reused=tuple(one.get("reused", ())),
-            odd=one.get("odd", {}),
-            uncalled=tuple(one.get("uncalled", ())),
-            partly=tuple(one.get("partly", ())),
-            caches=tuple(one.get("caches", ())),
-            with_towers=tuple(one.get("with_towers", ())),
-            text=one.get("text", "text_config"),
-            needs=one.get("needs"),
-        )
-        for name, one in content["types"].items()
-    }
+    types = json.loads(_FACTS.read_text("utf-8"))["types"]
+    return TypeAdapter(dict[str, KnownType]).validate_python(types)
 
 
 def known_type(architecture: str) -> KnownType | None:
@@ -91,7 +67,7 @@ def known_type(architecture: str) -> KnownType | None:
     return known_types().get(architecture)
 
 
-def find_in_memory(name: str, architecture: str) -> InMemory:
+def find_in_memory(name: str, architecture: str) -> Place:
     """Where the loaded model has a tensor of a checkpoint in the hub's layout.
 
     Args:
@@ -104,15 +80,15 @@ def find_in_memory(name: str, architecture: str) -> InMemory:
     known = known_type(architecture)
     entry = None if known is None else known.names.get(as_pattern(name))
     if entry is None:
-        return InMemory(_with_body(name, known))
+        return Place(_with_body(name, known))
     pattern, part, parts = entry
     numbers = _NUMBER.findall(name)
     count = pattern.count("#")
     expert = int(numbers[count]) if len(numbers) > count else None
-    return InMemory(_fill(pattern, numbers[:count]), expert, part, parts)
+    return Place(_fill(pattern, numbers[:count]), expert, part, parts)
 
 
-def find_stored(name: str, architecture: str) -> tuple[Stored, ...]:
+def find_stored(name: str, architecture: str) -> tuple[Place, ...]:
     """What a checkpoint in the hub's layout calls a parameter of the loaded model.
 
     Args:
@@ -128,7 +104,7 @@ def find_stored(name: str, architecture: str) -> tuple[Stored, ...]:
         return ()
     numbers = _NUMBER.findall(name)
     return tuple(
-        Stored(
+        Place(
             _fill(pattern, [*numbers, *["0"] * (pattern.count("#") - len(numbers))]),
             0 if pattern.count("#") > len(numbers) else None,
             part,

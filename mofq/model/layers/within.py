@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mofq.model.layers.kv_cache import find_loaded_module
-from mofq.model.layers.linear import FusionGroup, ModelLayers, find_loaded_weight
+from mofq.model.layers.linear import LinearLayer, ModelLayers, find_loaded_weight
 
 
 def layers_within(layers: ModelLayers, path: str) -> ModelLayers:
@@ -21,27 +21,17 @@ def layers_within(layers: ModelLayers, path: str) -> ModelLayers:
     """
     start = f"{path}."
 
-    def is_inside(name: str) -> bool:
-        return f"{name}.".startswith(start)
+    def holds(layer: LinearLayer) -> bool:
+        return f"{find_loaded_weight(layer, layers.architecture).name}.".startswith(start)
 
-    groups = []
-    for group in layers.groups:
-        inside = tuple(
-            one
-            for one in group.layers
-            if is_inside(find_loaded_weight(one, layers.architecture).name)
-        )
-        if inside:
-            groups.append(FusionGroup(group.name, inside))
+    groups = (replace(one, layers=tuple(filter(holds, one.layers))) for one in layers.groups)
     return replace(
         layers,
-        groups=tuple(groups),
-        unquantized=tuple(
-            one
-            for one in layers.unquantized
-            if is_inside(find_loaded_weight(one, layers.architecture).name)
-        ),
+        groups=tuple(group for group in groups if group.layers),
+        unquantized=tuple(filter(holds, layers.unquantized)),
         caches=tuple(
-            one for one in layers.caches if is_inside(find_loaded_module(one, layers.architecture))
+            one
+            for one in layers.caches
+            if f"{find_loaded_module(one, layers.architecture)}.".startswith(start)
         ),
     )

@@ -7,13 +7,11 @@ belong to the system's cache. A file is complete when it has its name.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mofq.exceptions import MofqError
+from mofq.files.documents import renamed_when_written
 
 _ALIGN = 64
 _DTYPES = {
@@ -37,6 +36,11 @@ _DTYPES = {
     )
 }
 _Described = Sequence[tuple[str, Sequence[int], int]]  # dtype, shape, offset
+_written = partial(
+    renamed_when_written,
+    error=MofqError,
+    remedy="Free some space, or look at the folder, and run the same command again.",
+)
 
 
 def write_tensors(path: Path, content: Any, tensors: Sequence[Tensor]) -> None:
@@ -54,34 +58,16 @@ def write_tensors(path: Path, content: Any, tensors: Sequence[Tensor]) -> None:
     for one in tensors:
         described.append((str(one.dtype).removeprefix("torch."), list(one.shape), position))
         position += -(-one.nbytes // _ALIGN) * _ALIGN
-    raw = json.dumps({"content": content, "tensors": described, "bytes": position}).encode()
-    raw += b" " * (-(len(raw) + 8) % _ALIGN)
-    with _writing(path) as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+    beginning = _encode_header(content, described, position)
+    with _written(path) as temporary, temporary.open("wb", buffering=0) as file:
+        file.write(beginning)
         for one, (_, _, offset) in zip(tensors, described, strict=True):
-            file.seek(8 + len(raw) + offset)
+            file.seek(len(beginning) + offset)
             flat = one.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             written, data = 0, flat.numpy().data
             while written < len(data):
                 written += file.write(data[written:])
-        file.truncate(8 + len(raw) + position)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[FileIO]:
-    """A file that has its name once it is complete."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        full = problem.errno == errno.ENOSPC
-        raise MofqError(
-            f"{path}: cannot be written: {problem.strerror}. "
-            + ("Free some space and run the same command again." if full else "Check the folder.")
-        ) from None
+        file.truncate(len(beginning) + position)
 
 
 def read_content(path: Path) -> tuple[Any, list[Tensor]]:
@@ -108,10 +94,15 @@ def drop_tensors(path: Path) -> None:
     content, described, start = _header(path)
     if path.stat().st_size == start:
         return
-    raw = json.dumps({"content": content, "tensors": described, "bytes": 0}).encode()
+    with _written(path) as temporary:
+        temporary.write_bytes(_encode_header(content, described, 0))
+
+
+def _encode_header(content: Any, described: _Described, size: int) -> bytes:
+    """The beginning of a file, up to the first of so many bytes of tensors."""
+    raw = json.dumps({"content": content, "tensors": described, "bytes": size}).encode()
     raw += b" " * (-(len(raw) + 8) % _ALIGN)
-    with _writing(path) as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _header(path: Path) -> tuple[Any, _Described, int]:

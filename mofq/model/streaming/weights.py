@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mofq.exceptions import StreamingError
-from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.headers import TensorInfo, open_checkpoint
 from mofq.model.checkpoint.tensors import read_rows, read_tensor
 from mofq.model.loading import Lazy, auto_class, load_model, plain_config
 from mofq.model.streaming.send import send
@@ -84,12 +83,7 @@ class UnitWeights:
     def __enter__(self) -> UnitWeights:
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _problem: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -286,9 +280,17 @@ def _shapes(tensors: Readers) -> dict[str, tuple[int, ...]]:
     """Of every tensor; those that only reading tells are read."""
     found = {}
     for name, read in tensors.items():
-        info = read.args[0] if isinstance(read, partial) and read.func is read_tensor else None
+        info = _stored(read)
         found[name] = tuple(read().shape) if info is None else info.shape
     return found
+
+
+def _stored(read: Callable[[], Tensor]) -> TensorInfo | None:
+    """The tensor in a file that a function reads; None where it is another function."""
+    if isinstance(read, partial) and read.func is read_tensor:
+        info: TensorInfo = read.args[0]
+        return info
+    return None
 
 
 def _owners(model: PreTrainedModel, names: list[str]) -> dict[str, list[str]]:
@@ -322,10 +324,9 @@ def _copies(model: PreTrainedModel, tensors: Readers) -> set[str]:
 
 def _is_same(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> bool:
     """Whether two tensors are equal; of those in files, a block of rows at a time."""
-    infos = [r.args[0] for r in (one, other) if isinstance(r, partial) and r.func is read_tensor]
-    if len(infos) < 2 or any(len(info.shape) != 2 for info in infos):
+    first, second = _stored(one), _stored(other)
+    if first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
         return torch.equal(one(), other())
-    first, second = infos
     return first.shape == second.shape and all(
         torch.equal(read_rows(first, *rows), read_rows(second, *rows))
         for rows in row_blocks(*first.shape, elements=_COMPARED_ELEMENTS)

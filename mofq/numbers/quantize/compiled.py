@@ -28,6 +28,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mofq.exceptions import first_line
+from mofq.files.progress import Tell, silent
 from mofq.numbers.quantize.rounding_errors import (
     Pass,
     band_rows,
@@ -38,7 +40,6 @@ from mofq.numbers.quantize.rounding_errors import (
 from mofq.numbers.schemes import TensorScheme
 
 Kind = Literal["errors", "deltas"]
-Tell = Callable[[str], None]
 
 #: Work that makes the compiler worth its while, on one thread without it [s].
 _WORTH_SECONDS = 90.0
@@ -82,7 +83,7 @@ def eager_pass(kind: Kind, schemes: Sequence[TensorScheme]) -> Pass:
 PassMaker = Callable[[Kind, Sequence[TensorScheme], torch.dtype, int], Pass]
 
 
-def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> PassMaker:
+def pass_maker(*, device: str = "cpu", tell: Tell = silent) -> PassMaker:
     """What makes passes over blocks, compiled where that is possible and worth its while.
 
     Whether one is changes no bit of what it gives. ``MOFQ_COMPILE=0`` in the environment
@@ -123,8 +124,8 @@ def pass_maker(*, device: str = "cpu", tell: Tell = lambda message: None) -> Pas
                 for program in programs:
                     _build(program)
         except Exception as error:  # the same numbers can be had without a compiler
-            failed.append((str(error).strip().splitlines() or [type(error).__name__])[0])
-            tell(f"It cannot be compiled, and takes longer: {failed[0]}")
+            failed.append(first_line(error))
+            tell(f"It cannot be compiled, and takes longer: {failed[0]}.")
             return eager_pass(kind, schemes)
         return partial(_run, [partial(_run_file, str(one.path)) for one in programs], dtype)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint, open_stored
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.layers import find_layers
-from mofq.model.loading import load_model, load_tokenizer
+from mofq.model.loading import load_model
 from scripts.reproduce.peers.handover import MADE, MODEL, WEIGHTS
 from scripts.shared.windows import model_windows
 
@@ -62,9 +61,8 @@ class Judge:
     def __init__(self, model: str, text: str, *, windows: int, sequence_length: int) -> None:
         """Cut the text into windows spread over it, and run the original over them."""
         self.original = open_checkpoint(model)
-        tokenizer = load_tokenizer(self.original.folder)
         self.windows_NT = model_windows(
-            tokenizer, load_text(text), windows=windows, sequence_length=sequence_length
+            self.original, load_text(text), windows=windows, sequence_length=sequence_length
         )
         self._logits = OriginalLogits()
         self._entropies = run_original(
@@ -74,12 +72,7 @@ class Judge:
     def __enter__(self) -> Judge:
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._logits.close()
 
     def judge(self, quantized: Quantized) -> Agreement:
