@@ -239,7 +239,7 @@ AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", posit
 Fixed = Annotated[
     LayerValues,
     Option(
-        "LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16', 'last:1=bf16'; repeatable.",
+        "LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16', 'last:1=stored'; repeatable.",
         flag="--fix",
     ),
 ]

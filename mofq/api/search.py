@@ -276,17 +276,14 @@ def decide_on_model(
     from mofq.delivery.validation.streamed_kl import StreamedKl
     from mofq.evidence.corpora import differing_bos
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import layers_of
-    from mofq.model.streaming.execution import WHOLE_FOR_EMBEDDING, choose_execution
+    from mofq.model.streaming.execution import choose_execution
 
     assert on_model.text is not None
-    has_embedding = any(layer.role is not None for layer in layers_of(table.header.groups))
     chosen = choose_execution(
         on_model.execution,
         open_checkpoint(str(on_model.model)),
         dtype="float32",
         device=on_model.device,
-        unless=WHOLE_FOR_EMBEDDING if has_embedding else None,
     )
     if chosen.remark is not None:
         tell(chosen.remark)

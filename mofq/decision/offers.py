@@ -16,6 +16,7 @@ from mofq.evidence.constraints import (
     LayerConstraint,
     barred_schemes,
     constraints_by_group,
+    kept_schemes,
     select,
 )
 from mofq.evidence.table import Table, TableGroup, TableHeader, TableSpace
@@ -119,6 +120,7 @@ class Offers:
             for one in spaces
         ]
         self._excluded = [_excluded(one, groups) for one in spaces]
+        self._kept = {name: names for one in table.spaces for name, names in one.stored}
 
     def of(self, group: TableGroup, sizes: Mapping[str, int]) -> GroupOffer:
         """What a fusion group may have.
@@ -133,7 +135,7 @@ class Offers:
         legal = [one for one in sizes if self._is_legal is None or self._is_legal(group, one)]
         asked = self._asked.get(group.name, ())
         if not self._spaces:
-            return _constrained(group, sizes, legal, asked, None, asked)
+            return self._constrained(group, sizes, legal, asked, None, asked)
         is_one = len(self._spaces) == 1
         schemes: set[str] = set()
         refused: dict[str, str] = {}
@@ -144,15 +146,33 @@ class Offers:
             offered = _offered(space, legal, is_excluded=why is not None)
             # Together, so that a message names what contradicts what.
             constraints = (*of_space.get(group.name, ()), *(asked if is_one else ()))
-            one = _constrained(group, sizes, offered, constraints, why, asked)
+            one = self._constrained(group, sizes, offered, constraints, why, asked)
             apart = why or f"not offered by the search space {space.name}"
             refused |= dict.fromkeys((name for name in legal if name not in offered), apart)
             refused |= one.refused
             schemes |= set(one.schemes)
         kept = [name for name in legal if name in schemes]
-        left = _constrained(group, sizes, kept, () if is_one else asked, None, asked)
+        left = self._constrained(group, sizes, kept, () if is_one else asked, None, asked)
         refused = {name: why for name, why in refused.items() if name not in schemes}
         return GroupOffer(left.schemes, refused | dict(left.refused))
+
+    def _constrained(
+        self,
+        group: TableGroup,
+        sizes: Mapping[str, int],
+        offered: Sequence[str],
+        constraints: Sequence[LayerConstraint],
+        because: str | None,
+        asked: Sequence[LayerConstraint],
+    ) -> GroupOffer:
+        """What constraints leave; nothing where nothing is offered."""
+        if not offered:
+            return GroupOffer((), {})
+        shapes = {name: shape_bytes(parse_scheme(name), len(group.layers)) for name in offered}
+        could = {name: sizes[name] - shapes[name] for name in offered}  # what bits count
+        kept = kept_schemes(group, self._kept, group.source_bytes)
+        barred = barred_schemes(constraints, group, could, asked=asked, because=because, kept=kept)
+        return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 
 def _excluded(space: TableSpace, groups: Sequence[TableGroup]) -> dict[str, str]:
@@ -172,23 +192,6 @@ def _offered(space: TableSpace, legal: Sequence[str], *, is_excluded: bool) -> l
         return [name for name in legal if name in (*space.schemes, _UNQUANTIZED)]
     firsts = {next((name for name in some if name in legal), None) for some in space.candidates}
     return [name for name in legal if name in firsts]
-
-
-def _constrained(
-    group: TableGroup,
-    sizes: Mapping[str, int],
-    offered: Sequence[str],
-    constraints: Sequence[LayerConstraint],
-    because: str | None,
-    asked: Sequence[LayerConstraint],
-) -> GroupOffer:
-    """What constraints leave; nothing where nothing is offered."""
-    if not offered:
-        return GroupOffer((), {})
-    shapes = {name: shape_bytes(parse_scheme(name), len(group.layers)) for name in offered}
-    could = {name: sizes[name] - shapes[name] for name in offered}  # what bits count
-    barred = barred_schemes(constraints, group, could, asked=asked, because=because)
-    return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 
 def engine_legality(engine: str | None, header: TableHeader) -> Legal | None:

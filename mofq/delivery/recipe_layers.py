@@ -94,11 +94,6 @@ def find_recipe_layers(
     return next((one for one in divided if _has_one_scheme_each(one, recipe)), layers)
 
 
-def has_embedding(recipe: Recipe) -> bool:
-    """Whether a recipe gives the embedding a scheme, or leaves it in a fusion group."""
-    return included(layers_of(recipe.groups), "")["include_embeddings"]
-
-
 def _has_one_scheme_each(layers: ModelLayers, recipe: Recipe) -> bool:
     schemes = recipe.schemes
     return all(

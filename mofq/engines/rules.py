@@ -21,6 +21,8 @@ _LATENT = ".attn.kv"
 _JOINED_LATENT = ".attn.latent"
 #: The same of the first layers of experts that every token goes through.
 _SHARED = ".mlp.shared_gate_up"
+#: In the same, of what runs beside attention or in its place; which types have it, rules say.
+_STATE_SPACE = re.compile(r"\.(mamba|mixer)\.")
 #: Of these, "any" and "dense" are no embeddings: what looks rows up multiplies nothing.
 Layers = Literal[
     "any",
@@ -29,6 +31,7 @@ Layers = Literal[
     "latent",
     "joined latent",
     "shared",
+    "state space",
     "lm_head",
     "embeddings",
 ]
@@ -222,6 +225,8 @@ def _kinds(group: ServedGroup) -> set[Layers]:
         kinds.add("joined latent")
     if group.name.endswith(_SHARED):
         kinds.add("shared")
+    if _STATE_SPACE.search(group.name):
+        kinds.add("state space")
     if group.layers[0].module == "lm_head":
         kinds.add("lm_head")
     return kinds

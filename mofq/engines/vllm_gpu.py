@@ -36,14 +36,23 @@ PLAIN_HEADS = Rule(
     layers="lm_head",
     model_types=(
         *("opt", "bloom", "gpt_oss", "falcon_h1", "jamba", "mamba", "mamba2", "qwen3_next"),
-        "zamba2",
+        *("falcon_mamba", "phimoe", "zamba2"),
     ),
     refused="its class reads the lm_head as it is; take bf16",
     source="vllm 0.32.0 models/*.py, the calls of ParallelLMHead",
 )
+#: For types whose classes do not hand it to their mixers.
+PLAIN_MIXERS = Rule(
+    r".*",
+    layers="state space",
+    model_types=("falcon_mamba", "jamba", "mamba"),
+    refused="its class reads the layers of Mamba 1 as they are; take bf16",
+    source="vllm 0.32.0 layers/mamba/mamba_mixer.py:91-159",
+)
 
 _RULES: tuple[Rule, ...] = (
     PLAIN_HEADS,
+    PLAIN_MIXERS,
     Rule(
         r".*",
         layers="experts",

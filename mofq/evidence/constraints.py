@@ -24,6 +24,11 @@ from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
 
 ConstraintKind = Literal["fixed", "at_least", "at_most"]
 
+#: In place of a scheme: what the source keeps a fusion group in.
+STORED = "stored"
+UNQUANTIZED = "bf16"
+_UNQUANTIZED_BITS = 16
+
 _POSITION = re.compile(r"(first|last):(\d+)")
 #: Names that a message suggests for a selector that matches nothing.
 _SUGGESTED = 3
@@ -62,8 +67,8 @@ class LayerConstraint:
 
     kind: ConstraintKind
     layers: Name  #: a selector
-    #: Of ``fixed`` scheme names joined by commas; of the others true bits per weight, or a
-    #: granularity.
+    #: Of ``fixed`` scheme names (or ``stored``) joined by commas; of the others true bits per
+    #: weight, or a granularity.
     value: Name
 
     def __str__(self) -> str:
@@ -114,7 +119,8 @@ def parse_constraint(
         )
     try:
         if kind == "fixed":
-            names = (parse_scheme(name.strip()).name for name in value.split(","))
+            written = (name.strip() for name in value.split(","))
+            names = (name if name == STORED else parse_scheme(name).name for name in written)
             return LayerConstraint(kind, selector, ",".join(dict.fromkeys(names)))
         return LayerConstraint(kind, selector, _parse_limit(value.strip()))
     except SchemeError as problem:
@@ -259,6 +265,24 @@ def named(constraint: LayerConstraint, asked: Collection[LayerConstraint]) -> st
     return constraint.as_option if constraint in asked else str(constraint)
 
 
+def is_quantized(group: SelectableGroup, source_bytes: int) -> bool:
+    """Whether a source of so many bytes keeps a fusion group in fewer than 16 bits a weight."""
+    return _bits_of(group, source_bytes) < _UNQUANTIZED_BITS
+
+
+def kept_schemes(
+    group: SelectableGroup, kept: Mapping[str, Sequence[str]], source_bytes: int
+) -> Sequence[str] | None:
+    """The schemes that ``stored`` stands for in a fusion group; None where that is not known.
+
+    Args:
+        group: Of a model or a table.
+        kept: Of fusion groups of a quantized source, by their names.
+        source_bytes: What the source keeps the group in [bytes].
+    """
+    return kept.get(group.name) if is_quantized(group, source_bytes) else (UNQUANTIZED,)
+
+
 def barred_schemes(
     constraints: Sequence[LayerConstraint],
     group: SelectableGroup,
@@ -266,6 +290,7 @@ def barred_schemes(
     *,
     asked: Collection[LayerConstraint] = (),
     because: str | None = None,
+    kept: Collection[str] | None = (UNQUANTIZED,),
 ) -> dict[str, Remark]:
     """The schemes that constraints take from a fusion group.
 
@@ -275,6 +300,7 @@ def barred_schemes(
         sizes: Scheme that it could have -> its bytes [bytes]; at least one.
         asked: The constraints that options give; messages name them so.
         because: Why it could have no other, where there is a reason to tell.
+        kept: The schemes that ``stored`` stands for; None where that is not known.
 
     Returns:
         Scheme -> the constraint that it breaks; never all of them.
@@ -284,11 +310,11 @@ def barred_schemes(
             leave none, and what there is.
     """
     broken = {
-        name: [one for one in constraints if not _keeps(one, group, name, size)]
+        name: [one for one in constraints if not _keeps(one, group, name, size, kept or ())]
         for name, size in sizes.items()
     }
     if all(broken.values()):
-        raise _contradiction(constraints, group, sizes, broken, asked, because)
+        raise _contradiction(constraints, group, sizes, broken, asked, because, kept)
     return {name: Remark(named(some[0], asked)) for name, some in broken.items() if some}
 
 
@@ -299,6 +325,7 @@ def _contradiction(
     broken: Mapping[str, Sequence[LayerConstraint]],
     asked: Collection[LayerConstraint],
     because: str | None,
+    kept: Collection[str] | None,
 ) -> SearchSpaceError:
     fewest = next(
         some
@@ -310,16 +337,38 @@ def _contradiction(
     leave = "leaves" if len(fewest) == 1 else "contradict each other: together they leave"
     could = ", ".join(f"{name} ({_bits_of(group, size):.6g} bits)" for name, size in sizes.items())
     reason = f" ({because})" if because else ""
+    change = "it" if len(fewest) == 1 else "one of them"
+    remedy = f"Change {change}, or measure a scheme that fits."
+    if any(STORED in one.value.split(",") for one in fewest):
+        remedy = f"{_about_stored(kept)} Else change {change}."
     return SearchSpaceError(
-        f"{names} {leave} no scheme to {group.name}, which could have {could}{reason}. Change "
-        f"{'it' if len(fewest) == 1 else 'one of them'}, or measure a scheme that fits."
+        f"{names} {leave} no scheme to {group.name}, which could have {could}{reason}. {remedy}"
     )
 
 
-def _keeps(constraint: LayerConstraint, group: SelectableGroup, name: str, size: int) -> bool:
+def _about_stored(kept: Collection[str] | None) -> str:
+    """What to do where a fusion group cannot stay as it is stored."""
+    if kept is None:
+        return (
+            "What its quantized source keeps it in was not measured: `mofq measure` a search "
+            f"space whose schemes list `{STORED}`."
+        )
+    if not kept:
+        return "Its source keeps it in a way that no scheme has."
+    return f"Its source keeps it in {' or '.join(kept)}: measure that, where the engine serves it."
+
+
+def _keeps(
+    constraint: LayerConstraint,
+    group: SelectableGroup,
+    name: str,
+    size: int,
+    kept: Collection[str],
+) -> bool:
     """Whether a scheme, under which a fusion group has so many bytes, keeps a constraint."""
     if constraint.kind == "fixed":
-        return name in constraint.value.split(",")
+        values = constraint.value.split(",")
+        return name in values or (STORED in values and name in kept)
     limit = _bits(constraint.value)
     if limit is not None:
         bits = _bits_of(group, size)

@@ -19,12 +19,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, WithJsonSchema
 
 from mofq.evidence.constraints import (
+    STORED,
     ConstraintKind,
     LayerConstraint,
     Selection,
     barred_schemes,
     check_selector,
     constraints_by_group,
+    is_quantized,
+    kept_schemes,
     parse_constraint,
     select,
 )
@@ -51,7 +54,7 @@ from mofq.model.layers import (
     lm_heads_of,
     vocabulary_rejection,
 )
-from mofq.model.sizes import counted_bytes
+from mofq.model.sizes import counted_bytes, source_bytes
 from mofq.numbers.schemes import Scheme, parse_scheme
 
 SEARCH_SPACE_VERSION: Literal[1] = 1
@@ -62,9 +65,6 @@ Legality = Callable[[Scheme, FusionGroup], str | None]
 
 #: The same of the name of a cache's scheme.
 CacheLegality = Callable[[str, CacheLayer], str | None]
-
-#: The entry of ``schemes`` for what a quantized source keeps each layer in.
-STORED = "stored"
 
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 
@@ -181,6 +181,8 @@ class SearchSpace:
     kv_cache: tuple[CacheScheme, ...] = ()  #: of the KV cache; it may stay as it is too
     constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen; all is measured
     offers_stored: bool = False  #: what a source keeps layers in; `with_stored` says what that is
+    #: Fusion group of a quantized source -> the schemes that it is kept in, from `with_stored`.
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lm_head: bool = False  #: whether the lm_head is decided too
     embeddings: bool = False  #: whether the embedding is
 
@@ -303,6 +305,9 @@ def with_stored(
         for scheme in schemes:
             kept.setdefault(scheme, set()).add(group.name)
     found = [Candidate(STORED, (scheme,), frozenset(names)) for scheme, names in kept.items()]
+    quantized = [group for group in groups if is_quantized(group, source_bytes(group))]
+    if quantized:
+        space = replace(space, kept={group.name: names_of[group.name] for group in quantized})
     if not found:
         return space
     base = (*(one.schemes[0].name for one in found), *space.base) if space.base else ()
@@ -347,9 +352,7 @@ def _constraints(
         "at_most": file.at_most,
     }
     found = [
-        LayerConstraint(kind, selector, STORED)
-        if kind == "fixed" and value == STORED
-        else parse_constraint(kind, selector, value, where=f"{where}: {kind}: {selector}")
+        parse_constraint(kind, selector, value, where=f"{where}: {kind}: {selector}")
         for kind, values in written.items()
         for selector, value in values.items()
     ]
@@ -527,7 +530,8 @@ def offer_schemes(
         some = constrained.get(group.name, ())
         sizes = {scheme.name: counted_bytes(group, scheme) for scheme in offer.schemes}
         why = excluded.get(group.name)
-        barred = barred_schemes(some, group, sizes, asked=constraints, because=why)
+        kept = kept_schemes(group, space.kept, source_bytes(group))
+        barred = barred_schemes(some, group, sizes, asked=constraints, because=why, kept=kept)
         offers.append(replace(offer, barred=barred))
     return tuple(offers)
 

@@ -136,6 +136,7 @@ def make_request(
         "top": 128,
         "rows": 32,
         "new_tokens": 24,
+        "layers": list(recipe.schemes),
         "skip_layers": left_layers(recipe),
     }
 
@@ -184,10 +185,10 @@ def main() -> int:
             failures.append(f"bytes: {error}")
         result, records = run_vllm(python, request)
         logprobs, packed = result.pop("logprobs"), result.pop("packed_modules")
-        prefixes = result.pop("prefixes")
+        names = result.pop("names")
         report.update(result)
         failures += compare_layers(
-            checkpoint, recipe, records, packed, prefixes, options.dtype, report, fits=fits
+            checkpoint, recipe, records, packed, names, options.dtype, report, fits=fits
         )
         failures += compare_logprobs(
             checkpoint, recipe, windows, logprobs, options.dtype, report, fits=fits

@@ -73,7 +73,7 @@ def compare_layers(
     recipe: Recipe,
     records: dict[str, Tensor],
     packed: dict[str, list[str]],
-    prefixes: dict[str, str],
+    names: dict[str, str],
     dtype: str,
     report: dict[str, Any],
     *,
@@ -86,7 +86,7 @@ def compare_layers(
         recipe: That was exported.
         records: ``name.x`` and ``name.y`` of vLLM's layers.
         packed: vLLM's fused name -> the names that it was fused from.
-        prefixes: What names begin with in the checkpoint -> in vLLM.
+        names: Of a layer in the checkpoint -> in vLLM, before it is fused; those that differ.
         dtype: Of vLLM's arithmetic.
         report: Gets ``layers``, ``worst_layer`` and its error as a share of the limit.
         fits: Of the recipe, where a scheme is fitted.
@@ -102,15 +102,11 @@ def compare_layers(
     # Experts run joined, in a module that is no linear layer: bytes and log-probabilities speak
     # for them.
     left = {name for name in groups if ".experts." not in name}
+    in_vllm = {names.get(name, name): name for name in groups}
     shares: dict[str, float] = {}
     for key in sorted(key for key in records if key.endswith(".x")):
         name = key.removesuffix(".x")
-        names = [
-            name,
-            *(a + name.removeprefix(b) for a, b in prefixes.items() if name.startswith(b)),
-        ]
-        parts = (part for one in names for part in _unfused(one, packed))
-        members = [groups[part] for part in dict.fromkeys(parts) if part in groups]
+        members = [groups[in_vllm[part]] for part in _unfused(name, packed) if part in in_vllm]
         if not members:
             continue
         left -= {layer.name for _, layer in members}
@@ -142,10 +138,10 @@ def _summary(shares: dict[str, float], *, experts: int) -> dict[str, Any]:
 
 
 def _unfused(name: str, packed: dict[str, list[str]]) -> list[str]:
-    parent, _, word = name.rpartition(".")
+    parent, dot, word = name.rpartition(".")
     # GLM-4 has joined on disk what vLLM would join.
     # Phi-3's is packed of itself.
-    return [f"{parent}.{part}" for part in dict.fromkeys((word, *packed.get(word, ())))]
+    return [f"{parent}{dot}{part}" for part in dict.fromkeys((word, *packed.get(word, ())))]
 
 
 def _emulate(

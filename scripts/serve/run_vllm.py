@@ -4,8 +4,9 @@
 
 Nothing of mofq is imported here. The request has `folder`, `dtype`, `windows`
 (lists of token ids), `top` (log-probabilities a position), `rows` (of inputs
-and outputs recorded a layer), `new_tokens`; to measure speeds too, `repeats`; layers whose cache
-stays as it is, `skip_layers`.
+and outputs recorded a layer), `new_tokens`, `layers` (by their names in the
+checkpoint); to measure speeds too, `repeats`; layers whose cache stays as it is,
+`skip_layers`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 # The engine in this process, so that its layers can be watched.
@@ -54,7 +56,9 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         "load_cpu_seconds": time.process_time() - cpu_start,
     }
     records: dict[str, Any] = {}
-    (result["prefixes"],) = llm.apply_model(prefixes)
+    (result["names"],) = llm.apply_model(
+        lambda model: names_in_vllm(model, request.get("layers", ()))
+    )
     (result["packed_modules"],) = llm.apply_model(
         lambda model: watch(model, records, request["rows"])
     )
@@ -67,11 +71,14 @@ def main(request_path: str, records_path: str, result_path: str) -> None:
         json.dump(result, file)
 
 
-def prefixes(model: Any) -> dict[str, str]:
-    """What names begin with in the checkpoint -> in vLLM."""
+def names_in_vllm(model: Any, layers: Iterable[str]) -> dict[str, str]:
+    """Name of a layer in the checkpoint -> in vLLM, before it is fused with others."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    found = getattr(mapper, "orig_to_new_prefix", None) or {}
-    return {old: new for old, new in found.items() if new}
+    if mapper is None:
+        return {}
+    renaming = mapper.get_rename_mapper()
+    found = {name: renaming.map_name(f"{name}.weight") for name in layers}
+    return {name: new.removesuffix(".weight") for name, new in found.items() if new}
 
 
 def watch(model: Any, records: dict[str, Any], rows: int) -> dict[str, list[str]]:

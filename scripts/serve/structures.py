@@ -41,6 +41,7 @@ SCHEMES = ("int8.channel+int8.token", "int4.g32@mse", "int8.channel+int8.token",
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
     # Here sums of two INT8 products saturate at 16 bits, and INT4 has no kernel.
     SCHEMES = ("fp8_e4m3.channel+fp8_e4m3.token",) * 3 + ("bf16",)
+_NOT_RUN = "layers: vLLM never ran"
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "served.md"
 #: Widths and heads that vLLM's kernels take: twice those of the tests.
 _WIDER = {
@@ -75,8 +76,9 @@ class Structure(NamedTuple):
     """What a type is an example of, and what vLLM needs of its config."""
 
     about: str
-    changes: Mapping[str, Any] = {}
+    changes: Mapping[str, Any] = {}  #: as configs of released models have them
     in_other_order: str = ""  #: last word of layers whose rows vLLM sorts when it loads them
+    note: str = ""  #: why vLLM does not run it, beside its own message
 
 
 #: Of images: how the halves of heads of 32 are shared among time, height and width.
@@ -93,11 +95,18 @@ STRUCTURES = {
     "qwen3_moe": Structure("experts"),
     "mixtral": Structure("experts"),
     "qwen2_moe": Structure("experts and shared ones"),
-    "glm4_moe": Structure("experts and shared ones, a dense first layer"),
+    "glm4_moe": Structure("experts and shared ones, a dense first layer", {"head_dim": 32}),
     "gpt_oss": Structure("experts with biases, attention sinks"),
     "deepseek_v2": Structure(
         "latent attention, experts",
-        {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_key_value_heads": 4},
+        {
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "num_key_value_heads": 4,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+        },
     ),
     "deepseek_v3": Structure(
         "latent attention, experts chosen in groups",
@@ -112,19 +121,36 @@ STRUCTURES = {
         "linear attention (gated DeltaNet), experts",
         {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
     ),
-    "lfm2": Structure("short convolutions"),
+    "lfm2": Structure("short convolutions", {"block_dim": 128, "conv_dim": 128}),
     "mamba2": Structure("Mamba 2", {"num_heads": 8, "head_dim": 32, "expand": 2}),
-    "bamba": Structure("Mamba 2 and attention", {**_MAMBA, "attn_layer_indices": [1, 3]}),
+    "bamba": Structure(
+        "Mamba 2 and attention",
+        {**_MAMBA, "attn_layer_indices": [1, 3]},
+        note="vLLM had a class of it up to 0.23",
+    ),
     "falcon_h1": Structure(
         "Mamba 2 beside attention", {**_MAMBA, "mamba_d_ssm": 256, "mamba_n_groups": 2}
     ),
     "granitemoehybrid": Structure("Mamba 2 and attention, experts", _MAMBA),
-    "jamba": Structure("Mamba and attention, experts"),
+    "jamba": Structure(
+        "Mamba and attention, experts",
+        note="vLLM packs the convolution of Mamba 1 for processors with AVX-512 for bfloat16, and "
+        "then looks for its third dimension",
+    ),
     "zamba2": Structure(
         "Mamba 2, and attention shared by layers",
         {"attention_head_dim": 64, "num_key_value_heads": 4, "mamba_headdim": 32},
     ),
-    "nemotron_h": Structure("Mamba 2, attention, experts without gates"),
+    "nemotron_h": Structure(
+        "Mamba 2, attention, layers without gates",
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+            "mamba_head_dim": 32,
+        },
+    ),
+    "nemotron_h, experts": Structure(
+        "Mamba 2, attention, experts without gates", {"mamba_head_dim": 32}
+    ),
     "qwen2_5_vl": Structure(
         "a language model with a tower for images",
         {"text_config": tiny_config("qwen2_5_vl_text", _WIDER, rope_parameters=_ROPE).to_dict()},
@@ -136,7 +162,7 @@ STRUCTURES = {
 class Served:
     """What vLLM did with one type."""
 
-    model_type: str
+    name: str  #: of `STRUCTURES`
     state: str  #: served, layers alone, not run, FAILED
     schemes: list[str]  #: of the recipe
     layers: int = 0  #: whose outputs were compared
@@ -145,33 +171,36 @@ class Served:
     why: str = ""
 
 
-def try_type(model_type: str, work: Path) -> Served:
+def try_type(name: str, work: Path) -> Served:
     """Build, export, serve, compare."""
-    about = STRUCTURES[model_type]
-    sizes = {name: size for name, size in _WIDER.items() if name not in about.changes}
-    folder = work / model_type
+    about, model_type = STRUCTURES[name], name.partition(",")[0]
+    sizes = {key: size for key, size in _WIDER.items() if key not in about.changes}
+    folder = work / name.replace(", ", "-")
     model = write_type(
         model_type, folder / "model", config=tiny_config(model_type, sizes, **about.changes)
     )
     checkpoint = open_checkpoint(str(model))
-    is_legal = legality(ENGINE, find_layers(checkpoint).architecture)
+    layers = find_layers(checkpoint)
+    is_legal = legality(ENGINE, layers.architecture)
 
     def choose(number: int, group: Any) -> str:
         legal = [one for one in SCHEMES if is_legal(parse_scheme(one), group) is None]
         return legal[number % len(legal)]
 
-    recipe = make_recipe(checkpoint, choose)
+    # No engine ties a quantized lm_head to its embedding.
+    recipe = make_recipe(checkpoint, choose, lm_head=not layers.tied_lm_head)
     schemes = sorted({group.scheme for group in recipe.groups})
     found, words = check(model, recipe, folder / "mixed")
-    served = None if found is None else _compared(model_type, found, schemes)
+    served = None if found is None else _compared(name, found, schemes)
     if served is not None and served.state == "served":
         return served
     plain, plain_words = check(model, make_recipe(checkpoint, lambda *_: "bf16"), folder / "plain")
     if plain is None:
-        return Served(model_type, "not run", schemes, why=plain_words)
+        why = "; ".join(filter(None, (plain_words, about.note)))
+        return Served(name, "not run", schemes, why=why)
     if served is None:
-        return Served(model_type, "FAILED", schemes, why=words)
-    without = _compared(model_type, plain, schemes)
+        return Served(name, "FAILED", schemes, why=words)
+    without = _compared(name, plain, schemes)
     if without.state == "served" or not served.why.startswith("log-probabilities"):
         return served
     why = (
@@ -197,24 +226,23 @@ def check(model: Path, recipe: Recipe, folder: Path) -> tuple[dict[str, Any] | N
     return None, (words or lines)[-1].partition(" [type=")[0]
 
 
-def _compared(model_type: str, found: dict[str, Any], schemes: list[str]) -> Served:
-    # Where vLLM names layers otherwise than the checkpoint, or has their rows in another order,
-    # log-probabilities speak for them.
-    other = STRUCTURES[model_type].in_other_order
+def _compared(name: str, found: dict[str, Any], schemes: list[str]) -> Served:
+    # Where vLLM has rows of a layer in another order, log-probabilities speak for it.
+    other = STRUCTURES[name].in_other_order
     failures = [
         one
         for one in found["failures"]
-        if not one.startswith("layers: vLLM never ran")
-        and not (other and one.split(":")[0].endswith(other))
+        if not one.startswith(_NOT_RUN) and not (other and one.split(":")[0].endswith(other))
     ]
+    unseen = [one for one in found["failures"] if one.startswith(_NOT_RUN)]
     return Served(
-        model_type,
+        name,
         "FAILED" if failures else "served",
         schemes,
         layers=found["layers"],
         kl=found["kl_emulated_served"],
         kl_limit=found["kl_limit"],
-        why="; ".join(failures),
+        why="; ".join(failures or unseen),
     )
 
 
@@ -223,9 +251,9 @@ def rows(results: Sequence[Served]) -> Iterator[list[str]]:
     for one in results:
         kl = "" if one.kl is None else f"{one.kl:.1e}, at most {one.kl_limit:.1e}"
         layers = str(one.layers) if one.kl is not None else ""
-        about = STRUCTURES[one.model_type].about
+        about = STRUCTURES[one.name].about
         schemes = ", ".join(f"`{name}`" for name in one.schemes) if one.kl is not None else ""
-        yield [f"`{one.model_type}`", about, one.state, schemes, layers, kl, one.why]
+        yield [f"`{one.name}`", about, one.state, schemes, layers, kl, one.why]
 
 
 def page(text: str, made: Mapping[str, str]) -> str:
@@ -257,8 +285,7 @@ def main() -> int:
         print(one, file=sys.stderr, flush=True)
         results.append(one)
     made = {
-        one.model_type: f"| {' | '.join(row)} |"
-        for one, row in zip(results, rows(results), strict=True)
+        one.name: f"| {' | '.join(row)} |" for one, row in zip(results, rows(results), strict=True)
     }
     print("\n".join(made.values()))
     PAGE.write_text(page(PAGE.read_text("utf-8"), made), encoding="utf-8")

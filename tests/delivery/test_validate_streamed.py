@@ -122,6 +122,29 @@ def test_a_head_with_a_scheme_and_rounded_caches_are_the_same_streamed(tiny_llam
     assert len({one.kl_nats_per_token for one in streamed}) == 3
 
 
+@pytest.mark.parametrize(
+    "name", long_but(("gemma3_text", "llama", "gpt2", "starcoder2"), "gemma3_text", "llama")
+)
+def test_an_embedding_with_a_scheme_is_the_same_streamed(name: str, tmp_path: Path) -> None:
+    folder = write_type(name, tmp_path / "model")
+    checkpoint = open_checkpoint(str(folder))
+    layers = find_layers(checkpoint, include_lm_head=True, include_embeddings=True)
+    plain = recipe_of(checkpoint, "int4.g32")
+    vocabulary = [group for group in layers.groups if group.layers[0].decoder_layer is None]
+    mixed = []
+    for schemes in (("int8.channel", "int4.g32"), ("bf16", "int8.channel")):
+        entries = (
+            RecipeGroup(group.name, scheme, tuple(layer.name for layer in group.layers))
+            for group, scheme in zip(vocabulary, schemes, strict=False)
+        )
+        mixed.append(replace(plain, groups=(*plain.groups, *entries), unquantized=()))
+    resident, streamed = both(folder, [mixed[0], plain, mixed[1], mixed[0]])
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert streamed[0].kl_nats_per_token != streamed[1].kl_nats_per_token
+    assert streamed[0].kl_nats_per_token == streamed[3].kl_nats_per_token
+
+
 def test_experts_with_schemes_of_their_own_are_the_same_streamed(tiny: TinyCheckpoint) -> None:
     checkpoint = open_checkpoint(str(tiny("qwen3_moe")))
     layers = find_layers(checkpoint)

@@ -435,3 +435,15 @@ def test_an_lm_head_is_a_linear_layer_but_in_classes_that_do_not_quantize_theirs
         assert legality(engine, "llama")(parse_scheme("int4.g128"), head) is not None
     refused = legality("vllm-hopper", "opt")(parse_scheme("int4.g32"), head)
     assert "its class reads the lm_head as it is" in (refused or "")
+
+
+def test_layers_of_mamba_1_are_left_as_they_are_by_vllm() -> None:
+    mixer = FusionGroup("layers.0.mamba.in", (layer("in_proj", 1024, 256),))
+    attention = FusionGroup("layers.1.attn.o", (layer("o_proj", 256, 256),))
+    scheme = parse_scheme("int4.g32")
+    for engine in ("vllm-hopper", "vllm-cpu"):
+        check = legality(engine, "jamba")
+        assert "reads the layers of Mamba 1 as they are" in (check(scheme, mixer) or "")
+        assert check(scheme, attention) is None
+        assert check(parse_scheme("bf16"), mixer) is None
+        assert legality(engine, "bamba")(scheme, mixer) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import ok
+from command_line import ok, refused
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from conftest import TinyCheckpoint
 from families import copy_with_config, copy_with_tensors
@@ -262,6 +262,63 @@ def test_the_whole_flow_starts_from_a_packed_source(
     text = ("--text", "demo-en", "--tokens", "96", "--sequence-length", "32")
     out = ok("validate", folder, tmp_path / "out", *text).out
     assert "enforced" in out
+
+
+def test_an_nvfp4_source_goes_through_the_whole_flow_with_layers_as_they_are_stored(
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    folder, _ = made("nvfp4")
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: [stored, int3.g32]\nlm_head: true\n")
+    stats, table, recipe = (tmp_path / name for name in ("stats", "table.jsonl", "recipe.yaml"))
+    short = ("--sequences", "4", "--sequence-length", "32", "--lm-head")
+    ok("calibrate", folder, "--corpus", "a=demo-en-calibration", *short, "-o", stats)
+    ok("measure", folder, "--space", space, "--stats", stats, "-o", table)
+    fixed = ("--fix", "last:1=stored", "--fix", "lm_head=stored")
+    budget = ("--max-bits", "8.5")
+    ok("search", table, *budget, *fixed, "--at-most", "first:1=4", "-o", recipe)
+    chosen = load_recipe(recipe)
+    assert chosen.made_by["constraints"].startswith("fixed last:1=stored; fixed lm_head=stored")
+    schemes = chosen.scheme_of_group
+    assert schemes["lm_head"] == "bf16"
+    # Exact where one global scale is that of all that engines join.
+    assert {schemes[f"layers.1.{of}"] for of in ("attn.o", "mlp.down")} == {"nvfp4@stored"}
+    assert schemes["layers.1.attn.qkv"] == "nvfp4"
+    assert {s for group, s in schemes.items() if group.startswith("layers.0.")} == {"int3.g32"}
+    text = ("--text", "demo-en", "--tokens", "96", "--sequence-length", "32", "--json")
+    emulated = ok("validate", folder, recipe, *text).json
+    ok("export", folder, recipe, "--to", "compressed-tensors", "-o", tmp_path / "out")
+    reloaded = ok("validate", folder, tmp_path / "out", *text).json
+    assert emulated["enforced"]
+    assert reloaded["enforced"]
+    assert reloaded["kl_nats_per_token"] == emulated["kl_nats_per_token"] > 0
+
+
+@pytest.mark.parametrize(
+    ("packing", "schemes", "message"),
+    [
+        ("int4 groups", "[int3.g32, int8.channel]", "`mofq measure` a search space whose schemes"),
+        ("gptq, act order", "[stored, int8.channel]", "keeps it in a way that no scheme has"),
+    ],
+)
+def test_a_layer_that_cannot_be_had_as_it_is_stored_is_refused(
+    packing: str,
+    schemes: str,
+    message: str,
+    made: Callable[[str], tuple[Path, dict[str, Tensor]]],
+    tmp_path: Path,
+) -> None:
+    folder, _ = made(packing)
+    space, table = tmp_path / "space.yaml", tmp_path / "table.jsonl"
+    space.write_text(f"version: 1\nschemes: {schemes}\n")
+    ok("measure", folder, "--space", space, "-o", table)
+    fixed = ("--fix", "last:1=stored")
+    said = refused("search", table, "--max-bits", "7", *fixed, "-o", tmp_path / "recipe.yaml")
+    assert "`--fix last:1=stored` leaves no scheme to layers.1.attn.qkv" in said
+    assert message in said
+    text = ("--corpus", "demo-en-calibration", "--text", "demo-en")
+    run = ("run", folder, "--space", space, "--max-bits", "7", *text, *fixed)
+    assert message in refused(*run, "-o", tmp_path / "run")
 
 
 @pytest.mark.long

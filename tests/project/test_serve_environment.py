@@ -9,6 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from exported import make_recipe
+
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.tensors import read_tensor
 
 SERVE = Path(__file__).parents[2] / "scripts" / "serve"
 #: What torchvision does while it is imported, whether or not its library was loaded.
@@ -51,3 +56,37 @@ def test_the_page_keeps_the_rows_of_types_that_were_not_tried(
     changed = set(after.splitlines()) ^ set(before.splitlines())
     assert row in changed
     assert len(changed) == 2
+
+
+def test_layers_are_compared_by_the_names_that_vllm_has_for_them(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+) -> None:
+    monkeypatch.syspath_prepend(SERVE.parents[1])
+    compare = import_module("scripts.serve.compare")
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipe = make_recipe(checkpoint, lambda *_: "bf16", lm_head=True)
+
+    def product(x_TI: torch.Tensor, *names: str) -> torch.Tensor:
+        weights = [read_tensor(checkpoint.tensors[f"{name}.weight"]).float() for name in names]
+        return x_TI @ torch.cat(weights).T
+
+    attention = "model.layers.0.self_attn"
+    x_TI = torch.randn(4, checkpoint.config["hidden_size"])
+    joined = product(x_TI, *(f"{attention}.{word}_proj" for word in "qkv"))
+    records = {
+        "blocks.0.attn.qkv_proj.x": x_TI,
+        "blocks.0.attn.qkv_proj.y": joined,
+        "lm_head.x": x_TI,
+        "lm_head.y": product(x_TI, "lm_head") + 1,
+    }
+    names = {
+        name: name.replace("model.layers.0.self_attn", "blocks.0.attn") for name in recipe.schemes
+    }
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    report: dict[str, object] = {}
+    wrong, left = compare.compare_layers(
+        checkpoint, recipe, records, packed, names, "bfloat16", report
+    )
+    assert report["layers"] == 2
+    assert wrong.startswith("layer lm_head: its output in vLLM is ")
+    assert left == ("layers: vLLM never ran 11 of them, such as model.layers.0.mlp.down_proj")

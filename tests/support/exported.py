@@ -73,9 +73,20 @@ MIXED = (
 )
 
 
-def make_recipe(checkpoint: Checkpoint, choose: Callable[[int, FusionGroup], str]) -> Recipe:
-    """A recipe that gives each fusion group what a function of its number and itself says."""
-    layers = find_layers(checkpoint)
+def make_recipe(
+    checkpoint: Checkpoint,
+    choose: Callable[[int, FusionGroup], str],
+    *,
+    lm_head: bool = False,
+) -> Recipe:
+    """A recipe that gives each fusion group what a function of its number and itself says.
+
+    Args:
+        checkpoint: Of the model.
+        choose: Called with the number of a group and the group.
+        lm_head: Whether it is a group too.
+    """
+    layers = find_layers(checkpoint, include_lm_head=lm_head)
     groups = []
     for number, group in enumerate(layers.groups):
         scheme = parse_scheme(choose(number, group))

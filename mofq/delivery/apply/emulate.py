@@ -7,7 +7,7 @@ their way into a layer. Arithmetic stays in the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -175,7 +175,17 @@ def prepare(
             check(group, schemes[group.name])
     on_disk = layers if checkpoint is None else find_recipe_layers(checkpoint, recipe)
     stored = {layer.name: layer for layer in on_disk.grouped_layers}
+    quantized = tuple(_with_global_scales(group, stored) for group in quantized)
     return Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint)
+
+
+def _with_global_scales(group: FusionGroup, stored: Mapping[str, LinearLayer]) -> FusionGroup:
+    """A fusion group of a model in memory, with the global scales that an NVFP4 source has."""
+    scales = [stored[layer.name].global_scale for layer in group.layers]
+    if all(scale is None for scale in scales):
+        return group
+    layers = zip(group.layers, scales, strict=True)
+    return replace(group, layers=tuple(replace(one, global_scale=scale) for one, scale in layers))
 
 
 def apply_prepared(

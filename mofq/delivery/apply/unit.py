@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from mofq.delivery.apply.emulate import Prepared, apply_prepared, check_modules
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import module_path, replace_module, round_kept
 from mofq.delivery.recipe_layers import static_amax
-from mofq.model.layers import FusionGroup, layers_of
+from mofq.model.layers import FusionGroup, ModelLayers, layers_of
 from mofq.model.layers.within import layers_within
 
 #: A fusion group, its scheme, its static scales and the statistics that the scheme is fitted to:
@@ -29,11 +29,28 @@ class Applied:
 
     prepared: Prepared
     apply_one: Callable[..., None]
+    head: str  #: path of the unit that computes logits
+
+    def layers_within(self, unit: str) -> ModelLayers:
+        """The layers of the model in memory inside a unit; a tied embedding is in two."""
+        return layers_within(self.prepared.layers, unit, head=self.head)
 
     def groups_within(self, unit: str) -> tuple[FusionGroup, ...]:
         """The quantized fusion groups inside a unit."""
-        inside = {group.name for group in layers_within(self.prepared.layers, unit).groups}
-        return tuple(group for group in self.prepared.quantized if group.name in inside)
+        inside = {group.name: group for group in self.layers_within(unit).groups}
+        return tuple(
+            self._tied(inside[group.name]) if group.layers[0].role == "tied" else group
+            for group in self.prepared.quantized
+            if group.name in inside
+        )
+
+    def _tied(self, group: FusionGroup) -> FusionGroup:
+        """An embedding's group in one of the two units that it is in."""
+        (layer,) = group.layers
+        at = layer.loaded
+        if layer.role == "lookup" or at is None:
+            return group
+        return FusionGroup(group.name, (replace(layer, tensor=at.name),))
 
     def together_within(self, unit: str) -> tuple[tuple[FusionGroup, ...], ...]:
         """The same, those together that have their weights in the same modules."""
@@ -69,9 +86,10 @@ class UnitModules:
     def applied(self, one: Applied) -> Iterator[None]:
         """Have a recipe applied to the unit for as long as the context lasts."""
         prepared, groups = one.prepared, one.groups_within(self.unit)
-        inside = layers_within(prepared.layers, self.unit)
+        inside = one.layers_within(self.unit)
         paths = [module_path(layer) for layer in layers_of(groups)]
         before = {path: self.model.get_submodule(path) for path in dict.fromkeys(paths)}
+        tables = {m: dict(m._parameters) for m in before.values() if isinstance(m, nn.Embedding)}
         rounded: Mapping[nn.Module, dict[str, nn.Parameter | None]] = {}
         if prepared.checkpoint is not None and prepared.checkpoint.source_format is not None:
             rounded = _copy_parameters(self.model.get_submodule(self.unit))
@@ -88,7 +106,7 @@ class UnitModules:
         finally:
             for path, module in before.items():
                 replace_module(self.model, path, module)
-            for module, parameters in rounded.items():
+            for module, parameters in (*tables.items(), *rounded.items()):
                 module._parameters.update(parameters)
 
     def _put(self, one: Applied, groups: Sequence[FusionGroup]) -> None:
@@ -97,8 +115,9 @@ class UnitModules:
         paths = list(dict.fromkeys(module_path(layer) for layer in layers))
         if choices in self._made:
             for path, module in self._made[choices].items():
-                replace_module(self.model, path, module)
+                self._replace(path, module)
         else:
+            before = {path: self.model.get_submodule(path) for path in paths}
             for group in groups:
                 scheme = one.prepared.schemes[group.name]
                 check_modules(self.model, group, scheme, one.prepared.recipe)
@@ -111,8 +130,19 @@ class UnitModules:
             for module, parameters in originals.items():
                 module._parameters.update(parameters)
             self._made[choices] = {path: self.model.get_submodule(path) for path in paths}
+            for path, module in self._made[choices].items():
+                replace_module(self.model, path, before[path])
+                self._replace(path, module)
         if self._left[choices] <= 0:
             del self._made[choices]
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        """Put what was made in the place of a module; of an embedding, which is a unit, weights."""
+        before = self.model.get_submodule(path)
+        if isinstance(before, nn.Embedding):
+            before._parameters.update(module._parameters)
+        else:
+            replace_module(self.model, path, module)
 
 
 def unit_modules(

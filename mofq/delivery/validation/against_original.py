@@ -16,7 +16,6 @@ from mofq import __version__
 from mofq.decision.recipe import Recipe, find_recipe
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_fits import open_fits
-from mofq.delivery.recipe_layers import has_embedding
 from mofq.delivery.rewriting.remake import Base, base_of
 from mofq.delivery.validation.candidates import (
     Candidate,
@@ -46,7 +45,7 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
-from mofq.model.streaming.execution import WHOLE_FOR_EMBEDDING, Execution, choose_execution
+from mofq.model.streaming.execution import Execution, choose_execution
 
 
 def validate_many(
@@ -126,8 +125,6 @@ def validate_many(
             unless = "a recipe that rewrites the model is applied to a whole one"
         elif any(one.applied is not None and one.applied.tuning is not None for one in opened):
             unless = "tuned norms are put into a whole model"
-        elif any(one.recipe is not None and has_embedding(one.recipe) for one in opened):
-            unless = WHOLE_FOR_EMBEDDING
         chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
         if chosen.remark is not None and tell is not None:
             tell(chosen.remark)

@@ -257,7 +257,7 @@ def _open_original(
         prepared = prepare(
             streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
         )
-        applied = Applied(prepared, partial(apply_group, fits=fits))
+        applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
         subjects.append(
             Subject(
                 folder / f"candidate-{number}",
@@ -290,7 +290,7 @@ def _open_folder(
         )
         applied = None
         if served is not None:
-            applied = Applied(prepare(streamed.model, served), quantize_inputs)
+            applied = Applied(prepare(streamed.model, served), quantize_inputs, streamed.head)
     is_enforced = recipe is not None and not candidate.is_foreign
     fits = None
     if is_enforced:
@@ -316,9 +316,7 @@ def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
     """Refuse what a recipe would change outside of the units."""
     units = run.streamed.weights.units
     for applied in run.recipes:
-        inside = {
-            g.name for unit in units for g in layers_within(applied.prepared.layers, unit).groups
-        }
+        inside = {group.name for unit in units for group in applied.layers_within(unit).groups}
         for group in applied.prepared.quantized:
             if group.name not in inside:
                 raise StreamingError(f"{group.name} lies outside of the decoder layers")
@@ -408,7 +406,7 @@ def _enforce(
         subject.layers,
         subject.candidate.folder is not None,
     )
-    inside = layers_within(layers, unit)
+    inside = layers_within(layers, unit, head=run.streamed.head)
     schemes = group_schemes(inside, recipe)
     applied: dict[str, tuple[str, Choices]] = {}
     if subject.applied is not None:
@@ -464,6 +462,7 @@ def _deviations(
     rest = {name: one for name, one in state.items() if not name.startswith(units)}
     kinds[2].extend(other_deviations(rest, checkpoint, subject.layers, recipe))
     order = {layer.name: n for n, layer in enumerate(layers_of(subject.layers.groups))}
+    kinds[0][:] = dict.fromkeys(kinds[0])  # a tied embedding is in two units
     kinds[0].sort(key=lambda one: order[one.layer])
     names = {name: n for n, name in enumerate(checkpoint.tensors)}
     kinds[2].sort(key=lambda one: names[one.layer])

@@ -117,7 +117,7 @@ class StreamedKl:
             check=partial(check_fits, self._fits),
             checkpoint=self.checkpoint,
         )
-        applied = Applied(prepared, partial(apply_group, fits=self._fits))
+        applied = Applied(prepared, partial(apply_group, fits=self._fits), self._streamed.head)
         run = Run(self._streamed, [Subject(self._folder / "recipe", applied=applied)])
         check_units(run, self.checkpoint)
         return self._run(run, applied)

@@ -283,6 +283,7 @@ def table_space(space: SearchSpace, engine: str | None) -> TableSpace:
         exclude=space.exclude,
         candidates=tuple(tuple(s.name for s in one.schemes) for one in space.candidates),
         constraints=space.constraints,
+        stored=tuple(space.kept.items()),
     )
 
 

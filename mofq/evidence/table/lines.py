@@ -233,6 +233,10 @@ class TableSpace:
         Field(description="the schemes again; of several in one entry the first that fits counts"),
     ] = None
     constraints: tuple[LayerConstraint, ...] = ()  #: on what is chosen
+    stored: Annotated[
+        tuple[tuple[Name, Names], ...],
+        Field(description="fusion groups of a quantized source, with what it keeps them in"),
+    ] = ()
 
     def extends(self, other: TableSpace) -> bool:
         """Whether this is the other definition with, at most, more schemes.

@@ -14,11 +14,6 @@ from mofq.model.checkpoint.headers import Checkpoint
 
 Execution = Literal["auto", "resident", "streamed"]
 
-#: Why a model whose embedding has a scheme is run whole.
-WHOLE_FOR_EMBEDDING = (
-    "an embedding that has a scheme is looked up and may be the lm_head too, which are at both ends"
-)
-
 #: Of what is free; the rest is for all that is not counted.
 _SHARE = 0.8
 _MEMINFO = Path("/proc/meminfo")
