@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_a_layer_is_explained_and_a_time_is_told(measured: Measured, tmp_path: P
     assert "--max-bits: 10 kB more would save" in shown  # of a checkpoint of 1.3 MB
     assert "decode:batch=8,context=128 on h100, at least" in shown
     assert "Did you mean" in refused(*search, "--explain", "model.layers.0.mlp.down")
+
+
+def test_rows_larger_than_any_that_was_compared_with_a_measurement_are_told(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("search", measured.table, "--max-bits", "5", "--explain", LAYER)
+    search = (*asked, "-o", tmp_path / "recipe.yaml")
+    said = "more than any single layer was compared with a measurement at"
+    assert said not in ok(*search).err
+    known = replace(row_error(), largest=1e-9)
+    monkeypatch.setattr("mofq.decision.model_error.row_error", lambda: known)
+    assert f"Errors above 1e-09 are {said}" in ok(*search).err
 
 
 def test_a_budget_of_time_is_kept_and_named(measured: Measured, tmp_path: Path) -> None:

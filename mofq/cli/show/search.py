@@ -118,6 +118,10 @@ def _time_row(decision: Decision, seconds: float) -> list[str]:
 
 def _print_explanation(explanation: Explanation, *, size: int) -> None:
     """Its alternatives, why, and what more of budgets is worth: of bytes, up to 1 % of the size."""
+    from mofq.decision.budgets import option_of
+    from mofq.decision.model_error import row_error
+    from mofq.decision.problem import KL_UNIT
+
     columns = ["scheme", "bits", "error, 95 %", "against the chosen", "with bytes priced"]
     rows = [_alternative(one) for one in explanation.alternatives]
     if any(not one.is_offered for one in explanation.alternatives):
@@ -128,13 +132,18 @@ def _print_explanation(explanation: Explanation, *, size: int) -> None:
     title = f"{explanation.group} ({members}): {explanation.chosen}  [{explanation.unit}]"
     print_table(title, columns, rows)
     say(explanation.why)
+    if explanation.unit == KL_UNIT and any(
+        one.error > row_error().largest for one in explanation.alternatives
+    ):
+        note(
+            f"Errors above {row_error().largest:g} are more than any single layer was compared "
+            "with a measurement at: they may be much too small."
+        )
     if explanation.has_flips:
         note(
             "Errors are of tokens that stay with their experts; what changes of experts cost is "
             "predicted of the recipe alone."
         )
-    from mofq.decision.budgets import option_of
-
     for budget, price in explanation.prices.items():
         step = 10 ** max(0, len(str(size)) - 3)
         what, times = _PRICED.get(budget, (short_bytes(step), step))

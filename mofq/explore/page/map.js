@@ -269,6 +269,10 @@ function paintPanel() {
       + (one.cached ? `${countText(one.cached, "number")} a token` : countText(one.weights, "weight")) }),
     ...whySentences(state.group, chosen).map((text) => element("p", { text })),
     element("div", { class: "scroll" }, errorTable(one, chosen)),
+    ...one.options.some((option) => option[ERRORS].some(isOutOfRange)) ? [element("p", {
+      text: `† Above ${data.row_error.largest} nats per token, more than any single layer was compared `
+        + "with a measurement at: it may cost much more.",
+    })] : [],
     ...(one.rejected.length ? [rejectedList(one)] : []),
     ...[profileSection(one)].filter((part) => part !== null),
   );

@@ -98,7 +98,13 @@ function rowStderr(error, sampling) {
 
 // A row and half of its 95 % interval; of an error that is no KL its standard error.
 function rowText(error, sampling) {
-  return (data.is_kl ? withInterval : withError)(error, rowStderr(error, sampling));
+  const text = (data.is_kl ? withInterval : withError)(error, rowStderr(error, sampling));
+  return isOutOfRange(error) ? `${text} †` : text;
+}
+
+// Whether a row is larger than any that was compared with a measurement.
+function isOutOfRange(error) {
+  return Boolean(data.row_error) && error > data.row_error.largest;
 }
 
 function optionOf(group, scheme) {
