@@ -100,8 +100,7 @@ class UnitModules:
                 replace_module(self.model, path, module)
         else:
             for group in groups:
-                scheme = one.prepared.schemes[group.name]
-                check_modules(self.model, group, scheme, one.prepared.recipe)
+                check_modules(self.model, group)
             originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
             if any(layer.expert is not None for layer in layers):
                 for path in paths:  # experts are rounded in place
