@@ -13,6 +13,11 @@ def short_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def signed_error(value: float, stderr: float | None) -> str:
+    """A difference: ``+0.0412 ± 0.0031``."""
+    return ("+" if value >= 0 else "") + with_error(value, stderr)
+
+
 def with_error(value: float | None, stderr: float | None) -> str:
     """``0.0412 ± 0.0031``, two digits of the error; or a dash."""
     if value is None:

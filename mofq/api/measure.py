@@ -228,7 +228,8 @@ def measure_space(
     start = monotonic()
     path = Path(output)
     texts = load_corpora(corpora, tell)
-    _check_corpora(bool(texts), stats, where, experts)
+    if texts:
+        _check_corpora(stats, where, experts)
     check_gradient_dtype(dtype)
     rows_before = _count_lines(path)
     checkpoint = open_checkpoint(str(model))
@@ -339,14 +340,12 @@ def work_of(table: Path) -> Path:
     return table.with_name(f".{table.name}.streamed")
 
 
-def _check_corpora(are_given: bool, stats: str | Path | None, where: Where, experts: str) -> None:
+def _check_corpora(stats: str | Path | None, where: Where, experts: str) -> None:
     """Refuse what does not go with calibrating while measuring.
 
     Raises:
         MofqError: As said.
     """
-    if not are_given:
-        return
     if stats is not None:
         raise MofqError(
             f"{option('corpora')}: {option('stats')} has corpora of its own. Leave one of the two "

@@ -150,7 +150,7 @@ def check_output(
         )
 
 
-def check_folder(path: Path, *, folders: Iterable[object] = ()) -> None:
+def check_folder(path: Path, *, folders: Iterable[object]) -> None:
     """Refuse a folder that cannot be made or written to, or lies in an input.
 
     Args:

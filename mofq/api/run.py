@@ -43,28 +43,28 @@ from mofq.api.options import (
 )
 from mofq.api.preconditions import check_folder
 from mofq.api.request import make_request
+from mofq.api.run_delivery import (
+    beside_the_proof,
+    decide_run,
+    export_recipe,
+    preferred,
+    tune_where_it_helps,
+    uniform_rivals,
+    validate_candidates,
+    with_notes_of_run,
+    within_budgets,
+)
 from mofq.api.run_effort import Effort, Offered, Timed, Tried, Twins
 from mofq.api.run_evidence import Measure, Subject, gather_evidence
 from mofq.api.run_folder import (
     SEARCHED,
-    Asked,
+    NotedRequest,
     RunFiles,
     check_ends_as_before,
     find_files,
     former_recipes,
     keep_former,
     write_results,
-)
-from mofq.api.run_outcome import (
-    beside_the_proof,
-    decide_run,
-    export_recipe,
-    noting,
-    preferred,
-    tune_where_it_helps,
-    uniform_rivals,
-    validate_candidates,
-    within_budgets,
 )
 from mofq.api.run_request import CheckedRun, RunOptions, check_run, stores_stats
 from mofq.exceptions import MofqError, Remark, option
@@ -245,7 +245,7 @@ def run(
     with hold_folder(folder, busy):
         files = find_files(
             folder,
-            Asked.of_request(checked.options.request, checked.offered.space, effort=effort),
+            NotedRequest.of_request(checked.options.request, checked.offered.space, effort=effort),
             table_space(checked.offered.space, engine),
         )
         for selection in checked.selections:
@@ -276,7 +276,7 @@ def _run(run: CheckedRun, files: RunFiles) -> RunResult:
         decision = decide_run(asked, table, subject)
         for note in decision.notes:
             asked.tell(note)
-        searched = noting(decision.recipe, asked.effort, evidence)
+        searched = with_notes_of_run(decision.recipe, asked.effort, evidence)
         uniform = uniform_rivals(table, request, searched, most=asked.rivals)
         candidates = keep_former(files, {SEARCHED: searched, **uniform})
     if asked.effort != "quick" and not former_recipes(files):

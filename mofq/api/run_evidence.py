@@ -93,20 +93,19 @@ def gather_evidence(
     with timed("measure") as seconds:
         table = rows_for(measure(first, {}), twins, {})
     rounded = predicted("codes rounded to nearest", table, request, seconds())
-    tables, rewritten = {first: table}, list[tuple[Subject, Tried]]()
+    tables = {first: table}
+    rewritten: list[tuple[Subject, Table, Tried]] = []
     if is_stored and may_be_rewritten(run):
-        others = {}
-        for subject, of_subject, said in _rewritten(
+        rewritten = _rewritten(
             run,
             files,
             table,
             first=first,
             measure=lambda subject: rows_for(measure(subject, {}), twins, {}),
             timed=timed,
-        ):
-            others[subject] = of_subject
-            rewritten.append((subject, said))
-        tables |= _best(others, request) if others else {}
+        )
+        if rewritten:
+            tables |= _best({subject: table for subject, table, _ in rewritten}, request)
         if run.options.effort == "normal":
             tables = _best(tables, request)
     if twins:
@@ -117,7 +116,7 @@ def gather_evidence(
                 for subject, table in tables.items()
             }
     ((subject, table),) = _best(tables, request).items()
-    tried = [rounded, *(replace(one, is_taken=subject is of) for of, one in rewritten)]
+    tried = [rounded, *(replace(one, is_taken=subject is of) for of, _, one in rewritten)]
     if twins:
         tried.append(predicted("fitted codes", table, request, seconds()))
     return Evidence(subject, table, tuple(tried))

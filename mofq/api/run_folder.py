@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from mofq.api.figures import short_bytes
 from mofq.api.request import read_corpus_weights
@@ -89,7 +89,7 @@ class RunFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class NotedRequest:
     """What a run is asked for, as far as recipes note it."""
 
     budget: Mapping[str, object]
@@ -103,7 +103,7 @@ class Asked:
     effort: str = "quick"  #: that of versions before there was another
 
     @classmethod
-    def of_request(cls, request: Request, space: SearchSpace, *, effort: str = "quick") -> Asked:
+    def of_request(cls, request: Request, space: SearchSpace, *, effort: str = "quick") -> Self:
         """What a run asks for, before it has a table; of the space that the table will note."""
         from mofq.decision.request import lowest_terms
         from mofq.decision.result import budget_figures
@@ -120,7 +120,7 @@ class Asked:
         )
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe) -> Asked:
+    def of_recipe(cls, recipe: Recipe) -> Self:
         """What a former run asked for."""
         from mofq.decision.request import lowest_terms
 
@@ -140,7 +140,7 @@ class Asked:
             noted("effort") or "quick",
         )
 
-    def differences_from(self, other: Asked) -> list[str]:
+    def differences_from(self, other: NotedRequest) -> list[str]:
         """What sets this apart from another request, as parts of names; none: they are one."""
         parts = []
         if self.engine != other.engine:
@@ -159,7 +159,7 @@ class Asked:
             parts = [*self._budget_parts(), *parts]
         return [_UNFIT.sub("-", part) for part in parts]
 
-    def has_changed_space(self, other: Asked) -> bool:
+    def has_changed_space(self, other: NotedRequest) -> bool:
         """Whether the search space is another one than that of the same name was."""
         hashes = {self.space_sha256, other.space_sha256}
         is_named_so = self.space == other.space and self.has_twins == other.has_twins
@@ -208,7 +208,7 @@ def _in_order(constraints: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(constraints)))
 
 
-def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
+def find_files(folder: Path, asked: NotedRequest, space: TableSpace) -> RunFiles:
     """Where the results of a request lie, or will.
 
     Args:
@@ -228,14 +228,14 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
     _check_numerics(first.table)
     for files in dict.fromkeys((first, *finished_runs(folder))):
         for path, recipe in former_recipes(files).items():
-            found = Asked.of_recipe(recipe)
+            found = NotedRequest.of_recipe(recipe)
             if asked.has_changed_space(found) and not _continues(space, first.table):
                 raise MofqError(
                     f"{path}: was decided in the search space {asked.space} as it was then, "
                     f"and its schemes are in the table there. Run with another {option('output')}."
                 )
     former = list(former_recipes(first).values())
-    different = asked.differences_from(Asked.of_recipe(former[0])) if former else []
+    different = asked.differences_from(NotedRequest.of_recipe(former[0])) if former else []
     files = RunFiles(folder, "-" + "-".join(different)) if different else first
     formers = former_recipes(files)
     if len({recipe.tuning for recipe in formers.values()}) > 1:
@@ -250,7 +250,7 @@ def find_files(folder: Path, asked: Asked, space: TableSpace) -> RunFiles:
                 f"found. Run with another {option('output')}, or move {files.recipe.name}, "
                 f"{files.validation.name} and {files.model.name} away."
             )
-        found = Asked.of_recipe(recipe)
+        found = NotedRequest.of_recipe(recipe)
         if asked.differences_from(found):
             raise MofqError(
                 f"{path}: is the result for {found}, and this run asks for {asked}. Run with "

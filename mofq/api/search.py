@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from mofq.decision import Decision, Request
     from mofq.decision.explain import Explanation
     from mofq.decision.recipe import Recipe
-    from mofq.delivery.validation.measured_kl import MeasuredKl
-    from mofq.delivery.validation.streamed_kl import StreamedKl
+    from mofq.delivery.validation.measured_kl import Objective
     from mofq.evidence.constraints import Selection
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
@@ -287,7 +286,7 @@ def decide_on_model(
     )
     if chosen.remark is not None:
         tell(chosen.remark)
-    kind: type[MeasuredKl] | type[StreamedKl] = StreamedKl if chosen.is_streamed else MeasuredKl
+    kind = StreamedKl if chosen.is_streamed else MeasuredKl
     with kind(
         str(on_model.model),
         load_named(on_model.text),
@@ -337,7 +336,7 @@ def _decide_in_study(
     request: Request,
     on_model: OnModel,
     study: Study,
-    objective: MeasuredKl | StreamedKl,
+    objective: Objective,
     *,
     progress: Progress | None,
     tell: Tell,

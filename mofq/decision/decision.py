@@ -176,47 +176,32 @@ def notes_of_prediction(
     """
     if problem.unit != KL_UNIT:
         return ()
-    few = (
+    notes = [
         f"{count} calibration sequences are too few for error bars that mean anything"
         f"{f' on {corpus}' if len(problem.corpora) > 1 else ''}, and to cross-fit the prediction; "
         f"calibrate with at least {FEW_SAMPLES}."
         for corpus, count in _samples(table, problem).items()
         if count < FEW_SAMPLES
-    )
-    return (
-        *few,
-        *_outlying_sequences(problem, choice_F),
-        *_without_answers(problem, choice_F),
-        *_in_sample(problem, prediction),
-        *_out_of_range(prediction),
-        *_unknown_routers(table, problem),
-        *rare_experts(table),
-    )
-
-
-def _in_sample(problem: Problem, prediction: Estimate) -> list[str]:
-    """That a prediction is not cross-fitted, although there are samples enough."""
-    if not prediction.is_in_sample or not is_crossfitted(problem):
-        return []
-    return [
-        "The prediction is not cross-fitted, since half of the calibration sequences do not offer "
-        "what the budgets need: it is of the very sequences that the recipe was chosen on, and "
-        "likely a few percent too low. Calibrate on more, or measure with `mofq validate`."
     ]
-
-
-def _out_of_range(prediction: Estimate) -> list[str]:
-    """That the expansion says little of errors so large."""
-    if not prediction.is_out_of_range:
-        return []
-    return [
-        Remark(
-            f"The predicted KL is out of the range in which predictions were compared with "
-            f"measurements, {model_error().largest:g} nats per token: the recipe may cost much "
-            f"more. Measure it with `mofq validate`, or search with {option('max_kl')}, "
-            f"{option('model')} and {option('text')}, which measures."
+    notes += _outlying_sequences(problem, choice_F)
+    notes += _without_answers(problem, choice_F)
+    if prediction.is_in_sample and is_crossfitted(problem):
+        notes.append(
+            "The prediction is not cross-fitted, since half of the calibration sequences do not "
+            "offer what the budgets need: it is of the very sequences that the recipe was chosen "
+            "on, and likely a few percent too low. Calibrate on more, or measure with `mofq "
+            "validate`."
         )
-    ]
+    if prediction.is_out_of_range:
+        notes.append(
+            Remark(
+                f"The predicted KL is out of the range in which predictions were compared with "
+                f"measurements, {model_error().largest:g} nats per token: the recipe may cost much "
+                f"more. Measure it with `mofq validate`, or search with {option('max_kl')}, "
+                f"{option('model')} and {option('text')}, which measures."
+            )
+        )
+    return (*notes, *_unknown_routers(table, problem), *rare_experts(table))
 
 
 def _unknown_routers(table: Table, problem: Problem) -> list[str]:

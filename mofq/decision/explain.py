@@ -89,12 +89,13 @@ def explain(table: Table, request: Request, decision: Decision, layer: str) -> E
     alternatives.sort(key=lambda one: (one.priced_difference or 0.0, one.error))
     group = problem.groups[number]
     chosen = problem.schemes[chosen_F[number]]
+    was_measured = decision.recipe.result.kl_measured is not None
     return Explanation(
         group.name,
         group.layers,
         problem.unit,
         chosen,
-        why=_why(chosen, alternatives, prices, was_measured=_was_measured(decision)),
+        why=_why(chosen, alternatives, prices, was_measured=was_measured),
         prices=prices,
         alternatives=tuple(alternatives),
         has_flips=problem.flip_FC is not None,
@@ -191,10 +192,6 @@ def _alternative(
         ),
         is_offered=is_offered,
     )
-
-
-def _was_measured(decision: Decision) -> bool:
-    return decision.recipe.result.kl_measured is not None
 
 
 def _why(

@@ -395,6 +395,26 @@ def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:
     )
 
 
+def with_corpus(problem: Problem, corpus: int) -> Problem:
+    """The problem as it would be if only one corpus counted, of which the index is given.
+
+    Without error bars.
+    """
+    one = slice(corpus, corpus + 1)
+    samples, answers, flips = problem.sample_errors, problem.answers, problem.flip_FC
+    return replace(
+        problem,
+        corpora=problem.corpora[one],
+        corpus_weights=(1.0,),
+        error_PC=problem.error_PC[:, [corpus]],
+        stderr_PC=None,
+        sample_errors=None if samples is None else samples[one],
+        answers=None if answers is None else answers[one],
+        flip_FC=None if flips is None else flips[:, one],
+        flip_stderr_C=problem.flip_stderr_C and problem.flip_stderr_C[one],
+    )
+
+
 def standard_error(values_PN: FloatArray) -> FloatArray:
     """Of the mean over the last axis; infinite where there are fewer than two values."""
     count = values_PN.shape[-1]

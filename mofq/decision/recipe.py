@@ -543,10 +543,13 @@ def recipe_header(recipe: Recipe) -> str:
         f"version: {recipe.version}",
         f"model: {_flow(model)}",
     ]
+    result: Mapping[str, Scalar] = recipe.result.known()
+    if result:
+        result = {**result, "decisions_sha256": recipe.result.decisions_sha256}
     for name, values in (
         ("made_by", recipe.made_by),
         ("budget", recipe.budget),
-        ("result", _with_hash(recipe.result)),
+        ("result", result),
     ):
         if values:
             lines.append(f"{name}: {_flow(values)}")
@@ -565,18 +568,20 @@ def recipe_text(recipe: Recipe) -> str:
     lines = [recipe_header(recipe)]
     lines.append("groups:  # one scheme per fusion group" if recipe.groups else "groups: {}")
     for group in recipe.groups:
-        lines.append(f"  {yaml_scalar(group.name)}:")
-        lines.append(f"    scheme: {yaml_scalar(group.scheme)}")
-        lines.append(f"    layers: {_names(group.layers)}")
-        if group.static_amax is not None:
-            lines.append(f"    static_amax: {_flow(group.static_amax)}")
+        lines += _entry_lines(group, f"    layers: {_names(group.layers)}")
     lines.append(f"unquantized: {_names(recipe.unquantized)}  # nothing else is left out")
-    return "\n".join(lines + cache_lines(recipe.kv_cache)) + "\n"
+    if recipe.kv_cache:
+        lines.append("kv_cache:  # how each attention layer keeps its keys and values")
+    for cache in recipe.kv_cache:
+        lines += _entry_lines(cache)
+    return "\n".join(lines) + "\n"
 
 
-def _with_hash(result: RecipeResult) -> Mapping[str, Scalar]:
-    known = result.known()
-    return known | {"decisions_sha256": result.decisions_sha256} if known else {}
+def _entry_lines(one: RecipeGroup | RecipeCache, *more: str) -> list[str]:
+    lines = [f"  {yaml_scalar(one.name)}:", f"    scheme: {yaml_scalar(one.scheme)}", *more]
+    if one.static_amax is not None:
+        lines.append(f"    static_amax: {_flow(one.static_amax)}")
+    return lines
 
 
 def _rewriting_lines(rewriting: Rewriting | None) -> list[str]:
@@ -594,25 +599,9 @@ def _rewriting_lines(rewriting: Rewriting | None) -> list[str]:
     return lines
 
 
-def cache_lines(caches: Sequence[RecipeCache]) -> list[str]:
-    """The YAML of the section; nothing where the recipe says nothing of the cache."""
-    if not caches:
-        return []
-    lines = ["kv_cache:  # how each attention layer keeps its keys and values"]
-    for cache in caches:
-        lines.append(f"  {yaml_scalar(cache.name)}:")
-        lines.append(f"    scheme: {yaml_scalar(cache.scheme)}")
-        if cache.static_amax is not None:
-            lines.append(f"    static_amax: {_flow(cache.static_amax)}")
-    return lines
-
-
 def _flow(values: Mapping[str, Scalar]) -> str:
-    return (
-        "{"
-        + ", ".join(f"{yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in values.items())
-        + "}"
-    )
+    pairs = (f"{yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in values.items())
+    return "{" + ", ".join(pairs) + "}"
 
 
 def _names(names: tuple[str, ...]) -> str:

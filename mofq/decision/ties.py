@@ -32,8 +32,6 @@ class Ties:
     choice_F: IntArray  #: after the moves
     tied_layers: int  #: whose group had a simpler scheme within noise
     moved_layers: int  #: whose group took it
-    moved_groups: tuple[str, ...]
-    loss: Estimate | None  #: paired, of all moves together; None: no samples are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +59,21 @@ def move_ties(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Ties:
         The choice after the moves, and how many layers had ties.
     """
     if problem.sample_errors is None or min(e.shape[1] for e in problem.sample_errors) < 2:
-        return Ties(choice_F, 0, 0, moved_groups=(), loss=None)
+        return Ties(choice_F, 0, 0)
     moves = _simplest_ties(problem, budgets, choice_F)
     moves.sort(key=lambda move: (move.loss.value, move.group))
     accuracy = () if budgets.max_kl is None else max_kl_constraints(problem, budgets.max_kl)
-    moved_F, loss = choice_F, Estimate(0.0, 0.0)
+    moved_F = choice_F
     taken: list[_Move] = []
     for move in moves:
         next_F = moved_F.copy()
         next_F[move.group] = move.option
-        next_loss = paired_loss(problem, choice_F, next_F)
-        is_kept = keeps_all(accuracy, next_F)
-        if not (is_kept and _within(next_loss, RECIPE_STDERRS)):
+        loss = paired_loss(problem, choice_F, next_F)
+        if not (keeps_all(accuracy, next_F) and _within(loss, RECIPE_STDERRS)):
             break
-        moved_F, loss = next_F, next_loss
+        moved_F = next_F
         taken.append(move)
-    return Ties(
-        moved_F,
-        tied_layers=_layers(problem, moves),
-        moved_layers=_layers(problem, taken),
-        moved_groups=tuple(problem.groups[move.group].name for move in taken),
-        loss=loss,
-    )
+    return Ties(moved_F, _layers(problem, moves), _layers(problem, taken))
 
 
 def _within(loss: Estimate, stderrs: float) -> bool:

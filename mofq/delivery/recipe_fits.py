@@ -74,13 +74,10 @@ def _of_hash(stats: Stats, sha256: str) -> Stats | None:
 
     Samples that were not stored when the recipe was measured may be stored now.
     """
-    if stats.sha256.startswith(sha256) or _passing(stats).startswith(sha256):
+    if passing_stats(stats.folder, stats.plan).sha256.startswith(sha256):
         return stats
-    return next((one for one in earlier_stats(stats) if one.sha256.startswith(sha256)), None)
-
-
-def _passing(stats: Stats) -> str:
-    return passing_stats(stats.folder, stats.plan).sha256
+    every = (stats, *earlier_stats(stats))
+    return next((one for one in every if one.sha256.startswith(sha256)), None)
 
 
 def _recorded(recipe: Recipe) -> str | None:

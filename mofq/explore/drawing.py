@@ -59,7 +59,7 @@ def read_drawing(
     compared = tuple(recipe_point(path, table, problem, request) for path in recipes)
     # The validations of several runs have uniform schemes in common.
     found = (point for path in validations for point in measured_points(path, table.header))
-    measured = [_joined(one, compared, problem) for one in dict.fromkeys(found)]
+    measured = [_with_recipe(one, compared, problem) for one in dict.fromkeys(found)]
     labels = [one.label for one in compared]
     compared = tuple(
         one
@@ -70,7 +70,7 @@ def read_drawing(
     return Drawing(table, request, problem, recipes=compared, measured=tuple(measured))
 
 
-def _joined(
+def _with_recipe(
     measured: MeasuredPoint, recipes: Sequence[ReferencePoint], problem: Problem
 ) -> MeasuredPoint:
     """With the recipe that was measured, where it is drawn too.

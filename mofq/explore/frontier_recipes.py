@@ -10,11 +10,12 @@ import numpy as np
 from mofq.decision import Budgets, Frontier, Problem, decide, solve_frontier
 from mofq.decision.frontier import sized
 from mofq.decision.prediction import error_together
-from mofq.decision.problem import FloatArray, IntArray
+from mofq.decision.problem import FloatArray, IntArray, with_corpus
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import request_flags
 from mofq.explore.drawing import Drawing
 from mofq.files.progress import Progress
+from mofq.files.steps import told
 
 #: As many points as a slider can tell apart, and deciding them takes seconds.
 MOST_POINTS = 160
@@ -47,7 +48,7 @@ def frontier_recipes(
     frontier = solve_frontier(problem, others)
     found: list[FrontierRecipe] = []
     points = spaced_points(frontier, most)
-    for number, k in enumerate(points):
+    for k in told(points, progress, "frontier", total=len(points)):
         budgets, flags = _budget(problem, others, int(frontier.bytes_K[k]))
         request = replace(drawing.request, budgets=budgets, ties=False)
         recipe = decide(drawing.table, request, problem=problem).recipe
@@ -55,8 +56,6 @@ def frontier_recipes(
         if not found or (choice_F != found[-1].choice_F).any():
             flags += f" --ties off{request_flags(drawing.request)}"
             found.append(FrontierRecipe(recipe, choice_F, flags))
-        if progress is not None:
-            progress("frontier", number + 1, len(points))
     return found
 
 
@@ -110,19 +109,7 @@ def best_for_corpus(
         For each choice the last point of the corpus's own frontier that is no larger; the
         choice itself where that one, which lies between two points, is better.
     """
-    alone = replace(
-        problem,
-        corpora=problem.corpora[corpus : corpus + 1],
-        corpus_weights=(1.0,),
-        error_PC=problem.error_PC[:, [corpus]],
-        stderr_PC=None,
-        sample_errors=None
-        if problem.sample_errors is None
-        else problem.sample_errors[corpus : corpus + 1],
-        answers=None if problem.answers is None else problem.answers[corpus : corpus + 1],
-        flip_FC=None if problem.flip_FC is None else problem.flip_FC[:, corpus : corpus + 1],
-        flip_stderr_C=problem.flip_stderr_C and problem.flip_stderr_C[corpus : corpus + 1],
-    )
+    alone = with_corpus(problem, corpus)
     frontier = solve_frontier(alone, budgets)
     best = []
     for choice_F in choices:

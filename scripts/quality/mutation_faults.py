@@ -206,8 +206,8 @@ _NUMBERS = (
     ),
     Fault(
         "enforcement of the first layer of each fusion group",
-        "    for layer in group.layers:\n        codes = None",
-        "    for layer in group.layers[:1]:\n        codes = None",
+        "    for layer in group.layers:\n            codes = None",
+        "    for layer in group.layers[:1]:\n            codes = None",
         "enforcement",
     ),
     Fault(

@@ -11,7 +11,7 @@ from explore_tables import write_explore_table
 
 from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
-from mofq.api.run_outcome import preferred, uniform_rivals, within_budgets
+from mofq.api.run_delivery import preferred, uniform_rivals, within_budgets
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult
 from mofq.delivery.validation import Validation
 from mofq.evidence.table import read_table

@@ -14,14 +14,14 @@ from safetensors.torch import save
 
 from mofq.api.options import Choices
 from mofq.api.request import make_request
-from mofq.api.run_folder import Asked, RunFiles, find_files
+from mofq.api.run_folder import NotedRequest, RunFiles, find_files
 from mofq.decision.recipe import Recipe, RecipeGroup, RecipeResult, write_recipe
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import TableSpace, open_table, read_table
 from mofq.exceptions import MofqError
 
-FIRST = Asked({"bits_per_weight": 5.0}, "vllm-cpu", "serving", "a" * 64, None)
+FIRST = NotedRequest({"bits_per_weight": 5.0}, "vllm-cpu", "serving", "a" * 64, None)
 SPACE = TableSpace("serving", "a" * 64, ("int4.g64",), (), 1.0, "vllm-cpu", "0.1.0")
 RECIPE = Recipe(
     "org/model",
@@ -79,10 +79,10 @@ def test_constraints_of_a_recipe_are_those_of_its_space_and_request_in_any_order
     text = "version: 1\nschemes: [int4.g64, int8.g64]\nat_least: {'attn.*': 8}\n"
     space = parse_search_space(text, name="serving", where="s")
     choices = Choices(fixed={"first:1": "bf16"}, at_least={"attn.*": 8})
-    asked = Asked.of_request(make_request(choices), space)
+    asked = NotedRequest.of_request(make_request(choices), space)
     noted = "fixed first:1=bf16; at_least attn.*=8"
     assert asked.constraints == ("at_least attn.*=8", "fixed first:1=bf16")
-    assert Asked.of_recipe(replace(RECIPE, made_by={"constraints": noted})).constraints == (
+    assert NotedRequest.of_recipe(replace(RECIPE, made_by={"constraints": noted})).constraints == (
         asked.constraints
     )
 
@@ -96,12 +96,12 @@ def test_a_space_has_changed_where_its_name_is_the_same_and_its_hash_is_not() ->
 def test_a_space_with_fitted_twins_is_no_other_space_than_its_own() -> None:
     text = "version: 1\nschemes: [int4.g64]\n"
     space = parse_search_space(text, name="serving+fitted", where="s")
-    asked = Asked.of_request(make_request(Choices(space=space.name)), space, effort="normal")
+    asked = NotedRequest.of_request(make_request(Choices(space=space.name)), space, effort="normal")
     assert asked.space == "serving"
     assert not asked.has_changed_space(replace(FIRST, effort="quick"))
     assert asked.has_changed_space(replace(FIRST, effort="best"))
     noted = {"space": "serving+fitted", "space_sha256": space.sha256, "effort": "normal"}
-    assert Asked.of_recipe(replace(RECIPE, made_by=noted)).space == "serving"
+    assert NotedRequest.of_recipe(replace(RECIPE, made_by=noted)).space == "serving"
     assert "effort normal" in str(asked)
 
 
@@ -184,9 +184,9 @@ def test_weights_of_corpora_that_mean_the_same_are_one_request(
 ) -> None:
     request = make_request(Choices(corpus_weights=spelled))
     space = parse_search_space("version: 1\nschemes: [int4.g64]", name="s", where="s")
-    assert Asked.of_request(request, space).corpus_weights == meant
+    assert NotedRequest.of_request(request, space).corpus_weights == meant
     made_by = {} if spelled is None else {"corpus_weights": spelled}
-    assert Asked.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant
+    assert NotedRequest.of_recipe(replace(RECIPE, made_by=made_by)).corpus_weights == meant
 
 
 @pytest.mark.parametrize("earlier", [None, 3])

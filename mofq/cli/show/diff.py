@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import with_error
+from mofq.api.figures import signed_error
 from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def show_diff(result: DiffResult) -> None:
     columns = ["", *result.names]
     if found.total is not None:
         rows += [[*line, "", ""] for line in figures]
-        rows.append(["all together", "", "", "", _signed(found.total.value, found.total.stderr)])
+        rows.append(
+            ["all together", "", "", "", signed_error(found.total.value, found.total.stderr)]
+        )
         columns += ["bytes", "error, paired"]
     else:
         rows += figures
@@ -83,15 +85,11 @@ def _row(one: GroupDifference, *, priced: bool) -> list[str]:
     row = [one.group, one.before or "–", one.after or "–"]
     if not priced:
         return row
-    error = "–" if one.error is None else _signed(one.error.value, one.error.stderr)
+    error = "–" if one.error is None else signed_error(one.error.value, one.error.stderr)
     size = "–" if one.bytes is None else f"{one.bytes:+,}"
     if one.cache_bytes is not None:
         size = f"{one.cache_bytes:+,g} a token"
     return [*row, size, error]
-
-
-def _signed(value: float, stderr: float | None) -> str:
-    return ("+" if value >= 0 else "") + with_error(value, stderr)
 
 
 def _figure(value: float | None, form: str) -> str:

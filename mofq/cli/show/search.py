@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes, with_error, with_interval
+from mofq.api.figures import short_bytes, signed_error, with_error, with_interval
 from mofq.cli.flags import with_flags
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
@@ -160,8 +160,7 @@ def _print_explanation(explanation: Explanation, *, size: int) -> None:
 def _alternative(one: Alternative) -> list[str]:
     difference = "◀ chosen"
     if one.difference is not None:
-        sign = "+" if one.difference.value >= 0 else ""
-        difference = sign + with_error(one.difference.value, one.difference.stderr)
+        difference = signed_error(one.difference.value, one.difference.stderr)
     return [
         one.scheme,
         f"{one.bits_per_weight:.3f}",

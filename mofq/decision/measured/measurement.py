@@ -13,7 +13,7 @@ from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
 from mofq.decision.result import decided_result, recipe_from_table
-from mofq.decision.ties import RECIPE_STDERRS
+from mofq.decision.ties import RECIPE_STDERRS, TIE_STDERRS
 from mofq.decision.uniform import best_uniform, uniform_choice
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, option
@@ -82,9 +82,9 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return estimate([b - a for a, b in zip(first, second, strict=False)])
 
 
-def is_less(loss: Estimate, stderrs: float) -> bool:
+def is_less(loss: Estimate) -> bool:
     """Whether a difference is below zero by more than its noise."""
-    return loss.stderr is not None and loss.value < -stderrs * loss.stderr
+    return loss.stderr is not None and loss.value < -TIE_STDERRS * loss.stderr
 
 
 def fixed_budgets(problem: Problem, budgets: Budgets, choice_F: IntArray) -> Budgets:

@@ -26,12 +26,11 @@ from mofq.decision.measured.measurement import (
     with_measured,
 )
 from mofq.decision.measured.swaps import promising_swaps
-from mofq.decision.prediction import Estimate, paired_loss
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.request import Request
-from mofq.decision.ties import TIE_STDERRS
 from mofq.evidence.table import Table
 from mofq.files.progress import Progress
+from mofq.files.steps import Steps
 
 #: Swaps among which those of different layers are found.
 _SWAPS = 5000
@@ -42,9 +41,6 @@ class Swap:
     """One or two fusion groups with another scheme, measured."""
 
     changes: dict[str, tuple[str, str]]  #: fusion group -> scheme before and after
-    predicted: Estimate  #: loss, in the problem's unit
-    measured: Estimate  #: loss against the best recipe until then, window by window
-    windows: int  #: that it was measured on
     accepted: bool
 
 
@@ -138,14 +134,11 @@ def refine(
     """
     budgets = fixed_budgets(problem, budgets, choice_F)
     candidates = uniform_candidates(problem, budgets, choice_F)
-    total, done = 1 + len(candidates) + swaps, 0
+    step = Steps(progress, "refine", 1 + len(candidates) + swaps)
 
     def run(choice: IntArray, rival: Measured | None) -> Measured:
-        nonlocal done
         windows = measure_against(measure(problem.schemes_of(choice)), rival)
-        done += 1
-        if progress is not None:
-            progress("refine", done, total)
+        step()
         return Measured(choice, windows)
 
     start = run(choice_F, None)
@@ -178,16 +171,8 @@ def _try_swaps(
         seen.add(swapped_F.tobytes())
         other = run(swapped_F, best)
         loss = paired(best.windows, other.windows)
-        accepted = len(other.windows) == len(best.windows) and is_less(loss, TIE_STDERRS)
-        swaps.append(
-            Swap(
-                _changes(problem, best.choice_F, swapped_F),
-                _predicted(problem, best.choice_F, swapped_F),
-                measured=loss,
-                windows=len(other.windows),
-                accepted=accepted,
-            )
-        )
+        accepted = len(other.windows) == len(best.windows) and is_less(loss)
+        swaps.append(Swap(_changes(problem, best.choice_F, swapped_F), accepted))
         if accepted:
             best = other
             ranked = _ranked(problem, budgets, replace(solution, choice_F=swapped_F))
@@ -211,12 +196,6 @@ def _ranked(problem: Problem, budgets: Budgets, solution: Solution) -> list[IntA
 def _changes(problem: Problem, choice_F: IntArray, other_F: IntArray) -> dict[str, tuple[str, str]]:
     before, after = problem.schemes_of(choice_F), problem.schemes_of(other_F)
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-
-
-def _predicted(problem: Problem, choice_F: IntArray, other_F: IntArray) -> Estimate:
-    if problem.sample_errors is not None:
-        return paired_loss(problem, choice_F, other_F)
-    return Estimate(problem.error_of(other_F) - problem.error_of(choice_F), stderr=None)
 
 
 def _notes(request: Request, refined: Refined) -> list[str]:

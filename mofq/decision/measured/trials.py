@@ -41,7 +41,6 @@ from mofq.decision.measured.sampler import (
 from mofq.decision.measured.storage import quiet
 from mofq.decision.measured.thompson import Observation
 from mofq.decision.problem import IntArray, Problem, usage
-from mofq.decision.ties import TIE_STDERRS
 from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
@@ -186,13 +185,8 @@ def search_result(
     first = start_trial(study)
     assert first is not None
     start = measured[first.number]
-    complete = [
-        measured[t.number]
-        for t in trials
-        if t.state == TrialState.COMPLETE and t.number in measured
-    ]
-    best = min(complete, key=lambda one: one.kl.value)
-    if not is_less(paired(start.windows, best.windows), TIE_STDERRS):
+    best = min(_complete(study, measured).values(), key=lambda one: one.kl.value)
+    if not is_less(paired(start.windows, best.windows)):
         best = start
     if trial is not None:
         check_trial(study, problem, trial)
@@ -221,9 +215,7 @@ def check_trial(study: Study, problem: Problem, number: int) -> None:
     Raises:
         MofqError: The message names those that were.
     """
-    measured = measured_trials(study, problem)
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    complete = sorted(one.number for one in trials if one.number in measured)
+    complete = sorted(_complete(study, measured_trials(study, problem)))
     if number not in complete:
         has = f"it has {', '.join(map(str, complete))}" if complete else "it has none"
         raise MofqError(
@@ -240,6 +232,12 @@ def measured_trials(study: Study, problem: Problem) -> dict[int, Measured]:
         for trial in study.get_trials(deepcopy=False, states=_FINISHED)
         if (windows := _windows(trial))
     }
+
+
+def _complete(study: Study, measured: Mapping[int, Measured]) -> dict[int, Measured]:
+    """Of what was measured, the trials that were not given up."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {one.number: measured[one.number] for one in trials if one.number in measured}
 
 
 def measured_frontier(study: Study, problem: Problem) -> tuple[FrontierTrial, ...]:
@@ -281,10 +279,7 @@ def _next_choice(
         raise MofqError("the study has no start; begin it with `mofq search`.")
     measured = measured_trials(study, problem)
     start = measured[first.number]
-    every = study.get_trials(deepcopy=False)
-    complete = [
-        measured[t.number] for t in every if t.state == TrialState.COMPLETE and t.number in measured
-    ]
+    complete = list(_complete(study, measured).values())
     if size is not None:
         fitting = [one for one in complete if problem.axis_of(one.choice_F) <= size]
         if not fitting:  # the recipe of this size got lost: the start of another stands in
@@ -292,6 +287,7 @@ def _next_choice(
             size = problem.axis_of(fitting[0].choice_F)
         complete, budgets = fitting, sized(problem, budgets, size)
     best = min(complete, key=lambda one: one.kl.value)
+    every = study.get_trials(deepcopy=False)
     begun = [t for t in every if "recipe" in t.user_attrs and t.state != TrialState.FAIL]
     return propose_new(
         problem,

@@ -117,7 +117,7 @@ def apply_groups(
     """
     prepared = prepare(model, recipe, check=check, checkpoint=checkpoint)
     for group in prepared.quantized:
-        check_modules(model, group, prepared.schemes[group.name], recipe)
+        check_modules(model, group)
     tuned = tuned_tensors(recipe, checkpoint)
     if checkpoint is not None:
         round_kept(model, prepared.layers, checkpoint=checkpoint, on_disk=prepared.on_disk)
@@ -170,7 +170,7 @@ def prepare(
     schemes = group_schemes(layers, recipe)
     quantized = tuple(g for g in layers.groups if not schemes[g.name].is_unquantized)
     for group in quantized:
-        static_amax(group, schemes[group.name], recipe)
+        static_amax(group, schemes[group.name], recipe)  # refuses a recipe without it
         if check is not None:
             check(group, schemes[group.name])
     on_disk = layers if checkpoint is None else find_recipe_layers(checkpoint, recipe)
@@ -231,14 +231,12 @@ def weight_amax(
     return dict(share_amax(group, amax))
 
 
-def check_modules(model: nn.Module, group: FusionGroup, scheme: Scheme, recipe: Recipe) -> None:
+def check_modules(model: nn.Module, group: FusionGroup) -> None:
     """Refuse modules that no scheme is applied to; they have their weights.
 
     Raises:
         BackendError: One is no linear layer of torch, or is quantized already.
-        RecipeError: A static scale is missing.
     """
-    static_amax(group, scheme, recipe)
     for layer in group.layers:
         if layer.role != "linear":
             module_paths(model, layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mofq.decision.recipe import Recipe
-from mofq.model.attention import cache_passages, pass_cache
+from mofq.model.attention import pass_cache
 from mofq.model.kv_schemes import CacheScheme, part_amax
 from mofq.model.layers import PARTS, ModelLayers, find_loaded_module
 from mofq.numbers.quantize import fake_quantize_cache
@@ -71,37 +70,3 @@ def apply_caches(model: nn.Module, recipe: Recipe, layers: ModelLayers) -> list[
         rounded = RoundedCache(cache.name, one.parsed, one.static_amax or {})
         handles.append(pass_cache(attention, rounded))
     return handles
-
-
-def cache_deviation(
-    model: nn.Module, recipe: Recipe, layers: ModelLayers, *, rel_tol: float = 0.0
-) -> dict[str, str]:
-    """Where a model's cache is not what a recipe says: layer -> how.
-
-    Args:
-        model: To which the recipe was applied.
-        recipe: That was checked against it.
-        layers: Of the model.
-        rel_tol: By how much static maxima may differ, relative to themselves.
-    """
-    chosen = {cache.name: cache for cache in recipe.kv_cache}
-    found = {}
-    for cache in layers.caches:
-        one = chosen.get(cache.name)
-        attention = model.get_submodule(find_loaded_module(cache, layers.architecture))
-        passages = [p for p in cache_passages(attention) if isinstance(p, RoundedCache)]
-        needed = "bf16" if one is None else one.scheme
-        names = [passage.scheme.name for passage in passages] or ["bf16"]
-        if names != [needed]:
-            found[cache.name] = f"needed the cache in {needed!r}, found {', '.join(names)}"
-        elif passages and not _is_close(
-            passages[0].static_amax, (one and one.static_amax) or {}, rel_tol=rel_tol
-        ):
-            found[cache.name] = "the static maxima of its cache are not those of the recipe"
-    return found
-
-
-def _is_close(found: Mapping[str, float], needed: Mapping[str, float], *, rel_tol: float) -> bool:
-    return found.keys() == needed.keys() and all(
-        math.isclose(found[key], needed[key], rel_tol=rel_tol) for key in needed
-    )

@@ -119,8 +119,7 @@ class UnitModules:
         else:
             before = {path: self.model.get_submodule(path) for path in paths}
             for group in groups:
-                scheme = one.prepared.schemes[group.name]
-                check_modules(self.model, group, scheme, one.prepared.recipe)
+                check_modules(self.model, group)
             originals: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
             if any(layer.expert is not None for layer in layers):
                 for path in paths:  # experts are rounded in place

@@ -15,6 +15,7 @@ from mofq.delivery.rewriting.choose import Choice, choose_best
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.evidence.calibration.stats import Stats
 from mofq.files.progress import Progress
+from mofq.files.steps import told
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.numbers.schemes import Scheme, parse_scheme
@@ -63,7 +64,7 @@ def choose_for_recipe(
     on_inputs |= {_SMOOTHED} if on_inputs else set()
     choices = []
     sites = find_sites(checkpoint, layers)
-    for done, site in enumerate(sites, start=1):
+    for site in told(sites, progress, "rewrite", total=len(sites)):
         targets = [parse_scheme(one) for one in offered[site.group] if one in on_inputs]
         methods = _FOR_INPUTS
         if not targets and for_weights:
@@ -71,8 +72,6 @@ def choose_for_recipe(
         targets = [one for one in map(_rounded, targets) if not one.is_unquantized]
         if targets:
             choices.append(choose_best(checkpoint, site, targets, stats=stats, methods=methods))
-        if progress is not None:
-            progress("rewrite", done, len(sites))
     return tuple(choices)
 
 

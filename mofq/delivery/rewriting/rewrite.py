@@ -14,6 +14,7 @@ from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.exceptions import RewriteError, nearest_name, option
 from mofq.files.locks import check_new_folder
 from mofq.files.progress import Progress
+from mofq.files.steps import told
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, find_layers
@@ -63,20 +64,13 @@ def rewrite(
     groups = {group.name: group for group in layers.groups}
     targets = [_target(scheme or TARGETS[method], groups[site.group]) for site in sites]
     verify_sequences(stats)
-    choices = []
-    for done, (site, target) in enumerate(zip(sites, targets, strict=True), start=1):
-        choices.append(
-            choose_scales(
-                checkpoint,
-                site,
-                target,
-                stats=stats,
-                method=method,
-                powers_of_two=powers_of_two,
-            )
+    pairs = zip(sites, targets, strict=True)
+    choices = [
+        choose_scales(
+            checkpoint, site, target, stats=stats, method=method, powers_of_two=powers_of_two
         )
-        if progress is not None:
-            progress("choose", done, len(sites))
+        for site, target in told(pairs, progress, "choose", total=len(sites))
+    ]
     write_rewritten(checkpoint, choices, out_folder, method=method, stats=stats, progress=progress)
     return tuple(choices)
 

@@ -143,7 +143,6 @@ def write_rotated(
     out_folder: str | Path,
     *,
     seed: int,
-    shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model folder of a rotated model; it appears when it is complete.
@@ -152,7 +151,6 @@ def write_rotated(
         turning: From `plan_rotation`.
         out_folder: A folder that does not exist yet, or is empty.
         seed: That ``turning`` was planned with, for the lineage.
-        shard_bytes: Largest amount of data in one file [bytes].
         progress: Called with ``"write"``, tensors done, and all of them.
 
     Returns:
@@ -174,7 +172,6 @@ def write_rotated(
         config=_untied(checkpoint.config) if stream.is_tied else checkpoint.config,
         lineage=lineage(checkpoint, ROTATE) | {"rotation": asdict(rotated_model(turning, seed))},
         check=lambda written: check_rotated(turning, written),
-        shard_bytes=shard_bytes,
         progress=progress,
     )
 

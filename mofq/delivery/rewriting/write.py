@@ -14,19 +14,23 @@ from torch import Tensor
 
 from mofq import __version__
 from mofq.delivery.rewriting.choose import Choice
-from mofq.delivery.rewriting.lineage import LINEAGE_FILE as LINEAGE_FILE
 from mofq.evidence.calibration.stats import Stats
-from mofq.exceptions import RewriteError
+from mofq.exceptions import CheckpointError, RewriteError
 from mofq.files.locks import new_folder
 from mofq.files.progress import Progress
-from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint
+from mofq.files.steps import told
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint, read_json
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.checkpoint.writer import PlannedTensor, ShardWriter, copy_other_files
 from mofq.numbers.quantize.tiles import row_blocks
 
+#: What the folder is and where it comes from.
+LINEAGE_FILE = "rewrite.json"
 VERSION = 1
+#: Of the largest file [bytes].
+_SHARD_BYTES = 5_000_000_000
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -45,7 +49,6 @@ def write_rewritten(
     *,
     method: str,
     stats: Stats,
-    shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
     """Write a model folder in which scales have moved; it appears when it is complete.
@@ -56,7 +59,6 @@ def write_rewritten(
         out_folder: A folder that does not exist yet, or is empty.
         method: For the lineage.
         stats: That was chosen by, for the lineage.
-        shard_bytes: Largest amount of data in one file [bytes].
         progress: Called with ``"write"``, tensors done, and all of them.
 
     Returns:
@@ -81,7 +83,6 @@ def write_rewritten(
             "sites": {one.site.group: _of_site(one) for one in choices},
         },
         check=lambda written: check_rewritten(checkpoint, written, choices),
-        shard_bytes=shard_bytes,
         progress=progress,
     )
 
@@ -95,7 +96,6 @@ def write_folder(
     config: Mapping[str, Any],
     lineage: Mapping[str, Any],
     check: Callable[[Checkpoint], None],
-    shard_bytes: int,
     progress: Progress | None,
 ) -> Path:
     """Write a model folder with other weights; it appears when it is complete and checked.
@@ -108,7 +108,6 @@ def write_folder(
         config: Its ``config.json``.
         lineage: Its ``rewrite.json``.
         check: Raises where what was written is not what was to be.
-        shard_bytes: Largest amount of data in one file [bytes].
         progress: Called with ``"write"``, tensors done, and all of them.
 
     Returns:
@@ -125,15 +124,13 @@ def write_folder(
                 f"scaled. Rewrite the unquantized model."
             )
     with new_folder(Path(out_folder), RewriteError, last=CONFIG_FILE) as folder:
-        with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
-            for done, name in enumerate(plan, start=1):
+        with ShardWriter(folder, plan, shard_bytes=_SHARD_BYTES) as writer:
+            for name in told(plan, progress, "write", total=len(plan)):
                 if name in changed:
                     for rows in changed[name]:
                         writer.add_rows(name, rows)
                 else:
                     writer.keep(checkpoint.tensors[name])
-                if progress is not None:
-                    progress("write", done, len(plan))
         copy_other_files(checkpoint.folder, folder)
         _write_json(folder / CONFIG_FILE, config)
         _write_json(folder / LINEAGE_FILE, lineage)
@@ -153,6 +150,19 @@ def lineage(checkpoint: Checkpoint, method: str) -> dict[str, Any]:
         },
         "method": method,
     }
+
+
+def rewritten_from(folder: Path) -> str | None:
+    """The name of the model that a folder was rewritten from; None where it says no such thing."""
+    path = folder / LINEAGE_FILE
+    if not path.is_file():
+        return None
+    try:
+        model = read_json(path).get("model")
+    except CheckpointError:  # a file of that name which mofq did not write
+        return None
+    name = model.get("name") if isinstance(model, dict) else None
+    return name if isinstance(name, str) and name.isprintable() else None
 
 
 def _of_site(choice: Choice) -> dict[str, Any]:

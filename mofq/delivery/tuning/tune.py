@@ -25,9 +25,10 @@ from mofq.delivery.validation.divergence import (
 )
 from mofq.evidence.metrics import standard_error
 from mofq.files.progress import Progress
+from mofq.files.steps import Steps
 
 #: Sequences of a step, and the first step relative to the gains; later ones fall to 0 by a cosine.
-BATCH, RATE = 4, 3e-3
+BATCH, _RATE = 4, 3e-3
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
 #: How slowly Adam's means of gradients and of their squares forget.
@@ -98,10 +99,7 @@ def tune_norms(
     stepped: OriginalLogits,
     held_out: OriginalLogits,
     steps: int,
-    batch: int = BATCH,
-    rate: float = RATE,
-    seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> Tuned:
     """Tune the norms of a model, in place.
 
@@ -112,9 +110,6 @@ def tune_norms(
         stepped: The original's logits of the first.
         held_out: Those of the second.
         steps: Of Adam.
-        batch: Sequences of each.
-        rate: Of the first step, relative to the gains.
-        seed: Of the order of the sequences.
         progress: Called with ``"tune"``, sequences run, and all of them.
 
     Returns:
@@ -127,15 +122,8 @@ def tune_norms(
     arXiv:2309.02784, which steps on distances of layers' outputs; D. P. Kingma, J. Ba, "Adam",
     arXiv:1412.6980.
     """
-    order = _order(len(split.stepped_NT), steps * batch, seed=seed)
-    total = len(order) + 2 * len(split.held_out_NT)
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress("tune", done, total)
+    order = _order(len(split.stepped_NT), steps * BATCH)
+    tell = Steps(progress, "tune", len(order) + 2 * len(split.held_out_NT))
 
     def judge() -> Tensor:
         found = []
@@ -147,13 +135,13 @@ def tune_norms(
     before_N = judge()
     start = [norm.parameter.detach().float().clone() for norm in norms]
     moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
-    adam = torch.optim.Adam(moved, lr=rate, betas=_BETAS, eps=_EPSILON)
+    adam = torch.optim.Adam(moved, lr=_RATE, betas=_BETAS, eps=_EPSILON)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
-    for first in range(0, len(order), batch):
+    for first in range(0, len(order), BATCH):
         for norm in norms:
             norm.parameter.requires_grad_(True)
-        for index in order[first : first + batch]:
-            _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / batch)
+        for index in order[first : first + BATCH]:
+            _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / BATCH)
             tell()
         for norm, moved_C in zip(norms, moved, strict=True):
             moved_C.grad = _take_gradient(norm)
@@ -171,9 +159,9 @@ def tune_norms(
     return Tuned(changed, before_N, after_N)
 
 
-def _order(count: int, visits: int, *, seed: int) -> list[int]:
+def _order(count: int, visits: int) -> list[int]:
     """Which sequence is visited when: each once, in a random order, then all again in another."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rounds = math.ceil(visits / count)
     order = [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)]
     return order[:visits]

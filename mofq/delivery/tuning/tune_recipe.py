@@ -22,6 +22,7 @@ from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.evidence.calibration.stats import Plan
 from mofq.exceptions import CorpusError, RecipeError, option
 from mofq.files.progress import Progress
+from mofq.files.steps import Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model
@@ -114,16 +115,9 @@ def _run_original(
 ) -> None:
     """Keep what the original predicts; it is out of memory afterwards."""
     model: PreTrainedModel = load_model(original.folder, dtype=plan.dtype, device=device)
-    done, total = 0, len(split.stepped_NT) + len(split.held_out_NT)
+    step = Steps(progress, "original", len(split.stepped_NT) + len(split.held_out_NT))
     for tokens_NT, logits in zip((split.stepped_NT, split.held_out_NT), into, strict=True):
-        before = done
-
-        def tell(stage: str, count: int, _: int, before: int = before) -> None:
-            if progress is not None:
-                progress(stage, before + count, total)
-
-        run_original(model, tokens_NT, into=logits, progress=tell)
-        done += len(tokens_NT)
+        run_original(model, tokens_NT, into=logits, progress=lambda *_: step())
 
 
 def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps: int) -> Recipe:

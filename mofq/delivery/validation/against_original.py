@@ -121,7 +121,7 @@ def validate_many(
             unless = "lm-eval runs a whole model"
         elif backend != "emulate":
             unless = f"the backend {backend!r} changes a whole model"
-        elif any(one.rewritten is not None for one in opened):
+        elif any(one.base is not checkpoint for one in opened):
             unless = "a recipe that rewrites the model is applied to a whole one"
         elif any(one.applied is not None and one.applied.tuning is not None for one in opened):
             unless = "tuned norms are put into a whole model"
@@ -184,11 +184,9 @@ def _open(
     base = Base(checkpoint, stats)
     if recipe is not None and recipe.rewriting is not None:
         base = rewritten or stack.enter_context(base_of(recipe, checkpoint, stats))
-    candidate = open_candidate(
+    return open_candidate(
         source, base.checkpoint, backend=backend, emulated=emulated, stats=base.stats
     )
-    is_other = base.checkpoint is not checkpoint
-    return replace(candidate, rewritten=base.checkpoint if is_other else None)
 
 
 def _part(progress: Progress, number: int, count: int) -> Progress:
@@ -251,12 +249,10 @@ def _validate_one(
     candidate: Candidate, original: Original, *, progress: Progress | None
 ) -> Validation:
     start = monotonic()
-    checkpoint = original.checkpoint
     model = load_candidate(
-        candidate, checkpoint, dtype=original.dtype, device=original.device, progress=progress
+        candidate, dtype=original.dtype, device=original.device, progress=progress
     )
-    base = candidate.base(checkpoint)
-    deviations = _enforce(model, candidate, base, progress=progress)
+    deviations = _enforce(model, candidate, progress=progress)
     with naming_deviations(candidate):
         tokenizer, windows_NT = tokens_of(candidate, original)
         assert original.logits is not None
@@ -343,11 +339,7 @@ def tokens_of(candidate: Candidate, original: Original) -> tuple[PreTrainedToken
 
 
 def _enforce(
-    model: PreTrainedModel,
-    candidate: Candidate,
-    checkpoint: Checkpoint,
-    *,
-    progress: Progress | None,
+    model: PreTrainedModel, candidate: Candidate, *, progress: Progress | None
 ) -> tuple[Deviation, ...] | None:
     """How a model deviates from its recipe; None where there is nothing to enforce.
 
@@ -357,11 +349,12 @@ def _enforce(
     # What another tool's codes should be is not known.
     if recipe is None or candidate.is_foreign:
         return None
-    with open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256) as fits:
+    base = candidate.base
+    with open_fits(recipe, candidate.stats, index_sha256=base.index_sha256) as fits:
         in_model = find_deviations(
             model,
             recipe,
-            checkpoint=checkpoint,
+            checkpoint=base,
             fits=fits,
             decoded=candidate.folder is not None,
             progress=progress,

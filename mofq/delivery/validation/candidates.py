@@ -36,6 +36,7 @@ class Candidate:
     """What is validated, known to fit the original."""
 
     source: str
+    base: Checkpoint  #: that the recipe is applied to: the original, or what it is rewritten to
     recipe: Recipe | None
     recipe_sha256: str | None
     folder: Checkpoint | None  #: exported, unquantized or of another tool
@@ -46,26 +47,20 @@ class Candidate:
     backend: str = "emulate"  #: that applies the recipe
     emulated: tuple[str, ...] = ()  #: layers that the backend may emulate
     stats: str | Path | None = None  #: that fitted schemes rest on
-    #: The rewritten model that the recipe is applied to; None: the original.
-    rewritten: Checkpoint | None = None
 
     @property
     def applied(self) -> Recipe | None:
         """The recipe that is applied in memory; None where a folder is run."""
         return self.recipe if self.folder is None else None
 
-    def base(self, original: Checkpoint) -> Checkpoint:
-        """The checkpoint that the recipe is applied to."""
-        return original if self.rewritten is None else self.rewritten
-
 
 def open_candidate(
     source: str | Path | Recipe,
     checkpoint: Checkpoint,
     *,
-    backend: str = "emulate",
-    emulated: Collection[str] = (),
-    stats: str | Path | None = None,
+    backend: str,
+    emulated: Collection[str],
+    stats: str | Path | None,
 ) -> Candidate:
     """Read a candidate and check all that can be checked before a model runs.
 
@@ -163,6 +158,7 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
         return replace(candidate, folder=folder, is_foreign=True, served=recipe)
     return Candidate(
         source=str(source),
+        base=checkpoint,
         recipe=None,
         recipe_sha256=None,
         folder=folder,
@@ -171,18 +167,12 @@ def _open(source: str | Path | Recipe, checkpoint: Checkpoint) -> Candidate:
 
 
 def load_candidate(
-    candidate: Candidate,
-    checkpoint: Checkpoint,
-    *,
-    dtype: str,
-    device: str,
-    progress: Progress | None = None,
+    candidate: Candidate, *, dtype: str, device: str, progress: Progress | None
 ) -> PreTrainedModel:
     """The candidate's model in memory.
 
     Args:
         candidate: From ``open_candidate``.
-        checkpoint: The original.
         dtype: Of the arithmetic.
         device: Where it runs.
         progress: Of the backend.
@@ -202,13 +192,12 @@ def load_candidate(
                 candidate.folder, candidate.served, dtype=dtype, device=device, progress=progress
             )
     assert candidate.recipe is not None
-    base = candidate.base(checkpoint)
-    model = load_model(base.folder, dtype=dtype, device=device)
+    model = load_model(candidate.base.folder, dtype=dtype, device=device)
     apply_recipe(
         model,
         candidate.recipe,
         candidate.backend,
-        checkpoint=base,
+        checkpoint=candidate.base,
         stats=candidate.stats,
         emulate=candidate.emulated,
         progress=progress,
@@ -225,6 +214,7 @@ def _open_recipe(recipe: Recipe, checkpoint: Checkpoint, *, source: str, text: s
     layers = checked_layers(checkpoint, recipe, experts_apart=True)
     return Candidate(
         source=source,
+        base=checkpoint,
         recipe=recipe,
         recipe_sha256=hashlib.sha256(text.encode()).hexdigest(),
         folder=None,

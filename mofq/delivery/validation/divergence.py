@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mofq.evidence.metrics import cross_entropy, kl_divergence, top1_agreement
 from mofq.exceptions import CheckpointError, MofqError, option
 from mofq.files.progress import Progress
+from mofq.files.steps import told
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,11 @@ def run_original(
         MofqError: The logits are not finite, or there is no space for them.
     """
     entropies = []
-    for index, window_T in enumerate(windows_NT):
+    total = len(windows_NT)
+    for index, window_T in enumerate(told(windows_NT, progress, "original", total=total)):
         logits_TV = _logits(model, window_T, what="the original model")
-        into.append(logits_TV, windows_left=len(windows_NT) - index - 1)
+        into.append(logits_TV, windows_left=total - index - 1)
         entropies.append(next_token_entropy(logits_TV, window_T))
-        if progress is not None:
-            progress("original", index + 1, len(windows_NT))
     return tuple(entropies)
 
 
@@ -129,12 +129,8 @@ def compare(
         CheckpointError: The models' vocabularies differ in size.
         MofqError: The logits are not finite.
     """
-    scores = []
-    for score in compare_windows(model, windows_NT, original=original):
-        scores.append(score)
-        if progress is not None:
-            progress("validate", len(scores), len(windows_NT))
-    return tuple(scores)
+    scores = compare_windows(model, windows_NT, original=original)
+    return tuple(told(scores, progress, "validate", total=len(windows_NT)))
 
 
 def compare_windows(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
-from mofq.delivery.apply.kv_cache import cache_deviation
+from mofq.delivery.apply.kv_cache import RoundedCache
 from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.delivery.deviation import Deviation
@@ -27,6 +27,7 @@ from mofq.delivery.tuning.tensors import tuned_tensors
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.files.progress import Progress
+from mofq.model.attention import cache_passages
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import (
     read_kept_layer,
@@ -39,6 +40,7 @@ from mofq.model.layers import (
     LinearLayer,
     LoadedWeight,
     ModelLayers,
+    find_loaded_module,
     find_loaded_weight,
     lm_heads_of,
 )
@@ -101,136 +103,157 @@ def find_deviations(
         RecipeError: The recipe is not for the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
-    layers = checked_layers(checkpoint, recipe, experts_apart=True)
-    schemes = group_schemes(layers, recipe)
+    wanted = enforcement(recipe, checkpoint, fits=fits, decoded=decoded)
+    layers = wanted.layers
     total = len(layers.groups) + 1
     found: list[Deviation] = []
     for done, group in enumerate(layers.groups):
         if progress is not None:
             progress("enforce", done, total)
-        found += group_deviations(
-            model,
-            group,
-            schemes[group.name],
-            recipe=recipe,
-            checkpoint=checkpoint,
-            architecture=layers.architecture,
-            fits=fits,
-            decoded=decoded,
-        )
+        found += wanted.of_group(model, group)
     if progress is not None:
         progress("enforce", total - 1, total)
-    found += unquantized_deviations(model, layers, checkpoint)
-    found += other_deviations(model.state_dict(), checkpoint, layers, recipe)
-    found += cache_deviations(model, recipe, layers, decoded=decoded)
+    found += wanted.of_unquantized(model, layers)
+    found += wanted.of_others(model.state_dict())
+    found += wanted.of_caches(model, layers)
     if progress is not None:
         progress("enforce", total, total)
     return tuple(found)
 
 
-def group_deviations(
-    model: nn.Module,
-    group: FusionGroup,
-    scheme: Scheme,
-    *,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    architecture: str,
-    fits: Fits | None = None,
-    decoded: bool = False,
-) -> list[Deviation]:
-    """How the layers of a fusion group differ from its scheme; arguments as `find_deviations`."""
-    return [
-        deviation
-        for expected in _expect_group(group, scheme, recipe, checkpoint, fits=fits)
-        for deviation in _check_layer(model, expected, checkpoint, architecture, decoded=decoded)
-    ]
+@dataclass(frozen=True, slots=True)
+class Enforcement:
+    """What a recipe makes of a checkpoint, to find how a model deviates from it."""
 
+    recipe: Recipe
+    checkpoint: Checkpoint
+    layers: ModelLayers  #: of the checkpoint
+    schemes: Mapping[str, Scheme]  #: of each fusion group
+    fits: Fits | None
+    decoded: bool  #: whether the model is an exported folder's, see `find_deviations`
 
-def unquantized_deviations(
-    model: nn.Module, layers: ModelLayers, checkpoint: Checkpoint
-) -> list[Deviation]:
-    """How the layers that no recipe touches differ from the original."""
-    return [
-        deviation
-        for layer in layers.unquantized
-        for deviation in _check_layer(
-            model,
-            _Expected(layer, None, _UNQUANTIZED, static_amax=None),
-            checkpoint,
-            layers.architecture,
+    @property
+    def rounding(self) -> float:
+        """By how much static maxima may differ, relative to themselves."""
+        return DECODED_ROUNDING if self.decoded else 0.0
+
+    def of_group(self, model: nn.Module, group: FusionGroup) -> list[Deviation]:
+        """How the layers of a fusion group differ from its scheme."""
+        scheme = self.schemes[group.name]
+        inputs = static_amax(group, scheme, self.recipe)
+        weights = (
+            read_shared_amax(self.checkpoint, group, scheme.quantized_weight)
+            if scheme.needs_weight_amax
+            else {}
         )
-    ]
+        found: list[Deviation] = []
+        for layer in group.layers:
+            codes = None
+            if scheme.weight is not None:
+                read_rows = partial(read_layer_rows, self.checkpoint, layer)
+                amax = weights.get(layer.name)
+                codes = layer_codes(self.fits, layer, scheme.weight, read_rows, tensor_amax=amax)
+            one = _Expected(layer, group, scheme, static_amax=inputs.get(layer.name), codes=codes)
+            found += self._of_layer(model, one)
+        return found
 
+    def of_unquantized(self, model: nn.Module, layers: ModelLayers) -> list[Deviation]:
+        """How the layers that no recipe touches, of all or of some, differ from the original."""
+        return [
+            deviation
+            for layer in layers.unquantized
+            for deviation in self._of_layer(
+                model, _Expected(layer, None, _UNQUANTIZED, static_amax=None)
+            )
+        ]
 
-def cache_deviations(
-    model: nn.Module, recipe: Recipe, layers: ModelLayers, *, decoded: bool = False
-) -> list[Deviation]:
-    """How what is done to caches differs from a recipe."""
-    rounding = DECODED_ROUNDING if decoded else 0.0
-    reasons = cache_deviation(model, recipe, layers, rel_tol=rounding)
-    return [Deviation(name, reason) for name, reason in reasons.items()]
+    def of_others(self, loaded: Mapping[str, Tensor]) -> Iterator[Deviation]:
+        """Tensors that are no linear layer's weight: biases, norms, embeddings.
 
+        Args:
+            loaded: A model's ``state_dict()``, or a part of it: no more is compared.
+        """
+        tuned = tuned_tensors(self.recipe, self.checkpoint)
+        skipped = {layer.tensor for layer in self.layers.linear_layers}
+        architecture = self.layers.architecture
+        if self.layers.tied_lm_head:  # a copy on disk that is never loaded
+            skipped |= {f"{name}.weight" for name in lm_heads_of(architecture)}
+        for name, info in self.checkpoint.tensors.items():
+            found = loaded_tensor(loaded, name, architecture)
+            if name in skipped or found is None or not found.is_floating_point():
+                continue
+            needed = tuned[name] if name in tuned else read_tensor(info)
+            if info.decoded:  # rounded as an export rounds it
+                needed = needed.bfloat16()
+            if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
+                kept = "differs from the original, and no recipe touches it"
+                yield Deviation(
+                    name, "is not what the recipe tuned it to" if name in tuned else kept
+                )
 
-def _expect_group(
-    group: FusionGroup,
-    scheme: Scheme,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    *,
-    fits: Fits | None,
-) -> Iterator[_Expected]:
-    inputs = static_amax(group, scheme, recipe)
-    weights = (
-        read_shared_amax(checkpoint, group, scheme.quantized_weight)
-        if scheme.needs_weight_amax
-        else {}
-    )
-    for layer in group.layers:
-        codes = None
-        if scheme.weight is not None:
-            read_rows = partial(read_layer_rows, checkpoint, layer)
-            amax = weights.get(layer.name)
-            codes = layer_codes(fits, layer, scheme.weight, read_rows, tensor_amax=amax)
-        yield _Expected(layer, group, scheme, static_amax=inputs.get(layer.name), codes=codes)
+    def of_caches(self, model: nn.Module, layers: ModelLayers) -> list[Deviation]:
+        """How what is done to the caches of all layers, or of some, differs from the recipe."""
+        chosen = {cache.name: cache for cache in self.recipe.kv_cache}
+        found = []
+        for cache in layers.caches:
+            one = chosen.get(cache.name)
+            attention = model.get_submodule(find_loaded_module(cache, layers.architecture))
+            passages = [p for p in cache_passages(attention) if isinstance(p, RoundedCache)]
+            needed = "bf16" if one is None else one.scheme
+            names = [passage.scheme.name for passage in passages] or ["bf16"]
+            if names != [needed]:
+                reason = f"needed the cache in {needed!r}, found {', '.join(names)}"
+                found.append(Deviation(cache.name, reason))
+            elif passages and not self._are_close(
+                passages[0].static_amax, (one and one.static_amax) or {}
+            ):
+                reason = "the static maxima of its cache are not those of the recipe"
+                found.append(Deviation(cache.name, reason))
+        return found
 
+    def _are_close(self, found: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+        return found.keys() == needed.keys() and all(
+            math.isclose(found[key], needed[key], rel_tol=self.rounding) for key in needed
+        )
 
-def _check_layer(
-    model: nn.Module,
-    expected: _Expected,
-    checkpoint: Checkpoint,
-    architecture: str,
-    *,
-    decoded: bool = False,
-) -> Iterator[Deviation]:
-    layer = expected.layer
-    at = find_loaded_weight(layer, architecture)
-    path, _, parameter = at.name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-        weight = module.get_parameter(parameter).detach()
-    except AttributeError:
-        yield Deviation(layer.name, f"the model has no weight {at.name!r}")
-        return
-    reason = _module_deviation(module, expected, at, decoded=decoded)
-    if reason is not None:
-        yield Deviation(layer.name, reason)
-    if isinstance(module, TorchaoLinear):
-        reason = _torchao_deviation(module, expected)
+    def _of_layer(self, model: nn.Module, expected: _Expected) -> Iterator[Deviation]:
+        layer = expected.layer
+        at = find_loaded_weight(layer, self.layers.architecture)
+        path, _, parameter = at.name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+            weight = module.get_parameter(parameter).detach()
+        except AttributeError:
+            yield Deviation(layer.name, f"the model has no weight {at.name!r}")
+            return
+        reason = _module_deviation(module, expected, at, rounding=self.rounding)
         if reason is not None:
             yield Deviation(layer.name, reason)
-        return
-    if at.expert is not None:
-        weight = weight[at.expert]
-    # FakeQuantLinear holds every weight as [out, in], GPT-2's own module does not.
-    if at.transposed and not isinstance(module, FakeQuantLinear):
-        weight = weight.T
-    weight_OI = weight[at.row_start : at.row_start + layer.out_features]
-    reason = _weight_deviation(weight_OI, expected, checkpoint, decoded=decoded)
-    if reason is not None:
-        yield Deviation(layer.name, reason)
-    if layer.role == "tied" and not _is_head(model, weight):
-        yield Deviation(layer.name, "the lm_head has another weight, and is tied to it")
+        if isinstance(module, TorchaoLinear):
+            reason = _torchao_deviation(module, expected)
+            if reason is not None:
+                yield Deviation(layer.name, reason)
+            return
+        if at.expert is not None:
+            weight = weight[at.expert]
+        # FakeQuantLinear holds every weight as [out, in], GPT-2's own module does not.
+        if at.transposed and not isinstance(module, FakeQuantLinear):
+            weight = weight.T
+        weight_OI = weight[at.row_start : at.row_start + layer.out_features]
+        reason = _weight_deviation(weight_OI, expected, self.checkpoint, decoded=self.decoded)
+        if reason is not None:
+            yield Deviation(layer.name, reason)
+        if layer.role == "tied" and not _is_head(model, weight):
+            yield Deviation(layer.name, "the lm_head has another weight, and is tied to it")
+
+
+def enforcement(
+    recipe: Recipe, checkpoint: Checkpoint, *, fits: Fits | None, decoded: bool
+) -> Enforcement:
+    """What a recipe makes of a checkpoint; arguments and errors as `find_deviations`."""
+    layers = checked_layers(checkpoint, recipe, experts_apart=True)
+    schemes = group_schemes(layers, recipe)
+    return Enforcement(recipe, checkpoint, layers, schemes, fits, decoded)
 
 
 def _is_head(model: nn.Module, weight: Tensor) -> bool:
@@ -240,7 +263,7 @@ def _is_head(model: nn.Module, weight: Tensor) -> bool:
 
 
 def _module_deviation(
-    module: nn.Module, expected: _Expected, at: LoadedWeight, *, decoded: bool
+    module: nn.Module, expected: _Expected, at: LoadedWeight, *, rounding: float
 ) -> str | None:
     """How the module's type, scheme or input scale differs, if it does."""
     wanted = expected.scheme
@@ -253,7 +276,6 @@ def _module_deviation(
         name = "bf16" if scheme is None else scheme.name
         return f"needed scheme {wanted.name!r}, found inputs quantized as {name!r} says"
     needed = expected.static_amax
-    rounding = DECODED_ROUNDING if decoded else 0.0
     is_same = found == needed or (
         found is not None and needed is not None and math.isclose(found, needed, rel_tol=rounding)
     )
@@ -333,37 +355,3 @@ def _bits_differ(found: Tensor, needed: Tensor) -> Tensor:
     """Where a tensor is not another, rounded once to its dtype; -0 is not 0."""
     bits = _BITS[found.element_size()]
     return found.contiguous().view(bits) != needed.to(found.dtype).contiguous().view(bits)
-
-
-def other_deviations(
-    loaded: Mapping[str, Tensor], checkpoint: Checkpoint, layers: ModelLayers, recipe: Recipe
-) -> Iterator[Deviation]:
-    """Tensors that are no linear layer's weight: biases, norms, embeddings.
-
-    Args:
-        loaded: A model's ``state_dict()``, or a part of it: no more is compared.
-        checkpoint: The original.
-        layers: Of the whole model.
-        recipe: For the checkpoint; norms that it tuned are compared with what it has of them.
-    """
-    tuned = tuned_tensors(recipe, checkpoint)
-    skipped = {layer.tensor for layer in layers.linear_layers}
-    if layers.tied_lm_head:  # a copy on disk that is never loaded
-        skipped |= {f"{name}.weight" for name in lm_heads_of(layers.architecture)}
-    for name, info in checkpoint.tensors.items():
-        found = loaded_tensor(loaded, name, layers.architecture)
-        if name in skipped or found is None or not found.is_floating_point():
-            continue
-        needed = tuned.get(name)
-        is_tuned = needed is not None
-        if needed is None:
-            needed = read_tensor(info)
-        if info.decoded:  # rounded as an export rounds it
-            needed = needed.bfloat16()
-        if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
-            what = (
-                "is not what the recipe tuned it to"
-                if is_tuned
-                else ("differs from the original, and no recipe touches it")
-            )
-            yield Deviation(name, what)

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply import emulate
@@ -47,7 +49,87 @@ CACHE_BYTES = 2**30
 _Choice = tuple[str, tuple[tuple[str, float], ...]]
 
 
-class MeasuredKl:
+class Objective:
+    """The KL of one recipe after another on windows of a text, window by window."""
+
+    windows_NT: Tensor
+    leading: tuple[int, ...]  #: token ids that each window begins with
+
+    def __init__(self, model_source: str, text: Corpus, stats: str | Path | None) -> None:
+        """Open the model; whoever derives from this cuts the text and runs the original.
+
+        Args:
+            model_source: A folder, or a hub id.
+            text: To predict.
+            stats: The folder that recipes with fitted schemes rest on.
+        """
+        self.checkpoint: Checkpoint = open_checkpoint(model_source)
+        self.text = text
+        self._stats = stats
+        self._fits: Fits | None = None  # opened for the first recipe that needs it
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is kept of the original, and close the statistics."""
+        self._stack.close()
+
+    @property
+    def windows(self) -> int:
+        """How many values an evaluation yields."""
+        return len(self.windows_NT)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are compared."""
+        return self.windows_NT.numel()
+
+    def evaluate(self, recipe: Recipe) -> Iterator[float]:
+        """Run a recipe over the windows.
+
+        Args:
+            recipe: Of this model.
+
+        Yields:
+            The KL of each window, in order [nats per token]. A caller that has seen enough
+            stops asking; asking on after another recipe was begun is an error.
+
+        Raises:
+            RecipeError: The recipe does not fit the model; before anything is changed.
+            SchemeError: A weight is not finite.
+            StatsError: A scheme is fitted to statistics, and there are none, or others.
+            MofqError: The logits are not finite, or another recipe was begun.
+        """
+        raise NotImplementedError
+
+    def _cut(
+        self, model: PreTrainedModel, *, tokens: int, step: int, sequence_length: int, bos: Bos
+    ) -> None:
+        """Cut the text into windows, of which every so many-th is run, from the first on."""
+        windows = cut_windows(
+            self.checkpoint,
+            model,
+            self.text,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            bos=bos,
+        )
+        self.windows_NT, self.leading = windows.tokens_NT[::step], windows.leading
+
+    def _open_fits(self, recipe: Recipe) -> Fits | None:
+        """What a recipe's schemes are fitted to; all recipes of a search rest on the same."""
+        if self._fits is None:
+            fits = open_fits(recipe, self._stats, index_sha256=self.checkpoint.index_sha256)
+            self._fits = self._stack.enter_context(fits)
+        return self._fits
+
+
+class MeasuredKl(Objective):
     """One model in memory whose fusion groups change their schemes from recipe to recipe.
 
     Only the groups that differ from the recipe before are touched. Their
@@ -89,21 +171,9 @@ class MeasuredKl:
         Raises:
             MofqError: Any input is not valid.
         """
-        self.checkpoint: Checkpoint = open_checkpoint(model_source)
-        self.text = text
+        super().__init__(model_source, text, stats)
         self._model = load_model(self.checkpoint.folder, dtype=dtype, device=device)
-        windows = cut_windows(
-            self.checkpoint,
-            self._model,
-            text,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            bos=bos,
-        )
-        self.windows_NT, self.leading = windows.tokens_NT[::step], windows.leading
-        self._stats = stats
-        self._fits: Fits | None = None  # opened for the first recipe that needs it
-        self._stack = ExitStack()
+        self._cut(self._model, tokens=tokens, step=step, sequence_length=sequence_length, bos=bos)
         self._cache: OrderedDict[tuple[str, _Choice], dict[str, nn.Module]] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._originals: dict[str, nn.Module] = {}
@@ -111,53 +181,16 @@ class MeasuredKl:
         self._caches: list[RemovableHandle] = []  # what rounds keys and values now
         self._stored: ModelLayers | None = None  # as the checkpoint has them
         self._loaded: tuple[FusionGroup, ...] = ()  # as the model has them
-        self._evaluation, self._logits = 0, OriginalLogits()
+        self._evaluation, self._logits = 0, self._stack.enter_context(OriginalLogits())
         try:
             run_original(self._model, self.windows_NT, into=self._logits, progress=progress)
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> MeasuredKl:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Drop the original's logits, and close the statistics."""
-        self._stack.close()
-        self._logits.close()
-
-    @property
-    def windows(self) -> int:
-        """How many values an evaluation yields."""
-        return len(self.windows_NT)
-
-    @property
-    def tokens(self) -> int:
-        """Positions that are compared."""
-        return self.windows_NT.numel()
-
     def evaluate(self, recipe: Recipe) -> Iterator[float]:
-        """Run a recipe over the windows.
-
-        Args:
-            recipe: Of this model.
-
-        Yields:
-            The KL of each window, in order [nats per token]. A caller that has seen enough
-            stops asking; asking on after another recipe was begun is an error.
-
-        Raises:
-            RecipeError: The recipe does not fit the model; before anything is changed.
-            SchemeError: A weight is not finite.
-            StatsError: A scheme is fitted to statistics, and there are none, or others.
-            MofqError: The logits are not finite, or another recipe was begun.
-        """
-        if self._fits is None:  # all recipes of a search rest on the same statistics
-            fits = open_fits(recipe, self._stats, index_sha256=self.checkpoint.index_sha256)
-            self._fits = self._stack.enter_context(fits)
+        """As `Objective` says."""
+        self._open_fits(recipe)
         self._apply(recipe)
         self._evaluation += 1
         return self._run(self._evaluation)

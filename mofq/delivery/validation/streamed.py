@@ -31,7 +31,6 @@ from mofq.delivery.export.compressed_tensors.model_from_folder import (
     stored_tensors,
 )
 from mofq.delivery.recipe_fits import check_fits, open_fits
-from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.delivery.validation.against_original import (
     Original,
     tokens_of,
@@ -45,22 +44,17 @@ from mofq.delivery.validation.divergence import (
     next_token_entropy,
     score_window,
 )
-from mofq.delivery.validation.enforcement import (
-    cache_deviations,
-    group_deviations,
-    other_deviations,
-    unquantized_deviations,
-)
+from mofq.delivery.validation.enforcement import Enforcement, enforcement
 from mofq.delivery.validation.report import Validation
 from mofq.delivery.validation.windows import cut_windows
 from mofq.evidence.corpora import Bos, Corpus
-from mofq.evidence.fits import Fits
 from mofq.exceptions import StreamingError
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress
+from mofq.files.steps import Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import ModelLayers, layers_of
+from mofq.model.layers import layers_of
 from mofq.model.layers.within import layers_within
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
@@ -76,8 +70,7 @@ class Subject:
     folder: Path
     candidate: Candidate | None = None  #: None: the original
     applied: Applied | None = None  #: None: the weights run as they are
-    layers: ModelLayers | None = None  #: on the original's disk; None: nothing is enforced
-    fits: Fits | None = None
+    enforced: Enforcement | None = None  #: what it should be; None: nothing is enforced
     sequences: list[StreamedSequence] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -202,19 +195,12 @@ def _run_all(
 ) -> tuple[Validation, ...]:
     subjects = [one for run in runs for one in run.subjects]
     total = sum(len(run.streamed.weights.units) for run in runs)
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress("validate", min(done, total), total)
-
+    tell = Steps(progress, "validate", total)
     heads = []
     for run in runs:
         named = [one for one in run.subjects if one.candidate is not None]
         with naming_deviations(named[0].candidate) if run is not runs[0] else nullcontext():  # type: ignore[arg-type]
-            heads.append(run_layers(run, original.checkpoint, tell))
+            heads.append(run_layers(run, tell))
     entropies, scores = _compare(runs, heads, original)
     (the_original,) = (one for one in subjects if one.candidate is None)
     original = replace(
@@ -228,7 +214,7 @@ def _run_all(
                 subject.candidate,
                 original,
                 scores=scores[key],
-                deviations=_deviations(subject, runs, original.checkpoint),
+                deviations=_deviations(subject, runs),
                 seconds=subject.seconds,
             )
     return tuple(validations[id(one)] for one in candidates)
@@ -263,8 +249,7 @@ def _open_original(
                 folder / f"candidate-{number}",
                 candidate,
                 applied,
-                layers=checked_layers(checkpoint, recipe, experts_apart=True),
-                fits=fits,
+                enforced=enforcement(recipe, checkpoint, fits=fits, decoded=False),
             )
         )
     run = Run(streamed, subjects)
@@ -291,23 +276,13 @@ def _open_folder(
         applied = None
         if served is not None:
             applied = Applied(prepare(streamed.model, served), quantize_inputs, streamed.head)
-    is_enforced = recipe is not None and not candidate.is_foreign
-    fits = None
-    if is_enforced:
-        assert recipe is not None
+    enforced = None
+    if recipe is not None and not candidate.is_foreign:
         fits = stack.enter_context(
             open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
         )
-    subject = Subject(
-        folder,
-        candidate,
-        applied,
-        layers=checked_layers(checkpoint, recipe, experts_apart=True)
-        if is_enforced and recipe
-        else None,
-        fits=fits,
-    )
-    run = Run(streamed, [subject])
+        enforced = enforcement(recipe, checkpoint, fits=fits, decoded=True)
+    run = Run(streamed, [Subject(folder, candidate, applied, enforced=enforced)])
     check_units(run, None)
     return run
 
@@ -326,7 +301,7 @@ def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
                 raise StreamingError(f"{name} is in FP8, outside of the decoder layers")
 
 
-def run_layers(run: Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> int:
+def run_layers(run: Run, tell: Callable[[], None]) -> int:
     """Move all windows of all subjects up to the head; the step of the head."""
     streamed, seen = run.streamed, set()
     first = run.subjects[0].sequences[0]
@@ -342,22 +317,20 @@ def run_layers(run: Run, checkpoint: Checkpoint, tell: Callable[[], None]) -> in
         ]
         if left:
             with streamed.weights.loaded(unit, ahead=streamed.next_unit(unit)):
-                _run_unit(run, left, unit, step, checkpoint)
+                _run_unit(run, left, unit, step)
                 streamed.writer.wait()
         streamed.replayer.forget([s for one in run.subjects for s in one.sequences], step)
         tell()
     for unit in streamed.weights.units:
         left = [one for one in run.subjects if not one.findings(unit).exists()]
-        if unit not in seen and unit != streamed.head and any(one.layers for one in left):
+        if unit not in seen and unit != streamed.head and any(one.enforced for one in left):
             with streamed.weights.loaded(unit):
-                _run_unit(run, left, unit, None, checkpoint)
+                _run_unit(run, left, unit, None)
             tell()
     return step
 
 
-def _run_unit(
-    run: Run, subjects: Sequence[Subject], unit: str, step: int | None, checkpoint: Checkpoint
-) -> None:
+def _run_unit(run: Run, subjects: Sequence[Subject], unit: str, step: int | None) -> None:
     """Apply every recipe to a unit whose weights are there, prove it, and run the windows."""
     recipes = [one.applied for one in subjects if one.applied is not None]
     modules = unit_modules(run.streamed.model, unit, recipes)
@@ -365,8 +338,7 @@ def _run_unit(
     for subject in subjects:
         with subject.timed(), _applied(modules, subject):
             if not subject.findings(unit).exists():
-                found = _enforce(run, subject, unit, checkpoint, known)
-                _write_findings(subject.findings(unit), found)
+                _enforce(run, subject, unit, known)
             for sequence in subject.sequences if step is not None else ():
                 assert step is not None
                 if not sequence.has(step):
@@ -380,77 +352,60 @@ def _applied(modules: UnitModules, subject: Subject) -> Iterator[None]:
 
 
 def _enforce(
-    run: Run,
-    subject: Subject,
-    unit: str,
-    checkpoint: Checkpoint,
-    known: dict[tuple[str, Choices], list[Deviation]],
-) -> _Found:
-    """What differs from the recipe in a unit, to which it is applied.
+    run: Run, subject: Subject, unit: str, known: dict[tuple[str, Choices], list[Deviation]]
+) -> None:
+    """Write down what differs from the recipe in a unit, to which it is applied.
 
     Args:
         run: Whose weights are there.
         subject: That the recipe is of.
         unit: Its path.
-        checkpoint: The original.
         known: What was found already of modules that several recipes have; is added to.
     """
     found: _Found = ([], [], [], [])
-    if subject.layers is None:
-        return found
-    assert subject.candidate is not None
-    recipe = subject.candidate.recipe
-    assert recipe is not None
-    model, layers, decoded = (
-        run.streamed.model,
-        subject.layers,
-        subject.candidate.folder is not None,
-    )
-    inside = layers_within(layers, unit, head=run.streamed.head)
-    schemes = group_schemes(inside, recipe)
+    if subject.enforced is not None:
+        found = _found_in(run, subject, subject.enforced, unit, known)
+    content = [[asdict(one) for one in kind] for kind in found]
+    write_beside_and_rename(subject.findings(unit), json.dumps(content))
+
+
+def _found_in(
+    run: Run,
+    subject: Subject,
+    enforced: Enforcement,
+    unit: str,
+    known: dict[tuple[str, Choices], list[Deviation]],
+) -> _Found:
+    model, groups = run.streamed.model, list[Deviation]()
+    inside = layers_within(enforced.layers, unit, head=run.streamed.head)
     applied: dict[str, tuple[str, Choices]] = {}
     if subject.applied is not None:
         for together in subject.applied.together_within(unit):
             choices = subject.applied.choices(together)
             applied |= {group.name: (group.name, choices) for group in together}
     for group in inside.groups:
-        choice = None if decoded else applied.get(group.name)
+        choice = None if enforced.decoded else applied.get(group.name)
         deviations = known.get(choice) if choice is not None else None
         if deviations is None:
-            deviations = group_deviations(
-                model,
-                group,
-                schemes[group.name],
-                recipe=recipe,
-                checkpoint=checkpoint,
-                architecture=layers.architecture,
-                fits=subject.fits,
-                decoded=decoded,
-            )
+            deviations = enforced.of_group(model, group)
         if choice is not None:
             known[choice] = deviations
-        found[0].extend(deviations)
-    found[1].extend(unquantized_deviations(model, inside, checkpoint))
+        groups += deviations
     state = model.get_submodule(unit).state_dict(prefix=f"{unit}.")
-    found[2].extend(other_deviations(state, checkpoint, layers, recipe))
-    found[3].extend(cache_deviations(model, recipe, inside, decoded=decoded))
-    return found
+    return (
+        groups,
+        enforced.of_unquantized(model, inside),
+        list(enforced.of_others(state)),
+        enforced.of_caches(model, inside),
+    )
 
 
-def _write_findings(path: Path, found: _Found) -> None:
-    content = [[asdict(one) for one in kind] for kind in found]
-    write_beside_and_rename(path, json.dumps(content))
-
-
-def _deviations(
-    subject: Subject, runs: Sequence[Run], checkpoint: Checkpoint
-) -> tuple[Deviation, ...] | None:
+def _deviations(subject: Subject, runs: Sequence[Run]) -> tuple[Deviation, ...] | None:
     """Every deviation of a subject, in the order of ``find_deviations``."""
-    if subject.layers is None:
+    enforced = subject.enforced
+    if enforced is None:
         return None
     assert subject.candidate is not None
-    assert subject.candidate.recipe is not None
-    recipe = subject.candidate.recipe
     (run,) = (one for one in runs if subject in one.subjects)
     kinds: _Found = ([], [], [], [])
     for unit in run.streamed.weights.units:
@@ -460,11 +415,11 @@ def _deviations(
     units = tuple(f"{unit}." for unit in run.streamed.weights.units)
     state = run.streamed.model.state_dict()
     rest = {name: one for name, one in state.items() if not name.startswith(units)}
-    kinds[2].extend(other_deviations(rest, checkpoint, subject.layers, recipe))
-    order = {layer.name: n for n, layer in enumerate(layers_of(subject.layers.groups))}
+    kinds[2].extend(enforced.of_others(rest))
+    order = {layer.name: n for n, layer in enumerate(layers_of(enforced.layers.groups))}
     kinds[0][:] = dict.fromkeys(kinds[0])  # a tied embedding is in two units
     kinds[0].sort(key=lambda one: order[one.layer])
-    names = {name: n for n, name in enumerate(checkpoint.tensors)}
+    names = {name: n for n, name in enumerate(enforced.checkpoint.tensors)}
     kinds[2].sort(key=lambda one: names[one.layer])
     return with_those_of_folder(subject.candidate, [one for kind in kinds for one in kind])
 
@@ -488,8 +443,7 @@ def _compare(
                 known: dict[tuple[str, Choices], list[Deviation]] = {}
                 for subject in run.subjects:
                     with subject.timed(), _applied(modules, subject):
-                        found = _enforce(run, subject, unit, original.checkpoint, known)
-                        _write_findings(subject.findings(unit), found)
+                        _enforce(run, subject, unit, known)
                 for index, window_T in enumerate(original.windows.tokens_NT):
                     with the_original.timed():
                         reference_TV = first.streamed.logits(

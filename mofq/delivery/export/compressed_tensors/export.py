@@ -31,6 +31,7 @@ from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError, option
 from mofq.files.locks import check_new_folder, new_folder
 from mofq.files.progress import Progress
+from mofq.files.steps import told
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.checkpoint.tensors import keep_freed_memory
 from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
@@ -228,11 +229,9 @@ def _write_weights(
 ) -> None:
     keep_freed_memory()
     with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
-        for done, planned in enumerate(plan.quantized, start=1):
+        for planned in told(plan.quantized, progress, "export", total=len(plan.quantized)):
             for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
                 writer.add_rows(f"{layer.name}.{word}", rows)
-            if progress is not None:
-                progress("export", done, len(plan.quantized))
         for name, scale in plan.cache.tensors.items():
             writer.add_rows(name, scale)
         for name, _, rows in split_rows(plan):

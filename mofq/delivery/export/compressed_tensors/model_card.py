@@ -12,7 +12,7 @@ import yaml
 from mofq import __version__
 from mofq.decision.recipe import Recipe
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan
-from mofq.delivery.rewriting.lineage import rewritten_from
+from mofq.delivery.rewriting.write import rewritten_from
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.sizes import bits_per_weight, weights_of
 

@@ -88,7 +88,7 @@ def beside_the_proof(validation: Validation, max_kl: float) -> str:
     )
 
 
-def noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
+def with_notes_of_run(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
     """A recipe that says what was tried on the way to it, and which model it is for."""
     found = (
         f"{one.name} {'no recipe' if kl is None else f'{kl:.3g}'}"
@@ -97,10 +97,10 @@ def noting(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe:
         for kl in [one.kl_nats_per_token]
     )
     made_by = {**recipe.made_by, "effort": effort, "tried": "; ".join(found)}
-    return _rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
+    return _with_rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
 
 
-def _rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:
+def _with_rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:
     """A recipe of a table of a rewritten model, with what was rewritten among its decisions."""
     result = replace(recipe.result, decisions_sha256=None)
     return replace(recipe, rewriting=rewriting, result=result)
@@ -123,7 +123,7 @@ def uniform_rivals(
     smallest = sorted(others, key=lambda name: others[name].bits_per_weight or 0.0)[:1]
     asked = {key: recipe.made_by[key] for key in _ASKED if key in recipe.made_by}
     return {
-        name: _rewriting(
+        name: _with_rewriting(
             replace(others[name], made_by={**others[name].made_by, **asked}, budget=recipe.budget),
             recipe.rewriting,
         )
