@@ -33,14 +33,7 @@ from scripts.engines.selection import (
 
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
 
-from loading_cases import (
-    CHOICES,
-    VARIANTS,
-    digest,
-    export_choice,
-    merged,
-    write_variant,
-)
+from loading_cases import CHOICES, VARIANTS, digest, export_choice, merged, write_variant
 
 #: Of the GPU that the engine believes to run on: Hopper's.
 CAPABILITY = [9, 0]

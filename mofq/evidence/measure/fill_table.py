@@ -13,12 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mofq import __version__
-from mofq.evidence.calibration.stats import (
-    Stats,
-    check_same_model,
-    earlier_stats,
-    verify_sequences,
-)
+from mofq.evidence.calibration.stats import Stats, check_same_model, earlier_stats, verify_sequences
 from mofq.evidence.calibration.visits import expert_visits
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import (
@@ -68,12 +63,7 @@ from mofq.evidence.table import (
 from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import kept_dtype
-from mofq.model.checkpoint.tensors import (
-    check_finite,
-    check_scales,
-    read_amax,
-    read_layer_rows,
-)
+from mofq.model.checkpoint.tensors import check_finite, check_scales, read_amax, read_layer_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import (
     FusionGroup,
