@@ -27,7 +27,7 @@ from torch import Tensor
 from mofq.evidence.calibration.stats import Plan, passing_stats, read_plan, write_json
 from mofq.evidence.fits import Fits, Part
 from mofq.exceptions import StatsError
-from mofq.files.documents import hash_file, parse_json, read_text
+from mofq.files.documents import hash_file, load_json
 from mofq.files.validated import Sha256, Text, only_these_keys, validate
 from mofq.model.layers import LinearLayer
 from mofq.model.streaming.records import read_content, write_tensors
@@ -150,7 +150,7 @@ def finish_fits(folder: Path, plan: Plan) -> None:
 
 def _read_index(folder: Path) -> tuple[Plan, Mapping[str, _File]]:
     path = folder / INDEX_FILE
-    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    content = load_json(path, StatsError, _MAX_BYTES)
     if not isinstance(content, dict) or content.keys() != {"plan", "files"}:
         raise StatsError(f"{path}: is no index of kept fits. Measure again into another table.")
     files = validate(_FILES, content["files"], f"{path}: files", StatsError)

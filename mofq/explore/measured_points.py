@@ -9,7 +9,7 @@ from typing import Any
 
 from mofq.evidence.table import TableHeader
 from mofq.exceptions import MofqError
-from mofq.files.documents import parse_json, read_text, shown
+from mofq.files.documents import load_json, shown
 
 #: Of validation.json; what else it holds is not drawn.
 _VALIDATION_VERSION = 1
@@ -44,7 +44,7 @@ def measured_points(path: Path, header: TableHeader) -> tuple[MeasuredPoint, ...
     Raises:
         MofqError: The file is not such a file, or of another model, or another training of it.
     """
-    content = parse_json(read_text(path, MofqError, kind="validation"), str(path), MofqError)
+    content = load_json(path, MofqError, kind="validation")
     point = _point(content, path, header, label=None)
     others = content.get("alternatives", {})
     if not isinstance(others, dict):

@@ -179,6 +179,17 @@ def yaml_scalar(value: Any) -> str:
     return str(yaml.safe_dump(value, default_style='"', width=10**9)).rstrip("\n")
 
 
+def load_json(
+    path: Path,
+    error: type[MofqError],
+    max_bytes: int = MAX_YAML_BYTES,
+    *,
+    kind: Kind | None = None,
+) -> Any:
+    """The one value of a JSON file; arguments and errors as of `read_text` and `parse_json`."""
+    return parse_json(read_text(path, error, max_bytes, kind=kind), str(path), error)
+
+
 def parse_json(
     text: str | bytes, where: str, error: type[MofqError], *, finite: bool = True
 ) -> Any:

@@ -23,11 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mofq.exceptions import CheckpointError, MofqError, how_to_install, option
-from mofq.model.checkpoint.headers import (
-    CONFIG_FILE,
-    open_checkpoint,
-    read_json,
-)
+from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint, read_json
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.dtypes import check_dtype
 from mofq.model.layers.model_class import check_next_tokens

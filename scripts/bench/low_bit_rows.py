@@ -34,12 +34,7 @@ from mofq.model.layers import FusionGroup, find_layers
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.schemes import parse_scheme
-from scripts.shared.command import (
-    measured_table,
-    model_parser,
-    parse_into_work,
-    print_markdown,
-)
+from scripts.shared.command import measured_table, model_parser, parse_into_work, print_markdown
 from scripts.shared.windows import model_windows
 
 _SPACE = Path(__file__).with_suffix(".yaml")

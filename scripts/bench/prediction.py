@@ -40,11 +40,7 @@ from scripts.bench.calibration import (
 from scripts.bench.prediction_recipes import Pair, choose_pairs, mixed_recipes, uniform_recipes
 from scripts.bench.prediction_report import ANOTHER, SAME, Result, report_lines, report_values
 from scripts.shared.command import script_parser
-from scripts.shared.kl_truth import (
-    measure_truths,
-    text_windows,
-    windows_between,
-)
+from scripts.shared.kl_truth import measure_truths, text_windows, windows_between
 from scripts.shared.prediction_scores import OtherScores, other_scores
 
 

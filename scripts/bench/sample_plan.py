@@ -35,13 +35,7 @@ from scripts.bench.calibration import SPACE, fill_table, run_calibration
 from scripts.bench.prediction_recipes import Pair, choose_pairs, uniform_recipes
 from scripts.bench.prediction_report import ANOTHER, SAME, SMALL_KL
 from scripts.shared.command import markdown_table, script_parser
-from scripts.shared.kl_truth import (
-    Truths,
-    Version,
-    measure_truths,
-    text_windows,
-    windows_between,
-)
+from scripts.shared.kl_truth import Truths, Version, measure_truths, text_windows, windows_between
 from scripts.shared.prediction_scores import fit
 
 PLAN_SPACE = Path(__file__).parent / "plan_space.yaml"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.engines.selection import FACTS, fetch_wheel, format_facts, parse_requirement
+from scripts.engines.selection import fetch_wheel, parse_requirement, write_facts
 
 _REGISTRIES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
 _MODELS = Path("vllm", "model_executor", "models")
@@ -27,11 +27,7 @@ def main() -> None:
         {"architecture": architecture, "class": kind, "joined": _joined(kind, classes)}
         for architecture, kind in sorted(_registered(models / "registry.py"))
     ]
-    facts = {"engine": name, "version": version, "rows": rows}
-    path = FACTS / "joined" / f"{name}-{version}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(format_facts(facts), encoding="utf-8")
-    print(f"{path}: {len(rows)} architectures")
+    write_facts("joined", name, version, rows)
 
 
 def _read(path: Path) -> Iterator[tuple[str, list[str], dict[str, list[str]] | None]]:

@@ -19,28 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from scripts.engines.selection import (
-    COMPANIONS,
-    FACTS,
     HERE,
-    fetch_wheel,
-    format_facts,
+    fetch_wheels,
     make_venv,
     parse_requirement,
-    required_versions,
     run,
     shorten,
+    write_facts,
 )
 
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
 
-from loading_cases import (
-    CHOICES,
-    VARIANTS,
-    digest,
-    export_choice,
-    merged,
-    write_variant,
-)
+from loading_cases import CHOICES, VARIANTS, digest, export_choice, merged, write_variant
 
 #: Of the GPU that the engine believes to run on: Hopper's.
 CAPABILITY = [9, 0]
@@ -49,8 +39,7 @@ CAPABILITY = [9, 0]
 def main() -> None:
     """Let the engine load every export, and write what it did."""
     name, version = parse_requirement(__doc__)
-    wheels = [fetch_wheel(f"{name}=={version}")]
-    wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
+    wheels = fetch_wheels(name, version)
     with tempfile.TemporaryDirectory() as scratch:
         rows, folders = [], []
         for number, variant in enumerate(VARIANTS):
@@ -65,16 +54,8 @@ def main() -> None:
             "folders": folders,
         }
         (answers,) = run(HERE / f"ask_{name}_loading.py", make_venv(), wheels, request)
-    facts = {
-        "engine": name,
-        "version": version,
-        "with": sorted(wheel.name for wheel in wheels[1:]),
-        "rows": [row | outcome(answer) for row, answer in zip(rows, answers, strict=True)],
-    }
-    path = FACTS / "loading" / f"{name}-{version}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(format_facts(facts), encoding="utf-8")
-    print(f"{path}: {len(rows)} exports")
+    found = [row | outcome(answer) for row, answer in zip(rows, answers, strict=True)]
+    write_facts("loading", name, version, found, beside=wheels[1:])
 
 
 def outcome(answer: Mapping[str, Any]) -> dict[str, Any]:

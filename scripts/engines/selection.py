@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any, cast
@@ -76,20 +76,10 @@ Case = tuple[str, str, str]  # scheme, layer, device
 def main() -> None:
     """Ask the engine and write its matrix."""
     name, version = parse_requirement(__doc__)
-    wheels = [fetch_wheel(f"{name}=={version}")]
-    wheels += [fetch_wheel(one) for one in required_versions(wheels[0], COMPANIONS[name])]
-    python = make_venv()
+    wheels, python = fetch_wheels(name, version), make_venv()
     for matrix in ASKED[name]:
-        facts = {
-            "engine": name,
-            "version": version,
-            "with": sorted(wheel.name for wheel in wheels[1:]),
-            "rows": group_rows(ask_engine(name, python, wheels, MATRICES[matrix])),
-        }
-        path = FACTS / matrix / f"{name}-{version}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(format_facts(facts), encoding="utf-8")
-        print(f"{path}: {len(facts['rows'])} rows")
+        rows = group_rows(ask_engine(name, python, wheels, MATRICES[matrix]))
+        write_facts(matrix, name, version, rows, beside=wheels[1:])
 
 
 def parse_requirement(documentation: str | None) -> tuple[str, str]:
@@ -102,10 +92,42 @@ def parse_requirement(documentation: str | None) -> tuple[str, str]:
     return name, version
 
 
+def write_facts(
+    matrix: str,
+    name: str,
+    version: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    beside: Iterable[Path] | None = None,
+) -> None:
+    """Write what was found of an engine, and say how much.
+
+    Args:
+        matrix: Folder of ``mofq/engines/facts``.
+        name: Of the engine.
+        version: Of it.
+        rows: What was found.
+        beside: Wheels that were there too; None where nothing was run.
+    """
+    facts: dict[str, Any] = {"engine": name, "version": version}
+    if beside is not None:
+        facts["with"] = sorted(wheel.name for wheel in beside)
+    path = FACTS / matrix / f"{name}-{version}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(format_facts({**facts, "rows": rows}), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
 def cache_folder() -> Path:
     """Where wheels are unpacked."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "mofq" / "engines"
+
+
+def fetch_wheels(name: str, version: str) -> list[Path]:
+    """The folders of an engine's wheel and of those that it is asked with."""
+    wheel = fetch_wheel(f"{name}=={version}")
+    return [wheel, *map(fetch_wheel, required_versions(wheel, COMPANIONS[name]))]
 
 
 def fetch_wheel(requirement: str) -> Path:

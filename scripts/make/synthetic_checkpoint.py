@@ -67,6 +67,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
+#: For Llama's configs, where code is tried and no size.
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+}
 COMMON = {
     "hidden_act": "silu",
     "max_position_embeddings": 8192,

@@ -21,11 +21,7 @@ from mofq.decision.recipe import Recipe, load_recipe
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from scripts.reproduce.walls import INT8, plan_walls, write_walled
-from scripts.shared.command import (
-    mofq,
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import mofq, print_markdown, with_error
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,

@@ -32,19 +32,8 @@ from mofq.evidence.corpora import load_text
 from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.loading import load_tokenizer
-from scripts.shared.command import (
-    model_parser,
-    mofq,
-    parse_into_work,
-    print_markdown,
-    with_error,
-)
-from scripts.shared.reproduction import (
-    Measured,
-    measure_recipes,
-    reference_of,
-    stats_of,
-)
+from scripts.shared.command import model_parser, mofq, parse_into_work, print_markdown, with_error
+from scripts.shared.reproduction import Measured, measure_recipes, reference_of, stats_of
 
 matplotlib.use("agg")
 from matplotlib import pyplot

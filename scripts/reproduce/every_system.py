@@ -29,10 +29,7 @@ from mofq.decision.result import recipe_from_table
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
-from scripts.shared.command import (
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import print_markdown, with_error
 from scripts.shared.reproduction import (
     Measured,
     arguments,

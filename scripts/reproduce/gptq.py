@@ -16,10 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from mofq.decision.recipe import Recipe
 from mofq.evidence.table import Table
-from scripts.shared.command import (
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import print_markdown, with_error
 from scripts.shared.reproduction import (
     Measured,
     arguments,

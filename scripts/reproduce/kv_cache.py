@@ -28,17 +28,8 @@ from mofq.model.kv_schemes import cache_bits
 from mofq.model.layers import CacheLayer
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import parse_scheme
-from scripts.shared.command import (
-    print_markdown,
-    with_error,
-)
-from scripts.shared.reproduction import (
-    Measured,
-    Version,
-    arguments,
-    measure_versions,
-    reference_of,
-)
+from scripts.shared.command import print_markdown, with_error
+from scripts.shared.reproduction import Measured, Version, arguments, measure_versions, reference_of
 
 QUERIES = "queries alone in FP8"
 BUDGETS = (5.0, 6.0, 7.0, 8.0)

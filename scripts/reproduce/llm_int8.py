@@ -20,9 +20,7 @@ from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.samples import SampleReader
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
-from scripts.shared.command import (
-    print_markdown,
-)
+from scripts.shared.command import print_markdown
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,

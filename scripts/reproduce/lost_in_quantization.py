@@ -34,11 +34,7 @@ from mofq.evidence.corpora import Corpus, load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.numbers.formats import FP8_E4M3, FloatFormat
 from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
-from scripts.shared.command import (
-    mofq,
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import mofq, print_markdown, with_error
 from scripts.shared.reproduction import (
     Measured,
     Version,

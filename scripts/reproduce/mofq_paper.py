@@ -35,10 +35,7 @@ from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import find_layers
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight
 from mofq.numbers.schemes import TensorScheme, parse_scheme
-from scripts.shared.command import (
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import print_markdown, with_error
 from scripts.shared.reproduction import (
     arguments,
     measure_recipes,

@@ -19,11 +19,7 @@ from pathlib import Path
 
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.model.loading import load_model
-from scripts.shared.command import (
-    mofq,
-    print_markdown,
-    with_error,
-)
+from scripts.shared.command import mofq, print_markdown, with_error
 from scripts.shared.reproduction import (
     Measured,
     Version,

@@ -34,12 +34,7 @@ from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, find_layers
-from scripts.shared.command import (
-    model_parser,
-    mofq,
-    parse_into_work,
-    print_markdown,
-)
+from scripts.shared.command import model_parser, mofq, parse_into_work, print_markdown
 
 #: Fusion group after a norm -> the norm; of families whose norm multiplies by its weight.
 NORMS = {"attn.qkv": "input_layernorm", "mlp.gate_up": "post_attention_layernorm"}

@@ -16,7 +16,7 @@ from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.divergence import WindowScore
 from mofq.delivery.validation.tasks import TaskResult
 from mofq.exceptions import MofqError
-from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.documents import load_json, write_beside_and_rename
 from mofq.files.validated import validate
 
 VALIDATION_VERSION = 1
@@ -194,7 +194,7 @@ def read_validation(path: str | Path) -> Validation:
         MofqError: The file is missing or no such file.
     """
     where = str(path)
-    content = parse_json(read_text(Path(path), MofqError, kind="validation"), where, MofqError)
+    content = load_json(Path(path), MofqError, kind="validation")
     if not isinstance(content, dict) or content.pop("version", None) != VALIDATION_VERSION:
         raise MofqError(
             f"{where}: is no validation of version {VALIDATION_VERSION}. Take the file that "

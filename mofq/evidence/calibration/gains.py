@@ -41,7 +41,7 @@ from mofq.evidence.calibration.sequence_file import (
     stack_gradients,
 )
 from mofq.exceptions import StatsError
-from mofq.files.documents import parse_json, read_text
+from mofq.files.documents import load_json
 from mofq.files.validated import NotNegative, Number, Text, only_these_keys, validate
 
 _Numbers = Annotated[tuple[NotNegative, ...], Field(min_length=1)]
@@ -236,5 +236,5 @@ def read_gains(path: Path) -> dict[str, Gains]:
     Raises:
         StatsError: The file is missing, damaged, or holds a number that is not finite.
     """
-    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    content = load_json(path, StatsError, _MAX_BYTES)
     return validate(_GAINS, content, str(path), StatsError)

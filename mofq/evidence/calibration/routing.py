@@ -42,7 +42,7 @@ from mofq.evidence.calibration.capture import Captured
 from mofq.evidence.calibration.gains import lookup_gain, numbers_of, weight_gain
 from mofq.evidence.calibration.sequence_file import sequence_written
 from mofq.exceptions import StatsError
-from mofq.files.documents import parse_json, read_text
+from mofq.files.documents import load_json
 from mofq.files.validated import NotNegative, Text, only_these_keys, validate
 
 _MAX_BYTES = 64_000_000
@@ -127,7 +127,7 @@ def read_routing(path: Path) -> Routing:
     Raises:
         StatsError: The file is missing, damaged, or holds a number that is not finite.
     """
-    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    content = load_json(path, StatsError, _MAX_BYTES)
     return validate(_ROUTING, content, str(path), StatsError)
 
 

@@ -39,10 +39,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from mofq.evidence.calibration.gains import gains_path
+from mofq.evidence.calibration.routing import routing_path
 from mofq.evidence.calibration.sequence_file import SequenceFile, inputs_path, sequence_path
 from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
-from mofq.files.documents import hash_file, parse_json, read_text, write_beside_and_rename
+from mofq.files.documents import hash_file, load_json, write_beside_and_rename
 from mofq.files.locks import holder, try_lock
 from mofq.files.validated import (
     Count,
@@ -178,7 +179,7 @@ class Stats:
     def routing_files(self, corpus: str) -> tuple[Path, ...]:
         """What changes of experts cost, of all sequences of a corpus, in order; none if unknown."""
         count = self.plan.corpus(corpus).sequences if self.plan.routing else 0
-        return tuple(self.folder / corpus / f"routing-{index:05d}.json" for index in range(count))
+        return tuple(routing_path(self.folder, corpus, index) for index in range(count))
 
     def files(self, corpus: str) -> tuple[Path, ...]:
         """Every file of a corpus."""
@@ -527,6 +528,11 @@ def read_plan(content: dict[str, Any], path: Path) -> Plan:
     return _plan(_of_this_version(content, path), path)
 
 
+def never_seen(sequences: Sequence[Mapping[str, str | None]]) -> list[str]:
+    """The layers that no token of some sequences came to, by what each says of its layers."""
+    return [name for name in sequences[0] if all(one.get(name) is None for one in sequences)]
+
+
 def finish_stats(folder: Path, plan: Plan) -> Stats:
     """Write ``stats.json`` over complete sequences and open the folder."""
     files: dict[str, _FileEntry] = {}
@@ -541,8 +547,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
         for file in kept:
             with SequenceFile(file) as sequence:
                 inputs.append(sequence.inputs)
-        missed = [name for name in inputs[0] if all(one.get(name) is None for one in inputs)]
-        if missed:
+        if missed := never_seen(inputs):
             unseen[corpus.name] = missed
     rmtree(folder / UNFINISHED, ignore_errors=True)
     write_json(folder / "stats.json", _content(plan, files, unseen))
@@ -551,7 +556,7 @@ def finish_stats(folder: Path, plan: Plan) -> Stats:
 
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a file of this version, but for the version."""
-    content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+    content = load_json(path, StatsError, _MAX_BYTES)
     return _of_this_version(content, path)
 
 

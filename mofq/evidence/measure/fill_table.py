@@ -7,19 +7,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from mofq import __version__
-from mofq.evidence.calibration.stats import (
-    Stats,
-    check_same_model,
-    earlier_stats,
-    verify_sequences,
-)
-from mofq.evidence.calibration.visits import expert_visits
+from mofq.evidence.calibration.stats import Stats, check_same_model, earlier_stats, verify_sequences
 from mofq.evidence.fits import Fits
 from mofq.evidence.measure.crossfit import (
     check_sequences,
@@ -32,9 +27,9 @@ from mofq.evidence.measure.fit_ahead import FitsAhead
 from mofq.evidence.measure.flips import corpus_flips
 from mofq.evidence.measure.kv_cache import (
     CacheWork,
-    cache_rows,
     check_cache_stats,
     fill_caches,
+    measure_caches,
     missing_formats,
 )
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
@@ -44,10 +39,10 @@ from mofq.evidence.measure.samples import SampleAnswers, SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.score import LayerScore
 from mofq.evidence.measure.stored_inputs import SharedInputs
+from mofq.evidence.measure.visits import visits_of
 from mofq.evidence.measure.workers import Workers, worker_threads
 from mofq.evidence.spaces import (
     CacheLegality,
-    CacheOffer,
     Legality,
     Offer,
     SearchSpace,
@@ -68,18 +63,12 @@ from mofq.evidence.table import (
 from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.safetensors_header import kept_dtype
-from mofq.model.checkpoint.tensors import (
-    check_finite,
-    check_scales,
-    read_amax,
-    read_layer_rows,
-)
+from mofq.model.checkpoint.tensors import check_finite, check_scales, read_amax, read_layer_rows
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import (
     FusionGroup,
     LinearLayer,
     ModelLayers,
-    is_expert,
     share_amax,
     stored_amax,
 )
@@ -107,8 +96,6 @@ _IN_BF16 = TensorScheme(
     rounding="nearest",
 )
 
-Part = TypeVar("Part")
-
 
 class Work(NamedTuple):
     """What is measured of a fusion group in one pass over its weights."""
@@ -129,9 +116,9 @@ class Scored(NamedTuple):
     """What was measured while the model was calibrated."""
 
     groups: list[Measured]  #: in the order of the work
-    caches: dict[str, list[Row]]  #: cache -> rows, in the order of the work
+    caches: list[list[Row]]  #: likewise
     visits: dict[str, list[Visits]]  #: fusion group of experts -> of each corpus
-    stats: Stats  #: gains and routing alone
+    stats: Stats | None  #: gains and routing alone; None where nothing was missing
 
 
 #: Work, and that of caches -> what is measured of both while the model is calibrated.
@@ -215,57 +202,24 @@ def measure(
         formats = [missing_formats(table, offer, corpora) for offer in cache_offers]
         table.add_space(table_space(space, engine))
         caches = model_layers.caches if stats is not None and stats.plan.kv_cache else ()
+        work, cache_work = list(chain(*missing)), list(chain(*formats))
         if while_calibrating is not None:
-            scored = None
-            if any(missing) or any(formats):
-                scored = while_calibrating(_all(missing), _all(formats))
-            _fill_scored(
-                table, offers, missing, cache_offers, formats, scored=scored, progress=progress
-            )
-            stats = None if scored is None else scored.stats
+            scored = Scored([], [], {}, None)
+            if work or cache_work:
+                scored = while_calibrating(work, cache_work)
+            measured = (one for one in scored.groups)
+            visits, stats = scored.visits, scored.stats
+            cached = iter(scored.caches)
         else:
             here = partial(measure_groups, tell=tell)
-            measured = partial(remotely or here, checkpoint, stats=stats, device=device)
+            measured = (remotely or here)(checkpoint, work, stats=stats, device=device)
             visits = {} if stats is None else visits_of(stats, model_layers.groups)
-            _fill(table, offers, missing, measured, visits=visits, progress=progress)
-            if cached_stats is not None:
-                with SampleReader(cached_stats) as reader:
-                    rows_of = partial(_cache_rows, reader, device=device)
-                    fill_caches(table, cache_offers, formats, rows_of)
+            cached = measure_caches(cached_stats, cache_work, device=device)
+        _fill(table, offers, missing, measured, visits=visits, progress=progress)
+        fill_caches(table, cache_offers, formats, cached)
         if stats is not None:
             table.add_flips(corpus_flips(stats, model_layers.groups, caches=caches))
     return stats
-
-
-def _all(parts: Sequence[Sequence[Part]]) -> list[Part]:
-    return [one for some in parts for one in some]
-
-
-def _cache_rows(reader: SampleReader, work: CacheWork, *, device: str) -> list[Row]:
-    return cache_rows(reader, work.corpora, work.cache, work.schemes, device=device)
-
-
-def _fill_scored(
-    table: TableWriter,
-    offers: Sequence[Offer],
-    missing: Sequence[Sequence[Work]],
-    cache_offers: Sequence[CacheOffer],
-    formats: Sequence[Sequence[CacheWork]],
-    *,
-    scored: Scored | None,
-    progress: Progress | None,
-) -> None:
-    """Write what was measured while the model was calibrated; None: nothing was missing."""
-    groups = [] if scored is None else scored.groups
-    visits = {} if scored is None else scored.visits
-    caches = {} if scored is None else scored.caches
-
-    def measured(_work: Sequence[Work]) -> Generator[Measured, None, None]:
-        yield from groups
-
-    _fill(table, offers, missing, measured, visits=visits, progress=progress)
-    if cache_offers:
-        fill_caches(table, cache_offers, formats, lambda one: caches.pop(one.cache.name, []))
 
 
 def table_space(space: SearchSpace, engine: str | None) -> TableSpace:
@@ -300,15 +254,14 @@ def _fill(
     table: TableWriter,
     offers: Sequence[Offer],
     missing: Sequence[Sequence[Work]],
-    measure_all: Callable[[Sequence[Work]], Generator[Measured, None, None]],
+    measured: Generator[Measured, None, None],
     *,
     visits: Mapping[str, Sequence[Visits]],
     progress: Progress | None,
 ) -> None:
-    work = [one for of_group in missing for one in of_group]
-    if progress is not None and work:
+    if progress is not None and any(missing):
         progress("measure", 0, len(offers))
-    with closing(measure_all(work)) as measured:
+    with closing(measured):
         for done, (offer, of_group) in enumerate(zip(offers, missing, strict=True)):
             rejected = [Rejection(offer.group.name, s, why) for s, why in offer.rejected.items()]
             found = [next(measured) for _ in of_group]
@@ -503,28 +456,6 @@ def table_stats(stats: Stats) -> TableStats:
         sequence_length=stats.plan.sequence_length,
         bos=stats.plan.bos,
     )
-
-
-def visits_of(stats: Stats, groups: Sequence[FusionGroup]) -> dict[str, list[Visits]]:
-    """Fusion group of experts -> the visits to it, of each corpus."""
-    known = expert_visits(stats)
-    tokens = {
-        corpus: len(stats.sequence_files(corpus)) * stats.plan.sequence_length for corpus in known
-    }
-    return {
-        group.name: [
-            Visits(
-                group.name,
-                corpus,
-                tokens=tokens[corpus],
-                # A router may send a token to one expert twice, which is read once.
-                layers={la.name: min(of_corpus[la.name], tokens[corpus]) for la in group.layers},
-            )
-            for corpus, of_corpus in known.items()
-        ]
-        for group in groups
-        if any(map(is_expert, group.layers))
-    }
 
 
 def _missing(

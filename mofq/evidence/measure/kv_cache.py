@@ -8,7 +8,7 @@ nothing is assumed. Keys and values are rounded apart, and their squares added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -66,20 +66,20 @@ def fill_caches(
     table: TableWriter,
     offers: Sequence[CacheOffer],
     missing: Sequence[Sequence[CacheWork]],
-    rows_of: Callable[[CacheWork], list[Row]],
+    measured: Iterator[list[Row]],
 ) -> None:
-    """Measure every offered format of every layer's cache that a table does not have yet.
+    """Write down every offered format of every layer's cache that a table does not have yet.
 
     Args:
         table: Open for writing.
         offers: What each layer's cache may be kept in.
         missing: Of each offer, from `missing_formats`.
-        rows_of: Measures some of them.
+        measured: The rows of each of these.
     """
     table.add_caches(offer.cache for offer in offers)
     for offer, lacking in zip(offers, missing, strict=True):
         rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
-        table.add_group([row for one in lacking for row in rows_of(one)], rejected)
+        table.add_group([row for _ in lacking for row in next(measured)], rejected)
 
 
 def missing_formats(
@@ -93,6 +93,19 @@ def missing_formats(
         if lacking:
             schemes_of.setdefault(lacking, []).append(scheme)
     return [CacheWork(offer.cache, schemes, lacking) for lacking, schemes in schemes_of.items()]
+
+
+def measure_caches(
+    stats: Stats | None, work: Sequence[CacheWork], *, device: str
+) -> Iterator[list[Row]]:
+    """The rows of caches under some formats; arguments and errors as of `cache_rows`.
+
+    The statistics may be None where there is no work.
+    """
+    if stats is not None and work:
+        with SampleReader(stats) as reader:
+            for cache, schemes, corpora in work:
+                yield cache_rows(reader, corpora, cache, schemes, device=device)
 
 
 def cache_rows(

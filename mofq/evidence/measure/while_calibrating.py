@@ -19,17 +19,18 @@ from typing import Any
 from torch import Tensor
 
 from mofq import __version__
-from mofq.evidence.calibration.stats import Plan, Stats, passing_stats, write_json
+from mofq.evidence.calibration.stats import Plan, Stats, never_seen, passing_stats, write_json
 from mofq.evidence.calibration.streamed import calibrate_streamed
 from mofq.evidence.fits import Fits
 from mofq.evidence.kept_fits import begin_fits, finish_fits, write_fits
-from mofq.evidence.measure.fill_table import Measured, Scored, Work, measure_groups, visits_of
+from mofq.evidence.measure.fill_table import Measured, Scored, Work, measure_groups
 from mofq.evidence.measure.kv_cache import CacheWork, cache_rows
 from mofq.evidence.measure.samples import SampleReader
+from mofq.evidence.measure.visits import visits_of
 from mofq.evidence.table import Profile, Row, Visits
 from mofq.evidence.table.lines import decode_line, encode_line
 from mofq.exceptions import StatsError, StreamingError, option
-from mofq.files.documents import parse_json, read_text, write_beside_and_rename
+from mofq.files.documents import load_json, write_beside_and_rename
 from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
@@ -169,11 +170,7 @@ class _Scorer:
                 for one in caches
             ]
             unseen = {
-                corpus: [
-                    name
-                    for name in files[0].inputs
-                    if all(file.inputs[name] is None for file in files)
-                ]
+                corpus: never_seen([file.inputs for file in files])
                 for corpus, files in reader.files.items()
             }
             self._keep_fits(step, stats, reader, work)
@@ -214,23 +211,23 @@ def _read(
 ) -> Scored:
     """What was found of all units, in the order of the work."""
     groups: dict[str, list[Measured]] = {}
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[list[Row]]] = {}
     visits: dict[str, list[Visits]] = {}
     unseen: dict[str, set[str]] = {}
     for path in sorted((calibration.folder / _MEASURED).iterdir()):
-        content = parse_json(read_text(path, StatsError, _MAX_BYTES), str(path), StatsError)
+        content = load_json(path, StatsError, _MAX_BYTES)
         for name, of_rows, profiles in content["groups"]:
             measured = Measured(_decoded(of_rows, path), _decoded(profiles, path))
             groups.setdefault(name, []).append(measured)
         for name, of_rows in content["caches"]:
-            rows.setdefault(name, []).extend(_decoded(of_rows, path))
+            rows.setdefault(name, []).append(_decoded(of_rows, path))
         visits |= {name: _decoded(some, path) for name, some in content["visits"].items()}
         for corpus, some in content["unseen"].items():
             unseen.setdefault(corpus, set()).update(some)
     finish_fits(calibration.fits, calibration.plan)
     return Scored(
         [groups[one.group.name].pop(0) for one in work],
-        rows,
+        [rows[one.cache.name].pop(0) for one in caches],
         visits,
         replace(stats, unseen={name: tuple(sorted(some)) for name, some in unseen.items()}),
     )

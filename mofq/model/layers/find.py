@@ -12,19 +12,8 @@ from functools import partial
 from typing import Any
 
 from mofq.exceptions import CheckpointError
-from mofq.model.checkpoint.headers import (
-    CONFIG_FILE,
-    Checkpoint,
-    TensorInfo,
-)
-from mofq.model.layers.families import (
-    FUSION_RULES,
-    Experts,
-    Family,
-    Rules,
-    family_of,
-    read_sizes,
-)
+from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
+from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, family_of, read_sizes
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, Role, layers_of
 from mofq.model.layers.making import (

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mofq.exceptions import StreamingError, option
-from mofq.model.streaming.replay import (
-    Replayer,
-    StreamedSequence,
-    detached,
-    keep,
-    replaying,
-    run,
-)
+from mofq.model.streaming.replay import Replayer, StreamedSequence, detached, keep, replaying, run
 from mofq.model.streaming.weights import Readers, UnitWeights, open_unit_weights
 from mofq.model.streaming.writer import Writer
 

@@ -35,13 +35,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mofq.numbers.formats import (
-    FP4_E2M1,
-    FP8_E4M3,
-    CacheKernel,
-    ElementFormat,
-    IntFormat,
-)
+from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, CacheKernel, ElementFormat, IntFormat
 from mofq.numbers.quantize.rounding import divide, round_to_format
 
 _SMALLEST_SCALE = 1e-6

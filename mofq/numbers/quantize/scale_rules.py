@@ -51,11 +51,7 @@ import torch
 from torch import Tensor
 
 from mofq.numbers.formats import FloatFormat, IntFormat
-from mofq.numbers.quantize.rounding import (
-    SMALLEST_NORMAL,
-    power_of_two_floor,
-    round_to_integer,
-)
+from mofq.numbers.quantize.rounding import SMALLEST_NORMAL, power_of_two_floor, round_to_integer
 from mofq.numbers.quantize.scales import (
     TILE_DIMS,
     Scales,

@@ -22,7 +22,7 @@ from mofq.evidence.metrics import kl_divergence
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo, open_checkpoint
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model
-from scripts.make.synthetic_checkpoint import CONFIGS, shapes_of
+from scripts.make.synthetic_checkpoint import COMMON, CONFIGS, SMALL, shapes_of
 from scripts.quality.gpu.applier import demo_windows, logits_of, mixed_recipe
 from scripts.quality.gpu.report import Report, best_seconds, peak_gb, synchronise
 
@@ -102,12 +102,7 @@ def check_divergence(report: Report) -> None:
 
 def large_model(report: Report) -> tuple[Any, ModelLayers, Plan]:
     """Llama-3-8B's shapes with random weights, made on the device, and a plan for it."""
-    config = CONFIGS["llama3-8b"] | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}
-    config |= {"max_position_embeddings": 8192, "hidden_act": "silu", "dtype": "bfloat16"}
-    if report.small:
-        config |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-        config |= {"vocab_size": 512}
+    config = CONFIGS["llama3-8b"] | COMMON | (SMALL if report.small else {})
     tensors = {
         name: TensorInfo(name, "BF16", shape, Path("llama3-8b"), 0, 0)
         for name, shape in shapes_of(config)

@@ -22,7 +22,7 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
 from mofq.model.streaming.streamed import open_streamed
-from scripts.make.synthetic_checkpoint import COMMON, CONFIGS, write_checkpoint
+from scripts.make.synthetic_checkpoint import COMMON, CONFIGS, SMALL, write_checkpoint
 from scripts.quality.gpu.applier import mixed_recipe
 from scripts.quality.gpu.report import Report, peak_gb, synchronise
 
@@ -124,9 +124,7 @@ def measure_large(report: Report, work: Path) -> None:
     """Calibration of some decoder layers of Llama-3-8B's shapes, read from files, in both ways."""
     config = COMMON | CONFIGS["llama3-8b"] | {"num_hidden_layers": DECODER_LAYERS}
     if report.small:
-        config |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-        config |= {"vocab_size": 512}
+        config |= SMALL
     folder = work / "llama3-8b"
     write_checkpoint(config, folder, shard_bytes=5 * 10**9, seed=0)
     tokens = 64 if report.small else TOKENS

@@ -33,13 +33,7 @@ from scripts.reproduce.peers.environments import python_of
 from scripts.reproduce.peers.handover import MADE, MODEL
 from scripts.reproduce.peers.judge import Judge, read_entry
 from scripts.reproduce.peers.page import write_table
-from scripts.reproduce.peers.results import (
-    Result,
-    Setting,
-    made_name,
-    result_name,
-    write_result,
-)
+from scripts.reproduce.peers.results import Result, Setting, made_name, result_name, write_result
 from scripts.shared.command import parse_into_work, script_parser
 
 _ROOT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mofq.files.documents import write_beside_and_rename
+from mofq.files.documents import hash_file, write_beside_and_rename
 from mofq.numbers.numerics import NUMERICS
 from scripts.reproduce.peers.entries import MOFQ, Entry
 from scripts.reproduce.peers.environments import pins
@@ -47,14 +47,20 @@ def made_name(entry: Entry, setting: Setting) -> str:
     """Name of the folder that holds what a peer made: it says all that this depends on."""
     by = {"numerics": NUMERICS} if entry.peer == MOFQ else {"packages": pins(entry.peer)}
     sizes = [setting.calibration_windows, setting.sequence_length]
-    content = [entry.settings, by, setting.index_sha256, _sha256(setting.calibration), sizes]
+    content = [
+        entry.settings,
+        by,
+        setting.index_sha256,
+        hash_file(Path(setting.calibration)),
+        sizes,
+    ]
     return f"{entry.name}-{_digest(content)}"
 
 
 def result_name(entry: Entry, setting: Setting) -> str:
     """Name of the file that holds the result of an entry: it says all that this depends on."""
     sizes = [setting.windows, setting.sequence_length]
-    content = [made_name(entry, setting), _sha256(setting.text), sizes]
+    content = [made_name(entry, setting), hash_file(Path(setting.text)), sizes]
     return f"{entry.name}-{_digest(content)}.json"
 
 
@@ -69,10 +75,6 @@ def read_result(path: Path) -> Result | None:
         return None
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return Result(**{**content, "windows": tuple(content["windows"])})
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _digest(content: object) -> str:

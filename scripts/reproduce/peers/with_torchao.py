@@ -18,12 +18,7 @@ from torchao.quantization.quant_primitives import dequantize_affine
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 from transformers import AutoModelForCausalLM
 
-from scripts.reproduce.peers.handover import (
-    Task,
-    hand_over_weights,
-    processor_seconds,
-    read_task,
-)
+from scripts.reproduce.peers.handover import Task, hand_over_weights, processor_seconds, read_task
 
 _READ: Mapping[str, Callable[[Any], object]] = {
     "weight_dtype": lambda name: getattr(torch, name),
