@@ -56,30 +56,45 @@ def stored_schemes(checkpoint: Checkpoint, group: FusionGroup) -> tuple[Scheme, 
 
 def _has_exact_nvfp4(group: FusionGroup, stored: Sequence[TensorInfo]) -> bool:
     """Whether one global scale for each layers that engines join gives the values stored in FP4."""
-    shared: dict[str, dict[str, TensorInfo]] = {}
+    shared: dict[str, dict[tuple[str, int | None], TensorInfo]] = {}
     scales: dict[str, set[float | None]] = {}
     for layer, info in zip(group.layers, stored, strict=True):
-        shared.setdefault(layer.shares_scale, {})[info.name] = info
+        shared.setdefault(layer.shares_scale, {})[info.name, layer.expert] = info
         scales.setdefault(layer.shares_scale, set()).add(layer.global_scale)
     if any(info.packed is not None and info.packed.global_scale for info in stored):
         return all(len(some) == 1 and None not in some for some in scales.values())
-    return all(_fits_e4m3(list(infos.values())) for infos in shared.values())
+    return all(
+        _fits_e4m3([(info, expert) for (_, expert), info in infos.items()])
+        for infos in shared.values()
+    )
 
 
-def _fits_e4m3(stored: Sequence[TensorInfo]) -> bool:
-    """Whether the scales of MXFP4 weights are powers of two in E4M3 under one global scale."""
-    exponents = [_bytes(info.packed.scale) for info in stored if info.packed is not None]
+def _fits_e4m3(stored: Sequence[tuple[TensorInfo, int | None]]) -> bool:
+    """Whether the scales of MXFP4 weights are powers of two in E4M3 under one global scale.
+
+    Args:
+        stored: Tensors; of one with all experts, which of them.
+    """
+    exponents = [
+        _bytes(info.packed.scale, expert) for info, expert in stored if info.packed is not None
+    ]
     least = max(int(some.max()) for some in exponents) - _E4M3_OCTAVES
-    for info, some in zip(stored, exponents, strict=True):
-        is_low = some < least
+    for (info, expert), some in zip(stored, exponents, strict=True):
+        if some.min() >= least:
+            continue
         # A code of zero, whose sign is the highest bit, is zero whatever its scale.
-        if is_low.any() and (_bytes(info).reshape(len(some), -1)[is_low] & 0x77).any():
+        if (_bytes(info, expert).reshape(len(some), -1)[some < least] & 0x77).any():
             return False
     return True
 
 
-def _bytes(info: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.memmap(info.file, np.uint8, "r", info.start, (info.stop - info.start,))
+def _bytes(info: TensorInfo, expert: int | None) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Of a tensor, or of one expert in it."""
+    start, size = info.start, info.stop - info.start
+    if expert is not None:
+        size //= info.shape[0]
+        start += expert * size
+    return np.memmap(info.file, np.uint8, "r", start, (size,))
 
 
 def _names(info: TensorInfo) -> Iterator[str]:

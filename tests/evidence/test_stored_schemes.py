@@ -10,7 +10,8 @@ from conftest import TinyCheckpoint
 from exported import make_recipe
 from families import copy_with_tensors
 from fp8_sources import read_all, write_fp8
-from packed_sources import write_packed
+from packed_sources import pack_experts, write_packed
+from tiny_types import write_type
 from torch import Tensor
 
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
@@ -204,6 +205,25 @@ def test_mxfp4_is_nvfp4_exactly_where_its_exponents_fit(
     errors = errors_of(tmp_path / "table.jsonl")
     assert max(errors["mxfp4"]) == max(errors["nvfp4@stored"]) == 0 < max(errors["nvfp4"])
     assert len(errors["mxfp4"]) == len(errors["nvfp4@stored"]) + 1
+
+
+def test_each_expert_of_an_mxfp4_tensor_has_a_global_scale_of_its_own(tmp_path: Path) -> None:
+    packed = write_type("gpt_oss", tmp_path / "model")
+    pack_experts(packed)
+    stem, apart = "model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.down_proj"
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{stem}_scales"][0] -= 40  # a whole expert
+        tensors[f"{apart}_scales"][0, 0] -= 40  # a part of one
+
+    checkpoint = open_checkpoint(str(copy_with_tensors(packed, tmp_path / "shrunk", shrink)))
+    layers = find_layers(checkpoint)
+    found = {g.name: [s.name for s in stored_schemes(checkpoint, g)] for g in layers.groups}
+    assert found["layers.0.moe.experts"] == ["mxfp4", "nvfp4@stored", "nvfp4@stored+nvfp4"]
+    assert found["layers.1.moe.experts"] == ["mxfp4"]
+    chosen = with_stored(space("schemes: [stored, nvfp4]"), checkpoint, layers.groups)
+    measure(checkpoint, layers, chosen, table_path=tmp_path / "table.jsonl")
+    assert max(errors_of(tmp_path / "table.jsonl")["nvfp4@stored"]) == 0
 
 
 def test_a_space_fixes_layers_to_what_they_are_stored_in(
