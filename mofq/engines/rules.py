@@ -8,10 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mofq.engines.exports import export_problem, group_problem
-from mofq.engines.groups import ServedGroup, embedding_role, experts_apart, is_experts
+from mofq.engines.groups import embedding_role, experts_apart, is_experts
 from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
-from mofq.model.layers import CacheLayer
+from mofq.model.layers import AnyGroup, CacheLayer
 from mofq.numbers.schemes import Scheme
 
 Capability = tuple[int, int]
@@ -179,7 +179,7 @@ def readable(rule: Rule | CacheRule) -> str:
 
 
 def matching_rule(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> Rule | None:
     """The first rule of the engine for that scheme and that kind of layer, shapes aside.
 
@@ -201,7 +201,7 @@ def matching_rule(
     return None
 
 
-def _kinds(group: ServedGroup) -> set[Layers]:
+def _kinds(group: AnyGroup) -> set[Layers]:
     """The kinds of layers that a fusion group is of."""
     role = embedding_role(group)
     if role is not None:
@@ -218,15 +218,13 @@ def _kinds(group: ServedGroup) -> set[Layers]:
     return kinds
 
 
-def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
+def storage_problem(engine: Engine, group: AnyGroup) -> str | None:
     """Why no scheme of a fusion group can be written down for an engine, or None."""
     problem = group_problem(group)
     return None if problem is None else f"{engine.title} reads {engine.reads}, which {problem}"
 
 
-def model_problem(
-    engine: Engine, model_type: str | None, groups: Iterable[ServedGroup]
-) -> str | None:
+def model_problem(engine: Engine, model_type: str | None, groups: Iterable[AnyGroup]) -> str | None:
     """Why an engine does not load a model at all, or None.
 
     Args:
@@ -248,7 +246,7 @@ def model_problem(
 
 
 def refusal(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> str | None:
     """Why the engine cannot be given a fusion group in a scheme as it was measured, or None.
 
@@ -267,7 +265,7 @@ def refusal(
 
 
 def rule_refusal(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> str | None:
     """Why the engine has no kernel for a fusion group in a scheme, whatever it is exported to."""
     if scheme.is_unquantized:
@@ -285,7 +283,7 @@ def rule_refusal(
     return None
 
 
-def _plural(group: ServedGroup) -> str:
+def _plural(group: AnyGroup) -> str:
     role = embedding_role(group)
     if role is not None:
         return "embeddings" if role == "lookup" else "embeddings that the lm_head is tied to"
@@ -306,7 +304,7 @@ def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
     return f"{where} holds no cache in {scheme}"
 
 
-def _shape_problems(rule: Rule, group: ServedGroup, devices: int) -> Iterator[str]:
+def _shape_problems(rule: Rule, group: AnyGroup, devices: int) -> Iterator[str]:
     """What a kernel needs of the part of one device, and what that has."""
     parts = device_parts(group, devices)
     experts = is_experts(group)
