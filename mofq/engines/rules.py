@@ -35,37 +35,22 @@ Layers = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class _HardwareRule:
-    """One claim about some schemes on some hardware."""
-
-    schemes: str  #: regular expression, full match
-    _: KW_ONLY
-    source: str  #: project, version, file and line; "run" where it was run
-    refused: str = ""  #: why it is not served as measured, and what to take instead
-    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
-    max_capability: Capability | None = None  #: inclusive
-    note: str = ""
-
-    def holds_on(self, capability: Capability | None) -> bool:
-        """Whether the rule is one for this hardware."""
-        least, most = self.min_capability, self.max_capability
-        if capability is None:
-            return least is None and most is None
-        return (least is None or least <= capability) and (most is None or capability <= most)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule(_HardwareRule):
+class Rule:
     """One claim about an engine: these schemes are served by that kernel, or by none.
 
     How the scales of weights were chosen and their codes rounded (``@mse``, ``~gptq``, the
     ceiling rule of E8M0) changes no format, so ``schemes`` is matched against the name
-    without them, ``format_name``. What is done to activations is done by the engine, so their
-    rules count.
+    without them. What is done to activations is done by the engine, so their rules count.
     """
 
+    schemes: str  #: regular expression, full match on ``format_name``
+    _: KW_ONLY
     kernel: str = ""  #: what runs it; empty where nothing does
+    source: str  #: project, version, file and line; "run" where it was run
+    refused: str = ""  #: why it is not served as measured, and what to take instead
     layers: Layers = "any"  #: the kinds of `Layers`
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
     least_features: int = 1  #: inputs, and outputs of what the engine concatenates, at least
     hidden_multiple: int = 1  #: of the hidden size, which experts read and write
@@ -74,6 +59,11 @@ class Rule(_HardwareRule):
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
     versions: tuple[str, ...] = ()  #: of the engine; empty: all that its rules are for
     model_types: tuple[str, ...] = ()  #: of config.json; empty: any
+    note: str = ""
+
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, self.max_capability)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +77,21 @@ class ModelRule:
     source: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheRule(_HardwareRule):
+@dataclass(frozen=True, slots=True)
+class CacheRule:
     """One claim: these formats of the KV cache are held so, or not at all."""
 
+    schemes: str  #: regular expression, full match on the name
+    _: KW_ONLY
+    source: str
+    refused: str = ""  #: why it is not held as measured, and what to take instead
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
     min_head_size: int = 1  #: channels of a head, at least
     max_head_size: int | None = None  #: channels of a head, at most; None: any
     head_sizes: tuple[int, ...] = ()  #: channels of a head, one of these; empty: any
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
+    note: str = ""
 
     @property
     def how(self) -> str:
@@ -122,6 +119,18 @@ class CacheRule(_HardwareRule):
         if fits and (not self.head_sizes or size in self.head_sizes):
             return None
         return f"it needs heads of {self._heads} channels, and these have {size}"
+
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, self.max_capability)
+
+
+def _is_between(
+    least: Capability | None, capability: Capability | None, most: Capability | None
+) -> bool:
+    if capability is None:
+        return least is None and most is None
+    return (least is None or least <= capability) and (most is None or capability <= most)
 
 
 @dataclass(frozen=True, slots=True)
