@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from mofq.engines.groups import ServedGroup
 from mofq.engines.names import format_name
 from mofq.engines.rules import (
     Engine,
@@ -31,7 +30,7 @@ from mofq.engines.transformers import TRANSFORMERS
 from mofq.engines.vllm_cpu import VLLM_CPU
 from mofq.engines.vllm_gpu import VLLM_GPU
 from mofq.exceptions import EngineError, nearest_name
-from mofq.model.layers import CacheLayer
+from mofq.model.layers import AnyGroup, CacheLayer
 from mofq.numbers.schemes import Scheme
 
 __all__ = [
@@ -126,7 +125,7 @@ def _of_version(engine: Engine, name: str, version: str) -> Engine:
 
 def legality(
     engine_name: str, model_type: str | None = None
-) -> Callable[[Scheme, ServedGroup], str | None]:
+) -> Callable[[Scheme, AnyGroup], str | None]:
     """What an engine can serve, as a function.
 
     Args:
@@ -162,7 +161,7 @@ def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
 
 
 def serving_environment(
-    engine_name: str, choices: Iterable[tuple[Scheme, ServedGroup]]
+    engine_name: str, choices: Iterable[tuple[Scheme, AnyGroup]]
 ) -> tuple[str, ...]:
     """Environment variables and flags under which the engine serves what was measured.
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mofq.engines.devices import DeviceModel
-from mofq.engines.groups import ServedGroup, embedding_role, is_experts
+from mofq.engines.groups import embedding_role, is_experts
 from mofq.exceptions import BudgetError, nearest_name
-from mofq.model.layers import FUSION_RULES
+from mofq.model.layers import FUSION_RULES, AnyGroup
 from mofq.model.sizes import layer_bytes
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme
@@ -127,7 +127,7 @@ def arithmetic(scheme: Scheme, device: DeviceModel) -> str:
 
 
 def group_seconds(
-    group: ServedGroup, scheme: Scheme, device: DeviceModel, workload: Workload
+    group: AnyGroup, scheme: Scheme, device: DeviceModel, workload: Workload
 ) -> float:
     """The least time that one fusion group of a model takes under a scheme [s].
 
@@ -163,7 +163,7 @@ def group_seconds(
     return max(moving, computing) / workload.tp
 
 
-def _share_of_experts(group: ServedGroup, workload: Workload) -> float:
+def _share_of_experts(group: AnyGroup, workload: Workload) -> float:
     experts = sum(layer.module == group.layers[0].module for layer in group.layers)
     if not workload.experts_per_token:
         raise BudgetError(
@@ -175,7 +175,7 @@ def _share_of_experts(group: ServedGroup, workload: Workload) -> float:
 
 
 def other_seconds(
-    groups: Sequence[ServedGroup],
+    groups: Sequence[AnyGroup],
     device: DeviceModel,
     workload: Workload,
     *,
@@ -203,7 +203,7 @@ def other_seconds(
 
 
 def attention_seconds(
-    groups: Sequence[ServedGroup],
+    groups: Sequence[AnyGroup],
     device: DeviceModel,
     workload: Workload,
     *,
@@ -229,7 +229,7 @@ def attention_seconds(
 
 
 def _attention(
-    groups: Sequence[ServedGroup],
+    groups: Sequence[AnyGroup],
     device: DeviceModel,
     workload: Workload,
     cache_bits: Mapping[str, int],

@@ -8,10 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from mofq.engines.exports import export_problem, group_problem
-from mofq.engines.groups import ServedGroup, embedding_role, experts_apart, is_experts
+from mofq.engines.groups import embedding_role, experts_apart, is_experts
 from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
-from mofq.model.layers import CacheLayer
+from mofq.model.layers import AnyGroup, CacheLayer
 from mofq.numbers.schemes import Scheme
 
 Capability = tuple[int, int]
@@ -38,37 +38,22 @@ Layers = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class _HardwareRule:
-    """One claim about some schemes on some hardware."""
-
-    schemes: str  #: regular expression, full match
-    _: KW_ONLY
-    source: str  #: project, version, file and line; "run" where it was run
-    refused: str = ""  #: why it is not served as measured, and what to take instead
-    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
-    max_capability: Capability | None = None  #: inclusive
-    note: str = ""
-
-    def holds_on(self, capability: Capability | None) -> bool:
-        """Whether the rule is one for this hardware."""
-        least, most = self.min_capability, self.max_capability
-        if capability is None:
-            return least is None and most is None
-        return (least is None or least <= capability) and (most is None or capability <= most)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule(_HardwareRule):
+class Rule:
     """One claim about an engine: these schemes are served by that kernel, or by none.
 
     How the scales of weights were chosen and their codes rounded (``@mse``, ``~gptq``, the
     ceiling rule of E8M0) changes no format, so ``schemes`` is matched against the name
-    without them, ``format_name``. What is done to activations is done by the engine, so their
-    rules count.
+    without them. What is done to activations is done by the engine, so their rules count.
     """
 
+    schemes: str  #: regular expression, full match on ``format_name``
+    _: KW_ONLY
     kernel: str = ""  #: what runs it; empty where nothing does
+    source: str  #: project, version, file and line; "run" where it was run
+    refused: str = ""  #: why it is not served as measured, and what to take instead
     layers: Layers = "any"  #: the kinds of `Layers`
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
     in_features_multiple: int = 1  #: of each layer
     least_features: int = 1  #: inputs, and outputs of what the engine concatenates, at least
     hidden_multiple: int = 1  #: of the hidden size, which experts read and write
@@ -77,6 +62,11 @@ class Rule(_HardwareRule):
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
     versions: tuple[str, ...] = ()  #: of the engine; empty: all that its rules are for
     model_types: tuple[str, ...] = ()  #: of config.json; empty: any
+    note: str = ""
+
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, self.max_capability)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +80,21 @@ class ModelRule:
     source: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheRule(_HardwareRule):
+@dataclass(frozen=True, slots=True)
+class CacheRule:
     """One claim: these formats of the KV cache are held so, or not at all."""
 
+    schemes: str  #: regular expression, full match on the name
+    _: KW_ONLY
+    source: str
+    refused: str = ""  #: why it is not held as measured, and what to take instead
+    min_capability: Capability | None = None  #: CUDA compute capability, inclusive
+    max_capability: Capability | None = None  #: inclusive
     min_head_size: int = 1  #: channels of a head, at least
     max_head_size: int | None = None  #: channels of a head, at most; None: any
     head_sizes: tuple[int, ...] = ()  #: channels of a head, one of these; empty: any
     flag: str = ""  #: what asks for it where the checkpoint cannot say it
+    note: str = ""
 
     @property
     def how(self) -> str:
@@ -125,6 +122,18 @@ class CacheRule(_HardwareRule):
         if fits and (not self.head_sizes or size in self.head_sizes):
             return None
         return f"it needs heads of {self._heads} channels, and these have {size}"
+
+    def holds_on(self, capability: Capability | None) -> bool:
+        """Whether the rule is one for this hardware."""
+        return _is_between(self.min_capability, capability, self.max_capability)
+
+
+def _is_between(
+    least: Capability | None, capability: Capability | None, most: Capability | None
+) -> bool:
+    if capability is None:
+        return least is None and most is None
+    return (least is None or least <= capability) and (most is None or capability <= most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +191,7 @@ def readable(rule: Rule | CacheRule) -> str:
 
 
 def matching_rule(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> Rule | None:
     """The first rule of the engine for that scheme and that kind of layer, shapes aside.
 
@@ -204,7 +213,7 @@ def matching_rule(
     return None
 
 
-def _kinds(group: ServedGroup) -> set[Layers]:
+def _kinds(group: AnyGroup) -> set[Layers]:
     """The kinds of layers that a fusion group is of."""
     role = embedding_role(group)
     if role is not None:
@@ -223,15 +232,13 @@ def _kinds(group: ServedGroup) -> set[Layers]:
     return kinds
 
 
-def storage_problem(engine: Engine, group: ServedGroup) -> str | None:
+def storage_problem(engine: Engine, group: AnyGroup) -> str | None:
     """Why no scheme of a fusion group can be written down for an engine, or None."""
     problem = group_problem(group)
     return None if problem is None else f"{engine.title} reads {engine.reads}, which {problem}"
 
 
-def model_problem(
-    engine: Engine, model_type: str | None, groups: Iterable[ServedGroup]
-) -> str | None:
+def model_problem(engine: Engine, model_type: str | None, groups: Iterable[AnyGroup]) -> str | None:
     """Why an engine does not load a model at all, or None.
 
     Args:
@@ -253,7 +260,7 @@ def model_problem(
 
 
 def refusal(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> str | None:
     """Why the engine cannot be given a fusion group in a scheme as it was measured, or None.
 
@@ -272,7 +279,7 @@ def refusal(
 
 
 def rule_refusal(
-    engine: Engine, scheme: Scheme, group: ServedGroup, model_type: str | None = None
+    engine: Engine, scheme: Scheme, group: AnyGroup, model_type: str | None = None
 ) -> str | None:
     """Why the engine has no kernel for a fusion group in a scheme, whatever it is exported to."""
     if scheme.is_unquantized:
@@ -290,7 +297,7 @@ def rule_refusal(
     return None
 
 
-def _plural(group: ServedGroup) -> str:
+def _plural(group: AnyGroup) -> str:
     role = embedding_role(group)
     if role is not None:
         return "embeddings" if role == "lookup" else "embeddings that the lm_head is tied to"
@@ -311,7 +318,7 @@ def cache_refusal(engine: Engine, scheme: str, cache: CacheLayer) -> str | None:
     return f"{where} holds no cache in {scheme}"
 
 
-def _shape_problems(rule: Rule, group: ServedGroup, devices: int) -> Iterator[str]:
+def _shape_problems(rule: Rule, group: AnyGroup, devices: int) -> Iterator[str]:
     """What a kernel needs of the part of one device, and what that has."""
     parts = device_parts(group, devices)
     experts = is_experts(group)

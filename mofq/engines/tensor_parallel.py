@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mofq.engines.groups import ServedGroup, ServedLayer
 from mofq.exceptions import EngineError
-from mofq.model.layers import FUSION_RULES, ModelLayers
+from mofq.model.layers import FUSION_RULES, AnyGroup, AnyLayer, ModelLayers
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -35,13 +34,13 @@ _WORD_BITS = 32
 class Part:
     """What one device holds of a layer."""
 
-    layer: ServedLayer
+    layer: AnyLayer
     rows: int  #: outputs
     columns: int  #: inputs
     cuts_inputs: bool
 
 
-def device_parts(group: ServedGroup, devices: int) -> list[Part]:
+def device_parts(group: AnyGroup, devices: int) -> list[Part]:
     """The part of each layer of a fusion group that one of several devices holds.
 
     Keys and values of fewer heads than devices are repeated by engines; here they are taken to
@@ -61,7 +60,7 @@ def device_parts(group: ServedGroup, devices: int) -> list[Part]:
     return parts
 
 
-def cut_problems(scheme: Scheme, group: ServedGroup, devices: int) -> Iterator[str]:
+def cut_problems(scheme: Scheme, group: AnyGroup, devices: int) -> Iterator[str]:
     """Why a scheme cannot be cut over devices: each reason, nothing where it can."""
     if devices == 1 or group.name.endswith(_WHOLE):
         return

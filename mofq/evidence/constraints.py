@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from mofq.exceptions import Remark, SchemeError, SearchSpaceError, option
 from mofq.files.validated import Name, only_these_keys
-from mofq.model.sizes import Matrix
+from mofq.model.layers import AnyGroup, AnyLayer
 from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
 
 ConstraintKind = Literal["fixed", "at_least", "at_most"]
@@ -34,30 +34,7 @@ _POSITION = re.compile(r"(first|last):(\d+)")
 _SUGGESTED = 3
 
 
-class SelectableLayer(Matrix, Protocol):
-    """A linear layer of a model or of a table."""
-
-    @property
-    def decoder_layer(self) -> int | None:
-        """Its number; None outside of the decoder."""
-        ...
-
-
-class SelectableGroup(Protocol):
-    """A fusion group of a model or of a table."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``"layers.0.attn.qkv"``."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[SelectableLayer]:
-        """At least one."""
-        ...
-
-
-_Group = TypeVar("_Group", bound=SelectableGroup)
+_Group = TypeVar("_Group", bound=AnyGroup)
 
 
 @only_these_keys
@@ -146,7 +123,7 @@ def _bits(value: str) -> float | None:
         return None
 
 
-def kind_of_group(group: SelectableGroup) -> str:
+def kind_of_group(group: AnyGroup) -> str:
     """The name of a fusion group without its decoder layer: ``"attn.qkv"``."""
     return group.name.partition(f".{group.layers[0].decoder_layer}.")[2] or group.name
 
@@ -169,7 +146,7 @@ def select(selector: str, groups: Iterable[_Group]) -> dict[str, tuple[str, ...]
     return found
 
 
-def _at_the_end(end: str, count: int, groups: Sequence[SelectableGroup]) -> set[int]:
+def _at_the_end(end: str, count: int, groups: Sequence[AnyGroup]) -> set[int]:
     """The first or last so many decoder layers; none where there are fewer."""
     numbers = _decoder_layers(groups)
     if not 0 < count <= len(numbers):
@@ -177,14 +154,14 @@ def _at_the_end(end: str, count: int, groups: Sequence[SelectableGroup]) -> set[
     return set(numbers[:count] if end == "first" else numbers[-count:])
 
 
-def _decoder_layers(groups: Iterable[SelectableGroup]) -> list[int]:
+def _decoder_layers(groups: Iterable[AnyGroup]) -> list[int]:
     layers = (layer.decoder_layer for group in groups for layer in group.layers)
     return sorted({number for number in layers if number is not None})
 
 
 def check_selector(
     selector: str,
-    groups: Sequence[SelectableGroup],
+    groups: Sequence[AnyGroup],
     *,
     what: str,
     unquantized: Iterable[str] = (),
@@ -208,7 +185,7 @@ def check_selector(
 
 
 def selections_of(
-    constraints: Iterable[LayerConstraint], groups: Sequence[SelectableGroup]
+    constraints: Iterable[LayerConstraint], groups: Sequence[AnyGroup]
 ) -> tuple[Selection, ...]:
     """How many layers each constraint names that options give.
 
@@ -218,7 +195,7 @@ def selections_of(
     return tuple(check_selector(one.layers, groups, what=one.as_option) for one in constraints)
 
 
-def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
+def _nearest_selector(selector: str, groups: Sequence[AnyGroup]) -> str:
     if _POSITION.fullmatch(selector):
         return f" The model has {len(_decoder_layers(groups))} decoder layers."
     if selector in ("first", "last"):
@@ -238,7 +215,7 @@ def _nearest_selector(selector: str, groups: Sequence[SelectableGroup]) -> str:
 
 def constraints_by_group(
     constraints: Iterable[LayerConstraint],
-    groups: Sequence[SelectableGroup],
+    groups: Sequence[AnyGroup],
     *,
     asked: Collection[LayerConstraint] = (),
 ) -> dict[str, tuple[LayerConstraint, ...]]:
@@ -265,13 +242,13 @@ def named(constraint: LayerConstraint, asked: Collection[LayerConstraint]) -> st
     return constraint.as_option if constraint in asked else str(constraint)
 
 
-def is_quantized(group: SelectableGroup, source_bytes: int) -> bool:
+def is_quantized(group: AnyGroup, source_bytes: int) -> bool:
     """Whether a source of so many bytes keeps a fusion group in fewer than 16 bits a weight."""
     return _bits_of(group, source_bytes) < _UNQUANTIZED_BITS
 
 
 def kept_schemes(
-    group: SelectableGroup, kept: Mapping[str, Sequence[str]], source_bytes: int
+    group: AnyGroup, kept: Mapping[str, Sequence[str]], source_bytes: int
 ) -> Sequence[str] | None:
     """The schemes that ``stored`` stands for in a fusion group; None where that is not known.
 
@@ -285,7 +262,7 @@ def kept_schemes(
 
 def barred_schemes(
     constraints: Sequence[LayerConstraint],
-    group: SelectableGroup,
+    group: AnyGroup,
     sizes: Mapping[str, int],
     *,
     asked: Collection[LayerConstraint] = (),
@@ -320,7 +297,7 @@ def barred_schemes(
 
 def _contradiction(
     constraints: Sequence[LayerConstraint],
-    group: SelectableGroup,
+    group: AnyGroup,
     sizes: Mapping[str, int],
     broken: Mapping[str, Sequence[LayerConstraint]],
     asked: Collection[LayerConstraint],
@@ -360,7 +337,7 @@ def _about_stored(kept: Collection[str] | None) -> str:
 
 def _keeps(
     constraint: LayerConstraint,
-    group: SelectableGroup,
+    group: AnyGroup,
     name: str,
     size: int,
     kept: Collection[str],
@@ -383,12 +360,12 @@ def _keeps(
     return True
 
 
-def _bits_of(group: SelectableGroup, size: int) -> float:
+def _bits_of(group: AnyGroup, size: int) -> float:
     """True bits per weight of a fusion group of so many bytes."""
     return 8 * size / sum(layer.out_features * layer.in_features for layer in group.layers)
 
 
-def _weights_per_scale(scheme: Scheme, layer: SelectableLayer) -> int:
+def _weights_per_scale(scheme: Scheme, layer: AnyLayer) -> int:
     """How many weights share a scale; an unquantized weight stands alone."""
     if scheme.weight is None:
         return 1

@@ -27,12 +27,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Protocol
 
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
 from mofq.model.checkpoint.headers import DTYPE_BITS
 from mofq.model.checkpoint.safetensors_header import kept_dtype, source_bits
-from mofq.model.layers import FusionGroup, LayerGroup, layers_of
+from mofq.model.layers import AnyLayer, FusionGroup, layers_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -51,36 +50,7 @@ _SIZE_UNITS = {
 }
 
 
-class Matrix(Protocol):
-    """What the cost of a layer depends on; `LinearLayer` and `TableLayer` both have it."""
-
-    @property
-    def name(self) -> str:
-        """Module name."""
-        ...
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        ...
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Of the checkpoint, as safetensors writes it."""
-        ...
-
-
-class _Weighted(Protocol):
-    @property
-    def weights(self) -> int: ...
-
-
-def layer_bytes(layer: Matrix, scheme: Scheme) -> int:
+def layer_bytes(layer: AnyLayer, scheme: Scheme) -> int:
     """Bytes of a linear layer's tensors under a scheme, as exported.
 
     Args:
@@ -126,7 +96,7 @@ def counted_bytes(group: FusionGroup, scheme: Scheme) -> int:
     return group_bytes(group, scheme) - shape_bytes(scheme, len(group.layers))
 
 
-def weights_of(groups: Iterable[LayerGroup[_Weighted]]) -> int:
+def weights_of(groups: Iterable[FusionGroup]) -> int:
     """Number of weights of all layers of some fusion groups."""
     return sum(layer.weights for layer in layers_of(groups))
 
@@ -177,7 +147,7 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def _plain_bytes(layer: Matrix, dtype: str) -> int:
+def _plain_bytes(layer: AnyLayer, dtype: str) -> int:
     bits = source_bits(dtype)
     if bits is None:
         raise CheckpointError(
@@ -186,7 +156,7 @@ def _plain_bytes(layer: Matrix, dtype: str) -> int:
     return -(-layer.out_features * layer.in_features * bits // 8)
 
 
-def _weight_bytes(layer: Matrix, weight: TensorScheme, has_activation: bool) -> int:
+def _weight_bytes(layer: AnyLayer, weight: TensorScheme, has_activation: bool) -> int:
     rows, columns, bits = layer.out_features, layer.in_features, weight.element.bits
     is_packed_int = _is_packed_int(weight, has_activation)
     row_bytes = 4 * -(-columns * bits // 32) if is_packed_int else -(-columns * bits // 8)
@@ -209,7 +179,7 @@ def _is_packed_int(weight: TensorScheme, has_activation: bool) -> bool:
     return is_int and not (weight.element.bits == 8 and has_activation)
 
 
-def _scale_shape(layer: Matrix, weight: TensorScheme) -> tuple[int, int]:
+def _scale_shape(layer: AnyLayer, weight: TensorScheme) -> tuple[int, int]:
     """Rows and columns of the scales; a tile of 0 rows or columns spans all of them."""
     if not weight.has_scale:
         return 0, 0

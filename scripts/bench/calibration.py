@@ -122,7 +122,7 @@ def fill_table(
             seconds=monotonic() - wall,
             cpu_seconds=process_time() - cpu,
             schemes=sum(not scheme.is_unquantized for scheme in space.schemes),
-            linear_layers=sum(len(group.layers) for group in layers.groups),
+            linear_layers=len(layers.grouped_layers),
             threads=torch.get_num_threads(),
             load=os.getloadavg()[0],
         )

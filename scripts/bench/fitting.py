@@ -124,26 +124,25 @@ def precision(model: str, folder: str, scheme: str) -> None:
     different = total = 0
     cost64 = cost32 = 0.0
     with stack:
-        for group in find_layers(checkpoint).groups:
-            for layer in group.layers:
-                hessian_II = torch.zeros(layer.in_features, layer.in_features).double()
-                for file in next(iter(files.values())):
-                    samples = file.read(layer.name)
-                    if samples is None:
-                        continue
-                    norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
-                    x_TI = samples.x_TI.double() * norm_T[:, None]
-                    hessian_II += x_TI.T @ x_TI
-                weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
-                codes = [
-                    fake_quantize_weight(weight_OI, weight, feedback=feedback)
-                    for feedback in (factorise_hessian(hessian_II), _in_float32(hessian_II))
-                ]
-                different += int((codes[0] != codes[1]).sum())
-                total += codes[0].numel()
-                deltas = [(one - weight_OI).double() for one in codes]
-                costs = [float(((d @ hessian_II) * d).sum()) for d in deltas]
-                cost64, cost32 = cost64 + costs[0], cost32 + costs[1]
+        for layer in find_layers(checkpoint).grouped_layers:
+            hessian_II = torch.zeros(layer.in_features, layer.in_features).double()
+            for file in next(iter(files.values())):
+                samples = file.read(layer.name)
+                if samples is None:
+                    continue
+                norm_T = samples.grad_DTO.double().square().sum((0, 2)).sqrt()
+                x_TI = samples.x_TI.double() * norm_T[:, None]
+                hessian_II += x_TI.T @ x_TI
+            weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
+            codes = [
+                fake_quantize_weight(weight_OI, weight, feedback=feedback)
+                for feedback in (factorise_hessian(hessian_II), _in_float32(hessian_II))
+            ]
+            different += int((codes[0] != codes[1]).sum())
+            total += codes[0].numel()
+            deltas = [(one - weight_OI).double() for one in codes]
+            costs = [float(((d @ hessian_II) * d).sum()) for d in deltas]
+            cost64, cost32 = cost64 + costs[0], cost32 + costs[1]
     print(
         f"{scheme}: {different} of {total} codes differ ({different / total:.2e}); the cost by the "
         f"Hessian is {cost32 / cost64 - 1:+.2e} of that in float64"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -20,6 +21,7 @@ from mofq.evidence.measure.fill_table import table_space
 from mofq.evidence.spaces import load_search_space, offer_schemes
 from mofq.evidence.table import Row, TableStats, header_of, open_table
 from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.checkpoint.safetensors_header import encode_header
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, find_layers
 from mofq.model.sizes import group_bytes
@@ -39,19 +41,12 @@ def write_sparse(config: dict[str, Any], folder: Path) -> None:
         shard = words[2] if words[1] == "layers" else "other"
         shards.setdefault(f"model-{shard}.safetensors", {})[name] = shape
     for file, tensors in shards.items():
-        header, position = {}, 0
-        for name, shape in tensors.items():
-            size = 2
-            for side in shape:
-                size *= side
-            offsets = [position, position + size]
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": offsets}
-            position += size
-        raw = json.dumps(header).encode()
-        raw += b" " * (-len(raw) % 8)
+        described = {name: ("BF16", shape) for name, shape in tensors.items()}
+        beginning, _ = encode_header(described, {"format": "pt"})
+        size = sum(2 * math.prod(shape) for shape in tensors.values())
         with (folder / file).open("wb") as opened:
-            opened.write(len(raw).to_bytes(8, "little") + raw)
-            os.ftruncate(opened.fileno(), 8 + len(raw) + position)
+            opened.write(beginning)
+            os.ftruncate(opened.fileno(), len(beginning) + size)
     index = {name: file for file, tensors in shards.items() for name in tensors}
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

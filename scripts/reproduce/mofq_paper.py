@@ -226,10 +226,9 @@ def mixtures(
 def crests(checkpoint: Checkpoint, stats: str, table: Table) -> list[Crest]:
     """Every layer's weights, every fusion group's inputs."""
     found = []
-    for group in find_layers(checkpoint).groups:
-        for layer in group.layers:
-            weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
-            found += [_crest(kind, weight_OI) for kind in KINDS if kind.startswith("weights")]
+    for layer in find_layers(checkpoint).grouped_layers:
+        weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
+        found += [_crest(kind, weight_OI) for kind in KINDS if kind.startswith("weights")]
     for _, x_TI in inputs_of(stats, table):
         found += [_crest(kind, x_TI) for kind in KINDS if kind.startswith("inputs")]
     return found

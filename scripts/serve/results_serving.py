@@ -153,7 +153,7 @@ def _request(folder: Path, windows: list[list[int]], *, repeats: int) -> dict[st
 
 def layer_bytes(checkpoint: Checkpoint, folder: Path) -> int:
     """Bytes in a folder of all tensors of the linear layers that a recipe may quantize."""
-    layers = {each.name for group in find_layers(checkpoint).groups for each in group.layers}
+    layers = {layer.name for layer in find_layers(checkpoint).grouped_layers}
     stored = open_stored(str(folder))
     return sum(
         info.nbytes

@@ -251,8 +251,7 @@ def input_amax(model: str, stats: str | Path, *, saturated: float = 0.0) -> dict
         Layer -> the magnitude that the largest code stands for.
     """
     found = read_stats(Path(stats))
-    groups = find_layers(open_checkpoint(model)).groups
-    layers = [layer.name for group in groups for layer in group.layers]
+    layers = [layer.name for layer in find_layers(open_checkpoint(model)).grouped_layers]
     amax = {}
     with SampleReader(found) as reader:
         for layer in layers:

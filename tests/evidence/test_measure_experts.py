@@ -14,7 +14,7 @@ from mofq.evidence.calibration.calibrate import sample_scores, score_seed
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.fill_table import measure
-from mofq.evidence.measure.magnitudes import extent_sums
+from mofq.evidence.measure.magnitudes import tokens_extent
 from mofq.evidence.measure.rows import group_rows
 from mofq.evidence.measure.score import CorpusScore, LayerScore
 from mofq.evidence.table import read_table
@@ -146,7 +146,7 @@ def score(relative: float, errors: list[float] | None, *, mse: float = 0.0) -> L
         corpora["a"] = CorpusScore(error_NS, torch.zeros_like(error_NS), mse_S)
     relative_S = torch.tensor([relative], dtype=torch.float64)
     amax = None if errors is None else 2.0
-    extent = extent_sums(torch.ones(1, 1))
+    extent = tokens_extent(torch.ones(1, 1))
     return LayerScore(
         name="experts",
         part="plain",

@@ -18,7 +18,7 @@ from test_table import header, weight_row
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.fill_table import measure
-from mofq.evidence.measure.magnitudes import extent_sums, group_profiles
+from mofq.evidence.measure.magnitudes import group_profiles, tokens_extent
 from mofq.evidence.table import Extent, Profile, open_table, read_table
 from mofq.exceptions import TableError
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -43,7 +43,7 @@ def layer(name: str, in_features: int, module: str = "q_proj") -> LinearLayer:
 
 def profile_of(weight_OI: torch.Tensor) -> Profile:
     one = layer("q", weight_OI.shape[1])
-    [profile] = group_profiles(FusionGroup("g", (one,)), {"q": extent_sums(weight_OI)}, {"q": {}})
+    [profile] = group_profiles(FusionGroup("g", (one,)), {"q": tokens_extent(weight_OI)}, {"q": {}})
     return profile
 
 
@@ -86,8 +86,8 @@ def test_blocks_of_rows_add_up_and_experts_of_a_kind_are_taken_together() -> Non
     first_OI, second_OI = torch.randn(2, 6, 48, generator=generator)
     names = ("experts.0.up", "experts.1.up")
     group = FusionGroup("g", tuple(layer(name, 48, "experts.up") for name in names))
-    weights = dict(zip(names, map(extent_sums, (first_OI, second_OI)), strict=True))
-    inputs = {names[0]: {"a": extent_sums(first_OI)}, names[1]: {}}
+    weights = dict(zip(names, map(tokens_extent, (first_OI, second_OI)), strict=True))
+    inputs = {names[0]: {"a": tokens_extent(first_OI)}, names[1]: {}}
     [profile] = group_profiles(group, weights, inputs)
     whole = profile_of(torch.cat([first_OI, second_OI])).weight
     assert profile.weight.amax == whole.amax

@@ -12,7 +12,7 @@ from torch import Tensor
 from mofq.evidence.calibration.sequence_file import LayerSamples
 from mofq.evidence.measure import stored_inputs
 from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
-from mofq.evidence.measure.magnitudes import extent_sums, tokens_extent
+from mofq.evidence.measure.magnitudes import ExtentSums, _crests, tokens_extent
 from mofq.evidence.measure.samples import ChunkedSamples, arrange_samples
 from mofq.evidence.measure.score import layer_score, score_rows
 from mofq.evidence.measure.stored_inputs import SharedInputs
@@ -134,6 +134,8 @@ def test_layers_that_read_one_input_quantize_it_once(monkeypatch: pytest.MonkeyP
 
 def test_the_extent_of_many_tokens_is_that_of_all_at_once() -> None:
     x_TI = torch.randn(300, 1280, generator=torch.Generator().manual_seed(2)).bfloat16()
+    whole_TI = x_TI.float()
+    amax_I, square_I = whole_TI.abs().amax(0), whole_TI.square().sum(0, dtype=torch.float64)
 
     def numbers(extent: object) -> list[Tensor]:
         return [value for value in vars_of(extent) if isinstance(value, Tensor)]
@@ -141,7 +143,7 @@ def test_the_extent_of_many_tokens_is_that_of_all_at_once() -> None:
     def vars_of(extent: object) -> list[object]:
         return [getattr(extent, name) for name in extent.__dataclass_fields__]  # type: ignore[attr-defined]
 
-    expected = numbers(extent_sums(x_TI.float()))
+    expected = numbers(ExtentSums(300, amax_I, square_I, *_crests(whole_TI)))
     with ThreadPoolExecutor(2) as executor:
         for workers in (None, Workers(executor, 2)):
             found = numbers(tokens_extent(x_TI, workers=workers))

@@ -28,7 +28,9 @@ from scripts.bench.interval_fit import Run, fitted_rows
 from scripts.bench.interval_recipes import searched_recipes
 from scripts.bench.prediction_recipes import choose_pairs
 from scripts.bench.sample_plan import BASE, PARTS, SamplePlan, part_of
+from scripts.bench.whole_run import operations
 from scripts.make.split_articles import article_halves
+from scripts.make.synthetic_checkpoint import COMMON, CONFIGS
 from scripts.shared.kl_truth import (
     Version,
     measure_truths,
@@ -226,3 +228,14 @@ def test_the_spread_of_rows_is_what_is_left_of_their_ratios_beside_all_noise() -
     found = fitted_rows([Run("model", "a", "b", 4096, (), rows)], growth=0.5)
     assert found.spread == pytest.approx(own, rel=0.1)
     assert (found.curvature, found.growth, found.recipes) == (0.0, 0.5, 300)
+
+
+def test_the_arithmetic_of_a_run_counts_the_weights_that_a_token_meets() -> None:
+    config = {**COMMON, **CONFIGS["qwen3-235b-a22b"], "num_hidden_layers": 2}
+    head, attention = 4096 * 151936, 2 * 4096 * 64 * 128 + 2 * 4096 * 4 * 128
+    layers = 2 * (attention + 128 * 4096 + 8 * 3 * 4096 * 1536)  # of 128 experts each token meets 8
+    assert operations(config, calibrated=10, validated=1) == {
+        "calibrate": 20 * (3 * layers + 2 * head),
+        "measure": 20 * 2 * layers,
+        "validate": 2 * 2 * (layers + head),
+    }

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mofq.engines.exports import compressed_tensors, modelopt, torchao
-from mofq.engines.groups import ServedGroup
-from mofq.model.layers import FUSION_RULES
+from mofq.model.layers import FUSION_RULES, AnyGroup
 from mofq.numbers.schemes import Scheme
 
 __all__ = ["EXPORT_PROBLEMS", "export_problem", "group_problem"]
 
 #: What an engine reads -> why it cannot hold a quantized scheme of a group, or None. Words that
 #: go after the export's name: "has no algorithm for layers in int8.channel; take …".
-EXPORT_PROBLEMS: dict[str, Callable[[Scheme, ServedGroup], str | None]] = {
+EXPORT_PROBLEMS: dict[str, Callable[[Scheme, AnyGroup], str | None]] = {
     "compressed-tensors": compressed_tensors.scheme_problem,
     "modelopt": modelopt.scheme_problem,
     "torchao": torchao.scheme_problem,
@@ -29,7 +28,7 @@ _TRANSPOSED = tuple(
 )
 
 
-def group_problem(group: ServedGroup) -> str | None:
+def group_problem(group: AnyGroup) -> str | None:
     """Why no export holds a fusion group in any quantized scheme, or None.
 
     Source: vLLM 0.33.0 ``models/gpt2.py`` loads a transposed ``weight`` alone; TensorRT-LLM 1.2.0
@@ -49,7 +48,7 @@ def group_problem(group: ServedGroup) -> str | None:
     return None
 
 
-def export_problem(export: str, scheme: Scheme, group: ServedGroup) -> str | None:
+def export_problem(export: str, scheme: Scheme, group: AnyGroup) -> str | None:
     """Why an export cannot hold a fusion group in a scheme, or None.
 
     Args:

@@ -31,9 +31,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mofq.engines.groups import ServedGroup, embedding_role
+from mofq.engines.groups import embedding_role
 from mofq.engines.names import format_name
 from mofq.exceptions import BackendError
+from mofq.model.layers import AnyGroup
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -53,7 +54,7 @@ class _CannotHoldError(Exception):
     """Why compressed-tensors cannot hold a scheme, and what to take instead."""
 
 
-def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
+def scheme_problem(scheme: Scheme, group: AnyGroup) -> str | None:
     """Why compressed-tensors cannot hold a quantized scheme of a fusion group, or None."""
     # Experts and embeddings are stored as linear layers are.
     if problem := tied_problem(group):
@@ -65,7 +66,7 @@ def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
     return None
 
 
-def tied_problem(group: ServedGroup) -> str | None:
+def tied_problem(group: AnyGroup) -> str | None:
     """Why no loader reads a quantized fusion group, where it is a tied embedding, or None.
 
     Source: compressed-tensors 0.20.0 ``compressors/base.py``; transformers 5.23.0

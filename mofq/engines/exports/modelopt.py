@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mofq.engines.groups import ServedGroup, embedding_role
+from mofq.engines.groups import embedding_role
 from mofq.engines.names import format_name
+from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
 
 #: Scheme, without scale rule and rounding -> what ModelOpt calls it.
@@ -31,7 +32,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
+def scheme_problem(scheme: Scheme, group: AnyGroup) -> str | None:
     """Why ModelOpt's config cannot name a quantized scheme of a fusion group, or None."""
     if embedding_role(group) is not None:
         return "has algorithms for linear layers alone; take bf16 for the embedding"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 
-from mofq.engines.groups import ServedGroup, embedding_role, is_experts
+from mofq.engines.groups import embedding_role, is_experts
 from mofq.engines.names import format_name
+from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
 
 #: Scheme, without scale rule, rounding and f32 scales -> class of its config; first match.
@@ -30,7 +31,7 @@ def config_class(scheme: Scheme) -> str | None:
     return next((one for pattern, one in _CONFIGS.items() if re.fullmatch(pattern, name)), None)
 
 
-def scheme_problem(scheme: Scheme, group: ServedGroup) -> str | None:
+def scheme_problem(scheme: Scheme, group: AnyGroup) -> str | None:
     """Why no config of TorchAO stands for a quantized scheme of a fusion group, or None."""
     if is_experts(group):
         return (

@@ -51,22 +51,8 @@ class ExtentSums:
         )
 
 
-def extent_sums(values_RI: Tensor) -> ExtentSums:
-    """The extent of a block of rows.
-
-    Args:
-        values_RI: Weights [rows, in_features] or inputs [tokens, in_features], float32.
-
-    Returns:
-        Its sums, on the device of the values.
-    """
-    amax_I = values_RI.abs().amax(0)
-    square_I = values_RI.square().sum(0, dtype=torch.float64)
-    return ExtentSums(len(values_RI), amax_I, square_I, *_crests(values_RI))
-
-
 def tokens_extent(x_TI: Tensor, *, workers: Workers | None = None) -> ExtentSums:
-    """As `extent_sums` in every bit, of many rows, which are never all in float32 at once.
+    """The extent of inputs, which are never all in float32 at once; in every bit as if they were.
 
     Args:
         x_TI: Inputs [tokens, in_features], any floating dtype.
@@ -112,7 +98,7 @@ def rows_extent(block_RI: Tensor, *, number: int, amax_I: Tensor, square_I: Tens
         square_I: Sum of squares of each column, float64.
 
     Returns:
-        As `extent_sums`, with crest factors of some sixteen rows of every eighth block: a mean
+        Its sums, with crest factors of some sixteen rows of every eighth block: a mean
         over some hundred scale groups is known well enough, and all would take longer than
         all schemes together.
     """

@@ -27,10 +27,6 @@ class LookedUpRows:
     row_NT: Tensor  #: int64
     grad_NTI: Tensor  #: gradients of these rows, bfloat16
 
-    def of(self, samples: slice) -> LookedUpRows:
-        """Those of some of the samples."""
-        return LookedUpRows(self.row_NT[samples], self.grad_NTI[samples])
-
 
 @dataclass(frozen=True, slots=True)
 class ChunkedSamples:

@@ -7,8 +7,9 @@ from mofq.model.layers.families import FUSION_RULES, lm_heads_of
 from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
+    AnyGroup,
+    AnyLayer,
     FusionGroup,
-    LayerGroup,
     LinearLayer,
     LoadedWeight,
     ModelLayers,
@@ -34,11 +35,12 @@ __all__ = [
     "EXPERTS_BY",
     "FUSION_RULES",
     "PARTS",
+    "AnyGroup",
+    "AnyLayer",
     "CacheLayer",
     "ExpertsBy",
     "FusionGroup",
     "Included",
-    "LayerGroup",
     "LinearLayer",
     "LoadedWeight",
     "ModelLayers",

@@ -154,16 +154,70 @@ class ModelLayers:
         return (*self.grouped_layers, *self.unquantized)
 
 
-class LayerGroup(Protocol[_Layer_co]):
-    """Layers that take one scheme: of a model, a table or a recipe."""
+class AnyLayer(Protocol):
+    """A linear layer of a model or of a table: names and shapes, and no weights."""
 
     @property
-    def layers(self) -> Sequence[_Layer_co]:
-        """In order."""
+    def name(self) -> str:
+        """Module name."""
+        ...
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the checkpoint, as safetensors writes it."""
+        ...
+
+    @property
+    def decoder_layer(self) -> int | None:
+        """Its number; None outside of the decoder."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """Last words of the name, e.g. ``"q_proj"``, ``"experts.down_proj"``."""
+        ...
+
+    @property
+    def role(self) -> str | None:
+        """``"lookup"`` or ``"tied"`` of an embedding; anything else of other layers."""
+        ...
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
         ...
 
 
-def layers_of(groups: Iterable[LayerGroup[_Layer]]) -> Iterator[_Layer]:
+class AnyGroup(Protocol):
+    """A fusion group of a model (`FusionGroup`) or of a table (`TableGroup`)."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``"layers.0.attn.qkv"``."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[AnyLayer]:
+        """At least one, in the order in which an engine concatenates them."""
+        ...
+
+
+class _Group(Protocol[_Layer_co]):
+    @property
+    def layers(self) -> Sequence[_Layer_co]: ...
+
+
+def layers_of(groups: Iterable[_Group[_Layer]]) -> Iterator[_Layer]:
     """The layers of some fusion groups, of a model, a table or a recipe, in order."""
     return (layer for group in groups for layer in group.layers)
 
