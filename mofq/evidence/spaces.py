@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -577,11 +577,17 @@ def _offer(
         return Offer(group, (unquantized,), rejected)
     offered: dict[Scheme, None] = {}
     rejected = {}
+    # Experts are hundreds, of two shapes; the first of each is named.
+    shapes: dict[object, LinearLayer] = {}
+    for layer in group.layers:
+        shapes.setdefault((layer.out_features, layer.in_features, layer.role), layer)
     for candidate in space.candidates:
         if candidate.groups is not None and group.name not in candidate.groups:
             continue
         for scheme in candidate.schemes:
-            reason = _rejection(scheme, group, legality, has_stats)
+            reason = _shapes_rejection(scheme, shapes.values())
+            if reason is None:
+                reason = _rejection(scheme, group, legality, has_stats)
             if reason is None:
                 offered[scheme] = None
                 break
@@ -595,16 +601,17 @@ def _offer(
     return Offer(group, tuple(offered), rejected)
 
 
+def _shapes_rejection(scheme: Scheme, layers: Iterable[LinearLayer]) -> str | None:
+    reasons = (
+        vocabulary_rejection(scheme, layer) or shape_rejection(scheme, layer) for layer in layers
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def _rejection(
     scheme: Scheme, group: FusionGroup, legality: Legality | None, has_stats: bool
 ) -> str | None:
-    reasons = (
-        vocabulary_rejection(scheme, layer) or shape_rejection(scheme, layer)
-        for layer in group.layers
-    )
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason is None and not has_stats:
-        reason = statistics_rejection(scheme)
+    reason = None if has_stats else statistics_rejection(scheme)
     if reason is None and legality is not None:
         reason = legality(scheme, group)
     return reason

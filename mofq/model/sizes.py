@@ -26,6 +26,7 @@ rule for the widths that it does not.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from mofq.exceptions import BudgetError, CheckpointError, nearest_name
@@ -78,7 +79,10 @@ def source_bytes(group: FusionGroup) -> int:
 
 def group_bytes(group: FusionGroup, scheme: Scheme) -> int:
     """Bytes of all layers of a fusion group under one scheme."""
-    return sum(layer_bytes(layer, scheme) for layer in group.layers)
+    # Experts are hundreds, of two shapes.
+    alike = {(one.out_features, one.in_features, one.dtype): one for one in group.layers}
+    counts = Counter((one.out_features, one.in_features, one.dtype) for one in group.layers)
+    return sum(counts[key] * layer_bytes(layer, scheme) for key, layer in alike.items())
 
 
 def shape_bytes(scheme: Scheme, layers: int) -> int:

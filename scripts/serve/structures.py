@@ -27,7 +27,8 @@ from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.engines import legality
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import find_layers
+from mofq.model.layers import FusionGroup, find_layers
+from mofq.model.layers.vocabulary import LM_HEAD
 from mofq.numbers.schemes import parse_scheme
 from scripts.shared.command import script_parser
 
@@ -183,9 +184,11 @@ def try_type(name: str, work: Path) -> Served:
     layers = find_layers(checkpoint)
     is_legal = legality(ENGINE, layers.architecture)
 
-    def choose(number: int, group: Any) -> str:
-        legal = [one for one in SCHEMES if is_legal(parse_scheme(one), group) is None]
-        return legal[number % len(legal)]
+    def choose(number: int, group: FusionGroup) -> str:
+        is_head = group.name == LM_HEAD
+        offered = [one for one in SCHEMES if not (is_head and parse_scheme(one).activation)]
+        legal = [one for one in offered if is_legal(parse_scheme(one), group) is None]
+        return legal[0 if is_head else number % len(legal)]
 
     # No engine ties a quantized lm_head to its embedding.
     recipe = make_recipe(checkpoint, choose, lm_head=not layers.tied_lm_head)

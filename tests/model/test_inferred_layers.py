@@ -253,6 +253,34 @@ def test_experts_in_one_transposed_tensor_are_read_as_they_are_multiplied(tiny_t
             assert layer.loaded.transposed
 
 
+def test_experts_in_one_tensor_for_each_projection_are_read_as_they_are_multiplied(
+    tmp_path: Path,
+) -> None:
+    folder = write_type("step3p7", tmp_path / "m")
+    checkpoint = open_checkpoint(str(folder))
+    layers = {layer.name: layer for layer in find_layers(checkpoint).grouped_layers}
+    stored, model = load_file(folder / "model.safetensors"), load_model(folder)
+    parameters = dict(model.named_parameters())
+    place = "model.layers.1.moe"
+    for word in ("gate", "up", "down"):
+        for expert, weight_OI in enumerate(stored[f"{place}.{word}_proj.weight"]):
+            layer = layers[f"{place}.experts.{expert}.{word}_proj"]
+            read_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+            assert torch.equal(read_OI, weight_OI)
+            at = layer.loaded
+            assert at is not None
+            assert at.expert == expert
+            rows = slice(at.row_start, at.row_start + layer.out_features)
+            assert torch.equal(parameters[at.name][expert][rows], weight_OI.float())
+
+
+def test_a_matrix_that_is_several_in_the_loaded_model_is_refused(tmp_path: Path) -> None:
+    folder = write_type("molmo2", tmp_path / "m")
+    with pytest.raises(CheckpointError, match="transformers makes other tensors of it") as caught:
+        find_layers(open_checkpoint(str(folder)))
+    assert "`left: {mlp.ff_proj: why it stays}`" in str(caught.value)
+
+
 def test_a_checkpoint_with_towers_has_the_layers_of_the_language_model_alone(
     tmp_path: Path,
 ) -> None:

@@ -242,6 +242,8 @@ _OPTIONS: dict[str, Mapping[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
         "n_mamba_heads": 2,
+        "mamba_dt_rank": 8,
+        "mamba_d_state": 4,
     },
     "zamba2": {
         "layers_block_type": _HYBRID,

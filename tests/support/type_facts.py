@@ -218,9 +218,14 @@ def _expert_of(key: str, target: str, name: str) -> int | None:
 
 
 def _find_part(value: Tensor, inside: Tensor) -> tuple[int, int] | None:
-    """Which of how many equal shares of the rows of ``inside`` a stored tensor is."""
+    """Which of how many equal shares of the rows of ``inside`` a stored tensor is.
+
+    Of all experts at once, the rows of each.
+    """
     if value.shape == inside.shape:
         return (0, 1) if torch.equal(value, inside) else None
+    if value.ndim == inside.ndim == 3 and value.shape[0] == inside.shape[0]:
+        return _find_part(value.transpose(0, 1), inside.transpose(0, 1))
     if (
         not (value.ndim and inside.ndim)
         or value.shape[1:] != inside.shape[1:]

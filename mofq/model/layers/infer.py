@@ -19,6 +19,7 @@ from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.names_in_memory import (
+    InMemory,
     KnownType,
     as_pattern,
     find_in_memory,
@@ -262,7 +263,8 @@ class _Inferrer:
         is_merged = len(one_by_one) > 1 or any(EXPERT.fullmatch(one.name) for one in one_by_one)
         is_part = own.expert is not None or (not fused and self._is_stored_name(info.name))
         if is_merged and not is_part:
-            yield from self._read_in_memory(index, info, own.name, [one.name for one in one_by_one])
+            held = one_by_one if own.parts == 1 else [one_by_one[own.part]]
+            yield from self._read_in_memory(index, info, own, [one.name for one in held])
             return
         name = find_stored_name(info.name, self.architecture)
         path = name.partition(f".{index}.")[2]
@@ -286,7 +288,12 @@ class _Inferrer:
     def _matrix(self, index: int, name: str, info: TensorInfo) -> Matrix:
         own = find_in_memory(info.name, self.architecture)
         if not own.name:
-            raise self._uncertain(info, "where the loaded model has it")
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {info.name!r}: transformers makes other tensors of it"
+                " as it loads it, and what is not the same matrix on disk and in the loaded model"
+                f" is not supported. A file for {option('layers')} may leave it as it is: `left:"
+                f" {{{path_of(info.name, index)}: why it stays}}`."
+            )
         at = EXPERT.fullmatch(f"{name}.weight")
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         transposed |= path_of(info.name, index) in self.stated.transposed
@@ -307,9 +314,10 @@ class _Inferrer:
         )
 
     def _read_in_memory(
-        self, index: int, info: TensorInfo, parameter: str, names: list[str]
+        self, index: int, info: TensorInfo, own: InMemory, names: list[str]
     ) -> Iterator[Matrix]:
-        """The layers in a parameter that is stored as the loaded model has it."""
+        """The layers in a parameter that is stored as the loaded model has it, or in a share."""
+        parameter = own.name
         paths = [name.partition(f".{index}.")[2] for name in names]
         experts = info.shape[0] if len(info.shape) == 3 else None
         *_, rows, columns = info.shape
@@ -328,7 +336,7 @@ class _Inferrer:
                 if at is not None and experts is not None:
                     name = f"{at['at']}experts.{expert}.{at['word']}"
                 number = None if experts is None else expert
-                loaded = LoadedWeight(parameter, number, part * out, transposed)
+                loaded = LoadedWeight(parameter, number, (own.part + part) * out, transposed)
                 place = None if at is None else at["at"].partition(f".{index}.")[2].rstrip(".")
                 matrix = Matrix(
                     name,
@@ -351,7 +359,8 @@ class _Inferrer:
         """Why a tensor of two or more dimensions is in no fusion group."""
         own = find_in_memory(info.name, self.architecture)
         loaded = own.name.removesuffix(".weight")
-        if own.parts > 1 and own.expert is None and path.endswith("_proj.weight"):
+        is_matrix = own.expert is None and len(info.shape) == 2
+        if own.parts > 1 and is_matrix and path.endswith("_proj.weight"):
             return "transformers holds it and others in one matrix, of which no part is quantized"
         if self.known is not None:
             pattern = as_pattern(loaded)
