@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from mofq.model.kv_schemes import CachedTensor, is_cache_scheme, parse_cache_scheme
-from mofq.numbers.formats import CodebookFormat, FloatFormat, IntFormat
-from mofq.numbers.schemes import Scheme, TensorScheme, parse_scheme
+from mofq.numbers.formats import SCALE_FORMATS, CodebookFormat, FloatFormat, IntFormat
+from mofq.numbers.schemes import ScaleRule, Scheme, TensorScheme, parse_scheme
 
 _ELEMENT_KINDS = (IntFormat, FloatFormat, CodebookFormat)
-_SCALE_RULES = ("absmax", "fullrange", "fouroversix", "stored", "mse", "nats")
+_SCALE_RULES = get_args(ScaleRule)
 _ROUNDINGS = ("nearest", "gptq", "descent")
-_SCALES = ("bf16", "f32", "e8m0", "e8m0ceil", "micro16", "e4m3")
+_SCALES = tuple(SCALE_FORMATS)
 _KINDS = ("unscaled", "tensor", "channel", "token", "block", "group", "peg")
 
 Rank = tuple[int | str, ...]
@@ -22,9 +24,9 @@ def simplicity(scheme_name: str, *, base: bool = False) -> Rank:
     ``base``; weights rounded to nearest before GPTQ before descent; symmetric
     before asymmetric; coarse scales before fine (unscaled, tensor, channel, block,
     groups, large groups before small); integers before floating point before
-    codebooks; scales in bf16 or f32 before E8M0 before E4M3 under a global scale; the
-    scale rules absmax, fullrange, fouroversix, mse, nats; for the activations, none before
-    quantized, and then the same order. Last, the name.
+    codebooks; scale formats as `SCALE_FORMATS` lists them, and scale rules as `ScaleRule`
+    does; for the activations, none before quantized, and then the same order. Last, the
+    name.
 
     Args:
         scheme_name: Any scheme name.

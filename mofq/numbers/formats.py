@@ -132,6 +132,7 @@ ELEMENT_FORMATS: dict[str, ElementFormat] = {
     )
 }
 
+#: From simple to intricate: ties are decided in this order.
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     one.name: one
     for one in (

@@ -28,7 +28,8 @@ from mofq.numbers.formats import (
 )
 
 GranularityKind = Literal["unscaled", "tensor", "channel", "token", "group", "peg", "block"]
-ScaleRule = Literal["absmax", "fullrange", "mse", "nats", "fouroversix", "stored"]
+#: From simple to intricate: ties are decided in this order.
+ScaleRule = Literal["absmax", "fullrange", "fouroversix", "stored", "mse", "nats"]
 Rounding = Literal["nearest", "gptq", "descent"]
 _Value = TypeVar("_Value")
 
@@ -83,6 +84,11 @@ class TensorScheme:
     def needs_tensor_amax(self) -> bool:
         """Whether a number of the whole tensor must be known before its first row."""
         return self.granularity.kind == "tensor" or self.scale.global_scale_bits > 0
+
+    @property
+    def has_searched_scale(self) -> bool:
+        """Whether the rule takes the best of some scales, and is no formula."""
+        return self.scale_rule not in ("absmax", "fullrange")
 
     @property
     def has_stored_global_scale(self) -> bool:

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mofq.exceptions import SchemeError
-from mofq.numbers.formats import ELEMENT_FORMATS, SCALE_FORMATS
+from mofq.numbers.formats import (
+    ELEMENT_FORMATS,
+    SCALE_FORMATS,
+    CodebookFormat,
+    FloatFormat,
+    IntFormat,
+)
 from mofq.numbers.schemes import ALIASES, OTHER_NAMES, Granularity, parse_scheme
 
 
@@ -193,5 +199,9 @@ def test_every_name_that_the_grammar_composes_is_a_fixed_point_or_is_refused() -
     # Per integer: 5 with one scale for the tensor; else 4 granularities of 3 signed scales under
     # 4 rules, 2 unsigned under 3 and 2 asymmetric under 3. Per float: 5, 4 of 5 scales under 3
     # rules, and unscaled; the codebook has no unscaled one.
-    integer, floating, codebook = 5 + 4 * (12 + 6 + 6), 5 + 4 * 15 + 1, 5 + 4 * 15
-    assert len(names) == 7 * integer + 6 * floating + codebook
+    of_kind = {
+        IntFormat: 5 + 4 * (12 + 6 + 6),
+        FloatFormat: 5 + 4 * 15 + 1,
+        CodebookFormat: 5 + 4 * 15,
+    }
+    assert len(names) == sum(of_kind[type(element)] for element in ELEMENT_FORMATS.values())

@@ -138,7 +138,7 @@ def _is_cpu(device: str) -> bool:
 
 def eager_seconds(schemes: Sequence[TensorScheme], elements: int, *, is_cpu: bool = True) -> float:
     """About how long one thread, or a GPU, takes without a compiler [s]."""
-    searched = sum(s.scale_rule in ("mse", "fouroversix", "stored") for s in schemes)
+    searched = sum(s.has_searched_scale for s in schemes)
     each = _ELEMENT_SECONDS if is_cpu else _GPU_ELEMENT_SECONDS
     return (len(schemes) + _SEARCH_FACTOR * searched) * elements * each
 

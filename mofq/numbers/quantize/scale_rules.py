@@ -104,7 +104,7 @@ def tile_scales(
         assert tensor_amax is not None
         amax = tensor_amax.reshape(1, 1, 1, 1)
         return Scales(symmetric_scale(amax, scheme, global_scale=global_scale), None, global_scale)
-    if scheme.scale_rule in ("mse", "nats", "fouroversix", "stored"):
+    if scheme.has_searched_scale:
         return search_scales(
             x_ARGK, scheme, global_scale=global_scale, importance_ARGK=importance_ARGK
         )
@@ -122,7 +122,7 @@ def search_scales(
 
     Args:
         x_ARGK: Tiles, float32, finite.
-        scheme: Its ``scale_rule`` is ``mse``, ``nats``, ``fouroversix`` or ``stored``.
+        scheme: It has a searched scale.
         global_scale: From ``global_scale_of``.
         importance_ARGK: Weight of each element's squared error, float32, at
             least 0, broadcastable to the tiles; None weighs all alike.
