@@ -8,6 +8,7 @@ import pytest
 from conftest import TinyCheckpoint
 from emulated import recipe_of, validate
 from families import TINY_FAMILIES, long_but
+from packed_sources import write_packed
 
 from mofq.decision import uniform_recipe
 from mofq.delivery.validation.measured_kl import MeasuredKl
@@ -84,6 +85,20 @@ def test_every_family_comes_back_to_itself(
         for scheme in ("int8.channel", "bf16"):
             list(one.evaluate(recipe_of(checkpoint, scheme)))
         assert set(one.evaluate(recipe_of(checkpoint, "bf16"))) == {0.0}
+        assert tuple(one.evaluate(recipe)) == expected.windows
+
+
+def test_what_an_nvfp4_source_keeps_has_its_own_global_scales(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    write_packed(tiny("llama", hidden_size=96, intermediate_size=160), tmp_path / "m", "nvfp4")
+    checkpoint, text = open_checkpoint(str(tmp_path / "m")), tiny_text(tmp_path)
+    stored = {f"layers_{n}_{of}": "nvfp4@stored" for n in (0, 1) for of in ("attn_o", "mlp_down")}
+    recipe = recipe_of(checkpoint, "bf16", **stored)
+    expected = validate(str(checkpoint.folder), recipe, text, tokens=32, sequence_length=16)
+    assert expected.enforced
+    with MeasuredKl(str(checkpoint.folder), text, tokens=32, sequence_length=16) as one:
+        list(one.evaluate(recipe_of(checkpoint, "int8.channel")))
         assert tuple(one.evaluate(recipe)) == expected.windows
 
 

@@ -175,12 +175,17 @@ def prepare(
             check(group, schemes[group.name])
     on_disk = layers if checkpoint is None else find_recipe_layers(checkpoint, recipe)
     stored = {layer.name: layer for layer in on_disk.grouped_layers}
-    quantized = tuple(_with_global_scales(group, stored) for group in quantized)
+    quantized = tuple(with_global_scales(group, stored) for group in quantized)
     return Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint)
 
 
-def _with_global_scales(group: FusionGroup, stored: Mapping[str, LinearLayer]) -> FusionGroup:
-    """A fusion group of a model in memory, with the global scales that an NVFP4 source has."""
+def with_global_scales(group: FusionGroup, stored: Mapping[str, LinearLayer]) -> FusionGroup:
+    """A fusion group of a model in memory, with the global scales that an NVFP4 source has.
+
+    Args:
+        group: Of the model.
+        stored: Every layer as the checkpoint has it, by name.
+    """
     scales = [stored[layer.name].global_scale for layer in group.layers]
     if all(scale is None for scale in scales):
         return group

@@ -219,7 +219,7 @@ class MeasuredKl(Objective):
             self._stored = layers
             loaded = find_loaded_layers(self._model, recipe)
             round_kept(self._model, loaded, checkpoint=self.checkpoint, on_disk=layers)
-            self._loaded = loaded.groups
+            self._loaded = tuple(emulate.with_global_scales(one, stored) for one in loaded.groups)
         schemes = group_schemes(layers, recipe)
         choices = {g.name: _choice(g, schemes[g.name], recipe) for g in self._loaded}
         for group in self._loaded:
