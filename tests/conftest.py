@@ -9,11 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from command_line import DEMO, Measured, ok
 from families import write_family
+
+if TYPE_CHECKING:
+    from exported import Stored
 
 #: Writes a variant of a tiny checkpoint once per session: ``tiny("llama", shard_size="100KB")``.
 TinyCheckpoint = Callable[..., Path]
@@ -42,6 +45,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 def tiny_llama(tiny: TinyCheckpoint) -> Path:
     """The plainest of the tiny checkpoints: bf16, one file, untied."""
     return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def stored(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The plainest tiny checkpoint, exported under one scheme when first asked for.
+
+    Not to be changed in place.
+    """
+    from exported import store
+
+    made: dict[str, Stored] = {}
+
+    def get(scheme: str) -> Stored:
+        if scheme not in made:
+            made[scheme] = store(tiny("llama"), scheme, tmp_path_factory.mktemp("stored") / "out")
+        return made[scheme]
+
+    return get
 
 
 #: Small enough to be measured in a second, wide enough to choose from.

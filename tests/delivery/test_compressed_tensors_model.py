@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from emulated import logits_of, validate
 from exported import (
     MIXED,
     STORABLE,
+    Stored,
     export,
     make_recipe,
     mixed_recipe,
@@ -56,16 +58,14 @@ def make_foreign(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_codes_and_scales_are_read_back_bit_for_bit(
-    name: str, tiny_llama: Path, tmp_path: Path
+    name: str, stored: Callable[[str], Stored]
 ) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    export(tiny_llama, uniform_recipe(checkpoint, name), tmp_path / "out")
-    stored = open_stored(str(tmp_path / "out"))
-    scheme = parse_scheme(name)
+    one, scheme = stored(name), parse_scheme(name)
+    checkpoint, opened = one.checkpoint, open_stored(str(one.exported.folder))
     assert scheme.weight is not None
     for group in find_layers(checkpoint).groups:
         for layer in group.layers:
-            found = read_quantized(stored, layer.name, scheme.weight)
+            found = read_quantized(opened, layer.name, scheme.weight)
             needed = quantize_layer(checkpoint, group, layer, scheme)
             assert found.codes_OI.dtype is needed.codes_OI.dtype
             assert torch.equal(found.codes_OI, needed.codes_OI)
@@ -84,15 +84,13 @@ def test_codes_and_scales_are_read_back_bit_for_bit(
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_weights_are_decoded_as_compressed_tensors_decompresses_them(
-    name: str, tiny_llama: Path, tmp_path: Path
+    name: str, stored: Callable[[str], Stored]
 ) -> None:
-    recipe = uniform_recipe(open_checkpoint(str(tiny_llama)), name)
-    exported = export(tiny_llama, recipe, tmp_path / "out")
-    stored, tensors = open_stored(str(tmp_path / "out")), exported.tensors
-    weight = parse_scheme(name).quantized_weight
-    for layer in (name for group in recipe.groups for name in group.layers):
-        found = dequantize_weight(read_quantized(stored, layer, weight), weight)
-        theirs = exported.decode(layer, tensors)
+    one, weight = stored(name), parse_scheme(name).quantized_weight
+    opened, tensors = open_stored(str(one.exported.folder)), one.exported.tensors
+    for layer in (name for group in one.recipe.groups for name in group.layers):
+        found = dequantize_weight(read_quantized(opened, layer, weight), weight)
+        theirs = one.exported.decode(layer, tensors)
         # Theirs divides by the stored reciprocal of a global scale, and rounds to bf16: what lies
         # between two values may become the other one.
         rtol = 2**-7 if weight.scale.global_scale_bits else 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from exported import STORABLE, export, mixed_recipe, uniform_recipe
+from exported import STORABLE, Stored, export, mixed_recipe, uniform_recipe
 from families import copy_with_config
 from safetensors.torch import load_file, save_file
 
@@ -29,16 +30,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", STORABLE)
-def test_the_schemes_of_an_export_are_read_back(
-    name: str, tiny_llama: Path, tmp_path: Path
-) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    recipe = uniform_recipe(checkpoint, name)
-    export(tiny_llama, recipe, tmp_path / "out")
-    found = recipe_from_compressed_tensors(tmp_path / "out")
+def test_the_schemes_of_an_export_are_read_back(name: str, stored: Callable[[str], Stored]) -> None:
+    one = stored(name)
+    recipe = one.recipe
+    found = recipe_from_compressed_tensors(one.exported.folder)
     written = format_name(parse_scheme(name))
     assert {group.scheme for group in found.groups} == {written}
-    check_recipe(found, find_layers(checkpoint))
+    check_recipe(found, find_layers(one.checkpoint))
     for group, original in zip(found.groups, recipe.groups, strict=True):
         assert (group.static_amax is None) == (original.static_amax is None)
         for layer, amax in (original.static_amax or {}).items():

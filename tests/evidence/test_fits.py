@@ -68,6 +68,14 @@ def fill(model: Path | Checkpoint, path: Path, stats: Stats, *schemes: str) -> T
     return read_table(path)
 
 
+@pytest.fixture(scope="module")
+def fitted_table(
+    checkpoint: Checkpoint, stats: Stats, tmp_path_factory: pytest.TempPathFactory
+) -> Table:
+    """The rows of every fitted scheme."""
+    return fill(checkpoint, tmp_path_factory.mktemp("fitted") / "table.jsonl", stats, *FITTED)
+
+
 def samples(stats: Stats, corpus: str, index: int) -> tuple[Tensor, Tensor]:
     """Inputs and gradients of ``LAYER``, float64."""
     tensors = read_sequence(stats, index, corpus)
@@ -163,9 +171,8 @@ def _tensors(fit: LayerFit) -> tuple[Tensor, ...]:
 
 @pytest.mark.long
 def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
-    checkpoint: Checkpoint, stats: Stats, tmp_path: Path
+    checkpoint: Checkpoint, stats: Stats, fitted_table: Table
 ) -> None:
-    table = fill(checkpoint, tmp_path / "table.jsonl", stats, *FITTED)
     layer = find_layer(checkpoint)
     weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
     scheme = parse_scheme("int4.g32~gptq").weight
@@ -180,7 +187,7 @@ def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
         x_TI, grad_TO = samples(stats, "a", index)
         row_O = (delta_OI.double() * (grad_TO.T @ x_TI)).sum(1)
         expected.append(float(row_O.square().sum()) / (2 * LENGTH))
-    rows = table.rows_of("kl_nats_per_token", "a")["layers.1.mlp.down"]
+    rows = fitted_table.rows_of("kl_nats_per_token", "a")["layers.1.mlp.down"]
     (row,) = (row for row in rows if row.scheme == "int4.g32~gptq")
     # Feedback of 22 bits against float64: one code at a tie may fall to the other side, which
     # moves one of 128 rows by about a quarter.
@@ -189,15 +196,14 @@ def test_nats_are_predicted_from_codes_that_did_not_see_the_sequence(
 
 @pytest.mark.long
 def test_the_weight_error_is_the_mean_of_those_of_the_fits_to_either_half(
-    checkpoint: Checkpoint, stats: Stats, tmp_path: Path
+    checkpoint: Checkpoint, stats: Stats, fitted_table: Table
 ) -> None:
-    table = fill(checkpoint, tmp_path / "table.jsonl", stats, *FITTED)
     layer = find_layer(checkpoint)
     weight_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features).float()
     weights = [parse_scheme(name).weight for name in FITTED]
     with Fits(stats) as fits:
         halves = [fits.of(layer, weights, part=part) for part in ("first", "second")]
-    for row in table.rows_of("relative_weight_error", None)["layers.1.mlp.down"]:
+    for row in fitted_table.rows_of("relative_weight_error", None)["layers.1.mlp.down"]:
         weight = parse_scheme(row.scheme).weight
         if weight is None:
             continue

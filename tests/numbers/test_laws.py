@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,11 @@ from calibrated import calibrate_folder, some_tokens, space_of
 from conftest import TinyCheckpoint
 from exported import (
     STORABLE,
-    Exported,
+    Stored,
     quantize_layer,
     read_codes,
     read_scale,
     read_zero_point,
-    uniform_recipe,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,6 @@ from solver_problems import exhaustive, small_problems, some_budgets
 
 from mofq.decision import SOLVERS, choose, solve_exact, solve_greedy, usage
 from mofq.decision.budgets import budget_constraints
-from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.measure.fill_table import Work, measure, measure_groups
 from mofq.exceptions import BudgetError
@@ -50,12 +49,10 @@ from mofq.numbers.schemes import parse_scheme
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_law_1_codes_and_scales_read_back_equal_those_of_quantize(
-    name: str, tiny_llama: Path, tmp_path: Path
+    name: str, stored: Callable[[str], Stored]
 ) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    scheme = parse_scheme(name)
-    export_compressed_tensors(checkpoint, uniform_recipe(checkpoint, name), tmp_path / "out")
-    exported = Exported(tmp_path / "out")
+    one, scheme = stored(name), parse_scheme(name)
+    checkpoint, exported = one.checkpoint, one.exported
     tensors = exported.tensors
     for group in find_layers(checkpoint).groups[:4]:
         for layer in group.layers:
@@ -71,19 +68,17 @@ def test_law_1_codes_and_scales_read_back_equal_those_of_quantize(
                 assert torch.equal(points, measured.zero_point)
             if measured.global_scale is not None:
                 # Stored as its reciprocal: the one number that is rounded.
-                stored = parts["weight_global_scale"].double()
-                assert abs(stored * measured.global_scale.double() - 1) <= 2**-24
+                reciprocal = parts["weight_global_scale"].double()
+                assert abs(reciprocal * measured.global_scale.double() - 1) <= 2**-24
 
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_law_1_the_consumers_decoder_returns_fake_quantize_to_one_rounding(
-    name: str, tiny_llama: Path, tmp_path: Path
+    name: str, stored: Callable[[str], Stored]
 ) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    scheme = parse_scheme(name)
+    one, scheme = stored(name), parse_scheme(name)
+    checkpoint, exported = one.checkpoint, one.exported
     assert scheme.weight is not None
-    export_compressed_tensors(checkpoint, uniform_recipe(checkpoint, name), tmp_path / "out")
-    exported = Exported(tmp_path / "out")
     tensors = exported.tensors
     for group in find_layers(checkpoint).groups[:4]:
         for layer in group.layers:
@@ -119,21 +114,17 @@ def test_law_2_with_its_scales_held_a_quantized_weight_quantizes_to_itself(
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_law_3_cost_equals_the_bytes_of_the_exported_tensors(
-    name: str, tiny_llama: Path, tmp_path: Path
+    name: str, stored: Callable[[str], Stored]
 ) -> None:
-    checkpoint = open_checkpoint(str(tiny_llama))
-    scheme = parse_scheme(name)
-    written = export_compressed_tensors(
-        checkpoint, uniform_recipe(checkpoint, name), tmp_path / "out"
-    )
-    exported = Exported(tmp_path / "out")
+    one, scheme = stored(name), parse_scheme(name)
+    checkpoint, exported, written = one.checkpoint, one.exported, one.result
     tensors = exported.tensors
     groups = find_layers(checkpoint).groups
     for group in groups:
         for layer in group.layers:
             parts = exported.parts(layer.name, tensors)
-            stored = sum(part.numel() * part.element_size() for part in parts.values())
-            assert stored == layer_bytes(layer, scheme)
+            nbytes = sum(part.numel() * part.element_size() for part in parts.values())
+            assert nbytes == layer_bytes(layer, scheme)
     assert written.group_bytes == sum(counted_bytes(group, scheme) for group in groups)
     shapes = sum(tensors[name].nbytes for name in tensors if name.endswith("weight_shape"))
     in_file = sum(group_bytes(group, scheme) for group in groups)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.export.compressed_tensors import Export, export_compressed_tensors
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import FusionGroup, LinearLayer, find_layers
@@ -176,6 +176,24 @@ class Exported:
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         weight: Tensor = compressor.decompress(self.parts(layer, tensors), scheme)["weight"]
         return weight
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint, the recipe of one scheme for it, and the folder that it was exported to."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    result: Export
+    exported: Exported
+
+
+def store(model: Path, scheme: str, out: Path) -> Stored:
+    """Export a model folder under one scheme."""
+    checkpoint = open_checkpoint(str(model))
+    recipe = uniform_recipe(checkpoint, scheme)
+    result = export_compressed_tensors(checkpoint, recipe, out)
+    return Stored(checkpoint, recipe, result, Exported(out))
 
 
 def read_codes(parts: dict[str, Tensor], scheme: Scheme) -> Tensor:
