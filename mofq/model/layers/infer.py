@@ -19,8 +19,8 @@ from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.names_in_memory import (
-    InMemory,
     KnownType,
+    Place,
     as_pattern,
     find_in_memory,
     find_stored,
@@ -314,7 +314,7 @@ class _Inferrer:
         )
 
     def _read_in_memory(
-        self, index: int, info: TensorInfo, own: InMemory, names: list[str]
+        self, index: int, info: TensorInfo, own: Place, names: list[str]
     ) -> Iterator[Matrix]:
         """The layers in a parameter that is stored as the loaded model has it, or in a share."""
         parameter = own.name
