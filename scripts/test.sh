@@ -10,6 +10,9 @@ if [ "${1:-}" = --all ]; then
 else
     chosen="$others and not long"
 fi
+# What Python compiled is kept, also where the environment says otherwise: both workers and the
+# processes that they start read it.
+unset PYTHONDONTWRITEBYTECODE
 # One thread per worker: two workers fill two cores better than one with two threads.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 exec python -m pytest -n "${MOFQ_TEST_WORKERS:-2}" --dist worksteal -m "$chosen" "$@"

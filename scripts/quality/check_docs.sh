@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # The documentation as a site, every link and anchor of it checked: into build/site.
 set -euo pipefail
-source "$(dirname "$0")/../setup.sh" dev
-python -m pip install --quiet --disable-pip-version-check \
-    --constraint scripts/constraints.txt --editable ".[docs]"
+source "$(dirname "$0")/../setup.sh" dev docs
 exec python -m mkdocs build --quiet --strict --site-dir build/site

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,18 +202,30 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--seconds", type=int, default=20, help="for each parser")
     parser.add_argument("--only", choices=PARSERS)
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=os.cpu_count(),
+        help="parsers at once; by default, one a processor",
+    )
     parser.add_argument("--keep", help="folder for what causes a fault")
     parser.add_argument("--corpus", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.corpus:
         fuzz(options.only, Path(options.corpus), options.seconds, Path(options.keep))
         return 0
-    faults = 0
-    with _folders(options.keep) as (corpus, found):
-        for name in [options.only] if options.only else PARSERS:
+    names, faults = [options.only] if options.only else PARSERS, 0
+    with (
+        _folders(options.keep) as (corpus, found),
+        ThreadPoolExecutor(options.together) as threads,  # each waits for a process
+    ):
+
+        def run_one(name: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, __file__, "--only", name, "--seconds", str(options.seconds)]
             command += ["--keep", str(found), "--corpus", str(corpus / name)]
-            run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            return subprocess.run(command, capture_output=True, text=True, errors="replace")
+
+        for name, run in zip(names, threads.map(run_one, names), strict=True):
             tried = [line for line in run.stderr.splitlines() if line.startswith(("Done ", "#"))]
             print(f"{name}: {tried[-1] if tried else 'nothing tried'}", flush=True)
             if run.returncode:

@@ -135,7 +135,7 @@ def test_run_refuses_constraints_before_anything_is_run(
 def test_a_run_goes_around_what_is_fixed_beside_the_run_that_does_not(tmp_path: Path) -> None:
     folder, space = tmp_path / "run", tmp_path / "space.yaml"
     space.write_text("version: 1\nschemes: [int4.g64, int8.channel]\n")
-    small = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
+    small = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256", "--effort", "quick")
     run = ("run", DEMO, "--space", space, "--max-bits", "6", *small, "-o", folder)
     fixed = ("--fix", "first:1=int8.channel")
     ok(*run)

@@ -67,6 +67,7 @@ def test_weights_of_corpora_are_noted_and_decide_what_is_predicted(
     assert search("--corpus-weights", "en=2,pt=2") == search()
 
 
+@pytest.mark.long
 def test_the_frontier_and_the_page_know_the_weights(two: Path, tmp_path: Path) -> None:
     flags = ("--corpus-weights", "en=3,pt=1")
     plain = ok("frontier", two, "--json").json["points"]

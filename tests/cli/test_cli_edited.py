@@ -97,6 +97,7 @@ def test_a_model_card_has_the_validation_of_what_is_exported(
     )
 
 
+@pytest.mark.long
 def test_frontier_search_and_page_predict_the_same(measured: Measured, tmp_path: Path) -> None:
     points = ok("frontier", measured.table, "--json").json["points"]
     page = read_drawing(read_table(measured.table))

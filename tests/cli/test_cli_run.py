@@ -170,6 +170,7 @@ def test_a_request_ends_as_before_although_another_one_measured_more_codes(
     space: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
+    space.write_text("version: 1\nschemes: [int4.g64]\n")
     run = ("run", DEMO, "--space", space, *TEXT, "-o", folder)
     ok(*run, "--max-bits", "6")
     before = tree(folder)
@@ -179,6 +180,7 @@ def test_a_request_ends_as_before_although_another_one_measured_more_codes(
     assert tree(folder)["recipe.yaml"] == before["recipe.yaml"]
 
 
+@pytest.mark.long
 def test_a_folder_of_a_version_without_efforts_is_continued_as_quick_and_normal_stands_beside(
     space: Path, tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ def test_a_family_has_the_same_statistics_streamed(
     assert_same_bytes(tiny(family), tmp_path, draws=2)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", long_but(["mixtral", "qwen3_moe", "deepseek_v3"], "mixtral"))
 @pytest.mark.parametrize("changes", [{"draws": 2}, {"dtype": "bfloat16"}])
 def test_what_changes_of_experts_cost_is_the_same_streamed(
     family: str, changes: dict[str, Any], tiny: TinyCheckpoint, tmp_path: Path

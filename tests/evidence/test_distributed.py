@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from calibrated import calibrate_folder, some_tokens, space_of
 from cluster_units import die, die_at_first, refuse
-from command_line import DEMO, mofq
+from command_line import DEMO, mofq, ok
 from conftest import TinyCheckpoint
 
 from mofq.evidence import cluster as distributed
@@ -281,16 +281,19 @@ def test_without_ray_the_message_says_how_to_get_it(
 
 @pytest.mark.long
 def test_the_command_line_measures_on_a_cluster_of_its_own_without_noise(tmp_path: Path) -> None:
-    tables = [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
-    command = [sys.executable, "-c", "from mofq.cli import main; main()", "measure", DEMO]
-    for table, more in zip(tables, ([], ["--cluster", "ray"]), strict=True):
-        ran = subprocess.run(
-            [*command, "--space", "w8a8", "-o", table, "--json", *more],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        # Where half a minute is not enough, how far it is is no noise.
-        noise = [line for line in ran.stderr.splitlines() if " s since the start" not in line]
-        assert (ran.returncode, noise) == (0, [])
-    assert tables[0].read_bytes() == tables[1].read_bytes()
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    measure = ["measure", DEMO, "--space", "w8a8", "--json", "-o"]
+    ok(*measure, here)
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-c", "from mofq.cli import main; main()"),
+            *(*measure, there, "--cluster", "ray"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    # Where half a minute is not enough, how far it is is no noise.
+    noise = [line for line in ran.stderr.splitlines() if " s since the start" not in line]
+    assert (ran.returncode, noise) == (0, [])
+    assert here.read_bytes() == there.read_bytes()

@@ -53,6 +53,7 @@ def run(model: PreTrainedModel, held: list[Held]) -> Tensor:
         return torch.cat([model(token_T[None]).logits[0] for token_T in TOKENS])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["int4.channel", "bf16+int6.token"])
 def test_rows_of_a_mixture_are_its_divergence_where_tokens_stay_with_their_experts(
     scheme: str, tiny: TinyCheckpoint, tmp_path: Path

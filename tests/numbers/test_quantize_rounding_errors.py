@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import long_but
 from fenced_memory import fenced
 from number_cases import (
     WEIGHT_SCHEMES,
@@ -114,9 +115,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mofq" / "kernels"
 
 
-def check_compiled(kind: Kind, schemes: Sequence[TensorScheme], cache: Path) -> None:
+def check_compiled(
+    kind: Kind, schemes: Sequence[TensorScheme], cache: Path, *dtypes: torch.dtype
+) -> None:
     told: list[str] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         some = [b for b in blocks() if b.dtype == dtype]
         compiled_pass = pass_maker(tell=told.append)(kind, schemes, dtype, 0)
         for block_RI in some:
@@ -131,12 +134,18 @@ def check_compiled(kind: Kind, schemes: Sequence[TensorScheme], cache: Path) -> 
 @pytest.mark.parametrize("kind", ["errors", "deltas"])
 def test_every_scheme_compiled_is_the_reference_in_every_bit(kind: Kind, own_cache: Path) -> None:
     schemes = [s for name in WEIGHT_SCHEMES if is_candidate(s := weight_scheme(name))]
-    check_compiled(kind, list(dict.fromkeys(schemes)), own_cache)
+    both = (torch.float32, torch.bfloat16)
+    check_compiled(kind, list(dict.fromkeys(schemes)), own_cache, *both)
 
 
 @pytest.mark.long
 def test_some_schemes_compiled_are_the_reference_in_every_bit(own_cache: Path) -> None:
-    check_compiled("errors", [weight_scheme(name) for name in COMPILED], own_cache)
+    check_compiled("errors", [weight_scheme(n) for n in COMPILED], own_cache, torch.float32)
+
+
+@pytest.mark.long
+def test_a_scheme_compiled_for_bfloat16_is_the_reference_in_every_bit(own_cache: Path) -> None:
+    check_compiled("errors", [weight_scheme("nvfp4")], own_cache, torch.bfloat16)
 
 
 @pytest.mark.long
@@ -263,7 +272,13 @@ def test_a_codebooks_values_are_those_of_its_codes(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in WEIGHT_SCHEMES if is_candidate(weight_scheme(n))])
+@pytest.mark.parametrize(
+    "name",
+    long_but(
+        (n for n in WEIGHT_SCHEMES if is_candidate(weight_scheme(n))),
+        *("int8.channel", "int4.g32.asym", "int4.g32@mse", "fp8_e4m3.block32", "nvfp4", "mx6"),
+    ),
+)
 def test_no_division_is_one_that_a_gpu_makes_a_product(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -114,6 +115,36 @@ def test_a_shell_script_parses_and_stops_at_the_first_failure(script: str) -> No
     path = ROOT / "scripts" / script
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert "set -euo pipefail" in path.read_text() or script == "setup.sh"
+
+
+def test_extras_are_installed_together_and_once_as_long_as_the_pins_are_the_same(
+    tmp_path: Path,
+) -> None:
+    scripts, told = tmp_path / "scripts", tmp_path / "told"
+    for folder in (scripts, tmp_path / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "setup.sh", scripts)
+    shutil.copy(ROOT / "scripts" / "demo.sh", scripts)
+    (scripts / "constraints.txt").write_text("torch==2.13.0\n")
+    (tmp_path / "pyproject.toml").write_text("")
+    for name in ("python", "mofq"):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>{told}\n')
+        program.chmod(0o755)
+
+    def setup(command: str) -> list[str]:
+        told.write_text("")
+        subprocess.run(["bash", "-c", f"set -euo pipefail; {command}"], check=True, cwd=tmp_path)
+        return [line.rpartition(" ")[2] for line in told.read_text().splitlines()]
+
+    assert setup("source scripts/setup.sh dev docs fuzz") == [".[dev,docs,fuzz]"]
+    assert setup("source scripts/setup.sh dev; source scripts/setup.sh dev fuzz") == []
+    assert setup("source scripts/setup.sh dev browser") == [".[browser]"]
+    # What the demo is given is no extra.
+    assert setup("bash scripts/demo.sh --json") == ["--json"]
+    (scripts / "constraints.txt").write_text("torch==2.14.0\n")
+    assert setup("bash scripts/demo.sh -o folder") == [".", "folder"]
+    assert setup("source scripts/setup.sh dev docs") == [".[dev,docs]"]
 
 
 @pytest.mark.parametrize("folder", [demo_model_folder(), demo_mixture_folder()])
