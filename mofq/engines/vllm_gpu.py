@@ -47,7 +47,7 @@ PLAIN_MIXERS = Rule(
     layers="state space",
     model_types=("falcon_mamba", "jamba", "mamba"),
     refused="its class reads the layers of Mamba 1 as they are; take bf16",
-    source="vllm 0.32.0 layers/mamba/mamba_mixer.py:91-159",
+    source="vllm 0.32.0 layers/mamba/mamba_mixer.py:91-159; run",
 )
 
 _RULES: tuple[Rule, ...] = (

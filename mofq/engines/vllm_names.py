@@ -5,7 +5,7 @@ from other words than those that their weights are loaded by: the layer then sta
 the loader finds no parameter for its scales. An export names layers by these prefixes too.
 
 Source: vLLM 0.32.0 and 0.33.0 ``model_executor/models/{falcon_h1,granitemoehybrid,jamba}.py``,
-0.32.0 ``zamba2.py``; exports were loaded (docs/reference/served.md), of Zamba2 none yet.
+0.32.0 ``zamba2.py``; exports were served (docs/reference/served.md), of Jamba loaded.
 """
 
 from __future__ import annotations
