@@ -203,8 +203,8 @@ _TUNING = (
     ),
     Fault(
         "tuning: kept without a gain",
-        "return float(saved_N.mean()) > float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr",
-        "return float(saved_N.mean()) >= 0",
+        "> float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr",
+        ">= 0",
         "tuning::test_where_nothing_is_gained_it_says_so",
     ),
     Fault(

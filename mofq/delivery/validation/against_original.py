@@ -93,7 +93,7 @@ def validate_many(
         execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.
         work: Where a streamed run keeps what it needs to be continued; None: nowhere.
         progress: Called with a stage, what is done of it, and all of it.
-        tell: Called with a remark on how the models are run.
+        tell: Called with remarks on the text, and on how the models are run.
 
     Returns:
         One validation for each candidate, in their order.
