@@ -144,8 +144,9 @@ def test_some_schemes_compiled_are_the_reference_in_every_bit(own_cache: Path) -
 
 
 @pytest.mark.long
-def test_a_scheme_compiled_for_bfloat16_is_the_reference_in_every_bit(own_cache: Path) -> None:
-    check_compiled("errors", [weight_scheme("nvfp4")], own_cache, torch.bfloat16)
+def test_schemes_compiled_for_bfloat16_are_the_reference_in_every_bit(own_cache: Path) -> None:
+    schemes = [weight_scheme(name) for name in ("nvfp4", "int4.g32.asym")]
+    check_compiled("errors", schemes, own_cache, torch.bfloat16)
 
 
 @pytest.mark.long
