@@ -109,6 +109,15 @@ def unknown_routers(stats: Stats) -> list[str]:
     ]
 
 
+def remarks_on(checkpoint: Checkpoint, plan: Plan, windows: Mapping[str, Tensor]) -> list[str]:
+    """What a user should know of a calibration before it runs."""
+    from mofq.evidence.corpora import unknown_words
+    from mofq.model.loading import load_tokenizer
+
+    texts = {f"corpus {name}": some for name, some in windows.items()}
+    return [*few_sequences(plan), *unknown_words(load_tokenizer(checkpoint.folder), texts)]
+
+
 def few_sequences(plan: Plan) -> list[str]:
     """Sentences on the corpora of which too few sequences are kept for error bars."""
     from mofq.evidence.table import FEW_SAMPLES
@@ -247,16 +256,7 @@ def _run_model(
     tell: Tell,
 ) -> Stats:
     """Calibrate: layer by layer, with the whole model in memory, or on a cluster."""
-    from mofq.evidence.corpora import unknown_words
-    from mofq.model.loading import load_tokenizer
-
-    for remark in (
-        *few_sequences(plan),
-        *unknown_words(
-            load_tokenizer(checkpoint.folder),
-            {f"corpus {name}": some for name, some in windows.items()},
-        ),
-    ):
+    for remark in remarks_on(checkpoint, plan, windows):
         tell(remark)
     chosen = chosen_execution(
         execution, checkpoint, layers, plan, where=where, device_map=device_map

@@ -12,7 +12,13 @@ from shutil import rmtree
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import as_measured, check_gradient_dtype, plan_calibration, unseen_experts
+from mofq.api.calibrate import (
+    as_measured,
+    check_gradient_dtype,
+    plan_calibration,
+    remarks_on,
+    unseen_experts,
+)
 from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
@@ -274,6 +280,9 @@ def measure_space(
             dtype=dtype,
             kv_cache=bool(space.kv_cache and found.caches),
         )
+        if rows_before == 0:
+            for remark in remarks_on(checkpoint, plan, windows):
+                tell(remark)
         plan = as_measured(plan, path, inputs=samples.inputs)
         calibration = Calibration(plan, windows, work_of(path), fits_beside(path))
         opened = calibration.stats

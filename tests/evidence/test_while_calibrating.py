@@ -159,7 +159,12 @@ def test_a_table_grows_by_schemes_and_by_corpora(tmp_path: Path) -> None:
     model = demo_model_folder()
     space = write_space(tmp_path / "some.yaml", PLAIN[1:])
     first = {"en": CORPORA["en"]}
-    table = in_passing(model, space, tmp_path, corpora=first)
+    told: list[str] = []
+    table = in_passing(model, space, tmp_path, corpora=first, tell=told.append)
+    assert len([line for line in told if "too few for error bars" in line]) == 1
+    told.clear()
+    in_passing(model, space, tmp_path, corpora=first, tell=told.append)
+    assert not any("too few for error bars" in line for line in told)
     with pytest.raises(TableError, match="stats"):
         in_passing(model, space, tmp_path, samples=Samples(sequences=3, sequence_length=32))
     in_passing(model, space, tmp_path)
