@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from mofq.model.layers.names_in_memory import known_type
+
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _MAMBA_OF_LAYER = re.compile(r"\.layers\.(\d+)\.mamba\.")
 
@@ -51,6 +53,9 @@ _PREFIX_OF: Mapping[str, Callable[[str, int], str]] = {
     "jamba": _jamba,
     "zamba2": _zamba2,
 }
+#: Where transformers has a language model beside towers; vLLM has its lm_head in it too.
+#: Source: vLLM 0.32.0 ``models/qwen2_5_vl.py`` and 46 others, ``hf_to_vllm_mapper``.
+_WITH_TOWERS = "model.language_model."
 _OF_BOTH_KINDS = {"zamba2": ".mamba_decoder."}
 
 
@@ -62,6 +67,11 @@ def vllm_prefixes(names: Iterable[str], architecture: str, *, every: Iterable[st
         architecture: The model's.
         every: Names of all of its layers.
     """
+    names = list(names)
+    known = known_type(architecture)
+    stacks = () if known is None else (*known.stacks, *known.with_towers)
+    if "lm_head" in names and any(one.startswith(_WITH_TOWERS) for one in stacks):
+        return ["language_model.lm_head"]
     prefix_of = _PREFIX_OF.get(architecture)
     if prefix_of is None:
         return []

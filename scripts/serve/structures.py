@@ -63,11 +63,10 @@ output for the input that it got in vLLM (*layers* counts them, those that vLLM 
 that the log-probabilities of a text are those of the emulated model as far as rounding to bfloat16
 explains (*KL*, and what it may be). *Not run* says that vLLM does not run the model without a
 quantized layer either; its config has the keys that those of released models have. Experts stay in
-bf16: quantized ones need AMX tiles, or an Arm or POWER processor. An lm_head that is no embedding
-too is in INT4 where vLLM's class quantizes it. The processor is an x86 one with AVX-512: without it
-this vLLM has no kernel of INT4 and its sums of INT8 products saturate, and the script tries FP8.
-What else an engine [serves](engines.md) and which types [pass the flow](families.md) are other
-pages.
+bf16: quantized ones need AMX tiles, or an Arm or POWER processor. The processor is an x86 one with
+AVX-512: without it this vLLM has no kernel of INT4 and its sums of INT8 products saturate, and the
+script tries FP8. What else an engine [serves](engines.md) and which types [pass the
+flow](families.md) are other pages.
 
 Classes of models with towers need torchvision, whose builds on the package index want CUDA: it is
 imported without its library (`scripts/serve/sitecustomize.py`). They are asked for text alone.

@@ -28,6 +28,9 @@ from mofq.model.checkpoint.headers import open_checkpoint
         ("zamba2", "model.layers.3.mamba_decoder.mamba.out_proj", "5.mixer.out_proj"),
         ("zamba2", "model.layers.3.linear", "5.linear"),
         ("llama", "model.layers.1.self_attn.o_proj", None),
+        ("llama", "lm_head", None),
+        ("qwen2_5_vl", "lm_head", "language_model.lm_head"),
+        ("qwen2_5_vl", "model.layers.1.self_attn.o_proj", None),
     ],
 )
 def test_a_layer_has_the_prefix_that_its_class_gives_it(
