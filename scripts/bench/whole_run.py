@@ -11,8 +11,9 @@ statistics, search, validation of one window, export. Such weights say nothing o
 Printed are, for each stage, the time that passed, the processor time, the peak of anonymous memory
 (`RssAnon` of /proc, looked at every few milliseconds; pages of files, which the system may drop, do
 not count), and the arithmetic's floor: the multiplications and additions of its matrix products,
-over the rate of a product of the shape of down_proj, measured first in the same process. A run that
-is killed goes on with the same command, and then says the times of what was left alone.
+over the rate of a product of the shape of down_proj in processor time, measured first in the same
+process. A run that is killed goes on with the same command, and then says the times of what was
+left alone.
 """
 
 from __future__ import annotations
@@ -98,17 +99,17 @@ class Watch:
 
 
 def product_rate(config: Mapping[str, Any], tokens: int, dtype: str) -> float:
-    """Multiplications and additions in a second of a product with a matrix of down_proj's shape."""
+    """Multiplications and additions in a second of processor time, of products by down_proj."""
     import torch
 
     inner = config.get("moe_intermediate_size", config["intermediate_size"])
     inputs = torch.randn(tokens, inner, dtype=getattr(torch, dtype))
     weight = torch.randn(config["hidden_size"], inner, dtype=getattr(torch, dtype))
     inputs @ weight.T
-    start, repeats = time.monotonic(), 3
+    start, repeats = time.process_time(), 3
     for _ in range(repeats):
         inputs @ weight.T
-    return 2 * repeats * tokens * weight.numel() / (time.monotonic() - start)
+    return 2 * repeats * tokens * weight.numel() / (time.process_time() - start)
 
 
 def operations(config: Mapping[str, Any], *, calibrated: int, validated: int) -> dict[str, float]:
