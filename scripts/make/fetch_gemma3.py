@@ -10,8 +10,9 @@ checks the file's hash, and saves the weights as an ordinary Hugging Face folder
 bfloat16 (536 MB), by default in the user's cache, where a second run finds it. Only
 the folder's path goes to stdout. Needs the extra `gguf`.
 
-The weights were once rounded to integers of 4 to 6 bits in groups (Q4_K_M): on this
-model integer formats in groups of 32 look a little better than they are elsewhere.
+The weights were once rounded to integers of 4 to 6 bits in groups (Q4_K_M), and those of 640
+inputs to 5 bits in groups of 32 (Q5_0): on this model `int5.g32@mse` loses nothing in 27 of 73
+fusion groups, and other integers in groups of 32 look better than they are elsewhere.
 """
 
 from __future__ import annotations
