@@ -375,6 +375,20 @@ def test_a_row_is_shown_with_the_interval_that_the_command_line_says(
     assert first in shown
 
 
+def test_rows_larger_than_any_that_was_compared_with_a_measurement_are_marked(
+    browser: Chrome, page: Path
+) -> None:
+    open_page(browser, page)
+    show = "openPanel(0); return document.getElementById('panel-body').textContent"
+    note = "more than any single layer was compared with a measurement at"
+    assert "†" not in run(browser, show)
+    run(browser, "data.row_error.largest = 1e-9")
+    marked = run(browser, show)
+    assert "† Above 1e-9 nats per token" in marked
+    assert note in marked
+    assert marked.count("†") > 2
+
+
 def test_recipes_at_one_place_have_one_label_there(browser: Chrome, page: Path) -> None:
     open_page(browser, page)
     script = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -49,7 +50,7 @@ CACHE_BYTES = 2**30
 _Choice = tuple[str, tuple[tuple[str, float], ...]]
 
 
-class Objective:
+class Objective(ABC):
     """The KL of one recipe after another on windows of a text, window by window."""
 
     windows_NT: Tensor
@@ -89,6 +90,7 @@ class Objective:
         """Positions that are compared."""
         return self.windows_NT.numel()
 
+    @abstractmethod
     def evaluate(self, recipe: Recipe) -> Iterator[float]:
         """Run a recipe over the windows.
 
@@ -105,7 +107,6 @@ class Objective:
             StatsError: A scheme is fitted to statistics, and there are none, or others.
             MofqError: The logits are not finite, or another recipe was begun.
         """
-        raise NotImplementedError
 
     def _cut(
         self, model: PreTrainedModel, *, tokens: int, step: int, sequence_length: int, bos: Bos
