@@ -184,6 +184,46 @@ def row_scales(core: Core, largest: float) -> FloatArray:
 
 def price(core: Core) -> Prices | None:
     """Prices from the linear relaxation; None where it is infeasible."""
+    if len(core.limit_R) == core.cost_PK.shape[1] == 1:
+        return _priced(core, np.ones(1), np.array([_only_price(core)]))
+    return _program_prices(core)
+
+
+def _only_price(core: Core) -> float:
+    """The price of one constraint under one cost: where the bound, concave in it, is highest.
+
+    Two choices enclose it, one of more than the limit and one of less. At the price under which
+    they cost the same no other costs less, or one that does takes the place of one of them.
+    """
+    row_scale, cost_scale = float(core.row_PR.max()), float(core.cost_PK.max()) or 1.0
+    if row_scale <= _NOTHING:
+        return 0.0
+    cost_P, use_P = core.cost_PK[:, 0] / cost_scale, core.row_PR[:, 0] / row_scale
+    limit = float(core.limit_R[0]) / row_scale
+
+    def of_choice(price: float) -> tuple[float, float]:
+        """Cost and use of the choice that costs least under a price, the smallest of equal ones."""
+        lagrangian_P = cost_P + price * use_P
+        best_F = np.minimum.reduceat(lagrangian_P, core.start_F)
+        equal_P = lagrangian_P <= best_F[core.group_P]
+        use = np.minimum.reduceat(np.where(equal_P, use_P, np.inf), core.start_F).sum()
+        return float(best_F.sum() - price * use), float(use)
+
+    over, price = of_choice(0.0), 0.0
+    # Each group is counted from its minimum, which some option has.
+    least_F = np.minimum.reduceat(np.where(use_P == 0, cost_P, np.inf), core.start_F)
+    under = (float(least_F.sum()), 0.0)
+    while over[1] > limit:
+        price = (under[0] - over[0]) / (over[1] - under[1])
+        found = of_choice(price)
+        if not (under[1] < found[1] < over[1] and found[0] < under[0]):
+            break
+        over, under = (found, under) if found[1] > limit else (over, found)
+    return price * (cost_scale / row_scale)
+
+
+def _program_prices(core: Core) -> Prices | None:
+    """As `price`, by a linear program."""
     from scipy.optimize import linprog
 
     constraints, columns = len(core.limit_R), core.cost_PK.shape[1]
@@ -209,6 +249,11 @@ def price(core: Core) -> Prices | None:
         price_R = dual[:constraints] * program.cost_scale / scale_R
         if dual[constraints:].sum() > 0:
             weight_K = dual[constraints:] / dual[constraints:].sum()
+    return _priced(core, weight_K, price_R)
+
+
+def _priced(core: Core, weight_K: FloatArray, price_R: FloatArray) -> Prices:
+    """The bound and the reduced costs under any weights and prices, none of them below zero."""
     lagrangian_P = core.cost_PK @ weight_K + core.row_PR @ price_R
     best_F = np.minimum.reduceat(lagrangian_P, core.start_F)
     constant = float(core.cost_K @ weight_K - core.limit_R @ price_R)
