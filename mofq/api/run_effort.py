@@ -6,8 +6,8 @@
     Beside each scheme that rounds its fitted twin (`mofq.evidence.fitted_space`): what it costs is
     guessed, and measured where a search chooses it (`mofq.decision.guesses`), first in a few
     fusion groups of each kind, until the search chooses nothing that is not measured.
-    Where the best recipe rounds inputs, the model is rewritten for them (`run_evidence`). The norms
-    of what was found are tuned (`run_delivery`).
+    Where the best recipe rounds inputs, the model is rewritten for them, and rotated
+    (`run_evidence`). The norms of what was found are tuned (`run_delivery`).
 ``best``
     Every twin in every fusion group, of the model as it is and rewritten, with four times the
     samples kept.

@@ -3,8 +3,9 @@
 A rewriting (`mofq.delivery.rewriting`) moves scales between tensors, or rotates them; the function
 stays. Scales are chosen under the schemes that a search chooses for the model before they move, its
 statistics follow from those that are there, and its schemes are measured into a table of its own.
-The model whose best recipe is predicted to cost least goes on. With ``best`` the model is rotated
-too, and scales move in the rotated one.
+The model whose best recipe is predicted to cost least goes on. Where that of the model as it is
+rounds inputs, and always with ``best``, the model is rotated too, and scales move in the rotated
+one.
 """
 
 from __future__ import annotations
@@ -178,12 +179,23 @@ def _rewritten(
 
     move = partial(rewrite_where_it_pays, run, files, first=first)
     added("rewrite", lambda: move(table=table, before=first))
-    if run.options.effort == "best" and added(
-        "rotate", lambda: rotate_where_possible(run, files, first=first)
-    ):
+    is_tried = run.options.effort == "best" or _rounds_inputs(table, run.options.request)
+    if is_tried and added("rotate", lambda: rotate_where_possible(run, files, first=first)):
         rotated, of_rotated, _ = made[-1]
         added("rewrite rotated", lambda: move(table=of_rotated, before=rotated))
     return made
+
+
+def _rounds_inputs(table: Table, request: Request) -> bool:
+    """Whether the best recipe rounds the inputs of some fusion group."""
+    from mofq.decision import decide
+    from mofq.delivery.rewriting.for_recipe import rounds_inputs
+
+    try:
+        recipe = decide(table, request).recipe
+    except BudgetError:
+        return False
+    return rounds_inputs({group.name: group.scheme for group in recipe.groups})
 
 
 def _words(subject: Subject) -> str:

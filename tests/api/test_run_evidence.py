@@ -19,6 +19,7 @@ from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import Row, Table, read_table
 
 TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
+ROUNDS_INPUTS = "int8.channel+int8.token"
 SITES = {"layers.0.attn.qkv": SiteRewriting("bismooth", 0.5, 0.5)}
 REWRITING = Rewriting("m", "a" * 64, "b" * 64, "c" * 64, SITES)
 OTHER = Subject("m-rewritten", Path("stats-rewritten"), Path("table-rewritten.jsonl"), REWRITING)
@@ -149,11 +150,18 @@ def test_with_best_effort_the_better_of_the_rewritten_models_is_compared_with_th
     }
 
 
-def test_with_normal_effort_nothing_is_rotated(
+def test_with_normal_effort_the_model_is_rotated_where_the_best_recipe_rounds_inputs(
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
     assert evidence.subject is OTHER
+    rows = [
+        replace(row, scheme=ROUNDS_INPUTS) if row.scheme == "int8.channel" else row
+        for row in table.rows
+    ]
+    table = replace(table, rows=tuple(rows))
+    evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
+    assert evidence.subject is BOTH
 
 
 def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
