@@ -36,6 +36,10 @@ class PassedCache:
         kept: tuple[Tensor, Tensor] = self._cache.update(keys, values, *more, **named)
         return kept
 
+    def get_seq_length(self, *layer: Any) -> int:
+        """Return how many tokens the model's own cache has: none where there is no cache."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length(*layer))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 

@@ -1,6 +1,6 @@
 """Run the whole flow on a tiny model of every causal and multimodal type that transformers has.
 
-    python -m scripts.make.families --work families            # some fifteen minutes
+    python -m scripts.make.families --work families            # some eight minutes
     python -m scripts.make.families --work families mamba2 lfm2
 
 Writes ``mofq/model/layers/facts``, what transformers does with the tensors of each type, and then
@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FUSION_RULES, ModelLayers, find_layers
-from mofq.model.layers.names_in_memory import known_types
 from mofq.model.loading import load_model
 from scripts.shared.command import script_parser
 
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 from families import write_byte_tokenizer
 from tiny_types import CAUSAL_TYPES, IMAGE_TYPES, MULTIMODAL_TYPES, build_type
 from type_facts import find_facts, join_facts
-from type_flow import FlowError, run_flow
+from type_flow import FlowError, run_flow, write_processor
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "families.md"
@@ -67,9 +66,16 @@ do the files of its processor.
 quality, which random weights do not have, and nothing of engines: the last column is the class
 that vLLM 0.33.0 lists for the architecture, and only of mixtures with
 [rules](../architecture.md#a-model-family) was it executed that it reads every exported name.
-Devices that share layers and `rewrite` are for types with rules, which are in bold. KV caches are
-for types whose attention `self_attn` caches keys and values of one shape ({cached} of all types);
-a test runs a sample with them.
+Devices that share layers and `rewrite` are for types with rules, which are in bold.
+
+Where *KV cache* says *decided*, its format went through the flow too: every `self_attn` of the
+model caches keys and values by head, of one shape ({cached} causal and {cached_multimodal}
+multimodal types). Of the others `--kv-cache` is refused: they cache something else, as latent
+vectors or states; or layers share one attention (`zamba`); or heads have two sizes (`gemma4`); or
+attention has another name.
+
+The towers of `fast_vlm`, `gemma3n` and `perception_lm` are models of timm. Where it is not
+installed, a stand-in with names of the same kind takes their place: nothing of towers is decided.
 
 A fusion group is one choice: [engines](engines.md) concatenate its layers. What a type has beside
 its groups stays as it is, and `inspect --json` says why of every matrix (`left_out`).
@@ -87,6 +93,7 @@ class Outcome:
 
     kind: str  #: the class
     groups: tuple[str, ...]  #: of any decoder layer
+    has_caches: bool  #: whether the KV cache was decided too
     problem: str | None
 
 
@@ -152,7 +159,7 @@ def _read_before(path: Path, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
         before = content.get(of, {"not_built": {}, "outcomes": {}})
         matrix.not_built |= before["not_built"]
         for name, one in before["outcomes"].items():
-            matrix.outcomes[name] = Outcome(one["kind"], tuple(one["groups"]), one["problem"])
+            matrix.outcomes[name] = Outcome(**{**one, "groups": tuple(one["groups"])})
     return dict(content.get("facts", {}))
 
 
@@ -174,6 +181,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, save_original_format=True)
     write_byte_tokenizer(folder)
+    write_processor(folder)
 
 
 def _check_loaded(folder: Path, kind: str) -> None:
@@ -215,17 +223,18 @@ def _run(folder: Path, kind: str, work: Path) -> Outcome:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     groups: tuple[str, ...] = ()
-    problem = None
+    has_caches, problem = False, None
     try:
-        groups = _kinds_of_groups(find_layers(open_checkpoint(str(folder))))
+        layers = find_layers(open_checkpoint(str(folder)))
+        groups, has_caches = _kinds_of_groups(layers), bool(layers.caches)
         _check_loaded(folder, kind)
-        run_flow(folder, scratch)
+        run_flow(folder, scratch, kv_cache=has_caches)
     except (FlowError, MofqError) as error:
         problem = _shorten(str(error), work)
     except Exception as error:  # what no message explains is told as it is
         problem = f"{type(error).__name__}: {_shorten(str(error), work)}"
     shutil.rmtree(scratch)
-    return Outcome(kind, groups, problem)
+    return Outcome(kind, groups, has_caches, problem)
 
 
 def _kinds_of_groups(layers: ModelLayers) -> tuple[str, ...]:
@@ -251,7 +260,8 @@ def _page(causal: Matrix, multimodal: Matrix) -> Iterator[str]:
         causal=_counts(causal),
         images=_counts(images),
         others=_counts(multimodal),
-        cached=sum(bool(one.caches) for one in known_types().values()),
+        cached=_count_cached(causal),
+        cached_multimodal=_count_cached(multimodal),
     )
     yield "## Causal types"
     yield ""
@@ -259,6 +269,10 @@ def _page(causal: Matrix, multimodal: Matrix) -> Iterator[str]:
     yield "## Types that read images, or sounds"
     yield ""
     yield from _table(multimodal)
+
+
+def _count_cached(matrix: Matrix) -> int:
+    return sum(one.has_caches and one.problem is None for one in matrix.outcomes.values())
 
 
 def _counts(matrix: Matrix) -> str:
@@ -271,13 +285,14 @@ def _counts(matrix: Matrix) -> str:
 
 def _table(matrix: Matrix) -> Iterator[str]:
     served = {row["architecture"]: row["class"] for row in json.loads(JOINED.read_text())["rows"]}
-    yield "| `model_type` | fusion groups of its decoder layers | result | vLLM |"
-    yield "| --- | --- | --- | --- |"
+    yield "| `model_type` | fusion groups of its decoder layers | result | KV cache | vLLM |"
+    yield "| --- | --- | --- | --- | --- |"
     for name, one in sorted(matrix.outcomes.items()):
         shown = f"**`{name}`**" if name in FUSION_RULES else f"`{name}`"
         groups = " ".join(f"`{group}`" for group in one.groups)
         result = "passes" if one.problem is None else f"refused: {_cell(one.problem)}"
-        yield f"| {shown} | {groups} | {result} | {served.get(one.kind, '')} |"
+        cache = "decided" if one.has_caches and one.problem is None else ""
+        yield f"| {shown} | {groups} | {result} | {cache} | {served.get(one.kind, '')} |"
     yield ""
     yield "Not built from a shrunken config, with what this machine has installed:"
     yield ""

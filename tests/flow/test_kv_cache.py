@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,28 @@ def test_the_gradient_is_of_what_attention_reads(tiny: TinyCheckpoint, family: s
         # Gradients are kept in bfloat16; a random direction has a slope of about their norm.
         assert slope == pytest.approx(float((grad_TI * direction_TI).sum()), abs=0.02 * size)
         assert size > 0
+
+
+class _CountsTokens(torch.nn.Module):
+    """Attention that asks how many tokens are cached, as that of Llama 4 does."""
+
+    def forward(self, x_BHTD: torch.Tensor, *, past_key_values: Any = None) -> tuple[int, Any]:
+        before = 0 if past_key_values is None else past_key_values.get_seq_length(0)
+        return before, past_key_values.update(x_BHTD, x_BHTD, 0)
+
+
+def test_attention_that_asks_how_long_its_cache_is_hears_the_model_s_own() -> None:
+    attention, x_BHTD, seen = _CountsTokens(), torch.ones(1, 2, 3, 4), []
+
+    def through(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(keys.shape[2])
+        return keys, values
+
+    pass_cache(attention, through)
+    assert attention(x_BHTD)[0] == 0  # there is no cache
+    cache = DynamicCache()
+    assert [attention(x_BHTD, past_key_values=cache)[0] for _ in range(2)] == [0, 3]
+    assert seen == [3, 3, 3]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2"])

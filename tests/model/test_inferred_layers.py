@@ -158,6 +158,21 @@ def test_groups_of_a_type_without_rules_are_those_of_the_table(
     assert {group.name: [layer.name for layer in group.layers] for group in first} == GROUPS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama4_text", 4),  # asks its cache how long it is
+        ("kosmos-2.5", 4),  # whose config calls the hidden size embed_dim
+        ("zamba", 0),  # two layers share one attention, and each of them caches
+        ("gemma4_text", 0),  # heads of two sizes
+    ],
+)
+def test_caches_are_of_attention_that_caches_by_head(tmp_path: Path, name: str, count: int) -> None:
+    caches = find_layers(open_checkpoint(str(write_type(name, tmp_path / name)))).caches
+    assert [cache.name for cache in caches] == [f"layers.{i}.attn.kv_cache" for i in range(count)]
+    assert {cache.head_size for cache in caches} <= {16}
+
+
 #: That cannot be built, or whose structure is refused; docs/reference/families.md says why.
 def _with_structure() -> Iterator[str]:
     page = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")

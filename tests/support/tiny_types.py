@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from families import _move_constants, write_byte_tokenizer
+from timm_double import stand_in_for_timm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -173,6 +174,10 @@ _OPTIONS: dict[str, Mapping[str, Any]] = {
         "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _PROPORTIONS)
     },
     "data2vec-text": _DECODER,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 128, "moe_top_k": 2},
+    },
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
@@ -185,10 +190,19 @@ _OPTIONS: dict[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
     },
-    "dots3_note_text": _LATENT,
+    "dots3_note_text": {
+        **_LATENT,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 48,
+        "swa_qk_nope_head_dim": 32,
+        "swa_v_head_dim": 32,
+    },
     "electra": _DECODER,
     "ernie": _DECODER,
-    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "intermediate_size": 128},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -268,11 +282,16 @@ _OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
         "topk_group": 1,
         "mlp_layer_types": ["dense", "sparse"] * 2,
     },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 64},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 64},
     "emu3_vqgan": {"base_channels": 32},
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {**_PROPORTIONS, "mrope_section": [3, 3, 2]},
     },
+    "florence_vision": {"embed_dim": [32] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.1}},
     "glm4v_text": _SECTIONS,
     "glm46v_text": _SECTIONS,
     "glm_ocr_text": _SECTIONS,
@@ -288,7 +307,20 @@ _OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
         "rope_parameters": {**_PROPORTIONS, "alpha": 1.0, "mrope_section": [2, 2, 2, 2]},
         "head_dim": 16,
     },
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+        "vision_config": {  # its projector has a head for each 64 of the tower's hidden size
+            "model_type": "clip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    },
     "inkling2_vision": {"text_hidden_size": 64},
     "inkling_vision": {"text_hidden_size": 64},
     "inkling_audio": {"text_hidden_size": 64},
@@ -303,6 +335,12 @@ _OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
     "qwen2_vl_text": _SECTIONS,
     "radio": {"video_temporal_patch_size": 2},
     "step3p5": {"sliding_window": 16},
+    "t5gemma2_text": {"hidden_size": 64},
+    "timm_wrapper": {
+        "architecture": "vit_tiny_patch16_224",
+        "hidden_size": 32,
+        "model_args": {"embed_dim": 32, "num_heads": 2},
+    },
 }
 
 
@@ -396,6 +434,7 @@ def build_type(
     config = config or tiny_config(model_type)
     with_towers = model_type not in CAUSAL_TYPES if multimodal is None else multimodal
     auto = AutoModelForMultimodalLM if with_towers else AutoModelForCausalLM
+    stand_in_for_timm()
     with torch.device("meta"):
         count = sum(p.numel() for p in auto.from_config(config).parameters())
     if count > _MOST_PARAMETERS:

@@ -71,7 +71,10 @@ def _caches(model: PreTrainedModel) -> list[str]:
     """
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    size = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    try:
+        size = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    except RuntimeError:  # heads of two sizes, as of Gemma 4
+        return []
     takes = {
         path: module
         for path, module in model.named_modules()

@@ -108,7 +108,7 @@ def infer_layers(
 #: In a config: heads of the decoder's attention, and its hidden size.
 _SIZES = (
     ("num_attention_heads", "decoder_attention_heads", "attention_heads"),
-    ("hidden_size", "d_model"),
+    ("hidden_size", "d_model", "embed_dim"),
 )
 
 
