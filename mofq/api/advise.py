@@ -1,4 +1,4 @@
-"""Which space, engine and budget to start from, by published findings."""
+"""Where to start: space, engine, budget, by published findings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def advise(
     recovery: Annotated[float | None, Option("Share of the accuracy to keep, e.g. 0.99.")] = None,
     tp: Annotated[int, Option("Devices that share the model.", least=1)] = 1,
 ) -> AdviseResult:
-    """Which space, engine and budget to start from, by published findings.
+    """Where to start: space, engine, budget, by published findings.
 
     Returns:
         The advice with its sources.

@@ -152,7 +152,7 @@ def check_gradient_dtype(dtype: str) -> None:
 def calibrate(
     model: Model,
     corpora: Annotated[
-        Corpora, Option("NAME=FILE, or a hub data set; repeatable.", flag="--corpus")
+        Corpora, Option("NAME=FILE, or NAME=DATASET of a hub; repeatable.", flag="--corpus")
     ],
     output: Annotated[str | Path, Option("The stats folder.", short="-o")],
     *,
@@ -168,13 +168,15 @@ def calibrate(
         ),
     ] = False,
     execution: Execution = "auto",
-    kv_cache: Annotated[bool, Option("Keep cached keys and values too, for their format.")] = False,
+    kv_cache: Annotated[
+        bool, Option("Keep keys and values too, to measure formats of the KV cache.")
+    ] = False,
     layers: LayersFile = None,
     vocabulary: Vocabulary = Vocabulary(),
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> CalibrateResult:
-    """Run the model once over some text and keep what scoring needs.
+    """Run the model once over a text and keep what `measure` needs.
 
     A stats folder that is complete already is kept; one that was stopped is continued. Corpora
     that are named behind those of the folder are added to it, and only they are run.

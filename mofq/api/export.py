@@ -80,12 +80,13 @@ def export(
     to: Annotated[
         str | None,
         Option(
-            "compressed-tensors; torchao, llm-compressor, modelopt, auto-round or llama.cpp. "
-            "What the engine reads by default."
+            "A folder of compressed-tensors, or a file for torchao, llm-compressor, modelopt, "
+            "auto-round or llama.cpp; by default what the engine reads."
         ),
     ] = None,
     engine: Annotated[
-        str | None, Option("Refuse what it cannot serve; the recipe's by default.")
+        str | None,
+        Option("Refuse what this engine cannot serve; the recipe's engine by default."),
     ] = None,
     stats: Stats = None,
     validations: Measured = (),

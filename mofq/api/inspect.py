@@ -79,7 +79,10 @@ def inspect(
     *,
     engine: Engine = None,
     space: Annotated[
-        str | Path | None, Option("What of this search space fits (serving).", read_as=str)
+        str | Path | None,
+        Option(
+            "A search space, e.g. serving: which of its schemes fit, and are served.", read_as=str
+        ),
     ] = None,
     layers: LayersFile = None,
     vocabulary: Vocabulary = Vocabulary(),

@@ -150,8 +150,9 @@ def measure(
     experts: Annotated[
         Literal["layer", "projection", "expert", "matrix"],
         Option(
-            "What of a mixture gets a scheme of its own: all experts of a decoder layer, as "
-            "engines need it; gate and up, and down; each expert; or each of both."
+            "What of a mixture gets a scheme of its own. layer: all experts of a decoder layer, as "
+            "engines need it; projection: gate and up, and down, of all; expert: each expert; "
+            "matrix: gate and up, and down, of each."
         ),
     ] = "layer",
     where: Where = Where(),

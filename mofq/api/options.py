@@ -189,7 +189,8 @@ Model = Annotated[
     str | Path, Option("A Hugging Face model folder, or a hub id.", positional=True, read_as=str)
 ]
 LayersFile = Annotated[
-    str | Path | None, Option("What names do not say of the model's layers: a YAML file.")
+    str | Path | None,
+    Option("A YAML file that says of the model's layers what their names do not."),
 ]
 TableFile = Annotated[str | Path, Option("From `mofq measure`.", positional=True)]
 AnyTable = Annotated["Table | str | Path", Option("From `mofq measure`.", positional=True)]
@@ -205,19 +206,21 @@ Space = Annotated[
 Device = Annotated[str, Option("Where the arithmetic runs: cpu, cuda, cuda:1 …")]
 Execution = Annotated[
     Literal["auto", "resident", "streamed"],
-    Option("The whole model in memory (resident), or a layer (streamed); auto: as it fits."),
+    Option("resident: the whole model in memory; streamed: layer by layer; auto: as it fits."),
 ]
-GradientDtype = Annotated[str, Option("Of the arithmetic: float32 or bfloat16.")]
-DeviceMap = Annotated[str | None, Option("Spread over devices, e.g. auto.")]
+GradientDtype = Annotated[str, Option("What the model is run in: float32 or bfloat16.")]
+DeviceMap = Annotated[str | None, Option("Spread the model over devices, e.g. auto.")]
 DeviceModel = Annotated[
-    str | None, Option("Whose figures give times: h100 … of `mofq devices`, or a YAML file.")
+    str | None,
+    Option("The device whose times are computed: h100 … of `mofq devices`, or a YAML file."),
 ]
 Stats = Annotated[
     str | Path | None,
     Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq, ~descent)."),
 ]
 Sequences = Annotated[
-    int | None, Option("Of each corpus; 32 by default, or what a text holds.", least=1)
+    int | None,
+    Option("Sequences of each corpus; 32 by default, or as many as a text holds.", least=1),
 ]
 WindowLength = Annotated[int, Option("Tokens of a window.", least=2)]
 WindowBos = Annotated[
@@ -239,24 +242,27 @@ AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", posit
 Fixed = Annotated[
     LayerValues,
     Option(
-        "LAYERS=SCHEME: these layers get it, e.g. '*.0.*=bf16', 'last:1=stored'; repeatable.",
+        "LAYERS=SCHEME[,SCHEME]: these layers get this scheme, or one of these, e.g. '*.0.*=bf16'; "
+        "repeatable.",
         flag="--fix",
     ),
 ]
 AtLeast = Annotated[
     LayerValues,
     Option(
-        "LAYERS=BITS or =GRANULARITY, e.g. '*.down_proj=8', 'first:2=8', 'last:1=8', "
-        "'attn.*=g64'; repeatable."
+        "LAYERS=BITS or =GRANULARITY: these layers get at least so many bits, or scales as fine, "
+        "e.g. '*.down_proj=8', 'first:2=8', 'attn.*=g64'; repeatable."
     ),
 ]
 AtMost = Annotated[
-    LayerValues, Option("The same, as the most bits or the finest granularity; repeatable.")
+    LayerValues,
+    Option("The same, but at most so many bits, or scales no finer; repeatable."),
 ]
 
 
 Objective = Annotated[
-    Literal["mean", "worst-corpus"], Option("Over corpora: mean or worst-corpus.")
+    Literal["mean", "worst-corpus"],
+    Option("What is minimised: the mean over corpora, or the error of the worst (worst-corpus)."),
 ]
 #: Corpus -> what it counts, or ``en=3,pt=1``.
 CorpusWeights = Annotated[
@@ -271,24 +277,30 @@ CorpusWeights = Annotated[
 class Budget:
     """What a recipe may cost."""
 
-    max_bits: Annotated[float | None, Option("True bits per weight, at most.")] = None
+    max_bits: Annotated[
+        float | None, Option("At most so many true bits per weight, scales included.")
+    ] = None
     max_size: Annotated[
         str | float | None,
-        Option("Bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str),
+        Option("At most so many bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str),
     ] = None
     max_kl: Annotated[
         float | None,
         Option(
-            "Nats per token, at most, of the end of the predicted interval, or measured with a "
-            "text; alone: the smallest model within it."
+            "At most so many nats per token: the upper end of the predicted interval, or with a "
+            "text the measured KL. Without a budget of size, the smallest model within it."
         ),
     ] = None
     max_finer: Annotated[
-        float | None, Option("Share of linear layers that leave the base schemes.")
+        float | None,
+        Option("At most this share of linear layers in other schemes than the space's base."),
     ] = None
     max_active_bits: Annotated[
         float | None,
-        Option("True bits per weight that a token reads, experts by their share of tokens."),
+        Option(
+            "Of a mixture: at most so many true bits per weight that a token reads, experts by "
+            "their share of tokens."
+        ),
     ] = None
 
 
@@ -303,16 +315,29 @@ class Choices:
     fixed: Fixed = ()
     at_least: AtLeast = ()
     at_most: AtMost = ()
-    unit: Annotated[str | None, Option("Of the rows to use; nats where there are.")] = None
+    unit: Annotated[
+        str | None,
+        Option(
+            "The errors that are added up: kl_nats_per_token (by default, where measured), "
+            "output_mse, tensor_mse or relative_weight_error."
+        ),
+    ] = None
     corpus_weights: CorpusWeights = None
     max_kv_bits: Annotated[
-        float | None, Option("Bits per cached number: the KV cache is decided too.")
+        float | None,
+        Option("Decide the KV cache too: at most so many true bits per cached number."),
     ] = None
     kv_tokens: Annotated[
-        int, Option("Of context, whose KV cache counts as size: decided too.", least=0)
+        int,
+        Option("Decide the KV cache too: that of so many tokens counts into the size.", least=0),
     ] = 0
     kv_formats: Annotated[
-        Sequence[str], Option("Formats it may have, beside bf16; repeatable.", flag="--kv-cache")
+        Sequence[str],
+        Option(
+            "A format that the KV cache may have, beside bf16; all measured ones by default; "
+            "repeatable.",
+            flag="--kv-cache",
+        ),
     ] = ()
 
     @property
@@ -326,11 +351,13 @@ class Timing:
     """The time of a forward pass: to be told, or kept."""
 
     max_time: Annotated[
-        str | None, Option("Least time of the workload on the device, e.g. 12ms.")
+        str | None,
+        Option("At most this time of the workload on the device, by its peak rates, e.g. 12ms."),
     ] = None
     device_model: DeviceModel = None
     workload: Annotated[
-        str | None, Option("decode:batch=8,context=1024 or prefill:prompt=2048, with tp=N.")
+        str | None,
+        Option("Whose time: decode:batch=8,context=1024 or prefill:prompt=2048; ,tp=N."),
     ] = None
 
 
@@ -343,9 +370,12 @@ class Method:
     )
     objective: Objective = "mean"
     ties: Annotated[
-        Literal["on", "off"], Option("on: choices within noise go to the simpler scheme.")
+        Literal["on", "off"],
+        Option("on: where two schemes differ by no more than noise, the simpler one; off."),
     ] = "on"
-    refine: Annotated[int, Option("Measure this many swaps on the real model.", least=0)] = 0
+    refine: Annotated[
+        int, Option("Measure so many swaps on the model, keep what is better.", least=0)
+    ] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,10 +383,17 @@ class OnModel:
     """What measures a recipe on the model itself."""
 
     model: Annotated[
-        str | Path | None, Option("For --refine, optuna, and a measured --max-kl.", read_as=str)
+        str | Path | None,
+        Option(
+            "The model, where recipes are measured: --refine, --solver optuna, --max-kl.",
+            read_as=str,
+        ),
     ] = None
-    text: Annotated[str | None, Option("For --refine, optuna, and a measured --max-kl.")] = None
-    tokens: Annotated[int, Option("Of the text.", least=2)] = 4096
+    text: Annotated[
+        str | None,
+        Option("What recipes are measured on; neither what calibrates nor what validates."),
+    ] = None
+    tokens: Annotated[int, Option("How many tokens of the text, at most.", least=2)] = 4096
     sequence_length: WindowLength = 512
     bos: WindowBos = "auto"
     device: Device = "cpu"
@@ -368,13 +405,16 @@ class OnModel:
 class Study:
     """The trials of ``solver="optuna"``."""
 
-    trials: Annotated[int, Option("Of optuna; earlier ones count.", least=1)] = 60
+    trials: Annotated[int, Option("Trials of optuna, earlier ones included.", least=1)] = 60
     multi_objective: Annotated[bool, Option("Of optuna: true bits as a second objective.")] = False
     trial: Annotated[
         int | None, Option("Of --multi-objective: take the recipe of this trial.", least=0)
     ] = None
     storage: Annotated[
-        str | None, Option("Of optuna: a URL, an SQLite or journal file; beside -o by default.")
+        str | None,
+        Option(
+            "Where optuna keeps trials: a URL, an SQLite or journal file; beside -o by default."
+        ),
     ] = None
     workers: Annotated[int, Option("Processes of optuna.", least=1)] = 1
     seed: Annotated[int, Option("Of optuna's proposals.")] = 0
@@ -395,9 +435,12 @@ class Where:
 class Vocabulary:
     """Which matrices of the vocabulary get schemes too."""
 
-    lm_head: Annotated[bool, Option("The lm_head gets a scheme too.")] = False
+    lm_head: Annotated[bool, Option("Quantize the lm_head too.")] = False
     embeddings: Annotated[
-        bool, Option("The embedding gets one; tied to the lm_head, either option asks for it.")
+        bool,
+        Option(
+            "Quantize the embedding too; where it is the lm_head too, either option asks for it."
+        ),
     ] = False
 
     @property
@@ -417,17 +460,17 @@ class Samples:
     """What is drawn from the calibration text, and kept of it."""
 
     sequences: Sequences = None
-    keep: Annotated[int, Option("Of how many the samples are kept.", least=1)] = 8
+    keep: Annotated[int, Option("Sequences whose inputs and gradients are kept.", least=1)] = 8
     sequence_length: Annotated[int, Option("Tokens of a sequence.", least=2)] = 512
     bos: WindowBos = "auto"
     inputs: Annotated[
         Literal["auto", "all", "kept"],
         Option(
-            "Whose inputs codes are fitted to: of all sequences, or of those that are kept; auto: "
-            "all, where they take at most 8 GB."
+            "What codes can be fitted to: the inputs of all sequences, or of those that are kept; "
+            "auto: all, where they take at most 8 GB."
         ),
     ] = "auto"
-    draws: Annotated[int, Option("Random draws for each sequence.", least=1)] = 1
+    draws: Annotated[int, Option("Random draws of gradients for each sequence.", least=1)] = 1
     seed: Annotated[int, Option("Of the random draws.")] = 0
 
 
@@ -447,5 +490,7 @@ class LmEval:
     """Tasks by which lm-eval scores both models, beside the text."""
 
     tasks: Annotated[Sequence[str], Option("lm-eval tasks, by commas or repeated.")] = ()
-    task_folder: Annotated[str | Path | None, Option("With task files of lm-eval's format.")] = None
+    task_folder: Annotated[
+        str | Path | None, Option("A folder of further tasks, in lm-eval's format.")
+    ] = None
     task_limit: Annotated[int | None, Option("Items of each task.", least=1)] = None

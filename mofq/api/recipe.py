@@ -116,7 +116,7 @@ def recipe_from(
     ] = None,
     tell: Tell | None = None,
 ) -> RecipeFromResult:
-    """The schemes of a quantized checkpoint, to validate, compare or export again.
+    """The schemes of a quantized checkpoint as a recipe.
 
     Returns:
         The recipe.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.options import Model, Option, documented
 from mofq.api.preconditions import check_folder
-from mofq.exceptions import MofqError, option
+from mofq.exceptions import MofqError, nearest_name, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,15 +64,14 @@ def rewrite(
     ] = None,
     method: Annotated[str, Option("smoothquant, awq, bismooth or rotate.")],
     scheme: Annotated[
-        str | None, Option("That it is to be quantized by, e.g. int8.channel+int8.token.")
+        str | None,
+        Option("The scheme that it is made better for; by default that of the method."),
     ] = None,
     powers_of_two: Annotated[bool, Option("Move powers of two alone: exact in bf16.")] = False,
-    seed: Annotated[
-        int | None, Option("Of the random signs of rotate; 0 if it is not given.")
-    ] = None,
+    seed: Annotated[int | None, Option("Of the random signs of rotate; 0 by default.")] = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
-    """Rewrite a model so that it computes the same and quantizes better.
+    """Rewrite a model: the same function, easier to quantize.
 
     Scales move between tensors, or the residual stream and the values of attention heads are
     rotated.
@@ -99,12 +98,16 @@ def rewrite(
             start=start,
             progress=progress,
         )
+    from mofq.delivery.rewriting.scales import METHODS
+
+    if method not in METHODS:
+        raise MofqError(f"unknown method {method!r}." + nearest_name(method, (*METHODS, ROTATE)))
     if seed is not None:
         raise MofqError(f"{option('seed')}: is for {option('method', ROTATE)}. Leave it out.")
     if stats is None:
         raise MofqError(
-            f"{option('method', method)}: scales follow from statistics: give {option('stats')}, a "
-            f"folder of `mofq calibrate`."
+            f"{option('method', method)}: scales follow from what the model computes: give "
+            f"{option('stats')}, a folder of `mofq calibrate`."
         )
 
     from mofq.delivery.rewriting.rewrite import rewrite as rewrite_checkpoint

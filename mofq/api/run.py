@@ -162,7 +162,7 @@ def run(
     fixed: Fixed = (),
     at_least: AtLeast = (),
     at_most: AtMost = (),
-    text: Annotated[str, Option("To validate on; not a corpus.")] = "demo-en",
+    text: Annotated[str, Option("What validates; no text that calibrates.")] = "demo-en",
     engine: Engine = None,
     layers: LayersFile = None,
     vocabulary: Vocabulary = Vocabulary(),
@@ -175,8 +175,8 @@ def run(
     no_stats: Annotated[
         bool,
         Option(
-            "Measure while calibrating and store no statistics; so by itself where the disk is "
-            "too small for them."
+            "Measure while calibrating and store no statistics; without the option too, where the "
+            "disk is too small for them."
         ),
     ] = False,
     rivals: Annotated[
@@ -185,7 +185,7 @@ def run(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> RunResult:
-    """The whole flow into one folder, ready to serve: give a budget, and the engine.
+    """The whole flow into one folder, for a budget and an engine.
 
     Recipe, validation and model appear when all of them are there. What a former run into the
     folder measured is kept and not done again. Its results for another budget, space, engine,

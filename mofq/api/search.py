@@ -190,7 +190,8 @@ def _measures(method: Method, study: Study, on_model: OnModel, *, max_kl: float 
         raise MofqError(f"{option('trial')} is for {option('multi_objective')}.")
     if is_study and method.refine:
         raise MofqError(
-            f"{option('refine')} is for the exact and greedy solvers; optuna measures by itself."
+            f"{option('refine')} does not go with {option('solver', 'optuna')}, which measures "
+            f"recipes by itself: leave one of them out."
         )
     proves = not is_study and not method.refine
     if proves and (max_kl is None or on_model.text is on_model.model is None):

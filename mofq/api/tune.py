@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #: Of four sequences each (docs/rounding-and-rewrites.md).
 STEPS = 16
 
-Steps = Annotated[int, Option("Of the optimizer, on four sequences each.", least=1)]
+Steps = Annotated[int, Option("Steps of the optimizer, on four sequences each.", least=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ def tune(
     corpora: Annotated[
         Corpora,
         Option(
-            "NAME=FILE, what was calibrated on, not what validates; repeatable.", flag="--corpus"
+            "NAME=FILE, the text that calibrated, not the one that validates; repeatable.",
+            flag="--corpus",
         ),
     ],
     output: RecipeOutput = None,
@@ -88,7 +89,7 @@ def tune(
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> TuneResult:
-    """Tune the norms of a quantized model against the original, at no bit more.
+    """Tune the norms of a quantized model against the original.
 
     Some steps on the KL divergence, on three of four sequences; the others judge. Where the KL is
     less there by more than its error, the recipe is written with the tuned norms, which lie in a

@@ -66,11 +66,12 @@ def validate(
     model: Model,
     recipe_or_folder: Candidate,
     text: Annotated[
-        str | Sequence[str], Option("[NAME=]text file, hub data set or bundled text; repeatable.")
+        str | Sequence[str],
+        Option("[NAME=]FILE, a hub data set, or demo-en or demo-pt; repeatable."),
     ],
     *,
     windows: Windows = Windows(),
-    dtype: Annotated[str, Option("Of both models' arithmetic.")] = "float32",
+    dtype: Annotated[str, Option("What both models are run in: float32 or bfloat16.")] = "float32",
     device: Device = "cpu",
     execution: Execution = "auto",
     stats: Stats = None,

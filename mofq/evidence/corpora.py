@@ -298,9 +298,9 @@ def spread_windows(
     needed = sequences * sequence_length
     if len(ids) < needed:
         raise CorpusError(
-            f"text {corpus.source!r} has {len(ids)} tokens, and windows of {sequence_length} "
-            f"tokens, {sequences} in number, need {needed}. Give a longer text, fewer windows, "
-            f"or a shorter {option('sequence_length')}."
+            f"text {corpus.source!r} has {len(ids)} tokens, and {sequences} × {sequence_length} "
+            f"are needed. Give a longer text, fewer windows, or a shorter "
+            f"{option('sequence_length')}."
         )
     starts = [(len(ids) - sequence_length) * i // max(sequences - 1, 1) for i in range(sequences)]
     windows = [ids[start : start + sequence_length] for start in starts]

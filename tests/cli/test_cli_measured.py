@@ -99,7 +99,7 @@ def test_a_measured_search_says_what_it_lacks(measured: Measured, tmp_path: Path
     assert "needs --model" in refused(*search, "--refine", "2")
     assert "needs --text" in refused(*search, "--solver", "optuna", "--model", DEMO)
     both = ("--solver", "optuna", "--refine", "2", "--model", DEMO, *TEXT)
-    assert "--refine is for the exact and greedy solvers" in refused(*search, *both)
+    assert "--refine does not go with --solver optuna" in refused(*search, *both)
     one = ("--text", "demo-en", "--tokens", "64", "--sequence-length", "64")
     for how in (("--refine", "2"), ("--solver", "optuna")):
         assert "at least 2 windows" in refused(*search, *how, "--model", DEMO, *one)

@@ -80,7 +80,7 @@ def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
         *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "4"),
         *("-o", tmp_path / "tuned.yaml"),
     )
-    assert "judged by the others, of which there are 1. Give longer text, or a larger" in message
+    assert "needed to judge, found 1. Give longer text, or a larger" in message
 
 
 @pytest.mark.long

@@ -103,7 +103,7 @@ def test_where_nothing_is_gained_it_says_so(original: Path) -> None:
 
 def test_too_few_sequences_are_refused(model: Path) -> None:
     checkpoint, windows = open_checkpoint(str(model)), {"a": some_tokens(7, 24)}
-    with pytest.raises(CorpusError, match="judged by the others, of which there are 1"):
+    with pytest.raises(CorpusError, match="needed to judge, found 1"):
         tune_recipe(
             checkpoint,
             recipe_of(checkpoint, INPUTS),

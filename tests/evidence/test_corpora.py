@@ -417,18 +417,14 @@ def test_a_short_text_gives_as_many_spread_windows_as_it_holds_where_that_is_all
     assert fewer_NT[0].tolist() == ids[:3]
     assert fewer_NT[-1].tolist() == ids[-3:]
     assert spread("abcdefghijkl", or_fewer=True).shape == (4, 3)
-    with pytest.raises(
-        CorpusError, match="has 10 tokens, and windows of 3 tokens, 4 in number, need 12"
-    ):
+    with pytest.raises(CorpusError, match="has 10 tokens, and 4 × 3 are needed"):
         spread("abcdefghij", or_fewer=False)
     with pytest.raises(CorpusError, match="has 2 tokens"):
         spread("ab", or_fewer=True)
 
 
 def test_less_than_one_window_is_an_error_that_says_found_and_needed() -> None:
-    with pytest.raises(
-        CorpusError, match=r"has 3 tokens, and windows of 4 tokens, 1 in number, need 4"
-    ):
+    with pytest.raises(CorpusError, match=r"has 3 tokens, and 1 × 4 are needed"):
         tokenize(corpus_of("abc"), CharacterTokenizer(), tokens=8, sequence_length=4)
     with pytest.raises(CorpusError, match=r"tokens=3: does not fill one window of 4"):
         tokenize(corpus_of("abcdefgh"), CharacterTokenizer(), tokens=3, sequence_length=4)

@@ -143,7 +143,7 @@ def test_the_commands_of_the_readme_and_how_tos_run_on_the_bundled_model(sandbox
             if words is not None:
                 run(command, small(words))
                 ran[document] = ran.get(document, 0) + 1
-    assert ran["README.md"] >= 2
+    assert ran["README.md"] == 1
     here = {name: [one for one in commands_of(name) if not one.is_heavy] for name in ran}
     left = {document: len(here[document]) - count for document, count in ran.items()}
     assert all(left[document] <= 3 for document in IN_ORDER[:-1]), left

@@ -44,7 +44,7 @@ def show_frontier(result: FrontierResult) -> None:
     gap, unbounded = result.frontier.gap, result.frontier.unbounded
     proof = "no bound" if gap is None else f"largest gap to the bound {100 * gap:.3g} %"
     if gap is not None and unbounded:
-        proof += f", {unbounded} points have none"
+        proof += f"; of {unbounded} points none is known"
     quantity = "KL, predicted, 95 % [nats/token]" if problem.unit == KL_UNIT else problem.unit
     print_table(
         f"{len(shown)} of {count} points; {proof}",

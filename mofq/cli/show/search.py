@@ -98,8 +98,8 @@ def _print_decision(decision: Decision, *, title: str) -> None:
         shares = f"{100 * layers:.2f} % of the layers, {100 * weights:.2f} % of their weights"
         rows.append(["finer than base", shares])
     if decision.tied_layers:
-        moved = f"{decision.tied_layers} layers, of which {decision.moved_layers} take it"
-        rows.append(["a simpler scheme within two standard errors", moved])
+        moved = f"{decision.tied_layers}, taken by {decision.moved_layers}"
+        rows.append(["layers with a simpler scheme within two standard errors", moved])
     print_table(title, ["", ""], rows)
     print_histogram(recipe)
     for line in decision.notes:

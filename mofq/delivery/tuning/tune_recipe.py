@@ -75,8 +75,9 @@ def tune_recipe(
     split = split_sequences(windows, most=steps * BATCH)
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
         raise CorpusError(
-            f"norms are tuned on three sequences of four, and judged by the others, of which there "
-            f"are {len(split.held_out_NT)}. Give longer text, or a larger {option('sequences')}."
+            f"norms are tuned on three sequences of four and judged by the fourth: at least "
+            f"{_FEWEST_HELD_OUT} are needed to judge, found {len(split.held_out_NT)}. Give longer "
+            f"text, or a larger {option('sequences')}."
         )
     with OriginalLogits() as stepped, OriginalLogits() as held_out:
         _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
