@@ -2,7 +2,8 @@
 
 A layer is read once. The original and every recipe move their own windows through it; what two
 recipes make alike of its weights is made once, and compared with the original's files once. A
-folder has weights of its own, which are streamed likewise. At the head the logits of a window are
+folder has weights of its own, and so has the model that recipes rewrite the original to: these are
+streamed likewise, one checkpoint after the other. At the head the logits of a window are
 compared as soon as both are there.
 """
 
@@ -31,6 +32,7 @@ from mofq.delivery.export.compressed_tensors.model_from_folder import (
     stored_tensors,
 )
 from mofq.delivery.recipe_fits import check_fits, open_fits
+from mofq.delivery.tuning.tensors import replaced
 from mofq.delivery.validation.against_original import (
     Original,
     tokens_of,
@@ -153,9 +155,14 @@ def validate_streamed(
         "arithmetic": [dtype, device],
     }
     with _work_folder(work, asked) as folder, ExitStack() as stack:
-        first = _open_original(
-            stack, checkpoint, candidates, folder=folder, dtype=dtype, device=device
-        )
+        places = [folder / f"candidate-{number}" for number in range(len(candidates))]
+        recipes: dict[int, list[Subject]] = {id(checkpoint): [Subject(folder / "original")]}
+        for place, candidate in zip(places, candidates, strict=True):
+            if candidate.folder is None:
+                subject = Subject(place, candidate)
+                recipes.setdefault(id(candidate.base), []).append(subject)
+        open_run = partial(_open_recipes, stack, dtype=dtype, device=device)
+        first = open_run(checkpoint, recipes.pop(id(checkpoint)))
         start = monotonic()
         model = first.streamed.model
         windows = cut_windows(
@@ -172,10 +179,12 @@ def validate_streamed(
             seconds=monotonic() - start,
         )
         runs = [first]
-        for number, candidate in enumerate(candidates):
+        for subjects in recipes.values():
+            assert subjects[0].candidate is not None
+            runs.append(open_run(subjects[0].candidate.base, subjects))
+        for place, candidate in zip(places, candidates, strict=True):
             if candidate.folder is not None:
-                at = folder / f"candidate-{number}"
-                runs.append(_open_folder(stack, candidate, original, folder=at))
+                runs.append(_open_folder(stack, candidate, original, folder=place))
         for run in runs:
             for subject in run.subjects:
                 own = original.windows.tokens_NT
@@ -220,40 +229,32 @@ def _run_all(
     return tuple(validations[id(one)] for one in candidates)
 
 
-def _open_original(
-    stack: ExitStack,
-    checkpoint: Checkpoint,
-    candidates: Sequence[Candidate],
-    *,
-    folder: Path,
-    dtype: str,
-    device: str,
+def _open_recipes(
+    stack: ExitStack, base: Checkpoint, subjects: list[Subject], *, dtype: str, device: str
 ) -> Run:
-    """The original, with every recipe that is applied to it; all is checked."""
-    streamed = stack.enter_context(open_streamed(checkpoint.folder, dtype=dtype, device=device))
-    subjects = [Subject(folder / "original")]
-    for number, candidate in enumerate(candidates):
-        recipe = candidate.recipe
-        if candidate.folder is not None:
+    """A checkpoint with the recipes that are applied to it; all is checked.
+
+    Args:
+        stack: Closes what is opened.
+        base: The original, or what recipes rewrite it to.
+        subjects: The original, where it is that; and the recipes, which get what is applied.
+        dtype: Of the arithmetic.
+        device: Where it runs.
+    """
+    streamed = stack.enter_context(open_streamed(base.folder, dtype=dtype, device=device))
+    for subject in subjects:
+        if subject.candidate is None:
             continue
+        recipe = subject.candidate.recipe
         assert recipe is not None
         fits = stack.enter_context(
-            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+            open_fits(recipe, subject.candidate.stats, index_sha256=base.index_sha256)
         )
-        prepared = prepare(
-            streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
-        )
-        applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
-        subjects.append(
-            Subject(
-                folder / f"candidate-{number}",
-                candidate,
-                applied,
-                enforced=enforcement(recipe, checkpoint, fits=fits, decoded=False),
-            )
-        )
+        prepared = prepare(streamed.model, recipe, check=partial(check_fits, fits), checkpoint=base)
+        subject.applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
+        subject.enforced = enforcement(recipe, base, fits=fits, decoded=False)
     run = Run(streamed, subjects)
-    check_units(run, checkpoint)
+    check_units(run, base)
     return run
 
 
@@ -263,7 +264,7 @@ def _open_folder(
     """A folder's own weights, decoded, with inputs and caches quantized as its config says."""
     stored, served, recipe = candidate.folder, candidate.served, candidate.recipe
     assert stored is not None
-    checkpoint = original.checkpoint
+    base = candidate.base
     with naming_deviations(candidate):
         streamed = stack.enter_context(
             open_streamed(
@@ -279,9 +280,9 @@ def _open_folder(
     enforced = None
     if recipe is not None and not candidate.is_foreign:
         fits = stack.enter_context(
-            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+            open_fits(recipe, candidate.stats, index_sha256=base.index_sha256)
         )
-        enforced = enforcement(recipe, checkpoint, fits=fits, decoded=True)
+        enforced = enforcement(recipe, base, fits=fits, decoded=True)
     run = Run(streamed, [Subject(folder, candidate, applied, enforced=enforced)])
     check_units(run, None)
     return run
@@ -413,9 +414,11 @@ def _deviations(subject: Subject, runs: Sequence[Run]) -> tuple[Deviation, ...] 
         for kind, deviations in zip(kinds, found, strict=True):
             kind.extend(Deviation(**one) for one in deviations)
     units = tuple(f"{unit}." for unit in run.streamed.weights.units)
-    state = run.streamed.model.state_dict()
-    rest = {name: one for name, one in state.items() if not name.startswith(units)}
-    kinds[2].extend(enforced.of_others(rest))
+    model = run.streamed.model
+    tuned = [] if subject.applied is None else subject.applied.prepared.tuned_targets(model)
+    with replaced(tuned):
+        rest = {n: one for n, one in model.state_dict().items() if not n.startswith(units)}
+        kinds[2].extend(enforced.of_others(rest))
     order = {layer.name: n for n, layer in enumerate(layers_of(enforced.layers.groups))}
     kinds[0][:] = dict.fromkeys(kinds[0])  # a tied embedding is in two units
     kinds[0].sort(key=lambda one: order[one.layer])
