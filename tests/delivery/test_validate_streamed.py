@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,17 +30,21 @@ from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.validation import Validation, validate_many
+from mofq.delivery.validation import streamed as streamed_validation
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.delivery.validation.streamed_kl import StreamedKl
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.evidence.corpora import load_text
-from mofq.exceptions import StreamingError
+from mofq.exceptions import MofqError, StreamingError
+from mofq.files.locks import hold_folder
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import find_layers, split_experts
 from mofq.model.loading import load_model
+from mofq.model.streaming.replay import Replayer
 from mofq.model.streaming.streamed import StreamedModel
+from mofq.model.streaming.weights import UnitWeights
 from mofq.numbers.schemes import parse_scheme
 
 SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
@@ -344,4 +351,57 @@ def test_what_a_stopped_streamed_run_kept_goes_when_a_resident_one_ends(
         validate_many(*arguments, execution="streamed", work=work, progress=stop, **PLAN)
     assert any(work.rglob("*"))
     validate_many(*arguments, execution="resident", work=work, **PLAN)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(
+    name: str, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget, work, sizes, needed = Replayer.forget, tmp_path / "work", list[int](), list[int]()
+    check = streamed_validation.check_disk
+
+    def noted(*given: Any, **more: Any) -> int:
+        needed.append(check(*given, **more))
+        return needed[0]
+
+    def watched(self: Replayer, *rest: Any) -> None:
+        sizes.append(sum(path.stat().st_size for path in work.rglob("step-*")))
+        forget(self, *rest)
+
+    monkeypatch.setattr(Replayer, "forget", watched)
+    monkeypatch.setattr(streamed_validation, "check_disk", noted)
+    said: list[str] = []
+    made = recipes(tiny(name))
+    options: Any = {"work": work, "execution": "streamed", "tell": said.append, **PLAN}
+    validate_many(str(tiny(name)), made, load_text("demo-en"), **options)
+    assert needed[0] / 4 < max(sizes) <= needed[0]
+    assert f"Between layers, about {needed[0] / 1e9:.2f} GB are kept in {work}." in said
+
+
+@pytest.mark.parametrize("kind", ["validation", "search"])
+def test_what_the_disk_cannot_hold_is_refused_before_a_layer_is_read(
+    kind: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(UnitWeights, "loaded", None)
+    folder, text = str(tiny_llama), load_text("demo-en")
+    begin: Any = partial(StreamedKl, folder, text, **PLAN)
+    if kind == "validation":
+        made = recipes(tiny_llama)
+        begin = partial(validate_many, folder, made, text, execution="streamed", **PLAN)
+    with pytest.raises(MofqError, match=r"between layers needs about [0-9,]+ bytes, found 1,000"):
+        begin()
+
+
+def test_two_runs_do_not_write_into_the_same_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".validation.json.streamed"
+    (work / "of-another").mkdir(parents=True)
+    arguments: Any = (str(tiny_llama), recipes(tiny_llama)[:1], load_text("demo-en"))
+    with hold_folder(work, MofqError):
+        with pytest.raises(MofqError, match="runs a model layer by layer there"):
+            validate_many(*arguments, execution="streamed", work=work, **PLAN)
+        validate_many(*arguments, execution="resident", work=work, **PLAN)
+        assert (work / "of-another").exists()
+    validate_many(*arguments, execution="streamed", work=work, **PLAN)
     assert not work.exists()

@@ -34,6 +34,8 @@ from mofq.numbers.quantize.tiles import row_blocks
 
 _TIED = "tie_word_embeddings"
 _BLOCK_ELEMENTS = 2**22
+#: Dtypes of whose numbers sums are exact in float64.
+_FEW_BITS = ("BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ def _blocks(turning: Turning, name: str) -> Iterator[tuple[tuple[int, int], list
         return
     columns = [slice(None)]
     # Sums in another order have other last digits, unless they are exact.
-    is_exact = turning.hidden.is_exact and turning.head.is_exact
+    is_exact = info.dtype in _FEW_BITS and turning.hidden.is_exact and turning.head.is_exact
     if len(info.shape) == 2 and not place.reads and is_exact:
         tile = turning.stream.head if place.reads_values else 1
         blocks = row_blocks(info.shape[1], info.shape[0], elements=_BLOCK_ELEMENTS, tile_rows=tile)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -163,8 +162,10 @@ def validate_many(
                 )
                 for number, each in enumerate(opened)
             )
-    if work is not None:  # of a streamed run that was stopped
-        shutil.rmtree(work, ignore_errors=True)
+    if work is not None:
+        from mofq.delivery.validation.streamed import drop_unfinished
+
+        drop_unfinished(work)
     return validations
 
 

@@ -14,14 +14,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from time import monotonic
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mofq import __version__
 from mofq.delivery.apply.emulate import apply_group, prepare
@@ -50,8 +52,9 @@ from mofq.delivery.validation.enforcement import Enforcement, enforcement
 from mofq.delivery.validation.report import Validation
 from mofq.delivery.validation.windows import cut_windows
 from mofq.evidence.corpora import Bos, Corpus
-from mofq.exceptions import StreamingError
+from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.documents import write_beside_and_rename
+from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 from mofq.files.steps import Steps
 from mofq.model.checkpoint.headers import Checkpoint
@@ -60,6 +63,10 @@ from mofq.model.layers import layers_of
 from mofq.model.layers.within import layers_within
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
+
+#: Steps whose results are on the disk at once: of the one that runs, what it reads, and what is not
+#: known yet to be looked at no more. Embeddings of positions and a second stream are such steps.
+_KEPT_STEPS = 6
 
 #: What differs in one unit: of fusion groups, of other linear layers, of other tensors, of caches.
 _Found = tuple[list[Deviation], list[Deviation], list[Deviation], list[Deviation]]
@@ -138,14 +145,15 @@ def validate_streamed(
         work: What is kept between layers lies here until all is done, so that a run that was
             stopped goes on; None: in a temporary folder.
         progress: Called with ``"validate"``, units done, units in all.
-        tell: Called with a remark on the text.
+        tell: Called with remarks on the text, and on what the disk has to hold.
 
     Returns:
         One validation for each candidate, in their order.
 
     Raises:
         StreamingError: The model cannot be run unit by unit.
-        MofqError: As ``validate_many``.
+        MofqError: The disk has too little space, another process uses ``work``, or as
+            ``validate_many``.
     """
     asked = {
         "mofq": __version__,
@@ -179,9 +187,9 @@ def validate_streamed(
             seconds=monotonic() - start,
         )
         runs = [first]
-        for subjects in recipes.values():
-            assert subjects[0].candidate is not None
-            runs.append(open_run(subjects[0].candidate.base, subjects))
+        for of_base in recipes.values():
+            assert of_base[0].candidate is not None
+            runs.append(open_run(of_base[0].candidate.base, of_base))
         for place, candidate in zip(places, candidates, strict=True):
             if candidate.folder is not None:
                 runs.append(_open_folder(stack, candidate, original, folder=place))
@@ -192,6 +200,11 @@ def validate_streamed(
                     with naming_deviations(subject.candidate):
                         _, own = tokens_of(subject.candidate, original)
                 subject.set_windows(own)
+        subjects = [one for run in runs for one in run.subjects]
+        needed = check_disk(folder, len(subjects), windows.tokens_NT, model=model, dtype=dtype)
+        if tell is not None:
+            where = work or Path(tempfile.gettempdir())
+            tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {where}.")
         return _run_all(runs, original, candidates, progress=progress)
 
 
@@ -286,6 +299,39 @@ def _open_folder(
     run = Run(streamed, [Subject(folder, candidate, applied, enforced=enforced)])
     check_units(run, None)
     return run
+
+
+def check_disk(
+    folder: Path, subjects: int, windows_NT: Tensor, *, model: PreTrainedModel, dtype: str
+) -> int:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: That what is kept between layers is written to.
+        subjects: That move the windows through the layers.
+        windows_NT: Token ids, [N, T].
+        model: It needs no weights.
+        dtype: Of the arithmetic.
+
+    Returns:
+        What is kept at once, about [bytes]; a model with several streams keeps more.
+
+    Raises:
+        MofqError: There is less space than that.
+    """
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
+    itemsize: int = getattr(torch, dtype).itemsize
+    needed = subjects * windows_NT.numel() * hidden * itemsize * _KEPT_STEPS
+    # What a run that was stopped has written already takes no more.
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - written > free:
+        raise MofqError(
+            f"{folder}: what is kept between layers needs about {needed - written:,} bytes, found "
+            f"{free:,} free. Free some space, take fewer {option('tokens')}, or give an output "
+            f"elsewhere (without one, set TMPDIR)."
+        )
+    return needed
 
 
 def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
@@ -487,9 +533,24 @@ def _work_folder(work: Path | None, asked: object) -> Iterator[Path]:
         return
     text = json.dumps(asked, sort_keys=True)
     folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
-    for other in work.iterdir() if work.is_dir() else ():
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with hold_folder(work, partial(_busy, work)):
+        for other in work.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(work)
+
+
+def drop_unfinished(work: Path) -> None:
+    """Delete what a run that was stopped kept between layers, unless one goes on there."""
+    if work.is_dir():
+        with suppress(MofqError), hold_folder(work, partial(_busy, work)):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _busy(work: Path, who: str) -> MofqError:
+    return MofqError(
+        f"{work}: {who} runs a model layer by layer there. Wait for it, or give another output."
+    )
