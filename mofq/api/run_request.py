@@ -160,25 +160,17 @@ def stores_stats(run: CheckedRun, files: RunFiles) -> bool:
 def may_be_rewritten(run: CheckedRun) -> bool:
     """Whether what comes out of rewriting the model can be measured, validated and exported.
 
-    Samples of a KV cache are those of the model as it is; a model that is run layer by layer is
-    validated with recipes of itself alone; files for other tools are of a model that is there; a
-    quantized source would be written in bf16; sites are those of inferred or ruled layers, not of
-    stated ones, and none is a matrix of the vocabulary; and a budget in nats is proved against
-    the model that is searched.
+    Samples of a KV cache are those of the model as it is; files for other tools are of a model that
+    is there; a quantized source would be written in bf16; sites are those of inferred or ruled
+    layers, not of stated ones, and none is a matrix of the vocabulary; and a budget in nats is
+    proved against the model that is searched.
     """
-    from mofq.model.streaming.execution import choose_execution
-
     asked, checkpoint, offered = run.options, run.checkpoint, run.offered
     if not offered.twins or offered.space.kv_cache or checkpoint.source_format is not None:
         return False
     if asked.layers is not None or any(asked.vocabulary.asked.values()):
         return False
-    if asked.request.budgets.max_kl is not None or asked.other_tool is not None:
-        return False
-    execution = choose_execution(
-        asked.execution, checkpoint, dtype=asked.dtype, device=asked.device
-    )
-    return not execution.is_streamed
+    return asked.request.budgets.max_kl is None and asked.other_tool is None
 
 
 def _check_effort(effort: str) -> None:

@@ -158,7 +158,7 @@ def main(given: Sequence[str] | None = None) -> int:
         config["num_hidden_layers"] = options.decoder_layers
     model = options.work / "model"
     if not (model / "config.json").exists():
-        _write_model(config, model)
+        write_model(config, model)
     space = options.work / "space.yaml"
     space.write_text(SPACE, encoding="utf-8")
 
@@ -207,7 +207,8 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write_model(config: dict[str, Any], folder: Path) -> None:
+def write_model(config: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of a config with random weights, and the bundled model's tokenizer."""
     from mofq.demo import demo_model_folder
 
     folder.mkdir(parents=True, exist_ok=True)

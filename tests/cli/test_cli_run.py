@@ -244,9 +244,24 @@ def test_a_run_for_rounded_inputs_moves_scales_and_one_recipe_makes_its_folder_a
     assert {name: data for name, data in tree(again).items() if name != "README.md"} == exported
     size = ("--text", "demo-en", "--tokens", "256", "--sequence-length", "64")
     assert ok("validate", DEMO, again, *stats, *size, "--json").json["enforced"] is True
-    assert "as --stats" in refused("validate", DEMO, folder / "recipe.yaml", *size)
+    of_recipe = ("validate", DEMO, folder / "recipe.yaml", *size)
+    assert "as --stats" in refused(*of_recipe)
+    resident, streamed = (
+        ok(*of_recipe, *stats, "--execution", execution, "--json").json["kl_nats_per_token"]
+        for execution in ("resident", "streamed")
+    )
+    assert streamed == resident
     to = ("--to", "llama.cpp", "-o", tmp_path / "file")
     assert "rewrites model to" in refused("export", DEMO, folder / "recipe.yaml", *stats, *to)
+
+
+@pytest.mark.long
+def test_a_run_layer_by_layer_moves_scales_too(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = ("run", DEMO, "--space", "w8a8", "--max-bits", "8.2", "--engine", "vllm-cpu", *TEXT)
+    content = ok(*run, "--execution", "streamed", "-o", folder, "--json").json
+    assert content["enforced"] is True
+    assert package.load_recipe(folder / "recipe.yaml").rewriting is not None
 
 
 def test_efforts_that_there_are_not_and_texts_of_one_sequence_are_refused_before_anything_is_run(

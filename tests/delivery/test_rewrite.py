@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from families import copy_with_tensors, long_but
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mofq.delivery.rewriting import choose
 from mofq.delivery.rewriting.choose import Choice, choose_scales
 from mofq.delivery.rewriting.rewrite import rewrite
 from mofq.delivery.rewriting.scales import METHODS, InputRanges, propose_scales
@@ -183,6 +186,28 @@ def test_no_site_is_predicted_worse_than_it_was(
                 moved.add(scheme)
     assert INT8 in moved
     assert "bf16" not in moved  # nothing is rounded, and leaving a site alone wins a tie
+
+
+def test_gradients_of_one_layer_are_in_memory_at_a_time(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = tiny("llama"), list[ref[Tensor]]()
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(2, 16)}, draws=2)
+    checkpoint = open_checkpoint(str(model))
+    site = find_sites(checkpoint, find_layers(checkpoint))[0]
+    read, asked = choose._gradients, list[str]()
+
+    def watched(sequences: list[Any], layer: str) -> list[Tensor]:
+        assert not any(one() is not None for one in before)
+        asked.append(layer)
+        found = read(sequences, layer)
+        before[:] = [ref(one) for one in found]
+        return found
+
+    monkeypatch.setattr(choose, "_gradients", watched)
+    choose_scales(checkpoint, site, parse_scheme(INT8), stats=stats, method="smoothquant")
+    assert asked == [layer.name for layer in site.consumers]
+    assert len(before) == 2 * 2
 
 
 def test_smoothquant_at_one_half_makes_both_ranges_equal() -> None:

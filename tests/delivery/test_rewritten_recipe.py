@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from mofq.decision.recipe import (
 from mofq.decision.rewriting import SiteRewriting
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.rewriting import remake
 from mofq.delivery.rewriting.choose import choose_best, choose_scales, scales_of
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
 from mofq.delivery.rewriting.moved_stats import write_moved_stats
@@ -166,6 +169,23 @@ def test_what_a_recipe_does_not_rewrite_is_refused(
     fewer = {name: one for name, one in rewriting.sites.items() if name != site}
     bad = replace(recipe, rewriting=replace(rewriting, sites=fewer))
     refused(RecipeError, "gives other weights here", recipe=bad)
+
+
+def test_a_disk_without_room_for_the_rewritten_model_is_refused_before_it_is_written(
+    model: Path, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, base = make(model, stats, tmp_path)
+    assert base.stats is not None
+    folders = (base.checkpoint.folder, Path(base.stats))
+    files = [path for folder in folders for path in folder.rglob("*.safetensors")]
+    free = sum(path.stat().st_size for path in files) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(remake, "make_base", None)
+    with (
+        pytest.raises(RewriteError, match=r"the rewritten model needs about .* Set TMPDIR"),
+        base_of(recipe, open_checkpoint(str(model)), stats.folder),
+    ):
+        pass
 
 
 def test_a_recipe_that_rewrites_is_not_applied_to_a_model_that_may_be_another(

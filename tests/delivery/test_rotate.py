@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.decision.rewriting import Rewriting, RotatedModel
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.rewriting import rotate as rotate_module
 from mofq.delivery.rewriting.choose import Choice
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe
 from mofq.delivery.rewriting.moved_stats import write_rotated_stats
@@ -34,7 +36,7 @@ from mofq.delivery.rewriting.rotate import (
     rotated_model,
     write_rotated,
 )
-from mofq.delivery.rewriting.stream import find_stream
+from mofq.delivery.rewriting.stream import Place, find_stream
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.exceptions import RecipeError, RewriteError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -140,6 +142,46 @@ def test_biases_fused_experts_and_odd_widths_are_rotated_too(
     model = tiny(family, dtype=torch.float32, **options)
     rotate(model, tmp_path / "out")
     assert_same_function(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("deepseek_v3", {}),
+        ("mixtral", {"fused": True}),
+    ],
+)
+def test_few_rows_or_columns_are_multiplied_at_once_with_the_same_bytes(
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    options: dict[str, Any],
+) -> None:
+    model, sizes = tiny(family, **options), list[tuple[int, ...]]()
+    rotate(model, tmp_path / "whole")
+    turn = Turning.turn
+
+    def watched(self: Turning, values: Tensor, place: Place) -> Tensor:
+        sizes.append(tuple(values.shape))
+        return turn(self, values, place)
+
+    monkeypatch.setattr(Turning, "turn", watched)
+    monkeypatch.setattr(rotate_module, "_BLOCK_ELEMENTS", 2048)
+    turning = rotate(model, tmp_path / "parts")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    one = {  # rows that are mixed, or an expert, at least
+        shape for shape in sizes if len(shape) == 2 and math.prod(shape) > 2048
+    }
+    both_mixed = {
+        turning.checkpoint.tensors[name].shape
+        for name, place in turning.stream.places.items()
+        if place.reads and place.values
+    }
+    heads = {shape for shape in one if shape[1] == turning.stream.head}
+    assert one - heads <= both_mixed
 
 
 def test_a_rotated_model_in_bfloat16_differs_by_its_rounding(

@@ -27,7 +27,7 @@ from mofq.delivery.tuning.tune import split_sequences
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
 from mofq.evidence.corpora import load_text
-from mofq.exceptions import BackendError, CorpusError, RecipeError, StreamingError
+from mofq.exceptions import BackendError, CorpusError, RecipeError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
@@ -302,15 +302,6 @@ def test_what_cannot_carry_tuned_norms_refuses_them(
     checkpoint = open_checkpoint(str(model))
     with pytest.raises(BackendError, match="its norms are tuned"):
         find_exporter("llm-compressor")(checkpoint, found.recipe, tmp_path / "other.yaml")
-    with pytest.raises(StreamingError, match="tuned norms are put into a whole model"):
-        validate(
-            str(model),
-            found.recipe,
-            load_text("demo-en"),
-            tokens=64,
-            sequence_length=16,
-            execution="streamed",
-        )
 
 
 def test_a_prediction_says_nothing_of_what_was_tuned(found: TunedRecipe, model: Path) -> None:

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from calibrated import calibrate_folder, some_tokens
 from conftest import TinyCheckpoint
 from emulated import recipe_of
 from families import TINY_FAMILIES, copy_with_tensors, long_but
 from fp8_sources import write_fp8
+from safetensors.torch import save
 from tiny_types import write_type
 
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
+from mofq.decision.tuning import Tuning, tuned_file
+from mofq.delivery.apply.emulate import Prepared
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
+from mofq.delivery.rewriting.choose import Choice, choose_scales
+from mofq.delivery.rewriting.remake import base_of, make_base, rewriting_of
+from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
+from mofq.delivery.rewriting.sites import find_sites
+from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.validation import Validation, validate_many
+from mofq.delivery.validation import streamed as streamed_validation
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.delivery.validation.streamed_kl import StreamedKl
+from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.evidence.corpora import load_text
-from mofq.exceptions import StreamingError
-from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.exceptions import MofqError, StreamingError
+from mofq.files.locks import hold_folder
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.tensors import read_tensor
+from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import find_layers, split_experts
+from mofq.model.loading import load_model
+from mofq.model.streaming.replay import Replayer
 from mofq.model.streaming.streamed import StreamedModel
+from mofq.model.streaming.weights import UnitWeights
+from mofq.numbers.schemes import parse_scheme
 
 SCHEMES = ("int4.g32", "int8.channel+int8.token", "int4.g32+int8.token")
 PLAN: dict[str, Any] = {"tokens": 64, "sequence_length": 32}
@@ -165,6 +187,117 @@ def test_experts_with_schemes_of_their_own_are_the_same_streamed(tiny: TinyCheck
     assert len({one.kl_nats_per_token for one in streamed}) == len(mixed)
 
 
+def rewritten(folder: Path, work: Path, scheme: str) -> tuple[list[Recipe], Stats]:
+    """A uniform recipe of the model rotated, and one of it with scales moved after that."""
+    original = open_checkpoint(str(folder))
+    stats = calibrate_folder(folder, work / "stats", {"a": some_tokens(4, 24)}, inputs=True)
+    rotation = rotated_model(plan_rotation(original, 3), 3)
+    choices: tuple[Choice, ...] = ()
+    made = []
+    for name in ("rotated", "moved"):
+        rewriting = rewriting_of(original, stats, choices, rotation=rotation)
+        folders = (work / name, work / f"{name}.stats")
+        base = make_base(rewriting, original, stats, folders=folders)
+        plain = recipe_of(base.checkpoint, scheme)
+        weights = hash_weights(base.checkpoint)
+        made.append(replace(plain, weights_sha256=weights, rewriting=rewriting))
+        choices = tuple(
+            choose_scales(
+                base.checkpoint,
+                site,
+                parse_scheme(SCHEMES[1]),
+                stats=read_stats(folders[1]),
+                method="smoothquant",
+            )
+            for site in find_sites(base.checkpoint, find_layers(base.checkpoint))
+        )
+    assert rewriting.sites
+    return made, stats
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_recipes_that_rewrite_the_model_are_the_same_streamed(
+    family: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny(family)
+    made, stats = rewritten(folder, tmp_path, SCHEMES[1])
+    plain = recipes(folder)[1]
+    with base_of(made[1], open_checkpoint(str(folder)), stats.folder) as base:
+        exported = tmp_path / "exported"
+        export_compressed_tensors(base.checkpoint, made[1], exported, stats=base.stats)
+    candidates = [made[0], plain, made[1], str(exported)]
+    resident, streamed = both(folder, candidates, stats=stats.folder)
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert streamed[2].kl_nats_per_token == streamed[3].kl_nats_per_token
+    assert len({one.kl_nats_per_token for one in streamed}) == 3
+
+
+def tuned(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with every norm of the model a little off."""
+    model = load_model(checkpoint.folder)
+    norms = find_norms(model, checkpoint, find_layers(checkpoint).architecture)
+    tensors = {
+        name: (read_tensor(checkpoint.tensors[name]).float() * 1.02 + 0.01 * (n + 1)).to(norm.dtype)
+        for n, norm in enumerate(norms)
+        for name in norm.names
+    }
+    assert any("layers" not in name for name in tensors)  # outside of the decoder layers
+    content = save(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    tuning = Tuning(
+        file=tuned_file(sha256),
+        sha256=sha256,
+        decisions_sha256=recipe.decisions_sha256,
+        mofq="0",
+        tensors=len(tensors),
+        steps=1,
+        sequences=1,
+        sequence_length=1,
+        bos=False,
+        corpora_sha256="0",
+        held_out=1,
+        kl_before=1.0,
+        kl_after=0.5,
+        kl_saved_stderr=0.1,
+    )
+    return replace(recipe, tuning=tuning, tuned=content)
+
+
+@pytest.mark.parametrize("family", long_but(TINY_FAMILIES, "gemma3_text", "qwen3_moe", "gpt2"))
+def test_tuned_norms_are_the_same_streamed(family: str, tiny: TinyCheckpoint) -> None:
+    checkpoint = open_checkpoint(str(tiny(family)))
+    plain, other, _ = recipes(checkpoint.folder)
+    resident, streamed = both(checkpoint.folder, [plain, tuned(plain, checkpoint), plain, other])
+    assert streamed == resident
+    assert all(one.enforced for one in streamed)
+    assert [one.is_tuned for one in streamed] == [False, True, False, False]
+    assert len({one.kl_nats_per_token for one in streamed}) == 3
+
+
+def test_norms_that_were_tuned_after_a_rewriting_are_the_same_streamed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    (_, moved), stats = rewritten(tiny_llama, tmp_path, SCHEMES[0])
+    with base_of(moved, open_checkpoint(str(tiny_llama)), stats.folder) as base:
+        recipe = tuned(moved, base.checkpoint)
+    resident, streamed = both(tiny_llama, [recipe], stats=stats.folder)
+    assert streamed == resident
+    assert streamed[0].enforced
+
+
+def test_norms_that_are_not_those_of_the_recipe_are_found_streamed(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipe = tuned(recipes(tiny_llama)[0], checkpoint)
+    monkeypatch.setattr(Prepared, "tuned_targets", lambda *_: [])
+    resident, streamed = both(tiny_llama, [recipe])
+    assert streamed == resident
+    assert recipe.tuning is not None
+    assert len(streamed[0].deviations) == recipe.tuning.tensors
+
+
 def test_a_layer_is_read_once_for_all_recipes(tiny_llama: Path) -> None:
     read: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -218,4 +351,57 @@ def test_what_a_stopped_streamed_run_kept_goes_when_a_resident_one_ends(
         validate_many(*arguments, execution="streamed", work=work, progress=stop, **PLAN)
     assert any(work.rglob("*"))
     validate_many(*arguments, execution="resident", work=work, **PLAN)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(
+    name: str, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget, work, sizes, needed = Replayer.forget, tmp_path / "work", list[int](), list[int]()
+    check = streamed_validation.check_disk
+
+    def noted(*given: Any, **more: Any) -> int:
+        needed.append(check(*given, **more))
+        return needed[0]
+
+    def watched(self: Replayer, *rest: Any) -> None:
+        sizes.append(sum(path.stat().st_size for path in work.rglob("step-*")))
+        forget(self, *rest)
+
+    monkeypatch.setattr(Replayer, "forget", watched)
+    monkeypatch.setattr(streamed_validation, "check_disk", noted)
+    said: list[str] = []
+    made = recipes(tiny(name))
+    options: Any = {"work": work, "execution": "streamed", "tell": said.append, **PLAN}
+    validate_many(str(tiny(name)), made, load_text("demo-en"), **options)
+    assert needed[0] / 4 < max(sizes) <= needed[0]
+    assert f"Between layers, about {needed[0] / 1e9:.2f} GB are kept in {work}." in said
+
+
+@pytest.mark.parametrize("kind", ["validation", "search"])
+def test_what_the_disk_cannot_hold_is_refused_before_a_layer_is_read(
+    kind: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(UnitWeights, "loaded", None)
+    folder, text = str(tiny_llama), load_text("demo-en")
+    begin: Any = partial(StreamedKl, folder, text, **PLAN)
+    if kind == "validation":
+        made = recipes(tiny_llama)
+        begin = partial(validate_many, folder, made, text, execution="streamed", **PLAN)
+    with pytest.raises(MofqError, match=r"between layers needs about [0-9,]+ bytes, found 1,000"):
+        begin()
+
+
+def test_two_runs_do_not_write_into_the_same_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".validation.json.streamed"
+    (work / "of-another").mkdir(parents=True)
+    arguments: Any = (str(tiny_llama), recipes(tiny_llama)[:1], load_text("demo-en"))
+    with hold_folder(work, MofqError):
+        with pytest.raises(MofqError, match="runs a model layer by layer there"):
+            validate_many(*arguments, execution="streamed", work=work, **PLAN)
+        validate_many(*arguments, execution="resident", work=work, **PLAN)
+        assert (work / "of-another").exists()
+    validate_many(*arguments, execution="streamed", work=work, **PLAN)
     assert not work.exists()

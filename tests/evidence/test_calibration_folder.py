@@ -12,6 +12,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from conftest import TinyCheckpoint
 from families import copy_with_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.api import Samples
@@ -483,3 +485,25 @@ def test_a_full_disk_is_reported_and_what_was_written_is_kept(
     assert sorted(contents(tmp_path)) == [".lock", *GAINS[:2], FILES[0], "plan.json"]
     calibrate_folder(tiny_llama, tmp_path, CORPORA)
     assert contents(tmp_path) == contents(finished)
+
+
+def test_the_tensors_of_a_sequence_are_changed_one_by_one(tiny_llama: Path, tmp_path: Path) -> None:
+    stats = calibrate_folder(tiny_llama, tmp_path / "stats", CORPORA)
+    before: list[ref[Tensor]] = []
+
+    def double(kind: str, layer: str, tensor: Tensor) -> Tensor:
+        assert not any(one() is not None for one in before)
+        assert layer.startswith("model.layers.")
+        doubled = tensor.double() * (2 if kind == "grad" else 1)
+        before[:] = [ref(tensor), ref(doubled)]
+        return doubled
+
+    path = stats.sequence_files("a")[0]
+    sequences.copy_changed(path, tmp_path / "same.safetensors", lambda *given: given[2])
+    assert (tmp_path / "same.safetensors").read_bytes() == path.read_bytes()
+    sequences.copy_changed(path, tmp_path / "doubled.safetensors", double)
+    found, needed = load_file(tmp_path / "doubled.safetensors"), read_sequence(stats)
+    for name, tensor in needed.items():
+        doubled = 2 * tensor if name.startswith("grad/") else tensor
+        assert torch.equal(found.pop(name), doubled)
+    assert not found

@@ -18,6 +18,7 @@ from rounding import apart
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats, earlier_stats, read_stats
+from mofq.evidence.measure import fill_table, kv_cache
 from mofq.evidence.measure import score as rounded
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.layer_inputs import PreparedLayer
@@ -377,6 +378,29 @@ def test_formats_of_the_cache_are_measured_on_a_corpus_that_is_added(
     new = [json.loads(line) for line in paths[0].read_bytes()[len(before) :].splitlines()]
     cached = [(one["scheme"], one["corpus"]) for one in new if "kv_cache" in one.get("group", "")]
     assert set(cached) == {(dynamic, "b"), ("bf16", "b"), (static, "a"), (static, "b")}
+
+
+def test_the_statistics_are_closed_when_the_last_cache_is_measured(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    opened: set[int] = set()
+
+    class Watched(SampleReader):
+        def __enter__(self) -> Watched:
+            opened.add(id(self))
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            opened.remove(id(self))
+
+    monkeypatch.setattr(kv_cache, "SampleReader", Watched)
+    monkeypatch.setattr(fill_table, "corpus_flips", lambda *_, **__: left.append(len(opened)) or [])
+    stats = calibrate_folder(tiny_llama, tmp_path / "stats", CORPORA, kv_cache=True)
+    space = space_of("int8.channel", kv_cache='["kv:int8.token"]')
+    assert len(fill(tiny_llama, tmp_path / "table.jsonl", stats, space).caches) > 1
+    assert left == [0]
 
 
 def test_stats_that_do_not_continue_those_of_a_table_are_refused(

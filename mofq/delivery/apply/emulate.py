@@ -29,7 +29,7 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, static_amax
-from mofq.delivery.tuning.tensors import put_tensors, tuned_tensors
+from mofq.delivery.tuning.tensors import find_targets, tuned_tensors
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError
@@ -118,7 +118,6 @@ def apply_groups(
     prepared = prepare(model, recipe, check=check, checkpoint=checkpoint)
     for group in prepared.quantized:
         check_modules(model, group)
-    tuned = tuned_tensors(recipe, checkpoint)
     if checkpoint is not None:
         round_kept(model, prepared.layers, checkpoint=checkpoint, on_disk=prepared.on_disk)
     for done, group in enumerate(prepared.quantized):
@@ -126,7 +125,8 @@ def apply_groups(
             progress(stage, done, len(prepared.quantized))
         apply_prepared(model, prepared, group, apply_one)
     apply_caches(model, recipe, prepared.layers)
-    put_tensors(model.state_dict(), tuned, prepared.layers.architecture, where=recipe.title)
+    for target, tensor in prepared.tuned_targets(model):
+        target.copy_(tensor)
     if progress is not None:
         progress(stage, len(prepared.quantized), len(prepared.quantized))
     return model
@@ -143,6 +143,14 @@ class Prepared:
     schemes: Mapping[str, Scheme]  #: of each fusion group
     quantized: tuple[FusionGroup, ...]  #: those with another scheme than the unquantized one
     checkpoint: Checkpoint | None  #: where weights are read; None: in the model
+    tuned: Mapping[str, Tensor]  #: norms that take the place of the checkpoint's
+
+    def tuned_targets(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The norms of a model that the recipe tuned, each with what it tuned it to."""
+        if not self.tuned:
+            return []
+        architecture, where = self.layers.architecture, self.recipe.title
+        return find_targets(model.state_dict(), self.tuned, architecture, where=where)
 
 
 def prepare(
@@ -176,7 +184,10 @@ def prepare(
     on_disk = layers if checkpoint is None else find_recipe_layers(checkpoint, recipe)
     stored = {layer.name: layer for layer in on_disk.grouped_layers}
     quantized = tuple(with_global_scales(group, stored) for group in quantized)
-    return Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint)
+    tuned = tuned_tensors(recipe, checkpoint)
+    prepared = Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint, tuned)
+    prepared.tuned_targets(model)  # refuses a recipe whose norms the model has not
+    return prepared
 
 
 def with_global_scales(group: FusionGroup, stored: Mapping[str, LinearLayer]) -> FusionGroup:

@@ -13,6 +13,7 @@ from mofq.delivery.apply.emulate import Prepared, apply_prepared, check_modules
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import module_path, replace_module, round_kept
 from mofq.delivery.recipe_layers import static_amax
+from mofq.delivery.tuning.tensors import replaced
 from mofq.model.layers import FusionGroup, ModelLayers, layers_of
 from mofq.model.layers.within import layers_within
 
@@ -84,7 +85,7 @@ class UnitModules:
 
     @contextmanager
     def applied(self, one: Applied) -> Iterator[None]:
-        """Have a recipe applied to the unit for as long as the context lasts."""
+        """Have a recipe applied to the unit, and to what is in none, while the context lasts."""
         prepared, groups = one.prepared, one.groups_within(self.unit)
         inside = one.layers_within(self.unit)
         paths = [module_path(layer) for layer in layers_of(groups)]
@@ -99,7 +100,9 @@ class UnitModules:
                 self._put(one, together)
             handles = apply_caches(self.model, prepared.recipe, inside)
             try:
-                yield
+                # Between units a model has norms of its own, which run before or behind them.
+                with replaced(prepared.tuned_targets(self.model)):
+                    yield
             finally:
                 for handle in handles:
                     handle.remove()

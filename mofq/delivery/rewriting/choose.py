@@ -16,8 +16,8 @@ scale belongs to a row. Proposals compete with leaving the site alone, which win
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,10 +57,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """What one draw of one sequence says of a site."""
+    """What one draw of one sequence says of a site; gradients are read layer by layer."""
 
+    path: Path
+    draw: int
     x_TI: Tensor  #: float32
-    grads: dict[str, Tensor]  #: layer -> [T, O], float32
     share: float  #: of the mean over sequences and corpora, over 2T
 
 
@@ -196,14 +197,21 @@ def _read_sequences(stats: Stats, site: Site) -> Iterator[_Sequence]:
         judges = files[:: max(1, len(files) // _JUDGES)][:_JUDGES]
         share = 1 / (len(plan.corpora) * len(judges) * plan.draws * 2 * plan.sequence_length)
         for path in judges:
-            with ExitStack() as stack:
-                file = stack.enter_context(SequenceFile(path))
-                samples = {layer.name: file.read(layer.name) for layer in site.consumers}
-            read = {name: one for name, one in samples.items() if one is not None}
-            first = read[site.consumers[0].name]
+            with SequenceFile(path) as file:
+                samples = file.read(site.consumers[0].name)
+            assert samples is not None
+            x_TI = samples.x_TI.float()
             for draw in range(plan.draws):
-                grads = {name: one.grad_DTO[draw].float() for name, one in read.items()}
-                yield _Sequence(first.x_TI.float(), grads, share)
+                yield _Sequence(path, draw, x_TI, share)
+
+
+def _gradients(sequences: Sequence[_Sequence], layer: str) -> list[Tensor]:
+    """Of each draw, at the output of a layer, [T, O], float32."""
+    found = []
+    for one in sequences:
+        with SequenceFile(one.path) as file:
+            found.append(file.tensor(f"grad/{layer}")[one.draw].float())
+    return found
 
 
 def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
@@ -240,24 +248,40 @@ def _predict(
     into = [torch.zeros_like(one.x_TI) for one in sequences]
     amax = _scaled_amax(checkpoint, site, scheme, scales)
     for layer in site.consumers:
-        tile = scheme.weight.granularity.rows if scheme.weight is not None else 1
-        for start, stop in _blocks(layer, tile_rows=tile, copies=len(sequences)):
-            weight_RI = read_layer_rows(checkpoint, layer, start, stop)
-            grads = [one.grads[layer.name][:, start:stop] for one in sequences]
-            if scheme.activation is not None:
-                for v_TI, grad_TR in zip(into, grads, strict=True):
-                    v_TI += grad_TR @ weight_RI.float()
-            if scheme.weight is not None:
-                gradient_NRI = torch.stack(
-                    [
-                        (grad_TR.T @ one.x_TI) * one.share**0.5
-                        for one, grad_TR in zip(sequences, grads, strict=True)
-                    ]
-                )
-                nats += _weight_nats(weight_RI, gradient_NRI, scheme, scales, amax, layer.name)
+        _add_layer(checkpoint, layer, scheme, sequences, scales, amax, nats=nats, into=into)
     if scheme.activation is not None:
         nats += _input_nats(into, scheme, sequences, scales)
     return [float(value) for value in nats]
+
+
+def _add_layer(
+    checkpoint: Checkpoint,
+    layer: LinearLayer,
+    scheme: Scheme,
+    sequences: Sequence[_Sequence],
+    scales: Sequence[Tensor],
+    amax: Sequence[float | None],
+    *,
+    nats: Tensor,
+    into: Sequence[Tensor],
+) -> None:
+    """Add what errors of a layer's weights cost, and its part of the gradients at its inputs."""
+    every = _gradients(sequences, layer.name)
+    tile = scheme.weight.granularity.rows if scheme.weight is not None else 1
+    for start, stop in _blocks(layer, tile_rows=tile, copies=len(sequences)):
+        weight_RI = read_layer_rows(checkpoint, layer, start, stop)
+        grads = [grad_TO[:, start:stop] for grad_TO in every]
+        if scheme.activation is not None:
+            for v_TI, grad_TR in zip(into, grads, strict=True):
+                v_TI += grad_TR @ weight_RI.float()
+        if scheme.weight is not None:
+            gradient_NRI = torch.stack(
+                [
+                    (grad_TR.T @ one.x_TI) * one.share**0.5
+                    for one, grad_TR in zip(sequences, grads, strict=True)
+                ]
+            )
+            nats += _weight_nats(weight_RI, gradient_NRI, scheme, scales, amax, layer.name)
 
 
 def _scaled_amax(

@@ -20,7 +20,7 @@ from torch import Tensor
 from mofq.delivery.rewriting.choose import Choice
 from mofq.delivery.rewriting.rotate import Turning
 from mofq.delivery.rewriting.stream import Place
-from mofq.evidence.calibration.sequence_file import SequenceFile, write_samples
+from mofq.evidence.calibration.sequence_file import copy_changed
 from mofq.evidence.calibration.stats import Stats, finish_stats, write_json
 from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
@@ -121,6 +121,11 @@ def _write_stats(
             f"{stats.folder}: holds samples of {what}, which are not those of a rewritten model. "
             f"Calibrate that model."
         )
+
+    def change(kind: str, layer: str, tensor: Tensor) -> Tensor:
+        by_kind = {"x": change_x, "grad": change_grad}
+        return by_kind[kind](layer, tensor) if kind in by_kind else tensor
+
     plan = replace(
         stats.plan,
         model_name=rewritten.name,
@@ -134,10 +139,9 @@ def _write_stats(
             (target / corpus.name).mkdir()
             for path in (*stats.gains_files(corpus.name), *stats.routing_files(corpus.name)):
                 shutil.copyfile(path, target / corpus.name / path.name)
-            for path in stats.sequence_files(corpus.name):
-                _write_sequence(path, target / corpus.name / path.name, change_x, change_grad)
-            for path in stats.inputs_files(corpus.name) if keeps_norms else ():
-                _write_inputs(path, target / corpus.name / path.name, change_x)
+            inputs = stats.inputs_files(corpus.name) if keeps_norms else ()
+            for path in (*stats.sequence_files(corpus.name), *inputs):
+                copy_changed(path, target / corpus.name / path.name, change)
         finish_stats(target, plan)
     return Path(folder)
 
@@ -154,32 +158,3 @@ def _moved(choices: Sequence[Choice]) -> tuple[dict[str, Tensor], dict[str, Tens
         if choice.site.producer is not None:
             outputs[choice.site.producer.name] = choice.scale_P
     return inputs, outputs
-
-
-def _write_sequence(path: Path, target: Path, change_x: _Change, change_grad: _Change) -> None:
-    tensors: dict[str, Tensor] = {}
-    with SequenceFile(path) as file:
-        for name in file.inputs:
-            samples = file.read(name)
-            if samples is None:
-                continue
-            grad_DTO = samples.grad_DTO
-            tensors[f"grad/{name}"] = change_grad(name, grad_DTO).to(grad_DTO.dtype)
-            if samples.source == name:
-                tensors[f"x/{name}"] = change_x(name, samples.x_TI).to(samples.x_TI.dtype)
-            if samples.token_T is not None:
-                tensors[f"tokens/{name}"] = samples.token_T
-        write_samples(target, tensors, file.inputs)
-
-
-def _write_inputs(path: Path, target: Path, change_x: _Change) -> None:
-    tensors: dict[str, Tensor] = {}
-    with SequenceFile(path) as file:
-        for name in file.inputs:
-            known = file.weighted(name)
-            if known is None:
-                continue
-            tensors[f"norm/{name}"] = known.norm_T.float()
-            if known.source == name:
-                tensors[f"x/{name}"] = change_x(name, known.x_TI).to(known.x_TI.dtype)
-        write_samples(target, tensors, file.inputs)

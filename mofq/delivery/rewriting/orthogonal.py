@@ -40,6 +40,11 @@ class Rotation:
         """How many channels it mixes."""
         return len(self.signs_I)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether its factors are 1 and -1."""
+        return all(bool((factor.abs() == 1).all()) for factor in self.factors)
+
     def turn(self, rows: Tensor, *, is_scaled: bool = True) -> Tensor:
         """``x Q`` of every ``width`` neighbours along the last dimension.
 

@@ -8,6 +8,7 @@ are those that were measured.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def base_of(recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None) ->
     Raises:
         RecipeError: The recipe rewrites another model, or what comes out is not its model.
         StatsError: There are no statistics where it needs them, or others.
-        RewriteError: Its sites are not those of the model.
+        RewriteError: Its sites are not those of the model, or the disk has too little space.
     """
     rewriting = recipe.rewriting
     if rewriting is None or _is_of(recipe, checkpoint):
@@ -102,6 +103,7 @@ def base_of(recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None) ->
         return
     opened = _checked_stats(recipe, rewriting, checkpoint, stats)
     with TemporaryDirectory(prefix="mofq-rewritten-") as work:
+        _check_disk(Path(work), rewriting, checkpoint, opened)
         folders = base_folders(Path(work), recipe.model_name)
         base = make_base(rewriting, checkpoint, opened, folders)
         if recipe.weights_sha256 is not None and not _is_of(recipe, base.checkpoint):
@@ -111,6 +113,26 @@ def base_of(recipe: Recipe, checkpoint: Checkpoint, stats: str | Path | None) ->
                 f"({recipe.made_by.get('mofq', 'not noted')}), or run again."
             )
         yield base
+
+
+def _check_disk(
+    work: Path, rewriting: Rewriting, checkpoint: Checkpoint, stats: Stats | None
+) -> None:
+    """Refuse to begin what the disk cannot hold: the model and its statistics once more.
+
+    Where scales move in a rotated model, both are there twice.
+    """
+    needed = sum(info.kept_bytes for info in checkpoint.tensors.values())
+    if stats is not None:
+        files = (path for one in stats.plan.corpora for path in stats.files(one.name))
+        needed += sum(path.stat().st_size for path in files)
+    needed *= 2 if rewriting.rotation is not None and rewriting.sites else 1
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise RewriteError(
+            f"{work.parent}: the rewritten model needs about {needed:,} bytes here while it is "
+            f"used, found {free:,} free. Set TMPDIR to a folder with more space."
+        )
 
 
 def _is_of(recipe: Recipe, checkpoint: Checkpoint) -> bool:

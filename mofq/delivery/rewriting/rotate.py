@@ -1,9 +1,10 @@
 """Rotates the residual stream of a checkpoint, and the values of its attention heads.
 
 Why the model computes the same: `stream`. Each tensor is read, multiplied in float64 and rounded
-once to the dtype that it is stored in; one is in memory at a time, in blocks where its rows stay
-apart. An lm_head that is tied to the embedding is stored apart: the gain of the last norm is folded
-into it, and not into the embedding.
+once to the dtype that it is stored in. One is in memory at a time: blocks of its rows where these
+stay apart, else the tensor as it is stored, of which blocks of columns are multiplied. An lm_head
+that is tied to the embedding is stored apart: the gain of the last norm is folded into it, and not
+into the embedding.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from mofq.numbers.quantize.tiles import row_blocks
 
 _TIED = "tie_word_embeddings"
 _BLOCK_ELEMENTS = 2**22
+#: Dtypes of whose numbers sums are exact in float64.
+_FEW_BITS = ("BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +190,20 @@ def check_rotated(turning: Turning, rotated: Checkpoint) -> None:
         info = rotated.tensors[name]
         dtype = torch.finfo(TORCH_DTYPES[info.dtype])
         half_ulp = dtype.eps / 2
-        for (start, stop), original in _blocks(turning, name):
-            gain = 1.0 if place.norm is None else turning.gains[place.norm]
-            needed = original.double() * gain
-            found = turning.turn_back(read_rows(info, start, stop), place)
-            # Below the smallest normal number the steps are no finer than there.
-            size = float(needed.norm()) + dtype.smallest_normal * math.sqrt(needed.numel())
-            if not float((found - needed).norm()) <= 1.01 * half_ulp * size:
-                raise RewriteError(
-                    f"{rotated.folder}: {name!r} is not the original after the rotation. "
-                    f"Remove the folder and rewrite again."
-                )
+        gain = 1.0 if place.norm is None else turning.gains[place.norm]
+        for (start, stop), columns in _blocks(turning, name):
+            original = read_rows(_source(turning, name), start, stop)
+            written = read_rows(info, start, stop)
+            for part in columns:
+                needed = original[..., part].double() * gain
+                found = turning.turn_back(written[..., part], place)
+                # Below the smallest normal number the steps are no finer than there.
+                size = float(needed.norm()) + dtype.smallest_normal * math.sqrt(needed.numel())
+                if not float((found - needed).norm()) <= 1.01 * half_ulp * size:
+                    raise RewriteError(
+                        f"{rotated.folder}: {name!r} is not the original after the rotation. "
+                        f"Remove the folder and rewrite again."
+                    )
     for name in turning.stream.norms:
         if not bool((read_tensor(rotated.tensors[name]) == 1).all()):
             raise RewriteError(
@@ -222,25 +228,41 @@ def _stored_blocks(turning: Turning, name: str) -> Iterator[Tensor]:
         info = turning.checkpoint.tensors[name]
         yield torch.ones(info.shape, dtype=TORCH_DTYPES[info.kept_dtype])
         return
-    dtype = TORCH_DTYPES[_source(turning, name).kept_dtype]
-    for _, block in _blocks(turning, name):
-        stored = turning.turn(block, stream.places[name]).to(dtype)
+    info = _source(turning, name)
+    for (start, stop), columns in _blocks(turning, name):
+        block = read_rows(info, start, stop)
+        stored = torch.empty(block.shape, dtype=TORCH_DTYPES[info.kept_dtype])
+        for part in columns:
+            stored[..., part] = turning.turn(block[..., part], stream.places[name])
         if not bool(torch.isfinite(stored).all()):
             raise RewriteError(
-                f"{turning.checkpoint.folder}: {name!r} overflows {dtype} when it is "
+                f"{turning.checkpoint.folder}: {name!r} overflows {stored.dtype} when it is "
                 f"rotated. Rewrite a model in bfloat16."
             )
         yield stored
 
 
-def _blocks(turning: Turning, name: str) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """A tensor of the original, in blocks that a rotation does not mix, and where they lie."""
+def _blocks(turning: Turning, name: str) -> Iterator[tuple[tuple[int, int], list[slice]]]:
+    """The blocks of a tensor of the original that a rotation does not mix with one another.
+
+    Yields:
+        From and to which row, and blocks of the columns of these rows: several where all rows are
+        in one, and columns stay apart.
+    """
     info, place = _source(turning, name), turning.stream.places[name]
-    size = math.prod(info.shape[1:])
     is_mixed = len(info.shape) < 3 and (place.writes or bool(place.values))
-    elements = math.prod(info.shape) if is_mixed else _BLOCK_ELEMENTS
-    for start, stop in row_blocks(info.shape[0], size, elements=max(1, elements)):
-        yield (start, stop), read_rows(info, start, stop)
+    if not is_mixed:
+        for rows in row_blocks(info.shape[0], math.prod(info.shape[1:]), elements=_BLOCK_ELEMENTS):
+            yield rows, [slice(None)]
+        return
+    columns = [slice(None)]
+    # Sums in another order have other last digits, unless they are exact.
+    is_exact = info.dtype in _FEW_BITS and turning.hidden.is_exact and turning.head.is_exact
+    if len(info.shape) == 2 and not place.reads and is_exact:
+        tile = turning.stream.head if place.reads_values else 1
+        blocks = row_blocks(info.shape[1], info.shape[0], elements=_BLOCK_ELEMENTS, tile_rows=tile)
+        columns = [slice(*block) for block in blocks]
+    yield (0, info.shape[0]), columns
 
 
 def _source(turning: Turning, name: str) -> TensorInfo:

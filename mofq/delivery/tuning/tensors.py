@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -62,17 +63,17 @@ def _check_replaces(name: str, tensor: Tensor, checkpoint: Checkpoint, *, where:
         )
 
 
-def put_tensors(
+def find_targets(
     loaded: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     architecture: str,
     *,
     where: str,
-) -> None:
-    """Copy tensors into those of a model.
+) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of a model that others take the place of, each with the other.
 
     Args:
-        loaded: The model's ``state_dict()``.
+        loaded: The model's ``state_dict()``; its tensors need no values.
         tensors: Name in the checkpoint -> tensor.
         architecture: ``ModelLayers.architecture``.
         where: Whose tensors they are, for messages.
@@ -82,8 +83,30 @@ def put_tensors(
     """
     from mofq.delivery.apply.loaded_model import loaded_tensor  # with transformers
 
+    found = []
     for name, tensor in tensors.items():
         target = loaded_tensor(loaded, name, architecture)
         if target is None or target.shape != tensor.shape:
             raise RecipeError(f"{where}: tuning: the model has no norm {name!r}.")
-        target.copy_(tensor)
+        found.append((target, tensor))
+    return found
+
+
+@contextmanager
+def replaced(targets: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Have the values of others in a model's tensors for as long as the context lasts.
+
+    Args:
+        targets: From `find_targets`; those that have no values now are left alone.
+    """
+    from mofq.model.streaming.weights import has_values  # with transformers
+
+    present = [(target, tensor) for target, tensor in targets if has_values(target)]
+    before = [target.clone() for target, _ in present]
+    try:
+        for target, tensor in present:
+            target.copy_(tensor)
+        yield
+    finally:
+        for (target, _), values in zip(present, before, strict=True):
+            target.copy_(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model, load_tokenizer
-from mofq.model.streaming.execution import Execution, choose_execution
+from mofq.model.streaming.execution import Execution, choose_execution, model_bytes
 
 
 def validate_many(
@@ -121,11 +120,10 @@ def validate_many(
             unless = "lm-eval runs a whole model"
         elif backend != "emulate":
             unless = f"the backend {backend!r} changes a whole model"
-        elif any(one.base is not checkpoint for one in opened):
-            unless = "a recipe that rewrites the model is applied to a whole one"
-        elif any(one.applied is not None and one.applied.tuning is not None for one in opened):
-            unless = "tuned norms are put into a whole model"
-        chosen = choose_execution(execution, checkpoint, dtype=dtype, device=device, unless=unless)
+        largest = max(
+            (checkpoint, *(one.base for one in opened)), key=lambda one: model_bytes(one, dtype)
+        )
+        chosen = choose_execution(execution, largest, dtype=dtype, device=device, unless=unless)
         if chosen.remark is not None and tell is not None:
             tell(chosen.remark)
         if chosen.is_streamed:
@@ -164,8 +162,10 @@ def validate_many(
                 )
                 for number, each in enumerate(opened)
             )
-    if work is not None:  # of a streamed run that was stopped
-        shutil.rmtree(work, ignore_errors=True)
+    if work is not None:
+        from mofq.delivery.validation.streamed import drop_unfinished
+
+        drop_unfinished(work)
     return validations
 
 

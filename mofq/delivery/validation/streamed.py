@@ -2,7 +2,8 @@
 
 A layer is read once. The original and every recipe move their own windows through it; what two
 recipes make alike of its weights is made once, and compared with the original's files once. A
-folder has weights of its own, which are streamed likewise. At the head the logits of a window are
+folder has weights of its own, and so has the model that recipes rewrite the original to: these are
+streamed likewise, one checkpoint after the other. At the head the logits of a window are
 compared as soon as both are there.
 """
 
@@ -13,14 +14,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from time import monotonic
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mofq import __version__
 from mofq.delivery.apply.emulate import apply_group, prepare
@@ -31,6 +34,7 @@ from mofq.delivery.export.compressed_tensors.model_from_folder import (
     stored_tensors,
 )
 from mofq.delivery.recipe_fits import check_fits, open_fits
+from mofq.delivery.tuning.tensors import replaced
 from mofq.delivery.validation.against_original import (
     Original,
     tokens_of,
@@ -48,8 +52,9 @@ from mofq.delivery.validation.enforcement import Enforcement, enforcement
 from mofq.delivery.validation.report import Validation
 from mofq.delivery.validation.windows import cut_windows
 from mofq.evidence.corpora import Bos, Corpus
-from mofq.exceptions import StreamingError
+from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.documents import write_beside_and_rename
+from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress
 from mofq.files.steps import Steps
 from mofq.model.checkpoint.headers import Checkpoint
@@ -58,6 +63,10 @@ from mofq.model.layers import layers_of
 from mofq.model.layers.within import layers_within
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
+
+#: Steps whose results are on the disk at once: of the one that runs, what it reads, and what is not
+#: known yet to be looked at no more. Embeddings of positions and a second stream are such steps.
+_KEPT_STEPS = 6
 
 #: What differs in one unit: of fusion groups, of other linear layers, of other tensors, of caches.
 _Found = tuple[list[Deviation], list[Deviation], list[Deviation], list[Deviation]]
@@ -136,14 +145,15 @@ def validate_streamed(
         work: What is kept between layers lies here until all is done, so that a run that was
             stopped goes on; None: in a temporary folder.
         progress: Called with ``"validate"``, units done, units in all.
-        tell: Called with a remark on the text.
+        tell: Called with remarks on the text, and on what the disk has to hold.
 
     Returns:
         One validation for each candidate, in their order.
 
     Raises:
         StreamingError: The model cannot be run unit by unit.
-        MofqError: As ``validate_many``.
+        MofqError: The disk has too little space, another process uses ``work``, or as
+            ``validate_many``.
     """
     asked = {
         "mofq": __version__,
@@ -153,9 +163,14 @@ def validate_streamed(
         "arithmetic": [dtype, device],
     }
     with _work_folder(work, asked) as folder, ExitStack() as stack:
-        first = _open_original(
-            stack, checkpoint, candidates, folder=folder, dtype=dtype, device=device
-        )
+        places = [folder / f"candidate-{number}" for number in range(len(candidates))]
+        recipes: dict[int, list[Subject]] = {id(checkpoint): [Subject(folder / "original")]}
+        for place, candidate in zip(places, candidates, strict=True):
+            if candidate.folder is None:
+                subject = Subject(place, candidate)
+                recipes.setdefault(id(candidate.base), []).append(subject)
+        open_run = partial(_open_recipes, stack, dtype=dtype, device=device)
+        first = open_run(checkpoint, recipes.pop(id(checkpoint)))
         start = monotonic()
         model = first.streamed.model
         windows = cut_windows(
@@ -172,10 +187,12 @@ def validate_streamed(
             seconds=monotonic() - start,
         )
         runs = [first]
-        for number, candidate in enumerate(candidates):
+        for of_base in recipes.values():
+            assert of_base[0].candidate is not None
+            runs.append(open_run(of_base[0].candidate.base, of_base))
+        for place, candidate in zip(places, candidates, strict=True):
             if candidate.folder is not None:
-                at = folder / f"candidate-{number}"
-                runs.append(_open_folder(stack, candidate, original, folder=at))
+                runs.append(_open_folder(stack, candidate, original, folder=place))
         for run in runs:
             for subject in run.subjects:
                 own = original.windows.tokens_NT
@@ -183,6 +200,11 @@ def validate_streamed(
                     with naming_deviations(subject.candidate):
                         _, own = tokens_of(subject.candidate, original)
                 subject.set_windows(own)
+        subjects = [one for run in runs for one in run.subjects]
+        needed = check_disk(folder, len(subjects), windows.tokens_NT, model=model, dtype=dtype)
+        if tell is not None:
+            where = work or Path(tempfile.gettempdir())
+            tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {where}.")
         return _run_all(runs, original, candidates, progress=progress)
 
 
@@ -220,40 +242,32 @@ def _run_all(
     return tuple(validations[id(one)] for one in candidates)
 
 
-def _open_original(
-    stack: ExitStack,
-    checkpoint: Checkpoint,
-    candidates: Sequence[Candidate],
-    *,
-    folder: Path,
-    dtype: str,
-    device: str,
+def _open_recipes(
+    stack: ExitStack, base: Checkpoint, subjects: list[Subject], *, dtype: str, device: str
 ) -> Run:
-    """The original, with every recipe that is applied to it; all is checked."""
-    streamed = stack.enter_context(open_streamed(checkpoint.folder, dtype=dtype, device=device))
-    subjects = [Subject(folder / "original")]
-    for number, candidate in enumerate(candidates):
-        recipe = candidate.recipe
-        if candidate.folder is not None:
+    """A checkpoint with the recipes that are applied to it; all is checked.
+
+    Args:
+        stack: Closes what is opened.
+        base: The original, or what recipes rewrite it to.
+        subjects: The original, where it is that; and the recipes, which get what is applied.
+        dtype: Of the arithmetic.
+        device: Where it runs.
+    """
+    streamed = stack.enter_context(open_streamed(base.folder, dtype=dtype, device=device))
+    for subject in subjects:
+        if subject.candidate is None:
             continue
+        recipe = subject.candidate.recipe
         assert recipe is not None
         fits = stack.enter_context(
-            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+            open_fits(recipe, subject.candidate.stats, index_sha256=base.index_sha256)
         )
-        prepared = prepare(
-            streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
-        )
-        applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
-        subjects.append(
-            Subject(
-                folder / f"candidate-{number}",
-                candidate,
-                applied,
-                enforced=enforcement(recipe, checkpoint, fits=fits, decoded=False),
-            )
-        )
+        prepared = prepare(streamed.model, recipe, check=partial(check_fits, fits), checkpoint=base)
+        subject.applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
+        subject.enforced = enforcement(recipe, base, fits=fits, decoded=False)
     run = Run(streamed, subjects)
-    check_units(run, checkpoint)
+    check_units(run, base)
     return run
 
 
@@ -263,7 +277,7 @@ def _open_folder(
     """A folder's own weights, decoded, with inputs and caches quantized as its config says."""
     stored, served, recipe = candidate.folder, candidate.served, candidate.recipe
     assert stored is not None
-    checkpoint = original.checkpoint
+    base = candidate.base
     with naming_deviations(candidate):
         streamed = stack.enter_context(
             open_streamed(
@@ -279,12 +293,45 @@ def _open_folder(
     enforced = None
     if recipe is not None and not candidate.is_foreign:
         fits = stack.enter_context(
-            open_fits(recipe, candidate.stats, index_sha256=checkpoint.index_sha256)
+            open_fits(recipe, candidate.stats, index_sha256=base.index_sha256)
         )
-        enforced = enforcement(recipe, checkpoint, fits=fits, decoded=True)
+        enforced = enforcement(recipe, base, fits=fits, decoded=True)
     run = Run(streamed, [Subject(folder, candidate, applied, enforced=enforced)])
     check_units(run, None)
     return run
+
+
+def check_disk(
+    folder: Path, subjects: int, windows_NT: Tensor, *, model: PreTrainedModel, dtype: str
+) -> int:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: That what is kept between layers is written to.
+        subjects: That move the windows through the layers.
+        windows_NT: Token ids, [N, T].
+        model: It needs no weights.
+        dtype: Of the arithmetic.
+
+    Returns:
+        What is kept at once, about [bytes]; a model with several streams keeps more.
+
+    Raises:
+        MofqError: There is less space than that.
+    """
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
+    itemsize: int = getattr(torch, dtype).itemsize
+    needed = subjects * windows_NT.numel() * hidden * itemsize * _KEPT_STEPS
+    # What a run that was stopped has written already takes no more.
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - written > free:
+        raise MofqError(
+            f"{folder}: what is kept between layers needs about {needed - written:,} bytes, found "
+            f"{free:,} free. Free some space, take fewer {option('tokens')}, or give an output "
+            f"elsewhere (without one, set TMPDIR)."
+        )
+    return needed
 
 
 def check_units(run: Run, checkpoint: Checkpoint | None) -> None:
@@ -413,9 +460,11 @@ def _deviations(subject: Subject, runs: Sequence[Run]) -> tuple[Deviation, ...] 
         for kind, deviations in zip(kinds, found, strict=True):
             kind.extend(Deviation(**one) for one in deviations)
     units = tuple(f"{unit}." for unit in run.streamed.weights.units)
-    state = run.streamed.model.state_dict()
-    rest = {name: one for name, one in state.items() if not name.startswith(units)}
-    kinds[2].extend(enforced.of_others(rest))
+    model = run.streamed.model
+    tuned = [] if subject.applied is None else subject.applied.prepared.tuned_targets(model)
+    with replaced(tuned):
+        rest = {n: one for n, one in model.state_dict().items() if not n.startswith(units)}
+        kinds[2].extend(enforced.of_others(rest))
     order = {layer.name: n for n, layer in enumerate(layers_of(enforced.layers.groups))}
     kinds[0][:] = dict.fromkeys(kinds[0])  # a tied embedding is in two units
     kinds[0].sort(key=lambda one: order[one.layer])
@@ -484,9 +533,24 @@ def _work_folder(work: Path | None, asked: object) -> Iterator[Path]:
         return
     text = json.dumps(asked, sort_keys=True)
     folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
-    for other in work.iterdir() if work.is_dir() else ():
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with hold_folder(work, partial(_busy, work)):
+        for other in work.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(work)
+
+
+def drop_unfinished(work: Path) -> None:
+    """Delete what a run that was stopped kept between layers, unless one goes on there."""
+    if work.is_dir():
+        with suppress(MofqError), hold_folder(work, partial(_busy, work)):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _busy(work: Path, who: str) -> MofqError:
+    return MofqError(
+        f"{work}: {who} runs a model layer by layer there. Wait for it, or give another output."
+    )

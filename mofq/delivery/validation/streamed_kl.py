@@ -13,7 +13,13 @@ from mofq.delivery.apply.unit import Applied, unit_modules
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.validation.divergence import check_logits, score_window
 from mofq.delivery.validation.measured_kl import Objective
-from mofq.delivery.validation.streamed import Run, Subject, check_units, run_layers
+from mofq.delivery.validation.streamed import (
+    Run,
+    Subject,
+    check_disk,
+    check_units,
+    run_layers,
+)
 from mofq.evidence.corpora import Bos, Corpus
 from mofq.files.progress import Progress
 from mofq.files.steps import Steps
@@ -56,6 +62,7 @@ class StreamedKl(Objective):
             )
             temporary = tempfile.TemporaryDirectory(prefix="mofq-")
             self._folder = Path(self._stack.enter_context(temporary))
+            check_disk(self._folder, 2, self.windows_NT, model=self._streamed.model, dtype=dtype)
             self._original = Subject(self._folder / "original")
             self._original.set_windows(self.windows_NT)
             run = Run(self._streamed, [self._original])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,6 +170,23 @@ class SequenceFile:
             raise _unreadable(self.path, problem) from None
         return WeightedInputs(x_TI, norm_T, source)
 
+    def described(self) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Dtype and shape of every tensor, by its name in the file."""
+        dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+        slices = {name: self._file.get_slice(name) for name in self._keys}
+        return {n: (dtypes[one.get_dtype()], one.get_shape()) for n, one in slices.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name in the file.
+
+        Raises:
+            StatsError: It cannot be read.
+        """
+        try:
+            return cast(Tensor, self._file.get_tensor(name))
+        except SafetensorError as problem:
+            raise _unreadable(self.path, problem) from None
+
     def _source(self, layer: str) -> str | None:
         if layer not in self.inputs:
             raise StatsError(
@@ -292,11 +309,39 @@ def write_samples(
     Raises:
         StatsError: The file cannot be written.
     """
+    described = {name: (one.dtype, one.shape) for name, one in tensors.items()}
     with sequence_written(path) as temporary:
-        _write_tensors(temporary, tensors, {"inputs": json.dumps(inputs)})
+        _write_tensors(temporary, described, tensors.__getitem__, inputs)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def copy_changed(source: Path, target: Path, change: Callable[[str, str, Tensor], Tensor]) -> None:
+    """Write the tensors of a sequence's file anew; one of them is in memory at a time.
+
+    Args:
+        source: A file of samples, or of inputs alone.
+        target: Final name.
+        change: Called with what a tensor is (``x``, ``grad`` …), the layer, and the tensor; what it
+            returns has the same shape, and is rounded to the same dtype.
+
+    Raises:
+        StatsError: The source cannot be read, or the target cannot be written.
+    """
+    with SequenceFile(source) as file, sequence_written(target) as temporary:
+        described = file.described()
+
+        def changed(name: str) -> Tensor:
+            kind, _, layer = name.partition("/")
+            return change(kind, layer, file.tensor(name)).to(described[name][0])
+
+        _write_tensors(temporary, described, changed, file.inputs)
+
+
+def _write_tensors(
+    path: Path,
+    described: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor_of: Callable[[str], Tensor],
+    inputs: Mapping[str, str | None],
+) -> None:
     """Write a safetensors file: the same bytes every time, and on the disk when this returns.
 
     The library's own writer orders metadata differently from run to run, gives the file to its
@@ -305,13 +350,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
     # Widest first: every tensor begins at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    described = {name: (_DTYPES[tensors[name].dtype], tensors[name].shape) for name in names}
-    beginning, _ = encode_header(described, metadata)
+    names = sorted(described, key=lambda name: (-described[name][0].itemsize, name))
+    header = {name: (_DTYPES[described[name][0]], described[name][1]) for name in names}
+    beginning, _ = encode_header(header, {"inputs": json.dumps(inputs)})
     with path.open("wb") as file:
         file.write(beginning)
         for name in names:
-            file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensor_of(name).cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -209,7 +209,7 @@ def measure(
                 scored = while_calibrating(work, cache_work)
             measured = (one for one in scored.groups)
             visits, stats = scored.visits, scored.stats
-            cached = iter(scored.caches)
+            cached = (one for one in scored.caches)
         else:
             here = partial(measure_groups, tell=tell)
             measured = (remotely or here)(checkpoint, work, stats=stats, device=device)

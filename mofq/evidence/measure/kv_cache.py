@@ -8,7 +8,8 @@ nothing is assumed. Keys and values are rounded apart, and their squares added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def fill_caches(
     table: TableWriter,
     offers: Sequence[CacheOffer],
     missing: Sequence[Sequence[CacheWork]],
-    measured: Iterator[list[Row]],
+    measured: Generator[list[Row], None, None],
 ) -> None:
     """Write down every offered format of every layer's cache that a table does not have yet.
 
@@ -74,12 +75,13 @@ def fill_caches(
         table: Open for writing.
         offers: What each layer's cache may be kept in.
         missing: Of each offer, from `missing_formats`.
-        measured: The rows of each of these.
+        measured: The rows of each of these; closed at the end.
     """
     table.add_caches(offer.cache for offer in offers)
-    for offer, lacking in zip(offers, missing, strict=True):
-        rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
-        table.add_group([row for _ in lacking for row in next(measured)], rejected)
+    with closing(measured):
+        for offer, lacking in zip(offers, missing, strict=True):
+            rejected = [Rejection(offer.cache.name, s, why) for s, why in offer.rejected.items()]
+            table.add_group([row for _ in lacking for row in next(measured)], rejected)
 
 
 def missing_formats(
@@ -97,10 +99,10 @@ def missing_formats(
 
 def measure_caches(
     stats: Stats | None, work: Sequence[CacheWork], *, device: str
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row], None, None]:
     """The rows of caches under some formats; arguments and errors as of `cache_rows`.
 
-    The statistics may be None where there is no work.
+    The statistics may be None where there is no work. Close it: they are open until then.
     """
     if stats is not None and work:
         with SampleReader(stats) as reader:
