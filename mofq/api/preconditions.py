@@ -58,7 +58,7 @@ def check_engine(engine: str | None, layers: ModelLayers) -> None:
     check_devices(layers, found.devices)
     problem = model_problem(found, layers.architecture, layers.groups)
     for each in layers.groups:
-        problem = problem or storage_problem(found, each)
+        problem = problem or storage_problem(found, each, layers.architecture)
     if problem:
         raise EngineError(
             f"{problem}: nothing of this model can be exported for it. Leave {option('engine')} out"

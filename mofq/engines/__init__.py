@@ -40,6 +40,7 @@ __all__ = [
     "check_devices",
     "find_engine",
     "format_name",
+    "is_read_transposed",
     "legality",
     "matching_rule",
     "model_problem",
@@ -158,6 +159,19 @@ def cache_legality(engine_name: str) -> Callable[[str, CacheLayer], str | None]:
         EngineError: No engine has that name.
     """
     return partial(cache_refusal, find_engine(engine_name))
+
+
+def is_read_transposed(layer: str, model_type: str | None) -> bool:
+    """Whether engines take the ``weight`` of a layer in a compressed-tensors folder as [in, out].
+
+    Args:
+        layer: Its name.
+        model_type: Of the folder's config.
+    """
+    engines = (one for one in ENGINES.values() if one.reads == "compressed-tensors")
+    return model_type is not None and any(
+        one.transposed.loads(layer, model_type) for one in engines
+    )
 
 
 def serving_environment(

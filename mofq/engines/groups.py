@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from mofq.model.layers import AnyGroup
+from mofq.model.layers import FUSION_RULES, AnyGroup
+
+#: What the names of layers begin with that are stored as [in_features, out_features].
+_TRANSPOSED = tuple(
+    f"{family.body}{family.decoder}." for family in FUSION_RULES.values() if family.transposed
+)
 
 
 def is_experts(group: AnyGroup) -> bool:
@@ -20,6 +25,16 @@ def embedding_role(group: AnyGroup) -> str | None:
     """``"lookup"`` of an embedding, ``"tied"`` of one that is the lm_head too; None of others."""
     role = group.layers[0].role
     return role if role in ("lookup", "tied") else None
+
+
+def transposed_layer(group: AnyGroup) -> str | None:
+    """The first layer of a group whose weights are stored as [in, out] (a Conv1D), or None."""
+    first = group.layers[0]
+    if getattr(first, "expert", None) is not None:
+        return None  # experts in one tensor are written one by one, as they are multiplied
+    # A table does not say it: there the names of GPT-2 do.
+    by_name = first.name.startswith(_TRANSPOSED) and first.name.rpartition(".")[2].startswith("c_")
+    return first.name if getattr(first, "transposed", by_name) else None
 
 
 def experts_apart(groups: Iterable[AnyGroup]) -> bool:

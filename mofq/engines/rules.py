@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from mofq.engines.exports import export_problem, group_problem
-from mofq.engines.groups import embedding_role, experts_apart, is_experts
+from mofq.engines.exports import export_problem
+from mofq.engines.groups import embedding_role, experts_apart, is_experts, transposed_layer
 from mofq.engines.names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
 from mofq.model.layers import AnyGroup, CacheLayer
@@ -81,6 +81,28 @@ class ModelRule:
 
 
 @dataclass(frozen=True, slots=True)
+class TransposedRule:
+    """One claim: of these models the engine loads layers that are stored as [in, out], no others.
+
+    Their classes swap the two dimensions of what is called ``weight`` and of nothing else: codes
+    under that name are stored as [in, out], packed codes and scales as those of any layer.
+    """
+
+    model_types: tuple[str, ...] = ()  #: of config.json
+    _: KW_ONLY
+    words: tuple[str, ...] = ()  #: last words of those layers
+    refused: str  #: why it loads no others
+    source: str
+
+    def loads(self, layer: str, model_type: str | None) -> bool:
+        """Whether a layer is loaded so; of a model of unknown type, whether it may be."""
+        is_of_type = (
+            bool(self.model_types) if model_type is None else model_type in self.model_types
+        )
+        return is_of_type and layer.rpartition(".")[2] in self.words
+
+
+@dataclass(frozen=True, slots=True)
 class CacheRule:
     """One claim: these formats of the KV cache are held so, or not at all."""
 
@@ -149,6 +171,7 @@ class Engine:
     rules: tuple[Rule, ...]  #: of which the first that fits counts
     caches: tuple[CacheRule, ...] = ()  #: of the KV cache, likewise; empty: it takes no format
     models: tuple[ModelRule, ...] = ()  #: that it does not load
+    transposed: TransposedRule  #: of weights that are stored as [in, out]
     can_cut: bool = True  #: whether devices can share a layer (tensor parallelism)
     devices: int = 1  #: that share every layer
     serve: str = ""  #: command before an exported folder; empty: it is no server of one
@@ -232,10 +255,21 @@ def _kinds(group: AnyGroup) -> set[Layers]:
     return kinds
 
 
-def storage_problem(engine: Engine, group: AnyGroup) -> str | None:
-    """Why no scheme of a fusion group can be written down for an engine, or None."""
-    problem = group_problem(group)
-    return None if problem is None else f"{engine.title} reads {engine.reads}, which {problem}"
+def storage_problem(engine: Engine, group: AnyGroup, model_type: str | None = None) -> str | None:
+    """Why no scheme of a fusion group can be written down for an engine, or None.
+
+    Args:
+        engine: Any.
+        group: Of a model or a table.
+        model_type: Of the model's config; None: not known.
+    """
+    layer, rule = transposed_layer(group), engine.transposed
+    if layer is None or rule.loads(layer, model_type):
+        return None
+    return (
+        f"{engine.title}: {layer} is stored transposed (the Conv1D of GPT-2), and {rule.refused} "
+        f"({rule.source})"
+    )
 
 
 def model_problem(engine: Engine, model_type: str | None, groups: Iterable[AnyGroup]) -> str | None:
@@ -268,7 +302,7 @@ def refusal(
     """
     if scheme.is_unquantized:
         return None
-    if reason := storage_problem(engine, group):
+    if reason := storage_problem(engine, group, model_type):
         return reason
     reason = rule_refusal(engine, scheme, group, model_type)
     # Of a tied embedding no engine has rules, since no export holds it.

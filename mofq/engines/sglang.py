@@ -5,7 +5,7 @@ The choice of a scheme was executed (``facts/``, `scripts/engines/README.md`); k
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, ModelRule, Rule
+from mofq.engines.rules import Engine, ModelRule, Rule, TransposedRule
 
 _CT = "sglang 0.5.23 ct/compressed_tensors.py"
 
@@ -205,6 +205,12 @@ SGLANG = Engine(
             "decoder_sparse_step say, so that dense ones are not loaded",
             source="sglang 0.5.23 srt/models/qwen2_moe.py:1058, qwen3_moe.py:878; executed",
         ),
+    ),
+    transposed=TransposedRule(
+        ("gpt2",),
+        words=("c_attn", "c_proj", "c_fc"),
+        refused="only the class of GPT-2 swaps dimensions while it loads",
+        source="sglang 0.5.23 srt/models/gpt2.py:270-279",
     ),
     serve="python -m sglang.launch_server --model-path",
     devices_flag="--tp",

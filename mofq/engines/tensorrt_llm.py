@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import Engine, Rule, TransposedRule
 
 _LINEAR = "TensorRT-LLM 1.2.0 tensorrt_llm/_torch/modules/linear.py, get_quant_method"
 
@@ -62,5 +62,13 @@ _RULES: tuple[Rule, ...] = (
 )
 
 TENSORRT_LLM = Engine(
-    "tensorrt-llm", "1.2.0", reads="modelopt", rules=_RULES, paths="Read, not run."
+    "tensorrt-llm",
+    "1.2.0",
+    reads="modelopt",
+    rules=_RULES,
+    transposed=TransposedRule(
+        refused="there is no class of such a model",
+        source="tensorrt_llm 1.2.0 tensorrt_llm/_torch/models",
+    ),
+    paths="Read, not run.",
 )

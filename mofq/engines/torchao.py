@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import Engine, Rule, TransposedRule
 
 _AO = "torchao 0.18.0"
 _EXPERTS = Rule(
@@ -170,6 +170,10 @@ TORCHAO_GPU = Engine(
     "0.18.0",
     reads="torchao",
     rules=_GPU_RULES,
+    transposed=TransposedRule(
+        refused="the product of a Conv1D (aten.addmm) is not there for its weights",
+        source="torchao 0.18.0; run",
+    ),
     can_cut=False,
     paths="Paths are below `torchao/`; `w` is `quantization/quantize_/workflows/`, `mx` is "
     "`prototype/mx_formats/`. CPU: run. GPUs: what `quantize_` checks and makes was executed; the "

@@ -6,7 +6,7 @@ and emulates the activations: right numbers, no low-precision arithmetic.
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import Engine, Rule, TransposedRule
 
 _CT = "compressed_tensors 0.20.0 compressors/"
 
@@ -66,6 +66,11 @@ TRANSFORMERS = Engine(
     "5.23.0",
     reads="compressed-tensors",
     rules=_RULES,
+    transposed=TransposedRule(
+        refused="no module but torch.nn.Linear gets its codes decoded: a Conv1D takes codes for "
+        "weights, or random ones where they are packed",
+        source="compressed_tensors 0.20.0 compressors/base.py:35; run",
+    ),
     load="transformers.AutoModelForCausalLM.from_pretrained",
     can_cut=False,
     paths="A scheme of every rule is run by a test, in bfloat16.",

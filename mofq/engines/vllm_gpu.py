@@ -7,7 +7,7 @@ Marlin pads shapes that are no multiple of its tiles (``marlin_utils.py:171-197`
 
 from __future__ import annotations
 
-from mofq.engines.rules import Engine, Rule
+from mofq.engines.rules import Engine, Rule, TransposedRule
 from mofq.engines.vllm_cache import VLLM_GPU_CACHE
 
 _CT = "vllm 0.32.0 ct/compressed_tensors.py"
@@ -602,6 +602,13 @@ _RULES: tuple[Rule, ...] = (
     ),
 )
 
+_TRANSPOSED = TransposedRule(
+    ("gpt2",),
+    words=("c_attn", "c_proj", "c_fc"),
+    refused="only the class of GPT-2 swaps dimensions while it loads",
+    source="vllm 0.32.0 models/gpt2.py:249-260; run",
+)
+
 VLLM_GPU = Engine(
     "vllm",
     "0.33.0",
@@ -609,6 +616,7 @@ VLLM_GPU = Engine(
     reads="compressed-tensors",
     rules=_RULES,
     caches=VLLM_GPU_CACHE,
+    transposed=_TRANSPOSED,
     serve="vllm serve",
     devices_flag="--tensor-parallel-size",
     paths="Paths are below `vllm/model_executor/` or, for the cache, `vllm/`, and lines are those "

@@ -2,9 +2,9 @@
 
     python -m scripts.engines.loading vllm==0.33.0
 
-Tiny checkpoints of every family with experts are exported, and the engine builds the model of each
-folder and loads it (`ask_vllm_loading.py`, `ask_sglang_loading.py`), where `selection.py` asks for
-schemes. ``README.md`` here says what that executes.
+Tiny checkpoints of every family with experts, and of GPT-2, are exported, and the engine builds the
+model of each folder and loads it (`ask_vllm_loading.py`, `ask_sglang_loading.py`), where
+`selection.py` asks for schemes. ``README.md`` here says what that executes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def same_layers(lines: Iterable[str]) -> list[str]:
     """Lines that are the same of several decoder layers, once: ``layers.{0,1}.``."""
     found: dict[str, list[str]] = defaultdict(list)
     for line in lines:
-        number = re.search(r"\blayers\.(\d+)\.", line)
-        found[re.sub(r"\blayers\.\d+\.", "layers.#.", line)].append(number[1] if number else "")
+        number = re.search(r"\b(?:layers|h)\.(\d+)\.", line)
+        found[re.sub(r"\b(layers|h)\.\d+\.", r"\1.#.", line)].append(number[1] if number else "")
     return sorted(line.replace("#", f"{{{','.join(n)}}}") for line, n in found.items())
 
 

@@ -197,6 +197,12 @@ def _engine_section(name: str, engines: Sequence[Engine]) -> str:
         f"some are refused ({rule.source})."
         for rule in one.models
     )
+    turned = one.transposed
+    loaded = f"of {' and '.join(turned.model_types)} alone" if turned.model_types else "of no model"
+    models += (
+        f" Layers that are stored as [in, out] (the Conv1D of GPT-2) are loaded {loaded}: "
+        f"{turned.refused} ({turned.source})."
+    )
     return f"## {name}\n\n{about} {one.paths}{models}\n\n{table(columns, rows)}"
 
 

@@ -148,7 +148,10 @@ def generate(llm: Any, request: dict[str, Any], result: dict[str, Any]) -> None:
         use_tqdm=False,
     )
     seconds = time.monotonic() - start
-    result["text"] = output.outputs[0].text
+    # vLLM's own text ends before bytes that are no whole character, and some random model has
+    # no others.
+    tokens = output.outputs[0].token_ids
+    result["text"] = llm.get_tokenizer().decode(tokens, skip_special_tokens=True)
     result["decode_tokens_per_second"] = len(output.outputs[0].token_ids) / seconds
 
 

@@ -94,6 +94,7 @@ STRUCTURES = {
     "gpt_neox": Structure("dense, joined on disk, biases"),
     "bloom": Structure("dense, joined on disk, ALiBi", in_other_order="query_key_value"),
     "opt": Structure("dense, learned positions, biases"),
+    "gpt2": Structure("dense, stored as [in, out] (Conv1D), learned positions, biases"),
     "qwen3_moe": Structure("experts"),
     "mixtral": Structure("experts"),
     "qwen2_moe": Structure("experts and shared ones"),

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from exported import Exported, export, make_recipe, mixed_recipe, uniform_recipe
+from exported import (
+    STORABLE,
+    Exported,
+    export,
+    make_recipe,
+    mixed_recipe,
+    quantize_layer,
+    uniform_recipe,
+)
 from families import copy_with_tensors
 from safetensors.torch import load_file, save_file
+from tiny_types import write_type
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from mofq.decision.recipe import Recipe, RecipeGroup, load_recipe
@@ -27,6 +37,7 @@ from mofq.exceptions import BackendError, MofqError, RecipeError, SchemeError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
+from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.schemes import parse_scheme
 
 
@@ -241,12 +252,49 @@ def test_a_group_that_does_not_divide_a_layer_is_refused(tiny_llama: Path, tmp_p
         )
 
 
-def test_transposed_layers_are_refused(tiny: TinyCheckpoint, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(tiny("gpt2")))
-    with pytest.raises(BackendError, match="Conv1D"):
+@pytest.mark.parametrize("scheme", STORABLE)
+def test_of_a_conv1d_the_codes_called_weight_are_stored_transposed_and_all_else_is_upright(
+    scheme: str, tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny("gpt2")
+    checkpoint = open_checkpoint(str(folder))
+    exported = export(folder, uniform_recipe(checkpoint, scheme), tmp_path / "out")
+    as_loaded = {  # what the class of GPT-2 in vLLM and SGLang makes of a folder
+        name: tensor.t() if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else tensor
+        for name, tensor in exported.tensors.items()
+    }
+    weight = parse_scheme(scheme).quantized_weight
+    for group in find_layers(checkpoint).groups:
+        for layer in group.layers:
+            codes = quantize_layer(checkpoint, group, layer, parse_scheme(scheme))
+            theirs = exported.decode(layer.name, as_loaded)
+            rtol = 2**-7 if weight.scale.global_scale_bits else 0
+            ours = dequantize_weight(codes, weight).to(theirs.dtype)
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
+            for word in ("weight", "weight_packed"):
+                stored = exported.tensors.get(f"{layer.name}.{word}")
+                if stored is not None:
+                    side = stored.shape[1 if word == "weight" else 0]
+                    assert side == layer.out_features
+
+
+def test_transposed_layers_that_no_class_of_an_engine_turns_are_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_type("openai-gpt", tmp_path / "model")))
+    with pytest.raises(BackendError, match=r"h\.0\.attn\.c_attn.*no engine.*openai-gpt.*bf16"):
         export_compressed_tensors(
             checkpoint, uniform_recipe(checkpoint, "int8.channel"), tmp_path / "out"
         )
+
+
+def test_a_conv1d_is_exported_for_the_engines_whose_class_turns_it(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(tiny("gpt2")))
+    recipe = uniform_recipe(checkpoint, "int8.channel+int8.token")
+    for engine in ("vllm-cpu", "vllm-hopper", "sglang-hopper"):
+        export_compressed_tensors(checkpoint, recipe, tmp_path / engine, engine=engine)
+    with pytest.raises(BackendError, match=r"c_attn is stored transposed.*torch\.nn\.Linear"):
+        export_compressed_tensors(checkpoint, recipe, tmp_path / "out", engine="transformers")
 
 
 def test_a_missing_static_scale_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

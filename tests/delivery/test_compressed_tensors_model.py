@@ -97,7 +97,7 @@ def test_weights_are_decoded_as_compressed_tensors_decompresses_them(
         torch.testing.assert_close(found.to(theirs.dtype), theirs, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mixtral", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mixtral", "phi3", "gpt2"])
 def test_a_foreign_folder_computes_what_the_recipe_does(
     family: str, tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from families import TINY_FAMILIES
 
 from mofq.api.preconditions import check_engine
 from mofq.engines import ENGINES, check_devices, find_engine, legality, storage_problem
+from mofq.evidence.table.lines import TableGroup, TableLayer
 from mofq.exceptions import EngineError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, find_layers
@@ -229,19 +230,52 @@ def test_what_is_no_number_of_devices_is_refused(name: str, message: str) -> Non
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-def test_weights_that_are_stored_transposed_are_in_no_format_that_engines_read(
+def test_weights_that_are_stored_transposed_are_for_engines_whose_class_of_the_model_turns_them(
     engine: str, tiny: TinyCheckpoint
 ) -> None:
     layers = find_layers(open_checkpoint(str(tiny("gpt2"))))
+    scheme = parse_scheme("int8.channel")
+    is_loaded = engine.startswith(("vllm", "sglang"))
     for each in layers.groups:
-        reason = legality(engine)(parse_scheme("int8.channel"), each)
-        assert "stored transposed (the Conv1D of GPT-2)" in str(reason)
-        assert storage_problem(ENGINES[engine], each) == reason
+        for model_type in ("gpt2", "openai-gpt", None):
+            problem = storage_problem(ENGINES[engine], each, model_type)
+            assert (problem is None) == (is_loaded and model_type != "openai-gpt")
+            if problem is not None:
+                assert "is stored transposed (the Conv1D of GPT-2)" in problem
+                assert legality(engine, model_type)(scheme, each) == problem
+    if is_loaded:
+        check_engine(engine, layers)
+        return
     with pytest.raises(EngineError, match=r"transposed.*Leave engine out"):
         check_engine(engine, layers)
 
 
-@pytest.mark.parametrize("name", sorted(TINY_FAMILIES.keys() - {"gpt2"}))
+def test_a_table_that_does_not_say_what_is_transposed_has_the_names_of_gpt2(
+    tiny: TinyCheckpoint,
+) -> None:
+    layers = find_layers(open_checkpoint(str(tiny("gpt2"))))
+    for each in layers.groups:
+        of_table = TableGroup(
+            each.name,
+            tuple(
+                TableLayer(
+                    one.name,
+                    one.out_features,
+                    one.in_features,
+                    "BF16",
+                    one.decoder_layer,
+                    one.module,
+                )
+                for one in each.layers
+            ),
+            0,
+        )
+        for model_type in ("gpt2", "openai-gpt"):
+            found = storage_problem(ENGINES["vllm-cpu"], of_table, model_type)
+            assert found == storage_problem(ENGINES["vllm-cpu"], each, model_type)
+
+
+@pytest.mark.parametrize("name", sorted(TINY_FAMILIES))
 def test_two_devices_can_share_every_family(name: str, tiny: TinyCheckpoint) -> None:
     layers = find_layers(open_checkpoint(str(tiny(name))))
     check_devices(layers, 2)

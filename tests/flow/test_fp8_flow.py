@@ -88,9 +88,6 @@ def test_an_fp8_checkpoint_goes_through_the_whole_flow(
     emulated = ok("validate", model, recipe, *TEXT, "--json").json
     assert emulated["enforced"] is True
     assert emulated["kl_nats_per_token"] > 0
-    if family == "gpt2":
-        assert "transposed" in refused("export", model, recipe, *TO, "-o", exported)
-        return
     written = ok("export", model, recipe, *TO, "-o", exported, "--json").json
     reloaded = ok("validate", model, exported, *TEXT, "--json").json
     assert reloaded["enforced"] is True

@@ -1,4 +1,4 @@
-"""Exports of mixtures of experts whose names are compared with what engines' loaders read."""
+"""Exports of mixtures of experts and of GPT-2, compared with what engines' loaders read."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_freq": 1,
         },
     ),
+    "gpt2": ("gpt2", {}),
 }
 #: Name -> scheme of the experts, and of everything else.
 CHOICES = {

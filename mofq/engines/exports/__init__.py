@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mofq.engines.exports import compressed_tensors, modelopt, torchao
-from mofq.model.layers import FUSION_RULES, AnyGroup
+from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
 
-__all__ = ["EXPORT_PROBLEMS", "export_problem", "group_problem"]
+__all__ = ["EXPORT_PROBLEMS", "export_problem"]
 
 #: What an engine reads -> why it cannot hold a quantized scheme of a group, or None. Words that
 #: go after the export's name: "has no algorithm for layers in int8.channel; take …".
@@ -21,31 +21,6 @@ EXPORT_PROBLEMS: dict[str, Callable[[Scheme, AnyGroup], str | None]] = {
     "modelopt": modelopt.scheme_problem,
     "torchao": torchao.scheme_problem,
 }
-
-#: What the names of layers begin with that are stored as [in_features, out_features].
-_TRANSPOSED = tuple(
-    f"{family.body}{family.decoder}." for family in FUSION_RULES.values() if family.transposed
-)
-
-
-def group_problem(group: AnyGroup) -> str | None:
-    """Why no export holds a fusion group in any quantized scheme, or None.
-
-    Source: vLLM 0.33.0 ``models/gpt2.py`` loads a transposed ``weight`` alone; TensorRT-LLM 1.2.0
-    ``_torch/models`` has no GPT-2; torchao 0.18.0 has no ``aten.addmm`` of a Conv1D's weight (run).
-    """
-    name = group.layers[0].name
-    # A table does not say it: there the names of GPT-2 do.
-    is_transposed = getattr(group.layers[0], "transposed", None)
-    if getattr(group.layers[0], "expert", None) is not None:
-        return None  # experts in one tensor are written one by one, as they are multiplied
-    if is_transposed is None:
-        is_transposed = name.startswith(_TRANSPOSED) and name.rpartition(".")[2].startswith("c_")
-    if is_transposed:
-        return (
-            f"does not know weights that are stored transposed (the Conv1D of GPT-2), as {name} is"
-        )
-    return None
 
 
 def export_problem(export: str, scheme: Scheme, group: AnyGroup) -> str | None:
@@ -61,4 +36,4 @@ def export_problem(export: str, scheme: Scheme, group: AnyGroup) -> str | None:
     """
     if scheme.is_unquantized:
         return None
-    return group_problem(group) or EXPORT_PROBLEMS[export](scheme, group)
+    return EXPORT_PROBLEMS[export](scheme, group)

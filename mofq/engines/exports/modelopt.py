@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mofq.engines.groups import embedding_role
+from mofq.engines.groups import embedding_role, transposed_layer
 from mofq.engines.names import format_name
 from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
@@ -36,6 +36,11 @@ def scheme_problem(scheme: Scheme, group: AnyGroup) -> str | None:
     """Why ModelOpt's config cannot name a quantized scheme of a fusion group, or None."""
     if embedding_role(group) is not None:
         return "has algorithms for linear layers alone; take bf16 for the embedding"
+    if layer := transposed_layer(group):
+        return (
+            "is read by TensorRT-LLM, which has no class of a model whose weights are stored "
+            f"transposed, as {layer} is; take bf16"
+        )
     name = format_name(scheme)
     if name in ALGORITHMS:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from mofq.engines.groups import embedding_role, is_experts
+from mofq.engines.groups import embedding_role, is_experts, transposed_layer
 from mofq.engines.names import format_name
 from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
@@ -37,6 +37,11 @@ def scheme_problem(scheme: Scheme, group: AnyGroup) -> str | None:
         return (
             "has configs for linear layers, and transformers keeps experts as one tensor; take "
             "bf16 for them"
+        )
+    if layer := transposed_layer(group):
+        return (
+            "has no product of a weight that is stored transposed (aten.addmm of a Conv1D), as "
+            f"{layer} is; take bf16"
         )
     if embedding_role(group) is not None:
         return "has configs for linear layers alone; take bf16 for the embedding"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mofq.engines import is_read_transposed
 from mofq.exceptions import BackendError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
@@ -47,6 +48,8 @@ def _read_codes(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:
     packed = f"{layer}.weight_packed"
     if packed not in stored.tensors:
         codes = _read(stored, f"{layer}.weight")
+        if is_read_transposed(layer, stored.config.get("model_type")):
+            codes = codes.T.contiguous()
         if not isinstance(element, IntFormat):
             return codes.to(torch.float32)
         if weight.symmetric:

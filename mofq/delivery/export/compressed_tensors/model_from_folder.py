@@ -16,6 +16,7 @@ from mofq.delivery.export.compressed_tensors.decoding import read_quantized
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     STORED_PARTS,
 )
+from mofq.engines import is_read_transposed
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
@@ -115,7 +116,10 @@ def _stack(
 
 
 def _decode(stored: Checkpoint, layer: str, weight: TensorScheme) -> Tensor:
-    return dequantize_weight(read_quantized(stored, layer, weight), weight)
+    """The weight as the original has it: [out, in], or [in, out] of a Conv1D."""
+    weight_OI = dequantize_weight(read_quantized(stored, layer, weight), weight)
+    is_turned = is_read_transposed(layer, stored.config.get("model_type"))
+    return weight_OI.T.contiguous() if is_turned else weight_OI
 
 
 def quantize_inputs(

@@ -21,7 +21,7 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
 from mofq.delivery.tuning.tensors import tuned_tensors
-from mofq.engines.exports import group_problem
+from mofq.engines import is_read_transposed
 from mofq.engines.exports.compressed_tensors import Storage, storage_of, tied_problem
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
@@ -122,11 +122,13 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
             if model_layers.architecture not in _FUSED_ALONE:
                 split += [layer for layer in group.layers if layer.expert is not None]
         else:
-            quantized.append(_plan_group(group, scheme, recipe))
+            quantized.append(_plan_group(group, scheme, recipe, model_layers.architecture))
     if model_layers.tied_lm_head:
         ignored.append("lm_head")
     parts = {
-        layer.name: plan_layer(layer.out_features, layer.in_features, planned.scheme)
+        layer.name: _as_stored(
+            layer, plan_layer(layer.out_features, layer.in_features, planned.scheme)
+        )
         for planned in quantized
         for layer in planned.group.layers
     }
@@ -190,14 +192,31 @@ def _group_bytes(
     )
 
 
-def _plan_group(group: FusionGroup, scheme: Scheme, recipe: Recipe) -> PlannedGroup:
+def _is_turned(layer: LinearLayer) -> bool:
+    """Whether the codes of a layer are stored as [in, out] where they are called ``weight``."""
+    return layer.transposed and layer.expert is None
+
+
+def _as_stored(layer: LinearLayer, planned: dict[str, PlannedTensor]) -> dict[str, PlannedTensor]:
+    if _is_turned(layer) and "weight" in planned:
+        codes = planned["weight"]
+        planned["weight"] = replace(codes, shape=codes.shape[::-1])
+    return planned
+
+
+def _plan_group(
+    group: FusionGroup, scheme: Scheme, recipe: Recipe, architecture: str
+) -> PlannedGroup:
     first = group.layers[0]
     storage = storage_of(scheme, where=first.name)
     if problem := tied_problem(group):
         raise BackendError(f"{first.name}: compressed-tensors {problem}.")
-    if problem := group_problem(group):
-        raise BackendError(f"{first.name}: compressed-tensors {problem}. Take bf16 for it.")
     for layer in group.layers:
+        if _is_turned(layer) and not is_read_transposed(layer.name, architecture):
+            raise BackendError(
+                f"{layer.name}: is stored transposed (the Conv1D of GPT-2), and no engine that "
+                f"reads compressed-tensors loads such layers of {architecture}. Take bf16 for it."
+            )
         if reason := shape_rejection(scheme, layer):
             raise BackendError(f"{reason}. Take a size that divides, or bf16.")
     return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe))
@@ -252,7 +271,7 @@ def _encoded_layer(
     weight = planned.scheme.quantized_weight
     read_rows = partial(read_layer_rows, checkpoint, layer)
     codes = layer_codes(fits, layer, weight, read_rows, tensor_amax=amax)
-    zero_points = []
+    zero_points, columns = [], []
     done: dict[str, int] = {}
 
     def encode(block: tuple[int, int]) -> tuple[int, Tensor | None, dict[str, Tensor]]:
@@ -271,8 +290,13 @@ def _encoded_layer(
         for word, part in parts.items():
             if word == "weight_scale" and weight.granularity.kind == "tensor" and start:
                 continue  # one scale for the whole tensor, given with the first block
+            if word == "weight" and _is_turned(layer):
+                columns.append(part.T)
+                continue
             yield layer, word, done.get(word, 0), part
             done[word] = done.get(word, 0) + part.shape[0]
+    if columns:
+        yield layer, "weight", 0, torch.cat(columns, dim=1).contiguous()
     once = encode_once(
         layer.out_features,
         layer.in_features,

@@ -19,6 +19,7 @@ from typing import Any
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.decision.result import sizes_by_shape
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
+from mofq.engines import is_read_transposed
 from mofq.exceptions import BackendError, SchemeError
 from mofq.files.documents import shown
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, open_stored
@@ -140,6 +141,8 @@ def _without_quantization(stored: Checkpoint) -> Checkpoint:
         parent, _, word = name.rpartition(".")
         if word == "weight_packed":
             shape = _packed_shape(stored, parent, info)
+            if is_read_transposed(parent, stored.config.get("model_type")):
+                shape = shape[::-1]  # as the original has its weight
             tensors[f"{parent}.weight"] = _as_bf16(info, f"{parent}.weight", shape)
         elif word == "weight" and _is_quantized(stored, parent):
             tensors[name] = _as_bf16(info, name, info.shape)
