@@ -173,6 +173,13 @@ def test_caches_are_of_attention_that_caches_by_head(tmp_path: Path, name: str, 
     assert {cache.head_size for cache in caches} <= {16}
 
 
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h"])
+def test_the_embedding_of_a_backbone_is_found(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(str(write_type(name, tmp_path / name)))
+    (embedding,) = find_layers(checkpoint, include_embeddings=True).groups[-1].layers
+    assert embedding.tensor == "backbone.embeddings.weight"
+
+
 #: That cannot be built, or whose structure is refused; docs/reference/families.md says why.
 def _with_structure() -> Iterator[str]:
     page = (REPOSITORY / "docs" / "reference" / "families.md").read_text("utf-8")

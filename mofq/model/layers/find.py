@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mofq.exceptions import CheckpointError
+from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, family_of, read_sizes
 from mofq.model.layers.infer_layers import infer_layers
@@ -402,5 +402,5 @@ def _refuse_uncovered(model: _Declared, covered: set[str]) -> None:
         raise CheckpointError(
             f"{model.checkpoint.folder}: {few(uncovered)}: no rule of family"
             f" {model.architecture!r} covers it, so it would be left out silently. Its config is"
-            " of another model, or the family needs another row in FUSION_RULES."
+            f" of another model; or say in a file for {option('layers')} what it is."
         )

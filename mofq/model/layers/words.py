@@ -39,4 +39,12 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", 
 #: After those that are counted, and left out by transformers.
 LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embed", "tok_embeddings")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed",
+    "tok_embeddings",
+    "embeddings",
+)
