@@ -18,13 +18,15 @@ from mofq.decision import (
     check_budget,
     choice,
     decide,
+    predict,
+    predict_chosen,
     solve_exact,
     uniform_recipe,
     uniform_recipes,
 )
 from mofq.decision.measured.measurement import decide_again
 from mofq.decision.model_error import model_error
-from mofq.decision.prediction import Estimate, with_model_error
+from mofq.decision.prediction import Estimate, stated, with_model_error
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.demo import demo_model_folder
 from mofq.evidence.spaces import offer_schemes, parse_search_space
@@ -350,6 +352,28 @@ def test_a_choice_made_anew_has_notes_of_its_own_prediction() -> None:
         ).notes
         == ()
     )
+
+
+def test_a_choice_made_anew_is_predicted_by_halves_that_did_not_choose_it() -> None:
+    """So a refined recipe, too, says no figure of the very sequences that it was chosen on."""
+    table = table_of(scale=NATS, samples=8)
+    ratios = (0.2, 0.2, 0.2, 0.2, 1.8, 1.8, 1.8, 1.8)  # one half says the one, the other the other
+    rows = [
+        replace(
+            one,
+            sample_errors=tuple(
+                one.error * ratio for ratio in (ratios if one.group == "a" else ratios[::-1])
+            ),
+        )
+        for one in table.rows
+    ]
+    table, request = replace(table, rows=tuple(rows)), Request(Budgets(max_bits=8.5), ties=False)
+    decision = decide(table, request)
+    assert decision.recipe.scheme_of_group["a"] == "int8.channel"
+    other_F = decision.problem.choice_of({"a": "int4.g32", "b": "int8.channel"})
+    said = decide_again(table, request, decision, other_F).recipe.result.kl_nats_per_token
+    assert said == predict_chosen(decision.problem, decision.budgets, other_F).value
+    assert said != stated(decision.problem, predict(decision.problem, other_F)).value
 
 
 def test_without_a_budget_a_note_says_what_that_means() -> None:
