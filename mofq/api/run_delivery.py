@@ -67,7 +67,13 @@ def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
             stats=subject.stats,
         )
         found = decide_on_model(
-            table, request, on_model, step=2, progress=asked.progress, tell=asked.tell
+            table,
+            request,
+            on_model,
+            step=2,
+            dtype=asked.dtype,
+            progress=asked.progress,
+            tell=asked.tell,
         )
     else:
         found = decide(table, request)

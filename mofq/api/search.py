@@ -251,6 +251,7 @@ def decide_on_model(
     refine: int = 0,
     study: Study = Study(),
     step: int = 1,
+    dtype: str = "float32",
     progress: Progress | None,
     tell: Tell,
 ) -> Decision:
@@ -264,6 +265,7 @@ def decide_on_model(
         study: Of the solver ``optuna``.
         step: Of the text's windows every so many-th is run; those in between have no part in the
             choice, and may say what it costs.
+        dtype: Of the arithmetic.
         progress: As of `search`.
         tell: As of `search`.
 
@@ -282,7 +284,7 @@ def decide_on_model(
     chosen = choose_execution(
         on_model.execution,
         open_checkpoint(str(on_model.model)),
-        dtype="float32",
+        dtype=dtype,
         device=on_model.device,
     )
     if chosen.remark is not None:
@@ -295,6 +297,7 @@ def decide_on_model(
         step=step,
         sequence_length=on_model.sequence_length,
         bos=on_model.bos,
+        dtype=dtype,
         device=on_model.device,
         stats=on_model.stats,
         progress=progress,

@@ -317,6 +317,16 @@ def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_come
     assert "mofq explore model-mofq/table.jsonl model-mofq/recipe.yaml" in ran.err
 
 
+def test_run_to_an_accuracy_proves_in_the_arithmetic_that_it_validates_in(
+    space: Path, tmp_path: Path
+) -> None:
+    folder, limit = tmp_path / "run", ("--max-kl", "0.05")
+    ok("run", DEMO, "--space", space, *limit, *SMALL, "--dtype", "bfloat16", "-o", folder)
+    windows = read_validation(folder / "validation.json").windows
+    proved = package.load_recipe(folder / "recipe.yaml").result.kl_measured
+    assert proved == pytest.approx(fmean(windows[::2]), rel=1e-9)
+
+
 def test_run_to_an_accuracy_needs_windows_that_have_no_part_in_the_choice(
     space: Path, tmp_path: Path
 ) -> None:
