@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,25 @@ def test_under_schemes_that_leave_the_weights_alone_an_unseen_expert_gets_the_me
     *_, row = group_rows(group, [parse_scheme("bf16+int8.tensor")], scores, corpora=["a"])
     assert row.sample_errors == (2.0, 6.0)
     assert row.static_amax == {"experts.0.up": 2.0, "experts.1.up": 2.0}
+
+
+@pytest.mark.parametrize(("of_size", "error"), [(1.0, 3.0 + 0.25), (3.0, 4.0)])
+def test_a_change_of_size_is_taken_out_where_it_leaves_most_of_the_squares(
+    of_size: float, error: float
+) -> None:
+    """Else the rows that cost most undo it, and what is left would be next to nothing."""
+    group = FusionGroup("layers.0.attn.o", (expert(0, "up", 64),))
+    one = score(0.5, [4.0, 4.0])
+    size_NS = torch.full_like(one.corpora["a"].error_NS, 100 * of_size)
+    one = replace(
+        one,
+        along_S=torch.tensor([-10.0], dtype=torch.float64),  # a tenth smaller
+        corpora={"a": replace(one.corpora["a"], size_NS=size_NS)},
+    )
+    schemes, answers = [parse_scheme("int2.channel")], {"a": {"experts.0.up": ((5.0,), (5.0,))}}
+    *_, row = group_rows(group, schemes, {"experts.0.up": one}, corpora=["a"], scaling=answers)
+    assert row.error == error
+    assert (row.answers is None) == (of_size == 3.0)
 
 
 def test_draws_of_one_sequence_are_one_sample() -> None:

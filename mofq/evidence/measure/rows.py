@@ -20,6 +20,11 @@ from mofq.model.layers import FusionGroup, LinearLayer
 from mofq.model.sizes import group_bytes
 from mofq.numbers.schemes import Scheme
 
+#: The share of a row's squares that must be left where the change of size is taken out of them.
+#: Less is left where few rows of a weight have most of the cost and change less than the whole
+#: does: their rest then undoes the change, and what is left would say that rounding costs nothing.
+_LEAST_REST = 0.5
+
 
 def group_rows(
     group: FusionGroup,
@@ -71,9 +76,11 @@ def group_rows(
             answers = None
             if corpus in scaling:
                 shares = {name: size_share(scores[name], i) for name in filled[corpus]}
-                answers = _joint_answers(scaling[corpus], shares)
+                rest_N = error_N
                 for name, part in filled[corpus].items():
-                    error_N = error_N - shares[name] ** 2 * part.size_NS[:, i]
+                    rest_N = rest_N - shares[name] ** 2 * part.size_NS[:, i]
+                if rest_N.mean() >= _LEAST_REST * error_N.mean():
+                    answers, error_N = _joint_answers(scaling[corpus], shares), rest_N
             kept_N = kept_errors(error_N, draws)
             if answers is not None:
                 kept_N = (kept_N + _mean_squares(answers)).float().double()
