@@ -228,9 +228,7 @@ def test_a_run_for_rounded_inputs_moves_scales_and_one_recipe_makes_its_folder_a
     assert recipe.rewriting.model == Path(DEMO).name
     assert not recipe.is_edited
     tables = folder.glob("table-rewritten-*.jsonl")
-    (table,) = (
-        one for one in tables if f"mofq explore {one} {folder / 'recipe.yaml'}" in ran.err
-    )
+    (table,) = (one for one in tables if f"mofq explore {one} {folder / 'recipe.yaml'}" in ran.err)
     before = tree(folder)
     content = ok(*run, "-o", folder, "--json").json
     assert content["enforced"] is True
