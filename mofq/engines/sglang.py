@@ -210,14 +210,13 @@ SGLANG = Engine(
         ("gpt2",),
         words=("c_attn", "c_proj", "c_fc"),
         refused="only the class of GPT-2 swaps dimensions while it loads",
-        source="sglang 0.5.23 srt/models/gpt2.py:270-279",
+        source="sglang 0.5.23 srt/models/gpt2.py:274-279; executed",
     ),
     serve="python -m sglang.launch_server --model-path",
     devices_flag="--tp",
     paths="Paths are below `sglang/srt/layers/quantization/`; `ct` is `compressed_tensors/`. The "
     "choice of a scheme, and what devices that share a layer load, was executed "
     "(`mofq/engines/facts`) and a rule that it contradicts fails a test; exported mixtures of "
-    "experts were loaded by the model's own class (`mofq/engines/facts/loading`); kernels, and "
-    "what Marlin checks when it packs weights, were "
-    "read.",
+    "experts and GPT-2 were loaded by the model's own class (`mofq/engines/facts/loading`); "
+    "kernels, and what Marlin checks when it packs weights, were read.",
 )

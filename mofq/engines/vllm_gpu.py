@@ -606,7 +606,7 @@ _TRANSPOSED = TransposedRule(
     ("gpt2",),
     words=("c_attn", "c_proj", "c_fc"),
     refused="only the class of GPT-2 swaps dimensions while it loads",
-    source="vllm 0.32.0 models/gpt2.py:249-260; run",
+    source="vllm 0.32.0 models/gpt2.py:249-260; executed; run",
 )
 
 VLLM_GPU = Engine(
@@ -624,8 +624,7 @@ VLLM_GPU = Engine(
     "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
     "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "
     "and a rule that it contradicts fails a test, and so were the attention's backend for an FP8 "
-    "or INT8 cache and what devices that share a layer load; exported mixtures of experts were "
-    "loaded by the model's own class (`mofq/engines/facts/loading`); what kernels compute was "
-    "read. "
-    "CPU: `run` marks what was run, with 0.32.0.",
+    "or INT8 cache and what devices that share a layer load; exported mixtures of experts "
+    "and GPT-2 were loaded by the model's own class (`mofq/engines/facts/loading`); "
+    "what kernels compute was read. CPU: `run` marks what was run, with 0.32.0.",
 )

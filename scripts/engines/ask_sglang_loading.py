@@ -23,6 +23,7 @@ from loading_record import load_folders, read_config
 #: Architecture -> module of SGLang. Importing the whole registry would import every model.
 MODULES = {
     "DeepseekV3ForCausalLM": "deepseek_v2",
+    "GPT2LMHeadModel": "gpt2",
     "Glm4MoeForCausalLM": "glm4_moe",
     "MixtralForCausalLM": "mixtral",
     "OlmoeForCausalLM": "olmoe",

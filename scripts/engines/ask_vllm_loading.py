@@ -42,7 +42,8 @@ def become_one_gpu(compiled: list[str], capability: list[int]) -> None:
     import torch
 
     ask_vllm._LIBRARIES = torch.library.Library("_C", "FRAGMENT")
-    ask_vllm._LIBRARIES.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
+    for activation in ("silu_and_mul", "gelu_new"):
+        ask_vllm._LIBRARIES.define(f"{activation}(Tensor! out, Tensor input) -> ()")
     sys.meta_path.insert(0, ask_vllm.CompiledFinder(compiled))
     ask_vllm.Device.capability = (capability[0], capability[1])
     ask_vllm.fake_cuda()
