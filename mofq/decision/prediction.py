@@ -15,9 +15,9 @@ from mofq.decision.problem import (
     FloatArray,
     IntArray,
     Problem,
-    standard_error,
     with_samples,
 )
+from mofq.evidence.standard_error import standard_error
 
 #: Fewer samples than this in each half, and a choice made on one says nothing.
 _LEAST_IN_HALF = 2
@@ -53,9 +53,7 @@ class Estimate:
 
 def estimate(values: Sequence[float] | FloatArray) -> Estimate:
     """Mean of some values, and its standard error."""
-    stderr = float(standard_error(np.asarray(values)))
-    mean = math.fsum(values) / len(values)
-    return Estimate(mean, stderr if math.isfinite(stderr) else None)
+    return Estimate(math.fsum(values) / len(values), standard_error(np.asarray(values)))
 
 
 def stated(problem: Problem, expansion: Estimate) -> Estimate:

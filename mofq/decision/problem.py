@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mofq.decision.simplicity import simplicity
 from mofq.decision.size_answers import SizeAnswers, size_answers
+from mofq.evidence.standard_error import standard_errors
 from mofq.exceptions import TableError
 
 FloatArray = NDArray[np.float64]
@@ -388,7 +389,7 @@ def with_samples(problem: Problem, samples: Sequence[IntArray]) -> Problem:
         problem,
         sample_errors=kept,
         error_PC=np.stack([one.mean(axis=1) for one in kept], axis=1),
-        stderr_PC=np.stack([standard_error(one) for one in kept], axis=1),
+        stderr_PC=np.stack([standard_errors(one) for one in kept], axis=1),
         answers=None
         if problem.answers is None
         else tuple(one.of_samples(n) for one, n in zip(problem.answers, samples, strict=True)),
@@ -413,14 +414,6 @@ def with_corpus(problem: Problem, corpus: int) -> Problem:
         flip_FC=None if flips is None else flips[:, one],
         flip_stderr_C=problem.flip_stderr_C and problem.flip_stderr_C[one],
     )
-
-
-def standard_error(values_PN: FloatArray) -> FloatArray:
-    """Of the mean over the last axis; infinite where there are fewer than two values."""
-    count = values_PN.shape[-1]
-    if count < 2:
-        return np.full(values_PN.shape[:-1], math.inf)
-    return np.asarray(values_PN.std(axis=-1, ddof=1) / math.sqrt(count))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -71,13 +69,6 @@ def top1_agreement(logits_original_TV: Tensor, logits_quantized_TV: Tensor) -> T
     """
     _check_shapes(logits_original_TV, logits_quantized_TV)
     return logits_original_TV.argmax(dim=-1) == logits_quantized_TV.argmax(dim=-1)
-
-
-def standard_error(values_N: Tensor) -> float | None:
-    """Of the mean of some samples, ``[N]``; None of one alone."""
-    if len(values_N) < 2:
-        return None
-    return float(values_N.std(correction=1) / math.sqrt(len(values_N)))
 
 
 def _check_shapes(original: Tensor, quantized: Tensor) -> None:

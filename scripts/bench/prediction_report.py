@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mofq.evidence.standard_error import standard_error
 from mofq.evidence.table import Row, Table
 from scripts.bench.calibration import CalibrationTime, MeasureTime
 from scripts.bench.prediction_recipes import KINDS, Pair, PredictedRecipe
@@ -118,8 +119,7 @@ def recipe_results(result: Result, text: str) -> list[RecipeResult]:
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     array = np.asarray(values)
-    stderr = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else 0.0
-    return float(array.mean()), float(stderr)
+    return float(array.mean()), standard_error(array) or 0.0
 
 
 #: Score -> what of a pair it is.

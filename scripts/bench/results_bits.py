@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from mofq.decision import Budgets, Problem, Request, recipe_from_table, request_problem
-from mofq.decision.problem import FloatArray, IntArray
+from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, RecipeResult, load_recipe, write_recipe
 from mofq.decision.result import MadeBy
 from mofq.decision.uniform import uniform_recipes
+from mofq.evidence.standard_error import standard_errors
 from mofq.evidence.table import Table, read_table
 from scripts.shared.command import (
     calibrate,
@@ -166,14 +167,9 @@ def row(label: str, recipe: Recipe, windows: Sequence[float], best: Sequence[flo
         label,
         f"{recipe.bits_per_weight or 0:.3f}",
         optional(recipe.kl_nats_per_token),
-        f"{np.mean(windows):.4f} ± {stderr(windows):.4f}",
-        f"{more.mean():+.4f} ± {stderr(more):.4f}" if more.any() else "",
+        f"{np.mean(windows):.4f} ± {standard_errors(np.array(windows)):.4f}",
+        f"{more.mean():+.4f} ± {standard_errors(more):.4f}" if more.any() else "",
     ]
-
-
-def stderr(values: Sequence[float] | FloatArray) -> float:
-    """Of the mean."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def print_tables(options: argparse.Namespace, paths: Sequence[tuple[float, str, Path]]) -> None:

@@ -29,6 +29,7 @@ from mofq.decision import (
     solve_frontier,
     solve_greedy,
 )
+from mofq.evidence.standard_error import standard_errors
 
 #: Fusion groups of a decoder layer: name, weights, linear layers.
 GROUPS = (
@@ -73,7 +74,7 @@ def make_problem(seed: int, *, samples: int, corpora: int = 1) -> Problem:
                         scheme,
                         int(weights * bits / 8),
                         errors=tuple(drawn.mean(axis=1).tolist()),
-                        stderrs=tuple((drawn.std(axis=1) / math.sqrt(samples)).tolist()),
+                        stderrs=tuple(standard_errors(drawn).tolist()),
                         sample_errors=tuple(row.tolist() for row in drawn),
                     )
                 )

@@ -29,6 +29,7 @@ import torch
 from mofq.decision import KL_UNIT, Budgets, Request, decide
 from mofq.decision.recipe import Recipe
 from mofq.evidence.corpora import load_text
+from mofq.evidence.standard_error import standard_error
 from mofq.evidence.table import Row, Table, read_table
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.loading import load_tokenizer
@@ -88,7 +89,7 @@ def of_sequences(table: Table, corpus: str, chosen: slice) -> Table:
 def _some(row: Row, chosen: slice) -> Row:
     assert row.sample_errors is not None
     errors = row.sample_errors[chosen]
-    stderr = float(np.std(errors, ddof=1) / np.sqrt(len(errors)))
+    stderr = standard_error(np.array(errors))
     return replace(row, error=float(np.mean(errors)), stderr=stderr, sample_errors=errors)
 
 

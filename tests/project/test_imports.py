@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "mofq.evidence.fitted_space",
     "mofq.evidence.refusals",
     "mofq.evidence.spaces",
+    "mofq.evidence.standard_error",
     "mofq.evidence.table.*",
     "mofq.decision.*",
     "mofq.explore.*",

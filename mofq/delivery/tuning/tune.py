@@ -23,7 +23,7 @@ from mofq.delivery.validation.divergence import (
     check_logits,
     compare_windows,
 )
-from mofq.evidence.metrics import standard_error
+from mofq.evidence.standard_error import standard_error
 from mofq.files.progress import Progress
 from mofq.files.steps import Steps
 

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from mofq.decision.prediction import INTERVAL_STDERRS
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.validation.divergence import WindowScore
 from mofq.delivery.validation.tasks import TaskResult
+from mofq.evidence.standard_error import standard_error
 from mofq.exceptions import MofqError
 from mofq.files.documents import load_json, write_beside_and_rename
 from mofq.files.validated import validate
@@ -156,7 +158,7 @@ def summarize(
     predictions = len(windows) * (sequence_length - 1)
     return Agreement(
         kl_nats_per_token=math.fsum(windows) / len(windows),
-        kl_stderr=_stderr(windows),
+        kl_stderr=standard_error(np.asarray(windows)),
         perplexity=_perplexity([s.cross_entropy_nats for s in scores], predictions),
         perplexity_original=_perplexity(entropies_original, predictions),
         top1_agreement=sum(s.agreements for s in scores) / (len(windows) * sequence_length),
@@ -204,14 +206,6 @@ def read_validation(path: str | Path) -> Validation:
     lineage = {key: value for key, value in content.items() if key in names}
     others = {key: value for key, value in content.items() if key not in names}
     return validate(_VALIDATION, others | {"lineage": lineage}, where, MofqError)
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    count = len(values)
-    if count < 2:
-        return None
-    mean = math.fsum(values) / count
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 def _perplexity(entropies: Sequence[float], predictions: int) -> float:

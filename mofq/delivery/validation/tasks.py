@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -17,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mofq.evidence.standard_error import standard_error
 from mofq.exceptions import MofqError, how_to_install, nearest_name
 
 #: lm-eval lists thousands; a message names so many.
@@ -201,9 +202,6 @@ def _compare(ours: TaskScore, theirs: TaskScore) -> TaskResult:
     differences: list[float] = []
     if len(ours.items) == len(theirs.items):  # of one of them the items may not be known
         differences = [a - b for a, b in zip(ours.items, theirs.items, strict=True)]
-    stderr = None
-    if len(differences) > 1:
-        stderr = statistics.stdev(differences) / math.sqrt(len(differences))
     return TaskResult(
         task=ours.task,
         metric=ours.metric,
@@ -213,6 +211,6 @@ def _compare(ours: TaskScore, theirs: TaskScore) -> TaskResult:
         original=theirs.value,
         original_stderr=theirs.stderr,
         difference=ours.value - theirs.value,
-        difference_stderr=stderr,
+        difference_stderr=standard_error(np.asarray(differences)),
         recovery_percent=100 * ours.value / theirs.value if theirs.value else None,
     )

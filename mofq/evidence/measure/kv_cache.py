@@ -20,8 +20,8 @@ from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.gain_correction import corrected
 from mofq.evidence.measure.rows import kept_errors
 from mofq.evidence.measure.samples import ChunkedSamples, SampleReader
-from mofq.evidence.metrics import standard_error
 from mofq.evidence.spaces import CacheOffer
+from mofq.evidence.standard_error import standard_error
 from mofq.evidence.table import Rejection, Row, TableWriter
 from mofq.exceptions import StatsError
 from mofq.model.kv_schemes import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from mofq.evidence.measure.gain_correction import not_negative
 from mofq.evidence.measure.samples import SampleAnswers
 from mofq.evidence.measure.score import CorpusScore, LayerScore, with_shared_inputs
-from mofq.evidence.metrics import standard_error
+from mofq.evidence.standard_error import standard_error
 from mofq.evidence.table import Row
 from mofq.exceptions import StatsError
 from mofq.model.layers import FusionGroup, LinearLayer
