@@ -15,6 +15,7 @@ from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, nearest_name, option
+from mofq.model.layers import layers_of
 
 #: A difference below so many standard errors is noise.
 _NOISE_STDERRS = 2.0
@@ -127,7 +128,7 @@ def check_layers(table: Table, layers: Iterable[str]) -> None:
     Raises:
         MofqError: The message suggests the nearest name.
     """
-    known = {layer.name for group in table.header.groups for layer in group.layers}
+    known = {layer.name for layer in layers_of(table.header.groups)}
     known |= {group.name for group in table.header.groups}
     known |= {cache.name for cache in table.caches}
     for name in layers:

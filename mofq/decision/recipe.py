@@ -466,13 +466,15 @@ def _cache(name: str, entry: CacheEntry, where: str) -> RecipeCache:
 
 def _check_layers_once(recipe: Recipe, where: str) -> None:
     place: dict[str, str] = {}
-    listed = [(layer, f"groups: {group.name}") for group in recipe.groups for layer in group.layers]
-    for layer, here in [*listed, *((layer, "unquantized") for layer in recipe.unquantized)]:
-        if layer in place:
-            raise RecipeError(
-                f"{where}: the layer {layer!r} stands in {place[layer]} and in {here}; keep one."
-            )
-        place[layer] = here
+    listed = [(f"groups: {group.name}", group.layers) for group in recipe.groups]
+    for here, layers in [*listed, ("unquantized", recipe.unquantized)]:
+        for layer in layers:
+            if layer in place:
+                raise RecipeError(
+                    f"{where}: the layer {layer!r} stands in {place[layer]} and in {here}; "
+                    f"keep one."
+                )
+            place[layer] = here
 
 
 def _check_tuned_for(recipe: Recipe, where: str) -> None:
@@ -625,8 +627,7 @@ def check_recipe(
     """
     _check_hash(recipe, index_sha256)
     schemes = recipe.schemes
-    groups = [layer.name for group in model_layers.groups for layer in group.layers]
-    known = [*groups, *(layer.name for layer in model_layers.unquantized)]
+    known = [layer.name for layer in model_layers.linear_layers]
     unknown = sorted(schemes.keys() - set(known))
     if unknown:
         raise RecipeError(
@@ -642,7 +643,7 @@ def check_recipe(
     _check_caches(recipe.kv_cache, model_layers.caches, where=f"{recipe.title}: kv_cache")
     for group in model_layers.groups:
         _check_group(recipe, group, schemes)
-    for layer in (layer for group in model_layers.groups for layer in group.layers):
+    for layer in model_layers.grouped_layers:
         scheme = parse_scheme(schemes[layer.name])
         reason = shape_rejection(scheme, layer)
         if reason is None and layer.role != "linear":

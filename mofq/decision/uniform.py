@@ -63,8 +63,7 @@ def uniform_recipe(
         raise SchemeError(f"scheme {scheme.name!r}: {needs}; then `mofq search`.")
     reasons = [
         reason
-        for group in layers.groups
-        for layer in group.layers
+        for layer in layers.grouped_layers
         if (reason := vocabulary_rejection(scheme, layer) or shape_rejection(scheme, layer))
     ]
     if reasons:

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 from mofq.exceptions import Remark, SchemeError, SearchSpaceError, option
 from mofq.files.validated import Name, only_these_keys
-from mofq.model.layers import AnyGroup, AnyLayer
+from mofq.model.layers import AnyGroup, AnyLayer, layers_of
 from mofq.numbers.schemes import Scheme, parse_granularity, parse_scheme
 
 ConstraintKind = Literal["fixed", "at_least", "at_most"]
@@ -155,8 +155,8 @@ def _at_the_end(end: str, count: int, groups: Sequence[AnyGroup]) -> set[int]:
 
 
 def _decoder_layers(groups: Iterable[AnyGroup]) -> list[int]:
-    layers = (layer.decoder_layer for group in groups for layer in group.layers)
-    return sorted({number for number in layers if number is not None})
+    numbers = {layer.decoder_layer for layer in layers_of(groups)}
+    return sorted(number for number in numbers if number is not None)
 
 
 def check_selector(
@@ -204,7 +204,7 @@ def _nearest_selector(selector: str, groups: Sequence[AnyGroup]) -> str:
         " A pattern has to match a whole name; * stands for any characters, and regular "
         "expressions are not known."
     )
-    names = [layer.name for group in groups for layer in group.layers]
+    names = [layer.name for layer in layers_of(groups)]
     if any(name.startswith(f"{selector}.") for name in names):
         return f"{rule} Did you mean '{selector}.*'?"
     words = selector.removeprefix("re:").strip("*.^$")

@@ -35,6 +35,7 @@ from mofq.explore.reference_points import (
 from mofq.files.documents import yaml_scalar
 from mofq.files.progress import Progress
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
+from mofq.model.layers import layers_of
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.schemes import parse_scheme
 
@@ -252,7 +253,7 @@ def _points(
     headers = [recipe_header(one.recipe) + "\n" for one in points]
     assert all(header.startswith(shared) for header in headers)
     names = {*problem.schemes, *(group.name for group in problem.groups)}
-    names |= {layer.name for group in table.header.groups for layer in group.layers}
+    names |= {layer.name for layer in layers_of(table.header.groups)}
     keys = (*_POINT_KEYS, *_CACHE_KEYS) if problem.cached else _POINT_KEYS
     command = f"mofq search {shlex.quote(str(table_path))}"
     return {

@@ -100,8 +100,7 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
                 f"{layer.name}: is quantized, and is not part of the decoder's linear layers, "
                 f"which is all that this recipe would hold. Give a folder where it is not."
             )
-    schemes = {layer: group.scheme for group in groups for layer in group.layers}
-    return Recipe(
+    recipe = Recipe(
         stored.name,
         None,
         groups,
@@ -109,9 +108,10 @@ def recipe_from_compressed_tensors(folder: str | Path) -> Recipe:
         layers=layers.stated,
         kv_cache=read_caches(stored, config.get("kv_cache_scheme"), layers.caches),
         made_by={"note": f"read from {stored.name}"},
-        # Of the original's other tensors nothing is known.
-        result=replace(sizes_by_shape(layers, schemes), checkpoint_bytes=None),
     )
+    # Of the original's other tensors nothing is known.
+    sizes = replace(sizes_by_shape(layers, recipe.schemes), checkpoint_bytes=None)
+    return replace(recipe, result=sizes)
 
 
 def find_stored_layers(stored: Checkpoint) -> ModelLayers:
