@@ -58,6 +58,8 @@ from mofq.numbers.schemes import parse_scheme
 RECIPE_VERSION: Literal[1] = 1
 #: The recipe in a folder that was exported by it.
 RECIPE_FILE = "recipe.yaml"
+#: What stands before the entries of caches.
+CACHES_LINE = "kv_cache:  # how each attention layer keeps its keys and values\n"
 #: A hash may be shortened by hand, but not to nothing.
 _SHORTEST_HASH = 8
 #: Of a text's hash, in a list of several.
@@ -534,7 +536,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def recipe_header(recipe: Recipe) -> str:
-    """The lines of a recipe before its groups, without the last line's end."""
+    """What stands before the entries of a recipe's groups."""
     model: dict[str, Scalar] = {"name": recipe.model_name}
     if recipe.index_sha256 is not None:
         model["index_sha256"] = recipe.index_sha256
@@ -562,28 +564,45 @@ def recipe_header(recipe: Recipe) -> str:
         lines.append("tuning:  # of norms, after quantizing; what is predicted is of before it")
         content = _TUNING.dump_python(recipe.tuning, mode="json")
         lines += [f"  {yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in content.items()]
-    return "\n".join(lines)
+    lines.append("groups:  # one scheme per fusion group" if recipe.groups else "groups: {}")
+    return "\n".join(lines) + "\n"
 
 
 def recipe_text(recipe: Recipe) -> str:
     """The YAML of a recipe."""
-    lines = [recipe_header(recipe)]
-    lines.append("groups:  # one scheme per fusion group" if recipe.groups else "groups: {}")
-    for group in recipe.groups:
-        lines += _entry_lines(group, f"    layers: {_names(group.layers)}")
-    lines.append(f"unquantized: {_names(recipe.unquantized)}  # nothing else is left out")
-    if recipe.kv_cache:
-        lines.append("kv_cache:  # how each attention layer keeps its keys and values")
-    for cache in recipe.kv_cache:
-        lines += _entry_lines(cache)
-    return "\n".join(lines) + "\n"
+    entries = [_entry(group, layers_line(group.layers)) for group in recipe.groups]
+    caches = [CACHES_LINE, *map(_entry, recipe.kv_cache)] if recipe.kv_cache else []
+    return "".join([recipe_header(recipe), *entries, unquantized_line(recipe), *caches])
 
 
-def _entry_lines(one: RecipeGroup | RecipeCache, *more: str) -> list[str]:
-    lines = [f"  {yaml_scalar(one.name)}:", f"    scheme: {yaml_scalar(one.scheme)}", *more]
-    if one.static_amax is not None:
-        lines.append(f"    static_amax: {_flow(one.static_amax)}")
-    return lines
+def _entry(one: RecipeGroup | RecipeCache, layers: str = "") -> str:
+    amax = "" if one.static_amax is None else static_amax_line(one.static_amax)
+    return name_line(one.name) + scheme_line(one.scheme) + layers + amax
+
+
+def name_line(name: str) -> str:
+    """The first line of the entry of a fusion group, or of a cache."""
+    return f"  {yaml_scalar(name)}:\n"
+
+
+def scheme_line(scheme: str) -> str:
+    """Its second line."""
+    return f"    scheme: {yaml_scalar(scheme)}\n"
+
+
+def layers_line(layers: Sequence[str]) -> str:
+    """The third of a fusion group."""
+    return f"    layers: {_names(layers)}\n"
+
+
+def static_amax_line(static_amax: Mapping[str, float]) -> str:
+    """The last, where a scheme has static ranges."""
+    return f"    static_amax: {_flow(static_amax)}\n"
+
+
+def unquantized_line(recipe: Recipe) -> str:
+    """What stands behind the entries of the groups."""
+    return f"unquantized: {_names(recipe.unquantized)}  # nothing else is left out\n"
 
 
 def _rewriting_lines(rewriting: Rewriting | None) -> list[str]:
@@ -606,7 +625,7 @@ def _flow(values: Mapping[str, Scalar]) -> str:
     return "{" + ", ".join(pairs) + "}"
 
 
-def _names(names: tuple[str, ...]) -> str:
+def _names(names: Sequence[str]) -> str:
     return "[" + ", ".join(map(yaml_scalar, names)) + "]"
 
 

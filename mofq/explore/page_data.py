@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from mofq.decision.model_error import row_error
 from mofq.decision.offers import asked_constraints, refused_schemes
 from mofq.decision.prediction import errors_by_corpus
 from mofq.decision.problem import IntArray, option_bits
-from mofq.decision.recipe import RecipeResult, recipe_header, recipe_text
+from mofq.decision.recipe import (
+    CACHES_LINE,
+    layers_line,
+    name_line,
+    recipe_header,
+    scheme_line,
+    static_amax_line,
+    unquantized_line,
+)
 from mofq.evidence.table import Table
 from mofq.explore.channel_profiles import profile_data
 from mofq.explore.drawing import Drawing
@@ -32,10 +40,8 @@ from mofq.explore.reference_points import (
     measured_uniform,
     uniform_points,
 )
-from mofq.files.documents import yaml_scalar
 from mofq.files.progress import Progress
 from mofq.model.kv_schemes import is_cache_scheme, parse_cache_scheme
-from mofq.model.layers import layers_of
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.schemes import parse_scheme
 
@@ -52,8 +58,6 @@ _POINT_KEYS = (
     "kl_stderr",
     "error",
 )
-#: How `recipe_text` writes that there are no groups.
-_NO_GROUPS = "groups: {}\n"
 
 
 def page_data(
@@ -96,7 +100,7 @@ def page_data(
         "schemes": [_scheme_data(name) for name in schemes],
         "constraints": list(map(str, asked_constraints(table, drawing.request))),
         "groups": _groups(drawing, schemes),
-        **_points(table, problem, points, table_path),
+        **_points(problem, points, table_path),
         "references": [
             asdict(one) | {"schemes": [schemes.index(name) for name in one.schemes]}
             for one in references
@@ -149,7 +153,7 @@ def scheme_order(problem: Problem, references: Sequence[ReferencePoint]) -> list
 
 
 def _scheme_data(name: str) -> dict[str, Any]:
-    data = {"name": name, "element": element_name(name)}
+    data = {"name": name, "element": element_name(name), "line": scheme_line(name)}
     if is_cache_scheme(name):
         return data | dict.fromkeys(("number", "weight", "activation"))
     scheme = parse_scheme(name)
@@ -197,6 +201,8 @@ def _groups(drawing: Drawing, schemes: Sequence[str]) -> list[dict[str, Any]]:
                 "module": module,
                 "weights": group.weights,
                 "layers": layers[group.name],
+                # Of its entry in a recipe, those before and behind that of the scheme.
+                "lines": [name_line(group.name), "" if group.cached else layers_line(group.layers)],
                 "options": options,
                 "rejected": [[*pair] for pair in refused.get(group.name, {}).items()],
                 "profile": profile_data([p for p in table.profiles if p.group == group.name]),
@@ -231,8 +237,7 @@ def _option(
     bits = float(f"{option_bits(problem, p):.6g}")
     option = [schemes.index(problem.schemes[p]), size, errors, stderrs, bits]
     if static_amax is not None:
-        # As text: a script would write some numbers differently.
-        option.append({name: yaml_scalar(value) for name, value in static_amax.items()})
+        option.append(static_amax_line(static_amax))
     return option
 
 
@@ -240,20 +245,12 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def _points(
-    table: Table, problem: Problem, points: Sequence[FrontierRecipe], table_path: Path
-) -> dict[str, Any]:
-    """The points of the frontier, and what the page's script needs to write their recipes.
+def _points(problem: Problem, points: Sequence[FrontierRecipe], table_path: Path) -> dict[str, Any]:
+    """The points of the frontier, and the lines of their recipes that belong to no group.
 
-    It writes the groups itself, from the choices. Before them stands what all recipes share, and
-    then every point's own ``header``: budget and result.
+    The page's script joins lines and writes none: those of groups, schemes and static ranges stand
+    with them.
     """
-    first = replace(points[0].recipe, groups=(), kv_cache=(), budget={}, result=RecipeResult())
-    shared, _, footer = recipe_text(first).partition(_NO_GROUPS)
-    headers = [recipe_header(one.recipe) + "\n" for one in points]
-    assert all(header.startswith(shared) for header in headers)
-    names = {*problem.schemes, *(group.name for group in problem.groups)}
-    names |= {layer.name for layer in layers_of(table.header.groups)}
     keys = (*_POINT_KEYS, *_CACHE_KEYS) if problem.cached else _POINT_KEYS
     command = f"mofq search {shlex.quote(str(table_path))}"
     return {
@@ -264,17 +261,14 @@ def _points(
                 "at": axis_value(problem, one.choice_F),
                 "size": problem.axis_of(one.choice_F),
                 "choice": _indices(problem, one.choice_F),
-                "header": header.removeprefix(shared),
+                "header": recipe_header(one.recipe),
+                "has_caches": bool(one.recipe.kv_cache),
             }
-            for one, header in zip(points, headers, strict=True)
+            for one in points
         ],
         "recipe": {
-            "header": shared,
-            "footer": footer,
-            #: Names that YAML cannot have plain, and how they are written.
-            "quoted": sorted(
-                [name, quoted] for name in names if (quoted := yaml_scalar(name)) != name
-            ),
+            "unquantized": unquantized_line(points[0].recipe),
+            "caches": CACHES_LINE,
         },
     }
 

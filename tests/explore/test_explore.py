@@ -144,6 +144,7 @@ def test_the_page_holds_all_groups_options_and_uniform_schemes(data: dict[str, A
     assert data["schemes"][-1] == {
         "name": "bf16",
         "element": "bf16",
+        "line": "    scheme: bf16\n",
         "number": None,
         "weight": None,
         "activation": None,

@@ -45,7 +45,7 @@ function byId(id) {
 }
 
 // Of one option: [scheme, bytes on the axis, error of each corpus, standard error of each corpus
-// or null, bits per weight or per cached number, static maxima by name where it has them].
+// or null, bits per weight or per cached number, its line of static maxima in a recipe].
 const SCHEME = 0, BYTES = 1, ERRORS = 2, STDERRS = 3, BITS = 4, AMAX = 5;
 
 // The axis: bits per weight; or bytes, where the KV cache of some tokens counts as size.
@@ -153,40 +153,16 @@ function pointAt(at) {
   return found;
 }
 
-// A recipe as `recipe_text` of mofq.decision.recipe writes it; a test compares the bytes.
-
-const QUOTED = new Map(data.recipe.quoted);
-
-function yamlName(name) {
-  return QUOTED.get(name) ?? name;
-}
-
-function recipeLines(group, option) {
-  const { name, layers, cached } = groups[group], lines = [`  ${yamlName(name)}:`];
-  lines.push(`    scheme: ${yamlName(schemeName(option[SCHEME]))}`);
-  if (!cached) lines.push(`    layers: [${layers.map(([layer]) => yamlName(layer)).join(", ")}]`);
-  if (option[AMAX]) {
-    const amax = Object.entries(option[AMAX]).map(([key, value]) => `${yamlName(key)}: ${value}`);
-    lines.push(`    static_amax: {${amax.join(", ")}}`);
-  }
-  return lines;
-}
-
+// A recipe, of lines that mofq.decision.recipe wrote; a test compares it with that of the command.
 function recipeText(number) {
-  const { header, choice } = points[number], layers = [], caches = [];
+  const { header, choice, has_caches: hasCaches } = points[number], layers = [], caches = [];
   choice.forEach((place, group) => {
-    const lines = recipeLines(group, groups[group].options[place]);
-    (groups[group].cached ? caches : layers).push(...lines);
+    const { lines: [before, behind], options, cached } = groups[group], option = options[place];
+    const entry = before + data.schemes[option[SCHEME]].line + behind + (option[AMAX] ?? "");
+    (cached ? caches : layers).push(entry);
   });
-  let text = `${data.recipe.header}${header}groups:  # one scheme per fusion group\n`
-    + `${layers.join("\n")}\n${data.recipe.footer}`;
-  // A cache that stays as it is everywhere is not spoken of.
-  const isQuantized = schemesOfChoice(choice).some((scheme, group) =>
-    groups[group].cached && schemeName(scheme) !== "bf16");
-  if (isQuantized) {
-    text += `kv_cache:  # how each attention layer keeps its keys and values\n${caches.join("\n")}\n`;
-  }
-  return text;
+  const { unquantized, caches: cachesLine } = data.recipe;
+  return [header, ...layers, unquantized, ...(hasCaches ? [cachesLine, ...caches] : [])].join("");
 }
 
 // Numbers as people read them: plain decimals, as in the tables of the command line. A power of
