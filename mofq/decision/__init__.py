@@ -26,7 +26,7 @@ from mofq.decision.problem import (
     usage,
 )
 from mofq.decision.request import Request, check_budget
-from mofq.decision.result import recipe_from_table
+from mofq.decision.result import recipe_from_layers, recipe_from_table
 from mofq.decision.uniform import uniform_recipe, uniform_recipes
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "least_bytes",
     "predict",
     "predict_chosen",
+    "recipe_from_layers",
     "recipe_from_table",
     "request_problem",
     "solve_exact",

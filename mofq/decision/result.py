@@ -21,6 +21,7 @@ from mofq.decision.recipe import (
 from mofq.decision.request import Request, weights_text
 from mofq.decision.timing import time_of
 from mofq.evidence.table import Table
+from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.sizes import bits_per_weight, counted_bytes, group_bytes, weights_of
 from mofq.numbers.schemes import parse_scheme
@@ -68,6 +69,42 @@ def recipe_from_table(
         result=result or RecipeResult(),
         # A cache that stays as it is everywhere is not spoken of.
         kv_cache=() if all(one.parsed.is_unquantized for one in caches) else tuple(caches),
+    )
+
+
+def recipe_from_layers(
+    layers: ModelLayers,
+    schemes: Mapping[str, str],
+    *,
+    checkpoint: Checkpoint | None = None,
+    static_amax: Mapping[str, float] | None = None,
+) -> Recipe:
+    """A recipe of a model's layers, without a table and without figures.
+
+    Args:
+        layers: Of the model.
+        schemes: Fusion group -> scheme.
+        checkpoint: That they are of; None: the recipe is for any model of this shape.
+        static_amax: Layer -> largest magnitude of its input, for schemes with static activations,
+            which nothing applies without it.
+
+    Raises:
+        SchemeError: A scheme's name does not parse.
+    """
+    groups = []
+    for group in layers.groups:
+        scheme = parse_scheme(schemes[group.name])
+        names = tuple(layer.name for layer in group.layers)
+        amax = None
+        if scheme.has_static_inputs and static_amax is not None:
+            amax = {name: static_amax[name] for name in names}
+        groups.append(RecipeGroup(group.name, scheme.name, names, static_amax=amax))
+    return Recipe(
+        model_name=layers.architecture if checkpoint is None else checkpoint.name,
+        index_sha256=None if checkpoint is None else checkpoint.index_sha256,
+        groups=tuple(groups),
+        unquantized=tuple(layer.name for layer in layers.unquantized),
+        layers=layers.stated,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,10 +14,11 @@ from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, weights_text
 from mofq.decision.result import (
     MadeBy,
+    recipe_from_layers,
     recipe_from_table,
     sizes_by_shape,
     sizes_of,
@@ -71,22 +73,16 @@ def uniform_recipe(
             f"{reasons[0]} ({len(reasons)} such layers in all). Take another scheme, or a search "
             f"space with `mofq measure` and `mofq search`, which may mix."
         )
-    schemes = dict.fromkeys((layer.name for layer in layers.grouped_layers), scheme.name)
-    return Recipe(
-        model_name=checkpoint.name,
-        index_sha256=checkpoint.index_sha256,
+    schemes = dict.fromkeys((group.name for group in layers.groups), scheme.name)
+    recipe = recipe_from_layers(layers, schemes, checkpoint=checkpoint)
+    return replace(
+        recipe,
         weights_sha256=hash_weights(checkpoint),
-        groups=tuple(
-            RecipeGroup(group.name, scheme.name, tuple(layer.name for layer in group.layers))
-            for group in layers.groups
-        ),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-        layers=layers.stated,
         made_by=_made_by(
             NUMERICS,
             {"stats_sha256": stats_sha256, "bos": bos, "sequence_length": sequence_length},
         ),
-        result=sizes_by_shape(layers, schemes),
+        result=sizes_by_shape(layers, recipe.schemes),
     )
 
 

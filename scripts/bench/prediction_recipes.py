@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mofq.decision import Budgets, Estimate, Problem, choose, predict, request_problem, usage
+from mofq.decision.uniform import uniform_choice
 from mofq.evidence.spaces import Offer
 from mofq.evidence.table import Table
 from mofq.numbers.schemes import parse_scheme
@@ -92,9 +93,9 @@ def uniform_recipes(table: Table) -> list[PredictedRecipe]:
     problem = request_problem(table)
     recipes = []
     for name in dict.fromkeys(problem.schemes):
-        at = [p for p, scheme in enumerate(problem.schemes) if scheme == name]
-        if name != "bf16" and len(at) == len(problem.groups):
-            recipes.append(_predicted(f"uniform {name}", problem, np.array(at), is_uniform=True))
+        choice_F = uniform_choice(problem, name)
+        if name != "bf16" and choice_F is not None:
+            recipes.append(_predicted(f"uniform {name}", problem, choice_F, is_uniform=True))
     return recipes
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from mofq.decision import KL_UNIT, Budgets, Request, decide
 from mofq.decision.from_table import TENSOR_MSE
 from mofq.decision.recipe import Recipe
-from mofq.decision.result import recipe_from_table
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import BudgetError, TableError
 from mofq.numbers.schemes import parse_scheme
@@ -39,8 +38,8 @@ from scripts.shared.reproduction import (
     predicted,
     reference_of,
     rewritten,
-    rows_by_scheme,
     table_of,
+    uniform,
     version_of_rewritten,
 )
 
@@ -135,27 +134,18 @@ def of_schemes(table: Table, pattern: str, *, activations: bool) -> Table:
     return replace(table, rows=rows, spaces=())
 
 
-def uniform(table: Table, max_bits: float) -> Recipe | None:
+def best_uniform(table: Table, max_bits: float) -> Recipe | None:
     """The scheme of least predicted KL; its group size may be smaller where it does not fit."""
-    corpus = next((c for unit, c in table.measures if unit == KL_UNIT), None)
-    by_group = rows_by_scheme(table, KL_UNIT, corpus)
-    weights = sum(group.weights for group in table.header.groups)
-    best: tuple[float, dict[str, str]] | None = None
-    for name in dict.fromkeys(row.scheme for row in table.rows):
-        chosen = {}
-        for group, rows in by_group.items():
-            found = next((one for one in _spellings(name) if one in rows), None)
-            if found is not None:
-                chosen[group] = found
-        if len(chosen) < len(by_group):
-            continue
-        size = sum(by_group[group][one].bytes for group, one in chosen.items())
-        error = sum(by_group[group][one].error for group, one in chosen.items())
-        if 8 * size / weights <= max_bits and (best is None or error < best[0]):
-            best = error, chosen
-    if best is None:
-        return None
-    return recipe_from_table(table, best[1], made_by={}, budget={})
+    names = dict.fromkeys(row.scheme for row in table.rows)
+    found = [one for name in names if (one := uniform(table, *_spellings(name))) is not None]
+    fitting = [one for one in found if bits_of(table, one) <= max_bits]
+    return min(fitting, key=lambda one: predicted(table, one), default=None)
+
+
+def bits_of(table: Table, recipe: Recipe) -> float:
+    """Bits per weight of a recipe whose schemes a table has."""
+    size = {(row.group, row.scheme): row.bytes for row in table.rows}
+    return 8 * sum(size[one.name, one.scheme] for one in recipe.groups) / table.header.weights
 
 
 def _spellings(name: str) -> list[str]:
@@ -168,7 +158,7 @@ def choose(table: Table, system: System, budget: Budget) -> Recipe | None:
     if not own.rows:
         return None
     if system.choice == UNIFORM:
-        return uniform(own, budget.max_bits)
+        return best_uniform(own, budget.max_bits)
     request = Request(
         Budgets(max_bits=budget.max_bits),
         solver="exact" if system.choice == SEARCH else "greedy",

@@ -42,9 +42,10 @@ INT, FP = "int4.g32", "fp4_e2m1.g32"
 def uniform_recipes(table: Table) -> dict[str, Recipe]:
     """One format and rounding for every layer."""
     return {
-        label + rounding: uniform(table, *(scheme + rounding for scheme in schemes))
+        label + rounding: found
         for label, schemes in FORMATS.items()
         for rounding in ROUNDINGS
+        if (found := uniform(table, *(scheme + rounding for scheme in schemes))) is not None
     }
 
 

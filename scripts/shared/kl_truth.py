@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe
 from mofq.delivery.backends import apply_recipe
 from mofq.evidence.corpora import Corpus, leading_tokens
 from mofq.evidence.metrics import kl_divergence
@@ -277,16 +278,5 @@ def _applied(original: Original, version: Version) -> Iterator[None]:
 
 def recipe_of(layers: ModelLayers, version: Version) -> Recipe:
     """A version as a recipe. Static activations, which need a calibrated scale, are refused."""
-    return Recipe(
-        version.label,
-        None,
-        groups=tuple(
-            RecipeGroup(
-                group.name,
-                version.schemes.get(group.name, "bf16"),
-                layers=tuple(layer.name for layer in group.layers),
-            )
-            for group in layers.groups
-        ),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-    )
+    others = dict.fromkeys((group.name for group in layers.groups), "bf16")
+    return recipe_from_layers(layers, {**others, **version.schemes})

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.decision.result import recipe_from_table
+from mofq.decision.recipe import Recipe
+from mofq.decision.result import recipe_from_layers, recipe_from_table
 from mofq.delivery.apply import emulate
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original
@@ -172,13 +172,17 @@ def recipe(table: Table, schemes: Mapping[str, str]) -> Recipe:
     return recipe_from_table(table, schemes, made_by={"solver": "script"}, budget={})
 
 
-def uniform(table: Table, *schemes: str) -> Recipe:
-    """For every fusion group the first of some schemes that it was measured in."""
+def uniform(table: Table, *schemes: str) -> Recipe | None:
+    """For every fusion group the first of some schemes measured; None: one has none."""
     names = [parse_scheme(name).name for name in schemes]
-    found = rows_by_scheme(table, "relative_weight_error")
-    return recipe(
-        table, {group: next(n for n in names if n in rows) for group, rows in found.items()}
-    )
+    measured = {(row.group, row.scheme) for row in table.rows}
+    chosen = {}
+    for group in table.header.groups:
+        known = [name for name in names if (group.name, name) in measured]
+        if not known:
+            return None
+        chosen[group.name] = known[0]
+    return recipe(table, chosen)
 
 
 def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = None) -> Recipe:
@@ -191,25 +195,15 @@ def uniform_of(model: str, *schemes: str, amax: Mapping[str, float] | None = Non
     """
     checkpoint = open_checkpoint(model)
     layers = find_layers(checkpoint)
-    groups = []
-    for group in layers.groups:
-        scheme = next(
-            found
+    chosen = {
+        group.name: next(
+            found.name
             for found in map(parse_scheme, schemes)
             if all(shape_rejection(found, layer) is None for layer in group.layers)
         )
-        names = tuple(layer.name for layer in group.layers)
-        static = None
-        if scheme.has_static_inputs:
-            assert amax is not None
-            static = {name: amax[name] for name in names}
-        groups.append(RecipeGroup(group.name, scheme.name, names, static_amax=static))
-    return Recipe(
-        model_name=checkpoint.name,
-        index_sha256=checkpoint.index_sha256,
-        groups=tuple(groups),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-    )
+        for group in layers.groups
+    }
+    return recipe_from_layers(layers, chosen, checkpoint=checkpoint, static_amax=amax)
 
 
 def print_measured(done: Mapping[str, Measured]) -> None:

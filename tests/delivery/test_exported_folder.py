@@ -20,7 +20,8 @@ from exported import STORABLE, export, mixed_recipe, uniform_recipe
 from families import copy_with_config, copy_with_tensors, long_but
 from safetensors.torch import load_file, save_file
 
-from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe, RecipeCache
 from mofq.delivery.export.compressed_tensors import (
     decoding,
     encoding,
@@ -486,12 +487,10 @@ def test_a_folder_is_proved_whether_its_head_and_embedding_are_quantized_or_noth
 ) -> None:
     checkpoint = open_checkpoint(str(original))
     scheme = "int8.channel" if quantized else "bf16"
-    groups = tuple(
-        RecipeGroup(group.name, scheme, tuple(layer.name for layer in group.layers))
-        for group in find_layers(checkpoint, include_lm_head=True, include_embeddings=True).groups
-    )
-    assert [group.layers for group in groups[-2:]] == [("lm_head",), ("model.embed_tokens",)]
-    recipe = Recipe(checkpoint.name, checkpoint.index_sha256, groups, ())
+    layers = find_layers(checkpoint, include_lm_head=True, include_embeddings=True)
+    schemes = dict.fromkeys((group.name for group in layers.groups), scheme)
+    recipe = recipe_from_layers(layers, schemes, checkpoint=checkpoint)
+    assert [one.layers for one in recipe.groups[-2:]] == [("lm_head",), ("model.embed_tokens",)]
     exported = export(original, recipe, tmp_path / "out").folder
     text = load_text(str(text_file))
     found, emulated = (validate(str(original), one, text, **PLAN) for one in (exported, recipe))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe
 from mofq.delivery.validation import Validation, validate_many
 from mofq.evidence.corpora import Corpus
 from mofq.model.checkpoint.headers import Checkpoint
@@ -21,19 +22,10 @@ TOKENS = torch.arange(40).reshape(2, 20) * 5 % 256
 def recipe_of(checkpoint: Checkpoint, scheme: str, **others: str) -> Recipe:
     """A recipe with one scheme, and others for the fusion groups named (dots as underscores)."""
     layers = find_layers(checkpoint)
-    return Recipe(
-        checkpoint.name,
-        checkpoint.index_sha256,
-        groups=tuple(
-            RecipeGroup(
-                group.name,
-                others.get(group.name.replace(".", "_"), scheme),
-                tuple(layer.name for layer in group.layers),
-            )
-            for group in layers.groups
-        ),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-    )
+    schemes = {
+        group.name: others.get(group.name.replace(".", "_"), scheme) for group in layers.groups
+    }
+    return recipe_from_layers(layers, schemes, checkpoint=checkpoint)
 
 
 def logits_of(model: PreTrainedModel) -> Tensor:

@@ -16,13 +16,14 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors import safe_open
 from torch import Tensor
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe
 from mofq.delivery.export.compressed_tensors import Export, export_compressed_tensors
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import FusionGroup, LinearLayer, find_layers
 from mofq.numbers.quantize import QuantizedWeight, quantize_weight
-from mofq.numbers.schemes import Scheme, parse_scheme
+from mofq.numbers.schemes import Scheme
 
 #: Every kind of storage, each scale rule that changes codes, and the static ones.
 STORABLE = (
@@ -87,14 +88,9 @@ def make_recipe(
         lm_head: Whether it is a group too.
     """
     layers = find_layers(checkpoint, include_lm_head=lm_head)
-    groups = []
-    for number, group in enumerate(layers.groups):
-        scheme = parse_scheme(choose(number, group))
-        names = tuple(layer.name for layer in group.layers)
-        static = dict.fromkeys(names, 3.5) if _is_static(scheme) else None
-        groups.append(RecipeGroup(group.name, scheme.name, names, static))
-    unquantized = tuple(layer.name for layer in layers.unquantized)
-    return Recipe(checkpoint.name, checkpoint.index_sha256, tuple(groups), unquantized)
+    schemes = {group.name: choose(number, group) for number, group in enumerate(layers.groups)}
+    static = dict.fromkeys((layer.name for layer in layers.grouped_layers), 3.5)
+    return recipe_from_layers(layers, schemes, checkpoint=checkpoint, static_amax=static)
 
 
 def uniform_recipe(checkpoint: Checkpoint, scheme: str) -> Recipe:
@@ -111,10 +107,6 @@ def export(model: Path, recipe: Recipe, out: Path, **options: object) -> Exporte
     """Export a recipe of a model folder."""
     export_compressed_tensors(open_checkpoint(str(model)), recipe, out, **options)  # type: ignore[arg-type]
     return Exported(out)
-
-
-def _is_static(scheme: Scheme) -> bool:
-    return scheme.activation is not None and scheme.activation.needs_tensor_amax
 
 
 def quantize_layer(

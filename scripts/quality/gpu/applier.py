@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.loaded_model import module_path
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.validation import find_deviations
@@ -49,15 +50,8 @@ class Recorder(TorchDispatchMode):
 def mixed_recipe(checkpoint: Checkpoint, schemes: tuple[str, ...]) -> Recipe:
     """Some schemes in turn."""
     layers = find_layers(checkpoint)
-    return Recipe(
-        checkpoint.name,
-        checkpoint.index_sha256,
-        groups=tuple(
-            RecipeGroup(g.name, schemes[n % len(schemes)], tuple(one.name for one in g.layers))
-            for n, g in enumerate(layers.groups)
-        ),
-        unquantized=tuple(layer.name for layer in layers.unquantized),
-    )
+    chosen = {group.name: schemes[n % len(schemes)] for n, group in enumerate(layers.groups)}
+    return recipe_from_layers(layers, chosen, checkpoint=checkpoint)
 
 
 def demo_windows(*, windows: int, tokens: int) -> Tensor:

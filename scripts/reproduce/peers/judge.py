@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.decision.recipe import Recipe, RecipeGroup
+from mofq.decision import recipe_from_layers
+from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply_groups
 from mofq.delivery.export.compressed_tensors import recipe_from_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_from_folder import quantize_inputs
@@ -166,13 +167,11 @@ def read_weights(
 def _rounding_inputs(original: Checkpoint, quantized: Collection[str], inputs: str) -> Recipe:
     """A recipe of which `quantize_inputs` takes what it says of inputs."""
     layers = find_layers(original)
-    groups = []
+    schemes = {}
     for group in layers.groups:
-        names = tuple(layer.name for layer in group.layers)
-        scheme = f"int8.channel+{inputs}" if set(names) <= set(quantized) else "bf16"
-        groups.append(RecipeGroup(group.name, scheme, names))
-    unquantized = tuple(layer.name for layer in layers.unquantized)
-    return Recipe(original.name, original.index_sha256, tuple(groups), unquantized)
+        is_quantized = {layer.name for layer in group.layers} <= set(quantized)
+        schemes[group.name] = f"int8.channel+{inputs}" if is_quantized else "bf16"
+    return recipe_from_layers(layers, schemes, checkpoint=original)
 
 
 def bits_per_weight(original: Checkpoint, stored: Mapping[str, Mapping[str, int]]) -> float:
