@@ -16,7 +16,6 @@ from mofq.api.options import (
     Corpora,
     DeviceMap,
     Execution,
-    GradientDtype,
     LayersFile,
     Model,
     Option,
@@ -157,16 +156,8 @@ def calibrate(
     output: Annotated[str | Path, Option("The stats folder.", short="-o")],
     *,
     samples: Samples = Samples(),
-    dtype: GradientDtype = "float32",
     where: Where = Where(),
     device_map: DeviceMap = None,
-    activation_checkpointing: Annotated[
-        bool,
-        Option(
-            "Recompute decoder layers instead of keeping activations.",
-            flag="--activation-checkpointing/--no-activation-checkpointing",
-        ),
-    ] = False,
     execution: Execution = "auto",
     kv_cache: Annotated[
         bool, Option("Keep keys and values too, to measure formats of the KV cache.")
@@ -191,7 +182,7 @@ def calibrate(
     tell = tell or silent
     folder = Path(output)
     texts = load_corpora(corpora, tell)
-    check_gradient_dtype(dtype)
+    check_gradient_dtype(where.dtype)
     if where.cluster is not None and device_map is not None:
         raise ClusterError(
             f"{option('device_map')} spreads a model over one machine. Drop it or "
@@ -215,10 +206,9 @@ def calibrate(
             "the option out."
         )
     plan, windows = plan_calibration(
-        checkpoint, found, texts, samples=samples, dtype=dtype, kv_cache=kv_cache
+        checkpoint, found, texts, samples=samples, dtype=where.dtype, kv_cache=kv_cache
     )
     plan = _as_begun(plan, folder, inputs=samples.inputs)
-    plan = replace(plan, routing=None) if activation_checkpointing else plan
     stats = None
     if (folder / "stats.json").exists():
         # Refuses the stats of another plan; a sequence that was lost is made again below.
@@ -235,7 +225,6 @@ def calibrate(
             execution=execution,
             where=where,
             device_map=device_map,
-            activation_checkpointing=activation_checkpointing,
             progress=progress,
             tell=tell,
         )
@@ -253,15 +242,19 @@ def _run_model(
     execution: ExecutionChoice,
     where: Where,
     device_map: str | None,
-    activation_checkpointing: bool,
     progress: Progress | None,
     tell: Tell,
 ) -> Stats:
     """Calibrate: layer by layer, with the whole model in memory, or on a cluster."""
     for remark in remarks_on(checkpoint, plan, windows):
         tell(remark)
+    unless = None
+    if where.cluster is not None:
+        unless = f"a worker of {option('cluster')} holds the whole model"
+    elif device_map is not None:
+        unless = f"{option('device_map')} spreads the whole model"
     chosen = chosen_execution(
-        execution, checkpoint, layers, plan, where=where, device_map=device_map
+        execution, checkpoint, layers, plan, device=where.device, unless=unless
     )
     if chosen.remark is not None:
         tell(chosen.remark)
@@ -276,7 +269,6 @@ def _run_model(
                 plan=plan,
                 windows=windows,
                 folder=folder,
-                activation_checkpointing=activation_checkpointing,
                 device=device,
                 cpus=where.cluster_cpus,
                 progress=over_corpora,
@@ -301,7 +293,6 @@ def _run_model(
         plan=plan,
         windows=windows,
         folder=folder,
-        activation_checkpointing=activation_checkpointing,
         progress=over_corpora,
     )
 
@@ -312,17 +303,12 @@ def chosen_execution(
     layers: ModelLayers,
     plan: Plan,
     *,
-    where: Where,
-    device_map: str | None,
+    device: str,
+    unless: str | None = None,
 ) -> Chosen:
-    """Whether the model is run whole, forward and backward."""
+    """Whether the model is run whole, forward and backward; ``unless`` says why it has to be."""
     from mofq.model.streaming.execution import choose_execution
 
-    unless = None
-    if where.cluster is not None:
-        unless = f"a worker of {option('cluster')} holds the whole model"
-    elif device_map is not None:
-        unless = f"{option('device_map')} spreads the whole model"
     config = checkpoint.config
     text_config = config.get("text_config")
     inner = text_config if isinstance(text_config, dict) else config
@@ -334,7 +320,7 @@ def chosen_execution(
         execution,
         checkpoint,
         dtype=plan.dtype,
-        device=where.device,
+        device=device,
         more_bytes=4 * plan.sequence_length * numbers,
         unless=unless,
     )

@@ -23,7 +23,6 @@ from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
     Engine,
-    GradientDtype,
     LayersFile,
     Model,
     Option,
@@ -143,7 +142,6 @@ def measure(
         ),
     ] = (),
     samples: Samples = Samples(),
-    dtype: GradientDtype = "float32",
     engine: Engine = None,
     layers: LayersFile = None,
     vocabulary: Vocabulary = Vocabulary(),
@@ -182,7 +180,6 @@ def measure(
         stats=stats,
         corpora=corpora,
         samples=samples,
-        dtype=dtype,
         engine=engine,
         layers=layers,
         vocabulary=vocabulary,
@@ -201,7 +198,6 @@ def measure_space(
     stats: str | Path | None,
     corpora: Corpora,
     samples: Samples,
-    dtype: str,
     engine: str | None,
     layers: str | Path | None,
     vocabulary: Vocabulary,
@@ -237,7 +233,7 @@ def measure_space(
     texts = load_corpora(corpora, tell)
     if texts:
         _check_corpora(stats, where, experts)
-    check_gradient_dtype(dtype)
+    check_gradient_dtype(where.dtype)
     rows_before = _count_lines(path)
     checkpoint = open_checkpoint(str(model))
     vocabulary = vocabulary.and_of(space)
@@ -278,7 +274,7 @@ def measure_space(
             found,
             texts,
             samples=samples,
-            dtype=dtype,
+            dtype=where.dtype,
             kv_cache=bool(space.kv_cache and found.caches),
         )
         if rows_before == 0:

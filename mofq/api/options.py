@@ -80,12 +80,20 @@ def parameters_of(function: Callable[..., Any]) -> Iterator[Parameter]:
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = annotations[name]
         if isinstance(annotation, type) and is_dataclass(annotation):
-            types = inspect.get_annotations(annotation, eval_str=True)
+            types = _types_of(annotation)
             for field in fields(annotation):
                 default = getattr(parameter.default, field.name)
                 yield _parameter(field.name, types[field.name], default, group=name)
         elif hasattr(annotation, "__metadata__"):
             yield _parameter(name, annotation, parameter.default)
+
+
+def _types_of(group: type) -> dict[str, Any]:
+    """The annotations of a group's fields, and of those that it has from another group."""
+    types: dict[str, Any] = {}
+    for kind in reversed(group.__mro__):
+        types |= inspect.get_annotations(kind, eval_str=True)
+    return types
 
 
 def _parameter(name: str, annotation: Any, default: Any, *, group: str | None = None) -> Parameter:
@@ -136,7 +144,7 @@ def _check_argument(name: str, value: object, annotation: Any) -> None:
     if isinstance(annotation, type) and is_dataclass(annotation):
         if not isinstance(value, annotation):
             raise MofqError(f"{name}: needed {annotation.__name__}(…), found {short(value)}.")
-        for field, of_field in inspect.get_annotations(annotation, eval_str=True).items():
+        for field, of_field in _types_of(annotation).items():
             _check_argument(field, getattr(value, field), of_field)
     elif hasattr(annotation, "__metadata__"):
         _check_value(name, value, *get_args(annotation))
@@ -208,7 +216,6 @@ Execution = Annotated[
     Literal["auto", "resident", "streamed"],
     Option("resident: the whole model in memory; streamed: layer by layer; auto: as it fits."),
 ]
-GradientDtype = Annotated[str, Option("What the model is run in: float32 or bfloat16.")]
 DeviceMap = Annotated[str | None, Option("Spread the model over devices, e.g. auto.")]
 DeviceModel = Annotated[
     str | None,
@@ -222,7 +229,9 @@ Sequences = Annotated[
     int | None,
     Option("Sequences of each corpus; 32 by default, or as many as a text holds.", least=1),
 ]
-WindowLength = Annotated[int, Option("Tokens of a window.", least=2)]
+Tokens = Annotated[
+    int, Option("How many tokens of the text, at most, in windows spread over it.", least=2)
+]
 WindowBos = Annotated[
     Bos,
     Option("Begin windows with BOS: auto, where the tokenizer does; always or never."),
@@ -236,29 +245,6 @@ Corpora = Mapping[str, str] | Sequence[str]
 #: ``LAYERS=VALUE`` each, or selectors with their values.
 LayerValues = Mapping[str, str | float] | Sequence[str]
 AnyRecipe = Annotated["Recipe | str | Path", Option("From `mofq search`.", positional=True)]
-
-
-#: Layers -> what they must have.
-Fixed = Annotated[
-    LayerValues,
-    Option(
-        "LAYERS=SCHEME[,SCHEME]: these layers get this scheme, or one of these, e.g. '*.0.*=bf16'; "
-        "repeatable.",
-        flag="--fix",
-    ),
-]
-AtLeast = Annotated[
-    LayerValues,
-    Option(
-        "LAYERS=BITS or =GRANULARITY: these layers get at least so many bits, or scales as fine, "
-        "e.g. '*.down_proj=8', 'first:2=8', 'attn.*=g64'; repeatable."
-    ),
-]
-AtMost = Annotated[
-    LayerValues,
-    Option("The same, but at most so many bits, or scales no finer; repeatable."),
-]
-
 
 Objective = Annotated[
     Literal["mean", "worst-corpus"],
@@ -305,16 +291,38 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choices:
+class Constraints:
+    """What some layers must have."""
+
+    fixed: Annotated[
+        LayerValues,
+        Option(
+            "LAYERS=SCHEME[,SCHEME]: these layers get this scheme, or one of these, e.g. "
+            "'*.0.*=bf16'; repeatable.",
+            flag="--fix",
+        ),
+    ] = ()
+    at_least: Annotated[
+        LayerValues,
+        Option(
+            "LAYERS=BITS or =GRANULARITY: these layers get at least so many bits, or scales as "
+            "fine, e.g. '*.down_proj=8', 'first:2=8', 'attn.*=g64'; repeatable."
+        ),
+    ] = ()
+    at_most: Annotated[
+        LayerValues,
+        Option("The same, but at most so many bits, or scales no finer; repeatable."),
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices(Constraints):
     """What a recipe may be made of: the rows of a table that count, and the KV cache."""
 
     engine: Engine = None
     space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
         None
     )
-    fixed: Fixed = ()
-    at_least: AtLeast = ()
-    at_most: AtMost = ()
     unit: Annotated[
         str | None,
         Option(
@@ -379,9 +387,19 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnModel:
+class Windows:
+    """The part of a text that models are compared on."""
+
+    tokens: Tokens = 8192
+    sequence_length: Annotated[int, Option("Tokens of a window.", least=2)] = 512
+    bos: WindowBos = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnModel(Windows):
     """What measures a recipe on the model itself."""
 
+    tokens: Tokens = 4096
     model: Annotated[
         str | Path | None,
         Option(
@@ -393,9 +411,6 @@ class OnModel:
         str | None,
         Option("What recipes are measured on; neither what calibrates nor what validates."),
     ] = None
-    tokens: Annotated[int, Option("How many tokens of the text, at most.", least=2)] = 4096
-    sequence_length: WindowLength = 512
-    bos: WindowBos = "auto"
     device: Device = "cpu"
     execution: Execution = "auto"
     stats: Stats = None
@@ -421,10 +436,17 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Where:
-    """Where the work is done: this machine, or a Ray cluster."""
+class Running:
+    """What models are run in, and where."""
 
+    dtype: Annotated[str, Option("What models are run in: float32 or bfloat16.")] = "float32"
     device: Device = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where(Running):
+    """What the model is run in, and where: on this machine, or a Ray cluster."""
+
     cluster: Annotated[
         str | None, Option("Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT.")
     ] = None
@@ -456,13 +478,19 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """What is drawn from the calibration text, and kept of it."""
+class Excerpts:
+    """What is drawn from a calibration text."""
 
     sequences: Sequences = None
-    keep: Annotated[int, Option("Sequences whose inputs and gradients are kept.", least=1)] = 8
     sequence_length: Annotated[int, Option("Tokens of a sequence.", least=2)] = 512
     bos: WindowBos = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples(Excerpts):
+    """What is drawn from a calibration text, and kept of it."""
+
+    keep: Annotated[int, Option("Sequences whose inputs and gradients are kept.", least=1)] = 8
     inputs: Annotated[
         Literal["auto", "all", "kept"],
         Option(
@@ -472,17 +500,6 @@ class Samples:
     ] = "auto"
     draws: Annotated[int, Option("Random draws of gradients for each sequence.", least=1)] = 1
     seed: Annotated[int, Option("Of the random draws.")] = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Windows:
-    """The part of a text that models are compared on."""
-
-    tokens: Annotated[
-        int, Option("How many tokens of the text, at most, in windows spread over it.", least=2)
-    ] = 8192
-    sequence_length: WindowLength = 512
-    bos: WindowBos = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

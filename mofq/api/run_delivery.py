@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mofq.api.calibrate import chosen_execution
 from mofq.api.export import ExportResult, export
 from mofq.api.inputs import load_named
-from mofq.api.options import OnModel, Tell, Where
+from mofq.api.options import OnModel, Tell
 from mofq.api.run_evidence import Evidence, Subject
 from mofq.api.run_folder import SEARCHED, RunFiles
 from mofq.api.run_request import CheckedRun, RunOptions
@@ -62,7 +62,7 @@ def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
             tokens=windows.tokens,
             sequence_length=windows.sequence_length,
             bos=windows.bos,
-            device=asked.device,
+            device=asked.running.device,
             execution=asked.execution,
             stats=subject.stats,
         )
@@ -71,7 +71,7 @@ def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
             request,
             on_model,
             step=2,
-            dtype=asked.dtype,
+            dtype=asked.running.dtype,
             progress=asked.progress,
             tell=asked.tell,
         )
@@ -166,7 +166,7 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
             base=Base(open_checkpoint(subject.model), subject.stats),
             plan=run.plan,
             steps=STEPS,
-            device=run.options.device,
+            device=run.options.running.device,
             progress=run.options.progress,
         )
     except MofqError as error:  # what is wrong with the recipe itself, its validation says
@@ -192,8 +192,7 @@ def _why_not_tuned(run: CheckedRun) -> str | None:
         run.checkpoint,
         run.layers,
         run.plan,
-        where=Where(device=asked.device),
-        device_map=None,
+        device=asked.running.device,
     )
     if execution.is_streamed or asked.no_stats:
         return "the model is run layer by layer"
@@ -229,8 +228,8 @@ def validate_candidates(
         tokens=windows.tokens,
         sequence_length=windows.sequence_length,
         bos=windows.bos,
-        dtype=asked.dtype,
-        device=asked.device,
+        dtype=asked.running.dtype,
+        device=asked.running.device,
         stats=subject.stats,
         rewritten=rewritten,
         execution=asked.execution,

@@ -17,9 +17,11 @@ from mofq.api.options import (
     Corpora,
     Execution,
     LayersFile,
+    Running,
     Samples,
     Tell,
     Vocabulary,
+    Where,
     Windows,
 )
 from mofq.api.preconditions import check_device, check_engine, check_vocabulary
@@ -56,14 +58,18 @@ class RunOptions:
     samples: Samples
     layers: LayersFile
     vocabulary: Vocabulary
-    dtype: str
-    device: str
+    running: Running
     device_map: str | None
     execution: Execution
     no_stats: bool
     rivals: int
     progress: Progress | None
     tell: Tell
+
+    @property
+    def where(self) -> Where:
+        """For stages that may work on a cluster, which a run does not."""
+        return Where(dtype=self.running.dtype, device=self.running.device)
 
     @property
     def other_tool(self) -> str | None:
@@ -99,8 +105,8 @@ def check_run(asked: RunOptions) -> CheckedRun:
     _check_effort(asked.effort)
     checkpoint, layers, offered, selections = _check_request(asked)
     _check_texts(asked)
-    check_device(asked.device)
-    check_gradient_dtype(asked.dtype)
+    check_device(asked.running.device)
+    check_gradient_dtype(asked.running.dtype)
     if asked.no_stats and asked.device_map is not None:
         raise MofqError(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
@@ -116,7 +122,7 @@ def check_run(asked: RunOptions) -> CheckedRun:
         layers,
         load_corpora(asked.corpora),
         samples=samples,
-        dtype=asked.dtype,
+        dtype=asked.running.dtype,
         kv_cache=False,
     )
     if asked.effort != "quick":

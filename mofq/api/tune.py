@@ -12,18 +12,14 @@ from mofq.api.inputs import load_corpora, open_recipe, save_recipe, text_file
 from mofq.api.options import (
     AnyRecipe,
     Corpora,
-    Device,
-    GradientDtype,
+    Excerpts,
     Model,
     Option,
     RecipeOutput,
+    Running,
     Samples,
-    Sequences,
     Stats,
     Tell,
-    Where,
-    WindowBos,
-    WindowLength,
     documented,
     silent,
 )
@@ -81,11 +77,8 @@ def tune(
     *,
     stats: Stats = None,
     steps: Steps = STEPS,
-    sequences: Sequences = None,
-    sequence_length: WindowLength = 512,
-    bos: WindowBos = "auto",
-    dtype: GradientDtype = "float32",
-    device: Device = "cpu",
+    excerpts: Excerpts = Excerpts(),
+    running: Running = Running(),
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> TuneResult:
@@ -102,7 +95,7 @@ def tune(
         MofqError: An input is not valid, or the whole model does not fit into memory.
     """
     start = monotonic()
-    check_gradient_dtype(dtype)
+    check_gradient_dtype(running.dtype)
     tell = tell or silent
     texts = load_corpora(corpora, tell)
     if output is not None:
@@ -112,7 +105,7 @@ def tune(
             folders=[model, stats],
         )
     untuned = replace(open_recipe(recipe), tuning=None, tuned=b"")
-    check_device(device)
+    check_device(running.device)
 
     from mofq.delivery.recipe_layers import find_recipe_layers
     from mofq.delivery.rewriting.remake import base_of
@@ -120,19 +113,20 @@ def tune(
     from mofq.model.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(str(model))
-    samples = Samples(sequences=sequences, sequence_length=sequence_length, bos=bos)
+    samples = Samples(
+        sequences=excerpts.sequences, sequence_length=excerpts.sequence_length, bos=excerpts.bos
+    )
     with base_of(untuned, checkpoint, stats) as base:
         layers = find_recipe_layers(base.checkpoint, untuned)
         plan, windows = plan_calibration(
-            checkpoint, layers, texts, samples=samples, dtype=dtype, kv_cache=False
+            checkpoint, layers, texts, samples=samples, dtype=running.dtype, kv_cache=False
         )
-        where = Where(device=device)
-        chosen = chosen_execution("auto", checkpoint, layers, plan, where=where, device_map=None)
+        chosen = chosen_execution("auto", checkpoint, layers, plan, device=running.device)
         if chosen.is_streamed:
             raise StreamingError(
                 f"{model}: norms are tuned on the whole model in memory, forward and backward, and "
-                f"too little is free on {device}. Take {option('dtype', 'bfloat16')}, or a device "
-                f"with more memory."
+                f"too little is free on {running.device}. Take {option('dtype', 'bfloat16')}, or a "
+                f"device with more memory."
             )
         found = tune_recipe(
             checkpoint,
@@ -141,7 +135,7 @@ def tune(
             base=base,
             plan=plan,
             steps=steps,
-            device=device,
+            device=running.device,
             progress=progress,
         )
     written = found.recipe if found.helps else untuned

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mofq.api.inputs import load_corpora, text_file
 from mofq.api.options import (
-    Device,
     Execution,
     LmEval,
     Model,
     Option,
+    Running,
     Stats,
     Tell,
     Windows,
@@ -71,8 +71,7 @@ def validate(
     ],
     *,
     windows: Windows = Windows(),
-    dtype: Annotated[str, Option("What both models are run in: float32 or bfloat16.")] = "float32",
-    device: Device = "cpu",
+    running: Running = Running(),
     execution: Execution = "auto",
     stats: Stats = None,
     backend: Annotated[str, Option("What applies the recipe: emulate or torchao.")] = "emulate",
@@ -99,7 +98,7 @@ def validate(
     from mofq.decision.recipe import find_recipe
     from mofq.model.checkpoint.headers import open_checkpoint
 
-    check_dtype(dtype)
+    check_dtype(running.dtype)
     corpora = load_corpora([text] if isinstance(text, str) else text, tell or silent)
     outputs = _outputs(output, [corpus.name for corpus in corpora])
     for output_path in outputs.values():
@@ -113,7 +112,7 @@ def validate(
     # From here on torch is imported, which takes seconds.
     from mofq.delivery.validation import validate_many, write_validation
 
-    check_device(device)
+    check_device(running.device)
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:
@@ -125,8 +124,8 @@ def validate(
             tokens=windows.tokens,
             sequence_length=windows.sequence_length,
             bos=windows.bos,
-            dtype=dtype,
-            device=device,
+            dtype=running.dtype,
+            device=running.device,
             # Tasks have texts of their own, and are run with the first corpus.
             tasks=None if validations else tasks,
             backend=backend,

@@ -219,9 +219,8 @@ def _unknown_routers(table: Table, problem: Problem) -> list[str]:
             f"{', '.join(unknown)}: predictions are too low, where errors are small by several "
             f"times, and their intervals do not cover it. Run the same `mofq measure` again, which "
             f"adds it where the calibration has it; else calibrate again, and measure into a new "
-            f"table (`mofq calibrate --activation-checkpointing` sees no routers). Where "
-            f"`mofq calibrate` says that they are not seen, measure: `mofq validate`, or a search "
-            f"with {option('max_kl')}, {option('model')} and {option('text')}."
+            f"table. Where `mofq calibrate` says that they are not seen, measure: `mofq validate`, "
+            f"or a search with {option('max_kl')}, {option('model')} and {option('text')}."
         )
     ]
 

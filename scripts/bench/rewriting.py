@@ -133,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(model: Path, stats: Path, sequences: int, sequence_length: int) -> None:
-    from mofq.api import Samples, calibrate
+    from mofq.api import Samples, Where, calibrate
 
     calibrate(
         model,
@@ -141,7 +141,7 @@ def _calibrate(model: Path, stats: Path, sequences: int, sequence_length: int) -
         stats,
         samples=Samples(sequences=sequences, sequence_length=sequence_length),
         execution="streamed",
-        dtype="bfloat16",
+        where=Where(dtype="bfloat16"),
     )
 
 

@@ -83,7 +83,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     """Do one piece of work, in the process that is for it."""
     import mofq.delivery.validation.streamed
     import mofq.evidence.calibration.streamed  # noqa: F401
-    from mofq.api import Samples, calibrate
+    from mofq.api import Samples, Where, calibrate
     from mofq.delivery.validation import validate_many
     from mofq.evidence.corpora import load_text
 
@@ -98,7 +98,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
                     sequences=task["sequences"], sequence_length=task["sequence_length"]
                 ),
                 execution=task["execution"],
-                dtype=task["dtype"],
+                where=Where(dtype=task["dtype"]),
             )
         return found
     text = load_text("demo-en")

@@ -169,7 +169,7 @@ def main(given: Sequence[str] | None = None) -> int:
         validated=options.tokens,
     )
     watch = Watch()
-    from mofq.api import Budget, Windows, run
+    from mofq.api import Budget, Running, Windows, run
 
     with watch.looking():
         result = run(
@@ -181,7 +181,7 @@ def main(given: Sequence[str] | None = None) -> int:
             engine=options.engine,
             windows=Windows(tokens=options.tokens, sequence_length=options.sequence_length),
             sequences=options.sequences,
-            dtype=options.dtype,
+            running=Running(dtype=options.dtype),
             execution="streamed",
             rivals=0,
             progress=watch.tell,

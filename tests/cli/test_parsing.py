@@ -20,9 +20,8 @@ from mofq.cli.parsing import as_command
 FLAGS = {
     "inspect": "model --engine --space --layers --lm-head --embeddings",
     "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
-    "--inputs --seed --dtype --device --device-map --activation-checkpointing "
-    "--no-activation-checkpointing --execution --kv-cache --layers --lm-head --embeddings "
-    "--cluster --cluster-cpus",
+    "--inputs --seed --dtype --device --device-map --execution --kv-cache --layers "
+    "--lm-head --embeddings --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two --seed",
     "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
     "--bos --draws --inputs --seed --dtype --engine --experts --layers --lm-head --embeddings "

@@ -350,7 +350,7 @@ def test_an_edit_is_priced_on_all_rows_whatever_constraints_and_brackets_leave_o
 
 
 def test_a_study_of_before_constraints_is_found_again() -> None:
-    table, plan = table_of(), StudyPlan("x.db", "7" * 64, 512, 64)
+    table, plan = table_of(), StudyPlan("x.db", "7" * 64, 512, 64, "cpu", trials=60, seed=0)
     name = study_name(table, Request(Budgets(max_bits=5.0)), plan)
     assert name == "model 681f186951ea"  # as it was
     constrained = Request(Budgets(max_bits=5.0), constraints=(constraint("fixed", A, "bf16"),))

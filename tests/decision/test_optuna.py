@@ -243,7 +243,7 @@ def test_studies_of_tables_without_caches_are_called_as_they_were(tmp_path: Path
     # Read off the version before caches became parameters: a study goes on under its name.
     table = read_table(write_explore_table(tmp_path / "table.jsonl"))
     table = replace(table, sha256="f" * 64)
-    plan = StudyPlan("s.db", "e" * 64, tokens=4096, sequence_length=512)
+    plan = StudyPlan("s.db", "e" * 64, 4096, 512, device="cpu", trials=60, seed=0)
     request = Request(Budgets(max_bits=5.0), engine="vllm-hopper")
     assert study_name(table, request, plan) == "Tiny/model bb4a45f3590c"
     assert study_name(table, request, replace(plan, bos=True)) != "Tiny/model bb4a45f3590c"

@@ -44,11 +44,6 @@ def test_a_layer_that_runs_twice_for_a_token_is_refused(watched: Any) -> None:
         run(model, layers)
 
 
-def test_a_layer_that_runs_again_in_the_backward_pass_is_not(watched: Any) -> None:
-    run(*watched(), activation_checkpointing=True)
-    run(*watched())
-
-
 def test_a_layer_that_sees_more_vectors_than_tokens_is_refused(watched: Any) -> None:
     model, layers = watched()
     mlp = model.model.layers[0].mlp

@@ -89,14 +89,6 @@ def test_a_few_kept_sequences_are_the_same_bytes_as_those_of_all(
     verify_sequences(read_stats(tmp_path / "few"))
 
 
-def test_recomputed_activations_change_no_gain(tiny_llama: Path, tmp_path: Path) -> None:
-    for folder, again in (("plain", False), ("recomputed", True)):
-        calibrate_folder(
-            tiny_llama, tmp_path / folder, {"a": TOKENS}, kept=2, activation_checkpointing=again
-        )
-    assert files_of(tmp_path / "plain") == files_of(tmp_path / "recomputed")
-
-
 def test_a_lost_file_of_gains_is_made_again(tiny_llama: Path, tmp_path: Path) -> None:
     calibrate_folder(tiny_llama, tmp_path / "stats", {"a": TOKENS}, kept=2)
     before = files_of(tmp_path / "stats")

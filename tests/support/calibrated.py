@@ -56,7 +56,6 @@ def calibrate_folder(
     corpora: Mapping[str, Tensor],
     *,
     model: PreTrainedModel | None = None,
-    activation_checkpointing: bool = False,
     kept: int | None = None,
     **changes: Any,
 ) -> Stats:
@@ -69,7 +68,6 @@ def calibrate_folder(
         plan=plan,
         windows=corpora,
         folder=out,
-        activation_checkpointing=activation_checkpointing,
     )
 
 

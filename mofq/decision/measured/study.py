@@ -55,10 +55,10 @@ class StudyPlan:
     text_sha256: str  #: of the objective's text
     tokens: int  #: of it
     sequence_length: int
+    device: str
+    trials: int  #: finished ones, those of earlier runs included
+    seed: int
     bos: bool = False  #: whether its windows begin with it
-    device: str = "cpu"
-    trials: int = 60  #: finished ones, those of earlier runs included
-    seed: int = 0
     with_size: bool = False  #: whether size is a second objective
     trial: int | None = None  #: whose recipe is taken; None: the best within the budget
 

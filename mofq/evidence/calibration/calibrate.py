@@ -48,7 +48,6 @@ def calibrate(
     plan: Plan,
     windows: Mapping[str, Tensor],
     folder: Path,
-    activation_checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> Stats:
     """Run every sequence of every corpus and write the stats folder.
@@ -63,7 +62,6 @@ def calibrate(
         plan: What is computed; a folder begun with the same plan is continued.
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
         folder: Where the stats go.
-        activation_checkpointing: Trade time for memory in the backward pass.
         progress: Called with corpus, sequences done, sequences in all.
 
     Returns:
@@ -93,7 +91,6 @@ def calibrate(
             ],
             plan=plan,
             folder=folder,
-            activation_checkpointing=activation_checkpointing,
             progress=progress,
         )
         return finish_stats(folder, begun)
@@ -106,7 +103,6 @@ def run_and_write(
     *,
     plan: Plan,
     folder: Path,
-    activation_checkpointing: bool,
     progress: Progress | None = None,
 ) -> None:
     """Run sequences, those that are there already left out, and write what is kept of each.
@@ -117,7 +113,6 @@ def run_and_write(
         sequences: Corpus, index in it, token ids [T].
         plan: What is computed.
         folder: That holds a folder for each corpus.
-        activation_checkpointing: Trade time for memory in the backward pass.
         progress: Called with corpus, sequences done, sequences in all.
     """
     layer_names = kept_layers(layers, plan)
@@ -125,7 +120,6 @@ def run_and_write(
         model,
         layers,
         kv_cache=bool(plan.kv_cache),
-        activation_checkpointing=activation_checkpointing,
         routing=bool(plan.routing),
         place=captured_place(model, [layers], plan),
     ) as captured:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.hooks import RemovableHandle
 
 from mofq.evidence.calibration.routers import Routers, watch_routers
@@ -89,7 +88,6 @@ class Captured:
     #: Layer with inputs of its own -> a number a draw, float64; see `calibration.gains`.
     input_gains: dict[str, list[Tensor]] = field(default_factory=dict)
     length: int = 0  #: tokens of the sequence
-    runs_again: bool = False  #: whether layers run a second time in the backward pass
     routers: Routers | None = None  #: None: they are not watched
 
     def clear(self) -> None:
@@ -173,7 +171,6 @@ def capture_layers(
     layers: ModelLayers,
     *,
     kv_cache: bool = False,
-    activation_checkpointing: bool = False,
     routing: bool = False,
     place: torch.device | None = None,
     lookups: bool = True,
@@ -184,8 +181,6 @@ def capture_layers(
         model: Frozen (no parameter requires a gradient), in eval mode.
         layers: Of its checkpoint.
         kv_cache: Watch what is cached of keys and values too.
-        activation_checkpointing: Run each decoder layer again in the backward pass instead
-            of keeping its activations.
         routing: Watch what routers score, see `mofq.evidence.calibration.routing`.
         place: Where what is seen is kept; by default the CPU.
         lookups: Watch which rows of an embedding are looked up, too; see `watch_lookups`.
@@ -199,7 +194,6 @@ def capture_layers(
     captured = Captured(
         model.get_input_embeddings().weight.device,  # type: ignore[operator]
         place or torch.device("cpu"),
-        runs_again=activation_checkpointing,
     )
     check_weights_apart(model, layers)
     last_input: list[tuple[Tensor, str]] = []
@@ -234,8 +228,6 @@ def capture_layers(
         restore += watch_routers(seen, captured.routers)
     for path, parts in experts.items():
         restore.append(_watch_experts(model.get_submodule(path), path, parts, captured))
-    if activation_checkpointing:
-        restore += _recompute_decoder_layers(model)
     try:
         yield captured
     finally:
@@ -330,8 +322,6 @@ def _on_forward(
     if not output.requires_grad:
         return
     if name in captured.source:
-        if captured.runs_again:
-            return  # the second run of an activation-checkpointed decoder layer
         raise StatsError(
             f"{name}: runs more than once for a token, so that its error counts more than once, "
             f"which is not predicted. Measure without {option('stats')}."
@@ -403,21 +393,6 @@ def _scale_of(module: nn.Module, row: Tensor, output: Tensor) -> float:
             f"{option('lm_head')} out."
         )
     return scale
-
-
-def _recompute_decoder_layers(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Wrap each decoder layer's forward; the results undo it.
-
-    transformers' own gradient checkpointing works in training mode only, where dropout
-    would change the numbers.
-    """
-    for stack in model.modules():
-        if not isinstance(stack, nn.ModuleList):
-            continue
-        for layer in stack:
-            if hasattr(layer, "self_attn") or hasattr(layer, "attn"):
-                again = partial(recompute, layer.forward, use_reentrant=False)
-                yield replace_forward(layer, again)
 
 
 def _watch_experts(

@@ -33,7 +33,6 @@ class SequenceUnit:
     index: int
     tokens: tuple[int, ...]
     device: str
-    activation_checkpointing: bool
 
 
 def calibrate_remotely(
@@ -44,7 +43,6 @@ def calibrate_remotely(
     folder: Path,
     device: str = "cpu",
     cpus: float = 1,
-    activation_checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> Stats:
     """As `mofq.evidence.calibration.calibrate.calibrate`, on the cluster that is connected.
@@ -56,7 +54,6 @@ def calibrate_remotely(
         folder: Where the stats go; every machine sees it under the same path.
         device: Where the arithmetic runs; other than the CPU, a worker has a GPU of its own.
         cpus: Of one worker, which holds the whole model.
-        activation_checkpointing: Trade time for memory in the backward pass.
         progress: Called with corpus, sequences done, sequences in all.
 
     Returns:
@@ -77,7 +74,6 @@ def calibrate_remotely(
                     index=index,
                     tokens=tuple(windows[corpus.name][index].tolist()),
                     device=device,
-                    activation_checkpointing=activation_checkpointing,
                 )
                 for index in range(corpus.sequences)
                 if not is_done(folder, plan, corpus, index)
@@ -108,7 +104,6 @@ def run_unit(unit: SequenceUnit) -> int:
         [(unit.corpus, unit.index, token_NT[0])],
         plan=plan,
         folder=Path(unit.folder),
-        activation_checkpointing=unit.activation_checkpointing,
     )
     return unit.index
 

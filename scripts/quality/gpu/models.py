@@ -177,9 +177,7 @@ def measure_large(report: Report, folder: Path) -> None:
     corpus = plan.corpora[0]
     sequences = [(corpus, index, window_T) for index in range(corpus.sequences)]
     start = perf_counter()
-    run_and_write(
-        model, layers, sequences, plan=plan, folder=folder, activation_checkpointing=False
-    )
+    run_and_write(model, layers, sequences, plan=plan, folder=folder)
     seconds = perf_counter() - start
     rate = tokens * corpus.sequences / seconds
     report.figure("8B: calibrate, one of three sequences kept", rate, "tokens/s")
