@@ -263,9 +263,9 @@ def _run(run: CheckedRun, files: RunFiles) -> RunResult:
             _calibrate(asked, files)
     measure = _measurement(run, is_stored=is_stored)
     evidence = gather_evidence(run, files, measure=measure, is_stored=is_stored, timed=timed)
-    subject, table = evidence.subject, evidence.table
+    subject, table = evidence.best.subject, evidence.best.table
     with timed("search"):
-        decision = decide_run(asked, table, subject)
+        decision = decide_run(asked, evidence.best)
         for note in decision.notes:
             asked.tell(note)
         searched = with_notes_of_run(decision.recipe, asked.effort, evidence)

@@ -12,7 +12,7 @@ from mofq.api.calibrate import chosen_execution
 from mofq.api.export import ExportResult, export
 from mofq.api.inputs import load_named
 from mofq.api.options import OnModel, Tell
-from mofq.api.run_evidence import Evidence, Subject
+from mofq.api.run_evidence import Evidence, Measured, Subject
 from mofq.api.run_folder import SEARCHED, RunFiles
 from mofq.api.run_request import CheckedRun, RunOptions
 from mofq.api.search import decide_on_model
@@ -40,13 +40,12 @@ _ASKED = (
 _FILES = {"torchao": "torchao.json", "modelopt": "hf_quant_config.json"}
 
 
-def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
-    """Decide; a budget in nats is proved on every other window of the text that validates.
+def decide_run(asked: RunOptions, measured: Measured) -> Decision:
+    """The decision; a budget in nats is proved on every other window of the text that validates.
 
     Args:
         asked: The run's options.
-        table: What was measured for it.
-        subject: The model that it was measured of.
+        measured: What the run goes on with.
 
     Raises:
         BudgetError: No recipe meets the budgets.
@@ -55,6 +54,7 @@ def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
     from mofq.decision.constraint_cost import constraint_note
 
     request, windows = asked.request, asked.windows
+    table, subject = measured.table, measured.subject
     if request.budgets.max_kl is not None:
         on_model = OnModel(
             model=subject.model,
@@ -75,8 +75,8 @@ def decide_run(asked: RunOptions, table: Table, subject: Subject) -> Decision:
             progress=asked.progress,
             tell=asked.tell,
         )
-    else:
-        found = decide(table, request)
+    else:  # where none meets, deciding again says why
+        found = measured.decision or decide(table, request)
     note = constraint_note(table, request, found)
     return replace(found, notes=(*found.notes, note)) if note else found
 
@@ -103,7 +103,7 @@ def with_notes_of_run(recipe: Recipe, effort: str, evidence: Evidence) -> Recipe
         for kl in [one.kl_nats_per_token]
     )
     made_by = {**recipe.made_by, "effort": effort, "tried": "; ".join(found)}
-    return _with_rewriting(replace(recipe, made_by=made_by), evidence.subject.rewriting)
+    return _with_rewriting(replace(recipe, made_by=made_by), evidence.best.subject.rewriting)
 
 
 def _with_rewriting(recipe: Recipe, rewriting: Rewriting | None) -> Recipe:

@@ -25,10 +25,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.options import Option
-from mofq.exceptions import BudgetError
 
 if TYPE_CHECKING:
-    from mofq.decision import Request
+    from mofq.decision import Decision, Request
     from mofq.evidence.spaces import SearchSpace
     from mofq.evidence.table import Table
 
@@ -59,6 +58,14 @@ class Tried:
     bits_per_weight: float | None
     seconds: float  #: to measure and search
     is_taken: bool = True  #: whether what was tried after it, and the recipe, are with it
+
+    @classmethod
+    def of(cls, name: str, decision: Decision | None, seconds: float) -> Tried:
+        """With the best recipe; None: none meets the budgets."""
+        if decision is None:
+            return cls(name, None, None, seconds)
+        recipe = decision.recipe
+        return cls(name, recipe.kl_nats_per_token, recipe.bits_per_weight, seconds)
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -95,17 +102,6 @@ class Offered:
     def everything(self, table: Table) -> Twins:
         """Every twin in every fusion group."""
         return {group.name: frozenset(self.twins) for group in table.header.groups}
-
-
-def predicted(name: str, table: Table, request: Request, seconds: float) -> Tried:
-    """What the best recipe of a table costs, as it is predicted."""
-    from mofq.decision import decide
-
-    try:
-        recipe = decide(table, request).recipe
-    except BudgetError:
-        return Tried(name, None, None, seconds)
-    return Tried(name, recipe.kl_nats_per_token, recipe.bits_per_weight, seconds)
 
 
 class Timed:

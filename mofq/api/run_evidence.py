@@ -11,7 +11,7 @@ one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -27,14 +27,14 @@ from mofq.api.run_effort import (
     Tried,
     Twins,
     fit_where_chosen,
-    predicted,
 )
 from mofq.api.run_folder import RunFiles, lack_of_space
 from mofq.api.run_request import CheckedRun, may_be_rewritten
 from mofq.exceptions import BudgetError, RewriteError
 
 if TYPE_CHECKING:
-    from mofq.decision import Request
+    from mofq.decision import Decision, Request
+    from mofq.decision.recipe import Recipe
     from mofq.decision.rewriting import Rewriting
     from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.table import Table
@@ -55,12 +55,30 @@ class Subject:
     rewriting: Rewriting | None = None  #: that made it of the original
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a run decides by."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """A model that was measured, and what is decided of it."""
 
     subject: Subject
     table: Table  #: rows that this request asked for
+    decision: Decision | None  #: None: no recipe meets the budgets
+
+    @classmethod
+    def of(cls, subject: Subject, table: Table, request: Request) -> Measured:
+        """Decide on a table."""
+        from mofq.decision import decide
+
+        try:
+            return cls(subject, table, decide(table, request))
+        except BudgetError:
+            return cls(subject, table, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a run ends with."""
+
+    best: Measured
     tried: tuple[Tried, ...]
 
 
@@ -90,37 +108,44 @@ def gather_evidence(
 
     request, twins = run.options.request, run.offered.twins
     stats = files.stats if is_stored else fits_beside(files.table)
-    first = Subject(run.options.model, stats, files.table)
+    subject = Subject(run.options.model, stats, files.table)
     with timed("measure") as seconds:
-        table = rows_for(measure(first, {}), twins, {})
-    rounded = predicted("codes rounded to nearest", table, request, seconds())
-    tables = {first: table}
-    rewritten: list[tuple[Subject, Table, Tried]] = []
+        table = rows_for(measure(subject, {}), twins, {})
+    first = Measured.of(subject, table, request)
+    rounded = Tried.of("codes rounded to nearest", first.decision, seconds())
+    going_on = [first]
+    rewritten: list[tuple[Measured, Tried]] = []
     if is_stored and may_be_rewritten(run):
         rewritten = _rewritten(
             run,
             files,
-            table,
-            first=first,
+            first,
             measure=lambda subject: rows_for(measure(subject, {}), twins, {}),
             timed=timed,
         )
         if rewritten:
-            tables |= _best({subject: table for subject, table, _ in rewritten}, request)
+            going_on.append(_best([one for one, _ in rewritten], request))
         if run.options.effort == "normal":
-            tables = _best(tables, request)
+            going_on = [_best(going_on, request)]
     if twins:
         rounds = ROUNDS if is_stored else ROUNDS_WITHOUT_STATS
         with timed("fit") as seconds:
-            tables = {
-                subject: _fitted(table, run, partial(measure, subject), rounds=rounds)
-                for subject, table in tables.items()
-            }
-    ((subject, table),) = _best(tables, request).items()
-    tried = [rounded, *(replace(one, is_taken=subject is of) for of, _, one in rewritten)]
+            tables = [
+                _fitted(one.table, run, partial(measure, one.subject), rounds=rounds)
+                for one in going_on
+            ]
+        going_on = [
+            Measured.of(one.subject, fitted, request)
+            for one, fitted in zip(going_on, tables, strict=True)
+        ]
+    best = _best(going_on, request)
+    tried = [
+        rounded,
+        *(replace(said, is_taken=best.subject is one.subject) for one, said in rewritten),
+    ]
     if twins:
-        tried.append(predicted("fitted codes", table, request, seconds()))
-    return Evidence(subject, table, tuple(tried))
+        tried.append(Tried.of("fitted codes", best.decision, seconds()))
+    return Evidence(best, tuple(tried))
 
 
 def _fitted(table: Table, run: CheckedRun, measure: MeasureTwins, *, rounds: int) -> Table:
@@ -131,71 +156,69 @@ def _fitted(table: Table, run: CheckedRun, measure: MeasureTwins, *, rounds: int
     return fit_where_chosen(table, request, run.offered, measure=measure, rounds=rounds)
 
 
-def _best(tables: Mapping[Subject, Table], request: Request) -> dict[Subject, Table]:
+def _best(measured: Sequence[Measured], request: Request) -> Measured:
     """The model whose best recipe is predicted to cost least; the first where none meets."""
 
-    def cost(subject: Subject) -> tuple[bool, float]:
-        found = predicted("", tables[subject], request, 0.0)
-        if found.kl_nats_per_token is None:
+    def cost(one: Measured) -> tuple[bool, float]:
+        recipe = None if one.decision is None else one.decision.recipe
+        if recipe is None or recipe.kl_nats_per_token is None:
             return (True, 0.0)
         # A budget in nats is met by all: of these the smallest counts.
         by_size = request.budgets.max_kl is not None
-        return (False, (found.bits_per_weight if by_size else found.kl_nats_per_token) or 0.0)
+        return (False, (recipe.bits_per_weight if by_size else recipe.kl_nats_per_token) or 0.0)
 
-    best = min(tables, key=cost)
-    return {best: tables[best]}
+    return min(measured, key=cost)
 
 
 def _rewritten(
     run: CheckedRun,
     files: RunFiles,
-    table: Table,
+    first: Measured,
     *,
-    first: Subject,
     measure: Callable[[Subject], Table],
     timed: Timed,
-) -> list[tuple[Subject, Table, Tried]]:
-    """The rewritten models that an effort tries, each with its table and what it predicts.
+) -> list[tuple[Measured, Tried]]:
+    """The rewritten models that an effort tries, and what each predicts.
 
     Args:
         run: What is asked.
         files: Of the run.
-        table: Of the model as it is.
         first: The model as it is.
         measure: Measures the schemes of a rewritten model, without fitted codes.
         timed: As of `gather_evidence`.
     """
-    made: list[tuple[Subject, Table, Tried]] = []
+    made: list[tuple[Measured, Tried]] = []
 
-    def added(stage: str, make: Callable[[], Subject | None]) -> bool:
+    def added(stage: str, make: Callable[[], Subject | None]) -> Measured | None:
         with timed(stage) as seconds:
             subject = make()
-            of_subject = None if subject is None else measure(subject)
-        if subject is None or of_subject is None:
-            return False
-        said = predicted(_words(subject), of_subject, run.options.request, seconds())
-        made.append((subject, of_subject, said))
-        return True
+            table = None if subject is None else measure(subject)
+        if subject is None or table is None:
+            return None
+        found = Measured.of(subject, table, run.options.request)
+        made.append((found, Tried.of(_words(subject), found.decision, seconds())))
+        return found
 
-    move = partial(rewrite_where_it_pays, run, files, first=first)
-    added("rewrite", lambda: move(table=table, before=first))
-    is_tried = run.options.effort == "best" or _rounds_inputs(table, run.options.request)
-    if is_tried and added("rotate", lambda: rotate_where_possible(run, files, first=first)):
-        rotated, of_rotated, _ = made[-1]
-        added("rewrite rotated", lambda: move(table=of_rotated, before=rotated))
+    move = partial(rewrite_where_it_pays, run, files, first=first.subject)
+    turn = partial(rotate_where_possible, run, files, first=first.subject)
+    added("rewrite", lambda: move(before=first))
+    is_tried = run.options.effort == "best" or _rounds_inputs(first)
+    if is_tried and (rotated := added("rotate", turn)) is not None:
+        added("rewrite rotated", lambda: move(before=rotated))
     return made
 
 
-def _rounds_inputs(table: Table, request: Request) -> bool:
+def _rounds_inputs(measured: Measured) -> bool:
     """Whether the best recipe rounds the inputs of some fusion group."""
-    from mofq.decision import decide
     from mofq.delivery.rewriting.for_recipe import rounds_inputs
 
-    try:
-        recipe = decide(table, request).recipe
-    except BudgetError:
-        return False
-    return rounds_inputs({group.name: group.scheme for group in recipe.groups})
+    decision = measured.decision
+    return decision is not None and rounds_inputs(_schemes(decision.recipe))
+
+
+def _schemes(recipe: Recipe) -> dict[str, str]:
+    """Fusion group -> scheme."""
+    return {group.name: group.scheme for group in recipe.groups}
 
 
 def _words(subject: Subject) -> str:
@@ -233,50 +256,44 @@ def rotate_where_possible(run: CheckedRun, files: RunFiles, *, first: Subject) -
 
 
 def rewrite_where_it_pays(
-    run: CheckedRun, files: RunFiles, table: Table, *, first: Subject, before: Subject
+    run: CheckedRun, files: RunFiles, *, first: Subject, before: Measured
 ) -> Subject | None:
     """Move scales for the recipe that is best before; None where that would not pay.
 
     Args:
         run: With the effort ``best`` sites of weight-only schemes are looked at too.
         files: Of the run.
-        table: Of what scales move in, without fitted codes.
         first: The model as it is.
-        before: What scales move in: ``first``, or the rotated model.
+        before: What scales move in, without fitted codes: ``first``, or the rotated model.
     """
-    from mofq.decision import decide, request_problem
-
-    request, is_best = run.options.request, run.options.effort == "best"
-    try:
-        recipe = decide(table, request).recipe
-    except BudgetError:
-        return None
-    from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
+    from mofq.delivery.rewriting.for_recipe import choose_for_recipe
     from mofq.delivery.rewriting.remake import rewriting_of
     from mofq.evidence.calibration.stats import read_stats
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.layers import find_layers
 
-    schemes = {group.name: group.scheme for group in recipe.groups}
-    if not (is_best or rounds_inputs(schemes)) or not _fits_disk(run, files, first):
+    decision, is_best = before.decision, run.options.effort == "best"
+    if decision is None or not (is_best or _rounds_inputs(before)):
         return None
-    problem, rotation = request_problem(table, request), None
+    if not _fits_disk(run, files, first):
+        return None
+    subject, rotation = before.subject, None
     checkpoint, layers = run.checkpoint, run.layers
-    if before.rewriting is not None:
-        rotation, checkpoint = before.rewriting.rotation, open_checkpoint(before.model)
+    if subject.rewriting is not None:
+        rotation, checkpoint = subject.rewriting.rotation, open_checkpoint(subject.model)
         layers = find_layers(checkpoint)
     try:
         choices = choose_for_recipe(
             checkpoint,
             layers,
-            stats=read_stats(before.stats),
-            schemes=schemes,
-            offered=problem.schemes_by_group,
+            stats=read_stats(subject.stats),
+            schemes=_schemes(decision.recipe),
+            offered=decision.problem.schemes_by_group,
             for_weights=is_best,
             progress=run.options.progress,
         )
         saved = sum(one.nats_before - one.nats_after for one in choices)
-        if not saved > _WORTH_MEASURING * (recipe.kl_nats_per_token or 0.0):
+        if not saved > _WORTH_MEASURING * (decision.recipe.kl_nats_per_token or 0.0):
             return None
         stats = read_stats(first.stats)
         rewriting = rewriting_of(run.checkpoint, stats, choices, rotation=rotation)

@@ -13,7 +13,7 @@ from mofq.api import run_evidence
 from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
 from mofq.api.run_effort import Offered, Timed, Twins
-from mofq.api.run_evidence import Evidence, Subject, gather_evidence
+from mofq.api.run_evidence import Evidence, Measured, Subject, gather_evidence
 from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import Row, Table, read_table
@@ -89,8 +89,8 @@ def gathered(
 
     asked.model = "m"
 
-    def moved(*_: object, before: Subject, **__: object) -> Subject:
-        return OTHER if before.model == "m" else BOTH
+    def moved(*_: object, before: Measured, **__: object) -> Subject:
+        return OTHER if before.subject.model == "m" else BOTH
 
     def turned(*_: object, **__: object) -> Subject | None:
         return None if rotated is None else ROTATED
@@ -113,8 +113,8 @@ def test_with_normal_effort_codes_are_fitted_to_the_model_that_rounds_better(
     table: Table, monkeypatch: pytest.MonkeyPatch, rounded: float, taken: bool
 ) -> None:
     evidence, fitted = gathered(table, "normal", monkeypatch, rounded=rounded, fitted=0.1)
-    assert (evidence.subject is OTHER) is taken
-    assert fitted == {evidence.subject.model}
+    assert (evidence.best.subject is OTHER) is taken
+    assert fitted == {evidence.best.subject.model}
     assert [one.is_taken for one in evidence.tried] == [True, taken, True]
     assert evidence.tried[1].name == "scales moved at 1 inputs"
 
@@ -125,7 +125,7 @@ def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goe
 ) -> None:
     evidence, of = gathered(table, "best", monkeypatch, rounded=0.9, fitted=fitted)
     assert of == {"m", OTHER.model}
-    assert (evidence.subject is OTHER) is taken
+    assert (evidence.best.subject is OTHER) is taken
     assert [one.is_taken for one in evidence.tried] == [True, taken, True]
     costs = [one.kl_nats_per_token or 0.0 for one in evidence.tried]
     assert costs[2] < costs[0]
@@ -138,7 +138,7 @@ def test_with_best_effort_the_better_of_the_rewritten_models_is_compared_with_th
     evidence, fitted = gathered(
         table, "best", monkeypatch, rounded=0.9, fitted=0.4, rotated=rotated
     )
-    assert evidence.subject is best
+    assert evidence.best.subject is best
     assert fitted == {"m", best.model}
     taken = {one.name: one.is_taken for one in evidence.tried}
     assert taken == {
@@ -154,18 +154,18 @@ def test_with_normal_effort_the_model_is_rotated_where_the_best_recipe_rounds_in
     table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
-    assert evidence.subject is OTHER
+    assert evidence.best.subject is OTHER
     rows = [
         replace(row, scheme=ROUNDS_INPUTS) if row.scheme == "int8.channel" else row
         for row in table.rows
     ]
     table = replace(table, rows=tuple(rows))
     evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
-    assert evidence.subject is BOTH
+    assert evidence.best.subject is BOTH
 
 
 def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence, fitted = gathered(table, "quick", monkeypatch, rounded=1.5, fitted=0.1)
-    assert evidence.subject.model == "m"
+    assert evidence.best.subject.model == "m"
     assert fitted == set()
     assert len(evidence.tried) == 2
