@@ -1,4 +1,4 @@
-"""The whole curve of accuracy against size of a table."""
+"""The frontier of a table: accuracy against size."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def frontier(
     ] = None,
     tell: Tell | None = None,
 ) -> FrontierResult:
-    """The whole curve of accuracy against size.
+    """The whole frontier of accuracy against size.
 
     Returns:
         Every recipe that no other one beats in size and error at once.

@@ -1,4 +1,4 @@
-"""The whole curve of accuracy against size.
+"""The whole frontier of accuracy against size.
 
 Its axis is the bytes of the layers; where a context's KV cache counts as size, the bytes of the
 checkpoint and that cache together (`Problem.axis_P`).
@@ -79,7 +79,7 @@ def solve_frontier(
 
     Args:
         problem: What may be chosen.
-        budgets: Those of size end the curve. ``max_kv_bits`` is met once for all where the
+        budgets: Those of size end the frontier. ``max_kv_bits`` is met once for all where the
             cache is not on the axis. Under any other budget, and under ``worst-corpus``,
             there is no hull and each size is solved on its own.
         sizes: Solve exactly at so many sizes, evenly spaced, beside the points of the hull.
@@ -189,7 +189,7 @@ def axis_value(problem: Problem, choice_F: IntArray) -> float:
 
 
 def _is_axis(problem: Problem, constraint: Constraint) -> bool:
-    """Whether a budget of size ends the curve."""
+    """Whether a budget of size ends the frontier."""
     cost_P = constraint.cost_P
     if constraint.name == "max_bytes" and not problem.kv_tokens:
         cost_P = cost_P - problem.shape_bytes_P  # a little less than all: see `_in_file`
@@ -309,7 +309,7 @@ def _solved(problem: Problem, budgets: Budgets, *, most: int, sizes: int) -> lis
     if least > most:
         raise BudgetError(
             f"The smallest recipe under the other budgets has {least:,} bytes in its fusion groups "
-            f"({8 * least / problem.weights:.4f} bits per weight), more than the curve "
+            f"({8 * least / problem.weights:.4f} bits per weight), more than the frontier "
             f"may reach. Allow more, or measure a search space with coarser schemes."
         )
     largest_F = np.maximum.reduceat(np.where(allowed_P, size_P, 0), problem.start_F[:-1])

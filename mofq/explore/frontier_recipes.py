@@ -72,7 +72,7 @@ def _budget(problem: Problem, others: Budgets, size: int) -> tuple[Budgets, str]
 def spaced_points(frontier: Frontier, most: int) -> IntArray:
     """Indices of at most so many points, both ends among them.
 
-    Half of them are evenly spaced along the curve as it is drawn, with the logarithm of
+    Half of them are evenly spaced along the frontier as it is drawn, with the logarithm of
     the error, so that no part of it is coarse. The other half are even in the steps of the
     frontier, which are many where there is most to decide.
     """

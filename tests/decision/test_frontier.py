@@ -88,7 +88,7 @@ def test_the_frontier_under_a_share_of_finer_layers_keeps_it_everywhere() -> Non
         used = usage(problem, choice_F)
         assert used.finer_fraction <= 0.3
         assert used.bits_per_weight <= 12.0
-    with pytest.raises(BudgetError, match="more than the curve may reach"):
+    with pytest.raises(BudgetError, match="more than the frontier may reach"):
         solve_frontier(problem, Budgets(max_finer=0.3, max_bits=4.0))
 
 

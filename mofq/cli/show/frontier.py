@@ -1,4 +1,4 @@
-"""What `mofq frontier` shows: points of the curve, smallest first."""
+"""What `mofq frontier` shows: its points, smallest first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_BOUND = (
 _GAP = (
     "The gap is no doubt about a point: each has the least error of its size. The bound is that of "
     "a relaxation, which may give a layer part of one scheme and part of another; a recipe whose "
-    "size lies between two steps of the curve cannot reach it."
+    "size lies between two steps of the frontier cannot reach it."
 )
 
 

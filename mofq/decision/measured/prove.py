@@ -172,39 +172,39 @@ def prove(
     Returns:
         All that were measured, in their order.
     """
-    curve = _Curve(frontier.bytes_K, np.array([model.corrected(e) for e in frontier.error_K]))
+    line = _Interpolated(frontier.bytes_K, np.array([model.corrected(e) for e in frontier.error_K]))
     # The largest size that is over and the smallest that is within, so far; none at first.
-    fails, keeps = curve.least - 1, curve.most + 1
+    fails, keeps = line.least - 1, line.most + 1
     aim = limit * _FIRST_AIM
     tried: list[Measured] = []
     points: list[tuple[float, float]] = []  # predicted and measured
     step = 1  # doubles where a little more size has no other recipe
-    while len(tried) < most and keeps - fails > _near_sizes(keeps, curve):
-        size = min(max(curve.size_at(aim), fails + step), keeps - 1)
+    while len(tried) < most and keeps - fails > _near_sizes(keeps, line):
+        size = min(max(line.size_at(aim), fails + step), keeps - 1)
         choice_F = solve_at(size)
         if any((one.choice_F == choice_F).all() for one in tried):
             # What was over is still the best of this size.
-            fails, step = size, max(2 * step, _near_sizes(size, curve))
+            fails, step = size, max(2 * step, _near_sizes(size, line))
             continue
         step = 1
         trial = measure(choice_F)
         upper = measured_upper(trial)
         tried.append(trial)
-        points.append((curve.predicted_at(size_of(choice_F)), upper))
+        points.append((line.predicted_at(size_of(choice_F)), upper))
         if upper <= limit:
             keeps = size_of(choice_F)
             if upper >= _NEAR * limit:
                 break
         else:
             fails = size
-        caution = 1.0 if keeps <= curve.most else _CAUTION ** len(tried)
+        caution = 1.0 if keeps <= line.most else _CAUTION ** len(tried)
         aim = secant(points, limit * _AIM * caution)
     return tried
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Curve:
-    """What is predicted of a size; between two points of the frontier, the line through them."""
+class _Interpolated:
+    """The frontier; what it predicts between two of its points is on the line through them."""
 
     size_K: IntArray  #: rises
     predicted_K: FloatArray  #: falls
@@ -224,9 +224,9 @@ class _Curve:
         return float(np.interp(size, self.size_K, self.predicted_K))
 
 
-def _near_sizes(keeps: int, curve: _Curve) -> int:
+def _near_sizes(keeps: int, line: _Interpolated) -> int:
     """How close two sizes are one; all are told apart while none is within the budget."""
-    return max(1, int(_SAME_SIZE * keeps)) if keeps <= curve.most else 1
+    return max(1, int(_SAME_SIZE * keeps)) if keeps <= line.most else 1
 
 
 def secant(points: Sequence[tuple[float, float]], limit: float) -> float:
