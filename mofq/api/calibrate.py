@@ -403,7 +403,7 @@ def plan_calibration(
 
 def _keeps_inputs(checkpoint: Checkpoint, layers: ModelLayers, plan: Plan, *, asked: str) -> bool:
     """Whether inputs are kept of the sequences of which nothing else is."""
-    from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes
+    from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes
 
     if asked not in (known := ("auto", "all", "kept")):
         raise StatsError(f"{option('inputs')}: unknown {asked!r}." + nearest_name(asked, known))

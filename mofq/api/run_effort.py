@@ -4,7 +4,7 @@
     The schemes of the search space.
 ``normal``
     Beside each scheme that rounds its fitted twin (`mofq.evidence.fitted_space`): what it costs is
-    guessed, and measured where a search chooses it (`mofq.decision.guesses`), first in a few
+    guessed, and measured where a search chooses it (`mofq.decision.guessed_rows`), first in a few
     fusion groups of each kind, until the search chooses nothing that is not measured.
     Where the best recipe rounds inputs, the model is rewritten for them, and rotated
     (`run_evidence`). The norms of what was found are tuned (`run_delivery`).
@@ -138,7 +138,7 @@ def fit_where_chosen(
         BudgetError: No recipe meets the budgets.
     """
     from mofq.decision import decide
-    from mofq.decision.guesses import pilot_groups, rows_for, with_guesses
+    from mofq.decision.guessed_rows import pilot_groups, rows_for, with_guesses
 
     twins, asked = offered.twins, dict[str, frozenset[str]]()
 

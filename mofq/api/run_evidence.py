@@ -104,7 +104,7 @@ def gather_evidence(
     Raises:
         MofqError: As `measure`.
     """
-    from mofq.decision.guesses import rows_for
+    from mofq.decision.guessed_rows import rows_for
 
     request, twins = run.options.request, run.offered.twins
     stats = files.stats if is_stored else fits_beside(files.table)

@@ -105,8 +105,8 @@ class NotedRequest:
     @classmethod
     def of_request(cls, request: Request, space: SearchSpace, *, effort: str = "quick") -> Self:
         """What a run asks for, before it has a table; of the space that the table will note."""
+        from mofq.decision.make_recipe import budget_figures
         from mofq.decision.request import lowest_terms
-        from mofq.decision.result import budget_figures
 
         return cls(
             budget_figures(request),

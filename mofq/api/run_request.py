@@ -135,7 +135,7 @@ def stores_stats(run: CheckedRun, files: RunFiles) -> bool:
 
     That it has none is told.
     """
-    from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
+    from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes, samples_bytes
 
     if run.options.no_stats:
         return False

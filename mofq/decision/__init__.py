@@ -15,6 +15,7 @@ from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import Frontier, solve_frontier
 from mofq.decision.greedy import solve_greedy
+from mofq.decision.make_recipe import recipe_from_layers, recipe_from_table
 from mofq.decision.prediction import Estimate, predict
 from mofq.decision.problem import (
     KL_UNIT,
@@ -26,7 +27,6 @@ from mofq.decision.problem import (
     usage,
 )
 from mofq.decision.request import Request, check_budget
-from mofq.decision.result import recipe_from_layers, recipe_from_table
 from mofq.decision.uniform import uniform_recipe, uniform_recipes
 
 __all__ = [

@@ -12,6 +12,7 @@ from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.flips import flip_costs
 from mofq.decision.frontier import sized
 from mofq.decision.greedy import solve_greedy
+from mofq.decision.interactions import Solver, act_together, solve_together
 from mofq.decision.prediction import (
     Estimate,
     crossfit,
@@ -22,7 +23,6 @@ from mofq.decision.prediction import (
 )
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.ties import Ties, move_ties
-from mofq.decision.together import Solver, act_together, solve_together
 from mofq.exceptions import BudgetError, MofqError, nearest_name, option
 
 SOLVERS: dict[str, Solver] = {

@@ -7,7 +7,7 @@ from mofq.decision.choice import SOLVERS, choose
 from mofq.decision.decision import Decision
 from mofq.decision.from_table import request_problem
 from mofq.decision.measured.measurement import shown
-from mofq.decision.offers import asked_constraints
+from mofq.decision.offered_schemes import asked_constraints
 from mofq.decision.prediction import Estimate, error_together, paired_loss
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.request import Request

@@ -11,18 +11,18 @@ from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offere
 from mofq.decision.choice import Chosen, choose
 from mofq.decision.expert_visits import rare_experts
 from mofq.decision.from_table import request_problem
-from mofq.decision.model_error import model_error
-from mofq.decision.offers import asked_constraints
-from mofq.decision.prediction import Estimate, error_together, is_crossfitted, predict, sample_sums
-from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
-from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request, without
-from mofq.decision.result import (
+from mofq.decision.make_recipe import (
     budget_figures,
     decided_result,
     made_by_request,
     recipe_from_table,
 )
+from mofq.decision.model_error import model_error
+from mofq.decision.offered_schemes import asked_constraints
+from mofq.decision.prediction import Estimate, error_together, is_crossfitted, predict, sample_sums
+from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
+from mofq.decision.recipe import Recipe
+from mofq.decision.request import Request, without
 from mofq.decision.timing import request_budgets, unquantized_seconds
 from mofq.decision.uniform import best_uniform, has_uniform
 from mofq.engines.groups import is_experts

@@ -9,7 +9,7 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, finer_layers_P, max_kl_constraints, offered
 from mofq.decision.decision import Decision
-from mofq.decision.offers import refused_schemes, spaces_of
+from mofq.decision.offered_schemes import refused_schemes, spaces_of
 from mofq.decision.prediction import Estimate, paired_loss, predict_row
 from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from mofq.decision.offers import Legal, Offers, engine_legality, spaces_of
+from mofq.decision.offered_schemes import Legal, Offers, engine_legality, spaces_of
 from mofq.decision.problem import (
     KL_UNIT,
     FloatArray,

@@ -15,9 +15,9 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
 from mofq.decision.exact import Solution, least_bytes, solve_exact
+from mofq.decision.interactions import act_together, solve_together
 from mofq.decision.prediction import error_together, predict, stated
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
-from mofq.decision.together import act_together, solve_together
 from mofq.exceptions import BudgetError
 from mofq.exceptions import option as spelled
 
@@ -41,8 +41,8 @@ class Frontier:
     def gap(self) -> float | None:
         """The largest distance of a point from its bound, as a share of its error.
 
-        Of points whose groups act together (`mofq.decision.together`) the error is no sum, and has
-        no bound; None where that is all of them.
+        Of points whose groups act together (`mofq.decision.interactions`) the error is no sum, and
+        has no bound; None where that is all of them.
         """
         is_known_K = ~np.isnan(self.bound_K)
         if not is_known_K.any():

@@ -8,9 +8,9 @@ from dataclasses import replace
 from mofq.decision.budgets import Budgets
 from mofq.decision.choice import predict_chosen
 from mofq.decision.from_table import request_problem
+from mofq.decision.make_recipe import chosen_result
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, lowest_terms, read_weights
-from mofq.decision.result import chosen_result
 from mofq.evidence.table import Table
 
 

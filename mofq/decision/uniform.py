@@ -12,11 +12,7 @@ from mofq import __version__
 from mofq.decision.budgets import Budgets
 from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
-from mofq.decision.prediction import error_together, predict, stated
-from mofq.decision.problem import KL_UNIT, IntArray, Problem
-from mofq.decision.recipe import Recipe
-from mofq.decision.request import Request, weights_text
-from mofq.decision.result import (
+from mofq.decision.make_recipe import (
     MadeBy,
     recipe_from_layers,
     recipe_from_table,
@@ -24,6 +20,10 @@ from mofq.decision.result import (
     sizes_of,
     with_prediction,
 )
+from mofq.decision.prediction import error_together, predict, stated
+from mofq.decision.problem import KL_UNIT, IntArray, Problem
+from mofq.decision.recipe import Recipe
+from mofq.decision.request import Request, weights_text
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
 from mofq.exceptions import SchemeError

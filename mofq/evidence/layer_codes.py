@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.fits import Fits, needs_stats
-from mofq.evidence.measure.workers import worker_threads
+from mofq.evidence.measure.worker_threads import worker_threads
 from mofq.model.layers import LinearLayer
 from mofq.numbers.numerics import EARLIER_FITTED_CODES, NUMERICS
 from mofq.numbers.quantize import QuantizedWeight, dequantize_weight, quantize_weight

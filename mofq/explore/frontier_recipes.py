@@ -14,8 +14,7 @@ from mofq.decision.problem import FloatArray, IntArray, with_corpus
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import request_flags
 from mofq.explore.drawing import Drawing
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 
 #: As many points as a slider can tell apart, and deciding them takes seconds.
 MOST_POINTS = 160

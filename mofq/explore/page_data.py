@@ -14,7 +14,7 @@ import numpy as np
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.model_error import row_error
-from mofq.decision.offers import asked_constraints, refused_schemes
+from mofq.decision.offered_schemes import asked_constraints, refused_schemes
 from mofq.decision.prediction import errors_by_corpus
 from mofq.decision.problem import IntArray, option_bits
 from mofq.decision.recipe import (

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from mofq.exceptions import MofqError
-from mofq.files.kinds import Kind, check_kind
+from mofq.files.file_kinds import Kind, check_kind
 from mofq.files.locks import check_replaceable, open_new_file
 
 #: A mixture-of-experts recipe with 20,000 layers is about 2 MB.

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from mofq.decision import Budgets, Problem, Request, choose, request_problem
+from mofq.decision.make_recipe import recipe_from_table
 from mofq.decision.prediction import estimate
 from mofq.decision.problem import IntArray
-from mofq.decision.result import recipe_from_table
 from mofq.decision.uniform import uniform_choice
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.evidence.corpora import load_text

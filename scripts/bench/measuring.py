@@ -31,7 +31,7 @@ from mofq.evidence.measure.layer_inputs import PreparedLayer, prepare_layer
 from mofq.evidence.measure.samples import ChunkedSamples, arrange_samples
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.stored_inputs import SharedInputs
-from mofq.evidence.measure.workers import Workers, worker_threads
+from mofq.evidence.measure.worker_threads import Workers, worker_threads
 from mofq.numbers.quantize.compiled import pass_maker
 from mofq.numbers.schemes import parse_scheme
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from mofq.decision import Budgets, Problem, Request, recipe_from_table, request_problem
+from mofq.decision.make_recipe import MadeBy
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, RecipeResult, load_recipe, write_recipe
-from mofq.decision.result import MadeBy
 from mofq.decision.uniform import uniform_recipes
 from mofq.evidence.standard_error import standard_errors
 from mofq.evidence.table import Table, read_table

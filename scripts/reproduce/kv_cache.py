@@ -20,8 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mofq.decision import Budgets, Request, decide
+from mofq.decision.make_recipe import recipe_from_table
 from mofq.decision.recipe import Recipe, RecipeCache, recipe_text
-from mofq.decision.result import recipe_from_table
 from mofq.delivery.backends import apply_recipe
 from mofq.evidence.table import Table, read_table
 from mofq.model.kv_schemes import cache_bits

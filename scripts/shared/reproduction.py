@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mofq.decision.make_recipe import recipe_from_layers, recipe_from_table
 from mofq.decision.recipe import Recipe
-from mofq.decision.result import recipe_from_layers, recipe_from_table
 from mofq.delivery.apply import emulate
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.validation.divergence import OriginalLogits, compare, run_original

@@ -12,7 +12,7 @@ from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
 from mofq.api.run_effort import Offered, Twins, fit_where_chosen
 from mofq.decision import decide
-from mofq.decision.guesses import with_guesses
+from mofq.decision.guessed_rows import with_guesses
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import Table, read_table
 

@@ -13,8 +13,8 @@ from mofq.decision import Budgets, Problem
 from mofq.decision.choice import choose, expand_chosen
 from mofq.decision.flips import flip_cost, flip_costs, flip_shares, flip_stderr
 from mofq.decision.frontier import solve_frontier
+from mofq.decision.interactions import around
 from mofq.decision.prediction import error_together, paired_loss, predict, stated
-from mofq.decision.together import around
 
 RNG = np.random.default_rng(0)
 #: Of three groups; the last is behind the last router.

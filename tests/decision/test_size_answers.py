@@ -10,9 +10,9 @@ import pytest
 
 from mofq.decision import Budgets, Option, ProblemGroup, build_problem, solve_exact
 from mofq.decision.budgets import offered
+from mofq.decision.interactions import around, solve_together
 from mofq.decision.prediction import error_together, paired_loss, predict, sample_sums
 from mofq.decision.problem import IntArray, Objective, Problem, with_samples
-from mofq.decision.together import around, solve_together
 
 SAMPLES, EACH = 4, 3
 

@@ -14,7 +14,7 @@ import torch
 from mofq.evidence.fits import LayerFit
 from mofq.evidence.measure import fit_ahead
 from mofq.evidence.measure.fit_ahead import Asked, FitsAhead
-from mofq.evidence.measure.workers import Workers
+from mofq.evidence.measure.worker_threads import Workers
 from mofq.numbers.quantize.gptq import fit_bytes
 from mofq.numbers.schemes import parse_scheme
 

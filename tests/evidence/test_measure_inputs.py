@@ -16,7 +16,7 @@ from mofq.evidence.measure.magnitudes import ExtentSums, _crests, tokens_extent
 from mofq.evidence.measure.samples import ChunkedSamples, arrange_samples
 from mofq.evidence.measure.score import layer_score, score_rows
 from mofq.evidence.measure.stored_inputs import SharedInputs
-from mofq.evidence.measure.workers import Workers
+from mofq.evidence.measure.worker_threads import Workers
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.schemes import TensorScheme, parse_scheme
 

@@ -10,8 +10,8 @@ from calibrated import calibrate_folder, read_sequence, some_tokens, space_of
 from conftest import TinyCheckpoint
 
 from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.measure.expert_visits import expert_visits
 from mofq.evidence.measure.fill_table import measure
-from mofq.evidence.measure.visits import expert_visits
 from mofq.evidence.table import Table, read_table
 from mofq.exceptions import TableError
 from mofq.model.checkpoint.headers import open_checkpoint

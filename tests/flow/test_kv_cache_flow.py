@@ -16,6 +16,7 @@ from optuna.study import load_study
 from safetensors.torch import load_file, save_file
 
 from mofq.decision import Budgets, Request, choose, request_problem
+from mofq.decision.make_recipe import recipe_from_table
 from mofq.decision.recipe import (
     Recipe,
     RecipeCache,
@@ -25,7 +26,6 @@ from mofq.decision.recipe import (
     recipe_text,
     write_recipe,
 )
-from mofq.decision.result import recipe_from_table
 from mofq.delivery.export.compressed_tensors import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     recipe_from_compressed_tensors,

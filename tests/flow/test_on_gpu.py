@@ -16,9 +16,9 @@ from mofq.delivery.validation import enforcement, validate_many
 from mofq.demo import demo_model_folder
 from mofq.evidence.calibration.calibrate import run_sequence
 from mofq.evidence.calibration.capture import capture_layers
+from mofq.evidence.calibration.captured_place import captured_place
+from mofq.evidence.calibration.disk_needs import samples_bytes
 from mofq.evidence.calibration.gains import write_gains
-from mofq.evidence.calibration.needs import samples_bytes
-from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.corpora import load_text
 from mofq.evidence.measure.layer_inputs import prepare_layer
 from mofq.evidence.measure.score import score_rows

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mofq.evidence.measure import schedule, workers
+from mofq.evidence.measure import schedule, worker_threads
 from mofq.model.streaming import weights, writer
 
 GPU = torch.device("cuda:0")
@@ -304,7 +304,7 @@ def pretend_gpu() -> Iterator[Gpu]:
         patch.setattr(torch.cuda, "stream", lambda stream: stream)
         for name in ("tensor", "as_tensor"):  # which set the device before any mode sees it
             patch.setattr(torch, name, partial(_made_there, getattr(torch, name)))
-        for module in (schedule, workers, weights, writer):
+        for module in (schedule, worker_threads, weights, writer):
             patch.setattr(
                 module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=_enter)
             )

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
 from mofq.decision.choice import predict_chosen
 from mofq.decision.decision import Decision, notes_of_prediction
+from mofq.decision.make_recipe import decided_result, recipe_from_table
 from mofq.decision.prediction import Estimate, error_together, estimate
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
-from mofq.decision.result import decided_result, recipe_from_table
 from mofq.decision.ties import RECIPE_STDERRS, TIE_STDERRS
 from mofq.decision.uniform import best_uniform, uniform_choice
 from mofq.evidence.table import Table

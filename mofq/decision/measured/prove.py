@@ -18,6 +18,7 @@ from mofq.decision.budgets import Budgets, budget_constraints, check_kl_unit
 from mofq.decision.decision import Decision, decide
 from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import Frontier, sized, solve_frontier
+from mofq.decision.make_recipe import budget_figures
 from mofq.decision.measured.measurement import (
     Evaluate,
     Measured,
@@ -29,7 +30,6 @@ from mofq.decision.model_error import ModelError
 from mofq.decision.prediction import INTERVAL_STDERRS, error_of
 from mofq.decision.problem import KL_UNIT, FloatArray, IntArray
 from mofq.decision.request import Request
-from mofq.decision.result import budget_figures
 from mofq.decision.timing import request_budgets
 from mofq.evidence.table import Table
 from mofq.exceptions import BudgetError, option

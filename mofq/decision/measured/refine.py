@@ -29,8 +29,7 @@ from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.problem import IntArray, Problem
 from mofq.decision.request import Request
 from mofq.evidence.table import Table
-from mofq.files.progress import Progress
-from mofq.files.steps import Steps
+from mofq.files.progress import Progress, Steps
 
 #: Swaps among which those of different layers are found.
 _SWAPS = 5000

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from mofq.delivery.rewriting.choose import Choice, choose_best
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.evidence.calibration.stats import Stats
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.numbers.schemes import Scheme, parse_scheme

@@ -13,8 +13,7 @@ from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequ
 from mofq.evidence.spaces import offer_schemes, parse_search_space
 from mofq.exceptions import RewriteError, nearest_name, option
 from mofq.files.locks import check_new_folder
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import FusionGroup, find_layers

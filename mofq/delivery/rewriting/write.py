@@ -17,8 +17,7 @@ from mofq.delivery.rewriting.choose import Choice
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import CheckpointError, RewriteError
 from mofq.files.locks import new_folder
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, open_checkpoint, read_json
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_rows

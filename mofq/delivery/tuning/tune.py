@@ -24,8 +24,7 @@ from mofq.delivery.validation.divergence import (
     compare_windows,
 )
 from mofq.evidence.standard_error import standard_error
-from mofq.files.progress import Progress
-from mofq.files.steps import Steps
+from mofq.files.progress import Progress, Steps
 
 #: Sequences of a step, and the first step relative to the gains; later ones fall to 0 by a cosine.
 BATCH, _RATE = 4, 3e-3

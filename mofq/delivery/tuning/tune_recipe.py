@@ -21,8 +21,7 @@ from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.evidence.calibration.stats import Plan
 from mofq.exceptions import CorpusError, RecipeError, option
-from mofq.files.progress import Progress
-from mofq.files.steps import Steps
+from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.loading import load_model

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from mofq.evidence.metrics import cross_entropy, kl_divergence, top1_agreement
 from mofq.exceptions import CheckpointError, MofqError, option
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq import __version__
+from mofq.delivery.apply.apply_by_unit import Applied, Choices, UnitModules, unit_modules
 from mofq.delivery.apply.emulate import apply_group, prepare
-from mofq.delivery.apply.unit import Applied, Choices, UnitModules, unit_modules
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.export.compressed_tensors.model_from_folder import (
     quantize_inputs,
@@ -55,8 +55,7 @@ from mofq.evidence.corpora import Bos, Corpus
 from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.locks import hold_folder
-from mofq.files.progress import Progress
-from mofq.files.steps import Steps
+from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import layers_of

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from mofq.decision.recipe import Recipe
+from mofq.delivery.apply.apply_by_unit import Applied, unit_modules
 from mofq.delivery.apply.emulate import apply_group, prepare
-from mofq.delivery.apply.unit import Applied, unit_modules
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.validation.divergence import check_logits, score_window
 from mofq.delivery.validation.measured_kl import Objective
@@ -21,8 +21,7 @@ from mofq.delivery.validation.streamed import (
     run_layers,
 )
 from mofq.evidence.corpora import Bos, Corpus
-from mofq.files.progress import Progress
-from mofq.files.steps import Steps
+from mofq.files.progress import Progress, Steps
 from mofq.model.streaming.streamed import open_streamed
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq.evidence.calibration.capture import Captured, capture_layers
+from mofq.evidence.calibration.captured_place import captured_place
 from mofq.evidence.calibration.gains import gains_path, write_gains
-from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.calibration.routing import routing_path, run_margins, write_routing
 from mofq.evidence.calibration.sequence_file import (
     inputs_path,
@@ -34,7 +34,7 @@ from mofq.evidence.corpora import CORPUS_NAME, check_context
 from mofq.exceptions import CorpusError, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import PARTS, ModelLayers
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 from mofq.model.streaming.weights import has_values
 
 #: Positions whose scores are drawn at once.

@@ -77,7 +77,7 @@ class Captured:
 
     #: Of the model; large products are made there.
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    #: The device where all of a sequence fits, else the CPU: see `calibration.place`.
+    #: The device where all of a sequence fits, else the CPU: see `calibration.captured_place`.
     place: torch.device = field(default_factory=lambda: torch.device("cpu"))
     x: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, in_features]
     y: dict[str, Tensor] = field(default_factory=dict)  #: layer -> [tokens, out], without bias

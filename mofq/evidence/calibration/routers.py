@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mofq.evidence.calibration.choices import Choice, Routed, SeenChoices
+from mofq.evidence.calibration.router_choices import Choice, Routed, SeenChoices
 from mofq.model.modules import ExpertsKind, multiply, replace_forward, run_experts
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 
 #: The share of a sequence's tokens whose margins are small enough to know the density at 0.
 _NEAR = 0.15

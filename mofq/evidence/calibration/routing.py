@@ -14,7 +14,7 @@ Two numbers of each sequence that is run follow, and one for each layer:
     expert that would come in less that of the one that would go, times the weight that the router
     gives the latter, and ``g`` the gradient of the scores at the output of the experts. Where a
     router chooses by other scores than it returns, ``D`` is what the experts give with one of its
-    choices exchanged, less what they give (`mofq.evidence.calibration.choices`).
+    choices exchanged, less what they give (`mofq.evidence.calibration.router_choices`).
 ``gains``
     ``|| sum_t h_t x_t^T ||^2`` of each layer, as its gain in nats is, with ``h`` the gradient of
     ``sum +- sqrt(c d) m`` over all tokens and routers, with random signs: what noise of one size

@@ -34,9 +34,9 @@ from mofq.evidence.calibration.capture import (
     check_weights_apart,
     watch_lookups,
 )
+from mofq.evidence.calibration.captured_place import captured_place
+from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes, samples_bytes
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
-from mofq.evidence.calibration.needs import experts_per_token, inputs_bytes, samples_bytes
-from mofq.evidence.calibration.place import captured_place
 from mofq.evidence.calibration.routing import (
     join_routers,
     margin_gains,
@@ -67,7 +67,7 @@ from mofq.model.layers.within import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content
 from mofq.model.streaming.replay import StreamedSequence
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 from mofq.model.streaming.streamed import StreamedModel
 from mofq.model.streaming.writer import Writer
 

@@ -23,6 +23,7 @@ from mofq.evidence.measure.crossfit import (
     parts_of,
     prepare_parts,
 )
+from mofq.evidence.measure.expert_visits import visits_of
 from mofq.evidence.measure.fit_ahead import FitsAhead
 from mofq.evidence.measure.flips import corpus_flips
 from mofq.evidence.measure.kv_cache import (
@@ -39,8 +40,7 @@ from mofq.evidence.measure.samples import SampleAnswers, SampleReader
 from mofq.evidence.measure.schedule import score_layers
 from mofq.evidence.measure.score import LayerScore
 from mofq.evidence.measure.stored_inputs import SharedInputs
-from mofq.evidence.measure.visits import visits_of
-from mofq.evidence.measure.workers import Workers, worker_threads
+from mofq.evidence.measure.worker_threads import Workers, worker_threads
 from mofq.evidence.spaces import (
     CacheLegality,
     Legality,

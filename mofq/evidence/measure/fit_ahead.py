@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mofq.evidence.fits import Fits, LayerFit, Part
-from mofq.evidence.measure.workers import Workers, run_all
+from mofq.evidence.measure.worker_threads import Workers, run_all
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize.gptq import fit_bytes
 from mofq.numbers.schemes import TensorScheme

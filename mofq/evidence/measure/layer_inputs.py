@@ -13,7 +13,7 @@ from mofq.evidence.measure.gain_correction import LayerGains
 from mofq.evidence.measure.magnitudes import ExtentSums
 from mofq.evidence.measure.samples import ChunkedSamples, LookedUpRows
 from mofq.evidence.measure.stored_inputs import SharedInputs, StoredInputs
-from mofq.evidence.measure.workers import Workers
+from mofq.evidence.measure.worker_threads import Workers
 from mofq.numbers.quantize.compiled import Kind, eager_pass
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.tiles import row_blocks

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mofq.evidence.measure.workers import Workers, run_all
+from mofq.evidence.measure.worker_threads import Workers, run_all
 from mofq.evidence.table import Extent, Profile, bin_width
 from mofq.model.layers import FusionGroup
 

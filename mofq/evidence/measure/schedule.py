@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mofq.evidence.measure.layer_inputs import PreparedLayer
 from mofq.evidence.measure.score import BlockSums, LayerScore, layer_score, score_rows
-from mofq.evidence.measure.workers import Workers, worker_threads
+from mofq.evidence.measure.worker_threads import Workers, worker_threads
 
 #: No further layer is prepared while the inputs of those in work take this much [bytes].
 _WAITING_BYTES = 200_000_000

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mofq.evidence.measure.magnitudes import ExtentSums, tokens_extent
 from mofq.evidence.measure.samples import ChunkedSamples
-from mofq.evidence.measure.workers import Workers, run_all
+from mofq.evidence.measure.worker_threads import Workers, run_all
 from mofq.numbers.formats import FloatFormat, IntFormat
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.quantize.activations import quantize_activation

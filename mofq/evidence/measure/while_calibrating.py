@@ -23,10 +23,10 @@ from mofq.evidence.calibration.stats import Plan, Stats, never_seen, passing_sta
 from mofq.evidence.calibration.streamed import calibrate_streamed
 from mofq.evidence.fits import Fits
 from mofq.evidence.kept_fits import begin_fits, finish_fits, write_fits
+from mofq.evidence.measure.expert_visits import visits_of
 from mofq.evidence.measure.fill_table import Measured, Scored, Work, measure_groups
 from mofq.evidence.measure.kv_cache import CacheWork, cache_rows
 from mofq.evidence.measure.samples import SampleReader
-from mofq.evidence.measure.visits import visits_of
 from mofq.evidence.table import Profile, Row, Visits
 from mofq.evidence.table.lines import decode_line, encode_line
 from mofq.exceptions import StatsError, StreamingError, option

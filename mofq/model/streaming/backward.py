@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import Call, Replayer, StreamedSequence, detached, run
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 from mofq.model.streaming.writer import Writer
 
 #: (step, which of the tensors that it returned) -> a gradient for each draw.

@@ -27,9 +27,16 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from mofq.exceptions import StreamingError
-from mofq.model.streaming.nested import Watched, map_tensors, pack, put_changes, tensors_in, unpack
+from mofq.model.streaming.nested_tensors import (
+    Watched,
+    map_tensors,
+    pack,
+    put_changes,
+    tensors_in,
+    unpack,
+)
 from mofq.model.streaming.records import drop_tensors, read_content, read_placeholders
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 from mofq.model.streaming.writer import Writer
 
 

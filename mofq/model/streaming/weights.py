@@ -34,7 +34,7 @@ from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import TensorInfo, open_checkpoint
 from mofq.model.checkpoint.tensors import read_rows, read_tensor
 from mofq.model.loading import Lazy, auto_class, load_model, plain_config
-from mofq.model.streaming.send import send
+from mofq.model.streaming.send_to_device import send
 from mofq.numbers.quantize.tiles import row_blocks
 
 #: Of two tensors that may be copies, compared at once.

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mofq.decision.make_recipe import sizes_by_shape
 from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
-from mofq.decision.result import sizes_by_shape
 from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
@@ -30,8 +30,7 @@ from mofq.engines import (
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError, option
 from mofq.files.locks import check_new_folder, new_folder
-from mofq.files.progress import Progress
-from mofq.files.steps import told
+from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.checkpoint.tensors import keep_freed_memory
 from mofq.model.checkpoint.writer import ShardWriter, copy_other_files

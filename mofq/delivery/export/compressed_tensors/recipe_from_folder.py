@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mofq.decision.make_recipe import sizes_by_shape
 from mofq.decision.recipe import Recipe, RecipeGroup
-from mofq.decision.result import sizes_by_shape
 from mofq.delivery.export.compressed_tensors.kv_cache import read_caches
 from mofq.engines import is_read_transposed
 from mofq.exceptions import BackendError, SchemeError

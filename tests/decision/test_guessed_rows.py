@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from explore_tables import write_explore_table
 
-from mofq.decision.guesses import pilot_groups, rows_for, with_guesses
+from mofq.decision.guessed_rows import pilot_groups, rows_for, with_guesses
 from mofq.evidence.table import Row, Table, read_table
 
 TWIN = "int4.g32@nats~descent"

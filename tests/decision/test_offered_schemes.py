@@ -22,7 +22,7 @@ from mofq.decision.difference import compare_recipes
 from mofq.decision.explain import explain
 from mofq.decision.measured.study import StudyPlan, study_name
 from mofq.decision.measured.swaps import promising_swaps
-from mofq.decision.offers import spaces_of
+from mofq.decision.offered_schemes import spaces_of
 from mofq.decision.pricing import with_figures
 from mofq.decision.problem import Problem
 from mofq.decision.recipe import Recipe, parse_recipe, recipe_text

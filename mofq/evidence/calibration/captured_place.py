@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.needs import caches_bytes, experts_per_token, samples_bytes
+from mofq.evidence.calibration.disk_needs import caches_bytes, experts_per_token, samples_bytes
 from mofq.evidence.calibration.stats import Plan
 from mofq.model.layers import ModelLayers
 from mofq.model.streaming.execution import free_bytes
