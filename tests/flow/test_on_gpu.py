@@ -25,7 +25,7 @@ from mofq.evidence.measure.score import score_rows
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
-from mofq.model.layers.within import layers_within
+from mofq.model.layers.module_layers import layers_within
 from mofq.model.loading import load_model
 from mofq.model.modules import find_kind, multiply, run_experts
 from mofq.model.streaming import writer

@@ -16,8 +16,8 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from mofq.model.attention import pass_cache
+from mofq.model.layers.name_patterns import TOWERS
 from mofq.model.layers.names_in_memory import as_pattern
-from mofq.model.layers.words import TOWERS
 from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24

@@ -9,7 +9,7 @@ from command_line import Ran, mofq
 from mofq.decision.recipe import load_recipe
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import find_layers
-from mofq.model.layers.words import TOWERS
+from mofq.model.layers.name_patterns import TOWERS
 
 SPACE = """
 version: 1

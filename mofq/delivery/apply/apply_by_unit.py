@@ -15,7 +15,7 @@ from mofq.delivery.apply.loaded_model import module_path, replace_module, round_
 from mofq.delivery.recipe_layers import static_amax
 from mofq.delivery.tuning.tensors import replaced
 from mofq.model.layers import FusionGroup, ModelLayers, layers_of
-from mofq.model.layers.within import layers_within
+from mofq.model.layers.module_layers import layers_within
 
 #: A fusion group, its scheme, its static scales and the statistics that the scheme is fitted to:
 #: what makes the same of the same weights.

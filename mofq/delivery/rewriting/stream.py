@@ -30,7 +30,7 @@ from mofq.exceptions import RewriteError
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.families import Family, family_of, read_sizes
-from mofq.model.layers.making import text_config
+from mofq.model.layers.make_layers import text_config
 from mofq.model.layers.model_class import computes_hidden_states
 
 _ROTATABLE = (

@@ -59,7 +59,7 @@ from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import layers_of
-from mofq.model.layers.within import layers_within
+from mofq.model.layers.module_layers import layers_within
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
 

@@ -63,7 +63,7 @@ from mofq.evidence.calibration.stats import (
 from mofq.exceptions import StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.layers import ModelLayers
-from mofq.model.layers.within import layers_within
+from mofq.model.layers.module_layers import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content
 from mofq.model.streaming.replay import StreamedSequence

@@ -34,7 +34,7 @@ from mofq.files.documents import load_json, write_beside_and_rename
 from mofq.files.progress import Progress, Tell, silent
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import ModelLayers
-from mofq.model.layers.within import layers_within
+from mofq.model.layers.module_layers import layers_within
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
 
 _ASKED = ".asked.json"

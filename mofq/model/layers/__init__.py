@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mofq.model.layers.checkpoint_layers import find_layers
 from mofq.model.layers.experts import EXPERTS_BY, ExpertsBy, is_expert, split_experts
 from mofq.model.layers.families import FUSION_RULES, lm_heads_of
-from mofq.model.layers.find import find_layers
 from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
 from mofq.model.layers.linear import (
     AnyGroup,
@@ -21,7 +21,7 @@ from mofq.model.layers.linear import (
     share_amax,
     stored_amax,
 )
-from mofq.model.layers.stated import CONFIG_KEY, StatedLayers, load_layers
+from mofq.model.layers.stated_layers import CONFIG_KEY, StatedLayers, load_layers
 from mofq.model.layers.vocabulary import (
     Included,
     included,

@@ -18,18 +18,7 @@ from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
 from mofq.model.layers.linear import LoadedWeight
-from mofq.model.layers.names_in_memory import (
-    KnownType,
-    Place,
-    as_pattern,
-    find_in_memory,
-    find_stored,
-    find_stored_name,
-    is_fused,
-    known_type,
-)
-from mofq.model.layers.stated import StatedLayers, path_of
-from mofq.model.layers.words import (
+from mofq.model.layers.name_patterns import (
     EMBEDDINGS,
     EXPERT,
     FUSED,
@@ -43,6 +32,17 @@ from mofq.model.layers.words import (
     STACK,
     TOWERS,
 )
+from mofq.model.layers.names_in_memory import (
+    KnownType,
+    Place,
+    as_pattern,
+    find_in_memory,
+    find_stored,
+    find_stored_name,
+    is_fused,
+    known_type,
+)
+from mofq.model.layers.stated_layers import StatedLayers, path_of
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from mofq.model.layers.linear import (
     Role,
     layers_of,
 )
-from mofq.model.layers.making import (
+from mofq.model.layers.make_layers import (
     cache_layer,
     check_source_dtype,
     check_tied,
@@ -41,7 +41,7 @@ from mofq.model.layers.names_in_memory import (
     find_stored_name,
     known_type,
 )
-from mofq.model.layers.stated import StatedLayers
+from mofq.model.layers.stated_layers import StatedLayers
 from mofq.model.layers.vocabulary import EMBEDDINGS, LM_HEAD, vocabulary_groups
 
 

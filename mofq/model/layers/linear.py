@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from mofq.model.layers.families import FUSION_RULES
 from mofq.model.layers.kv_cache import CacheLayer
 from mofq.model.layers.names_in_memory import find_stored_name
-from mofq.model.layers.stated import StatedLayers
+from mofq.model.layers.stated_layers import StatedLayers
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TypedDict
 from mofq.exceptions import CheckpointError
 from mofq.model.layers.families import lm_heads_of
 from mofq.model.layers.linear import FusionGroup, LinearLayer, Role
-from mofq.model.layers.words import EMBEDDINGS as EMBEDDING_WORDS
+from mofq.model.layers.name_patterns import EMBEDDINGS as EMBEDDING_WORDS
 from mofq.numbers.schemes import Scheme
 
 LM_HEAD = "lm_head"

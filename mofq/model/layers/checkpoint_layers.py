@@ -16,7 +16,7 @@ from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, family_of, read_sizes
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, Role, layers_of
-from mofq.model.layers.making import (
+from mofq.model.layers.make_layers import (
     cache_layer,
     check_source_dtype,
     check_tied,
@@ -30,7 +30,7 @@ from mofq.model.layers.making import (
     vocabulary_layer,
 )
 from mofq.model.layers.model_class import check_class, computes_hidden_states
-from mofq.model.layers.stated import StatedLayers, layers_of_config
+from mofq.model.layers.stated_layers import StatedLayers, layers_of_config
 from mofq.model.layers.vocabulary import EMBEDDINGS, LM_HEAD, vocabulary_groups
 
 
