@@ -91,6 +91,17 @@ def test_a_value_that_does_not_fit_is_refused_at_once(name: str) -> None:
     assert says in str(caught.value)
 
 
+def test_a_group_has_the_options_of_the_one_that_it_extends() -> None:
+    of_search = {one.name: one.group for one in parameters_of(api.search)}
+    assert of_search["fixed"] == of_search["engine"] == "choices"
+    of_run = {one.name: one.group for one in parameters_of(api.run)}
+    assert (of_run["fixed"], of_run["engine"]) == ("constraints", None)
+    with pytest.raises(
+        TypeError, match=r"measure\(\) takes dtype in a group: where=Where\(dtype=…"
+    ):
+        api.measure("model", "w8a8", TABLE, dtype="bfloat16")  # type: ignore[call-arg]
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     with pytest.raises(TableError):  # of the table that is missing
         api.search(TABLE, budget=Budget(max_bits=np.float64(4.5), max_kl=np.float32(1)))  # type: ignore[arg-type]
