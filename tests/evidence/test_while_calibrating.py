@@ -190,7 +190,7 @@ def test_a_table_grows_by_schemes_and_by_corpora(tmp_path: Path) -> None:
         ({"stats": "stats"}, MofqError, "has corpora of its own"),
         ({"where": Where(cluster="ray")}, ClusterError, "on one machine"),
         ({"experts": "expert"}, MofqError, "has to be known before"),
-        ({"dtype": "float16"}, StatsError, "underflow"),
+        ({"where": Where(dtype="float16")}, StatsError, "underflow"),
     ],
 )
 def test_what_does_not_go_with_corpora_is_refused(
