@@ -34,7 +34,7 @@ SEARCH = ("table.jsonl", "--max-bits", "5", "-o", "recipe.yaml")
 
 #: Where the arithmetic begins: names of functions, and words in the path of their file.
 ARITHMETIC = {
-    "search": ({"milp", "_linprog_highs", "_highs_wrapper"}, "scipy/optimize"),
+    "search": ({"price"}, "decision/relaxation"),
     "measure": (
         {"quantize", "fake_quantize_weight", "errors_pass", "deltas_pass", "round_to_format"},
         "quantize",
