@@ -50,6 +50,8 @@ _DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 #: Formats that are named as the two sides of a choice.
 _NUMBERS = {IntFormat: "INT", FloatFormat: "FP"}
 _CACHE_KEYS = ("kv_bits", "kv_bytes_per_token")
+#: Of a fusion group that are shown with their shapes; of more the first alone.
+_LAYERS = 8
 _POINT_KEYS = (
     "bits_per_weight",
     "bytes",
@@ -178,11 +180,14 @@ def element_name(name: str) -> str:
 def _groups(drawing: Drawing, schemes: Sequence[str]) -> list[dict[str, Any]]:
     """Fusion groups, then the caches of attention layers: no weights, some numbers a token."""
     table, problem = drawing.table, drawing.problem
-    layers: dict[str, list[list[Any]]] = {
-        group.name: [[one.name, one.out_features, one.in_features] for one in group.layers]
+    shown: dict[str, list[list[Any]]] = {
+        group.name: [
+            [one.name, one.out_features, one.in_features]
+            for one in group.layers[: _LAYERS if len(group.layers) <= _LAYERS else 1]
+        ]
         for group in table.header.groups
     }
-    layers |= {one.name: [[one.module, one.kv_heads, one.head_size]] for one in table.caches}
+    shown |= {one.name: [[one.module, one.kv_heads, one.head_size]] for one in table.caches}
     refused = refused_schemes(table, drawing.request)
     amax = {(row.group, row.scheme): row.static_amax for row in table.rows if row.static_amax}
     groups = []
@@ -200,7 +205,8 @@ def _groups(drawing: Drawing, schemes: Sequence[str]) -> list[dict[str, Any]]:
                 "decoder_layer": decoder_layer,
                 "module": module,
                 "weights": group.weights,
-                "layers": layers[group.name],
+                "layers": shown[group.name],
+                "layer_count": len(group.layers),
                 # Of its entry in a recipe, those before and behind that of the scheme.
                 "lines": [name_line(group.name), "" if group.cached else layers_line(group.layers)],
                 "options": options,

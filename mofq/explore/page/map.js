@@ -261,8 +261,8 @@ function paintPanel() {
   byId("panel-title").textContent = one.name;
   const [attention, heads, channels] = one.layers[0];
   const shapes = one.cached ? `${attention}: keys and values of ${countText(heads, "head")} of ${channels} channels`
-    : one.layers.length > 8
-    ? `${countText(one.layers.length, "linear layer")}, the first ${one.layers[0][0]}`
+    : one.layer_count > one.layers.length
+    ? `${countText(one.layer_count, "linear layer")}, the first ${one.layers[0][0]}`
     : one.layers.map(([name, out, into]) => `${name} [${out} × ${into}]`).join(", ");
   byId("panel-body").replaceChildren(
     element("p", { class: "small", text: `${shapes}; `
