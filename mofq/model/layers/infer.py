@@ -15,8 +15,14 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
-from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
+from mofq.model.layers.left_out import (
+    explain_outside,
+    is_embedding,
+    kept_reason,
+    layer_index,
+    no_linear_reason,
+)
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.names_in_memory import (
     KnownType,
@@ -30,14 +36,11 @@ from mofq.model.layers.names_in_memory import (
 )
 from mofq.model.layers.stated import StatedLayers, path_of
 from mofq.model.layers.words import (
-    EMBEDDINGS,
     EXPERT,
     FUSED,
     HIDDEN_SIZES,
-    KEPT,
     LAYER_COUNTS,
     LAYERS_AHEAD,
-    NOT_LINEAR,
     OWN_PARAMETER,
     REFUSED,
     STACK,
@@ -109,7 +112,9 @@ def infer_structure(
             f"{option('layers')}: no decoder layer of {checkpoint.folder} has {min(unknown)!r}."
             " Paths are those of modules inside a decoder layer, with # for numbers."
         )
-    inferrer.explain_outside()
+    structure.reasons |= explain_outside(checkpoint, stack, count)
+    tensors = checkpoint.tensors.items()
+    structure.embedding = next((info for name, info in tensors if is_embedding(name)), None)
     if not any(structure.groups):
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: no linear layer of the decoder can"
@@ -208,11 +213,10 @@ class _Inferrer:
         self.stated = stated
         self.settled: set[str] = set()  #: paths that were found
         self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
-        prefix = f"{structure.stack}."
         for name, info in checkpoint.tensors.items():
-            index, dot, path = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
-                self.tensors.setdefault(int(index), []).append((path, info))
+            if (index := layer_index(name, structure.stack)) is not None:
+                path = name.removeprefix(f"{structure.stack}.{index}.")
+                self.tensors.setdefault(index, []).append((path, info))
         names = (find_in_memory(name, architecture).name for name in checkpoint.tensors)
         before = (name.partition(".experts.") for name in names)
         self.mixtures = {place for place, has_experts, _ in before if has_experts}
@@ -372,21 +376,20 @@ class _Inferrer:
                 )
             if pattern in self.known.reused:
                 return "its weight is used more than once for a token, so one error counts often"
-            if pattern in self.known.odd:
+            if pattern in self.known.odd and not kept_reason(path):
                 return (
                     f"transformers computes more with it than a product: {self.known.odd[pattern]}"
                 )
-            if pattern in self.known.uncalled and not _kept_reason(path):
+            if pattern in self.known.uncalled and not kept_reason(path):
                 return "transformers does not run it on text"
-        if (reason := _kept_reason(path)) is not None:
+        if (reason := kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
             place, _, rest = f"{loaded}.weight".rpartition(".gate.")
             if rest == "weight" and place not in self.mixtures and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
-        for rule, why in NOT_LINEAR:
-            if rule.fullmatch(path):
-                return why
+        if (reason := no_linear_reason(path)) is not None:
+            return reason
         if info.dtype not in ("BF16", "F16", "F32") and not info.decoded:
             return f"a table of {info.dtype}"
         is_weight = path.endswith(".weight") and len(info.shape) == 2
@@ -404,30 +407,6 @@ class _Inferrer:
                 if path.endswith((".c_attn.weight", ".c_fc.weight")) and len(info.shape) == 2:
                     return info.shape[0] == self.hidden != info.shape[1]
         return False
-
-    def explain_outside(self) -> None:
-        """Say of matrices outside of the decoder layers what they are; find the embedding."""
-        prefix = f"{self.structure.stack}."
-        after = range(self.structure.layers, max(self.tensors) + 1)
-        for index in after:
-            for _, info in self.tensors.get(index, ()):
-                self.structure.reasons[info.name] = "of a layer that predicts further tokens"
-        for name, info in self.checkpoint.tensors.items():
-            if name.startswith(prefix) or len(info.shape) < 2:
-                continue
-            above, _, _ = name.removesuffix(".weight").rpartition(".")
-            word = name.removesuffix(".weight").rpartition(".")[2]
-            if word in EMBEDDINGS and not TOWERS.search(name) and name.endswith(".weight"):
-                self.structure.embedding = self.structure.embedding or info
-                self.structure.reasons[name] = "the embedding"
-            elif name.removesuffix(".weight") in ANY_HEADS:
-                self.structure.reasons[name] = "the lm_head"
-            elif TOWERS.search(above):
-                self.structure.reasons[name] = (
-                    "of another tower, or of what predicts further tokens"
-                )
-            else:
-                self.structure.reasons[name] = "outside of the decoder layers"
 
     def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
         path = as_pattern(info.name.removeprefix(f"{self.structure.stack}."))
@@ -466,12 +445,8 @@ def _like(first: Matrix, info: TensorInfo, number: int) -> Matrix:
     )
 
 
-def _kept_reason(path: str) -> str | None:
-    return next((why for rule, why in KEPT if rule.fullmatch(path)), None)
-
-
 def _is_no_linear(path: str) -> bool:
-    return _kept_reason(path) is None and any(rule.fullmatch(path) for rule, _ in NOT_LINEAR)
+    return kept_reason(path) is None and no_linear_reason(path) is not None
 
 
 def _stated(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
