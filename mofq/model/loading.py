@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -143,14 +144,28 @@ def _load_quietly(
 
 
 def auto_class(config: Any) -> Any:
-    """What of transformers builds the class that a config names, or else the language model."""
+    """What of transformers loads the class that a config names, or else the language model."""
     causal, multimodal = (
         auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM)
     )
     if type(config) not in multimodal:
+        # The language models of some multimodal ones have a class, and are in neither table.
+        own = getattr(transformers, (config.architectures or [""])[0], None)
+        if type(config) not in causal and getattr(own, "config_class", None) is type(config):
+            return own
         return AutoModelForCausalLM  # which says which types there are
     named = multimodal[type(config)].__name__ in (config.architectures or ())
     return AutoModelForMultimodalLM if named or type(config) not in causal else AutoModelForCausalLM
+
+
+def build_model(config: Any) -> PreTrainedModel:
+    """The model of a config, with the weights that its class draws."""
+    kind = auto_class(config)
+    if hasattr(kind, "from_config"):
+        built: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
+    else:
+        built = kind._from_config(config)
+    return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +191,7 @@ def _load_decoded(
     """
     config = plain_config(folder)
     with torch.device("meta"):
-        kind = type(auto_class(config).from_config(config, trust_remote_code=False))
+        kind = type(build_model(config))
     model: PreTrainedModel
     model, loaded = kind.from_pretrained(
         None, config=config, state_dict=lazy, trust_remote_code=False, **options

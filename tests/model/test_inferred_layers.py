@@ -320,6 +320,31 @@ def test_routers_gates_and_scans_are_left_out_by_name(tmp_path: Path) -> None:
     assert "no stage measures its lookups" in per_layer
 
 
+@pytest.mark.parametrize("with_towers", [False, True])
+def test_decoder_layers_that_attend_to_images_are_left_out_whole(
+    with_towers: bool, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(write_type("mllama", tmp_path / "m", multimodal=with_towers)))
+    layers = find_layers(checkpoint)
+    text = checkpoint.config["text_config"] if with_towers else checkpoint.config
+    crossing = min(text["cross_attention_layers"])
+    assert {layer.decoder_layer for layer in layers.grouped_layers} == {0, 1, 2, 3} - {crossing}
+    assert len({cache.decoder_layer for cache in layers.caches}) == 3
+    of_layer = {
+        name.partition(f".layers.{crossing}.")[2]: why
+        for name, why in layers.left_out.items()
+        if f"{layers.body}layers.{crossing}." in name
+    }
+    for word in ("q", "k", "v", "o"):
+        assert of_layer[f"cross_attn.{word}_proj.weight"] == "transformers does not run it on text"
+    for word in ("gate", "up", "down"):
+        assert "does not run its decoder layer" in of_layer[f"mlp.{word}_proj.weight"]
+    # Of the language model alone, whose class is in no table of transformers' automatic ones.
+    ran = _modules_that_run(load_model(tmp_path / "m"))
+    assert not [name for name in ran if f".layers.{crossing}." in name]
+    assert [name for name in ran if f".layers.{(crossing + 1) % 4}." in name]
+
+
 def test_a_causal_mask_is_no_bias(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)

@@ -220,6 +220,11 @@ class _Inferrer:
         names = (find_in_memory(name, architecture).name for name in checkpoint.tensors)
         before = (name.partition(".experts.") for name in names)
         self.mixtures = {place for place, has_experts, _ in before if has_experts}
+        self.idle = {
+            index
+            for index, tensors in self.tensors.items()
+            if any(self._is_uncalled(info) for _, info in tensors)
+        }
         self.transposed = self._is_transposed()
         self.swaps_experts = self.known is not None and self.known.transposed
 
@@ -285,6 +290,10 @@ class _Inferrer:
             yield matrix
         else:
             self.structure.unquantized.append(matrix)
+
+    def _is_uncalled(self, info: TensorInfo) -> bool:
+        loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
+        return self.known is not None and as_pattern(loaded) in self.known.uncalled
 
     def _is_stored_name(self, name: str) -> bool:
         return self.known is not None and as_pattern(name) in self.known.names
@@ -369,18 +378,21 @@ class _Inferrer:
         if self.known is not None:
             pattern = as_pattern(loaded)
             if pattern in self.known.partly:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {info.name!r}: on text, transformers runs it in"
-                    " some decoder layers and not in others, which is not supported: nothing could"
-                    " be measured of the others."
-                )
+                if not self.idle:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {info.name!r}: on text, transformers runs it in"
+                        " some decoder layers and not in others, and in which, its tensors do not"
+                        " say."
+                    )
+                if layer_index(info.name, self.structure.stack) in self.idle:
+                    return "transformers does not run its decoder layer on text"
             if pattern in self.known.reused:
                 return "its weight is used more than once for a token, so one error counts often"
             if pattern in self.known.odd and not kept_reason(path):
                 return (
                     f"transformers computes more with it than a product: {self.known.odd[pattern]}"
                 )
-            if pattern in self.known.uncalled and not kept_reason(path):
+            if self._is_uncalled(info) and not kept_reason(path):
                 return "transformers does not run it on text"
         if (reason := kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
