@@ -136,11 +136,28 @@ def _load_quietly(
         raise
     except Exception as error:  # transformers raises many kinds for invalid configs
         raise CheckpointError(
-            f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
+            f"{folder}: transformers cannot load the model: {_load_problem(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
     return model, sorted(loaded["missing_keys"])
+
+
+def _load_problem(error: Exception) -> str:
+    """Why transformers cannot load a model; what transformers says asks for what is not done."""
+    reason = _on_one_line(error)
+    if "trust_remote_code" in reason:
+        reason = "it needs code that comes with it, which is never run here."
+    elif "ignore_mismatched_sizes" in reason:
+        reason = (
+            f"its tensors have other shapes than {CONFIG_FILE} says, as those of pruned layers."
+        )
+    else:
+        return reason
+    return (
+        f"{reason} `mofq measure` without {option('stats')}, `mofq recipe uniform` and"
+        " `mofq export` do without loading it."
+    )
 
 
 def auto_class(config: Any) -> Any:

@@ -406,7 +406,8 @@ def _require_tensor(model: _Declared, key: str, shape: tuple[int, ...]) -> Tenso
     if info.shape != shape:
         raise CheckpointError(
             f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
-            " models."
+            " models. If layers were pruned to sizes of their own, a file of `version: 1` alone for"
+            f" {option('layers')} has them found by names and shapes."
         )
     check_source_dtype(info)
     return info

@@ -169,6 +169,7 @@ def _find_stack(
         )
     ((name, indices),) = found.items()
     ahead = _stated(config, LAYERS_AHEAD) or 0
+    indices |= _empty_blocks(config)
     if count is not None and (not _covers(indices, count) or max(indices) >= count + ahead):
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG_FILE}: needed {count} decoder layers as the config says,"
@@ -176,6 +177,25 @@ def _find_stack(
             " weights are of different models, or a shard is missing."
         )
     return name, indices
+
+
+def _empty_blocks(config: Mapping[str, Any]) -> set[int]:
+    """Decoder layers that an architecture search left nothing in.
+
+    Source: ``block_configs`` of Llama-3.1-Nemotron-Ultra's ``block_config.py``; vLLM 0.33.0
+    ``models/nemotron_nas.py``.
+    """
+    blocks = config.get("block_configs")
+    return {
+        index
+        for index, block in enumerate(blocks if isinstance(blocks, list) else ())
+        if isinstance(block, dict)
+        and all(_is_no_op(block.get(key)) for key in ("attention", "ffn"))
+    }
+
+
+def _is_no_op(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("no_op") is True
 
 
 def _covers(indices: set[int], count: int) -> bool:
