@@ -21,7 +21,7 @@ from mofq.model.layers.words import TOWERS
 from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
-_LISTS = {"odd", "caches", "reused", "uncalled", "partly"}
+_LISTS = {"odd", "odd_experts", "caches", "reused", "uncalled", "partly"}
 
 
 def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -37,8 +37,11 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
     text = model.config.get_text_config()
     tied = getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
     facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
-    if problem := _experts(model):
-        facts["experts"] = problem[0]
+    if problems := _experts(model):
+        plain = "" in problems.values()
+        facts["experts"] = "" if plain else max(problems.values())
+        if odd := {path: why for path, why in problems.items() if why and plain}:
+            facts["odd_experts"] = odd
     facts["names"] = _names(model, stored)
     facts |= _fused_experts(model, facts["names"], stored)
     if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
@@ -56,8 +59,10 @@ def of_text(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without what they say of towers: nothing of these is decided."""
     stacks = tuple(f"{stack}." for stack in facts.get("stacks", ()))
     names = {key: one for key, one in facts["names"].items() if not TOWERS.search(key)}
-    odd = {key: kind for key, kind in facts.get("odd", {}).items() if key.startswith(stacks)}
-    kept = {**facts, "names": names, "odd": odd}
+    kept = {**facts, "names": names}
+    for key in ("odd", "odd_experts"):
+        found = facts.get(key, {}).items()
+        kept[key] = {pattern: what for pattern, what in found if pattern.startswith(stacks)}
     for key in ("caches", "reused", "uncalled", "partly"):
         kept[key] = [pattern for pattern in facts.get(key, ()) if pattern.startswith(stacks)]
     return {key: one for key, one in kept.items() if one or key in facts.keys() - _LISTS}
@@ -116,7 +121,7 @@ def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, 
         with_towers: Of the class that takes images too.
     """
     joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
-    for key in ("names", "odd"):
+    for key in ("names", "odd", "odd_experts"):
         joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
     for key in ("caches", "fused", "reused", "uncalled", "partly"):
         joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
@@ -137,14 +142,14 @@ def _key_of(text: PretrainedConfig, config: PretrainedConfig) -> str | None:
     return None
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Nothing where there are no experts, else why they are not plain, or an empty reason."""
-    found = []
-    for module in model.modules():
+def _experts(model: nn.Module) -> dict[str, str]:
+    """Pattern of a module of experts -> why it is not plain, or an empty reason."""
+    found = {}
+    for path, module in model.named_modules():
         names = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if "down_proj" in names:
-            found.append(experts_problem(module) or "")
-    return sorted(set(found), reverse=True)
+            found[as_pattern(path)] = experts_problem(module) or ""
+    return found
 
 
 def _fused_experts(
@@ -262,6 +267,7 @@ def _calls(model: PreTrainedModel) -> dict[str, Any]:
     idle = {as_pattern(name) for name in modules if not calls[name]}
     busy = {as_pattern(name) for name in modules if calls[name]}
     odd = {as_pattern(n): type(m).__name__ for n, m in modules.items() if not is_plain_linear(m)}
+    odd |= {as_pattern(n): type(m).__name__ for n, m in model.named_modules() if _is_of_experts(m)}
     facts: dict[str, Any] = {
         "odd": odd,
         "stacks": sorted({name.partition(".#.")[0] for name in busy if ".#." in name}),
@@ -270,6 +276,13 @@ def _calls(model: PreTrainedModel) -> dict[str, Any]:
         "partly": sorted((idle & busy) - reused),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _is_of_experts(module: nn.Module) -> bool:
+    """Whether a module that is no convolution has a weight of three dimensions."""
+    weight = getattr(module, "weight", None)
+    is_conv = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not is_conv
 
 
 def _linear_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -47,6 +47,9 @@ from mofq.model.layers.words import (
     TOWERS,
 )
 
+#: Dimensions of a tensor that holds a matrix for each expert.
+_OF_EXPERTS = 3
+
 
 @dataclass(slots=True)
 class Structure:
@@ -278,7 +281,7 @@ class _Inferrer:
             return
         own = find_in_memory(info.name, self.architecture)
         inside = own.name.partition(f".{index}.")[2]
-        fused = len(info.shape) == 3 and own.expert is None and FUSED.fullmatch(inside)
+        fused = len(info.shape) == _OF_EXPERTS and own.expert is None and FUSED.fullmatch(inside)
         if fused and (self.known is None or self.known.experts is None):
             raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
         if fused and self.known is not None and self.known.experts:
@@ -298,7 +301,7 @@ class _Inferrer:
         name = find_stored_name(info.name, self.architecture)
         path = name.partition(f".{index}.")[2]
         is_stated = key in (*self.stated.linear, *self.stated.transposed)
-        reason = None if is_stated else self._reason(path, info)
+        reason = None if is_stated else self._reason(path, info, index)
         if reason is not None:
             self.structure.reasons[info.name] = reason
             if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
@@ -352,13 +355,13 @@ class _Inferrer:
         """The layers in a parameter that is stored as the loaded model has it, or in a share."""
         parameter = own.name
         paths = [name.partition(f".{index}.")[2] for name in names]
-        experts = info.shape[0] if len(info.shape) == 3 else None
+        experts = info.shape[0] if len(info.shape) == _OF_EXPERTS else None
         *_, rows, columns = info.shape
         transposed = self.swaps_experts and is_fused(parameter, self.known)
         if transposed:
             rows, columns = columns, rows
         out = rows // len(paths)
-        if (reason := self._reason(paths[0], info)) is not None:
+        if (reason := self._reason(paths[0], info, index)) is not None:
             self.structure.reasons[info.name] = reason
             if len(info.shape) != 2 or not paths[0].endswith(".weight") or _is_no_linear(paths[0]):
                 return
@@ -388,7 +391,7 @@ class _Inferrer:
                 else:
                     self.structure.unquantized.append(matrix)
 
-    def _reason(self, path: str, info: TensorInfo) -> str | None:
+    def _reason(self, path: str, info: TensorInfo, index: int) -> str | None:
         """Why a tensor of two or more dimensions is in no fusion group."""
         own = find_in_memory(info.name, self.architecture)
         loaded = own.name.removesuffix(".weight")
@@ -397,6 +400,15 @@ class _Inferrer:
             return "transformers holds it and others in one matrix, of which no part is quantized"
         if self.known is not None:
             pattern = as_pattern(loaded)
+            if (why := self.known.odd_experts.get(pattern.rpartition(".")[0])) is not None:
+                return f"{why}: no stage runs them one by one"
+            if pattern in self.known.odd and len(info.shape) == _OF_EXPERTS:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: it has"
+                    f" the experts of a {self.known.odd[pattern]}, which no stage runs one by one."
+                    f" A file for {option('layers')} may leave them as they are: `left:"
+                    f" {{{path_of(info.name, index)}: why it stays as it is}}`."
+                )
             if pattern in self.known.partly:
                 if not self.idle:
                     raise CheckpointError(
@@ -404,7 +416,7 @@ class _Inferrer:
                         " some decoder layers and not in others, and in which, its tensors do not"
                         " say."
                     )
-                if layer_index(info.name, self.structure.stack) in self.idle:
+                if index in self.idle:
                     return "transformers does not run its decoder layer on text"
             if pattern in self.known.reused:
                 return "its weight is used more than once for a token, so one error counts often"
