@@ -13,7 +13,7 @@ import torch
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
 from safetensors.torch import load_file
-from tiny_types import CAUSAL_TYPES, build_type, write_type
+from tiny_types import CAUSAL_TYPES, build_type, tiny_config, write_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from type_facts import find_facts
@@ -343,6 +343,40 @@ def test_decoder_layers_that_attend_to_images_are_left_out_whole(
     ran = _modules_that_run(load_model(tmp_path / "m"))
     assert not [name for name in ran if f".layers.{crossing}." in name]
     assert [name for name in ran if f".layers.{(crossing + 1) % 4}." in name]
+
+
+@pytest.mark.parametrize("widths", [[64, 32], [64, 64]], ids=["narrower", "as wide"])
+@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+def test_experts_of_images_that_follow_those_of_text_are_left_out(
+    widths: list[int], fused: bool, tmp_path: Path
+) -> None:
+    config = tiny_config("ernie4_5_vl_moe")
+    config.text_config.moe_intermediate_size = widths
+    folder = write_type(
+        "ernie4_5_vl_moe", tmp_path / "m", multimodal=True, config=config, fused=fused
+    )
+    checkpoint = open_checkpoint(str(folder))
+    layers, parameters = find_layers(checkpoint), dict(load_model(folder).named_parameters())
+    (group,) = [one for one in layers.groups if one.name == "layers.1.moe.experts"]
+    assert [layer.name for layer in group.layers] == [
+        f"model.layers.1.mlp.experts.{expert}.{word}_proj"
+        for expert in range(4)
+        for word in ("gate", "up", "down")
+    ]
+    of_text = "model.language_model.layers.1.mlp.text_moe"
+    for layer in group.layers:
+        at = layer.loaded
+        assert at is not None
+        assert at.name.startswith(f"{of_text}.experts.")
+        rows = slice(at.row_start, at.row_start + layer.out_features)
+        read_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+        assert torch.equal(read_OI.float(), parameters[at.name][at.expert][rows])
+    images = [name for name, why in layers.left_out.items() if "an expert of images" in why]
+    assert len(images) == 2 * (2 if fused else 4 * 3)
+    (router,) = [one for one in layers.unquantized if one.name == "model.layers.1.mlp.gate"]
+    read_OI = read_layer_rows(checkpoint, router, 0, router.out_features)
+    assert torch.equal(read_OI.float(), parameters[f"{of_text}.gate.weight"])
+    assert checkpoint.tensors[router.tensor].shape == ((4, 64) if fused else (64, 4))
 
 
 def test_a_causal_mask_is_no_bias(tiny: TinyCheckpoint, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mofq.model.layers.words import TOWERS
 from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
-_LISTS = {"odd", "odd_experts", "caches", "reused", "uncalled", "partly"}
+_LISTS = {"odd", "odd_experts", "experts_after", "caches", "reused", "uncalled", "partly"}
 
 
 def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -42,7 +42,11 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
         facts["experts"] = "" if plain else max(problems.values())
         if odd := {path: why for path, why in problems.items() if why and plain}:
             facts["odd_experts"] = odd
-    facts["names"] = _names(model, stored)
+    facts["names"], after = _names(model, stored)
+    if after:
+        facts["experts_after"] = after
+    if swapped := _swapped(model, stored, facts["names"]):
+        facts["swapped"] = swapped
     facts |= _fused_experts(model, facts["names"], stored)
     if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
         facts["text"] = key
@@ -60,9 +64,11 @@ def of_text(facts: dict[str, Any]) -> dict[str, Any]:
     stacks = tuple(f"{stack}." for stack in facts.get("stacks", ()))
     names = {key: one for key, one in facts["names"].items() if not TOWERS.search(key)}
     kept = {**facts, "names": names}
-    for key in ("odd", "odd_experts"):
+    for key in ("odd", "odd_experts", "experts_after"):
         found = facts.get(key, {}).items()
         kept[key] = {pattern: what for pattern, what in found if pattern.startswith(stacks)}
+    if "swapped" in facts:
+        kept["swapped"] = [pattern for pattern in facts["swapped"] if pattern in names]
     for key in ("caches", "reused", "uncalled", "partly"):
         kept[key] = [pattern for pattern in facts.get(key, ()) if pattern.startswith(stacks)]
     return {key: one for key, one in kept.items() if one or key in facts.keys() - _LISTS}
@@ -121,9 +127,9 @@ def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, 
         with_towers: Of the class that takes images too.
     """
     joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
-    for key in ("names", "odd", "odd_experts"):
+    for key in ("names", "odd", "odd_experts", "experts_after"):
         joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
-    for key in ("caches", "fused", "reused", "uncalled", "partly"):
+    for key in ("caches", "fused", "reused", "swapped", "uncalled", "partly"):
         joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
     return {
         key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")
@@ -189,13 +195,19 @@ def _fused_experts(
     return found
 
 
-def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Pattern on disk -> pattern in memory, part, parts; of those that differ."""
+def _names(
+    model: PreTrainedModel, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Pattern on disk -> pattern in memory, part, parts; of those that differ.
+
+    And module of experts -> that of the experts which follow them in one list on disk.
+    """
     transforms = get_model_conversion_mapping(model)
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     loaded = dict(model.state_dict())
     names: dict[str, list[Any]] = {}
+    after: dict[str, str] = {}
     for name, value in sorted(stored.items()):
         target, source = rename_source_key(
             name, renamings, converters, model.base_model_prefix, loaded
@@ -209,14 +221,52 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, li
         whole = loaded[target]
         index = _expert_of(key, as_pattern(target), name)
         if index is not None and index >= len(whole):
-            names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            following = _following(loaded, target, value, index - len(whole))
+            if following is None:
+                names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            else:
+                own, other = (as_pattern(one).rpartition(".")[0] for one in (target, following))
+                after[own] = other
             continue
         inside = whole if index is None else whole[index]
         found = _find_part(value, inside)
         entry = ["", 0, 1] if found is None else [as_pattern(target), *found]
         if names.setdefault(key, entry) != entry:
             names[key] = ["", 0, 1]
-    return names
+    return names, after
+
+
+def _swapped(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], names: dict[str, list[Any]]
+) -> list[str]:
+    """Patterns of matrices on disk that are transposed in memory; adds where to ``names``."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+    loaded = dict(model.state_dict())
+    found = set()
+    for name, value in sorted(stored.items()):
+        key = as_pattern(name)
+        if value.ndim != 2 or names.get(key) != ["", 0, 1]:
+            continue
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, loaded)
+        whole = loaded.get(target)
+        if whole is not None and whole.shape == value.T.shape and torch.equal(whole, value.T):
+            names[key] = [as_pattern(target), 0, 1]
+            found.add(key)
+    return sorted(found)
+
+
+def _following(loaded: Mapping[str, Tensor], target: str, value: Tensor, index: int) -> str | None:
+    """The parameter of another mixture of the same layer that holds an expert of the list."""
+    layer = re.match(r".*?\.[0-9]+\.", target)
+    beside = {
+        name: whole
+        for name, whole in loaded.items()
+        if layer is not None and name.startswith(layer[0]) and name != target and whole.ndim == 3
+    }
+    held = ((name, whole[index]) for name, whole in beside.items() if index < len(whole))
+    return next((name for name, one in held if _find_part(value, one) is not None), None)
 
 
 def _expert_of(key: str, target: str, name: str) -> int | None:

@@ -32,11 +32,13 @@ from mofq.model.layers.names_in_memory import (
     find_stored,
     find_stored_name,
     is_fused,
+    is_swapped,
     known_type,
 )
 from mofq.model.layers.stated import StatedLayers, path_of
 from mofq.model.layers.words import (
     EXPERT,
+    EXPERT_COUNTS,
     FUSED,
     HIDDEN_SIZES,
     LAYER_COUNTS,
@@ -232,6 +234,7 @@ class _Inferrer:
         self.architecture = architecture
         self.known: KnownType | None = known_type(architecture)
         self.hidden = _stated(config, HIDDEN_SIZES)
+        self.experts = _stated(config, EXPERT_COUNTS)
         self.structure = structure
         self.stated = stated
         self.settled: set[str] = set()  #: paths that were found
@@ -261,7 +264,7 @@ class _Inferrer:
             head, _, tail = info.name.partition(".experts.")
             number, _, word = tail.partition(".")
             key = (head, word, info.shape, info.dtype)
-            if word and key in alike:  # tens of thousands of them
+            if word and key in alike and not self._is_after(info):  # tens of thousands of them
                 found.append(_like(alike[key], info, int(number)))
                 continue
             made = list(self._read(index, info))
@@ -278,6 +281,9 @@ class _Inferrer:
         self.settled.add(key)
         if key in self.stated.left:
             self.structure.reasons[info.name] = self.stated.left[key]
+            return
+        if self._is_after(info):
+            self.structure.reasons[info.name] = "an expert of images, which text does not run"
             return
         own = find_in_memory(info.name, self.architecture)
         inside = own.name.partition(f".{index}.")[2]
@@ -304,7 +310,8 @@ class _Inferrer:
         reason = None if is_stated else self._reason(path, info, index)
         if reason is not None:
             self.structure.reasons[info.name] = reason
-            if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
+            is_named = path.endswith(".weight") and own.name != ""
+            if not is_named or len(info.shape) != 2 or _is_no_linear(path):
                 return
         elif len(info.shape) != 2 or not path.endswith(".weight"):
             raise self._uncertain(info, "whether it is the weight of a linear layer")
@@ -313,6 +320,22 @@ class _Inferrer:
             yield matrix
         else:
             self.structure.unquantized.append(matrix)
+
+    def _is_after(self, info: TensorInfo) -> bool:
+        """Whether it is of the experts that follow those which text runs, in one list on disk."""
+        if self.known is None or not self.known.experts_after:
+            return False
+        own = find_in_memory(info.name, self.architecture)
+        module = as_pattern(own.name).rpartition(".")[0]
+        if module not in self.known.experts_after:
+            return self._is_after_module(module)
+        if self.experts is None:
+            raise self._uncertain(info, "whether text or images run this expert")
+        return own.expert is not None and own.expert >= self.experts
+
+    def _is_after_module(self, path: str) -> bool:
+        """Whether a module of the loaded model has those experts."""
+        return self.known is not None and as_pattern(path) in self.known.experts_after.values()
 
     def _is_uncalled(self, info: TensorInfo) -> bool:
         loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
@@ -333,8 +356,8 @@ class _Inferrer:
         at = EXPERT.fullmatch(f"{name}.weight")
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         transposed |= path_of(info.name, index) in self.stated.transposed
-        shape = info.shape[::-1] if transposed else info.shape
-        out, wide = shape
+        on_disk = is_swapped(info.name, self.architecture)
+        out, wide = info.shape[::-1] if transposed or on_disk else info.shape
         swapped = transposed or (self.swaps_experts and is_fused(own.name, self.known))
         loaded = LoadedWeight(own.name, own.expert, own.part * out, swapped)
         place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
@@ -345,7 +368,7 @@ class _Inferrer:
             out,
             wide,
             loaded,
-            transposed=transposed,
+            transposed=transposed or on_disk,
             of_expert=place and (place[0].rstrip("."), place[1]),
         )
 
@@ -429,7 +452,8 @@ class _Inferrer:
         if (reason := kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
             place, _, rest = f"{loaded}.weight".rpartition(".gate.")
-            if rest == "weight" and place not in self.mixtures and "router" not in path:
+            is_of_mixture = place in self.mixtures or self._is_after_module(f"{place}.experts")
+            if rest == "weight" and not is_of_mixture and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
         if (reason := no_linear_reason(path)) is not None:

@@ -38,7 +38,8 @@ TOWERS = re.compile(
 )
 STACK = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>[0-9]{1,6})\.(?P<path>.+)")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "n_layers")
-#: After those that are counted, and left out by transformers.
+EXPERT_COUNTS = ("moe_num_experts", "num_experts", "num_local_experts", "n_routed_experts")
+#: After the layers that are counted, and left out by transformers.
 LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 EMBEDDINGS = (
