@@ -54,11 +54,20 @@ _RULES: tuple[Rule, ...] = (
     PLAIN_HEADS,
     PLAIN_MIXERS,
     Rule(
+        r"mxfp4(\+mxfp4)?",
+        layers="experts",
+        model_types=("gpt_oss",),
+        refused="MXFP4 experts with biases are read from OpenAI's layout alone, beside which it "
+        "quantizes no other layer (in compressed-tensors they have no biases); serve the original",
+        source="vllm 0.33.0 layers/quantization/mxfp4.py:91-110; models/gpt_oss.py:1326-1352; "
+        "ct/compressed_tensors_moe/compressed_tensors_moe_w4a4_mxfp4.py:82-151",
+    ),
+    Rule(
         r".*",
         layers="experts",
         model_types=("gpt_oss",),
-        refused="experts with biases are read in OpenAI's own MXFP4 alone: elsewhere biases and "
-        "most scales have no name; take bf16",
+        refused="of exported experts with biases its loader knows no names of packed codes and of "
+        "most scales; take bf16, or serve the original with its experts in MXFP4",
         source="vllm 0.33.0 models/gpt_oss.py:73-82, 1147-1260; executed",
     ),
     Rule(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -135,22 +136,53 @@ def _load_quietly(
         raise
     except Exception as error:  # transformers raises many kinds for invalid configs
         raise CheckpointError(
-            f"{folder}: transformers cannot load the model: {_on_one_line(error)}"
+            f"{folder}: transformers cannot load the model: {_load_problem(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
     return model, sorted(loaded["missing_keys"])
 
 
+def _load_problem(error: Exception) -> str:
+    """Why transformers cannot load a model; what transformers says asks for what is not done."""
+    reason = _on_one_line(error)
+    if "trust_remote_code" in reason:
+        reason = "it needs code that comes with it, which is never run here."
+    elif "ignore_mismatched_sizes" in reason:
+        reason = (
+            f"its tensors have other shapes than {CONFIG_FILE} says, as those of pruned layers."
+        )
+    else:
+        return reason
+    return (
+        f"{reason} `mofq measure` without {option('stats')}, `mofq recipe uniform` and"
+        " `mofq export` do without loading it."
+    )
+
+
 def auto_class(config: Any) -> Any:
-    """What of transformers builds the class that a config names, or else the language model."""
+    """What of transformers loads the class that a config names, or else the language model."""
     causal, multimodal = (
         auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM)
     )
     if type(config) not in multimodal:
+        # The language models of some multimodal ones have a class, and are in neither table.
+        own = getattr(transformers, (config.architectures or [""])[0], None)
+        if type(config) not in causal and getattr(own, "config_class", None) is type(config):
+            return own
         return AutoModelForCausalLM  # which says which types there are
     named = multimodal[type(config)].__name__ in (config.architectures or ())
     return AutoModelForMultimodalLM if named or type(config) not in causal else AutoModelForCausalLM
+
+
+def build_model(config: Any) -> PreTrainedModel:
+    """The model of a config, with the weights that its class draws."""
+    kind = auto_class(config)
+    if hasattr(kind, "from_config"):
+        built: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
+    else:
+        built = kind._from_config(config)
+    return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +208,7 @@ def _load_decoded(
     """
     config = plain_config(folder)
     with torch.device("meta"):
-        kind = type(auto_class(config).from_config(config, trust_remote_code=False))
+        kind = type(build_model(config))
     model: PreTrainedModel
     model, loaded = kind.from_pretrained(
         None, config=config, state_dict=lazy, trust_remote_code=False, **options

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+#: The norm of each expert's output, where a module of experts has one.
+OUTPUT_NORM = "post_expert_norm"
 _ANOTHER_FORMULA = "which compute something else than down(gate and up) for each token"
 _PROBE_TOKENS = 4
 #: Of random inputs: as after a norm, and large enough to reach a limit that a class sets.
@@ -82,6 +84,8 @@ class ExpertsKind:
     activation: Callable[[Tensor], Tensor]  #: between the two weights
     #: Experts after those with weights give their input back; elsewhere there are none.
     returns_inputs: bool
+    #: Of the output of each expert, before it is counted; None: it stays as it is.
+    norm: Callable[[Tensor], Tensor] | None = None
 
 
 def find_kind(experts: nn.Module) -> ExpertsKind:
@@ -101,6 +105,7 @@ def find_kind(experts: nn.Module) -> ExpertsKind:
         bool(getattr(module, "is_transposed", is_swapped)),
         _find_activation(module, first),
         hasattr(module, "identity_expert"),
+        getattr(module, OUTPUT_NORM, None),
     )
 
 
@@ -156,8 +161,8 @@ def run_experts(
     Returns:
         Of the shape of ``hidden_TI``.
 
-    Source: the eager forwards of ``MixtralExperts``, ``GptOssExperts``, ``LongcatFlashExperts`` and
-    ``Llama4TextExperts`` in transformers 5, in the same order of operations.
+    Source: the eager forwards of ``MixtralExperts``, ``GptOssExperts``, ``LongcatFlashExperts``,
+    ``Llama4TextExperts`` and ``MuseSparkExperts`` in transformers 5, in their order of operations.
     """
     output_TI = torch.zeros_like(hidden_TI)
     tokens = len(hidden_TI)
@@ -179,6 +184,7 @@ def run_experts(
         if expert < kind.count:
             y = kind.activation(linear(kind.first, expert, y, row % tokens))
             y = linear("down_proj", expert, y, row % tokens)
+            y = y if kind.norm is None else kind.norm(y)
         elif not kind.returns_inputs:
             continue
         if top_k_weights is not None:
@@ -214,8 +220,6 @@ def experts_problem(experts: nn.Module) -> str | None:
         experts: In the place and on the device where it runs.
     """
     name = f"experts of class {type(experts).__name__}"
-    if getattr(experts, "has_post_expert_norm", False):
-        return f"{name}, which normalize the output of each expert"
     parameters = dict(experts.named_parameters(recurse=False))
     first = parameters.get("gate_up_proj", parameters.get("up_proj"))
     if first is None or "down_proj" not in parameters:

@@ -82,8 +82,9 @@ its groups stays as it is, and `inspect --json` says why of every matrix (`left_
 
 Experts that a checkpoint has in one tensor (`aria`, `gpt_oss`, `granitemoe` and its relatives,
 `hy_v4`, `llama4`, `zaya` …) are exported one by one, as `experts.0.gate_proj`. vLLM 0.33.0 was run
-on exports of `llama4_text` and `granitemoe` and reads every tensor; of `gpt_oss` it reads quantized
-experts in OpenAI's MXFP4 alone, so that none are offered for it.
+on exports of `llama4_text` and `granitemoe` and reads every tensor. Of `gpt_oss` it reads MXFP4
+experts from OpenAI's own layout alone, beside which it quantizes no other layer: no export is
+better than the original there, so that none of its quantized experts are offered for vLLM.
 """
 
 

@@ -447,3 +447,16 @@ def test_layers_of_mamba_1_are_left_as_they_are_by_vllm() -> None:
         assert check(scheme, attention) is None
         assert check(parse_scheme("bf16"), mixer) is None
         assert legality(engine, "bamba")(scheme, mixer) is None
+
+
+@pytest.mark.parametrize("engine", ["vllm-ampere", "vllm-hopper", "vllm-blackwell"])
+def test_experts_of_gpt_oss_are_served_from_the_original_alone(engine: str) -> None:
+    check = legality(engine, "gpt_oss")
+    for name in ("mxfp4", "mxfp4+mxfp4"):
+        assert "beside which it quantizes no other layer" in (
+            check(parse_scheme(name), experts()) or ""
+        )
+    for name in ("int4.g32", "nvfp4@stored", "fp8_e4m3.channel+fp8_e4m3.token"):
+        assert "its loader knows no names" in (check(parse_scheme(name), experts()) or "")
+    assert check(parse_scheme("bf16"), experts()) is None
+    assert check(parse_scheme("int4.g32"), gate_up()) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from conftest import TinyCheckpoint
 from families import TINY_FAMILIES, copy_with_config, copy_with_tensors, long_but
 from safetensors.torch import load_file
-from tiny_types import CAUSAL_TYPES, build_type, write_type
+from tiny_types import CAUSAL_TYPES, build_type, tiny_config, write_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from type_facts import find_facts
@@ -24,7 +24,7 @@ from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED, JOINED_IN
-from mofq.model.layers.names_in_memory import as_pattern, known_types
+from mofq.model.layers.names_in_memory import as_pattern, find_in_memory, known_types
 from mofq.model.loading import load_model
 from mofq.model.notes import notes_on
 
@@ -132,6 +132,7 @@ def test_what_is_inferred_of_a_family_with_rules_is_what_the_rules_say(
         assert inferred.caches == ruled.caches
     assert inferred.tied_lm_head == ruled.tied_lm_head
     assert inferred.other_bytes == ruled.other_bytes
+    assert inferred.left_out == ruled.left_out
 
 
 @pytest.fixture
@@ -243,19 +244,148 @@ def _check_joined(layers: ModelLayers) -> None:
                 assert len({words[word] for word in joined}) == 1, words
 
 
-def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: Any) -> None:
-    folder, _ = tiny_type("jamba")
+#: Words of a reason -> what is true then of the module of transformers that has the tensor.
+IS_SO: dict[str, Callable[[nn.Module], bool]] = {
+    "convolution": lambda module: isinstance(module, nn.Conv1d | nn.Conv2d),
+    "the embedding": lambda module: isinstance(module, nn.Embedding),
+    "second table of words": lambda module: isinstance(module, nn.Embedding),
+    "looked up": lambda module: isinstance(module, nn.Embedding),
+    "parameter of its own": lambda module: not isinstance(module, nn.Linear),
+    "more with it than a product": lambda module: type(module).forward is not nn.Linear.forward,
+    "one number": lambda module: len(module.get_parameter("weight")) == 1,
+}
+OUTSIDE = ("the lm_head", "the embedding", "a second table", "positions", "outside", "of another")
+#: Words of a reason, and words of which a class on the way to the tensor has one in its name.
+IS_IN = {
+    "part of a norm": ("norm",),
+    "router": ("router", "gate", "gating", "moe", "mixture", "sparse", "expert"),
+    "indexer": ("indexer",),
+}
+
+
+@pytest.mark.parametrize(
+    "name", long_but(_with_structure(), "jamba", "qwen2_moe", "gpt2", "bart", "gemma3n_text")
+)
+def test_every_matrix_is_grouped_or_is_left_out_for_a_reason_that_is_true(
+    tiny_type: Any, name: str
+) -> None:
+    folder, model = tiny_type(name)
     checkpoint = open_checkpoint(str(folder))
     layers = find_layers(checkpoint)
     grouped = {layer.tensor for layer in layers.grouped_layers}
-    matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) > 1}
+    matrices = {key for key, info in checkpoint.tensors.items() if len(info.shape) > 1}
     assert matrices == grouped | layers.left_out.keys()
     assert not grouped & layers.left_out.keys()
-    assert layers.left_out["model.layers.0.mamba.conv1d.weight"] == "a convolution"
-    assert "router" in layers.left_out["model.layers.1.feed_forward.router.weight"]
-    unquantized = [layer.name for layer in layers.unquantized]
-    assert "model.layers.0.mamba.dt_proj" in unquantized
-    assert "model.layers.0.mamba.conv1d" not in unquantized
+    modules, stacks = dict(model.named_modules()), known_types()[name].stacks
+    ran = _modules_that_run(model)
+    for tensor, why in layers.left_out.items():
+        own = find_in_memory(tensor, layers.architecture).name
+        above = own.rpartition(".")[0]
+        if not own or above not in modules:
+            continue  # transformers makes something else of it
+        is_outside = not own.startswith(tuple(f"{stack}." for stack in stacks))
+        assert is_outside == why.startswith(OUTSIDE), (tensor, why)
+        for words, is_so in IS_SO.items():
+            assert words not in why or is_so(modules[above]), (tensor, why)
+        parts = above.split(".")
+        kinds = [type(modules[".".join(parts[:n])]).__name__ for n in range(1, len(parts) + 1)]
+        for word, some in IS_IN.items():
+            is_so = any(one in kind.lower() for kind in kinds for one in some)
+            assert word not in why or is_so, (tensor, why, kinds)
+        assert "does not run" not in why or above not in ran, tensor
+
+
+def _modules_that_run(model: nn.Module) -> set[str]:
+    ran: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    with torch.inference_mode():
+        model(input_ids=torch.arange(24)[None] + 65, use_cache=False)
+    return ran
+
+
+def test_routers_gates_and_scans_are_left_out_by_name(tmp_path: Path) -> None:
+    def left_out(name: str) -> dict[str, str]:
+        checkpoint = open_checkpoint(str(write_type(name, tmp_path / name)))
+        return dict(find_layers(checkpoint).left_out)
+
+    jamba, moe = left_out("jamba"), left_out("qwen2_moe")
+    assert jamba["model.layers.0.mamba.conv1d.weight"] == "a convolution"
+    assert "time steps" in jamba["model.layers.0.mamba.dt_proj.weight"]
+    assert "a router" in jamba["model.layers.1.feed_forward.router.weight"]
+    for index in range(4):
+        assert "a router" in moe[f"model.layers.{index}.mlp.gate.weight"]
+        assert "a gate" in moe[f"model.layers.{index}.mlp.shared_expert_gate.weight"]
+    per_layer = left_out("gemma3n_text")["model.embed_tokens_per_layer.weight"]
+    assert "no stage measures its lookups" in per_layer
+
+
+@pytest.mark.parametrize("with_towers", [False, True])
+def test_decoder_layers_that_attend_to_images_are_left_out_whole(
+    with_towers: bool, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(write_type("mllama", tmp_path / "m", multimodal=with_towers)))
+    layers = find_layers(checkpoint)
+    text = checkpoint.config["text_config"] if with_towers else checkpoint.config
+    crossing = min(text["cross_attention_layers"])
+    assert {layer.decoder_layer for layer in layers.grouped_layers} == {0, 1, 2, 3} - {crossing}
+    assert len({cache.decoder_layer for cache in layers.caches}) == 3
+    of_layer = {
+        name.partition(f".layers.{crossing}.")[2]: why
+        for name, why in layers.left_out.items()
+        if f"{layers.body}layers.{crossing}." in name
+    }
+    for word in ("q", "k", "v", "o"):
+        assert of_layer[f"cross_attn.{word}_proj.weight"] == "transformers does not run it on text"
+    for word in ("gate", "up", "down"):
+        assert "does not run its decoder layer" in of_layer[f"mlp.{word}_proj.weight"]
+    # Of the language model alone, whose class is in no table of transformers' automatic ones.
+    ran = _modules_that_run(load_model(tmp_path / "m"))
+    assert not [name for name in ran if f".layers.{crossing}." in name]
+    assert [name for name in ran if f".layers.{(crossing + 1) % 4}." in name]
+
+
+@pytest.mark.parametrize("widths", [[64, 32], [64, 64]], ids=["narrower", "as wide"])
+@pytest.mark.parametrize("fused", [False, True], ids=["hub", "fused"])
+def test_experts_of_images_that_follow_those_of_text_are_left_out(
+    widths: list[int], fused: bool, tmp_path: Path
+) -> None:
+    config = tiny_config("ernie4_5_vl_moe")
+    config.text_config.moe_intermediate_size = widths
+    folder = write_type(
+        "ernie4_5_vl_moe", tmp_path / "m", multimodal=True, config=config, fused=fused
+    )
+    checkpoint = open_checkpoint(str(folder))
+    layers, parameters = find_layers(checkpoint), dict(load_model(folder).named_parameters())
+    (group,) = [one for one in layers.groups if one.name == "layers.1.moe.experts"]
+    assert [layer.name for layer in group.layers] == [
+        f"model.layers.1.mlp.experts.{expert}.{word}_proj"
+        for expert in range(4)
+        for word in ("gate", "up", "down")
+    ]
+    of_text = "model.language_model.layers.1.mlp.text_moe"
+    for layer in group.layers:
+        at = layer.loaded
+        assert at is not None
+        assert at.name.startswith(f"{of_text}.experts.")
+        rows = slice(at.row_start, at.row_start + layer.out_features)
+        read_OI = read_layer_rows(checkpoint, layer, 0, layer.out_features)
+        assert torch.equal(read_OI.float(), parameters[at.name][at.expert][rows])
+    images = [name for name, why in layers.left_out.items() if "an expert of images" in why]
+    assert len(images) == 2 * (2 if fused else 4 * 3)
+    (router,) = [one for one in layers.unquantized if one.name == "model.layers.1.mlp.gate"]
+    read_OI = read_layer_rows(checkpoint, router, 0, router.out_features)
+    assert torch.equal(read_OI.float(), parameters[f"{of_text}.gate.weight"])
+    assert checkpoint.tensors[router.tensor].shape == ((4, 64) if fused else (64, 4))
+
+
+def test_a_causal_mask_is_no_bias(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+
+    found = find_layers(open_checkpoint(str(copy_with_tensors(tiny("gpt2"), tmp_path / "m", add))))
+    assert found.left_out["transformer.h.0.attn.bias"] == "a mask of attention"
+    assert found.left_out["transformer.wpe.weight"] == "positions"
 
 
 def test_experts_in_one_transposed_tensor_are_read_as_they_are_multiplied(tiny_type: Any) -> None:

@@ -295,6 +295,9 @@ def test_layers_that_predict_further_tokens_stay_as_they_are(
     layers, without = (find_layers(open_checkpoint(str(path))) for path in (folder, plain))
     assert (layers.groups, layers.unquantized) == (without.groups, without.unquantized)
     assert layers.other_bytes == without.other_bytes + 128 * 256 * 2
+    assert dict(layers.left_out) == without.left_out | {
+        "model.layers.2.eh_proj.weight": "of a layer that predicts further tokens"
+    }
 
 
 def _add_layer_ahead(tensors: dict[str, Any]) -> None:

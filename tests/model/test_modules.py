@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.model.modules import (
     experts_problem,
     find_kind,
@@ -150,10 +151,35 @@ def test_experts_that_count_a_token_otherwise_than_by_its_weight_are_refused() -
     assert "compute something else" in (experts_problem(Squared()) or "")
 
 
-def test_experts_that_normalize_what_each_gives_are_refused() -> None:
-    experts: Any = Experts()
-    experts.has_post_expert_norm = True
-    assert "normalize the output of each expert" in (experts_problem(experts) or "")
+class Normed(Experts):
+    """The output of each expert is normalized before it is counted, as in Muse Spark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.post_expert_norm = nn.RMSNorm(4)
+        self.post_expert_norm.weight.detach().copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for rank in range(index.shape[1]):
+            every = torch.ones(len(hidden), 1)
+            one = super().forward(hidden, index[:, rank : rank + 1], every)
+            output += weights[:, rank : rank + 1] * self.post_expert_norm(one)
+        return output
+
+
+def test_experts_whose_outputs_are_normalized_are_run_with_the_norm() -> None:
+    experts = Normed()
+    assert experts_problem(experts) is None
+    assert find_kind(experts).norm is experts.post_expert_norm
+    assert find_kind(Experts()).norm is None
+    replaced = FakeQuantExperts(experts)
+    parameters = dict(replaced.named_parameters())
+    assert parameters["post_expert_norm.weight"] is experts.post_expert_norm.weight
+    hidden_TI, index_TK = torch.randn(5, 4), torch.tensor([[0, 1]] * 5)
+    share_TK = torch.rand(5, 2)
+    needed_TI = experts(hidden_TI, index_TK, share_TK)
+    assert torch.allclose(replaced(hidden_TI, index_TK, share_TK), needed_TI, atol=1e-6)
 
 
 def test_experts_with_other_parameters_are_refused() -> None:

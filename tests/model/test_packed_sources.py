@@ -148,6 +148,75 @@ def test_a_source_is_kept_by_its_own_scheme(
         assert torch.equal(kept_OI, weight_OI), layer.name
 
 
+def _as_published(words_NW: Tensor, bits: int) -> Tensor:
+    """Codes in words, by the tables of GPTQ's own kernels, [N, codes].
+
+    Source: AutoGPTQ 0.7.1 ``nn_modules/qlinear/qlinear_cuda_old.py``, ``forward``: of 3 bits, the
+    codes 10 and 21 of 32 lie in two of three words.
+    """
+    word_NW = words_NW.long() & 0xFFFFFFFF
+    if bits != 3:
+        shift = torch.arange(0, 32, bits)
+        return ((word_NW[..., None] >> shift) & (2**bits - 1)).flatten(1)
+    first, second, third = word_NW.unflatten(1, (-1, 3)).unbind(-1)
+    across = (
+        ((first >> 30) & 0x3) | ((second & 0x1) << 2),
+        ((second >> 31) & 0x1) | ((third & 0x3) << 1),
+    )
+    codes = [(first[..., None] >> torch.arange(0, 30, 3)) & 7, across[0][..., None]]
+    codes += [(second[..., None] >> torch.arange(1, 31, 3)) & 7, across[1][..., None]]
+    codes += [(third[..., None] >> torch.arange(2, 32, 3)) & 7]
+    return torch.cat(codes, -1).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_is_decoded_as_its_kernels_decode_it(
+    tiny: TinyCheckpoint, tmp_path: Path, bits: int, form: str, act_order: bool
+) -> None:
+    """Of words with any bits, which no encoder of ours wrote."""
+    random, needed = torch.Generator().manual_seed(bits), {}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=random).int()
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [one for one in tensors if one.endswith("_proj.weight")]:
+            rows, columns = tensors.pop(name).shape
+            words_WO, zeros_GW = (
+                draw(columns * bits // 32, rows),
+                draw(columns // 32, rows * bits // 32),
+            )
+            # Below the largest zero point, to which kernels that add one differ in what they add.
+            top_bits = sum(1 << bit for bit in range(bits - 1, 32 * bits, bits))
+            masks = [(~top_bits >> 32 * word) & 0xFFFFFFFF for word in range(bits)]
+            mask_W = torch.tensor(masks * (zeros_GW.shape[1] // bits))
+            zeros_GW &= torch.where(mask_W >= 2**31, mask_W - 2**32, mask_W).int()
+            group_I = torch.arange(columns) // 32
+            if act_order:
+                group_I = group_I[torch.randperm(columns, generator=random)]
+            scale_GO = (torch.rand(columns // 32, rows, generator=random) + 0.5).half()
+            code_OI, point_GO = _as_published(words_WO.T, bits), _as_published(zeros_GW, bits)
+            point_GO += int(form == "gptq")
+            needed[name] = (scale_GO.float()[group_I] * (code_OI.T - point_GO[group_I])).T
+            parts = {"qweight": words_WO, "qzeros": zeros_GW, "scales": scale_GO}
+            parts["g_idx"] = group_I.int()
+            tensors |= {name.removesuffix("weight") + end: part for end, part in parts.items()}
+
+    stated = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": form}
+    folder = copy_with_tensors(tiny("llama", **SIZES), tmp_path / "tensors", pack)
+    folder = copy_with_config(
+        folder,
+        tmp_path / "model",
+        lambda config: config.update(quantization_config=stated | {"desc_act": act_order}),
+    )
+    checkpoint = open_checkpoint(str(folder))
+    assert len(needed) == len(find_layers(checkpoint).grouped_layers)
+    for name, weight_OI in needed.items():
+        assert torch.equal(read_tensor(checkpoint.tensors[name]), weight_OI), name
+
+
 def test_experts_of_gpt_oss_are_what_transformers_decodes(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -23,9 +23,11 @@ from mofq.evidence.table import read_table
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.layers import ModelLayers, find_layers
 from mofq.model.loading import load_model, load_tokenizer
+from scripts.bench.inspecting import inspect
 from scripts.bench.interval import Compared
 from scripts.bench.interval_fit import Run, fitted_rows
 from scripts.bench.interval_recipes import searched_recipes
+from scripts.bench.large_table import write_sparse
 from scripts.bench.prediction_recipes import choose_pairs
 from scripts.bench.sample_plan import BASE, PARTS, SamplePlan, part_of
 from scripts.bench.whole_run import operations
@@ -239,3 +241,20 @@ def test_the_arithmetic_of_a_run_counts_the_weights_that_a_token_meets() -> None
         "measure": 20 * 2 * layers,
         "validate": 2 * 2 * (layers + head),
     }
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["by rules", "inferred"])
+def test_a_mixture_of_the_true_width_is_inspected_from_its_headers(
+    said: bool, tmp_path: Path
+) -> None:
+    config = {**COMMON, **CONFIGS["qwen3-235b-a22b"], "num_hidden_layers": 2}
+    write_sparse(config, tmp_path / "model")
+    (tmp_path / "layers.yaml").write_text("version: 1\n")
+    options = ("--layers", str(tmp_path / "layers.yaml")) if said else ()
+    found = inspect(tmp_path / "model", *options)
+    assert found["linear_layers"] == 2 * (4 + 3 * 128)
+    experts = [group for group in found["groups"] if group["name"].endswith(".moe.experts")]
+    assert [len(group["layers"]) for group in experts] == [384, 384]
+    of_layer = 4096 * (2 * 8192 + 2 * 512) + 128 * 3 * 4096 * 1536
+    assert found["weights"] == 2 * of_layer
+    assert "a router" in found["left_out"]["model.layers.1.mlp.gate.weight"]

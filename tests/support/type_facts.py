@@ -21,7 +21,7 @@ from mofq.model.layers.names_in_memory import as_pattern
 from mofq.model.modules import experts_problem, find_kind, is_plain_linear
 
 _TOKENS = 24
-_LISTS = {"odd", "caches", "reused", "uncalled", "partly"}
+_LISTS = {"odd", "odd_experts", "experts_after", "caches", "reused", "uncalled", "partly"}
 
 
 def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -37,9 +37,16 @@ def find_facts(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str
     text = model.config.get_text_config()
     tied = getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
     facts: dict[str, Any] = {"class": type(model).__name__, "tied": bool(tied)}
-    if problem := _experts(model):
-        facts["experts"] = problem[0]
-    facts["names"] = _names(model, stored)
+    if problems := _experts(model):
+        plain = "" in problems.values()
+        facts["experts"] = "" if plain else max(problems.values())
+        if odd := {path: why for path, why in problems.items() if why and plain}:
+            facts["odd_experts"] = odd
+    facts["names"], after = _names(model, stored)
+    if after:
+        facts["experts_after"] = after
+    if swapped := _swapped(model, stored, facts["names"]):
+        facts["swapped"] = swapped
     facts |= _fused_experts(model, facts["names"], stored)
     if (key := _key_of(text, model.config)) not in (None, "", "text_config"):
         facts["text"] = key
@@ -56,8 +63,12 @@ def of_text(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without what they say of towers: nothing of these is decided."""
     stacks = tuple(f"{stack}." for stack in facts.get("stacks", ()))
     names = {key: one for key, one in facts["names"].items() if not TOWERS.search(key)}
-    odd = {key: kind for key, kind in facts.get("odd", {}).items() if key.startswith(stacks)}
-    kept = {**facts, "names": names, "odd": odd}
+    kept = {**facts, "names": names}
+    for key in ("odd", "odd_experts", "experts_after"):
+        found = facts.get(key, {}).items()
+        kept[key] = {pattern: what for pattern, what in found if pattern.startswith(stacks)}
+    if "swapped" in facts:
+        kept["swapped"] = [pattern for pattern in facts["swapped"] if pattern in names]
     for key in ("caches", "reused", "uncalled", "partly"):
         kept[key] = [pattern for pattern in facts.get(key, ()) if pattern.startswith(stacks)]
     return {key: one for key, one in kept.items() if one or key in facts.keys() - _LISTS}
@@ -116,9 +127,9 @@ def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, 
         with_towers: Of the class that takes images too.
     """
     joined = {**with_towers, **alone, "with_towers": with_towers["stacks"]}
-    for key in ("names", "odd"):
+    for key in ("names", "odd", "odd_experts", "experts_after"):
         joined[key] = {**with_towers.get(key, {}), **alone.get(key, {})}
-    for key in ("caches", "fused", "reused", "uncalled", "partly"):
+    for key in ("caches", "fused", "reused", "swapped", "uncalled", "partly"):
         joined[key] = sorted({*with_towers.get(key, ()), *alone.get(key, ())})
     return {
         key: value for key, value in joined.items() if value or key in ("tied", "names", "experts")
@@ -137,14 +148,14 @@ def _key_of(text: PretrainedConfig, config: PretrainedConfig) -> str | None:
     return None
 
 
-def _experts(model: nn.Module) -> list[str]:
-    """Nothing where there are no experts, else why they are not plain, or an empty reason."""
-    found = []
-    for module in model.modules():
+def _experts(model: nn.Module) -> dict[str, str]:
+    """Pattern of a module of experts -> why it is not plain, or an empty reason."""
+    found = {}
+    for path, module in model.named_modules():
         names = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if "down_proj" in names:
-            found.append(experts_problem(module) or "")
-    return sorted(set(found), reverse=True)
+            found[as_pattern(path)] = experts_problem(module) or ""
+    return found
 
 
 def _fused_experts(
@@ -184,13 +195,19 @@ def _fused_experts(
     return found
 
 
-def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Pattern on disk -> pattern in memory, part, parts; of those that differ."""
+def _names(
+    model: PreTrainedModel, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Pattern on disk -> pattern in memory, part, parts; of those that differ.
+
+    And module of experts -> that of the experts which follow them in one list on disk.
+    """
     transforms = get_model_conversion_mapping(model)
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     loaded = dict(model.state_dict())
     names: dict[str, list[Any]] = {}
+    after: dict[str, str] = {}
     for name, value in sorted(stored.items()):
         target, source = rename_source_key(
             name, renamings, converters, model.base_model_prefix, loaded
@@ -204,14 +221,52 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, li
         whole = loaded[target]
         index = _expert_of(key, as_pattern(target), name)
         if index is not None and index >= len(whole):
-            names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            following = _following(loaded, target, value, index - len(whole))
+            if following is None:
+                names[key] = ["", 0, 1]  # one list of experts for several mixtures
+            else:
+                own, other = (as_pattern(one).rpartition(".")[0] for one in (target, following))
+                after[own] = other
             continue
         inside = whole if index is None else whole[index]
         found = _find_part(value, inside)
         entry = ["", 0, 1] if found is None else [as_pattern(target), *found]
         if names.setdefault(key, entry) != entry:
             names[key] = ["", 0, 1]
-    return names
+    return names, after
+
+
+def _swapped(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], names: dict[str, list[Any]]
+) -> list[str]:
+    """Patterns of matrices on disk that are transposed in memory; adds where to ``names``."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+    loaded = dict(model.state_dict())
+    found = set()
+    for name, value in sorted(stored.items()):
+        key = as_pattern(name)
+        if value.ndim != 2 or names.get(key) != ["", 0, 1]:
+            continue
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, loaded)
+        whole = loaded.get(target)
+        if whole is not None and whole.shape == value.T.shape and torch.equal(whole, value.T):
+            names[key] = [as_pattern(target), 0, 1]
+            found.add(key)
+    return sorted(found)
+
+
+def _following(loaded: Mapping[str, Tensor], target: str, value: Tensor, index: int) -> str | None:
+    """The parameter of another mixture of the same layer that holds an expert of the list."""
+    layer = re.match(r".*?\.[0-9]+\.", target)
+    beside = {
+        name: whole
+        for name, whole in loaded.items()
+        if layer is not None and name.startswith(layer[0]) and name != target and whole.ndim == 3
+    }
+    held = ((name, whole[index]) for name, whole in beside.items() if index < len(whole))
+    return next((name for name, one in held if _find_part(value, one) is not None), None)
 
 
 def _expert_of(key: str, target: str, name: str) -> int | None:
@@ -262,6 +317,7 @@ def _calls(model: PreTrainedModel) -> dict[str, Any]:
     idle = {as_pattern(name) for name in modules if not calls[name]}
     busy = {as_pattern(name) for name in modules if calls[name]}
     odd = {as_pattern(n): type(m).__name__ for n, m in modules.items() if not is_plain_linear(m)}
+    odd |= {as_pattern(n): type(m).__name__ for n, m in model.named_modules() if _is_of_experts(m)}
     facts: dict[str, Any] = {
         "odd": odd,
         "stacks": sorted({name.partition(".#.")[0] for name in busy if ".#." in name}),
@@ -270,6 +326,13 @@ def _calls(model: PreTrainedModel) -> dict[str, Any]:
         "partly": sorted((idle & busy) - reused),
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _is_of_experts(module: nn.Module) -> bool:
+    """Whether a module that is no convolution has a weight of three dimensions."""
+    weight = getattr(module, "weight", None)
+    is_conv = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 3 and not is_conv
 
 
 def _linear_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

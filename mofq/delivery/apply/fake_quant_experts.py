@@ -7,7 +7,14 @@ from functools import partial
 from torch import Tensor, nn
 
 from mofq.exceptions import BackendError
-from mofq.model.modules import experts_problem, find_bias, find_kind, multiply, run_experts
+from mofq.model.modules import (
+    OUTPUT_NORM,
+    experts_problem,
+    find_bias,
+    find_kind,
+    multiply,
+    run_experts,
+)
 from mofq.numbers.quantize import fake_quantize_activation
 from mofq.numbers.quantize.straight_through import straight_through
 from mofq.numbers.schemes import Scheme
@@ -44,6 +51,8 @@ class FakeQuantExperts(nn.Module):
             if find_bias(experts, parameter, 0) is not None:
                 bias = f"{parameter}_bias"
                 self.register_parameter(bias, experts.get_parameter(bias))
+        if self.kind.norm is not None:
+            self.register_module(OUTPUT_NORM, experts.get_submodule(OUTPUT_NORM))
         self.num_experts = self.kind.count
 
     def set_scheme(

@@ -20,7 +20,7 @@ from mofq.model.checkpoint.tensors import (
     read_tensor,
 )
 from mofq.model.layers import FUSION_RULES, LinearLayer, ModelLayers, find_loaded_names
-from mofq.model.layers.names_in_memory import find_in_memory
+from mofq.model.layers.names_in_memory import find_in_memory, is_swapped
 from mofq.model.streaming.weights import has_values
 from mofq.numbers.schemes import Scheme
 
@@ -80,6 +80,10 @@ def loaded_tensor(tensors: Mapping[str, Tensor], name: str, architecture: str) -
     if architecture not in FUSION_RULES:
         at = find_in_memory(name, architecture)
         whole = tensors.get(at.name)
+        if whole is not None and at.expert is not None:
+            whole = whole[at.expert] if at.expert < len(whole) else None
+        if whole is not None and is_swapped(name, architecture):
+            whole = whole.T
         if whole is None or at.parts == 1:
             return whole
         return whole.chunk(at.parts)[at.part]

@@ -6,7 +6,7 @@ Coverage is total: a matrix in a decoder layer that no rule knows is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
 from mofq.model.layers.families import FUSION_RULES, Experts, Family, Rules, family_of, read_sizes
 from mofq.model.layers.infer_layers import infer_layers
+from mofq.model.layers.left_out import explain_outside, kept_reason, no_linear_reason
 from mofq.model.layers.linear import FusionGroup, LinearLayer, ModelLayers, Role, layers_of
 from mofq.model.layers.make_layers import (
     cache_layer,
@@ -32,6 +33,9 @@ from mofq.model.layers.make_layers import (
 from mofq.model.layers.model_class import check_class, computes_hidden_states
 from mofq.model.layers.stated_layers import StatedLayers, layers_of_config
 from mofq.model.layers.vocabulary import EMBEDDINGS, LM_HEAD, vocabulary_groups
+
+#: Of what may be linear layers: a matrix, or one for each expert.
+_MOST_DIMENSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,25 @@ def find_layers(
             if group.name.endswith(".attn.qkv")
         ),
         body=model.body,
+        left_out={
+            name: why for name, why in _left_out(model, unquantized).items() if name not in grouped
+        },
     )
+
+
+def _left_out(model: _Declared, unquantized: Iterable[LinearLayer]) -> dict[str, str]:
+    """Why each tensor of two or more dimensions that may be in no fusion group is in none."""
+    stack, count = f"{model.body}{model.family.decoder}", model.sizes["decoder_layers"]
+    reasons = explain_outside(model.checkpoint, stack, count)
+    for layer in unquantized:
+        path = layer.name.partition(f".{layer.decoder_layer}.")[2]
+        if (why := kept_reason(f"{path}.weight")) is not None:
+            reasons[layer.tensor] = why
+    for index, info in _decoder_tensors(model):
+        if index < count and len(info.shape) > _MOST_DIMENSIONS:
+            path = info.name.removeprefix(f"{stack}.{index}.")
+            reasons[info.name] = no_linear_reason(path) or "no matrix"
+    return reasons
 
 
 def _join_rules(model: _Declared, index: int, rules: Rules) -> list[FusionGroup]:
@@ -384,7 +406,8 @@ def _require_tensor(model: _Declared, key: str, shape: tuple[int, ...]) -> Tenso
     if info.shape != shape:
         raise CheckpointError(
             f"{info.file}: {needed}, found {list(info.shape)}. Config and weights are of different"
-            " models."
+            " models. If layers were pruned to sizes of their own, a file of `version: 1` alone for"
+            f" {option('layers')} has them found by names and shapes."
         )
     check_source_dtype(info)
     return info
@@ -395,7 +418,7 @@ def _refuse_uncovered(model: _Declared, covered: set[str]) -> None:
         info.name
         for index, info in _decoder_tensors(model)
         if index < model.sizes["decoder_layers"]
-        and len(info.shape) in (2, 3)
+        and 2 <= len(info.shape) <= _MOST_DIMENSIONS
         and info.name not in covered
     ]
     if uncovered:

@@ -15,18 +15,22 @@ from typing import Any
 
 from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo
-from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.joining import Matrix, join
+from mofq.model.layers.left_out import (
+    explain_outside,
+    is_embedding,
+    kept_reason,
+    layer_index,
+    no_linear_reason,
+)
 from mofq.model.layers.linear import LoadedWeight
 from mofq.model.layers.name_patterns import (
-    EMBEDDINGS,
     EXPERT,
+    EXPERT_COUNTS,
     FUSED,
     HIDDEN_SIZES,
-    KEPT,
     LAYER_COUNTS,
     LAYERS_AHEAD,
-    NOT_LINEAR,
     OWN_PARAMETER,
     REFUSED,
     STACK,
@@ -40,9 +44,13 @@ from mofq.model.layers.names_in_memory import (
     find_stored,
     find_stored_name,
     is_fused,
+    is_swapped,
     known_type,
 )
 from mofq.model.layers.stated_layers import StatedLayers, path_of
+
+#: Dimensions of a tensor that holds a matrix for each expert.
+_OF_EXPERTS = 3
 
 
 @dataclass(slots=True)
@@ -109,7 +117,9 @@ def infer_structure(
             f"{option('layers')}: no decoder layer of {checkpoint.folder} has {min(unknown)!r}."
             " Paths are those of modules inside a decoder layer, with # for numbers."
         )
-    inferrer.explain_outside()
+    structure.reasons |= explain_outside(checkpoint, stack, count)
+    tensors = checkpoint.tensors.items()
+    structure.embedding = next((info for name, info in tensors if is_embedding(name)), None)
     if not any(structure.groups):
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: no linear layer of the decoder can"
@@ -164,6 +174,7 @@ def _find_stack(
         )
     ((name, indices),) = found.items()
     ahead = _stated(config, LAYERS_AHEAD) or 0
+    indices |= _empty_blocks(config)
     if count is not None and (not _covers(indices, count) or max(indices) >= count + ahead):
         raise CheckpointError(
             f"{checkpoint.folder / CONFIG_FILE}: needed {count} decoder layers as the config says,"
@@ -171,6 +182,25 @@ def _find_stack(
             " weights are of different models, or a shard is missing."
         )
     return name, indices
+
+
+def _empty_blocks(config: Mapping[str, Any]) -> set[int]:
+    """Decoder layers that an architecture search left nothing in.
+
+    Source: ``block_configs`` of Llama-3.1-Nemotron-Ultra's ``block_config.py``; vLLM 0.33.0
+    ``models/nemotron_nas.py``.
+    """
+    blocks = config.get("block_configs")
+    return {
+        index
+        for index, block in enumerate(blocks if isinstance(blocks, list) else ())
+        if isinstance(block, dict)
+        and all(_is_no_op(block.get(key)) for key in ("attention", "ffn"))
+    }
+
+
+def _is_no_op(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("no_op") is True
 
 
 def _covers(indices: set[int], count: int) -> bool:
@@ -204,18 +234,23 @@ class _Inferrer:
         self.architecture = architecture
         self.known: KnownType | None = known_type(architecture)
         self.hidden = _stated(config, HIDDEN_SIZES)
+        self.experts = _stated(config, EXPERT_COUNTS)
         self.structure = structure
         self.stated = stated
         self.settled: set[str] = set()  #: paths that were found
         self.tensors: dict[int, list[tuple[str, TensorInfo]]] = {}
-        prefix = f"{structure.stack}."
         for name, info in checkpoint.tensors.items():
-            index, dot, path = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and dot and index.isascii() and index.isdigit():
-                self.tensors.setdefault(int(index), []).append((path, info))
+            if (index := layer_index(name, structure.stack)) is not None:
+                path = name.removeprefix(f"{structure.stack}.{index}.")
+                self.tensors.setdefault(index, []).append((path, info))
         names = (find_in_memory(name, architecture).name for name in checkpoint.tensors)
         before = (name.partition(".experts.") for name in names)
         self.mixtures = {place for place, has_experts, _ in before if has_experts}
+        self.idle = {
+            index
+            for index, tensors in self.tensors.items()
+            if any(self._is_uncalled(info) for _, info in tensors)
+        }
         self.transposed = self._is_transposed()
         self.swaps_experts = self.known is not None and self.known.transposed
 
@@ -229,7 +264,7 @@ class _Inferrer:
             head, _, tail = info.name.partition(".experts.")
             number, _, word = tail.partition(".")
             key = (head, word, info.shape, info.dtype)
-            if word and key in alike:  # tens of thousands of them
+            if word and key in alike and not self._is_after(info):  # tens of thousands of them
                 found.append(_like(alike[key], info, int(number)))
                 continue
             made = list(self._read(index, info))
@@ -247,9 +282,12 @@ class _Inferrer:
         if key in self.stated.left:
             self.structure.reasons[info.name] = self.stated.left[key]
             return
+        if self._is_after(info):
+            self.structure.reasons[info.name] = "an expert of images, which text does not run"
+            return
         own = find_in_memory(info.name, self.architecture)
         inside = own.name.partition(f".{index}.")[2]
-        fused = len(info.shape) == 3 and own.expert is None and FUSED.fullmatch(inside)
+        fused = len(info.shape) == _OF_EXPERTS and own.expert is None and FUSED.fullmatch(inside)
         if fused and (self.known is None or self.known.experts is None):
             raise self._uncertain(info, "in which order it has gates, ups, inputs and outputs")
         if fused and self.known is not None and self.known.experts:
@@ -269,10 +307,11 @@ class _Inferrer:
         name = find_stored_name(info.name, self.architecture)
         path = name.partition(f".{index}.")[2]
         is_stated = key in (*self.stated.linear, *self.stated.transposed)
-        reason = None if is_stated else self._reason(path, info)
+        reason = None if is_stated else self._reason(path, info, index)
         if reason is not None:
             self.structure.reasons[info.name] = reason
-            if not path.endswith(".weight") or len(info.shape) != 2 or _is_no_linear(path):
+            is_named = path.endswith(".weight") and own.name != ""
+            if not is_named or len(info.shape) != 2 or _is_no_linear(path):
                 return
         elif len(info.shape) != 2 or not path.endswith(".weight"):
             raise self._uncertain(info, "whether it is the weight of a linear layer")
@@ -281,6 +320,26 @@ class _Inferrer:
             yield matrix
         else:
             self.structure.unquantized.append(matrix)
+
+    def _is_after(self, info: TensorInfo) -> bool:
+        """Whether it is of the experts that follow those which text runs, in one list on disk."""
+        if self.known is None or not self.known.experts_after:
+            return False
+        own = find_in_memory(info.name, self.architecture)
+        module = as_pattern(own.name).rpartition(".")[0]
+        if module not in self.known.experts_after:
+            return self._is_after_module(module)
+        if self.experts is None:
+            raise self._uncertain(info, "whether text or images run this expert")
+        return own.expert is not None and own.expert >= self.experts
+
+    def _is_after_module(self, path: str) -> bool:
+        """Whether a module of the loaded model has those experts."""
+        return self.known is not None and as_pattern(path) in self.known.experts_after.values()
+
+    def _is_uncalled(self, info: TensorInfo) -> bool:
+        loaded = find_in_memory(info.name, self.architecture).name.removesuffix(".weight")
+        return self.known is not None and as_pattern(loaded) in self.known.uncalled
 
     def _is_stored_name(self, name: str) -> bool:
         return self.known is not None and as_pattern(name) in self.known.names
@@ -297,8 +356,8 @@ class _Inferrer:
         at = EXPERT.fullmatch(f"{name}.weight")
         transposed = self.transposed and name.rpartition(".")[2].startswith("c_")
         transposed |= path_of(info.name, index) in self.stated.transposed
-        shape = info.shape[::-1] if transposed else info.shape
-        out, wide = shape
+        on_disk = is_swapped(info.name, self.architecture)
+        out, wide = info.shape[::-1] if transposed or on_disk else info.shape
         swapped = transposed or (self.swaps_experts and is_fused(own.name, self.known))
         loaded = LoadedWeight(own.name, own.expert, own.part * out, swapped)
         place = None if at is None else (at["at"].partition(f".{index}.")[2], int(at["expert"]))
@@ -309,7 +368,7 @@ class _Inferrer:
             out,
             wide,
             loaded,
-            transposed=transposed,
+            transposed=transposed or on_disk,
             of_expert=place and (place[0].rstrip("."), place[1]),
         )
 
@@ -319,13 +378,13 @@ class _Inferrer:
         """The layers in a parameter that is stored as the loaded model has it, or in a share."""
         parameter = own.name
         paths = [name.partition(f".{index}.")[2] for name in names]
-        experts = info.shape[0] if len(info.shape) == 3 else None
+        experts = info.shape[0] if len(info.shape) == _OF_EXPERTS else None
         *_, rows, columns = info.shape
         transposed = self.swaps_experts and is_fused(parameter, self.known)
         if transposed:
             rows, columns = columns, rows
         out = rows // len(paths)
-        if (reason := self._reason(paths[0], info)) is not None:
+        if (reason := self._reason(paths[0], info, index)) is not None:
             self.structure.reasons[info.name] = reason
             if len(info.shape) != 2 or not paths[0].endswith(".weight") or _is_no_linear(paths[0]):
                 return
@@ -355,7 +414,7 @@ class _Inferrer:
                 else:
                     self.structure.unquantized.append(matrix)
 
-    def _reason(self, path: str, info: TensorInfo) -> str | None:
+    def _reason(self, path: str, info: TensorInfo, index: int) -> str | None:
         """Why a tensor of two or more dimensions is in no fusion group."""
         own = find_in_memory(info.name, self.architecture)
         loaded = own.name.removesuffix(".weight")
@@ -364,29 +423,41 @@ class _Inferrer:
             return "transformers holds it and others in one matrix, of which no part is quantized"
         if self.known is not None:
             pattern = as_pattern(loaded)
-            if pattern in self.known.partly:
+            if (why := self.known.odd_experts.get(pattern.rpartition(".")[0])) is not None:
+                return f"{why}: no stage runs them one by one"
+            if pattern in self.known.odd and len(info.shape) == _OF_EXPERTS:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: {info.name!r}: on text, transformers runs it in"
-                    " some decoder layers and not in others, which is not supported: nothing could"
-                    " be measured of the others."
+                    f"{self.checkpoint.folder}: {info.name!r} of shape {list(info.shape)}: it has"
+                    f" the experts of a {self.known.odd[pattern]}, which no stage runs one by one."
+                    f" A file for {option('layers')} may leave them as they are: `left:"
+                    f" {{{path_of(info.name, index)}: why it stays as it is}}`."
                 )
+            if pattern in self.known.partly:
+                if not self.idle:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {info.name!r}: on text, transformers runs it in"
+                        " some decoder layers and not in others, and in which, its tensors do not"
+                        " say."
+                    )
+                if index in self.idle:
+                    return "transformers does not run its decoder layer on text"
             if pattern in self.known.reused:
                 return "its weight is used more than once for a token, so one error counts often"
-            if pattern in self.known.odd:
+            if pattern in self.known.odd and not kept_reason(path):
                 return (
                     f"transformers computes more with it than a product: {self.known.odd[pattern]}"
                 )
-            if pattern in self.known.uncalled and not _kept_reason(path):
+            if self._is_uncalled(info) and not kept_reason(path):
                 return "transformers does not run it on text"
-        if (reason := _kept_reason(path)) is not None:
+        if (reason := kept_reason(path)) is not None:
             # A gated MLP may call its first matrix so.
             place, _, rest = f"{loaded}.weight".rpartition(".gate.")
-            if rest == "weight" and place not in self.mixtures and "router" not in path:
+            is_of_mixture = place in self.mixtures or self._is_after_module(f"{place}.experts")
+            if rest == "weight" and not is_of_mixture and "router" not in path:
                 raise self._uncertain(info, "whether it is a router or a gate of an MLP")
             return reason
-        for rule, why in NOT_LINEAR:
-            if rule.fullmatch(path):
-                return why
+        if (reason := no_linear_reason(path)) is not None:
+            return reason
         if info.dtype not in ("BF16", "F16", "F32") and not info.decoded:
             return f"a table of {info.dtype}"
         is_weight = path.endswith(".weight") and len(info.shape) == 2
@@ -404,30 +475,6 @@ class _Inferrer:
                 if path.endswith((".c_attn.weight", ".c_fc.weight")) and len(info.shape) == 2:
                     return info.shape[0] == self.hidden != info.shape[1]
         return False
-
-    def explain_outside(self) -> None:
-        """Say of matrices outside of the decoder layers what they are; find the embedding."""
-        prefix = f"{self.structure.stack}."
-        after = range(self.structure.layers, max(self.tensors) + 1)
-        for index in after:
-            for _, info in self.tensors.get(index, ()):
-                self.structure.reasons[info.name] = "of a layer that predicts further tokens"
-        for name, info in self.checkpoint.tensors.items():
-            if name.startswith(prefix) or len(info.shape) < 2:
-                continue
-            above, _, _ = name.removesuffix(".weight").rpartition(".")
-            word = name.removesuffix(".weight").rpartition(".")[2]
-            if word in EMBEDDINGS and not TOWERS.search(name) and name.endswith(".weight"):
-                self.structure.embedding = self.structure.embedding or info
-                self.structure.reasons[name] = "the embedding"
-            elif name.removesuffix(".weight") in ANY_HEADS:
-                self.structure.reasons[name] = "the lm_head"
-            elif TOWERS.search(above):
-                self.structure.reasons[name] = (
-                    "of another tower, or of what predicts further tokens"
-                )
-            else:
-                self.structure.reasons[name] = "outside of the decoder layers"
 
     def _uncertain(self, info: TensorInfo, what: str) -> CheckpointError:
         path = as_pattern(info.name.removeprefix(f"{self.structure.stack}."))
@@ -466,12 +513,8 @@ def _like(first: Matrix, info: TensorInfo, number: int) -> Matrix:
     )
 
 
-def _kept_reason(path: str) -> str | None:
-    return next((why for rule, why in KEPT if rule.fullmatch(path)), None)
-
-
 def _is_no_linear(path: str) -> bool:
-    return _kept_reason(path) is None and any(rule.fullmatch(path) for rule, _ in NOT_LINEAR)
+    return kept_reason(path) is None and no_linear_reason(path) is not None
 
 
 def _stated(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:

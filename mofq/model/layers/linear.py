@@ -139,7 +139,7 @@ class ModelLayers:
     other_bytes: int  #: of all tensors but the weights in groups [bytes]
     caches: tuple[CacheLayer, ...] = ()  #: of each attention layer, in order
     body: str = ""  #: prefix of the language model's tensors on disk
-    #: Tensor -> why it is in no fusion group, of every matrix of an inferred type.
+    #: Tensor -> why it is in no fusion group, of every one of two or more dimensions.
     left_out: Mapping[str, str] = field(default_factory=dict)
     stated: StatedLayers | None = None  #: what the user said of them
 

@@ -39,11 +39,17 @@ class KnownType:
     tied: bool  #: what it assumes where the config does not say
     stacks: tuple[str, ...] = ()  #: the lists of layers that run on text: "model.layers"
     experts: str | None = None  #: why its fused experts cannot be run one by one; "" where they can
+    #: Modules of experts that are none to run one by one, beside others that are -> why.
+    odd_experts: Mapping[str, str] = field(default_factory=dict)
+    #: Module of experts -> that of those which follow them in one list on disk, for images.
+    experts_after: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[str, ...] = ()  #: modules of experts that even the hub stores as in memory
     transposed: bool = False  #: these hold [E, in, out]
     names: Mapping[str, tuple[str, int, int]]  #: pattern on disk -> pattern in memory, part, parts
+    swapped: tuple[str, ...] = ()  #: patterns on disk of matrices that it transposes
     reused: tuple[str, ...] = ()  #: patterns of modules that run more than once for a token
-    #: Pattern of a linear module with a forward of its own -> its class.
+    #: Pattern of a linear module with a forward of its own, or of one with a weight of more than
+    #: two dimensions -> its class.
     odd: Mapping[str, str] = field(default_factory=dict)
     uncalled: tuple[str, ...] = ()  #: of linear modules that do not run on text
     partly: tuple[str, ...] = ()  #: of linear modules that run in some decoder layers only
@@ -132,6 +138,12 @@ def is_fused(parameter: str, known: KnownType | None) -> bool:
     """Whether all experts are in a parameter of the loaded model, and on disk too."""
     module = as_pattern(parameter).rpartition(".")[0]
     return known is not None and module in known.fused
+
+
+def is_swapped(name: str, architecture: str) -> bool:
+    """Whether a matrix of a checkpoint is transposed in the loaded model."""
+    known = known_type(architecture)
+    return known is not None and as_pattern(name) in known.swapped
 
 
 def _with_body(name: str, known: KnownType | None) -> str:

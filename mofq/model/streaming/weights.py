@@ -33,7 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from mofq.exceptions import StreamingError
 from mofq.model.checkpoint.headers import TensorInfo, open_checkpoint
 from mofq.model.checkpoint.tensors import read_rows, read_tensor
-from mofq.model.loading import Lazy, auto_class, load_model, plain_config
+from mofq.model.loading import Lazy, build_model, load_model, plain_config
 from mofq.model.streaming.send_to_device import send
 from mofq.numbers.quantize.tiles import row_blocks
 
@@ -191,7 +191,7 @@ def open_unit_weights(
     shapes = _shapes(tensors)
     with torch.device("meta"):
         config = plain_config(folder)
-        outline = auto_class(config).from_config(config, trust_remote_code=False)
+        outline = build_model(config)
     outline.tie_weights()
     units, head = find_units(outline)
     copies = _copies(outline, tensors)
