@@ -11,7 +11,7 @@ from mofq import __version__
 from mofq.decision.budgets import Budgets
 from mofq.decision.exact import solve_exact
 from mofq.decision.from_table import request_problem
-from mofq.decision.prediction import error_together, predict, stated
+from mofq.decision.prediction import error_together, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.recipe import Recipe, RecipeGroup
 from mofq.decision.request import Request, weights_text
@@ -135,7 +135,7 @@ def uniform_recipes(
         if choice_F is not None:
             result = sizes_of(problem, choice_F)
             if problem.unit == KL_UNIT:
-                result = with_prediction(result, stated(problem, predict(problem, choice_F)))
+                result = with_prediction(result, predict_given(problem, choice_F))
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),
