@@ -37,6 +37,8 @@ class FrontierPoint:
     kl_stderr: float | None
     kl_low: float | None = None  #: of the 95 % interval of the prediction
     kl_high: float | None = None
+    #: The prediction is larger than any that was compared with measurements.
+    is_out_of_range: bool = False
     kv_bits: float | None = None  #: per cached number; None: the cache is not decided
     kv_bytes_per_token: float | None = None
     kv_cache: dict[str, int] | None = None  #: format -> layers
@@ -95,6 +97,7 @@ class FrontierResult:
             kl_stderr=None if kl is None else kl.stderr,
             kl_low=None if kl is None or kl.stderr is None else kl.lower,
             kl_high=None if kl is None or kl.stderr is None else kl.upper,
+            is_out_of_range=kl is not None and kl.is_out_of_range,
             kv_bits=used.kv_bits,
             kv_bytes_per_token=used.kv_bytes_per_token,
             kv_cache=formats,
@@ -127,7 +130,7 @@ def frontier(
     ] = None,
     tell: Tell | None = None,
 ) -> FrontierResult:
-    """The whole frontier of accuracy against size.
+    """The frontier of accuracy against size.
 
     Returns:
         Every recipe that no other one beats in size and error at once.

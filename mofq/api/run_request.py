@@ -135,7 +135,7 @@ def stores_stats(run: CheckedRun, files: RunFiles) -> bool:
 
     That it has none is told.
     """
-    from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes, samples_bytes
+    from mofq.evidence.calibration.disk_needs import experts_per_token, kept_bytes
 
     if run.options.no_stats:
         return False
@@ -144,14 +144,14 @@ def stores_stats(run: CheckedRun, files: RunFiles) -> bool:
     plan = run.plan
     if files.table.exists():
         return not rests_on_passing(files.table, plan, without_inputs(plan))
-    count = sum(len(one.kept_indices) for one in plan.corpora)
-    others = sum(one.sequences for one in plan.corpora) - count if plan.inputs else 0
-    experts = experts_per_token(run.checkpoint.config)
-    length, draws = plan.sequence_length, plan.draws
-    needed = samples_bytes(
-        run.layers, tokens=count * length, draws=draws, experts_per_token=experts
+    kept = sum(len(one.kept_indices) for one in plan.corpora)
+    needed = kept_bytes(
+        run.layers,
+        plan,
+        kept=kept,
+        others=sum(one.sequences for one in plan.corpora) - kept,
+        experts_per_token=experts_per_token(run.checkpoint.config),
     )
-    needed += inputs_bytes(run.layers, tokens=others * length, experts_per_token=experts)
     lack = lack_of_space(needed, files.folder)
     if lack is not None:
         run.options.tell(

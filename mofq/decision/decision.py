@@ -19,7 +19,13 @@ from mofq.decision.make_recipe import (
 )
 from mofq.decision.model_error import model_error
 from mofq.decision.offered_schemes import asked_constraints
-from mofq.decision.prediction import Estimate, error_together, is_crossfitted, predict, sample_sums
+from mofq.decision.prediction import (
+    Estimate,
+    is_crossfitted,
+    predict,
+    predict_given,
+    sample_sums,
+)
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, without
@@ -49,7 +55,8 @@ class Decision:
     finer_layers: tuple[str, ...]  #: linear layers whose scheme is not among the space's base
     tied_layers: int  #: linear layers that had a simpler scheme within noise
     moved_layers: int  #: those of them that took it
-    uniform_error: float | None  #: of the best uniform scheme of no more bytes, in the unit
+    #: What the best uniform scheme of no more bytes is said to cost, as the recipe's own figure.
+    uniform: Estimate | None
     notes: tuple[str, ...]  #: what the user should know
     #: Error that one more byte, layer, ms … of a budget would save; None: the solver has none.
     prices: Mapping[str, float] | None = None
@@ -101,7 +108,7 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         finer_layers=usage(problem, chosen.choice_F).finer_layers,
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
-        uniform_error=None if uniform is None else error_together(problem, uniform[1]),
+        uniform=None if uniform is None else predict_given(problem, uniform[1]),
         notes=(
             *_notes_of_search(problem, chosen, uniform, budgets=budgets),
             *notes_of_prediction(table, problem, chosen.choice_F, prediction=chosen.reported),

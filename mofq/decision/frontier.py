@@ -16,7 +16,7 @@ import numpy as np
 from mofq.decision.budgets import Budgets, Constraint, budget_constraints, offered
 from mofq.decision.exact import Solution, least_bytes, solve_exact
 from mofq.decision.interactions import act_together, solve_together
-from mofq.decision.prediction import error_together, predict, stated
+from mofq.decision.prediction import error_together, predict_given
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.exceptions import BudgetError
 from mofq.exceptions import option as spelled
@@ -128,7 +128,7 @@ def solve_frontier(
 
 def _within_kl(problem: Problem, frontier: Frontier, max_kl: float) -> Frontier:
     """The points whose predicted KL's upper end is within a budget in nats."""
-    upper_K = [stated(problem, predict(problem, one_F)).upper for one_F in frontier.choice_KF]
+    upper_K = [predict_given(problem, one_F).upper for one_F in frontier.choice_KF]
     kept = [k for k, upper in enumerate(upper_K) if upper <= max_kl]
     if not kept:
         raise BudgetError(

@@ -9,7 +9,7 @@ from mofq import __version__
 from mofq.decision.expert_visits import active_weights
 from mofq.decision.flips import flip_cost
 from mofq.decision.offered_schemes import asked_constraints, spaces_of
-from mofq.decision.prediction import Estimate, error_together, predict, stated
+from mofq.decision.prediction import Estimate, error_together, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import (
     Recipe,
@@ -210,7 +210,7 @@ def decided_result(
 def _with_uniform(
     result: RecipeResult, problem: Problem, name: str, choice_F: IntArray
 ) -> RecipeResult:
-    kl = stated(problem, predict(problem, choice_F)).value if problem.unit == KL_UNIT else None
+    kl = predict_given(problem, choice_F).value if problem.unit == KL_UNIT else None
     return replace(
         result,
         uniform_scheme=name,

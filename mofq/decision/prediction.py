@@ -125,6 +125,15 @@ def predict(problem: Problem, choice_F: IntArray) -> Estimate:
     return with_flip_noise(problem, found, flip_costs(problem, choice_F))
 
 
+def predict_given(problem: Problem, choice_F: IntArray) -> Estimate:
+    """What is said of a recipe that was not chosen on the samples, as a uniform one.
+
+    Returns:
+        As `stated` says it, of what `predict` finds.
+    """
+    return stated(problem, predict(problem, choice_F))
+
+
 def with_flip_noise(problem: Problem, estimate: Estimate, cost_C: FloatArray) -> Estimate:
     """An estimate whose standard error has that of what changes of experts cost too.
 

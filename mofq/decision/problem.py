@@ -461,4 +461,4 @@ def option_bits(problem: Problem, option: int) -> float:
     group = problem.groups[int(problem.group_P[option])]
     if group.cached:
         return int(problem.cache_bits_P[option]) / group.cached
-    return 8 * int(problem.layer_bytes_P[option]) / group.weights
+    return 8 * int(problem.bytes_P[option] - problem.shape_bytes_P[option]) / group.weights

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -312,10 +313,11 @@ class Recipe:
     def decisions_sha256(self) -> str:
         """Hash of what is decided: schemes and static ranges, and what is rewritten before."""
         caches = {one.name: (one.scheme, one.static_amax) for one in self.kv_cache}
-        decided: list[object] = [self.schemes, self.static_amax, caches]
+        decided: list[object] = [self.static_amax, caches]
         if self.rewriting is not None:  # recipes of before there was any keep their hash
             decided.append(_REWRITING.dump_python(self.rewriting, mode="json", exclude_none=True))
-        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+        text = f"[{_sorted_json(self.schemes)}, {json.dumps(decided, sort_keys=True)[1:]}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def is_edited(self) -> bool:
@@ -367,6 +369,22 @@ class Recipe:
     def kl_nats_per_token(self) -> float | None:
         """Predicted; None where the recipe does not rest on a table in nats."""
         return self.result.kl_nats_per_token
+
+
+def _sorted_json(schemes: Mapping[str, str]) -> str:
+    """``json.dumps(schemes, sort_keys=True)``, with the names of the last few models kept.
+
+    Of tens of thousands of experts that is most of what a frontier's recipes take.
+    """
+    value = {one: json.dumps(one) for one in set(schemes.values())}
+    keys = _sorted_keys(tuple(schemes))
+    return "{" + ", ".join([key + value[schemes[name]] for name, key in keys]) + "}"
+
+
+@lru_cache(maxsize=4)
+def _sorted_keys(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Names in order, each with how JSON begins what it has."""
+    return tuple((name, f"{json.dumps(name)}: ") for name in sorted(names))
 
 
 def join_hashes(hashes: Iterable[str]) -> str:

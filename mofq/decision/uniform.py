@@ -20,7 +20,7 @@ from mofq.decision.make_recipe import (
     sizes_of,
     with_prediction,
 )
-from mofq.decision.prediction import error_together, predict, stated
+from mofq.decision.prediction import error_together, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request, weights_text
@@ -130,7 +130,7 @@ def uniform_recipes(
         if choice_F is not None:
             result = sizes_of(problem, choice_F)
             if problem.unit == KL_UNIT:
-                result = with_prediction(result, stated(problem, predict(problem, choice_F)))
+                result = with_prediction(result, predict_given(problem, choice_F))
             recipes[name] = recipe_from_table(
                 table,
                 problem.schemes_of(choice_F),

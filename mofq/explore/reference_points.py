@@ -12,7 +12,6 @@ from mofq.decision import (
     Budgets,
     Problem,
     Request,
-    predict,
     predict_chosen,
     solve_greedy,
     uniform_recipes,
@@ -20,7 +19,7 @@ from mofq.decision import (
 )
 from mofq.decision.from_table import request_problem
 from mofq.decision.frontier import axis_value
-from mofq.decision.prediction import stated
+from mofq.decision.prediction import predict_given
 from mofq.decision.problem import IntArray
 from mofq.decision.recipe import Recipe, load_recipe
 from mofq.decision.request import weights_text
@@ -217,7 +216,7 @@ def _predicted(
         # A uniform scheme is not chosen on the samples, and has nothing of their luck.
         is_uniform = solver == "uniform"
         predicted = (
-            stated(problem, predict(problem, choice_F))
+            predict_given(problem, choice_F)
             if is_uniform
             else predict_chosen(problem, Budgets(), choice_F)
         )

@@ -4,11 +4,13 @@
 
 For each fusion group and scheme a quarter of the rounding error is added to the weights, and the KL
 that it causes on sequences of the calibration, divided by the square of a quarter, is what the
-expansion of second order should say, without its higher orders. Beside it stand three ways to take
+expansion of second order should say, without its higher orders. Beside it stand four ways to take
 the change of size out of the rounding errors ``d`` of rows, from gradients and inputs ``G`` of the
-kept sequences: none; by the share of the weights ``W`` in ``d``, as the table has it; by the share
-of what the model answers, ``sum (d.G)(W.G) / sum (W.G)^2`` over rows and sequences. And the row of
-the table itself, from all sequences that were run, with how often the KL is inside of its interval.
+kept sequences: none; by the share ``a`` of the weights ``W`` in ``d``, as the table has it: the sum
+of ``(d.G)^2 - (a W.G)^2`` over rows; the same of ``((d - a W).G)^2``, row by row; and this by the
+share of what the model answers, ``sum (d.G)(W.G) / sum (W.G)^2`` over rows and sequences. And the
+row of the table itself, from all sequences that were run, with how often the KL is inside of its
+interval.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ from scripts.shared.windows import model_windows
 _SPACE = Path(__file__).with_suffix(".yaml")
 _PART = 0.25
 _NEAR = 0.1
-_WAYS = ("squares of rows", "share of the weights", "share of the answers")
+_WAYS = (
+    "squares of rows",
+    "share of the weights",
+    "share of the weights, row by row",
+    "share of the answers, row by row",
+)
 _ROW = "the table's row"
 _CORPUS = "text"
 #: Of the sequences of the calibration, every second one is run.
@@ -75,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 option = next(p for p in problem.options_of(number) if problem.schemes[p] == name)
                 row = predict_row(problem, option)
                 inside.append(row.lower <= truth <= row.upper)
-                estimates = (*_estimates(reader, pairs), row.value)
+                estimates = [*_estimates(reader, pairs), row.value]
                 found.append([one / truth for one in estimates] + [truth])
             ratio_GW, truth_G = np.array(found)[:, :-1], np.array(found)[:, -1]
             for way, ratio_G in zip((*_WAYS, _ROW), ratio_GW.T, strict=True):
@@ -123,10 +130,8 @@ def _part_of_kl(
     return float(kl_NT.double().mean()) / _PART**2
 
 
-def _estimates(
-    reader: SampleReader, pairs: Mapping[str, tuple[Tensor, Tensor]]
-) -> tuple[float, float, float]:
-    """The row of a group in the three ways [nats per token]."""
+def _estimates(reader: SampleReader, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[float]:
+    """The row of a group in each way [nats per token]."""
     squares = dict.fromkeys(_WAYS, 0.0)
     joint: dict[str, Tensor] = {}
     for name, (weight_OI, delta_OI) in pairs.items():
@@ -139,21 +144,18 @@ def _estimates(
         error_NO = (gradient_NOI * delta_OI).sum(-1).double()
         size_NO = (gradient_NOI * weight_OI).sum(-1).double()
         answer_R = torch.tensor([one for cluster in scaling for one in cluster]).double()
-        shares = {
-            _WAYS[0]: 0.0,
-            _WAYS[1]: float((delta_OI * weight_OI).sum() / weight_OI.square().sum()),
-            _WAYS[2]: float((error_NO * size_NO).sum() / size_NO.square().sum()),
-        }
+        of_weights = float((delta_OI * weight_OI).sum() / weight_OI.square().sum())
+        of_answers = float((error_NO * size_NO).sum() / size_NO.square().sum())
+        shares = dict(zip(_WAYS, (0.0, of_weights, of_weights, of_answers), strict=True))
         scale = 2 * samples.tokens * samples.sequences
         for way, share in shares.items():
             # As rows of the table: its own square is taken out, and that over all rows put in.
             rest = error_NO.square().sum() - share**2 * size_NO.square().sum()
-            if way == _WAYS[2]:
+            if way in _WAYS[2:]:
                 rest = (error_NO - share * size_NO).square().sum()
             squares[way] += float(rest) / scale
             joint[way] = joint.get(way, torch.zeros_like(answer_R)) + share * answer_R
-    first, second, third = (squares[way] + float(joint[way].square().mean()) for way in _WAYS)
-    return first, second, third
+    return [squares[way] + float(joint[way].square().mean()) for way in _WAYS]
 
 
 if __name__ == "__main__":

@@ -185,10 +185,10 @@ def test_in_nats_the_recipe_predicts_with_an_error_bar() -> None:
 def test_the_best_uniform_scheme_of_no_more_bytes_stands_beside_the_recipe() -> None:
     decision = decide(table_of(), Request(Budgets(max_bits=9)))
     assert decision.recipe.result.uniform_scheme == "int8.channel"
-    assert decision.uniform_error == 3.0
+    assert decision.uniform == Estimate(3.0, None)
     decision = decide(table_of(), Request(Budgets(max_bits=6.5)))
     assert decision.recipe.result.uniform_scheme == "int4.g32"
-    assert decision.uniform_error == 11.0
+    assert decision.uniform == Estimate(11.0, None)
     assert decision.notes == ()
 
 

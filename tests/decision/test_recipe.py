@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,17 @@ def test_what_changes_no_decision_is_no_edit() -> None:
         recipe = parse_recipe(text)
         assert recipe.result.kl_nats_per_token == 1e-5
         assert recipe.made_by["solver"] == "exact"
+
+
+def test_decisions_are_hashed_as_sorted_json_of_all_of_them() -> None:
+    groups = (
+        RecipeGroup("b", "int4.g32", ("z.é", 'a."b"')),
+        RecipeGroup("a", "int8.channel", ("a.10", "a.9"), static_amax={"a.9": 1.5}),
+    )
+    recipe = dataclasses.replace(RECIPE, groups=groups, unquantized=("lm_head",))
+    decided = [recipe.schemes, recipe.static_amax, {}]
+    text = json.dumps(decided, sort_keys=True)
+    assert recipe.decisions_sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_recipe_of_before_figures_had_a_hash_is_read_as_it_is() -> None:

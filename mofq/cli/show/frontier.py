@@ -20,6 +20,11 @@ _NO_BOUND = (
     "mixture to other experts) is no "
     "sum, so that no bound of it is known."
 )
+#: Where predictions were not compared with measurements.
+_OUT_OF_RANGE = (
+    "* is out of the range in which predictions were compared with measurements, {:g} nats per "
+    "token: such a recipe may cost much more. Measure it with `mofq validate`."
+)
 #: Where a point does not meet its bound.
 _GAP = (
     "The gap is no doubt about a point: each has the least error of its size. The bound is that of "
@@ -31,12 +36,14 @@ _GAP = (
 def show_frontier(result: FrontierResult) -> None:
     """Some of the points, evenly spaced, and the search that takes one."""
     from mofq.decision import KL_UNIT
+    from mofq.decision.model_error import model_error
     from mofq.decision.request import request_flags
 
     problem, count = result.problem, len(result)
     shown = list(range(count))
     if count > _SHOWN:
         shown = [round(i * (count - 1) / (_SHOWN - 1)) for i in range(_SHOWN)]
+    points = [result.point(k) for k in shown]
     columns = ["bits/weight"]
     columns += ["KV bits"] if problem.cached else []
     columns.append("checkpoint")
@@ -49,8 +56,10 @@ def show_frontier(result: FrontierResult) -> None:
     print_table(
         f"{len(shown)} of {count} points; {proof}",
         [*columns, quantity],
-        [_row(result.point(k)) for k in shown],
+        [_row(point) for point in points],
     )
+    if any(point.is_out_of_range for point in points):
+        note(_OUT_OF_RANGE.format(model_error().largest))
     if gap:
         note(_GAP)
     if unbounded:
@@ -73,5 +82,5 @@ def _row(point: FrontierPoint) -> list[str]:
     if point.kl_nats_per_token is not None:
         ends = point.kl_low, point.kl_high
         shown = with_interval(point.kl_nats_per_token, *ends, stderr=point.kl_stderr)
-        return [*row, shown]
+        return [*row, f"{shown} *" if point.is_out_of_range else shown]
     return [*row, f"{point.error:.4g}"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mofq.api import RunResult, SearchResult
     from mofq.decision import Decision
     from mofq.decision.explain import Alternative, Explanation
+    from mofq.decision.prediction import Estimate
     from mofq.decision.recipe import RecipeResult
 
 #: Budget that is not of bytes -> what its price is of, and how many of its units that is.
@@ -87,11 +88,11 @@ def _print_decision(decision: Decision, *, title: str) -> None:
     if result.kl_measured is not None:
         measured = with_error(result.kl_measured, result.kl_measured_stderr)
         rows.append(["KL, measured on the text of the search", measured])
-    if decision.uniform_error is not None:
+    if decision.uniform is not None:
         scheme = str(result.uniform_scheme)
         where = "" if has_uniform(decision.problem, scheme) else ", where layers have a choice"
         name = f"best uniform of no more bytes: {scheme}{where}"
-        rows.append([name, f"{decision.uniform_error:.3g}"])
+        rows.append([name, _uniform_text(decision.uniform)])
     rows += [] if result.seconds is None else [_time_row(decision, result.seconds)]
     if decision.finer_layers:
         layers, weights = result.finer_fraction or 0, result.finer_weight_fraction or 0
@@ -104,6 +105,12 @@ def _print_decision(decision: Decision, *, title: str) -> None:
     print_histogram(recipe)
     for line in decision.notes:
         note(line)
+
+
+def _uniform_text(uniform: Estimate) -> str:
+    if uniform.stderr is None:
+        return f"{uniform.value:.3g}"
+    return with_interval(uniform.value, uniform.lower, uniform.upper)
 
 
 def _time_row(decision: Decision, seconds: float) -> list[str]:

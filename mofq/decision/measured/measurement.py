@@ -9,7 +9,7 @@ from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offere
 from mofq.decision.choice import predict_chosen
 from mofq.decision.decision import Decision, notes_of_prediction
 from mofq.decision.make_recipe import decided_result, recipe_from_table
-from mofq.decision.prediction import Estimate, error_together, estimate
+from mofq.decision.prediction import Estimate, estimate, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
@@ -169,7 +169,7 @@ def decide_again(
         recipe=recipe,
         choice_F=choice_F,
         finer_layers=usage(problem, choice_F).finer_layers,
-        uniform_error=None if uniform is None else error_together(problem, uniform[1]),
+        uniform=None if uniform is None else predict_given(problem, uniform[1]),
         notes=notes_of_prediction(table, problem, choice_F, prediction=prediction),
     )
 

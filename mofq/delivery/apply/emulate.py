@@ -18,6 +18,7 @@ from mofq.decision.recipe import Recipe, check_recipe, check_weights
 from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
+    Sources,
     find_loaded_layers,
     loaded_weight,
     module_path,
@@ -216,13 +217,14 @@ def apply_prepared(
         apply_one: Called as ``apply_group`` is.
     """
     scheme = prepared.schemes[group.name]
-    if prepared.checkpoint is None:
-        sources = {layer.name: loaded_weight(model, layer) for layer in group.layers}
-    else:
-        sources = {
-            layer.name: scheme_source(prepared.checkpoint, prepared.stored[layer.name], scheme)
-            for layer in group.layers
-        }
+    checkpoint = prepared.checkpoint
+
+    def read(layer: LinearLayer) -> Tensor:
+        if checkpoint is None:
+            return loaded_weight(model, layer)
+        return scheme_source(checkpoint, prepared.stored[layer.name], scheme)
+
+    sources = Sources({layer.name: partial(read, layer) for layer in group.layers})
     apply_one(model, group, scheme, sources=sources, recipe=prepared.recipe)
 
 
@@ -290,7 +292,8 @@ def apply_group(
         model: Its layers of the group are still the original's modules.
         group: As ``find_loaded_layers`` finds it.
         scheme: Not the unquantized one.
-        sources: Layer name -> the weight to quantize, [out_features, in_features].
+        sources: Layer name -> the weight to quantize, [out_features, in_features]; read one after
+            the other.
         recipe: Has the static scales, where the scheme needs them.
         fits: As for ``apply``.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -134,6 +135,22 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put another module in the place of one of a model's."""
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources(Mapping[str, Tensor]):
+    """Weights by layer, each read when it is asked for: those of all experts need not fit."""
+
+    readers: Mapping[str, Callable[[], Tensor]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
 
 
 def scheme_source(checkpoint: Checkpoint, layer: LinearLayer, scheme: Scheme) -> Tensor:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +19,7 @@ from mofq.delivery.apply import emulate
 from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.apply.kv_cache import apply_caches
 from mofq.delivery.apply.loaded_model import (
+    Sources,
     find_loaded_layers,
     loaded_weight,
     module_paths,
@@ -274,10 +276,12 @@ class MeasuredKl(Objective):
                 replace_module(self._model, path, module)
             return
         scheme = parse_scheme(choice[0])
-        sources = {
-            layer.name: scheme_source(self.checkpoint, stored[layer.name], scheme)
-            for layer in group.layers
-        }
+        sources = Sources(
+            {
+                layer.name: partial(scheme_source, self.checkpoint, stored[layer.name], scheme)
+                for layer in group.layers
+            }
+        )
         emulate.apply_group(
             self._model, group, scheme, sources=sources, recipe=recipe, fits=self._fits
         )

@@ -35,7 +35,7 @@ from mofq.evidence.calibration.capture import (
     watch_lookups,
 )
 from mofq.evidence.calibration.captured_place import captured_place
-from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes, samples_bytes
+from mofq.evidence.calibration.disk_needs import experts_per_token, kept_bytes
 from mofq.evidence.calibration.gains import gains_of, gains_path, write_content
 from mofq.evidence.calibration.routing import (
     join_routers,
@@ -133,6 +133,7 @@ def calibrate_streamed(
     windows: Mapping[str, Tensor],
     folder: Path,
     take: Take | None = None,
+    beside_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Stats:
     """As `mofq.evidence.calibration.calibrate.calibrate`, with one decoder layer in memory.
@@ -144,6 +145,7 @@ def calibrate_streamed(
         windows: Corpus name -> token ids, [sequences, sequence_length], int64.
         folder: Where the stats go.
         take: Gets the samples, unit after unit, the last first; no others are kept then.
+        beside_bytes: What ``take`` keeps on the same disk in all.
         progress: Called with ``"calibrate"``, or where samples are taken ``"measure"``, steps
             done, steps in all.
 
@@ -180,7 +182,15 @@ def calibrate_streamed(
         for running in every:
             running.streamed.folder.mkdir(parents=True, exist_ok=True)
         if every:
-            _check_disk(streamed, layers, every, plan, folder, with_samples=take is None)
+            _check_disk(
+                streamed,
+                layers,
+                every,
+                plan,
+                folder,
+                with_samples=take is None,
+                beside_bytes=beside_bytes,
+            )
             steps = _run(
                 streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress
             )
@@ -534,6 +544,7 @@ def _check_disk(
     folder: Path,
     *,
     with_samples: bool,
+    beside_bytes: int,
 ) -> None:
     """Refuse to begin what the disk cannot hold.
 
@@ -544,6 +555,7 @@ def _check_disk(
         plan: Of the run.
         folder: That all is written to.
         with_samples: Whether the samples of all layers are kept, and not of one unit at a time.
+        beside_bytes: What else is kept there.
     """
     config = streamed.model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", 0) or 0)
@@ -552,17 +564,12 @@ def _check_disk(
     boundary = len(sequences) * plan.sequence_length * hidden * itemsize
     needed = boundary * (len(units) + 2 * (plan.draws + bool(plan.routing)))
     kept = sum(one.index in one.corpus.kept_indices for one in sequences)
-    others = len(sequences) - kept if plan.inputs else 0
-    experts = experts_per_token(config.to_dict())
-
-    def samples(part: ModelLayers) -> int:
-        length = plan.sequence_length
-        return samples_bytes(
-            part, tokens=kept * length, draws=plan.draws, experts_per_token=experts
-        ) + inputs_bytes(part, tokens=others * length, experts_per_token=experts)
-
+    others, experts = len(sequences) - kept, experts_per_token(config.to_dict())
     parts = [layers] if with_samples else [layers_within(layers, unit) for unit in units]
-    needed += max(map(samples, parts))
+    needed += beside_bytes + max(
+        kept_bytes(part, plan, kept=kept, others=others, experts_per_token=experts)
+        for part in parts
+    )
     # What a run that was stopped has written already takes no more.
     files = (path for path in (folder / UNFINISHED).rglob("*") if path.is_file())
     needed = max(0, needed - sum(path.stat().st_size for path in files))

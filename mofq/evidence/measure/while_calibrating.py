@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from mofq import __version__
+from mofq.evidence.calibration.disk_needs import experts_per_token, fits_bytes
 from mofq.evidence.calibration.stats import Plan, Stats, never_seen, passing_stats, write_json
 from mofq.evidence.calibration.streamed import calibrate_streamed
 from mofq.evidence.fits import Fits
@@ -100,6 +101,7 @@ def measure_while_calibrating(
             windows=calibration.windows,
             folder=folder,
             take=scorer.take,
+            beside_bytes=_fits_bytes(checkpoint, layers, calibration, work),
             progress=progress,
         )
     return _read(calibration, stats, work, caches)
@@ -120,6 +122,20 @@ def _begin(calibration: Calibration, work: Sequence[Work], caches: Sequence[Cach
         shutil.rmtree(folder, ignore_errors=True)
         (folder / _MEASURED).mkdir(parents=True)
         write_beside_and_rename(path, text)
+
+
+def _fits_bytes(
+    checkpoint: Checkpoint, layers: ModelLayers, calibration: Calibration, work: Sequence[Work]
+) -> int:
+    """What is kept for fitted schemes, where the layers have any and it is not there already."""
+    groups = tuple(one.group for one in work if any(s.is_fitted for s in one.schemes))
+    needed = fits_bytes(
+        replace(layers, groups=groups),
+        calibration.plan,
+        experts_per_token=experts_per_token(checkpoint.config),
+    )
+    there = (path.stat().st_size for path in calibration.fits.glob("unit-*"))
+    return max(0, needed - sum(there))
 
 
 def _check_groups(streamed: StreamedModel, layers: ModelLayers) -> None:
