@@ -18,7 +18,7 @@ def silent(message: str) -> None:
 
 
 class Steps:
-    """Counts the steps of a stage; called after each."""
+    """Counts the steps of a stage, whose beginning is told; called after each."""
 
     def __init__(self, progress: Progress | None, stage: str, total: int) -> None:
         """Begin with none done.
@@ -30,10 +30,14 @@ class Steps:
         """
         self._progress, self._stage, self._total = progress, stage, total
         self._done = 0
+        self._tell()
 
     def __call__(self) -> None:
         """One more is done."""
         self._done += 1
+        self._tell()
+
+    def _tell(self) -> None:
         if self._progress is not None:
             self._progress(self._stage, min(self._done, self._total), self._total)
 
