@@ -82,9 +82,7 @@ def _row(wheel: Path, classes: Mapping[str, tuple[str, str]], architecture: str)
     if not found.classes or (found.words and not joined):
         said = ", ".join(sorted(found.words)) or "its class"
         raise SystemExit(f"{architecture} ({module}.{kind}): {said} was not understood.")
-    row: dict[str, Any] = {"architecture": architecture, "class": kind, "joined": joined}
-    if module.startswith("vllm."):
-        row["module"] = module
+    row = {"architecture": architecture, "class": kind, "joined": joined, "module": module}
     if found.inner:
         row["inner"] = sorted(found.inner)
     if found.plain:

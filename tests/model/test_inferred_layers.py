@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +22,12 @@ from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
 from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
-from mofq.model.layers.joining import JOINED, JOINED_IN
+from mofq.model.layers.joining import JOINED
 from mofq.model.layers.names_in_memory import as_pattern, known_types
 from mofq.model.loading import load_model
 from mofq.model.notes import notes_on
 
 REPOSITORY = Path(__file__).parents[2]
-ENGINES = REPOSITORY / "mofq" / "engines" / "facts" / "joined"
 
 #: A type of each structure that has no rules, and groups of its decoder layers, written by hand.
 GROUPS: dict[str, dict[str, list[str]]] = {
@@ -103,14 +101,6 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         ],
         "layers.0.mlp.down": ["model.layers.0.feed_forward.w2"],
     },
-}
-#: Modules of engines that join what is not in the decoder of a type of transformers.
-NOT_DECODERS = {
-    ("fc1", "fc3"),
-    ("k_proj", "v_proj"),
-    ("encoder_attn.k_proj", "encoder_attn.v_proj"),
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("wq", "wk", "wv"),
 }
 
 
@@ -404,17 +394,6 @@ def test_tensors_of_another_type_than_the_config_says_are_refused(
         CheckpointError, match=r"'backbone\.layers' of a 'mamba'.* different models"
     ):
         find_layers(open_checkpoint(str(folder)))
-
-
-@pytest.mark.parametrize("path", sorted(ENGINES.glob("*.json")), ids=lambda path: path.stem)
-def test_what_an_engine_joins_in_a_type_that_is_known_is_joined(path: Path) -> None:
-    kinds = {one.kind for one in known_types().values()}
-    rows = json.loads(path.read_text("utf-8"))["rows"]
-    rows = [row for row in rows if row["architecture"] in kinds]
-    assert len(rows) > 110
-    ours = {names for names, _ in (*JOINED, *JOINED_IN.values())}
-    theirs = {tuple(parts) for row in rows for parts in row["joined"].values() if len(parts) > 1}
-    assert theirs - ours - NOT_DECODERS == set()
 
 
 @pytest.mark.parametrize("name", long_but(["mixtral", "deepseek_v4", "mamba"], "mixtral"))

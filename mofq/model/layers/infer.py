@@ -237,7 +237,8 @@ class _Inferrer:
             if len(made) == 1 and _has_own_name(made[0]):
                 alike[key] = made[0]
         self.structure.groups[index] = [
-            (f"layers.{index}.{name}", members) for name, members in join(found, self.stated.joined)
+            (f"layers.{index}.{name}", members)
+            for name, members in join(found, self.architecture, self.stated.joined)
         ]
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
