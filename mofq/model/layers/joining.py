@@ -41,7 +41,9 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 #: The same of one model type alone: in others, layers of these names stay apart.
 JOINED_OF_TYPE: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "beam": ((("q_proj", "k_proj", "v_proj", "gate_proj"), "qkvg"),),
+    **dict.fromkeys(
+        ("beam", "muse_spark"), ((("q_proj", "k_proj", "v_proj", "gate_proj"), "qkvg"),)
+    ),
     "glm5_next": ((("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"), "qkvbfg"),),
     "kimi_linear": (
         (("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_proj"), "qkvbfg"),
