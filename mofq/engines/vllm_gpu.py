@@ -61,10 +61,9 @@ PLAIN_LAYERS = (
     Rule(
         r".*",
         model_types=("glm5_next",),
-        groups=r"attn\.(latent|q|kv|o)",
-        refused="its class reads latent attention as it is, and o_proj of the layers without it "
-        "has the same name; take bf16",
-        source="vllm 0.33.0 vllm/models/glm5next/common/model.py:408",
+        groups=r"attn\..*",
+        refused="its class reads all attention as it is; take bf16",
+        source="vllm 0.33.0 vllm/models/glm5next/common/model.py:408, kda.py:210-216; executed",
     ),
     Rule(
         r".*",
@@ -80,7 +79,7 @@ PLAIN_LAYERS = (
         groups=r"attn\.qkv",
         refused="its class joins it with index_qk_proj of the indexer, which stays as it is; "
         "take bf16",
-        source="vllm 0.33.0 vllm/models/qwen4_exp/nvidia/qsa.py:509-515",
+        source="vllm 0.33.0 vllm/models/qwen4_exp/nvidia/qsa.py:509-515; executed",
     ),
 )
 

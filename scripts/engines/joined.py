@@ -164,6 +164,8 @@ def _read_definition(definition: ast.stmt, found: Found) -> None:
     for node in ast.walk(definition):
         for target, value in _assigned(node):
             found.words |= {target} & {*_JOINING}
+            if target == "quant_config" and _is_none(value) and not _is_own(node):
+                found.plain.add(within)
             if "packed_modules_mapping" in target.lower():
                 _read_packed(target, value, found)
             elif target.endswith("params_mapping"):
@@ -239,7 +241,7 @@ def _read_call(call: ast.Call, within: str, found: Found) -> None:
         names = getattr(named.get("architectures"), "elts", [])
         found.inner |= {_text(one) for one in names} or {"of its config"}
     _, _, built = _ending(named.get("prefix")).rpartition(".")
-    is_plain = isinstance(given := named.get("quant_config"), ast.Constant) and given.value is None
+    is_plain = _is_none(named.get("quant_config"))
     is_layer = called.endswith("Linear") or called == "ParallelLMHead"
     if built and (is_plain or (is_layer and "quant_config" not in named and None not in named)):
         found.plain.add(f"{within}.{built}" if within else built)
@@ -252,6 +254,20 @@ def _ending(prefix: ast.expr | None) -> str:
     if isinstance(prefix, ast.Call) and prefix.args:
         return _text(prefix.args[-1])
     return _text(prefix)
+
+
+def _is_none(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _is_own(node: ast.AST) -> bool:
+    """Whether an assignment is to an attribute of ``self``, or to a name."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    return not isinstance(target, ast.Attribute) or _text_of_name(target.value) == "self"
+
+
+def _text_of_name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _text(node: Any) -> str:

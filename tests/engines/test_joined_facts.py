@@ -6,6 +6,7 @@ The facts were read in vLLM's sources by `scripts.engines.joined`, which is test
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,15 @@ JOINED_ON_DISK = {
     "Mamba2ForCausalLM",
     "MambaForCausalLM",
 }
+#: Built without the quantization, and no fusion group: routers, indexers, convolutions, mixtures of
+#: residual streams, heads (a rule of their own), towers, and what no model of transformers has.
+NO_GROUP_BUILT = re.compile(
+    r"(?i).*\.(gate|router|classifier|shared_expert_gate|lm_head|\w*conv1d|hc_\w+|input_mix_\w+)"
+    r"|.*Router\.proj|.*\.(wk_weights_proj|weights_proj|\w+_res_proj|routed_expert_\w+)"
+    r"|.*(vision|vit|visual|audio|siglip|clip|projector|tower|MLP2|adapter).*"
+)
+#: Types that are refused.
+REFUSED = {"inkling_text", "muse_spark"}
 #: In the fast tests: types whose joins are their own.
 SHORT = ("beam", "deepseek_v4", "kimi_linear", "qwen4_exp_text")
 
@@ -126,6 +136,21 @@ def test_lm_heads_that_classes_build_without_the_quantization_are_refused(path: 
     assert plain <= {*PLAIN_HEADS.model_types}
 
 
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_layers_that_classes_build_without_the_quantization_have_a_rule(path: Path) -> None:
+    plain = {
+        (name, built)
+        for name, row in _known(path)
+        for built in row.get("plain", ())
+        if name not in REFUSED and not NO_GROUP_BUILT.fullmatch(built)
+    }
+    assert plain == {
+        ("deepseek_v4", "DeepseekCompressor.fused_wkv_wgate"),
+        ("glm5_next", "Glm5NextDecoderLayer.self_attn"),
+        ("glm5_next", "Glm5NextLinearAttention"),
+    }
+
+
 SERVED = sorted(
     name for name, row in _known(NEWEST) if name in CAUSAL_TYPES and name not in FUSION_RULES
 )
@@ -152,7 +177,7 @@ def test_layers_that_a_class_joins_are_one_choice_or_refused(tmp_path: Path, nam
     ("name", "refused", "served"),
     [
         ("deepseek_v4", {"attn.compressor.wkv_wgate"}, {"attn.latent", "attn.q", "attn.wo_b"}),
-        ("glm5_next", {"attn.latent", "attn.q", "attn.o"}, {"attn.qkvbfg", "mlp.down"}),
+        ("glm5_next", {"attn.latent", "attn.qkvbfg", "attn.o"}, {"mlp.down", "mlp.gate_up"}),
         ("minimax_m3_vl", {"attn.qkv"}, {"attn.o", "mlp.down"}),
         ("qwen4_exp", {"attn.qkv"}, {"attn.o", "linear_attn.in_proj_qkvz"}),
     ],
@@ -225,6 +250,7 @@ def test_joins_are_read_from_package_and_bases_in_every_way_that_a_class_says_th
             "class Attention:\n"
             "    def __init__(self):\n"
             '        self.plain = ReplicatedLinear(1, quant_config=None, prefix=f"{p}.plain")\n'
+            "        config.quant_config = None\n"
             '        self.kept = ReplicatedLinear(1, quant_config=q, prefix=f"{p}.kept")\n'
             "    def load_weights(self):\n"
             '        stacked_params_mapping = [("attn.qkv", "attn.q", 0),'
@@ -249,7 +275,7 @@ def test_joins_are_read_from_package_and_bases_in_every_way_that_a_class_says_th
     }
     row = joined._row(wheel, classes, "AForCausalLM")
     assert row["joined"] == expected
-    assert row["plain"] == ["Attention.plain"]
+    assert row["plain"] == ["Attention", "Attention.plain"]
     assert row["module"] == "vllm.models.a"
     images = joined._row(wheel, classes, "AForImages")
     assert (images["joined"], images["inner"]) == (expected, ["AForCausalLM"])

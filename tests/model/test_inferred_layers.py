@@ -20,7 +20,7 @@ from type_facts import find_facts
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
-from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
+from mofq.model.layers import ModelLayers, find_exported_name, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED
 from mofq.model.layers.names_in_memory import as_pattern, known_types
@@ -231,6 +231,26 @@ def _check_joined(layers: ModelLayers) -> None:
         for joined, _ in JOINED:
             if all(word in words for word in joined):
                 assert len({words[word] for word in joined}) == 1, words
+
+
+def test_names_of_the_hub_that_transformers_would_write_otherwise_stay(tmp_path: Path) -> None:
+    source = write_type("kimi_linear", tmp_path / "saved")
+    saved = "model.layers.0.block_sparse_moe."
+
+    def as_published(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith(saved)]:
+            tensors[name.replace(saved, "model.layers.0.mlp.")] = tensors.pop(name)
+
+    folder = copy_with_tensors(source, tmp_path / "published", as_published)
+    layers = find_layers(open_checkpoint(str(folder)))
+    names = [layer.name for layer in layers.grouped_layers if layer.decoder_layer == 0]
+    dense = [f"model.layers.0.mlp.{word}_proj" for word in ("gate", "up", "down")]
+    assert [name for name in names if "self_attn" not in name] == dense
+    assert {find_exported_name(f"{name}.weight", layers) for name in dense} == {
+        f"{name}.weight" for name in dense
+    }
+    loaded = [find_loaded_weight(layer, "kimi_linear").name for layer in layers.grouped_layers]
+    assert {f"{name}.weight" for name in dense} <= {*loaded}
 
 
 def test_every_matrix_in_a_decoder_layer_is_grouped_or_has_a_reason(tiny_type: Any) -> None:

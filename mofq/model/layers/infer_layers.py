@@ -102,6 +102,7 @@ def infer_layers(
         body=structure.body,
         left_out={name: why for name, why in structure.reasons.items() if name not in grouped},
         stated=stated,
+        has_stored_names=structure.has_stored_names,
     )
 
 

@@ -20,12 +20,10 @@ from mofq.engines.vllm_names import vllm_prefixes
 from mofq.model.layers import FUSION_RULES, FusionGroup, find_loaded_weight, layers_of
 
 #: Last words of layers that engines join -> last words of the module that they make of them. Most
-#: classes of SGLang 0.5.23, and vLLM's ``Qwen3MoeForCausalLM`` for ``gate_up_proj`` and
-#: ``Glm5NextForConditionalGeneration``, do not say which layers they join: what they look up is the
-#: joined module.
+#: classes of SGLang 0.5.23, and vLLM's ``Qwen3MoeForCausalLM`` for ``gate_up_proj``, do not say
+#: which layers they join: what they look up is the joined module.
 _JOINED = {
     ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
-    ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"): ("in_proj_qkvbfg_a",),
     ("gate_proj", "up_proj"): ("gate_up_proj",),
     ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
