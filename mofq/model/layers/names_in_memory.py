@@ -141,7 +141,8 @@ def has_stored_names(names: Iterable[str], architecture: str) -> bool:
     known = known_type(architecture)
     if known is None:
         return False
-    told = known.names.keys() - {pattern for pattern, _, _ in known.names.values()}
+    in_memory = {pattern for pattern, _, _ in known.names.values()}
+    told = {name for name, (pattern, _, _) in known.names.items() if pattern} - in_memory
     return any(as_pattern(name) in told for name in names)
 
 
