@@ -49,7 +49,8 @@ PLAIN_MIXERS = Rule(
     refused="its class reads the layers of Mamba 1 as they are; take bf16",
     source="vllm 0.32.0 layers/mamba/mamba_mixer.py:91-159; run",
 )
-#: For layers that some classes build without it, or join with layers that stay as they are.
+#: For layers that some classes build without it, join with layers that stay as they are, or look
+#: for under other names.
 PLAIN_LAYERS = (
     Rule(
         r".*",
@@ -64,6 +65,14 @@ PLAIN_LAYERS = (
         groups=r"attn\..*",
         refused="its class reads all attention as it is; take bf16",
         source="vllm 0.33.0 vllm/models/glm5next/common/model.py:408, kda.py:210-216; executed",
+    ),
+    Rule(
+        r"int[2-8]\.[^+]*|int4\..*\+.*|(nvfp4|mxfp4)(\+.*)?",
+        layers="dense",
+        model_types=("kimi_linear",),
+        refused="unless its experts are packed too, its class looks for packed codes under "
+        "another name; take int8.channel+int8.token, FP8 or bf16",
+        source="vllm 0.33.0 vllm/models/kimi_k3/nvidia/model.py:1310-1323; executed",
     ),
     Rule(
         r".*",

@@ -20,7 +20,7 @@ import mofq.engines
 from mofq.engines import legality
 from mofq.engines.vllm_gpu import PLAIN_HEADS
 from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.layers import FUSION_RULES, FusionGroup, ModelLayers, find_layers
+from mofq.model.layers import FUSION_RULES, FusionGroup, LinearLayer, ModelLayers, find_layers
 from mofq.model.layers.joining import JOINED, JOINED_IN, JOINED_OF_TYPE
 from mofq.model.layers.names_in_memory import known_types
 from mofq.numbers.schemes import parse_scheme
@@ -193,6 +193,25 @@ def test_layers_that_a_class_reads_as_they_are_are_refused(
     assert [kind for kind in served if legal(parse_scheme("int8.channel"), by_kind[kind])] == []
     other = legality("vllm-hopper", "llama")
     assert [kind for kind in refused if other(parse_scheme("int8.channel"), by_kind[kind])] == []
+
+
+@pytest.mark.parametrize(
+    ("scheme", "is_served"),
+    [
+        ("int4.g128", False),
+        ("int8.channel", False),
+        ("nvfp4", False),
+        ("int8.channel+int8.token", True),
+        ("fp8_e4m3.channel+fp8_e4m3.token", True),
+    ],
+)
+def test_packed_codes_of_kimi_linear_are_of_its_experts_alone(scheme: str, is_served: bool) -> None:
+    layer = LinearLayer("model.layers.0.mlp.down_proj", "t", 256, 256, "BF16", "down_proj", "")
+    dense = FusionGroup("layers.0.mlp.down", (layer,))
+    refusal = legality("vllm-hopper", "kimi_linear")(parse_scheme(scheme), dense)
+    assert (refusal is None) == is_served
+    assert is_served or "packed codes" in str(refusal)
+    assert legality("vllm-hopper", "llama")(parse_scheme(scheme), dense) is None
 
 
 def _layers(folder: Path, name: str) -> ModelLayers:
