@@ -22,7 +22,7 @@ from typing import Literal
 from mofq.engines.devices import DeviceModel
 from mofq.engines.groups import embedding_role, is_experts
 from mofq.exceptions import BudgetError, nearest_name
-from mofq.model.layers import FUSION_RULES, AnyGroup
+from mofq.model.layers import FUSION_RULES, AnyGroup, attention_of
 from mofq.model.sizes import layer_bytes
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme
@@ -212,7 +212,8 @@ def attention_seconds(
     """The least time of attention over the KV cache [s].
 
     Args:
-        groups: All of the model; attention's sizes are read from ``…attn.qkv`` and ``…attn.o``.
+        groups: All of the model; attention's sizes are read from ``…attn.qkv`` (or ``…qkvg``) and
+            ``…attn.o``.
         device: Its memory and its bf16 arithmetic, which kernels unpack a quantized cache to.
         workload: How many tokens there are.
         cache_bits: What a token takes in the cache of a layer, ``…attn.kv_cache`` [bits]; of
@@ -244,11 +245,12 @@ def _attention(
     by_name = {group.name: group for group in groups}
     found = {}
     for name, qkv in by_name.items():
-        output = by_name.get(f"{name.removesuffix('.qkv')}.o")
-        if name.endswith("attn.qkv") and output is not None:
+        attention = attention_of(name)
+        output = by_name.get(f"{attention}.o")
+        if attention is not None and output is not None:
             q = output.layers[0].in_features
-            kv = sum(layer.out_features for layer in qkv.layers) - q
-            cache = f"{name.removesuffix('.qkv')}.kv_cache"
+            kv = sum(layer.out_features for layer in qkv.layers[:3]) - q
+            cache = f"{attention}.kv_cache"
             kept = cache_bits.get(cache, 8 * _ACTIVATION_BYTES * kv) / 8
             found[cache] = _attention_seconds(q, kept, device, workload)
     return found

@@ -21,6 +21,8 @@ _LATENT = ".attn.kv"
 _JOINED_LATENT = ".attn.latent"
 #: The same of the first layers of experts that every token goes through.
 _SHARED = ".mlp.shared_gate_up"
+#: The name of a fusion group inside of its decoder layer.
+_IN_LAYER = re.compile(r"layers\.\d+\.(.+)")
 #: In the same, of what runs beside attention or in its place; which types have it, rules say.
 _STATE_SPACE = re.compile(r"\.(mamba|mixer)\.")
 #: Of these, "any" and "dense" are no embeddings: what looks rows up multiplies nothing.
@@ -62,11 +64,17 @@ class Rule:
     settings: tuple[str, ...] = ()  #: environment variables and flags that make it exact
     versions: tuple[str, ...] = ()  #: of the engine; empty: all that its rules are for
     model_types: tuple[str, ...] = ()  #: of config.json; empty: any
+    groups: str = ""  #: regular expression of fusion groups inside a decoder layer; empty: any
     note: str = ""
 
     def holds_on(self, capability: Capability | None) -> bool:
         """Whether the rule is one for this hardware."""
         return _is_between(self.min_capability, capability, self.max_capability)
+
+    def is_for(self, group: str) -> bool:
+        """Whether the rule is one for a fusion group of that name."""
+        inside = _IN_LAYER.fullmatch(group)
+        return not self.groups or bool(inside and re.fullmatch(self.groups, inside[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +212,11 @@ class Engine:
 def readable(rule: Rule | CacheRule) -> str:
     """What a rule is for, as people write it: ``N`` is a number, ``…`` anything."""
     words = {r"\d+": "N", r"\d": "N", ".*": "…", "[a-z0-9]+": "…", "\\": ""}
-    text = rule.schemes
+    text, groups = rule.schemes, rule.groups if isinstance(rule, Rule) else ""
     for regular, plain in words.items():
-        text = text.replace(regular, plain)
+        text, groups = text.replace(regular, plain), groups.replace(regular, plain)
     if isinstance(rule, Rule):
-        words_after = (rule.layers, ", ".join(rule.model_types), *rule.versions)
+        words_after = (rule.layers, ", ".join(rule.model_types), groups, *rule.versions)
         text += "".join(f" ({word})" for word in words_after if word not in ("", "any"))
     return text
 
@@ -230,6 +238,8 @@ def matching_rule(
     kinds = _kinds(group)
     for rule in engine.applicable_rules:
         if rule.model_types and model_type not in rule.model_types:
+            continue
+        if not rule.is_for(group.name):
             continue
         if rule.layers in kinds and re.fullmatch(rule.schemes, name):
             return rule

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 from mofq.engines.rules import Rule
 from mofq.engines.vllm_cache import VLLM_CPU_CACHE
-from mofq.engines.vllm_gpu import PLAIN_HEADS, PLAIN_MIXERS, VLLM_GPU
+from mofq.engines.vllm_gpu import PLAIN_HEADS, PLAIN_LAYERS, PLAIN_MIXERS, VLLM_GPU
 
 _MOE = "experts on CPU need AMX tiles, or an Arm or POWER CPU; take bf16"
 
 _RULES: tuple[Rule, ...] = (
     PLAIN_HEADS,
     PLAIN_MIXERS,
+    *PLAIN_LAYERS,
     Rule(
         r".*",
         layers="embeddings",

@@ -36,7 +36,7 @@ PLAIN_HEADS = Rule(
     layers="lm_head",
     model_types=(
         *("opt", "bloom", "gpt_oss", "falcon_h1", "jamba", "mamba", "mamba2", "qwen3_next"),
-        *("falcon_mamba", "phimoe", "zamba2"),
+        *("falcon_mamba", "phimoe", "zamba2", "deepseek_v4", "qwen4_exp", "qwen4_exp_text"),
     ),
     refused="its class reads the lm_head as it is; take bf16",
     source="vllm 0.32.0 models/*.py, the calls of ParallelLMHead",
@@ -49,10 +49,53 @@ PLAIN_MIXERS = Rule(
     refused="its class reads the layers of Mamba 1 as they are; take bf16",
     source="vllm 0.32.0 layers/mamba/mamba_mixer.py:91-159; run",
 )
+#: For layers that some classes build without it, join with layers that stay as they are, or look
+#: for under other names.
+PLAIN_LAYERS = (
+    Rule(
+        r".*",
+        model_types=("deepseek_v4",),
+        groups=r"attn\.compressor\..*",
+        refused="its class reads the layers that compress the cache as they are; take bf16",
+        source="vllm 0.33.0 vllm/models/deepseek_v4/compressor.py:271-279",
+    ),
+    Rule(
+        r".*",
+        model_types=("glm5_next",),
+        groups=r"attn\..*",
+        refused="its class reads all attention as it is; take bf16",
+        source="vllm 0.33.0 vllm/models/glm5next/common/model.py:408, kda.py:210-216; executed",
+    ),
+    Rule(
+        r"int[2-8]\.[^+]*|int4\..*\+.*|(nvfp4|mxfp4)(\+.*)?",
+        layers="dense",
+        model_types=("kimi_linear",),
+        refused="unless its experts are packed too, its class looks for packed codes under "
+        "another name; take int8.channel+int8.token, FP8 or bf16",
+        source="vllm 0.33.0 vllm/models/kimi_k3/nvidia/model.py:1310-1323; executed",
+    ),
+    Rule(
+        r".*",
+        model_types=("minimax_m3_vl", "minimax_m3_vl_text"),
+        groups=r"attn\.qkv",
+        refused="its class joins it with index_q_proj and index_k_proj of the indexer, which stay "
+        "as they are, where a layer has one; take bf16",
+        source="vllm 0.33.0 vllm/models/minimax_m3/nvidia/model.py:445-455, 960-968",
+    ),
+    Rule(
+        r".*",
+        model_types=("qwen4_exp", "qwen4_exp_text"),
+        groups=r"attn\.qkv",
+        refused="its class joins it with index_qk_proj of the indexer, which stays as it is; "
+        "take bf16",
+        source="vllm 0.33.0 vllm/models/qwen4_exp/nvidia/qsa.py:509-515; executed",
+    ),
+)
 
 _RULES: tuple[Rule, ...] = (
     PLAIN_HEADS,
     PLAIN_MIXERS,
+    *PLAIN_LAYERS,
     Rule(
         r"mxfp4(\+mxfp4)?",
         layers="experts",
@@ -628,7 +671,8 @@ VLLM_GPU = Engine(
     transposed=_TRANSPOSED,
     serve="vllm serve",
     devices_flag="--tensor-parallel-size",
-    paths="Paths are below `vllm/model_executor/` or, for the cache, `vllm/`, and lines are those "
+    paths="Paths are below `vllm/model_executor/` or, for the cache and where they begin with it, "
+    "`vllm/`, and lines are those "
     "of 0.32.0 where no version stands before them; `ct` is "
     "`layers/quantization/compressed_tensors/`, `kernels` is `kernels/linear/`. For linear layers "
     "and experts, the choice of the kernel was executed in both versions (`mofq/engines/facts`) "

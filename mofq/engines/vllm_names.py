@@ -5,7 +5,8 @@ from other words than those that their weights are loaded by: the layer then sta
 the loader finds no parameter for its scales. An export names layers by these prefixes too.
 
 Source: vLLM 0.32.0 and 0.33.0 ``model_executor/models/{falcon_h1,granitemoehybrid,jamba}.py``,
-0.32.0 ``zamba2.py``; exports were served (docs/reference/served.md), of Jamba loaded.
+0.32.0 ``zamba2.py``, whose exports were served (docs/reference/served.md), of Jamba loaded; 0.33.0
+``cosmos3_edge.py``, read.
 """
 
 from __future__ import annotations
@@ -37,6 +38,16 @@ def _zamba2(name: str, hybrid_layers: int) -> str:
     return f"{hybrid_layers + int(found[1])}.{path}"
 
 
+def _cosmos3_edge(name: str, _: int) -> str:
+    """Attention and MLP are layers of their own, one behind the other, in the words of others."""
+    found = re.search(r"\blayers\.(\d+)\.(self_attn|mlp)\.(?:to_)?(\w+)$", name)
+    if found is None:
+        return name
+    number, is_mlp, word = 2 * int(found[1]), found[2] == "mlp", found[3]
+    word = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}.get(word, word)
+    return f"language_model.model.layers.{number + is_mlp}.mixer.{word}"
+
+
 def _granite_hybrid(name: str, _: int) -> str:
     return name.replace(".mamba.", ".mixer.")
 
@@ -48,6 +59,7 @@ def _jamba(name: str, _: int) -> str:
 #: Architecture -> of a layer's name and a number of decoder layers (of Zamba2 those of both kinds,
 #: else all), its prefix.
 _PREFIX_OF: Mapping[str, Callable[[str, int], str]] = {
+    "cosmos3_edge": _cosmos3_edge,
     "falcon_h1": _falcon_h1,
     "granitemoehybrid": _granite_hybrid,
     "jamba": _jamba,

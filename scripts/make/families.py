@@ -25,6 +25,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from mofq.exceptions import MofqError
 from mofq.model.checkpoint.headers import open_checkpoint
@@ -64,8 +68,11 @@ do the files of its processor.
 
 *Passes* says that structure, arithmetic and files agree with transformers. It says nothing of
 quality, which random weights do not have, and nothing of engines: the last column is the class
-that vLLM 0.33.0 lists for the architecture, and only of mixtures with
-[rules](../architecture.md#a-model-family) was it executed that it reads every exported name.
+that vLLM 0.33.0 lists for the architecture, read in its sources, as are the layers that the class
+joins. *As it loads* says that vLLM finds out what to join from the model of transformers, *nothing*
+that it joins nothing that a checkpoint has apart, and *of its language model* that it depends on
+which one a checkpoint has. Only of mixtures with [rules](../architecture.md#a-model-family) was it
+executed that it reads every exported name.
 Devices that share layers and `rewrite` are for types with rules, which are in bold.
 
 Where *KV cache* says *decided*, its format went through the flow too: every `self_attn` of the
@@ -284,8 +291,20 @@ def _counts(matrix: Matrix) -> str:
     )
 
 
+def _served(architecture: str) -> str:
+    """What vLLM has for an architecture, empty if nothing."""
+    rows = json.loads(JOINED.read_text("utf-8"))["rows"]
+    row = next((one for one in rows if one["architecture"] == architecture), None)
+    if row is None:
+        return ""
+    if row["joined"]:
+        return str(row["class"])
+    if row["module"].endswith(".transformers"):
+        return f"{row['class']}; joins as it loads"
+    return f"{row['class']}; joins {'of its language model' if 'inner' in row else 'nothing'}"
+
+
 def _table(matrix: Matrix) -> Iterator[str]:
-    served = {row["architecture"]: row["class"] for row in json.loads(JOINED.read_text())["rows"]}
     yield "| `model_type` | fusion groups of its decoder layers | result | KV cache | vLLM |"
     yield "| --- | --- | --- | --- | --- |"
     for name, one in sorted(matrix.outcomes.items()):
@@ -293,12 +312,14 @@ def _table(matrix: Matrix) -> Iterator[str]:
         groups = " ".join(f"`{group}`" for group in one.groups)
         result = "passes" if one.problem is None else f"refused: {_cell(one.problem)}"
         cache = "decided" if one.has_caches and one.problem is None else ""
-        yield f"| {shown} | {groups} | {result} | {cache} | {served.get(one.kind, '')} |"
+        yield f"| {shown} | {groups} | {result} | {cache} | {_served(one.kind)} |"
     yield ""
     yield "Not built from a shrunken config, with what this machine has installed:"
     yield ""
+    kinds = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     for name, problem in sorted(matrix.not_built.items()):
-        yield f"- `{name}`: {_cell(problem)[:160]}"
+        served = _served(kinds[name])
+        yield f"- `{name}`: {_cell(problem)[:160]}" + (f" (vLLM: {served})" if served else "")
     yield ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +20,14 @@ from type_facts import find_facts
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
-from mofq.model.layers import ModelLayers, find_layers, find_loaded_weight
+from mofq.model.layers import ModelLayers, find_exported_name, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
-from mofq.model.layers.joining import JOINED, JOINED_IN
+from mofq.model.layers.joining import JOINED
 from mofq.model.layers.names_in_memory import as_pattern, find_in_memory, known_types
 from mofq.model.loading import load_model
 from mofq.model.notes import notes_on
 
 REPOSITORY = Path(__file__).parents[2]
-ENGINES = REPOSITORY / "mofq" / "engines" / "facts" / "joined"
 
 #: A type of each structure that has no rules, and groups of its decoder layers, written by hand.
 GROUPS: dict[str, dict[str, list[str]]] = {
@@ -103,14 +101,6 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         ],
         "layers.0.mlp.down": ["model.layers.0.feed_forward.w2"],
     },
-}
-#: Modules of engines that join what is not in the decoder of a type of transformers.
-NOT_DECODERS = {
-    ("fc1", "fc3"),
-    ("k_proj", "v_proj"),
-    ("encoder_attn.k_proj", "encoder_attn.v_proj"),
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("wq", "wk", "wv"),
 }
 
 
@@ -242,6 +232,26 @@ def _check_joined(layers: ModelLayers) -> None:
         for joined, _ in JOINED:
             if all(word in words for word in joined):
                 assert len({words[word] for word in joined}) == 1, words
+
+
+def test_names_of_the_hub_that_transformers_would_write_otherwise_stay(tmp_path: Path) -> None:
+    source = write_type("kimi_linear", tmp_path / "saved")
+    saved = "model.layers.0.block_sparse_moe."
+
+    def as_published(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith(saved)]:
+            tensors[name.replace(saved, "model.layers.0.mlp.")] = tensors.pop(name)
+
+    folder = copy_with_tensors(source, tmp_path / "published", as_published)
+    layers = find_layers(open_checkpoint(str(folder)))
+    names = [layer.name for layer in layers.grouped_layers if layer.decoder_layer == 0]
+    dense = [f"model.layers.0.mlp.{word}_proj" for word in ("gate", "up", "down")]
+    assert [name for name in names if "self_attn" not in name] == dense
+    assert {find_exported_name(f"{name}.weight", layers) for name in dense} == {
+        f"{name}.weight" for name in dense
+    }
+    loaded = [find_loaded_weight(layer, "kimi_linear").name for layer in layers.grouped_layers]
+    assert {f"{name}.weight" for name in dense} <= {*loaded}
 
 
 #: Words of a reason -> what is true then of the module of transformers that has the tensor.
@@ -534,17 +544,6 @@ def test_tensors_of_another_type_than_the_config_says_are_refused(
         CheckpointError, match=r"'backbone\.layers' of a 'mamba'.* different models"
     ):
         find_layers(open_checkpoint(str(folder)))
-
-
-@pytest.mark.parametrize("path", sorted(ENGINES.glob("*.json")), ids=lambda path: path.stem)
-def test_what_an_engine_joins_in_a_type_that_is_known_is_joined(path: Path) -> None:
-    kinds = {one.kind for one in known_types().values()}
-    rows = json.loads(path.read_text("utf-8"))["rows"]
-    rows = [row for row in rows if row["architecture"] in kinds]
-    assert len(rows) > 110
-    ours = {names for names, _ in (*JOINED, *JOINED_IN.values())}
-    theirs = {tuple(parts) for row in rows for parts in row["joined"].values() if len(parts) > 1}
-    assert theirs - ours - NOT_DECODERS == set()
 
 
 @pytest.mark.parametrize("name", long_but(["mixtral", "deepseek_v4", "mamba"], "mixtral"))

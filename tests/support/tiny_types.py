@@ -325,6 +325,10 @@ _OPTIONS_MULTIMODAL: dict[str, Mapping[str, Any]] = {
     "inkling_vision": {"text_hidden_size": 64},
     "inkling_audio": {"text_hidden_size": 64},
     "janus_vqgan": {"base_channels": 32},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
     "mistral4": _LATENT,
     "mistral_large4_text": _LATENT,
     "molmo2_adapter": {"vision_feature_layer": [0, -1], "text_hidden_size": 64},

@@ -93,8 +93,12 @@ def _caches(model: PreTrainedModel) -> list[str]:
     }
     seen: dict[str, list[tuple[int, ...]]] = {}
     handles = []
+    cache_more = set()
     for path, module in takes.items():
-        if not path.endswith(".self_attn") or any(n.startswith(f"{path}.") for n in takes):
+        if not path.endswith(".self_attn"):
+            continue
+        if any(name.startswith(f"{path}.") for name in takes):
+            cache_more.add(as_pattern(path))
             continue
         shapes = seen.setdefault(path, [])
 
@@ -116,7 +120,7 @@ def _caches(model: PreTrainedModel) -> list[str]:
         is_plain = is_plain and shapes[0][2:] == (_TOKENS, size)
         pattern = as_pattern(path)
         found[pattern] = found.get(pattern, True) and (is_plain or not shapes)
-    return sorted(pattern for pattern, is_plain in found.items() if is_plain)
+    return sorted(pattern for pattern in found if found[pattern] and pattern not in cache_more)
 
 
 def join_facts(alone: dict[str, Any], with_towers: dict[str, Any]) -> dict[str, Any]:

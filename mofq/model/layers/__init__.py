@@ -5,7 +5,7 @@ from __future__ import annotations
 from mofq.model.layers.checkpoint_layers import find_layers
 from mofq.model.layers.experts import EXPERTS_BY, ExpertsBy, is_expert, split_experts
 from mofq.model.layers.families import FUSION_RULES, lm_heads_of
-from mofq.model.layers.kv_cache import PARTS, CacheLayer, find_loaded_module
+from mofq.model.layers.kv_cache import PARTS, CacheLayer, attention_of, find_loaded_module
 from mofq.model.layers.linear import (
     AnyGroup,
     AnyLayer,
@@ -46,6 +46,7 @@ __all__ = [
     "ModelLayers",
     "Role",
     "StatedLayers",
+    "attention_of",
     "find_exported_name",
     "find_layers",
     "find_loaded_module",

@@ -43,6 +43,7 @@ from mofq.model.layers.names_in_memory import (
     find_in_memory,
     find_stored,
     find_stored_name,
+    has_stored_names,
     is_fused,
     is_swapped,
     known_type,
@@ -63,6 +64,7 @@ class Structure:
     unquantized: list[Matrix] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)  #: tensor -> why it is in no group
     embedding: TensorInfo | None = None
+    has_stored_names: bool = False  #: tensors have the names of the hub
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -108,7 +110,12 @@ def infer_structure(
         )
     stack, indices = _find_stack(checkpoint, architecture, config, stated.stack)
     count = _stated(config, LAYER_COUNTS) or max(indices) + 1
-    structure = Structure(stack, count, [[] for _ in range(count)])
+    structure = Structure(
+        stack,
+        count,
+        [[] for _ in range(count)],
+        has_stored_names=has_stored_names(checkpoint.tensors, architecture),
+    )
     inferrer = _Inferrer(checkpoint, architecture, config, structure, stated)
     for index in range(count):
         inferrer.infer_layer(index)
@@ -272,7 +279,8 @@ class _Inferrer:
             if len(made) == 1 and _has_own_name(made[0]):
                 alike[key] = made[0]
         self.structure.groups[index] = [
-            (f"layers.{index}.{name}", members) for name, members in join(found, self.stated.joined)
+            (f"layers.{index}.{name}", members)
+            for name, members in join(found, self.architecture, self.stated.joined)
         ]
 
     def _read(self, index: int, info: TensorInfo) -> Iterator[Matrix]:
@@ -304,7 +312,9 @@ class _Inferrer:
             held = one_by_one if own.parts == 1 else [one_by_one[own.part]]
             yield from self._read_in_memory(index, info, own, [one.name for one in held])
             return
-        name = find_stored_name(info.name, self.architecture)
+        name = info.name
+        if not self.structure.has_stored_names:
+            name = find_stored_name(name, self.architecture)
         path = name.partition(f".{index}.")[2]
         is_stated = key in (*self.stated.linear, *self.stated.transposed)
         reason = None if is_stated else self._reason(path, info, index)

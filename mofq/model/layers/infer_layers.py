@@ -12,7 +12,7 @@ from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
 from mofq.model.layers.infer import Structure, infer_structure
 from mofq.model.layers.joining import Matrix
-from mofq.model.layers.kv_cache import CacheLayer, find_loaded_module
+from mofq.model.layers.kv_cache import CacheLayer, attention_of, find_loaded_module
 from mofq.model.layers.linear import (
     FusionGroup,
     LinearLayer,
@@ -102,6 +102,7 @@ def infer_layers(
         body=structure.body,
         left_out={name: why for name, why in structure.reasons.items() if name not in grouped},
         stated=stated,
+        has_stored_names=structure.has_stored_names,
     )
 
 
@@ -124,9 +125,9 @@ def _find_caches(
     if known is None or not isinstance(size, int) or not isinstance(heads, int) or size < 1:
         return
     for group in groups:
-        if not group.name.endswith(".attn.qkv"):
+        if attention_of(group.name) is None:
             continue
-        first, *others = group.layers
+        first, *others = group.layers[:3]
         rows = others[0].out_features if len(others) == 2 else first.out_features - heads * size
         kv_heads, left = divmod(rows, size if others else 2 * size)
         if len(others) in (0, 2) and kv_heads > 0 and not left:

@@ -1,9 +1,8 @@
 """Joins the matrices of a decoder layer into fusion groups, by their names.
 
-Which layers engines join is what vLLM 0.33 joins in any of its model classes: their
-``packed_modules_mapping`` (``mofq/engines/facts/joined``; a test compares), and
-``fused_qkv_a_proj`` of latent attention. Joining more than an engine does gives up freedom, and
-nothing that it serves.
+Which layers engines join is what vLLM 0.32 and 0.33 join in any of their model classes
+(``mofq/engines/facts/joined``; a test compares). Joining more than an engine does gives up freedom,
+and nothing that it serves.
 """
 
 from __future__ import annotations
@@ -25,9 +24,12 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("project_q", "project_k", "project_v"), "qkv"),
     (("Wq", "Wk", "Wv"), "qkv"),
     (("q", "k", "v"), "qkv"),
+    (("to_q", "to_k", "to_v"), "qkv"),
     (("q_proj", "k_proj"), "qkv"),
     (("q_a_proj", "kv_a_proj_with_mqa"), "latent"),
     (("wq_a", "wkv"), "latent"),
+    (("wkv", "wgate"), "wkv_wgate"),
+    (("key_proj", "value_proj"), "kv"),
     (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
     (("in_proj_b", "in_proj_a"), "in_proj_ba"),
     (("gate_proj", "up_proj"), "gate_up"),
@@ -37,6 +39,18 @@ JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("w_0", "w_1"), "gate_up"),
     (("proj_up_gate", "proj_up"), "gate_up"),
 )
+#: The same of one model type alone: in others, layers of these names stay apart.
+JOINED_OF_TYPE: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    **dict.fromkeys(
+        ("beam", "muse_spark"), ((("q_proj", "k_proj", "v_proj", "gate_proj"), "qkvg"),)
+    ),
+    "glm5_next": ((("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"), "qkvbfg"),),
+    "kimi_linear": (
+        (("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_proj"), "qkvbfg"),
+        (("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"), "qkvbf"),
+        (("q_a_proj", "kv_a_proj_with_mqa", "g_proj"), "latent"),
+    ),
+}
 #: The same where the module that they are in has a certain last word.
 JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "linear_attn": (("q_proj", "k_proj", "v_proj", "g_proj"), "qkvg"),
@@ -44,7 +58,9 @@ JOINED_IN: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 #: Last word of a path -> what the group of that layer alone is called.
 _ALONE = {
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "Wo", "attention_out", "out_lin"), "o"),
+    **dict.fromkeys(
+        ("o_proj", "out_proj", "dense", "Wo", "attention_out", "out_lin", "to_out"), "o"
+    ),
     **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"), "qkv"),
     "kv_a_proj_with_mqa": "latent",
     "q_b_proj": "q",
@@ -60,7 +76,7 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_at
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 #: In this order within a module; others stand between by name.
-_FIRST = ("qkvg", "qkvb", "qkv", "latent", "q", "kv")
+_FIRST = ("qkvbfg", "qkvbf", "qkvg", "qkvb", "qkv", "latent", "q", "kv")
 _EXPERT_ORDER = {
     **dict.fromkeys(("gate_proj", "w1", "gate_up_proj"), 0),
     **dict.fromkeys(("up_proj", "w3"), 1),
@@ -101,12 +117,15 @@ class Matrix:
 
 
 def join(
-    found: Sequence[Matrix], stated: Mapping[str, Sequence[str]] | None = None
+    found: Sequence[Matrix],
+    model_type: str | None = None,
+    stated: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[tuple[str, list[Matrix]]]:
     """The fusion groups of a decoder layer, in order.
 
     Args:
         found: Its matrices.
+        model_type: Of the model.
         stated: Name of a group -> paths of its matrices, of `StatedLayers`.
     """
     left = {as_pattern(matrix.path): matrix for matrix in found if matrix.of_expert is None}
@@ -125,7 +144,7 @@ def join(
     groups: list[tuple[tuple[Any, ...], str, list[Matrix]]] = []
     names: set[str] = set()
     for parent, words in by_parent.items():
-        for name, members in _join_beside(parent, words):
+        for name, members in _join_beside(parent, words, model_type):
             full = _group_name(parent, name)
             if full in names:
                 full = f"{parent}.{name}" if parent else name
@@ -138,10 +157,12 @@ def join(
         yield name, sorted(experts[place], key=_expert_order)
 
 
-def _join_beside(parent: str, words: Mapping[str, Matrix]) -> Iterator[tuple[str, list[Matrix]]]:
+def _join_beside(
+    parent: str, words: Mapping[str, Matrix], model_type: str | None
+) -> Iterator[tuple[str, list[Matrix]]]:
     left, last = dict(words), parent.rpartition(".")[2]
-    rules = (JOINED_IN[last], *JOINED) if last in JOINED_IN else JOINED
-    for joined, name in rules:
+    of_module = (JOINED_IN[last],) if last in JOINED_IN else ()
+    for joined, name in (*JOINED_OF_TYPE.get(model_type or "", ()), *of_module, *JOINED):
         members = [left[word] for word in joined if word in left]
         if len(members) == len(joined) and len({m.in_features for m in members}) == 1:
             yield name, members

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mofq.model.layers.families import FUSION_RULES
@@ -9,6 +10,8 @@ from mofq.model.layers.names_in_memory import as_pattern, find_in_memory, known_
 
 #: What attention's first layer may be called.
 _FIRST = ("q_proj", "qkv_proj", "query_key_value")
+#: The fusion group of queries, keys and values, in this order, and perhaps of a gate behind them.
+_QKV = re.compile(r"(.*\battn)\.qkvg?")
 #: The two tensors that a layer caches, in the order of schemes.
 PARTS = ("k", "v")
 
@@ -40,6 +43,19 @@ class CacheLayer:
     def part(self, part: str) -> str:
         """What statistics call the keys or the values, one of `PARTS`."""
         return f"{self.name}.{part}"
+
+
+def attention_of(group: str) -> str | None:
+    """The attention whose queries, keys and values a fusion group has, or None of other groups.
+
+    Args:
+        group: Its name: "layers.0.attn.qkv".
+
+    Returns:
+        "layers.0.attn".
+    """
+    found = _QKV.fullmatch(group)
+    return None if found is None else found[1]
 
 
 def find_loaded_module(cache: CacheLayer, architecture: str) -> str:

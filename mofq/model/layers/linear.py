@@ -142,6 +142,7 @@ class ModelLayers:
     #: Tensor -> why it is in no fusion group, of every one of two or more dimensions.
     left_out: Mapping[str, str] = field(default_factory=dict)
     stated: StatedLayers | None = None  #: what the user said of them
+    has_stored_names: bool = False  #: of an inferred type: tensors have the names of the hub
 
     @property
     def grouped_layers(self) -> tuple[LinearLayer, ...]:
@@ -273,7 +274,7 @@ def find_exported_name(name: str, layers: ModelLayers) -> str:
     """
     family = FUSION_RULES.get(layers.architecture)
     if family is None:
-        return find_stored_name(name, layers.architecture)
+        return name if layers.has_stored_names else find_stored_name(name, layers.architecture)
     if name.removesuffix(".weight") in family.lm_heads or not name.startswith(layers.body):
         return name
     if not name.startswith(family.body):

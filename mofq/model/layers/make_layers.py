@@ -12,7 +12,7 @@ from mofq.model.checkpoint.fp8 import SUPPORTED as FP8_KINDS
 from mofq.model.checkpoint.fp8 import find_scales
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint, TensorInfo, have_same_values
 from mofq.model.checkpoint.packed import SUPPORTED as PACKED_KINDS
-from mofq.model.layers.kv_cache import CacheLayer
+from mofq.model.layers.kv_cache import CacheLayer, attention_of
 from mofq.model.layers.linear import FusionGroup, LinearLayer, LoadedWeight, Role
 from mofq.model.layers.names_in_memory import known_type
 
@@ -77,11 +77,11 @@ def vocabulary_layer(
 
 
 def cache_layer(qkv: FusionGroup, *, kv_heads: int, head_size: int) -> CacheLayer:
-    """What attention caches, by its fusion group ``….attn.qkv``."""
+    """What attention caches, by its fusion group ``….attn.qkv`` or ``….attn.qkvg``."""
     first = qkv.layers[0]
     assert first.decoder_layer is not None
     return CacheLayer(
-        name=f"{qkv.name.removesuffix('.qkv')}.kv_cache",
+        name=f"{attention_of(qkv.name)}.kv_cache",
         module=first.name.rpartition(".")[0],
         kv_heads=kv_heads,
         head_size=head_size,

@@ -15,7 +15,10 @@ KEPT: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?!.*att)(.*\.)?(gate|gating|\w*router)(\.\w+)*"), _ROUTER),
     (re.compile(r".*shared_expert_gate\.weight"), _SHARE),
     (re.compile(r".*\bdt_proj\.weight"), _TIME_STEP),
-    (re.compile(r".*\bindexer\..*"), "an indexer: what is attended to is decided, not computed"),
+    (
+        re.compile(r".*\b(indexer\..*|index_[qk]_proj\.weight)"),
+        "an indexer: what is attended to is decided, not computed",
+    ),
     (re.compile(r".*(hyper_connection\.\w+|\w+_coefs)\.weight"), "mixes a few residual streams"),
 )
 NOT_LINEAR: tuple[tuple[re.Pattern[str], str], ...] = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -132,6 +132,24 @@ def find_stored_name(name: str, architecture: str) -> str:
     if known is None or as_pattern(name) in known.names or len(stored) != 1:
         return name
     return name if stored[0].expert is not None else stored[0].name
+
+
+def has_stored_names(names: Iterable[str], architecture: str) -> bool:
+    """Whether a checkpoint is in the hub's layout, as tensors tell that have other names there.
+
+    Names that both layouts have are then as they are: transformers may write one of them back
+    under another name, as a dense MLP of Kimi Linear under that of its mixtures.
+
+    Args:
+        names: Of its tensors.
+        architecture: The config's ``model_type``.
+    """
+    known = known_type(architecture)
+    if known is None:
+        return False
+    in_memory = {pattern for pattern, _, _ in known.names.values()}
+    told = {name for name, (pattern, _, _) in known.names.items() if pattern} - in_memory
+    return any(as_pattern(name) in told for name in names)
 
 
 def is_fused(parameter: str, known: KnownType | None) -> bool:

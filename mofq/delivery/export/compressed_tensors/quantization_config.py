@@ -12,7 +12,7 @@ what both engines look up when they load an export was executed (``mofq/engines/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan, PlannedGroup
@@ -106,6 +106,13 @@ def _names(groups: Iterable[FusionGroup], architecture: str) -> list[str]:
     return names
 
 
+def _joined_words(words: Sequence[str]) -> Iterator[str]:
+    """What engines call the joined module of a group, which others may join with more layers."""
+    for first, joined in _JOINED.items():
+        if tuple(words[: len(first)]) == first:
+            yield from joined
+
+
 def _engine_names(groups: Iterable[FusionGroup], plan: ExportPlan) -> list[str]:
     """Names that only engines have: of joined layers, of the first expert, and prefixes of vLLM.
 
@@ -119,7 +126,8 @@ def _engine_names(groups: Iterable[FusionGroup], plan: ExportPlan) -> list[str]:
         on_disk += [layer.name for layer in group.layers]
         parents = [layer.name.rpartition(".")[0] for layer in group.layers]
         words = [layer.name.rpartition(".")[2] for layer in group.layers]
-        names += [f"{parents[0]}.{word}" for word in _JOINED.get(tuple(words), ())]
+        if ".experts." not in parents[0]:
+            names += [f"{parents[0]}.{word}" for word in _joined_words(words)]
         if parents[0].endswith(".experts.0"):
             known = {word: _EXPERT_WORDS.get(word, word) for word in words}
             first = zip(parents, words, strict=True)
