@@ -118,7 +118,11 @@ def documented(function: Function) -> Function:
             raise TypeError(
                 f"{function.__name__}() takes {name} in a group: {groups[name]}={group}({name}=…)"
             )
-        for name, value in signature.bind(*positional, **named).arguments.items():
+        try:
+            given = signature.bind(*positional, **named).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        for name, value in given.items():
             _check_argument(name, value, annotations[name])
         return function(*positional, **named)
 

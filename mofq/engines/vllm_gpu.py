@@ -70,8 +70,8 @@ PLAIN_LAYERS = (
         r"int[2-8]\.[^+]*|int4\..*\+.*|(nvfp4|mxfp4)(\+.*)?",
         layers="dense",
         model_types=("kimi_linear",),
-        refused="unless its experts are packed too, its class looks for packed codes under "
-        "another name; take int8.channel+int8.token, FP8 or bf16",
+        refused="its class looks for packed codes under another name, unless those of all experts "
+        "are packed too, which no search decides; take int8.channel+int8.token, FP8 or bf16",
         source="vllm 0.33.0 vllm/models/kimi_k3/nvidia/model.py:1310-1323; executed",
     ),
     Rule(

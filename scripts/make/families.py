@@ -72,7 +72,8 @@ that vLLM 0.33.0 lists for the architecture, read in its sources, as are the lay
 joins. *As it loads* says that vLLM finds out what to join from the model of transformers, *nothing*
 that it joins nothing that a checkpoint has apart, and *of its language model* that it depends on
 which one a checkpoint has. Only of mixtures with [rules](../architecture.md#a-model-family) was it
-executed that it reads every exported name.
+executed that it reads every exported name. Which schemes an engine serves in which layers of a
+model is what `mofq inspect MODEL --space serving --engine vllm-hopper` says, from headers alone.
 Devices that share layers and `rewrite` are for types with rules, which are in bold.
 
 Where *KV cache* says *decided*, its format went through the flow too: every `self_attn` of the

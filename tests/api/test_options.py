@@ -14,7 +14,7 @@ import pytest
 from command_line import DEMO, refused
 
 from mofq import api
-from mofq.api import Budget, Choices, LmEval, Method, Samples, Study, Where
+from mofq.api import Budget, Choices, LmEval, Method, Running, Samples, Study, Where
 from mofq.api.options import parameters_of
 from mofq.cli.parsing import flag_of
 from mofq.exceptions import MofqError, TableError, option
@@ -100,6 +100,13 @@ def test_a_group_has_the_options_of_the_one_that_it_extends() -> None:
         TypeError, match=r"measure\(\) takes dtype in a group: where=Where\(dtype=…"
     ):
         api.measure("model", "w8a8", TABLE, dtype="bfloat16")  # type: ignore[call-arg]
+
+
+def test_arguments_that_do_not_fit_are_told_with_the_function() -> None:
+    with pytest.raises(TypeError, match=r"^calibrate\(\) got an unexpected keyword .* 'running'"):
+        api.calibrate("model", ["text.txt"], "stats", running=Running())  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^calibrate\(\) missing a required argument: 'output'"):
+        api.calibrate("model", ["text.txt"])  # type: ignore[call-arg]
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -40,3 +40,12 @@ def test_what_cannot_fit_is_folded_and_loses_nothing(
     lines = _plain(capsys)
     assert max(map(len, lines)) <= 80
     assert sum(line.count("x") for line in lines) == 200
+
+
+def test_a_unit_in_brackets_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("a [title]", ["bits", "KL [nats/token]"], [["5.0", "0.01 [1]"]])
+    assert [line.split() for line in _plain(capsys)] == [
+        ["a", "[title]"],
+        ["bits", "KL", "[nats/token]"],
+        ["5.0", "0.01", "[1]"],
+    ]

@@ -236,3 +236,13 @@ def leaves(entry: Any) -> Iterator[str]:
     else:
         for one in entry:
             yield from leaves(one)
+
+
+def test_the_readme_counts_the_types_that_pass_as_their_page_does() -> None:
+    page = (DOCS / "reference" / "families.md").read_text("utf-8")
+    causal, images = re.findall(r"(?:Causal|Images and text): (\d+) of the (\d+) types pass", page)
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert (
+        f"{causal[0]} of transformers' {causal[1]} causal ones and {images[0]} of {images[1]} that"
+        " read images" in readme
+    )

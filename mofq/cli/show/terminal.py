@@ -77,7 +77,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         is_figures = any(columns) and all(_FIGURE.match(row[number]) for row in rows)
         justify: Literal["left", "right"] = "right" if is_figures else "left"
         width = None if widths is None else widths[number]
-        table.add_column(column, justify=justify, overflow="fold", width=width)
+        table.add_column(Text(column), justify=justify, overflow="fold", width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     # Not the table's own title, which is folded to the width of the table.
