@@ -755,5 +755,7 @@ def _check_group(recipe: Recipe, group: FusionGroup, schemes: Mapping[str, str])
         if scheme != chosen[first]:
             raise RecipeError(
                 f"{recipe.title}: {group.name} is served as one matrix "
-                f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}."
+                f"and needs one scheme, but {first} has {chosen[first]} and {name} has {scheme}. "
+                f"Give both the same; or, where an earlier mofq had them in groups of their own, "
+                f"measure into a new table and search again."
             )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mofq.exceptions import EngineError
-from mofq.model.layers import FUSION_RULES, AnyGroup, AnyLayer, ModelLayers
+from mofq.model.layers import FUSION_RULES, AnyGroup, AnyLayer, ModelLayers, attention_of
 from mofq.numbers.formats import IntFormat
 from mofq.numbers.schemes import Scheme, TensorScheme
 
@@ -68,7 +68,7 @@ def cut_problems(scheme: Scheme, group: AnyGroup, devices: int) -> Iterator[str]
         layer = part.layer
         whole = layer.in_features if part.cuts_inputs else layer.out_features
         what = "inputs" if part.cuts_inputs else "outputs"
-        repeated = group.name.endswith(".attn.qkv") and layer is not group.layers[0]
+        repeated = attention_of(group.name) is not None and layer in group.layers[1:3]
         if whole % devices and not repeated:
             yield f"{layer.name} has {whole} {what}, which {devices} devices cannot share equally"
         for operand in (scheme.weight, scheme.activation):

@@ -63,6 +63,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: api.search(TABLE, budget={"max_bits": 5}),  # type: ignore[arg-type]
         "budget: needed Budget(…), found {'max_bits': 5}.",
     ),
+    "a larger group": (
+        lambda: api.validate("model", "recipe.yaml", "text.txt", running=Where(cluster="ray")),
+        "running: needed Running(…), found Where(",
+    ),
     "a text for a list": (
         lambda: api.search(TABLE, explain="layers.0.mlp.down"),
         "explain: needed Sequence[str], found 'layers.0.mlp.down'. Put it into a list.",

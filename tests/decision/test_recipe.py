@@ -296,7 +296,8 @@ def test_a_recipe_that_covers_its_model_passes() -> None:
         (
             {**ALL, "model.layers.0.k_proj": "int8.g32"},
             ("lm_head",),
-            r"layers\.0\.attn\.qk is served as one matrix .*int8\.channel and .*int8\.g32",
+            r"layers\.0\.attn\.qk is served as one matrix .*int8\.channel and .*int8\.g32\. "
+            r"Give both the same; .* measure into a new table",
         ),
         (
             {**ALL, "model.layers.0.p_proj": "int8.channel"},

@@ -200,6 +200,17 @@ def test_keys_of_fewer_heads_than_devices_are_repeated() -> None:
     assert legality("vllm-ada:tp=8")(parse_scheme("int4.g128"), few) is None
 
 
+def test_keys_beside_a_gate_are_repeated_too_and_the_gate_is_not() -> None:
+    def reason(**gate: tuple[int, int]) -> str | None:
+        shapes = {"q_proj": (512, 512), "k_proj": (4, 512), "v_proj": (4, 512), **gate}
+        return legality("vllm-ada:tp=8")(
+            parse_scheme("int4.g128"), group("layers.0.attn.qkvg", **shapes)
+        )
+
+    assert reason(gate_proj=(512, 512)) is None
+    assert "gate_proj has 4 outputs" in str(reason(gate_proj=(4, 512)))
+
+
 def test_experts_of_a_hidden_size_that_marlin_has_not_are_refused() -> None:
     odd = group(
         "layers.0.moe.experts",

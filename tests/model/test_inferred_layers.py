@@ -398,6 +398,25 @@ def test_a_causal_mask_is_no_bias(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     assert found.left_out["transformer.wpe.weight"] == "positions"
 
 
+def test_an_embedding_of_a_layer_that_predicts_further_tokens_is_not_the_models(
+    tiny_type: Any, tmp_path: Path
+) -> None:
+    folder, _ = tiny_type("falcon")
+    ahead = "transformer.h.4.embed_tokens.weight"  # before "transformer.word_embeddings.weight"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[ahead] = torch.ones_like(tensors["transformer.word_embeddings.weight"])
+
+    added = copy_with_tensors(folder, tmp_path / "added", add)
+    folder = copy_with_config(
+        added, tmp_path / "m", lambda config: config.update(num_nextn_predict_layers=1)
+    )
+    found = find_layers(open_checkpoint(str(folder)), include_embeddings=True)
+    (embedding,) = [group for group in found.groups if group.name == "embeddings"]
+    assert [layer.tensor for layer in embedding.layers] == ["transformer.word_embeddings.weight"]
+    assert found.left_out[ahead] == "of a layer that predicts further tokens"
+
+
 def test_experts_in_one_transposed_tensor_are_read_as_they_are_multiplied(tiny_type: Any) -> None:
     folder, _ = tiny_type("llama4_text")
     checkpoint = open_checkpoint(str(folder))

@@ -126,7 +126,8 @@ def infer_structure(
         )
     structure.reasons |= explain_outside(checkpoint, stack, count)
     tensors = checkpoint.tensors.items()
-    structure.embedding = next((info for name, info in tensors if is_embedding(name)), None)
+    outside = (info for name, info in tensors if layer_index(name, stack) is None)
+    structure.embedding = next((info for info in outside if is_embedding(info.name)), None)
     if not any(structure.groups):
         raise CheckpointError(
             f"{checkpoint.folder}: model_type {architecture!r}: no linear layer of the decoder can"
