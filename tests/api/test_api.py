@@ -79,6 +79,7 @@ def test_a_stage_tells_what_a_user_should_know_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_a_result_is_what_the_command_prints_as_json(measured: Measured, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     printed = ok("search", measured.table, "--max-bits", "5", "-o", recipe, "--json").json

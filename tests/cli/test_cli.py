@@ -318,6 +318,7 @@ def test_a_recipe_is_applied_from_python(measured: Measured) -> None:
     assert not after.equal(before)
 
 
+@pytest.mark.long
 def test_help_and_the_deciding_commands_never_load_torch(
     measured: Measured, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_recipe_that_takes_the_place_of_another_says_so(
     assert replaces in ok("recipe", "uniform", DEMO, "int4.g32", "-o", path).err
 
 
+@pytest.mark.long
 def test_a_text_that_a_recipe_was_made_with_is_told(measured: Measured, tmp_path: Path) -> None:
     windows = ("--tokens", "128", "--sequence-length", "64")
     text = ("--text", "demo-en-calibration", *windows)

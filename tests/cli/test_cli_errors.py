@@ -373,6 +373,7 @@ def test_a_recipe_edited_well_is_taken(tmp_path: Path) -> None:
     assert after.bits_per_weight is None
 
 
+@pytest.mark.long
 def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "exported"
     ok("recipe", "uniform", DEMO, "int8.channel+int8.token", "-o", recipe)

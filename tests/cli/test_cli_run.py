@@ -303,6 +303,7 @@ def test_run_for_an_engine_that_reads_a_file_writes_that_file(
     assert f"For {engine}: {folder / file}" in ok("run", DEMO, *arguments, "-o", folder).out
 
 
+@pytest.mark.long
 def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_comes_next(
     space: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +325,7 @@ def test_run_to_an_accuracy_takes_a_folder_of_the_models_name_and_says_what_come
     assert "mofq explore model-mofq/table.jsonl model-mofq/recipe.yaml" in ran.err
 
 
+@pytest.mark.long
 def test_run_to_an_accuracy_proves_in_the_arithmetic_that_it_validates_in(
     space: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +345,7 @@ def test_run_to_an_accuracy_needs_windows_that_have_no_part_in_the_choice(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_run_for_an_engine_ends_with_a_folder_and_the_command_that_serves_it(
     tmp_path: Path,
 ) -> None:
@@ -471,6 +474,7 @@ def test_a_folder_that_another_version_finished_is_continued(space: Path, tmp_pa
     assert tree(folder) == edited
 
 
+@pytest.mark.long
 def test_what_was_measured_beside_the_recipe_is_kept_and_drawn(space: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     measured = ok(*run_options(space, folder), "--json").json["validations"]

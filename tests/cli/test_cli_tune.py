@@ -66,6 +66,7 @@ def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
     assert (tmp_path / "tuned.yaml").read_bytes() == (tmp_path / "plain.yaml").read_bytes()
 
 
+@pytest.mark.long
 def test_norms_that_were_tuned_are_tuned_anew(folder: Path, tmp_path: Path) -> None:
     again = (*ON, "--sequences", "32", "--steps", "8", "-o", tmp_path / "again.yaml")
     ok("tune", DEMO, folder / "tuned.yaml", *again)

@@ -266,6 +266,7 @@ def test_a_study_varies_caches_as_layers_and_never_returns_worse(
     assert len({tuple(one[3:]) for one in map(np.ndarray.tolist, choices)}) > 1
 
 
+@pytest.mark.long
 def test_the_size_of_a_study_of_two_objectives_counts_the_cache(tmp_path: Path) -> None:
     problem = cached_problem(2, kv_tokens=TOKENS)
     budgets = Budgets(max_bytes=SIZE + 1500)

@@ -94,6 +94,7 @@ def test_the_frontier_under_a_share_of_finer_layers_keeps_it_everywhere() -> Non
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.long
 def test_the_frontier_of_the_worst_corpus_is_exact_too(data: st.DataObject) -> None:
     options = [
         [

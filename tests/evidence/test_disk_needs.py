@@ -46,6 +46,7 @@ def test_samples_with_caches_take_what_is_expected(model: Path, tmp_path: Path) 
 
 
 @MODELS
+@pytest.mark.long
 def test_what_fitted_schemes_keep_takes_what_is_expected(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_damaged_header_is_refused_with_file_and_tensor(
 
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), stop=st.integers(0, 10_000))
+@pytest.mark.long
 def test_what_is_accepted_after_a_changed_byte_the_safetensors_library_accepts_too(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int, stop: int
 ) -> None:

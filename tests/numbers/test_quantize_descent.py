@@ -157,6 +157,7 @@ def test_the_largest_floats_stay_finite(name: str) -> None:
     assert bool(torch.isfinite(dequantize_weight(found, scheme)).all())
 
 
+@pytest.mark.long
 def test_wide_groups_and_groups_of_odd_sizes_go_down_too() -> None:
     weight_OI, hessian_II = trained_like_weight(16, 600), hessian(600)
     for name in ("int4.channel", "int4.g300", "int4.g200", "int4.g24"):
