@@ -128,7 +128,8 @@ def test_validating_several_candidates_counts_the_windows_of_all(
         progress=lambda *step: told.append(step),
     )
     assert [step for step in told if step[0] == "validate"] == [
-        ("validate", done, 4) for done in (1, 2, 3, 4)
+        ("validate", done, 4)
+        for done in (0, 1, 2, 2, 3, 4)  # each candidate begins where the last one ended
     ]
     enforced = [(done, total) for stage, done, total in told if stage == "enforce"]
     totals = {total for _, total in enforced}
