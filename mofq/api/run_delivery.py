@@ -16,7 +16,6 @@ from mofq.api.run_evidence import Evidence, Measured, Subject
 from mofq.api.run_folder import SEARCHED, RunFiles
 from mofq.api.run_request import CheckedRun, RunOptions
 from mofq.api.search import decide_on_model
-from mofq.api.tune import STEPS
 from mofq.exceptions import MofqError, Remark, option
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from mofq.delivery.validation import Validation
     from mofq.evidence.table import Table
 
+#: Steps of tuning.
+_STEPS = {"normal": 32, "best": 128}
 #: Predicted KL [nats per token] below which tuning norms gained nothing where it was tried: with
 #: 0.0004, 0.004 and 0.006 tuned ones were 171, 44 and 16 % worse on held-out sequences
 #: (docs/rounding-and-rewrites.md).
@@ -142,7 +143,7 @@ def uniform_rivals(
 
 
 def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Recipe:
-    """A recipe with tuned norms, where they help on what they were not tuned on.
+    """A recipe that was tuned, where that helps on what it was not tuned on.
 
     Args:
         run: That found the recipe.
@@ -150,7 +151,7 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
         subject: The model that it is applied to.
 
     Returns:
-        The recipe as it was where norms cannot be tuned here, or nothing is gained; that is told.
+        The recipe as it was where it cannot be tuned here, or nothing is gained; that is told.
     """
     from mofq.delivery.rewriting.remake import Base
     from mofq.delivery.tuning.tune_recipe import tune_recipe
@@ -160,7 +161,7 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
     if set(recipe.schemes.values()) == {"bf16"}:
         return recipe
     if reason := _why_not_tuned(run, recipe):
-        tell(Remark(f"Norms are not tuned: {reason}."))
+        tell(Remark(f"The recipe is not tuned: {reason}."))
         return recipe
     try:
         found = tune_recipe(
@@ -169,21 +170,23 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
             run.windows,
             base=Base(open_checkpoint(subject.model), subject.stats),
             plan=run.plan,
-            steps=STEPS,
+            steps=_STEPS[run.options.effort],
             device=run.options.running.device,
             progress=run.options.progress,
         )
     except MofqError as error:  # what is wrong with the recipe itself, its validation says
-        tell(Remark(f"Norms are not tuned: {error.template}"))
+        tell(Remark(f"The recipe is not tuned: {error.template}"))
         return recipe
+    if found.note:
+        tell(Remark(f"No codes are learned: {found.note}."))
     if not found.helps:
-        tell(f"Norms are not tuned: tuned ones have KL {found.tuning.gain}.")
+        tell(f"The recipe is not tuned: it would have KL {found.tuning.gain}.")
         return recipe
     return found.recipe
 
 
 def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
-    """Why norms are not tuned in a run; None where they are."""
+    """Why a recipe is not tuned in a run; None where they are."""
     asked, kl = run.options, recipe.kl_nats_per_token
     if asked.effort != "best" and kl is not None and kl < _LEAST_TUNED:
         return (

@@ -1,11 +1,11 @@
-"""Tunes the norms of a recipe's model against the original, at no bit more."""
+"""Tunes a recipe's model against the original, at no bit more: norms, codes and scales."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.calibrate import check_gradient_dtype, chosen_execution, plan_calibration
 from mofq.api.inputs import load_corpora, open_recipe, save_recipe, text_file
@@ -24,7 +24,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_output
-from mofq.exceptions import StreamingError, option
+from mofq.exceptions import Remark, StreamingError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,24 +32,28 @@ if TYPE_CHECKING:
     from mofq.decision.tuning import Tuning
 
 #: Of four sequences each (docs/rounding-and-rewrites.md).
-STEPS = 16
+STEPS = 64
 
 Steps = Annotated[int, Option("Steps of the optimizer, on four sequences each.", least=1)]
+What = Annotated[
+    Literal["all", "norms"],
+    Option("all: codes and scales of weights, and norms; norms: these alone, in less memory."),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class TuneResult:
-    """A recipe before and after its norms were tuned."""
+    """A recipe before and after it was tuned."""
 
     model: str  #: as it was given
-    recipe: Recipe  #: with tuned norms where they help; else as it was, without any
+    recipe: Recipe  #: tuned where that helps; else as it was
     tuning: Tuning  #: what was measured, whether or not the recipe has it
     output: Path | None
     seconds: float
 
     @property
     def helps(self) -> bool:
-        """Whether the recipe has the tuned norms."""
+        """Whether the recipe has what was tuned."""
         return self.recipe.tuning is not None
 
     def to_json(self) -> dict[str, Any]:
@@ -76,17 +80,18 @@ def tune(
     output: RecipeOutput = None,
     *,
     stats: Stats = None,
+    what: What = "all",
     steps: Steps = STEPS,
     excerpts: Excerpts = Excerpts(),
     running: Running = Running(),
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> TuneResult:
-    """Tune the norms of a quantized model against the original.
+    """Tune a quantized model against the original, at the same bits: codes, scales and norms.
 
     Some steps on the KL divergence, on three of four sequences; the others judge. Where the KL is
-    less there by more than its error, the recipe is written with the tuned norms, which lie in a
-    file beside it; else it is written as it was. Norms that a recipe has already are tuned anew.
+    less there by more than its error, the recipe is written with what was tuned, which lies in a
+    file beside it; else it is written as it was. What a recipe was tuned to before is left out.
 
     Returns:
         The recipe, and what was measured.
@@ -124,7 +129,7 @@ def tune(
         chosen = chosen_execution("auto", checkpoint, layers, plan, device=running.device)
         if chosen.is_streamed:
             raise StreamingError(
-                f"{model}: norms are tuned on the whole model in memory, forward and backward, and "
+                f"{model}: is tuned as a whole in memory, forward and backward, and "
                 f"too little is free on {running.device}. Take {option('dtype', 'bfloat16')}, or a "
                 f"device with more memory."
             )
@@ -135,9 +140,12 @@ def tune(
             base=base,
             plan=plan,
             steps=steps,
+            codes=what == "all",
             device=running.device,
             progress=progress,
         )
+    if found.note:
+        tell(Remark(f"No codes are learned: {found.note}."))
     written = found.recipe if found.helps else untuned
     path = None if output is None else Path(output)
     if path is not None:

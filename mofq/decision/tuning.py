@@ -1,4 +1,4 @@
-"""What a recipe says of norms that were tuned after the weights were quantized.
+"""What a recipe says of norms that were tuned, and codes learned, after it was found.
 
 The tensors are in a file beside the recipe, in the format of safetensors and under the names that
 the checkpoint has them by. The file's name is no ``*.safetensors``: engines read every file of that
@@ -13,23 +13,26 @@ from typing import Annotated
 
 from pydantic import Field, Strict
 
-from mofq.files.validated import Count, Name, NotNegative, Sha256, Text, only_these_keys
+from mofq.files.validated import Count, Index, Name, NotNegative, Sha256, Text, only_these_keys
 
 #: The name of a file says its content, so that recipes of one folder do not share one by mistake.
-TUNED_FILES = "tuned-*.norms"
+TUNED_FILES = "tuned-*.tensors"
+#: What versions called them that tuned norms alone.
+FORMER_TUNED_FILES = "tuned-*.norms"
 
 
 @only_these_keys
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Where the tuned norms are, how they came about, and what they were measured to gain."""
+    """Where what was tuned is, how it came about, and what it was measured to gain."""
 
     #: beside the recipe
-    file: Annotated[str, Strict(), Field(pattern=r"^tuned-[0-9a-f]{16}\.norms$")]
+    file: Annotated[str, Strict(), Field(pattern=r"^tuned-[0-9a-f]{16}\.(tensors|norms)$")]
     sha256: Sha256  #: of the file
     decisions_sha256: Sha256  #: of what the norms were tuned for, see `Recipe.decisions_sha256`
     mofq: Name
-    tensors: Count
+    tensors: Index  #: norms, gains and biases
+    layers: Index = 0  #: whose codes and scales were learned
     steps: Count
     sequences: Count  #: that were stepped on, of all corpora
     sequence_length: Count
@@ -49,6 +52,14 @@ class Tuning:
             "kl_after": self.kl_after,
             "kl_saved_stderr": self.kl_saved_stderr,
         }
+
+    @property
+    def what(self) -> str:
+        """What was tuned, for people."""
+        norms = f"{self.tensors} norms tuned"
+        if not self.layers:
+            return norms
+        return f"codes and scales of {self.layers} layers learned, {norms}"
 
     @property
     def gain(self) -> str:

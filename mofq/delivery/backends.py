@@ -150,8 +150,8 @@ def _write_file(
         )
     if recipe.tuning is not None:
         raise BackendError(
-            f"{recipe.title}: its norms are tuned, and {name} would quantize the model with those "
-            f"of the original. Export with {option('to', 'compressed-tensors')}, or remove "
+            f"{recipe.title}: is tuned, and {name} would quantize the model with codes and norms "
+            f"as it finds them. Export with {option('to', 'compressed-tensors')}, or remove "
             f"`tuning` from the recipe."
         )
     path = Path(file)

@@ -35,6 +35,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits, needs_stats
 from mofq.evidence.measure.worker_threads import worker_threads
 from mofq.model.layers import LinearLayer
@@ -67,6 +68,7 @@ class LayerCodes:
     tensor_amax: float | Tensor | None = None
     kept: QuantizedWeight | None = None  #: of the whole layer, where the scheme is fitted
     device: str | torch.device = "cpu"  #: of the weight, where the codes are kept
+    changes: CodeChanges | None = None  #: that were learned after the scheme rounded the weight
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The codes of some rows, which begin and end between tiles; see ``quantize_weight``.
@@ -74,6 +76,17 @@ class LayerCodes:
         Raises:
             SchemeError: A weight is not finite.
         """
+        found = self._as_rounded(start, stop)
+        if self.changes is None:
+            return found
+        return self.changes.apply(
+            found,
+            start,
+            tile_rows=self.scheme.granularity.rows,
+            columns=self.layer.in_features,
+        )
+
+    def _as_rounded(self, start: int, stop: int) -> QuantizedWeight:
         if self.kept is None:
             weight_OI = self.read_rows(start, stop)
             return quantize_weight(
@@ -102,6 +115,7 @@ def layer_codes(
     read_rows: RowReader,
     *,
     tensor_amax: float | Tensor | None = None,
+    changes: CodeChanges | None = None,
 ) -> LayerCodes:
     """The codes of a layer under a scheme; where it is fitted, all of them are found now.
 
@@ -111,12 +125,13 @@ def layer_codes(
         scheme: Of its weight.
         read_rows: Gives rows of the weight, of any floating dtype.
         tensor_amax: As for ``quantize_weight``.
+        changes: That were learned after the scheme rounded the layer.
 
     Raises:
         StatsError: The scheme is fitted and there are no statistics, or not of this layer.
         SchemeError: A weight is not finite, or cannot be fitted.
     """
-    found = LayerCodes(layer, scheme, read_rows, tensor_amax)
+    found = LayerCodes(layer, scheme, read_rows, tensor_amax, changes=changes)
     if not scheme.is_fitted:
         return found
     if fits is None:

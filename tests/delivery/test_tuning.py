@@ -56,7 +56,9 @@ def model(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_with_tensors(original, tmp_path_factory.mktemp("model") / "m", put_off)
 
 
-def tune(original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 6) -> TunedRecipe:
+def tune(
+    original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 6, codes: bool = False
+) -> TunedRecipe:
     checkpoint = open_checkpoint(str(model))
     return tune_recipe(
         open_checkpoint(str(original)),
@@ -65,6 +67,7 @@ def tune(original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 6) -
         base=Base(checkpoint, None),
         plan=plan_of(model, WINDOWS),
         steps=steps,
+        codes=codes,
     )
 
 

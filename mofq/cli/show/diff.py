@@ -63,8 +63,8 @@ def show_diff(result: DiffResult) -> None:
     for name, recipe in zip(result.names, result.recipes, strict=True):
         if recipe.tuning is not None:
             note(
-                f"{name}: {recipe.tuning.tensors} norms were tuned, of which no figure above "
-                f"knows: KL {recipe.tuning.gain}."
+                f"{name}: {recipe.tuning.what}, of which no figure above knows: KL "
+                f"{recipe.tuning.gain}."
             )
         if recipe.is_edited and found.total is None:
             note(

@@ -81,10 +81,10 @@ def show_tuning(result: TuneResult) -> None:
     """`mofq tune`."""
     gain, seconds = result.tuning.gain, f"{result.seconds:.1f} s"
     if result.helps:
-        note(f"{result.output}: {result.tuning.tensors} norms tuned, KL {gain}; {seconds}.")
+        note(f"{result.output}: {result.tuning.what}, KL {gain}; {seconds}.")
     else:
         note(
-            f"{result.output}: the recipe as it was. Tuned norms have KL {gain}: no less by more "
+            f"{result.output}: the recipe as it was. Tuned it has KL {gain}: no less by more "
             f"than its error; {seconds}."
         )
     stats = stats_option(result.recipe)

@@ -30,7 +30,7 @@ def show_run(result: RunResult) -> None:
     counts = ", ".join(f"{count} × {name}" for name, count in schemes.most_common())
     say(f"recipe, fusion groups: {counts}")
     if result.tuning is not None:
-        say(f"{result.tuning.tensors} norms tuned after quantizing: KL {result.tuning.gain}")
+        say(f"tuned after quantizing: {result.tuning.what}; KL {result.tuning.gain}")
     times = ", ".join(f"{stage} {time:.1f}" for stage, time in result.seconds.items())
     say(f"seconds: {times}")
     if result.export is not None:

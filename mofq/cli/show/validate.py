@@ -108,7 +108,7 @@ def predicted_text(validation: Validation) -> str:
     ends = one.predicted_kl_low, one.predicted_kl_high
     shown = with_interval(one.predicted_kl_nats_per_token, *ends, stderr=one.predicted_kl_stderr)
     if one.is_tuned and one.predicted_kl_nats_per_token is not None:
-        return f"{shown}, before norms were tuned"
+        return f"{shown}, before it was tuned"
     if one.within_prediction is None:
         return shown
     return f"{shown}, {'inside' if one.within_prediction else 'OUTSIDE'}"

@@ -17,9 +17,9 @@ from mofq.delivery.tuning.tensors import replaced
 from mofq.model.layers import FusionGroup, ModelLayers, layers_of
 from mofq.model.layers.module_layers import layers_within
 
-#: A fusion group, its scheme, its static scales and the statistics that the scheme is fitted to:
-#: what makes the same of the same weights.
-Choice = tuple[str, str, tuple[tuple[str, float], ...], str]
+#: A fusion group, its scheme, its static scales, the statistics that the scheme is fitted to and
+#: the file of what was learned of its codes: what makes the same of the same weights.
+Choice = tuple[str, str, tuple[tuple[str, float], ...], str, str]
 #: Of all fusion groups that have their weights in the same modules: experts may have several.
 Choices = tuple[Choice, ...]
 
@@ -71,7 +71,9 @@ class Applied:
         recipe = self.prepared.recipe
         amax = static_amax(group, scheme, recipe)
         fitted_to = str(recipe.made_by.get("stats_sha256")) if scheme.is_fitted else ""
-        return group.name, scheme.name, tuple(sorted(amax.items())), fitted_to
+        is_learned = any(layer.name in self.prepared.changes for layer in group.layers)
+        learned = recipe.tuning.sha256 if recipe.tuning is not None and is_learned else ""
+        return group.name, scheme.name, tuple(sorted(amax.items())), fitted_to, learned
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +31,8 @@ from mofq.delivery.apply.loaded_model import (
 )
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, static_amax
-from mofq.delivery.tuning.tensors import find_targets, tuned_tensors
+from mofq.delivery.tuning.tensors import find_targets, learned_codes, tuned_tensors
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError
@@ -145,6 +147,7 @@ class Prepared:
     quantized: tuple[FusionGroup, ...]  #: those with another scheme than the unquantized one
     checkpoint: Checkpoint | None  #: where weights are read; None: in the model
     tuned: Mapping[str, Tensor]  #: norms that take the place of the checkpoint's
+    changes: Mapping[str, CodeChanges]  #: to the codes of layers, by name
 
     def tuned_targets(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """The norms of a model that the recipe tuned, each with what it tuned it to."""
@@ -186,7 +189,17 @@ def prepare(
     stored = {layer.name: layer for layer in on_disk.grouped_layers}
     quantized = tuple(with_global_scales(group, stored) for group in quantized)
     tuned = tuned_tensors(recipe, checkpoint)
-    prepared = Prepared(recipe, layers, on_disk, stored, schemes, quantized, checkpoint, tuned)
+    prepared = Prepared(
+        recipe,
+        layers,
+        on_disk,
+        stored,
+        schemes,
+        quantized,
+        checkpoint,
+        tuned,
+        learned_codes(recipe, layers),
+    )
     prepared.tuned_targets(model)  # refuses a recipe whose norms the model has not
     return prepared
 
@@ -225,7 +238,9 @@ def apply_prepared(
         return scheme_source(checkpoint, prepared.stored[layer.name], scheme)
 
     sources = Sources({layer.name: partial(read, layer) for layer in group.layers})
-    apply_one(model, group, scheme, sources=sources, recipe=prepared.recipe)
+    apply_one(
+        model, group, scheme, sources=sources, recipe=prepared.recipe, changes=prepared.changes
+    )
 
 
 def weight_amax(
@@ -285,6 +300,7 @@ def apply_group(
     sources: Mapping[str, Tensor],
     recipe: Recipe,
     fits: Fits | None = None,
+    changes: Mapping[str, CodeChanges] = MappingProxyType({}),
 ) -> None:
     """Emulate the scheme of one fusion group.
 
@@ -296,6 +312,7 @@ def apply_group(
             the other.
         recipe: Has the static scales, where the scheme needs them.
         fits: As for ``apply``.
+        changes: Layer name -> what was learned of its codes.
     """
     # Before anything is rounded: experts are rounded in place, where the source lies.
     amax = weight_amax(group, scheme, sources)
@@ -311,6 +328,7 @@ def apply_group(
                 scheme.weight,
                 partial(rows_of, weight_OI),
                 tensor_amax=amax.get(layer.name),
+                changes=changes.get(layer.name),
             )
             weight_OI = codes.decoded(0, len(weight_OI))
         if layer.expert is not None:

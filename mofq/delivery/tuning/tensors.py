@@ -1,4 +1,4 @@
-"""The tuned norms of a recipe, for whatever applies, checks or exports it."""
+"""The tuned norms and learned codes of a recipe, for whatever applies, checks or exports it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
+from mofq.evidence.code_changes import CodeChanges, from_tensors, is_of_codes
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
+from mofq.model.layers import ModelLayers
+from mofq.numbers.schemes import parse_scheme
 
 
 def tuned_tensors(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
-    """Name in the checkpoint -> tuned tensor; empty where a recipe has none.
+    """Name in the checkpoint -> tuned norm; empty where a recipe has none.
 
     Args:
         recipe: From its file, or from `with_tuned`.
@@ -27,22 +30,62 @@ def tuned_tensors(recipe: Recipe, checkpoint: Checkpoint | None = None) -> dict[
     Raises:
         RecipeError: They are not of this checkpoint, or the file holds something else.
     """
+    found = _read(recipe)
+    tensors = {name: one for name, one in found.items() if not is_of_codes(name)}
+    if checkpoint is not None:
+        for name, tensor in tensors.items():
+            _check_replaces(name, tensor, checkpoint, where=_where(recipe))
+    return tensors
+
+
+def learned_codes(recipe: Recipe, layers: ModelLayers) -> dict[str, CodeChanges]:
+    """Layer -> what was learned of its codes; empty where a recipe has none.
+
+    Args:
+        recipe: As for `tuned_tensors`.
+        layers: Of the model that it is applied to.
+
+    Raises:
+        RecipeError: They are not of these layers and schemes, or the file holds something else.
+    """
+    tensors = {name: one for name, one in _read(recipe).items() if is_of_codes(name)}
+    if not tensors:
+        return {}
+    again = "Tune again for this model."
+    try:
+        changes = from_tensors(tensors)
+    except KeyError as error:
+        raise RecipeError(f"{_where(recipe)}: has no {error}. {again}") from error
+    known = {layer.name: layer for layer in layers.grouped_layers}
+    schemes = recipe.schemes
+    for name, one in changes.items():
+        layer, scheme = known.get(name), schemes.get(name)
+        weight = None if scheme is None else parse_scheme(scheme).weight
+        if layer is None or weight is None:
+            raise RecipeError(f"{_where(recipe)}: no weight of {name!r} is quantized. {again}")
+        if fault := one.fault(weight, (layer.out_features, layer.in_features)):
+            raise RecipeError(f"{_where(recipe)}: {name}: {fault}. {again}")
+    return changes
+
+
+def _where(recipe: Recipe) -> str:
+    return f"{recipe.title}: tuning: {recipe.tuning.file if recipe.tuning else ''}"
+
+
+def _read(recipe: Recipe) -> dict[str, Tensor]:
+    """All tensors of the file of a recipe."""
     tuning = recipe.tuning
     if tuning is None:
         return {}
-    where = f"{recipe.title}: tuning: {tuning.file}"
+    where = _where(recipe)
     if hashlib.sha256(recipe.tuned).hexdigest() != tuning.sha256:
         raise RecipeError(
             f"{where}: is not there. Read the recipe from its file, which this one lies beside."
         )
     try:
-        tensors = load(recipe.tuned)
+        return load(recipe.tuned)
     except (SafetensorError, ValueError) as error:
         raise RecipeError(f"{where}: holds no tensors: {error}. Tune again.") from error
-    if checkpoint is not None:
-        for name, tensor in tensors.items():
-            _check_replaces(name, tensor, checkpoint, where=where)
-    return tensors
 
 
 def _check_replaces(name: str, tensor: Tensor, checkpoint: Checkpoint, *, where: str) -> None:

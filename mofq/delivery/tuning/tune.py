@@ -1,9 +1,9 @@
-"""Tunes the norms of a quantized model until it predicts more like the original.
+"""Tunes norms, codes and scales of a quantized model until it predicts more like the original.
 
-What is stepped on is KL(original || quantized), by Adam, some sequences of the calibration text at
-a time. A step is relative to the gain of each channel. The gains are rounded to the dtype of the
-checkpoint before every pass, so that what is measured is what is stored. Sequences that no step
-saw say whether it helped.
+What is stepped on is KL(original || quantized), some sequences of the calibration text at a time:
+norms and scales by Adam, relative to the gain of each channel and to each scale; codes by signed
+steps (`codes`). What is stored of them is what computes, in every pass. Sequences that no step saw
+say whether it helped.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ from scipy.special import stdtrit
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mofq.delivery.tuning.codes import LearnedCodes
 from mofq.delivery.tuning.norms import Norm
 from mofq.delivery.validation.divergence import (
     OriginalLogits,
     check_logits,
     compare_windows,
 )
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.standard_error import standard_error
 from mofq.files.progress import Progress, Steps
 
-#: Sequences of a step, and the first step relative to the gains; later ones fall to 0 by a cosine.
-BATCH, _RATE = 4, 3e-3
+#: Sequences of a step.
+BATCH = 4
+#: The first step; later ones fall to 0 by a cosine. Of norms and scales relative to themselves, in
+#: units of the error that rounding makes relative to the weights, and no more than `_MOST_RATE`.
+_RATE, _MOST_RATE = 0.035, 3e-3
+#: Of codes relative to the distance between two. Steps of this many together would go from one to
+#: the next, but for the cosine; fewer steps are no larger: what they change first is noise.
+_CODE_STEPS, _MOST_CODE_RATE = 8.0, 2e-3
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
 #: How slowly Adam's means of gradients and of their squares forget.
@@ -69,9 +77,10 @@ def split_sequences(windows: Mapping[str, Tensor], *, most: int) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Tuned norms, and what the model measures on the sequences that were held out."""
+    """What was tuned, and what the model measures on the sequences that were held out."""
 
-    tensors: dict[str, Tensor]  #: name in the checkpoint -> [C], in the checkpoint's dtype
+    tensors: dict[str, Tensor]  #: name in the checkpoint -> norm, [C], in the checkpoint's dtype
+    changes: dict[str, CodeChanges]  #: layer -> what became of its codes and scales
     before_N: Tensor  #: KL of each sequence before [nats per token], float64
     after_N: Tensor
 
@@ -90,9 +99,10 @@ class Tuned:
         return float(saved_N.mean()) > float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr
 
 
-def tune_norms(
+def tune_model(
     model: PreTrainedModel,
     norms: Sequence[Norm],
+    codes: Sequence[LearnedCodes],
     split: Split,
     *,
     stepped: OriginalLogits,
@@ -100,26 +110,27 @@ def tune_norms(
     steps: int,
     progress: Progress | None,
 ) -> Tuned:
-    """Tune the norms of a model, in place.
+    """Tune the norms, codes and scales of a model, in place.
 
     Args:
         model: To which a recipe was applied; frozen, in eval mode.
         norms: Of the model.
+        codes: Of its layers, those that are learned; they may be none.
         split: What is stepped on, and what judges.
         stepped: The original's logits of the first.
         held_out: Those of the second.
-        steps: Of Adam.
+        steps: Each on `BATCH` sequences.
         progress: Called with ``"tune"``, sequences run, and all of them.
 
     Returns:
-        The norms that changed, and what they do.
+        What changed, and what it does.
 
     Raises:
         MofqError: Logits are not finite.
 
     Source: norms alone as what is tuned after quantizing, L. Li et al., "Norm Tweaking",
     arXiv:2309.02784, which steps on distances of layers' outputs; D. P. Kingma, J. Ba, "Adam",
-    arXiv:1412.6980.
+    arXiv:1412.6980. Of codes, see `codes`.
     """
     order = _order(len(split.stepped_NT), steps * BATCH)
     tell = Steps(progress, "tune", len(order) + 2 * len(split.held_out_NT))
@@ -134,20 +145,29 @@ def tune_norms(
     before_N = judge()
     start = [norm.parameter.detach().float().clone() for norm in norms]
     moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
-    adam = torch.optim.Adam(moved, lr=_RATE, betas=_BETAS, eps=_EPSILON)
+    factors = [one.factor_AG for one in codes if one.factor_AG is not None]
+    rate = _MOST_RATE if not codes else min(_MOST_RATE, _RATE * _mean_error(codes))
+    adam = torch.optim.Adam([*moved, *factors], lr=rate, betas=_BETAS, eps=_EPSILON)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
-    for first in range(0, len(order), BATCH):
+    code_rate = min(_MOST_CODE_RATE, 1 / (_CODE_STEPS * steps))
+    for step, first in enumerate(range(0, len(order), BATCH)):
         for norm in norms:
             norm.parameter.requires_grad_(True)
+        for one in codes:
+            one.begin_step()
         for index in order[first : first + BATCH]:
             _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / BATCH)
             tell()
         for norm, moved_C in zip(norms, moved, strict=True):
             moved_C.grad = _take_gradient(norm)
+        for one in codes:
+            one.step_codes(code_rate * (1 + math.cos(math.pi * step / steps)) / 2)
         adam.step()
         schedule.step()
         for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
             _put(norm, start_C + norm.size_C * moved_C.detach())
+        for one in codes:
+            one.put()
     after_N = judge()
     changed = {
         name: norm.parameter.detach().to(norm.dtype).cpu()
@@ -155,7 +175,12 @@ def tune_norms(
         if not torch.equal(norm.parameter.float(), start_C)
         for name in norm.names
     }
-    return Tuned(changed, before_N, after_N)
+    return Tuned(changed, {one.name: one.changes() for one in codes}, before_N, after_N)
+
+
+def _mean_error(codes: Sequence[LearnedCodes]) -> float:
+    """Of rounding, relative to the weights, all layers alike."""
+    return math.sqrt(sum(one.error**2 for one in codes) / len(codes))
 
 
 def _order(count: int, visits: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""From a recipe and some text to the recipe with tuned norms, where they help."""
+"""From a recipe and some text to the recipe with tuned norms and learned codes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,37 @@ from mofq import __version__
 from mofq.decision.recipe import Recipe, join_hashes
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.delivery.backends import apply_recipe
-from mofq.delivery.recipe_layers import checked_layers
+from mofq.delivery.recipe_fits import open_fits
+from mofq.delivery.recipe_layers import checked_layers, group_schemes
 from mofq.delivery.rewriting.remake import Base
+from mofq.delivery.tuning.codes import BYTES_PER_WEIGHT, LearnedCodes, can_learn, learned_layers
 from mofq.delivery.tuning.norms import find_norms
-from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_norms
+from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_model
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.evidence.calibration.stats import Plan
+from mofq.evidence.code_changes import to_tensors
 from mofq.exceptions import CorpusError, RecipeError, option
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model
+from mofq.model.streaming.execution import free_bytes
 
+#: Of the memory that is free: the rest is for what a pass keeps.
+_OF_FREE = 0.8
 #: Fewer sequences that judge say nothing.
 _FEWEST_HELD_OUT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class TunedRecipe:
-    """A recipe with tuned norms, whether or not they help."""
+    """A recipe with tuned norms and learned codes, whether or not they help."""
 
     recipe: Recipe
     tuning: Tuning
     helps: bool  #: whether less KL was measured on what was held out, beyond its error
+    note: str | None = None  #: why no codes were learned, where they were to be
 
 
 def tune_recipe(
@@ -47,10 +55,11 @@ def tune_recipe(
     base: Base,
     plan: Plan,
     steps: int,
+    codes: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> TunedRecipe:
-    """Tune the norms of a recipe's model against the original.
+    """Tune the norms of a recipe's model against the original, and learn its codes and scales.
 
     Args:
         original: The model as it is.
@@ -59,6 +68,7 @@ def tune_recipe(
         base: What the recipe is applied to.
         plan: Of a calibration on the windows.
         steps: Of four sequences each.
+        codes: Whether codes and scales are learned beside norms.
         device: Where the models run, one after the other.
         progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
 
@@ -74,7 +84,7 @@ def tune_recipe(
     split = split_sequences(windows, most=steps * BATCH)
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
         raise CorpusError(
-            f"norms are tuned on three sequences of four and judged by the fourth: at least "
+            f"a model is tuned on three sequences of four and judged by the fourth: at least "
             f"{_FEWEST_HELD_OUT} are needed to judge, found {len(split.held_out_NT)}. Give longer "
             f"text, or a larger {option('sequences')}."
         )
@@ -84,14 +94,21 @@ def tune_recipe(
         apply_recipe(model, recipe, checkpoint=base.checkpoint, stats=base.stats, progress=progress)
         layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
         norms = find_norms(model, base.checkpoint, layers.architecture)
-        if not norms:
+        note = _why_no_codes(layers, recipe, device) if codes else None
+        learned: list[LearnedCodes] = []
+        if codes and note is None:
+            index_sha256 = base.checkpoint.index_sha256
+            with open_fits(recipe, base.stats, index_sha256=index_sha256) as fits:
+                learned = list(learned_layers(model, recipe, layers, base.checkpoint, fits=fits))
+        if not norms and not learned:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
-                f"which is what is tuned."
+                f"and no codes that can be learned."
             )
-        tuned = tune_norms(
+        tuned = tune_model(
             model,
             norms,
+            learned,
             split,
             stepped=stepped,
             held_out=held_out,
@@ -101,7 +118,27 @@ def tune_recipe(
     bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
     done = _with_tuned(bound, tuned, split, plan, steps=steps)
     assert done.tuning is not None
-    return TunedRecipe(done, done.tuning, tuned.helps)
+    return TunedRecipe(done, done.tuning, tuned.helps, note)
+
+
+def _why_no_codes(layers: ModelLayers, recipe: Recipe, device: str) -> str | None:
+    """Why codes cannot be learned beside a model that is in memory; None where they can be."""
+    schemes = group_schemes(layers, recipe)
+    needed = sum(
+        BYTES_PER_WEIGHT * layer.in_features * layer.out_features
+        for group in layers.groups
+        for scheme in [schemes[group.name].weight]
+        if scheme is not None and can_learn(scheme)
+        for layer in group.layers
+        if layer.expert is None
+    )
+    free = free_bytes(device)
+    if free is None or needed <= _OF_FREE * free:
+        return None
+    return (
+        f"that takes {needed / 1e9:.3g} GB of memory beside the model, and {free / 1e9:.3g} GB "
+        f"are free on {device}"
+    )
 
 
 def _run_original(
@@ -121,7 +158,8 @@ def _run_original(
 
 
 def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps: int) -> Recipe:
-    content = save({name: tuned.tensors[name].contiguous() for name in sorted(tuned.tensors)})
+    tensors = tuned.tensors | to_tensors(tuned.changes)
+    content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
     sha256 = hashlib.sha256(content).hexdigest()
     tuning = Tuning(
         file=tuned_file(sha256),
@@ -129,6 +167,7 @@ def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps
         decisions_sha256=recipe.decisions_sha256,
         mofq=__version__,
         tensors=len(tuned.tensors),
+        layers=len(tuned.changes),
         steps=steps,
         sequences=len(split.stepped_NT),
         sequence_length=plan.sequence_length,

@@ -23,7 +23,8 @@ from mofq.delivery.apply.loaded_model import loaded_tensor
 from mofq.delivery.apply.torchao import TorchaoLinear, weight_deviation
 from mofq.delivery.deviation import Deviation
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
-from mofq.delivery.tuning.tensors import tuned_tensors
+from mofq.delivery.tuning.tensors import learned_codes, tuned_tensors
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.files.progress import Progress
@@ -131,6 +132,7 @@ class Enforcement:
     schemes: Mapping[str, Scheme]  #: of each fusion group
     fits: Fits | None
     decoded: bool  #: whether the model is an exported folder's, see `find_deviations`
+    changes: Mapping[str, CodeChanges]  #: that were learned, to the codes of layers, by name
 
     @property
     def rounding(self) -> float:
@@ -152,7 +154,14 @@ class Enforcement:
             if scheme.weight is not None:
                 read_rows = partial(read_layer_rows, self.checkpoint, layer)
                 amax = weights.get(layer.name)
-                codes = layer_codes(self.fits, layer, scheme.weight, read_rows, tensor_amax=amax)
+                codes = layer_codes(
+                    self.fits,
+                    layer,
+                    scheme.weight,
+                    read_rows,
+                    tensor_amax=amax,
+                    changes=self.changes.get(layer.name),
+                )
             one = _Expected(layer, group, scheme, static_amax=inputs.get(layer.name), codes=codes)
             found += self._of_layer(model, one)
         return found
@@ -253,7 +262,8 @@ def enforcement(
     """What a recipe makes of a checkpoint; arguments and errors as `find_deviations`."""
     layers = checked_layers(checkpoint, recipe, experts_apart=True)
     schemes = group_schemes(layers, recipe)
-    return Enforcement(recipe, checkpoint, layers, schemes, fits, decoded)
+    changes = learned_codes(recipe, layers)
+    return Enforcement(recipe, checkpoint, layers, schemes, fits, decoded, changes)
 
 
 def _is_head(model: nn.Module, weight: Tensor) -> bool:

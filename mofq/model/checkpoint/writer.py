@@ -45,6 +45,7 @@ _LEFT_OUT = (
     *(
         "config.json",
         "recipe.yaml",
+        "tuned-*.tensors",
         "tuned-*.norms",
         "hf_quant_config.json",
         "quantize_config.json",

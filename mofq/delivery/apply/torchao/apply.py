@@ -19,6 +19,7 @@ from mofq.delivery.apply.torchao.weights import Target, make_weight
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.recipe_layers import static_amax
 from mofq.engines import ENGINES, Engine, matching_rule, rule_refusal
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.exceptions import BackendError, how_to_install
@@ -182,10 +183,13 @@ def _apply_group(
     recipe: Recipe,
     engine: Engine,
     fits: Fits | None,
+    changes: Mapping[str, CodeChanges],
 ) -> None:
     dtype = _dtype(model, group)
     if kernel_refusal(scheme, group, engine=engine, dtype=dtype) is not None:
-        emulation.apply_group(model, group, scheme, sources=sources, recipe=recipe, fits=fits)
+        emulation.apply_group(
+            model, group, scheme, sources=sources, recipe=recipe, fits=fits, changes=changes
+        )
         return
     weight = scheme.quantized_weight
     amax = emulation.weight_amax(group, scheme, sources)
@@ -200,6 +204,7 @@ def _apply_group(
             weight,
             partial(emulation.rows_of, weight_OI),
             tensor_amax=amax.get(layer.name),
+            changes=changes.get(layer.name),
         )
         quantized = codes.rows(0, len(weight_OI))
         target = make_target(

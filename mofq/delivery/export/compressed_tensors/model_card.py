@@ -148,7 +148,7 @@ def _tuned(recipe: Recipe) -> str:
     if recipe.tuning is None:
         return ""
     return (
-        f"\n\nAfter quantizing, {recipe.tuning.tensors} norms were tuned against the original: KL "
+        f"\n\nAfter quantizing, by the divergence from the original: {recipe.tuning.what}. KL "
         f"divergence {recipe.tuning.gain}."
     )
 
@@ -158,7 +158,7 @@ def _predicted(recipe: Recipe) -> str:
     if predicted is None:
         edited = " The recipe was edited after it was found." if recipe.is_edited else ""
         return f"Not measured.{edited}"
-    before = "" if recipe.tuning is None else ", before norms were tuned"
+    before = "" if recipe.tuning is None else ", before it was tuned"
     return (
         f"Predicted KL divergence from the original: {predicted:.6f} nats per token{before}. Not "
         f"measured."

@@ -17,6 +17,7 @@ from mofq.delivery.export.compressed_tensors.recipe_from_folder import (
     STORED_PARTS,
 )
 from mofq.engines import is_read_transposed
+from mofq.evidence.code_changes import CodeChanges
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
@@ -129,7 +130,8 @@ def quantize_inputs(
     *,
     sources: Mapping[str, Tensor],
     recipe: Recipe,
+    changes: Mapping[str, CodeChanges],
 ) -> None:
     """Apply to a fusion group whose weights were decoded what its scheme says of inputs."""
-    # The weights are rounded already: the inputs are what is left to do.
+    # The weights are rounded already, as learned: the inputs are what is left to do.
     apply_group(model, group, replace(scheme, weight=None), sources=sources, recipe=recipe)

@@ -20,9 +20,10 @@ from mofq.delivery.export.compressed_tensors.encoding import (
 )
 from mofq.delivery.export.compressed_tensors.kv_cache import NO_CACHE, PlannedCache, plan_cache
 from mofq.delivery.recipe_layers import checked_layers, group_schemes, static_amax
-from mofq.delivery.tuning.tensors import tuned_tensors
+from mofq.delivery.tuning.tensors import learned_codes, tuned_tensors
 from mofq.engines import is_read_transposed
 from mofq.engines.exports.compressed_tensors import Storage, storage_of, tied_problem
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
 from mofq.evidence.spaces import shape_rejection
@@ -67,6 +68,7 @@ class PlannedGroup:
     scheme: Scheme
     storage: Storage
     static_amax: dict[str, float]  #: layer -> largest |input|; empty unless a scale is static
+    changes: dict[str, CodeChanges]  #: layer -> what was learned of its codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
         checkpoint = replace(checkpoint, config=config)
     check_scales(checkpoint)
     schemes = group_schemes(model_layers, recipe)
+    changes = learned_codes(recipe, model_layers)
     quantized, ignored = [], [layer.name for layer in model_layers.unquantized]
     split: list[LinearLayer] = []
     for group in model_layers.groups:
@@ -122,7 +125,7 @@ def plan_export(checkpoint: Checkpoint, recipe: Recipe) -> ExportPlan:
             if model_layers.architecture not in _FUSED_ALONE:
                 split += [layer for layer in group.layers if layer.expert is not None]
         else:
-            quantized.append(_plan_group(group, scheme, recipe, model_layers.architecture))
+            quantized.append(_plan_group(group, scheme, recipe, changes, model_layers.architecture))
     if model_layers.tied_lm_head:
         ignored.append("lm_head")
     parts = {
@@ -205,7 +208,11 @@ def _as_stored(layer: LinearLayer, planned: dict[str, PlannedTensor]) -> dict[st
 
 
 def _plan_group(
-    group: FusionGroup, scheme: Scheme, recipe: Recipe, architecture: str
+    group: FusionGroup,
+    scheme: Scheme,
+    recipe: Recipe,
+    changes: Mapping[str, CodeChanges],
+    architecture: str,
 ) -> PlannedGroup:
     first = group.layers[0]
     storage = storage_of(scheme, where=first.name)
@@ -219,7 +226,8 @@ def _plan_group(
             )
         if reason := shape_rejection(scheme, layer):
             raise BackendError(f"{reason}. Take a size that divides, or bf16.")
-    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe))
+    own = {layer.name: changes[layer.name] for layer in group.layers if layer.name in changes}
+    return PlannedGroup(group, scheme, storage, static_amax(group, scheme, recipe), own)
 
 
 def split_rows(plan: ExportPlan) -> Iterator[tuple[str, int, Tensor]]:
@@ -270,7 +278,14 @@ def _encoded_layer(
 ) -> Iterator[tuple[LinearLayer, str, int, Tensor]]:
     weight = planned.scheme.quantized_weight
     read_rows = partial(read_layer_rows, checkpoint, layer)
-    codes = layer_codes(fits, layer, weight, read_rows, tensor_amax=amax)
+    codes = layer_codes(
+        fits,
+        layer,
+        weight,
+        read_rows,
+        tensor_amax=amax,
+        changes=planned.changes.get(layer.name),
+    )
     zero_points, columns = [], []
     done: dict[str, int] = {}
 

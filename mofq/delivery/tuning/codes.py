@@ -1,0 +1,216 @@
+"""The codes and scales of the layers of a quantized model while they are learned.
+
+A weight is kept as a number within the cell of its code, at first as near to the original's as the
+cell allows. Gradients of the rounded weight move it as if it were not rounded (straight through),
+each step by the same part of the distance between codes, whatever the gradient's size; where it
+leaves the cell, the code becomes the next one. A scale is multiplied by a factor, and stays in its
+format.
+
+Source: signed steps on rounding, W. Cheng et al., "Optimize Weight Rounding via Signed Gradient
+Descent for the Quantization of LLMs", arXiv:2309.05516, which learns block after block on distances
+of outputs; straight-through gradients, Y. Bengio et al., arXiv:1308.3432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mofq.decision.recipe import Recipe
+from mofq.delivery.apply.loaded_model import module_path
+from mofq.delivery.recipe_layers import group_schemes
+from mofq.evidence.code_changes import CodeChanges
+from mofq.evidence.fits import Fits
+from mofq.evidence.layer_codes import LayerCodes, layer_codes
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
+from mofq.model.layers import ModelLayers
+from mofq.numbers.formats import CodebookFormat, FloatFormat
+from mofq.numbers.quantize import (
+    FakeQuantLinear,
+    QuantizedWeight,
+    dequantize_weight,
+    quantize_with_scales,
+)
+from mofq.numbers.quantize.tiles import tile_shape, to_tiles
+from mofq.numbers.schemes import TensorScheme
+
+#: How far from its code a weight begins at most, in distances between codes: within the cell.
+_IN_CELL = 0.49
+#: Formats that a scale may take any value of. Others have a few steps an octave, or none between.
+_FINE_SCALES = ("bf16", "f32")
+#: Memory while codes are learned, for each weight beside the model: where it is in its cell and its
+#: gradient in float32, its first code [bytes].
+BYTES_PER_WEIGHT = 9
+
+
+@dataclass(slots=True)
+class LearnedCodes:
+    """The weight of one layer while its codes and scales are learned."""
+
+    name: str
+    module: FakeQuantLinear
+    scheme: TensorScheme
+    before: QuantizedWeight  #: as the scheme rounds it
+    latent_OI: Tensor  #: where each weight is in its cell, in the units of the weight, float32
+    factor_AG: Tensor | None  #: relative change of each scale, float32; None: scales stay
+    error: float  #: of the weight as rounded, relative to its norm
+
+    @classmethod
+    def of(cls, name: str, module: FakeQuantLinear, codes: LayerCodes) -> LearnedCodes:
+        """Begin with what a scheme makes of a layer, whose rows ``codes`` reads."""
+        scheme, rows = codes.scheme, module.out_features
+        device = module.weight.device
+        before = _to(codes.rows(0, rows), device)
+        weight_OI = codes.read_rows(0, rows).to(device, torch.float32)
+        rounded_OI = dequantize_weight(before, scheme)
+        error = float((rounded_OI - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30))
+        factor = None
+        if before.scale is not None and scheme.scale.name in _FINE_SCALES:
+            factor = torch.zeros_like(before.scale, dtype=torch.float32)
+        latent_OI = _in_cells(weight_OI, before, scheme)
+        return cls(name, module, scheme, before, latent_OI, factor, error)
+
+    def begin_step(self) -> None:
+        """Ask for the gradient of the rounded weight."""
+        self.module.weight.requires_grad_(True)
+
+    def step_codes(self, rate: float) -> None:
+        """Move the weights in their cells, and leave the gradient of the scales' factors behind.
+
+        Args:
+            rate: Of the distance between codes.
+        """
+        weight = self.module.weight
+        gradient_OI, weight.grad = weight.grad, None
+        weight.requires_grad_(False)
+        if gradient_OI is None:
+            return
+        gradient_OI = gradient_OI.float()
+        if self.factor_AG is not None:
+            rows, columns = tile_shape(
+                (weight.shape[0], weight.shape[1]), self.scheme.granularity, name=self.name
+            )
+            by_factor_OI = gradient_OI * weight.detach().float()
+            summed_AG = to_tiles(by_factor_OI, rows, columns).sum((1, 3))
+            self.factor_AG.grad = summed_AG / (1 + self.factor_AG.detach())
+        distance_OI = _distances(self.before, self.scheme)
+        self.latent_OI -= rate * distance_OI * gradient_OI.sign()
+
+    def put(self) -> None:
+        """Give the layer the weight as it is learned by now."""
+        with torch.no_grad():
+            self.module.weight.copy_(dequantize_weight(self.learned(), self.scheme))
+
+    def learned(self) -> QuantizedWeight:
+        """Codes and scales by now."""
+        codes_OI = _encoded(self.latent_OI, self.before, self.scheme)
+        scale = self.before.scale
+        if scale is not None and self.factor_AG is not None:
+            scale = (scale.float() * (1 + self.factor_AG.detach())).to(scale.dtype)
+        return replace(self.before, codes_OI=codes_OI, scale=scale)
+
+    def changes(self) -> CodeChanges:
+        """What is learned by now, on the CPU."""
+        cpu = torch.device("cpu")
+        return CodeChanges.between(_to(self.before, cpu), _to(self.learned(), cpu))
+
+
+def learned_layers(
+    model: nn.Module,
+    recipe: Recipe,
+    layers: ModelLayers,
+    checkpoint: Checkpoint,
+    *,
+    fits: Fits | None,
+) -> Iterator[LearnedCodes]:
+    """The layers of a model whose codes can be learned.
+
+    Left out are experts, embeddings, codebooks, weights without scales, and the scales of a source.
+
+    Args:
+        model: To which the recipe was applied by emulation, its weights as the schemes round them.
+        recipe: Not tuned.
+        layers: Of the checkpoint.
+        checkpoint: That the recipe is applied to.
+        fits: Of the recipe's own stats; where a scheme is fitted.
+    """
+    schemes = group_schemes(layers, recipe)
+    for group in layers.groups:
+        scheme = schemes[group.name].weight
+        if scheme is None or not can_learn(scheme):
+            continue
+        amax = read_shared_amax(checkpoint, group, scheme) if scheme.needs_tensor_amax else {}
+        for layer in group.layers:
+            if layer.expert is not None or layer.role != "linear":
+                continue
+            module = model.get_submodule(module_path(layer))
+            if not isinstance(module, FakeQuantLinear):
+                continue
+            codes = layer_codes(
+                fits,
+                layer,
+                scheme,
+                partial(read_layer_rows, checkpoint, layer),
+                tensor_amax=amax.get(layer.name),
+            )
+            yield LearnedCodes.of(layer.name, module, codes)
+
+
+def can_learn(scheme: TensorScheme) -> bool:
+    """Whether codes of a weight scheme can be learned."""
+    is_grid = not isinstance(scheme.element, CodebookFormat)
+    return is_grid and scheme.has_scale and scheme.scale_rule != "stored"
+
+
+def _to(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    def moved(one: Tensor | None) -> Tensor | None:
+        return None if one is None else one.to(device)
+
+    return QuantizedWeight(
+        weight.codes_OI.to(device),
+        moved(weight.scale),
+        moved(weight.zero_point),
+        moved(weight.global_scale),
+    )
+
+
+def _encoded(latent_OI: Tensor, like: QuantizedWeight, scheme: TensorScheme) -> Tensor:
+    return quantize_with_scales(
+        latent_OI,
+        scheme,
+        scale=like.scale,
+        zero_point=like.zero_point,
+        global_scale=like.global_scale,
+    )
+
+
+def _distances(weight: QuantizedWeight, scheme: TensorScheme) -> Tensor:
+    """From a code to the next, away from zero, in the units of the weight, [O, I]."""
+    gaps_OI = torch.ones(weight.codes_OI.shape, device=weight.codes_OI.device)
+    if isinstance(scheme.element, FloatFormat):
+        _, exponent_OI = torch.frexp(weight.codes_OI.abs())
+        lowest = scheme.element.min_exponent
+        gaps_OI = torch.exp2((exponent_OI - 1).clamp(min=lowest) - scheme.element.mantissa_bits)
+        gaps_OI = torch.where(
+            weight.codes_OI == 0, 2.0 ** (lowest - scheme.element.mantissa_bits), gaps_OI
+        )
+    steps = replace(weight, codes_OI=gaps_OI, zero_point=None)
+    return dequantize_weight(steps, scheme).abs()
+
+
+def _in_cells(weight_OI: Tensor, rounded: QuantizedWeight, scheme: TensorScheme) -> Tensor:
+    """What is nearest to a weight and rounds to its codes, but for the edges of the cells."""
+    center_OI = dequantize_weight(rounded, scheme)
+    reach_OI = _IN_CELL * _distances(rounded, scheme)
+    found_OI = center_OI
+    # Towards zero the cell of a power of two is half as wide.
+    for reach in (0.5 * reach_OI, reach_OI):
+        tried_OI = torch.clamp(weight_OI, center_OI - reach, center_OI + reach)
+        fits_OI = _encoded(tried_OI, rounded, scheme) == rounded.codes_OI
+        found_OI = torch.where(fits_OI, tried_OI, found_OI)
+    return found_OI

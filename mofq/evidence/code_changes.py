@@ -1,0 +1,118 @@
+"""Changes to the codes of a layer that were learned after its scheme rounded it.
+
+What a scheme makes of a weight follows from the weight and its statistics, and is made again where
+it is needed. What was learned on top is small: the codes that became others, and the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mofq.numbers.quantize import QuantizedWeight
+from mofq.numbers.schemes import TensorScheme
+
+#: Of the names of their tensors in a file, before the name of the layer and after it.
+_PREFIX = "codes/"
+_AT, _CODES, _SCALE = "/at", "/codes", "/scale"
+
+
+@dataclass(frozen=True, slots=True)
+class CodeChanges:
+    """What became of a layer's codes and scales."""
+
+    at_N: Tensor  #: places in the flattened [out_features, in_features], ascending, int64
+    codes_N: Tensor  #: what stands there, as in ``QuantizedWeight``
+    scale: Tensor | None  #: in the place of ``QuantizedWeight.scale``; None: it stays
+
+    @classmethod
+    def between(cls, before: QuantizedWeight, after: QuantizedWeight) -> CodeChanges:
+        """From what a scheme made to what was learned; scales keep their dtype."""
+        was, now = before.codes_OI.flatten(), after.codes_OI.flatten()
+        at_N = (was.float() != now.float()).nonzero().flatten()
+        same = before.scale is None or after.scale is None or torch.equal(before.scale, after.scale)
+        return cls(at_N, now[at_N].to(was.dtype), None if same else after.scale)
+
+    def apply(
+        self, rows: QuantizedWeight, start: int, *, tile_rows: int, columns: int
+    ) -> QuantizedWeight:
+        """The codes of some rows as they were learned.
+
+        Args:
+            rows: As the scheme makes them.
+            start: The first of them, the first of a tile.
+            tile_rows: Of the scheme; 0: one tile has all rows.
+            columns: Of the weight.
+        """
+        codes_RI = rows.codes_OI.clone(memory_format=torch.contiguous_format)
+        bounds = torch.tensor([start * columns, (start + len(codes_RI)) * columns])
+        low, high = torch.searchsorted(self.at_N, bounds).tolist()
+        at_N = (self.at_N[low:high] - start * columns).to(codes_RI.device)
+        learned_N = self.codes_N[low:high].to(codes_RI.device, codes_RI.dtype)
+        codes_RI.view(-1)[at_N] = learned_N
+        changed = replace(rows, codes_OI=codes_RI)
+        if self.scale is None or rows.scale is None:
+            return changed
+        down = slice(start // tile_rows, None) if tile_rows else slice(None)
+        scale = self.scale[down][: len(rows.scale)].to(rows.scale.device)
+        return replace(changed, scale=scale)
+
+    def fault(self, scheme: TensorScheme, shape: tuple[int, int]) -> str | None:
+        """Why these are no changes to a weight of this shape under a scheme; None: they are."""
+        at_N, codes_N = self.at_N, self.codes_N
+        if at_N.dtype != torch.int64 or at_N.shape != codes_N.shape or at_N.ndim != 1:
+            return "places and codes do not belong together"
+        if len(at_N) and not (
+            bool((at_N.diff() > 0).all())
+            and int(at_N[0]) >= 0
+            and int(at_N[-1]) < shape[0] * shape[1]
+        ):
+            return f"places are not within {list(shape)}, or not in order"
+        values_N = codes_N.float()
+        largest = float(2**scheme.element.bits) if scheme.symmetric else 255.0
+        if not bool(torch.isfinite(values_N).all()) or bool((values_N.abs() > largest).any()):
+            return "codes are none of the element"
+        if self.scale is not None and not bool(torch.isfinite(self.scale.float()).all()):
+            return "scales are not finite"
+        return None
+
+
+def to_tensors(changes: Mapping[str, CodeChanges]) -> dict[str, Tensor]:
+    """Layer -> changes as the tensors of a file."""
+    found: dict[str, Tensor] = {}
+    for name, one in changes.items():
+        found[f"{_PREFIX}{name}{_AT}"] = one.at_N
+        found[f"{_PREFIX}{name}{_CODES}"] = one.codes_N
+        if one.scale is not None:
+            found[f"{_PREFIX}{name}{_SCALE}"] = one.scale
+    return found
+
+
+def is_of_codes(name: str) -> bool:
+    """Whether a tensor of a file is of changes to codes."""
+    return name.startswith(_PREFIX)
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
+    """The changes in the tensors of a file, by layer.
+
+    Raises:
+        KeyError: A part of a layer's is missing.
+    """
+    return {
+        name: CodeChanges(
+            tensors[f"{_PREFIX}{name}{_AT}"],
+            tensors[f"{_PREFIX}{name}{_CODES}"],
+            tensors.get(f"{_PREFIX}{name}{_SCALE}"),
+        )
+        for name in _layers(tensors)
+    }
+
+
+def _layers(names: Iterable[str]) -> list[str]:
+    ends = (_AT, _CODES, _SCALE)
+    found = (name.removeprefix(_PREFIX) for name in names if is_of_codes(name))
+    return list(dict.fromkeys(name.rpartition("/")[0] for name in found if name.endswith(ends)))
