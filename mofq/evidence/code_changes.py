@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mofq.numbers.quantize import QuantizedWeight
+from mofq.numbers.formats import IntFormat
+from mofq.numbers.quantize import QuantizedWeight, round_to_format
+from mofq.numbers.quantize.scales import code_range
+from mofq.numbers.quantize.tiles import tile_shape
 from mofq.numbers.schemes import TensorScheme
 
 #: Of the names of their tensors in a file, before the name of the layer and after it.
@@ -71,11 +74,21 @@ class CodeChanges:
             and int(at_N[-1]) < shape[0] * shape[1]
         ):
             return f"places are not within {list(shape)}, or not in order"
-        values_N = codes_N.float()
-        largest = float(2**scheme.element.bits) if scheme.symmetric else 255.0
-        if not bool(torch.isfinite(values_N).all()) or bool((values_N.abs() > largest).any()):
-            return "codes are none of the element"
-        if self.scale is not None and not bool(torch.isfinite(self.scale.float()).all()):
+        values_N, element = codes_N.float(), scheme.element
+        if isinstance(element, IntFormat):
+            low, high = code_range(scheme)
+            is_code_N = (values_N >= low) & (values_N <= high)
+        else:
+            is_code_N = round_to_format(values_N, element) == values_N
+        if not bool(is_code_N.all()):
+            return f"codes are none of {element.name}"
+        if self.scale is None:
+            return None
+        rows, columns = tile_shape(shape, scheme.granularity, name="scale")
+        wanted = (shape[0] // rows, shape[1] // columns)
+        if tuple(self.scale.shape) != wanted:
+            return f"needs scales of shape {list(wanted)}, and has {list(self.scale.shape)}"
+        if not bool(torch.isfinite(self.scale.float()).all()):
             return "scales are not finite"
         return None
 

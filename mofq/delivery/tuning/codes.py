@@ -28,7 +28,7 @@ from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
-from mofq.model.layers import ModelLayers
+from mofq.model.layers import ModelLayers, is_expert
 from mofq.numbers.formats import CodebookFormat, FloatFormat
 from mofq.numbers.quantize import (
     FakeQuantLinear,
@@ -146,7 +146,7 @@ def learned_layers(
             continue
         amax = read_shared_amax(checkpoint, group, scheme) if scheme.needs_tensor_amax else {}
         for layer in group.layers:
-            if layer.expert is not None or layer.role != "linear":
+            if is_expert(layer) or layer.role != "linear":
                 continue
             module = model.get_submodule(module_path(layer))
             if not isinstance(module, FakeQuantLinear):

@@ -27,7 +27,7 @@ from mofq.exceptions import CorpusError, RecipeError, option
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import ModelLayers
+from mofq.model.layers import ModelLayers, is_expert
 from mofq.model.loading import load_model
 from mofq.model.streaming.execution import free_bytes
 
@@ -130,7 +130,7 @@ def _why_no_codes(layers: ModelLayers, recipe: Recipe, device: str) -> str | Non
         for scheme in [schemes[group.name].weight]
         if scheme is not None and can_learn(scheme)
         for layer in group.layers
-        if layer.expert is None
+        if not is_expert(layer)
     )
     free = free_bytes(device)
     if free is None or needed <= _OF_FREE * free:

@@ -1,0 +1,334 @@
+"""Codes and scales that are learned after a recipe was found: how, and that they are what is served."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import plan_of, some_tokens
+from conftest import TinyCheckpoint
+from emulated import recipe_of, validate
+from exported import export
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mofq.decision.recipe import Recipe, load_recipe, write_recipe
+from mofq.delivery.apply.emulate import apply
+from mofq.delivery.export.compressed_tensors import find_folder_deviations
+from mofq.delivery.recipe_layers import find_recipe_layers
+from mofq.delivery.rewriting.remake import Base
+from mofq.delivery.tuning.codes import LearnedCodes, can_learn, learned_layers
+from mofq.delivery.tuning.tensors import learned_codes
+from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
+from mofq.delivery.validation import find_deviations
+from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors
+from mofq.evidence.corpora import load_text
+from mofq.evidence.layer_codes import LayerCodes
+from mofq.exceptions import RecipeError
+from mofq.model.checkpoint.headers import open_checkpoint, open_stored
+from mofq.model.layers import LinearLayer
+from mofq.model.loading import load_model
+from mofq.numbers.quantize import FakeQuantLinear, dequantize_weight
+from mofq.numbers.schemes import TensorScheme, parse_scheme
+
+SCHEMES = (
+    *("int4.g32@mse", "int4.g32.asym", "int3.g32@mse", "int8.channel", "int4.tensor"),
+    *("fp4_e2m1.g32", "fp8_e4m3.channel", "fp8_e4m3.block128", "nvfp4", "mxfp4", "mxfp6_e2m3"),
+)
+WINDOWS = {"a": some_tokens(16, 24)}
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def weight_scheme(name: str) -> TensorScheme:
+    found = parse_scheme(name).weight
+    assert found is not None
+    return found
+
+
+def layer_like(weight_OI: Tensor) -> LinearLayer:
+    rows, columns = weight_OI.shape
+    return LinearLayer("x", "x.weight", rows, columns, "BF16", "x", "x")
+
+
+def learning(name: str, weight_OI: Tensor) -> LearnedCodes:
+    scheme = parse_scheme(name)
+    layer = layer_like(weight_OI)
+    codes = LayerCodes(
+        layer, weight_scheme(name), lambda a, b: weight_OI[a:b], weight_OI.abs().amax()
+    )
+    rounded_OI = codes.decoded(0, len(weight_OI))
+    module = FakeQuantLinear(rounded_OI, None, scheme=replace(scheme, activation=None))
+    return LearnedCodes.of("x", module, codes)
+
+
+@pytest.fixture
+def weight_OI() -> Tensor:
+    return torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_learning_begins_with_the_codes_of_the_scheme(name: str, weight_OI: Tensor) -> None:
+    one = learning(name, weight_OI)
+    assert torch.equal(one.learned().codes_OI.float(), one.before.codes_OI.float())
+    changes = one.changes()
+    assert not len(changes.at_N)
+    assert changes.scale is None
+    # As near to the weight as the cell allows, most often at it.
+    assert (one.latent_OI - weight_OI).abs().median() < 1e-6
+    before_OI = one.module.weight.clone()
+    one.put()
+    assert torch.equal(one.module.weight, before_OI)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_codes_follow_the_gradient_and_no_further_than_the_next(
+    name: str, weight_OI: Tensor
+) -> None:
+    one = learning(name, weight_OI)
+    before_OI = one.module.weight.detach().clone()
+    sign_OI = torch.where(torch.arange(256) % 2 == 0, 1.0, -1.0).expand(128, 256)
+    for _ in range(6):
+        one.begin_step()
+        one.module.weight.grad = 1e-9 * sign_OI  # its size does not matter
+        one.step_codes(0.1)
+    one.put()
+    moved_OI = one.module.weight.detach() - before_OI
+    assert not bool((moved_OI * sign_OI > 0).any())
+    share = float((moved_OI != 0).float().mean())
+    assert 0.3 < share < 0.95
+    # A code away, at most: of floating-point codes one away from zero is up to twice as far.
+    reach_OI = (2 if "fp" in name else 1) * _distance(one)
+    assert bool((moved_OI.abs() <= 1.01 * reach_OI + 1e-7).all())
+
+
+def _distance(one: LearnedCodes) -> Tensor:
+    from mofq.delivery.tuning.codes import _distances
+
+    return _distances(one.before, one.scheme)
+
+
+def test_scales_follow_the_gradient_of_their_factor(weight_OI: Tensor) -> None:
+    one = learning("int4.g32", weight_OI)
+    assert one.factor_AG is not None
+    target_OI = one.module.weight.detach() * 1.03
+    for _ in range(60):
+        one.begin_step()
+        loss = (one.module.weight - target_OI).square().sum()
+        loss.backward()
+        one.step_codes(0.0)
+        assert one.factor_AG.grad is not None
+        with torch.no_grad():
+            one.factor_AG -= 2e-3 * one.factor_AG.grad.sign()
+        one.put()
+    assert one.factor_AG.detach().mean() == pytest.approx(0.03, abs=3e-3)
+    changes = one.changes()
+    assert not len(changes.at_N)
+    assert changes.scale is not None
+    assert changes.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_scales_of_few_steps_stay(name: str, weight_OI: Tensor) -> None:
+    assert learning(name, weight_OI).factor_AG is None
+
+
+@pytest.mark.parametrize("name", ["nf4.g64", "fp8_e4m3.unscaled"])
+def test_what_is_not_learned(name: str) -> None:
+    assert not can_learn(weight_scheme(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["int4.g32@mse", "fp8_e4m3.block32x128", "int8.channel", "int4.tensor"]
+)
+def test_changes_are_the_same_in_blocks_of_rows(name: str, weight_OI: Tensor) -> None:
+    one = learning(name, weight_OI)
+    generator = torch.Generator().manual_seed(1)
+    one.latent_OI += 0.02 * torch.randn(weight_OI.shape, generator=generator)
+    if one.factor_AG is not None:
+        one.factor_AG += 0.01 * torch.randn(one.factor_AG.shape, generator=generator)
+    whole = one.learned()
+    layer = layer_like(weight_OI)
+    codes = LayerCodes(
+        layer,
+        one.scheme,
+        lambda a, b: weight_OI[a:b],
+        weight_OI.abs().amax(),
+        changes=from_tensors(to_tensors({"x": one.changes()}))["x"],
+    )
+    assert len(one.changes().at_N) > 1000
+    blocks = [codes.rows(start, start + 32) for start in range(0, 128, 32)]
+    assert torch.equal(torch.cat([block.codes_OI for block in blocks]), whole.codes_OI)
+    decoded_OI = torch.cat([dequantize_weight(block, one.scheme) for block in blocks])
+    assert torch.equal(decoded_OI, dequantize_weight(whole, one.scheme))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (CodeChanges(torch.tensor([3, 2]), torch.tensor([1, 1]), None), "not in order"),
+        (CodeChanges(torch.tensor([0, 128 * 256]), torch.tensor([1, 1]), None), "not within"),
+        (CodeChanges(torch.tensor([0]), torch.tensor([1, 1]), None), "do not belong together"),
+        (CodeChanges(torch.tensor([0]), torch.tensor([99]), None), "none of int4"),
+        (CodeChanges(torch.tensor([0]), torch.tensor([8]), None), "none of int4"),
+        (
+            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.full((128, 8), torch.nan)),
+            "not finite",
+        ),
+        (
+            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 7)),
+            "scales of shape [128, 8], and has [128, 7]",
+        ),
+    ],
+)
+def test_what_is_no_change_is_refused(changes: CodeChanges, reason: str) -> None:
+    fault = changes.fault(weight_scheme("int4.g32"), (128, 256))
+    assert fault is not None
+    assert reason in fault
+
+
+def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 12) -> TunedRecipe:
+    checkpoint = open_checkpoint(str(model))
+    return tune_recipe(
+        checkpoint,
+        recipe_of(checkpoint, scheme),
+        WINDOWS,
+        base=Base(checkpoint, None),
+        plan=plan_of(model, WINDOWS),
+        steps=steps,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyCheckpoint) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def found(model: Path) -> TunedRecipe:
+    return tune(model)
+
+
+def with_tensors(recipe: Recipe, tensors: dict[str, Tensor]) -> Recipe:
+    content = save(tensors)
+    assert recipe.tuning is not None
+    sha256 = hashlib.sha256(content).hexdigest()
+    return replace(recipe, tuned=content, tuning=replace(recipe.tuning, sha256=sha256))
+
+
+def test_learned_codes_diverge_less_on_what_no_step_saw(found: TunedRecipe) -> None:
+    tuning = found.tuning
+    assert found.helps
+    assert tuning.kl_after < 0.9 * tuning.kl_before
+    assert tuning.layers == 14
+    assert tuning.what == "codes and scales of 14 layers learned, 5 norms tuned"
+
+
+def test_learning_is_the_same_again(model: Path, found: TunedRecipe) -> None:
+    assert tune(model).recipe.tuned == found.recipe.tuned
+
+
+def test_a_recipe_is_applied_with_its_codes_and_proved(found: TunedRecipe, model: Path) -> None:
+    checkpoint, recipe = open_checkpoint(str(model)), found.recipe
+    layers = find_recipe_layers(checkpoint, recipe)
+    applied = apply(load_model(model), recipe, checkpoint=checkpoint)
+    assert not find_deviations(applied, recipe, checkpoint=checkpoint)
+    weight_OI = applied.get_parameter(f"{LAYER}.weight")
+    untuned = apply(
+        load_model(model), replace(recipe, tuning=None, tuned=b""), checkpoint=checkpoint
+    )
+    changes = learned_codes(recipe, layers)[LAYER]
+    assert len(changes.at_N)
+    assert not torch.equal(untuned.get_parameter(f"{LAYER}.weight"), weight_OI)
+    # One code is put back.
+    place = int(changes.at_N[0])
+    flat = weight_OI.view(-1)
+    flat[place] = untuned.get_parameter(f"{LAYER}.weight").view(-1)[place]
+    (deviation,) = find_deviations(applied, recipe, checkpoint=checkpoint)
+    assert deviation.layer == LAYER
+
+
+@pytest.mark.parametrize("scheme", ["int4.g32", "nvfp4"])
+def test_a_folder_has_the_codes_and_is_proved(scheme: str, model: Path, tmp_path: Path) -> None:
+    recipe, checkpoint = tune(model, scheme, steps=12).recipe, open_checkpoint(str(model))
+    folder = export(model, recipe, tmp_path / "folder").folder
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert not list(find_folder_deviations(checkpoint, recipe, open_stored(str(folder))))
+    untuned = replace(recipe, tuning=None, tuned=b"")
+    changed = {
+        one.layer.rpartition(".")[0]
+        for one in find_folder_deviations(checkpoint, untuned, open_stored(str(folder)))
+    }
+    assert changed >= {
+        name
+        for name, one in learned_codes(recipe, find_recipe_layers(checkpoint, recipe)).items()
+        if len(one.at_N)
+    }
+    text = load_text("demo-en")
+    arguments = {"tokens": 64, "sequence_length": 16}
+    measured = [
+        validate(str(model), recipe, text, **arguments),
+        validate(str(model), folder, text, **arguments),
+        validate(str(model), recipe, text, **arguments, execution="streamed"),
+    ]
+    assert all(one.enforced and one.is_tuned for one in measured)
+    assert measured[0].windows == measured[2].windows
+    assert measured[1].windows == pytest.approx(measured[0].windows, rel=1e-3)
+
+
+def test_two_recipes_that_differ_in_codes_alone_are_told_apart_streamed(
+    found: TunedRecipe, model: Path
+) -> None:
+    from mofq.delivery.validation import validate_many
+
+    untuned = replace(found.recipe, tuning=None, tuned=b"")
+    both = validate_many(
+        str(model),
+        [found.recipe, untuned, found.recipe],
+        load_text("demo-en"),
+        tokens=64,
+        sequence_length=16,
+        execution="streamed",
+    )
+    assert all(one.enforced for one in both)
+    assert both[0].windows == both[2].windows
+    assert both[0].windows != both[1].windows
+
+
+def test_codes_of_another_model_are_refused(
+    found: TunedRecipe, model: Path, tmp_path: Path
+) -> None:
+    tensors, checkpoint = load(found.recipe.tuned), open_checkpoint(str(model))
+    write_recipe(found.recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
+    other = {name.replace("layers.1.", "layers.7."): one for name, one in tensors.items()}
+    lost = {name: one for name, one in tensors.items() if name != f"codes/{LAYER}/at"}
+    for wrong, reason in (
+        ({k: v for k, v in other.items() if "codes/" in k}, "no weight of 'model.layers.7"),
+        (lost, f"has no 'codes/{LAYER}/at'"),
+        (tensors | {f"codes/{LAYER}/at": tensors[f"codes/{LAYER}/at"].flip(0)}, "not in order"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            apply(load_model(model), with_tensors(found.recipe, wrong), checkpoint=checkpoint)
+
+
+def test_without_memory_for_codes_norms_alone_are_tuned(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.free_bytes", lambda device: 1000)
+    found = tune(model, steps=1)
+    assert found.tuning.layers == 0
+    assert found.note is not None
+    assert "GB of memory beside the model" in found.note
+
+
+def test_experts_are_left_as_they_are(tiny: TinyCheckpoint) -> None:
+    checkpoint = open_checkpoint(str(tiny("qwen3_moe")))
+    recipe = recipe_of(checkpoint, "int4.g32")
+    loaded = apply(load_model(checkpoint.folder), recipe, checkpoint=checkpoint)
+    layers = find_recipe_layers(checkpoint, recipe)
+    names = [one.name for one in learned_layers(loaded, recipe, layers, checkpoint, fits=None)]
+    assert names
+    assert not any("expert" in name for name in names)
