@@ -179,7 +179,7 @@ def _accuracy(validation: Validation) -> str:
     low, high = validation.predicted_kl_low, validation.predicted_kl_high
     predicted = validation.predicted_kl_nats_per_token
     if low is not None and high is not None:
-        before = " before norms were tuned" if validation.is_tuned else ""
+        before = " before it was tuned" if validation.is_tuned else ""
         kl += f" (predicted{before}, with a 95 % interval: {with_interval(predicted, low, high)})"
     begin = ", in windows that begin with BOS" if validation.lineage.bos else ""
     lines = [

@@ -97,7 +97,7 @@ class RunResult:
 
     @property
     def tuning(self) -> Tuning | None:
-        """What the recipe's tuned norms were measured to gain; None where it has none."""
+        """What tuning the recipe was measured to gain; None where it was not."""
         return self.recipe.tuning
 
     @property

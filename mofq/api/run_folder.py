@@ -221,7 +221,7 @@ def find_files(folder: Path, asked: NotedRequest, space: TableSpace) -> RunFiles
         RecipeError: A recipe that is there cannot be read.
         TableError: The table that is there cannot be read, or has other numerics.
         MofqError: What has the request's name is of another one or was edited, its recipe and its
-            model have different tuned norms, or the search space is another than when its schemes
+            model were tuned otherwise, or the search space is another than when its schemes
             were measured here, and not that one with more schemes.
     """
     first = RunFiles(folder)
@@ -240,8 +240,8 @@ def find_files(folder: Path, asked: NotedRequest, space: TableSpace) -> RunFiles
     formers = former_recipes(files)
     if len({recipe.tuning for recipe in formers.values()}) > 1:
         raise MofqError(
-            f"{files.recipe}: has other tuned norms than {files.model}, or only one of the two has "
-            f"any. Move the other one away, or run with another {option('output')}."
+            f"{files.recipe}: was tuned otherwise than {files.model}, or only one of the two "
+            f"is tuned. Move the other one away, or run with another {option('output')}."
         )
     for path, recipe in formers.items():
         if recipe.is_edited:

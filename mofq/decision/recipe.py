@@ -426,7 +426,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises:
         RecipeError: The file is missing or not valid, of another version, has an
-            unknown key or scheme, or names a layer twice; its tuned norms are not beside it, or
+            unknown key or scheme, or names a layer twice; what it was tuned to is not beside it, or
             were tuned for other decisions.
     """
     path = Path(path)
@@ -514,16 +514,16 @@ def _check_tuned_for(recipe: Recipe, where: str) -> None:
 
 
 def _read_tuned(recipe: Recipe, path: Path) -> bytes:
-    """The tuned norms beside a recipe; nothing where it has none."""
+    """What a recipe was tuned to, from beside it; nothing where it was not."""
     if recipe.tuning is None:
         return b""
     file = beside(path, recipe.tuning)
-    remedy = "or remove `tuning` from the recipe: its norms are then the original's"
+    remedy = "or remove `tuning` from the recipe: it is then as before it was tuned"
     try:
         content = file.read_bytes()
     except OSError as error:
         raise RecipeError(
-            f"{file}: cannot be read ({error.strerror or error}), and {path} needs the tuned norms "
+            f"{file}: cannot be read ({error.strerror or error}), and {path} was tuned to what is "
             f"in it. Copy it from where the recipe was, {remedy}."
         ) from error
     if hashlib.sha256(content).hexdigest() != recipe.tuning.sha256:
@@ -537,7 +537,7 @@ def _read_tuned(recipe: Recipe, path: Path) -> bytes:
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe: beside its final name, then renamed. Equal recipes give equal bytes.
 
-    Tuned norms are written beside it, and are there before it is.
+    What it was tuned to is written beside it, and is there before it is.
 
     Raises:
         RecipeError: The recipe would not be read back as it is.
@@ -548,7 +548,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
         raise RecipeError(f"{path}: the recipe holds values that its file format cannot keep.")
     if recipe.tuning is not None:
         if hashlib.sha256(recipe.tuned).hexdigest() != recipe.tuning.sha256:
-            raise RecipeError(f"{path}: the recipe's tuned norms are not those that it names.")
+            raise RecipeError(f"{path}: what the recipe was tuned to is not what it names.")
         write_beside_and_rename(beside(path, recipe.tuning), recipe.tuned)
     write_beside_and_rename(Path(path), text)
 
@@ -579,7 +579,7 @@ def recipe_header(recipe: Recipe) -> str:
         lines.append(f"layers: {json.dumps(recipe.layers.to_json())}  # what names do not say")
     lines += _rewriting_lines(recipe.rewriting)
     if recipe.tuning is not None:
-        lines.append("tuning:  # of norms, after quantizing; what is predicted is of before it")
+        lines.append("tuning:  # after quantizing; what is predicted is of before it")
         content = _TUNING.dump_python(recipe.tuning, mode="json")
         lines += [f"  {yaml_scalar(key)}: {yaml_scalar(value)}" for key, value in content.items()]
     lines.append("groups:  # one scheme per fusion group" if recipe.groups else "groups: {}")

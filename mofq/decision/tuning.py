@@ -17,8 +17,6 @@ from mofq.files.validated import Count, Index, Name, NotNegative, Sha256, Text, 
 
 #: The name of a file says its content, so that recipes of one folder do not share one by mistake.
 TUNED_FILES = "tuned-*.tensors"
-#: What versions called them that tuned norms alone.
-FORMER_TUNED_FILES = "tuned-*.norms"
 
 
 @only_these_keys
@@ -29,7 +27,7 @@ class Tuning:
     #: beside the recipe
     file: Annotated[str, Strict(), Field(pattern=r"^tuned-[0-9a-f]{16}\.(tensors|norms)$")]
     sha256: Sha256  #: of the file
-    decisions_sha256: Sha256  #: of what the norms were tuned for, see `Recipe.decisions_sha256`
+    decisions_sha256: Sha256  #: of what it was tuned for, see `Recipe.decisions_sha256`
     mofq: Name
     tensors: Index  #: norms, gains and biases
     layers: Index = 0  #: whose codes and scales were learned

@@ -380,7 +380,7 @@ def undrawn_predictions(drawing: Drawing) -> list[str]:
         elif min(one.predicted, one.kl_nats_per_token) <= 0:
             at_zero.append(one.label)
     reasons = {
-        "no prediction is known, as of edited recipes, tuned norms and those without a table in "
+        "no prediction is known, as of edited and tuned recipes and those without a table in "
         "nats": without,
         "a KL of 0, predicted or measured, has no place on a logarithmic axis": at_zero,
     }

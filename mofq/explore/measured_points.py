@@ -25,7 +25,7 @@ class MeasuredPoint:
     at: float | None  #: on the axis of the frontier; None: the file does not say
     kl_nats_per_token: float
     kl_stderr: float | None
-    predicted: float | None  #: None too where norms were tuned, of which no prediction knows
+    predicted: float | None  #: None too of a tuned recipe, of which no prediction knows
     predicted_stderr: float | None
     recipe_sha256: str | None  #: of the text of the recipe that was measured
     recipe: int | None = None  #: its place among the recipes that are drawn

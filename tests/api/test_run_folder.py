@@ -162,7 +162,7 @@ def test_a_recipe_that_was_tuned_after_its_model_was_exported_is_refused(finishe
     (finished / "model").mkdir()
     write_recipe(RECIPE, finished / "model/recipe.yaml")
     write_recipe(tuned, finished / "recipe.yaml")
-    with pytest.raises(MofqError, match=r"recipe\.yaml: has other tuned norms than .*model, or"):
+    with pytest.raises(MofqError, match=r"recipe\.yaml: was tuned otherwise than .*model, or"):
         find_files(finished, FIRST, SPACE)
     write_recipe(tuned, finished / "model/recipe.yaml")
     assert find_files(finished, FIRST, SPACE).suffix == ""

@@ -1,4 +1,4 @@
-"""`mofq tune`, and what other commands say of a recipe with tuned norms."""
+"""`mofq tune`, and what other commands say of a tuned recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "8"),
         *("-o", folder / "tuned.yaml"),
     )
-    assert "13 norms tuned, KL" in ran.err
+    assert "codes and scales of 42 layers learned, 13 norms tuned, KL" in ran.err
     assert "on 8 held-out sequences" in ran.err
     return folder
 
@@ -40,10 +40,30 @@ def test_validate_and_diff_say_that_norms_are_tuned(folder: Path) -> None:
     assert "is_tuned" not in measured["plain.yaml"]
     compared = mofq("diff", folder / "plain.yaml", folder / "tuned.yaml")
     assert "0 of 24 fusion groups differ" in compared.out
-    assert "tuned.yaml: 13 norms were tuned" in compared.err
+    assert (
+        "tuned.yaml: codes and scales of 42 layers learned, 13 norms tuned, of which"
+        in compared.err
+    )
     tuning = ok("diff", folder / "plain.yaml", folder / "tuned.yaml", "--json").json["tuned"]
     assert tuning[0] is None
     assert tuning[1]["kl_after"] < tuning[1]["kl_before"]
+
+
+def test_norms_alone_are_tuned_where_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
+    ran = ok(
+        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "8"),
+        *("--what", "norms", "-o", tmp_path / "norms.yaml"),
+    )
+    assert "norms.yaml: 13 norms tuned, KL" in ran.err
+    both, norms = (
+        package.load_recipe(path).tuning
+        for path in (folder / "tuned.yaml", tmp_path / "norms.yaml")
+    )
+    assert both is not None
+    assert norms is not None
+    assert norms.layers == 0
+    assert both.kl_before == norms.kl_before
+    assert both.kl_after < norms.kl_after < norms.kl_before
 
 
 def test_text_that_norms_were_tuned_on_is_known_again(folder: Path) -> None:
@@ -91,8 +111,8 @@ def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_pat
     run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "32")
     small = ("--tokens", "256", "--rivals", "0", "-o", folder)
     first = ok(*run, *small)
-    assert "13 norms tuned after quantizing: KL" in first.out
-    assert "before norms were tuned" in first.out
+    assert "learned, 13 norms tuned; KL" in first.out
+    assert "before it was tuned" in first.out
     before = tree(folder)
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert recipe.tuning is not None

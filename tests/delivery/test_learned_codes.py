@@ -1,4 +1,4 @@
-"""Codes and scales that are learned after a recipe was found: how, and that they are what is served."""
+"""Codes and scales that are learned after a recipe was found, and that they are what is served."""
 
 from __future__ import annotations
 

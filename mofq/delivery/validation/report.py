@@ -85,7 +85,7 @@ class Validation:
     #: Of the prediction's 95 % interval; None where the recipe has none, as those of before.
     predicted_kl_low: float | None = None
     predicted_kl_high: float | None = None
-    is_tuned: bool = False  #: whether norms were tuned, which no prediction knows of
+    is_tuned: bool = False  #: after it was found, which no prediction knows of
 
     @property
     def kl_upper(self) -> float:
