@@ -50,6 +50,25 @@ def hold_folder(folder: Path, busy: Busy) -> Iterator[None]:
 
 
 @contextmanager
+def hold_file(path: Path, busy: Busy) -> Iterator[None]:
+    """Keep other processes out of what an empty file stands for, until the block ends.
+
+    On file systems of several machines a file can be locked, and a folder may not.
+
+    Args:
+        path: Of the file, which is made where it is not there, and stays.
+        busy: Makes what is raised where another process holds it, of who that is.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if not try_lock(file):
+            raise busy(holder(file))
+        yield
+    finally:
+        os.close(file)  # releases the lock too
+
+
+@contextmanager
 def hold_new_folder(folder: Path, busy: Busy) -> Iterator[None]:
     """Make an empty folder and hold it; what a killed process left in it is removed.
 
