@@ -274,18 +274,20 @@ def _run_model(
         tell(chosen.remark)
     from mofq.model.checkpoint.tensors import check_finite
 
-    check_finite(checkpoint, layers)
     if chosen.is_streamed:
-        from mofq.evidence.calibration.streamed import calibrate_streamed
+        from mofq.evidence.calibration.streamed import calibrate_streamed, check_disk
         from mofq.model.streaming.streamed import open_streamed
 
         with open_streamed(checkpoint.folder, dtype=plan.dtype, device=where.device) as streamed:
+            check_disk(streamed, layers, plan=plan, folder=folder)
+            check_finite(checkpoint, layers)  # reads gigabytes of a large vocabulary
             return calibrate_streamed(
                 streamed, layers, plan=plan, windows=windows, folder=folder, progress=progress
             )
     from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
     from mofq.model.loading import load_model
 
+    check_finite(checkpoint, layers)
     return calibrate_here(
         load_model(checkpoint.folder, dtype=plan.dtype, device=where.device, device_map=device_map),
         layers,
