@@ -100,5 +100,5 @@ class StreamedKl(Objective):
                     with modules.applied(applied):
                         logits_TV = streamed.logits(own, self._head)
                     check_logits(logits_TV, what="the quantized model")
-                    score = score_window(reference_TV.float(), logits_TV, own.token_T)
+                    score = score_window(reference_TV, logits_TV, own.token_T)
                     yield score.kl_nats / self.windows_NT.shape[1]
