@@ -37,8 +37,8 @@ from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.on_workers import Unit, measure_remotely, measure_unit
 from mofq.exceptions import ClusterError, SchemeError, StatsError
 from mofq.files.locks import hold_file
-from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights, open_shared
 from mofq.model.layers import find_layers
 from mofq.model.streaming import execution
 
@@ -262,6 +262,31 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
 def test_a_unit_that_fits_nowhere_is_refused_at_once(two_workers: None) -> None:
     with pytest.raises(ClusterError, match="needs 1 CPUs and 1 GPUs, and the cluster has 2 and 0"):
         list(run_units(die, range(4), gpus=1))
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_worker_reads_the_headers_of_the_model_once(
+    is_streamed: bool, folder: Path, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def noted(path: str, **hashes: Any) -> Checkpoint:
+        opened.append(path)
+        return open_shared(path, **hashes)
+
+    calibrate_workers._open_checkpoint.cache_clear()
+    monkeypatch.setattr(calibrate_workers, "open_shared", noted)
+    (tmp_path / "a").mkdir()
+    (tmp_path / UNFINISHED).mkdir()
+    for index, token_T in enumerate(some_tokens(2, 16)):
+        sequence = ("a", index, tuple(token_T.tolist()))
+        unit = SequencesUnit(
+            str(folder), stats.plan, str(tmp_path), (sequence,), is_streamed, "cpu"
+        )
+        assert calibrate_workers.run_unit(unit) == 1
+    assert opened == [str(folder)]
+    for path in stats.sequence_files("a"):
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_worker_that_sees_another_model_or_other_stats_says_so(
