@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from time import monotonic
@@ -248,52 +249,52 @@ def _run_model(
     """Calibrate: layer by layer, with the whole model in memory, or on a cluster."""
     for remark in remarks_on(checkpoint, plan, windows):
         tell(remark)
-    unless = None
+    choose = partial(chosen_execution, execution, checkpoint, layers, plan, device=where.device)
     if where.cluster is not None:
-        unless = f"a worker of {option('cluster')} holds the whole model"
-    elif device_map is not None:
-        unless = f"{option('device_map')} spreads the whole model"
-    chosen = chosen_execution(
-        execution, checkpoint, layers, plan, device=where.device, unless=unless
-    )
-    if chosen.remark is not None:
-        tell(chosen.remark)
-    device, over_corpora = where.device, progress and _over_corpora(progress, plan)
-    if where.cluster is not None:
-        from mofq.evidence.calibration.on_workers import calibrate_remotely
+        from mofq.evidence.calibration.on_workers import calibrate_remotely, free_of_workers
         from mofq.evidence.cluster import cluster
 
         with cluster(where.cluster, tell=tell):
+            chosen = choose(free=partial(free_of_workers, cpus=where.cluster_cpus))
+            if chosen.remark is not None:
+                tell(chosen.remark)
             return calibrate_remotely(
                 checkpoint,
                 plan=plan,
                 windows=windows,
                 folder=folder,
-                device=device,
+                is_streamed=chosen.is_streamed,
+                device=where.device,
                 cpus=where.cluster_cpus,
-                progress=over_corpora,
+                progress=progress,
             )
+    spread = f"{option('device_map')} spreads the whole model"
+    chosen = choose(unless=None if device_map is None else spread)
+    if chosen.remark is not None:
+        tell(chosen.remark)
     from mofq.model.checkpoint.tensors import check_finite
 
-    check_finite(checkpoint, layers)
     if chosen.is_streamed:
-        from mofq.evidence.calibration.streamed import calibrate_streamed
+        from mofq.evidence.calibration.streamed import calibrate_streamed, check_disk
         from mofq.model.streaming.streamed import open_streamed
 
-        with open_streamed(checkpoint.folder, dtype=plan.dtype, device=device) as streamed:
+        with open_streamed(checkpoint.folder, dtype=plan.dtype, device=where.device) as streamed:
+            check_disk(streamed, layers, plan=plan, folder=folder)
+            check_finite(checkpoint, layers)  # reads gigabytes of a large vocabulary
             return calibrate_streamed(
                 streamed, layers, plan=plan, windows=windows, folder=folder, progress=progress
             )
     from mofq.evidence.calibration.calibrate import calibrate as calibrate_here
     from mofq.model.loading import load_model
 
+    check_finite(checkpoint, layers)
     return calibrate_here(
-        load_model(checkpoint.folder, dtype=plan.dtype, device=device, device_map=device_map),
+        load_model(checkpoint.folder, dtype=plan.dtype, device=where.device, device_map=device_map),
         layers,
         plan=plan,
         windows=windows,
         folder=folder,
-        progress=over_corpora,
+        progress=progress and _over_corpora(progress, plan),
     )
 
 
@@ -305,8 +306,9 @@ def chosen_execution(
     *,
     device: str,
     unless: str | None = None,
+    free: Callable[[str], int | None] | None = None,
 ) -> Chosen:
-    """Whether the model is run whole, forward and backward; ``unless`` says why it has to be."""
+    """Whether the model is run whole, forward and backward; the rest as `choose_execution`."""
     from mofq.model.streaming.execution import choose_execution
 
     config = checkpoint.config
@@ -323,6 +325,7 @@ def chosen_execution(
         device=device,
         more_bytes=4 * plan.sequence_length * numbers,
         unless=unless,
+        free=free,
     )
 
 

@@ -329,6 +329,7 @@ def decide_on_model(
             table,
             request,
             evaluate=objective.evaluate,
+            expect=objective.expect,
             swaps=refine,
             text_sha256=objective.text.sha256,
             progress=progress,

@@ -137,10 +137,10 @@ def run_units(
             no mofq or another one.
     """
     ray = _import_ray()
-    slots = _slots(ray.cluster_resources(), cpus, gpus)
-    run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_on_worker)
+    waiting = _QUEUED * count_workers(cpus=cpus, gpus=gpus)
+    run = _remote(ray, cpus, gpus)
     left = iter(units)
-    sent = deque(run.remote(function, _this_mofq(), u) for u in islice(left, _QUEUED * slots))
+    sent = deque(run.remote(function, _this_mofq(), unit) for unit in islice(left, waiting))
     while sent:
         result = _get(ray, sent[0])
         sent.popleft()
@@ -162,16 +162,56 @@ def _run_on_worker(function: Callable[[_Unit], _Result], sender: str, unit: _Uni
     return function(unit)
 
 
-def _slots(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many units run at once."""
-    found = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
-    slots = min(found[name] // need for name, need in (("CPU", cpus), ("GPU", gpus)) if need)
-    if slots < 1:
+def count_workers(*, cpus: float = 1, gpus: float = 0) -> int:
+    """How many units run at once on the cluster that is connected.
+
+    Raises:
+        ClusterError: None does.
+    """
+    found = _import_ray().cluster_resources()
+    workers = _workers(found, cpus, gpus)
+    if workers < 1:
         raise ClusterError(
-            f"a unit needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has {found['CPU']:g} "
-            f"and {found['GPU']:g}. Ask for less, or start a worker that has them."
+            f"a unit needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has "
+            f"{found.get('CPU', 0):g} and {found.get('GPU', 0):g}. Ask for less, or start a worker "
+            f"that has them."
         )
-    return int(slots)
+    return workers
+
+
+def ask_machines(
+    function: Callable[[_Unit], _Result], unit: _Unit, *, cpus: float = 1, gpus: float = 0
+) -> list[tuple[_Result, int]]:
+    """Run a function once on each machine of the cluster that takes units.
+
+    Returns:
+        Of each, the result, and how many units run there at once.
+
+    Raises:
+        MofqError: As `run_units`.
+    """
+    ray = _import_ray()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    run = _remote(ray, cpus, gpus)
+    asked = []
+    for node in ray.nodes():
+        workers = _workers(node["Resources"], cpus, gpus) if node["Alive"] else 0
+        if workers:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            options = run.options(scheduling_strategy=there)
+            asked.append((options.remote(function, _this_mofq(), unit), workers))
+    return [(_get(ray, result), workers) for result, workers in asked]
+
+
+def _remote(ray: Any, cpus: float, gpus: float) -> Any:
+    return ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_on_worker)
+
+
+def _workers(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many units these resources are enough for."""
+    asked = (("CPU", cpus), ("GPU", gpus))
+    return int(min(resources.get(name, 0) // need for name, need in asked if need))
 
 
 def _get(ray: Any, reference: Any) -> Any:

@@ -21,6 +21,9 @@ from mofq.exceptions import MofqError
 _LISTED = Path("/proc/locks")
 #: Where a folder that exists is filled, inside of it.
 _INSIDE = ".mofq.partial"
+#: In a folder that is being filled: what it is filled for, and what is noted of how far that is.
+NOTES = ".notes"
+_JOB = f"{NOTES}/job"
 #: What an empty folder may hold: the above of a killed process, and what ext4 puts into a mount.
 _IN_EMPTY = (_INSIDE, "lost+found")
 
@@ -50,7 +53,26 @@ def hold_folder(folder: Path, busy: Busy) -> Iterator[None]:
 
 
 @contextmanager
-def hold_new_folder(folder: Path, busy: Busy) -> Iterator[None]:
+def hold_file(path: Path, busy: Busy) -> Iterator[None]:
+    """Keep other processes out of what an empty file stands for, until the block ends.
+
+    On file systems of several machines a file can be locked, and a folder may not.
+
+    Args:
+        path: Of the file, which is made where it is not there, and stays.
+        busy: Makes what is raised where another process holds it, of who that is.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if not try_lock(file):
+            raise busy(holder(file))
+        yield
+    finally:
+        os.close(file)  # releases the lock too
+
+
+@contextmanager
+def hold_new_folder(folder: Path, busy: Busy, *, job: str | None = None) -> Iterator[None]:
     """Make an empty folder and hold it; what a killed process left in it is removed.
 
     The block moves it to its final name. After an exception nothing is left of it.
@@ -58,12 +80,20 @@ def hold_new_folder(folder: Path, busy: Busy) -> Iterator[None]:
     Args:
         folder: A name that nothing else uses.
         busy: Makes what is raised where another process holds it.
+        job: All that decides what the folder is filled with. What a killed process left that had
+            the same is kept, and the block goes on with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder, busy):
-        for path in folder.iterdir():
-            _remove(path)
+        noted = folder / _JOB
         try:
+            if job is None or not noted.is_file() or noted.read_text("utf-8") != job:
+                noted.unlink(missing_ok=True)  # first: what is kept of a job is all of it
+                for path in folder.iterdir():
+                    _remove(path)
+                if job is not None:
+                    noted.parent.mkdir()
+                    noted.write_text(job, encoding="utf-8")
             yield
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +101,9 @@ def hold_new_folder(folder: Path, busy: Busy) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[Path]:
+def new_folder(
+    target: Path, error: type[MofqError], *, last: str, job: str | None = None
+) -> Iterator[Path]:
     """Fill a folder that shows its content when the block ends well; else nothing is left of it.
 
     A folder that does not exist is filled beside its name and renamed. One that exists, and is
@@ -82,9 +114,11 @@ def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[P
         target: See `check_new_folder`.
         error: What is raised.
         last: The file that moves up after the others: that by which readers know the content.
+        job: See `hold_new_folder`.
 
     Yields:
-        The empty folder to fill.
+        The folder to fill, empty but for what is kept of the same job. It has a folder `NOTES`
+        then, which is removed at the end.
 
     Raises:
         error: The target holds something, another process fills it, or it cannot be written.
@@ -98,9 +132,12 @@ def new_folder(target: Path, error: type[MofqError], *, last: str) -> Iterator[P
         return error(f"{target}: {who} writes to this folder. Wait for it, or give another folder.")
 
     try:
-        with hold_new_folder(partial, busy):
+        with hold_new_folder(partial, busy, job=job):
             check_new_folder(target, error)  # again: the other process may have finished
             yield partial
+            if job is not None:
+                (partial / _JOB).unlink()
+                shutil.rmtree(partial / NOTES)
             if is_in_place:
                 _move_up(partial, last=last)
             else:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 
 from mofq.decision import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
 from mofq.decision.measured.refine import Refined, refine
+from mofq.decision.problem import IntArray
 from mofq.exceptions import MofqError
 
 SCHEMES = {"int4.g32": 20, "int8.channel": 40}
@@ -87,6 +88,27 @@ def test_accepted_swaps_accumulate_from_each_other() -> None:
     assert sum(swap.accepted for swap in found.swaps) >= 2
     chosen = problem_of(predicted).schemes_of(found.best.choice_F)
     assert {name for name, scheme in chosen.items() if scheme == "int8.channel"} == {"e", "f"}
+
+
+def test_what_is_measured_was_expected_and_until_a_swap_is_accepted_in_this_order() -> None:
+    predicted = {name: (0.05 - 0.001 * n, 0.0) for n, name in enumerate("abcdef")}
+    problem = problem_of(predicted, noise=0.03)
+    truth = Truth({**predicted, "e": (0.12, 0.0), "f": (0.2, 0.0)})
+    expected: dict[int, list[dict[str, str]]] = {}  # by what was measured before
+
+    def expect(choices: Iterable[IntArray]) -> None:
+        expected[len(truth.asked)] = [problem.schemes_of(choice_F) for choice_F in choices]
+
+    budgets = Budgets(max_bits=5.4)
+    choice_F = solve_exact(problem, budgets).choice_F
+    found = refine(problem, budgets, choice_F, measure=truth, expect=expect, swaps=12)
+    first = 1 + len(found.uniforms)
+    assert expected[0] == truth.asked[:first]
+    accepted = [n for n, swap in enumerate(found.swaps, start=first) if swap.accepted]
+    assert len(accepted) >= 2
+    for before in range(first, len(truth.asked)):
+        until = next((n for n in accepted if n >= before), len(truth.asked) - 1)
+        assert expected[before][: until - before + 1] == truth.asked[before : until + 1]
 
 
 def test_no_recipe_that_is_measured_exceeds_the_budget() -> None:

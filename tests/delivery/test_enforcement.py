@@ -58,6 +58,36 @@ def test_enforcement_by_blocks_of_rows_is_enforcement_of_the_whole(
         assert find_deviations(model, recipe, checkpoint=checkpoint) == ()
 
 
+def test_a_model_quantized_by_blocks_of_rows_is_one_quantized_whole(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: dict[str, torch.Tensor]
+    checkpoint = open_checkpoint(str(tiny_llama))
+    for scheme in ("int4.g32@mse", "fp8_e4m3.block32", "nvfp4", "int8.tensor"):
+        for elements in (2**40, 5000):
+            monkeypatch.setattr(emulate, "_BLOCK_ELEMENTS", elements)
+            model = emulate.apply(load_model(tiny_llama), recipe_of(checkpoint, scheme))
+            if elements == 2**40:
+                whole = model.state_dict()
+        assert all(bool((one == whole[name]).all()) for name, one in model.state_dict().items())
+
+
+def test_an_embedding_is_compared_by_blocks_of_rows_to_its_last_value(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.delivery.validation.enforcement._BLOCK_ELEMENTS", 5000)
+    monkeypatch.setattr("mofq.delivery.validation.enforcement.read_tensor", pytest.fail)
+    checkpoint = open_checkpoint(str(tiny_llama))
+    recipe = recipe_of(checkpoint, "int8.channel")
+    model: Any = emulate.apply(load_model(tiny_llama), recipe)
+    assert find_deviations(model, recipe, checkpoint=checkpoint) == ()
+    weight = model.get_input_embeddings().weight
+    assert weight.numel() > 2 * 5000
+    weight[-1, -1] += 1
+    (found,) = find_deviations(model, recipe, checkpoint=checkpoint)
+    assert (found.layer, "no recipe touches" in found.reason) == ("model.embed_tokens.weight", True)
+
+
 def edit_one_weight(model: nn.Module) -> None:
     weight_OI = model.get_parameter(f"{UP}.weight")
     weight_OI[200, 100] = torch.nextafter(weight_OI[200, 100], torch.tensor(9.0))

@@ -19,6 +19,7 @@ from mofq.delivery.validation import (
     validate_many,
     write_validation,
 )
+from mofq.delivery.validation.divergence import check_logits
 from mofq.delivery.validation.report import read_validation
 from mofq.evidence.corpora import Corpus, load_text, tokenize
 from mofq.exceptions import (
@@ -269,6 +270,15 @@ def test_logits_that_are_not_finite_are_an_error(
     monkeypatch.setattr("mofq.delivery.validation.against_original.load_model", broken)
     with pytest.raises(MofqError, match="the original model gives logits that are not finite"):
         validate(str(folder), recipe_of(open_checkpoint(str(folder)), "bf16"), text, **PLAN)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_logit_that_is_not_finite_is_found(value: float) -> None:
+    logits_TV = torch.zeros(3, 5)
+    check_logits(logits_TV, what="it")
+    logits_TV[1, 2] = value
+    with pytest.raises(MofqError, match="it gives logits that are not finite"):
+        check_logits(logits_TV, what="it")
 
 
 def test_a_full_disk_is_a_clear_error(

@@ -29,7 +29,7 @@ from mofq.delivery.rewriting.remake import base_of, make_base, rewriting_of
 from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.tuning.norms import find_norms
-from mofq.delivery.validation import Validation, validate_many
+from mofq.delivery.validation import Validation, streamed_kl, validate_many
 from mofq.delivery.validation import streamed as streamed_validation
 from mofq.delivery.validation.measured_kl import MeasuredKl
 from mofq.delivery.validation.streamed_kl import StreamedKl
@@ -335,6 +335,29 @@ def test_a_search_measures_the_same_recipes_streamed(family: str, tiny: TinyChec
             found.append([list(objective.evaluate(one)) for one in (first, second)])
     assert found[0] == found[1]
     assert len(found[0][0]) == PLAN["tokens"] // PLAN["sequence_length"]
+
+
+def test_recipes_that_a_search_expects_run_together(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, units = UnitWeights.loaded, list[str]()
+
+    def noted(self: UnitWeights, unit: str, **more: Any) -> Any:
+        units.append(unit)
+        return loaded(self, unit, **more)
+
+    monkeypatch.setattr(UnitWeights, "loaded", noted)
+    monkeypatch.setattr(streamed_kl, "_TOGETHER", 2)
+    made = recipes(tiny_llama)
+    once = ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"]
+    with StreamedKl(str(tiny_llama), load_text("demo-en"), **PLAN) as objective:
+        alone = [list(objective.evaluate(one)) for one in made]
+        units.clear()
+        objective.expect(made)
+        assert [list(objective.evaluate(one)) for one in made[:2]] == alone[:2]
+        assert units == once
+        assert list(objective.evaluate(made[2])) == alone[2]
+        assert units == 2 * once
 
 
 def test_what_a_stopped_streamed_run_kept_goes_when_a_resident_one_ends(

@@ -16,7 +16,7 @@ from families import TINY_FAMILIES, long_but
 from safetensors.torch import load_file
 from tiny_types import write_type
 
-from mofq.api import Samples, Where, calibrate
+from mofq.api import Samples, calibrate
 from mofq.demo import demo_model_folder
 from mofq.evidence.calibration import streamed as streamed_calibration
 from mofq.evidence.calibration.routing import read_routing
@@ -193,15 +193,14 @@ def test_nothing_of_a_sequence_is_in_memory_when_the_next_one_runs(
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("named", [{"device_map": "auto"}, {"where": Where(cluster="ray")}])
-def test_what_holds_the_whole_model_is_not_streamed(named: dict[str, Any], tmp_path: Path) -> None:
+def test_what_holds_the_whole_model_is_not_streamed(tmp_path: Path) -> None:
     with pytest.raises(StreamingError, match="whole model"):
         calibrate(
             demo_model_folder(),
             ["en=demo-en-calibration"],
             tmp_path / "stats",
             execution="streamed",
-            **named,
+            device_map="auto",
         )
 
 
@@ -230,6 +229,22 @@ def test_a_disk_that_is_too_small_is_said_before_anything_runs(
         )
         with pytest.raises(MofqError, match=r"needs about [\d,]+ bytes, found 1,000 free"):
             streamed(tiny("llama"), tmp_path / "out")
+
+
+def test_the_disk_is_looked_at_before_a_vocabulary_of_gigabytes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mofq.evidence.calibration.streamed.shutil.disk_usage",
+        lambda _: type("Usage", (), {"free": 1000}),
+    )
+    monkeypatch.setattr(
+        "mofq.model.checkpoint.tensors.check_finite", lambda *_: pytest.fail("reads")
+    )
+    corpora, out = ["en=demo-en-calibration"], tmp_path / "stats"
+    with pytest.raises(StatsError, match=r"needs about [\d,]+ bytes, found 1,000 free"):
+        calibrate(demo_model_folder(), corpora, out, execution="streamed")
+    assert not out.exists()
 
 
 def test_a_layer_that_runs_twice_is_refused_again_when_the_command_is_given_again(

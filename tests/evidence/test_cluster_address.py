@@ -125,8 +125,13 @@ def measure(table: Path, *more: str, space: str = "w8a8") -> tuple[str | Path, .
 
 
 def calibrate(stats: Path, *more: str) -> tuple[str | Path, ...]:
-    sizes = ("--sequences", "4", "--sequence-length", "32", "--keep", "2")
+    sizes = ("--sequences", "5", "--sequence-length", "32", "--keep", "4")
     return (*MOFQ, "calibrate", DEMO, "--corpus", TEXT, *sizes, "-o", stats, "--json", *more)
+
+
+def noise(said: str) -> list[str]:
+    """Where half a minute is not enough, how far a command is is no noise."""
+    return [line for line in said.splitlines() if " s since the start" not in line]
 
 
 def test_every_address_gives_the_local_table_and_the_local_stats(
@@ -142,10 +147,11 @@ def test_every_address_gives_the_local_table_and_the_local_stats(
     ):
         table, stats = tmp_path / f"{name}.jsonl", tmp_path / name
         ran = head.run(*measure(table, "--cluster", given), **known)
-        assert (ran.returncode, ran.stderr) == (0, ""), name
+        assert (ran.returncode, noise(ran.stderr)) == (0, []), name
         assert table.read_bytes() == (tmp_path / "here.jsonl").read_bytes()
-        ran = head.run(*calibrate(stats, "--cluster", given), **known)
-        assert (ran.returncode, ran.stderr) == (0, ""), name
+        how = ("--execution", "auto" if known else "streamed")
+        ran = head.run(*calibrate(stats, *how, "--cluster", given), **known)
+        assert (ran.returncode, noise(ran.stderr)) == (0, []), name
         files = [path.relative_to(stats) for path in stats.rglob("*") if path.is_file()]
         assert files
         for file in files:

@@ -8,28 +8,39 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from calibrated import calibrate_folder, some_tokens, space_of
-from cluster_units import die, die_at_first, refuse
-from command_line import DEMO, mofq, ok
+from calibrated import calibrate_folder, plan_of, some_tokens, space_of
+from cluster_units import die, die_at_first, die_between_layers, refuse
+from command_line import DEMO, mofq, ok, tree
 from conftest import TinyCheckpoint
 
+from mofq import api
+from mofq.api import Samples, Where
 from mofq.evidence import cluster as distributed
-from mofq.evidence.calibration.on_workers import calibrate_remotely
-from mofq.evidence.calibration.stats import Stats
+from mofq.evidence.calibration import on_workers as calibrate_workers
+from mofq.evidence.calibration.on_workers import (
+    SequencesUnit,
+    calibrate_remotely,
+    free_of_workers,
+    split_evenly,
+)
+from mofq.evidence.calibration.stats import UNFINISHED, Stats, open_plan
 from mofq.evidence.cluster import cluster, run_units
 from mofq.evidence.measure import on_workers as remote
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.measure.on_workers import Unit, measure_remotely, measure_unit
-from mofq.exceptions import ClusterError, SchemeError
-from mofq.model.checkpoint.headers import open_checkpoint
-from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.exceptions import ClusterError, SchemeError, StatsError
+from mofq.files.locks import hold_file
+from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
+from mofq.model.checkpoint.weights_hash import hash_weights, open_shared
 from mofq.model.layers import find_layers
+from mofq.model.streaming import execution
 
 SPACE = space_of("int4.g32", "nvfp4", "int8.channel+int8.token")
 
@@ -124,6 +135,87 @@ def test_workers_calibrate_to_the_files_that_one_process_writes(
 
 
 @pytest.mark.long
+def test_workers_without_memory_for_the_model_each_stream_a_share_of_the_sequences(
+    two_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def run(function: Any, units: list[SequencesUnit], **options: Any) -> Iterator[int]:
+        calls.extend(tuple(index for _, index, _ in unit.sequences) for unit in units)
+        return run_units(function, units, **options)
+
+    def calibrated(name: str, **options: Any) -> dict[str, bytes]:
+        told: list[str] = []
+        samples = Samples(sequences=5, sequence_length=32, keep=3)
+        corpora = {"en": "demo-en-calibration"}
+        api.calibrate(DEMO, corpora, tmp_path / name, samples=samples, tell=told.append, **options)
+        assert ("layer by layer" in " ".join(told)) == (name == "streamed")
+        assert ("for each worker" in " ".join(told)) == (name == "streamed")
+        return tree(tmp_path / name)
+
+    monkeypatch.setattr(calibrate_workers, "run_units", run)
+    monkeypatch.setattr(distributed, "cluster", lambda *a, **k: nullcontext())  # it is connected
+    here, remote = calibrated("here"), Where(cluster="ray")
+    assert calibrated("resident", where=remote) == here
+    assert calls == [(0,), (1,), (2,), (3,), (4,)]
+    calls.clear()
+    monkeypatch.setattr(execution, "_SHARE", 1e-6)
+    assert calibrated("streamed", where=remote) == here
+    assert calls == [(0, 1), (2, 3, 4)]
+
+
+@pytest.mark.long
+def test_a_machine_tells_the_memory_that_each_of_its_workers_may_take(two_workers: None) -> None:
+    free = execution.free_bytes("cpu")
+    assert free is not None
+    assert 0.3 * free < free_of_workers("cpu") < 0.7 * free
+    assert 0.7 * free < free_of_workers("cpu", cpus=2) < 1.3 * free
+
+
+@pytest.mark.long
+def test_a_worker_that_streams_goes_on_after_one_that_was_killed(
+    two_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = {"a": some_tokens(3, 16), "b": some_tokens(1, 16, seed=1)}
+    here = calibrate_folder(Path(DEMO), tmp_path / "here", windows, kept=2)
+    monkeypatch.setattr(calibrate_workers, "run_unit", die_between_layers)
+    there = calibrate_remotely(
+        open_checkpoint(str(DEMO)),
+        plan=here.plan,
+        windows=windows,
+        folder=tmp_path / "there",
+        is_streamed=True,
+    )
+    assert (tmp_path / "killed").exists()
+    assert tree(there.folder) == tree(here.folder)
+
+
+def test_a_worker_that_outlived_its_run_is_waited_for(tmp_path: Path) -> None:
+    windows = {"a": some_tokens(2, 16)}
+    plan, folder = plan_of(Path(DEMO), windows), tmp_path / "stats"
+    tokens = tuple(windows["a"][0].tolist())
+    unit = SequencesUnit(str(DEMO), plan, str(folder), (("a", 0, tokens),), True, "cpu")
+    (folder / UNFINISHED).mkdir(parents=True)
+    with hold_file(folder / UNFINISHED / "a-00000.lock", StatsError):
+        with pytest.raises(StatsError, match=r"calibrates into this folder\. Wait for it"):
+            calibrate_workers.run_unit(unit)
+        with (
+            pytest.raises(StatsError, match=r"calibrates into this folder\. Wait for it"),
+            open_plan(folder, plan),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(1, [7]), (3, [2, 2, 3]), (9, [1] * 7)])
+def test_shares_are_neighbours_and_as_even_as_can_be(count: int, lengths: list[int]) -> None:
+    sequences = [("a", index, (index,)) for index in range(7)]
+    shares = split_evenly(sequences, count)
+    assert [len(share) for share in shares] == lengths
+    assert [one for share in shares for one in share] == sequences
+    assert split_evenly([], count) == []
+
+
+@pytest.mark.long
 def test_results_come_in_order_and_errors_as_they_were_raised(two_workers: None) -> None:
     assert list(run_units(refuse, range(3))) == [0, 1, 2]
     found: list[int] = []
@@ -170,6 +262,31 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
 def test_a_unit_that_fits_nowhere_is_refused_at_once(two_workers: None) -> None:
     with pytest.raises(ClusterError, match="needs 1 CPUs and 1 GPUs, and the cluster has 2 and 0"):
         list(run_units(die, range(4), gpus=1))
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_worker_reads_the_headers_of_the_model_once(
+    is_streamed: bool, folder: Path, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def noted(path: str, **hashes: Any) -> Checkpoint:
+        opened.append(path)
+        return open_shared(path, **hashes)
+
+    calibrate_workers._open_checkpoint.cache_clear()
+    monkeypatch.setattr(calibrate_workers, "open_shared", noted)
+    (tmp_path / "a").mkdir()
+    (tmp_path / UNFINISHED).mkdir()
+    for index, token_T in enumerate(some_tokens(2, 16)):
+        sequence = ("a", index, tuple(token_T.tolist()))
+        unit = SequencesUnit(
+            str(folder), stats.plan, str(tmp_path), (sequence,), is_streamed, "cpu"
+        )
+        assert calibrate_workers.run_unit(unit) == 1
+    assert opened == [str(folder)]
+    for path in stats.sequence_files("a"):
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_worker_that_sees_another_model_or_other_stats_says_so(

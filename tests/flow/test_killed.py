@@ -20,6 +20,7 @@ import pytest
 from command_line import DEMO, Measured, mofq, ok, refused, tree
 
 from mofq.decision.measured.study import StudyDecision, decide_in_study
+from mofq.delivery.export.compressed_tensors import export as export_module
 from mofq.evidence.calibration.stats import open_plan, read_stats
 from mofq.evidence.table import open_table, read_table
 from mofq.exceptions import MofqError
@@ -204,6 +205,48 @@ def test_what_a_killed_export_left_is_gone_after_the_next(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not {"link", "folder"} & {path.name for path in (tmp_path / "model").iterdir()}
     assert measured.table.exists()
+
+
+def test_an_export_that_was_killed_goes_on_with_the_fusion_group_that_it_was_at(
+    measured: Measured, tmp_path: Path
+) -> None:
+    dies = (
+        "import os, sys; from mofq.cli import main; from mofq.model.checkpoint import writer\n"
+        "settle, count = writer.ShardWriter.settle, iter(range(1, 99))\n"
+        "def settle_and_die(*arguments):\n"
+        "    settle(*arguments)\n"
+        "    if next(count) == 9: os.kill(os.getpid(), 9)\n"
+        "writer.ShardWriter.settle = settle_and_die; main()"
+    )
+    other = tmp_path / "other.yaml"
+    ok("recipe", "uniform", DEMO, "int8.channel", "-o", other)
+    encoded: list[str] = []
+    encode = export_module.encoded_parts
+
+    def counted(checkpoint: Any, planned: Any, **options: Any) -> Any:
+        encoded.append(planned.group.name)
+        return encode(checkpoint, planned, **options)
+
+    def export(name: str, recipe: Path) -> tuple[str, ...]:
+        return ("export", DEMO, str(recipe), "--to", "compressed-tensors", "-o", str(out / name))
+
+    out = tmp_path / "out"
+    with patch.object(export_module, "encoded_parts", counted):
+        ok(*export("whole", measured.recipe))
+        groups = list(encoded)
+        for recipe, needed in ((measured.recipe, groups[9:]), (other, groups)):
+            command = [sys.executable, "-c", dies, *export("model", measured.recipe)]
+            assert subprocess.run(command).returncode == -signal.SIGKILL
+            assert (out / ".model.partial").is_dir()
+            encoded.clear()
+            ok(*export("model", recipe))
+            assert encoded == needed
+            assert sorted(path.name for path in out.iterdir()) == ["model", "whole"]
+            if recipe == measured.recipe:
+                found, whole = tree(out / "model"), tree(out / "whole")
+                changed = {name for name in whole if found[name] != whole[name]}
+                assert (found.keys(), changed) == (whole.keys(), {"README.md"})  # names its folder
+            shutil.rmtree(out / "model")
 
 
 def test_a_file_that_another_process_is_writing_is_waited_for(tmp_path: Path) -> None:

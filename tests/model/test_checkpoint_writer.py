@@ -143,6 +143,57 @@ def test_no_final_name_exists_before_everything_is_written(tmp_path: Path) -> No
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
+@pytest.mark.parametrize("stopped", ["while it wrote", "while it noted", "while it renamed"])
+def test_a_writer_goes_on_with_what_a_killed_one_had_settled(stopped: str, tmp_path: Path) -> None:
+    tensors = {name: torch.arange(10.0) + seed for seed, name in enumerate("abcd")}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    with ShardWriter(tmp_path / "whole", plan_of(tensors), shard_bytes=80) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+
+    folder, journal = tmp_path / "killed", tmp_path / "journal"
+
+    def begin() -> ShardWriter:
+        return ShardWriter(folder, plan_of(tensors), shard_bytes=80, journal=journal)
+
+    killed = begin()  # and never left
+    killed.add("a", tensors["a"])
+    killed.add("c", tensors["c"])
+    assert not killed.is_settled("a and c")
+    killed.settle("a and c")
+    killed.add("b", tensors["b"] + 1)  # as of a block that was written in part
+    if stopped == "while it noted":
+        with journal.open("ab") as file:
+            file.write(b'["b", ["b"')
+    if stopped == "while it renamed":
+        first = "model-00001-of-00002.safetensors"
+        (folder / f"{first}.partial").rename(folder / first)
+    with begin() as writer:
+        assert [writer.is_settled(part) for part in ("a and c", "b")] == [True, False]
+        writer.add("b", tensors["b"])
+        writer.settle("b")
+        writer.add("d", tensors["d"])
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [json.loads(line)[0] for line in journal.read_text().splitlines()] == ["a and c", "b"]
+
+
+def test_a_writer_begins_anew_where_a_shard_is_not_what_was_noted(tmp_path: Path) -> None:
+    tensors = {name: torch.arange(10.0) + seed for seed, name in enumerate("ab")}
+    journal = tmp_path / "journal"
+    killed = ShardWriter(tmp_path, plan_of(tensors), shard_bytes=40, journal=journal)
+    killed.add("a", tensors["a"])
+    killed.settle("a")
+    (tmp_path / "model-00002-of-00002.safetensors.partial").unlink()
+    with ShardWriter(tmp_path, plan_of(tensors), shard_bytes=40, journal=journal) as writer:
+        assert not writer.is_settled("a")
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+
+
 def write_then_stop(folder: Path) -> None:
     with ShardWriter(folder, {"a": PlannedTensor("F32", (2,))}) as writer:
         writer.add("a", torch.zeros(2))

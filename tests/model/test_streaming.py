@@ -19,7 +19,7 @@ from mofq.model.loading import load_model
 from mofq.model.streaming.execution import choose_execution, free_bytes, model_bytes
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import open_streamed
-from mofq.model.streaming.weights import has_values
+from mofq.model.streaming.weights import has_values, open_unit_weights
 
 TOKENS = some_tokens(2, 24, vocabulary=200)
 #: Types that share keys, feed embeddings to every layer, mix kinds of layers, or run one twice.
@@ -94,6 +94,20 @@ def test_weights_are_in_memory_for_one_unit_at_a_time(tiny_llama: Path) -> None:
                 }
                 for name, value in state.items():
                     assert not has_values(value) or torch.equal(value, whole[name])
+
+
+def test_nothing_is_read_beside_a_vocabulary_that_is_larger_than_layers(tiny_llama: Path) -> None:
+    with open_unit_weights(tiny_llama) as weights:
+        embedding, first, second = list(weights.units)[:3]
+        for factor, read in ((1, True), (2, False)):
+            layer = weights.bytes[first]
+            weights.bytes = {**weights.bytes, embedding: factor * layer, weights.head: layer}
+            with weights.loaded(embedding, ahead=first):
+                assert (first in weights._ahead) == read
+            with weights.loaded(second, ahead=embedding):
+                assert (embedding in weights._ahead) == read
+            with weights.loaded(first, ahead=second):
+                assert second in weights._ahead
 
 
 def test_a_model_that_fits_is_run_whole_and_a_larger_one_layer_by_layer(tiny_llama: Path) -> None:

@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from mofq.exceptions import SchemeError
 
 if TYPE_CHECKING:
+    from mofq.evidence.calibration.on_workers import SequencesUnit
     from mofq.evidence.measure.fill_table import Measured
     from mofq.evidence.measure.on_workers import Unit
 
@@ -25,6 +27,22 @@ def die_at_first(unit: Unit) -> Measured:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return measure_unit(unit)
+
+
+def die_between_layers(unit: SequencesUnit) -> int:
+    """Calibrate layer by layer, but kill the worker of one unit on its way back, once."""
+    from mofq.evidence.calibration import on_workers, streamed
+
+    mark, keep = Path(unit.folder).parent / "killed", streamed.Running.keep
+
+    def keep_and_die(running: streamed.Running, step: int, *rest: Any, **options: Any) -> None:
+        keep(running, step, *rest, **options)
+        if step == 2 and running.index == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch.object(streamed.Running, "keep", keep_and_die):
+        return on_workers.run_unit(unit)
 
 
 def die(unit: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets, budget_constraints, keeps_all, offered
@@ -20,6 +20,8 @@ from mofq.exceptions import MofqError, option
 
 #: From a recipe to the KL of one window after another [nats per token].
 Evaluate = Callable[[Recipe], Iterator[float]]
+#: Is told which recipes are probably evaluated next.
+Expect = Callable[[Iterable[Recipe]], None]
 #: From fusion group -> scheme to the same.
 Measure = Callable[[Mapping[str, str]], Iterator[float]]
 

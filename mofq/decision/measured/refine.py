@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from mofq.decision.budgets import Budgets
 from mofq.decision.decision import Decision, decide
 from mofq.decision.exact import Solution, solve_exact
+from mofq.decision.make_recipe import recipe_from_table
 from mofq.decision.measured.measurement import (
     Evaluate,
+    Expect,
     Measure,
     Measured,
     decide_again,
@@ -59,6 +61,7 @@ def decide_refined(
     request: Request,
     *,
     evaluate: Evaluate,
+    expect: Expect | None = None,
     swaps: int,
     text_sha256: str,
     progress: Progress | None = None,
@@ -69,6 +72,8 @@ def decide_refined(
         table: From `mofq measure`.
         request: Budgets and how to meet them.
         evaluate: The objective, of the table's model.
+        expect: Is told what is probably evaluated next: as long as no swap is accepted, the
+            order of them is known.
         swaps: How many to measure.
         text_sha256: Of the objective's text, for the recipe.
         progress: Called with ``"refine"``, recipes measured, and all that may be.
@@ -80,11 +85,19 @@ def decide_refined(
         MofqError: As `decide`, and as the objective.
     """
     decision = decide(table, request)
+    problem = decision.problem
+
+    def expect_choices(choices: Iterable[IntArray]) -> None:
+        if expect is not None:
+            schemes = (problem.schemes_of(choice_F) for choice_F in choices)
+            expect(recipe_from_table(table, one, made_by={}, budget={}) for one in schemes)
+
     refined = refine(
-        decision.problem,
+        problem,
         decision.budgets,
         decision.choice_F,
         measure=measured_by(table, evaluate),
+        expect=expect_choices,
         swaps=swaps,
         ties=request.ties,
         progress=progress,
@@ -104,6 +117,7 @@ def refine(
     choice_F: IntArray,
     *,
     measure: Measure,
+    expect: Callable[[Iterable[IntArray]], None] = lambda _: None,
     swaps: int,
     ties: bool = True,
     progress: Progress | None = None,
@@ -121,6 +135,7 @@ def refine(
             minimised (``max_kl`` alone) no recipe may be larger than the choice.
         choice_F: One option of each group, of a solver.
         measure: The objective.
+        expect: Is told choices that are probably measured next, the next first.
         swaps: How many to measure.
         ties: Whether a uniform scheme within noise is preferred; else only a better one.
         progress: Called after each recipe, as `decide_refined` says.
@@ -140,11 +155,14 @@ def refine(
         step()
         return Measured(choice, windows)
 
+    expect([choice_F, *candidates.values()])
     start = run(choice_F, None)
     require_windows(start.windows)
     uniforms = {name: run(choice, start) for name, choice in candidates.items()}
     seen = {one.choice_F.tobytes() for one in (start, *uniforms.values())}
-    best, tried = _try_swaps(problem, budgets, start, run=run, count=swaps, seen=seen)
+    best, tried = _try_swaps(
+        problem, budgets, start, run=run, expect=expect, count=swaps, seen=seen
+    )
     uniform = preferred_uniform(best, uniforms, ties=ties)
     if uniform is not None:
         best = uniforms[uniform]
@@ -157,6 +175,7 @@ def _try_swaps(
     start: Measured,
     *,
     run: Callable[[IntArray, Measured | None], Measured],
+    expect: Callable[[Iterable[IntArray]], None],
     count: int,
     seen: set[bytes],
 ) -> tuple[Measured, list[Swap]]:
@@ -164,9 +183,11 @@ def _try_swaps(
     solution = replace(solve_exact(problem, budgets), choice_F=start.choice_F)
     ranked = _ranked(problem, budgets, solution)
     while len(swaps) < count:
-        swapped_F = next((one for one in ranked if one.tobytes() not in seen), None)
-        if swapped_F is None:
+        unseen = [one for one in ranked if one.tobytes() not in seen][: count - len(swaps)]
+        if not unseen:
             break
+        swapped_F = unseen[0]
+        expect(unseen)
         seen.add(swapped_F.tobytes())
         other = run(swapped_F, best)
         loss = paired(best.windows, other.windows)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -34,14 +35,18 @@ from mofq.delivery.recipe_layers import find_recipe_layers, group_schemes, stati
 from mofq.delivery.tuning.tensors import find_targets, learned_codes, tuned_tensors
 from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits
-from mofq.evidence.layer_codes import layer_codes
+from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.exceptions import BackendError
 from mofq.files.progress import Progress
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, share_amax, stored_amax
 from mofq.model.modules import is_plain_linear
 from mofq.numbers.quantize import FakeQuantLinear
-from mofq.numbers.schemes import Scheme
+from mofq.numbers.quantize.tiles import row_blocks
+from mofq.numbers.schemes import Scheme, TensorScheme
+
+#: Elements of a weight that are quantized at once: several times as many bytes as of the weight.
+_BLOCK_ELEMENTS = 2**22
 
 
 def apply(
@@ -330,7 +335,9 @@ def apply_group(
                 tensor_amax=amax.get(layer.name),
                 changes=changes.get(layer.name),
             )
-            weight_OI = codes.decoded(0, len(weight_OI))
+            weight_OI = _decoded(
+                codes, weight_OI, dtype=loaded_weight(model, layer).dtype, scheme=scheme.weight
+            )
         if layer.expert is not None:
             loaded_weight(model, layer).copy_(weight_OI)
             continue
@@ -346,6 +353,18 @@ def apply_group(
             name=layer.name,
         )
         replace_module(model, path, linear)
+
+
+def _decoded(
+    codes: LayerCodes, weight_OI: Tensor, *, dtype: torch.dtype, scheme: TensorScheme
+) -> Tensor:
+    """What a weight becomes, in the model's dtype; in float32 are some rows at a time."""
+    decoded_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
+    for start, stop in row_blocks(
+        *weight_OI.shape, elements=_BLOCK_ELEMENTS, tile_rows=scheme.granularity.rows
+    ):
+        decoded_OI[start:stop] = codes.decoded(start, stop)
+    return decoded_OI
 
 
 def rows_of(weight_OI: Tensor, start: int, stop: int) -> Tensor:

@@ -145,7 +145,7 @@ def score_window(reference_TV: Tensor, logits_TV: Tensor, window_T: Tensor) -> W
     """How a model predicts one window.
 
     Args:
-        reference_TV: The original's logits, [T, V], float32.
+        reference_TV: The original's logits, [T, V].
         logits_TV: The other's.
         window_T: Token ids.
 
@@ -175,7 +175,8 @@ def _logits(model: PreTrainedModel, window_T: Tensor, *, what: str) -> Tensor:
 
 def check_logits(logits_TV: Tensor, *, what: str) -> None:
     """Refuse logits that are not finite; ``what`` says whose they are."""
-    if not bool(torch.isfinite(logits_TV).all()):
+    # Of both NaN is NaN, and nothing of the size of a vocabulary is made.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(logits_TV))).all()):
         raise MofqError(
             f"{what} gives logits that are not finite. Use {option('dtype', 'float32')} or "
             f"bfloat16; if it already is, a scheme overflows."

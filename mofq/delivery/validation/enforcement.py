@@ -29,10 +29,11 @@ from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.files.progress import Progress
 from mofq.model.attention import cache_passages
-from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.checkpoint.tensors import (
     read_kept_layer,
     read_layer_rows,
+    read_rows,
     read_shared_amax,
     read_tensor,
 )
@@ -191,10 +192,7 @@ class Enforcement:
             found = loaded_tensor(loaded, name, architecture)
             if name in skipped or found is None or not found.is_floating_point():
                 continue
-            needed = tuned[name] if name in tuned else read_tensor(info)
-            if info.decoded:  # rounded as an export rounds it
-                needed = needed.bfloat16()
-            if found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any()):
+            if _differs(found, info, tuned.get(name)):
                 kept = "differs from the original, and no recipe touches it"
                 yield Deviation(
                     name, "is not what the recipe tuned it to" if name in tuned else kept
@@ -359,6 +357,23 @@ def _weight_deviation(
     return (
         f"{different} of {layer.weights} weights are not those of scheme {scheme.name!r} ({first})"
     )
+
+
+def _differs(found: Tensor, info: TensorInfo, tuned: Tensor | None) -> bool:
+    """Whether a tensor is not the checkpoint's, or what it was tuned to; block by block of rows."""
+    if tuned is not None or not info.shape:
+        needed = read_tensor(info) if tuned is None else tuned
+        return found.shape != needed.shape or bool(_bits_differ(found.cpu(), needed).any())
+    if found.shape != info.shape:
+        return True
+    row = math.prod(info.shape[1:])
+    for start, stop in row_blocks(info.shape[0], row, elements=_BLOCK_ELEMENTS):
+        rows = read_rows(info, start, stop)
+        if info.decoded:  # rounded as an export rounds it
+            rows = rows.bfloat16()
+        if _bits_differ(found[start:stop].cpu(), rows).any():
+            return True
+    return False
 
 
 def _bits_differ(found: Tensor, needed: Tensor) -> Tensor:

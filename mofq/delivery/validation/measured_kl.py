@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,14 @@ class Objective(ABC):
     def tokens(self) -> int:
         """Positions that are compared."""
         return self.windows_NT.numel()
+
+    def expect(self, recipes: Iterable[Recipe]) -> None:
+        """Say which recipes are probably evaluated next; what they measure is the same.
+
+        Args:
+            recipes: The next first. Are looked at while one is evaluated, if at all.
+        """
+        del recipes  # a model in memory gains nothing by it
 
     @abstractmethod
     def evaluate(self, recipe: Recipe) -> Iterator[float]:

@@ -500,7 +500,6 @@ def _compare(
                         check_logits(reference_TV, what="the original model")
                         if number == 0:
                             entropies.append(next_token_entropy(reference_TV, window_T))
-                        reference_TV = reference_TV.float()
                     for subject in run.subjects:
                         if subject.candidate is None:
                             continue

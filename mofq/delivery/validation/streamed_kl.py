@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from mofq.decision.recipe import Recipe
+from mofq.decision.recipe import Recipe, recipe_text
 from mofq.delivery.apply.apply_by_unit import Applied, unit_modules
 from mofq.delivery.apply.emulate import apply_group, prepare
 from mofq.delivery.recipe_fits import check_fits
@@ -24,12 +25,15 @@ from mofq.evidence.corpora import Bos, Corpus
 from mofq.files.progress import Progress, Steps
 from mofq.model.streaming.streamed import open_streamed
 
+#: Recipes that run together at most: of those that are only expected some are not asked for.
+_TOGETHER = 8
+
 
 class StreamedKl(Objective):
     """As `mofq.delivery.validation.measured_kl.MeasuredKl`, layer by layer.
 
-    The original runs once. Every recipe reads the weights again and runs all windows; the numbers
-    are those of a model in memory.
+    The original runs once. A recipe reads the weights again and runs all windows, and so do up to
+    seven that are expected, with it; the numbers are those of a model in memory.
     """
 
     def __init__(
@@ -61,7 +65,13 @@ class StreamedKl(Objective):
             )
             temporary = tempfile.TemporaryDirectory(prefix="mofq-")
             self._folder = Path(self._stack.enter_context(temporary))
-            check_disk(self._folder, 2, self.windows_NT, model=self._streamed.model, dtype=dtype)
+            needed = check_disk(
+                self._folder, 2, self.windows_NT, model=self._streamed.model, dtype=dtype
+            )
+            free = shutil.disk_usage(self._folder).free
+            self._together = max(1, min(_TOGETHER, 2 * free // needed - 1))
+            self._expected: Iterator[Recipe] = iter(())
+            self._found: dict[str, list[float]] = {}  #: of the last that ran, by their texts
             self._original = Subject(self._folder / "original")
             self._original.set_windows(self.windows_NT)
             run = Run(self._streamed, [self._original])
@@ -71,8 +81,49 @@ class StreamedKl(Objective):
             self.close()
             raise
 
+    def expect(self, recipes: Iterable[Recipe]) -> None:
+        """As `Objective` says; they run together with the next that is evaluated."""
+        self._expected = iter(recipes)
+
     def evaluate(self, recipe: Recipe) -> Iterator[float]:
-        """As `Objective` says; all windows run up to the head when the first is asked for."""
+        """As `Objective` says; all windows run at once, and those of what is expected with them."""
+        key = recipe_text(recipe)
+        if key not in self._found:
+            together = {key: recipe}
+            while len(together) < self._together and (one := next(self._expected, None)):
+                together.setdefault(recipe_text(one), one)
+            found = self._run(list(together.values()))
+            self._found = dict(zip(together, found, strict=True))
+        return iter(self._found[key])
+
+    def _run(self, recipes: Sequence[Recipe]) -> list[list[float]]:
+        """The KL of each window, for each recipe; weights are read once."""
+        streamed, unit = self._streamed, self._streamed.head
+        found: list[list[float]] = [[] for _ in recipes]
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            run = Run(
+                streamed,
+                [self._subject(one, Path(folder) / str(n)) for n, one in enumerate(recipes)],
+            )
+            check_units(run, self.checkpoint)
+            run_layers(run, lambda: None)
+            with streamed.weights.loaded(unit):
+                modules = unit_modules(streamed.model, unit, run.recipes, times=self.windows)
+                for index, theirs in enumerate(self._original.sequences):
+                    reference_TV = streamed.logits(theirs, self._head)
+                    check_logits(reference_TV, what="the original model")
+                    for kls, subject in zip(found, run.subjects, strict=True):
+                        own = subject.sequences[index]
+                        assert subject.applied is not None
+                        with modules.applied(subject.applied):
+                            logits_TV = streamed.logits(own, self._head)
+                        check_logits(logits_TV, what="the quantized model")
+                        score = score_window(reference_TV, logits_TV, own.token_T)
+                        kls.append(score.kl_nats / self.windows_NT.shape[1])
+        return found
+
+    def _subject(self, recipe: Recipe, folder: Path) -> Subject:
+        """A recipe with its windows; all is checked."""
         fits = self._open_fits(recipe)
         prepared = prepare(
             self._streamed.model,
@@ -81,24 +132,6 @@ class StreamedKl(Objective):
             checkpoint=self.checkpoint,
         )
         applied = Applied(prepared, partial(apply_group, fits=fits), self._streamed.head)
-        run = Run(self._streamed, [Subject(self._folder / "recipe", applied=applied)])
-        check_units(run, self.checkpoint)
-        return self._run(run, applied)
-
-    def _run(self, run: Run, applied: Applied) -> Iterator[float]:
-        streamed, unit = self._streamed, self._streamed.head
-        (subject,) = run.subjects
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            subject.folder = Path(folder)
-            subject.set_windows(self.windows_NT)
-            run_layers(run, lambda: None)
-            with streamed.weights.loaded(unit):
-                modules = unit_modules(streamed.model, unit, [applied], times=self.windows)
-                for own, theirs in zip(subject.sequences, self._original.sequences, strict=True):
-                    reference_TV = streamed.logits(theirs, self._head)
-                    check_logits(reference_TV, what="the original model")
-                    with modules.applied(applied):
-                        logits_TV = streamed.logits(own, self._head)
-                    check_logits(logits_TV, what="the quantized model")
-                    score = score_window(reference_TV.float(), logits_TV, own.token_T)
-                    yield score.kl_nats / self.windows_NT.shape[1]
+        subject = Subject(folder, applied=applied)
+        subject.set_windows(self.windows_NT)
+        return subject

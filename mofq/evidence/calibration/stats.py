@@ -19,17 +19,18 @@
 ``.streamed/``
     What a run keeps that has one decoder layer in memory at a time, until it is finished.
 ``.lock``
-    Empty; locked by the run that writes to the folder.
+    Empty; locked by the run that writes to the folder. Each worker of a cluster that runs layer by
+    layer locks one in ``.streamed``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from shlex import quote
@@ -44,7 +45,7 @@ from mofq.evidence.calibration.sequence_file import SequenceFile, inputs_path, s
 from mofq.evidence.corpora import CORPUS_NAME
 from mofq.exceptions import StatsError, option
 from mofq.files.documents import hash_file, load_json, write_beside_and_rename
-from mofq.files.locks import holder, try_lock
+from mofq.files.locks import hold_file
 from mofq.files.validated import (
     Count,
     Integer,
@@ -384,13 +385,11 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
             writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        if not try_lock(file):
-            raise StatsError(
-                f"{folder}: {holder(file)} calibrates into this folder. Wait for it, or name "
-                f"another one."
-            )
+    busy = partial(busy_folder, folder)
+    with hold_file(folder / ".lock", busy):
+        for path in (folder / UNFINISHED).glob("*.lock"):
+            with hold_file(path, busy):
+                pass  # no worker has outlived the run that sent it
         path = folder / "plan.json"
         if path.exists():
             begun = _plan(_read(path), path)
@@ -407,8 +406,13 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
         else:
             write_json(path, plan.to_json())
         yield plan
-    finally:
-        os.close(file)  # releases the lock too
+
+
+def busy_folder(folder: Path, who: str) -> StatsError:
+    """The error where another process writes to a stats folder."""
+    return StatsError(
+        f"{folder}: {who} calibrates into this folder. Wait for it, or name another one."
+    )
 
 
 def begun_plan(folder: Path) -> Plan | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from torch import Tensor
@@ -162,48 +164,81 @@ def calibrate_streamed(
         check_windows(streamed.model, windows[corpus.name], corpus, plan)
     check_weights_apart(streamed.model, layers)
     with open_plan(folder, plan) as begun:
-        every = [
-            Running(
-                corpus,
-                index,
-                tuple(seeds_of(plan, corpus, index)),
-                score_seed(plan.seed, corpus.name, index, plan.draws),
-                StreamedSequence(
-                    windows[corpus.name][index],
-                    folder / UNFINISHED / corpus.name / f"{index:05d}",
-                ),
-            )
-            for corpus in plan.corpora
-            for index in range(corpus.sequences)
-            if not is_done(folder, plan, corpus, index, with_samples=take is None)
-        ]
-        for corpus in plan.corpora:
-            (folder / corpus.name).mkdir(exist_ok=True)
-        for running in every:
-            running.streamed.folder.mkdir(parents=True, exist_ok=True)
-        if every:
-            _check_disk(
-                streamed,
-                layers,
-                every,
-                plan,
-                folder,
-                with_samples=take is None,
-                beside_bytes=beside_bytes,
-            )
-            steps = _run(
-                streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress
-            )
-            for running in every:
-                _assemble(
-                    running,
-                    steps,
-                    plan=plan,
-                    folder=folder,
-                    layers=layers,
-                    with_samples=take is None,
-                )
+        run_and_write_streamed(
+            streamed,
+            layers,
+            [
+                (corpus, index, windows[corpus.name][index])
+                for corpus in plan.corpora
+                for index in range(corpus.sequences)
+            ],
+            plan=plan,
+            folder=folder,
+            take=take,
+            beside_bytes=beside_bytes,
+            progress=progress,
+        )
         return finish_stats(folder, begun) if take is None else passing_stats(folder, plan)
+
+
+def run_and_write_streamed(
+    streamed: StreamedModel,
+    layers: ModelLayers,
+    sequences: Sequence[tuple[CorpusPlan, int, Tensor]],
+    *,
+    plan: Plan,
+    folder: Path,
+    take: Take | None = None,
+    beside_bytes: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """As `mofq.evidence.calibration.calibrate.run_and_write`, layer by layer.
+
+    Processes that run sequences of one plan into one folder must not share a sequence.
+
+    Args:
+        streamed: As `calibrate_streamed` has it, and so has ``take`` and what follows.
+        layers: Of its checkpoint.
+        sequences: Corpus, index in it, token ids [T]; those that are there are left out.
+        plan: What is computed.
+        folder: Where the stats go.
+        take: Gets the samples.
+        beside_bytes: What it keeps in all.
+        progress: As said there.
+
+    Raises:
+        StatsError: As `calibrate_streamed`.
+        StreamingError: The model cannot be run unit by unit.
+    """
+    every = [
+        Running(
+            corpus,
+            index,
+            tuple(seeds_of(plan, corpus, index)),
+            score_seed(plan.seed, corpus.name, index, plan.draws),
+            StreamedSequence(token_T, folder / UNFINISHED / corpus.name / f"{index:05d}"),
+        )
+        for corpus, index, token_T in sequences
+        if not is_done(folder, plan, corpus, index, with_samples=take is None)
+    ]
+    for corpus in plan.corpora:
+        (folder / corpus.name).mkdir(exist_ok=True)
+    for running in every:
+        running.streamed.folder.mkdir(parents=True, exist_ok=True)
+    if not every:
+        return
+    is_stored = take is None
+    check_disk(
+        streamed,
+        layers,
+        plan=plan,
+        folder=folder,
+        with_samples=is_stored,
+        beside_bytes=beside_bytes,
+    )
+    steps = _run(streamed, layers, every, plan=plan, folder=folder, take=take, progress=progress)
+    for running in every:
+        _assemble(running, steps, plan=plan, folder=folder, layers=layers, with_samples=is_stored)
 
 
 def _run(
@@ -508,6 +543,7 @@ def _assemble(
     gains: dict[str, Mapping[str, Sequence[float]]] = {}
     costs: list[float] = []
     moved: dict[str, float] = {}
+    mapped: list[Tensor] = []
     for step in range(steps + 1):  # the head's is the last
         if running.piece(step).exists():
             content, mapped = read_content(running.piece(step))
@@ -533,49 +569,69 @@ def _assemble(
     of_samples = samples_path(folder, plan, corpus, index) if with_samples else None
     if of_samples is not None and not is_complete(of_samples):
         write_samples(of_samples, tensors, {name: inputs[name] for name in names})
+    # A file that is mapped leaves something behind in its folder on a shared file system.
+    tensors.clear()
+    mapped = []
     shutil.rmtree(running.streamed.folder)
 
 
-def _check_disk(
+def check_disk(
     streamed: StreamedModel,
     layers: ModelLayers,
-    sequences: Sequence[Running],
+    *,
     plan: Plan,
     folder: Path,
-    *,
-    with_samples: bool,
-    beside_bytes: int,
+    with_samples: bool = True,
+    beside_bytes: int = 0,
 ) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to begin what the disk cannot hold: of all sequences that are not there yet.
 
     Args:
         streamed: The model.
         layers: Of it.
-        sequences: That are run.
         plan: Of the run.
-        folder: That all is written to.
+        folder: That all is written to; need not be there.
         with_samples: Whether the samples of all layers are kept, and not of one unit at a time.
         beside_bytes: What else is kept there.
+
+    Raises:
+        StatsError: As said.
     """
     config = streamed.model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", 0) or 0)
     itemsize = getattr(torch, plan.dtype).itemsize
     units = list(streamed.weights.units)
-    boundary = len(sequences) * plan.sequence_length * hidden * itemsize
+    left = [
+        (corpus, index)
+        for corpus in plan.corpora
+        for index in range(corpus.sequences)
+        if not is_done(folder, plan, corpus, index, with_samples=with_samples)
+    ]
+    boundary = len(left) * plan.sequence_length * hidden * itemsize
     needed = boundary * (len(units) + 2 * (plan.draws + bool(plan.routing)))
-    kept = sum(one.index in one.corpus.kept_indices for one in sequences)
-    others, experts = len(sequences) - kept, experts_per_token(config.to_dict())
+    kept = sum(index in corpus.kept_indices for corpus, index in left)
+    others, experts = len(left) - kept, experts_per_token(config.to_dict())
     parts = [layers] if with_samples else [layers_within(layers, unit) for unit in units]
     needed += beside_bytes + max(
         kept_bytes(part, plan, kept=kept, others=others, experts_per_token=experts)
         for part in parts
     )
     # What a run that was stopped has written already takes no more.
-    files = (path for path in (folder / UNFINISHED).rglob("*") if path.is_file())
-    needed = max(0, needed - sum(path.stat().st_size for path in files))
-    free = shutil.disk_usage(folder).free
+    needed = max(0, needed - _bytes_in(folder / UNFINISHED))
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise StatsError(
             f"{folder}: what is kept needs about {needed:,} bytes, found {free:,} free. Free some "
             f"space, or take fewer {option('sequences')}."
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files in a folder, which other processes may remove meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            total += status.st_size if S_ISREG(status.st_mode) else 0
+    return total

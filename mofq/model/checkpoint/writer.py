@@ -74,7 +74,8 @@ class ShardWriter:
     A context manager. The tensors may come in any order, each whole or in
     consecutive blocks of rows. The files get their final names, the index last,
     when the block ends and everything planned has been written; after an
-    exception nothing is left behind.
+    exception nothing is left behind. With a journal, what was settled need not be
+    written again after the process was killed.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ShardWriter:
         plan: Mapping[str, PlannedTensor],
         *,
         shard_bytes: int = 5_000_000_000,
+        journal: Path | None = None,
     ) -> None:
         """Lay the shards out and create them.
 
@@ -91,6 +93,8 @@ class ShardWriter:
             plan: Every tensor that will be written. Shards are filled in this order.
             shard_bytes: Largest amount of data in a shard [bytes]; a single larger
                 tensor gets a shard of its own.
+            journal: A file in which `settle` notes what is on the disk. One that is there is of
+                a killed process that wrote the same, and is gone on with.
 
         Raises:
             CheckpointError: The folder already holds weights, or the disk has no room.
@@ -100,10 +104,19 @@ class ShardWriter:
         self._shard_of = _assign_shards(self._plan, shard_bytes)
         self._offsets: dict[str, int] = {}
         self._written = dict.fromkeys(self._plan, 0)
-        _check_folder(folder, sum(tensor.nbytes for tensor in self._plan.values()))
+        self._journal = journal
+        self._fresh: list[str] = []  #: tensors that are complete and not settled
+        self._settled: set[str] = set()
+        shards = list(dict.fromkeys(self._shard_of.values()))
+        if journal is not None:
+            self._unfinish(shards)
+        taken = sum(_taken(self._partial(shard)) for shard in shards)
+        _check_folder(folder, sum(tensor.nbytes for tensor in self._plan.values()) - taken)
         try:
-            for shard in dict.fromkeys(self._shard_of.values()):
-                self._create(shard)
+            beginnings = {shard: self._lay_out(shard) for shard in shards}
+            if journal is None or not self._go_on(journal, beginnings):
+                for shard, beginning in beginnings.items():
+                    self._create(shard, beginning)
         except BaseException:
             self._remove()
             raise
@@ -202,6 +215,60 @@ class ShardWriter:
         for _, rows in read_kept_rows(source):
             self.add_rows(source.name, rows)
 
+    def settle(self, part: str) -> None:
+        """Have all that was written since the last call on the disk, and note it.
+
+        Does nothing without a journal.
+
+        Args:
+            part: A name for it, which `is_settled` knows, in another process too.
+
+        Raises:
+            CheckpointError: The disk is full.
+        """
+        if self._journal is None:
+            return
+        try:
+            for shard in {self._shard_of[name] for name in self._fresh}:
+                _flush_to_disk(self._partial(shard))
+            with self._journal.open("ab") as file:
+                file.write(json.dumps([part, self._fresh]).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._journal, error) from error
+        self._settled.add(part)
+        self._fresh = []
+
+    def is_settled(self, part: str) -> bool:
+        """Whether a part is on the disk, and need not be written again."""
+        return part in self._settled
+
+    def _unfinish(self, shards: list[str]) -> None:
+        """Take the final names from what a killed process had finished."""
+        (self._folder / INDEX_FILE).unlink(missing_ok=True)
+        for shard in shards:
+            if (self._folder / shard).exists():
+                os.replace(self._folder / shard, self._partial(shard))
+
+    def _go_on(self, journal: Path, beginnings: Mapping[str, bytes]) -> bool:
+        """Take over what a killed process had settled; False where there is nothing of it."""
+        data = journal.read_bytes() if journal.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        settled = [json.loads(line) for line in whole.splitlines()]
+        if not settled or not all(
+            _begins_with(self._partial(shard), beginning) for shard, beginning in beginnings.items()
+        ):
+            journal.unlink(missing_ok=True)
+            return False
+        if whole != data:  # killed while it was noted
+            os.truncate(journal, len(whole))
+        for part, names in settled:
+            self._settled.add(part)
+            for name in names:
+                self._written[name] = self._plan[name].nbytes
+        return True
+
     def _append(self, name: str, tensor: Tensor) -> None:
         dtype = TORCH_DTYPES[self._plan[name].dtype]
         if tensor.dtype != dtype:
@@ -221,18 +288,23 @@ class ShardWriter:
         except OSError as error:
             raise _cannot_write(path, error) from error
         self._written[name] = done + len(data)
+        if self._written[name] == planned:
+            self._fresh.append(name)
 
     def _partial(self, shard: str) -> Path:
         return self._folder / f"{shard}.partial"
 
-    def _create(self, shard: str) -> None:
-        """Write the header of a shard and note where each of its tensors goes."""
+    def _lay_out(self, shard: str) -> bytes:
+        """The beginning of a shard, its header; where each of its tensors goes is noted."""
         names = [name for name, where in self._shard_of.items() if where == shard]
         # Widest first keeps every tensor aligned to its own element.
         names.sort(key=lambda name: (-_RANK[self._plan[name].dtype], name))
         planned = {name: (self._plan[name].dtype, self._plan[name].shape) for name in names}
         beginning, offsets = encode_header(planned, {"format": "pt"})
         self._offsets |= offsets
+        return beginning
+
+    def _create(self, shard: str, beginning: bytes) -> None:
         path = self._partial(shard)
         try:
             path.write_bytes(beginning)
@@ -365,6 +437,19 @@ def _check_folder(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needed {needed_bytes:,} bytes of disk space, found {free:,} free."
             " Make room, or give a folder on another disk."
         )
+
+
+def _begins_with(path: Path, beginning: bytes) -> bool:
+    """Whether a file is there that begins so."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(beginning)) == beginning
+
+
+def _taken(path: Path) -> int:
+    """What a file takes of the disk [bytes]; it may have holes."""
+    return 512 * path.stat().st_blocks if path.exists() else 0
 
 
 def _cannot_write(path: Path, error: OSError) -> CheckpointError:

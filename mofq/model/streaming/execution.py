@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -36,6 +37,7 @@ def choose_execution(
     device: str,
     more_bytes: int = 0,
     unless: str | None = None,
+    free: Callable[[str], int | None] | None = None,
 ) -> Chosen:
     """Run a model whole where it fits, else layer by layer.
 
@@ -46,6 +48,8 @@ def choose_execution(
         device: Where it runs.
         more_bytes: That are needed beside the weights, where the model is run whole.
         unless: Why the model has to be run whole, if it has to.
+        free: What tells the memory that is free on the device; None: `free_bytes`, of this
+            machine.
 
     Raises:
         MofqError: What is asked for is none of the words.
@@ -60,15 +64,18 @@ def choose_execution(
         return Chosen(False, None)
     if asked != "auto":
         return Chosen(asked == "streamed", None)
-    needed, free = model_bytes(checkpoint, dtype) + more_bytes, free_bytes(device)
-    if free is None or needed <= _SHARE * free:
+    needed = model_bytes(checkpoint, dtype) + more_bytes
+    found = (free or free_bytes)(device)
+    if found is None or needed <= _SHARE * found:
         return Chosen(False, None)
+    place = device if free is None else f"{device} for each worker"
     return Chosen(
         True,
         Remark(
-            f"The whole model would need {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB "
-            f"are free on {device}: it is run layer by layer ({option('execution', 'streamed')}); "
-            f"{option('execution', 'resident')} keeps it whole."
+            f"The whole model would need {needed / 1e9:.1f} GB in {dtype}, and "
+            f"{found / 1e9:.1f} GB are free on {place}: it is run layer by layer "
+            f"({option('execution', 'streamed')}); {option('execution', 'resident')} keeps it "
+            "whole."
         ),
     )
 

@@ -98,7 +98,8 @@ class UnitWeights:
 
         Args:
             unit: Its path.
-            ahead: Another unit, which is read meanwhile.
+            ahead: Another unit, which is read meanwhile, unless the two are larger than any two
+                decoder layers: beside an embedding or a head of a large vocabulary nothing is.
             beside: Another unit whose weights are there too; what the two have in common is one
                 parameter, as in a model that is loaded whole.
 
@@ -110,7 +111,7 @@ class UnitWeights:
         if beside is not None:
             weights |= self._read_beside(unit, beside, weights)
         self._ahead.clear()
-        if ahead is not None and ahead != unit:
+        if ahead is not None and ahead != unit and self._fits_beside(unit, ahead):
             self._ahead[ahead] = self._pool.submit(self._read, ahead)
         before = {name: _get(self.model, name) for name in weights}
         for name in list(weights):
@@ -123,6 +124,15 @@ class UnitWeights:
         finally:
             for name, tensor in before.items():
                 _put(self.model, name, tensor)
+
+    def _fits_beside(self, unit: str, other: str) -> bool:
+        """Whether two units are no larger than two of those that lie in lists."""
+        listed = (
+            self.bytes[name]
+            for name, module in self.units.items()
+            if name != self.head and not isinstance(module, nn.Embedding)
+        )
+        return self.bytes[unit] + self.bytes[other] <= 2 * max(listed, default=0)
 
     def _read_beside(self, unit: str, other: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of another unit; those that are the first one's become its parameters."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
+from mofq import __version__
 from mofq.decision.make_recipe import sizes_by_shape
-from mofq.decision.recipe import RECIPE_FILE, Recipe, write_recipe
+from mofq.decision.recipe import RECIPE_FILE, Recipe, recipe_text, write_recipe
 from mofq.delivery.export.compressed_tensors.check_folder import check_compressed_tensors
 from mofq.delivery.export.compressed_tensors.model_card import model_card
 from mofq.delivery.export.compressed_tensors.plan import (
@@ -29,11 +31,13 @@ from mofq.engines import (
 )
 from mofq.evidence.fits import Fits
 from mofq.exceptions import BackendError, option
-from mofq.files.locks import check_new_folder, new_folder
+from mofq.files.locks import NOTES, check_new_folder, new_folder
 from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
 from mofq.model.checkpoint.tensors import keep_freed_memory
-from mofq.model.checkpoint.writer import ShardWriter, copy_other_files
+from mofq.model.checkpoint.weights_hash import hash_weights
+from mofq.model.checkpoint.writer import ShardWriter, copy_other_files, find_other_files
+from mofq.numbers.numerics import NUMERICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ def export_compressed_tensors(
 ) -> Export:
     """Write a recipe's checkpoint in the compressed-tensors format.
 
-    The folder appears under its name when it is complete. Codes and scales are
+    The folder appears under its name when it is complete; what a process that was killed had
+    written of the same export is not written again. Codes and scales are
     those of ``quantize_weight``, tuned norms those of the recipe; every other tensor is copied
     byte for byte, except that FP8 weights of the source which stay unquantized are written in
     bf16.
@@ -105,7 +110,12 @@ def export_compressed_tensors(
     )
     with (
         open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits,
-        new_folder(target, BackendError, last=CONFIG_FILE) as folder,
+        new_folder(
+            target,
+            BackendError,
+            last=CONFIG_FILE,
+            job=_job(checkpoint, recipe, fits=fits, shard_bytes=shard_bytes),
+        ) as folder,
     ):
         _write_weights(plan, folder, shard_bytes, fits=fits, progress=progress)
         copy_other_files(checkpoint.folder, folder)
@@ -218,6 +228,22 @@ def _check_engine_cache(plan: ExportPlan, recipe: Recipe, engine: str) -> None:
             )
 
 
+def _job(checkpoint: Checkpoint, recipe: Recipe, *, fits: Fits | None, shard_bytes: int) -> str:
+    """All that decides the bytes of the weights, and which files there are."""
+    content = {
+        "mofq": __version__,
+        "numerics": NUMERICS,
+        "to": "compressed-tensors",
+        "index_sha256": checkpoint.index_sha256,
+        "weights_sha256": hash_weights(checkpoint),
+        "recipe_sha256": sha256(recipe_text(recipe).encode()).hexdigest(),
+        "stats_sha256": None if fits is None else fits.stats.sha256,
+        "shard_bytes": shard_bytes,
+        "files": sorted(find_other_files(checkpoint.folder)),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
 def _write_weights(
     plan: ExportPlan,
     folder: Path,
@@ -227,10 +253,14 @@ def _write_weights(
     progress: Progress | None,
 ) -> None:
     keep_freed_memory()
-    with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes) as writer:
+    journal = folder / NOTES / "written"
+    with ShardWriter(folder, plan.tensors, shard_bytes=shard_bytes, journal=journal) as writer:
         for planned in told(plan.quantized, progress, "export", total=len(plan.quantized)):
+            if writer.is_settled(planned.group.name):
+                continue  # a run that was killed came as far
             for layer, word, _, rows in encoded_parts(plan.checkpoint, planned, fits=fits):
                 writer.add_rows(f"{layer.name}.{word}", rows)
+            writer.settle(planned.group.name)
         for name, scale in plan.cache.tensors.items():
             writer.add_rows(name, scale)
         for name, _, rows in split_rows(plan):
