@@ -14,8 +14,7 @@ from mofq.api.figures import short_bytes
 from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
-    DeviceMap,
-    Execution,
+    GradientExecution,
     LayersFile,
     Model,
     Option,
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
     from mofq.evidence.corpora import Corpus
     from mofq.model.checkpoint.headers import Checkpoint
     from mofq.model.layers import ModelLayers
-    from mofq.model.streaming.execution import Chosen
-    from mofq.model.streaming.execution import Execution as ExecutionChoice
+    from mofq.model.streaming.execution import Chosen, Execution
 
 #: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
 SEQUENCES = 32
@@ -157,8 +155,7 @@ def calibrate(
     *,
     samples: Samples = Samples(),
     where: Where = Where(),
-    device_map: DeviceMap = None,
-    execution: Execution = "auto",
+    execution: GradientExecution = "auto",
     kv_cache: Annotated[
         bool, Option("Keep keys and values too, to measure formats of the KV cache.")
     ] = False,
@@ -183,9 +180,9 @@ def calibrate(
     folder = Path(output)
     texts = load_corpora(corpora, tell)
     check_gradient_dtype(where.dtype)
-    if where.cluster is not None and device_map is not None:
+    if where.cluster is not None and execution == "spread":
         raise ClusterError(
-            f"{option('device_map')} spreads a model over one machine. Drop it or "
+            f"{option('execution', 'spread')} spreads a model over one machine. Drop it or "
             f"{option('cluster')}."
         )
     check_folder(folder, folders=[model])
@@ -224,7 +221,6 @@ def calibrate(
             folder,
             execution=execution,
             where=where,
-            device_map=device_map,
             progress=progress,
             tell=tell,
         )
@@ -239,9 +235,8 @@ def _run_model(
     windows: Mapping[str, Tensor],
     folder: Path,
     *,
-    execution: ExecutionChoice,
+    execution: Execution,
     where: Where,
-    device_map: str | None,
     progress: Progress | None,
     tell: Tell,
 ) -> Stats:
@@ -251,8 +246,6 @@ def _run_model(
     unless = None
     if where.cluster is not None:
         unless = f"a worker of {option('cluster')} holds the whole model"
-    elif device_map is not None:
-        unless = f"{option('device_map')} spreads the whole model"
     chosen = chosen_execution(
         execution, checkpoint, layers, plan, device=where.device, unless=unless
     )
@@ -288,7 +281,12 @@ def _run_model(
     from mofq.model.loading import load_model
 
     return calibrate_here(
-        load_model(checkpoint.folder, dtype=plan.dtype, device=device, device_map=device_map),
+        load_model(
+            checkpoint.folder,
+            dtype=plan.dtype,
+            device=device,
+            device_map="auto" if execution == "spread" else None,
+        ),
         layers,
         plan=plan,
         windows=windows,
@@ -298,7 +296,7 @@ def _run_model(
 
 
 def chosen_execution(
-    execution: ExecutionChoice,
+    execution: Execution,
     checkpoint: Checkpoint,
     layers: ModelLayers,
     plan: Plan,
@@ -323,6 +321,7 @@ def chosen_execution(
         device=device,
         more_bytes=4 * plan.sequence_length * numbers,
         unless=unless,
+        may_spread=True,
     )
 
 
@@ -458,7 +457,7 @@ def _plan(
         weights_sha256=hash_weights(checkpoint),
         seed=samples.seed,
         sequence_length=samples.sequence_length,
-        draws=samples.draws,
+        draws=1,
         dtype=dtype,
         kv_cache=kv_cache or None,
         bos=bos or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mofq.api.calibrate import (
     check_gradient_dtype,
@@ -15,7 +15,7 @@ from mofq.api.calibrate import (
 from mofq.api.inputs import load_corpora, load_named, open_layers
 from mofq.api.options import (
     Corpora,
-    Execution,
+    GradientExecution,
     LayersFile,
     Running,
     Samples,
@@ -59,8 +59,7 @@ class RunOptions:
     layers: LayersFile
     vocabulary: Vocabulary
     running: Running
-    device_map: str | None
-    execution: Execution
+    execution: GradientExecution
     no_stats: bool
     rivals: int
     progress: Progress | None
@@ -70,6 +69,11 @@ class RunOptions:
     def where(self) -> Where:
         """For stages that may work on a cluster, which a run does not."""
         return Where(dtype=self.running.dtype, device=self.running.device)
+
+    @property
+    def forward_execution(self) -> Literal["auto", "resident", "streamed"]:
+        """How the model is run where no gradients are needed: spread for them alone."""
+        return "auto" if self.execution == "spread" else self.execution
 
     @property
     def other_tool(self) -> str | None:
@@ -107,10 +111,10 @@ def check_run(asked: RunOptions) -> CheckedRun:
     _check_texts(asked)
     check_device(asked.running.device)
     check_gradient_dtype(asked.running.dtype)
-    if asked.no_stats and asked.device_map is not None:
+    if asked.no_stats and asked.execution == "spread":
         raise MofqError(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
-            f"{option('device_map')} out."
+            f"{option('execution', 'spread')} out."
         )
     windows = _checked_windows(checkpoint, asked)
     samples = replace(asked.samples, sequence_length=windows.sequence_length, bos=windows.bos)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
 
 import typer
 
-from mofq.api.options import Parameter, parameters_of
+from mofq.api.options import OTHERS, Parameter, parameters_of
 from mofq.cli.flags import default_flag, flag_of
 from mofq.cli.show.terminal import Bars, note, print_json
 from mofq.exceptions import MofqError
@@ -18,6 +18,29 @@ from mofq.exceptions import MofqError
 #: Wrong usage: click's, which typer imports or brings with it, by version.
 UsageError: Any = typer.BadParameter.__base__
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+class SectionedCommand(typer.core.TyperCommand):
+    """A command whose help has the options that matter most first, others under titles."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of options for each section."""
+        for title, records in sections(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def sections(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:
+    """Title -> what each argument or option is called, and its help."""
+    found: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for param in command.get_params(context):
+        first = "Arguments" if param.param_type_name == "argument" else "Options"
+        record = param.get_help_record(context)
+        if record is not None:
+            title = getattr(param, "rich_help_panel", None) or first
+            found.setdefault(title, []).append(record)
+    last = {OTHERS: found.pop(OTHERS, [])}
+    return {title: records for title, records in (found | last).items() if records}
 
 
 def as_command(
@@ -71,7 +94,9 @@ def _as_typer(parameter: Parameter) -> inspect.Parameter:
     else:
         flag = option.flag or default_flag(parameter.name)
         names = [flag] if option.short is None else [flag, option.short]
-        info = typer.Option(*names, help=option.help, min=option.least)
+        info = typer.Option(
+            *names, help=option.help, min=option.least, rich_help_panel=parameter.section
+        )
     read_as = option.read_as or _read_as(parameter.annotation)
     if option.required:
         default = inspect.Parameter.empty

@@ -193,15 +193,14 @@ def test_nothing_of_a_sequence_is_in_memory_when_the_next_one_runs(
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("named", [{"device_map": "auto"}, {"where": Where(cluster="ray")}])
-def test_what_holds_the_whole_model_is_not_streamed(named: dict[str, Any], tmp_path: Path) -> None:
+def test_what_holds_the_whole_model_is_not_streamed(tmp_path: Path) -> None:
     with pytest.raises(StreamingError, match="whole model"):
         calibrate(
             demo_model_folder(),
             ["en=demo-en-calibration"],
             tmp_path / "stats",
             execution="streamed",
-            **named,
+            where=Where(cluster="ray"),
         )
 
 

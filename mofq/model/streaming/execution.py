@@ -12,7 +12,7 @@ import torch
 from mofq.exceptions import MofqError, Remark, StreamingError, nearest_name, option
 from mofq.model.checkpoint.headers import Checkpoint
 
-Execution = Literal["auto", "resident", "streamed"]
+Execution = Literal["auto", "resident", "spread", "streamed"]
 
 #: Of what is free; the rest is for all that is not counted.
 _SHARE = 0.8
@@ -36,6 +36,7 @@ def choose_execution(
     device: str,
     more_bytes: int = 0,
     unless: str | None = None,
+    may_spread: bool = False,
 ) -> Chosen:
     """Run a model whole where it fits, else layer by layer.
 
@@ -46,12 +47,13 @@ def choose_execution(
         device: Where it runs.
         more_bytes: That are needed beside the weights, where the model is run whole.
         unless: Why the model has to be run whole, if it has to.
+        may_spread: Whether the whole model may be spread over devices.
 
     Raises:
         MofqError: What is asked for is none of the words.
         StreamingError: It has to be run whole, and layer by layer is asked for.
     """
-    words = get_args(Execution)
+    words = [one for one in get_args(Execution) if may_spread or one != "spread"]
     if asked not in words:
         raise MofqError(f"{option('execution')}: unknown {asked!r}." + nearest_name(asked, words))
     if unless is not None:
