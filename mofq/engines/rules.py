@@ -211,7 +211,7 @@ class Engine:
 
 def readable(rule: Rule | CacheRule) -> str:
     """What a rule is for, as people write it: ``N`` is a number, ``…`` anything."""
-    words = {r"\d+": "N", r"\d": "N", ".*": "…", "[a-z0-9]+": "…", "\\": ""}
+    words = {r"\d+": "N", r"\d": "N", ".*": "…", "[^+]*": "…", "[a-z0-9]+": "…", "\\": ""}
     text, groups = rule.schemes, rule.groups if isinstance(rule, Rule) else ""
     for regular, plain in words.items():
         text, groups = text.replace(regular, plain), groups.replace(regular, plain)

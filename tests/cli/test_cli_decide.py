@@ -203,6 +203,18 @@ def test_an_export_for_the_recipes_own_devices_is_what_comes_next(
     assert "--tensor-parallel-size 2" in ok("export", DEMO, path, "-o", folder).out
 
 
+def test_no_export_comes_next_where_the_budget_of_kl_was_not_kept(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    ok("search", measured.table, "--max-kl", "0.01", "-o", path)
+    windows = ("--text", "demo-pt", "--tokens", "128", "--sequence-length", "64")
+    shown = ok("validate", DEMO, path, *windows)
+    assert "NOT kept" in shown.out
+    assert "Next: mofq export" not in shown.err
+    assert "Search again: with a smaller --max-kl" in shown.err
+
+
 def test_times_do_not_follow_from_peaks_that_are_not_stated(
     measured: Measured, tmp_path: Path
 ) -> None:

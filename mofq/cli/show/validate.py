@@ -29,7 +29,12 @@ def show_validation(result: ValidateResult) -> None:
     if len(result.validations) > 1:
         value = with_error(result.worst.kl_nats_per_token, result.worst.kl_stderr)
         say(f"worst text: {result.worst_text}, {value} nats/token")
-    if all(one.enforced is not False for one in result.validations.values()):
+    if any(one.within_kl_budget is False for one in result.validations.values()):
+        note(
+            "Search again: with a smaller --max-kl, or with --model and --text beside it, which "
+            "measures until the budget is kept."
+        )
+    elif all(one.enforced is not False for one in result.validations.values()):
         _suggest_export(result)
 
 
