@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import short_bytes
+from mofq.api.formatting import short_bytes
 from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,

@@ -225,8 +225,8 @@ def measure_space(
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
+    from mofq.model.checkpoint_notes import notes_on
     from mofq.model.layers import EXPERTS_BY, split_experts
-    from mofq.model.notes import notes_on
 
     start = monotonic()
     path = Path(output)

@@ -15,7 +15,7 @@ from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.decision.rewriting import RotatedModel
-    from mofq.delivery.rewriting.choose import Choice
+    from mofq.delivery.rewriting.choose_scales import Choice
     from mofq.model.checkpoint.headers import Checkpoint
 
 

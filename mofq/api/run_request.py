@@ -215,8 +215,8 @@ def _check_request(
     from mofq.evidence.constraints import selections_of
     from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
+    from mofq.model.checkpoint_notes import wider_dtype
     from mofq.model.layers.model_class import check_next_tokens
-    from mofq.model.notes import wider_dtype
 
     request, space = asked.request, asked.space
     engine, budgets = request.engine, request.budgets

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import short_bytes, with_error
+from mofq.api.formatting import short_bytes, with_error
 from mofq.api.inputs import load_named, open_table, save_recipe, text_file
 from mofq.api.options import (
     AnyTable,
@@ -136,7 +136,7 @@ def search(
     if path is not None:
         _check_output(path, table, on_model, timing, name="output")
     if measures and method.solver == "optuna":
-        from mofq.decision.measured.storage import storage_file
+        from mofq.decision.measured.study_storage import storage_file
 
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
@@ -273,7 +273,7 @@ def decide_on_model(
     Raises:
         MofqError: As `search`.
     """
-    from mofq.decision.measured.prove import decide_proved
+    from mofq.decision.measured.proved_budget import decide_proved
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
     from mofq.delivery.validation.streamed_kl import StreamedKl

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mofq.engines.exports import export_problem
 from mofq.engines.groups import embedding_role, experts_apart, is_experts, transposed_layer
-from mofq.engines.names import format_name
+from mofq.engines.scheme_names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
 from mofq.model.layers import AnyGroup, CacheLayer
 from mofq.numbers.schemes import Scheme

@@ -9,7 +9,7 @@ import pytest
 from command_line import DEMO, Measured, ok, refused
 from explore_tables import write_explore_table
 
-from mofq.api.figures import with_interval
+from mofq.api.formatting import with_interval
 from mofq.decision.model_error import row_error
 from mofq.decision.recipe import load_recipe
 from mofq.engines.devices import DEVICE_MODELS

@@ -10,10 +10,10 @@ from test_decide import ERRORS, space, table_of
 
 from mofq.decision import Budgets, Decision, Request, decide
 from mofq.decision.advice import Situation, advise
-from mofq.decision.difference import compare_recipes
 from mofq.decision.explain import explain
 from mofq.decision.model_error import row_error
 from mofq.decision.recipe import RecipeGroup, load_recipe, write_recipe
+from mofq.decision.recipe_difference import compare_recipes
 from mofq.decision.request import TimeRequest
 from mofq.decision.timing import recipe_seconds
 from mofq.engines.devices import DEVICE_MODELS, DeviceModel

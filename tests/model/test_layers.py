@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
+from mofq.model.checkpoint_notes import notes_on
 from mofq.model.layers import (
     FUSION_RULES,
     FusionGroup,
@@ -32,7 +33,6 @@ from mofq.model.layers import (
 )
 from mofq.model.layers.joining import joined_apart
 from mofq.model.loading import load_model
-from mofq.model.notes import notes_on
 from mofq.model.sizes import source_bytes
 
 LLAMA_GROUPS = {

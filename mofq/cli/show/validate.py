@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import with_error, with_interval
+from mofq.api.formatting import with_error, with_interval
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 from mofq.evidence.corpora import differing_bos

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mofq.decision.rewriting import ROTATE
-from mofq.delivery.rewriting.choose import Choice, choose_scales
+from mofq.delivery.rewriting.choose_scales import Choice, choose_scales
 from mofq.delivery.rewriting.scales import METHODS
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
