@@ -1,10 +1,10 @@
 """Rotates the residual stream of a checkpoint, and the values of its attention heads.
 
 Why the model computes the same: `residual_stream`. Each tensor is read, multiplied in float64 and
-rounded once to the dtype that it is stored in. One is in memory at a time: blocks of its rows where these
-stay apart, else the tensor as it is stored, of which blocks of columns are multiplied. An lm_head
-that is tied to the embedding is stored apart: the gain of the last norm is folded into it, and not
-into the embedding.
+rounded once to the dtype that it is stored in. One is in memory at a time: blocks of its rows where
+these stay apart, else the tensor as it is stored, of which blocks of columns are multiplied. An
+lm_head that is tied to the embedding is stored apart: the gain of the last norm is folded into it,
+and not into the embedding.
 """
 
 from __future__ import annotations
