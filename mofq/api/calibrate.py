@@ -26,7 +26,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_folder
-from mofq.exceptions import ClusterError, Remark, StatsError, nearest_name, option
+from mofq.exceptions import ClusterError, Remark, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.dtypes import check_dtype
 
@@ -321,7 +321,6 @@ def chosen_execution(
         device=device,
         more_bytes=4 * plan.sequence_length * numbers,
         unless=unless,
-        may_spread=True,
     )
 
 
@@ -404,8 +403,6 @@ def _keeps_inputs(checkpoint: Checkpoint, layers: ModelLayers, plan: Plan, *, as
     """Whether inputs are kept of the sequences of which nothing else is."""
     from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes
 
-    if asked not in (known := ("auto", "all", "kept")):
-        raise StatsError(f"{option('inputs')}: unknown {asked!r}." + nearest_name(asked, known))
     others = sum(one.sequences - len(one.kept_indices) for one in plan.corpora)
     needed = inputs_bytes(
         layers,

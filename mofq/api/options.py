@@ -30,7 +30,8 @@ from typing import (
 )
 
 from mofq.evidence.corpora import Bos
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import option as spelled
 from mofq.files.progress import Tell as Tell
 from mofq.files.progress import silent as silent
 
@@ -130,8 +131,8 @@ def _parameter(
 def documented(function: Function) -> Function:
     """Explain the options of a function in its docstring, and check them before it runs.
 
-    The help texts stand before what is returned. A value that is not of its option's type, or
-    below its smallest, is refused with a `MofqError`.
+    The help texts stand before what is returned. A value that is not of its option's type, none of
+    its words, or below its smallest, is refused with a `MofqError`.
     """
     annotations = inspect.get_annotations(function, eval_str=True)
     signature = inspect.signature(function)
@@ -182,6 +183,10 @@ def _check_argument(name: str, value: object, annotation: Any) -> None:
 
 
 def _check_value(name: str, value: object, annotation: Any, option: Option) -> None:
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        if value not in (words := get_args(annotation)):
+            raise MofqError(f"{spelled(name, value)}: unknown." + nearest_name(value, words))
+        return
     if not _fits(value, annotation):
         needed = (
             annotation.__forward_arg__
@@ -197,7 +202,7 @@ def _check_value(name: str, value: object, annotation: Any, option: Option) -> N
 
 
 def _fits(value: object, annotation: Any) -> bool:
-    """Whether a value is of a type; a word that no stage knows is refused by the stage."""
+    """Whether a value is of a type."""
     arguments = get_args(annotation)
     if isinstance(annotation, str):  # of the items of a sequence
         annotation = ForwardRef(annotation)
@@ -208,7 +213,7 @@ def _fits(value: object, annotation: Any) -> bool:
         case origin if origin in (Union, UnionType):
             return any(_fits(value, one) for one in arguments)
         case origin if origin is Literal:
-            return isinstance(value, str)
+            return False
         case origin if origin is Sequence:
             is_list = isinstance(value, Sequence) and not isinstance(value, str)
             return is_list and all(_fits(one, arguments[0]) for one in value)  # type: ignore[attr-defined]

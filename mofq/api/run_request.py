@@ -25,9 +25,9 @@ from mofq.api.options import (
     Windows,
 )
 from mofq.api.preconditions import check_device, check_engine, check_vocabulary
-from mofq.api.run_effort import EFFORTS, Offered
+from mofq.api.run_effort import Offered
 from mofq.api.run_folder import RunFiles, lack_of_space
-from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def check_run(asked: RunOptions) -> CheckedRun:
         MofqError: No recipe can meet the request, no engine serves one, a text is too short or
             is used twice, or an option does not go with another.
     """
-    _check_effort(asked.effort)
     checkpoint, layers, offered, selections = _check_request(asked)
     _check_texts(asked)
     check_device(asked.running.device)
@@ -181,12 +180,6 @@ def may_be_rewritten(run: CheckedRun) -> bool:
     if asked.layers is not None or any(asked.vocabulary.asked.values()):
         return False
     return asked.request.budgets.max_kl is None and asked.other_tool is None
-
-
-def _check_effort(effort: str) -> None:
-    """Refuse an effort that there is not."""
-    if effort not in EFFORTS:
-        raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
 
 
 def _check_halves(plan: Plan, effort: str) -> None:

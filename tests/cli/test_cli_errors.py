@@ -196,7 +196,7 @@ def test_a_run_refuses_to_validate_on_its_calibration_text(out: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--ties", "maybe"), "--ties is on or off, not 'maybe'"),
+        (("--ties", "maybe"), "--ties maybe: unknown. Known: off, on."),
         (("--solver", "exat"), "Did you mean 'exact'?"),
         (("--solver", "magic"), "Known: exact, greedy, optuna."),
         (("--engine", "vllm-gpu"), "Did you mean 'vllm-cpu'?"),

@@ -134,9 +134,11 @@ def test_what_is_typed_arrives_at_the_function_in_its_types() -> None:
     assert (given["style"], given["upside_down"], given["secret"]) == ("plain", False, 7)
 
 
-def test_a_flag_and_an_unknown_word_are_the_function_s_to_judge() -> None:
-    given = ran("cat.png", "-o", "out", "--upside-down", "--style", "bald")
-    assert (given["style"], given["upside_down"]) == ("bald", True)
+def test_a_flag_and_a_word_arrive_and_an_unknown_word_is_refused() -> None:
+    given = ran("cat.png", "-o", "out", "--upside-down", "--style", "bold")
+    assert (given["style"], given["upside_down"]) == ("bold", True)
+    refused = ran("cat.png", "-o", "out", "--style", "bald").exception
+    assert str(refused) == "--style bald: unknown. Did you mean 'bold'?"
 
 
 @pytest.mark.parametrize(

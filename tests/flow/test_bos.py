@@ -170,5 +170,5 @@ def test_bos_of_a_tokenizer_that_has_none_is_refused_before_anything_runs(
     message = refused("calibrate", tiny_llama, *options, "--bos", "always")
     assert "the tokenizer has no BOS token" in message
     message = refused("calibrate", tiny_llama, *options, "--bos", "on")
-    assert "--bos on: is not one of auto, always, never" in message
+    assert "--bos on: unknown. Known: always, auto, never." in message
     assert not (tmp_path / "stats").exists()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from mofq.exceptions import MofqError, Remark, StreamingError, nearest_name, option
+from mofq.exceptions import Remark, StreamingError, option
 from mofq.model.checkpoint.headers import Checkpoint
 
 Execution = Literal["auto", "resident", "spread", "streamed"]
@@ -36,7 +36,6 @@ def choose_execution(
     device: str,
     more_bytes: int = 0,
     unless: str | None = None,
-    may_spread: bool = False,
 ) -> Chosen:
     """Run a model whole where it fits, else layer by layer.
 
@@ -47,15 +46,10 @@ def choose_execution(
         device: Where it runs.
         more_bytes: That are needed beside the weights, where the model is run whole.
         unless: Why the model has to be run whole, if it has to.
-        may_spread: Whether the whole model may be spread over devices.
 
     Raises:
-        MofqError: What is asked for is none of the words.
         StreamingError: It has to be run whole, and layer by layer is asked for.
     """
-    words = [one for one in get_args(Execution) if may_spread or one != "spread"]
-    if asked not in words:
-        raise MofqError(f"{option('execution')}: unknown {asked!r}." + nearest_name(asked, words))
     if unless is not None:
         if asked == "streamed":
             raise StreamingError(f"{unless}: leave {option('execution', 'streamed')} out.")
