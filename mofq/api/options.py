@@ -439,9 +439,10 @@ class Timing:
 class Method:
     """How a recipe is looked for."""
 
-    solver: Annotated[Literal["exact", "greedy", "optuna"], Option("exact, greedy or optuna.")] = (
-        "exact"
-    )
+    solver: Annotated[
+        Literal["exact", "greedy", "optuna"],
+        Option("exact: proven best; greedy: one layer after the other; optuna: by trials."),
+    ] = "exact"
     objective: Objective = "mean"
     ties: Annotated[
         Literal["on", "off"],

@@ -89,15 +89,19 @@ def as_command(
 
 def _as_typer(parameter: Parameter) -> inspect.Parameter:
     option, default = parameter.option, parameter.default
+    read_as = option.read_as or _read_as(parameter.annotation)
     if option.positional:
         info: Any = typer.Argument(help=option.help)
     else:
         flag = option.flag or default_flag(parameter.name)
         names = [flag] if option.short is None else [flag, option.short]
         info = typer.Option(
-            *names, help=option.help, min=option.least, rich_help_panel=parameter.section
+            *names,
+            help=option.help,
+            min=option.least,
+            metavar=_metavar(parameter.annotation, read_as),
+            rich_help_panel=parameter.section,
         )
-    read_as = option.read_as or _read_as(parameter.annotation)
     if option.required:
         default = inspect.Parameter.empty
     if default is None:
@@ -120,6 +124,15 @@ def _read_as(annotation: Any) -> Any:
             return list[_read_as(get_args(one)[0])]  # type: ignore[misc]
     # What Python may hold in memory, and names by a forward reference, is a file to the shell.
     return Path if Path in members or isinstance(annotation, ForwardRef | str) else annotation
+
+
+def _metavar(annotation: Any, read_as: Any) -> str | None:
+    """What ``--help`` shows in the place of a value; None: there is none."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    kinds = {int: "number", float: "number", str: "text", Path: "path"}
+    one = next((one for one in (*get_args(read_as), read_as) if one in kinds), None)
+    return None if one is None else f"<{kinds[one]}>"
 
 
 def _arguments(

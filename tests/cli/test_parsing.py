@@ -161,6 +161,9 @@ def test_the_help_has_what_matters_first_and_groups_under_their_titles() -> None
         ("How large it is", ["--height"]),
         (OTHERS, ["--style", "--upside-down"]),
     ]
+    for shown in ("-o, --output <path> ", "--width <number> ", "--colour <text> "):
+        assert shown in blocks["Options"]
+    assert "--style plain|bold " in blocks[OTHERS]
 
 
 def test_the_help_of_a_search_begins_with_eight_options() -> None:
