@@ -26,6 +26,7 @@ from mofq.api.frontier import FrontierPoint, FrontierResult, frontier
 from mofq.api.inspect import InspectResult, inspect
 from mofq.api.measure import MeasureResult, measure
 from mofq.api.options import (
+    Aim,
     Budget,
     Choices,
     Constraints,
@@ -50,6 +51,7 @@ from mofq.api.validate import ValidateResult, validate
 
 __all__ = [
     "AdviseResult",
+    "Aim",
     "Budget",
     "CalibrateResult",
     "Choices",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.options import Option, documented
 
@@ -42,7 +42,8 @@ def advise(
     *,
     device_model: Annotated[str, Option("h100 … of `mofq devices`, or a YAML file.")],
     deployment: Annotated[
-        str, Option("synchronous: one request at a time, latency; asynchronous: many at once.")
+        Literal["synchronous", "asynchronous"],
+        Option("synchronous: one request at a time, latency; asynchronous: many at once."),
     ],
     recovery: Annotated[float | None, Option("Share of the accuracy to keep, e.g. 0.99.")] = None,
     tp: Annotated[int, Option("Devices that share the model.", least=1)] = 1,

@@ -11,12 +11,11 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import short_bytes
+from mofq.api.formatting import short_bytes
 from mofq.api.inputs import load_corpora, open_layers
 from mofq.api.options import (
     Corpora,
-    DeviceMap,
-    Execution,
+    GradientExecution,
     LayersFile,
     Model,
     Option,
@@ -28,7 +27,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_folder
-from mofq.exceptions import ClusterError, Remark, StatsError, nearest_name, option
+from mofq.exceptions import ClusterError, Remark, StatsError, option
 from mofq.files.progress import Progress
 from mofq.model.dtypes import check_dtype
 
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
     from mofq.evidence.corpora import Corpus
     from mofq.model.checkpoint.headers import Checkpoint
     from mofq.model.layers import ModelLayers
-    from mofq.model.streaming.execution import Chosen
-    from mofq.model.streaming.execution import Execution as ExecutionChoice
+    from mofq.model.streaming.execution import Chosen, Execution
 
 #: Sequences of a corpus, where nothing else is asked for; chosen by scripts/bench/sample_plan.py.
 SEQUENCES = 32
@@ -158,8 +156,7 @@ def calibrate(
     *,
     samples: Samples = Samples(),
     where: Where = Where(),
-    device_map: DeviceMap = None,
-    execution: Execution = "auto",
+    execution: GradientExecution = "auto",
     kv_cache: Annotated[
         bool, Option("Keep keys and values too, to measure formats of the KV cache.")
     ] = False,
@@ -184,9 +181,9 @@ def calibrate(
     folder = Path(output)
     texts = load_corpora(corpora, tell)
     check_gradient_dtype(where.dtype)
-    if where.cluster is not None and device_map is not None:
+    if where.cluster is not None and execution == "spread":
         raise ClusterError(
-            f"{option('device_map')} spreads a model over one machine. Drop it or "
+            f"{option('execution', 'spread')} spreads a model over one machine. Drop it or "
             f"{option('cluster')}."
         )
     check_folder(folder, folders=[model])
@@ -225,7 +222,6 @@ def calibrate(
             folder,
             execution=execution,
             where=where,
-            device_map=device_map,
             progress=progress,
             tell=tell,
         )
@@ -240,9 +236,8 @@ def _run_model(
     windows: Mapping[str, Tensor],
     folder: Path,
     *,
-    execution: ExecutionChoice,
+    execution: Execution,
     where: Where,
-    device_map: str | None,
     progress: Progress | None,
     tell: Tell,
 ) -> Stats:
@@ -268,8 +263,7 @@ def _run_model(
                 cpus=where.cluster_cpus,
                 progress=progress,
             )
-    spread = f"{option('device_map')} spreads the whole model"
-    chosen = choose(unless=None if device_map is None else spread)
+    chosen = choose()
     if chosen.remark is not None:
         tell(chosen.remark)
     from mofq.model.checkpoint.tensors import check_finite
@@ -289,7 +283,12 @@ def _run_model(
 
     check_finite(checkpoint, layers)
     return calibrate_here(
-        load_model(checkpoint.folder, dtype=plan.dtype, device=where.device, device_map=device_map),
+        load_model(
+            checkpoint.folder,
+            dtype=plan.dtype,
+            device=where.device,
+            device_map="auto" if execution == "spread" else None,
+        ),
         layers,
         plan=plan,
         windows=windows,
@@ -299,7 +298,7 @@ def _run_model(
 
 
 def chosen_execution(
-    execution: ExecutionChoice,
+    execution: Execution,
     checkpoint: Checkpoint,
     layers: ModelLayers,
     plan: Plan,
@@ -408,8 +407,6 @@ def _keeps_inputs(checkpoint: Checkpoint, layers: ModelLayers, plan: Plan, *, as
     """Whether inputs are kept of the sequences of which nothing else is."""
     from mofq.evidence.calibration.disk_needs import experts_per_token, inputs_bytes
 
-    if asked not in (known := ("auto", "all", "kept")):
-        raise StatsError(f"{option('inputs')}: unknown {asked!r}." + nearest_name(asked, known))
     others = sum(one.sequences - len(one.kept_indices) for one in plan.corpora)
     needed = inputs_bytes(
         layers,
@@ -461,7 +458,7 @@ def _plan(
         weights_sha256=hash_weights(checkpoint),
         seed=samples.seed,
         sequence_length=samples.sequence_length,
-        draws=samples.draws,
+        draws=1,
         dtype=dtype,
         kv_cache=kv_cache or None,
         bos=bos or None,

@@ -13,8 +13,8 @@ from mofq.api.request import read_corpus_weights
 from mofq.exceptions import MofqError, option
 
 if TYPE_CHECKING:
-    from mofq.decision.difference import Difference
     from mofq.decision.recipe import Recipe
+    from mofq.decision.recipe_difference import Difference
     from mofq.evidence.table import Table
 
 FirstRecipe = Annotated["Recipe | str | Path", Option("A recipe.", positional=True)]
@@ -105,8 +105,8 @@ def diff(
     Raises:
         MofqError: The recipes are of two models, or an input is not valid.
     """
-    from mofq.decision.difference import compare_recipes
-    from mofq.decision.pricing import pricing_request, with_figures
+    from mofq.decision.recipe_costs import pricing_request, with_figures
+    from mofq.decision.recipe_difference import compare_recipes
 
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")

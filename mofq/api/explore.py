@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.frontier import frontier_request
 from mofq.api.inputs import open_table
@@ -101,7 +101,10 @@ def plot(
     table: TableFile,
     output: Annotated[str | Path, Option("A .png, .svg or .pdf.", short="-o")],
     *,
-    kind: Annotated[str, Option("frontier, map, sensitivity, prediction or weights.")],
+    kind: Annotated[
+        Literal["frontier", "map", "sensitivity", "prediction", "weights"],
+        Option("frontier, map, sensitivity, prediction or weights."),
+    ],
     recipes: Recipes = (),
     validations: Validations = (),
     choices: Choices = Choices(),

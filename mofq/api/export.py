@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import with_error, with_interval
+from mofq.api.formatting import with_error, with_interval
 from mofq.api.inputs import open_recipe
 from mofq.api.options import AnyRecipe, Model, Option, Stats, documented
 from mofq.api.preconditions import check_folder, check_output

@@ -37,7 +37,26 @@ def open_table(table: Table | str | Path, tell: Tell) -> Table:
             f"{table}: measured {when}, and this mofq has numerics {NUMERICS}: do not compare its "
             f"errors with those of newer tables."
         )
+    if apart := _joined_apart(opened):
+        tell(
+            f"{table}: {', '.join(apart)} are in different fusion groups, and this mofq joins them "
+            f"as engines do: it was changed since the table was measured. It refuses recipes that "
+            f"give them different schemes. Measure into another table."
+        )
     return opened
+
+
+def _joined_apart(table: Table) -> tuple[str, ...]:
+    from mofq.model.layers.joining import joined_apart
+
+    model = table.header.model
+    if model.layers is not None:  # joined as the user said
+        return ()
+    groups = {
+        group.name: [(layer.name, layer.in_features) for layer in group.layers]
+        for group in table.header.groups
+    }
+    return joined_apart(groups, model.model_type)
 
 
 def open_layers(

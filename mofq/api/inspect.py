@@ -103,7 +103,7 @@ def inspect(
         with_stored,
     )
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.notes import notes_on
+    from mofq.model.checkpoint_notes import notes_on
 
     checkpoint = open_checkpoint(str(model))
     loaded = None

@@ -41,7 +41,6 @@ from mofq.exceptions import (
     MofqError,
     Remark,
     StatsError,
-    nearest_name,
     option,
 )
 from mofq.files.progress import Progress
@@ -225,8 +224,8 @@ def measure_space(
     )
     from mofq.evidence.table import read_table
     from mofq.model.checkpoint.headers import open_checkpoint
-    from mofq.model.layers import EXPERTS_BY, split_experts
-    from mofq.model.notes import notes_on
+    from mofq.model.checkpoint_notes import notes_on
+    from mofq.model.layers import split_experts
 
     start = monotonic()
     path = Path(output)
@@ -239,8 +238,6 @@ def measure_space(
     vocabulary = vocabulary.and_of(space)
     found = open_layers(checkpoint, vocabulary, layers)
     check_engine(engine, found)
-    if experts not in EXPERTS_BY:
-        raise MofqError(f"no experts={experts!r}." + nearest_name(experts, EXPERTS_BY))
     if engine is not None and experts != "layer":
         raise EngineError(
             f"{option('experts', experts)}: engines give all experts of a decoder layer one "

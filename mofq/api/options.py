@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from functools import wraps
 from numbers import Integral, Real
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as short
 from types import UnionType
@@ -29,7 +30,8 @@ from typing import (
 )
 
 from mofq.evidence.corpora import Bos
-from mofq.exceptions import MofqError
+from mofq.exceptions import MofqError, nearest_name
+from mofq.exceptions import option as spelled
 from mofq.files.progress import Tell as Tell
 from mofq.files.progress import silent as silent
 
@@ -54,8 +56,12 @@ class Option:
     least: int | None = None  #: smallest value of a number
     required: bool = False  #: although Python has a default
     read_as: Any = None  #: type of the text; None: that of the parameter
+    #: Whether ``--help`` shows it before the titled sections. None: unless it is of a group.
+    is_first: bool | None = None
 
 
+#: Where ``--help`` shows the options that are of no group and not of the first.
+OTHERS = "Less often needed"
 #: What a stage takes beside its options.
 _REPORTS = {
     "progress": "Called with the name of a long stage, the steps done and all steps.",
@@ -69,6 +75,7 @@ class Parameter:
 
     name: str
     group: str | None  #: the parameter that is the group; None: it is no field
+    section: str | None  #: the title that it stands under in ``--help``; None: it is of the first
     annotation: Any  #: what Python gives
     option: Option
     default: Any  #: `inspect.Parameter.empty` where there is none
@@ -80,12 +87,17 @@ def parameters_of(function: Callable[..., Any]) -> Iterator[Parameter]:
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = annotations[name]
         if isinstance(annotation, type) and is_dataclass(annotation):
-            types = _types_of(annotation)
-            for field in fields(annotation):
-                default = getattr(parameter.default, field.name)
-                yield _parameter(field.name, types[field.name], default, group=name)
+            types, titles = _types_of(annotation), _titles_of(annotation)
+            for field in map(attrgetter("name"), fields(annotation)):
+                default = getattr(parameter.default, field)
+                yield _parameter(field, types[field], default, group=name, title=titles[field])
         elif hasattr(annotation, "__metadata__"):
             yield _parameter(name, annotation, parameter.default)
+
+
+def title_of(group: type) -> str:
+    """What a group is, in its first line."""
+    return (group.__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _types_of(group: type) -> dict[str, Any]:
@@ -96,16 +108,31 @@ def _types_of(group: type) -> dict[str, Any]:
     return types
 
 
-def _parameter(name: str, annotation: Any, default: Any, *, group: str | None = None) -> Parameter:
+def _titles_of(group: type) -> dict[str, str]:
+    """Field -> what the class is, in its first line, that has it first."""
+    return {
+        field: title_of(kind) for kind in group.__mro__ for field in inspect.get_annotations(kind)
+    }
+
+
+def _parameter(
+    name: str,
+    annotation: Any,
+    default: Any,
+    *,
+    group: str | None = None,
+    title: str = OTHERS,
+) -> Parameter:
     python, option = get_args(annotation)
-    return Parameter(name, group, python, option, default)
+    is_first = group is None if option.is_first is None else option.is_first
+    return Parameter(name, group, None if is_first else title, python, option, default)
 
 
 def documented(function: Function) -> Function:
     """Explain the options of a function in its docstring, and check them before it runs.
 
-    The help texts stand before what is returned. A value that is not of its option's type, or
-    below its smallest, is refused with a `MofqError`.
+    The help texts stand before what is returned. A value that is not of its option's type, none of
+    its words, or below its smallest, is refused with a `MofqError`.
     """
     annotations = inspect.get_annotations(function, eval_str=True)
     signature = inspect.signature(function)
@@ -137,7 +164,7 @@ def _with_options(function: Callable[..., Any], annotations: Mapping[str, Any]) 
         if one.group is None:
             texts[one.name] = one.option.help
         else:
-            texts[one.group] = (annotations[one.group].__doc__ or "").partition("\n")[0]
+            texts[one.group] = f"{title_of(annotations[one.group])}."
     texts |= {name: text for name, text in _REPORTS.items() if name in annotations}
     lines = "".join(f"    {name}: {texts[name]}\n" for name in annotations if name in texts)
     text = inspect.getdoc(function) or ""
@@ -156,6 +183,10 @@ def _check_argument(name: str, value: object, annotation: Any) -> None:
 
 
 def _check_value(name: str, value: object, annotation: Any, option: Option) -> None:
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        if value not in (words := get_args(annotation)):
+            raise MofqError(f"{spelled(name, value)}: unknown." + nearest_name(value, words))
+        return
     if not _fits(value, annotation):
         needed = (
             annotation.__forward_arg__
@@ -171,7 +202,7 @@ def _check_value(name: str, value: object, annotation: Any, option: Option) -> N
 
 
 def _fits(value: object, annotation: Any) -> bool:
-    """Whether a value is of a type; a word that no stage knows is refused by the stage."""
+    """Whether a value is of a type."""
     arguments = get_args(annotation)
     if isinstance(annotation, str):  # of the items of a sequence
         annotation = ForwardRef(annotation)
@@ -182,7 +213,7 @@ def _fits(value: object, annotation: Any) -> bool:
         case origin if origin in (Union, UnionType):
             return any(_fits(value, one) for one in arguments)
         case origin if origin is Literal:
-            return isinstance(value, str)
+            return False
         case origin if origin is Sequence:
             is_list = isinstance(value, Sequence) and not isinstance(value, str)
             return is_list and all(_fits(one, arguments[0]) for one in value)  # type: ignore[attr-defined]
@@ -203,7 +234,7 @@ Model = Annotated[
 ]
 LayersFile = Annotated[
     str | Path | None,
-    Option("A YAML file that says of the model's layers what their names do not."),
+    Option("A YAML file that says of the model's layers what their names do not.", is_first=False),
 ]
 TableFile = Annotated[str | Path, Option("From `mofq measure`.", positional=True)]
 AnyTable = Annotated["Table | str | Path", Option("From `mofq measure`.", positional=True)]
@@ -211,7 +242,8 @@ RecipeOutput = Annotated[
     str | Path | None, Option("The recipe, recipe.yaml.", short="-o", required=True)
 ]
 Engine = Annotated[
-    str | None, Option("A serving engine, of `mofq engines`; NAME:tp=4 on 4 devices.")
+    str | None,
+    Option("A serving engine, of `mofq engines`; NAME:tp=4 on 4 devices.", is_first=True),
 ]
 Space = Annotated[
     str | Path, Option("A search space: a name of `mofq spaces`, or a file.", read_as=str)
@@ -219,9 +251,20 @@ Space = Annotated[
 Device = Annotated[str, Option("Where the arithmetic runs: cpu, cuda, cuda:1 …")]
 Execution = Annotated[
     Literal["auto", "resident", "streamed"],
-    Option("resident: the whole model in memory; streamed: layer by layer; auto: as it fits."),
+    Option(
+        "resident: the whole model in memory; streamed: layer by layer; auto: as it fits.",
+        is_first=False,
+    ),
 ]
-DeviceMap = Annotated[str | None, Option("Spread the model over devices, e.g. auto.")]
+#: Of the model that gradients flow through.
+GradientExecution = Annotated[
+    Literal["auto", "resident", "spread", "streamed"],
+    Option(
+        "resident: the whole model in memory; spread: over all devices, by accelerate; streamed: "
+        "layer by layer; auto: resident or streamed, as it fits.",
+        is_first=False,
+    ),
+]
 DeviceModel = Annotated[
     str | None,
     Option("The device whose times are computed: h100 … of `mofq devices`, or a YAML file."),
@@ -232,11 +275,16 @@ Stats = Annotated[
 ]
 Sequences = Annotated[
     int | None,
-    Option("Sequences of each corpus; 32 by default, or as many as a text holds.", least=1),
+    Option(
+        "Sequences of each corpus; 32 by default, or as many as a text holds.",
+        least=1,
+        is_first=False,
+    ),
 ]
 Tokens = Annotated[
     int, Option("How many tokens of the text, at most, in windows spread over it.", least=2)
 ]
+SequenceLength = Annotated[int, Option("Tokens of a window.", least=2)]
 WindowBos = Annotated[
     Bos,
     Option("Begin windows with BOS: auto, where the tokenizer does; always or never."),
@@ -269,17 +317,23 @@ class Budget:
     """What a recipe may cost."""
 
     max_bits: Annotated[
-        float | None, Option("At most so many true bits per weight, scales included.")
+        float | None,
+        Option("At most so many true bits per weight, scales included.", is_first=True),
     ] = None
     max_size: Annotated[
         str | float | None,
-        Option("At most so many bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.", read_as=str),
+        Option(
+            "At most so many bytes of the whole checkpoint, e.g. 5GB or 4.5GiB.",
+            read_as=str,
+            is_first=True,
+        ),
     ] = None
     max_kl: Annotated[
         float | None,
         Option(
             "At most so many nats per token: the upper end of the predicted interval, or with a "
-            "text the measured KL. Without a budget of size, the smallest model within it."
+            "text the measured KL. Without a budget of size, the smallest model within it.",
+            is_first=True,
         ),
     ] = None
     max_finer: Annotated[
@@ -305,6 +359,7 @@ class Constraints:
             "LAYERS=SCHEME[,SCHEME]: these layers get this scheme, or one of these, e.g. "
             "'*.0.*=bf16'; repeatable.",
             flag="--fix",
+            is_first=True,
         ),
     ] = ()
     at_least: Annotated[
@@ -320,22 +375,10 @@ class Constraints:
     ] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choices(Constraints):
-    """What a recipe may be made of: the rows of a table that count, and the KV cache."""
+@dataclass(frozen=True, kw_only=True)  # no slots: it is one of two bases
+class Cache:
+    """What the KV cache may be kept in."""
 
-    engine: Engine = None
-    space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
-        None
-    )
-    unit: Annotated[
-        str | None,
-        Option(
-            "The errors that are added up: kl_nats_per_token (by default, where measured), "
-            "output_mse, tensor_mse or relative_weight_error."
-        ),
-    ] = None
-    corpus_weights: CorpusWeights = None
     max_kv_bits: Annotated[
         float | None,
         Option("Decide the KV cache too: at most so many true bits per cached number."),
@@ -360,8 +403,26 @@ class Choices(Constraints):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choices(Cache, Constraints):
+    """Which rows of a table count."""
+
+    engine: Engine = None
+    space: Annotated[str | None, Option("Only this search space of the table; all by default.")] = (
+        None
+    )
+    unit: Annotated[
+        str | None,
+        Option(
+            "The errors that are added up: kl_nats_per_token (by default, where measured), "
+            "output_mse, tensor_mse or relative_weight_error."
+        ),
+    ] = None
+    corpus_weights: CorpusWeights = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """The time of a forward pass: to be told, or kept."""
+    """The time of a forward pass, told or kept."""
 
     max_time: Annotated[
         str | None,
@@ -378,9 +439,10 @@ class Timing:
 class Method:
     """How a recipe is looked for."""
 
-    solver: Annotated[Literal["exact", "greedy", "optuna"], Option("exact, greedy or optuna.")] = (
-        "exact"
-    )
+    solver: Annotated[
+        Literal["exact", "greedy", "optuna"],
+        Option("exact: proven best; greedy: one layer after the other; optuna: by trials."),
+    ] = "exact"
     objective: Objective = "mean"
     ties: Annotated[
         Literal["on", "off"],
@@ -392,19 +454,26 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """What is minimised over several corpora."""
+
+    objective: Objective = "mean"
+    corpus_weights: CorpusWeights = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
     """The part of a text that models are compared on."""
 
     tokens: Tokens = 8192
-    sequence_length: Annotated[int, Option("Tokens of a window.", least=2)] = 512
+    sequence_length: SequenceLength = 512
     bos: WindowBos = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnModel(Windows):
-    """What measures a recipe on the model itself."""
+class OnModel:
+    """What measures a recipe on the model itself; its windows begin as those that calibrated."""
 
-    tokens: Tokens = 4096
     model: Annotated[
         str | Path | None,
         Option(
@@ -416,6 +485,8 @@ class OnModel(Windows):
         str | None,
         Option("What recipes are measured on; neither what calibrates nor what validates."),
     ] = None
+    tokens: Tokens = 4096
+    sequence_length: SequenceLength = 512
     device: Device = "cpu"
     execution: Execution = "auto"
     stats: Stats = None
@@ -423,7 +494,7 @@ class OnModel(Windows):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """The trials of ``solver="optuna"``."""
+    """The trials of the solver optuna."""
 
     trials: Annotated[int, Option("Trials of optuna, earlier ones included.", least=1)] = 60
     multi_objective: Annotated[bool, Option("Of optuna: true bits as a second objective.")] = False
@@ -450,7 +521,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where(Running):
-    """What the model is run in, and where: on this machine, or a Ray cluster."""
+    """Work on other machines."""
 
     cluster: Annotated[
         str | None, Option("Work on a Ray cluster: 'ray' (on this machine), or ray://HOST:PORT.")
@@ -493,7 +564,7 @@ class Excerpts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples(Excerpts):
-    """What is drawn from a calibration text, and kept of it."""
+    """What is kept of a calibration text."""
 
     keep: Annotated[int, Option("Sequences whose inputs and gradients are kept.", least=1)] = 8
     inputs: Annotated[
@@ -503,8 +574,7 @@ class Samples(Excerpts):
             "auto: all, where they take at most 8 GB."
         ),
     ] = "auto"
-    draws: Annotated[int, Option("Random draws of gradients for each sequence.", least=1)] = 1
-    seed: Annotated[int, Option("Of the random draws.")] = 0
+    seed: Annotated[int, Option("Of the labels that gradients are drawn for.")] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

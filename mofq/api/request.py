@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 from mofq.api.options import Budget, Choices, LayerValues, Method, Timing
-from mofq.exceptions import BudgetError, MofqError, nearest_name, option
+from mofq.exceptions import BudgetError, MofqError, option
 
 if TYPE_CHECKING:
     from mofq.decision import Budgets, Request
@@ -24,12 +24,11 @@ def make_request(
     """What is asked of the decision.
 
     Raises:
-        MofqError: A word is none of those known, a size, a time, a device or a workload cannot
-            be read, or an option needs another one that is missing.
+        MofqError: A size, a time, a device or a workload cannot be read, or an option needs another
+            one that is missing.
     """
     from mofq.decision import Request
 
-    _check_words(method)
     weights = read_corpus_weights(choices.corpus_weights)
     if weights is not None and method.objective != "mean":
         raise MofqError(
@@ -116,22 +115,6 @@ def _bytes(size: str | float | None) -> int | None:
 def _number(limit: float | None) -> float | None:
     """5 and 5.0 are one budget, and one text in a recipe."""
     return None if limit is None else float(limit)
-
-
-def _check_words(method: Method) -> None:
-    solvers, objectives = (
-        get_args(get_type_hints(Method)[name]) for name in ("solver", "objective")
-    )
-    if method.solver not in solvers:
-        raise MofqError(
-            f"no solver is called {method.solver!r}." + nearest_name(method.solver, solvers)
-        )
-    if method.ties not in ("on", "off"):
-        raise MofqError(f"{option('ties')} is on or off, not {method.ties!r}.")
-    if method.objective not in objectives:
-        raise MofqError(
-            f"unknown objective {method.objective!r}." + nearest_name(method.objective, objectives)
-        )
 
 
 def _cache_formats(names: Sequence[str]) -> tuple[str, ...] | None:

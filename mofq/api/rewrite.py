@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mofq.api.options import Model, Option, documented
 from mofq.api.preconditions import check_folder
-from mofq.exceptions import MofqError, nearest_name, option
+from mofq.exceptions import MofqError, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
     from mofq.decision.rewriting import RotatedModel
-    from mofq.delivery.rewriting.choose import Choice
+    from mofq.delivery.rewriting.choose_scales import Choice
     from mofq.model.checkpoint.headers import Checkpoint
 
 
@@ -62,7 +62,10 @@ def rewrite(
     stats: Annotated[
         str | Path | None, Option("From `mofq calibrate`; all methods but rotate need it.")
     ] = None,
-    method: Annotated[str, Option("smoothquant, awq, bismooth or rotate.")],
+    method: Annotated[
+        Literal["smoothquant", "awq", "bismooth", "rotate"],
+        Option("smoothquant, awq, bismooth or rotate."),
+    ],
     scheme: Annotated[
         str | None,
         Option("The scheme that it is made better for; by default that of the method."),
@@ -98,10 +101,6 @@ def rewrite(
             start=start,
             progress=progress,
         )
-    from mofq.delivery.rewriting.scales import METHODS
-
-    if method not in METHODS:
-        raise MofqError(f"unknown method {method!r}." + nearest_name(method, (*METHODS, ROTATE)))
     if seed is not None:
         raise MofqError(f"{option('seed')}: is for {option('method', ROTATE)}. Leave it out.")
     if stats is None:

@@ -14,18 +14,16 @@ from mofq.api.calibrate import calibrate
 from mofq.api.export import ExportResult
 from mofq.api.measure import MeasureResult, measure_space
 from mofq.api.options import (
+    Aim,
     Budget,
     Choices,
     Constraints,
     Corpora,
-    CorpusWeights,
-    DeviceMap,
     Engine,
-    Execution,
+    GradientExecution,
     LayersFile,
     Method,
     Model,
-    Objective,
     Option,
     Running,
     Samples,
@@ -153,8 +151,7 @@ def run(
         Corpora,
         Option("NAME=FILE for calibration; repeatable. Bundled text by default.", flag="--corpus"),
     ] = (),
-    corpus_weights: CorpusWeights = None,
-    objective: Objective = "mean",
+    aim: Aim = Aim(),
     constraints: Constraints = Constraints(),
     text: Annotated[str, Option("What validates; no text that calibrates.")] = "demo-en",
     engine: Engine = None,
@@ -163,17 +160,18 @@ def run(
     windows: Windows = Windows(),
     sequences: Sequences = None,
     running: Running = Running(),
-    device_map: DeviceMap = None,
-    execution: Execution = "auto",
+    execution: GradientExecution = "auto",
     no_stats: Annotated[
         bool,
         Option(
             "Measure while calibrating and store no statistics; without the option too, where the "
-            "disk is too small for them."
+            "disk is too small for them.",
+            is_first=False,
         ),
     ] = False,
     rivals: Annotated[
-        int, Option("Uniform schemes to validate beside the recipe, at most.", least=0)
+        int,
+        Option("Uniform schemes to validate beside the recipe, at most.", least=0, is_first=False),
     ] = 4,
     progress: Progress | None = None,
     tell: Tell | None = None,
@@ -204,12 +202,12 @@ def run(
         fixed=constraints.fixed,
         at_least=constraints.at_least,
         at_most=constraints.at_most,
-        corpus_weights=corpus_weights,
+        corpus_weights=aim.corpus_weights,
     )
     checked = check_run(
         RunOptions(
             model=str(model),
-            request=make_request(choices, budget=budget, method=Method(objective=objective)),
+            request=make_request(choices, budget=budget, method=Method(objective=aim.objective)),
             space=loaded,
             effort=effort,
             corpora=corpora or (_BUNDLED_TEXT,),
@@ -219,7 +217,6 @@ def run(
             layers=layers,
             vocabulary=vocabulary.and_of(loaded),
             running=running,
-            device_map=device_map,
             execution=execution,
             no_stats=no_stats,
             rivals=rivals,
@@ -311,7 +308,6 @@ def _calibrate(asked: RunOptions, files: RunFiles) -> None:
         files.stats,
         samples=asked.samples,
         where=asked.where,
-        device_map=asked.device_map,
         execution=asked.execution,
         kv_cache=bool(asked.space.kv_cache),
         layers=asked.layers,

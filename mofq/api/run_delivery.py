@@ -65,9 +65,8 @@ def decide_run(asked: RunOptions, measured: Measured) -> Decision:
             text=asked.text,
             tokens=windows.tokens,
             sequence_length=windows.sequence_length,
-            bos=windows.bos,
             device=asked.running.device,
-            execution=asked.execution,
+            execution=asked.forward_execution,
             stats=subject.stats,
         )
         found = decide_on_model(
@@ -196,8 +195,8 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
         return "a budget in nats is proved of the recipe as it was found"
     if asked.other_tool is not None:
         return f"a file for {asked.other_tool} is of the model as it is"
-    if asked.device_map is not None:
-        return f"{option('device_map')} spreads the model"
+    if asked.execution == "spread":
+        return f"{option('execution', 'spread')} spreads the model"
     execution = chosen_execution(
         asked.execution,
         run.checkpoint,
@@ -243,7 +242,7 @@ def validate_candidates(
         device=asked.running.device,
         stats=subject.stats,
         rewritten=rewritten,
-        execution=asked.execution,
+        execution=asked.forward_execution,
         work=files.folder / ".streamed",
         progress=asked.progress,
         tell=asked.tell,

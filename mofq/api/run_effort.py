@@ -38,7 +38,6 @@ Effort = Annotated[
         "pays; best: everywhere."
     ),
 ]
-EFFORTS = ("quick", "normal", "best")
 #: Searches over measured and guessed rows, at most. Where samples are not stored, each takes a
 #: calibration.
 ROUNDS, ROUNDS_WITHOUT_STATS = 3, 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import TYPE_CHECKING, Self
 
-from mofq.api.figures import short_bytes
+from mofq.api.formatting import short_bytes
 from mofq.api.request import read_corpus_weights
 from mofq.exceptions import BackendError, MofqError, TableError, option
 

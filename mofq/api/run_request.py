@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mofq.api.calibrate import (
     check_gradient_dtype,
@@ -15,7 +15,7 @@ from mofq.api.calibrate import (
 from mofq.api.inputs import load_corpora, load_named, open_layers
 from mofq.api.options import (
     Corpora,
-    Execution,
+    GradientExecution,
     LayersFile,
     Running,
     Samples,
@@ -25,9 +25,9 @@ from mofq.api.options import (
     Windows,
 )
 from mofq.api.preconditions import check_device, check_engine, check_vocabulary
-from mofq.api.run_effort import EFFORTS, Offered
+from mofq.api.run_effort import Offered
 from mofq.api.run_folder import RunFiles, lack_of_space
-from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, nearest_name, option
+from mofq.exceptions import BudgetError, CorpusError, MofqError, Remark, option
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class RunOptions:
     layers: LayersFile
     vocabulary: Vocabulary
     running: Running
-    device_map: str | None
-    execution: Execution
+    execution: GradientExecution
     no_stats: bool
     rivals: int
     progress: Progress | None
@@ -70,6 +69,11 @@ class RunOptions:
     def where(self) -> Where:
         """For stages that may work on a cluster, which a run does not."""
         return Where(dtype=self.running.dtype, device=self.running.device)
+
+    @property
+    def forward_execution(self) -> Literal["auto", "resident", "streamed"]:
+        """How the model is run where no gradients are needed: spread for them alone."""
+        return "auto" if self.execution == "spread" else self.execution
 
     @property
     def other_tool(self) -> str | None:
@@ -102,15 +106,14 @@ def check_run(asked: RunOptions) -> CheckedRun:
         MofqError: No recipe can meet the request, no engine serves one, a text is too short or
             is used twice, or an option does not go with another.
     """
-    _check_effort(asked.effort)
     checkpoint, layers, offered, selections = _check_request(asked)
     _check_texts(asked)
     check_device(asked.running.device)
     check_gradient_dtype(asked.running.dtype)
-    if asked.no_stats and asked.device_map is not None:
+    if asked.no_stats and asked.execution == "spread":
         raise MofqError(
             f"{option('no_stats')}: the model is run layer by layer then. Leave "
-            f"{option('device_map')} out."
+            f"{option('execution', 'spread')} out."
         )
     windows = _checked_windows(checkpoint, asked)
     samples = replace(asked.samples, sequence_length=windows.sequence_length, bos=windows.bos)
@@ -179,12 +182,6 @@ def may_be_rewritten(run: CheckedRun) -> bool:
     return asked.request.budgets.max_kl is None and asked.other_tool is None
 
 
-def _check_effort(effort: str) -> None:
-    """Refuse an effort that there is not."""
-    if effort not in EFFORTS:
-        raise MofqError(f"{option('effort', effort)}: unknown." + nearest_name(effort, EFFORTS))
-
-
 def _check_halves(plan: Plan, effort: str) -> None:
     """Refuse to fit codes to a corpus that cannot be halved."""
     for corpus in plan.corpora:
@@ -211,8 +208,8 @@ def _check_request(
     from mofq.evidence.constraints import selections_of
     from mofq.evidence.spaces import offer_schemes, selected_layers, with_stored
     from mofq.model.checkpoint.headers import CONFIG_FILE, open_checkpoint
+    from mofq.model.checkpoint_notes import wider_dtype
     from mofq.model.layers.model_class import check_next_tokens
-    from mofq.model.notes import wider_dtype
 
     request, space = asked.request, asked.space
     engine, budgets = request.engine, request.budgets

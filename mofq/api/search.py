@@ -10,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mofq.api.figures import short_bytes, with_error
+from mofq.api.formatting import short_bytes, with_error
 from mofq.api.inputs import load_named, open_table, save_recipe, text_file
 from mofq.api.options import (
     AnyTable,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mofq.decision.recipe import Recipe
     from mofq.delivery.validation.measured_kl import Objective
     from mofq.evidence.constraints import Selection
+    from mofq.evidence.corpora import Bos
     from mofq.evidence.refusals import Refused
     from mofq.evidence.table import Table
     from mofq.model.checkpoint.headers import Checkpoint
@@ -135,7 +136,7 @@ def search(
     if path is not None:
         _check_output(path, table, on_model, timing, name="output")
     if measures and method.solver == "optuna":
-        from mofq.decision.measured.storage import storage_file
+        from mofq.decision.measured.study_storage import storage_file
 
         study = replace(study, storage=study.storage or _beside(path))
         if file := storage_file(str(study.storage)):
@@ -272,11 +273,10 @@ def decide_on_model(
     Raises:
         MofqError: As `search`.
     """
-    from mofq.decision.measured.prove import decide_proved
+    from mofq.decision.measured.proved_budget import decide_proved
     from mofq.decision.measured.refine import decide_refined
     from mofq.delivery.validation.measured_kl import MeasuredKl
     from mofq.delivery.validation.streamed_kl import StreamedKl
-    from mofq.evidence.corpora import differing_bos
     from mofq.model.checkpoint.headers import open_checkpoint
     from mofq.model.streaming.execution import choose_execution
 
@@ -296,21 +296,19 @@ def decide_on_model(
         tokens=on_model.tokens,
         step=step,
         sequence_length=on_model.sequence_length,
-        bos=on_model.bos,
+        bos=bos_of(table),
         dtype=dtype,
         device=on_model.device,
         stats=on_model.stats,
         progress=progress,
     ) as objective:
         check_model(table, objective.checkpoint)
-        calibrated, begins_with_bos = table.header.stats, bool(objective.leading)
+        calibrated = table.header.stats
         if calibrated is not None and objective.text.sha256 in calibrated.corpora.values():
             tell(
                 f"{on_model.text}: was calibrated on too, which flatters every recipe that is "
                 f"measured on it. Search on another text."
             )
-        if calibrated is not None and bool(calibrated.bos) != begins_with_bos:
-            tell(differing_bos(windows=begins_with_bos))
         if not refine and request.solver != "optuna":
             return decide_proved(
                 table,
@@ -406,6 +404,14 @@ def _other_workers(
         process.join()
         if process.exitcode:
             tell(f"A worker ended with exit code {process.exitcode}; the others did its part.")
+
+
+def bos_of(table: Table) -> Bos:
+    """How windows begin that are compared with a table's errors: as those that calibrated."""
+    calibrated = table.header.stats
+    if calibrated is None:
+        return "auto"
+    return "always" if calibrated.bos else "never"
 
 
 def check_model(table: Table, checkpoint: Checkpoint) -> None:

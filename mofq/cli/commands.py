@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mofq import __version__, api
-from mofq.cli.parsing import as_command
+from mofq.cli.parsing import SectionedCommand, as_command
 from mofq.cli.show import catalog, files
 from mofq.cli.show.advise import show_advice
 from mofq.cli.show.diff import show_diff
@@ -52,28 +52,30 @@ def options(
     """Options of mofq itself."""
 
 
-app.command("inspect")(as_command(api.inspect, show_inspection))
-app.command("calibrate")(as_command(api.calibrate, files.show_calibration))
-app.command("rewrite")(as_command(api.rewrite, files.show_rewriting))
-app.command("measure")(as_command(api.measure, files.show_measurement))
-app.command("search")(as_command(api.search, show_search))
-app.command("tune")(as_command(api.tune, files.show_tuning))
-app.command("validate")(as_command(api.validate, show_validation, ending=end_validation))
-app.command("export")(as_command(api.export, files.show_export))
-app.command("run")(as_command(api.run, show_run))
-app.command("demo")(as_command(api.demo, show_run))
-app.command("frontier")(as_command(api.frontier, show_frontier))
-app.command("diff")(as_command(api.diff, show_diff))
-app.command("spaces")(as_command(api.spaces, catalog.show_spaces))
-app.command("formats")(as_command(api.formats, catalog.show_formats))
-app.command("engines")(as_command(api.engines, catalog.show_engines))
-app.command("devices")(as_command(api.devices, catalog.show_devices))
-app.command("advise")(as_command(api.advise, show_advice))
-app.command("explore")(as_command(api.explore, files.show_page))
-app.command("plot")(as_command(api.plot, files.show_figure))
+app.command("inspect", cls=SectionedCommand)(as_command(api.inspect, show_inspection))
+app.command("calibrate", cls=SectionedCommand)(as_command(api.calibrate, files.show_calibration))
+app.command("rewrite", cls=SectionedCommand)(as_command(api.rewrite, files.show_rewriting))
+app.command("measure", cls=SectionedCommand)(as_command(api.measure, files.show_measurement))
+app.command("search", cls=SectionedCommand)(as_command(api.search, show_search))
+app.command("tune", cls=SectionedCommand)(as_command(api.tune, files.show_tuning))
+app.command("validate", cls=SectionedCommand)(
+    as_command(api.validate, show_validation, ending=end_validation)
+)
+app.command("export", cls=SectionedCommand)(as_command(api.export, files.show_export))
+app.command("run", cls=SectionedCommand)(as_command(api.run, show_run))
+app.command("demo", cls=SectionedCommand)(as_command(api.demo, show_run))
+app.command("frontier", cls=SectionedCommand)(as_command(api.frontier, show_frontier))
+app.command("diff", cls=SectionedCommand)(as_command(api.diff, show_diff))
+app.command("spaces", cls=SectionedCommand)(as_command(api.spaces, catalog.show_spaces))
+app.command("formats", cls=SectionedCommand)(as_command(api.formats, catalog.show_formats))
+app.command("engines", cls=SectionedCommand)(as_command(api.engines, catalog.show_engines))
+app.command("devices", cls=SectionedCommand)(as_command(api.devices, catalog.show_devices))
+app.command("advise", cls=SectionedCommand)(as_command(api.advise, show_advice))
+app.command("explore", cls=SectionedCommand)(as_command(api.explore, files.show_page))
+app.command("plot", cls=SectionedCommand)(as_command(api.plot, files.show_figure))
 app.add_typer(recipe, name="recipe")
-recipe.command("uniform")(as_command(api.uniform, files.show_uniform))
-recipe.command("from")(as_command(api.recipe_from, files.show_recipe_from))
+recipe.command("uniform", cls=SectionedCommand)(as_command(api.uniform, files.show_uniform))
+recipe.command("from", cls=SectionedCommand)(as_command(api.recipe_from, files.show_recipe_from))
 
 #: All of them as click's, which is what runs; made once, where several commands run in a process.
 command = typer.main.get_command(app)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ForwardRef, Literal, get_args, get_origin
 
 import typer
 
-from mofq.api.options import Parameter, parameters_of
+from mofq.api.options import OTHERS, Parameter, parameters_of
 from mofq.cli.flags import default_flag, flag_of
 from mofq.cli.show.terminal import Bars, note, print_json
 from mofq.exceptions import MofqError
@@ -18,6 +18,29 @@ from mofq.exceptions import MofqError
 #: Wrong usage: click's, which typer imports or brings with it, by version.
 UsageError: Any = typer.BadParameter.__base__
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+class SectionedCommand(typer.core.TyperCommand):
+    """A command whose help has the options that matter most first, others under titles."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of options for each section."""
+        for title, records in sections(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def sections(command: Any, context: Any) -> dict[str, list[tuple[str, str]]]:
+    """Title -> what each argument or option is called, and its help."""
+    found: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for param in command.get_params(context):
+        first = "Arguments" if param.param_type_name == "argument" else "Options"
+        record = param.get_help_record(context)
+        if record is not None:
+            title = getattr(param, "rich_help_panel", None) or first
+            found.setdefault(title, []).append(record)
+    last = {OTHERS: found.pop(OTHERS, [])}
+    return {title: records for title, records in (found | last).items() if records}
 
 
 def as_command(
@@ -66,13 +89,19 @@ def as_command(
 
 def _as_typer(parameter: Parameter) -> inspect.Parameter:
     option, default = parameter.option, parameter.default
+    read_as = option.read_as or _read_as(parameter.annotation)
     if option.positional:
         info: Any = typer.Argument(help=option.help)
     else:
         flag = option.flag or default_flag(parameter.name)
         names = [flag] if option.short is None else [flag, option.short]
-        info = typer.Option(*names, help=option.help, min=option.least)
-    read_as = option.read_as or _read_as(parameter.annotation)
+        info = typer.Option(
+            *names,
+            help=option.help,
+            min=option.least,
+            metavar=_metavar(parameter.annotation, read_as),
+            rich_help_panel=parameter.section,
+        )
     if option.required:
         default = inspect.Parameter.empty
     if default is None:
@@ -95,6 +124,15 @@ def _read_as(annotation: Any) -> Any:
             return list[_read_as(get_args(one)[0])]  # type: ignore[misc]
     # What Python may hold in memory, and names by a forward reference, is a file to the shell.
     return Path if Path in members or isinstance(annotation, ForwardRef | str) else annotation
+
+
+def _metavar(annotation: Any, read_as: Any) -> str | None:
+    """What ``--help`` shows in the place of a value; None: there is none."""
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    kinds = {int: "number", float: "number", str: "text", Path: "path"}
+    one = next((one for one in (*get_args(read_as), read_as) if one in kinds), None)
+    return None if one is None else f"<{kinds[one]}>"
 
 
 def _arguments(

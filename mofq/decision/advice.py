@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from mofq.decision.timing import engines_for
 from mofq.engines import ENGINES
 from mofq.engines.devices import DeviceModel
-from mofq.exceptions import MofqError, nearest_name, option
-
-DEPLOYMENTS = ("synchronous", "asynchronous")
+from mofq.exceptions import MofqError, option
 
 #: The rules of thumb that are ours and no paper's.
 _OURS = "mofq's own rule of thumb"
@@ -172,13 +170,8 @@ def advise(situation: Situation) -> Advice:
     """The search space, the engines and the budget to start from.
 
     Raises:
-        MofqError: The deployment is not known, or the recovery is no share.
+        MofqError: The recovery is no share.
     """
-    if situation.deployment not in DEPLOYMENTS:
-        raise MofqError(
-            f"no deployment is called {situation.deployment!r}."
-            + nearest_name(situation.deployment, DEPLOYMENTS)
-        )
     if situation.recovery is not None and not 0 < situation.recovery <= 1:
         raise MofqError(f"{option('recovery')} is a share, at most 1; found {situation.recovery}.")
     space, budget = _start(situation)

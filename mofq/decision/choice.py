@@ -9,7 +9,7 @@ from functools import partial
 
 from mofq.decision.budgets import Budgets, check_kl_unit
 from mofq.decision.exact import Solution, least_bytes, solve_exact
-from mofq.decision.flips import flip_costs
+from mofq.decision.flip_costs import flip_costs
 from mofq.decision.frontier import sized
 from mofq.decision.greedy import solve_greedy
 from mofq.decision.interactions import Solver, act_together, solve_together

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mofq.decision.budgets import Budgets, Constraint, all_constraints, offered
+from mofq.decision.dynamic_program import TooManyLabelsError, search_labels
 from mofq.decision.integer_program import search_program
-from mofq.decision.labels import TooManyLabelsError, search_labels
 from mofq.decision.problem import BoolArray, FloatArray, IntArray, Problem
 from mofq.decision.relaxation import Core, Prices, price, reduce_problem
 from mofq.exceptions import BudgetError

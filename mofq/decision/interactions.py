@@ -5,8 +5,8 @@ together too (`mofq.decision.size_answers`), which is no such sum. Around a choi
 group's share of it is linear in the group's own change of size while the others stay. So the
 solver is asked again with these shares added, until nothing is gained. Each of these problems is
 solved as exactly as the first, and the result is never worse than the first choice. So it is with
-what groups cost by sending tokens of a mixture to other experts (`mofq.decision.flips`), which is
-the root of a sum.
+what groups cost by sending tokens of a mixture to other experts (`mofq.decision.flip_costs`), which
+is the root of a sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from mofq.decision.budgets import Budgets, offered
 from mofq.decision.exact import Solution
-from mofq.decision.flips import flip_costs, flip_shares
+from mofq.decision.flip_costs import flip_costs, flip_shares
 from mofq.decision.prediction import error_together
 from mofq.decision.problem import IntArray, Problem
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mofq import __version__
 from mofq.decision.expert_visits import active_weights
-from mofq.decision.flips import flip_cost
+from mofq.decision.flip_costs import flip_cost
 from mofq.decision.offered_schemes import asked_constraints, spaces_of
 from mofq.decision.prediction import Estimate, error_together, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage

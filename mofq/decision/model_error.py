@@ -4,8 +4,8 @@ The expansion (`mofq.decision.prediction`) says what small errors cost. Larger o
 it says, by about a share that grows with them, and recipes scatter around that by more than the
 sampling of sequences explains. Both were estimated from recipes of several models that were
 measured, and are shipped as data: ``model_error.json``, which ``scripts/bench/interval_fit.py``
-writes. What tokens that change their experts cost (`mofq.decision.flips`) is known less well than
-the rest, so recipes of mixtures have an error model of their own.
+writes. What tokens that change their experts cost (`mofq.decision.flip_costs`) is known less well
+than the rest, so recipes of mixtures have an error model of their own.
 
 A single row of the table, one fusion group or cache under one scheme, is known less well than a
 recipe, whose groups are off in different directions. Its error model is of rows that were measured

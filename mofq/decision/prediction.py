@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mofq.decision.flips import flip_costs, flip_stderr, with_flips
+from mofq.decision.flip_costs import flip_costs, flip_stderr, with_flips
 from mofq.decision.model_error import ModelError, model_error, row_error
 from mofq.decision.problem import (
     KL_UNIT,

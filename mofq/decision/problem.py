@@ -84,7 +84,7 @@ class Problem:
     #: Of each corpus, to changes of size; None: not known, or no size changes.
     answers: tuple[SizeAnswers, ...] | None
     #: What a nat of each group costs by changes of experts, squared over nats [nats per token];
-    #: see `mofq.decision.flips`. None: no mixture, or nothing is known of its routers.
+    #: see `mofq.decision.flip_costs`. None: no mixture, or nothing is known of its routers.
     flip_FC: FloatArray | None = None
     #: The standard error of what changes of experts cost, as a share of it.
     flip_stderr_C: tuple[float, ...] | None = None  #: None: not known

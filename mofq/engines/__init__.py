@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from mofq.engines.names import format_name
 from mofq.engines.rules import (
     Engine,
     cache_refusal,
@@ -22,6 +21,7 @@ from mofq.engines.rules import (
     rule_refusal,
     storage_problem,
 )
+from mofq.engines.scheme_names import format_name
 from mofq.engines.sglang import SGLANG
 from mofq.engines.tensor_parallel import check_devices
 from mofq.engines.tensorrt_llm import TENSORRT_LLM

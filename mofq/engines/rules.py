@@ -9,7 +9,7 @@ from typing import Literal
 
 from mofq.engines.exports import export_problem
 from mofq.engines.groups import embedding_role, experts_apart, is_experts, transposed_layer
-from mofq.engines.names import format_name
+from mofq.engines.scheme_names import format_name
 from mofq.engines.tensor_parallel import cut_problems, device_parts
 from mofq.model.layers import AnyGroup, CacheLayer
 from mofq.numbers.schemes import Scheme
@@ -211,7 +211,7 @@ class Engine:
 
 def readable(rule: Rule | CacheRule) -> str:
     """What a rule is for, as people write it: ``N`` is a number, ``…`` anything."""
-    words = {r"\d+": "N", r"\d": "N", ".*": "…", "[a-z0-9]+": "…", "\\": ""}
+    words = {r"\d+": "N", r"\d": "N", ".*": "…", "[^+]*": "…", "[a-z0-9]+": "…", "\\": ""}
     text, groups = rule.schemes, rule.groups if isinstance(rule, Rule) else ""
     for regular, plain in words.items():
         text, groups = text.replace(regular, plain), groups.replace(regular, plain)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from mofq.exceptions import CorpusError, first_line, option
 
@@ -162,10 +162,8 @@ def leading_tokens(tokenizer: Any, bos: Bos) -> tuple[int, ...]:
         Token ids.
 
     Raises:
-        CorpusError: BOS is asked for, and the tokenizer has none; or ``bos`` is no such word.
+        CorpusError: BOS is asked for, and the tokenizer has none.
     """
-    if bos not in get_args(Bos):
-        raise CorpusError(f"{option('bos', bos)}: is not one of {', '.join(get_args(Bos))}.")
     if bos == "never":
         return ()
     bare, full = _encode("a", tokenizer), _encode("a", tokenizer, add_special_tokens=True)

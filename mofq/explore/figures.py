@@ -13,7 +13,7 @@ import numpy as np
 from mofq.decision import KL_UNIT, Problem
 from mofq.decision.frontier import axis_value
 from mofq.decision.problem import FloatArray
-from mofq.exceptions import MofqError, how_to_install, nearest_name, option
+from mofq.exceptions import MofqError, how_to_install, option
 from mofq.explore.drawing import Drawing
 from mofq.explore.figure_weights import draw_weights
 from mofq.explore.frontier_recipes import FrontierRecipe, frontier_recipes
@@ -69,11 +69,9 @@ def draw_figure(kind: str, drawing: Drawing, *, path: Path) -> None:
         path: Ends in ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
-        MofqError: There is no such kind or format, matplotlib is missing, or the kind
+        MofqError: There is no such format, matplotlib is missing, or the kind
             needs a recipe or a validation that is not given.
     """
-    if kind not in FIGURES:
-        raise MofqError(f"no figure is called {kind!r}." + nearest_name(kind, FIGURES))
     if path.suffix not in _FORMATS:
         raise MofqError(f"{path}: must end in one of {', '.join(_FORMATS)}.")
     try:

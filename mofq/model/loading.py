@@ -148,6 +148,12 @@ def _load_problem(error: Exception) -> str:
     reason = _on_one_line(error)
     if "trust_remote_code" in reason:
         reason = "it needs code that comes with it, which is never run here."
+    elif "Unrecognized configuration class" in reason:  # and 150 that it knows
+        reason = (
+            "it knows no class of this 'model_type' that predicts next tokens. If it is the "
+            f"language model of a larger type, {CONFIG_FILE} has to name its class as "
+            "'architectures', as ['Emu3ForCausalLM'] of an 'emu3_text_model'."
+        )
     elif "ignore_mismatched_sizes" in reason:
         reason = (
             f"its tensors have other shapes than {CONFIG_FILE} says, as those of pruned layers."

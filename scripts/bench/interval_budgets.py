@@ -9,7 +9,7 @@ import numpy as np
 from mofq.decision import Budgets, Problem, choose, solve_frontier
 from mofq.decision.frontier import Frontier, axis_value, sized
 from mofq.decision.measured.measurement import Measured
-from mofq.decision.measured.prove import measured_upper, prove
+from mofq.decision.measured.proved_budget import measured_upper, prove
 from mofq.decision.prediction import error_of
 from mofq.decision.problem import IntArray
 from mofq.evidence.table import Table

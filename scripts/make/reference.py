@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mofq.cli.commands import command as mofq_command
+from mofq.cli.parsing import sections
 from mofq.engines import ENGINES
 from mofq.engines.rules import CacheRule, Engine, Rule, readable
 from mofq.evidence.spaces import find_search_spaces, load_search_space
@@ -84,10 +85,12 @@ def commands(command: Any, context: Any) -> Iterator[str]:
             continue
         pieces = " ".join(one.collect_usage_pieces(inner))
         usage = f"{path} {re.sub(r'[{](.*?)[}]', lambda word: word[1].upper(), pieces)}"
-        records = [param.get_help_record(inner) for param in one.params]
-        rows = [[f"`{what}`", _prose(text)] for what, text in filter(None, records)]
+        tables = (
+            table([title, ""], [[f"`{what}`", _prose(text)] for what, text in records])
+            for title, records in sections(one, inner).items()
+        )
         text = _prose(" ".join((one.help or "").split()))
-        yield f"## {path}\n\n{text}\n\n    {usage}\n\n{table(['argument or option', ''], rows)}\n"
+        yield f"## {path}\n\n{text}\n\n    {usage}\n\n" + "\n".join(tables)
 
 
 def _prose(text: str) -> str:

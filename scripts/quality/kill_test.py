@@ -207,7 +207,7 @@ def trials(storage: Path) -> list[object]:
     import optuna
     from optuna.trial import TrialState
 
-    from mofq.decision.measured.storage import open_study
+    from mofq.decision.measured.study_storage import open_study
 
     text = str(storage)
     backend = f"sqlite:///{text}"

@@ -51,6 +51,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: api.validate("model", "recipe.yaml", "text.txt", lm_eval=LmEval(tasks="mmlu")),
         "tasks: needed Sequence[str], found 'mmlu'. Put it into a list.",
     ),
+    "a word that there is not": (
+        lambda: api.search(TABLE, method=Method(solver="exat")),  # type: ignore[arg-type]
+        "solver=exat: unknown. Did you mean 'exact'?",
+    ),
     "nothing for a word": (
         lambda: api.search(TABLE, method=Method(solver=None)),
         "solver: needed Literal[",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mofq.api.figures import with_interval
+from mofq.api.formatting import with_interval
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_space_that_is_measured_into_a_table_of_others_keeps_its_exclusions(
         (("--fix", "first:1"), "--fix first:1: write LAYERS=VALUE"),
         (("--at-most", "attn.*=1"), "`--at-most attn.*=1` leaves no scheme to layers.0.attn.qkv"),
         (("--at-least", "*=8"), "Without it the budgets can be met: `--at-least *=8`."),
-        (("--objective", "best"), "unknown objective 'best'."),
+        (("--objective", "best"), "--objective best: unknown."),
         (
             ("--objective", "worst-corpus", "--corpus-weights", "en=2,pt=1"),
             "--corpus-weights is of the mean over corpora. Leave it or --objective worst-corpus ",

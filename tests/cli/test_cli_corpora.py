@@ -67,6 +67,18 @@ def test_weights_of_corpora_are_noted_and_decide_what_is_predicted(
     assert search("--corpus-weights", "en=2,pt=2") == search()
 
 
+def test_a_recipe_for_the_worst_corpus_is_compared_with_the_worst_text_alone(
+    two: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    texts = ("--text", "demo-en", "--text", "demo-pt", "--tokens", "128", "--sequence-length", "64")
+    alone = "[nats/token] of the worst text alone"
+    for objective, count in (("worst-corpus", 1), ("mean", 0)):
+        ok("search", two, "--max-bits", "5", "--objective", objective, "-o", recipe)
+        shown = " ".join(ok("validate", DEMO, recipe, *texts).out.split())
+        assert shown.count(alone) == count
+
+
 @pytest.mark.long
 def test_the_frontier_and_the_page_know_the_weights(two: Path, tmp_path: Path) -> None:
     flags = ("--corpus-weights", "en=3,pt=1")

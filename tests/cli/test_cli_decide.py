@@ -9,7 +9,7 @@ import pytest
 from command_line import DEMO, Measured, ok, refused
 from explore_tables import write_explore_table
 
-from mofq.api.figures import with_interval
+from mofq.api.formatting import with_interval
 from mofq.decision.model_error import row_error
 from mofq.decision.recipe import load_recipe
 from mofq.engines.devices import DEVICE_MODELS
@@ -201,6 +201,18 @@ def test_an_export_for_the_recipes_own_devices_is_what_comes_next(
     shown = ok("validate", DEMO, path, *windows).err
     assert f"Next: mofq export {DEMO} {path} -o FOLDER" in shown
     assert "--tensor-parallel-size 2" in ok("export", DEMO, path, "-o", folder).out
+
+
+def test_no_export_comes_next_where_the_budget_of_kl_was_not_kept(
+    measured: Measured, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    ok("search", measured.table, "--max-kl", "0.01", "-o", path)
+    windows = ("--text", "demo-pt", "--tokens", "128", "--sequence-length", "64")
+    shown = ok("validate", DEMO, path, *windows)
+    assert "NOT kept" in shown.out
+    assert "Next: mofq export" not in shown.err
+    assert "Search again: with a smaller --max-kl" in shown.err
 
 
 def test_times_do_not_follow_from_peaks_that_are_not_stated(

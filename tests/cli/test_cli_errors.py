@@ -196,7 +196,7 @@ def test_a_run_refuses_to_validate_on_its_calibration_text(out: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--ties", "maybe"), "--ties is on or off, not 'maybe'"),
+        (("--ties", "maybe"), "--ties maybe: unknown. Known: off, on."),
         (("--solver", "exat"), "Did you mean 'exact'?"),
         (("--solver", "magic"), "Known: exact, greedy, optuna."),
         (("--engine", "vllm-gpu"), "Did you mean 'vllm-cpu'?"),
@@ -227,7 +227,7 @@ def test_an_unknown_word_suggests_the_near_one(
         ("search", "table.jsonl", "-o", "recipe.yaml", "--max-bits", "five"),
         ("validate", DEMO, "recipe.yaml"),
         ("validate", DEMO, "recipe.yaml", "--text", "demo-en", "--tokens", "1"),
-        ("calibrate", DEMO, "--corpus", "demo-en", "-o", "stats", "--draws", "0"),
+        ("calibrate", DEMO, "--corpus", "demo-en", "-o", "stats", "--keep", "0"),
         ("measure", DEMO, "-o", "table.jsonl"),
     ],
 )
@@ -387,13 +387,13 @@ def test_an_edited_export_is_not_taken_for_its_recipe(tmp_path: Path) -> None:
     assert f"{name}: differs from row 3 on" in ran.err
 
 
-def test_a_device_map_without_its_package_names_the_extra(
+def test_a_model_spread_over_devices_without_the_package_names_the_extra(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mofq.model.loading.find_spec", lambda name: None)
     corpus = ("--corpus", "a=demo-en-calibration", "--sequences", "4", "--sequence-length", "32")
     message = refused(
-        "calibrate", tiny_llama, *corpus, "--device-map", "auto", "-o", tmp_path / "stats"
+        "calibrate", tiny_llama, *corpus, "--execution", "spread", "-o", tmp_path / "stats"
     )
     assert "pip install '.[accelerate]'" in message
 

@@ -33,7 +33,7 @@ def test_options_of_other_methods_are_refused(tmp_path: Path) -> None:
         (("--method", "rotate", "--powers-of-two"), "--powers-of-two: a rotation follows"),
         (("--method", "awq", "--stats", "stats", "--seed", "1"), "--seed: is for --method rotate"),
         (("--method", "awq"), "give --stats"),
-        (("--method", "rotat"), "unknown method 'rotat'. Did you mean 'rotate'?"),
+        (("--method", "rotat"), "--method rotat: unknown. Did you mean 'rotate'?"),
         (("--method", "rotate", "--seed", "-1"), "--seed -1: needed an integer of 0 or more"),
         (("--method", "rotate", "--seed", str(2**64)), "needed an integer of 0 or more"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +13,25 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mofq.api.options import Option, Tell, documented
+from mofq.api.options import OTHERS, Option, Tell, documented
 from mofq.cli.commands import command
-from mofq.cli.parsing import as_command
+from mofq.cli.parsing import SectionedCommand, as_command, sections
 
 #: Command -> arguments and flags that users' scripts may have, beside --json.
 FLAGS = {
     "inspect": "model --engine --space --layers --lm-head --embeddings",
-    "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --draws "
-    "--inputs --seed --dtype --device --device-map --execution --kv-cache --layers "
+    "calibrate": "model --corpus -o --output --sequences --keep --sequence-length --bos --inputs "
+    "--seed --dtype --device --execution --kv-cache --layers "
     "--lm-head --embeddings --cluster --cluster-cpus",
     "rewrite": "model --stats --method -o --output --scheme --powers-of-two --seed",
     "measure": "model --space -o --output --stats --corpus --sequences --keep --sequence-length "
-    "--bos --draws --inputs --seed --dtype --engine --experts --layers --lm-head --embeddings "
+    "--bos --inputs --seed --dtype --engine --experts --layers --lm-head --embeddings "
     "--device --cluster --cluster-cpus",
     "search": "table -o --output --solver --engine --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --max-time --max-kv-bits --kv-tokens --kv-cache --device-model "
     "--workload --explain --space --fix --at-least --at-most --unit --objective --ties --model "
     "--text --refine --tokens "
-    "--sequence-length --bos --device --stats --trials --multi-objective --trial --storage "
+    "--sequence-length --device --stats --trials --multi-objective --trial --storage "
     "--workers --seed --corpus-weights --execution",
     "tune": "model recipe --corpus -o --output --stats --steps --sequences --sequence-length --bos "
     "--dtype --device",
@@ -39,7 +40,7 @@ FLAGS = {
     "export": "model recipe -o --output --to --engine --stats --validation",
     "run": "model -o --output --space --effort --max-bits --max-size --max-kl --max-finer "
     "--max-active-bits --corpus --text --engine --tokens --sequence-length --bos --sequences "
-    "--dtype --device --device-map --corpus-weights --objective --rivals --no-stats "
+    "--dtype --device --corpus-weights --objective --rivals --no-stats "
     "--fix --at-least --at-most --execution --layers --lm-head --embeddings",
     "demo": "-o --output --mixture",
     "frontier": "table --unit --engine --space --fix --at-least --at-most --max-kv-bits "
@@ -82,7 +83,7 @@ def test_the_flags_are_those_that_scripts_of_users_have() -> None:
 class Size:
     """How large it is."""
 
-    width: Annotated[int, Option("In columns.", least=1)] = 80
+    width: Annotated[int, Option("In columns.", least=1, is_first=True)] = 80
     height: Annotated[float | None, Option("In lines.")] = None
 
 
@@ -101,8 +102,8 @@ def draw(
     *,
     size: Size = Size(width=100),
     colours: Annotated[Sequence[str], Option("Repeatable.", flag="--colour")] = (),
-    style: Annotated[Literal["plain", "bold"], Option("plain or bold.")] = "plain",
-    upside_down: Annotated[bool, Option("As it says.")] = False,
+    style: Annotated[Literal["plain", "bold"], Option("plain or bold.", is_first=False)] = "plain",
+    upside_down: Annotated[bool, Option("As it says.", is_first=False)] = False,
     secret: int = 7,
     tell: Tell | None = None,
 ) -> Drawn:
@@ -133,9 +134,11 @@ def test_what_is_typed_arrives_at_the_function_in_its_types() -> None:
     assert (given["style"], given["upside_down"], given["secret"]) == ("plain", False, 7)
 
 
-def test_a_flag_and_an_unknown_word_are_the_function_s_to_judge() -> None:
-    given = ran("cat.png", "-o", "out", "--upside-down", "--style", "bald")
-    assert (given["style"], given["upside_down"]) == ("bald", True)
+def test_a_flag_and_a_word_arrive_and_an_unknown_word_is_refused() -> None:
+    given = ran("cat.png", "-o", "out", "--upside-down", "--style", "bold")
+    assert (given["style"], given["upside_down"]) == ("bold", True)
+    refused = ran("cat.png", "-o", "out", "--style", "bald").exception
+    assert str(refused) == "--style bald: unknown. Did you mean 'bold'?"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,32 @@ def test_a_flag_and_an_unknown_word_are_the_function_s_to_judge() -> None:
 )
 def test_what_is_missing_or_too_small_is_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert ran(*arguments).exit_code == 2
+
+
+def test_the_help_has_what_matters_first_and_groups_under_their_titles() -> None:
+    own = typer.Typer(rich_markup_mode=None, add_completion=False)
+    own.command(cls=SectionedCommand)(as_command(draw, print))
+    text = CliRunner().invoke(own, ["--help"]).stdout
+    blocks = dict(re.findall(r"^(\w[^\n]*):\n((?:  .*\n)+)", text, flags=re.MULTILINE))
+    flags = {title: re.findall(r"--[\w-]+", block) for title, block in blocks.items()}
+    assert list(flags.items())[1:] == [
+        ("Options", ["--output", "--width", "--colour", "--json", "--help"]),
+        ("How large it is", ["--height"]),
+        (OTHERS, ["--style", "--upside-down"]),
+    ]
+    for shown in ("-o, --output <path> ", "--width <number> ", "--colour <text> "):
+        assert shown in blocks["Options"]
+    assert "--style plain|bold " in blocks[OTHERS]
+
+
+def test_the_help_of_a_search_begins_with_eight_options() -> None:
+    search = made_commands()["search"]
+    context = search.make_context("search", ["--help"], resilient_parsing=True)
+    first = [names.split()[0].strip(",") for names, _ in sections(search, context)["Options"]]
+    assert first == [
+        *("-o", "--max-bits", "--max-size", "--max-kl", "--fix", "--engine", "--explain"),
+        *("--json", "--help"),
+    ]
 
 
 def test_the_help_texts_of_the_options_stand_in_the_docstring_too() -> None:

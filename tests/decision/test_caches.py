@@ -23,8 +23,8 @@ from mofq.decision import (
 from mofq.decision.budgets import budget_constraints
 from mofq.decision.frontier import sized
 from mofq.decision.measured.sampler import START
-from mofq.decision.measured.storage import joined_study, open_study
 from mofq.decision.measured.study import study_starts
+from mofq.decision.measured.study_storage import joined_study, open_study
 from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.measured.trials import (
     enqueue,

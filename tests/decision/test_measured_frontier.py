@@ -9,8 +9,8 @@ from study_worker import BUDGETS, WINDOWS, problem, true_costs, truth
 
 from mofq.decision import solve_exact
 from mofq.decision.measured.sampler import START
-from mofq.decision.measured.storage import joined_study
 from mofq.decision.measured.study import study_starts
+from mofq.decision.measured.study_storage import joined_study
 from mofq.decision.measured.trials import (
     FrontierTrial,
     check_trial,

@@ -18,14 +18,14 @@ from mofq.decision import (
     uniform_recipes,
 )
 from mofq.decision.constraint_cost import constraint_note
-from mofq.decision.difference import compare_recipes
 from mofq.decision.explain import explain
 from mofq.decision.measured.study import StudyPlan, study_name
 from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.offered_schemes import spaces_of
-from mofq.decision.pricing import with_figures
 from mofq.decision.problem import Problem
 from mofq.decision.recipe import Recipe, parse_recipe, recipe_text
+from mofq.decision.recipe_costs import with_figures
+from mofq.decision.recipe_difference import compare_recipes
 from mofq.decision.request import request_flags
 from mofq.decision.uniform import has_uniform
 from mofq.evidence.constraints import ConstraintKind, LayerConstraint, parse_constraint

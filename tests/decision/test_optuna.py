@@ -23,8 +23,8 @@ from mofq.decision import Budgets, Estimate, Option, Request, solve_exact
 from mofq.decision.measured import thompson
 from mofq.decision.measured.measurement import uniform_candidates
 from mofq.decision.measured.sampler import START, Sampler, propose_new, study_space
-from mofq.decision.measured.storage import open_study
 from mofq.decision.measured.study import StudyPlan, study_name, study_starts
+from mofq.decision.measured.study_storage import open_study
 from mofq.decision.measured.thompson import Observation, draw_costs
 from mofq.decision.measured.trials import UNIFORM, enqueue, run_trials, search_result
 from mofq.evidence.table import read_table

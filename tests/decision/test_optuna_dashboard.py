@@ -14,8 +14,8 @@ from study_worker import BUDGETS, problem, truth
 
 from mofq.decision import solve_exact
 from mofq.decision.measured.sampler import START
-from mofq.decision.measured.storage import open_study, quiet
 from mofq.decision.measured.study import dashboard_url
+from mofq.decision.measured.study_storage import open_study, quiet
 from mofq.decision.measured.trials import enqueue, run_trials
 
 

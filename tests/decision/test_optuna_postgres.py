@@ -17,7 +17,7 @@ import study_worker
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mofq.decision.measured.storage import open_study
+from mofq.decision.measured.study_storage import open_study
 from mofq.decision.measured.trials import search_result
 from mofq.exceptions import MofqError
 

@@ -15,7 +15,7 @@ from optuna.study import Study
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from mofq.decision.measured.storage import joined_study, open_study
+from mofq.decision.measured.study_storage import joined_study, open_study
 from mofq.exceptions import MofqError
 
 UNIQUE_NAMES = "ix_studies_study_name"

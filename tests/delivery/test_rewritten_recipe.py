@@ -26,7 +26,7 @@ from mofq.decision.rewriting import SiteRewriting
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.rewriting import remake
-from mofq.delivery.rewriting.choose import choose_best, choose_scales, scales_of
+from mofq.delivery.rewriting.choose_scales import choose_best, choose_scales, scales_of
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
 from mofq.delivery.rewriting.moved_stats import write_moved_stats
 from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_of

@@ -24,11 +24,12 @@ from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.decision.rewriting import Rewriting, RotatedModel
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.rewriting import rotate as rotate_module
-from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.choose_scales import Choice
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe
 from mofq.delivery.rewriting.moved_stats import write_rotated_stats
 from mofq.delivery.rewriting.orthogonal import random_rotation
 from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_of
+from mofq.delivery.rewriting.residual_stream import Place, find_stream
 from mofq.delivery.rewriting.rotate import (
     Turning,
     check_rotated,
@@ -36,7 +37,6 @@ from mofq.delivery.rewriting.rotate import (
     rotated_model,
     write_rotated,
 )
-from mofq.delivery.rewriting.stream import Place, find_stream
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.exceptions import RecipeError, RewriteError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint

@@ -24,7 +24,7 @@ from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.delivery.apply.emulate import Prepared
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
-from mofq.delivery.rewriting.choose import Choice, choose_scales
+from mofq.delivery.rewriting.choose_scales import Choice, choose_scales
 from mofq.delivery.rewriting.remake import base_of, make_base, rewriting_of
 from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
 from mofq.delivery.rewriting.sites import find_sites

@@ -22,7 +22,7 @@ from mofq.evidence.calibration import streamed as streamed_calibration
 from mofq.evidence.calibration.routing import read_routing
 from mofq.evidence.calibration.stats import UNFINISHED
 from mofq.evidence.calibration.streamed import calibrate_streamed, run_backward
-from mofq.exceptions import MofqError, StatsError, StreamingError
+from mofq.exceptions import MofqError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers, included_groups, vocabulary_names
 from mofq.model.streaming.records import write_tensors
@@ -191,17 +191,6 @@ def test_nothing_of_a_sequence_is_in_memory_when_the_next_one_runs(
     streamed(tiny("llama"), tmp_path / "streamed", draws=2)
     assert len(steps) == 8
     assert steps == sorted(set(steps))
-
-
-def test_what_holds_the_whole_model_is_not_streamed(tmp_path: Path) -> None:
-    with pytest.raises(StreamingError, match="whole model"):
-        calibrate(
-            demo_model_folder(),
-            ["en=demo-en-calibration"],
-            tmp_path / "stats",
-            execution="streamed",
-            device_map="auto",
-        )
 
 
 def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(tmp_path: Path) -> None:

@@ -120,10 +120,22 @@ def test_a_validation_that_begins_otherwise_than_the_calibration_says_so(
         assert "Begin both alike" in ran.err
         content = validated(model, made[bos], "--bos", other)
         assert (content["bos"], content["stats_bos"]) == (other == "auto", bos == "auto")
-        on_model = ("--model", model, "--text", "demo-en", "--tokens", "32", *LENGTH)
+
+
+def test_a_search_that_measures_begins_its_windows_as_those_that_calibrated(
+    model: Path, made: dict[str, Path]
+) -> None:
+    for bos, other in (("auto", "never"), ("never", "auto")):
+        windows = ("--text", "demo-en", "--tokens", "256", *LENGTH)
         search = ("search", made[bos] / "table.jsonl", "--max-bits", "8.1", "--refine", "1")
-        ran = ok(*search, *on_model, "--bos", other, "-o", made[bos] / "refined.yaml")
-        assert f"The windows begin {begin}, and the calibration's" in ran.err
+        refined = made[bos] / "refined.yaml"
+        found = ok(*search, "--model", model, *windows, "-o", refined, "--json").json["kl_measured"]
+        of = {
+            one: ok("validate", model, refined, *windows, "--bos", one, "--json").json
+            for one in (bos, other)
+        }
+        assert found == pytest.approx(of[bos]["kl_nats_per_token"], rel=1e-4)
+        assert found != pytest.approx(of[other]["kl_nats_per_token"], rel=0.1)
 
 
 def test_statistics_go_on_only_as_they_were_begun(model: Path, made: dict[str, Path]) -> None:
@@ -158,5 +170,5 @@ def test_bos_of_a_tokenizer_that_has_none_is_refused_before_anything_runs(
     message = refused("calibrate", tiny_llama, *options, "--bos", "always")
     assert "the tokenizer has no BOS token" in message
     message = refused("calibrate", tiny_llama, *options, "--bos", "on")
-    assert "--bos on: is not one of auto, always, never" in message
+    assert "--bos on: unknown. Known: always, auto, never." in message
     assert not (tmp_path / "stats").exists()

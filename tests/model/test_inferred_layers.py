@@ -20,12 +20,12 @@ from type_facts import find_facts
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
+from mofq.model.checkpoint_notes import notes_on
 from mofq.model.layers import ModelLayers, find_exported_name, find_layers, find_loaded_weight
 from mofq.model.layers.infer_layers import infer_layers
 from mofq.model.layers.joining import JOINED
 from mofq.model.layers.names_in_memory import as_pattern, find_in_memory, known_types
 from mofq.model.loading import load_model
-from mofq.model.notes import notes_on
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from safetensors.torch import load_file
 from mofq.exceptions import CheckpointError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows
+from mofq.model.checkpoint_notes import notes_on
 from mofq.model.layers import (
     FUSION_RULES,
+    FusionGroup,
     StatedLayers,
     find_layers,
     find_loaded_weight,
 )
+from mofq.model.layers.joining import joined_apart
 from mofq.model.loading import load_model
-from mofq.model.notes import notes_on
 from mofq.model.sizes import source_bytes
 
 LLAMA_GROUPS = {
@@ -179,6 +182,28 @@ def test_fusion_groups_are_those_of_the_table(
     }
     assert found == {name: [f"{prefix}.{path}" for path in table[name]] for name in table}
     assert layers.architecture == family
+    assert joined_apart(_words(layers.groups), family) == ()
+
+
+def _words(groups: Iterable[FusionGroup]) -> dict[str, list[tuple[str, int]]]:
+    return {one.name: [(layer.name, layer.in_features) for layer in one.layers] for one in groups}
+
+
+def test_layers_that_an_earlier_version_left_apart_are_named() -> None:
+    attention = "model.layers.3.self_attn"
+    apart = {
+        "attn.qk": [(f"{attention}.q_proj", 64), (f"{attention}.k_proj", 64)],
+        "attn.v": [(f"{attention}.v_proj", 64)],
+    }
+    names = ("q_proj", "k_proj", "v_proj")
+    assert joined_apart(apart, None) == tuple(f"{attention}.{name}" for name in names)
+    whole = {"attn.qkv": [*apart["attn.qk"], *apart["attn.v"]]}
+    assert joined_apart(whole, None) == ()
+    gate = {"attn.gate": [(f"{attention}.gate_proj", 64)]}
+    assert joined_apart(whole | gate, None) == ()
+    assert joined_apart(whole | gate, "beam")[-1] == f"{attention}.gate_proj"
+    of_other_inputs = {**apart, "attn.v": [(f"{attention}.v_proj", 32)]}
+    assert joined_apart(of_other_inputs, None) == ()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ def test_a_weight_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
         assert "A shard is missing" in message
 
 
+def test_a_language_model_whose_class_is_not_named_is_refused_in_few_words(tmp_path: Path) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        config.update(model_type="emu3_text_model", pad_token_id=0)
+        del config["architectures"]
+
+    folder = copy_with_config(Path(DEMO), tmp_path / "model", edit)
+    message = refused("calibrate", folder, *SHORT, "-o", tmp_path / "stats")
+    assert "has to name its class as 'architectures', as ['Emu3ForCausalLM']" in message
+    assert len(message) < 600
+
+
 def test_an_embedding_model_is_not_run_for_next_tokens(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
 

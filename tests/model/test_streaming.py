@@ -13,7 +13,7 @@ from tiny_types import write_type
 from torch import nn
 
 from mofq.demo import demo_model_folder
-from mofq.exceptions import CheckpointError, MofqError, StreamingError
+from mofq.exceptions import CheckpointError, StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.loading import load_model
 from mofq.model.streaming.execution import choose_execution, free_bytes, model_bytes
@@ -123,16 +123,6 @@ def test_a_model_that_fits_is_run_whole_and_a_larger_one_layer_by_layer(tiny_lla
         )
         assert chosen.is_streamed is is_streamed
         assert (chosen.remark is not None) is is_streamed
-
-
-def test_a_word_for_execution_that_is_none_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(MofqError, match=r"execution: unknown 'streaming'. Did you mean 'streamed'"):
-        choose_execution(
-            "streaming",  # type: ignore[arg-type]
-            open_checkpoint(str(tiny_llama)),
-            dtype="float32",
-            device="cpu",
-        )
 
 
 def test_a_layer_that_returns_an_object_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mofq.decision import Budgets, Option, Problem, ProblemGroup, build_problem, solve_exact
 from mofq.decision.measured.sampler import START
-from mofq.decision.measured.storage import open_study
+from mofq.decision.measured.study_storage import open_study
 from mofq.decision.measured.trials import enqueue, run_trials
 
 BUDGETS = Budgets(max_bits=6.0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import signed_error
+from mofq.api.formatting import signed_error
 from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:
     from mofq.api import DiffResult
-    from mofq.decision.difference import GroupDifference
     from mofq.decision.recipe import Recipe
+    from mofq.decision.recipe_difference import GroupDifference
 
 
 def show_diff(result: DiffResult) -> None:

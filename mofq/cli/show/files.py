@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes
+from mofq.api.formatting import short_bytes
 from mofq.cli.flags import default_flag
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes, with_interval
+from mofq.api.formatting import short_bytes, with_interval
 from mofq.cli.show.terminal import note, print_table
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import with_error
+from mofq.api.formatting import with_error
 from mofq.api.run_folder import finished_runs
 from mofq.cli.show.search import note_engines
 from mofq.cli.show.terminal import next_step, print_table, say, stats_option

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import short_bytes, signed_error, with_error, with_interval
+from mofq.api.formatting import short_bytes, signed_error, with_error, with_interval
 from mofq.cli.flags import with_flags
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option

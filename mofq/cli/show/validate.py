@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.api.figures import with_error, with_interval
+from mofq.api.formatting import with_error, with_interval
 from mofq.cli.show.histogram import print_histogram
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 from mofq.evidence.corpora import differing_bos
@@ -20,16 +20,23 @@ _MOST_DEVIATIONS = 20
 
 def show_validation(result: ValidateResult) -> None:
     """Every text's result, of several the worst, and the recipe's schemes."""
+    recipe = result.recipe
+    is_of_worst = recipe is not None and recipe.made_by.get("objective") == "worst-corpus"
     for one in result.validations.values():
-        _print_validation(one)
-    if result.recipe is not None:
-        print_histogram(result.recipe)
-        if result.recipe.is_edited:
+        _print_validation(one, is_predicted=one is result.worst or not is_of_worst)
+    if recipe is not None:
+        print_histogram(recipe)
+        if recipe.is_edited:
             note("The recipe was edited after it was found: no prediction is known of it.")
     if len(result.validations) > 1:
         value = with_error(result.worst.kl_nats_per_token, result.worst.kl_stderr)
         say(f"worst text: {result.worst_text}, {value} nats/token")
-    if all(one.enforced is not False for one in result.validations.values()):
+    if any(one.within_kl_budget is False for one in result.validations.values()):
+        note(
+            "Search again: with a smaller --max-kl, or with --model and --text beside it, which "
+            "measures until the budget is kept."
+        )
+    elif all(one.enforced is not False for one in result.validations.values()):
         _suggest_export(result)
 
 
@@ -56,13 +63,15 @@ def end_validation(result: ValidateResult) -> int:
     return 1 if deviations else 0
 
 
-def _print_validation(validation: Validation) -> None:
+def _print_validation(validation: Validation, *, is_predicted: bool) -> None:
+    """A text's result; of one of several the recipe predicts nothing, but of the worst."""
+    predicted = predicted_text(validation) if is_predicted else "of the worst text alone"
     rows = [
         [
             "KL, measured [nats/token]",
             with_error(validation.kl_nats_per_token, validation.kl_stderr),
         ],
-        ["KL, predicted, 95 % [nats/token]", predicted_text(validation)],
+        ["KL, predicted, 95 % [nats/token]", predicted],
         *_budget_rows(validation),
         ["perplexity", f"{validation.perplexity:.4g}"],
         ["perplexity of the original", f"{validation.perplexity_original:.4g}"],

@@ -24,7 +24,7 @@ from mofq.decision.measured.measurement import (
     with_measured,
 )
 from mofq.decision.measured.sampler import START
-from mofq.decision.measured.storage import joined_study
+from mofq.decision.measured.study_storage import joined_study
 from mofq.decision.measured.trials import (
     UNIFORM,
     FrontierTrial,

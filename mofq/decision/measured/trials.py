@@ -38,7 +38,7 @@ from mofq.decision.measured.sampler import (
     start_trial,
     study_space,
 )
-from mofq.decision.measured.storage import quiet
+from mofq.decision.measured.study_storage import quiet
 from mofq.decision.measured.thompson import Observation
 from mofq.decision.problem import IntArray, Problem, usage
 from mofq.exceptions import MofqError, option

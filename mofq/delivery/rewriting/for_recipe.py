@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mofq.delivery.rewriting.choose import Choice, choose_best
+from mofq.delivery.rewriting.choose_scales import Choice, choose_best
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.evidence.calibration.stats import Stats
 from mofq.files.progress import Progress, told

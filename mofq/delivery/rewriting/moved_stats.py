@@ -17,9 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.choose_scales import Choice
+from mofq.delivery.rewriting.residual_stream import Place
 from mofq.delivery.rewriting.rotate import Turning
-from mofq.delivery.rewriting.stream import Place
 from mofq.evidence.calibration.sequence_file import copy_changed
 from mofq.evidence.calibration.stats import Stats, finish_stats, write_json
 from mofq.exceptions import RewriteError

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from mofq.decision.recipe import Recipe
 from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
-from mofq.delivery.rewriting.choose import Choice, scales_of
+from mofq.delivery.rewriting.choose_scales import Choice, scales_of
 from mofq.delivery.rewriting.moved_stats import (
     check_no_channel_lost,
     write_moved_stats,

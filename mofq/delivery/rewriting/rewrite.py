@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mofq.decision.rewriting import ROTATE
-from mofq.delivery.rewriting.choose import Choice, choose_scales
-from mofq.delivery.rewriting.scales import METHODS
+from mofq.delivery.rewriting.choose_scales import Choice, choose_scales
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.rewriting.write import write_rewritten
 from mofq.evidence.calibration.stats import Stats, check_same_model, verify_sequences
 from mofq.evidence.spaces import offer_schemes, parse_search_space
-from mofq.exceptions import RewriteError, nearest_name, option
+from mofq.exceptions import RewriteError, option
 from mofq.files.locks import check_new_folder
 from mofq.files.progress import Progress, told
 from mofq.model.checkpoint.headers import Checkpoint
@@ -57,7 +55,7 @@ def rewrite(
         StatsError: The stats are of another model.
         MofqError: As ``choose_scales`` and ``write_rewritten``.
     """
-    _check_inputs(checkpoint, stats, Path(out_folder), method)
+    _check_inputs(checkpoint, stats, Path(out_folder))
     layers = find_layers(checkpoint)
     sites = find_sites(checkpoint, layers)
     groups = {group.name: group for group in layers.groups}
@@ -74,10 +72,8 @@ def rewrite(
     return tuple(choices)
 
 
-def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path, method: str) -> None:
+def _check_inputs(checkpoint: Checkpoint, stats: Stats, out_folder: Path) -> None:
     """Refuse what would only be found after the long work."""
-    if method not in METHODS:
-        raise RewriteError(f"unknown method {method!r}." + nearest_name(method, (*METHODS, ROTATE)))
     check_same_model(stats, checkpoint, weights_sha256=hash_weights(checkpoint))
     check_new_folder(out_folder, RewriteError)
 

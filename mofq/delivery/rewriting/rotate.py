@@ -1,10 +1,10 @@
 """Rotates the residual stream of a checkpoint, and the values of its attention heads.
 
-Why the model computes the same: `stream`. Each tensor is read, multiplied in float64 and rounded
-once to the dtype that it is stored in. One is in memory at a time: blocks of its rows where these
-stay apart, else the tensor as it is stored, of which blocks of columns are multiplied. An lm_head
-that is tied to the embedding is stored apart: the gain of the last norm is folded into it, and not
-into the embedding.
+Why the model computes the same: `residual_stream`. Each tensor is read, multiplied in float64 and
+rounded once to the dtype that it is stored in. One is in memory at a time: blocks of its rows where
+these stay apart, else the tensor as it is stored, of which blocks of columns are multiplied. An
+lm_head that is tied to the embedding is stored apart: the gain of the last norm is folded into it,
+and not into the embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mofq.decision.rewriting import ROTATE, RotatedModel
 from mofq.delivery.rewriting.orthogonal import Rotation, random_rotation
-from mofq.delivery.rewriting.stream import Place, Stream, find_stream
+from mofq.delivery.rewriting.residual_stream import Place, Stream, find_stream
 from mofq.delivery.rewriting.write import lineage, write_folder
 from mofq.exceptions import RewriteError
 from mofq.files.progress import Progress

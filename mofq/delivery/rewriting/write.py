@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mofq import __version__
-from mofq.delivery.rewriting.choose import Choice
+from mofq.delivery.rewriting.choose_scales import Choice
 from mofq.evidence.calibration.stats import Stats
 from mofq.exceptions import CheckpointError, RewriteError
 from mofq.files.locks import new_folder

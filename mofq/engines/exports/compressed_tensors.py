@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mofq.engines.groups import embedding_role
-from mofq.engines.names import format_name
+from mofq.engines.scheme_names import format_name
 from mofq.exceptions import BackendError
 from mofq.model.layers import AnyGroup
 from mofq.numbers.formats import FP4_E2M1, FP8_E4M3, IntFormat

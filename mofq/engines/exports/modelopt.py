@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from mofq.engines.groups import embedding_role, transposed_layer
-from mofq.engines.names import format_name
+from mofq.engines.scheme_names import format_name
 from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from mofq.engines.groups import embedding_role, is_experts, transposed_layer
-from mofq.engines.names import format_name
+from mofq.engines.scheme_names import format_name
 from mofq.model.layers import AnyGroup
 from mofq.numbers.schemes import Scheme
 

@@ -25,7 +25,7 @@ from mofq.evidence.measure.crossfit import (
 )
 from mofq.evidence.measure.expert_visits import visits_of
 from mofq.evidence.measure.fit_ahead import FitsAhead
-from mofq.evidence.measure.flips import corpus_flips
+from mofq.evidence.measure.flip_rates import corpus_flips
 from mofq.evidence.measure.kv_cache import (
     CacheWork,
     check_cache_stats,

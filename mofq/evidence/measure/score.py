@@ -18,7 +18,8 @@ sequences. What rounding does has more structure, and this module uses it:
   ``sum_t (v_t . dx_t)^2`` with ``v_t = W^T g_t``. Layers that read the very same inputs (q, k
   and v; gate and up; the experts that a token visits) share ``dx_t`` too, so ``v_t`` is the
   sum over them: `with_shared_inputs`.
-- **Lookups.** An embedding's are products with one-hot vectors: `mofq.evidence.measure.lookup`.
+- **Lookups.** An embedding's are products with one-hot vectors:
+  `mofq.evidence.measure.embedding_lookups`.
 - **Both.** ``e_t = (W + dW)(x_t + dx_t) - W x_t = dW xq_t + W dx_t``: the sum of the two,
   ``G`` taken with the quantized inputs.
 
@@ -44,9 +45,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mofq.evidence.measure.embedding_lookups import lookup_errors, project_lookups
 from mofq.evidence.measure.gain_correction import SampleGains, corrected
 from mofq.evidence.measure.layer_inputs import Inputs, PreparedLayer
-from mofq.evidence.measure.lookup import lookup_errors, project_lookups
 from mofq.evidence.measure.magnitudes import ExtentSums, rows_extent
 from mofq.evidence.measure.samples import CHUNK_TOKENS
 from mofq.exceptions import SchemeError

@@ -262,9 +262,9 @@ def _check_same(
             continue
         if name == "stats":
             here, there = (None if stats is None else stats.sha256 for stats in (here, there))
-        detail = (
-            "" if name in ("groups", "unquantized") else f": {there} in the table, {here} asked for"
-        )
+        detail = f": {there} in the table, {here} asked for"
+        if name in ("groups", "unquantized"):  # of the same model
+            detail = f", by other options or by a mofq ({found.mofq}) that finds others"
         raise TableError(
             f"{path}: the table differs in {name}{detail}. It belongs to "
             f"{found.model_name}; write to another table."

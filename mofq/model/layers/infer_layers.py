@@ -10,7 +10,7 @@ from typing import Any
 from mofq.exceptions import CheckpointError, option
 from mofq.model.checkpoint.headers import Checkpoint, TensorInfo
 from mofq.model.layers.families import ANY_HEADS
-from mofq.model.layers.infer import Structure, infer_structure
+from mofq.model.layers.infer_structure import Structure, infer_structure
 from mofq.model.layers.joining import Matrix
 from mofq.model.layers.kv_cache import CacheLayer, attention_of, find_loaded_module
 from mofq.model.layers.linear import (

@@ -7,7 +7,7 @@ and nothing that it serves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,12 +157,47 @@ def join(
         yield name, sorted(experts[place], key=_expert_order)
 
 
+def joined_apart(
+    groups: Mapping[str, Iterable[tuple[str, int]]], model_type: str | None
+) -> tuple[str, ...]:
+    """Layers beside each other that are in different fusion groups, and would be joined here.
+
+    Args:
+        groups: Name -> name and in_features of each layer, as an earlier version joined them.
+        model_type: Of the model.
+
+    Returns:
+        The names of the first such layers; none where there are none.
+    """
+    by_parent: dict[str, dict[str, tuple[int, str]]] = {}
+    for group, layers in groups.items():
+        for name, in_features in layers:
+            parent, _, word = name.rpartition(".")
+            by_parent.setdefault(parent, {})[word] = (in_features, group)
+    for parent, words in by_parent.items():
+        left = dict(words)
+        for joined, _ in _joined_in(parent, model_type):
+            members = [left[word] for word in joined if word in left]
+            if len(members) == len(joined) and len({inputs for inputs, _ in members}) == 1:
+                if len({group for _, group in members}) > 1:
+                    return tuple(f"{parent}.{word}" for word in joined)
+                for word in joined:
+                    del left[word]
+    return ()
+
+
+def _joined_in(parent: str, model_type: str | None) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """What is joined in a module, and its name; the first that is there counts."""
+    last = parent.rpartition(".")[2]
+    of_module = (JOINED_IN[last],) if last in JOINED_IN else ()
+    return (*JOINED_OF_TYPE.get(model_type or "", ()), *of_module, *JOINED)
+
+
 def _join_beside(
     parent: str, words: Mapping[str, Matrix], model_type: str | None
 ) -> Iterator[tuple[str, list[Matrix]]]:
     left, last = dict(words), parent.rpartition(".")[2]
-    of_module = (JOINED_IN[last],) if last in JOINED_IN else ()
-    for joined, name in (*JOINED_OF_TYPE.get(model_type or "", ()), *of_module, *JOINED):
+    for joined, name in _joined_in(parent, model_type):
         members = [left[word] for word in joined if word in left]
         if len(members) == len(joined) and len({m.in_features for m in members}) == 1:
             yield name, members

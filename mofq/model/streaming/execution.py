@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from mofq.exceptions import MofqError, Remark, StreamingError, nearest_name, option
+from mofq.exceptions import Remark, StreamingError, option
 from mofq.model.checkpoint.headers import Checkpoint
 
-Execution = Literal["auto", "resident", "streamed"]
+Execution = Literal["auto", "resident", "spread", "streamed"]
 
 #: Of what is free; the rest is for all that is not counted.
 _SHARE = 0.8
@@ -52,12 +52,8 @@ def choose_execution(
             machine.
 
     Raises:
-        MofqError: What is asked for is none of the words.
         StreamingError: It has to be run whole, and layer by layer is asked for.
     """
-    words = get_args(Execution)
-    if asked not in words:
-        raise MofqError(f"{option('execution')}: unknown {asked!r}." + nearest_name(asked, words))
     if unless is not None:
         if asked == "streamed":
             raise StreamingError(f"{unless}: leave {option('execution', 'streamed')} out.")

@@ -14,7 +14,7 @@ from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Frontier
 from mofq.decision.measured.measurement import Measured
-from mofq.decision.measured.prove import (
+from mofq.decision.measured.proved_budget import (
     MOST_MEASURED,
     decide_proved,
     measured_upper,

@@ -9,9 +9,9 @@ import numpy as np
 
 from mofq.decision.from_table import request_problem
 from mofq.decision.prediction import Estimate, paired_loss
-from mofq.decision.pricing import pricing_request
 from mofq.decision.problem import IntArray, Objective, Problem
 from mofq.decision.recipe import Recipe
+from mofq.decision.recipe_costs import pricing_request
 from mofq.evidence.table import Table, TableHeader
 from mofq.exceptions import RecipeError
 

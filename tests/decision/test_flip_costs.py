@@ -11,7 +11,7 @@ from solver_problems import problem_of, sampled
 
 from mofq.decision import Budgets, Problem
 from mofq.decision.choice import choose, expand_chosen
-from mofq.decision.flips import flip_cost, flip_costs, flip_shares, flip_stderr
+from mofq.decision.flip_costs import flip_cost, flip_costs, flip_shares, flip_stderr
 from mofq.decision.frontier import solve_frontier
 from mofq.decision.interactions import around
 from mofq.decision.prediction import error_together, paired_loss, predict, stated
