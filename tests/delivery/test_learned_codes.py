@@ -15,21 +15,22 @@ from exported import export
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mofq.decision import recipe_from_layers
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.delivery.apply.emulate import apply
 from mofq.delivery.export.compressed_tensors import find_folder_deviations
 from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import LearnedCodes, can_learn, learned_layers
+from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.tensors import learned_codes
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
-from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors
+from mofq.evidence.code_changes import CodeChanges, can_learn, from_tensors, to_tensors
 from mofq.evidence.corpora import load_text
 from mofq.evidence.layer_codes import LayerCodes
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
-from mofq.model.layers import LinearLayer
+from mofq.model.layers import LinearLayer, find_layers
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import FakeQuantLinear, dequantize_weight
 from mofq.numbers.schemes import TensorScheme, parse_scheme
@@ -130,8 +131,10 @@ def test_scales_follow_the_gradient_of_their_factor(weight_OI: Tensor) -> None:
     assert changes.scale.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
-def test_scales_of_few_steps_stay(name: str, weight_OI: Tensor) -> None:
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int8.tensor", "fp8_e4m3.tensor.s-f32"])
+def test_scales_stay_that_have_few_steps_or_that_fused_layers_share(
+    name: str, weight_OI: Tensor
+) -> None:
     assert learning(name, weight_OI).factor_AG is None
 
 
@@ -174,12 +177,18 @@ def test_changes_are_the_same_in_blocks_of_rows(name: str, weight_OI: Tensor) ->
         (CodeChanges(torch.tensor([0]), torch.tensor([99]), None), "none of int4"),
         (CodeChanges(torch.tensor([0]), torch.tensor([8]), None), "none of int4"),
         (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.full((128, 8), torch.nan)),
+            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 8).bfloat16() / 0),
             "not finite",
         ),
         (
             CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 7)),
             "scales of shape [128, 8], and has [128, 7]",
+        ),
+        (CodeChanges(torch.tensor([0]), torch.tensor([0.5]), None), "none of int4"),
+        (CodeChanges(torch.tensor([0]), torch.tensor([torch.nan]), None), "none of int4"),
+        (
+            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 8)),
+            "needs scales in torch.bfloat16, and has them in torch.float32",
         ),
     ],
 )
@@ -187,6 +196,23 @@ def test_what_is_no_change_is_refused(changes: CodeChanges, reason: str) -> None
     fault = changes.fault(weight_scheme("int4.g32"), (128, 256))
     assert fault is not None
     assert reason in fault
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "reason"),
+    [
+        ("nf4.g64", None, "codes of its scheme are not learned"),
+        ("int4.g32@stored", None, "codes of its scheme are not learned"),
+        ("nvfp4", (128, 16), "scales of its scheme are not learned"),
+        ("int8.tensor", (1, 1), "scales of its scheme are not learned"),
+    ],
+)
+def test_changes_to_what_no_tuning_changes_are_refused(
+    scheme: str, shape: tuple[int, int] | None, reason: str
+) -> None:
+    scale = None if shape is None else torch.full(shape, 0.3)
+    changes = CodeChanges(torch.tensor([0]), torch.tensor([1]), scale)
+    assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
 
 
 def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 12) -> TunedRecipe:
@@ -322,6 +348,35 @@ def test_without_memory_for_codes_norms_alone_are_tuned(
     assert found.tuning.layers == 0
     assert found.note is not None
     assert "GB of memory beside the model" in found.note
+
+
+def test_codes_are_learned_where_layers_have_other_names_in_memory(tiny: TinyCheckpoint) -> None:
+    """The loaded model has another prefix than the checkpoint."""
+    folder = tiny("gemma3")
+    recipe, checkpoint = tune(folder, steps=2).recipe, open_checkpoint(str(folder))
+    assert recipe.tuning is not None
+    assert recipe.tuning.layers == 14
+    applied = apply(load_model(folder), recipe, checkpoint=checkpoint)
+    assert not find_deviations(applied, recipe, checkpoint=checkpoint)
+
+
+def test_codes_may_be_all_that_is_tuned(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.find_norms", lambda *_: ())
+    tuning = tune(model, "mxfp4").tuning
+    assert (tuning.tensors, tuning.layers) == (0, 14)
+    assert tuning.kl_after < tuning.kl_before
+
+
+@pytest.mark.parametrize(("scheme", "each"), [("int4.g32", 9), ("nvfp4", 12), ("nf4.g64", 0)])
+def test_memory_for_learning_is_of_the_layers_that_are_learned(
+    scheme: str, each: int, tiny: TinyCheckpoint
+) -> None:
+    checkpoint = open_checkpoint(str(tiny("llama", tie_word_embeddings=True)))
+    layers = find_layers(checkpoint, include_embeddings=True)
+    schemes = dict.fromkeys((group.name for group in layers.groups), scheme)
+    recipe = recipe_from_layers(layers, schemes, checkpoint=checkpoint)
+    linear = [one for one in layers.grouped_layers if one.role == "linear"]
+    assert learning_bytes(recipe, layers) == each * sum(one.weights for one in linear)
 
 
 def test_experts_are_left_as_they_are(tiny: TinyCheckpoint) -> None:

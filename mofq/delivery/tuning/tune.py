@@ -147,7 +147,9 @@ def tune_model(
     moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
     factors = [one.factor_AG for one in codes if one.factor_AG is not None]
     rate = _MOST_RATE if not codes else min(_MOST_RATE, _RATE * _mean_error(codes))
-    adam = torch.optim.Adam([*moved, *factors], lr=rate, betas=_BETAS, eps=_EPSILON)
+    # It takes no empty list, and codes may be all that is tuned.
+    by_adam = [*moved, *factors] or [torch.zeros(0)]
+    adam = torch.optim.Adam(by_adam, lr=rate, betas=_BETAS, eps=_EPSILON)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
     code_rate = min(_MOST_CODE_RATE, 1 / (_CODE_STEPS * steps))
     for step, first in enumerate(range(0, len(order), BATCH)):
