@@ -25,6 +25,7 @@ from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_by
 from mofq.delivery.tuning.tensors import learned_codes
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
+from mofq.delivery.validation.enforcement import enforcement
 from mofq.evidence.code_changes import CodeChanges, can_learn, from_tensors, to_tensors
 from mofq.evidence.corpora import load_text
 from mofq.evidence.layer_codes import LayerCodes
@@ -321,6 +322,26 @@ def test_two_recipes_that_differ_in_codes_alone_are_told_apart_streamed(
     assert all(one.enforced for one in both)
     assert both[0].windows == both[2].windows
     assert both[0].windows != both[1].windows
+
+
+def test_enforcement_reads_what_was_tuned_once_for_all_units(
+    found: TunedRecipe, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has a seventh of a byte for each weight, and is hashed when it is read."""
+    checkpoint, reads = open_checkpoint(str(model)), []
+
+    def loaded(content: bytes) -> dict[str, Tensor]:
+        reads.append(len(content))
+        return load(content)
+
+    monkeypatch.setattr("mofq.delivery.tuning.tensors.load", loaded)
+    wanted = enforcement(found.recipe, checkpoint, fits=None, decoded=False)
+    before = len(reads)
+    norms = [name for name in checkpoint.tensors if "norm" in name]
+    state = load_model(model).state_dict()
+    deviations = [list(wanted.of_others({name: state[name]})) for name in norms]
+    assert all(len(one) == 1 for one in deviations)
+    assert len(reads) == before
 
 
 def test_codes_of_another_model_are_refused(

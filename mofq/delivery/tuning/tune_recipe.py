@@ -73,12 +73,12 @@ def tune_recipe(
         progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
 
     Returns:
-        The recipe, which names the weights that it is for, and what its norms do on what no step
+        The recipe, which names the weights that it is for, and what tuning does on what no step
         saw.
 
     Raises:
         CorpusError: There are too few sequences.
-        RecipeError: The model has no norms that can be tuned, or as `apply_recipe`.
+        RecipeError: The model has neither norms nor codes that can be tuned, or as `apply_recipe`.
         MofqError: There is no room for the original's logits, or logits are not finite.
     """
     split = split_sequences(windows, most=steps * BATCH)
