@@ -92,10 +92,14 @@ class CodeChanges:
             and int(at_N[-1]) < shape[0] * shape[1]
         ):
             return f"places are not within {list(shape)}, or not in order"
-        values_N, element = codes_N.float(), scheme.element
+        element, dtype = scheme.element, torch.float32
         if isinstance(element, IntFormat):
-            low, high = code_range(scheme)
-            is_code_N = round_to_integer(values_N, low, high) == values_N
+            dtype = torch.int8 if scheme.symmetric else torch.uint8
+        if codes_N.dtype != dtype:
+            return f"needs codes in {dtype}, and has them in {codes_N.dtype}"
+        values_N = codes_N.float()
+        if isinstance(element, IntFormat):
+            is_code_N = round_to_integer(values_N, *code_range(scheme)) == values_N
         else:
             is_code_N = round_to_format(values_N, element) == values_N
         if not bool(is_code_N.all()):
@@ -108,10 +112,11 @@ class CodeChanges:
             return f"needs scales of shape {list(wanted)}, and has {list(self.scale.shape)}"
         if not can_learn_scales(scheme):
             return "scales of its scheme are not learned"
-        if self.scale.dtype != (dtype := _FINE_SCALES[scheme.scale.name]):
+        dtype = _FINE_SCALES[scheme.scale.name]
+        if self.scale.dtype != dtype:
             return f"needs scales in {dtype}, and has them in {self.scale.dtype}"
-        if not bool(torch.isfinite(self.scale).all()):
-            return "scales are not finite"
+        if not bool((torch.isfinite(self.scale) & (self.scale != 0)).all()):
+            return "scales are not finite, or 0"
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,34 +170,43 @@ def test_changes_are_the_same_in_blocks_of_rows(name: str, weight_OI: Tensor) ->
     assert torch.equal(decoded_OI, dequantize_weight(whole, one.scheme))
 
 
+ONE = torch.tensor([1], dtype=torch.int8)
+TWO = torch.tensor([1, 1], dtype=torch.int8)
+SCALE = torch.ones(128, 8, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("at", "codes_N", "scale", "reason"),
     [
-        (CodeChanges(torch.tensor([3, 2]), torch.tensor([1, 1]), None), "not in order"),
-        (CodeChanges(torch.tensor([0, 128 * 256]), torch.tensor([1, 1]), None), "not within"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([1, 1]), None), "do not belong together"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([99]), None), "none of int4"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([8]), None), "none of int4"),
-        (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 8).bfloat16() / 0),
-            "not finite",
-        ),
-        (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 7)),
-            "scales of shape [128, 8], and has [128, 7]",
-        ),
-        (CodeChanges(torch.tensor([0]), torch.tensor([0.5]), None), "none of int4"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([torch.nan]), None), "none of int4"),
-        (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 8)),
-            "needs scales in torch.bfloat16, and has them in torch.float32",
-        ),
+        ([3, 2], TWO, None, "not in order"),
+        ([0, 128 * 256], TWO, None, "not within"),
+        ([-1], ONE, None, "not within"),
+        ([2**62], ONE, None, "not within"),
+        ([0], TWO, None, "do not belong together"),
+        ([0], 99 * ONE, None, "none of int4"),
+        ([0], 8 * ONE, None, "none of int4"),
+        ([0], ONE.float() / 2, None, "codes in torch.int8, and has them in torch.float32"),
+        ([0], ONE.to(torch.uint8), None, "codes in torch.int8, and has them in torch.uint8"),
+        ([0], ONE, SCALE / 0, "not finite"),
+        ([0], ONE, SCALE * 0, "or 0"),
+        ([0], ONE, SCALE[:, 1:], "scales of shape [128, 8], and has [128, 7]"),
+        ([0], ONE, SCALE.float(), "scales in torch.bfloat16, and has them in torch.float32"),
     ],
 )
-def test_what_is_no_change_is_refused(changes: CodeChanges, reason: str) -> None:
-    fault = changes.fault(weight_scheme("int4.g32"), (128, 256))
+def test_what_is_no_change_is_refused(
+    at: list[int], codes_N: Tensor, scale: Tensor | None, reason: str
+) -> None:
+    fault = CodeChanges(torch.tensor(at), codes_N, scale).fault(
+        weight_scheme("int4.g32"), (128, 256)
+    )
     assert fault is not None
     assert reason in fault
+
+
+@pytest.mark.parametrize("code", [0.3, 7.0, torch.nan, torch.inf])
+def test_what_no_float_format_holds_is_no_code(code: float) -> None:
+    changes = CodeChanges(torch.tensor([0]), torch.tensor([code]), None)
+    assert changes.fault(weight_scheme("nvfp4"), (128, 256)) == "codes are none of fp4_e2m1"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +222,8 @@ def test_changes_to_what_no_tuning_changes_are_refused(
     scheme: str, shape: tuple[int, int] | None, reason: str
 ) -> None:
     scale = None if shape is None else torch.full(shape, 0.3)
-    changes = CodeChanges(torch.tensor([0]), torch.tensor([1]), scale)
+    codes_N = ONE if "int" in scheme else ONE.float()
+    changes = CodeChanges(torch.tensor([0]), codes_N, scale)
     assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
 
 
@@ -239,7 +250,10 @@ def found(model: Path) -> TunedRecipe:
 
 
 def with_tensors(recipe: Recipe, tensors: dict[str, Tensor]) -> Recipe:
-    content = save(tensors)
+    return with_content(recipe, save(tensors))
+
+
+def with_content(recipe: Recipe, content: bytes) -> Recipe:
     assert recipe.tuning is not None
     sha256 = hashlib.sha256(content).hexdigest()
     return replace(recipe, tuned=content, tuning=replace(recipe.tuning, sha256=sha256))
@@ -356,9 +370,20 @@ def test_codes_of_another_model_are_refused(
         ({k: v for k, v in other.items() if "codes/" in k}, "no weight of 'model.layers.7"),
         (lost, f"has no 'codes/{LAYER}/at'"),
         (tensors | {f"codes/{LAYER}/at": tensors[f"codes/{LAYER}/at"].flip(0)}, "not in order"),
+        (tensors | {f"codes/{LAYER}/point": torch.ones(1)}, "point', of which this mofq knows"),
     ):
         with pytest.raises(RecipeError, match=reason):
             apply(load_model(model), with_tensors(found.recipe, wrong), checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0"])
+def test_a_file_of_unknown_dtypes_is_refused(dtype: str, found: TunedRecipe, model: Path) -> None:
+    entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, 1 if dtype == "F4" else 2]}
+    header = json.dumps({"codes/x/at": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(entry["data_offsets"][1])
+    recipe = with_content(found.recipe, content)
+    with pytest.raises(RecipeError, match="holds no tensors"):
+        learned_codes(recipe, find_recipe_layers(open_checkpoint(str(model)), recipe))
 
 
 def test_without_memory_for_codes_norms_alone_are_tuned(
