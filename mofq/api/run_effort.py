@@ -7,7 +7,7 @@
     guessed, and measured where a search chooses it (`mofq.decision.guessed_rows`), first in a few
     fusion groups of each kind, until the search chooses nothing that is not measured.
     Where the best recipe rounds inputs, the model is rewritten for them, and rotated
-    (`run_evidence`). The norms of what was found are tuned (`run_delivery`).
+    (`run_evidence`). What was found is tuned (`run_delivery`).
 ``best``
     Every twin in every fusion group, of the model as it is and rewritten, with four times the
     samples kept.
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Effort = Annotated[
     Literal["quick", "normal", "best"],
     Option(
-        "quick: round to nearest; normal: also fit codes, move scales and tune norms where that "
-        "pays; best: everywhere."
+        "quick: round to nearest; normal: also fit codes, move scales and tune what was found "
+        "where that pays; best: everywhere."
     ),
 ]
 #: Searches over measured and guessed rows, at most. Where samples are not stored, each takes a

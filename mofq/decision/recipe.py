@@ -230,7 +230,9 @@ class RecipeFile:
     ] = None
     tuning: Annotated[
         Tuning | None,
-        Field(description="norms that were tuned after quantizing, in a file beside this one"),
+        Field(
+            description="codes, scales and norms tuned after quantizing, in a file beside this one"
+        ),
     ] = None
     kv_cache: Annotated[
         dict[Text, CacheEntry],
@@ -498,7 +500,7 @@ def _check_layers_once(recipe: Recipe, where: str) -> None:
 
 
 def _check_tuned_for(recipe: Recipe, where: str) -> None:
-    """Refuse norms that were tuned for other schemes, or for any weights."""
+    """Refuse what was tuned for other schemes, or for any weights."""
     tuning = recipe.tuning
     if tuning is not None and recipe.weights_sha256 is None:
         raise RecipeError(

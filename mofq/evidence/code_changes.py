@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mofq.numbers.formats import IntFormat
+from mofq.numbers.formats import CodebookFormat, IntFormat
 from mofq.numbers.quantize import QuantizedWeight, round_to_format
+from mofq.numbers.quantize.rounding import round_to_integer
 from mofq.numbers.quantize.scales import code_range
 from mofq.numbers.quantize.tiles import tile_shape
 from mofq.numbers.schemes import TensorScheme
@@ -21,6 +22,21 @@ from mofq.numbers.schemes import TensorScheme
 #: Of the names of their tensors in a file, before the name of the layer and after it.
 _PREFIX = "codes/"
 _AT, _CODES, _SCALE = "/at", "/codes", "/scale"
+#: Scales that take any value. Others have a few steps an octave, or none between.
+_FINE_SCALES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def can_learn(scheme: TensorScheme) -> bool:
+    """Whether codes of a weight scheme can be learned."""
+    is_grid = not isinstance(scheme.element, CodebookFormat)
+    return is_grid and scheme.has_scale and scheme.scale_rule != "stored"
+
+
+def can_learn_scales(scheme: TensorScheme) -> bool:
+    """Whether its scales can be too: not one of a whole tensor, which fused layers share."""
+    return can_learn(scheme) and (
+        scheme.scale.name in _FINE_SCALES and scheme.granularity.kind != "tensor"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,8 @@ class CodeChanges:
 
     def fault(self, scheme: TensorScheme, shape: tuple[int, int]) -> str | None:
         """Why these are no changes to a weight of this shape under a scheme; None: they are."""
+        if not can_learn(scheme):
+            return "codes of its scheme are not learned"
         at_N, codes_N = self.at_N, self.codes_N
         if at_N.dtype != torch.int64 or at_N.shape != codes_N.shape or at_N.ndim != 1:
             return "places and codes do not belong together"
@@ -74,10 +92,14 @@ class CodeChanges:
             and int(at_N[-1]) < shape[0] * shape[1]
         ):
             return f"places are not within {list(shape)}, or not in order"
-        values_N, element = codes_N.float(), scheme.element
+        element, dtype = scheme.element, torch.float32
         if isinstance(element, IntFormat):
-            low, high = code_range(scheme)
-            is_code_N = (values_N >= low) & (values_N <= high)
+            dtype = torch.int8 if scheme.symmetric else torch.uint8
+        if codes_N.dtype != dtype:
+            return f"needs codes in {dtype}, and has them in {codes_N.dtype}"
+        values_N = codes_N.float()
+        if isinstance(element, IntFormat):
+            is_code_N = round_to_integer(values_N, *code_range(scheme)) == values_N
         else:
             is_code_N = round_to_format(values_N, element) == values_N
         if not bool(is_code_N.all()):
@@ -88,8 +110,13 @@ class CodeChanges:
         wanted = (shape[0] // rows, shape[1] // columns)
         if tuple(self.scale.shape) != wanted:
             return f"needs scales of shape {list(wanted)}, and has {list(self.scale.shape)}"
-        if not bool(torch.isfinite(self.scale.float()).all()):
-            return "scales are not finite"
+        if not can_learn_scales(scheme):
+            return "scales of its scheme are not learned"
+        dtype = _FINE_SCALES[scheme.scale.name]
+        if self.scale.dtype != dtype:
+            return f"needs scales in {dtype}, and has them in {self.scale.dtype}"
+        if not bool((torch.isfinite(self.scale) & (self.scale != 0)).all()):
+            return "scales are not finite, or 0"
         return None
 
 

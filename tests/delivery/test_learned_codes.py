@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,23 @@ from exported import export
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mofq.decision import recipe_from_layers
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.delivery.apply.emulate import apply
 from mofq.delivery.export.compressed_tensors import find_folder_deviations
 from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import LearnedCodes, can_learn, learned_layers
+from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.tensors import learned_codes
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
-from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors
+from mofq.delivery.validation.enforcement import enforcement
+from mofq.evidence.code_changes import CodeChanges, can_learn, from_tensors, to_tensors
 from mofq.evidence.corpora import load_text
 from mofq.evidence.layer_codes import LayerCodes
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
-from mofq.model.layers import LinearLayer
+from mofq.model.layers import LinearLayer, find_layers
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import FakeQuantLinear, dequantize_weight
 from mofq.numbers.schemes import TensorScheme, parse_scheme
@@ -130,8 +133,10 @@ def test_scales_follow_the_gradient_of_their_factor(weight_OI: Tensor) -> None:
     assert changes.scale.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
-def test_scales_of_few_steps_stay(name: str, weight_OI: Tensor) -> None:
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int8.tensor", "fp8_e4m3.tensor.s-f32"])
+def test_scales_stay_that_have_few_steps_or_that_fused_layers_share(
+    name: str, weight_OI: Tensor
+) -> None:
     assert learning(name, weight_OI).factor_AG is None
 
 
@@ -165,28 +170,61 @@ def test_changes_are_the_same_in_blocks_of_rows(name: str, weight_OI: Tensor) ->
     assert torch.equal(decoded_OI, dequantize_weight(whole, one.scheme))
 
 
+ONE = torch.tensor([1], dtype=torch.int8)
+TWO = torch.tensor([1, 1], dtype=torch.int8)
+SCALE = torch.ones(128, 8, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("at", "codes_N", "scale", "reason"),
     [
-        (CodeChanges(torch.tensor([3, 2]), torch.tensor([1, 1]), None), "not in order"),
-        (CodeChanges(torch.tensor([0, 128 * 256]), torch.tensor([1, 1]), None), "not within"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([1, 1]), None), "do not belong together"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([99]), None), "none of int4"),
-        (CodeChanges(torch.tensor([0]), torch.tensor([8]), None), "none of int4"),
-        (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.full((128, 8), torch.nan)),
-            "not finite",
-        ),
-        (
-            CodeChanges(torch.tensor([0]), torch.tensor([1]), torch.ones(128, 7)),
-            "scales of shape [128, 8], and has [128, 7]",
-        ),
+        ([3, 2], TWO, None, "not in order"),
+        ([0, 128 * 256], TWO, None, "not within"),
+        ([-1], ONE, None, "not within"),
+        ([2**62], ONE, None, "not within"),
+        ([0], TWO, None, "do not belong together"),
+        ([0], 99 * ONE, None, "none of int4"),
+        ([0], 8 * ONE, None, "none of int4"),
+        ([0], ONE.float() / 2, None, "codes in torch.int8, and has them in torch.float32"),
+        ([0], ONE.to(torch.uint8), None, "codes in torch.int8, and has them in torch.uint8"),
+        ([0], ONE, SCALE / 0, "not finite"),
+        ([0], ONE, SCALE * 0, "or 0"),
+        ([0], ONE, SCALE[:, 1:], "scales of shape [128, 8], and has [128, 7]"),
+        ([0], ONE, SCALE.float(), "scales in torch.bfloat16, and has them in torch.float32"),
     ],
 )
-def test_what_is_no_change_is_refused(changes: CodeChanges, reason: str) -> None:
-    fault = changes.fault(weight_scheme("int4.g32"), (128, 256))
+def test_what_is_no_change_is_refused(
+    at: list[int], codes_N: Tensor, scale: Tensor | None, reason: str
+) -> None:
+    fault = CodeChanges(torch.tensor(at), codes_N, scale).fault(
+        weight_scheme("int4.g32"), (128, 256)
+    )
     assert fault is not None
     assert reason in fault
+
+
+@pytest.mark.parametrize("code", [0.3, 7.0, torch.nan, torch.inf])
+def test_what_no_float_format_holds_is_no_code(code: float) -> None:
+    changes = CodeChanges(torch.tensor([0]), torch.tensor([code]), None)
+    assert changes.fault(weight_scheme("nvfp4"), (128, 256)) == "codes are none of fp4_e2m1"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "reason"),
+    [
+        ("nf4.g64", None, "codes of its scheme are not learned"),
+        ("int4.g32@stored", None, "codes of its scheme are not learned"),
+        ("nvfp4", (128, 16), "scales of its scheme are not learned"),
+        ("int8.tensor", (1, 1), "scales of its scheme are not learned"),
+    ],
+)
+def test_changes_to_what_no_tuning_changes_are_refused(
+    scheme: str, shape: tuple[int, int] | None, reason: str
+) -> None:
+    scale = None if shape is None else torch.full(shape, 0.3)
+    codes_N = ONE if "int" in scheme else ONE.float()
+    changes = CodeChanges(torch.tensor([0]), codes_N, scale)
+    assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
 
 
 def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 12) -> TunedRecipe:
@@ -212,7 +250,10 @@ def found(model: Path) -> TunedRecipe:
 
 
 def with_tensors(recipe: Recipe, tensors: dict[str, Tensor]) -> Recipe:
-    content = save(tensors)
+    return with_content(recipe, save(tensors))
+
+
+def with_content(recipe: Recipe, content: bytes) -> Recipe:
     assert recipe.tuning is not None
     sha256 = hashlib.sha256(content).hexdigest()
     return replace(recipe, tuned=content, tuning=replace(recipe.tuning, sha256=sha256))
@@ -297,6 +338,26 @@ def test_two_recipes_that_differ_in_codes_alone_are_told_apart_streamed(
     assert both[0].windows != both[1].windows
 
 
+def test_enforcement_reads_what_was_tuned_once_for_all_units(
+    found: TunedRecipe, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has a seventh of a byte for each weight, and is hashed when it is read."""
+    checkpoint, reads = open_checkpoint(str(model)), []
+
+    def loaded(content: bytes) -> dict[str, Tensor]:
+        reads.append(len(content))
+        return load(content)
+
+    monkeypatch.setattr("mofq.delivery.tuning.tensors.load", loaded)
+    wanted = enforcement(found.recipe, checkpoint, fits=None, decoded=False)
+    before = len(reads)
+    norms = [name for name in checkpoint.tensors if "norm" in name]
+    state = load_model(model).state_dict()
+    deviations = [list(wanted.of_others({name: state[name]})) for name in norms]
+    assert all(len(one) == 1 for one in deviations)
+    assert len(reads) == before
+
+
 def test_codes_of_another_model_are_refused(
     found: TunedRecipe, model: Path, tmp_path: Path
 ) -> None:
@@ -309,9 +370,20 @@ def test_codes_of_another_model_are_refused(
         ({k: v for k, v in other.items() if "codes/" in k}, "no weight of 'model.layers.7"),
         (lost, f"has no 'codes/{LAYER}/at'"),
         (tensors | {f"codes/{LAYER}/at": tensors[f"codes/{LAYER}/at"].flip(0)}, "not in order"),
+        (tensors | {f"codes/{LAYER}/point": torch.ones(1)}, "point', of which this mofq knows"),
     ):
         with pytest.raises(RecipeError, match=reason):
             apply(load_model(model), with_tensors(found.recipe, wrong), checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0"])
+def test_a_file_of_unknown_dtypes_is_refused(dtype: str, found: TunedRecipe, model: Path) -> None:
+    entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, 1 if dtype == "F4" else 2]}
+    header = json.dumps({"codes/x/at": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(entry["data_offsets"][1])
+    recipe = with_content(found.recipe, content)
+    with pytest.raises(RecipeError, match="holds no tensors"):
+        learned_codes(recipe, find_recipe_layers(open_checkpoint(str(model)), recipe))
 
 
 def test_without_memory_for_codes_norms_alone_are_tuned(
@@ -322,6 +394,35 @@ def test_without_memory_for_codes_norms_alone_are_tuned(
     assert found.tuning.layers == 0
     assert found.note is not None
     assert "GB of memory beside the model" in found.note
+
+
+def test_codes_are_learned_where_layers_have_other_names_in_memory(tiny: TinyCheckpoint) -> None:
+    """The loaded model has another prefix than the checkpoint."""
+    folder = tiny("gemma3")
+    recipe, checkpoint = tune(folder, steps=2).recipe, open_checkpoint(str(folder))
+    assert recipe.tuning is not None
+    assert recipe.tuning.layers == 14
+    applied = apply(load_model(folder), recipe, checkpoint=checkpoint)
+    assert not find_deviations(applied, recipe, checkpoint=checkpoint)
+
+
+def test_codes_may_be_all_that_is_tuned(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.find_norms", lambda *_: ())
+    tuning = tune(model, "mxfp4").tuning
+    assert (tuning.tensors, tuning.layers) == (0, 14)
+    assert tuning.kl_after < tuning.kl_before
+
+
+@pytest.mark.parametrize(("scheme", "each"), [("int4.g32", 9), ("nvfp4", 12), ("nf4.g64", 0)])
+def test_memory_for_learning_is_of_the_layers_that_are_learned(
+    scheme: str, each: int, tiny: TinyCheckpoint
+) -> None:
+    checkpoint = open_checkpoint(str(tiny("llama", tie_word_embeddings=True)))
+    layers = find_layers(checkpoint, include_embeddings=True)
+    schemes = dict.fromkeys((group.name for group in layers.groups), scheme)
+    recipe = recipe_from_layers(layers, schemes, checkpoint=checkpoint)
+    linear = [one for one in layers.grouped_layers if one.role == "linear"]
+    assert learning_bytes(recipe, layers) == each * sum(one.weights for one in linear)
 
 
 def test_experts_are_left_as_they_are(tiny: TinyCheckpoint) -> None:

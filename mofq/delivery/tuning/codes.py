@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from mofq.decision.recipe import Recipe
-from mofq.delivery.apply.loaded_model import module_path
 from mofq.delivery.recipe_layers import group_schemes
-from mofq.evidence.code_changes import CodeChanges
+from mofq.evidence.code_changes import CodeChanges, can_learn, can_learn_scales
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
-from mofq.model.layers import ModelLayers, is_expert
-from mofq.numbers.formats import CodebookFormat, FloatFormat
+from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_weight, is_expert
+from mofq.numbers.formats import FloatFormat
 from mofq.numbers.quantize import (
     FakeQuantLinear,
     QuantizedWeight,
@@ -41,11 +40,9 @@ from mofq.numbers.schemes import TensorScheme
 
 #: How far from its code a weight begins at most, in distances between codes: within the cell.
 _IN_CELL = 0.49
-#: Formats that a scale may take any value of. Others have a few steps an octave, or none between.
-_FINE_SCALES = ("bf16", "f32")
 #: Memory while codes are learned, for each weight beside the model: where it is in its cell and its
-#: gradient in float32, its first code [bytes].
-BYTES_PER_WEIGHT = 9
+#: gradient in float32; its first code, of floating-point elements in float32 too [bytes].
+_LATENT_BYTES, _INT_BYTES, _FLOAT_BYTES = 8, 1, 4
 
 
 @dataclass(slots=True)
@@ -70,7 +67,7 @@ class LearnedCodes:
         rounded_OI = dequantize_weight(before, scheme)
         error = float((rounded_OI - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30))
         factor = None
-        if before.scale is not None and scheme.scale.name in _FINE_SCALES:
+        if before.scale is not None and can_learn_scales(scheme):
             factor = torch.zeros_like(before.scale, dtype=torch.float32)
         latent_OI = _in_cells(weight_OI, before, scheme)
         return cls(name, module, scheme, before, latent_OI, factor, error)
@@ -146,9 +143,10 @@ def learned_layers(
             continue
         amax = read_shared_amax(checkpoint, group, scheme) if scheme.needs_tensor_amax else {}
         for layer in group.layers:
-            if is_expert(layer) or layer.role != "linear":
+            if not _is_learned(layer):
                 continue
-            module = model.get_submodule(module_path(layer))
+            at = find_loaded_weight(layer, layers.architecture)
+            module = model.get_submodule(at.name.rpartition(".")[0])
             if not isinstance(module, FakeQuantLinear):
                 continue
             codes = layer_codes(
@@ -161,10 +159,22 @@ def learned_layers(
             yield LearnedCodes.of(layer.name, module, codes)
 
 
-def can_learn(scheme: TensorScheme) -> bool:
-    """Whether codes of a weight scheme can be learned."""
-    is_grid = not isinstance(scheme.element, CodebookFormat)
-    return is_grid and scheme.has_scale and scheme.scale_rule != "stored"
+def learning_bytes(recipe: Recipe, layers: ModelLayers) -> int:
+    """Memory that `learned_layers` take beside the model; arguments as there."""
+    schemes = group_schemes(layers, recipe)
+    total = 0
+    for group in layers.groups:
+        scheme = schemes[group.name].weight
+        if scheme is None or not can_learn(scheme):
+            continue
+        codes = _FLOAT_BYTES if isinstance(scheme.element, FloatFormat) else _INT_BYTES
+        weights = sum(layer.weights for layer in group.layers if _is_learned(layer))
+        total += (_LATENT_BYTES + codes) * weights
+    return total
+
+
+def _is_learned(layer: LinearLayer) -> bool:
+    return layer.role == "linear" and not is_expert(layer)
 
 
 def _to(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

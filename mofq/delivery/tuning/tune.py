@@ -33,9 +33,9 @@ BATCH = 4
 #: The first step; later ones fall to 0 by a cosine. Of norms and scales relative to themselves, in
 #: units of the error that rounding makes relative to the weights, and no more than `_MOST_RATE`.
 _RATE, _MOST_RATE = 0.035, 3e-3
-#: Of codes relative to the distance between two. Steps of this many together would go from one to
-#: the next, but for the cosine; fewer steps are no larger: what they change first is noise.
-_CODE_STEPS, _MOST_CODE_RATE = 8.0, 2e-3
+#: Of codes relative to the distance between two. All steps together go this part of it, but for the
+#: cosine; each of few steps is no larger: what they change first is noise.
+_CODE_WAY, _MOST_CODE_RATE = 1 / 8, 2e-3
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
 #: How slowly Adam's means of gradients and of their squares forget.
@@ -147,9 +147,11 @@ def tune_model(
     moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
     factors = [one.factor_AG for one in codes if one.factor_AG is not None]
     rate = _MOST_RATE if not codes else min(_MOST_RATE, _RATE * _mean_error(codes))
-    adam = torch.optim.Adam([*moved, *factors], lr=rate, betas=_BETAS, eps=_EPSILON)
+    # It takes no empty list, and codes may be all that is tuned.
+    by_adam = [*moved, *factors] or [torch.zeros(0)]
+    adam = torch.optim.Adam(by_adam, lr=rate, betas=_BETAS, eps=_EPSILON)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
-    code_rate = min(_MOST_CODE_RATE, 1 / (_CODE_STEPS * steps))
+    code_rate = min(_MOST_CODE_RATE, _CODE_WAY / steps)
     for step, first in enumerate(range(0, len(order), BATCH)):
         for norm in norms:
             norm.parameter.requires_grad_(True)

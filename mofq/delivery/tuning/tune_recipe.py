@@ -15,9 +15,9 @@ from mofq.decision.recipe import Recipe, join_hashes
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_fits import open_fits
-from mofq.delivery.recipe_layers import checked_layers, group_schemes
+from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import BYTES_PER_WEIGHT, LearnedCodes, can_learn, learned_layers
+from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_model
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
@@ -27,7 +27,7 @@ from mofq.exceptions import CorpusError, RecipeError, option
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
-from mofq.model.layers import ModelLayers, is_expert
+from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model
 from mofq.model.streaming.execution import free_bytes
 
@@ -73,12 +73,12 @@ def tune_recipe(
         progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
 
     Returns:
-        The recipe, which names the weights that it is for, and what its norms do on what no step
+        The recipe, which names the weights that it is for, and what tuning does on what no step
         saw.
 
     Raises:
         CorpusError: There are too few sequences.
-        RecipeError: The model has no norms that can be tuned, or as `apply_recipe`.
+        RecipeError: The model has neither norms nor codes that can be tuned, or as `apply_recipe`.
         MofqError: There is no room for the original's logits, or logits are not finite.
     """
     split = split_sequences(windows, most=steps * BATCH)
@@ -123,15 +123,7 @@ def tune_recipe(
 
 def _why_no_codes(layers: ModelLayers, recipe: Recipe, device: str) -> str | None:
     """Why codes cannot be learned beside a model that is in memory; None where they can be."""
-    schemes = group_schemes(layers, recipe)
-    needed = sum(
-        BYTES_PER_WEIGHT * layer.in_features * layer.out_features
-        for group in layers.groups
-        for scheme in [schemes[group.name].weight]
-        if scheme is not None and can_learn(scheme)
-        for layer in group.layers
-        if not is_expert(layer)
-    )
+    needed = learning_bytes(recipe, layers)
     free = free_bytes(device)
     if free is None or needed <= _OF_FREE * free:
         return None

@@ -134,6 +134,7 @@ class Enforcement:
     fits: Fits | None
     decoded: bool  #: whether the model is an exported folder's, see `find_deviations`
     changes: Mapping[str, CodeChanges]  #: that were learned, to the codes of layers, by name
+    tuned: Mapping[str, Tensor]  #: name in the checkpoint -> what the recipe tuned a norm to
 
     @property
     def rounding(self) -> float:
@@ -183,7 +184,6 @@ class Enforcement:
         Args:
             loaded: A model's ``state_dict()``, or a part of it: no more is compared.
         """
-        tuned = tuned_tensors(self.recipe, self.checkpoint)
         skipped = {layer.tensor for layer in self.layers.linear_layers}
         architecture = self.layers.architecture
         if self.layers.tied_lm_head:  # a copy on disk that is never loaded
@@ -192,10 +192,10 @@ class Enforcement:
             found = loaded_tensor(loaded, name, architecture)
             if name in skipped or found is None or not found.is_floating_point():
                 continue
-            if _differs(found, info, tuned.get(name)):
+            if _differs(found, info, self.tuned.get(name)):
                 kept = "differs from the original, and no recipe touches it"
                 yield Deviation(
-                    name, "is not what the recipe tuned it to" if name in tuned else kept
+                    name, "is not what the recipe tuned it to" if name in self.tuned else kept
                 )
 
     def of_caches(self, model: nn.Module, layers: ModelLayers) -> list[Deviation]:
@@ -260,8 +260,8 @@ def enforcement(
     """What a recipe makes of a checkpoint; arguments and errors as `find_deviations`."""
     layers = checked_layers(checkpoint, recipe, experts_apart=True)
     schemes = group_schemes(layers, recipe)
-    changes = learned_codes(recipe, layers)
-    return Enforcement(recipe, checkpoint, layers, schemes, fits, decoded, changes)
+    changes, tuned = learned_codes(recipe, layers), tuned_tensors(recipe, checkpoint)
+    return Enforcement(recipe, checkpoint, layers, schemes, fits, decoded, changes, tuned)
 
 
 def _is_head(model: nn.Module, weight: Tensor) -> bool:
