@@ -39,7 +39,7 @@ from mofq.numbers.quantize.tiles import tile_shape, to_tiles
 from mofq.numbers.schemes import TensorScheme
 
 #: How far from its code a weight begins at most, in distances between codes: within the cell.
-_IN_CELL = 0.49
+_IN_CELL = 0.4
 #: Memory while codes are learned, for each weight beside the model: where it is in its cell and its
 #: gradient in float32; its first code, of floating-point elements in float32 too [bytes].
 _LATENT_BYTES, _INT_BYTES, _FLOAT_BYTES = 8, 1, 4

@@ -1,9 +1,9 @@
 """Tunes norms, codes and scales of a quantized model until it predicts more like the original.
 
 What is stepped on is KL(original || quantized), some sequences of the calibration text at a time:
-norms and scales by Adam, relative to the gain of each channel and to each scale; codes by signed
-steps (`codes`). What is stored of them is what computes, in every pass. Sequences that no step saw
-say whether it helped.
+norms and scales relative to the gain of each channel and to each scale (`EvenSteps`), codes by
+signed steps (`codes`). What is stored of them is what computes, in every pass. Sequences that no
+step saw say whether it helped.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ from mofq.files.progress import Progress, Steps
 BATCH = 4
 #: The first step; later ones fall to 0 by a cosine. Of norms and scales relative to themselves, in
 #: units of the error that rounding makes relative to the weights, and no more than `_MOST_RATE`.
-_RATE, _MOST_RATE = 0.035, 3e-3
-#: Of codes relative to the distance between two. All steps together go this part of it, but for the
-#: cosine; each of few steps is no larger: what they change first is noise.
-_CODE_WAY, _MOST_CODE_RATE = 1 / 8, 2e-3
+_RATE, _MOST_RATE = 0.01, 3e-3
+#: Of codes relative to the distance between two: all steps together, but for the cosine.
+_CODE_WAY = 1 / 4
+#: How slowly means of squares of gradients forget, and how far beyond its root one counts.
+_FORGETS, _MOST = 0.95, 3.0
+#: Far below any gradient.
+_TINY = 1e-30
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
-#: How slowly Adam's means of gradients and of their squares forget.
-_BETAS = (0.9, 0.95)
-#: Far below any mean of squares: gradients of a small KL are small.
-_EPSILON = 1e-12
 #: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
 #: interval of a mean of few sequences.
 _SURE = 0.975
@@ -129,8 +128,7 @@ def tune_model(
         MofqError: Logits are not finite.
 
     Source: norms alone as what is tuned after quantizing, L. Li et al., "Norm Tweaking",
-    arXiv:2309.02784, which steps on distances of layers' outputs; D. P. Kingma, J. Ba, "Adam",
-    arXiv:1412.6980. Of codes, see `codes`.
+    arXiv:2309.02784, which steps on distances of layers' outputs. Of codes, see `codes`.
     """
     order = _order(len(split.stepped_NT), steps * BATCH)
     tell = Steps(progress, "tune", len(order) + 2 * len(split.held_out_NT))
@@ -147,11 +145,7 @@ def tune_model(
     moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
     factors = [one.factor_AG for one in codes if one.factor_AG is not None]
     rate = _MOST_RATE if not codes else min(_MOST_RATE, _RATE * _mean_error(codes))
-    # It takes no empty list, and codes may be all that is tuned.
-    by_adam = [*moved, *factors] or [torch.zeros(0)]
-    adam = torch.optim.Adam(by_adam, lr=rate, betas=_BETAS, eps=_EPSILON)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
-    code_rate = min(_MOST_CODE_RATE, _CODE_WAY / steps)
+    even = [EvenSteps(one) for one in (moved, factors) if one]
     for step, first in enumerate(range(0, len(order), BATCH)):
         for norm in norms:
             norm.parameter.requires_grad_(True)
@@ -160,12 +154,13 @@ def tune_model(
         for index in order[first : first + BATCH]:
             _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / BATCH)
             tell()
+        share = (1 + math.cos(math.pi * step / steps)) / 2
         for norm, moved_C in zip(norms, moved, strict=True):
             moved_C.grad = _take_gradient(norm)
         for one in codes:
-            one.step_codes(code_rate * (1 + math.cos(math.pi * step / steps)) / 2)
-        adam.step()
-        schedule.step()
+            one.step_codes(_CODE_WAY / steps * share)
+        for relative in even:
+            relative.step(rate * share)
         for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
             _put(norm, start_C + norm.size_C * moved_C.detach())
         for one in codes:
@@ -178,6 +173,38 @@ def tune_model(
         for name in norm.names
     }
     return Tuned(changed, {one.name: one.changes() for one in codes}, before_N, after_N)
+
+
+class EvenSteps:
+    """Steps that cost about the same in each parameter where the gradient is noise.
+
+    A parameter moves by its gradient over the root mean square of it, as Adam's do; where that is
+    larger than the median's of all, by as much less. What loss answers to most, such as scales of
+    groups with massive inputs, has the largest gradients, and steps of one size would add more
+    noise there than is gained elsewhere.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._squares: list[Tensor] = []
+
+    def step(self, rate: float) -> None:
+        """Move all by their ``grad``, a parameter of median gradients by about ``rate``."""
+        squares = [_grad(one).square() for one in self._parameters]
+        before = self._squares or squares
+        self._squares = [
+            _FORGETS * mean + (1 - _FORGETS) * new
+            for mean, new in zip(before, squares, strict=True)
+        ]
+        median = torch.cat([one.flatten() for one in self._squares]).median()
+        for one, square in zip(self._parameters, self._squares, strict=True):
+            size = square.sqrt() + _TINY
+            less = (median.sqrt() / size).clamp(max=1)
+            one.data -= rate * less * (_grad(one) / size).clamp(-_MOST, _MOST)
+
+
+def _grad(one: Tensor) -> Tensor:
+    return torch.zeros_like(one) if one.grad is None else one.grad
 
 
 def _mean_error(codes: Sequence[LearnedCodes]) -> float:
