@@ -288,7 +288,7 @@ def case_of(scheme_name: str, layer: str) -> dict[str, Any]:
     plan = ExportPlan(
         checkpoint=cast("Checkpoint", None),  # the config is written without looking at it
         model_layers=ModelLayers(kind.architecture, (group,), (), False, 0),
-        quantized=(PlannedGroup(group, scheme, storage, {}),),
+        quantized=(PlannedGroup(group, scheme, storage, {}, {}),),
         ignored=("lm_head",),
         kept=(),
         split=(),

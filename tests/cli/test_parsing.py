@@ -33,8 +33,8 @@ FLAGS = {
     "--text --refine --tokens "
     "--sequence-length --device --stats --trials --multi-objective --trial --storage "
     "--workers --seed --corpus-weights --execution",
-    "tune": "model recipe --corpus -o --output --stats --steps --sequences --sequence-length --bos "
-    "--dtype --device",
+    "tune": "model recipe --corpus -o --output --stats --what --steps --sequences "
+    "--sequence-length --bos --dtype --device",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",

@@ -227,7 +227,7 @@ def test_changes_to_what_no_tuning_changes_are_refused(
     assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
 
 
-def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 12) -> TunedRecipe:
+def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 40) -> TunedRecipe:
     checkpoint = open_checkpoint(str(model))
     return tune_recipe(
         checkpoint,
@@ -293,7 +293,7 @@ def test_a_recipe_is_applied_with_its_codes_and_proved(found: TunedRecipe, model
 
 @pytest.mark.parametrize("scheme", ["int4.g32", "nvfp4"])
 def test_a_folder_has_the_codes_and_is_proved(scheme: str, model: Path, tmp_path: Path) -> None:
-    recipe, checkpoint = tune(model, scheme, steps=12).recipe, open_checkpoint(str(model))
+    recipe, checkpoint = tune(model, scheme, steps=40).recipe, open_checkpoint(str(model))
     folder = export(model, recipe, tmp_path / "folder").folder
     assert load_recipe(folder / "recipe.yaml") == recipe
     assert not list(find_folder_deviations(checkpoint, recipe, open_stored(str(folder))))

@@ -260,8 +260,6 @@ def test_what_cannot_be_rewritten_is_refused(
     stats = calibrate_folder(tiny_llama, tmp_path / "stats", {"a": some_tokens(2, 16)})
     checkpoint = open_checkpoint(str(tiny_llama))
     out = tmp_path / "out"
-    with pytest.raises(RewriteError, match="Did you mean 'smoothquant'"):
-        rewrite(checkpoint, stats, out, method="smoothqant")
     with pytest.raises(RewriteError, match="fitted to a model after it was rewritten"):
         rewrite(checkpoint, stats, out, method="awq", scheme="int4.g32~gptq")
     with pytest.raises(StatsError, match="but the model is qwen3"):

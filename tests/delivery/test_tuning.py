@@ -57,7 +57,7 @@ def model(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(
-    original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 6, codes: bool = False
+    original: Path, model: Path, scheme: str = INPUTS, *, steps: int = 24, codes: bool = False
 ) -> TunedRecipe:
     checkpoint = open_checkpoint(str(model))
     return tune_recipe(
@@ -90,7 +90,7 @@ def test_tuned_norms_diverge_less_from_the_original_on_what_no_step_saw(
     tuning = found.tuning
     assert found.helps
     assert tuning.kl_after < 0.8 * tuning.kl_before
-    assert (tuning.sequences, tuning.held_out, tuning.steps) == (9, 3, 6)
+    assert (tuning.sequences, tuning.held_out, tuning.steps) == (9, 3, 24)
     assert tuning.tensors == len(load(found.recipe.tuned)) == 5  # two of each layer, and the last
     assert f"{tuning.kl_after:.3g}" in tuning.gain
 

@@ -39,7 +39,7 @@ from mofq.evidence.calibration.stats import (
     read_stats,
     verify_sequences,
 )
-from mofq.exceptions import CorpusError, StatsError
+from mofq.exceptions import CorpusError, MofqError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
@@ -224,7 +224,7 @@ def test_inputs_of_all_sequences_are_kept_where_they_are_small_or_asked_for(
     assert kept("never") == []
     with pytest.raises(StatsError, match="inputs of all sequences not kept, asked for kept"):
         kept("never", inputs="all")
-    with pytest.raises(StatsError, match="Did you mean 'all'"):
+    with pytest.raises(MofqError, match=r"inputs=al: unknown\. Did you mean 'all'"):
         kept("other", inputs="al")
 
 

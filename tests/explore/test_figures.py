@@ -143,7 +143,6 @@ def test_a_validation_that_a_figure_of_predictions_leaves_out_is_told(
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("frontear", "f.png", "Did you mean 'frontier'"),
         ("frontier", "f.gif", r"f\.gif: must end in one of \.png, \.svg, \.pdf"),
         ("map", "f.png", "a map shows recipes"),
         ("prediction", "f.png", "needs validations of recipes that have one"),

@@ -33,8 +33,9 @@ BATCH = 4
 #: The first step; later ones fall to 0 by a cosine. Of norms and scales relative to themselves, in
 #: units of the error that rounding makes relative to the weights, and no more than `_MOST_RATE`.
 _RATE, _MOST_RATE = 0.01, 3e-3
-#: Of codes relative to the distance between two: all steps together, but for the cosine.
-_CODE_WAY = 1 / 4
+#: Of codes relative to the distance between two. All steps together go this part of it, but for the
+#: cosine; each of few steps is no larger: what they change first is noise.
+_CODE_WAY, _MOST_CODE_RATE = 1 / 4, 8e-3
 #: How slowly means of squares of gradients forget, and how far beyond its root one counts.
 _FORGETS, _MOST = 0.95, 3.0
 #: Far below any gradient.
@@ -158,7 +159,7 @@ def tune_model(
         for norm, moved_C in zip(norms, moved, strict=True):
             moved_C.grad = _take_gradient(norm)
         for one in codes:
-            one.step_codes(_CODE_WAY / steps * share)
+            one.step_codes(min(_MOST_CODE_RATE, _CODE_WAY / steps) * share)
         for relative in even:
             relative.step(rate * share)
         for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
