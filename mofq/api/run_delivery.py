@@ -151,6 +151,8 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
     Returns:
         The recipe as it was where it cannot be tuned here, or nothing is gained; that is told.
     """
+    from torch import OutOfMemoryError
+
     from mofq.delivery.rewriting.remake import Base
     from mofq.delivery.tuning.tune_recipe import tune_recipe
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -172,6 +174,9 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
             device=run.options.running.device,
             progress=run.options.progress,
         )
+    except (MemoryError, OutOfMemoryError):
+        tell(Remark("The recipe is not tuned: memory ran out."))
+        return recipe
     except MofqError as error:  # what is wrong with the recipe itself, its validation says
         tell(Remark(f"The recipe is not tuned: {error.template}"))
         return recipe

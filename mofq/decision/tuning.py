@@ -45,6 +45,8 @@ class Tuning:
     def to_json(self) -> dict[str, int | float]:
         """What was measured, for machines."""
         return {
+            "norms": self.tensors,
+            "layers": self.layers,
             "held_out": self.held_out,
             "kl_before": self.kl_before,
             "kl_after": self.kl_after,

@@ -8,6 +8,7 @@ import pytest
 from command_line import DEMO, mofq, ok, refused, tree
 
 import mofq as package
+from mofq.api import Budget, Windows
 
 ON = ("--corpus", "en=demo-en-calibration", "--sequence-length", "64")
 
@@ -126,3 +127,28 @@ def test_a_run_tunes_what_it_found_and_ends_the_same_when_it_is_repeated(tmp_pat
     quick = ok(*run, *small, "--effort", "quick", "--json").json
     assert quick["tuned"] is None
     assert content["kl_nats_per_token"] < quick["kl_nats_per_token"]
+
+
+def test_a_run_whose_tuning_runs_out_of_memory_ends_with_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.tune_recipe", run_out)
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: ['int3.channel']\n")
+    told: list[str] = []
+    found = package.run(
+        str(DEMO),
+        tmp_path / "run",
+        space=space,
+        budget=Budget(max_bits=4),
+        corpora=["en=demo-en-calibration"],
+        sequences=12,
+        windows=Windows(tokens=64, sequence_length=32),
+        rivals=0,
+        tell=told.append,
+    )
+    assert found.recipe.tuning is None
+    assert "The recipe is not tuned: memory ran out." in map(str, told)
