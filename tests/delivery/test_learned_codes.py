@@ -24,6 +24,7 @@ from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.tensors import learned_codes
+from mofq.delivery.tuning.tune import EvenSteps
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
 from mofq.delivery.validation.enforcement import enforcement
@@ -433,3 +434,18 @@ def test_experts_are_left_as_they_are(tiny: TinyCheckpoint) -> None:
     names = [one.name for one in learned_layers(loaded, recipe, layers, checkpoint, fits=None)]
     assert names
     assert not any("expert" in name for name in names)
+
+
+def test_what_answers_to_most_moves_least() -> None:
+    few, many = torch.zeros(1), torch.zeros(5)
+    steps = EvenSteps([few, many])
+    for number in range(4):
+        few.grad = torch.full((1,), 1e-3)
+        many.grad = 1e-6 * torch.tensor([1.0, -1.0, 1.0, 1.0, 0.0]) * (-1) ** (number // 2)
+        steps.step(0.01)
+        if not number:
+            # As far as the median where gradients are no larger, and less where they are.
+            assert many.tolist() == pytest.approx([-0.01, 0.01, -0.01, -0.01, 0.0])
+            assert few.item() == pytest.approx(-1e-5)
+    assert many.abs().max() < 1e-6  # what changes its sign comes back
+    assert few.item() == pytest.approx(-4e-5)
