@@ -137,7 +137,7 @@ def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so
     assert measured[:2] == ["measure", "fit codes (pass 2)"]
     assert "what was tried" in first.out
     assert "codes rounded to nearest" in first.out
-    assert "nats per token are predicted, and where less than 0.01 were, tuned ones" in first.err
+    assert "The recipe is not tuned: a model is tuned on three sequences of four" in first.err
     recipe = package.load_recipe(folder / "recipe.yaml")
     assert "int4.g64@nats~descent" in recipe.schemes.values()
     assert recipe.made_by["effort"] == "normal"

@@ -152,3 +152,13 @@ def test_a_run_whose_tuning_runs_out_of_memory_ends_with_what_it_found(
     )
     assert found.recipe.tuning is None
     assert "The recipe is not tuned: memory ran out." in map(str, told)
+
+
+@pytest.mark.long
+def test_a_run_does_not_tune_where_little_is_lost(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: ['int8.channel']\n")
+    run = ("run", DEMO, "--space", space, "--max-bits", "9", *ON, "--sequences", "16")
+    ran = ok(*run, "--tokens", "128", "--rivals", "0", "-o", tmp_path / "run")
+    assert "predicted, and of less than 0.005 there is little to gain for its time" in ran.err
+    assert package.load_recipe(tmp_path / "run" / "recipe.yaml").tuning is None
