@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.emulate import apply
 from mofq.delivery.recipe_layers import find_recipe_layers, static_amax
+from mofq.delivery.tuning.tensors import learned_codes
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.corpora import leading_tokens
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import layer_codes
@@ -94,11 +97,9 @@ def compare_layers(
     Returns:
         What went wrong, with the layers named.
     """
-    groups = {
-        layer.name: (group, layer)
-        for group in find_recipe_layers(checkpoint, recipe).groups
-        for layer in group.layers
-    }
+    layers = find_recipe_layers(checkpoint, recipe)
+    changes = learned_codes(recipe, layers)
+    groups = {layer.name: (group, layer) for group in layers.groups for layer in group.layers}
     # Experts run joined, in a module that is no linear layer: bytes and log-probabilities speak
     # for them.
     left = {name for name in groups if ".experts." not in name}
@@ -111,7 +112,7 @@ def compare_layers(
             continue
         left -= {layer.name for _, layer in members}
         x_TI = records[key].to(torch.float32)
-        expected, norm = _emulate(checkpoint, recipe, members, x_TI, fits=fits)
+        expected, norm = _emulate(checkpoint, recipe, members, x_TI, fits=fits, changes=changes)
         error = float((records[f"{name}.y"].to(torch.float32) - expected).norm())
         limit = _LAYER_UNITS[dtype] * (norm + float(expected.norm()))
         shares[name] = error / limit if error == error else float("inf")
@@ -151,12 +152,15 @@ def _emulate(
     x_TI: Tensor,
     *,
     fits: Fits | None,
+    changes: Mapping[str, CodeChanges],
 ) -> tuple[Tensor, float]:
     """Concatenated output, and the root of the summed squares of its products."""
     outputs, squares = [], 0.0
     for group, layer in members:
         scheme = parse_scheme(recipe.schemes[layer.name])
-        weight_OI = _weight(checkpoint, group, layer, scheme, fits=fits)
+        weight_OI = _weight(
+            checkpoint, group, layer, scheme, fits=fits, changes=changes.get(layer.name)
+        )
         inputs_TI = x_TI
         if scheme.activation is not None:
             amax = static_amax(group, scheme, recipe)
@@ -177,12 +181,15 @@ def _weight(
     scheme: Scheme,
     *,
     fits: Fits | None,
+    changes: CodeChanges | None,
 ) -> Tensor:
     weight, rows = scheme.weight, partial(read_layer_rows, checkpoint, layer)
     if weight is None:
         return rows(0, layer.out_features).to(torch.float32)
     amax = read_shared_amax(checkpoint, group, weight) if weight.needs_tensor_amax else {}
-    codes = layer_codes(fits, layer, weight, rows, tensor_amax=amax.get(layer.name))
+    codes = layer_codes(
+        fits, layer, weight, rows, tensor_amax=amax.get(layer.name), changes=changes
+    )
     return codes.decoded(0, layer.out_features)
 
 
