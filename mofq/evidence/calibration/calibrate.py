@@ -84,16 +84,23 @@ def calibrate(
         run_and_write(
             model,
             layers,
-            [
-                (corpus, index, windows[corpus.name][index])
-                for corpus in plan.corpora
-                for index in range(corpus.sequences)
-            ],
+            planned_sequences(plan, windows),
             plan=plan,
             folder=folder,
             progress=progress,
         )
         return finish_stats(folder, begun)
+
+
+def planned_sequences(
+    plan: Plan, windows: Mapping[str, Tensor]
+) -> list[tuple[CorpusPlan, int, Tensor]]:
+    """Corpus, index in it and token ids [T] of every sequence, in the plan's order."""
+    return [
+        (corpus, index, windows[corpus.name][index])
+        for corpus in plan.corpora
+        for index in range(corpus.sequences)
+    ]
 
 
 def run_and_write(

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mofq.evidence.calibration.calibrate import check_model, check_windows, is_done, run_and_write
+from mofq.evidence.calibration.calibrate import (
+    check_model,
+    check_windows,
+    is_done,
+    planned_sequences,
+    run_and_write,
+)
 from mofq.evidence.calibration.capture import check_weights_apart
 from mofq.evidence.calibration.stats import (
     UNFINISHED,
@@ -102,9 +108,8 @@ def calibrate_remotely(
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
         left = [
-            (corpus.name, index, tuple(windows[corpus.name][index].tolist()))
-            for corpus in plan.corpora
-            for index in range(corpus.sequences)
+            (corpus.name, index, tuple(token_T.tolist()))
+            for corpus, index, token_T in planned_sequences(plan, windows)
             if not is_done(folder, plan, corpus, index)
         ]
         count = len(left)

@@ -25,6 +25,7 @@ from mofq.evidence.calibration.calibrate import (
     infinite_logits,
     is_done,
     kept_layers,
+    planned_sequences,
     sample_scores,
     samples_path,
     score_seed,
@@ -167,11 +168,7 @@ def calibrate_streamed(
         run_and_write_streamed(
             streamed,
             layers,
-            [
-                (corpus, index, windows[corpus.name][index])
-                for corpus in plan.corpora
-                for index in range(corpus.sequences)
-            ],
+            planned_sequences(plan, windows),
             plan=plan,
             folder=folder,
             take=take,
