@@ -230,6 +230,9 @@ def test_a_rerun_takes_the_results_that_are_there_and_scores_a_folder_that_it_is
         assert result is not None
         assert (result.bits_per_weight, result.processor_seconds) == (4.5, seconds)
     assert (tmp_path / "mine" / "config.json").exists()
+    apart = [*words, "--results", str(tmp_path / "results")]
+    compare.main([*apart, "--take", "mofq-4.5", str(tmp_path / "mine"), "-"])
+    assert read_result(tmp_path / "results" / folder.name / path.name) == result
     monkeypatch.setattr(compare, "Judge", None)  # nothing is run any more
     write_result(RESULT, folder / result_name(_entry("torchao-int8"), setting))
     with pytest.raises(SystemExit, match=r"^not scored: torchao-int4-g64, torchao-int4-g32$"):

@@ -1,11 +1,11 @@
 r"""The public table: every peer's method and ours, made anew and scored by one judge.
 
     python -m scripts.reproduce.peers.compare MODEL --calibration FILE --text FILE --work FOLDER \
-        --page docs/benchmarks.md
+        --results docs/benchmarks --page docs/benchmarks.md
 
 Each peer runs in an environment of its own, which is made in the user's cache when first needed,
-on one thread. What it makes is scored at once, and the result kept as a file of JSON, which a rerun
-takes. `--only` names entries by patterns and runs them in this order; `--only ''` runs none and
+on one thread. What it makes is scored at once, and the result kept as a file of JSON in `--results`,
+by default `--work`, which a rerun takes. `--only` names entries by patterns and runs them in this order; `--only ''` runs none and
 writes the page alone. An entry that has not run is listed on it as such. `--take` scores a folder
 in compressed-tensors that was made elsewhere.
 """
@@ -44,7 +44,9 @@ _RUN = "run"
 def main(given: Sequence[str] | None = None) -> None:
     """Make, judge, write the page."""
     options = parse_into_work(_parser(), given)
-    work: Path = options.work / Path(options.model).name
+    name = Path(options.model).name
+    work: Path = options.work / name
+    results: Path = (options.results or options.work) / name
     setting = Setting(
         options.model,
         open_checkpoint(options.model).index_sha256,
@@ -64,7 +66,7 @@ def main(given: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         judge: Judge | None = None
         for entry in asked:
-            result, made = work / result_name(entry, setting), work / made_name(entry, setting)
+            result, made = results / result_name(entry, setting), work / made_name(entry, setting)
             if entry.name in taken:
                 take(made, *taken[entry.name])
             elif result.exists():
@@ -73,6 +75,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 if not (made / MADE).exists():
                     make(entry, setting, made)
                 judge = judge or stack.enter_context(_judge(setting))
+                results.mkdir(parents=True, exist_ok=True)
                 write_result(judged(judge, made), result)
             except MofqError as error:
                 # The others do not depend on it.
@@ -82,7 +85,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if not options.keep:
                 shutil.rmtree(made)
     if options.page is not None:
-        write_table(options.page, setting, work)
+        write_table(options.page, setting, results)
     if failed:
         raise SystemExit(f"not scored: {', '.join(failed)}")
 
@@ -93,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", required=True, help="text that peers calibrate on")
     parser.add_argument("--text", required=True, help="text to judge on, not calibrated on")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
+    parser.add_argument(
+        "--results", type=Path, help="folder of each entry's result, by default that of --work"
+    )
     parser.add_argument("--only", action="append", help="entries, by a pattern; repeatable")
     parser.add_argument(
         "--take",

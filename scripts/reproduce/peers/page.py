@@ -13,19 +13,19 @@ from scripts.shared.command import markdown_table, with_error
 _HEADS = ("at", "made by", "true bits", "KL [nats/token]", "perplexity", "top-1", "processor time")
 
 
-def write_table(page: Path, setting: Setting, work: Path) -> None:
+def write_table(page: Path, setting: Setting, folder: Path) -> None:
     """Put the table of a model between its two comments on the page.
 
     Args:
         page: With ``<!-- table: MODEL -->`` and, behind it, ``<!-- end of table -->``.
         setting: Of the results.
-        work: Folder of the model's results.
+        folder: Of the model's results.
 
     Raises:
         MofqError: The page has no such comments.
     """
     name = Path(setting.model).name
-    results = {entry: read_result(work / result_name(entry, setting)) for entry in ENTRIES}
+    results = {entry: read_result(folder / result_name(entry, setting)) for entry in ENTRIES}
     done = {entry: result for entry, result in results.items() if result is not None}
     left = [entry for entry in ENTRIES if entry not in done]
     lines = [*table_lines(done), *_original(done), *_left(left)]
