@@ -145,7 +145,7 @@ def tune(
             progress=progress,
         )
     if found.note:
-        tell(Remark(f"No codes are learned: {found.note}."))
+        tell(Remark(found.note))
     written = found.recipe if found.helps else untuned
     path = None if output is None else Path(output)
     if path is not None:

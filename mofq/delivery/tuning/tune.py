@@ -160,6 +160,8 @@ def tune_model(
             moved_C.grad = _take_gradient(norm)
         for one in codes:
             one.step_codes(min(_MOST_CODE_RATE, _CODE_WAY / steps) * share)
+        for one in codes:
+            one.end_step()
         for relative in even:
             relative.step(rate * share)
         for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
@@ -197,7 +199,9 @@ class EvenSteps:
             _FORGETS * mean + (1 - _FORGETS) * new
             for mean, new in zip(before, squares, strict=True)
         ]
-        median = torch.cat([one.flatten() for one in self._squares]).median()
+        every = torch.cat([one.flatten() for one in self._squares])
+        seen = every[every > 0]  # no gradient reaches an expert that no token chose
+        median = seen.median() if len(seen) else every.new_zeros(())
         for one, square in zip(self._parameters, self._squares, strict=True):
             size = square.sqrt() + _TINY
             less = (median.sqrt() / size).clamp(max=1)

@@ -44,7 +44,7 @@ class TunedRecipe:
     recipe: Recipe
     tuning: Tuning
     helps: bool  #: whether less KL was measured on what was held out, beyond its error
-    note: str | None = None  #: why no codes were learned, where they were to be
+    note: str | None = None  #: which codes were not learned and why, where they were to be
 
 
 def tune_recipe(
@@ -94,12 +94,16 @@ def tune_recipe(
         apply_recipe(model, recipe, checkpoint=base.checkpoint, stats=base.stats, progress=progress)
         layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
         norms = find_norms(model, base.checkpoint, layers.architecture)
-        note = _why_no_codes(layers, recipe, device) if codes else None
+        room = _find_room(layers, recipe, device) if codes else _Room(codes=False)
         learned: list[LearnedCodes] = []
-        if codes and note is None:
+        if room.codes:
             index_sha256 = base.checkpoint.index_sha256
             with open_fits(recipe, base.stats, index_sha256=index_sha256) as fits:
-                learned = list(learned_layers(model, recipe, layers, base.checkpoint, fits=fits))
+                learned = list(
+                    learned_layers(
+                        model, recipe, layers, base.checkpoint, fits=fits, experts=room.experts
+                    )
+                )
         if not norms and not learned:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
@@ -118,19 +122,32 @@ def tune_recipe(
     bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
     done = _with_tuned(bound, tuned, split, plan, steps=steps)
     assert done.tuning is not None
-    return TunedRecipe(done, done.tuning, tuned.helps, note)
+    return TunedRecipe(done, done.tuning, tuned.helps, room.note)
 
 
-def _why_no_codes(layers: ModelLayers, recipe: Recipe, device: str) -> str | None:
-    """Why codes cannot be learned beside a model that is in memory; None where they can be."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What can be learned in memory."""
+
+    codes: bool
+    experts: bool = True
+    note: str | None = None  #: why not all
+
+
+def _find_room(layers: ModelLayers, recipe: Recipe, device: str) -> _Room:
+    """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
     needed = learning_bytes(recipe, layers)
+    without = learning_bytes(recipe, layers, experts=False)
     free = free_bytes(device)
     if free is None or needed <= _OF_FREE * free:
-        return None
-    return (
+        return _Room(codes=True)
+    takes = (
         f"that takes {needed / 1e9:.3g} GB of memory beside the model, and {free / 1e9:.3g} GB "
         f"are free on {device}"
     )
+    if 0 < without <= _OF_FREE * free:
+        return _Room(codes=True, experts=False, note=f"No codes of experts are learned: {takes}.")
+    return _Room(codes=False, note=f"No codes are learned: {takes}.")
 
 
 def _run_original(
