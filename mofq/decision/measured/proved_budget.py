@@ -151,7 +151,6 @@ def prove(
     size_of: Callable[[IntArray], int],
     measure: Callable[[IntArray], Measured],
     model: ModelError,
-    most: int = MOST_MEASURED,
 ) -> list[Measured]:
     """Measure recipes along a frontier, and between its points, until one just keeps a budget.
 
@@ -162,10 +161,9 @@ def prove(
         size_of: A choice's size on that axis [bytes].
         measure: Measures a choice.
         model: What predictions are off by.
-        most: Recipes at most.
 
     Returns:
-        All that were measured, in their order.
+        All that were measured, at most `MOST_MEASURED`, in their order.
     """
     line = _Interpolated(frontier.bytes_K, np.array([model.corrected(e) for e in frontier.error_K]))
     # The largest size that is over and the smallest that is within, so far; none at first.
@@ -174,7 +172,7 @@ def prove(
     tried: list[Measured] = []
     points: list[tuple[float, float]] = []  # predicted and measured
     step = 1  # doubles where a little more size has no other recipe
-    while len(tried) < most and keeps - fails > _near_sizes(keeps, line):
+    while len(tried) < MOST_MEASURED and keeps - fails > _near_sizes(keeps, line):
         size = min(max(line.size_at(aim), fails + step), keeps - 1)
         choice_F = solve_at(size)
         if any((one.choice_F == choice_F).all() for one in tried):
