@@ -105,8 +105,7 @@ def diff(
     Raises:
         MofqError: The recipes are of two models, or an input is not valid.
     """
-    from mofq.decision.recipe_costs import pricing_request, with_figures
-    from mofq.decision.recipe_difference import compare_recipes
+    from mofq.decision.recipe_difference import compare_recipes, pricing_request, with_figures
 
     if corpus_weights is not None and table is None:
         raise MofqError(f"{option('corpus_weights')} is of a cost; give {option('table')} too.")

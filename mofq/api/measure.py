@@ -95,7 +95,7 @@ class MeasureResult:
             f"{len(content['schemes'])} schemes, {content['seconds']:.1f} s"
             + ("." if self.is_new else "; everything was there already."),
             *(f"  {one.remark}" for one in self.selections),
-            *(map(_shown, self.refused) if self.is_new else _counted(self.refused)),
+            *((f"  {one}" for one in self.refused) if self.is_new else _counted(self.refused)),
         ]
         if self.stats is not None:
             lines += unseen_experts(self.stats)
@@ -108,10 +108,6 @@ class MeasureResult:
                 )
             )
         return lines
-
-
-def _shown(one: Refused) -> str:
-    return f"  not offered to {one.groups} fusion groups: {', '.join(one.schemes)}: {one.reason}"
 
 
 def _counted(refused: Sequence[Refused]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mofq.exceptions import EngineError, MofqError, Remark, option
+from mofq.exceptions import EngineError, MofqError, Remark, first_line, option
 from mofq.files.locks import check_replaceable
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def check_device(device: str) -> None:
     try:
         float(torch.ones(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MofqError(
-            f"{option('device', device)}: cannot be used here ({reason}). Give cpu, cuda or cuda:1."
+            f"{option('device', device)}: cannot be used here ({first_line(error)}). Give cpu, "
+            f"cuda or cuda:1."
         ) from error
 
 

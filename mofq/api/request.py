@@ -42,7 +42,7 @@ def make_request(
             f"without a budget it stays as it is."
         )
     return Request(
-        budgets=make_budgets(budget, max_kv_bits=choices.max_kv_bits),
+        budgets=_budgets(budget, choices),
         solver=method.solver,
         unit=choices.unit,
         space=choices.space,
@@ -83,7 +83,7 @@ def _constraints(kind: ConstraintKind, values: LayerValues) -> list[LayerConstra
     ]
 
 
-def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets:
+def _budgets(budget: Budget, choices: Choices) -> Budgets:
     """The budgets as numbers.
 
     Raises:
@@ -96,7 +96,7 @@ def make_budgets(budget: Budget, *, max_kv_bits: float | None = None) -> Budgets
         max_bytes=_bytes(budget.max_size),
         max_kl=_number(budget.max_kl),
         max_finer=_number(budget.max_finer),
-        max_kv_bits=_number(max_kv_bits),
+        max_kv_bits=_number(choices.max_kv_bits),
         max_active_bits=_number(budget.max_active_bits),
     )
 

@@ -247,7 +247,7 @@ def finer_is_offered(problem: Problem) -> BoolArray:
     Returns:
         [P]: base schemes, and the finer ones that stay.
     """
-    error_P = problem.cost_PK.max(axis=1) if problem.cost_PK.shape[1] > 1 else problem.cost_PK[:, 0]
+    error_P = problem.cost_PK.max(axis=1)
     best_F = np.full(len(problem.groups), np.inf)
     np.minimum.at(best_F, problem.group_P[problem.is_base_P], error_P[problem.is_base_P])
     has_base_P = np.isfinite(best_F)[problem.group_P]
@@ -306,13 +306,8 @@ def max_kl_constraints(problem: Problem, max_kl: float) -> tuple[Constraint, ...
     """
     check_kl_unit(problem)
     assert problem.stderr_PC is not None
-    upper_PC = problem.error_PC + 2 * problem.stderr_PC
-    columns = (
-        upper_PC.T if problem.objective == "worst-corpus" else [problem.mean_over_corpora(upper_PC)]
-    )
+    upper_PK = problem.by_objective(problem.error_PC + 2 * problem.stderr_PC)
     return tuple(
-        Constraint(
-            "max_kl", np.asarray(column), max_kl, shown=lambda used: f"{used:.4g} nats per token"
-        )
-        for column in columns
+        Constraint("max_kl", upper_P, max_kl, shown=lambda used: f"{used:.4g} nats per token")
+        for upper_P in upper_PK.T
     )

@@ -52,7 +52,6 @@ class Decision:
     problem: Problem  #: what might be chosen
     budgets: Budgets  #: with that of time, in costs of the problem's options
     choice_F: IntArray  #: an option of each fusion group, which the recipe has
-    finer_layers: tuple[str, ...]  #: linear layers whose scheme is not among the space's base
     tied_layers: int  #: linear layers that had a simpler scheme within noise
     moved_layers: int  #: those of them that took it
     #: What the best uniform scheme of no more bytes is said to cost, as the recipe's own figure.
@@ -61,6 +60,11 @@ class Decision:
     #: Error that one more byte, layer, ms … of a budget would save; None: the solver has none.
     prices: Mapping[str, float] | None = None
     unquantized_seconds: float | None = None  #: of the time's workload, where one was named
+
+    @property
+    def finer_layers(self) -> tuple[str, ...]:
+        """Linear layers whose scheme is not among the space's base."""
+        return usage(self.problem, self.choice_F).finer_layers
 
 
 def decide(table: Table, request: Request, *, problem: Problem | None = None) -> Decision:
@@ -105,7 +109,6 @@ def decide(table: Table, request: Request, *, problem: Problem | None = None) ->
         problem,
         budgets,
         choice_F=chosen.choice_F,
-        finer_layers=usage(problem, chosen.choice_F).finer_layers,
         tied_layers=0 if ties is None else ties.tied_layers,
         moved_layers=0 if ties is None else ties.moved_layers,
         uniform=None if uniform is None else predict_given(problem, uniform[1]),

@@ -13,12 +13,11 @@ from mofq.decision.offered_schemes import refused_schemes, spaces_of
 from mofq.decision.prediction import Estimate, paired_loss, predict_row
 from mofq.decision.problem import FloatArray, Problem, option_bits
 from mofq.decision.request import Request
+from mofq.decision.ties import TIE_STDERRS
 from mofq.evidence.table import Table
 from mofq.exceptions import MofqError, nearest_name, option
 from mofq.model.layers import layers_of
 
-#: A difference below so many standard errors is noise.
-_NOISE_STDERRS = 2.0
 _NOT_MEASURED = (
     "was not measured of this fusion group; `mofq run` measures fitted codes where they are chosen"
 )
@@ -217,7 +216,7 @@ def _why(
         return f"{chosen} has the least error, and no budget is in its way."
     gain = best.difference
     assert gain is not None
-    if gain.stderr is not None and abs(gain.value) <= _NOISE_STDERRS * gain.stderr:
+    if gain.stderr is not None and abs(gain.value) <= TIE_STDERRS * gain.stderr:
         return f"{chosen} is not told apart from {best.scheme} by the samples, and is simpler."
     if was_measured:
         return f"{best.scheme} was predicted to be the better deal; measuring preferred {chosen}."

@@ -38,7 +38,7 @@ def flip_cost(problem: Problem, choice_F: IntArray) -> float | None:
     cost_C = flip_costs(problem, choice_F)
     if problem.objective == "worst-corpus":
         return float(cost_C.max())
-    return float(np.average(cost_C, weights=problem.corpus_weights))
+    return float(problem.mean_over_corpora(cost_C))
 
 
 def flip_stderr(problem: Problem, cost_C: FloatArray) -> float:
@@ -53,8 +53,7 @@ def flip_stderr(problem: Problem, cost_C: FloatArray) -> float:
     stderr_C = np.abs(cost_C) * np.array(problem.flip_stderr_C)
     if problem.objective == "worst-corpus":
         return float(stderr_C.max())
-    weight_C = np.array(problem.corpus_weights)
-    return float(np.sqrt(np.square(weight_C * stderr_C).sum()) / weight_C.sum())
+    return float(problem.stderr_of_mean(stderr_C))
 
 
 def with_flips(

@@ -19,6 +19,7 @@ from mofq.decision.problem import (
 )
 from mofq.decision.request import Request, weights_in_order
 from mofq.engines import cache_legality
+from mofq.evidence.constraints import UNQUANTIZED
 from mofq.evidence.table import UNITS, Row, Table, TableGroup
 from mofq.exceptions import TableError, nearest_name, option
 from mofq.model.kv_schemes import cache_bits, parse_cache_scheme
@@ -26,7 +27,6 @@ from mofq.model.layers import CacheLayer
 from mofq.model.sizes import shape_bytes
 from mofq.numbers.schemes import parse_scheme
 
-_UNQUANTIZED = "bf16"
 #: ``‖ΔW‖²/‖W‖²`` of a fusion group, which the table keeps as ``sqnr_db`` beside every error:
 #: MoFQ's tensor error (arXiv:2305.12356), of the weights alone.
 TENSOR_MSE = "tensor_mse"
@@ -93,7 +93,7 @@ def request_problem(
         offered = [one for one in rows if one[0].scheme in offer.schemes]
         groups.append(_layer_group(group, unit, offered, rows))
     if request.kv_cache:
-        formats = {name for one in spaces for name in one.schemes} | {_UNQUANTIZED}
+        formats = {name for one in spaces for name in one.schemes} | {UNQUANTIZED}
         may_have = _cache_legality(request, formats if spaces and not has_all_rows else None)
         for cache in table.caches:
             legal = [one for one in rows_of(cache.name) if may_have(one[0].scheme, cache)]
@@ -123,7 +123,7 @@ def _cache_legality(
 
     def may_have(scheme: str, cache: CacheLayer) -> bool:
         asked = request.kv_formats
-        if asked is not None and scheme != _UNQUANTIZED and scheme not in asked:
+        if asked is not None and scheme != UNQUANTIZED and scheme not in asked:
             return False
         if offered is not None and scheme not in offered:
             return False
@@ -238,7 +238,7 @@ def _layer_group(
         name=group.name,
         layers=group.layer_names,
         weights=group.weights,
-        counted=any(one[0].scheme != _UNQUANTIZED for one in legal),
+        counted=any(one[0].scheme != UNQUANTIZED for one in legal),
     )
     options = map(to_option, legal)
     return problem_group, [

@@ -13,20 +13,18 @@ from mofq.decision.request import Request
 from mofq.decision.serving import refusals_by
 from mofq.engines import find_engine, legality, model_problem
 from mofq.evidence.constraints import (
+    EXCLUDED,
+    UNQUANTIZED,
     LayerConstraint,
     barred_schemes,
     constraints_by_group,
+    excluded_groups,
     kept_schemes,
-    select,
 )
 from mofq.evidence.table import Table, TableGroup, TableHeader, TableSpace
 from mofq.exceptions import EngineError, TableError, nearest_name, option
 from mofq.model.sizes import shape_bytes
 from mofq.numbers.schemes import parse_scheme
-
-_UNQUANTIZED = "bf16"
-#: How the reason of a rejection goes on that an exclusion is.
-_EXCLUDED = ": excluded by "
 
 #: Whether a fusion group may have a scheme: what an engine adds.
 Legal = Callable[[TableGroup, str], bool]
@@ -69,7 +67,7 @@ def spaces_of(table: Table, name: str | None) -> tuple[TableSpace, ...]:
             f"of the one that you mean another name, `mofq measure` it into this table, which "
             f"takes no time for rows that are there, and search with that name."
         )
-    has_exclusions = any(_EXCLUDED in one.reason for one in table.rejections)
+    has_exclusions = any(EXCLUDED in one.reason for one in table.rejections)
     if found[0].exclude is None and len(last) > 1 and has_exclusions:
         raise TableError(
             f"the table does not say which layers the search space {name!r} excludes, and other "
@@ -119,7 +117,7 @@ class Offers:
             constraints_by_group(one.constraints if is_constrained else (), groups)
             for one in spaces
         ]
-        self._excluded = [_excluded(one, groups) for one in spaces]
+        self._excluded = [excluded_groups(one.exclude or (), groups) for one in spaces]
         self._kept = {name: names for one in table.spaces for name, names in one.stored}
 
     def of(self, group: TableGroup, sizes: Mapping[str, int]) -> GroupOffer:
@@ -175,21 +173,12 @@ class Offers:
         return GroupOffer(tuple(name for name in offered if name not in barred), barred)
 
 
-def _excluded(space: TableSpace, groups: Sequence[TableGroup]) -> dict[str, str]:
-    """Fusion group -> by which pattern a space excludes it."""
-    found: dict[str, str] = {}
-    for selector in space.exclude or ():
-        for name, layers in select(selector, groups).items():
-            found.setdefault(name, f"{layers[0]}{_EXCLUDED}{selector!r}")
-    return found
-
-
 def _offered(space: TableSpace, legal: Sequence[str], *, is_excluded: bool) -> list[str]:
     """The schemes that a space offers of those that a group has rows of and an engine serves."""
     if is_excluded:
-        return [name for name in legal if name == _UNQUANTIZED]
+        return [name for name in legal if name == UNQUANTIZED]
     if space.candidates is None:  # of an earlier version, which noted no more than this
-        return [name for name in legal if name in (*space.schemes, _UNQUANTIZED)]
+        return [name for name in legal if name in (*space.schemes, UNQUANTIZED)]
     firsts = {next((name for name in some if name in legal), None) for some in space.candidates}
     return [name for name in legal if name in firsts]
 
@@ -225,19 +214,18 @@ def refused_schemes(table: Table, request: Request) -> dict[str, dict[str, str]]
         is_legal=engine_legality(request.engine, table.header),
         constraints=request.constraints,
     )
-    refuses = None if request.engine is None else refusals_by(request.engine, table)
     for group in table.header.groups:
         found = refused.setdefault(group.name, {})
         offer = offers.of(group, sizes.get(group.name, {}))
         for name in offer.schemes:  # that another space excluded
             found.pop(name, None)
         found |= offer.refused
-    for name, measured in sizes.items():
-        for scheme in sorted(measured) if refuses is not None else ():
-            assert refuses is not None
-            reason = refuses(name, scheme)
-            if reason is not None:
-                refused.setdefault(name, {})[scheme] = reason
+    if request.engine is not None:
+        refuses = refusals_by(request.engine, table)
+        for name, measured in sizes.items():
+            for scheme in sorted(measured):
+                if (reason := refuses(name, scheme)) is not None:
+                    refused.setdefault(name, {})[scheme] = reason
     return refused
 
 

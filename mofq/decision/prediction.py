@@ -98,10 +98,9 @@ def predict_row(problem: Problem, option: int) -> Estimate:
     """
     value, stderr = float(problem.cost_PK[option].max()), math.inf
     if problem.stderr_PC is not None:
-        each_C = problem.stderr_PC[[option]]
-        worst = int(problem.error_PC[option].argmax())
+        stderr_C, worst = problem.stderr_PC[option], int(problem.error_PC[option].argmax())
         is_mean = problem.objective == "mean"
-        stderr = float(problem.stderr_of_mean(each_C)[0] if is_mean else each_C[0, worst])
+        stderr = float(problem.stderr_of_mean(stderr_C) if is_mean else stderr_C[worst])
     row = Estimate(value, stderr if math.isfinite(stderr) else None)
     return row if problem.unit != KL_UNIT else with_model_error(row, row_error())
 

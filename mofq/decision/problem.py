@@ -158,22 +158,26 @@ class Problem:
         """Number of weights of all groups."""
         return sum(group.weights for group in self.groups)
 
-    def mean_over_corpora(self, values_PC: FloatArray) -> FloatArray:
-        """The weighted mean of what is known for each corpus, [P] from [P, C]."""
+    def mean_over_corpora(self, values_C: FloatArray) -> FloatArray:
+        """The weighted mean of what is known for each corpus, the last axis."""
         weight_C = np.array(self.corpus_weights)
-        return np.asarray((values_PC * weight_C).sum(axis=1) / weight_C.sum())
+        return np.asarray((values_C * weight_C).sum(axis=-1) / weight_C.sum())
 
-    def stderr_of_mean(self, stderr_PC: FloatArray) -> FloatArray:
-        """The standard error of `mean_over_corpora`, [P]: corpora share no sample."""
+    def stderr_of_mean(self, stderr_C: FloatArray) -> FloatArray:
+        """The standard error of `mean_over_corpora`: corpora share no sample."""
         weight_C = np.array(self.corpus_weights)
-        return np.asarray(np.sqrt(np.square(stderr_PC * weight_C).sum(axis=1)) / weight_C.sum())
+        return np.asarray(np.sqrt(np.square(stderr_C * weight_C).sum(axis=-1)) / weight_C.sum())
+
+    def by_objective(self, values_PC: FloatArray) -> FloatArray:
+        """Their mean over corpora, one column; under ``worst-corpus`` one for each corpus."""
+        if self.objective == "worst-corpus":
+            return values_PC
+        return self.mean_over_corpora(values_PC)[:, None]
 
     @property
     def cost_PK(self) -> FloatArray:
-        """What is minimised: one column, or under ``worst-corpus`` one for each corpus."""
-        if self.objective == "worst-corpus":
-            return self.error_PC
-        return self.mean_over_corpora(self.error_PC)[:, None]
+        """What is minimised: the largest of the sums of the columns."""
+        return self.by_objective(self.error_PC)
 
     def options_of(self, group: int) -> range:
         """The options of a fusion group."""

@@ -140,18 +140,14 @@ def _cache_seconds(table: Table, schemes: Mapping[str, str], time: TimeRequest) 
     return {name: kept.get(name, 0.0) - whole.get(name, 0.0) for name in schemes}
 
 
-def unquantized_seconds(table: Table, request: Request) -> float | None:
-    """The same for the model as it is; None where no device was named."""
-    if request.time is None:
-        return None
-    return recipe_seconds(
-        table, {group.name: "bf16" for group in table.header.groups}, request.time
-    )
-
-
 def time_of(table: Table, schemes: Mapping[str, str], request: Request) -> float | None:
     """The predicted time of a recipe [s]; None where no device was named."""
     return None if request.time is None else recipe_seconds(table, schemes, request.time)
+
+
+def unquantized_seconds(table: Table, request: Request) -> float | None:
+    """The same for the model as it is."""
+    return time_of(table, {group.name: "bf16" for group in table.header.groups}, request)
 
 
 def _option_seconds(table: Table, problem: Problem, time: TimeRequest) -> np.ndarray:

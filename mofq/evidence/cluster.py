@@ -112,8 +112,8 @@ def run_units(
     function: Callable[[_Unit], _Result],
     units: Iterable[_Unit],
     *,
+    device: str = "cpu",
     cpus: float = 1,
-    gpus: float = 0,
 ) -> Generator[_Result, None, None]:
     """Run a function on every unit, on the cluster that is connected.
 
@@ -125,8 +125,8 @@ def run_units(
     Args:
         function: Of a module, so that workers can import it.
         units: Are sent a few at a time.
+        device: Where a unit's arithmetic runs; other than the CPU, it has a GPU of its own.
         cpus: Of one unit; also how many threads its libraries use.
-        gpus: Of one unit.
 
     Yields:
         The results, in the order of the units.
@@ -137,8 +137,8 @@ def run_units(
             no mofq or another one.
     """
     ray = _import_ray()
-    waiting = _QUEUED * count_workers(cpus=cpus, gpus=gpus)
-    run = _remote(ray, cpus, gpus)
+    waiting = _QUEUED * count_workers(device, cpus=cpus)
+    run = _remote(ray, device, cpus)
     left = iter(units)
     sent = deque(run.remote(function, _this_mofq(), unit) for unit in islice(left, waiting))
     while sent:
@@ -162,17 +162,17 @@ def _run_on_worker(function: Callable[[_Unit], _Result], sender: str, unit: _Uni
     return function(unit)
 
 
-def count_workers(*, cpus: float = 1, gpus: float = 0) -> int:
+def count_workers(device: str, *, cpus: float) -> int:
     """How many units run at once on the cluster that is connected.
 
     Raises:
         ClusterError: None does.
     """
     found = _import_ray().cluster_resources()
-    workers = _workers(found, cpus, gpus)
+    workers = _workers(found, device, cpus)
     if workers < 1:
         raise ClusterError(
-            f"a unit needs {cpus:g} CPUs and {gpus:g} GPUs, and the cluster has "
+            f"a unit needs {cpus:g} CPUs and {_gpus(device)} GPUs, and the cluster has "
             f"{found.get('CPU', 0):g} and {found.get('GPU', 0):g}. Ask for less, or start a worker "
             f"that has them."
         )
@@ -180,9 +180,9 @@ def count_workers(*, cpus: float = 1, gpus: float = 0) -> int:
 
 
 def ask_machines(
-    function: Callable[[_Unit], _Result], unit: _Unit, *, cpus: float = 1, gpus: float = 0
+    function: Callable[[str], _Result], device: str, *, cpus: float
 ) -> list[tuple[_Result, int]]:
-    """Run a function once on each machine of the cluster that takes units.
+    """Run a function of a device once on each machine of the cluster that takes units.
 
     Returns:
         Of each, the result, and how many units run there at once.
@@ -193,24 +193,30 @@ def ask_machines(
     ray = _import_ray()
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    run = _remote(ray, cpus, gpus)
+    run = _remote(ray, device, cpus)
     asked = []
     for node in ray.nodes():
-        workers = _workers(node["Resources"], cpus, gpus) if node["Alive"] else 0
+        workers = _workers(node["Resources"], device, cpus) if node["Alive"] else 0
         if workers:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             options = run.options(scheduling_strategy=there)
-            asked.append((options.remote(function, _this_mofq(), unit), workers))
+            asked.append((options.remote(function, _this_mofq(), device), workers))
     return [(_get(ray, result), workers) for result, workers in asked]
 
 
-def _remote(ray: Any, cpus: float, gpus: float) -> Any:
-    return ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_run_on_worker)
+def _remote(ray: Any, device: str, cpus: float) -> Any:
+    options = {"num_cpus": cpus, "num_gpus": _gpus(device), "max_retries": MAX_RETRIES}
+    return ray.remote(**options)(_run_on_worker)
 
 
-def _workers(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+def _gpus(device: str) -> int:
+    """Of one unit."""
+    return 0 if device == "cpu" else 1
+
+
+def _workers(resources: Mapping[str, float], device: str, cpus: float) -> int:
     """How many units these resources are enough for."""
-    asked = (("CPU", cpus), ("GPU", gpus))
+    asked = (("CPU", cpus), ("GPU", _gpus(device)))
     return int(min(resources.get(name, 0) // need for name, need in asked if need))
 
 

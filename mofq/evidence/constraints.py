@@ -28,6 +28,8 @@ ConstraintKind = Literal["fixed", "at_least", "at_most"]
 STORED = "stored"
 UNQUANTIZED = "bf16"
 _UNQUANTIZED_BITS = 16
+#: How the reason goes on that an exclusion is.
+EXCLUDED = ": excluded by "
 
 _POSITION = re.compile(r"(first|last):(\d+)")
 #: Names that a message suggests for a selector that matches nothing.
@@ -143,6 +145,15 @@ def select(selector: str, groups: Iterable[_Group]) -> dict[str, tuple[str, ...]
             names = [one.name for one in group.layers if fnmatchcase(one.name, selector)]
         if names:
             found[group.name] = tuple(names)
+    return found
+
+
+def excluded_groups(selectors: Iterable[str], groups: Sequence[AnyGroup]) -> dict[str, str]:
+    """Fusion group that selectors exclude -> why, as a table notes it, with `EXCLUDED` in it."""
+    found: dict[str, str] = {}
+    for selector in selectors:
+        for name, layers in select(selector, groups).items():
+            found.setdefault(name, f"{layers[0]}{EXCLUDED}{selector!r}")
     return found
 
 

@@ -58,13 +58,14 @@ class FitArguments(TypedDict):
     feedback: Feedback | None
 
 
-class KeptSequence(NamedTuple):
+class SeenSequence(NamedTuple):
     """What a Hessian is made of, of one sequence."""
 
-    key: tuple[str, int, str]  #: the same for layers that read the very same inputs
-    x_TI: Tensor  #: bfloat16
+    x_TI: Tensor  #: inputs, bfloat16
     norm_T: Tensor  #: of the gradient at each token, float64
     share: float  #: what the sequence counts
+    #: Corpus, index, layer whose inputs these are: the same for layers that read the very same.
+    key: tuple[str, int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +182,15 @@ class Fits:
         with one_thread():
             return self._importance(layer, "all")
 
-    def kept(self, layer: LinearLayer) -> Iterator[KeptSequence]:
+    def seen(self, layer: LinearLayer, part: Part = "all") -> Iterator[SeenSequence]:
         """What ``~gptq`` needs of the sequences that reached a layer, in order."""
         for corpus, files in self._inputs.items():
-            for index, file in enumerate(files):
-                found = file.weighted(layer.name)
+            chosen = range(len(files))[_inputs_of(self.stats.plan.corpus(corpus), part, len(files))]
+            for index in chosen:
+                found = files[index].weighted(layer.name)
                 if found is not None:
                     key = (corpus, index, found.source)
-                    yield KeptSequence(key, found.x_TI, found.norm_T, 1.0 / len(files))
+                    yield SeenSequence(found.x_TI, found.norm_T, 1.0 / len(chosen), key)
 
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:
         total_I = torch.zeros(layer.in_features, dtype=torch.float64)
@@ -208,22 +210,13 @@ class Fits:
         columns = layer.in_features
         # From the last column to the first, as it is factorised, and its lower triangle alone.
         total_II = torch.zeros(columns, columns, dtype=torch.float64)
-        for x_TI, norm_T, share in self._weighted(layer, part):
-            weighted_TI = (x_TI.double() * norm_T[:, None]).flip(1)
+        for one in self.seen(layer, part):
+            weighted_TI = (one.x_TI.double() * one.norm_T[:, None]).flip(1)
             run_all(
-                partial(_add_strip, total_II, weighted_TI, start, share=share)
+                partial(_add_strip, total_II, weighted_TI, start, share=one.share)
                 for start in range(0, columns, _STRIP)
             )
         return factorise_flipped(total_II, name=layer.name, run_all=run_all, keep=keep)
-
-    def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Inputs, norm of each token's gradient (float64), and what the sequence counts."""
-        for corpus, files in self._inputs.items():
-            chosen = files[_inputs_of(self.stats.plan.corpus(corpus), part, len(files))]
-            for file in chosen:
-                found = file.weighted(layer.name)
-                if found is not None:
-                    yield found.x_TI, found.norm_T, 1.0 / len(chosen)
 
     def _samples(self, layer: LinearLayer, part: Part) -> Iterator[tuple[LayerSamples, float]]:
         """The samples of the sequences that reached a layer, and what each sequence counts."""

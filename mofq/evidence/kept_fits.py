@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mofq.evidence.calibration.stats import Plan, passing_stats, read_plan, write_json
-from mofq.evidence.fits import Fits, Part
+from mofq.evidence.fits import Fits, Part, SeenSequence
 from mofq.exceptions import StatsError
 from mofq.files.documents import hash_file, load_json
 from mofq.files.validated import Sha256, Text, only_these_keys, validate
@@ -81,10 +81,11 @@ class KeptFits(Fits):
         importance_I: Tensor = tensors[content["importance"]]
         return importance_I
 
-    def _weighted(self, layer: LinearLayer, part: Part) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def seen(self, layer: LinearLayer, part: Part = "all") -> Iterator[SeenSequence]:
+        """As `Fits.seen`; the keys tell inputs apart and say no more."""
         content, tensors = self._read(layer, part)
         for x, norm, share in content["sequences"]:
-            yield tensors[x], tensors[norm], share
+            yield SeenSequence(tensors[x], tensors[norm], share, ("", x, ""))
 
     def _read(self, layer: LinearLayer, part: Part) -> tuple[dict[str, Any], list[Tensor]]:
         if part != "all":
@@ -119,7 +120,7 @@ def write_fits(folder: Path, step: int, fits: Fits, layers: Sequence[LinearLayer
     content = {}
     for layer in layers:
         sequences = []
-        for one in fits.kept(layer):
+        for one in fits.seen(layer):
             if one.key not in places:
                 places[one.key] = put(one.x_TI)
             sequences.append([places[one.key], put(one.norm_T), one.share])

@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.fits import Fits, needs_stats
 from mofq.evidence.measure.worker_threads import worker_threads
+from mofq.model.checkpoint.tensors import RowReader
 from mofq.model.layers import LinearLayer
 from mofq.numbers.numerics import EARLIER_FITTED_CODES, NUMERICS
 from mofq.numbers.quantize import QuantizedWeight, dequantize_weight, quantize_weight
@@ -54,7 +54,6 @@ _ROWS, _GPU_ROWS = 1024, 16384
 #: Elements that are hashed at once.
 _HASH_ELEMENTS = 2**20
 
-RowReader = Callable[[int, int], Tensor]
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +63,7 @@ class LayerCodes:
 
     layer: LinearLayer
     scheme: TensorScheme
-    read_rows: RowReader  #: first row, one past the last -> [rows, in_features]
+    read_rows: RowReader
     tensor_amax: float | Tensor | None = None
     kept: QuantizedWeight | None = None  #: of the whole layer, where the scheme is fitted
     device: str | torch.device = "cpu"  #: of the weight, where the codes are kept

@@ -22,6 +22,10 @@ class Refused:
     groups: int  #: fusion groups, or layers' caches, that do not get any of them
     reason: str
 
+    def __str__(self) -> str:
+        names = ", ".join(self.schemes)
+        return f"not offered to {self.groups} fusion groups: {names}: {self.reason}"
+
 
 def count_refusals(refusals: Iterable[tuple[str, str, str]]) -> tuple[Refused, ...]:
     """Refusals by their reasons.

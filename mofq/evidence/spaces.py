@@ -26,6 +26,7 @@ from mofq.evidence.constraints import (
     barred_schemes,
     check_selector,
     constraints_by_group,
+    excluded_groups,
     is_quantized,
     kept_schemes,
     parse_constraint,
@@ -517,19 +518,16 @@ def offer_schemes(
         SearchSpaceError: Nothing fits some group, or constraints leave it nothing; the message
             names it and the reasons.
     """
-    excluded: dict[str, str] = {}
-    for pattern in space.exclude:
-        for name, layers in select(pattern, groups).items():
-            excluded.setdefault(name, f"{layers[0]}: excluded by {pattern!r}")
+    excluded = excluded_groups(space.exclude, groups)
     constrained = constraints_by_group(
         (*space.constraints, *constraints), groups, asked=constraints
     )
     offers = []
     for group in groups:
-        offer = _offer(space, group, legality, has_stats, excluded.get(group.name))
+        why = excluded.get(group.name)
+        offer = _offer(space, group, legality, has_stats, why)
         some = constrained.get(group.name, ())
         sizes = {scheme.name: counted_bytes(group, scheme) for scheme in offer.schemes}
-        why = excluded.get(group.name)
         kept = kept_schemes(group, space.kept, source_bytes(group))
         barred = barred_schemes(some, group, sizes, asked=constraints, because=why, kept=kept)
         offers.append(replace(offer, barred=barred))

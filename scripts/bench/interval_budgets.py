@@ -9,7 +9,7 @@ import numpy as np
 from mofq.decision import Budgets, Problem, choose, solve_frontier
 from mofq.decision.frontier import Frontier, axis_value, sized
 from mofq.decision.measured.measurement import Measured
-from mofq.decision.measured.proved_budget import measured_upper, prove
+from mofq.decision.measured.proved_budget import prove
 from mofq.decision.prediction import error_of
 from mofq.decision.problem import IntArray
 from mofq.evidence.table import Table
@@ -79,7 +79,7 @@ def _budget_row(
         measure=measure,
         model=error_of(problem),
     )
-    keeping = [one for one in tried if measured_upper(one) <= limit]
+    keeping = [one for one in tried if one.kl.upper <= limit]
     if not keeping:
         return [*row, "none", "", "", str(len(tried)), "", ""]
     found = min(keeping, key=lambda one: problem.axis_of(one.choice_F))
@@ -88,10 +88,10 @@ def _budget_row(
     best = min(
         problem.axis_of(one.choice_F)
         for one in (found, predicted, *smaller)
-        if measured_upper(one) <= limit
+        if one.kl.upper <= limit
     )
     proved = [f"{axis_value(problem, found.choice_F):.3f}", f"{found.kl.value:.4f}"]
-    upper = f"{measured_upper(found):.4f}"
+    upper = f"{found.kl.upper:.4f}"
     return [
         *row,
         *proved,

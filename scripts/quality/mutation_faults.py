@@ -260,8 +260,8 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: tokens count alike in GPTQ's Hessian",
-        "x_TI.double() * norm_T[:, None]",
-        "x_TI.double() * norm_T.sign()[:, None]",
+        "one.x_TI.double() * one.norm_T[:, None]",
+        "one.x_TI.double() * one.norm_T.sign()[:, None]",
         "fits",
     ),
     Fault(

@@ -9,7 +9,7 @@ from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Request, decide, predict_chosen, request_problem
 from mofq.decision.recipe import Recipe
-from mofq.decision.recipe_costs import with_figures
+from mofq.decision.recipe_difference import with_figures
 from mofq.decision.request import read_weights
 from mofq.evidence.constraints import parse_constraint
 from mofq.evidence.table import Table, read_table

@@ -24,8 +24,7 @@ from mofq.decision.measured.swaps import promising_swaps
 from mofq.decision.offered_schemes import spaces_of
 from mofq.decision.problem import Problem
 from mofq.decision.recipe import Recipe, parse_recipe, recipe_text
-from mofq.decision.recipe_costs import with_figures
-from mofq.decision.recipe_difference import compare_recipes
+from mofq.decision.recipe_difference import compare_recipes, with_figures
 from mofq.decision.request import request_flags
 from mofq.decision.uniform import has_uniform
 from mofq.evidence.constraints import ConstraintKind, LayerConstraint, parse_constraint

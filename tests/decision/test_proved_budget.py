@@ -17,7 +17,6 @@ from mofq.decision.measured.measurement import Measured
 from mofq.decision.measured.proved_budget import (
     MOST_MEASURED,
     decide_proved,
-    measured_upper,
     prove,
     secant,
 )
@@ -75,8 +74,8 @@ TRUTHS: dict[str, Callable[[float], float]] = {
 def test_a_budget_is_kept_and_nearly_used_whatever_the_truth_is(name: str, limit: float) -> None:
     measure = measuring(TRUTHS[name])
     tried = proved(limit, TRUTHS[name])
-    kept = [one for one in tried if measured_upper(one) <= limit]
-    within = [size_of(c) for c in FRONTIER.choice_KF if measured_upper(measure(c)) <= limit]
+    kept = [one for one in tried if one.kl.upper <= limit]
+    within = [size_of(c) for c in FRONTIER.choice_KF if measure(c).kl.upper <= limit]
     found = min(int(SIZES[one.choice_F[0]]) for one in kept)
     assert len(tried) <= MOST_MEASURED
     assert found <= 1.02 * min(within)
@@ -95,8 +94,8 @@ def test_a_recipe_between_two_points_of_the_frontier_is_found(name: str, limit: 
     )
     measure = measuring(TRUTHS[name])
     tried = proved(limit, TRUTHS[name], sparse)
-    within = [size_of(c) for c in FRONTIER.choice_KF if measured_upper(measure(c)) <= limit]
-    found = min(size_of(one.choice_F) for one in tried if measured_upper(one) <= limit)
+    within = [size_of(c) for c in FRONTIER.choice_KF if measure(c).kl.upper <= limit]
+    found = min(size_of(one.choice_F) for one in tried if one.kl.upper <= limit)
     assert len(tried) <= MOST_MEASURED
     assert found <= 1.02 * min(within)
 

@@ -9,8 +9,7 @@ from explore_tables import write_explore_table
 
 from mofq.decision import Budgets, Request, decide
 from mofq.decision.recipe import Recipe
-from mofq.decision.recipe_costs import with_figures
-from mofq.decision.recipe_difference import Difference, compare_recipes
+from mofq.decision.recipe_difference import Difference, compare_recipes, with_figures
 from mofq.evidence.table import Table, read_table
 
 

@@ -261,7 +261,7 @@ def test_a_unit_that_kills_every_worker_ends_the_run_with_a_remedy(
 @pytest.mark.long
 def test_a_unit_that_fits_nowhere_is_refused_at_once(two_workers: None) -> None:
     with pytest.raises(ClusterError, match="needs 1 CPUs and 1 GPUs, and the cluster has 2 and 0"):
-        list(run_units(die, range(4), gpus=1))
+        list(run_units(die, range(4), device="cuda"))
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

@@ -8,7 +8,7 @@ import pytest
 from command_line import DEMO, Measured, ok, refused
 
 from mofq.exceptions import MofqError
-from mofq.files.file_kinds import check_kind
+from mofq.files.documents import check_kind
 
 TEXT = ("--text", "demo-en", "--tokens", "128", "--sequence-length", "64")
 

@@ -33,8 +33,7 @@ def show_search(result: SearchResult) -> None:
     for selection in result.selections:
         note(selection.remark)
     for each in result.refused:
-        names = ", ".join(each.schemes)
-        note(f"not offered to {each.groups} fusion groups: {names}: {each.reason}")
+        note(str(each))
     for one in result.explained:
         _print_explanation(one, size=result.recipe.result.checkpoint_bytes or 0)
     if result.engine is None:

@@ -10,7 +10,7 @@ from mofq.decision.choice import predict_chosen
 from mofq.decision.decision import Decision, notes_of_prediction
 from mofq.decision.make_recipe import decided_result, recipe_from_table
 from mofq.decision.prediction import Estimate, estimate, predict_given
-from mofq.decision.problem import KL_UNIT, IntArray, Problem, usage
+from mofq.decision.problem import KL_UNIT, IntArray, Problem
 from mofq.decision.recipe import Recipe
 from mofq.decision.request import Request
 from mofq.decision.ties import RECIPE_STDERRS, TIE_STDERRS
@@ -170,7 +170,6 @@ def decide_again(
         decision,
         recipe=recipe,
         choice_F=choice_F,
-        finer_layers=usage(problem, choice_F).finer_layers,
         uniform=None if uniform is None else predict_given(problem, uniform[1]),
         notes=notes_of_prediction(table, problem, choice_F, prediction=prediction),
     )

@@ -27,7 +27,7 @@ from mofq.decision.measured.measurement import (
     with_measured,
 )
 from mofq.decision.model_error import ModelError
-from mofq.decision.prediction import INTERVAL_STDERRS, error_of
+from mofq.decision.prediction import error_of
 from mofq.decision.problem import KL_UNIT, FloatArray, IntArray
 from mofq.decision.request import Request
 from mofq.decision.timing import request_budgets
@@ -48,11 +48,6 @@ _SAME_SIZE = 0.001
 _SLOPES = (0.5, 2.0)
 #: Of what `secant` returns, which points at 0 may send anywhere.
 _LARGEST_LOG = 700.0
-
-
-def measured_upper(measured: Measured) -> float:
-    """Measured KL and two standard errors: what a budget is held against [nats per token]."""
-    return measured.kl.value + INTERVAL_STDERRS * (measured.kl.stderr or 0.0)
 
 
 def decide_proved(
@@ -121,13 +116,13 @@ def decide_proved(
     else:
         measured = [measure(solve(free), total=1)]
     pairs = list(zip(measured, decisions, strict=True))
-    within = [pair for pair in pairs if measured_upper(pair[0]) <= limit]
+    within = [pair for pair in pairs if pair[0].kl.upper <= limit]
     if not within:
-        least = min(measured, key=measured_upper)
+        least = min(measured, key=lambda one: one.kl.upper)
         raise BudgetError(
             f"{option('max_kl')}: asked for {limit:.4g} nats per token; the best of "
             f"{len(measured)} recipes that were measured has {shown(least.kl)}, with two standard "
-            f"errors {measured_upper(least):.4g}. Allow more, offer finer schemes, or measure on "
+            f"errors {least.kl.upper:.4g}. Allow more, offer finer schemes, or measure on "
             f"more {option('tokens')}."
         )
     found, decision = min(within, key=lambda pair: problem.size_of(pair[0].choice_F))
@@ -139,7 +134,7 @@ def decide_proved(
     )
     note = (
         f"Measured on {tokens} tokens: {shown(found.kl)} nats per token, with two standard errors "
-        f"{measured_upper(found):.4g}, is within {limit:.4g}; {len(measured)} recipes were "
+        f"{found.kl.upper:.4g}, is within {limit:.4g}; {len(measured)} recipes were "
         f"measured."
     )
     proved = with_measured(
@@ -156,7 +151,6 @@ def prove(
     size_of: Callable[[IntArray], int],
     measure: Callable[[IntArray], Measured],
     model: ModelError,
-    most: int = MOST_MEASURED,
 ) -> list[Measured]:
     """Measure recipes along a frontier, and between its points, until one just keeps a budget.
 
@@ -167,10 +161,9 @@ def prove(
         size_of: A choice's size on that axis [bytes].
         measure: Measures a choice.
         model: What predictions are off by.
-        most: Recipes at most.
 
     Returns:
-        All that were measured, in their order.
+        All that were measured, at most `MOST_MEASURED`, in their order.
     """
     line = _Interpolated(frontier.bytes_K, np.array([model.corrected(e) for e in frontier.error_K]))
     # The largest size that is over and the smallest that is within, so far; none at first.
@@ -179,7 +172,7 @@ def prove(
     tried: list[Measured] = []
     points: list[tuple[float, float]] = []  # predicted and measured
     step = 1  # doubles where a little more size has no other recipe
-    while len(tried) < most and keeps - fails > _near_sizes(keeps, line):
+    while len(tried) < MOST_MEASURED and keeps - fails > _near_sizes(keeps, line):
         size = min(max(line.size_at(aim), fails + step), keeps - 1)
         choice_F = solve_at(size)
         if any((one.choice_F == choice_F).all() for one in tried):
@@ -188,7 +181,7 @@ def prove(
             continue
         step = 1
         trial = measure(choice_F)
-        upper = measured_upper(trial)
+        upper = trial.kl.upper
         tried.append(trial)
         points.append((line.predicted_at(size_of(choice_F)), upper))
         if upper <= limit:

@@ -34,7 +34,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from mofq.exceptions import MofqError, option
+from mofq.exceptions import MofqError, first_line, option
 from mofq.files.locks import try_lock
 
 #: A process that is silent for so long is dead, and its trial is queued again [seconds].
@@ -78,10 +78,9 @@ def open_study(storage: str, name: str, *, objectives: int = 1) -> Study:
                 ),
             )
     except (SQLAlchemyError, ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MofqError(
-            f"{option('storage', storage)}: cannot be opened: {reason}. Give a path, or a URL "
-            f"whose server runs and whose driver is installed (pip install psycopg[binary])."
+            f"{option('storage', storage)}: cannot be opened: {first_line(error)}. Give a path, or "
+            f"a URL whose server runs and whose driver is installed (pip install psycopg[binary])."
         ) from error
     if isinstance(backend, RDBStorage):
         weakref.finalize(study, backend.engine.dispose)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mofq.exceptions import RewriteError
-from mofq.model.checkpoint.headers import CONFIG_FILE, Checkpoint
+from mofq.model.checkpoint.headers import CONFIG_FILE, MODULES_FILE, Checkpoint
 from mofq.model.layers import ModelLayers
 from mofq.model.layers.families import Family, family_of, read_sizes
 from mofq.model.layers.make_layers import text_config
@@ -46,8 +46,6 @@ _EMBEDDING_MODEL = (
     "an embedding model: engines serve its hidden states, which a rotation changes. A model whose "
     "lm_head is served can be rotated."
 )
-#: By which sentence-transformers knows its models, such as Qwen3-Embedding, a ``ForCausalLM``.
-_SENTENCE_MODULES = "modules.json"
 #: vLLM's ``gemma.py`` asserts that the two are tied.
 _ALWAYS_TIED = (
     "engines take its lm_head from its embedding, whatever its config says. The gain of the last "
@@ -163,7 +161,7 @@ def _check_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     where = checkpoint.folder / CONFIG_FILE
     if computes_hidden_states(checkpoint.config):
         raise RewriteError(f"{where}: 'architectures' names {_EMBEDDING_MODEL}")
-    modules = checkpoint.folder / _SENTENCE_MODULES
+    modules = checkpoint.folder / MODULES_FILE  # Qwen3-Embedding is a ``ForCausalLM`` too
     if modules.is_file():
         raise RewriteError(f"{modules}: is of {_EMBEDDING_MODEL}")
     if config.get("clip_qkv") is not None:  # OLMoE

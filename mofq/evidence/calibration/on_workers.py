@@ -67,9 +67,9 @@ def free_of_workers(device: str, *, cpus: float = 1) -> int | None:
     Raises:
         ClusterError: The cluster fails.
     """
-    is_cpu = device == "cpu"
-    found = ask_machines(free_bytes, device, cpus=cpus, gpus=0 if is_cpu else 1)
-    shares = [free // (workers if is_cpu else 1) for free, workers in found if free is not None]
+    found = ask_machines(free_bytes, device, cpus=cpus)
+    is_shared = device == "cpu"
+    shares = [free // (workers if is_shared else 1) for free, workers in found if free is not None]
     return min(shares, default=None)
 
 
@@ -103,7 +103,6 @@ def calibrate_remotely(
     Raises:
         MofqError: As `calibrate`, or the cluster fails.
     """
-    gpus = 0 if device == "cpu" else 1
     with open_plan(folder, plan) as begun:
         for corpus in plan.corpora:
             (folder / corpus.name).mkdir(exist_ok=True)
@@ -115,7 +114,7 @@ def calibrate_remotely(
         count = len(left)
         if is_streamed:
             (folder / UNFINISHED).mkdir(exist_ok=True)
-            count = count_workers(cpus=cpus, gpus=gpus)
+            count = count_workers(device, cpus=cpus)
         units = [
             SequencesUnit(
                 model=str(checkpoint.folder.resolve()),
@@ -129,7 +128,7 @@ def calibrate_remotely(
         ]
         total = sum(corpus.sequences for corpus in plan.corpora)
         done = total - len(left)
-        for finished in run_units(run_unit, units, cpus=cpus, gpus=gpus):
+        for finished in run_units(run_unit, units, device=device, cpus=cpus):
             done += finished
             if progress is not None:
                 progress("calibrate", done, total)

@@ -29,7 +29,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -275,9 +275,7 @@ def _content(
     """What ``stats.json`` holds: of the files, those of the plan's corpora."""
     names = {corpus.name for corpus in plan.corpora}
     entries = {
-        name: {"bytes": entry.bytes, "sha256": entry.sha256}
-        for name, entry in files.items()
-        if name.rpartition("/")[0] in names
+        name: asdict(entry) for name, entry in files.items() if name.rpartition("/")[0] in names
     }
     return {
         **plan.to_json(),
@@ -391,8 +389,7 @@ def open_plan(folder: Path, plan: Plan) -> Iterator[Plan]:
             with hold_file(path, busy):
                 pass  # no worker has outlived the run that sent it
         path = folder / "plan.json"
-        if path.exists():
-            begun = _plan(_read(path), path)
+        if (begun := begun_plan(folder)) is not None:
             _check_same(plan, begun, folder)
             added = plan.corpora[len(begun.corpora) :]
             plan = replace(plan, model_name=begun.model_name, corpora=(*begun.corpora, *added))

@@ -14,6 +14,7 @@ from mofq.evidence.measure.magnitudes import ExtentSums
 from mofq.evidence.measure.samples import ChunkedSamples, LookedUpRows
 from mofq.evidence.measure.stored_inputs import SharedInputs, StoredInputs
 from mofq.evidence.measure.worker_threads import Workers
+from mofq.model.checkpoint.tensors import RowReader
 from mofq.numbers.quantize.compiled import Kind, eager_pass
 from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.tiles import row_blocks
@@ -32,8 +33,6 @@ _FEEDBACK_ROWS = 1024
 _GPU_FEEDBACK_ROWS = 16384
 #: Tokens that the output error is taken over, evenly spaced.
 _OUTPUT_TOKENS = 512
-
-RowReader = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def measure_remotely(
         )
         for group, schemes, corpora in work
     ]
-    return run_units(measure_unit, units, cpus=cpus, gpus=0 if device == "cpu" else 1)
+    return run_units(measure_unit, units, device=device, cpus=cpus)
 
 
 def measure_unit(unit: Unit) -> Measured:

@@ -28,7 +28,7 @@ from mofq.evidence.table.lines import (
     describe,
 )
 from mofq.exceptions import SchemeError, TableError, nearest_name
-from mofq.files.file_kinds import check_kind
+from mofq.files.documents import check_kind
 from mofq.model.kv_schemes import parse_cache_scheme, static_keys
 from mofq.model.layers import CacheLayer, layers_of
 from mofq.numbers.schemes import parse_scheme

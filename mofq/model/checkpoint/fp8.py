@@ -36,6 +36,7 @@ from mofq.model.checkpoint.safetensors_header import (
     AGAIN,
     FP8_DTYPES,
     Scaling,
+    SourceTensors,
     TensorInfo,
     read_json,
 )
@@ -75,15 +76,6 @@ _OF_ACTIVATIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Tensors:
-    """A checkpoint's tensors as a source has them."""
-
-    tensors: dict[str, TensorInfo]  #: FP8 weights know their scales
-    consumed: dict[str, TensorInfo]  #: scales, which are no tensors of the model
-    description: str  #: of the format, for a reader
-
-
-@dataclass(frozen=True, slots=True)
 class _Convention:
     """What a quantization config says of weights."""
 
@@ -95,7 +87,7 @@ class _Convention:
 
 def read_fp8(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> Fp8Tensors | None:
+) -> SourceTensors | None:
     """Find the scales of a checkpoint's FP8 weights.
 
     Args:
@@ -125,7 +117,7 @@ def read_fp8(
     consumed = {one.scaling.scale.name: one.scaling.scale for one in read.values() if one.scaling}
     if convention.kinds:
         consumed |= {name: tensors[name] for name in tensors if is_of_activations(name)}
-    return Fp8Tensors(
+    return SourceTensors(
         tensors={
             name: read.get(name, info) for name, info in tensors.items() if name not in consumed
         },

@@ -61,9 +61,9 @@ _GGUF = (
     "GGUF is what llama.cpp runs, quantized already or not. Give the Hugging Face folder that it"
     " was converted from; `mofq export --to llama.cpp` makes types for llama-quantize of a recipe."
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-#: Of sentence-transformers: which folders hold what comes after the model.
-_MODULES_FILE = "modules.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+#: By which sentence-transformers knows its models: which folders hold what comes after them.
+MODULES_FILE = "modules.json"
 _TEMPLATES_FOLDER = "additional_chat_templates"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -153,7 +153,7 @@ def open_stored(model: str) -> Checkpoint:
             f"{model}: needed the folder of a model, found a file."
             + (f" {_GGUF}" if path.suffix == ".gguf" else f" Give {str(path.parent)!r}.")
         )
-    elif _HUB_ID.fullmatch(model):
+    elif HUB_ID.fullmatch(model):
         folder, name = _fetch_from_hub(model), model
     else:
         raise CheckpointError(f"{model}: no such folder.{_nearest_folder(path)}")
@@ -208,7 +208,7 @@ def find_model_folders(folder: Path) -> list[str]:
 def _modules(folder: Path) -> list[str]:
     """The folders that ``modules.json`` names, by their plain names."""
     try:
-        modules = json.loads((folder / _MODULES_FILE).read_bytes())
+        modules = json.loads((folder / MODULES_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):  # none, or none of sentence-transformers
         return []
     paths = [one.get("path") for one in modules if isinstance(one, dict)]

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from mofq.exceptions import CheckpointError
 from mofq.files.documents import shown
-from mofq.model.checkpoint.safetensors_header import AGAIN, Packed, TensorInfo
+from mofq.model.checkpoint.safetensors_header import AGAIN, Packed, SourceTensors, TensorInfo
 
 #: What a source may be quantized as besides FP8, for messages.
 SUPPORTED = (
@@ -52,18 +52,9 @@ _NVFP4_GROUP = 16
 _MXFP4_GROUP = 32
 
 
-@dataclass(frozen=True, slots=True)
-class PackedTensors:
-    """A checkpoint's tensors as a source has them."""
-
-    tensors: dict[str, TensorInfo]  #: packed weights under the names of plain ones
-    consumed: dict[str, TensorInfo]  #: what they are made of
-    description: str  #: of the format, for a reader
-
-
 def read_packed(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> PackedTensors | None:
+) -> SourceTensors | None:
     """Find the weights of a checkpoint that lie in several tensors each.
 
     Args:
@@ -104,7 +95,7 @@ def read_packed(
                 " one that is not meant."
             )
     kinds = sorted({f"{info.dtype} in groups of {_group(info)}" for info in found})
-    return PackedTensors(
+    return SourceTensors(
         tensors={**kept, **{info.name: info for info in found}},
         consumed=consumed,
         description=f"{method}, {' and '.join(kinds)}",

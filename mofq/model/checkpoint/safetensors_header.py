@@ -87,6 +87,15 @@ class Scaling:
     tile_columns: int  #: columns that do
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTensors:
+    """A checkpoint's tensors as a quantized source has them."""
+
+    tensors: dict[str, TensorInfo]  #: of the model; quantized weights know their scales
+    consumed: dict[str, TensorInfo]  #: what those are made of, which are no tensors of the model
+    description: str  #: of the format, for a reader
+
+
 #: How codes, scales and zero points lie; see `mofq.model.checkpoint.packed`.
 Layout = Literal["words", "bytes", "fp4", "gptq", "awq", "experts"]
 

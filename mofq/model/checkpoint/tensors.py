@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
@@ -35,6 +35,9 @@ _AMAX_ELEMENTS = 2**20
 #: Of glibc's mallopt: memory is given back from this size on, and mapped by itself [bytes]; and
 #: how many arenas there are. Those of threads are given back whenever they are empty.
 _MALLOC_OPTIONS = {-1: 256_000_000, -3: 32_000_000, -8: 1}
+
+#: Gives rows of a weight: the first, one past the last -> [rows, in_features].
+RowReader = Callable[[int, int], Tensor]
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:

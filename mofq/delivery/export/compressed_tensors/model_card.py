@@ -13,7 +13,7 @@ from mofq import __version__
 from mofq.decision.recipe import Recipe
 from mofq.delivery.export.compressed_tensors.plan import ExportPlan
 from mofq.delivery.rewriting.write import rewritten_from
-from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.checkpoint.headers import HUB_ID, Checkpoint
 from mofq.model.sizes import bits_per_weight, weights_of
 
 #: Of a source; the second where an earlier export or rewrite has kept it beside its own.
@@ -21,7 +21,6 @@ _CARDS = ("README.md", "README.original.md")
 _METADATA = re.compile(r"\ufeff?---\n(.*?\n)---\s", re.DOTALL)
 #: Characters of a card in which it is looked for.
 _MOST_METADATA = 65_536
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -65,7 +64,7 @@ def model_card(
 def _metadata(original: Checkpoint, recipe: Recipe) -> str:
     lines = ["---", "library_name: transformers", "tags: [mofq, compressed-tensors, quantized]"]
     names = (original.name, recipe.model_name, rewritten_from(original.folder) or "")
-    if known := next((name for name in names if _HUB_ID.fullmatch(name)), None):
+    if known := next((name for name in names if HUB_ID.fullmatch(name)), None):
         lines += [f"base_model: {known}", "base_model_relation: quantized"]
     if licence := _licence(original):
         lines += yaml.safe_dump(licence, sort_keys=False, allow_unicode=True).splitlines()
