@@ -19,6 +19,7 @@ from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.norms import find_norms
+from mofq.delivery.tuning.resident import Resident
 from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_model
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.evidence.calibration.stats import Plan
@@ -105,16 +106,8 @@ def tune_recipe(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
                 f"and no codes that can be learned."
             )
-        tuned = tune_model(
-            model,
-            norms,
-            learned,
-            split,
-            stepped=stepped,
-            held_out=held_out,
-            steps=steps,
-            progress=progress,
-        )
+        resident = Resident(model, norms, learned, split, stepped, held_out, steps, progress)
+        tuned = tune_model(resident, split, steps=steps)
     bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
     done = _with_tuned(bound, tuned, split, plan, steps=steps)
     assert done.tuning is not None
