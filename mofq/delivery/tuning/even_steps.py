@@ -33,7 +33,7 @@ class EvenSteps:
         gradients = [
             torch.zeros_like(one) if one.grad is None else one.grad for one in self._parameters
         ]
-        before = self._squares or [None] * len(gradients)
+        before: Sequence[Tensor | None] = self._squares or [None] * len(gradients)
         self._squares = [mean_square(*both) for both in zip(before, gradients, strict=True)]
         median = median_of(lambda: self._squares)
         every = zip(self._parameters, gradients, self._squares, strict=True)

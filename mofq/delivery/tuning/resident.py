@@ -45,6 +45,11 @@ class Resident:
         total = self.steps * BATCH + 2 * len(self.split.held_out_NT)
         self._tell = Steps(self.progress, "tune", total)
 
+    @property
+    def is_empty(self) -> bool:
+        """As `Tunable` says."""
+        return not self.norms and not self.codes
+
     def judge(self, when: str) -> Tensor:
         """As `Tunable` says."""
         del when

@@ -92,6 +92,11 @@ class Tuned:
 class Tunable(Protocol):
     """A quantized model with norms, codes and scales that can move, wherever its weights are."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that can move."""
+        ...
+
     def judge(self, when: str) -> Tensor:
         """KL of each sequence that is held out [nats per token], float64.
 
