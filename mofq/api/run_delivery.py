@@ -181,7 +181,7 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
         tell(Remark(f"The recipe is not tuned: {error.template}"))
         return recipe
     if found.note:
-        tell(Remark(f"No codes are learned: {found.note}."))
+        tell(Remark(found.note))
     if not found.helps:
         tell(f"The recipe is not tuned: it would have KL {found.tuning.gain}.")
         return recipe

@@ -148,7 +148,7 @@ def tune(
             tell=tell,
         )
     if found.note:
-        tell(Remark(f"No codes are learned: {found.note}."))
+        tell(Remark(found.note))
     written = found.recipe if found.helps else untuned
     if path is not None:
         save_recipe(written, path, tell)

@@ -22,9 +22,9 @@ from mofq.delivery.apply.emulate import apply
 from mofq.delivery.export.compressed_tensors import find_folder_deviations
 from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
-from mofq.delivery.tuning.tensors import learned_codes
+from mofq.delivery.tuning.codes import LearnedCodes, learning_bytes
 from mofq.delivery.tuning.even_steps import EvenSteps
+from mofq.delivery.tuning.tensors import learned_codes
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
 from mofq.delivery.validation.enforcement import enforcement
@@ -33,7 +33,7 @@ from mofq.evidence.corpora import load_text
 from mofq.evidence.layer_codes import LayerCodes
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
-from mofq.model.layers import LinearLayer, find_layers
+from mofq.model.layers import LinearLayer, find_layers, is_expert
 from mofq.model.loading import load_model
 from mofq.numbers.quantize import FakeQuantLinear, dequantize_weight
 from mofq.numbers.schemes import TensorScheme, parse_scheme
@@ -65,7 +65,7 @@ def learning(name: str, weight_OI: Tensor) -> LearnedCodes:
     )
     rounded_OI = codes.decoded(0, len(weight_OI))
     module = FakeQuantLinear(rounded_OI, None, scheme=replace(scheme, activation=None))
-    return LearnedCodes.of("x", module, codes)
+    return LearnedCodes.of("x", module.weight, codes)
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def test_learning_begins_with_the_codes_of_the_scheme(name: str, weight_OI: Tens
     assert changes.scale is None
     # As near to the weight as the cell allows, most often at it.
     assert (one.latent_OI - weight_OI).abs().median() < 1e-6
-    before_OI = one.module.weight.clone()
+    before_OI = one.weight.clone()
     one.put()
-    assert torch.equal(one.module.weight, before_OI)
+    assert torch.equal(one.weight, before_OI)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -92,14 +92,14 @@ def test_codes_follow_the_gradient_and_no_further_than_the_next(
     name: str, weight_OI: Tensor
 ) -> None:
     one = learning(name, weight_OI)
-    before_OI = one.module.weight.detach().clone()
+    before_OI = one.weight.detach().clone()
     sign_OI = torch.where(torch.arange(256) % 2 == 0, 1.0, -1.0).expand(128, 256)
     for _ in range(6):
         one.begin_step()
-        one.module.weight.grad = 1e-9 * sign_OI  # its size does not matter
+        one.weight.grad = 1e-9 * sign_OI  # its size does not matter
         one.step_codes(0.1)
     one.put()
-    moved_OI = one.module.weight.detach() - before_OI
+    moved_OI = one.weight.detach() - before_OI
     assert not bool((moved_OI * sign_OI > 0).any())
     share = float((moved_OI != 0).float().mean())
     assert 0.3 < share < 0.95
@@ -117,12 +117,13 @@ def _distance(one: LearnedCodes) -> Tensor:
 def test_scales_follow_the_gradient_of_their_factor(weight_OI: Tensor) -> None:
     one = learning("int4.g32", weight_OI)
     assert one.factor_AG is not None
-    target_OI = one.module.weight.detach() * 1.03
+    target_OI = one.weight.detach() * 1.03
     for _ in range(60):
         one.begin_step()
-        loss = (one.module.weight - target_OI).square().sum()
+        loss = (one.weight - target_OI).square().sum()
         loss.backward()
         one.step_codes(0.0)
+        one.end_step()
         assert one.factor_AG.grad is not None
         with torch.no_grad():
             one.factor_AG -= 2e-3 * one.factor_AG.grad.sign()
@@ -426,14 +427,38 @@ def test_memory_for_learning_is_of_the_layers_that_are_learned(
     assert learning_bytes(recipe, layers) == each * sum(one.weights for one in linear)
 
 
-def test_experts_are_left_as_they_are(tiny: TinyCheckpoint) -> None:
-    checkpoint = open_checkpoint(str(tiny("qwen3_moe")))
-    recipe = recipe_of(checkpoint, "int4.g32")
-    loaded = apply(load_model(checkpoint.folder), recipe, checkpoint=checkpoint)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_learned(family: str, tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    """Each in a tensor of its own; gate and up, and what is transposed, in a part of one."""
+    folder = tiny(family)
+    found = tune(folder)
+    recipe, checkpoint = found.recipe, open_checkpoint(str(folder))
+    changes = from_tensors(load(recipe.tuned))
+    experts = [name for name in changes if "experts" in name]
     layers = find_recipe_layers(checkpoint, recipe)
-    names = [one.name for one in learned_layers(loaded, recipe, layers, checkpoint, fits=None)]
+    assert len(experts) == sum(is_expert(one) for one in layers.grouped_layers) > 0
+    assert any(len(changes[name].at_N) for name in experts)
+    assert found.tuning.kl_after < found.tuning.kl_before
+    # What is applied to another model of it is what was learned.
+    applied = apply(load_model(folder), recipe, checkpoint=checkpoint)
+    assert not find_deviations(applied, recipe, checkpoint=checkpoint)
+
+
+def test_experts_are_left_as_they_are_where_only_they_do_not_fit(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("qwen3_moe")
+    layers = find_layers(open_checkpoint(str(folder)))
+    weights = sum(one.weights for one in layers.grouped_layers if not is_expert(one))
+    monkeypatch.setattr(
+        "mofq.delivery.tuning.tune_recipe.free_bytes", lambda _: int(9 * weights / 0.79)
+    )
+    found = tune(folder, steps=2)
+    assert found.note is not None
+    assert found.note.startswith("No codes of experts are learned: that takes ")
+    names = from_tensors(load(found.recipe.tuned))
     assert names
-    assert not any("expert" in name for name in names)
+    assert not any("experts." in name for name in names)
 
 
 def test_what_answers_to_most_moves_least() -> None:

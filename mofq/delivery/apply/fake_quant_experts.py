@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -74,6 +75,18 @@ class FakeQuantExperts(nn.Module):
         """Leave the inputs of one expert's part as they are."""
         self.schemes.pop((parameter, expert), None)
         self.static_amax.pop((parameter, expert), None)
+
+    def learnable(self, parameter: str) -> Sequence[Tensor]:
+        """The matrices of a parameter, one an expert, each a leaf of its own from now on.
+
+        They are views of it. The gradient of one is no larger than it, and that of an expert that
+        no token chose is None.
+        """
+        whole = self._parameters.pop(parameter, None)
+        if whole is not None:
+            setattr(self, parameter, [whole.detach()[expert] for expert in range(len(whole))])
+        parts: Sequence[Tensor] = getattr(self, parameter)
+        return parts
 
     def forward(
         self,

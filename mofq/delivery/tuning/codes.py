@@ -14,20 +14,27 @@ of outputs; straight-through gradients, Y. Bengio et al., arXiv:1308.3432.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mofq.decision.recipe import Recipe
+from mofq.delivery.apply.fake_quant_experts import FakeQuantExperts
 from mofq.delivery.recipe_layers import group_schemes
 from mofq.evidence.code_changes import CodeChanges, can_learn, can_learn_scales
 from mofq.evidence.fits import Fits
 from mofq.evidence.layer_codes import LayerCodes, layer_codes
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
-from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_weight, is_expert
+from mofq.model.layers import (
+    LinearLayer,
+    LoadedWeight,
+    ModelLayers,
+    find_loaded_weight,
+    is_expert,
+)
 from mofq.numbers.formats import FloatFormat
 from mofq.numbers.quantize import (
     FakeQuantLinear,
@@ -43,6 +50,8 @@ _IN_CELL = 0.4
 #: Memory while codes are learned, for each weight beside the model: where it is in its cell and its
 #: gradient in float32; its first code, of floating-point elements in float32 too [bytes].
 _LATENT_BYTES, _INT_BYTES, _FLOAT_BYTES = 8, 1, 4
+#: A layer that is all of its weight.
+_WHOLE = LoadedWeight("")
 
 
 @dataclass(slots=True)
@@ -50,18 +59,28 @@ class LearnedCodes:
     """The weight of one layer while its codes and scales are learned."""
 
     name: str
-    module: FakeQuantLinear
     scheme: TensorScheme
     before: QuantizedWeight  #: as the scheme rounds it
     latent_OI: Tensor  #: where each weight is in its cell, in the units of the weight, float32
     factor_AG: Tensor | None  #: relative change of each scale, float32; None: scales stay
     error: float  #: of the weight as rounded, relative to its norm
+    #: In the model, whose gradient is taken, as it computes; of an expert others have rows in it.
+    weight: Tensor = field(init=False)
+    at: LoadedWeight = field(init=False)  #: where the layer is in it
 
     @classmethod
-    def of(cls, name: str, module: FakeQuantLinear, codes: LayerCodes) -> LearnedCodes:
-        """Begin with what a scheme makes of a layer, whose rows ``codes`` reads."""
-        scheme, rows = codes.scheme, module.out_features
-        device = module.weight.device
+    def of(
+        cls, name: str, weight: Tensor, codes: LayerCodes, at: LoadedWeight = _WHOLE
+    ) -> LearnedCodes:
+        """Begin with what a scheme makes of a layer.
+
+        Args:
+            name: Of the layer.
+            weight: As `place` has it, and so is ``at``; it holds what the scheme makes.
+            codes: Of the layer; reads its rows.
+            at: Where the layer is in the weight.
+        """
+        scheme, rows, device = codes.scheme, codes.layer.out_features, weight.device
         before = _to(codes.rows(0, rows), device)
         weight_OI = codes.read_rows(0, rows).to(device, torch.float32)
         rounded_OI = dequantize_weight(before, scheme)
@@ -69,12 +88,36 @@ class LearnedCodes:
         factor = None
         if before.scale is not None and can_learn_scales(scheme):
             factor = torch.zeros_like(before.scale, dtype=torch.float32)
-        latent_OI = _in_cells(weight_OI, before, scheme)
-        return cls(name, module, scheme, before, latent_OI, factor, error)
+        found = cls(name, scheme, before, _in_cells(weight_OI, before, scheme), factor, error)
+        found.place(weight, at)
+        return found
+
+    def place(self, weight: Tensor, at: LoadedWeight) -> None:
+        """Say where it computes.
+
+        Args:
+            weight: A leaf of the model.
+            at: Where the layer is in it, or in an expert's matrix that it is.
+        """
+        self.weight, self.at = weight, at
 
     def begin_step(self) -> None:
         """Ask for the gradient of the rounded weight."""
-        self.module.weight.requires_grad_(True)
+        self.weight.requires_grad_(True)
+
+    def end_step(self) -> None:
+        """Drop the gradient, once all layers in the weight have moved."""
+        self.weight.grad = None
+        self.weight.requires_grad_(False)
+
+    @property
+    def rounded_OI(self) -> Tensor:
+        """What computes in the model: a view."""
+        return self._own(self.weight.detach())
+
+    def _own(self, weight: Tensor) -> Tensor:
+        rows = slice(self.at.row_start, self.at.row_start + len(self.latent_OI))
+        return (weight.T if self.at.transposed else weight)[rows]
 
     def step_codes(self, rate: float) -> None:
         """Move the weights in their cells, and leave the gradient of the scales' factors behind.
@@ -82,17 +125,17 @@ class LearnedCodes:
         Args:
             rate: Of the distance between codes.
         """
-        weight = self.module.weight
-        gradient_OI, weight.grad = weight.grad, None
-        weight.requires_grad_(False)
-        if gradient_OI is None:
+        if self.weight.grad is None:  # no token chose the expert
+            if self.factor_AG is not None:
+                self.factor_AG.grad = None
             return
-        gradient_OI = gradient_OI.float()
+        gradient_OI, rounded_OI = self._own(self.weight.grad).float(), self.rounded_OI
         if self.factor_AG is not None:
+            out_features, in_features = rounded_OI.shape
             rows, columns = tile_shape(
-                (weight.shape[0], weight.shape[1]), self.scheme.granularity, name=self.name
+                (out_features, in_features), self.scheme.granularity, name=self.name
             )
-            by_factor_OI = gradient_OI * weight.detach().float()
+            by_factor_OI = gradient_OI * rounded_OI.float()
             summed_AG = to_tiles(by_factor_OI, rows, columns).sum((1, 3))
             self.factor_AG.grad = summed_AG / (1 + self.factor_AG.detach())
         distance_OI = _distances(self.before, self.scheme)
@@ -100,8 +143,7 @@ class LearnedCodes:
 
     def put(self) -> None:
         """Give the layer the weight as it is learned by now."""
-        with torch.no_grad():
-            self.module.weight.copy_(dequantize_weight(self.learned(), self.scheme))
+        self.rounded_OI.copy_(dequantize_weight(self.learned(), self.scheme))
 
     def learned(self) -> QuantizedWeight:
         """Codes and scales by now."""
@@ -124,10 +166,12 @@ def learned_layers(
     checkpoint: Checkpoint,
     *,
     fits: Fits | None,
+    experts: bool = True,
 ) -> Iterator[LearnedCodes]:
     """The layers of a model whose codes can be learned.
 
-    Left out are experts, embeddings, codebooks, weights without scales, and the scales of a source.
+    Left out are embeddings, codebooks, weights without scales, and the scales of a source. Each
+    expert's matrix becomes a tensor of its own in the model.
 
     Args:
         model: To which the recipe was applied by emulation, its weights as the schemes round them.
@@ -135,6 +179,7 @@ def learned_layers(
         layers: Of the checkpoint.
         checkpoint: That the recipe is applied to.
         fits: Of the recipe's own stats; where a scheme is fitted.
+        experts: Whether those of a mixture are learned too.
     """
     schemes = group_schemes(layers, recipe)
     for group in layers.groups:
@@ -143,12 +188,12 @@ def learned_layers(
             continue
         amax = read_shared_amax(checkpoint, group, scheme) if scheme.needs_tensor_amax else {}
         for layer in group.layers:
-            if not _is_learned(layer):
+            if not _is_learned(layer, experts=experts):
                 continue
-            at = find_loaded_weight(layer, layers.architecture)
-            module = model.get_submodule(at.name.rpartition(".")[0])
-            if not isinstance(module, FakeQuantLinear):
+            found = find_leaf(model, layer, layers.architecture)
+            if found is None:
                 continue
+            weight, at = found
             codes = layer_codes(
                 fits,
                 layer,
@@ -156,10 +201,33 @@ def learned_layers(
                 partial(read_layer_rows, checkpoint, layer),
                 tensor_amax=amax.get(layer.name),
             )
-            yield LearnedCodes.of(layer.name, module, codes)
+            yield LearnedCodes.of(layer.name, weight, codes, at)
 
 
-def learning_bytes(recipe: Recipe, layers: ModelLayers) -> int:
+def find_leaf(
+    model: nn.Module, layer: LinearLayer, architecture: str
+) -> tuple[Tensor, LoadedWeight] | None:
+    """What computes with a layer's rounded weight, and where the layer is in it.
+
+    Args:
+        model: To which a recipe was applied; an expert's matrix becomes a tensor of its own.
+        layer: Of the checkpoint.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        None where the layer is not quantized.
+    """
+    at = find_loaded_weight(layer, architecture)
+    path, _, parameter = at.name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, FakeQuantExperts) and at.expert is not None:
+        return module.learnable(parameter)[at.expert], at
+    if isinstance(module, FakeQuantLinear):  # has its outputs first, whatever it replaced
+        return module.weight, _WHOLE
+    return None
+
+
+def learning_bytes(recipe: Recipe, layers: ModelLayers, *, experts: bool = True) -> int:
     """Memory that `learned_layers` take beside the model; arguments as there."""
     schemes = group_schemes(layers, recipe)
     total = 0
@@ -168,13 +236,14 @@ def learning_bytes(recipe: Recipe, layers: ModelLayers) -> int:
         if scheme is None or not can_learn(scheme):
             continue
         codes = _FLOAT_BYTES if isinstance(scheme.element, FloatFormat) else _INT_BYTES
-        weights = sum(layer.weights for layer in group.layers if _is_learned(layer))
+        learned = (layer for layer in group.layers if _is_learned(layer, experts=experts))
+        weights = sum(layer.weights for layer in learned)
         total += (_LATENT_BYTES + codes) * weights
     return total
 
 
-def _is_learned(layer: LinearLayer) -> bool:
-    return layer.role == "linear" and not is_expert(layer)
+def _is_learned(layer: LinearLayer, *, experts: bool) -> bool:
+    return layer.role == "linear" and (experts or not is_expert(layer))
 
 
 def _to(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

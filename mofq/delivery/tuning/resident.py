@@ -78,6 +78,8 @@ class Resident:
             norm.parameter.requires_grad_(False)
         for one in self.codes:
             one.step_codes(self._rates.of_codes(number))
+        for one in self.codes:
+            one.end_step()
         for relative in self._even:
             relative.step(self._rates.relative(number))
         for norm, tuned in zip(self.norms, self._tuned, strict=True):

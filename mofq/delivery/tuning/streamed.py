@@ -24,7 +24,7 @@ from mofq.decision.recipe import Recipe
 from mofq.delivery.apply.apply_by_unit import Applied, UnitModules, unit_modules
 from mofq.delivery.apply.emulate import apply_group, prepare, put_group
 from mofq.delivery.recipe_fits import check_fits
-from mofq.delivery.tuning.codes import LearnedCodes, learned_layers
+from mofq.delivery.tuning.codes import LearnedCodes, find_leaf, learned_layers
 from mofq.delivery.tuning.norms import TunedNorm, find_norms
 from mofq.delivery.tuning.tensors import replaced
 from mofq.delivery.tuning.tune import BATCH, Rates, Split, send_divergence
@@ -37,7 +37,7 @@ from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
-from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers, find_loaded_weight
+from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.model.layers.module_layers import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
 from mofq.model.streaming.records import read_content, write_tensors
@@ -375,8 +375,9 @@ class _Turn:
             self._parameters[norm.path] = model.get_parameter(norm.path).requires_grad_(True)
         by_name = {layer.name: layer for layer in layers.grouped_layers}
         for one in self.state.codes:
-            at = find_loaded_weight(by_name[one.name], layers.architecture)
-            one.module = model.get_submodule(at.name.rpartition(".")[0])
+            found = find_leaf(model, by_name[one.name], layers.architecture)
+            assert found is not None
+            one.place(*found)
             one.begin_step()
 
     def end(self, number: int, outside: Path) -> None:
@@ -399,6 +400,8 @@ class _Turn:
             norm.take_gradient(grads[norm.path])
         for code in self.state.codes:
             code.step_codes(self.tuning._rates.of_codes(number))
+        for code in self.state.codes:
+            code.end_step()
         self.tuning.states.write(self.unit, self.state, number + 1)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save
@@ -22,7 +23,7 @@ from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.tuning.resident import Resident
-from mofq.delivery.tuning.streamed import Streamed, open_tuning
+from mofq.delivery.tuning.streamed import open_tuning
 from mofq.delivery.tuning.tune import (
     BATCH,
     Split,
@@ -56,7 +57,7 @@ class TunedRecipe:
     recipe: Recipe
     tuning: Tuning
     helps: bool  #: whether less KL was measured on what was held out, beyond its error
-    note: str | None = None  #: why no codes were learned, where they were to be
+    note: str | None = None  #: which codes were not learned and why, where they were to be
 
 
 def tune_recipe(
@@ -110,31 +111,13 @@ def tune_recipe(
             f"text, or a larger {option('sequences')}."
         )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
-    note = None
     with ExitStack() as stack:
+        open_one = partial(_resident, stack, progress=progress)
         if is_streamed:
-            model: Tunable = stack.enter_context(
-                _streamed(
-                    *(original, recipe, base, layers, plan, split),
-                    steps=steps,
-                    codes=codes,
-                    device=device,
-                    work=work,
-                    progress=progress,
-                    tell=tell,
-                )
-            )
-        else:
-            note = _why_no_codes(layers, recipe, device) if codes else None
-            model = stack.enter_context(
-                _resident(
-                    *(original, recipe, base, layers, plan, split),
-                    steps=steps,
-                    codes=codes and note is None,
-                    device=device,
-                    progress=progress,
-                )
-            )
+            open_one = partial(_streamed, stack, work=work, progress=progress, tell=tell)
+        model, note = open_one(
+            original, recipe, base, layers, plan, split, steps=steps, codes=codes, device=device
+        )
         if model.is_empty:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
@@ -147,8 +130,8 @@ def tune_recipe(
     return TunedRecipe(done, done.tuning, tuned.helps, note)
 
 
-@contextmanager
 def _resident(
+    stack: ExitStack,
     original: Checkpoint,
     recipe: Recipe,
     base: Base,
@@ -160,23 +143,27 @@ def _resident(
     codes: bool,
     device: str,
     progress: Progress | None,
-) -> Iterator[Resident]:
-    """The quantized model in memory, after the original."""
-    with OriginalLogits() as stepped, OriginalLogits() as held_out:
-        _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
-        checkpoint = base.checkpoint
-        model = load_model(checkpoint.folder, dtype=plan.dtype, device=device)
-        apply_recipe(model, recipe, checkpoint=checkpoint, stats=base.stats, progress=progress)
-        norms = find_norms(model, checkpoint, layers.architecture)
-        learned: list[LearnedCodes] = []
-        if codes:
-            with open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256) as fits:
-                learned = list(learned_layers(model, recipe, layers, checkpoint, fits=fits))
-        yield Resident(model, norms, learned, split, stepped, held_out, steps, progress)
+) -> tuple[Tunable, str | None]:
+    """The quantized model in memory, after the original; and which codes are not learned."""
+    stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
+    _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
+    checkpoint = base.checkpoint
+    model = load_model(checkpoint.folder, dtype=plan.dtype, device=device)
+    apply_recipe(model, recipe, checkpoint=checkpoint, stats=base.stats, progress=progress)
+    norms = find_norms(model, checkpoint, layers.architecture)
+    room = _find_room(layers, recipe, device) if codes else _Room(codes=False)
+    learned: list[LearnedCodes] = []
+    if room.codes:
+        with open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256) as fits:
+            learned = list(
+                learned_layers(model, recipe, layers, checkpoint, fits=fits, experts=room.experts)
+            )
+    found = Resident(model, norms, learned, split, stepped, held_out, steps, progress)
+    return found, room.note
 
 
-@contextmanager
 def _streamed(
+    stack: ExitStack,
     original: Checkpoint,
     recipe: Recipe,
     base: Base,
@@ -190,8 +177,8 @@ def _streamed(
     work: Path | None,
     progress: Progress | None,
     tell: Tell | None,
-) -> Iterator[Streamed]:
-    """The quantized model on the disk; what a tuning of the same left there is taken."""
+) -> tuple[Tunable, str | None]:
+    """As `_resident`, layer by layer; what a tuning of the same left on the disk is taken."""
     checkpoint = base.checkpoint
     asked = {
         "mofq": __version__,
@@ -205,35 +192,46 @@ def _streamed(
         "codes": codes,
         "arithmetic": [plan.dtype, device],
     }
-    with (
-        work_folder(work, asked) as folder,
-        open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256) as fits,
-        open_tuning(
-            *(original, recipe, checkpoint, split),
-            layers=layers,
-            fits=fits,
-            folder=folder,
-            steps=steps,
-            codes=codes,
-            dtype=plan.dtype,
-            device=device,
-            progress=progress,
-            tell=tell,
-        ) as found,
-    ):
-        yield found
+    folder = stack.enter_context(work_folder(work, asked))
+    fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256))
+    found = open_tuning(
+        *(original, recipe, checkpoint, split),
+        layers=layers,
+        fits=fits,
+        folder=folder,
+        steps=steps,
+        codes=codes,
+        dtype=plan.dtype,
+        device=device,
+        progress=progress,
+        tell=tell,
+    )
+    return stack.enter_context(found), None
 
 
-def _why_no_codes(layers: ModelLayers, recipe: Recipe, device: str) -> str | None:
-    """Why codes cannot be learned beside a model that is in memory; None where they can be."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What can be learned in memory."""
+
+    codes: bool
+    experts: bool = True
+    note: str | None = None  #: why not all
+
+
+def _find_room(layers: ModelLayers, recipe: Recipe, device: str) -> _Room:
+    """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
     needed = learning_bytes(recipe, layers)
+    without = learning_bytes(recipe, layers, experts=False)
     free = free_bytes(device)
     if free is None or needed <= _OF_FREE * free:
-        return None
-    return (
+        return _Room(codes=True)
+    takes = (
         f"that takes {needed / 1e9:.3g} GB of memory beside the model, and {free / 1e9:.3g} GB "
         f"are free on {device}"
     )
+    if 0 < without <= _OF_FREE * free:
+        return _Room(codes=True, experts=False, note=f"No codes of experts are learned: {takes}.")
+    return _Room(codes=False, note=f"No codes are learned: {takes}.")
 
 
 def _run_original(

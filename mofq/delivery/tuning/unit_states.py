@@ -141,7 +141,6 @@ class UnitStates:
             before = replace(before, codes_OI=before.codes_OI.float())
         return LearnedCodes(
             one["name"],
-            None,
             self._schemes[one["name"]],
             before,
             one["latent_OI"],

@@ -4,10 +4,10 @@ r"""The public table: every peer's method and ours, made anew and scored by one 
         --results docs/benchmarks --page docs/benchmarks.md
 
 Each peer runs in an environment of its own, which is made in the user's cache when first needed,
-on one thread. What it makes is scored at once, and the result kept as a file of JSON in `--results`,
-by default `--work`, which a rerun takes. `--only` names entries by patterns and runs them in this order; `--only ''` runs none and
-writes the page alone. An entry that has not run is listed on it as such. `--take` scores a folder
-in compressed-tensors that was made elsewhere.
+on one thread. What it makes is scored at once, and the result kept as a file of JSON in
+`--results`, by default `--work`, which a rerun takes. `--only` names entries by patterns and runs them in this
+order; `--only ''` runs none and writes the page alone. An entry that has not run is listed on it as
+such. `--take` scores a folder in compressed-tensors that was made elsewhere.
 """
 
 from __future__ import annotations
