@@ -33,7 +33,7 @@ from mofq.delivery.tuning.tune import (
     tune_model,
 )
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
-from mofq.delivery.validation.streamed import work_folder
+from mofq.delivery.validation.streamed import drop_unfinished, work_folder
 from mofq.evidence.calibration.stats import Plan
 from mofq.evidence.code_changes import to_tensors
 from mofq.exceptions import CorpusError, RecipeError, option
@@ -112,9 +112,12 @@ def tune_recipe(
         )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
     with ExitStack() as stack:
-        open_one = partial(_resident, stack, progress=progress)
         if is_streamed:
             open_one = partial(_streamed, stack, work=work, progress=progress, tell=tell)
+        else:
+            open_one = partial(_resident, stack, progress=progress)
+            if work is not None:
+                drop_unfinished(work)
         model, note = open_one(
             original, recipe, base, layers, plan, split, steps=steps, codes=codes, device=device
         )
