@@ -147,7 +147,7 @@ def stopped_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 #: Of about 130 files: the original's, the first turn of the layers, before any step, in steps.
 @pytest.mark.parametrize(
     "writes",
-    [(30, 20, 20), *(pytest.param((n,), marks=pytest.mark.long) for n in range(5, 180, 7))],
+    [(30, 20, 20), *(pytest.param((n,), marks=pytest.mark.long) for n in range(5, 150, 7))],
 )
 def test_a_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     writes: tuple[int, ...],
@@ -188,10 +188,23 @@ def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(
     assert needed / 4 < max(sizes) <= needed
 
 
-def test_a_unit_that_runs_twice_for_a_token_is_refused(tmp_path: Path) -> None:
+def test_weights_that_two_layers_share_are_refused(tmp_path: Path) -> None:
     folder = write_type("zamba2", tmp_path / "model")
-    with pytest.raises(StreamingError, match="runs more than once for a token"):
+    with pytest.raises(StreamingError, match="too, and is learned once for both"):
         tune(folder, is_streamed=True)
+
+
+def test_a_layer_that_runs_twice_for_a_token_is_refused(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = torch.nn.ModuleList.__getitem__
+
+    def twice(modules: Any, index: Any) -> Any:
+        return [*modules] * 2 if isinstance(index, slice) else plain(modules, index)
+
+    monkeypatch.setattr(torch.nn.ModuleList, "__getitem__", twice)
+    with pytest.raises(StreamingError, match="runs more than once for a token"):
+        tune(tiny("llama"), is_streamed=True)
 
 
 @pytest.mark.parametrize("parts", [(1,), (4, 3), (2000, 1, 999)])

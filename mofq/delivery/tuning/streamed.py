@@ -105,7 +105,7 @@ class Streamed:
         ahead = None if unit == OUTSIDE else self.base.next_unit(unit)
         with nullcontext() if unit == OUTSIDE else weights.loaded(unit, ahead=ahead):
             found = find_norms(model, self.checkpoint, self.layers.architecture)
-            norms = [TunedNorm.of(one) for one in found if self._unit_of(one.path) == unit]
+            norms = [TunedNorm.of(one) for one in found if self.unit_of(one.path) == unit]
             codes: list[LearnedCodes] = []
             if unit != OUTSIDE and self.learns:
                 with unit_modules(model, unit, [self.applied]).applied(self.applied):
@@ -120,7 +120,8 @@ class Streamed:
                     )
             self.states.begin(unit, norms, codes)
 
-    def _unit_of(self, path: str) -> str:
+    def unit_of(self, path: str) -> str:
+        """The unit that a parameter is in, or `OUTSIDE`."""
         units = self.base.weights.units
         return next((unit for unit in units if path.startswith(f"{unit}.")), OUTSIDE)
 
@@ -483,12 +484,24 @@ def open_tuning(
             Steps(progress, "tune", total),
         )
         tuning.applied = Applied(prepared, tuning.apply_one, base.head)
+        _check_apart(tuning)
         check_units(Run(base, [Subject(folder, applied=tuning.applied)]), checkpoint)
         needed = _check_disk(folder, tuning)
         if tell is not None:
             tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {folder.parent}.")
         tuning.begin(progress)
         yield tuning
+
+
+def _check_apart(tuning: Streamed) -> None:
+    """Refuse a model of which two units have the same weights."""
+    units: dict[int, str] = {}
+    for path, one in tuning.base.model.named_parameters(remove_duplicate=False):
+        unit = tuning.unit_of(path)
+        if units.setdefault(id(one), unit) != unit:
+            raise StreamingError(
+                f"{path} is a weight of {units[id(one)]} too, and is learned once for both"
+            )
 
 
 def _check_disk(folder: Path, tuning: Streamed) -> int:
